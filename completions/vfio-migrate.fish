@@ -1,0 +1,177 @@
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_vfio_migrate_global_optspecs
+    string join \n v/verbose h/help V/version
+end
+
+function __fish_vfio_migrate_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_vfio_migrate_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_vfio_migrate_using_subcommand
+    set -l cmd (__fish_vfio_migrate_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "migrate" -d 'Ask a running `vm` to move to another'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "status" -d 'Show how a `vm` and its migration stand'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "set" -d 'Change the limits of a migration while it runs'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "stop" -d 'Pause the guest of a running `vm`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "cont" -d 'Let the guest of a running `vm` run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "completions" -d 'Print a shell completion script'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l memory -d 'Guest RAM' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l dirty-rate -d 'RAM that the guest dirties each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-state -d 'Internal state of each device' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-dirty-rate -d 'Internal state that each device changes each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devices -d 'Number of devices' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l transport -d 'How the two VMs talk' -r -f -a "tcp\t'TCP on loopback'
+unix\t'A unix socket'"
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l downtime-limit -d 'Longest time the guest may stand still. A ceiling, not a target' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l break -d 'Sabotage one thing on purpose, to see that the guest notices' -r -f -a "dirty-log\t'Dirty bits of pages that the guest wrote are dropped from the last report'
+device-log\t'The device\'s own dirty log leaves pages out'
+device-tail\t'Device bytes are altered late in the stream, framing and digests made to match'
+interrupt\t'One interrupt is not connected again at the destination'
+page-order\t'A stale copy of a page is applied after its last'
+p2p-order\t'A device is stopped before its peer stopped writing to it'"
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l no-precopy -d 'Devices that can only be saved while stopped'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l software -d 'Use the software guest even where KVM answers'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l strict -d 'With --break: leave the engine\'s own check on, where there is one, to see that it notices first'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l socket -d 'Where to listen' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-size -d 'Internal state' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-dirty-rate -d 'Internal state changed each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l dma-interval -d 'Pace of the DMA engine: one descriptor each' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l fault -d 'Misbehave on purpose; may be given more than once. `--fault help` lists what there is' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-precopy -d 'No PRE_COPY: the state can only be saved while the device is stopped'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-p2p -d 'No peer-to-peer states'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-dirty-log -d 'No log of DMA writes'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-extension -d 'Plain vfio-user, without the x-vfio-migrate extension'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l exit-with-stdin -d 'Leave when stdin reaches its end'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l memory -d 'Guest RAM' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l device -d 'A device: vfio-user:SOCKET,id=NAME. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l incoming -d 'Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l control -d 'Control socket' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l uuid -d 'Identity of the VM. Without it a guest that starts gets a random one, and a guest that arrives keeps its own' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l state-dir -d 'Where the ownership journal lives. Without it a lost commit cannot be told from a lost answer after a crash' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l sabotage -d 'Sabotage, for the demo' -r -f -a "dirty-log\t'Dirty bits of pages that the guest wrote are dropped from the last report'
+device-log\t'The device\'s own dirty log leaves pages out'
+device-tail\t'Device bytes are altered late in the stream, framing and digests made to match'
+interrupt\t'One interrupt is not connected again at the destination'
+page-order\t'A stale copy of a page is applied after its last'
+p2p-order\t'A device is stopped before its peer stopped writing to it'"
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest standing still'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l exit-with-stdin -d 'Leave when stdin reaches its end'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l downtime-limit -d 'Longest time the guest may stand still. A ceiling, not a target' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest stands still meanwhile'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest stands still'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l post-copy -d 'Post-copy is not possible for VFIO devices, and refused with the reason'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l detach -d 'Return once the migration has begun'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l watch -d 'Keep showing it until the migration ends'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l downtime-limit -d 'New limit on the downtime' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l bandwidth -d 'New cap on bytes each second; 0 for none' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand stop" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand stop" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand stop" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand stop" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand stop" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "migrate" -d 'Ask a running `vm` to move to another'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "status" -d 'Show how a `vm` and its migration stand'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "set" -d 'Change the limits of a migration while it runs'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "stop" -d 'Pause the guest of a running `vm`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "cont" -d 'Let the guest of a running `vm` run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "completions" -d 'Print a shell completion script'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate status cancel continue set stop cont quit incoming completions generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

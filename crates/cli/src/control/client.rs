@@ -1,0 +1,127 @@
+//! The asking side of the control socket.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::protocol::{Event, Refused, Request, Verb};
+
+/// A request that got no good answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClientError {
+    /// No connection.
+    #[error("cannot reach the control socket {0}; is that `vm` running?")]
+    Connect(String, #[source] std::io::Error),
+    /// The connection failed.
+    #[error("the control socket failed")]
+    Io(#[source] std::io::Error),
+    /// The other side left.
+    #[error("the `vm` closed its control socket")]
+    Closed,
+    /// No answer in time.
+    #[error("the `vm` did not answer in time")]
+    Timeout,
+    /// It said something else than JSON.
+    #[error("the control socket speaks something else: {0}")]
+    Garbled(String),
+    /// It refused.
+    #[error("{}", .0.desc)]
+    Refused(Refused),
+}
+
+/// A connection to a control socket.
+#[derive(Debug)]
+pub(crate) struct Client {
+    reader: BufReader<UnixStream>,
+    timeout: Duration,
+    events: VecDeque<Event>,
+    partial: Vec<u8>,
+}
+
+impl Client {
+    /// Connects to `path`; an answer may take `timeout`.
+    pub(crate) fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
+        let stream = UnixStream::connect(path)
+            .map_err(|error| ClientError::Connect(path.display().to_string(), error))?;
+        stream.set_write_timeout(Some(timeout)).map_err(ClientError::Io)?;
+        let mut client =
+            Self { reader: BufReader::new(stream), timeout, events: VecDeque::new(), partial: Vec::new() };
+        let greeting = client.line(Instant::now() + timeout)?.ok_or(ClientError::Timeout)?;
+        if greeting.get("vfio-migrate").is_none() {
+            return Err(ClientError::Garbled(greeting.to_string()));
+        }
+        Ok(client)
+    }
+
+    /// Asks for `verb` and waits for the answer; events that come in between are kept.
+    pub(crate) fn call(&mut self, verb: Verb, arguments: Value) -> Result<Value, ClientError> {
+        let request = Request { execute: verb, arguments };
+        let mut line =
+            serde_json::to_string(&request).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        line.push('\n');
+        self.reader.get_mut().write_all(line.as_bytes()).map_err(|error| match error.kind() {
+            std::io::ErrorKind::BrokenPipe => ClientError::Closed,
+            _ => ClientError::Io(error),
+        })?;
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let mut answer = self.line(deadline)?.ok_or(ClientError::Timeout)?;
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = answer.get("error") {
+                let refused = serde_json::from_value(error.clone())
+                    .map_err(|_| ClientError::Garbled(answer.to_string()))?;
+                return Err(ClientError::Refused(refused));
+            }
+            self.keep_event(answer)?;
+        }
+    }
+
+    /// The next event, kept or new; `None` when none comes within `patience`.
+    pub(crate) fn next_event(&mut self, patience: Duration) -> Result<Option<Event>, ClientError> {
+        if self.events.is_empty()
+            && let Some(line) = self.line(Instant::now() + patience)?
+        {
+            self.keep_event(line)?;
+        }
+        Ok(self.events.pop_front())
+    }
+
+    fn keep_event(&mut self, line: Value) -> Result<(), ClientError> {
+        let text = line.to_string();
+        self.events.push_back(serde_json::from_value(line).map_err(|_| ClientError::Garbled(text))?);
+        Ok(())
+    }
+
+    /// One line of JSON, or `None` when the deadline passes first; what came of a line is kept for the next call.
+    fn line(&mut self, deadline: Instant) -> Result<Option<Value>, ClientError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.reader.get_ref().set_read_timeout(Some(left)).map_err(ClientError::Io)?;
+            match self.reader.read_until(b'\n', &mut self.partial) {
+                Ok(0) => return Err(ClientError::Closed),
+                Ok(_) if self.partial.last() == Some(&b'\n') => {
+                    let line = std::mem::take(&mut self.partial);
+                    return serde_json::from_slice(&line).map(Some).map_err(|_| {
+                        ClientError::Garbled(String::from_utf8_lossy(&line).trim_end().to_string())
+                    });
+                }
+                Ok(_) => return Err(ClientError::Closed),
+                Err(error) => match error.kind() {
+                    std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => return Ok(None),
+                    std::io::ErrorKind::Interrupted => {}
+                    std::io::ErrorKind::ConnectionReset => return Err(ClientError::Closed),
+                    _ => return Err(ClientError::Io(error)),
+                },
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The control socket of `vm`: newline JSON with QMP-like verbs and events, documented in `docs/control.md`.
+
+mod client;
+mod place;
+mod protocol;
+mod server;
+
+pub(crate) use client::{Client, ClientError};
+pub(crate) use protocol::{
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, MigrationState, NoArguments,
+    ParameterArguments, PhaseInfo, Refused, StatusInfo, TransferInfo, Verb,
+};
+pub(crate) use server::{Bound, Handler, Publisher};

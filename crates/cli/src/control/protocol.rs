@@ -1,0 +1,270 @@
+//! What is said over the control socket.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The verbs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verb {
+    /// How the VM stands. Returns a [`StatusInfo`].
+    QueryStatus,
+    /// What the guest says of itself: its report page.
+    QueryGuest,
+    /// How the migration stands. Returns a [`MigrationInfo`].
+    QueryMigrate,
+    /// Move the guest. Arguments: [`MigrateArguments`]. Returns when it has begun.
+    Migrate,
+    /// Wait for a guest again, after the last one left. Arguments: [`IncomingArguments`].
+    MigrateIncoming,
+    /// Change limits. Arguments: [`ParameterArguments`].
+    MigrateSetParameters,
+    /// Cancel the migration.
+    MigrateCancel,
+    /// Let a migration that waits before its switchover go on.
+    MigrateContinue,
+    /// Pause the guest.
+    Stop,
+    /// Let the guest run.
+    Cont,
+    /// End the process; a guest that is here ends with it.
+    Quit,
+}
+
+/// A request: one line, without its `id`, which the server takes off first.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Request {
+    pub(crate) execute: Verb,
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub(crate) arguments: Value,
+}
+
+/// A refused request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Refused {
+    /// `"GenericError"`, `"CommandNotFound"`, `"MigrationActive"`, `"NoMigration"`, `"TooLate"`.
+    pub(crate) class: String,
+    /// A sentence.
+    pub(crate) desc: String,
+}
+
+impl Refused {
+    pub(crate) fn new(class: &str, desc: impl Into<String>) -> Self {
+        Self { class: class.into(), desc: desc.into() }
+    }
+}
+
+/// Arguments of the verbs that take none.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NoArguments {}
+
+/// Arguments of `migrate`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct MigrateArguments {
+    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
+    pub(crate) uri: String,
+    /// Longest time the guest may stand still, in milliseconds. Default 300.
+    #[serde(default)]
+    pub(crate) downtime_limit: Option<u64>,
+    /// Bytes each second at most while the guest runs; absent or 0: no cap.
+    #[serde(default)]
+    pub(crate) max_bandwidth: Option<u64>,
+    /// Give up when the guest still runs here after this many milliseconds.
+    #[serde(default)]
+    pub(crate) give_up_after: Option<u64>,
+    /// Wait for `migrate-continue` before the guest is paused.
+    #[serde(default)]
+    pub(crate) pause_before_switchover: bool,
+    /// Compare digests of all RAM.
+    #[serde(default)]
+    pub(crate) verify: bool,
+    /// Move devices that log no DMA too.
+    #[serde(default)]
+    pub(crate) allow_all_dirty: bool,
+    /// Refused: post-copy is not possible for VFIO devices.
+    #[serde(default)]
+    pub(crate) post_copy: bool,
+}
+
+/// Arguments of `migrate-incoming`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct IncomingArguments {
+    /// Where to listen: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
+    pub(crate) uri: String,
+}
+
+/// Arguments of `migrate-set-parameters`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct ParameterArguments {
+    /// New limit on the downtime, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) downtime_limit: Option<u64>,
+    /// New cap on bytes each second; 0: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_bandwidth: Option<u64>,
+}
+
+/// How a `vm` stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct StatusInfo {
+    /// Identity of the VM. One that waits for a guest and was given none takes the guest's when it comes.
+    pub(crate) uuid: String,
+    /// `"running"`, `"paused"`, `"inmigrate"` (waiting for a guest), `"postmigrate"` (its guest has left),
+    /// `"unresolved"` (nobody knows whose the guest is), `"failed"`.
+    pub(crate) status: String,
+    /// `"kvm"` or `"software"`.
+    pub(crate) guest: String,
+    /// Process id.
+    pub(crate) pid: u32,
+    /// Where it waits for a guest, while it does.
+    pub(crate) incoming: Option<String>,
+    /// Guest RAM, in bytes.
+    pub(crate) memory: u64,
+    /// Names of the devices.
+    pub(crate) devices: Vec<String>,
+    /// How often the VM has changed owner.
+    pub(crate) epoch: u64,
+}
+
+/// States of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum MigrationState {
+    /// There was none.
+    None,
+    /// Under way.
+    Active,
+    /// Waiting for `migrate-continue`.
+    PreSwitchover,
+    /// The guest has moved.
+    Completed,
+    /// It was cancelled; the guest is where it was.
+    Cancelled,
+    /// It failed; the guest is where it was, unless `error` says otherwise.
+    Failed,
+    /// It is not known whose the guest is.
+    Unresolved,
+}
+
+/// How a migration stands: the same document on both sides.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct MigrationInfo {
+    /// Its state.
+    pub(crate) status: MigrationState,
+    /// `"outgoing"` or `"incoming"`.
+    pub(crate) direction: Option<String>,
+    /// Phase, `"P1"` to `"P9"`.
+    pub(crate) phase: Option<String>,
+    /// Milliseconds since it began.
+    pub(crate) total_ms: f64,
+    /// Milliseconds that the guest stood still, once known.
+    pub(crate) downtime_ms: Option<f64>,
+    /// Milliseconds spent on digests while it stood, not in `downtime-ms`.
+    pub(crate) verify_ms: f64,
+    /// Downtime that the next switchover is predicted to cost, in milliseconds.
+    pub(crate) expected_downtime_ms: Option<f64>,
+    /// Iterations of pre-copy.
+    pub(crate) iterations: u32,
+    /// Bytes moved.
+    pub(crate) transferred: TransferInfo,
+    /// Bytes left, RAM and devices, while it is under way.
+    pub(crate) remaining: u64,
+    /// Bytes each second on the wire, lately.
+    pub(crate) rate: u64,
+    /// What each phase took.
+    pub(crate) phases: Vec<PhaseInfo>,
+    /// RAM at the source's pause equals RAM before the destination ran; absent when not asked for.
+    pub(crate) ram_digest_match: Option<bool>,
+    /// Device bytes read at the source equal those written at the destination.
+    pub(crate) device_digest_match: Option<bool>,
+    /// Why it did not complete.
+    pub(crate) error: Option<String>,
+    /// The two sides do not fit: nothing was begun.
+    pub(crate) incompatible: bool,
+}
+
+impl MigrationInfo {
+    /// No migration.
+    pub(crate) fn none() -> Self {
+        Self {
+            status: MigrationState::None,
+            direction: None,
+            phase: None,
+            total_ms: 0.0,
+            downtime_ms: None,
+            verify_ms: 0.0,
+            expected_downtime_ms: None,
+            iterations: 0,
+            transferred: TransferInfo::default(),
+            remaining: 0,
+            rate: 0,
+            phases: Vec::new(),
+            ram_digest_match: None,
+            device_digest_match: None,
+            error: None,
+            incompatible: false,
+        }
+    }
+}
+
+/// Bytes moved, payload only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct TransferInfo {
+    /// RAM; zero pages not counted.
+    pub(crate) ram: u64,
+    /// Device state while the guest ran.
+    pub(crate) device_precopy: u64,
+    /// Device state while it stood.
+    pub(crate) device_stopcopy: u64,
+}
+
+/// A phase and its time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct PhaseInfo {
+    /// `"P1"` to `"P9"`.
+    pub(crate) name: String,
+    /// Milliseconds.
+    pub(crate) ms: f64,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Event {
+    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`.
+    pub(crate) event: String,
+    /// What it is about.
+    #[serde(default)]
+    pub(crate) data: Value,
+    /// Wall-clock time.
+    pub(crate) timestamp: Timestamp,
+}
+
+/// A wall-clock time, as in QMP.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Timestamp {
+    /// Since the epoch.
+    pub(crate) seconds: u64,
+    /// Of the second.
+    pub(crate) microseconds: u32,
+}
+
+impl Event {
+    pub(crate) fn new(event: &str, data: Value) -> Self {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Self {
+            event: event.into(),
+            data,
+            timestamp: Timestamp { seconds: now.as_secs(), microseconds: now.subsec_micros() },
+        }
+    }
+}

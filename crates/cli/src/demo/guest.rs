@@ -1,0 +1,63 @@
+//! What the guest says of itself, as `query-guest` returns it.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::report::Counts;
+
+/// The guest's report page. Counters run from boot and move with the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct GuestInfo {
+    /// 0 no guest yet, 1 booting, 2 driver ready, 3 running, anything else: failed.
+    pub(crate) stage: u64,
+    /// Turns of the guest's main loop.
+    pub(crate) loops: u64,
+    /// Pages written.
+    pub(crate) pages_written: u64,
+    /// Pages checked.
+    pub(crate) pages_checked: u64,
+    /// Pages found lost.
+    pub(crate) pages_lost: u64,
+    /// Full walks over all pages ever written.
+    pub(crate) page_passes: u64,
+    /// DMA blocks handled.
+    pub(crate) dma_blocks: u64,
+    /// Of them, written by a device into another's BAR.
+    pub(crate) p2p_blocks: u64,
+    /// Block checks, new and old blocks.
+    pub(crate) blocks_checked: u64,
+    /// Blocks found lost.
+    pub(crate) blocks_lost: u64,
+    /// Full walks over all block slots.
+    pub(crate) block_passes: u64,
+    /// Interrupts handled.
+    pub(crate) interrupts: u64,
+    /// Interrupts lost.
+    pub(crate) interrupts_lost: u64,
+    /// Interrupts without a block.
+    pub(crate) spurious: u64,
+    /// Longest gap between two looks at the host's clock, in nanoseconds.
+    pub(crate) longest_gap_ns: u64,
+    /// Last look at the host's clock.
+    pub(crate) last_clock_ns: u64,
+    /// Damaged pages of device state that devices reported.
+    pub(crate) integrity_failures: u64,
+    /// Why it failed, if it did.
+    pub(crate) failure: u64,
+    /// Detail of the failure.
+    pub(crate) failure_detail: u64,
+}
+
+/// Stage of a guest whose driver runs and whose checks go on.
+pub(crate) const STAGE_RUNNING: u64 = 3;
+
+impl GuestInfo {
+    pub(crate) fn checked(&self) -> Counts {
+        Counts { pages: self.pages_checked, dma_blocks: self.blocks_checked, interrupts: self.interrupts }
+    }
+
+    pub(crate) fn lost(&self) -> Counts {
+        Counts { pages: self.pages_lost, dma_blocks: self.blocks_lost, interrupts: self.interrupts_lost }
+    }
+}

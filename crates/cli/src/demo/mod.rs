@@ -1,0 +1,396 @@
+//! `demo`: a running guest and its devices move live between processes, and the guest judges.
+
+mod guest;
+mod processes;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vfio_migration_vmm::machine::kvm_answers;
+
+pub(crate) use guest::{GuestInfo, STAGE_RUNNING};
+use processes::Process;
+pub(crate) use report::DemoReport;
+use report::{Bytes, CaughtBy, Outcome, Pids};
+
+use crate::args::{Break, Demo, Transport};
+use crate::control::{Client, MigrationInfo, MigrationState, StatusInfo, Verb};
+use crate::exit::{Exit, Failure};
+use crate::interrupt::Interrupt;
+use crate::output::{print, print_json, say};
+use crate::progress::{Progress, Waiting};
+use crate::units::milliseconds;
+
+/// Longest wait for the guest to boot and to have something worth moving.
+const WARM_UP: Duration = Duration::from_secs(60);
+/// Longest wait for the guest to have looked at everything once it has moved.
+const JUDGEMENT: Duration = Duration::from_secs(120);
+/// How long the guest must have run at the destination: an interrupt counts as lost after one second.
+const INTERRUPT_PATIENCE: Duration = Duration::from_millis(1600);
+
+/// Runs the demo and prints its report.
+pub(crate) fn run(options: &Demo, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    let kvm = !options.software && kvm_answers().is_ok();
+    let guest = if kvm { "kvm" } else { "software" };
+    let mut report = DemoReport::begun(options.transport.name(), guest);
+    let played = check(options)
+        .and_then(|()| Stage::set(options, interrupt, &mut report.pids))
+        .and_then(|stage| stage.play(&mut report));
+    let exit = match played {
+        Ok(exit) => exit,
+        // A program that asked for JSON gets JSON, whatever happened.
+        Err(failure) if options.json => {
+            say(format_args!("vfio-migrate: {failure}"));
+            report.outcome = Outcome::Failed;
+            report.verified = false;
+            report.error = Some(failure.text);
+            failure.exit
+        }
+        Err(failure) => return Err(failure),
+    };
+    if options.json {
+        print_json(&report)?;
+    } else {
+        print(report.text())?;
+    }
+    Ok(exit)
+}
+
+/// Refuses sizes that cannot be, before anything is started.
+fn check(options: &Demo) -> Result<(), Failure> {
+    crate::verbs::vm::check_memory(options.memory)?;
+    let device = vfio_migration_sim::Options {
+        state_size: options.device_state,
+        state_dirty_rate: options.device_dirty_rate,
+        precopy: !options.no_precopy,
+        ..Default::default()
+    };
+    device.check().map_err(|error| Failure::new(Exit::Usage, format!("--device-state: {error}")))
+}
+
+/// Everything that a demo set up.
+struct Stage<'a> {
+    options: &'a Demo,
+    interrupt: &'a Interrupt,
+    source: (Process, Client),
+    destination: (Process, Client),
+    _devices: Vec<Process>,
+    // Last, so that the processes have left before their sockets go.
+    _dir: tempfile::TempDir,
+}
+
+impl<'a> Stage<'a> {
+    /// Starts everything. `pids` gets each process as it starts.
+    fn set(options: &'a Demo, interrupt: &'a Interrupt, pids: &mut Pids) -> Result<Self, Failure> {
+        let dir = tempfile::Builder::new()
+            .prefix("vfio-migrate-demo-")
+            .tempdir()
+            .map_err(|error| Failure::caused("cannot make a folder for the sockets", &error))?;
+        let sides = [Side::new(options, dir.path(), "source"), Side::new(options, dir.path(), "destination")];
+        let mut devices = Vec::new();
+        for side in &sides {
+            for (name, socket) in &side.devices {
+                let mut process =
+                    Process::start(&format!("{} device {name}", side.name), &side.device(name, socket))?;
+                pids.devices.push(process.pid());
+                process.listening(socket)?;
+                devices.push(process);
+            }
+        }
+        let uuid = uuid::Uuid::new_v4().to_string();
+        let [source, destination] = sides.map(|side| -> Result<_, Failure> {
+            let mut process = Process::start(&format!("{} VM", side.name), &side.vm(&uuid))?;
+            let pid = if side.is_source() { &mut pids.source } else { &mut pids.destination };
+            *pid = process.pid();
+            let control = process.control(&side.control)?;
+            Ok((process, control))
+        });
+        Ok(Self {
+            options,
+            interrupt,
+            source: source?,
+            destination: destination?,
+            _devices: devices,
+            _dir: dir,
+        })
+    }
+
+    fn play(mut self, report: &mut DemoReport) -> Result<Exit, Failure> {
+        let status: StatusInfo = ask(&mut self.source.1, Verb::QueryStatus)?;
+        report.guest.clone_from(&status.guest);
+        if status.guest == "software" && !self.options.software {
+            say(
+                "NO KVM: /dev/kvm does not answer on this host, so the software guest runs the same driver and the same \
+                 checks instead.",
+            );
+        }
+        self.warm_up()?;
+        let before = guest(&mut self.source.1)?;
+        let destination: StatusInfo = ask(&mut self.destination.1, Verb::QueryStatus)?;
+        let uri = destination
+            .incoming
+            .ok_or_else(|| Failure::failed("the destination VM does not wait for a guest"))?;
+        let began = Instant::now();
+        let outgoing = self.migrate(&uri)?;
+        let total_ms = began.elapsed().as_secs_f64() * 1e3;
+        report.total_ms = total_ms;
+        report.downtime_ms = outgoing.downtime_ms;
+        report.verify_ms = outgoing.verify_ms;
+        report.iterations = outgoing.iterations;
+        report.bytes = Bytes {
+            ram: outgoing.transferred.ram,
+            device_precopy: outgoing.transferred.device_precopy,
+            device_stopcopy: outgoing.transferred.device_stopcopy,
+        };
+        report.ram_digest_match = outgoing.ram_digest_match;
+        report.device_digest_match = outgoing.device_digest_match;
+        report.phases.clone_from(&outgoing.phases);
+        report.error.clone_from(&outgoing.error);
+        match outgoing.status {
+            MigrationState::Completed => self.judge_arrival(&before, report)?,
+            MigrationState::Cancelled | MigrationState::Failed => self.judge_return(&outgoing, report)?,
+            _ => {}
+        }
+        // A VM that dies afterwards, or a digest that differs, is no success whatever the guest says.
+        report.verified = report.outcome == Outcome::Completed
+            && !report.lost.any()
+            && report.error.is_none()
+            && report.ram_digest_match != Some(false)
+            && report.device_digest_match != Some(false)
+            && self.destination.0.alive();
+        let exit = match outgoing.status {
+            _ if report.verified => Exit::Done,
+            MigrationState::Unresolved => Exit::Unresolved,
+            _ if outgoing.incompatible => Exit::Incompatible,
+            _ => Exit::Failed,
+        };
+        Ok(exit)
+    }
+
+    /// Until the driver runs, every page area has been walked once, and blocks flow.
+    fn warm_up(&mut self) -> Result<(), Failure> {
+        let options = self.options;
+        let waiting = Waiting::new(!options.json, "the guest boots and starts its work");
+        until(self.interrupt, WARM_UP, "the guest to start its work", || {
+            waiting.tick();
+            let info = guest(&mut self.source.1)?;
+            if info.stage > STAGE_RUNNING || info.failure != 0 {
+                return Err(Failure::failed(format!(
+                    "the guest failed to start (code {:#x}, detail {:#x})",
+                    info.failure, info.failure_detail
+                )));
+            }
+            let writes = options.dirty_rate == 0 || info.pages_written > 2000.min(options.dirty_rate / 4096);
+            Ok(info.stage == STAGE_RUNNING && writes && info.dma_blocks >= 64 * u64::from(options.devices))
+        })
+    }
+
+    fn migrate(&mut self, uri: &str) -> Result<MigrationInfo, Failure> {
+        // Digests would notice a sabotage before the guest can: it is to act below them, unless asked otherwise.
+        let verify = self.options.sabotage.is_none() || self.options.strict;
+        let limit = milliseconds(self.options.downtime_limit);
+        let arguments = json!({"uri": uri, "downtime-limit": limit, "verify": verify});
+        self.source
+            .1
+            .call(Verb::Migrate, arguments)
+            .map_err(|error| Failure::caused("the source VM refused to migrate", &error))?;
+        let mut progress = Progress::new(!self.options.json);
+        loop {
+            // The event only saves waiting: the state is always asked for.
+            self.source
+                .1
+                .next_event(Duration::from_millis(100))
+                .map_err(|error| Failure::caused("lost the source VM", &error))?;
+            let info: MigrationInfo = ask(&mut self.source.1, Verb::QueryMigrate)?;
+            progress.show(&info);
+            if !matches!(info.status, MigrationState::Active | MigrationState::PreSwitchover) {
+                return Ok(info);
+            }
+            self.interrupt.check()?;
+        }
+    }
+
+    /// The guest has moved: let it look at everything, then hear what it found.
+    fn judge_arrival(&mut self, before: &GuestInfo, report: &mut DemoReport) -> Result<(), Failure> {
+        report.outcome = Outcome::Completed;
+        let arrived = guest(&mut self.destination.1)?;
+        let began = Instant::now();
+        let devices = self.options.devices;
+        let waiting = Waiting::new(!self.options.json, "the guest, moved, checks everything it ever wrote");
+        let verdict =
+            until(self.interrupt, JUDGEMENT, "the guest to check everything after the move", || {
+                waiting.tick();
+                let now = guest(&mut self.destination.1)?;
+                // Two more full walks: the first may have begun before the move.
+                let pages = self.options.dirty_rate == 0 || now.page_passes >= arrived.page_passes + 2;
+                let blocks = now.block_passes >= arrived.block_passes + 2
+                    && now.dma_blocks >= arrived.dma_blocks + 64 * u64::from(devices);
+                let enough = pages && blocks && began.elapsed() >= INTERRUPT_PATIENCE;
+                // A guest that has lost something may well be stuck with it.
+                Ok(enough || (now.lost().any() && began.elapsed() >= 3 * INTERRUPT_PATIENCE))
+            });
+        drop(waiting);
+        let after = guest(&mut self.destination.1)?;
+        report.checked = after.checked();
+        report.lost = after.lost();
+        report.spurious_interrupts = after.spurious;
+        report.guest_gap_ms = Some(Duration::from_nanos(after.longest_gap_ns).as_secs_f64() * 1e3);
+        if after.lost().any() && !before.lost().any() {
+            report.caught_by = Some(CaughtBy::Guest);
+        }
+        if let Err(failure) = verdict
+            && report.caught_by.is_none()
+        {
+            self.interrupt.check()?;
+            report.error = Some(failure.to_string());
+        }
+        if after.stage != STAGE_RUNNING || after.failure != 0 {
+            report.error = Some(format!("the guest failed after the move (code {:#x})", after.failure));
+        }
+        if before.lost().any() {
+            report.error = Some("the guest had lost something before the move began".into());
+        }
+        Ok(())
+    }
+
+    /// The migration did not complete: the guest must go on at the source, with nothing lost.
+    fn judge_return(&mut self, outgoing: &MigrationInfo, report: &mut DemoReport) -> Result<(), Failure> {
+        let back = guest(&mut self.source.1)?;
+        let goes_on =
+            until(self.interrupt, Duration::from_secs(10), "the guest to go on at the source", || {
+                Ok(guest(&mut self.source.1)?.loops > back.loops + 10)
+            });
+        let now = guest(&mut self.source.1)?;
+        report.outcome = if goes_on.is_ok() { Outcome::Aborted } else { Outcome::Failed };
+        report.checked = now.checked();
+        report.lost = now.lost();
+        report.spurious_interrupts = now.spurious;
+        if self.options.sabotage.is_some() && outgoing.status == MigrationState::Failed {
+            report.caught_by = Some(CaughtBy::Engine);
+        }
+        Ok(())
+    }
+}
+
+/// One side of the demo: where its sockets are and how its processes are called.
+struct Side<'a> {
+    options: &'a Demo,
+    name: &'static str,
+    control: PathBuf,
+    listen: PathBuf,
+    state: PathBuf,
+    devices: Vec<(String, PathBuf)>,
+}
+
+impl<'a> Side<'a> {
+    fn new(options: &'a Demo, dir: &Path, name: &'static str) -> Self {
+        // The order of two devices can only be got wrong with two devices.
+        let count =
+            if options.sabotage == Some(Break::P2pOrder) { options.devices.max(2) } else { options.devices };
+        let devices =
+            (0..count).map(|n| (format!("dev{n}"), dir.join(format!("{name}-dev{n}.sock")))).collect();
+        Self {
+            options,
+            name,
+            control: dir.join(format!("{name}.control")),
+            listen: dir.join(format!("{name}.migration")),
+            state: dir.join(format!("{name}.state")),
+            devices,
+        }
+    }
+
+    fn is_source(&self) -> bool {
+        self.name == "source"
+    }
+
+    fn device(&self, _name: &str, socket: &Path) -> Vec<String> {
+        let options = self.options;
+        let mut arguments = strings(&["device", "--exit-with-stdin", "--socket"]);
+        arguments.push(socket.display().to_string());
+        arguments.extend(["--state-size".into(), options.device_state.to_string()]);
+        arguments.extend(["--state-dirty-rate".into(), options.device_dirty_rate.to_string()]);
+        // The guest checks each block on one vCPU, which some hosts emulate: all devices together keep one pace.
+        arguments.extend(["--dma-interval".into(), format!("{}us", 1000 * self.devices.len())]);
+        if options.no_precopy {
+            arguments.push("--no-precopy".into());
+        }
+        let fault = match options.sabotage {
+            Some(Break::DeviceLog) => Some("ignore-dirty-log:3"),
+            Some(Break::DeviceTail) => Some("corrupt-tail"),
+            _ => None,
+        };
+        if let (Some(fault), true) = (fault, self.is_source()) {
+            arguments.extend(["--fault".into(), fault.into()]);
+        }
+        arguments
+    }
+
+    fn vm(&self, uuid: &str) -> Vec<String> {
+        let options = self.options;
+        let mut arguments = strings(&["vm", "--exit-with-stdin", "--uuid", uuid, "--memory"]);
+        arguments.push(options.memory.to_string());
+        arguments.extend(["--dirty-rate".into(), options.dirty_rate.to_string()]);
+        arguments.extend(["--control".into(), self.control.display().to_string()]);
+        arguments.extend(["--state-dir".into(), self.state.display().to_string()]);
+        for (name, socket) in &self.devices {
+            arguments.extend(["--device".into(), format!("vfio-user:{},id={name}", socket.display())]);
+        }
+        if options.software {
+            arguments.push("--software".into());
+        }
+        if !self.is_source() {
+            let uri = match options.transport {
+                Transport::Tcp => "tcp:127.0.0.1:0".into(),
+                Transport::Unix => format!("unix:{}", self.listen.display()),
+            };
+            arguments.extend(["--incoming".into(), uri]);
+        }
+        let word = match (options.sabotage, self.is_source()) {
+            (Some(Break::DirtyLog), true) => Some("dirty-log"),
+            (Some(Break::PageOrder), true) => Some("page-order"),
+            (Some(Break::P2pOrder), true) => Some("p2p-order"),
+            (Some(Break::Interrupt), false) => Some("interrupt"),
+            _ => None,
+        };
+        if let Some(word) = word {
+            arguments.extend(["--sabotage".into(), word.into()]);
+        }
+        arguments
+    }
+}
+
+fn strings(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_string()).collect()
+}
+
+fn ask<T: serde::de::DeserializeOwned>(client: &mut Client, verb: Verb) -> Result<T, Failure> {
+    let value = client
+        .call(verb, Value::Null)
+        .map_err(|error| Failure::caused("a VM of the demo is lost", &error))?;
+    serde_json::from_value(value)
+        .map_err(|error| Failure::caused("a VM of the demo answers nonsense", &error))
+}
+
+fn guest(client: &mut Client) -> Result<GuestInfo, Failure> {
+    ask(client, Verb::QueryGuest)
+}
+
+/// Polls `done` until it holds.
+fn until(
+    interrupt: &Interrupt,
+    patience: Duration,
+    what: &str,
+    mut done: impl FnMut() -> Result<bool, Failure>,
+) -> Result<(), Failure> {
+    let deadline = Instant::now() + patience;
+    while !done()? {
+        interrupt.check()?;
+        if Instant::now() > deadline {
+            return Err(Failure::failed(format!("waited {} s in vain for {what}", patience.as_secs())));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! The processes of a demo: device servers and VMs, each ended when the demo ends, however it ends.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::control::Client;
+use crate::exit::{Exit, Failure};
+use crate::output::say;
+
+/// Longest wait for a child to come up, or to leave.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A child process of this same program. It leaves when its stdin ends, so that none outlives the demo even if
+/// the demo is killed.
+#[derive(Debug)]
+pub(crate) struct Process {
+    name: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    /// Passes its messages on; returns the last line.
+    messages: Option<JoinHandle<String>>,
+}
+
+impl Process {
+    /// Starts `vfio-migrate ARGUMENTS`, whose messages go to our stderr.
+    pub(crate) fn start(name: &str, arguments: &[String]) -> Result<Self, Failure> {
+        let program =
+            std::env::current_exe().map_err(|error| Failure::caused("cannot find this program", &error))?;
+        let mut child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| Failure::caused(&format!("cannot start the {name}"), &error))?;
+        let stdin = child.stdin.take();
+        let mut process = Self { name: name.into(), child, stdin, messages: None };
+        if let Some(stderr) = process.child.stderr.take() {
+            let thread = std::thread::Builder::new().name("messages".into());
+            let spawned = thread.spawn(move || pass_on(stderr));
+            process.messages =
+                Some(spawned.map_err(|error| Failure::caused("cannot make a thread", &error))?);
+        }
+        Ok(process)
+    }
+
+    /// Process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the process listens at `socket` and answers, and connects to its control socket.
+    pub(crate) fn control(&mut self, socket: &Path) -> Result<Client, Failure> {
+        self.until(socket, || Client::connect(socket, PATIENCE).ok())
+    }
+
+    /// Waits until a socket file is there.
+    pub(crate) fn listening(&mut self, socket: &Path) -> Result<(), Failure> {
+        self.until(socket, || socket.exists().then_some(()))
+    }
+
+    fn until<T>(&mut self, socket: &Path, mut ready: impl FnMut() -> Option<T>) -> Result<T, Failure> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(value) = ready() {
+                return Ok(value);
+            }
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Err(self.ended(status));
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::failed(format!(
+                    "the {} does not listen at {}",
+                    self.name,
+                    socket.display()
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Why it ended before it was ready: in its own words, and with its own exit code.
+    fn ended(&mut self, status: ExitStatus) -> Failure {
+        let last = self.messages.take().and_then(|thread| thread.join().ok()).unwrap_or_default();
+        let reason = match last.strip_prefix("vfio-migrate: ").unwrap_or(&last) {
+            "" => status.to_string(),
+            reason => reason.to_owned(),
+        };
+        let exit = match status.code() {
+            Some(2) => Exit::Usage,
+            Some(3) => Exit::Incompatible,
+            Some(4) => Exit::Unresolved,
+            _ => Exit::Failed,
+        };
+        Failure::new(exit, format!("the {} ended at once: {reason}", self.name))
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.stdin.take());
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while self.alive() {
+            if Instant::now() > deadline {
+                tracing::warn!(process = self.name, "does not leave by itself, killed");
+                // It may have left in between; the wait below reaps it in either case.
+                let _ = self.child.kill();
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let _ = self.child.wait();
+        if let Some(messages) = self.messages.take() {
+            let _ = messages.join();
+        }
+    }
+}
+
+fn pass_on(stderr: ChildStderr) -> String {
+    let mut last = String::new();
+    let mut reader = BufReader::new(stderr);
+    let mut line = Vec::new();
+    // What is no text is shown as well as it can be; an error is an end.
+    while reader.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+        last = String::from_utf8_lossy(&line).trim_end().to_owned();
+        say(&last);
+        line.clear();
+    }
+    last
+}

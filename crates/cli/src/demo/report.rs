@@ -1,0 +1,195 @@
+//! The one JSON object that `demo --json` prints, and the same for people.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::control::PhaseInfo;
+use crate::units::show_size;
+
+/// How a demo went.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct DemoReport {
+    /// `"completed"`, `"aborted"` (the guest went on at the source) or `"failed"`.
+    pub(crate) outcome: Outcome,
+    /// The guest moved and lost nothing, and every check that was asked for agrees.
+    pub(crate) verified: bool,
+    /// `"kvm"` or `"software"`.
+    pub(crate) guest: String,
+    /// `"tcp"` or `"unix"`.
+    pub(crate) transport: String,
+    /// Process ids.
+    pub(crate) pids: Pids,
+    /// Milliseconds from the request to the end of the migration.
+    pub(crate) total_ms: f64,
+    /// Milliseconds from the source's vCPUs paused to the destination's vCPUs running, by one clock; `verify_ms` is not in it.
+    pub(crate) downtime_ms: Option<f64>,
+    /// The longest gap between two looks at the host's clock that the guest itself saw, in milliseconds. Contains the
+    /// downtime, the time of the digests, and whatever else kept the guest from running.
+    pub(crate) guest_gap_ms: Option<f64>,
+    /// Milliseconds spent on digests while the guest stood still.
+    pub(crate) verify_ms: f64,
+    /// Iterations of pre-copy.
+    pub(crate) iterations: u32,
+    /// Payload bytes on the wire.
+    pub(crate) bytes: Bytes,
+    /// What the guest checked after it had moved, and before, all in all.
+    pub(crate) checked: Counts,
+    /// What it found lost.
+    pub(crate) lost: Counts,
+    /// Interrupts without a block: legal.
+    pub(crate) spurious_interrupts: u64,
+    /// RAM at the source's pause equals RAM before the destination ran; null when not compared.
+    pub(crate) ram_digest_match: Option<bool>,
+    /// Device bytes read at the source equal those written at the destination; null when it did not come to that.
+    pub(crate) device_digest_match: Option<bool>,
+    /// Who found that something was wrong: null, `"engine"` or `"guest"`.
+    pub(crate) caught_by: Option<CaughtBy>,
+    /// What each phase took.
+    pub(crate) phases: Vec<PhaseInfo>,
+    /// What went wrong, in a sentence.
+    pub(crate) error: Option<String>,
+}
+
+/// How the migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Outcome {
+    /// The guest runs at the destination.
+    Completed,
+    /// It goes on at the source.
+    Aborted,
+    /// Neither can be said.
+    Failed,
+}
+
+/// Who noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum CaughtBy {
+    /// The engine refused to commit.
+    Engine,
+    /// The guest found it after the move.
+    Guest,
+}
+
+/// Process ids.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Pids {
+    /// Source VM.
+    pub(crate) source: u32,
+    /// Destination VM.
+    pub(crate) destination: u32,
+    /// Device servers: the source's, then the destination's.
+    pub(crate) devices: Vec<u32>,
+}
+
+/// Payload bytes.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Bytes {
+    /// RAM; zero pages not counted.
+    pub(crate) ram: u64,
+    /// Device state while the guest ran.
+    pub(crate) device_precopy: u64,
+    /// Device state while it stood.
+    pub(crate) device_stopcopy: u64,
+}
+
+/// What the guest counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Counts {
+    /// Pages.
+    pub(crate) pages: u64,
+    /// Blocks that devices wrote by DMA.
+    pub(crate) dma_blocks: u64,
+    /// Interrupts.
+    pub(crate) interrupts: u64,
+}
+
+impl Counts {
+    /// Whether anything was counted.
+    pub(crate) fn any(&self) -> bool {
+        *self != Self::default()
+    }
+}
+
+impl DemoReport {
+    /// A run that has come to nothing yet.
+    pub(crate) fn begun(transport: &str, guest: &str) -> Self {
+        Self {
+            outcome: Outcome::Failed,
+            verified: false,
+            guest: guest.into(),
+            transport: transport.into(),
+            pids: Pids::default(),
+            total_ms: 0.0,
+            downtime_ms: None,
+            guest_gap_ms: None,
+            verify_ms: 0.0,
+            iterations: 0,
+            bytes: Bytes::default(),
+            checked: Counts::default(),
+            lost: Counts::default(),
+            spurious_interrupts: 0,
+            ram_digest_match: None,
+            device_digest_match: None,
+            caught_by: None,
+            phases: Vec::new(),
+            error: None,
+        }
+    }
+
+    /// The report for people.
+    pub(crate) fn text(&self) -> String {
+        let ms = |value: Option<f64>| value.map_or("-".into(), |ms| format!("{ms:.1} ms"));
+        let matched = |value: Option<bool>| match value {
+            Some(true) => "equal",
+            Some(false) => "DIFFERENT",
+            None => "not compared",
+        };
+        let mut text = String::new();
+        let mut row = |name: &str, value: String| text.push_str(&format!("  {name:<22}{value}\n"));
+        row("guest", format!("{} over {}", self.guest, self.transport));
+        row("total", format!("{:.1} ms, {} iterations", self.total_ms, self.iterations));
+        row("downtime", ms(self.downtime_ms));
+        row(
+            "longest gap (guest)",
+            format!("{}, of it {:.1} ms digests", ms(self.guest_gap_ms), self.verify_ms),
+        );
+        row(
+            "moved",
+            format!(
+                "{} RAM, {} device state live, {} stopped",
+                show_size(self.bytes.ram),
+                show_size(self.bytes.device_precopy),
+                show_size(self.bytes.device_stopcopy)
+            ),
+        );
+        for (name, counts) in [("checked", &self.checked), ("lost", &self.lost)] {
+            row(
+                name,
+                format!(
+                    "{} pages, {} DMA blocks, {} interrupts",
+                    counts.pages, counts.dma_blocks, counts.interrupts
+                ),
+            );
+        }
+        row("RAM digests", matched(self.ram_digest_match).into());
+        row("device digests", matched(self.device_digest_match).into());
+        let phases: Vec<String> =
+            self.phases.iter().map(|phase| format!("{} {:.1}", phase.name, phase.ms)).collect();
+        row("phases, ms", phases.join("  "));
+        if let Some(caught) = self.caught_by {
+            row("caught by", format!("{caught:?}").to_lowercase());
+        }
+        if let Some(error) = &self.error {
+            row("error", error.clone());
+        }
+        let verdict = match (self.verified, self.outcome) {
+            (true, _) => "VERIFIED: the guest moved live and lost nothing",
+            (false, Outcome::Completed) => "NOT VERIFIED: the guest moved, and something was lost",
+            (false, Outcome::Aborted) => "ABORTED: the guest goes on at the source",
+            (false, Outcome::Failed) => "FAILED",
+        };
+        format!("{verdict}\n{text}")
+    }
+}

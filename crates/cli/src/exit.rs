@@ -1,0 +1,95 @@
+//! Exit codes, the same for every verb, and the error that carries one.
+
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::control::{ClientError, Refused};
+
+/// How a run of the command ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    /// Done, and verified where there was something to verify.
+    Done = 0,
+    /// It failed; the guest, if there is one, runs where it ran.
+    Failed = 1,
+    /// The command line makes no sense.
+    Usage = 2,
+    /// The two sides do not fit; nothing was begun.
+    Incompatible = 3,
+    /// It is not known which side owns the guest: it stands still on both until somebody decides.
+    Unresolved = 4,
+}
+
+/// A failed run: what to say, and how to exit.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    pub(crate) text: String,
+    /// As the control socket classes refusals.
+    class: String,
+}
+
+impl Failure {
+    pub(crate) fn new(exit: Exit, text: impl Into<String>) -> Self {
+        Self { exit, text: text.into(), class: "GenericError".into() }
+    }
+
+    /// A plain failure, exit 1.
+    pub(crate) fn failed(text: impl Into<String>) -> Self {
+        Self::new(Exit::Failed, text)
+    }
+
+    /// A request over the control socket failed; a refusal keeps its class.
+    pub(crate) fn asked(doing: &str, error: &ClientError) -> Self {
+        let class = match error {
+            ClientError::Refused(refused) => refused.class.clone(),
+            _ => "GenericError".into(),
+        };
+        Self { class, ..Self::caused(doing, error) }
+    }
+
+    /// The same for programs.
+    pub(crate) fn report(&self) -> FailureReport {
+        FailureReport {
+            error: Refused { class: self.class.clone(), desc: self.text.clone() },
+            exit: self.exit as u8,
+        }
+    }
+
+    /// `error` with its chain of causes on one line.
+    pub(crate) fn caused(doing: &str, error: &(dyn std::error::Error + 'static)) -> Self {
+        Self::failed(format!("{doing}: {}", chain(error)))
+    }
+}
+
+/// What a verb with `--json` prints when it cannot do what it was asked for.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct FailureReport {
+    /// Why.
+    pub(crate) error: Refused,
+    /// The exit code of the process.
+    pub(crate) exit: u8,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// An error and its causes, joined by colons.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}

@@ -1,0 +1,82 @@
+//! `vfio-migrate`: live migration for guests that own VFIO devices, for operators and for authors of drivers and
+//! device servers. `vfio-migrate --help` says what it does.
+#![forbid(unsafe_code)]
+
+mod args;
+mod control;
+mod demo;
+mod exit;
+mod interrupt;
+mod manual;
+mod output;
+mod progress;
+mod schema;
+mod units;
+mod verbs;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Verb};
+use exit::{Exit, Failure};
+use interrupt::Interrupt;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    listen_to_log(cli.verbose);
+    let json = cli.verb.json();
+    let exit = match run(cli.verb) {
+        Ok(exit) => exit,
+        Err(failure) => {
+            output::say(format_args!("vfio-migrate: {failure}"));
+            if json {
+                // If stdout is what failed, the exit code has to do.
+                let _ = output::print_json(&failure.report());
+            }
+            failure.exit
+        }
+    };
+    ExitCode::from(exit as u8)
+}
+
+fn run(verb: Verb) -> Result<Exit, Failure> {
+    match verb {
+        Verb::Demo(options) => demo::run(&options, &Interrupt::listen()?),
+        Verb::Device(options) => verbs::device::run(&options),
+        Verb::Vm(options) => verbs::vm::run(&options, &Interrupt::listen()?),
+        Verb::Migrate(options) => verbs::migrate::run(&options, &Interrupt::listen()?),
+        Verb::Status(options) => verbs::status::run(&options, &Interrupt::listen()?),
+        Verb::Cancel(target) => verbs::steer::cancel(&target),
+        Verb::Continue(target) => verbs::steer::go_on(&target),
+        Verb::Stop(target) => verbs::steer::stop(&target),
+        Verb::Cont(target) => verbs::steer::cont(&target),
+        Verb::Quit(target) => verbs::steer::quit(&target),
+        Verb::Incoming(options) => verbs::steer::incoming(&options),
+        Verb::Set(options) => verbs::steer::set(&options),
+        Verb::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "vfio-migrate", &mut script);
+            output::print(script)?;
+            Ok(Exit::Done)
+        }
+        Verb::Generate { dir } => manual::generate(&dir),
+    }
+}
+
+fn listen_to_log(verbose: u8) {
+    let default = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+}

@@ -1,0 +1,107 @@
+//! Progress of a migration: a bar on a terminal, plain lines otherwise, nothing when the output is for a program.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::control::MigrationInfo;
+use crate::output::say;
+use crate::units::show_size;
+
+/// How often a plain line is printed.
+const LINE_EVERY: Duration = Duration::from_secs(2);
+
+/// Shows a migration as it goes, on stderr.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    lines: Option<Instant>,
+}
+
+impl Progress {
+    /// Shows something if `wanted`.
+    pub(crate) fn new(wanted: bool) -> Self {
+        if !wanted {
+            return Self { bar: None, lines: None };
+        }
+        if !std::io::stderr().is_terminal() {
+            return Self { bar: None, lines: Some(Instant::now() + LINE_EVERY) };
+        }
+        let bar = ProgressBar::new(0);
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3}%  {msg}") {
+            bar.set_style(style);
+        }
+        Self { bar: Some(bar), lines: None }
+    }
+
+    /// Shows how it stands.
+    pub(crate) fn show(&mut self, info: &MigrationInfo) {
+        let done = info.transferred.ram + info.transferred.device_precopy + info.transferred.device_stopcopy;
+        if let Some(bar) = &self.bar {
+            bar.set_length(done + info.remaining);
+            bar.set_position(done);
+            bar.set_message(line(info, done));
+        } else if let Some(due) = self.lines.filter(|due| Instant::now() >= *due) {
+            say(line(info, done));
+            self.lines = Some(due + LINE_EVERY);
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Says what is being waited for: a spinner on a terminal, otherwise a line once it takes more than two seconds.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    spinner: Option<ProgressBar>,
+    line: std::cell::Cell<Option<(Instant, &'static str)>>,
+}
+
+impl Waiting {
+    /// Says `what` if `wanted`.
+    pub(crate) fn new(wanted: bool, what: &'static str) -> Self {
+        let terminal = wanted && std::io::stderr().is_terminal();
+        let spinner = terminal.then(|| ProgressBar::new_spinner().with_message(what));
+        let line = (wanted && !terminal).then(|| (Instant::now() + LINE_EVERY, what));
+        Self { spinner, line: line.into() }
+    }
+
+    /// Still waiting.
+    pub(crate) fn tick(&self) {
+        if let Some(spinner) = &self.spinner {
+            spinner.tick();
+        } else if let Some((due, what)) = self.line.get()
+            && Instant::now() >= due
+        {
+            say(what);
+            self.line.set(None);
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(spinner) = &self.spinner {
+            spinner.finish_and_clear();
+        }
+    }
+}
+
+fn line(info: &MigrationInfo, done: u64) -> String {
+    let phase = info.phase.as_deref().unwrap_or("-");
+    let expected = info.expected_downtime_ms.map_or(String::new(), |ms| format!(", downtime now {ms:.0} ms"));
+    format!(
+        "{phase} iteration {}: {} moved, {} left, {}/s{expected}",
+        info.iterations,
+        show_size(done),
+        show_size(info.remaining),
+        show_size(info.rate)
+    )
+}

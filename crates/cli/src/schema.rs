@@ -1,0 +1,28 @@
+//! Schemas of every JSON document that the command prints or the control socket carries.
+
+use schemars::{Schema, schema_for};
+
+use crate::control::{
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, StatusInfo,
+};
+use crate::demo::{DemoReport, GuestInfo};
+use crate::exit::FailureReport;
+use crate::verbs::{Acknowledged, StatusReport};
+
+/// Every schema, by the name of its file in `docs/schemas`.
+pub(crate) fn all() -> Vec<(&'static str, Schema)> {
+    vec![
+        ("demo", schema_for!(DemoReport)),
+        ("status", schema_for!(StatusReport)),
+        ("failure", schema_for!(FailureReport)),
+        ("acknowledged", schema_for!(Acknowledged)),
+        ("query-status", schema_for!(StatusInfo)),
+        ("query-guest", schema_for!(GuestInfo)),
+        ("query-migrate", schema_for!(MigrationInfo)),
+        ("migrate-arguments", schema_for!(MigrateArguments)),
+        ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
+        ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),
+        ("event", schema_for!(Event)),
+        ("error", schema_for!(Refused)),
+    ]
+}

@@ -1,0 +1,101 @@
+//! Sizes and times as people write them: `512M`, `1.5G`, `300ms`, `2s`.
+
+use std::time::Duration;
+
+/// Bytes: digits, an optional fraction, and a suffix K, M, G or T (powers of two; `KiB`, `MB` and the like mean the same).
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let refuse = || format!("'{text}' is not a size (want a number with K, M, G or T, for example 512M)");
+    let (number, suffix) = split(text);
+    let shift = match suffix.to_ascii_uppercase().trim_end_matches('B').trim_end_matches('I') {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(refuse()),
+    };
+    scaled(number, 1 << shift).ok_or_else(refuse)
+}
+
+/// A time: digits, an optional fraction, and `us`, `ms`, `s`, `m` or `h`.
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
+    let refuse =
+        || format!("'{text}' is not a time (want a number with us, ms, s, m or h, for example 300ms)");
+    let (number, suffix) = split(text);
+    let nanoseconds = match suffix {
+        "us" => 1_000,
+        "ms" => 1_000_000,
+        "s" => 1_000_000_000,
+        "m" | "min" => 60_000_000_000,
+        "h" => 3_600_000_000_000,
+        _ => return Err(refuse()),
+    };
+    scaled(number, nanoseconds).map(Duration::from_nanos).ok_or_else(refuse)
+}
+
+/// Whole milliseconds, as the control socket takes them. Rounded up: what is short must not become nothing.
+pub(crate) fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
+fn split(text: &str) -> (&str, &str) {
+    let end = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    text.split_at(end)
+}
+
+/// `number × unit`, exact for up to nine decimals, `None` when it is no number or does not fit.
+fn scaled(number: &str, unit: u64) -> Option<u64> {
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if whole.is_empty() || fraction.len() > 9 || (number.contains('.') && fraction.is_empty()) {
+        return None;
+    }
+    let whole: u64 = whole.parse().ok()?;
+    let mut value = u128::from(whole) * u128::from(unit);
+    if !fraction.is_empty() {
+        let digits: u128 = fraction.parse().ok()?;
+        value += digits * u128::from(unit) / 10u128.pow(u32::try_from(fraction.len()).ok()?);
+    }
+    u64::try_from(value).ok()
+}
+
+/// Bytes for people: `1.5 GiB`.
+pub(crate) fn show_size(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("4K", 4096),
+            ("4KiB", 4096),
+            ("64MB", 64 << 20),
+            ("1.5G", 3 << 29),
+            ("512m", 512 << 20),
+            ("2T", 2 << 40),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "M", "-1", "1X", "1.G", ".5G", "1e3", "17179869184G", "99999999999999999999", "1 M"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!(time("300ms"), Ok(Duration::from_millis(300)));
+        assert_eq!(time("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(time("500us"), Ok(Duration::from_micros(500)));
+        for (text, ms) in [("0ms", 0), ("1us", 1), ("500us", 1), ("1ms", 1), ("1.2ms", 2), ("2s", 2000)] {
+            assert_eq!(time(text).map(milliseconds), Ok(ms), "{text}");
+        }
+        for bad in ["", "300", "ms", "1d", "-1s", "18446744074s"] {
+            assert!(time(bad).is_err(), "{bad}");
+        }
+    }
+}

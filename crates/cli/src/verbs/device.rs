@@ -1,0 +1,46 @@
+//! `device`: serves the sample device.
+
+use vfio_migration_sim::{FAULT_FORMS, Fault, Options, serve};
+
+use crate::args::Device;
+use crate::exit::{Exit, Failure};
+use crate::interrupt;
+
+pub(crate) fn run(options: &Device) -> Result<Exit, Failure> {
+    let usage = |text: String| Failure::new(Exit::Usage, text);
+    if options.fault.iter().any(|fault| fault == "help") {
+        crate::output::print(format!("{}\n", FAULT_FORMS.replace(", ", "\n")))?;
+        return Ok(Exit::Done);
+    }
+    let faults = options
+        .fault
+        .iter()
+        .map(|text| text.parse::<Fault>().map_err(|error| usage(error.to_string())))
+        .collect::<Result<Vec<_>, _>>()?;
+    let version = version(&options.model_version)
+        .ok_or_else(|| usage(format!("'{}' is no version (want MAJOR.MINOR)", options.model_version)))?;
+    let device = Options {
+        state_size: options.state_size,
+        state_dirty_rate: options.state_dirty_rate,
+        dma_interval: options.dma_interval,
+        precopy: !options.no_precopy,
+        p2p: !options.no_p2p,
+        extension: !options.no_extension,
+        dirty_log: !options.no_dirty_log,
+        version,
+        faults,
+        ..Options::default()
+    };
+    device.check().map_err(|error| usage(error.to_string()))?;
+    let stop = vfio_user_peer::StopHandle::new().map_err(|error| Failure::caused("cannot begin", &error))?;
+    let ended = stop.clone();
+    interrupt::on_end(options.exit_with_stdin, move || ended.stop())?;
+    serve(&options.socket, device, &stop)
+        .map_err(|error| Failure::caused(&format!("cannot serve {}", options.socket.display()), &error))?;
+    Ok(Exit::Done)
+}
+
+fn version(text: &str) -> Option<(u16, u16)> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}

@@ -1,0 +1,229 @@
+//! What the control socket's verbs do.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use serde_json::{Value, json};
+use vfio_migration::Machine;
+use vfio_migration_vmm::guest::{Report, Stage};
+use vfio_migration_vmm::machine::Accelerator;
+
+use super::slot::{Slot, Steering};
+use super::{RunningVm, incoming, outgoing};
+use crate::control::{
+    Event, Handler, IncomingArguments, MigrateArguments, MigrationInfo, NoArguments, ParameterArguments,
+    Refused, StatusInfo, Verb,
+};
+use crate::demo::GuestInfo;
+use crate::exit::chain;
+
+/// Answers the control socket of one `vm`.
+pub(super) struct VmHandler {
+    pub(super) vm: Arc<RunningVm>,
+    pub(super) quit: Sender<()>,
+}
+
+impl Handler for VmHandler {
+    fn call(&self, verb: Verb, arguments: Value) -> Result<Value, Refused> {
+        if !matches!(verb, Verb::Migrate | Verb::MigrateIncoming | Verb::MigrateSetParameters) {
+            let NoArguments {} = parse(arguments.clone())?;
+        }
+        match verb {
+            Verb::QueryStatus => return to_json(&self.status()),
+            Verb::QueryGuest => return to_json(&self.guest()?),
+            Verb::QueryMigrate => return to_json(&self.migration()),
+            Verb::Migrate => outgoing::begin(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
+            Verb::MigrateIncoming => {
+                incoming::again(&self.vm, &parse::<IncomingArguments>(arguments)?.uri)?;
+            }
+            Verb::MigrateSetParameters => self.set(&parse(arguments)?)?,
+            Verb::MigrateCancel => self.cancel()?,
+            Verb::MigrateContinue => self.go_on()?,
+            Verb::Stop => self.stop()?,
+            Verb::Cont => self.cont()?,
+            // The receiver is gone only when the process ends anyway.
+            Verb::Quit => drop(self.quit.send(())),
+        }
+        Ok(json!({}))
+    }
+}
+
+impl VmHandler {
+    fn status(&self) -> StatusInfo {
+        let slot = self.vm.state.slot();
+        let word = match &slot {
+            Slot::Here { machine, .. } if machine.failure().is_some() => "failed",
+            Slot::Here { machine, .. } if machine.is_running() => "running",
+            Slot::Here { .. } | Slot::Held { .. } | Slot::Leaving { .. } => "paused",
+            Slot::Preparing | Slot::Awaited { .. } => "inmigrate",
+            Slot::Left => "postmigrate",
+            Slot::Unresolved { .. } => "unresolved",
+            Slot::Failed => "failed",
+        };
+        let config = &self.vm.config;
+        StatusInfo {
+            uuid: slot.machine().map_or(config.id, |machine| machine.id()).to_string(),
+            status: word.into(),
+            guest: match config.accelerator {
+                Accelerator::Kvm => "kvm".into(),
+                Accelerator::Software => "software".into(),
+            },
+            pid: std::process::id(),
+            incoming: match &slot {
+                Slot::Awaited { at, .. } => Some(at.to_string()),
+                _ => None,
+            },
+            memory: config.memory,
+            devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
+            epoch: slot.epoch().0,
+        }
+    }
+
+    fn guest(&self) -> Result<GuestInfo, Refused> {
+        let slot = self.vm.state.slot();
+        let machine = slot.machine().ok_or_else(|| generic("there is no guest here"))?;
+        let report = machine.report().map_err(|error| generic(chain(&error)))?;
+        Ok(guest_info(&report))
+    }
+
+    fn migration(&self) -> MigrationInfo {
+        let now = self.vm.state.snapshot();
+        match now.steering {
+            Some(Steering::Outgoing(control)) => outgoing::info(&control.progress(), "outgoing"),
+            Some(Steering::Incoming(control)) => outgoing::info(&control.progress(), "incoming"),
+            None => now.ended.unwrap_or_else(MigrationInfo::none),
+        }
+    }
+
+    fn set(&self, arguments: &ParameterArguments) -> Result<(), Refused> {
+        let Some(Steering::Outgoing(control)) = self.vm.state.steering() else {
+            return Err(no_migration());
+        };
+        if let Some(limit) = arguments.downtime_limit {
+            control.set_downtime_limit(std::time::Duration::from_millis(limit));
+        }
+        if let Some(bandwidth) = arguments.max_bandwidth {
+            control.set_bandwidth((bandwidth > 0).then_some(bandwidth));
+        }
+        Ok(())
+    }
+
+    fn cancel(&self) -> Result<(), Refused> {
+        match self.vm.state.steering() {
+            Some(Steering::Outgoing(control)) => {
+                if control.progress().phase >= vfio_migration_types::Phase::Commit {
+                    return Err(Refused::new(
+                        "TooLate",
+                        "the commit is under way; it can no longer be cancelled",
+                    ));
+                }
+                control.cancel();
+            }
+            Some(Steering::Incoming(control)) => control.cancel(),
+            None => return Err(no_migration()),
+        }
+        Ok(())
+    }
+
+    fn go_on(&self) -> Result<(), Refused> {
+        match self.vm.state.steering() {
+            Some(Steering::Outgoing(control)) if control.progress().waiting => {
+                control.go_on();
+                Ok(())
+            }
+            Some(Steering::Outgoing(_)) => Err(generic("the migration does not wait to be continued")),
+            Some(Steering::Incoming(_)) => {
+                Err(generic("an incoming migration is continued at its source, not here"))
+            }
+            None => Err(no_migration()),
+        }
+    }
+
+    fn stop(&self) -> Result<(), Refused> {
+        let Slot::Here { machine, .. } = self.vm.state.slot() else {
+            return Err(generic("there is no running guest here that could be paused"));
+        };
+        let ran = machine.is_running();
+        machine.stop().map_err(|error| generic(chain(&error)))?;
+        self.tell_if(ran, "STOP");
+        Ok(())
+    }
+
+    fn cont(&self) -> Result<(), Refused> {
+        let (machine, held) = match self.vm.state.slot() {
+            Slot::Here { machine, .. } => (machine, None),
+            Slot::Held { machine, epoch } => (machine, Some(epoch)),
+            _ => return Err(generic("there is no guest here that could run")),
+        };
+        if held.is_some() {
+            // It is ours and could not be started, or its storage could not be locked: both are tried again.
+            machine.take_locks().map_err(|error| generic(chain(&error)))?;
+            machine.let_go();
+        }
+        let ran = machine.is_running();
+        machine.cont().map_err(|error| generic(chain(&error)))?;
+        if let Some(epoch) = held {
+            let same =
+                |slot: &Slot| matches!(slot, Slot::Held { machine: now, .. } if Arc::ptr_eq(now, &machine));
+            drop(self.vm.state.put_if(same, Slot::Here { machine: machine.clone(), epoch }));
+        }
+        self.tell_if(!ran, "RESUME");
+        Ok(())
+    }
+
+    fn tell_if(&self, changed: bool, event: &str) {
+        if changed {
+            self.vm.publisher.publish(&Event::new(event, Value::Null));
+        }
+    }
+}
+
+fn guest_info(report: &Report) -> GuestInfo {
+    GuestInfo {
+        stage: match report.stage {
+            Stage::Off => 0,
+            Stage::Booting => 1,
+            Stage::DriverReady => 2,
+            Stage::Running => 3,
+            Stage::Failed => 0xDEAD,
+            Stage::Unknown(other) => other,
+            _ => u64::MAX,
+        },
+        loops: report.loops,
+        pages_written: report.pages_written,
+        pages_checked: report.pages_checked,
+        pages_lost: report.pages_lost,
+        page_passes: report.page_passes,
+        dma_blocks: report.dma_blocks,
+        p2p_blocks: report.p2p_blocks,
+        blocks_checked: report.blocks_checked,
+        blocks_lost: report.blocks_lost,
+        block_passes: report.block_passes,
+        interrupts: report.interrupts,
+        interrupts_lost: report.interrupts_lost,
+        spurious: report.spurious,
+        longest_gap_ns: report.longest_gap_ns,
+        last_clock_ns: report.last_clock_ns,
+        integrity_failures: report.integrity_failures,
+        failure: report.failure_code,
+        failure_detail: report.failure_detail,
+    }
+}
+
+fn generic(text: impl Into<String>) -> Refused {
+    Refused::new("GenericError", text)
+}
+
+fn no_migration() -> Refused {
+    Refused::new("NoMigration", "no migration is under way")
+}
+
+fn parse<T: serde::de::DeserializeOwned>(arguments: Value) -> Result<T, Refused> {
+    let arguments = if arguments.is_null() { json!({}) } else { arguments };
+    serde_json::from_value(arguments)
+        .map_err(|error| Refused::new("GenericError", format!("bad arguments: {error}")))
+}
+
+fn to_json<T: serde::Serialize>(document: &T) -> Result<Value, Refused> {
+    serde_json::to_value(document).map_err(|error| Refused::new("GenericError", error.to_string()))
+}

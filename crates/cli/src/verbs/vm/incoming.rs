@@ -1,0 +1,157 @@
+//! A guest arrives at this `vm`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vfio_migration::{
+    Arrived, Destination, DestinationOptions, IncomingError, IncomingSabotage, Machine, Offer, RefusalReason,
+    Uri,
+};
+use vfio_migration_vmm::machine::ReferenceMachine;
+
+use super::slot::{BeginError, Slot, Steering};
+use super::{RunningVm, outgoing, uri};
+use crate::args::Break;
+use crate::control::{MigrationInfo, MigrationState, Refused, TransferInfo};
+use crate::exit::chain;
+
+/// How long a source that lost the answer to its COMMIT finds somebody to ask.
+const ANSWER_FOR: Duration = Duration::from_secs(60);
+
+/// Waits for a guest again, with a machine built anew. The guest that was here must have left.
+pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
+    let uri = uri(text).map_err(|failure| generic(failure.text))?;
+    let before = reserve(vm)?;
+    let begun = ReferenceMachine::build(vm.config.clone())
+        .map_err(|error| generic(chain(&error)))
+        .and_then(|machine| listen(vm, &uri, machine));
+    if begun.is_err() {
+        // Only what we reserved ourselves is given back.
+        drop(vm.state.put_if(|slot| matches!(slot, Slot::Preparing), before));
+    }
+    begun
+}
+
+/// Takes the place of the guest, if there is none; gives what was there. Then [`listen`] can follow.
+pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
+    let now = vm.state.snapshot();
+    if now.steering.is_some() {
+        let waits = matches!(now.slot, Slot::Awaited { .. });
+        let text = if waits { "it already waits for a guest" } else { "a migration is under way" };
+        return Err(Refused::new("MigrationActive", text));
+    }
+    let free = |slot: &Slot| matches!(slot, Slot::Left | Slot::Failed);
+    vm.state.put_if(free, Slot::Preparing).map_err(|slot| match slot {
+        Slot::Preparing | Slot::Awaited { .. } => {
+            Refused::new("MigrationActive", "it already waits for a guest")
+        }
+        _ => generic("there is a guest here".into()),
+    })
+}
+
+/// Waits at `uri` for a guest that goes into `machine`; returns once the address is bound. The place must have been
+/// [reserved](reserve).
+pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachine>) -> Result<(), Refused> {
+    let mut options = DestinationOptions::default();
+    options.state_dir = vm.options.state_dir.clone();
+    options.config_rules = vm.rules.clone();
+    options.expect = vm.options.uuid;
+    options.sabotage =
+        (vm.options.sabotage == Some(Break::Interrupt)).then_some(IncomingSabotage::SkipFirstVector);
+    let mut destination = Destination::listen(uri, options).map_err(|error| generic(chain(&error)))?;
+    let at = destination.local().clone();
+    let steering = Steering::Incoming(destination.control());
+    let awaited = Slot::Awaited { machine: machine.clone(), at };
+    let reserved = |slot: &Slot| matches!(slot, Slot::Preparing);
+    let of_thread = vm.clone();
+    let begun = vm.state.begin(steering, reserved, Some(awaited), || {
+        std::thread::Builder::new().name("migration".into()).spawn(move || {
+            let result = destination.accept(|offer| admit(&of_thread, &machine, offer));
+            let owner = result.is_ok();
+            finish(&of_thread, machine, result);
+            drop(of_thread);
+            if owner && let Err(error) = destination.answer_queries(ANSWER_FOR) {
+                tracing::warn!(%error, "a source that lost our answer would find nobody to ask");
+            }
+        })
+    });
+    begun.map_err(|error| match error {
+        BeginError::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
+        BeginError::Changed => generic("there is a guest here".into()),
+        BeginError::Thread(error) => generic(format!("cannot make a thread: {error}")),
+    })
+}
+
+/// A guest is offered: a VM that was given no identity takes the guest's.
+fn admit(
+    vm: &RunningVm,
+    machine: &Arc<ReferenceMachine>,
+    offer: &Offer,
+) -> Result<Arc<dyn Machine>, RefusalReason> {
+    if vm.options.uuid.is_none() {
+        machine.adopt(offer.vm);
+    }
+    if let Some(dir) = &vm.options.state_dir {
+        vm.presence
+            .receive(dir, offer.vm)
+            .map_err(|text| RefusalReason { code: "state-dir".into(), text })?;
+    }
+    Ok(machine.clone())
+}
+
+fn generic(text: String) -> Refused {
+    Refused::new("GenericError", text)
+}
+
+fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Arrived, IncomingError>) {
+    let before = match vm.state.steering() {
+        Some(Steering::Incoming(control)) => outgoing::info(&control.progress(), "incoming"),
+        _ => MigrationInfo::none(),
+    };
+    let (ended, slot) = match result {
+        Ok(arrived) => {
+            machine.let_go();
+            let bytes = arrived.report.bytes;
+            let ended = MigrationInfo {
+                status: MigrationState::Completed,
+                verify_ms: arrived.report.verify.as_secs_f64() * 1e3,
+                total_ms: arrived.report.total.as_secs_f64() * 1e3,
+                transferred: TransferInfo {
+                    ram: bytes.ram,
+                    device_precopy: bytes.device_precopy,
+                    device_stopcopy: bytes.device_stopcopy,
+                },
+                remaining: 0,
+                rate: 0,
+                expected_downtime_ms: None,
+                ..before
+            };
+            (ended, Slot::Here { machine, epoch: arrived.epoch })
+        }
+        Err(error) => {
+            let slot = match &error {
+                IncomingError::Held(held) => Slot::Held { machine, epoch: held.epoch },
+                _ => {
+                    // Before the end can be seen: who then looks finds the devices free.
+                    drop(vm.state.put_if(|_| true, Slot::Preparing));
+                    drop(machine);
+                    vm.presence.end();
+                    Slot::Failed
+                }
+            };
+            let ended = MigrationInfo {
+                status: MigrationState::Failed,
+                incompatible: matches!(error, IncomingError::Refused(_)),
+                remaining: 0,
+                rate: 0,
+                expected_downtime_ms: None,
+                error: Some(chain(&error)),
+                ..before
+            };
+            (ended, slot)
+        }
+    };
+    let status = ended.status;
+    vm.state.end(ended, Some(slot));
+    vm.announce(status);
+}

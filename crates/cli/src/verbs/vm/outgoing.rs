@@ -1,0 +1,203 @@
+//! The guest of this `vm` moves away.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vfio_migration::{Completed, MigrateError, Progress, Sabotage, SabotageKind, Source, SourceOptions};
+use vfio_migration_types::RamOffset;
+use vfio_migration_vmm::guest::Areas;
+use vfio_migration_vmm::machine::ReferenceMachine;
+
+use super::slot::{BeginError, Slot, Steering};
+use super::{RunningVm, uri};
+use crate::args::Break;
+use crate::control::{
+    Event, MigrateArguments, MigrationInfo, MigrationState, PhaseInfo, Refused, TransferInfo,
+};
+use crate::exit::chain;
+
+/// Begins to migrate; returns once the session has its thread.
+pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
+    let refuse = |text: String| Refused::new("GenericError", text);
+    if arguments.post_copy {
+        return Err(refuse(
+            "post-copy is not possible with VFIO devices: a device may touch any page at any time and cannot wait for \
+             one that is still on its way"
+                .into(),
+        ));
+    }
+    let target = uri(&arguments.uri).map_err(|failure| refuse(failure.text))?;
+    let Slot::Here { machine, epoch } = vm.state.slot() else {
+        return Err(refuse("there is no guest here that could move".into()));
+    };
+    if let Some(why) = machine.failure() {
+        return Err(refuse(format!("the guest has stopped by itself and cannot move: {why}")));
+    }
+    let mut options = SourceOptions::default();
+    if let Some(limit) = arguments.downtime_limit {
+        options.downtime_limit = Duration::from_millis(limit);
+    }
+    options.bandwidth = arguments.max_bandwidth.filter(|cap| *cap > 0);
+    options.give_up_after = arguments.give_up_after.map(Duration::from_millis);
+    options.pause_before_switchover = arguments.pause_before_switchover;
+    options.verify = arguments.verify;
+    options.allow_all_dirty = arguments.allow_all_dirty;
+    options.state_dir = vm.options.state_dir.clone();
+    options.epoch = epoch;
+    options.sabotage = sabotage(vm.options.sabotage, &machine, !arguments.verify).map_err(refuse)?;
+    let source = Source::new(machine.clone(), options);
+    let steering = Steering::Outgoing(source.control());
+    let of_thread = vm.clone();
+    let expected = machine.clone();
+    let still_here =
+        |slot: &Slot| matches!(slot, Slot::Here { machine, .. } if Arc::ptr_eq(machine, &expected));
+    let begun = vm.state.begin(steering, still_here, None, || {
+        std::thread::Builder::new().name("migration".into()).spawn(move || {
+            let vm = of_thread;
+            vm.announce(MigrationState::Active);
+            let mut last = (0, false);
+            let result = source.migrate_to(&target, |progress| {
+                if progress.iteration != last.0 {
+                    let pass = serde_json::json!({"pass": progress.iteration});
+                    vm.publisher.publish(&Event::new("MIGRATION_PASS", pass));
+                }
+                if progress.waiting && !last.1 {
+                    vm.announce(MigrationState::PreSwitchover);
+                }
+                last = (progress.iteration, progress.waiting);
+            });
+            finish(&vm, machine, result);
+        })
+    });
+    begun.map_err(|error| match error {
+        BeginError::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
+        BeginError::Changed => refuse("the guest is no longer here".into()),
+        BeginError::Thread(error) => refuse(format!("cannot make a thread: {error}")),
+    })
+}
+
+fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Completed, MigrateError>) {
+    let before = vm.state.snapshot();
+    let epoch = before.slot.epoch();
+    let steered = match before.steering {
+        Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
+        _ => MigrationInfo::none(),
+    };
+    drop(before.slot);
+    let (ended, slot) = match result {
+        Ok(completed) => {
+            // Before the end can be seen: who then looks finds the guest gone and the devices free.
+            drop(vm.state.put_if(|_| true, Slot::Leaving { epoch }));
+            drop(machine);
+            vm.presence.end();
+            (completed_info(&completed), Some(Slot::Left))
+        }
+        Err(error) => {
+            let (status, incompatible) = match &error {
+                MigrateError::Unresolved { .. } => (MigrationState::Unresolved, false),
+                MigrateError::Refused(_) => (MigrationState::Failed, true),
+                MigrateError::Aborted(aborted) if aborted.cancelled => (MigrationState::Cancelled, false),
+                _ => (MigrationState::Failed, false),
+            };
+            let slot = match &error {
+                MigrateError::Unresolved { .. } => Some(Slot::Unresolved { machine, epoch }),
+                // Its storage may be in use elsewhere: `cont` tries again to lock it.
+                MigrateError::Aborted(aborted) if !aborted.locks_lost.is_empty() => {
+                    Some(Slot::Held { machine, epoch })
+                }
+                _ => {
+                    machine.let_go();
+                    None
+                }
+            };
+            let ended = MigrationInfo {
+                status,
+                incompatible,
+                remaining: 0,
+                rate: 0,
+                expected_downtime_ms: None,
+                error: Some(chain(&error)),
+                ..steered
+            };
+            (ended, slot)
+        }
+    };
+    let status = ended.status;
+    vm.state.end(ended, slot);
+    vm.announce(status);
+}
+
+/// How a session that goes on stands.
+pub(super) fn info(progress: &Progress, direction: &str) -> MigrationInfo {
+    MigrationInfo {
+        status: if progress.waiting { MigrationState::PreSwitchover } else { MigrationState::Active },
+        direction: Some(direction.into()),
+        phase: Some(progress.phase.code().into()),
+        total_ms: ms(progress.elapsed),
+        downtime_ms: None,
+        verify_ms: 0.0,
+        expected_downtime_ms: progress.predicted_downtime.map(ms),
+        iterations: progress.iteration,
+        transferred: TransferInfo {
+            ram: progress.bytes.ram,
+            device_precopy: progress.bytes.device_precopy,
+            device_stopcopy: progress.bytes.device_stopcopy,
+        },
+        remaining: progress.remaining,
+        rate: progress.rate,
+        ..MigrationInfo::none()
+    }
+}
+
+fn completed_info(completed: &Completed) -> MigrationInfo {
+    MigrationInfo {
+        status: MigrationState::Completed,
+        direction: Some("outgoing".into()),
+        total_ms: ms(completed.total),
+        downtime_ms: Some(ms(completed.downtime)),
+        verify_ms: ms(completed.verify),
+        expected_downtime_ms: Some(ms(completed.predicted)),
+        iterations: completed.iterations,
+        transferred: TransferInfo {
+            ram: completed.bytes.ram,
+            device_precopy: completed.bytes.device_precopy,
+            device_stopcopy: completed.bytes.device_stopcopy,
+        },
+        phases: completed
+            .phases
+            .iter()
+            .filter(|time| time.phase != vfio_migration_types::Phase::Plan)
+            .map(|time| PhaseInfo { name: time.phase.code().into(), ms: ms(time.took) })
+            .collect(),
+        ram_digest_match: completed.ram_digest_match,
+        device_digest_match: Some(completed.device_digest_match),
+        ..MigrationInfo::none()
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// What the demo breaks on this side.
+fn sabotage(
+    what: Option<Break>,
+    machine: &ReferenceMachine,
+    blind: bool,
+) -> Result<Option<Sabotage>, String> {
+    let kind = match what {
+        Some(Break::DirtyLog) => SabotageKind::DropDirtyBit,
+        Some(Break::PageOrder) => SabotageKind::StaleAfterLast,
+        Some(Break::P2pOrder) => SabotageKind::P2pOrder,
+        _ => return Ok(None),
+    };
+    // The victim is a page that the guest numbers: others it might not notice.
+    let ram = vfio_migration::Machine::ram(machine);
+    let areas = Areas::of(&ram).map_err(|error| error.to_string())?;
+    let first = ram
+        .offset_of(vfio_migration_types::Gpa(areas.low_start), 4096)
+        .ok_or("the guest's pages are not in its RAM")?;
+    // From there on nothing but numbered pages, below the hole and above it.
+    let pages = Some(first..RamOffset(ram.size()));
+    Ok(Some(Sabotage { kind, pages, verify_blind: blind }))
+}

@@ -1,0 +1,197 @@
+//! Where the guest is, and the migration that may be under way.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use vfio_migration::{Control, IncomingControl, Uri};
+use vfio_migration_types::Epoch;
+use vfio_migration_vmm::machine::ReferenceMachine;
+
+use crate::control::MigrationInfo;
+
+/// Where the guest is.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Slot {
+    /// Here, running or paused.
+    Here { machine: Arc<ReferenceMachine>, epoch: Epoch },
+    /// Not here yet: what it will come into is being made.
+    Preparing,
+    /// Not here yet: this address waits for it.
+    Awaited { machine: Arc<ReferenceMachine>, at: Uri },
+    /// It has moved on, and what it leaves is being put away: the migration has not ended for those who ask.
+    Leaving { epoch: Epoch },
+    /// It was here, and has moved on; or it never was.
+    #[default]
+    Left,
+    /// Nobody knows whose it is: it stands here.
+    Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch },
+    /// It is ours and stands here: it could not be started, or its storage locks could not be taken back.
+    Held { machine: Arc<ReferenceMachine>, epoch: Epoch },
+    /// An incoming migration failed.
+    Failed,
+}
+
+impl Slot {
+    /// The machine, wherever it stands.
+    pub(super) fn machine(&self) -> Option<&Arc<ReferenceMachine>> {
+        match self {
+            Self::Here { machine, .. }
+            | Self::Awaited { machine, .. }
+            | Self::Unresolved { machine, .. }
+            | Self::Held { machine, .. } => Some(machine),
+            Self::Preparing | Self::Leaving { .. } | Self::Left | Self::Failed => None,
+        }
+    }
+
+    /// Under which epoch it is ours.
+    pub(super) fn epoch(&self) -> Epoch {
+        match self {
+            Self::Here { epoch, .. }
+            | Self::Unresolved { epoch, .. }
+            | Self::Held { epoch, .. }
+            | Self::Leaving { epoch } => *epoch,
+            _ => Epoch(0),
+        }
+    }
+}
+
+/// What steers the session under way.
+#[derive(Clone, Debug)]
+pub(super) enum Steering {
+    Outgoing(Control),
+    Incoming(IncomingControl),
+}
+
+/// Where the guest is and how its migration stands: under one lock, so that the two never contradict each other.
+#[derive(Debug, Default)]
+pub(crate) struct StateCell(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    slot: Slot,
+    steering: Option<Steering>,
+    /// How the last migration ended.
+    ended: Option<MigrationInfo>,
+    /// What steers the thread: also after the end, while it still answers a source that lost our answer.
+    last: Option<Steering>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Both at one moment.
+#[derive(Clone, Debug)]
+pub(super) struct Snapshot {
+    pub(super) slot: Slot,
+    pub(super) steering: Option<Steering>,
+    pub(super) ended: Option<MigrationInfo>,
+}
+
+impl StateCell {
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let state = lock(&self.0);
+        Snapshot { slot: state.slot.clone(), steering: state.steering.clone(), ended: state.ended.clone() }
+    }
+
+    pub(super) fn slot(&self) -> Slot {
+        lock(&self.0).slot.clone()
+    }
+
+    pub(super) fn steering(&self) -> Option<Steering> {
+        lock(&self.0).steering.clone()
+    }
+
+    /// Puts `slot` if what is there `fits`, and says what was there.
+    pub(super) fn put_if(&self, fits: impl FnOnce(&Slot) -> bool, slot: Slot) -> Result<Slot, Slot> {
+        let mut state = lock(&self.0);
+        if fits(&state.slot) {
+            // The old machine is dropped by the caller, after the lock is gone: closing its devices takes a moment.
+            Ok(std::mem::replace(&mut state.slot, slot))
+        } else {
+            Err(state.slot.clone())
+        }
+    }
+
+    /// Begins a migration unless one is under way, if the slot `fits`; the slot then `becomes` something else.
+    pub(super) fn begin(
+        &self,
+        steering: Steering,
+        fits: impl FnOnce(&Slot) -> bool,
+        becomes: Option<Slot>,
+        spawn: impl FnOnce() -> std::io::Result<JoinHandle<()>>,
+    ) -> Result<(), BeginError> {
+        let mut state = lock(&self.0);
+        if state.steering.is_some() {
+            return Err(BeginError::UnderWay);
+        }
+        if !fits(&state.slot) {
+            return Err(BeginError::Changed);
+        }
+        // The last one's thread has at most a late question to answer, which its journal can answer too.
+        if let Some(Steering::Incoming(control)) = state.last.take() {
+            control.cancel();
+        }
+        if let Some(thread) = state.thread.take() {
+            let _ = thread.join();
+        }
+        // The new thread needs this lock to end, so what is set after its start is set before its end.
+        state.thread = Some(spawn().map_err(BeginError::Thread)?);
+        state.last = Some(steering.clone());
+        state.steering = Some(steering);
+        state.ended = None;
+        if let Some(slot) = becomes {
+            state.slot = slot;
+        }
+        Ok(())
+    }
+
+    /// Notes how it ended, and where the guest is now if that changed.
+    pub(super) fn end(&self, info: MigrationInfo, slot: Option<Slot>) {
+        let mut state = lock(&self.0);
+        state.steering = None;
+        state.ended = Some(info);
+        let old = slot.map(|slot| std::mem::replace(&mut state.slot, slot));
+        drop(state);
+        drop(old);
+    }
+
+    pub(super) fn cancel(&self) {
+        match lock(&self.0).last.clone() {
+            Some(Steering::Outgoing(control)) => control.cancel(),
+            Some(Steering::Incoming(control)) => control.cancel(),
+            None => {}
+        }
+    }
+
+    pub(super) fn join(&self) {
+        let thread = lock(&self.0).thread.take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Why no migration was begun.
+#[derive(Debug)]
+pub(super) enum BeginError {
+    UnderWay,
+    /// The guest is no longer where it was.
+    Changed,
+    Thread(std::io::Error),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn only_one_of_two_gets_the_place() {
+        let state = StateCell::default();
+        let free = |slot: &Slot| matches!(slot, Slot::Left | Slot::Failed);
+        assert!(matches!(state.put_if(free, Slot::Preparing), Ok(Slot::Left)));
+        assert!(matches!(state.put_if(free, Slot::Preparing), Err(Slot::Preparing)));
+        assert!(matches!(state.slot(), Slot::Preparing));
+    }
+}

@@ -1,0 +1,88 @@
+//! The main job: `demo` completes with nothing lost, in every shape that README names.
+
+use crate::support::demo;
+
+fn assert_verified(arguments: &[&str]) -> serde_json::Value {
+    let (exit, report) = demo(arguments);
+    assert_eq!(exit, 0, "{report}");
+    assert_eq!(report["outcome"], "completed");
+    assert_eq!(report["verified"], true);
+    assert_eq!(report["caught_by"], serde_json::Value::Null);
+    for kind in ["pages", "dma_blocks", "interrupts"] {
+        assert_eq!(report["lost"][kind], 0, "{kind}");
+        assert!(report["checked"][kind].as_u64().unwrap() > 0, "{kind}");
+    }
+    assert_eq!(report["ram_digest_match"], true);
+    assert_eq!(report["device_digest_match"], true);
+    let names: Vec<&str> =
+        report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9"]);
+    report
+}
+
+#[test]
+fn completes_with_the_defaults_in_separate_processes() {
+    let _turn = crate::support::turn();
+    let report = assert_verified(&[]);
+    let pids = &report["pids"];
+    let mut all = vec![pids["source"].as_u64().unwrap(), pids["destination"].as_u64().unwrap()];
+    all.extend(pids["devices"].as_array().unwrap().iter().map(|pid| pid.as_u64().unwrap()));
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all.len(), 4, "source, destination and two device servers");
+    for pid in all {
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left behind");
+    }
+    let downtime = report["downtime_ms"].as_f64().unwrap();
+    assert!(downtime > 0.0 && downtime <= 300.0, "downtime {downtime} ms");
+    let bytes = &report["bytes"];
+    assert!(bytes["device_precopy"].as_u64().unwrap() >= 64 << 20, "the state moved while the guest ran");
+    assert!(report["iterations"].as_u64().unwrap() >= 1);
+}
+
+#[test]
+fn completes_with_three_devices() {
+    let _turn = crate::support::turn();
+    assert_verified(&["--devices", "3", "--memory", "256M", "--device-state", "16M"]);
+}
+
+#[test]
+fn completes_without_precopy() {
+    let _turn = crate::support::turn();
+    let report = assert_verified(&["--no-precopy", "--memory", "256M", "--device-state", "16M"]);
+    assert_eq!(report["bytes"]["device_precopy"], 0);
+    assert!(report["bytes"]["device_stopcopy"].as_u64().unwrap() >= 16 << 20);
+}
+
+#[test]
+fn completes_over_a_unix_socket() {
+    let _turn = crate::support::turn();
+    assert_verified(&["--transport", "unix", "--memory", "256M"]);
+}
+
+#[test]
+fn completes_with_a_gigabyte_of_device_state() {
+    let _turn = crate::support::turn();
+    assert_verified(&["--device-state", "1G", "--memory", "256M", "--downtime-limit", "2s"]);
+}
+
+#[test]
+fn completes_with_the_software_guest() {
+    let _turn = crate::support::turn();
+    let report = assert_verified(&["--software", "--memory", "128M", "--dirty-rate", "10M"]);
+    assert_eq!(report["guest"], "software");
+}
+
+#[test]
+fn a_limit_that_cannot_be_kept_leaves_the_guest_at_the_source() {
+    let _turn = crate::support::turn();
+    // 256 MiB of state that can only be saved while stopped do not fit into 5 ms.
+    let (exit, report) =
+        demo(&["--no-precopy", "--device-state", "256M", "--memory", "128M", "--downtime-limit", "5ms"]);
+    assert_eq!(exit, 1);
+    assert_eq!(report["outcome"], "aborted", "{report}");
+    assert_eq!(report["verified"], false);
+    assert_eq!(report["lost"]["pages"], 0);
+    let error = report["error"].as_str().unwrap();
+    assert!(error.contains("dev0"), "it names what is too big: {error}");
+}

@@ -1,0 +1,32 @@
+//! What is generated from the code and checked in is what the code generates.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::support::run;
+
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    entries
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn man_pages_completions_and_schemas_are_the_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(run(&["generate", &dir.path().display().to_string()]).status.code(), Some(0));
+    let top = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    for part in ["man", "completions", "docs/schemas"] {
+        let (fresh, kept) = (files(&dir.path().join(part)), files(&top.join(part)));
+        let names: Vec<_> =
+            fresh.keys().chain(kept.keys()).filter(|name| fresh.get(*name) != kept.get(*name)).collect();
+        assert!(
+            !fresh.is_empty() && names.is_empty(),
+            "{part}: {names:?} differ; run 'cargo xtask generate'"
+        );
+    }
+}

@@ -1,0 +1,8 @@
+//! The command as its users run it: real processes, sockets, KVM.
+
+mod bad_input;
+mod demo;
+mod generated;
+mod moves;
+mod sabotage;
+mod support;

@@ -1,0 +1,221 @@
+//! VMs moved by hand over their control sockets: again and again, paused, cancelled, killed.
+
+use crate::support::{Setup, run, until};
+use serde_json::{Value, json};
+
+const UUID: &[&str] = &["--uuid", "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d41"];
+
+fn incoming() -> Vec<&'static str> {
+    [UUID, &["--incoming", "tcp:127.0.0.1:0"]].concat()
+}
+
+#[test]
+fn moves_to_and_fro_ten_times_and_leaves_nothing_behind() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut here = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let mut there = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    here.warm();
+    let mut first = None;
+    for turn in 1..=10 {
+        let info = here.migrate(&there.incoming(), json!({"verify": true}));
+        assert_eq!(info["status"], "completed", "turn {turn}: {info}");
+        assert_eq!(here.status(), "postmigrate");
+        assert_eq!(there.query("query-status")["epoch"], turn, "each commit begins an epoch");
+        there.assert_runs();
+        here.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+        here.incoming();
+        std::mem::swap(&mut here, &mut there);
+        // Turn 2 is the first that finds both processes in the state every later even turn finds them in.
+        if turn == 2 {
+            first = Some([&here, &there].map(|vm| (vm.process.holdings(), vm.process.resident_kib())));
+        }
+    }
+    here.assert_whole();
+    for (vm, before) in [&here, &there].into_iter().zip(first.unwrap()) {
+        // A control connection that was just closed takes a moment to go.
+        until("as few descriptors and threads as before", || {
+            let (descriptors, threads) = vm.process.holdings();
+            (descriptors <= before.0.0 && threads <= before.0.1).then_some(())
+        });
+        let after = vm.process.resident_kib();
+        assert!(after < before.1 + (16 << 10), "memory grew from {} to {after} KiB", before.1);
+    }
+}
+
+#[test]
+fn a_paused_guest_arrives_paused() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    source.call("stop", Value::Null).unwrap();
+    let loops = source.counter("loops");
+    let info = source.migrate(&destination.incoming(), json!({"verify": true}));
+    assert_eq!(info["status"], "completed", "{info}");
+    assert_eq!(destination.status(), "paused");
+    assert_eq!(destination.counter("loops"), loops, "it has not run");
+    destination.call("cont", Value::Null).unwrap();
+    destination.assert_whole();
+}
+
+#[test]
+fn a_guest_paused_and_resumed_in_mid_migration_arrives_whole() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    source.begin(&destination.incoming(), json!({"pause-before-switchover": true, "verify": true}));
+    until("the switchover to wait", || {
+        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
+    });
+    for _ in 0..3 {
+        source.call("stop", Value::Null).unwrap();
+        assert_eq!(source.status(), "paused");
+        source.call("cont", Value::Null).unwrap();
+        source.assert_runs();
+    }
+    source.call("migrate-continue", Value::Null).unwrap();
+    let info = source.ended();
+    assert_eq!(info["status"], "completed", "{info}");
+    assert_eq!(destination.status(), "running");
+    destination.assert_whole();
+}
+
+#[test]
+fn a_cancelled_migration_leaves_the_guest_and_can_be_tried_again() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || {
+        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
+    });
+    assert!(source.call("migrate", json!({"uri": "tcp:127.0.0.1:1"})).unwrap_err().contains("migrat"));
+    source.call("migrate-cancel", Value::Null).unwrap();
+    let info = source.ended();
+    assert_eq!(info["status"], "cancelled", "{info}");
+    assert_eq!(source.status(), "running");
+    source.assert_whole();
+    // The destination gave its machine up; asked to wait again, it takes the guest.
+    until("the destination to notice", || (destination.status() != "inmigrate").then_some(()));
+    destination.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+    let info = source.migrate(&destination.incoming(), json!({"verify": true}));
+    assert_eq!(info["status"], "completed", "{info}");
+    destination.assert_whole();
+}
+
+#[test]
+fn a_killed_destination_leaves_the_guest_running_at_the_source() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let mut destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || {
+        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
+    });
+    destination.process.kill();
+    let info = source.ended();
+    assert_eq!(info["status"], "failed", "{info}");
+    assert!(info["error"].as_str().is_some_and(|error| !error.is_empty()));
+    assert_eq!(source.status(), "running");
+    source.assert_whole();
+}
+
+#[test]
+fn a_killed_device_server_at_the_destination_leaves_the_guest_at_the_source() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let mut destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || {
+        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
+    });
+    destination.devices[0].kill();
+    source.call("migrate-continue", Value::Null).ok();
+    let info = source.ended();
+    assert_eq!(info["status"], "failed", "{info}");
+    assert!(info["error"].as_str().unwrap().contains("dev0"), "it names the device: {info}");
+    assert_eq!(source.status(), "running");
+    source.assert_whole();
+}
+
+#[test]
+fn limits_can_be_changed_while_it_runs() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    // Slower than the guest dirties: it cannot converge.
+    source.begin(&destination.incoming(), json!({"max-bandwidth": 1 << 20, "downtime-limit": 300}));
+    until("pre-copy", || (source.query("query-migrate")["phase"] == "P3").then_some(()));
+    let refused = source.call("migrate-continue", Value::Null).unwrap_err();
+    assert!(refused.contains("does not wait"), "{refused}");
+    source.call("migrate-set-parameters", json!({"max-bandwidth": 0, "downtime-limit": 2000})).unwrap();
+    let info = source.ended();
+    assert_eq!(info["status"], "completed", "{info}");
+    destination.assert_whole();
+}
+
+#[test]
+fn a_vm_that_has_moved_or_may_have_is_not_started_here_again() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state").display().to_string();
+    let uuid = UUID[1];
+    let arguments = [UUID, &["--state-dir", &state]].concat();
+    let mut source = Setup { vm_arguments: &arguments, ..Setup::new(dir.path(), "a") }.start();
+    let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    let info = source.migrate(&destination.incoming(), json!({}));
+    assert_eq!(info["status"], "completed", "{info}");
+    source.process.kill();
+    let again = [&["vm", "--memory", "64M"], UUID, &["--state-dir", &state]].concat();
+    let refused = run(&again);
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("another host"), "{stderr}");
+    // As a source leaves it that was killed between its journal and the answer.
+    let journal = dir.path().join("state").join(format!("{uuid}.json"));
+    let text = std::fs::read_to_string(&journal).unwrap();
+    assert!(text.contains("released"), "{text}");
+    std::fs::write(&journal, text.replace("released", "committing")).unwrap();
+    let refused = run(&again);
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(4), "{stderr}");
+    assert!(stderr.contains("undecided"), "{stderr}");
+    destination.assert_whole();
+}
+
+#[test]
+fn two_vms_without_an_identity_move_as_readme_says() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let destination =
+        Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") }.start();
+    let source = Setup::new(dir.path(), "a").start();
+    let id = source.query("query-status")["uuid"].clone();
+    assert_ne!(destination.query("query-status")["uuid"], id);
+    source.warm();
+    let control = source.control.display().to_string();
+    let moved = run(&["migrate", "--control", &control, &destination.incoming()]);
+    assert_eq!(moved.status.code(), Some(0), "{}", String::from_utf8_lossy(&moved.stderr));
+    assert_eq!(destination.query("query-status")["uuid"], id, "it took the guest's identity");
+    destination.assert_whole();
+    // And back, with the identity that it has.
+    let control = source.control.display().to_string();
+    assert_eq!(run(&["incoming", "--control", &control, "tcp:127.0.0.1:0"]).status.code(), Some(0));
+    let info = destination.migrate(&source.incoming(), json!({}));
+    assert_eq!(info["status"], "completed", "{info}");
+    assert_eq!(source.query("query-status")["uuid"], id);
+    source.assert_whole();
+}

@@ -1,0 +1,263 @@
+//! Running the command as its users do: as processes.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// Longest wait for anything.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits for its turn: each of these tests is several processes with a pace to keep, so they run one at a time.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The command, with arguments.
+pub(crate) fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"));
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// Runs the command to its end.
+pub(crate) fn run(arguments: &[&str]) -> Output {
+    command(arguments).output().expect("the command starts")
+}
+
+/// Runs `demo --json` and returns exit code and report. Stdout must be exactly one JSON object.
+pub(crate) fn demo(arguments: &[&str]) -> (i32, Value) {
+    let output = run(&[&["demo", "--json"], arguments].concat());
+    let stdout = String::from_utf8(output.stdout).expect("JSON is UTF-8");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let report = serde_json::from_str(stdout.trim()).unwrap_or_else(|error| {
+        panic!("demo {arguments:?} printed no JSON object ({error}):\n{stdout}\nstderr:\n{stderr}")
+    });
+    eprintln!("demo {arguments:?}: {stdout}{stderr}");
+    (output.status.code().expect("no signal"), report)
+}
+
+/// A background process of the command, ended by pid when dropped.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) child: Child,
+    stdin: Option<ChildStdin>,
+}
+
+impl Process {
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
+            .args(arguments)
+            .arg("--exit-with-stdin")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the command starts");
+        let stdin = child.stdin.take();
+        Self { child, stdin }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().expect("it runs");
+        self.child.wait().expect("it is ours");
+    }
+
+    /// Open descriptors and threads.
+    pub(crate) fn holdings(&self) -> (usize, usize) {
+        let count = |what: &str| {
+            std::fs::read_dir(format!("/proc/{}/{what}", self.pid())).map(Iterator::count).unwrap_or_default()
+        };
+        (count("fd"), count("task"))
+    }
+
+    /// Resident memory in KiB.
+    pub(crate) fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
+        line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.stdin.take());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// Waits until `done` gives something.
+pub(crate) fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A `vm` with its device servers.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) process: Process,
+    pub(crate) devices: Vec<Process>,
+    pub(crate) control: PathBuf,
+}
+
+/// How a test's VM is made.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup<'a> {
+    pub(crate) dir: &'a Path,
+    pub(crate) name: &'a str,
+    pub(crate) devices: usize,
+    pub(crate) device_arguments: &'a [&'a str],
+    pub(crate) vm_arguments: &'a [&'a str],
+}
+
+impl<'a> Setup<'a> {
+    pub(crate) fn new(dir: &'a Path, name: &'a str) -> Self {
+        Self { dir, name, devices: 1, device_arguments: &["--state-size", "4M"], vm_arguments: &[] }
+    }
+
+    pub(crate) fn start(&self) -> Vm {
+        let mut arguments: Vec<String> = ["vm", "--memory", "64M", "--dirty-rate", "4M", "--control"]
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        let control = self.dir.join(format!("{}.control", self.name));
+        arguments.push(control.display().to_string());
+        let mut devices = Vec::new();
+        for n in 0..self.devices {
+            let socket = self.dir.join(format!("{}-dev{n}.sock", self.name));
+            let path = socket.display().to_string();
+            devices.push(Process::start(&[&["device", "--socket", &path], self.device_arguments].concat()));
+            arguments.extend(["--device".into(), format!("vfio-user:{path},id=dev{n}")]);
+        }
+        arguments.extend(self.vm_arguments.iter().map(ToString::to_string));
+        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let process = Process::start(&words);
+        let vm = Vm { process, devices, control };
+        until("the control socket", || vm.try_call("query-status", Value::Null)).expect("query-status");
+        vm
+    }
+}
+
+impl Vm {
+    /// Asks over the control socket; `None` when nobody listens (yet).
+    pub(crate) fn try_call(&self, verb: &str, arguments: Value) -> Option<Result<Value, String>> {
+        use std::io::{BufRead, BufReader};
+        let mut stream = std::os::unix::net::UnixStream::connect(&self.control).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        let mut request = json!({"execute": verb, "id": 1});
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        stream.write_all(format!("{request}\n").as_bytes()).ok()?;
+        for line in BufReader::new(stream).lines() {
+            let line: Value = serde_json::from_str(&line.ok()?).ok()?;
+            if let Some(value) = line.get("return") {
+                return Some(Ok(value.clone()));
+            }
+            if let Some(error) = line.get("error") {
+                return Some(Err(error["desc"].as_str().unwrap_or_default().to_string()));
+            }
+        }
+        None
+    }
+
+    pub(crate) fn call(&self, verb: &str, arguments: Value) -> Result<Value, String> {
+        self.try_call(verb, arguments).unwrap_or_else(|| panic!("{} does not answer", self.control.display()))
+    }
+
+    pub(crate) fn query(&self, verb: &str) -> Value {
+        self.call(verb, Value::Null).expect(verb)
+    }
+
+    pub(crate) fn guest(&self) -> Value {
+        self.query("query-guest")
+    }
+
+    pub(crate) fn counter(&self, name: &str) -> u64 {
+        self.guest()[name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
+    }
+
+    pub(crate) fn status(&self) -> String {
+        self.query("query-status")["status"].as_str().expect("a word").to_string()
+    }
+
+    /// The address it waits at.
+    pub(crate) fn incoming(&self) -> String {
+        until("the address it waits at", || {
+            self.query("query-status")["incoming"].as_str().map(ToString::to_string)
+        })
+    }
+
+    /// Waits until the guest works.
+    pub(crate) fn warm(&self) {
+        until("the guest to work", || {
+            let guest = self.guest();
+            (guest["stage"] == 3
+                && guest["pages-written"].as_u64()? > 500
+                && guest["dma-blocks"].as_u64()? > 50)
+                .then_some(())
+        });
+    }
+
+    /// Asks for a migration and waits for its end.
+    pub(crate) fn migrate(&self, uri: &str, more: Value) -> Value {
+        self.begin(uri, more);
+        self.ended()
+    }
+
+    /// Asks for a migration.
+    pub(crate) fn begin(&self, uri: &str, more: Value) {
+        let mut arguments = json!({"uri": uri, "downtime-limit": 2000});
+        if let Some(map) = more.as_object() {
+            map.iter().for_each(|(key, value)| arguments[key] = value.clone());
+        }
+        self.call("migrate", arguments).expect("migrate");
+    }
+
+    /// Waits for the end of the migration.
+    pub(crate) fn ended(&self) -> Value {
+        until("the migration to end", || {
+            let info = self.query("query-migrate");
+            (info["status"] != "active" && info["status"] != "pre-switchover").then_some(info)
+        })
+    }
+
+    /// The guest goes on here, and has lost nothing, after two more full walks over everything.
+    pub(crate) fn assert_whole(&self) {
+        let (pages, blocks) = (self.counter("page-passes"), self.counter("block-passes"));
+        until("two more walks", || {
+            (self.counter("page-passes") >= pages + 2 && self.counter("block-passes") >= blocks + 2)
+                .then_some(())
+        });
+        let guest = self.guest();
+        for lost in ["pages-lost", "blocks-lost", "interrupts-lost", "integrity-failures", "failure"] {
+            assert_eq!(guest[lost], 0, "{lost}: {guest}");
+        }
+    }
+
+    /// The guest goes on here.
+    pub(crate) fn assert_runs(&self) {
+        let before = self.counter("loops");
+        until("the guest to go on", || (self.counter("loops") > before + 5).then_some(()));
+    }
+}

@@ -1,0 +1,100 @@
+//! Errors of devices, with what an operator can do about each.
+
+use std::fmt;
+
+use rustix::io::Errno;
+use vfio_migration_types::{DeviceId, MigrationState};
+
+/// An operation on a device failed.
+#[derive(Debug, thiserror::Error)]
+#[error("device {device}: {doing} failed")]
+#[non_exhaustive]
+pub struct DeviceError {
+    /// Which device.
+    pub device: DeviceId,
+    /// What was attempted, as a noun phrase: `"reading pre-copy data"`.
+    pub doing: String,
+    /// The errno the driver or server gave, where one is known.
+    pub errno: Option<Errno>,
+    /// The cause.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl DeviceError {
+    /// A failure of `doing` on `device`, by `source`.
+    pub fn new(
+        device: DeviceId,
+        doing: impl Into<String>,
+        errno: Option<Errno>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { device, doing: doing.into(), errno, source: source.into() }
+    }
+}
+
+/// What is left to do with a device after a failed transition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// The device stands in a sound state: another transition may be tried.
+    TryAnotherState,
+    /// Only a reset helps: it is in ERROR, or its state is unknown.
+    Reset,
+    /// The device does not answer any more.
+    Lost,
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TryAnotherState => "another transition may be tried",
+            Self::Reset => "only a reset helps",
+            Self::Lost => "it does not answer any more",
+        })
+    }
+}
+
+/// A transition failed; says where the device really is (asked after the failure) and what is left to do.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "device {device}: {from} to {to} failed{}; it is in {}; {remedy}",
+    errno.map(|errno| format!(" ({errno})")).unwrap_or_default(),
+    now.map_or("an unknown state".into(), |state| state.to_string())
+)]
+#[non_exhaustive]
+pub struct TransitionError {
+    /// Which device.
+    pub device: DeviceId,
+    /// Where it was thought to be.
+    pub from: MigrationState,
+    /// Where it was asked to go.
+    pub to: MigrationState,
+    /// Where it really is now, when it still says.
+    pub now: Option<MigrationState>,
+    /// The errno of the failed transition, where one is known.
+    pub errno: Option<Errno>,
+    /// What is left to do.
+    pub remedy: Remedy,
+    /// The cause.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl TransitionError {
+    /// A failed `from` → `to` after which the device was found in `now`.
+    pub fn new(
+        device: DeviceId,
+        from: MigrationState,
+        to: MigrationState,
+        now: Option<MigrationState>,
+        errno: Option<Errno>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        let remedy = match now {
+            Some(MigrationState::Error) => Remedy::Reset,
+            Some(_) => Remedy::TryAnotherState,
+            None => Remedy::Lost,
+        };
+        Self { device, from, to, now, errno, remedy, source: source.into() }
+    }
+}

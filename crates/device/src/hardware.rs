@@ -1,0 +1,173 @@
+//! The hardware face of a PCI device: what a VMM needs of it besides migration, to put it before a guest.
+//!
+//! A second face next to [`Device`](crate::Device), implemented by the same back ends: regions (BARs and config
+//! space), interrupts and DMA mappings. Indices are those of `include/uapi/linux/vfio.h` (`VFIO_PCI_*_REGION_INDEX`,
+//! `VFIO_PCI_*_IRQ_INDEX`), which vfio-user uses too.
+
+use std::fmt;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use vfio_migration_types::{DeviceId, Iova, Range};
+
+use crate::DeviceError;
+
+/// A region of a PCI device (`VFIO_PCI_*_REGION_INDEX`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RegionIndex(pub u32);
+
+impl RegionIndex {
+    /// BAR 0. BAR n is `RegionIndex(n)`, n up to 5.
+    pub const BAR0: Self = Self(0);
+    /// The expansion ROM.
+    pub const ROM: Self = Self(6);
+    /// Config space.
+    pub const CONFIG: Self = Self(7);
+}
+
+/// A kind of interrupt of a PCI device (`VFIO_PCI_*_IRQ_INDEX`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IrqIndex {
+    /// The pin.
+    Intx,
+    /// MSI.
+    Msi,
+    /// MSI-X.
+    Msix,
+}
+
+impl IrqIndex {
+    /// The number that the uAPI gives it.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::Intx => 0,
+            Self::Msi => 1,
+            Self::Msix => 2,
+        }
+    }
+}
+
+/// What a region is like (`VFIO_DEVICE_GET_REGION_INFO`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// Which one.
+    pub index: RegionIndex,
+    /// Bytes; 0 where the region is absent.
+    pub size: u64,
+    /// It may be read.
+    pub readable: bool,
+    /// It may be written.
+    pub writable: bool,
+    /// Its parts that may be mapped, in bytes from its start; empty when all accesses must be trapped, or no
+    /// descriptor came with it. Each lies within `size`; they do not overlap.
+    pub mappable: Vec<Range<u64>>,
+}
+
+/// A device file to map a region from.
+#[derive(Clone, Copy, Debug)]
+pub struct RegionFile<'a> {
+    /// The file.
+    pub fd: BorrowedFd<'a>,
+    /// Where in the file the region's byte 0 is.
+    pub offset: u64,
+}
+
+/// A doorbell: an eventfd that stands for a guest's write (`VFIO_USER_DEVICE_GET_REGION_IO_FDS`).
+#[derive(Debug)]
+pub struct Doorbell {
+    /// First byte in the region.
+    pub offset: u64,
+    /// Width of the write in bytes: 1, 2, 4 or 8; 0 for any width.
+    pub size: u64,
+    /// The value that rings it; `None` for any value.
+    pub datamatch: Option<u64>,
+    /// The eventfd to signal instead of forwarding the write.
+    pub fd: OwnedFd,
+}
+
+/// What a device may do with a DMA mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaAccess {
+    /// The device may read.
+    pub read: bool,
+    /// The device may write.
+    pub write: bool,
+}
+
+impl DmaAccess {
+    /// Both ways.
+    pub const BOTH: Self = Self { read: true, write: true };
+}
+
+/// The hardware of a PCI device.
+///
+/// Methods block for as long as the device takes, under the back end's time limit, and may be called from any
+/// thread and at the same time. Nothing here checks that the guest is paused: a VMM does not call the region
+/// methods on a guest's behalf while a migration holds the guest still.
+pub trait PciHardware: fmt::Debug + Send + Sync {
+    /// The device's name, as in [`Device::id`](crate::Device::id).
+    fn id(&self) -> &DeviceId;
+
+    /// All regions that exist, in the order of their index. Known since the device was opened: no I/O.
+    fn regions(&self) -> &[RegionInfo];
+
+    /// The file to map `index` from, when any part of it is [mappable](RegionInfo::mappable).
+    fn region_file(&self, index: RegionIndex) -> Option<RegionFile<'_>>;
+
+    /// Reads `into.len()` bytes at `offset` of a region. One access of the guest is one call (1, 2, 4 or 8 bytes);
+    /// config space may be read in one piece.
+    ///
+    /// # Errors
+    /// The range is outside of the region, or the device refused, read short, or is lost.
+    fn region_read(&self, index: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Writes `from` at `offset` of a region, and returns when the device has taken it.
+    ///
+    /// # Errors
+    /// As [`region_read`](Self::region_read).
+    fn region_write(&self, index: RegionIndex, offset: u64, from: &[u8]) -> Result<(), DeviceError>;
+
+    /// The doorbells of a region; none when the device offers none. Each call hands out descriptors anew.
+    fn doorbells(&self, index: RegionIndex) -> Result<Vec<Doorbell>, DeviceError>;
+
+    /// Number of interrupts of this kind; 0 where there are none. Known since the device was opened: no I/O.
+    fn irq_count(&self, index: IrqIndex) -> u32;
+
+    /// Connects interrupts `start ..` to eventfds, by as few SET_IRQS as the back end allows (one on the kernel,
+    /// `max_msg_fds` at a time on vfio-user). `None` disconnects that one. Enables the kind when it was not.
+    ///
+    /// The device keeps its own reference to each descriptor.
+    fn set_irq_eventfds(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), DeviceError>;
+
+    /// Disconnects all interrupts of this kind (`VFIO_IRQ_SET_DATA_NONE`, count 0). Succeeds when none is connected.
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError>;
+
+    /// Raises one interrupt as if the device had (`VFIO_IRQ_SET_ACTION_TRIGGER`, `DATA_NONE`).
+    fn trigger_irq(&self, index: IrqIndex, vector: u32) -> Result<(), DeviceError>;
+
+    /// Masks or unmasks one interrupt at the device.
+    ///
+    /// # Errors
+    /// Also where the kind cannot be masked (MSI-X on the kernel: `EINVAL`). A VMM that masks by exchanging eventfds
+    /// needs it for INTx alone.
+    fn mask_irq(&self, index: IrqIndex, vector: u32, masked: bool) -> Result<(), DeviceError>;
+
+    /// Lets the device reach `iova` by DMA. With `file`, (descriptor, byte offset), the device maps that memory;
+    /// without, it can only ask for each access (vfio-user DMA_READ and DMA_WRITE), where the back end can do that.
+    ///
+    /// # Errors
+    /// Also when the range overlaps one that is mapped.
+    fn dma_map(
+        &self,
+        iova: Range<Iova>,
+        access: DmaAccess,
+        file: Option<(BorrowedFd<'_>, u64)>,
+    ) -> Result<(), DeviceError>;
+
+    /// Takes away exactly a range that was mapped. When it returns the device does not touch it any more.
+    fn dma_unmap(&self, iova: Range<Iova>) -> Result<(), DeviceError>;
+}

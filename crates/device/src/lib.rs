@@ -1,0 +1,22 @@
+//! The Device contract: one face over every kind of migratable device, shaped by the kernel's v2 migration uAPI
+//! (`include/uapi/linux/vfio.h`), and its back ends.
+//!
+//! No method has a default that pretends success. What is only legal inside a session is a method of the session.
+#![forbid(unsafe_code)]
+
+mod contract;
+mod error;
+mod hardware;
+mod pci;
+mod pci_codec;
+mod vfio_user;
+
+pub use contract::{
+    Capabilities, Device, DirtyLog, NotMigratable, Position, PrecopyProgress, Read, ResumingSession,
+    SavingSession,
+};
+pub use error::{DeviceError, Remedy, TransitionError};
+pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
+pub use pci::{ConfigRule, ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciState, VectorState};
+pub use pci_codec::PciCodecError;
+pub use vfio_user::{VfioUserDevice, VfioUserOptions};

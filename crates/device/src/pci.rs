@@ -1,0 +1,146 @@
+//! The PCI side of a migration: what a VMM saves and puts back, because the device's own stream does not.
+//!
+//! Interrupts are configured by ioctl and config space is emulated by the VMM, so neither is in the device's
+//! state. The order in which they go back (P6) is the library's; the doing is the VMM's, behind these traits:
+//!
+//! 1. the interrupt controller's state is in;
+//! 2. [`PciFunction::restore_config`] for each: compare, load, PCI_COMMAND, BAR mappings;
+//! 3. [`PciFunction::stage_interrupts`] for each, then one [`IrqRouter::commit`] for all;
+//! 4. [`PciFunction::connect_interrupts`] for each: as few SET_IRQS as the back end allows, then what was pending is raised;
+//! 5. RESUMING → STOP.
+
+use std::fmt;
+
+use vfio_migration_types::DeviceId;
+
+/// Config space, BARs and interrupts of one PCI function, as they travel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciState {
+    /// The guest's view of config space: 256 or 4096 bytes.
+    pub config: Vec<u8>,
+    /// Guest addresses of the BARs; 0 where a BAR is absent or the upper half of a 64-bit one.
+    pub bars: [u64; 6],
+    /// With MSI-X the whole table, also while it is not enabled: the guest may be in the middle of filling it. Else the
+    /// MSI vectors in use; empty when there are none.
+    pub vectors: Vec<VectorState>,
+    /// Whether the vectors are MSI-X (else MSI).
+    pub msix: bool,
+    /// Whether an INTx interrupt was asserted and not yet seen by the guest.
+    pub intx_pending: bool,
+}
+
+/// One MSI or MSI-X vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct VectorState {
+    /// Where its message goes.
+    pub message: MsiMessage,
+    /// Masked by the guest.
+    pub masked: bool,
+    /// Raised while masked, or raised and not yet delivered.
+    pub pending: bool,
+}
+
+/// A message-signalled interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct MsiMessage {
+    /// Address, low and high halves together.
+    pub address: u64,
+    /// Data.
+    pub data: u32,
+}
+
+/// Which config-space bytes may differ between the two sides.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConfigRules {
+    /// Exceptions to the default mask, later ones winning.
+    pub rules: Vec<ConfigRule>,
+}
+
+/// One exception: bytes `offset .. offset + len` are compared, or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConfigRule {
+    /// First byte.
+    pub offset: u16,
+    /// Number of bytes.
+    pub len: u16,
+    /// Whether a difference is refused.
+    pub compare: bool,
+}
+
+/// What failed on the PCI side of a device.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PciError {
+    /// A config-space byte that must be equal differs.
+    #[error(
+        "device {device}: config space differs at {offset:#x}: source {source_byte:#04x}, destination \
+         {destination_byte:#04x} (mask {mask:#04x}); if that is harmless, exempt the byte by a config rule"
+    )]
+    ConfigMismatch {
+        /// Which device.
+        device: DeviceId,
+        /// Offset of the byte.
+        offset: u16,
+        /// Byte at the source.
+        source_byte: u8,
+        /// Byte at the destination.
+        destination_byte: u8,
+        /// Bits that are compared.
+        mask: u8,
+    },
+    /// The state offered cannot belong to this function.
+    #[error("device {device}: the PCI state does not fit: {what}")]
+    Unfit {
+        /// Which device.
+        device: DeviceId,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The VMM or the device failed.
+    #[error("device {device}: {doing} failed")]
+    Failed {
+        /// Which device.
+        device: DeviceId,
+        /// What was attempted.
+        doing: String,
+        /// The cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// A device's PCI function in the VMM. Called with the guest paused and the device stopped or resuming.
+pub trait PciFunction: fmt::Debug + Send + Sync {
+    /// The device it belongs to.
+    fn id(&self) -> &DeviceId;
+
+    /// Reads out config space, BARs and vectors; drains the eventfds of masked vectors into their pending bits first.
+    fn save(&self) -> Result<PciState, PciError>;
+
+    /// Compares `state.config` with the device's own under the default mask as changed by `rules`, loads it, writes
+    /// PCI_COMMAND to the device, and maps the BARs where the guest has them.
+    fn restore_config(&self, state: &PciState, rules: &ConfigRules) -> Result<(), PciError>;
+
+    /// Hands each vector's route to `router`, without committing it.
+    fn stage_interrupts(&self, state: &PciState, router: &dyn IrqRouter) -> Result<(), PciError>;
+
+    /// Connects the vectors' eventfds by SET_IRQS, and raises what `state` says was pending. Returns how many vectors are armed.
+    fn connect_interrupts(&self, state: &PciState) -> Result<u32, PciError>;
+
+    /// Takes back what [`restore_config`](Self::restore_config) and the interrupt steps did, so that the device can
+    /// be released. Succeeds when there is nothing to take back.
+    fn undo(&self) -> Result<(), PciError>;
+}
+
+/// The VMM's interrupt routing. Routes are staged one by one and take effect together.
+pub trait IrqRouter: fmt::Debug + Send + Sync {
+    /// Stages the route of `gsi`; `None` removes it.
+    fn set(
+        &self,
+        gsi: u32,
+        message: Option<MsiMessage>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+    /// Makes all staged routes effective at once.
+    fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+}

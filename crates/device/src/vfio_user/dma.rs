@@ -1,0 +1,141 @@
+//! DMA that the server asks for by message, instead of doing it itself: served from guest RAM, and logged here,
+//! because the server's own log does not hold it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+use vfio_migration_memory::{GuestRam, Mapping, MemoryError, WriteLog};
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+use vfio_user_peer::DmaHandler;
+
+use crate::hardware::DmaAccess;
+
+/// What the device may reach.
+#[derive(Debug)]
+pub(super) struct GuestDma {
+    ram: Arc<GuestRam>,
+    windows: Mutex<Vec<Window>>,
+    /// Guest pages written on the server's behalf.
+    pub(super) writes: WriteLog,
+}
+
+/// One DMA mapping.
+#[derive(Debug)]
+pub(super) struct Window {
+    pub(super) iova: Range<Iova>,
+    pub(super) access: DmaAccess,
+    /// The server maps it by itself, and logs what it writes.
+    pub(super) shared: bool,
+    target: Target,
+}
+
+#[derive(Debug)]
+enum Target {
+    /// Guest RAM at the same address.
+    Ram,
+    /// Something else with a file: another device's BAR. Mapped here only when the server does not map it.
+    Elsewhere(Option<Mapping>),
+}
+
+impl GuestDma {
+    pub(super) fn new(id: &DeviceId, ram: Arc<GuestRam>) -> Self {
+        let writes = WriteLog::new(format!("DMA served for {id}"), ram.size());
+        Self { ram, windows: Mutex::new(Vec::new()), writes }
+    }
+
+    pub(super) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Notes a mapping. `file` backs it where it is not guest RAM and the server cannot map it.
+    pub(super) fn map(&self, iova: Range<Iova>, access: DmaAccess, shared: bool, file: Option<Mapping>) {
+        let ram = self.ram.offset_of(Gpa(iova.start().0), iova.len()).is_some();
+        let target = if ram { Target::Ram } else { Target::Elsewhere(file) };
+        self.windows().push(Window { iova, access, shared, target });
+    }
+
+    pub(super) fn unmap(&self, iova: Range<Iova>) {
+        self.windows().retain(|window| window.iova != iova);
+    }
+
+    /// Mapped guest RAM that the server reaches by itself, so that its own log holds what it writes.
+    pub(super) fn shared_ram(&self) -> Vec<Range<Iova>> {
+        let logged =
+            |window: &&Window| window.shared && window.access.write && matches!(window.target, Target::Ram);
+        self.windows().iter().filter(logged).map(|window| window.iova).collect()
+    }
+
+    /// Whether every mapping of guest RAM that may be written is served here, so that this side's log is exact alone.
+    pub(super) fn serves_all(&self) -> bool {
+        let ram = |window: &&Window| matches!(window.target, Target::Ram) && window.access.write;
+        let windows = self.windows();
+        windows.iter().any(|window| ram(&window)) && !windows.iter().filter(ram).any(|window| window.shared)
+    }
+
+    fn access(
+        &self,
+        iova: u64,
+        len: usize,
+        write: bool,
+        act: impl FnOnce(Place<'_>) -> Result<(), MemoryError>,
+    ) -> Result<(), Errno> {
+        let wanted = Range::new(Iova(iova), len as u64).map_err(|_| Errno::INVAL)?;
+        let windows = self.windows();
+        let window = windows
+            .iter()
+            .find(|window| wanted.start() >= window.iova.start() && wanted.end() <= window.iova.end())
+            .ok_or(Errno::FAULT)?;
+        if !(if write { window.access.write } else { window.access.read }) {
+            return Err(Errno::ACCESS);
+        }
+        let place = match &window.target {
+            Target::Ram => Place::Ram(Gpa(iova)),
+            Target::Elsewhere(Some(mapping)) => Place::Mapping(mapping, iova - window.iova.start().0),
+            Target::Elsewhere(None) => return Err(Errno::FAULT),
+        };
+        act(place).map_err(|_| Errno::FAULT)
+    }
+
+    fn windows(&self) -> MutexGuard<'_, Vec<Window>> {
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+enum Place<'a> {
+    Ram(Gpa),
+    Mapping(&'a Mapping, u64),
+}
+
+impl DmaHandler for GuestDma {
+    fn dma_read(&self, iova: u64, into: &mut [u8]) -> Result<(), Errno> {
+        self.access(iova, into.len(), false, |place| match place {
+            Place::Ram(gpa) => match self.ram.offset_of(gpa, into.len() as u64) {
+                Some(offset) => self.ram.read(offset, into),
+                None => Err(MemoryError::OutOfBounds {
+                    offset: gpa.0,
+                    len: into.len() as u64,
+                    size: self.ram.size(),
+                }),
+            },
+            Place::Mapping(mapping, offset) => mapping.read(offset, into),
+        })
+    }
+
+    fn dma_write(&self, iova: u64, from: &[u8]) -> Result<(), Errno> {
+        self.access(iova, from.len(), true, |place| match place {
+            Place::Ram(gpa) => match self.ram.offset_of(gpa, from.len() as u64) {
+                Some(offset) => {
+                    self.ram.write(offset, from)?;
+                    self.writes.mark(offset, from.len() as u64);
+                    Ok(())
+                }
+                None => Err(MemoryError::OutOfBounds {
+                    offset: gpa.0,
+                    len: from.len() as u64,
+                    size: self.ram.size(),
+                }),
+            },
+            Place::Mapping(mapping, offset) => mapping.write(offset, from),
+        })
+    }
+}

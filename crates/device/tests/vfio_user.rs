@@ -1,0 +1,351 @@
+//! The vfio-user back end against the sample device's server, over a real socket.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vfio_migration_device::{
+    Device, DmaAccess, PciHardware, Position, Read, RegionIndex, Remedy, SavingSession, VfioUserDevice,
+    VfioUserOptions,
+};
+use vfio_migration_memory::{GuestRam, RamSpec};
+use vfio_migration_sim::{Options, StopHandle, regs};
+use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, Range};
+
+/// A served device, and the end of its server with it.
+struct Served {
+    socket: std::path::PathBuf,
+    stop: StopHandle,
+    thread: Option<JoinHandle<()>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Served {
+    fn new(options: Options) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("device.sock");
+        let stop = StopHandle::new().unwrap();
+        let thread = std::thread::spawn({
+            let (socket, stop) = (socket.clone(), stop.clone());
+            move || vfio_migration_sim::serve(&socket, options, &stop).unwrap()
+        });
+        Self { socket, stop, thread: Some(thread), _dir: dir }
+    }
+
+    fn open(&self, ram: &Arc<GuestRam>) -> VfioUserDevice {
+        self.open_with(
+            ram,
+            &VfioUserOptions { timeout: Duration::from_secs(5), ..VfioUserOptions::default() },
+        )
+    }
+
+    fn open_with(&self, ram: &Arc<GuestRam>, options: &VfioUserOptions) -> VfioUserDevice {
+        let id = DeviceId::new("dev0").unwrap();
+        VfioUserDevice::open(id, &self.socket, ram.clone(), options).unwrap()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn options() -> Options {
+    Options { state_size: 256 << 10, dma_interval: Duration::ZERO, ..Options::default() }
+}
+
+fn ram() -> Arc<GuestRam> {
+    let specs = [RamSpec { gpa: Gpa(0), len: 1 << 20 }, RamSpec { gpa: Gpa(1 << 32), len: 1 << 20 }];
+    Arc::new(GuestRam::new("test", &specs).unwrap())
+}
+
+fn map(device: &VfioUserDevice, ram: &GuestRam) {
+    for region in ram.regions() {
+        let range = Range::new(Iova(region.gpa.0), region.len).unwrap();
+        device.dma_map(range, DmaAccess::BOTH, Some((ram.fd(), region.offset.0))).unwrap();
+    }
+}
+
+/// Writes a u64 register.
+fn write(device: &VfioUserDevice, at: u64, value: u64) {
+    device.region_write(RegionIndex::BAR0, at, &value.to_le_bytes()).unwrap();
+}
+
+fn read(device: &VfioUserDevice, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    device.region_read(RegionIndex::BAR0, at, &mut bytes).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
+/// Has the device copy one block from 0x1000 to `dst`, through a ring at 0x2000, and waits for it.
+fn one_block(device: &VfioUserDevice, ram: &GuestRam, dst: u64) {
+    let at = |gpa: u64| ram.offset_of(Gpa(gpa), 8).unwrap();
+    let posted = ram.read_u64(at(0x3000)).unwrap();
+    let entry = 0x2000 + posted % 4 * 32;
+    for (index, word) in [0x1000, dst, 128, posted + 1].into_iter().enumerate() {
+        ram.write_u64(at(entry + index as u64 * 8), word).unwrap();
+    }
+    if posted == 0 {
+        write(device, regs::offset::RING_BASE, 0x2000);
+        device.region_write(RegionIndex::BAR0, regs::offset::RING_SIZE, &4u32.to_le_bytes()).unwrap();
+        write(device, regs::offset::TAIL_ADDR, 0x3000);
+        write(device, regs::offset::DONE_ADDR, 0x3008);
+        device.region_write(RegionIndex::BAR0, regs::offset::CONTROL, &1u32.to_le_bytes()).unwrap();
+    }
+    ram.write_u64(at(0x3000), posted + 1).unwrap();
+    device.region_write(RegionIndex::BAR0, regs::offset::DOORBELL, &1u32.to_le_bytes()).unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while ram.read_u64(at(0x3008)).unwrap() <= posted {
+        assert!(std::time::Instant::now() < deadline, "the device does nothing");
+        std::thread::yield_now();
+    }
+}
+
+fn drain(session: &mut dyn SavingSession, chunk: usize) -> Vec<u8> {
+    let (mut all, mut buf) = (Vec::new(), vec![0; chunk]);
+    loop {
+        match session.read(&mut buf).unwrap() {
+            Read::Data(n) => all.extend_from_slice(&buf[..n]),
+            Read::NothingNow | Read::End => return all,
+        }
+    }
+}
+
+fn dirty_pages(device: &VfioUserDevice, ram: &GuestRam) -> Vec<u64> {
+    let mut map = Bitmap::new(ram.size(), Granule::PAGE);
+    device.dirty_log().unwrap().report(&mut map).unwrap();
+    map.runs().flat_map(|run| run.first..run.first + run.count).collect()
+}
+
+#[test]
+fn describes_itself() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    map(&device, &ram);
+    let capabilities = device.capabilities().unwrap();
+    assert!(capabilities.flags.p2p && capabilities.flags.pre_copy && capabilities.dirty_log);
+    assert!(capabilities.precopy_info && capabilities.data_size);
+    let manifest = device.manifest().unwrap();
+    assert_eq!(manifest.model.as_deref(), Some("vfio-migrate.org/sample"));
+    assert_eq!(manifest.model_version.as_deref(), Some("1.0"));
+    assert_eq!(manifest.pci.unwrap().vendor, 0x5646);
+    assert_eq!(manifest.irqs.get(&2), Some(&2));
+    assert_eq!(manifest.regions.len(), 3, "{:?}", manifest.regions);
+    assert!(device.stop_copy_size().unwrap().unwrap() >= 256 << 10);
+    assert_eq!(device.doorbells(RegionIndex::BAR0).unwrap().len(), 1);
+}
+
+#[test]
+fn a_plain_server_has_no_extras_and_still_migrates() {
+    let (served, ram) = (Served::new(Options { extension: false, ..options() }), ram());
+    let device = served.open(&ram);
+    map(&device, &ram);
+    let capabilities = device.capabilities().unwrap();
+    assert!(!capabilities.flags.p2p && !capabilities.precopy_info && !capabilities.data_size);
+    assert_eq!(device.stop_copy_size().unwrap(), None);
+    assert_eq!(device.manifest().unwrap().model, None);
+    let mut session = device.begin_precopy().unwrap();
+    assert_eq!(session.progress().unwrap(), None);
+    let first = drain(&mut *session, 4096);
+    assert!(session.go(Position::PreCopyP2p).is_err(), "it has no such state");
+    session.go(Position::StopCopy).unwrap();
+    let rest = drain(&mut *session, 4096);
+    assert!(first.len() >= 256 << 10 && !rest.is_empty());
+    assert_eq!(session.end().unwrap(), MigrationState::Stop);
+}
+
+#[test]
+fn state_moves_from_one_server_to_another() {
+    let (source, destination, ram) = (Served::new(options()), Served::new(options()), ram());
+    let (from, to) = (source.open(&ram), destination.open(&ram));
+    map(&from, &ram);
+    map(&to, &ram);
+    one_block(&from, &ram, 0x8000);
+    let mut saving = from.begin_precopy().unwrap();
+    let mut resuming = to.begin_resuming().unwrap();
+    assert!(saving.progress().unwrap().unwrap().initial_bytes > 0);
+    for position in [Position::PreCopy, Position::PreCopyP2p, Position::StopCopy] {
+        saving.go(position).unwrap();
+        let bytes = drain(&mut *saving, 10_000);
+        bytes.chunks(3333).for_each(|piece| resuming.write(piece).unwrap());
+    }
+    resuming.finish().unwrap();
+    assert_eq!(to.state().unwrap(), MigrationState::Stop);
+    saving.end().unwrap();
+    to.set_state(MigrationState::RunningP2p).unwrap();
+    to.set_state(MigrationState::Running).unwrap();
+    one_block(&to, &ram, 0x9000);
+    assert_eq!(read(&to, regs::offset::BLOCKS0), 2, "it counts on where the other stopped");
+}
+
+#[test]
+fn the_log_is_exact_for_what_the_server_maps() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    map(&device, &ram);
+    one_block(&device, &ram, 0x8000);
+    device.dirty_log().unwrap().start().unwrap();
+    assert!(device.dirty_log().unwrap().start().is_err(), "it runs already");
+    assert!(dirty_pages(&device, &ram).is_empty());
+    one_block(&device, &ram, (1 << 32) + 0x5000);
+    // The block above the hole, and the count of completed blocks.
+    assert_eq!(dirty_pages(&device, &ram), [3, 256 + 5]);
+    assert!(dirty_pages(&device, &ram).is_empty(), "a report forgets");
+    device.dirty_log().unwrap().stop().unwrap();
+    device.dirty_log().unwrap().stop().unwrap();
+    let mut map = Bitmap::new(ram.size(), Granule::PAGE);
+    assert!(device.dirty_log().unwrap().report(&mut map).is_err(), "it does not run");
+}
+
+#[test]
+fn the_log_is_exact_for_what_is_written_for_the_server() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open_with(&ram, &VfioUserOptions { message_dma: true, ..VfioUserOptions::default() });
+    map(&device, &ram);
+    assert!(device.capabilities().unwrap().dirty_log);
+    device.dirty_log().unwrap().start().unwrap();
+    one_block(&device, &ram, 0x8000);
+    assert_eq!(dirty_pages(&device, &ram), [3, 8]);
+    let word = ram.read_u64(ram.offset_of(Gpa(0x8008), 8).unwrap()).unwrap();
+    assert_eq!(word, 1, "the block came by message: number 1");
+}
+
+#[test]
+fn a_server_without_a_log_is_found_out() {
+    let (served, ram) = (Served::new(Options { dirty_log: false, ..options() }), ram());
+    let device = served.open(&ram);
+    map(&device, &ram);
+    assert!(!device.capabilities().unwrap().dirty_log);
+    assert!(device.dirty_log().is_none());
+}
+
+#[test]
+fn a_failed_arc_says_where_the_device_really_is() {
+    let fault = "fail-arc:STOP:STOP_COPY:EIO:1".parse().unwrap();
+    let (served, ram) = (Served::new(Options { faults: vec![fault], precopy: false, ..options() }), ram());
+    let device = served.open(&ram);
+    let error = device.begin_stop_copy().unwrap_err();
+    assert_eq!((error.from, error.to), (MigrationState::Running, MigrationState::StopCopy));
+    assert_eq!(error.now, Some(MigrationState::Stop), "it got half the way");
+    assert_eq!(error.errno.map(|errno| errno.raw_os_error()), Some(5));
+    assert_eq!(error.remedy, Remedy::TryAnotherState);
+    device.set_state(MigrationState::Running).unwrap();
+}
+
+#[test]
+fn nothing_is_set_on_a_device_in_error_but_a_reset_helps() {
+    let fault = "error-arc:RUNNING:PRE_COPY".parse().unwrap();
+    let (served, ram) = (Served::new(Options { faults: vec![fault], ..options() }), ram());
+    let device = served.open(&ram);
+    let error = device.begin_precopy().unwrap_err();
+    assert_eq!((error.now, error.remedy), (Some(MigrationState::Error), Remedy::Reset));
+    assert_eq!(device.set_state(MigrationState::Stop).unwrap_err().remedy, Remedy::Reset);
+    device.reset().unwrap();
+    assert_eq!(device.state().unwrap(), MigrationState::Running);
+}
+
+#[test]
+fn a_server_that_hangs_is_lost_within_the_time_limit() {
+    let fault = "hang-arc:RUNNING:PRE_COPY:3000".parse().unwrap();
+    let (served, ram) = (Served::new(Options { faults: vec![fault], ..options() }), ram());
+    let device = served.open_with(
+        &ram,
+        &VfioUserOptions { timeout: Duration::from_millis(200), ..VfioUserOptions::default() },
+    );
+    let error = device.begin_precopy().unwrap_err();
+    assert_eq!((error.now, error.remedy), (None, Remedy::Lost));
+    assert!(!device.is_alive());
+    assert!(device.state().is_err());
+}
+
+#[test]
+fn foreign_state_is_refused_at_once_and_a_truncated_one_at_the_end() {
+    let other = Served::new(Options { version: (2, 0), ..options() });
+    let (source, destination, ram) = (Served::new(options()), Served::new(options()), ram());
+    let (from, stranger, to) = (source.open(&ram), other.open(&ram), destination.open(&ram));
+    let mut saving = from.begin_precopy().unwrap();
+    let bytes = drain(&mut *saving, 4096);
+    let mut resuming = stranger.begin_resuming().unwrap();
+    let error = resuming.write(&bytes).unwrap_err();
+    assert_eq!(error.errno.map(|errno| errno.raw_os_error()), Some(22));
+    resuming.abort().unwrap();
+    assert_eq!(stranger.state().unwrap(), MigrationState::Running);
+    let mut resuming = to.begin_resuming().unwrap();
+    resuming.write(&bytes).unwrap();
+    assert!(resuming.finish().is_err(), "the end is missing");
+    assert_eq!(to.state().unwrap(), MigrationState::Running, "dropping the session reset it");
+}
+
+#[test]
+fn dropping_a_saving_session_leaves_it() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    drop(device.begin_precopy().unwrap());
+    assert_eq!(device.state().unwrap(), MigrationState::Running);
+    let mut session = device.begin_precopy().unwrap();
+    session.go(Position::StopCopy).unwrap();
+    drop(session);
+    assert_eq!(device.state().unwrap(), MigrationState::Stop);
+}
+
+#[test]
+fn a_session_that_a_reset_took_away_does_not_go_on() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    let mut saving = device.begin_precopy().unwrap();
+    device.reset().unwrap();
+    let error = saving.go(Position::StopCopy).unwrap_err();
+    assert_eq!((error.from, error.now), (MigrationState::Running, Some(MigrationState::Running)));
+    assert!(error.source.to_string().contains("session was lost"), "{}", error.source);
+    assert_eq!(device.state().unwrap(), MigrationState::Running, "no second session was opened");
+    assert_eq!(saving.end().unwrap(), MigrationState::Running);
+
+    let mut saving = device.begin_precopy().unwrap();
+    saving.go(Position::StopCopy).unwrap();
+    device.reset().unwrap();
+    assert_eq!(saving.end().unwrap(), MigrationState::Stop);
+    assert_eq!(device.state().unwrap(), MigrationState::Stop, "where it promised to leave it");
+
+    let resuming = device.begin_resuming().unwrap();
+    device.reset().unwrap();
+    let error = resuming.finish().unwrap_err();
+    assert!(error.source.to_string().contains("session was lost"), "{}", error.source);
+    assert_eq!(device.state().unwrap(), MigrationState::Running);
+}
+
+#[test]
+fn a_session_whose_device_is_in_error_sets_nothing() {
+    let fault = "error-arc:PRE_COPY_P2P:STOP_COPY".parse().unwrap();
+    let (served, ram) = (Served::new(Options { faults: vec![fault], ..options() }), ram());
+    let device = served.open(&ram);
+    let mut saving = device.begin_precopy().unwrap();
+    let error = saving.go(Position::StopCopy).unwrap_err();
+    assert_eq!(error.now, Some(MigrationState::Error));
+    assert_eq!(saving.go(Position::StopCopy).unwrap_err().remedy, Remedy::Reset);
+    assert_eq!(saving.end().unwrap_err().remedy, Remedy::Reset);
+}
+
+#[test]
+fn a_server_that_ends_is_noticed_unasked() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    assert!(device.is_alive());
+    drop(served);
+    assert!(!device.is_alive());
+}
+
+#[test]
+fn no_server_is_an_error_that_names_the_socket() {
+    let error = VfioUserDevice::open(
+        DeviceId::new("dev0").unwrap(),
+        "/nonexistent/device.sock",
+        ram(),
+        &VfioUserOptions { connect_timeout: Duration::from_millis(50), ..VfioUserOptions::default() },
+    )
+    .unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/device.sock"), "{error}");
+}

@@ -1,0 +1,446 @@
+//! What goes into the engine and what comes out: the contract between deciding (here) and doing (the session).
+//!
+//! Every [`SourceAction`] or [`DestinationAction`] that does something in the world is answered by the session with
+//! the one event named in its documentation, or with `Failed`. Bulk data is never seen here; its counts are.
+//!
+//! One such action is under way at a time, with one exception: an abort. [`SourceAction::RollBack`] and, at the
+//! destination, [`DestinationAction::Journal`] of ABORTED and [`DestinationAction::Release`] are asked for while an
+//! action may still be under way. The session interrupts that action first; its answer may be dropped, or come before the
+//! answer of what interrupted it, and is then ignored.
+
+use std::time::Duration;
+
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, MigrationFlags, Phase, VmId};
+use vfio_migration_wire::{Applied, FinalEnd, Message, PeerError, Ready, Refusal, Running, VersionRange};
+
+use crate::ownership::{DestinationState, SourceState};
+
+/// A point in time: the session's monotonic clock since its start.
+pub type Time = Duration;
+
+/// What the source's engine is told before it starts.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// The VM.
+    pub vm: VmId,
+    /// This attempt's nonce.
+    pub attempt: AttemptId,
+    /// The epoch under which this side owns the VM.
+    pub epoch: Epoch,
+    /// Protocol versions it speaks.
+    pub versions: VersionRange,
+    /// Features it offers; those in force are in [`Source::negotiated`](crate::Source::negotiated).
+    pub features: u64,
+    /// The machine's manifest, JSON.
+    pub manifest: Vec<u8>,
+    /// The devices, in manifest order.
+    pub devices: Vec<DeviceFacts>,
+    /// Several devices may go without P2P, because none maps another's BAR.
+    pub no_peer_dma: bool,
+    /// Longest time the guest may stand still. A ceiling, not a target.
+    pub downtime_limit: Duration,
+    /// Of the limit, what is kept back for everything after the decision to commit.
+    pub commit_reserve: Duration,
+    /// Give up when P3 has lasted this long; `None`: never.
+    pub give_up_after: Option<Duration>,
+    /// Wait for [`SourceEvent::Continue`] before P4.
+    pub pause_before_switchover: bool,
+    /// Compare digests of all RAM. The time it takes is kept out of the downtime.
+    pub verify: bool,
+    /// Longest silence of the peer, where it owes an answer.
+    pub peer_timeout: Duration,
+}
+
+/// What the engine must know of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// Name.
+    pub id: DeviceId,
+    /// Migration flags.
+    pub flags: MigrationFlags,
+    /// Pre-copy progress is known.
+    pub precopy_info: bool,
+}
+
+/// A failure in the world, as the session reports it and as it crosses the wire.
+pub type Failure = PeerError;
+
+/// What an iteration moved, and what is left.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IterationReport {
+    /// Bytes put on the wire, all kinds.
+    pub wire_bytes: u64,
+    /// How long that took.
+    pub took: Duration,
+    /// RAM bytes dirty now, not yet sent.
+    pub ram_left: u64,
+    /// RAM bytes that are sent again while the guest stands, dirty or not, because nobody knows what a device wrote.
+    pub ram_again: u64,
+    /// Per device, in manifest order.
+    pub devices: Vec<DeviceProgress>,
+}
+
+/// Where a device stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceProgress {
+    /// Initial bytes not yet sent; `None` when the device cannot say.
+    pub initial_left: Option<u64>,
+    /// Bytes changed since sent; `None` when the device cannot say.
+    pub dirty_left: Option<u64>,
+    /// Estimated STOP_COPY bytes; `None` when the device cannot say.
+    pub stop_copy: Option<u64>,
+    /// Counts REINITs. The initial bytes of this generation must be acknowledged before a switchover.
+    pub generation: u32,
+    /// All initial bytes of this generation have been sent (the session has sent [`Message::InitialSent`]).
+    pub initial_sent: bool,
+}
+
+/// Positions that all devices take together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Barrier {
+    /// PRE_COPY again (or RUNNING, for a device without it).
+    Running,
+    /// PRE_COPY_P2P or RUNNING_P2P; devices without P2P stay.
+    P2p,
+    /// STOP_COPY.
+    StopCopy,
+}
+
+/// What the source's session is asked to do.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum SourceAction {
+    /// Send this message, after all bulk that was sent before.
+    Send(Message),
+    /// P2: start every dirty log, then open pre-copy on every device that has it. Answer: [`SourceEvent::SetUp`].
+    SetUp,
+    /// P3: send what is dirty (everything, in iteration 1) and what the devices have, then END_ITERATION.
+    /// Answer: [`SourceEvent::IterationSent`].
+    SendIteration {
+        /// Counts from 1.
+        iteration: u32,
+    },
+    /// P4: pause the vCPUs and gate every BAR access. Answer: [`SourceEvent::Paused`].
+    Pause,
+    /// P4, or its way back: take every device, in parallel, to a position. Answer: [`SourceEvent::Reached`].
+    Devices(Barrier),
+    /// Way back to P3: let the vCPUs run again (if they ran). Answer: [`SourceEvent::Resumed`].
+    Resume,
+    /// P5: read every dirty source a last time, send the pages, the machine state, and each device's state to its end;
+    /// with `verify`, digest RAM. Answer: [`SourceEvent::FinalSent`].
+    SendFinal {
+        /// Digest RAM too.
+        verify: bool,
+    },
+    /// P5: release the storage locks. Answer: [`SourceEvent::LocksReleased`].
+    ReleaseLocks,
+    /// Write the journal and fsync it. Answer: [`SourceEvent::Journaled`].
+    Journal(SourceState),
+    /// Undo everything that was done: interrupt the action under way, locks taken back, dirty logging off, devices RUNNING
+    /// through the P2P barrier, vCPUs running if they ran. Answer: [`SourceEvent::RolledBack`], also when not all could be
+    /// undone: it has fields for that.
+    RollBack,
+    /// P7, COMMIT sent and its answer lost: connect anew, send [`Message::Query`], report the answer as
+    /// [`SourceEvent::Peer`], or [`SourceEvent::LinkLost`]. Asked again after each loss, and when no answer comes in time:
+    /// it then replaces the one under way. What comes over the old connection still counts.
+    AskAgain,
+    /// P9: end the saving sessions, stop logging, release the machine. Answer: [`SourceEvent::CleanedUp`].
+    CleanUp,
+    /// Nothing more will come.
+    Finish(SourceOutcome),
+}
+
+/// What the source's engine is told.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum SourceEvent {
+    /// The connection stands. First event.
+    Connected,
+    /// A message came. Credit, Ping and Pong are the session's own.
+    Peer(Message),
+    /// Answers [`SourceAction::SetUp`].
+    SetUp {
+        /// Per device, in manifest order.
+        devices: Vec<DeviceProgress>,
+    },
+    /// Answers [`SourceAction::SendIteration`].
+    IterationSent(IterationReport),
+    /// Answers [`SourceAction::Pause`].
+    Paused {
+        /// Whether the guest ran until now.
+        guest_ran: bool,
+    },
+    /// Answers [`SourceAction::Devices`].
+    Reached {
+        /// Where they are.
+        barrier: Barrier,
+        /// Per device, one last look at the pre-copy progress.
+        devices: Vec<DeviceProgress>,
+    },
+    /// Answers [`SourceAction::Resume`].
+    Resumed,
+    /// Answers [`SourceAction::SendFinal`].
+    FinalSent {
+        /// Totals; the engine sends them as [`Message::FinalEnd`].
+        totals: FinalEnd,
+        /// Time the digest took on the way, kept out of the downtime.
+        verify: Duration,
+    },
+    /// Answers [`SourceAction::ReleaseLocks`].
+    LocksReleased,
+    /// Answers [`SourceAction::Journal`].
+    Journaled(SourceState),
+    /// Answers [`SourceAction::RollBack`].
+    RolledBack {
+        /// Devices that had to be reset: their guest state is gone.
+        reset: Vec<DeviceId>,
+        /// Devices whose reset failed too: the guest stays paused.
+        not_reset: Vec<DeviceId>,
+        /// Storage locks that could not be taken back: the guest stays paused.
+        locks_lost: Vec<String>,
+        /// Whether the guest runs again (or stands because its operator had paused it).
+        restored: bool,
+    },
+    /// Answers [`SourceAction::CleanUp`].
+    CleanedUp,
+    /// The action under way failed.
+    Failed(Failure),
+    /// What the destination sent cannot be read. No action has failed: the one under way still answers. The session says
+    /// [`SourceEvent::LinkLost`] next.
+    Damaged(Failure),
+    /// The connection ended or broke.
+    LinkLost(String),
+    /// The operator cancels.
+    Cancel,
+    /// The operator changes the limit.
+    SetDowntimeLimit(Duration),
+    /// The operator lets a migration that waits before its switchover go on. Ignored while it does not wait.
+    Continue,
+    /// A device lost its session by itself (guest FLR, reset): this attempt cannot go on.
+    DeviceLost(Failure),
+    /// [`deadline`](crate::Source::deadline) has passed.
+    Tick,
+}
+
+/// How the source's attempt ended.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum SourceOutcome {
+    /// The guest is the destination's.
+    Completed(SourceSummary),
+    /// The guest runs here (or stands here, if its operator had paused it).
+    Aborted(Abort),
+    /// The destination refused: the guest never noticed.
+    Refused(Vec<Refusal>),
+    /// COMMIT was sent and its outcome is not known: the guest stands here, and nothing runs by itself.
+    Unresolved(String),
+}
+
+/// Why an attempt was undone, and what is left of the machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Abort {
+    /// The cause.
+    pub cause: Failure,
+    /// Cancelled by the operator, not failed.
+    pub cancelled: bool,
+    /// Devices that had to be reset.
+    pub reset: Vec<DeviceId>,
+    /// Storage locks that could not be taken back.
+    pub locks_lost: Vec<String>,
+    /// Whether the guest is as it was before the attempt.
+    pub restored: bool,
+}
+
+/// What a completed migration was like, as far as the engine knows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceSummary {
+    /// Iterations of P3.
+    pub iterations: u32,
+    /// vCPUs paused here.
+    pub paused_at: Time,
+    /// READY received.
+    pub ready_at: Time,
+    /// RUNNING received.
+    pub running_at: Time,
+    /// What RUNNING said.
+    pub running: Running,
+    /// What READY said.
+    pub ready: Ready,
+    /// Time spent on digests while the guest stood.
+    pub verify: Duration,
+    /// What failed after ownership had moved (journalling RELEASED, cleaning up): no harm to the guest, work for a person.
+    pub left_undone: Vec<Failure>,
+    /// Downtime predicted when P4 was entered.
+    pub predicted: Duration,
+    /// When each phase was entered.
+    pub phases: Vec<(Phase, Time)>,
+}
+
+/// What the destination's engine is told before it starts.
+#[derive(Clone, Debug)]
+pub struct DestinationConfig {
+    /// Protocol versions it speaks.
+    pub versions: VersionRange,
+    /// Features it knows.
+    pub features: u64,
+    /// Longest silence of the source, where it owes something.
+    pub peer_timeout: Duration,
+    /// Only this VM is let in; `None`: any.
+    pub expect: Option<VmId>,
+}
+
+/// What the destination's session is asked to do.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum DestinationAction {
+    /// Send this message to the source, over the connection of the migration.
+    Send(Message),
+    /// Send this message over the connection that the latest [`Message::Query`] came over (it has one of its own).
+    Answer(Message),
+    /// P1: compare this manifest with the machine at hand, allocate, open, reset and bind everything.
+    /// Answer: [`DestinationEvent::Reserved`] or [`DestinationEvent::Refused`].
+    Reserve {
+        /// JSON, as received.
+        manifest: Vec<u8>,
+    },
+    /// P2: open a resuming session on every device. Answer: [`DestinationEvent::ResumingBegun`].
+    BeginResuming,
+    /// P5: take the storage locks. Answer: [`DestinationEvent::LocksTaken`].
+    TakeLocks,
+    /// P6: wait until all bulk is loaded; compare with `totals`; load machine state; put PCI and interrupts back; RESUMING → STOP.
+    /// Answer: [`DestinationEvent::Loaded`].
+    Load {
+        /// What the source says it sent.
+        totals: FinalEnd,
+    },
+    /// Write the journal and fsync it. Answer: [`DestinationEvent::Journaled`].
+    Journal(DestinationState),
+    /// P8: devices RUNNING_P2P, barrier, RUNNING; vCPUs, if `run_guest`. Answer: [`DestinationEvent::Started`].
+    Start {
+        /// The epoch under which this side owns the guest now.
+        epoch: Epoch,
+        /// Whether vCPUs run.
+        run_guest: bool,
+    },
+    /// Reset and release every device, free what was reserved. Answer: [`DestinationEvent::Released`].
+    Release,
+    /// Nothing more will come.
+    Finish(DestinationOutcome),
+}
+
+/// What the destination's engine is told.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum DestinationEvent {
+    /// A message came, over the connection of the migration, or a [`Message::Query`] over one of its own. Credit, Ping and
+    /// Pong are the session's own.
+    Peer(Message),
+    /// Answers [`DestinationAction::Reserve`].
+    Reserved,
+    /// Answers [`DestinationAction::Reserve`] too: why not.
+    Refused(Vec<Refusal>),
+    /// Answers [`DestinationAction::BeginResuming`].
+    ResumingBegun,
+    /// A device took all of its initial bytes (of what [`Message::InitialSent`] announced).
+    InitialLoaded {
+        /// Index of the device in the manifest.
+        device: u16,
+        /// As announced.
+        generation: u32,
+    },
+    /// All of an iteration has been applied (after [`Message::EndIteration`]).
+    Applied(Applied),
+    /// Answers [`DestinationAction::TakeLocks`].
+    LocksTaken,
+    /// Answers [`DestinationAction::Load`].
+    Loaded(Ready),
+    /// Answers [`DestinationAction::Journal`].
+    Journaled(DestinationState),
+    /// Answers [`DestinationAction::Start`].
+    Started(Running),
+    /// Answers [`DestinationAction::Release`].
+    Released,
+    /// The action under way failed.
+    Failed(Failure),
+    /// The receiving of bulk failed: what the source sent cannot be read, or a device does not take it. No action has
+    /// failed: the one under way still answers.
+    Damaged(Failure),
+    /// The connection ended or broke.
+    LinkLost(String),
+    /// The operator gives this incoming migration up.
+    Cancel,
+    /// [`deadline`](crate::Destination::deadline) has passed.
+    Tick,
+}
+
+/// How the destination's attempt ended.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum DestinationOutcome {
+    /// The guest is ours.
+    Owner {
+        /// Under this epoch.
+        epoch: Epoch,
+        /// What was verified.
+        ready: Ready,
+        /// Whether its vCPUs run.
+        guest_runs: bool,
+    },
+    /// We own the guest, but it could not be started: it is held paused, and nobody else may run it.
+    OwnerHeld {
+        /// Under this epoch.
+        epoch: Epoch,
+        /// Why.
+        cause: Failure,
+    },
+    /// Nothing ran here; every device is reset and released.
+    Aborted(Failure),
+    /// We refused it.
+    Refused(Vec<Refusal>),
+}
+
+/// Identity of the attempt a destination is in, once it knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// The VM.
+    pub vm: VmId,
+    /// The nonce.
+    pub attempt: AttemptId,
+    /// The source's epoch.
+    pub epoch: Epoch,
+}
+
+/// How far a source is: what a progress bar needs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// Phase.
+    pub phase: Phase,
+    /// Iteration under way or ended last; 0 before the first.
+    pub iteration: u32,
+    /// Bytes put on the wire in P3, all kinds.
+    pub wire_bytes: u64,
+    /// RAM bytes dirty when the last iteration ended.
+    pub ram_left: u64,
+    /// Device bytes left when the last iteration ended, as far as the devices can say.
+    pub device_left: u64,
+    /// Measured bandwidth, bytes per second; `None` before the first iteration has ended.
+    pub bandwidth: Option<u64>,
+    /// Downtime, were the guest paused now; `None` as above.
+    pub predicted: Option<Duration>,
+    /// The downtime limit in force.
+    pub limit: Duration,
+    /// What P3 waits for, if it waits.
+    pub waiting: Option<Waiting>,
+}
+
+/// What P3 waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Waiting {
+    /// The destination has not acknowledged these devices' initial bytes.
+    InitialBytes(Vec<DeviceId>),
+    /// The predicted downtime is above the limit.
+    Convergence,
+    /// [`SourceEvent::Continue`] has not come.
+    Operator,
+}

@@ -1,0 +1,311 @@
+//! The destination's side of a migration.
+//!
+//! One concern per file: `incoming` (P1 to P3), `ready` (P5, P6), `commit` (P7, P8, and questions about it), `teardown` (the
+//! way out). It never runs the guest but after COMMIT, with OWNER in its journal.
+
+mod commit;
+mod incoming;
+mod ready;
+mod teardown;
+
+use std::collections::VecDeque;
+
+use vfio_migration_types::{Epoch, Phase};
+use vfio_migration_wire::{HelloReply, Message, PeerError};
+
+use crate::failure::{failure, link_lost, protocol, silence, work_timeout};
+use crate::ownership::DestinationState;
+use crate::{
+    Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, Failure, Time,
+};
+
+/// The destination of a migration: told events, it says actions. See the [crate's documentation](crate).
+#[derive(Debug)]
+pub struct Destination {
+    config: DestinationConfig,
+    state: State,
+    /// What the journal on disk says, as far as it has been confirmed; `None`: nothing yet.
+    journal: Option<DestinationState>,
+    phase: Phase,
+    actions: VecDeque<DestinationAction>,
+    /// An action that will be answered is under way.
+    busy: bool,
+    /// The connection stands.
+    link: bool,
+    attempt: Option<Attempt>,
+    negotiated: Option<HelloReply>,
+    /// The source owes something until then.
+    timer: Option<Owed>,
+    incoming: incoming::Incoming,
+    last: ready::Last,
+    end: commit::End,
+    teardown: teardown::Teardown,
+}
+
+/// Where the destination is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    AwaitingHello,
+    AwaitingOffer,
+    Reserving,
+    JournalReserved,
+    AwaitingBegin,
+    JournalLoading,
+    Opening,
+    /// P3: iterations come.
+    Loading,
+    /// P5: the last of everything comes; locks may be on their way.
+    Last,
+    /// P6.
+    Verifying,
+    JournalReady,
+    /// READY said.
+    Ready,
+    JournalOwner,
+    Starting,
+    /// The guest is ours; questions are still answered.
+    Owner,
+    JournalAborted,
+    Releasing,
+    /// Everything is released, but a source that may have said COMMIT can still ask what became of it.
+    Lingering,
+    Done,
+}
+
+/// What the source owes.
+#[derive(Clone, Copy, Debug)]
+struct Owed {
+    what: &'static str,
+    since: Time,
+    until: Time,
+}
+
+impl Destination {
+    /// A destination on whose connection nothing has come yet; `now` is the present, on the session's clock.
+    pub fn new(config: DestinationConfig, now: Time) -> Self {
+        let mut destination = Self {
+            config,
+            state: State::AwaitingHello,
+            journal: None,
+            phase: Phase::Hello,
+            actions: VecDeque::new(),
+            busy: false,
+            link: true,
+            attempt: None,
+            negotiated: None,
+            timer: None,
+            incoming: incoming::Incoming::default(),
+            last: ready::Last::default(),
+            end: commit::End::default(),
+            teardown: teardown::Teardown::default(),
+        };
+        destination.owe("HELLO", now);
+        destination
+    }
+
+    /// Tells what happened, at `now`. Never blocks. Call [`Destination::poll_action`] until it is `None` afterwards.
+    ///
+    /// After [`DestinationAction::Finish`], a [`Message::Query`] is still answered; everything else is ignored.
+    pub fn handle(&mut self, event: DestinationEvent, now: Time) {
+        match event {
+            DestinationEvent::Peer(Message::Query { vm, attempt, epoch }) => {
+                self.on_query(Attempt { vm, attempt, epoch }, now);
+            }
+            _ if matches!(self.state, State::Done | State::Owner) => self.after_the_end(&event),
+            DestinationEvent::Peer(message) => self.on_peer(message, now),
+            DestinationEvent::Failed(cause) => self.on_failed(cause, now),
+            // The reader's failure, not the action's, whose answer may still come.
+            DestinationEvent::Damaged(cause) => self.abort(cause, now),
+            DestinationEvent::LinkLost(why) => self.on_link_lost(&why, now),
+            DestinationEvent::Cancel => {
+                self.abort(failure(self.phase, "given up by the destination's operator", ""), now);
+            }
+            DestinationEvent::Tick => self.on_tick(now),
+            answer => self.on_answer(answer, now),
+        }
+    }
+
+    /// What to do next; `None`: wait for an event.
+    pub fn poll_action(&mut self) -> Option<DestinationAction> {
+        self.actions.pop_front()
+    }
+
+    /// When a [`DestinationEvent::Tick`] is due at the latest, if nothing else happens.
+    pub fn deadline(&self) -> Option<Time> {
+        self.timer.map(|owed| owed.until)
+    }
+
+    /// The phase.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// What the journal says, as far as it has been confirmed; `None` before RESERVED.
+    pub fn journal(&self) -> Option<DestinationState> {
+        self.journal
+    }
+
+    /// Which attempt this is, once the source has said it: what the journal's record needs.
+    pub fn attempt(&self) -> Option<Attempt> {
+        self.attempt
+    }
+
+    /// Version and features in force, once selected.
+    pub fn negotiated(&self) -> Option<HelloReply> {
+        self.negotiated
+    }
+
+    fn on_peer(&mut self, message: Message, now: Time) {
+        // The session's own; harmless if it passes them on.
+        if matches!(message, Message::Credit { .. } | Message::Ping { .. } | Message::Pong { .. }) {
+            return;
+        }
+        match (self.state, message) {
+            // COMMIT was accepted: nothing that the source says changes that.
+            (State::JournalOwner | State::Starting, _) => {}
+            (State::JournalAborted | State::Releasing | State::Lingering, message) => {
+                self.on_peer_in_teardown(&message);
+            }
+            (_, Message::Abort(cause)) => self.aborted_by_source(cause, now),
+            (State::AwaitingHello, Message::Hello(hello)) => self.on_hello(&hello, now),
+            (State::AwaitingOffer, Message::Offer { manifest }) => self.on_offer(manifest),
+            (State::AwaitingBegin, Message::Begin) => self.on_begin(now),
+            (State::Loading, Message::InitialSent { .. }) => {}
+            (State::Loading, Message::EndIteration { iteration }) => self.on_end_iteration(iteration, now),
+            (State::Loading, Message::Final(last)) => self.on_final(last),
+            (State::Last, Message::LocksFree) => self.on_locks_free(now),
+            (State::Last, Message::FinalEnd(totals)) => self.on_final_end(totals, now),
+            (State::Ready, Message::Commit(commit)) => self.on_commit(commit, now),
+            (_, message) => {
+                // A source that says COMMIT has it in its journal: only DECLINED sets it free.
+                self.teardown.source_may_have_committed |= matches!(message, Message::Commit(_));
+                self.abort(protocol(self.phase, "source", &message), now);
+            }
+        }
+    }
+
+    fn on_answer(&mut self, event: DestinationEvent, now: Time) {
+        match (self.state, event) {
+            (State::Reserving, DestinationEvent::Reserved) => self.on_reserved(now),
+            (State::Reserving, DestinationEvent::Refused(reasons)) => self.refuse(reasons, now),
+            (State::JournalReserved, DestinationEvent::Journaled(DestinationState::Reserved)) => {
+                self.on_reserved_journaled(now);
+            }
+            (State::JournalLoading, DestinationEvent::Journaled(DestinationState::Loading)) => {
+                self.on_loading_journaled();
+            }
+            (State::Opening, DestinationEvent::ResumingBegun) => self.on_resuming_begun(),
+            (State::Loading | State::Last, DestinationEvent::InitialLoaded { device, generation }) => {
+                self.send(Message::InitialLoaded { device, generation });
+            }
+            (State::Loading | State::Last, DestinationEvent::Applied(applied)) => {
+                self.on_applied(applied, now)
+            }
+            // What the last round brought may be in while the rest is verified; the source knows what it needs.
+            (
+                State::Verifying | State::JournalReady | State::Ready | State::JournalOwner,
+                DestinationEvent::InitialLoaded { .. } | DestinationEvent::Applied(_),
+            ) => {}
+            (State::Last, DestinationEvent::LocksTaken) => self.on_locks_taken(now),
+            (State::Verifying, DestinationEvent::Loaded(ready)) => self.on_loaded(ready, now),
+            (State::JournalReady, DestinationEvent::Journaled(DestinationState::Ready)) => {
+                self.on_ready_journaled(now);
+            }
+            (State::JournalOwner, DestinationEvent::Journaled(DestinationState::Owner)) => {
+                self.on_owner_journaled()
+            }
+            (State::Starting, DestinationEvent::Started(running)) => self.on_started(running),
+            (State::JournalAborted, DestinationEvent::Journaled(DestinationState::Aborted)) => {
+                self.on_aborted_journaled(now);
+            }
+            (State::Releasing, DestinationEvent::Released) => self.on_released(now),
+            // It was overdue, and came all the same.
+            (State::Releasing, DestinationEvent::Journaled(DestinationState::Aborted))
+                if self.teardown.journal_asked =>
+            {
+                self.journal = Some(DestinationState::Aborted);
+            }
+            // A late answer of what the abort interrupted.
+            (State::JournalAborted | State::Releasing, _) => self.teardown.interrupted = false,
+            (State::JournalOwner | State::Starting | State::Lingering, _) => {}
+            (state, event) => {
+                let text =
+                    format!("the session reported {event:?} in state {state:?}: a defect of this program");
+                self.abort(failure(self.phase, text, ""), now);
+            }
+        }
+    }
+
+    fn on_failed(&mut self, cause: Failure, now: Time) {
+        match self.state {
+            State::JournalOwner => self.owner_not_journaled(cause, now),
+            State::Starting => self.start_failed(cause),
+            State::JournalAborted => self.aborted_not_journaled(&cause, now),
+            State::Releasing => self.release_failed(&cause, now),
+            State::Lingering => {}
+            _ => {
+                self.busy = false;
+                self.abort(cause, now);
+            }
+        }
+    }
+
+    fn on_link_lost(&mut self, why: &str, now: Time) {
+        self.link = false;
+        self.abort(link_lost(self.phase, why), now);
+    }
+
+    fn on_tick(&mut self, now: Time) {
+        let Some(owed) = self.timer.filter(|owed| now >= owed.until) else { return };
+        self.timer = None;
+        match self.state {
+            State::JournalAborted => self.journal_overdue(now),
+            State::Releasing => self.release_overdue(now),
+            State::Lingering => self.finish_aborted(),
+            _ => {
+                let waited = now.saturating_sub(owed.since);
+                self.abort(silence(self.phase, "source", owed.what, waited), now);
+            }
+        }
+    }
+
+    /// Asks for something that is answered.
+    fn act(&mut self, state: State, action: DestinationAction) {
+        self.state = state;
+        self.busy = true;
+        self.actions.push_back(action);
+    }
+
+    fn send(&mut self, message: Message) {
+        if self.link {
+            self.actions.push_back(DestinationAction::Send(message));
+        }
+    }
+
+    /// The source owes `what`, soon.
+    fn owe(&mut self, what: &'static str, now: Time) {
+        let until = now.saturating_add(self.config.peer_timeout);
+        self.timer = Some(Owed { what, since: now, until });
+    }
+
+    /// The source owes `what`, for which it has work to do.
+    fn owe_work(&mut self, what: &'static str, now: Time) {
+        let until = now.saturating_add(work_timeout(self.config.peer_timeout));
+        self.timer = Some(Owed { what, since: now, until });
+    }
+
+    fn finish(&mut self, outcome: DestinationOutcome) {
+        self.timer = None;
+        self.busy = false;
+        self.actions.push_back(DestinationAction::Finish(outcome));
+    }
+
+    /// The epoch that a commit begins.
+    fn next_epoch(&self) -> Option<Epoch> {
+        self.attempt.map(|attempt| attempt.epoch.next())
+    }
+
+    fn error(&self, text: &str) -> PeerError {
+        failure(self.phase, text, "")
+    }
+}

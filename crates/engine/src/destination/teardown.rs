@@ -1,0 +1,192 @@
+//! The way out, before OWNER: ABORTED to the journal, then the word to the source, then everything released.
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{Message, PeerError, Refusal};
+
+use super::{Destination, State};
+use crate::failure::failure;
+use crate::ownership::{DestinationState, DestinationStep};
+use crate::{DestinationAction, DestinationOutcome, Failure, Time};
+
+/// How many `peer_timeout`s an attempt that was given up after READY stays answerable. The source notices a lost link
+/// within one, and asks at once.
+const LINGER: u32 = 4;
+
+/// What an abort remembers.
+#[derive(Debug, Default)]
+pub(super) struct Teardown {
+    cause: Option<Failure>,
+    refused: Option<Vec<Refusal>>,
+    /// RESERVE was asked for: there may be something to release.
+    pub(super) something_reserved: bool,
+    /// READY was said, or COMMIT heard.
+    pub(super) source_may_have_committed: bool,
+    /// The source said that it gives up: it has not committed, and will not.
+    source_gave_up: bool,
+    /// The source has been told.
+    told: bool,
+    /// ABORTED was asked of the journal.
+    pub(super) journal_asked: bool,
+    /// An action was under way when the abort began; its answer may still come.
+    pub(super) interrupted: bool,
+}
+
+impl Destination {
+    /// Gives the attempt up. Does nothing once the guest is ours, or the abort is under way.
+    pub(super) fn abort(&mut self, cause: Failure, now: Time) {
+        let too_late = matches!(
+            self.state,
+            State::JournalOwner
+                | State::Starting
+                | State::Owner
+                | State::JournalAborted
+                | State::Releasing
+                | State::Lingering
+                | State::Done
+        );
+        if !too_late {
+            self.tear_down(cause, now);
+        }
+    }
+
+    pub(super) fn aborted_by_source(&mut self, cause: PeerError, now: Time) {
+        self.teardown.source_gave_up = true;
+        self.abort(cause, now);
+    }
+
+    pub(super) fn tear_down(&mut self, cause: Failure, now: Time) {
+        self.timer = None;
+        self.teardown.cause = Some(cause);
+        self.teardown.interrupted = self.busy;
+        // RESERVED may be on its way to the disk and not yet confirmed; ABORTED is written over it all the same.
+        let reserved = (self.state == State::JournalReserved).then_some(DestinationState::Reserved);
+        let next = self.journal.or(reserved).map(|journal| journal.next(DestinationStep::Abort));
+        match next {
+            Some(Ok(aborted)) => {
+                self.teardown.journal_asked = true;
+                self.act(State::JournalAborted, DestinationAction::Journal(aborted));
+                self.owe("the journal", now);
+            }
+            Some(Err(_)) => self.say_abort_and_release(now),
+            None => self.say_abort_and_release(now),
+        }
+    }
+
+    pub(super) fn refuse(&mut self, reasons: Vec<Refusal>, now: Time) {
+        self.busy = false;
+        self.send(Message::Refuse(reasons.clone()));
+        self.teardown.told = true;
+        self.teardown.refused = Some(reasons);
+        self.say_abort_and_release(now);
+    }
+
+    pub(super) fn on_aborted_journaled(&mut self, now: Time) {
+        self.journal = Some(DestinationState::Aborted);
+        // Actions are done one after another: what the abort interrupted has ended too.
+        self.teardown.interrupted = false;
+        let cause = self.cause();
+        if self.teardown.source_may_have_committed && !self.teardown.source_gave_up {
+            self.send(Message::Declined(cause.clone()));
+            self.teardown.told = true;
+        }
+        if std::mem::take(&mut self.end.asked) {
+            self.answer(Message::Declined(cause));
+        }
+        self.say_abort_and_release(now);
+    }
+
+    /// Without ABORTED on disk DECLINED must not be said: a source that has committed goes on asking.
+    pub(super) fn aborted_not_journaled(&mut self, cause: &Failure, now: Time) {
+        if std::mem::take(&mut self.teardown.interrupted) {
+            return;
+        }
+        if let Some(first) = &mut self.teardown.cause {
+            first.text = format!("{}; then the journal could not be written: {}", first.text, cause.text);
+        }
+        if std::mem::take(&mut self.end.asked) {
+            self.answer(Message::Abort(self.cause()));
+        }
+        self.say_abort_and_release(now);
+    }
+
+    pub(super) fn journal_overdue(&mut self, now: Time) {
+        self.teardown.interrupted = false;
+        self.aborted_not_journaled(&failure(Phase::Clean, "no answer in time", ""), now);
+    }
+
+    fn say_abort_and_release(&mut self, now: Time) {
+        if !self.teardown.told && !self.teardown.source_gave_up {
+            self.send(Message::Abort(self.cause()));
+        }
+        if self.teardown.something_reserved {
+            self.act(State::Releasing, DestinationAction::Release);
+            self.owe_work("the release", now);
+        } else {
+            self.linger_or_finish(now);
+        }
+    }
+
+    pub(super) fn on_released(&mut self, now: Time) {
+        self.busy = false;
+        self.linger_or_finish(now);
+    }
+
+    pub(super) fn release_failed(&mut self, cause: &Failure, now: Time) {
+        if std::mem::take(&mut self.teardown.interrupted) {
+            return;
+        }
+        if let Some(first) = &mut self.teardown.cause {
+            first.text = format!("{}; then not all could be released: {}", first.text, cause.text);
+        }
+        self.on_released(now);
+    }
+
+    pub(super) fn release_overdue(&mut self, now: Time) {
+        self.teardown.interrupted = false;
+        self.release_failed(&failure(Phase::Clean, "no answer in time", ""), now);
+    }
+
+    /// In the way out the source's words change nothing, but a COMMIT needs its answer.
+    pub(super) fn on_peer_in_teardown(&mut self, message: &Message) {
+        match message {
+            Message::Abort(_) => {
+                self.teardown.source_gave_up = true;
+                if self.state == State::Lingering {
+                    self.finish_aborted();
+                }
+            }
+            Message::Commit(_) => {
+                self.teardown.source_may_have_committed = true;
+                if self.journal == Some(DestinationState::Aborted) {
+                    self.send(Message::Declined(self.cause()));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn finish_aborted(&mut self) {
+        self.state = State::Done;
+        match self.teardown.refused.take() {
+            Some(reasons) => self.finish(DestinationOutcome::Refused(reasons)),
+            None => self.finish(DestinationOutcome::Aborted(self.cause())),
+        }
+    }
+
+    fn linger_or_finish(&mut self, now: Time) {
+        self.busy = false;
+        let answerable = self.journal == Some(DestinationState::Aborted);
+        // What was said over the old connection may never have arrived.
+        let asked = self.teardown.source_may_have_committed && !self.teardown.source_gave_up;
+        if !(answerable && asked) {
+            return self.finish_aborted();
+        }
+        self.state = State::Lingering;
+        let until = now.saturating_add(self.config.peer_timeout.saturating_mul(LINGER));
+        self.timer = Some(super::Owed { what: "a question", since: now, until });
+    }
+
+    fn cause(&self) -> PeerError {
+        self.teardown.cause.clone().unwrap_or_else(|| self.error("given up"))
+    }
+}

@@ -1,0 +1,128 @@
+//! Failures that the engine itself finds, and the comparison of what was sent with what arrived.
+
+use std::time::Duration;
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, PeerError, Ready};
+
+use crate::{DeviceFacts, Failure};
+
+/// How many `peer_timeout`s the peer may be busy with work of its own (reserving, opening, loading). A peer that is
+/// *dead* is noticed long before by the session's pings; this bounds one that lives and does not answer.
+const WORK: u32 = 12;
+
+/// The bound on a peer's work, for a peer that may be silent for `peer_timeout` where it has none.
+pub fn work_timeout(peer_timeout: Duration) -> Duration {
+    peer_timeout.saturating_mul(WORK)
+}
+
+/// A failure of no device.
+pub(crate) fn failure(phase: Phase, text: impl Into<String>, remedy: &str) -> Failure {
+    PeerError { phase, device: None, arc: None, errno: None, text: text.into(), remedy: remedy.to_owned() }
+}
+
+/// A message that is not legal now.
+pub(crate) fn protocol(phase: Phase, peer: &str, message: &Message) -> Failure {
+    let text = format!("the {peer} said {}, which is not legal now: protocol error", name(message));
+    failure(phase, text, "check that both sides run a release that speaks this protocol")
+}
+
+/// The peer owes an answer and is silent.
+pub(crate) fn silence(phase: Phase, peer: &str, what: &str, waited: Duration) -> Failure {
+    let text = format!("the {peer} has not said {what} within {} ms", waited.as_millis());
+    failure(phase, text, "check the network and the other side, then migrate again")
+}
+
+/// The connection broke.
+pub(crate) fn link_lost(phase: Phase, why: &str) -> Failure {
+    failure(
+        phase,
+        format!("the connection was lost: {why}"),
+        "check the network and the other side, then migrate again",
+    )
+}
+
+/// `device` named as the culprit.
+pub(crate) fn blame(devices: &[DeviceFacts], index: usize, mut failure: Failure) -> Failure {
+    failure.device = devices.get(index).map(|device| device.id.to_string());
+    failure
+}
+
+/// Compares what the source says it sent with what the destination says it has. `names` may be empty.
+pub(crate) fn compare(totals: &FinalEnd, ready: &Ready, devices: &[DeviceFacts]) -> Result<(), Failure> {
+    let differ = |what: &str, sent: String, got: String| {
+        failure(
+            Phase::Ready,
+            format!("{what} differ: {sent} sent, {got} at the destination"),
+            "migrate again; if it comes again, it is a defect of one side or of the network between them",
+        )
+    };
+    if totals.ram_pages != ready.ram_pages {
+        return Err(differ("RAM pages", totals.ram_pages.to_string(), ready.ram_pages.to_string()));
+    }
+    if totals.sections != ready.sections {
+        return Err(differ(
+            "machine-state sections",
+            totals.sections.to_string(),
+            ready.sections.to_string(),
+        ));
+    }
+    if totals.devices.len() != ready.devices.len() {
+        return Err(differ("devices", totals.devices.len().to_string(), ready.devices.len().to_string()));
+    }
+    for (index, (sent, got)) in totals.devices.iter().zip(&ready.devices).enumerate() {
+        if sent != got {
+            let what = match devices.get(index) {
+                Some(device) => format!("the bytes of device {}", device.id),
+                None => format!("the bytes of device number {index}"),
+            };
+            return Err(blame(devices, index, differ(&what, describe(sent), describe(got))));
+        }
+    }
+    if totals.ram_digest.is_some() && totals.ram_digest != ready.ram_digest {
+        return Err(differ("RAM digests", hex(totals.ram_digest), hex(ready.ram_digest)));
+    }
+    Ok(())
+}
+
+fn describe(total: &DeviceTotal) -> String {
+    format!("{} (digest {})", total.bytes, hex(Some(total.digest)))
+}
+
+/// The first eight bytes: enough to see that two differ.
+fn hex(digest: Option<[u8; 32]>) -> String {
+    match digest {
+        Some(digest) => digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
+        None => "none".to_owned(),
+    }
+}
+
+/// A message's name, as `docs/protocol.md` spells it.
+pub(crate) fn name(message: &Message) -> &'static str {
+    match message {
+        Message::Hello(_) => "HELLO",
+        Message::HelloReply(_) => "HELLO_REPLY",
+        Message::Offer { .. } => "OFFER",
+        Message::Accept => "ACCEPT",
+        Message::Refuse(_) => "REFUSE",
+        Message::Begin => "BEGIN",
+        Message::Begun => "BEGUN",
+        Message::InitialSent { .. } => "INITIAL_SENT",
+        Message::InitialLoaded { .. } => "INITIAL_LOADED",
+        Message::EndIteration { .. } => "END_ITERATION",
+        Message::Applied(_) => "APPLIED",
+        Message::Credit { .. } => "CREDIT",
+        Message::Final(_) => "FINAL",
+        Message::LocksFree => "LOCKS_FREE",
+        Message::FinalEnd(_) => "FINAL_END",
+        Message::Ready(_) => "READY",
+        Message::Commit(_) => "COMMIT",
+        Message::Declined(_) => "DECLINED",
+        Message::Running(_) => "RUNNING",
+        Message::Abort(_) => "ABORT",
+        Message::Query { .. } => "QUERY",
+        Message::Ping { .. } => "PING",
+        Message::Pong { .. } => "PONG",
+        _ => "a message of a later version",
+    }
+}

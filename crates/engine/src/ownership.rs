@@ -1,0 +1,347 @@
+//! Who may run the guest: one pure transition table for both sides' journals.
+//!
+//! The rule, in one sentence each:
+//!
+//! * Only the owner of (VM, epoch) may run vCPUs, or put a device that holds the VM's state in RUNNING or RUNNING_P2P.
+//! * A journal is on disk before the message that it covers is sent.
+//! * Before COMMIT the destination never runs, whatever it has received. After journalling COMMITTING the source never
+//!   runs by itself, except on the destination's DECLINED, which the destination journals as ABORTED before it says it.
+//! * A process that restarts has lost its guest's RAM: from the journal it learns what it was, cleans up, and never runs.
+//!
+//! [`SourceState::next`] and [`DestinationState::next`] are the table. The engine's state machines take every step
+//! through them, and the test below explores the product of both exhaustively: lossy, duplicating, reordering channel,
+//! crashes of either side at any point, a second attempt while messages of the first are still about.
+
+use serde::{Deserialize, Serialize};
+use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
+use vfio_migration_wire::{Message, PeerError};
+
+/// What the source's journal says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourceState {
+    /// The guest is ours; no attempt is under way.
+    Owner,
+    /// An attempt is under way; the guest is still ours.
+    Sending,
+    /// COMMIT may have been sent: we never run it again by ourselves.
+    Committing,
+    /// The guest is the destination's.
+    Released,
+}
+
+/// What moves a source from one journal state to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SourceStep {
+    /// An attempt begins.
+    Begin,
+    /// It is given up, for any reason; COMMIT has not been said.
+    Abort,
+    /// READY was received and everything in it agrees: COMMIT is about to be said.
+    Commit,
+    /// The destination said DECLINED.
+    Declined,
+    /// The destination said RUNNING.
+    Running,
+}
+
+/// What the destination's journal says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DestinationState {
+    /// An attempt was let in.
+    Reserved,
+    /// State is being loaded.
+    Loading,
+    /// READY may have been said.
+    Ready,
+    /// The guest is ours.
+    Owner,
+    /// This attempt will never run here.
+    Aborted,
+}
+
+/// What moves a destination from one journal state to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DestinationStep {
+    /// State begins to arrive.
+    Load,
+    /// Everything is loaded and verified: READY is about to be said.
+    Ready,
+    /// COMMIT was received, with this attempt's nonce and the source's epoch plus one.
+    Commit,
+    /// It is given up, for any reason.
+    Abort,
+}
+
+/// A step that a journal state does not allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OwnershipError {
+    /// At the source.
+    #[error("a source in state {0:?} cannot take the step {1:?}")]
+    Source(SourceState, SourceStep),
+    /// At the destination.
+    #[error("a destination in state {0:?} cannot take the step {1:?}")]
+    Destination(DestinationState, DestinationStep),
+}
+
+impl SourceState {
+    /// The state after `step`.
+    ///
+    /// # Errors
+    /// The step is not allowed here.
+    pub fn next(self, step: SourceStep) -> Result<Self, OwnershipError> {
+        match (self, step) {
+            (Self::Owner, SourceStep::Begin) => Ok(Self::Sending),
+            (Self::Sending, SourceStep::Abort) => Ok(Self::Owner),
+            (Self::Sending, SourceStep::Commit) => Ok(Self::Committing),
+            (Self::Committing, SourceStep::Declined) => Ok(Self::Owner),
+            (Self::Committing, SourceStep::Running) => Ok(Self::Released),
+            _ => Err(OwnershipError::Source(self, step)),
+        }
+    }
+
+    /// Whether a process that still has the guest's RAM may run it.
+    pub fn may_run(self) -> bool {
+        matches!(self, Self::Owner | Self::Sending)
+    }
+
+    /// What a process that restarts and finds this state does. It has no guest, and runs none.
+    pub fn on_restart(self) -> SourceRestart {
+        match self {
+            Self::Owner | Self::Sending => SourceRestart::GuestLost,
+            Self::Committing => SourceRestart::Ask,
+            Self::Released => SourceRestart::CleanUp,
+        }
+    }
+}
+
+/// What a restarted source does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SourceRestart {
+    /// The VM was ours and died with its process. Whoever starts it anew starts it from its disks.
+    GuestLost,
+    /// Ask the destination what became of the COMMIT ([`Message::Query`]); until it has answered, or a person has decided, nobody
+    /// starts this VM.
+    Ask,
+    /// The guest is the destination's: remove what is left.
+    CleanUp,
+}
+
+impl DestinationState {
+    /// The state after `step`.
+    ///
+    /// # Errors
+    /// The step is not allowed here.
+    pub fn next(self, step: DestinationStep) -> Result<Self, OwnershipError> {
+        match (self, step) {
+            (Self::Reserved, DestinationStep::Load) => Ok(Self::Loading),
+            (Self::Loading, DestinationStep::Ready) => Ok(Self::Ready),
+            (Self::Ready, DestinationStep::Commit) => Ok(Self::Owner),
+            (Self::Reserved | Self::Loading | Self::Ready | Self::Aborted, DestinationStep::Abort) => {
+                Ok(Self::Aborted)
+            }
+            _ => Err(OwnershipError::Destination(self, step)),
+        }
+    }
+
+    /// Whether a process that holds the guest may run it.
+    pub fn may_run(self) -> bool {
+        self == Self::Owner
+    }
+
+    /// What a process that restarts and finds this state does. It has no guest, and runs none.
+    pub fn on_restart(self) -> DestinationRestart {
+        match self {
+            Self::Reserved | Self::Loading | Self::Ready => DestinationRestart::Abort,
+            Self::Owner => DestinationRestart::GuestLost,
+            Self::Aborted => DestinationRestart::CleanUp,
+        }
+    }
+}
+
+/// What a restarted destination does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DestinationRestart {
+    /// Journal ABORTED, then clean up.
+    Abort,
+    /// The VM was ours and died with its process. The source must not resume its old state: a [`Message::Query`] is
+    /// answered with RUNNING.
+    GuestLost,
+    /// Remove what is left.
+    CleanUp,
+}
+
+/// A source's journal, as written to disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceRecord {
+    /// The VM.
+    pub vm: VmId,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The epoch under which this side owned the VM when the attempt began.
+    pub epoch: Epoch,
+    /// The state.
+    pub state: SourceState,
+    /// Where the destination was reached: a URI.
+    pub peer: String,
+}
+
+impl SourceRecord {
+    /// The record after `step`.
+    ///
+    /// # Errors
+    /// The step is not allowed here.
+    pub fn next(&self, step: SourceStep) -> Result<Self, OwnershipError> {
+        Ok(Self { state: self.state.next(step)?, ..self.clone() })
+    }
+
+    /// The question of a source that lost the answer to its COMMIT.
+    pub fn query(&self) -> Message {
+        Message::Query { vm: self.vm, attempt: self.attempt, epoch: self.epoch.next() }
+    }
+}
+
+/// A destination's journal, as written to disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DestinationRecord {
+    /// The VM.
+    pub vm: VmId,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The *source's* epoch; the one that a commit begins is the next.
+    pub epoch: Epoch,
+    /// The state.
+    pub state: DestinationState,
+    /// Where the source came from, for a person to read.
+    pub peer: String,
+}
+
+impl DestinationRecord {
+    /// The record after `step`.
+    ///
+    /// # Errors
+    /// The step is not allowed here.
+    pub fn next(&self, step: DestinationStep) -> Result<Self, OwnershipError> {
+        Ok(Self { state: self.state.next(step)?, ..self.clone() })
+    }
+}
+
+/// What a destination answers to a [`Message::Query`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Answer {
+    /// The guest is ours, under this epoch: say [`Message::Running`].
+    Running {
+        /// The epoch that began.
+        epoch: Epoch,
+    },
+    /// Journal ABORTED and fsync it; only then say [`Message::Declined`]. If the journal cannot be written, say [`Message::Abort`],
+    /// which decides nothing.
+    AbortThenDecline(PeerError),
+    /// Say [`Message::Declined`].
+    Decline(PeerError),
+    /// This journal knows nothing of that attempt, so it cannot say what became of it: say [`Message::Abort`], never DECLINED.
+    Unknown(PeerError),
+}
+
+/// What a destination whose journal holds `record` (fsynced; `None`: it has none) answers to a query.
+///
+/// For a session or a restarted process; a live [`Destination`](crate::Destination) answers by itself.
+pub fn answer_query(
+    record: Option<&DestinationRecord>,
+    vm: VmId,
+    attempt: AttemptId,
+    epoch: Epoch,
+) -> Answer {
+    let error = |text: &str| PeerError {
+        phase: Phase::Commit,
+        device: None,
+        arc: None,
+        errno: None,
+        text: text.to_owned(),
+        remedy: String::new(),
+    };
+    let Some(record) = record.filter(|record| (record.vm, record.attempt) == (vm, attempt)) else {
+        return Answer::Unknown(error("the destination's journal knows nothing of this attempt"));
+    };
+    if record.epoch.next() != epoch {
+        return Answer::Unknown(error("the destination's journal knows this attempt under another epoch"));
+    }
+    match record.state {
+        DestinationState::Owner => Answer::Running { epoch },
+        DestinationState::Aborted => Answer::Decline(error("the destination had given this attempt up")),
+        DestinationState::Reserved | DestinationState::Loading | DestinationState::Ready => {
+            Answer::AbortThenDecline(error("the destination had not received COMMIT"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod model;
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn record(state: DestinationState) -> DestinationRecord {
+        let (vm, attempt) = (VmId([1; 16]), AttemptId([2; 16]));
+        DestinationRecord { vm, attempt, epoch: Epoch(7), state, peer: "tcp:a:1".to_owned() }
+    }
+
+    #[test]
+    fn every_query_is_answered_from_the_journal() {
+        let (vm, attempt, epoch) = (VmId([1; 16]), AttemptId([2; 16]), Epoch(8));
+        let ask = |state| answer_query(Some(&record(state)), vm, attempt, epoch);
+        assert_eq!(ask(DestinationState::Owner), Answer::Running { epoch });
+        assert!(matches!(ask(DestinationState::Aborted), Answer::Decline(_)));
+        for state in [DestinationState::Reserved, DestinationState::Loading, DestinationState::Ready] {
+            assert!(matches!(ask(state), Answer::AbortThenDecline(_)), "{state:?}");
+        }
+    }
+
+    #[test]
+    fn a_journal_says_nothing_of_an_attempt_it_does_not_know() {
+        let ready = record(DestinationState::Aborted);
+        let (vm, attempt, epoch) = (VmId([1; 16]), AttemptId([2; 16]), Epoch(8));
+        for answer in [
+            answer_query(None, vm, attempt, epoch),
+            answer_query(Some(&ready), VmId([9; 16]), attempt, epoch),
+            answer_query(Some(&ready), vm, AttemptId([9; 16]), epoch),
+            answer_query(Some(&ready), vm, attempt, Epoch(7)),
+        ] {
+            assert!(matches!(answer, Answer::Unknown(_)), "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn records_are_json_and_read_back() {
+        let ready = record(DestinationState::Ready);
+        let json = serde_json::to_string(&ready).unwrap();
+        assert!(json.contains(r#""state":"ready""#), "{json}");
+        assert_eq!(serde_json::from_str::<DestinationRecord>(&json).unwrap(), ready);
+        assert!(serde_json::from_str::<DestinationRecord>(&json.replace("ready", "running")).is_err());
+
+        let source = SourceRecord {
+            vm: ready.vm,
+            attempt: ready.attempt,
+            epoch: ready.epoch,
+            state: SourceState::Committing,
+            peer: "tcp:b:1".to_owned(),
+        };
+        let json = serde_json::to_string(&source).unwrap();
+        assert_eq!(serde_json::from_str::<SourceRecord>(&json).unwrap(), source);
+        assert!(source.next(SourceStep::Abort).is_err());
+        assert_eq!(source.next(SourceStep::Running).unwrap().state, SourceState::Released);
+        assert_eq!(ready.next(DestinationStep::Commit).unwrap().state, DestinationState::Owner);
+    }
+
+    #[test]
+    fn nothing_runs_after_a_restart() {
+        assert_eq!(SourceState::Committing.on_restart(), SourceRestart::Ask);
+        assert_eq!(SourceState::Sending.on_restart(), SourceRestart::GuestLost);
+        assert_eq!(DestinationState::Ready.on_restart(), DestinationRestart::Abort);
+        assert_eq!(DestinationState::Owner.on_restart(), DestinationRestart::GuestLost);
+    }
+}

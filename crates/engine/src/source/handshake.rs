@@ -1,0 +1,123 @@
+//! P1 and P2: version, manifest, reservation; dirty logging on and the devices' sessions open on both sides.
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{FEATURE_VERIFY, Hello, HelloReply, Message};
+
+use super::{Owed, Source, State, Told};
+use crate::failure::{failure, silence};
+use crate::ownership::{SourceState, SourceStep};
+use crate::{Abort, SourceAction, SourceOutcome, Time};
+
+impl Source {
+    /// Several devices stop one after the other. One that still runs may write into one that is already stopped, unless
+    /// all can be kept from starting such writes first: that is what P2P is for (uAPI: `VFIO_MIGRATION_P2P`).
+    pub(super) fn refuse_devices_without_p2p(&mut self) {
+        if self.config.no_peer_dma || self.config.devices.len() < 2 {
+            return;
+        }
+        let without: Vec<usize> = (0..self.config.devices.len())
+            .filter(|index| self.config.devices.get(*index).is_some_and(|device| !device.flags.p2p))
+            .collect();
+        let Some(first) = without.first() else { return };
+        let names: Vec<String> = without
+            .iter()
+            .filter_map(|index| self.config.devices.get(*index))
+            .map(|device| device.id.to_string())
+            .collect();
+        let text = format!(
+            "{} of {} devices cannot stop their peer-to-peer DMA (no P2P migration states): {}",
+            without.len(),
+            self.config.devices.len(),
+            names.join(", "),
+        );
+        let remedy = "state that no device maps another's BAR for DMA, if that is so; or migrate without these devices";
+        let cause = self.blame(*first, failure(Phase::Plan, text, remedy));
+        self.finish(SourceOutcome::Aborted(Abort {
+            cause,
+            cancelled: false,
+            reset: Vec::new(),
+            locks_lost: Vec::new(),
+            restored: true,
+        }));
+    }
+
+    pub(super) fn on_connected(&mut self, now: Time) {
+        if self.state != State::Idle {
+            return;
+        }
+        self.link = true;
+        self.enter(Phase::Hello, now);
+        self.state = State::Hello;
+        self.send(Message::Hello(Hello {
+            versions: self.config.versions,
+            features: self.config.features,
+            vm: self.config.vm,
+            attempt: self.config.attempt,
+            epoch: self.config.epoch,
+        }));
+        self.owe("HELLO_REPLY", now);
+    }
+
+    pub(super) fn on_hello_reply(&mut self, reply: HelloReply, now: Time) {
+        let versions = self.config.versions;
+        if !(versions.min..=versions.max).contains(&reply.version) {
+            let text = format!(
+                "the destination selected protocol version {}, but {} to {} were offered",
+                reply.version, versions.min, versions.max
+            );
+            return self.abort(failure(self.phase, text, ""), Told::Tell);
+        }
+        if reply.features & !self.config.features != 0 {
+            let text = format!(
+                "the destination selected features {:#x}, but only {:#x} were offered",
+                reply.features, self.config.features
+            );
+            return self.abort(failure(self.phase, text, ""), Told::Tell);
+        }
+        if let Some(owed) = self.timer {
+            self.model.round_trip(now.saturating_sub(owed.since));
+        }
+        self.negotiated = Some(reply);
+        self.state = State::Offered;
+        self.send(Message::Offer { manifest: self.config.manifest.clone() });
+        self.owe_work("ACCEPT", now);
+    }
+
+    pub(super) fn on_accept(&mut self, now: Time) {
+        self.timer = None;
+        self.enter(Phase::Setup, now);
+        self.journal_step(State::JournalSending, SourceStep::Begin);
+    }
+
+    pub(super) fn on_sending(&mut self, now: Time) {
+        self.journal = SourceState::Sending;
+        self.send(Message::Begin);
+        self.act(State::SettingUp { set_up: false, begun: false }, SourceAction::SetUp);
+        self.owe_work("BEGUN", now);
+    }
+
+    pub(super) fn iterate_when_set_up(&mut self, now: Time) {
+        if self.state == (State::SettingUp { set_up: true, begun: true }) {
+            self.enter(Phase::Iterate, now);
+            self.begin_iterating(now);
+        }
+    }
+
+    /// Both sides agreed to compare digests of all RAM.
+    pub(super) fn verify(&self) -> bool {
+        self.config.verify
+            && self.negotiated.is_some_and(|negotiated| negotiated.features & FEATURE_VERIFY != 0)
+    }
+
+    /// The peer did not answer in time.
+    pub(super) fn on_owed(&mut self, owed: Owed, now: Time) {
+        match self.state {
+            State::AwaitingRunning | State::Asking => self.ask(now),
+            _ if self.can_cancel() => {
+                let waited = now.saturating_sub(owed.since);
+                self.abort(silence(self.phase, "destination", owed.what, waited), Told::Tell);
+            }
+            _ => {}
+        }
+    }
+}

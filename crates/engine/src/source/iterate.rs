@@ -1,0 +1,376 @@
+//! P3: rounds of RAM and device data while the guest runs, until the downtime fits; or giving up, by name.
+
+use std::time::Duration;
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::Applied;
+
+use super::{Source, State, Told};
+use crate::convergence::Prediction;
+use crate::failure::{failure, silence, work_timeout};
+use crate::{DeviceProgress, Failure, IterationReport, SourceAction, Time};
+
+/// Iterations do not begin closer to each other: reading every dirty log has its price, and so has each for the guest.
+const PACE: Duration = Duration::from_millis(10);
+/// The same while P3 only waits for somebody.
+const WAITING_PACE: Duration = Duration::from_millis(50);
+
+/// What P3 remembers.
+#[derive(Debug)]
+pub(super) struct Rounds {
+    iteration: u32,
+    wire_bytes: u64,
+    began: Time,
+    /// When the iteration under way, or the last, began.
+    round_began: Time,
+    /// When the next one begins, unless an event lets P4 begin first.
+    next: Option<Time>,
+    waiting: Option<Wait>,
+    continued: bool,
+    /// Per device: as last seen.
+    progress: Vec<DeviceProgress>,
+    /// Per device: the generation whose initial bytes were acknowledged last.
+    acknowledged: Vec<Option<u32>>,
+    applied: u32,
+    /// An iteration whose way there and back is being timed, and when it had been sent.
+    probe: Option<(u32, Time)>,
+    /// Since when the destination has owed an iteration's end without saying any.
+    applied_owed: Option<Time>,
+    /// The same for initial bytes: a destination may go on applying RAM while a device hangs.
+    initial_owed: Option<Time>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    Initial,
+    Convergence,
+    Operator,
+}
+
+/// What the destination acknowledges in P3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Acknowledged {
+    Iteration,
+    InitialBytes,
+}
+
+impl Rounds {
+    pub(super) fn new(devices: usize) -> Self {
+        Self {
+            iteration: 0,
+            wire_bytes: 0,
+            began: Time::ZERO,
+            round_began: Time::ZERO,
+            next: None,
+            waiting: None,
+            continued: false,
+            progress: vec![DeviceProgress::default(); devices],
+            acknowledged: vec![None; devices],
+            applied: 0,
+            probe: None,
+            applied_owed: None,
+            initial_owed: None,
+        }
+    }
+
+    pub(super) fn iteration(&self) -> u32 {
+        self.iteration
+    }
+
+    pub(super) fn wire_bytes(&self) -> u64 {
+        self.wire_bytes
+    }
+
+    pub(super) fn waiting(&self) -> Option<Wait> {
+        self.waiting
+    }
+
+    pub(super) fn continued(&mut self) {
+        self.continued = true;
+    }
+
+    /// Takes a look at the devices' progress. Devices that a session does not mention are as they were.
+    pub(super) fn look(&mut self, devices: &[DeviceProgress]) {
+        for (known, seen) in self.progress.iter_mut().zip(devices) {
+            *known = *seen;
+        }
+    }
+
+    /// The first device that has declared a later generation than known, or has initial bytes left.
+    pub(super) fn new_initial_bytes(&self, devices: &[DeviceProgress]) -> Option<usize> {
+        self.progress.iter().zip(devices).position(|(known, seen)| {
+            seen.generation > known.generation || seen.initial_left.is_some_and(|left| left > 0)
+        })
+    }
+
+    /// The first device that has declared a later generation than known.
+    pub(super) fn new_generation(&self, devices: &[DeviceProgress]) -> Option<usize> {
+        self.progress.iter().zip(devices).position(|(known, seen)| seen.generation > known.generation)
+    }
+}
+
+impl Source {
+    /// From P2, or back from P4.
+    pub(super) fn begin_iterating(&mut self, now: Time) {
+        if self.rounds.iteration == 0 {
+            self.rounds.began = now;
+        }
+        self.model.forget_stall();
+        self.next_round(now);
+    }
+
+    fn next_round(&mut self, now: Time) {
+        self.rounds.iteration = self.rounds.iteration.saturating_add(1);
+        self.rounds.round_began = now;
+        self.rounds.next = None;
+        self.act(State::Sending, SourceAction::SendIteration { iteration: self.rounds.iteration });
+    }
+
+    pub(super) fn on_iteration_sent(&mut self, report: IterationReport, now: Time) {
+        self.state = State::Resting;
+        self.rounds.wire_bytes = self.rounds.wire_bytes.saturating_add(report.wire_bytes);
+        self.rounds.look(&report.devices);
+        let interval = now.saturating_sub(self.rounds.round_began).max(report.took);
+        self.model.iterated(report, interval, now);
+        if self.rounds.applied < self.rounds.iteration {
+            self.rounds.probe.get_or_insert((self.rounds.iteration, now));
+        }
+        self.settle_owed(None, now);
+        self.decide(now);
+    }
+
+    pub(super) fn on_initial_loaded(&mut self, device: u16, generation: u32, now: Time) {
+        let Some(acknowledged) = self.rounds.acknowledged.get_mut(usize::from(device)) else {
+            let text = format!(
+                "the destination acknowledged initial bytes of device number {device}, which is none"
+            );
+            return self.abort(failure(self.phase, text, ""), Told::Tell);
+        };
+        *acknowledged = Some(generation);
+        self.settle_owed(Some(Acknowledged::InitialBytes), now);
+        if self.state == State::Resting {
+            self.decide(now);
+        }
+    }
+
+    pub(super) fn on_applied(&mut self, applied: Applied, now: Time) {
+        // The end of an iteration is on the wire before its report is here, so the one under way may be applied already.
+        if applied.iteration <= self.rounds.applied || applied.iteration > self.rounds.iteration {
+            let text = format!(
+                "the destination says it applied iteration {} after {}, of {} begun: protocol error",
+                applied.iteration, self.rounds.applied, self.rounds.iteration
+            );
+            return self.abort(failure(self.phase, text, ""), Told::Tell);
+        }
+        self.rounds.applied = applied.iteration;
+        if let Some((_, sent)) = self.rounds.probe.take_if(|(iteration, _)| *iteration <= applied.iteration) {
+            self.model.round_trip_at_most(now.saturating_sub(sent));
+        }
+        self.settle_owed(Some(Acknowledged::Iteration), now);
+        self.model.applied(applied);
+    }
+
+    pub(super) fn on_limit(&mut self, limit: Duration, now: Time) {
+        self.config.downtime_limit = limit;
+        self.model.forget_stall();
+        if self.state == State::Resting {
+            self.decide(now);
+        }
+    }
+
+    /// A word given before it is waited for is not kept: it may have been meant for another wait.
+    pub(super) fn on_continue(&mut self, now: Time) {
+        if self.rounds.waiting != Some(Wait::Operator) {
+            return;
+        }
+        self.rounds.continued();
+        if self.state == State::Resting {
+            self.decide(now);
+        }
+    }
+
+    pub(super) fn iterate_deadline(&self) -> Option<Time> {
+        if !matches!(self.state, State::Sending | State::Resting) {
+            return None;
+        }
+        [self.rounds.next, self.give_up_at(), self.owed_until()].into_iter().flatten().min()
+    }
+
+    pub(super) fn iterate_tick(&mut self, now: Time) {
+        if !matches!(self.state, State::Sending | State::Resting) {
+            return;
+        }
+        if self.give_up_at().is_some_and(|at| now >= at) {
+            return self.give_up("was not met in the time given", now);
+        }
+        if self.owed_until().is_some_and(|at| now >= at) {
+            let waited = work_timeout(self.config.peer_timeout);
+            let initial_is_late = self.rounds.initial_owed.is_some()
+                && (self.rounds.applied_owed.is_none()
+                    || self.rounds.initial_owed < self.rounds.applied_owed);
+            let late = self.unacknowledged().first().copied().filter(|_| initial_is_late);
+            let what = if late.is_some() { "INITIAL_LOADED" } else { "APPLIED" };
+            let cause = silence(self.phase, "destination", what, waited);
+            let cause = late.map_or(cause.clone(), |index| self.blame(index, cause));
+            return self.abort(cause, Told::Tell);
+        }
+        if self.state == State::Resting && self.rounds.next.is_some_and(|at| now >= at) {
+            self.next_round(now);
+        }
+    }
+
+    /// Devices whose initial bytes of this generation are not known to be loaded.
+    pub(super) fn unacknowledged(&self) -> Vec<usize> {
+        let missing = |index: &usize| {
+            let (Some(facts), Some(progress), Some(acknowledged)) = (
+                self.config.devices.get(*index),
+                self.rounds.progress.get(*index),
+                self.rounds.acknowledged.get(*index),
+            ) else {
+                return false;
+            };
+            // A device that cannot say when its initial bytes end is waited for only if the session found an end.
+            let has_initial = facts.flags.pre_copy && (facts.precopy_info || progress.initial_sent);
+            let complete = progress.initial_sent && progress.initial_left.unwrap_or(0) == 0;
+            has_initial && !(complete && *acknowledged == Some(progress.generation))
+        };
+        (0..self.config.devices.len()).filter(missing).collect()
+    }
+
+    /// After each report, and after each event that may have changed the answer.
+    fn decide(&mut self, now: Time) {
+        if self.give_up_at().is_some_and(|at| now >= at) {
+            return self.give_up("was not met in the time given", now);
+        }
+        let Some(prediction) = self.model.predict(now) else { return };
+        let missing = self.unacknowledged();
+        if let Some(first) = missing.first() {
+            let unsent = self
+                .rounds
+                .progress
+                .iter()
+                .filter_map(|device| device.initial_left)
+                .fold(0, u64::saturating_add);
+            if self.rounds.progress.iter().any(|device| device.initial_left.is_some_and(|left| left > 0))
+                && self.model.initial_stalled(unsent, now)
+            {
+                let text = "the device does not come to the end of its initial pre-copy data";
+                let cause = self.blame(*first, failure(Phase::Iterate, text, "see the device's own log"));
+                return self.abort(cause, Told::Tell);
+            }
+            let sending =
+                self.rounds.progress.iter().any(|device| device.initial_left.is_some_and(|left| left > 0));
+            return self.rest(Wait::Initial, if sending { PACE } else { WAITING_PACE }, now);
+        }
+        let budget = self.config.downtime_limit.saturating_sub(self.config.commit_reserve);
+        if prediction.total() > budget {
+            if self.model.stalled(prediction.total(), now) {
+                return self.give_up("cannot be met: the downtime does not get shorter", now);
+            }
+            return self.rest(Wait::Convergence, PACE, now);
+        }
+        if self.config.pause_before_switchover && !self.rounds.continued {
+            return self.rest(Wait::Operator, WAITING_PACE, now);
+        }
+        if self.model.worth_another_round(now) {
+            return self.rest(Wait::Convergence, PACE, now);
+        }
+        self.rounds.waiting = None;
+        self.rounds.next = None;
+        self.switch(prediction.total(), now);
+    }
+
+    /// Lets `pace` pass since the last iteration began; an event may decide otherwise meanwhile.
+    fn rest(&mut self, waiting: Wait, pace: Duration, now: Time) {
+        let next = self.rounds.round_began.saturating_add(pace);
+        self.rounds.waiting = Some(waiting);
+        if next <= now {
+            return self.next_round(now);
+        }
+        self.rounds.next = Some(next);
+    }
+
+    fn give_up_at(&self) -> Option<Time> {
+        // The operator's own delay does not count.
+        if self.rounds.waiting == Some(Wait::Operator) {
+            return None;
+        }
+        self.config.give_up_after.map(|after| self.rounds.began.saturating_add(after))
+    }
+
+    fn owed_until(&self) -> Option<Time> {
+        let since = [self.rounds.applied_owed, self.rounds.initial_owed].into_iter().flatten().min();
+        since.map(|since| since.saturating_add(work_timeout(self.config.peer_timeout)))
+    }
+
+    /// Keeps the times since which the destination has owed an acknowledgement; what it `gave` just now starts one anew.
+    fn settle_owed(&mut self, gave: Option<Acknowledged>, now: Time) {
+        // The iteration under way is not owed yet.
+        let sent = self.rounds.iteration.saturating_sub(u32::from(self.state == State::Sending));
+        let missing = |(device, acknowledged): (&DeviceProgress, &Option<u32>)| {
+            device.initial_sent && *acknowledged != Some(device.generation)
+        };
+        let initial = self.rounds.progress.iter().zip(&self.rounds.acknowledged).any(missing);
+        let since = |owes: bool, before: Option<Time>, progressed: bool| match before {
+            _ if !owes => None,
+            Some(since) if !progressed => Some(since),
+            _ => Some(now),
+        };
+        let applied = self.rounds.applied < sent;
+        let gave_applied = gave == Some(Acknowledged::Iteration);
+        self.rounds.applied_owed = since(applied, self.rounds.applied_owed, gave_applied);
+        let gave_initial = gave == Some(Acknowledged::InitialBytes);
+        self.rounds.initial_owed = since(initial, self.rounds.initial_owed, gave_initial);
+    }
+
+    fn give_up(&mut self, why: &str, now: Time) {
+        let Some(prediction) = self.model.predict(now) else {
+            let text = "the first iteration did not end in the time given";
+            let cause = failure(Phase::Iterate, text, "allow more time, or migrate over a faster network");
+            return self.abort(cause, Told::Tell);
+        };
+        let missing = self.unacknowledged();
+        let budget = self.config.downtime_limit.saturating_sub(self.config.commit_reserve);
+        let cause = match missing.first() {
+            Some(first) if prediction.total() <= budget => {
+                let text =
+                    "the destination has not loaded the device's initial pre-copy data in the time given";
+                self.blame(*first, failure(Phase::Iterate, text, "allow more time"))
+            }
+            _ => self.too_big(why, &prediction),
+        };
+        self.abort(cause, Told::Tell);
+    }
+
+    /// Names what needs most of the downtime.
+    pub(super) fn too_big(&self, why: &str, prediction: &Prediction) -> Failure {
+        let limit = self.config.downtime_limit.as_millis();
+        let largest =
+            (0..prediction.devices.len()).max_by_key(|index| prediction.devices.get(*index).copied());
+        let largest = largest.and_then(|index| Some((index, *prediction.devices.get(index)?)));
+        let (index, what, needs) = match largest {
+            Some((index, needs)) if needs >= prediction.ram && needs >= prediction.fixed => {
+                let name =
+                    self.config.devices.get(index).map(|device| device.id.to_string()).unwrap_or_default();
+                (Some(index), format!("device {name}"), needs)
+            }
+            _ if prediction.ram >= prediction.fixed => (None, "RAM".to_owned(), prediction.ram),
+            _ => (None, "pausing and the transitions".to_owned(), prediction.fixed),
+        };
+        let text = format!(
+            "{what} needs {} ms of the {limit} ms of the downtime limit, which {why}",
+            needs.as_millis()
+        );
+        let enough = prediction.total().saturating_add(self.config.commit_reserve).as_millis();
+        let raise = format!("raise the downtime limit above {enough} ms");
+        let remedy = match (index, what.as_str()) {
+            (None, "RAM") => format!("{raise}, use a faster network, or let the guest write less"),
+            _ => raise,
+        };
+        let cause = failure(Phase::Iterate, text, &remedy);
+        match index {
+            Some(index) => self.blame(index, cause),
+            None => cause,
+        }
+    }
+}

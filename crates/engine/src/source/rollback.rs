@@ -1,0 +1,134 @@
+//! The way back: from P1 to P6 by our own decision, from P7 only on the destination's DECLINED.
+
+use vfio_migration_types::DeviceId;
+use vfio_migration_wire::{Message, PeerError};
+
+use super::{Source, State, Told};
+use crate::ownership::{SourceState, SourceStep};
+use crate::{Abort, Failure, SourceAction, SourceOutcome};
+
+/// An abort under way.
+#[derive(Debug)]
+pub(super) struct Undo {
+    outcome: Abort,
+    /// The journal says OWNER already.
+    journaled: bool,
+}
+
+impl Source {
+    /// Gives the attempt up. Does nothing once it is too late, or under way.
+    pub(super) fn abort(&mut self, cause: Failure, told: Told) {
+        if self.can_cancel() {
+            self.undo(cause, told);
+        }
+    }
+
+    /// Undoes what was done, and no more.
+    pub(super) fn undo(&mut self, cause: Failure, told: Told) {
+        if told != Told::Knows {
+            self.send(Message::Abort(cause.clone()));
+        }
+        self.timer = None;
+        let outcome = Abort {
+            cause,
+            cancelled: told == Told::Cancelled,
+            reset: Vec::new(),
+            locks_lost: Vec::new(),
+            restored: true,
+        };
+        let state = self.state;
+        self.abort = Some(Undo { outcome, journaled: false });
+        match state {
+            State::Idle | State::Hello | State::Offered => self.finish_aborted(),
+            State::JournalSending => self.journal_owner(),
+            _ => self.act(State::RollingBack, SourceAction::RollBack),
+        }
+    }
+
+    /// DECLINED: the destination will never run this attempt, and has that in its journal. Ours says OWNER before anything runs.
+    pub(super) fn on_declined(&mut self, cause: PeerError) {
+        self.timer = None;
+        let outcome =
+            Abort { cause, cancelled: false, reset: Vec::new(), locks_lost: Vec::new(), restored: true };
+        self.abort = Some(Undo { outcome, journaled: false });
+        self.journal_step(State::JournalDeclined, SourceStep::Declined);
+    }
+
+    pub(super) fn on_declined_journaled(&mut self) {
+        self.journal = SourceState::Owner;
+        if let Some(undo) = &mut self.abort {
+            undo.journaled = true;
+            // The destination need not wait for the question any more.
+            let heard = Message::Abort(undo.outcome.cause.clone());
+            self.send(heard);
+        }
+        self.act(State::RollingBack, SourceAction::RollBack);
+    }
+
+    /// Ours again, but not on disk: nothing runs, and a person must see to the disk. Asking again later gives the same DECLINED.
+    pub(super) fn declined_not_journaled(&mut self, cause: &Failure) {
+        self.unresolved(format!(
+            "the destination declined, so the guest is still ours, but the journal cannot say so: {}",
+            cause.text
+        ));
+    }
+
+    pub(super) fn on_rolled_back(
+        &mut self,
+        reset: Vec<DeviceId>,
+        not_reset: &[DeviceId],
+        locks_lost: Vec<String>,
+        restored: bool,
+    ) {
+        let Some(undo) = &mut self.abort else { return };
+        undo.outcome.reset = reset;
+        for device in not_reset {
+            let text = &undo.outcome.cause.text;
+            undo.outcome.cause.text = format!(
+                "{text}; then device {device} could neither go back nor be reset, so the guest is held paused"
+            );
+        }
+        undo.outcome.locks_lost = locks_lost;
+        undo.outcome.restored = restored;
+        self.after_rollback();
+    }
+
+    pub(super) fn on_owner_journaled(&mut self) {
+        self.journal = SourceState::Owner;
+        self.finish_aborted();
+    }
+
+    /// The guest is ours and runs; a journal left at SENDING says the same. It is reported all the same.
+    pub(super) fn owner_not_journaled(&mut self, cause: &Failure) {
+        if let Some(undo) = &mut self.abort {
+            undo.outcome.cause.text =
+                format!("{}; then the journal could not be written: {}", undo.outcome.cause.text, cause.text);
+        }
+        self.finish_aborted();
+    }
+
+    fn after_rollback(&mut self) {
+        if self.abort.as_ref().is_some_and(|undo| undo.journaled) {
+            return self.finish_aborted();
+        }
+        self.journal_owner();
+    }
+
+    fn journal_owner(&mut self) {
+        // SENDING may be on its way to the disk and not yet confirmed; OWNER is written over it all the same.
+        let next = match self.journal {
+            SourceState::Owner => Ok(SourceState::Owner),
+            other => other.next(SourceStep::Abort),
+        };
+        match next {
+            Ok(next) => self.act(State::JournalOwner, SourceAction::Journal(next)),
+            Err(error) => self.unresolved(error.to_string()),
+        }
+    }
+
+    fn finish_aborted(&mut self) {
+        if let Some(undo) = self.abort.take() {
+            self.finish(SourceOutcome::Aborted(undo.outcome));
+        }
+    }
+}

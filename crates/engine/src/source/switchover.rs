@@ -1,0 +1,180 @@
+//! P4 and P5: the guest stands; devices to P2P together, one last look, STOP_COPY; the last of everything. And the
+//! watchdog that keeps the downtime below its limit.
+
+use std::time::Duration;
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{Final, FinalEnd, Message};
+
+use super::{Source, State, Told};
+use crate::failure::failure;
+use crate::{Barrier, DeviceProgress, SourceAction, SourceEvent, Time};
+
+/// How often P4 may go back to P3 because a device has declared new initial bytes.
+const RETREATS: u32 = 3;
+
+/// What P4 and P5 remember.
+#[derive(Debug, Default)]
+pub(super) struct Pause {
+    /// The pause was asked for.
+    asked_at: Option<Time>,
+    /// The vCPUs stood.
+    pub(super) paused_at: Option<Time>,
+    pub(super) guest_ran: bool,
+    pub(super) predicted: Duration,
+    /// Time spent on digests, which is no downtime.
+    pub(super) verify: Duration,
+    /// The digests are done, so the watchdog knows what to leave out.
+    source_digested: bool,
+    destination_digested: bool,
+    retreats: u32,
+    pub(super) totals: Option<FinalEnd>,
+}
+
+impl Source {
+    /// The decision to switch over. The guest stands from here on.
+    pub(super) fn switch(&mut self, predicted: Duration, now: Time) {
+        self.enter(Phase::Quiesce, now);
+        let retreats = self.pause.retreats;
+        self.pause = Pause { asked_at: Some(now), predicted, guest_ran: true, retreats, ..Pause::default() };
+        self.act(State::Pausing, SourceAction::Pause);
+    }
+
+    pub(super) fn on_paused(&mut self, guest_ran: bool, now: Time) {
+        self.pause.paused_at = Some(now);
+        self.pause.guest_ran = guest_ran;
+        self.act(State::ToP2p, SourceAction::Devices(Barrier::P2p));
+    }
+
+    pub(super) fn on_p2p(&mut self, devices: &[DeviceProgress], now: Time) {
+        if let Some(asked_at) = self.pause.asked_at {
+            self.model.quiesced(now.saturating_sub(asked_at));
+        }
+        // uAPI: a saving session cannot go back from STOP_COPY to PRE_COPY, so this is the last chance to load new initial
+        // bytes with the guest running.
+        let Some(index) = self.rounds.new_initial_bytes(devices) else {
+            self.rounds.look(devices);
+            return self.act(State::ToStopCopy, SourceAction::Devices(Barrier::StopCopy));
+        };
+        if self.pause.retreats >= RETREATS {
+            let text = format!(
+                "the device has declared new initial pre-copy data at {} switchovers in a row",
+                self.pause.retreats + 1
+            );
+            let remedy = "migrate when the guest uses the device less, or disable its pre-copy";
+            let cause = self.blame(index, failure(Phase::Quiesce, text, remedy));
+            return self.abort(cause, Told::Tell);
+        }
+        self.pause.retreats += 1;
+        self.rounds.look(devices);
+        self.act(State::Retreating, SourceAction::Devices(Barrier::Running));
+    }
+
+    pub(super) fn on_retreated(&mut self, devices: &[DeviceProgress]) {
+        self.rounds.look(devices);
+        self.act(State::Resuming, SourceAction::Resume);
+    }
+
+    pub(super) fn on_resumed(&mut self, now: Time) {
+        self.pause.asked_at = None;
+        self.pause.paused_at = None;
+        self.enter(Phase::Iterate, now);
+        self.begin_iterating(now);
+    }
+
+    pub(super) fn on_stop_copy(&mut self, devices: &[DeviceProgress], now: Time) {
+        if let Some(index) = self.rounds.new_generation(devices) {
+            let text = "the device declared new initial pre-copy data on its way to STOP_COPY";
+            let cause = self.blame(index, failure(Phase::Quiesce, text, "migrate again"));
+            return self.abort(cause, Told::Tell);
+        }
+        self.enter(Phase::Final, now);
+        self.send(Message::Final(Final { guest_ran: self.pause.guest_ran }));
+        self.act(State::SendingFinal, SourceAction::SendFinal { verify: self.verify() });
+    }
+
+    pub(super) fn on_final_sent(&mut self, totals: FinalEnd) {
+        self.pause.totals = Some(totals);
+        self.act(State::ReleasingLocks, SourceAction::ReleaseLocks);
+    }
+
+    pub(super) fn on_locks_released(&mut self, now: Time) {
+        let Some(totals) = self.pause.totals.clone() else { return };
+        self.send(Message::LocksFree);
+        self.send(Message::FinalEnd(totals));
+        self.enter(Phase::Ready, now);
+        self.state = State::AwaitingReady;
+        if self.verify() { self.owe_work("READY", now) } else { self.owe("READY", now) }
+    }
+
+    /// Digests take their time; it is known only when they are done, and counted before the watchdog looks.
+    pub(super) fn note_verify(&mut self, event: &SourceEvent) {
+        let verify = match (self.state, event) {
+            (State::SendingFinal, SourceEvent::FinalSent { verify, .. }) => *verify,
+            (State::AwaitingReady, SourceEvent::Peer(Message::Ready(ready))) => {
+                Duration::from_nanos(ready.verify_ns)
+            }
+            _ => return,
+        };
+        if self.verify() {
+            self.pause.verify = self.pause.verify.saturating_add(verify);
+        }
+        // From here on the watchdog may look: the digest is done.
+        self.pause.digesting_ends(self.state);
+    }
+
+    /// The guest has stood too long for what is still to come.
+    pub(super) fn watchdog_bites(&self, now: Time) -> bool {
+        self.watchdog_deadline().is_some_and(|deadline| now >= deadline)
+    }
+
+    /// The first moment at which `stood + reserve > limit`.
+    pub(super) fn watchdog_deadline(&self) -> Option<Time> {
+        let watched = match self.state {
+            State::Pausing
+            | State::ToP2p
+            | State::Retreating
+            | State::Resuming
+            | State::ToStopCopy
+            | State::ReleasingLocks => true,
+            State::SendingFinal => !self.verify() || self.pause.source_digested,
+            State::AwaitingReady => !self.verify() || self.pause.destination_digested,
+            _ => false,
+        };
+        // A guest that its operator had paused loses nothing by standing.
+        if !watched || !self.pause.guest_ran {
+            return None;
+        }
+        let since = self.pause.paused_at.or(self.pause.asked_at)?;
+        let budget = self.config.downtime_limit.saturating_sub(self.config.commit_reserve);
+        Some(
+            since
+                .saturating_add(self.pause.verify)
+                .saturating_add(budget)
+                .saturating_add(Duration::from_nanos(1)),
+        )
+    }
+
+    pub(super) fn abort_over_limit(&mut self, now: Time) {
+        let since = self.pause.paused_at.or(self.pause.asked_at).unwrap_or(now);
+        let stood = now.saturating_sub(since).saturating_sub(self.pause.verify);
+        let text = format!(
+            "the guest has stood for {} ms and would stand above the downtime limit of {} ms ({} ms were predicted)",
+            stood.as_millis(),
+            self.config.downtime_limit.as_millis(),
+            self.pause.predicted.as_millis(),
+        );
+        let remedy = "raise the downtime limit, or see why this phase took so long";
+        self.abort(failure(self.phase, text, remedy), Told::Tell);
+    }
+}
+
+impl Pause {
+    fn digesting_ends(&mut self, state: State) {
+        match state {
+            State::SendingFinal => self.source_digested = true,
+            State::AwaitingReady => self.destination_digested = true,
+            _ => {}
+        }
+    }
+}

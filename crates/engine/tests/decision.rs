@@ -1,0 +1,261 @@
+//! The source around its decision, driven by hand.
+
+use std::time::Duration;
+
+use vfio_migration_engine::ownership::SourceState;
+use vfio_migration_engine::{
+    Barrier, IterationReport, Source, SourceAction, SourceConfig, SourceEvent, SourceOutcome, Waiting,
+};
+use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
+use vfio_migration_wire::{
+    Commit, FEATURES, FinalEnd, HelloReply, Message, PeerError, Ready, Running, VERSIONS,
+};
+
+const NOW: Duration = Duration::ZERO;
+const ATTEMPT: AttemptId = AttemptId([2; 16]);
+const COMMIT: Message = Message::Commit(Commit { epoch: Epoch(8), attempt: ATTEMPT });
+
+fn tell(source: &mut Source, event: SourceEvent) -> Vec<SourceAction> {
+    source.handle(event, NOW);
+    std::iter::from_fn(|| source.poll_action()).collect()
+}
+
+fn hear(source: &mut Source, message: Message) -> Vec<SourceAction> {
+    tell(source, SourceEvent::Peer(message))
+}
+
+fn error() -> PeerError {
+    PeerError {
+        phase: Phase::Commit,
+        device: None,
+        arc: None,
+        errno: None,
+        text: "no".to_owned(),
+        remedy: String::new(),
+    }
+}
+
+fn running(epoch: u64) -> Message {
+    Message::Running(Running { epoch: Epoch(epoch), guest_runs: true, boot_id: [0; 16], at_ns: 5 })
+}
+
+fn config() -> SourceConfig {
+    SourceConfig {
+        vm: VmId([1; 16]),
+        attempt: ATTEMPT,
+        epoch: Epoch(7),
+        versions: VERSIONS,
+        features: FEATURES,
+        manifest: b"{}".to_vec(),
+        devices: vec![],
+        no_peer_dma: false,
+        downtime_limit: Duration::from_millis(300),
+        commit_reserve: Duration::from_millis(50),
+        give_up_after: None,
+        pause_before_switchover: false,
+        verify: false,
+        peer_timeout: Duration::from_secs(5),
+    }
+}
+
+/// A source that writes COMMITTING to its journal.
+fn deciding() -> Source {
+    let mut source = Source::new(config());
+    let totals = FinalEnd { ram_pages: 1, ram_digest: None, sections: 1, devices: vec![] };
+    let ready =
+        Ready { ram_pages: 1, ram_digest: None, verify_ns: 0, sections: 1, devices: vec![], vectors: 0 };
+    let mut last = Vec::new();
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
+        SourceEvent::Peer(Message::Accept),
+        SourceEvent::Journaled(SourceState::Sending),
+        SourceEvent::SetUp { devices: vec![] },
+        SourceEvent::Peer(Message::Begun),
+        SourceEvent::IterationSent(IterationReport { wire_bytes: 1, ..IterationReport::default() }),
+        SourceEvent::Paused { guest_ran: true },
+        SourceEvent::Reached { barrier: Barrier::P2p, devices: vec![] },
+        SourceEvent::Reached { barrier: Barrier::StopCopy, devices: vec![] },
+        SourceEvent::FinalSent { totals, verify: Duration::ZERO },
+        SourceEvent::LocksReleased,
+        SourceEvent::Peer(Message::Ready(ready)),
+    ] {
+        last = tell(&mut source, event);
+    }
+    assert_eq!(last, [SourceAction::Journal(SourceState::Committing)]);
+    assert!(!source.can_cancel());
+    source
+}
+
+#[test]
+fn a_word_to_go_on_is_not_kept_for_a_wait_that_has_not_begun() {
+    let mut source = Source::new(SourceConfig { pause_before_switchover: true, ..config() });
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
+        SourceEvent::Peer(Message::Accept),
+        SourceEvent::Continue,
+        SourceEvent::Journaled(SourceState::Sending),
+        SourceEvent::SetUp { devices: vec![] },
+        SourceEvent::Peer(Message::Begun),
+        SourceEvent::Continue,
+    ] {
+        tell(&mut source, event);
+    }
+    let report = IterationReport { wire_bytes: 1, ..IterationReport::default() };
+    assert_eq!(tell(&mut source, SourceEvent::IterationSent(report)), []);
+    assert_eq!(source.progress(NOW).waiting, Some(Waiting::Operator));
+    assert_eq!(tell(&mut source, SourceEvent::Continue), [SourceAction::Pause]);
+}
+
+#[test]
+fn ram_that_is_sent_again_counts_against_the_downtime() {
+    let mut source = Source::new(config());
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
+        SourceEvent::Peer(Message::Accept),
+        SourceEvent::Journaled(SourceState::Sending),
+        SourceEvent::SetUp { devices: vec![] },
+        SourceEvent::Peer(Message::Begun),
+    ] {
+        tell(&mut source, event);
+    }
+    // One second for everything, and everything is sent again: no limit of 300 ms holds.
+    let report = IterationReport {
+        wire_bytes: 1 << 20,
+        took: Duration::from_secs(1),
+        ram_left: 0,
+        ram_again: 1 << 20,
+        devices: vec![],
+    };
+    assert_eq!(tell(&mut source, SourceEvent::IterationSent(report)), []);
+    let progress = source.progress(NOW);
+    assert_eq!(progress.waiting, Some(Waiting::Convergence));
+    assert!(progress.predicted > Some(Duration::from_secs(1)), "{progress:?}");
+}
+
+/// One that has said COMMIT.
+fn committed() -> Source {
+    let mut source = deciding();
+    let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
+    assert_eq!(actions, [SourceAction::Send(COMMIT)]);
+    source
+}
+
+#[test]
+fn a_link_lost_while_the_decision_is_written_down_is_asked_after() {
+    let mut source = deciding();
+    assert_eq!(tell(&mut source, SourceEvent::LinkLost("cut".to_owned())), []);
+    let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
+    assert_eq!(actions, [SourceAction::AskAgain], "COMMITTING is on disk: it never resumes by itself");
+}
+
+#[test]
+fn a_destination_that_gives_up_while_the_decision_is_written_down_is_asked() {
+    for doubt in [Message::Abort(error()), running(8), Message::Accept] {
+        let mut source = deciding();
+        assert_eq!(hear(&mut source, doubt), []);
+        let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
+        assert_eq!(actions, [SourceAction::AskAgain]);
+    }
+}
+
+#[test]
+fn a_stream_damaged_while_the_decision_is_written_down_undoes_nothing_behind_the_journal() {
+    let mut source = deciding();
+    assert_eq!(tell(&mut source, SourceEvent::Damaged(error())), []);
+    assert_eq!(tell(&mut source, SourceEvent::LinkLost("damaged".to_owned())), []);
+    let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
+    assert_eq!(actions, [SourceAction::AskAgain]);
+}
+
+#[test]
+fn a_device_that_cannot_even_be_reset_is_named() {
+    let mut source = deciding();
+    tell(&mut source, SourceEvent::Failed(error()));
+    let toy = vfio_migration_types::DeviceId::new("toy0").unwrap();
+    let back =
+        SourceEvent::RolledBack { reset: vec![], not_reset: vec![toy], locks_lost: vec![], restored: false };
+    tell(&mut source, back);
+    let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Owner));
+    let [SourceAction::Finish(SourceOutcome::Aborted(abort))] = &actions[..] else { panic!("{actions:?}") };
+    assert!(!abort.restored && abort.cause.text.contains("device toy0"), "{abort:?}");
+}
+
+#[test]
+fn a_destination_that_declines_while_the_decision_is_written_down() {
+    let mut source = deciding();
+    assert_eq!(hear(&mut source, Message::Declined(error())), []);
+    let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
+    assert_eq!(actions, [SourceAction::Journal(SourceState::Owner)]);
+    let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Owner));
+    assert_eq!(actions.last(), Some(&SourceAction::RollBack), "{actions:?}");
+}
+
+#[test]
+fn a_decision_that_cannot_be_written_down_is_none() {
+    let mut source = deciding();
+    let actions = tell(&mut source, SourceEvent::Failed(error()));
+    assert_eq!(actions, [SourceAction::Send(Message::Abort(error())), SourceAction::RollBack]);
+    let back =
+        SourceEvent::RolledBack { reset: vec![], not_reset: vec![], locks_lost: vec![], restored: true };
+    assert_eq!(tell(&mut source, back), [SourceAction::Journal(SourceState::Owner)]);
+}
+
+#[test]
+fn only_running_and_declined_decide() {
+    for nothing in [running(7), running(9), Message::Accept, Message::Ping { token: 1 }] {
+        let mut source = committed();
+        assert_eq!(hear(&mut source, nothing), []);
+    }
+    for event in [
+        SourceEvent::Cancel,
+        SourceEvent::DeviceLost(error()),
+        SourceEvent::Failed(error()),
+        SourceEvent::Damaged(error()),
+        SourceEvent::SetDowntimeLimit(NOW),
+        SourceEvent::RolledBack { reset: vec![], not_reset: vec![], locks_lost: vec![], restored: true },
+    ] {
+        let mut source = committed();
+        assert_eq!(tell(&mut source, event), []);
+    }
+    let mut source = committed();
+    assert_eq!(hear(&mut source, running(8)), [SourceAction::Journal(SourceState::Released)]);
+    // It is decided: nothing that comes now is heard.
+    assert_eq!(hear(&mut source, Message::Declined(error())), []);
+}
+
+#[test]
+fn declined_runs_nothing_before_owner_is_on_disk() {
+    let mut source = committed();
+    assert_eq!(hear(&mut source, Message::Declined(error())), [SourceAction::Journal(SourceState::Owner)]);
+    // The disk is full: the guest stands, and a person is told.
+    let actions = tell(&mut source, SourceEvent::Failed(error()));
+    assert!(
+        matches!(&actions[..], [SourceAction::Finish(SourceOutcome::Unresolved(why))] if why.contains("declined")),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn a_lost_answer_is_asked_for_with_pauses_until_a_person_is() {
+    let mut source = committed();
+    let mut now = NOW;
+    let mut asked = Vec::new();
+    assert_eq!(tell(&mut source, SourceEvent::LinkLost("cut".to_owned())), [SourceAction::AskAgain]);
+    let outcome = loop {
+        source.handle(SourceEvent::LinkLost("refused".to_owned()), now);
+        now = source.deadline().expect("it is not over");
+        source.handle(SourceEvent::Tick, now);
+        match source.poll_action() {
+            Some(SourceAction::AskAgain) => asked.push(now),
+            Some(SourceAction::Finish(outcome)) => break outcome,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(matches!(outcome, SourceOutcome::Unresolved(_)), "{outcome:?}");
+    assert!((Duration::from_secs(30)..Duration::from_secs(60)).contains(&now), "{now:?}");
+    assert!((8..30).contains(&asked.len()), "{asked:?}");
+    assert!(asked[0] <= Duration::from_millis(100));
+}

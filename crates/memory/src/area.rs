@@ -1,0 +1,189 @@
+//! One shared mapping, and the only code that dereferences it.
+
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::MemoryError;
+use crate::ram::as_usize;
+
+const WORD: usize = size_of::<u64>();
+
+/// A MAP_SHARED mapping, unmapped when dropped.
+///
+/// Others — vCPUs, devices, processes — write the memory at any time, so it is only ever accessed through atomics of
+/// one byte or one aligned word: no reference to it is made, and a race gives a stale or torn value, never undefined
+/// behaviour on this side.
+#[derive(Debug)]
+pub(crate) struct Area {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and stays where it is until it is dropped.
+unsafe impl Send for Area {}
+// SAFETY: every access through `&Area` is atomic (see the type), so threads may race on it.
+unsafe impl Sync for Area {}
+
+impl Area {
+    /// Maps `len` bytes of `fd` from `offset`, a multiple of the page size.
+    pub(crate) fn map(fd: BorrowedFd<'_>, offset: u64, len: usize, write: bool) -> Result<Self, Errno> {
+        let protection = if write { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: the address is the kernel's choice, so the mapping replaces nothing; no reference to it is ever made.
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, fd, offset) }?;
+        Ok(Self { base: NonNull::new(base.cast()).ok_or(Errno::NOMEM)?, len })
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Address of `len` bytes at `offset`, all of them inside the mapping.
+    pub(crate) fn pointer(&self, offset: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
+        let size = self.len();
+        if offset > size || len > size - offset {
+            return Err(MemoryError::OutOfBounds { offset, len, size });
+        }
+        // SAFETY: offset <= len of the mapping, so the result stays inside it or one past its end.
+        Ok(unsafe { self.base.add(as_usize(offset)) })
+    }
+
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        let from = self.pointer(offset, into.len() as u64)?;
+        let (head, words) = split(from, into.len());
+        let (first, rest) = into.split_at_mut(head);
+        let (middle, last) = rest.split_at_mut(words * WORD);
+        // SAFETY: `pointer` has checked that all of `into.len()` bytes from `from` are mapped; `split` aligns the
+        // middle part to a word, and the three parts add up to that length.
+        unsafe {
+            load_bytes(from, first);
+            let mut at = from.add(head).cast::<u64>();
+            for word in middle.chunks_exact_mut(WORD) {
+                word.copy_from_slice(&AtomicU64::from_ptr(at.as_ptr()).load(Ordering::Relaxed).to_ne_bytes());
+                at = at.add(1);
+            }
+            load_bytes(at.cast(), last);
+        }
+        Ok(())
+    }
+
+    /// The caller has made sure that the mapping is writable.
+    pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), MemoryError> {
+        let to = self.pointer(offset, from.len() as u64)?;
+        let (head, words) = split(to, from.len());
+        let (first, rest) = from.split_at(head);
+        let (middle, last) = rest.split_at(words * WORD);
+        // SAFETY: as in `read`; the caller has made sure that the mapping is writable.
+        unsafe {
+            store_bytes(to, first);
+            let mut at = to.add(head).cast::<u64>();
+            for word in middle.as_chunks::<WORD>().0 {
+                AtomicU64::from_ptr(at.as_ptr()).store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+                at = at.add(1);
+            }
+            store_bytes(at.cast(), last);
+        }
+        Ok(())
+    }
+
+    /// One aligned access, ordered before what follows it.
+    pub(crate) fn load_u32(&self, offset: u64) -> Result<u32, MemoryError> {
+        let at = self.aligned(offset, size_of::<u32>())?.cast::<u32>();
+        // SAFETY: four mapped, aligned bytes (checked by `aligned`), accessed by nobody here but through atomics.
+        Ok(unsafe { AtomicU32::from_ptr(at.as_ptr()) }.load(Ordering::Acquire))
+    }
+
+    /// One aligned access, ordered after what precedes it. The caller has made sure that the mapping is writable.
+    pub(crate) fn store_u32(&self, offset: u64, value: u32) -> Result<(), MemoryError> {
+        let at = self.aligned(offset, size_of::<u32>())?.cast::<u32>();
+        // SAFETY: as in `load_u32`, and writable by this function's contract.
+        unsafe { AtomicU32::from_ptr(at.as_ptr()) }.store(value, Ordering::Release);
+        Ok(())
+    }
+
+    /// One aligned access, ordered before what follows it.
+    pub(crate) fn load_u64(&self, offset: u64) -> Result<u64, MemoryError> {
+        let at = self.aligned(offset, WORD)?.cast::<u64>();
+        // SAFETY: eight mapped, aligned bytes (checked by `aligned`), accessed by nobody here but through atomics.
+        Ok(unsafe { AtomicU64::from_ptr(at.as_ptr()) }.load(Ordering::Acquire))
+    }
+
+    /// One aligned access, ordered after what precedes it. The caller has made sure that the mapping is writable.
+    pub(crate) fn store_u64(&self, offset: u64, value: u64) -> Result<(), MemoryError> {
+        let at = self.aligned(offset, WORD)?.cast::<u64>();
+        // SAFETY: as in `load_u64`, and writable by this function's contract.
+        unsafe { AtomicU64::from_ptr(at.as_ptr()) }.store(value, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether all of `len` bytes at `offset`, both multiples of 64, are zero. Stops at the first that is not.
+    pub(crate) fn is_zero(&self, offset: u64, len: u64) -> Result<bool, MemoryError> {
+        const STRIDE: usize = 64;
+        let at = self.pointer(offset, len)?;
+        if !at.addr().get().is_multiple_of(WORD) || !len.is_multiple_of(STRIDE as u64) {
+            return Err(MemoryError::Misaligned { offset, len, align: STRIDE as u64 });
+        }
+        let zero = |line: usize| {
+            // SAFETY: `pointer` has checked the whole length, `line` counts 64-byte strides inside it, and the words
+            // are aligned (checked above).
+            let line = unsafe { at.add(line * STRIDE) }.cast::<u64>();
+            let any = (0..STRIDE / WORD).fold(0, |any, word| {
+                // SAFETY: as above: one of the eight words of a stride that lies inside the mapping.
+                any | unsafe { AtomicU64::from_ptr(line.add(word).as_ptr()) }.load(Ordering::Relaxed)
+            });
+            any == 0
+        };
+        Ok((0..as_usize(len) / STRIDE).all(zero))
+    }
+
+    /// Allocates every page.
+    pub(crate) fn populate(&self) -> Result<(), Errno> {
+        // SAFETY: the range is this mapping's own, and populating it for writing changes no byte.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxPopulateWrite) }
+    }
+
+    fn aligned(&self, offset: u64, size: usize) -> Result<NonNull<u8>, MemoryError> {
+        let at = self.pointer(offset, size as u64)?;
+        if !at.addr().get().is_multiple_of(size) {
+            return Err(MemoryError::Misaligned { offset, len: size as u64, align: size as u64 });
+        }
+        Ok(at)
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `map` mapped; nothing borrowed from it outlives `self`, except addresses whose users
+        // took on by contract not to outlive it.
+        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        debug_assert!(unmapped.is_ok(), "munmap of our own mapping: {unmapped:?}");
+    }
+}
+
+/// How many single bytes come before the first aligned word, and how many whole words follow.
+fn split(start: NonNull<u8>, len: usize) -> (usize, usize) {
+    let head = (start.addr().get().wrapping_neg() % WORD).min(len);
+    (head, (len - head) / WORD)
+}
+
+/// # Safety
+/// `from` and the `into.len()` bytes from there are mapped.
+unsafe fn load_bytes(from: NonNull<u8>, into: &mut [u8]) {
+    for (index, byte) in into.iter_mut().enumerate() {
+        // SAFETY: by this function's contract.
+        *byte = unsafe { AtomicU8::from_ptr(from.add(index).as_ptr()) }.load(Ordering::Relaxed);
+    }
+}
+
+/// # Safety
+/// `to` and the `from.len()` bytes from there are mapped and writable.
+unsafe fn store_bytes(to: NonNull<u8>, from: &[u8]) {
+    for (index, byte) in from.iter().enumerate() {
+        // SAFETY: by this function's contract.
+        unsafe { AtomicU8::from_ptr(to.add(index).as_ptr()) }.store(*byte, Ordering::Relaxed);
+    }
+}

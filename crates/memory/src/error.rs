@@ -1,0 +1,134 @@
+//! Errors of guest memory and dirty logs.
+
+use std::error::Error;
+use std::fmt::Write as _;
+
+/// What failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// A system call failed.
+    #[error("{doing} failed")]
+    System {
+        /// What was attempted, as a noun phrase.
+        doing: String,
+        /// errno.
+        #[source]
+        source: rustix::io::Errno,
+    },
+    /// A dirty log failed.
+    #[error("the dirty log of {source_name} failed: {doing}")]
+    DirtyLog {
+        /// Which source.
+        source_name: String,
+        /// What was attempted.
+        doing: String,
+        /// The cause.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// A dirty log was started twice.
+    #[error("the dirty log of {source_name} already runs")]
+    AlreadyLogging {
+        /// Which source.
+        source_name: String,
+    },
+    /// A dirty log that does not run was asked what is dirty.
+    #[error("the dirty log of {source_name} does not run")]
+    NotLogging {
+        /// Which source.
+        source_name: String,
+    },
+    /// More than one of several sources failed, or one failed and so did its rollback. Each with its causes.
+    #[error("{doing} failed: {}", list(.errors))]
+    Several {
+        /// What was attempted, as a noun phrase.
+        doing: String,
+        /// The failures, in the order in which they happened.
+        errors: Vec<MemoryError>,
+    },
+    /// The RAM asked for cannot be laid out.
+    #[error("guest RAM cannot be laid out: {0}")]
+    Layout(String),
+    /// The RAM asked for is more than the host has.
+    #[error(
+        "{wanted} bytes of guest RAM do not fit this host, which has {available} bytes of memory and swap"
+    )]
+    TooLarge {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes of the host's memory and swap, used or not.
+        available: u64,
+    },
+    /// An access leaves the memory.
+    #[error("{len:#x} bytes at {offset:#x} leave the {size:#x} bytes of memory")]
+    OutOfBounds {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes that there are.
+        size: u64,
+    },
+    /// An access is not aligned as it must be.
+    #[error("{len:#x} bytes at {offset:#x} are not aligned to {align}")]
+    Misaligned {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// What it has to be a multiple of.
+        align: u64,
+    },
+    /// A buffer and the pages it goes with differ in length.
+    #[error("a buffer of {buffer} bytes for {pages} bytes of pages")]
+    LengthMismatch {
+        /// Bytes of the buffer.
+        buffer: u64,
+        /// Bytes of the pages.
+        pages: u64,
+    },
+    /// A file is smaller than the part of it that was to be mapped: touching it would raise SIGBUS.
+    #[error("the file has {size:#x} bytes, too few to map {len:#x} at {offset:#x}")]
+    FileTooSmall {
+        /// Offset in the file.
+        offset: u64,
+        /// Bytes to map.
+        len: u64,
+        /// Bytes of the file.
+        size: u64,
+    },
+    /// A write to a mapping that was made for reading.
+    #[error("the memory is mapped for reading alone")]
+    ReadOnly,
+    /// The other end closed in the middle of a transfer.
+    #[error("the stream ended with {missing} bytes of guest memory missing")]
+    UnexpectedEof {
+        /// Bytes that did not come.
+        missing: u64,
+    },
+}
+
+impl MemoryError {
+    pub(crate) fn system(doing: &str) -> impl FnOnce(rustix::io::Errno) -> Self + '_ {
+        move |source| Self::System { doing: doing.to_owned(), source }
+    }
+}
+
+fn list(errors: &[MemoryError]) -> String {
+    let mut text = String::new();
+    for error in errors {
+        if !text.is_empty() {
+            text.push_str("; ");
+        }
+        let mut next: Option<&dyn Error> = Some(error);
+        let mut separator = "";
+        while let Some(error) = next {
+            // Writing to a string does not fail.
+            let _ = write!(text, "{separator}{error}");
+            separator = ": ";
+            next = error.source();
+        }
+    }
+    text
+}

@@ -1,0 +1,163 @@
+//! Handles by which other threads watch and steer a session that blocks its caller.
+
+use std::fmt;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vfio_migration_engine::SourceEvent;
+use vfio_migration_types::DeviceId;
+
+use crate::fail;
+use crate::limiter::Limiter;
+use crate::{Progress, SourceOptions};
+
+/// Steers an outgoing migration from any thread. Outlives the session without harm: it then does nothing.
+#[derive(Clone)]
+pub struct Control {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    limiter: Limiter,
+    progress: Mutex<Progress>,
+    inbox: Mutex<Inbox>,
+}
+
+/// What was asked for before the session could hear it.
+#[derive(Default)]
+struct Inbox {
+    session: Option<Sender<SourceEvent>>,
+    waiting: Vec<SourceEvent>,
+}
+
+impl Control {
+    pub(crate) fn new(options: &SourceOptions) -> Self {
+        let progress = Progress { downtime_limit: options.downtime_limit, ..Progress::default() };
+        let shared = Shared {
+            limiter: Limiter::new(options.bandwidth),
+            progress: Mutex::new(progress),
+            inbox: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Gives the migration up: the guest goes on at the source, within a second plus what its devices take. Too late
+    /// once COMMIT has been sent; then nothing happens. May be called at any time, any number of times.
+    pub fn cancel(&self) {
+        self.tell(SourceEvent::Cancel);
+    }
+
+    /// Changes the downtime limit, in force at the next decision.
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        self.tell(SourceEvent::SetDowntimeLimit(limit));
+    }
+
+    /// Changes the bandwidth cap (bytes per second), in force at once; `None` lifts it.
+    pub fn set_bandwidth(&self, bytes_per_second: Option<u64>) {
+        self.shared.limiter.set_rate(bytes_per_second);
+    }
+
+    /// Lets a migration that waits before its switchover
+    /// ([`SourceOptions::pause_before_switchover`]) go on. Does nothing while it does not wait
+    /// ([`Progress::waiting`]).
+    pub fn go_on(&self) {
+        self.tell(SourceEvent::Continue);
+    }
+
+    /// Says that a device lost its migration session by itself (the guest reset it, its server died): the attempt
+    /// cannot go on, and is undone.
+    pub fn device_lost(&self, device: &DeviceId, why: &str) {
+        let phase = self.progress().phase;
+        self.tell(SourceEvent::DeviceLost(fail::of_device(phase, device, why)));
+    }
+
+    /// Where the migration stands, or stood at its end.
+    pub fn progress(&self) -> Progress {
+        lock(&self.shared.progress).clone()
+    }
+
+    pub(crate) fn limiter(&self) -> &Limiter {
+        &self.shared.limiter
+    }
+
+    pub(crate) fn set_progress(&self, progress: Progress) {
+        *lock(&self.shared.progress) = progress;
+    }
+
+    /// Connects the handle to its session, which gets what was asked for before.
+    pub(crate) fn attach(&self, session: Sender<SourceEvent>) {
+        let mut inbox = lock(&self.shared.inbox);
+        for event in inbox.waiting.drain(..) {
+            let _ = session.send(event);
+        }
+        inbox.session = Some(session);
+    }
+
+    pub(crate) fn detach(&self) {
+        lock(&self.shared.inbox).session = None;
+    }
+
+    /// Whether a cancel waits for a session that has not begun to listen.
+    pub(crate) fn cancel_waits(&self) -> bool {
+        lock(&self.shared.inbox).waiting.contains(&SourceEvent::Cancel)
+    }
+
+    fn tell(&self, event: SourceEvent) {
+        let mut inbox = lock(&self.shared.inbox);
+        match &inbox.session {
+            Some(session) => drop(session.send(event)),
+            // Bounded: what an operator asks for before the start.
+            None if inbox.waiting.len() < 16 => inbox.waiting.push(event),
+            None => {}
+        }
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control").field("progress", &self.progress()).finish_non_exhaustive()
+    }
+}
+
+/// Steers an incoming migration from any thread.
+#[derive(Clone, Debug)]
+pub struct IncomingControl {
+    shared: Arc<Incoming>,
+}
+
+#[derive(Debug)]
+struct Incoming {
+    cancelled: std::sync::atomic::AtomicBool,
+    progress: Mutex<Progress>,
+}
+
+impl IncomingControl {
+    pub(crate) fn new() -> Self {
+        let cancelled = false.into();
+        Self { shared: Arc::new(Incoming { cancelled, progress: Mutex::default() }) }
+    }
+
+    /// Gives the incoming migration, or the wait for one, up. Too late once COMMIT has arrived; then nothing happens.
+    pub fn cancel(&self) {
+        self.shared.cancelled.store(true, std::sync::atomic::Ordering::Release);
+    }
+
+    /// Where the incoming migration stands.
+    pub fn progress(&self) -> Progress {
+        lock(&self.shared.progress).clone()
+    }
+
+    pub(crate) fn cancelled(&self) -> bool {
+        self.shared.cancelled.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    pub(crate) fn set_progress(&self, progress: Progress) {
+        *lock(&self.shared.progress) = progress;
+    }
+}
+
+/// Locks, also after a panic of another holder: what these locks guard is whole between any two statements.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

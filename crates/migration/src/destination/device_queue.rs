@@ -1,0 +1,357 @@
+//! The way of one device's state from the stream into the device: a bounded queue and a thread that empties it.
+//!
+//! The queue is bounded by credit: the source may send what was granted, and no more. So the reader never waits for a
+//! device, and memory never grows beyond the window.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use vfio_migration_device::ResumingSession;
+use vfio_migration_engine::DestinationEvent;
+use vfio_migration_types::{DeviceId, Phase};
+use vfio_migration_wire::{Applied, DeviceTotal, Message, PeerError};
+
+use crate::control::lock;
+use crate::fail::{self, InPhase};
+use crate::interrupt::Interrupt;
+use crate::link::Link;
+use crate::stop::Stop;
+
+use super::run::Events;
+use super::worker::panicked;
+
+/// How often a waiter looks whether it was interrupted.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// Pieces are put together up to this size.
+const MERGED: usize = 64 << 10;
+/// Most items in one queue: credit bounds the bytes, this bounds everything else.
+const MOST_ITEMS: usize = 1 << 16;
+
+/// The end of an iteration, which every device's queue must pass.
+#[derive(Debug)]
+pub(super) struct Mark {
+    pub(super) iteration: u32,
+    left: AtomicUsize,
+}
+
+impl Mark {
+    pub(super) fn new(iteration: u32, queues: usize) -> Arc<Self> {
+        Arc::new(Self { iteration, left: AtomicUsize::new(queues) })
+    }
+
+    /// One more queue has passed; says whether it was the last.
+    pub(super) fn pass(&self) -> bool {
+        self.left.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+}
+
+/// What all devices have taken so far.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    pub(super) bytes: AtomicU64,
+    pub(super) ns: AtomicU64,
+}
+
+impl Written {
+    pub(super) fn applied(&self, iteration: u32) -> Applied {
+        Applied {
+            iteration,
+            device_bytes: self.bytes.load(Ordering::Relaxed),
+            device_ns: self.ns.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Item {
+    /// With whether the guest stood when it came.
+    Data(Vec<u8>, bool),
+    Initial(u32),
+    Mark(Arc<Mark>),
+    End(DeviceTotal),
+}
+
+/// A device's queue, between the reader and the device's own thread.
+#[derive(Debug)]
+pub(super) struct DeviceQueue {
+    pub(super) index: u16,
+    pub(super) id: DeviceId,
+    /// Bytes written while the guest ran, and while it stood.
+    pub(super) precopy: AtomicU64,
+    pub(super) stopcopy: AtomicU64,
+    window: u64,
+    inner: Mutex<Inner>,
+    wake: Condvar,
+}
+
+#[derive(Debug)]
+struct Inner {
+    items: VecDeque<Item>,
+    /// Bytes that the source may still send.
+    credit: u64,
+    sequence: u64,
+    offset: u64,
+    ended: bool,
+    /// Nothing more is taken: the attempt is over, or the device has failed.
+    closed: bool,
+    outcome: Option<Outcome>,
+    /// The device's thread has ended.
+    left: bool,
+}
+
+/// What a device's thread leaves behind.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// All of the state was written, and is what the source sent.
+    Complete(Box<dyn ResumingSession>, DeviceTotal),
+    /// The session was given up before its end, by a failure or by an abort.
+    GivenUp(Box<dyn ResumingSession>),
+}
+
+impl DeviceQueue {
+    pub(super) fn new(index: u16, id: DeviceId, window: u64) -> Self {
+        let window = window.max(64 << 10);
+        let inner = Inner {
+            items: VecDeque::new(),
+            credit: window,
+            sequence: 0,
+            offset: 0,
+            ended: false,
+            closed: false,
+            outcome: None,
+            left: false,
+        };
+        Self {
+            index,
+            id,
+            precopy: AtomicU64::new(0),
+            stopcopy: AtomicU64::new(0),
+            window,
+            inner: Mutex::new(inner),
+            wake: Condvar::new(),
+        }
+    }
+
+    /// Takes a piece of state from the reader. Its place in the stream is checked here.
+    pub(super) fn data(
+        &self,
+        sequence: u64,
+        offset: u64,
+        bytes: &[u8],
+        stopped: bool,
+    ) -> Result<(), PeerError> {
+        let mut inner = lock(&self.inner);
+        if inner.closed {
+            return Ok(());
+        }
+        let wrong = if inner.ended {
+            Some("more state came after its end".to_owned())
+        } else if (sequence, offset) != (inner.sequence, inner.offset) {
+            Some(format!(
+                "piece {sequence} at byte {offset} came where piece {} at byte {} was due",
+                inner.sequence, inner.offset
+            ))
+        } else if bytes.len() as u64 > inner.credit {
+            Some(format!("{} bytes came where {} were granted", bytes.len(), inner.credit))
+        } else {
+            None
+        };
+        if let Some(wrong) = wrong {
+            return Err(fail::of_device(Phase::Iterate, &self.id, wrong));
+        }
+        inner.credit -= bytes.len() as u64;
+        inner.sequence += 1;
+        inner.offset += bytes.len() as u64;
+        // A device that hands out its state in crumbs costs an item per 64 KiB all the same.
+        match inner.items.back_mut() {
+            Some(Item::Data(last, then)) if last.len() + bytes.len() <= MERGED && *then == stopped => {
+                last.extend_from_slice(bytes);
+            }
+            _ => self.push(&mut inner, Item::Data(bytes.to_vec(), stopped)),
+        }
+        Ok(())
+    }
+
+    /// Takes note that all initial bytes of `generation` lie in the queue.
+    pub(super) fn initial(&self, generation: u32) -> Result<(), PeerError> {
+        self.note(Item::Initial(generation))
+    }
+
+    /// Puts the end of an iteration into the queue.
+    pub(super) fn mark(&self, mark: &Arc<Mark>) -> Result<(), PeerError> {
+        self.note(Item::Mark(Arc::clone(mark)))
+    }
+
+    /// Takes the end mark.
+    pub(super) fn end(&self, total: DeviceTotal) -> Result<(), PeerError> {
+        let mut inner = lock(&self.inner);
+        if std::mem::replace(&mut inner.ended, true) {
+            return Err(fail::of_device(Phase::Final, &self.id, "its state ended twice"));
+        }
+        self.push(&mut inner, Item::End(total));
+        Ok(())
+    }
+
+    /// Ends the device's thread at its next step.
+    pub(super) fn close(&self) {
+        let mut inner = lock(&self.inner);
+        inner.closed = true;
+        inner.items.clear();
+        self.wake.notify_all();
+    }
+
+    /// Waits until the whole state has been written.
+    pub(super) fn complete(
+        &self,
+        interrupt: &Interrupt,
+    ) -> Result<(Box<dyn ResumingSession>, DeviceTotal), Stop> {
+        let mut inner = lock(&self.inner);
+        loop {
+            match inner.outcome.take() {
+                Some(Outcome::Complete(session, total)) => return Ok((session, total)),
+                // Its thread has told why; put back for the release.
+                Some(given_up @ Outcome::GivenUp(_)) => {
+                    inner.outcome = Some(given_up);
+                    return Err(Stop::Interrupted);
+                }
+                None => {}
+            }
+            if !inner.ended {
+                return Err(
+                    fail::of_device(Phase::Ready, &self.id, "the end mark of its state never came").into()
+                );
+            }
+            interrupt.check()?;
+            inner = self.wake.wait_timeout(inner, SLICE).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits for the device's thread to end, and takes its session; `None` if that was taken already. The wait is as
+    /// long as the device's own time limit, if a write is under way.
+    pub(super) fn take_session(&self) -> Option<Box<dyn ResumingSession>> {
+        self.close();
+        let mut inner = lock(&self.inner);
+        while !inner.left {
+            inner = self.wake.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        match inner.outcome.take() {
+            Some(Outcome::Complete(session, _) | Outcome::GivenUp(session)) => Some(session),
+            None => None,
+        }
+    }
+
+    /// The device's thread: writes what comes until the end of the state, a failure, or the queue's close.
+    pub(super) fn write_to(
+        &self,
+        mut session: Box<dyn ResumingSession>,
+        link: &Link,
+        events: &Events,
+        written: &Written,
+    ) {
+        let mut hasher = blake3::Hasher::new();
+        let mut total = 0;
+        let mut owed = 0;
+        let outcome = loop {
+            let Some(item) = self.next() else { break Outcome::GivenUp(session) };
+            let step = match item {
+                Item::Data(bytes, stopped) => {
+                    let begun = Instant::now();
+                    let result = catch_unwind(AssertUnwindSafe(|| session.write(&bytes)))
+                        .map_err(|panic| panicked(Phase::Final, panic.as_ref()))
+                        .and_then(|written| written.map_err(|error| error.in_phase(Phase::Final)));
+                    let ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                    let len = bytes.len() as u64;
+                    hasher.update(&bytes);
+                    total += len;
+                    owed += len;
+                    written.ns.fetch_add(ns, Ordering::Relaxed);
+                    written.bytes.fetch_add(len, Ordering::Relaxed);
+                    let count = if stopped { &self.stopcopy } else { &self.precopy };
+                    count.fetch_add(len, Ordering::Relaxed);
+                    if owed >= self.window / 8 {
+                        self.grant(owed, link);
+                        owed = 0;
+                    }
+                    result
+                }
+                Item::Initial(generation) => {
+                    events.tell(DestinationEvent::InitialLoaded { device: self.index, generation });
+                    Ok(())
+                }
+                Item::Mark(mark) => {
+                    if mark.pass() {
+                        events.tell(DestinationEvent::Applied(written.applied(mark.iteration)));
+                    }
+                    Ok(())
+                }
+                Item::End(announced) => {
+                    let found = DeviceTotal { bytes: total, digest: *hasher.finalize().as_bytes() };
+                    if found == announced {
+                        break Outcome::Complete(session, found);
+                    }
+                    let text = if found.bytes == announced.bytes {
+                        "its state differs from what the source read, by digest".to_owned()
+                    } else {
+                        format!("{} bytes of state arrived where {} were sent", found.bytes, announced.bytes)
+                    };
+                    Err(fail::of_device(Phase::Ready, &self.id, text))
+                }
+            };
+            if let Err(failure) = step {
+                self.close();
+                events.tell(DestinationEvent::Damaged(failure));
+                break Outcome::GivenUp(session);
+            }
+        };
+        let mut inner = lock(&self.inner);
+        inner.outcome = Some(outcome);
+        inner.left = true;
+        self.wake.notify_all();
+    }
+
+    fn grant(&self, bytes: u64, link: &Link) {
+        lock(&self.inner).credit += bytes;
+        // A link that is gone needs no credit: its reader tells.
+        let _ = link.send(&Message::Credit { device: self.index, bytes });
+    }
+
+    /// The first grant, once the device can take anything.
+    pub(super) fn open(&self, link: &Link) -> Result<(), Stop> {
+        let message = Message::Credit { device: self.index, bytes: self.window };
+        link.send(&message).map_err(|error| Stop::sending(error, Phase::Setup))
+    }
+
+    fn next(&self) -> Option<Item> {
+        let mut inner = lock(&self.inner);
+        loop {
+            if inner.closed {
+                return None;
+            }
+            if let Some(item) = inner.items.pop_front() {
+                return Some(item);
+            }
+            inner = self.wake.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn note(&self, item: Item) -> Result<(), PeerError> {
+        let mut inner = lock(&self.inner);
+        if inner.items.len() >= MOST_ITEMS {
+            let text = "more marks than any migration has lie in its queue";
+            return Err(fail::of_device(Phase::Iterate, &self.id, text));
+        }
+        self.push(&mut inner, item);
+        Ok(())
+    }
+
+    fn push(&self, inner: &mut Inner, item: Item) {
+        if !inner.closed {
+            inner.items.push_back(item);
+            self.wake.notify_all();
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Who has connected and not yet said what they want. None of them is waited for: a stray connection, or one that
+//! sends a byte now and then, holds up neither a session nor the next one to come.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_migration_engine::Attempt;
+use vfio_migration_types::Phase;
+use vfio_migration_wire::Message;
+
+use crate::fail::{self, sentence};
+use crate::link::{Link, LinkError, Reader};
+
+/// Connections that may wait at once. One more, and the oldest is dropped.
+const MOST: usize = 16;
+
+/// How a connection began.
+pub(super) enum Greeting {
+    /// With HELLO.
+    Session(Box<Greeted>),
+    /// With a question.
+    Query(Arc<Link>, Attempt),
+}
+
+/// A connection whose HELLO has been read.
+pub(super) struct Greeted {
+    pub(super) link: Arc<Link>,
+    pub(super) reader: Reader,
+    pub(super) hello: Message,
+}
+
+impl Greeted {
+    /// Says that no migration is taken in now.
+    pub(super) fn turn_away(self) {
+        let why = "no migration is taken in here now";
+        let _ = self.link.send(&Message::Abort(fail::plain(Phase::Hello, why)));
+        self.link.shutdown_write();
+    }
+}
+
+/// The connections that have not said anything yet.
+#[derive(Debug, Default)]
+pub(super) struct Doorstep {
+    waiting: Vec<Stranger>,
+}
+
+#[derive(Debug)]
+struct Stranger {
+    link: Arc<Link>,
+    reader: Reader,
+    patience: Duration,
+    until: Instant,
+}
+
+impl Doorstep {
+    /// Takes in a connection, which has `patience` to say its first message whole.
+    pub(super) fn add(&mut self, socket: OwnedFd, patience: Duration) {
+        if self.waiting.len() >= MOST {
+            tracing::warn!("too many connections say nothing: the oldest is dropped");
+            self.waiting.remove(0).link.shutdown();
+        }
+        let link = Link::accepted(socket);
+        let reader = link.reader();
+        self.waiting.push(Stranger { link, reader, patience, until: Instant::now() + patience });
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// The sockets, to be waited for.
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.waiting.iter().map(|stranger| stranger.reader.fd())
+    }
+
+    /// The next that has said what it wants, or why one was dropped. Never waits.
+    pub(super) fn look(&mut self) -> Option<Result<Greeting, String>> {
+        for at in 0..self.waiting.len() {
+            let stranger = self.waiting.get_mut(at)?;
+            let first = match stranger.reader.first() {
+                Ok(Some(message)) => Ok(message),
+                Ok(None) if Instant::now() < stranger.until => continue,
+                Ok(None) => Err(format!("it said nothing within {:?}", stranger.patience)),
+                Err(error) => Err(sentence(&error)),
+            };
+            return Some(self.waiting.remove(at).greeted(first));
+        }
+        None
+    }
+}
+
+impl Stranger {
+    fn greeted(self, first: Result<Message, String>) -> Result<Greeting, String> {
+        let Self { link, reader, .. } = self;
+        let why = match first {
+            Ok(Message::Query { vm, attempt, epoch }) => {
+                return Ok(Greeting::Query(link, Attempt { vm, attempt, epoch }));
+            }
+            Ok(hello @ Message::Hello(_)) => {
+                return Ok(Greeting::Session(Box::new(Greeted { link, reader, hello })));
+            }
+            Ok(_) => "it began with neither HELLO nor QUERY".to_owned(),
+            Err(why) => why,
+        };
+        // Somebody who speaks a little of our language is told why not; to anybody else the link sends nothing.
+        let told: Result<(), LinkError> = link.send(&Message::Abort(fail::plain(Phase::Hello, why.clone())));
+        tracing::debug!(told = told.is_ok(), "a connection is dropped");
+        link.shutdown();
+        Err(why)
+    }
+}

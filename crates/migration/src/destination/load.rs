@@ -1,0 +1,181 @@
+//! P6: everything that was received is put where it belongs, in the one order that works.
+//!
+//! Interrupts are configured by ioctl and config space is emulated, so neither is in a device's own state. They go back
+//! while the devices are still in RESUMING, behind the interrupt controller's state: config space, BARs and
+//! PCI_COMMAND, then all routes in one commit, then each device's eventfds, and only then RESUMING → STOP.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use vfio_migration_device::PciState;
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{DeviceTotal, FinalEnd, PeerError, Ready};
+
+use crate::control::lock;
+use crate::fail::{self, InPhase, sentence};
+use crate::options::IncomingSabotage;
+use crate::stop::{self, Stop};
+use crate::together::together;
+use crate::{Machine, Section};
+
+use super::device_queue::DeviceQueue;
+use super::worker::Worker;
+
+const PHASE: Phase = Phase::Ready;
+
+impl Worker<'_, '_, '_> {
+    /// Loads and verifies. On success nothing but COMMIT is missing.
+    pub(super) fn load(&mut self, totals: &FinalEnd) -> Result<Ready, Stop> {
+        let machine = self.machine(PHASE)?;
+        let Some(sink) = self.wires.sink.get() else {
+            return Err(fail::plain(PHASE, "nothing was received: a defect of this program").into());
+        };
+        let begun = Instant::now();
+        let devices = self.devices_loaded(&sink.queues, totals)?;
+        self.step("device state", begun.elapsed());
+
+        let begun = Instant::now();
+        // Before anything here writes RAM (loading a paravirtual clock may).
+        let ram_digest = match totals.ram_digest {
+            Some(_) => Some(machine.ram().digest().map_err(|error| error.in_phase(PHASE))?),
+            None => None,
+        };
+        let verify = begun.elapsed();
+        self.wires.interrupt.check()?;
+
+        let begun = Instant::now();
+        let sections = std::mem::take(&mut *lock(&sink.sections));
+        let count = u32::try_from(sections.len()).unwrap_or(u32::MAX);
+        if count != totals.sections {
+            let text =
+                format!("{count} sections of machine state arrived where {} were sent", totals.sections);
+            return Err(fail::plain(PHASE, text).into());
+        }
+        let own = self.take_pci_states(sections)?;
+        machine.load(own).map_err(|error| error.in_phase(PHASE))?;
+        self.step("machine state", begun.elapsed());
+
+        let vectors = self.put_interrupts_back(machine.as_ref())?;
+
+        let begun = Instant::now();
+        let finished = together(self.devices.iter_mut(), |incoming| match incoming.session.take() {
+            Some(session) => session.finish().map_err(|error| error.in_phase(PHASE).into()),
+            None => Ok(()),
+        });
+        stop::all(finished)?;
+        self.step("devices RESUMING to STOP", begun.elapsed());
+
+        Ok(Ready {
+            ram_pages: self.wires.received.ram_pages.load(std::sync::atomic::Ordering::Relaxed),
+            ram_digest,
+            verify_ns: if ram_digest.is_some() {
+                u64::try_from(verify.as_nanos()).unwrap_or(u64::MAX)
+            } else {
+                0
+            },
+            sections: count,
+            devices,
+            vectors,
+        })
+    }
+
+    /// Waits for the devices' threads, and takes their sessions back.
+    fn devices_loaded(
+        &mut self,
+        queues: &[Arc<DeviceQueue>],
+        totals: &FinalEnd,
+    ) -> Result<Vec<DeviceTotal>, Stop> {
+        if totals.devices.len() != queues.len() {
+            let text = format!("the source sent {} devices where {} are", totals.devices.len(), queues.len());
+            return Err(fail::plain(PHASE, text).into());
+        }
+        let mut loaded = Vec::with_capacity(queues.len());
+        for ((incoming, queue), sent) in self.devices.iter_mut().zip(queues).zip(&totals.devices) {
+            let (session, total) = queue.complete(&self.wires.interrupt)?;
+            incoming.session = Some(session);
+            if total != *sent {
+                let text =
+                    format!("{} bytes of state were written where {} were sent", total.bytes, sent.bytes);
+                return Err(fail::of_device(PHASE, incoming.moved.device.id(), text).into());
+            }
+            loaded.push(total);
+        }
+        Ok(loaded)
+    }
+
+    /// Gives each device its PCI state; what is left is the machine's own.
+    fn take_pci_states(&mut self, mut sections: Vec<Section>) -> Result<Vec<Section>, Stop> {
+        for incoming in &mut self.devices {
+            let Some(pci) = &incoming.moved.pci else { continue };
+            let name = PciState::section_name(pci.id());
+            let at = sections.iter().position(|section| section.name == name);
+            let Some(section) = at.map(|at| sections.remove(at)) else {
+                return Err(fail::of_device(PHASE, pci.id(), "the source sent no PCI state for it").into());
+            };
+            if section.version != 1 {
+                let text =
+                    format!("its PCI state has version {}, and this side reads version 1", section.version);
+                return Err(fail::of_device(PHASE, pci.id(), text).into());
+            }
+            let state = PciState::decode(&section.bytes)
+                .map_err(|error| fail::of_device(PHASE, pci.id(), sentence(&error)))?;
+            incoming.pci_state = Some(state);
+        }
+        if let Some(left) = sections.iter().find(|section| section.name.starts_with("pci.")) {
+            let text = format!("the section '{}' belongs to no device of this machine", left.name);
+            return Err(fail::plain(PHASE, text).into());
+        }
+        Ok(sections)
+    }
+
+    fn put_interrupts_back(&mut self, machine: &dyn Machine) -> Result<u32, Stop> {
+        let begun = Instant::now();
+        let functions: Vec<_> = self
+            .devices
+            .iter()
+            .filter_map(|incoming| {
+                let state = incoming.pci_state.clone()?;
+                Some((incoming.moved.pci.as_ref()?, self.armed(&state), state))
+            })
+            .collect();
+        for (pci, _, state) in &functions {
+            pci.restore_config(state, &self.options.config_rules).map_err(|error| error.in_phase(PHASE))?;
+        }
+        self.step("config space and BARs", begun.elapsed());
+
+        let begun = Instant::now();
+        let router = machine.irq_router();
+        for (pci, state, _) in &functions {
+            pci.stage_interrupts(state, router.as_ref()).map_err(|error| error.in_phase(PHASE))?;
+        }
+        router.commit().map_err(|error| -> PeerError {
+            fail::plain(
+                PHASE,
+                format!("committing the interrupt routes failed: {}", sentence(error.as_ref())),
+            )
+        })?;
+        self.step("interrupt routes", begun.elapsed());
+
+        let begun = Instant::now();
+        let mut vectors = 0;
+        for (pci, state, _) in &functions {
+            vectors += pci.connect_interrupts(state).map_err(|error| error.in_phase(PHASE))?;
+        }
+        self.step("interrupts connected", begun.elapsed());
+        Ok(vectors)
+    }
+
+    /// The state by which interrupts are put back: the source's own, but for a negative control.
+    fn armed(&self, state: &PciState) -> PciState {
+        let mut state = state.clone();
+        let victim = match self.options.sabotage {
+            Some(IncomingSabotage::SkipFirstVector) => state.vectors.first_mut(),
+            Some(IncomingSabotage::SkipLastVector) => state.vectors.last_mut(),
+            None => None,
+        };
+        if let Some(victim) = victim {
+            victim.masked = true;
+        }
+        state
+    }
+}

@@ -1,0 +1,183 @@
+//! The incoming half of a session.
+//!
+//! While [`Destination::accept`] runs: the caller's own thread turns what happens into the engine's events and the
+//! engine's actions into jobs; a worker does the jobs; a reader hears the source and puts pages where they belong; one
+//! thread per device writes its state into it. All of them end before `accept` returns.
+//!
+//! The code of a phase is in the file of its name: [`reserve`] (P1, P2), [`receive`] and [`device_queue`] (P3 to P5),
+//! [`load`] (P6), [`start`] (P8), [`release`] (the way out), and [`query`] for sources that lost an answer.
+
+mod device_queue;
+mod doorstep;
+mod load;
+mod query;
+mod receive;
+mod release;
+mod reserve;
+mod run;
+mod start;
+mod worker;
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_migration_types::Phase;
+
+use crate::connect::{self, ConnectError, Listener};
+use crate::fail;
+use crate::{
+    Arrived, DestinationOptions, IncomingControl, IncomingError, Machine, Offer, RefusalReason, Uri,
+};
+
+use doorstep::{Doorstep, Greeting};
+use query::Known;
+
+/// Longest wait for a connection's first message.
+const FIRST_WORD: Duration = Duration::from_secs(5);
+
+/// A place where a guest may arrive.
+pub struct Destination {
+    listener: Listener,
+    local: Uri,
+    options: DestinationOptions,
+    control: IncomingControl,
+    /// What became of the latest attempt, for a source that asks.
+    known: Option<Known>,
+    /// Who connected and has said nothing yet.
+    doorstep: Doorstep,
+}
+
+impl Destination {
+    /// Binds a socket; for `fd:N`, takes over a connected one.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn listen(uri: &Uri, options: DestinationOptions) -> Result<Self, IncomingError> {
+        let (listener, local) = Listener::bind(uri).map_err(not_begun)?;
+        Ok(Self::new(listener, local, options))
+    }
+
+    /// Receives over a stream socket that is already connected to a source. The session takes it over.
+    ///
+    /// # Errors
+    /// It is not a connected stream socket.
+    pub fn over(socket: OwnedFd, options: DestinationOptions) -> Result<Self, IncomingError> {
+        let number = std::os::fd::AsRawFd::as_raw_fd(&socket);
+        connect::check_stream(&socket, number).map_err(not_begun)?;
+        let local = Uri::Fd(number);
+        let listener = Listener::Connected(Some(socket), local.clone());
+        Ok(Self::new(listener, local, options))
+    }
+
+    fn new(listener: Listener, local: Uri, options: DestinationOptions) -> Self {
+        let (control, doorstep) = (IncomingControl::new(), Doorstep::default());
+        Self { listener, local, options, control, known: None, doorstep }
+    }
+
+    /// Where it listens: with the port that was given for port 0.
+    pub fn local(&self) -> &Uri {
+        &self.local
+    }
+
+    /// A handle for other threads.
+    pub fn control(&self) -> IncomingControl {
+        self.control.clone()
+    }
+
+    /// Receives one migration; blocks until all is over. `build` gives the machine for what is offered, or a reason to
+    /// refuse it; it is called on a thread of the session, at most once. The machine's vCPUs must not run, and its RAM
+    /// holds whatever the VMM put there: it is made zero before the guest's comes.
+    ///
+    /// A connection that does not begin as a migration does is dropped, and the next one is waited for (not so with
+    /// `fd:N`, where there is no next one). May be called again after an error.
+    ///
+    /// # Errors
+    /// Nothing ran here, and every device is reset and released; but see [`IncomingError::Held`].
+    pub fn accept(
+        &mut self,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, RefusalReason> + Send,
+    ) -> Result<Arrived, IncomingError> {
+        let begun = Instant::now();
+        loop {
+            let limit = self.options.accept_timeout.map(|limit| limit.saturating_sub(begun.elapsed()));
+            match self.greet(limit).map_err(not_begun)? {
+                Ok(Greeting::Session(session)) => return self.session(*session, build),
+                Ok(Greeting::Query(link, query)) => self.answer(&link, query),
+                Err(why) if matches!(self.listener, Listener::Connected(..)) => {
+                    let remedy = "check what is connected to the descriptor";
+                    return Err(IncomingError::NotBegun(fail::with_remedy(Phase::Hello, why, remedy).into()));
+                }
+                Err(why) => tracing::warn!(%why, "a connection was dropped that is no migration"),
+            }
+        }
+    }
+
+    /// Answers sources that lost the answer to their COMMIT and ask what became of it, for as long as `patience`, or
+    /// until cancelled. To be called, on a thread of the VMM's choice, after [`accept`](Self::accept) has returned and
+    /// while the address is kept.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn answer_queries(&mut self, patience: Duration) -> Result<(), IncomingError> {
+        let begun = Instant::now();
+        loop {
+            let left = patience.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return Ok(());
+            }
+            match self.greet(Some(left)) {
+                Ok(Ok(Greeting::Query(link, query))) => self.answer(&link, query),
+                Ok(Ok(Greeting::Session(session))) => session.turn_away(),
+                Ok(Err(why)) => tracing::warn!(%why, "a connection was dropped that is no migration"),
+                Err(ConnectError::NobodyCame(_) | ConnectError::Cancelled | ConnectError::Used(_)) => {
+                    return Ok(());
+                }
+                Err(error) => return Err(not_begun(error)),
+            }
+        }
+    }
+
+    /// The next connection that says what it wants, or why one was dropped; waits for `limit` (`None`: without end), or
+    /// until cancelled.
+    fn greet(&mut self, limit: Option<Duration>) -> Result<Result<Greeting, String>, ConnectError> {
+        let begun = Instant::now();
+        loop {
+            if self.control.cancelled() {
+                return Err(ConnectError::Cancelled);
+            }
+            while let Some(socket) = self.listener.try_accept()? {
+                self.doorstep.add(socket, self.options.peer_timeout.min(FIRST_WORD));
+            }
+            if let Some(greeting) = self.doorstep.look() {
+                return Ok(greeting);
+            }
+            if self.doorstep.is_empty() {
+                self.listener.check()?;
+            }
+            if let Some(limit) = limit.filter(|limit| begun.elapsed() >= *limit) {
+                return Err(ConnectError::NobodyCame(limit));
+            }
+            self.listener.wait(self.doorstep.fds());
+        }
+    }
+}
+
+impl fmt::Debug for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Destination")
+            .field("local", &self.local)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
+fn not_begun(error: ConnectError) -> IncomingError {
+    let remedy = match error {
+        ConnectError::NotAStream(_) => "pass a connected stream socket",
+        _ => "",
+    };
+    IncomingError::NotBegun(fail::with_remedy(Phase::Hello, fail::sentence(&error), remedy).into())
+}

@@ -1,0 +1,51 @@
+//! The way out, before the guest is ours: locks are let go, every device is reset and released.
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::PeerError;
+
+use crate::fail::InPhase;
+use crate::stop::Stop;
+use crate::together::together;
+
+use super::worker::{Incoming, Worker};
+
+impl Worker<'_, '_, '_> {
+    /// Undoes what was done, all of it, whatever fails on the way; the first failure is the answer.
+    pub(super) fn release(&mut self) -> Result<(), Stop> {
+        // The action under way has ended: this one is not to be interrupted.
+        self.wires.interrupt.clear();
+        // First: a reset takes time, and the source may be waiting for its locks. Nothing here writes any storage.
+        let unlocked = match self.machine.as_ref().filter(|_| self.locked) {
+            Some(machine) => machine.release_locks().map_err(|error| error.in_phase(Phase::Clean)),
+            None => Ok(()),
+        };
+        self.locked = false;
+        if let Some(sink) = self.wires.sink.get() {
+            for (incoming, queue) in self.devices.iter_mut().zip(&sink.queues) {
+                // A session that was taken back from its thread is in its place already.
+                if incoming.touched && incoming.session.is_none() {
+                    incoming.session = queue.take_session();
+                }
+            }
+        }
+        let mut failures = together(self.devices.iter_mut().filter(|incoming| incoming.touched), reset);
+        failures.push(unlocked);
+        self.devices.clear();
+        self.machine = None;
+        failures.into_iter().find_map(Result::err).map_or(Ok(()), |failure| Err(failure.into()))
+    }
+}
+
+/// The VMM's side first, so that nothing of the VMM reaches for a device that is being reset.
+fn reset(incoming: &mut Incoming) -> Result<(), PeerError> {
+    incoming.touched = false;
+    let undone = match &incoming.moved.pci {
+        Some(pci) => pci.undo().map_err(|error| error.in_phase(Phase::Clean)),
+        None => Ok(()),
+    };
+    let reset = match incoming.session.take() {
+        Some(session) => session.abort().map_err(|error| error.in_phase(Phase::Clean)),
+        None => incoming.moved.device.reset().map_err(|error| error.in_phase(Phase::Clean)),
+    };
+    reset.and(undone)
+}

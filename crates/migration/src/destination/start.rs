@@ -1,0 +1,41 @@
+//! P8: the guest is ours. Devices first, through the P2P barrier, then the vCPUs.
+
+use std::time::Instant;
+
+use vfio_migration_types::{Epoch, MigrationState, Phase};
+use vfio_migration_wire::Running;
+
+use crate::clock::{boot_id, monotonic_ns};
+use crate::fail::{self, InPhase};
+use crate::stop::{self, Stop};
+use crate::together::together;
+
+use super::worker::Worker;
+
+impl Worker<'_, '_, '_> {
+    /// Starts everything. A failure leaves the guest ours, and standing.
+    pub(super) fn start(&mut self, epoch: Epoch, run_guest: bool) -> Result<Running, Stop> {
+        let machine = self.machine(Phase::Run)?;
+        let begun = Instant::now();
+        // No device may reach for another's memory before that one answers: all of them first, then all of them on.
+        for state in [MigrationState::RunningP2p, MigrationState::Running] {
+            let moved = together(self.devices.iter().map(|incoming| &incoming.moved.device), |device| {
+                let flags = device
+                    .capabilities()
+                    .map_err(|why| fail::of_device(Phase::Run, device.id(), why.0))?
+                    .flags;
+                if flags.has_state(state) {
+                    device.set_state(state).map_err(|error| error.in_phase(Phase::Run))?;
+                }
+                Ok(())
+            });
+            stop::all(moved)?;
+        }
+        self.step("devices STOP to RUNNING", begun.elapsed());
+        let begun = Instant::now();
+        machine.resume(run_guest).map_err(|error| error.in_phase(Phase::Run))?;
+        let at_ns = monotonic_ns();
+        self.step("vCPUs", begun.elapsed());
+        Ok(Running { epoch, guest_runs: run_guest, boot_id: boot_id(), at_ns })
+    }
+}

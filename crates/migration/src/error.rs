@@ -1,0 +1,158 @@
+//! How an attempt fails, as its caller sees it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use vfio_migration_types::{DeviceId, Epoch, MigrationState, Phase};
+use vfio_migration_wire::PeerError;
+
+use crate::Machine;
+
+/// What went wrong, where, and what to do about it. Both sides of a migration return the same one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The phase in which it arose.
+    pub phase: Phase,
+    /// The device concerned, by name.
+    pub device: Option<String>,
+    /// The state transition concerned.
+    pub arc: Option<(MigrationState, MigrationState)>,
+    /// errno, where one is known.
+    pub errno: Option<u32>,
+    /// What happened, a sentence.
+    pub text: String,
+    /// What to do about it, a sentence; empty when nothing is known to help.
+    pub remedy: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "in {}: {}", self.phase, self.text)?;
+        if let Some(device) = self.device.as_ref().filter(|device| !self.text.contains(device.as_str())) {
+            write!(f, " (device {device})")?;
+        }
+        if !self.remedy.is_empty() {
+            write!(f, "; {}", self.remedy)?;
+        }
+        Ok(())
+    }
+}
+
+impl From<PeerError> for Failure {
+    fn from(error: PeerError) -> Self {
+        let PeerError { phase, device, arc, errno, text, remedy } = error;
+        Self { phase, device, arc, errno, text, remedy }
+    }
+}
+
+impl From<Failure> for PeerError {
+    fn from(failure: Failure) -> Self {
+        let Failure { phase, device, arc, errno, text, remedy } = failure;
+        Self { phase, device, arc, errno, text, remedy }
+    }
+}
+
+/// One reason why the two machines do not fit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusalReason {
+    /// A stable code, for example `"ram-layout"`.
+    pub code: String,
+    /// A sentence for a person.
+    pub text: String,
+}
+
+/// Why a guest did not move.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MigrateError {
+    /// It was never begun: this side's own preconditions do not hold. The guest never noticed.
+    #[error("the migration did not begin: {0}")]
+    NotBegun(Failure),
+    /// The destination refused. The guest never noticed.
+    #[error("the destination refused: {}", sentences(.0))]
+    Refused(Vec<RefusalReason>),
+    /// It was undone.
+    #[error("{0}")]
+    Aborted(Box<Aborted>),
+    /// COMMIT was sent and its outcome is not known: the guest stands here, and nothing runs by itself.
+    #[error("who owns the guest is not known: {why}; the guest stands here until a person decides")]
+    Unresolved {
+        /// What is known.
+        why: String,
+    },
+}
+
+/// An attempt that was undone, and what is left of the machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Aborted {
+    /// The cause.
+    pub cause: Failure,
+    /// Cancelled by the operator, not failed.
+    pub cancelled: bool,
+    /// Devices that had to be reset: their guest state is gone.
+    pub reset: Vec<DeviceId>,
+    /// Storage locks that could not be taken back: the guest stays paused.
+    pub locks_lost: Vec<String>,
+    /// Whether the guest is as it was before the attempt: running, or standing if its operator had paused it.
+    pub restored: bool,
+}
+
+impl fmt::Display for Aborted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = if self.cancelled { "cancelled" } else { "aborted" };
+        write!(f, "the migration was {verb} {}", self.cause)?;
+        if self.restored {
+            f.write_str("; the guest goes on here")?;
+        } else {
+            f.write_str("; the guest is held paused here")?;
+        }
+        for device in &self.reset {
+            write!(f, "; device {device} had to be reset and lost its state")?;
+        }
+        for lock in &self.locks_lost {
+            write!(f, "; the storage lock {lock} could not be taken back")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why no guest arrived.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IncomingError {
+    /// No session was begun: the socket, the journal, or nobody came in time.
+    #[error("no migration came in: {0}")]
+    NotBegun(Failure),
+    /// This side refused what was offered.
+    #[error("refused what was offered: {}", sentences(.0))]
+    Refused(Vec<RefusalReason>),
+    /// Nothing ran here; every device is reset and released.
+    #[error("the incoming migration was aborted {0}")]
+    Aborted(Failure),
+    /// This side owns the guest, and could not start it: it is held paused, and nobody else may run it.
+    #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
+    Held(Box<Held>),
+}
+
+/// A guest that is ours and does not run.
+#[derive(Clone)]
+pub struct Held {
+    /// The machine.
+    pub machine: Arc<dyn Machine>,
+    /// Under this epoch it is ours.
+    pub epoch: Epoch,
+    /// Why it does not run.
+    pub cause: Failure,
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("epoch", &self.epoch).field("cause", &self.cause).finish_non_exhaustive()
+    }
+}
+
+fn sentences(reasons: &[RefusalReason]) -> String {
+    let texts: Vec<&str> = reasons.iter().map(|reason| reason.text.as_str()).collect();
+    if texts.is_empty() { "no reason was given".into() } else { texts.join("; ") }
+}

@@ -1,0 +1,159 @@
+//! Live migration for guests that own VFIO devices: the face a VMM embeds.
+//!
+//! A VMM implements [`Machine`] (its RAM, its dirty sources, its devices, pause and resume, save and load of machine
+//! state, storage locks) and calls one of two functions, each of which blocks until the migration has ended:
+//!
+//! * [`Source::migrate_to`]: `Ok` means that the guest runs at the destination and this machine is spent; `Err` means
+//!   that the guest runs here, or the error says exactly why not.
+//! * [`Destination::accept`]: `Ok` means that this machine owns the guest and runs it; `Err` means that nothing ran here,
+//!   and every device is reset and released ([`IncomingError::Held`] is the one exception, and says so).
+//!
+//! Other threads watch and steer through [`Control`] and [`IncomingControl`].
+//!
+//! # A toy VMM
+//!
+//! ```
+//! use std::collections::BTreeMap;
+//! use std::os::unix::net::UnixStream;
+//! use std::sync::{Arc, Mutex};
+//!
+//! use vfio_migration::*;
+//! use vfio_migration_compat::{MachineManifest, RamRegion};
+//! use vfio_migration_device::{IrqRouter, MsiMessage};
+//! use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
+//! use vfio_migration_types::{Gpa, RamOffset, VmId};
+//!
+//! /// One register, some RAM, no devices. A real VMM has vCPU threads; this one has a flag that says that they run.
+//! struct Toy {
+//!     ram: Arc<GuestRam>,
+//!     writes: Arc<WriteLog>,
+//!     register: Mutex<u64>,
+//!     running: Mutex<bool>,
+//! }
+//!
+//! impl Toy {
+//!     fn new() -> Self {
+//!         let ram = GuestRam::new("toy", &[RamSpec { gpa: Gpa(0), len: 1 << 20 }]).unwrap();
+//!         let writes = WriteLog::new("toy", ram.size());
+//!         Self { ram: Arc::new(ram), writes: Arc::new(writes), register: Mutex::new(0), running: Mutex::new(false) }
+//!     }
+//!
+//!     fn guest_writes(&self, at: RamOffset, value: u64) {
+//!         self.ram.write_u64(at, value).unwrap();
+//!         self.writes.mark(at, 8); // after the write, never before
+//!     }
+//! }
+//!
+//! impl Machine for Toy {
+//!     fn id(&self) -> VmId { VmId([7; 16]) }
+//!     fn manifest(&self) -> Result<MachineManifest, MachineError> {
+//!         Ok(MachineManifest {
+//!             machine: "toy/1".into(),
+//!             accelerator: "software".into(),
+//!             vcpus: 1,
+//!             ram: vec![RamRegion { gpa: Gpa(0), len: 1 << 20 }],
+//!             cpu: vec![],
+//!             sections: BTreeMap::from([("toy.register".into(), 1)]),
+//!             devices: vec![],
+//!         })
+//!     }
+//!     fn ram(&self) -> Arc<GuestRam> { Arc::clone(&self.ram) }
+//!     fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> { vec![self.writes.clone()] }
+//!     fn devices(&self) -> Vec<MigratableDevice> { vec![] }
+//!     fn irq_router(&self) -> Arc<dyn IrqRouter> { Arc::new(NoInterrupts) }
+//!     fn pause(&self) -> Result<bool, MachineError> {
+//!         Ok(std::mem::replace(&mut *self.running.lock().unwrap(), false))
+//!     }
+//!     fn resume(&self, run: bool) -> Result<(), MachineError> {
+//!         *self.running.lock().unwrap() = run;
+//!         Ok(())
+//!     }
+//!     fn save(&self, _: &Paused) -> Result<Vec<Section>, MachineError> {
+//!         let bytes = self.register.lock().unwrap().to_le_bytes().to_vec();
+//!         Ok(vec![Section { name: "toy.register".into(), version: 1, bytes }])
+//!     }
+//!     fn load(&self, sections: Vec<Section>) -> Result<(), MachineError> {
+//!         let refuse = || MachineError::new("loading the machine", "the sections are not those of a toy");
+//!         let [section] = sections.as_slice() else { return Err(refuse()) };
+//!         if (section.name.as_str(), section.version) != ("toy.register", 1) { return Err(refuse()) }
+//!         let bytes = section.bytes.as_slice().try_into().map_err(|_| refuse())?;
+//!         *self.register.lock().unwrap() = u64::from_le_bytes(bytes);
+//!         Ok(())
+//!     }
+//!     fn release_locks(&self) -> Result<(), LockError> { Ok(()) } // it has no storage
+//!     fn take_locks(&self) -> Result<(), LockError> { Ok(()) }
+//! }
+//!
+//! #[derive(Debug)]
+//! struct NoInterrupts;
+//! impl IrqRouter for NoInterrupts {
+//!     fn set(&self, _: u32, _: Option<MsiMessage>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> { Ok(()) }
+//!     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> { Ok(()) }
+//! }
+//!
+//! let here = Arc::new(Toy::new());
+//! here.guest_writes(RamOffset(4096), 42);
+//! *here.register.lock().unwrap() = 43;
+//! here.resume(true)?;
+//!
+//! // Two processes in life, two threads here; `Destination::listen` and `Source::migrate_to` take addresses.
+//! let (one_end, other_end) = UnixStream::pair()?;
+//! let arriving = std::thread::spawn(move || {
+//!     let mut destination = Destination::over(other_end.into(), DestinationOptions::default())?;
+//!     let there = Arc::new(Toy::new());
+//!     let built = there.clone();
+//!     destination.accept(|offer| {
+//!         assert_eq!(offer.manifest.machine, "toy/1");
+//!         Ok(built)
+//!     })?;
+//!     Ok::<_, IncomingError>(there)
+//! });
+//! let completed = Source::new(here.clone(), SourceOptions::default())
+//!     .migrate_over(one_end.into(), |progress| println!("{} {}", progress.phase, progress.remaining))?;
+//! let there = arriving.join().unwrap()?;
+//!
+//! assert!(*there.running.lock().unwrap() && !*here.running.lock().unwrap());
+//! assert_eq!(there.ram.read_u64(RamOffset(4096))?, 42);
+//! assert_eq!(*there.register.lock().unwrap(), 43);
+//! println!("it stood still for {:?}", completed.downtime);
+//! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+//! ```
+//!
+//! There is no global state, no async runtime, no thread that outlives a call, and no logging set-up: events go to
+//! `tracing`, whoever listens. This crate decides nothing: `vfio-migration-engine` does. It knows no hypervisor and no
+//! device: those are behind [`Machine`] and [`Device`](vfio_migration_device::Device).
+#![forbid(unsafe_code)]
+
+mod clock;
+mod connect;
+mod control;
+mod credit;
+mod destination;
+mod error;
+mod fail;
+mod interrupt;
+mod journal;
+mod limiter;
+mod link;
+mod machine;
+mod offer;
+mod options;
+mod pump;
+mod report;
+mod source;
+mod standing;
+mod stop;
+mod together;
+mod uri;
+
+pub use control::{Control, IncomingControl};
+pub use destination::Destination;
+pub use error::{Aborted, Failure, Held, IncomingError, MigrateError, RefusalReason};
+pub use journal::{JournalError, JournalFile, read_journal};
+pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
+pub use offer::{Arrived, Offer};
+pub use options::{DestinationOptions, IncomingSabotage, Sabotage, SabotageKind, SourceOptions};
+pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
+pub use source::Source;
+pub use standing::{Standing, standing};
+pub use uri::{Uri, UriError};

@@ -1,0 +1,216 @@
+//! What a VMM implements: its machine, as a migration sees it.
+//!
+//! The trait is small on purpose, and no method has a default that pretends success. Pausing yields a [`Paused`]
+//! token: only with it can machine state be saved, so "the vCPUs stand" is a type and not a comment.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use vfio_migration_compat::MachineManifest;
+use vfio_migration_device::{Device, IrqRouter, PciFunction};
+use vfio_migration_memory::{DirtySource, GuestRam};
+use vfio_migration_types::VmId;
+
+/// A piece of machine state with a name and a layout version, for example `"kvm.vcpu.0"`, version 1.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Section {
+    /// Name: 1 to 128 bytes. Names that begin with `"pci."` are the library's own.
+    pub name: String,
+    /// Version of the layout of `bytes`.
+    pub version: u32,
+    /// The state, at most 16 MiB.
+    pub bytes: Vec<u8>,
+}
+
+impl fmt::Debug for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Section({} v{}, {} bytes)", self.name, self.version, self.bytes.len())
+    }
+}
+
+/// A device that moves with the machine, and its PCI function where it has one.
+#[derive(Clone, Debug)]
+pub struct MigratableDevice {
+    /// The device: its own state travels through it.
+    pub device: Arc<dyn Device>,
+    /// The VMM's side of it: config space, BARs, interrupts. Saved and put back by the library's order, not by
+    /// [`Machine::save`].
+    pub pci: Option<Arc<dyn PciFunction>>,
+}
+
+/// A virtual machine that can be migrated, as source or as destination.
+///
+/// Methods block; a session calls them from its own threads, never two of [`pause`](Self::pause),
+/// [`resume`](Self::resume), [`save`](Self::save) and [`load`](Self::load) at once. A VMM whose operator resumes the
+/// guest while a session holds it paused must not let it run before the session ends or calls `resume`.
+pub trait Machine: Send + Sync {
+    /// Its identity, equal on both sides.
+    fn id(&self) -> VmId;
+
+    /// What it is: RAM layout, CPU, sections, and the manifest of each device, in the order of
+    /// [`devices`](Self::devices).
+    fn manifest(&self) -> Result<MachineManifest, MachineError>;
+
+    /// Its RAM.
+    fn ram(&self) -> Arc<GuestRam>;
+
+    /// The VMM's own dirty sources: the hypervisor's log of vCPU writes, and a log of the VMM's own writes. The
+    /// devices' logs are taken from the devices.
+    fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>>;
+
+    /// Its devices, in manifest order.
+    fn devices(&self) -> Vec<MigratableDevice>;
+
+    /// Where the devices' interrupt routes are set.
+    fn irq_router(&self) -> Arc<dyn IrqRouter>;
+
+    /// Stops all vCPUs, completes what they had under way, and closes every way by which the VMM itself would touch a
+    /// device's BARs. Returns whether the guest ran until now: a guest that its operator had paused stays its
+    /// operator's to resume. Use [`Paused::pause`] to call it.
+    ///
+    /// # Errors
+    /// The guest is as it was.
+    fn pause(&self) -> Result<bool, MachineError>;
+
+    /// Ends the pause, and lets the vCPUs run if `run`. Called at the end of each [`pause`](Self::pause) that is not
+    /// committed, with what `pause` answered: with `false` the guest goes on standing, but is its operator's to resume
+    /// again. At the destination it is called once, after everything was loaded: with `true` the guest runs for the
+    /// first time, with `false` it arrives standing and is its operator's.
+    ///
+    /// # Errors
+    /// The guest stands, and the pause goes on: the call may be repeated.
+    fn resume(&self, run: bool) -> Result<(), MachineError>;
+
+    /// Reads out the machine's state: vCPUs, interrupt controller, clock, emulated devices. Called after every device
+    /// has stopped, so that no interrupt arrives later. At most 4096 sections.
+    fn save(&self, paused: &Paused) -> Result<Vec<Section>, MachineError>;
+
+    /// Loads the machine's state, all sections at once; the interrupt controller must be ready for interrupts when it
+    /// returns. Devices' PCI state is not among them.
+    ///
+    /// # Errors
+    /// Also a section that is unknown, of an unknown version, missing, or left over: nothing is skipped in silence.
+    fn load(&self, sections: Vec<Section>) -> Result<(), MachineError>;
+
+    /// Lets go of every storage lock, at the source, once the guest stands. A machine without any succeeds.
+    fn release_locks(&self) -> Result<(), LockError>;
+
+    /// Takes every storage lock: at the destination before READY, at the source when a migration is undone. All, or
+    /// none: what this call took before a failure is let go. A lock that is still held counts as taken, so that the call
+    /// can be made after a [`release_locks`](Self::release_locks) that failed half way, and be repeated: a source on its
+    /// way back repeats it for some seconds, while the destination lets go. A machine without any succeeds.
+    fn take_locks(&self) -> Result<(), LockError>;
+}
+
+/// Something in the VMM failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing} failed")]
+pub struct MachineError {
+    /// What was attempted, as a noun phrase: `"saving vCPU 0"`.
+    pub doing: String,
+    /// errno, where one is known.
+    pub errno: Option<Errno>,
+    /// The cause.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl MachineError {
+    /// `doing` failed, because of `source` (an error, or a text).
+    pub fn new(
+        doing: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { doing: doing.into(), errno: None, source: source.into() }
+    }
+
+    /// The same with an errno.
+    #[must_use]
+    pub fn with_errno(mut self, errno: Errno) -> Self {
+        self.errno = Some(errno);
+        self
+    }
+}
+
+/// A storage lock could not be taken or let go.
+#[derive(Debug, thiserror::Error)]
+#[error("the storage lock {lock} cannot be {action}", action = if *taking { "taken" } else { "released" })]
+pub struct LockError {
+    /// Which lock: a path, a URL, whatever its operator knows it by.
+    pub lock: String,
+    /// Whether it was to be taken (else released).
+    pub taking: bool,
+    /// The cause.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// The guest stands. Dropping it lets the guest run again, if it ran before; [`commit`](Self::commit) is the only way
+/// to end the pause for good.
+pub struct Paused {
+    machine: Arc<dyn Machine>,
+    ran: bool,
+    hold: bool,
+}
+
+impl Paused {
+    /// Pauses the machine.
+    pub fn pause(machine: &Arc<dyn Machine>) -> Result<Self, MachineError> {
+        let ran = machine.pause()?;
+        Ok(Self { machine: Arc::clone(machine), ran, hold: false })
+    }
+
+    /// Whether the guest ran before.
+    pub fn ran(&self) -> bool {
+        self.ran
+    }
+
+    /// Ends the pause: the guest runs, if it ran before.
+    ///
+    /// # Errors
+    /// The guest stands, and the machine's pause goes on.
+    pub fn resume(mut self) -> Result<(), MachineError> {
+        // What the caller is told stays true: nothing is tried again behind its back.
+        self.hold = true;
+        self.machine.resume(self.ran)
+    }
+
+    /// Ends the pause. After a failure the token still stands for the pause, and this can be tried again.
+    pub(crate) fn end(&mut self) -> Result<(), MachineError> {
+        self.machine.resume(self.ran)?;
+        self.hold = true;
+        Ok(())
+    }
+
+    /// The guest is somebody else's, or nobody's: it never runs here again.
+    pub fn commit(mut self) {
+        self.hold = true;
+    }
+
+    /// Whether dropping the token leaves the guest standing.
+    pub(crate) fn is_held(&self) -> bool {
+        self.hold
+    }
+
+    /// From here, dropping the token no longer lets the guest run: COMMIT may have been sent.
+    pub(crate) fn hold(&mut self) {
+        self.hold = true;
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        if !self.hold
+            && let Err(error) = self.machine.resume(self.ran)
+        {
+            tracing::error!(%error, "the guest could not be resumed");
+        }
+    }
+}
+
+impl fmt::Debug for Paused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Paused").field("ran", &self.ran).field("hold", &self.hold).finish_non_exhaustive()
+    }
+}

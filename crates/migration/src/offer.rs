@@ -1,0 +1,44 @@
+//! What a source offers, as the destination's VMM sees it before it builds its machine.
+
+use std::fmt;
+use std::sync::Arc;
+
+use vfio_migration_compat::MachineManifest;
+use vfio_migration_types::{AttemptId, Epoch, VmId};
+
+use crate::{ArrivalReport, Machine};
+
+/// A guest that wants to come in.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Offer {
+    /// The VM.
+    pub vm: VmId,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The epoch under which the source owns it.
+    pub epoch: Epoch,
+    /// What the source's machine is.
+    pub manifest: MachineManifest,
+}
+
+/// A guest that arrived: this machine owns it, and runs it unless it was sent standing.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Arrived {
+    /// The machine that was built for it.
+    pub machine: Arc<dyn Machine>,
+    /// The epoch under which it is ours: what the next [`SourceOptions::epoch`](crate::SourceOptions::epoch) needs.
+    pub epoch: Epoch,
+    /// How it went.
+    pub report: ArrivalReport,
+}
+
+impl fmt::Debug for Arrived {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arrived")
+            .field("epoch", &self.epoch)
+            .field("report", &self.report)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,145 @@
+//! What the embedder may choose.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use vfio_migration_device::ConfigRules;
+use vfio_migration_types::{Epoch, RamOffset, VmId};
+
+/// How a source migrates. Begin with `SourceOptions::default()` and change what matters.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct SourceOptions {
+    /// Longest time the guest may stand still: a ceiling, not a target. 300 ms.
+    pub downtime_limit: Duration,
+    /// Of the limit, what is kept back for everything after the decision to commit; `None` lets the library choose.
+    pub commit_reserve: Option<Duration>,
+    /// Most bytes per second while the guest runs; `None`: no cap. Once the guest stands there is no cap.
+    pub bandwidth: Option<u64>,
+    /// Give up when the pre-copy has lasted this long; `None`: never.
+    pub give_up_after: Option<Duration>,
+    /// Wait for [`Control::go_on`](crate::Control::go_on) before the guest is paused.
+    pub pause_before_switchover: bool,
+    /// Compare digests of all RAM, and abort on a difference. The time it takes is kept out of the downtime. Off.
+    pub verify: bool,
+    /// No device of this machine maps another's BAR: several devices may go without P2P. Off.
+    pub no_peer_dma: bool,
+    /// Let a device without a DMA log migrate all the same: all RAM is sent once more in the downtime. Off: refused.
+    pub allow_all_dirty: bool,
+    /// Longest wait for the connection. 10 s.
+    pub connect_timeout: Duration,
+    /// Longest silence of the destination; a COMMIT whose answer was lost is asked after for eight times as long. 30 s.
+    pub peer_timeout: Duration,
+    /// Checksum RAM while the guest runs too, at the price of a copy. Off: the network's own checksums must do until the
+    /// guest stands; from then on everything is checksummed.
+    pub ram_crc: bool,
+    /// When the way back could save a device only by a reset (its guest state is gone): hold the guest paused instead of
+    /// letting it run. Off.
+    pub hold_if_reset: bool,
+    /// Where the journal lives. `None`: in this process's memory alone, so that a crash leaves no trace of who owned
+    /// the guest.
+    pub state_dir: Option<PathBuf>,
+    /// The epoch under which this side owns the guest: what [`Arrived::epoch`](crate::Arrived) said, or 0 for a guest
+    /// that was booted here. A journal that knows a later one wins.
+    pub epoch: Epoch,
+    /// Breaks one thing on purpose, to prove that the checks see it.
+    #[doc(hidden)]
+    pub sabotage: Option<Sabotage>,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            commit_reserve: None,
+            bandwidth: None,
+            give_up_after: None,
+            pause_before_switchover: false,
+            verify: false,
+            no_peer_dma: false,
+            allow_all_dirty: false,
+            connect_timeout: Duration::from_secs(10),
+            peer_timeout: Duration::from_secs(30),
+            ram_crc: false,
+            hold_if_reset: false,
+            state_dir: None,
+            epoch: Epoch(0),
+            sabotage: None,
+        }
+    }
+}
+
+/// How a destination receives. Begin with `DestinationOptions::default()` and change what matters.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct DestinationOptions {
+    /// Longest wait for a source to connect; `None`: for ever (until cancelled).
+    pub accept_timeout: Option<Duration>,
+    /// Longest silence of the source. 30 s.
+    pub peer_timeout: Duration,
+    /// Only this VM is let in; `None`: any.
+    pub expect: Option<VmId>,
+    /// Where the journal lives; as [`SourceOptions::state_dir`].
+    pub state_dir: Option<PathBuf>,
+    /// Config-space bytes that may, or may not, differ: exceptions to the default mask.
+    pub config_rules: ConfigRules,
+    /// Bytes of one device's state that may wait in memory to be loaded. 16 MiB.
+    pub device_window: u64,
+    /// Breaks one thing on purpose, to prove that the checks see it.
+    #[doc(hidden)]
+    pub sabotage: Option<IncomingSabotage>,
+}
+
+impl Default for DestinationOptions {
+    fn default() -> Self {
+        Self {
+            accept_timeout: None,
+            peer_timeout: Duration::from_secs(30),
+            expect: None,
+            state_dir: None,
+            config_rules: ConfigRules::default(),
+            device_window: 16 << 20,
+            sabotage: None,
+        }
+    }
+}
+
+/// A negative control at the source, below the engine's own checks.
+#[doc(hidden)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sabotage {
+    /// What is broken.
+    pub kind: SabotageKind,
+    /// Only pages in this stretch of RAM (RAM offsets), so that the victim is data that the guest checks.
+    pub pages: Option<std::ops::Range<RamOffset>>,
+    /// The RAM digests do not look, so that only the guest can notice.
+    pub verify_blind: bool,
+}
+
+/// What [`Sabotage`] breaks.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SabotageKind {
+    /// Bits vanish from the dirty reports while the guest still writes, and from the last one.
+    DropDirtyBit,
+    /// The devices' dirty logs are read and thrown away.
+    DropDeviceLog,
+    /// After the final pass, old copies of pages are sent again.
+    StaleAfterLast,
+    /// Devices are stopped and read one after another, without the P2P barrier.
+    P2pOrder,
+    /// A byte of the devices' STOP_COPY data is changed before it is framed and digested.
+    DeviceTail,
+}
+
+/// A negative control at the destination.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum IncomingSabotage {
+    /// The first vector of every device stays as if masked: it is not armed.
+    SkipFirstVector,
+    /// The last one.
+    SkipLastVector,
+}

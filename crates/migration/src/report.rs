@@ -1,0 +1,228 @@
+//! What a session tells while it runs, and at its end. All of it serialises; times are milliseconds in JSON.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, Phase, VmId};
+
+/// Where a migration stands, at either side. Counts are of this side.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Progress {
+    /// The phase.
+    pub phase: Phase,
+    /// Iteration of the pre-copy, from 1; 0 before.
+    pub iteration: u32,
+    /// Since the session began.
+    #[serde(rename = "elapsed_ms", with = "millis")]
+    pub elapsed: Duration,
+    /// The guest stands because of this session.
+    pub paused: bool,
+    /// The session waits for [`Control::go_on`](crate::Control::go_on) before it pauses the guest.
+    pub waiting: bool,
+    /// RAM in all, bytes.
+    pub ram_total: u64,
+    /// Bytes moved so far.
+    pub bytes: Bytes,
+    /// RAM bytes known to be dirty and not yet sent.
+    pub ram_left: u64,
+    /// RAM and device bytes left, as far as is known.
+    pub remaining: u64,
+    /// Bytes per second, over the last second or so.
+    pub rate: u64,
+    /// What the guest's standstill would last if it began now, once there is something to tell from.
+    #[serde(rename = "predicted_downtime_ms", with = "millis_option")]
+    pub predicted_downtime: Option<Duration>,
+    /// The limit in force.
+    #[serde(rename = "downtime_limit_ms", with = "millis")]
+    pub downtime_limit: Duration,
+    /// Per device, in manifest order.
+    pub devices: Vec<DeviceStatus>,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self {
+            phase: Phase::Plan,
+            iteration: 0,
+            elapsed: Duration::ZERO,
+            paused: false,
+            waiting: false,
+            ram_total: 0,
+            bytes: Bytes::default(),
+            ram_left: 0,
+            remaining: 0,
+            rate: 0,
+            predicted_downtime: None,
+            downtime_limit: Duration::ZERO,
+            devices: Vec::new(),
+        }
+    }
+}
+
+/// Payload moved over the wire, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bytes {
+    /// RAM; zero pages do not count.
+    pub ram: u64,
+    /// Device state while the guest ran.
+    pub device_precopy: u64,
+    /// Device state while the guest stood.
+    pub device_stopcopy: u64,
+}
+
+/// Where one device stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Name.
+    pub id: DeviceId,
+    /// Bytes moved while the guest ran.
+    pub precopy: u64,
+    /// Bytes moved while the guest stood.
+    pub stopcopy: u64,
+    /// Initial bytes left, where the device can say.
+    pub initial_left: Option<u64>,
+    /// Changed bytes left, where the device can say.
+    pub dirty_left: Option<u64>,
+    /// Estimated STOP_COPY bytes, where the device can say.
+    pub stop_copy_estimate: Option<u64>,
+}
+
+/// How long a phase took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    /// Which.
+    pub phase: Phase,
+    /// In all, if it was entered more than once.
+    #[serde(rename = "ms", with = "millis")]
+    pub took: Duration,
+}
+
+/// A migration that completed, as its source tells it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Completed {
+    /// The VM.
+    pub vm: VmId,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The epoch under which the destination owns the guest.
+    pub epoch: Epoch,
+    /// `"tcp"`, `"unix"` or `"fd"`.
+    pub transport: String,
+    /// From the call to the end of the session, clean-up included.
+    #[serde(rename = "total_ms", with = "millis")]
+    pub total: Duration,
+    /// vCPUs paused here to vCPUs running there, less `verify`.
+    #[serde(rename = "downtime_ms", with = "millis")]
+    pub downtime: Duration,
+    /// Whether `downtime` was read from one clock (both sides on one host); else the answer's way back is in it.
+    pub one_clock: bool,
+    /// What had been predicted when the guest was paused.
+    #[serde(rename = "predicted_downtime_ms", with = "millis")]
+    pub predicted: Duration,
+    /// Time spent on RAM digests while the guest stood, both sides.
+    #[serde(rename = "verify_ms", with = "millis")]
+    pub verify: Duration,
+    /// Iterations of the pre-copy.
+    pub iterations: u32,
+    /// Payload.
+    pub bytes: Bytes,
+    /// Everything put on the wire, headers included.
+    pub wire_bytes: u64,
+    /// Each phase that was entered.
+    pub phases: Vec<PhaseTime>,
+    /// Whether both sides' digests of RAM agree; `None` when not asked for.
+    pub ram_digest_match: Option<bool>,
+    /// Whether what was written to each device is what was read from it, by digest.
+    pub device_digest_match: bool,
+    /// Interrupt vectors armed at the destination.
+    pub vectors: u32,
+    /// Whether the guest runs there (else it stands, as it stood here).
+    pub guest_runs: bool,
+    /// Per device.
+    pub devices: Vec<DeviceStatus>,
+    /// What failed after the guest was the destination's (the journal's last entry, letting devices go): no harm to the
+    /// guest, but work for a person.
+    pub left_undone: Vec<crate::Failure>,
+}
+
+/// A guest that arrived, as its destination tells it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ArrivalReport {
+    /// The VM.
+    pub vm: VmId,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The epoch under which it is ours.
+    pub epoch: Epoch,
+    /// Whether its vCPUs run (else it stands, as it stood at the source).
+    pub guest_runs: bool,
+    /// From the connection to the running guest.
+    #[serde(rename = "total_ms", with = "millis")]
+    pub total: Duration,
+    /// RAM pages placed, data and zero.
+    pub ram_pages: u64,
+    /// Machine-state sections loaded.
+    pub sections: u32,
+    /// Payload.
+    pub bytes: Bytes,
+    /// Interrupt vectors armed.
+    pub vectors: u32,
+    /// Time the RAM digest took.
+    #[serde(rename = "verify_ms", with = "millis")]
+    pub verify: Duration,
+    /// What each step of loading took, in order: name and time.
+    pub steps: Vec<StepTime>,
+    /// Per device.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// How long a step of loading or starting took.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepTime {
+    /// Which.
+    pub step: String,
+    /// How long.
+    #[serde(rename = "ms", with = "millis")]
+    pub took: Duration,
+}
+
+/// Durations as milliseconds with a fraction.
+mod millis {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(duration: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_f64(duration.as_secs_f64() * 1000.0)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let millis = f64::deserialize(from)?;
+        Duration::try_from_secs_f64(millis / 1000.0).map_err(serde::de::Error::custom)
+    }
+}
+
+/// The same for what may be absent.
+mod millis_option {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[expect(clippy::ref_option, reason = "the signature is serde's")]
+    pub(super) fn serialize<S: Serializer>(duration: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+        match duration {
+            Some(duration) => super::millis::serialize(duration, to),
+            None => to.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+        let millis = Option::<f64>::deserialize(from)?;
+        millis
+            .map(|millis| Duration::try_from_secs_f64(millis / 1000.0).map_err(serde::de::Error::custom))
+            .transpose()
+    }
+}

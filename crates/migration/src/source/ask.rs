@@ -1,0 +1,60 @@
+//! COMMIT was sent and its answer lost: ask again, over a new connection each time.
+
+use std::time::{Duration, Instant};
+
+use vfio_migration_engine::SourceEvent;
+use vfio_migration_engine::ownership::SourceState;
+use vfio_migration_wire::Message;
+
+use crate::connect;
+use crate::fail::sentence;
+use crate::link::{Link, LinkError};
+use crate::{Uri, stop::Stop};
+
+use super::worker::Worker;
+
+/// Longest wait for one answer: the engine asks again.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often a waiter looks whether it was replaced.
+const SLICE: Duration = Duration::from_millis(100);
+
+impl Worker<'_> {
+    /// Asks once. The answer is the destination's, or the loss of the connection.
+    pub(super) fn ask_again(&mut self) -> Option<SourceEvent> {
+        self.wires.interrupt.clear();
+        if matches!(self.uri, Uri::Fd(_)) {
+            return Some(SourceEvent::LinkLost(
+                "a connection that was handed over cannot be made again".into(),
+            ));
+        }
+        match self.ask() {
+            Ok(message) => Some(SourceEvent::Peer(message)),
+            Err(Ok(Stop::Interrupted)) => None,
+            Err(Ok(_)) => Some(SourceEvent::LinkLost("asking what became of COMMIT failed".into())),
+            Err(Err(why)) => Some(SourceEvent::LinkLost(why)),
+        }
+    }
+
+    fn ask(&self) -> Result<Message, Result<Stop, String>> {
+        let limit = self.options.connect_timeout.min(PATIENCE);
+        let socket = connect::connect(self.uri, limit).map_err(|error| Err(sentence(&error)))?;
+        let told = |error: LinkError| Err(sentence(&error));
+        let link = Link::new(socket).map_err(told)?;
+        link.send(&self.record(SourceState::Committing).query()).map_err(told)?;
+        let mut reader = link.reader();
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match reader.first() {
+                Ok(Some(message)) => return Ok(message),
+                Ok(None) => {}
+                Err(error) => return Err(told(error)),
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Err(format!("the destination did not answer within {PATIENCE:?}")));
+            }
+            self.wires.interrupt.check().map_err(|error| Ok(error.into()))?;
+            reader.wait(left.min(SLICE));
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! P5: the last of everything, with every writer standing.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use vfio_migration_device::PciState;
+use vfio_migration_memory::Holes;
+use vfio_migration_types::{PAGE_SIZE, Phase};
+use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
+
+use crate::fail::{self, InPhase};
+use crate::stop::Stop;
+use crate::{MachineError, Section};
+
+use super::worker::Worker;
+
+/// Most sections of one machine, so that the other side may bound what it keeps.
+pub(crate) const MOST_SECTIONS: usize = 4096;
+
+impl Worker<'_> {
+    /// Sends the machine's state, the last pages and each device's state to its end. Returns the totals, and how long
+    /// the digest of RAM took.
+    pub(super) fn send_final(&mut self, verify: bool) -> Result<(FinalEnd, Duration), Stop> {
+        let phase = Phase::Final;
+        // First, because reading a machine out may write its RAM (paravirtual clocks), and the last report sees that.
+        let sections = self.read_machine()?;
+        self.report_dirty(phase, true)?;
+        if self.writes_unlogged() {
+            // Nobody knows what that device wrote, so everything that has ever been written counts.
+            for extent in self.ram.data_extents().map_err(|error| error.in_phase(phase))? {
+                self.dirty.set_range(extent.start().0 / PAGE_SIZE, extent.len() / PAGE_SIZE);
+            }
+        }
+        let pages = self.dirty.take();
+        self.ram_pages += self.pump_all(&pages, Holes::Possible, phase)?;
+        self.ram_pages += self.saboteur.send_stale(&self.ram, &self.link, &pages)?;
+        for section in &sections {
+            let bulk = Bulk::Section { name: &section.name, version: section.version, bytes: &section.bytes };
+            self.link.send_bulk(&bulk).map_err(|error| Stop::sending(error, phase))?;
+        }
+        let (ram_digest, took) = if verify {
+            let begun = Instant::now();
+            let digest = self.ram.digest().map_err(|error| error.in_phase(phase))?;
+            (Some(digest), begun.elapsed())
+        } else {
+            (None, Duration::ZERO)
+        };
+        let devices = self.streams.iter().map(|stream| stream.total()).collect::<Option<Vec<DeviceTotal>>>();
+        let devices =
+            devices.ok_or_else(|| fail::plain(phase, "a device's state was not read to its end"))?;
+        let sections = u32::try_from(sections.len()).unwrap_or(u32::MAX);
+        Ok((FinalEnd { ram_pages: self.ram_pages, ram_digest, sections, devices }, took))
+    }
+
+    /// The machine's sections: first each device's PCI state, whose reading drains the interrupts of masked vectors,
+    /// then the VMM's own, interrupt controller included.
+    fn read_machine(&self) -> Result<Vec<Section>, Stop> {
+        let phase = Phase::Final;
+        let mut sections = Vec::new();
+        for moved in &self.functions {
+            let Some(pci) = &moved.pci else { continue };
+            let state = pci.save().map_err(|error| error.in_phase(phase))?;
+            let bytes =
+                state.encode().map_err(|error| fail::of_device(phase, pci.id(), fail::sentence(&error)))?;
+            sections.push(Section { name: PciState::section_name(pci.id()), version: 1, bytes });
+        }
+        let Some(paused) = &self.paused else {
+            return Err(fail::plain(phase, "the machine's state was asked for while the guest runs").into());
+        };
+        let own = self.machine.save(paused).map_err(|error| error.in_phase(phase))?;
+        for section in &own {
+            check(section).map_err(|error| error.in_phase(phase))?;
+        }
+        sections.extend(own);
+        let names: BTreeSet<&str> = sections.iter().map(|section| section.name.as_str()).collect();
+        if names.len() != sections.len() || sections.len() > MOST_SECTIONS {
+            let text = format!("the machine saved {} sections of {} names", sections.len(), names.len());
+            return Err(fail::plain(phase, text).into());
+        }
+        // The destination refuses more: better said here, with the reason.
+        let bytes: u64 = sections.iter().map(|section| section.bytes.len() as u64).sum();
+        if bytes > limits::SECTIONS_BYTES {
+            let text = format!(
+                "the machine saved {bytes} bytes of state, and a migration carries at most {}",
+                limits::SECTIONS_BYTES
+            );
+            return Err(fail::plain(phase, text).into());
+        }
+        Ok(sections)
+    }
+}
+
+/// What the stream cannot carry is the VMM's mistake, and said as such.
+fn check(section: &Section) -> Result<(), MachineError> {
+    let name = &section.name;
+    let wrong = if name.is_empty() || name.len() > limits::SECTION_NAME {
+        "its name is not 1 to 128 bytes long"
+    } else if !name.bytes().all(|byte| byte.is_ascii_graphic()) {
+        "its name is not graphic ASCII"
+    } else if name.starts_with("pci.") {
+        "names that begin with 'pci.' are the library's"
+    } else if section.bytes.len() > limits::SECTION {
+        "it is longer than 16 MiB"
+    } else {
+        return Ok(());
+    };
+    Err(MachineError::new(format!("saving the section '{}'", name.escape_debug()), wrong))
+}

@@ -1,0 +1,127 @@
+//! The outgoing half of a session.
+//!
+//! Three threads, all ended when [`Source::migrate_to`] returns: the caller's own, which turns what happens into the
+//! engine's events and the engine's actions into jobs; a worker, which does the jobs one after another and moves the
+//! bulk; a reader, which hears the destination. An action that must not wait for the one under way (an abort) raises an
+//! [`Interrupt`] first.
+//!
+//! The code of a phase is in the file of its name: [`setup`] (P2), [`iterate`] (P3), [`quiesce`] (P4), [`final_pass`]
+//! (P5), [`rollback`], [`cleanup`] (P9), and [`ask`] for a COMMIT whose answer was lost.
+
+mod ask;
+mod cleanup;
+mod final_pass;
+mod iterate;
+mod outcome;
+mod quiesce;
+mod rollback;
+mod run;
+mod sabotage;
+mod setup;
+mod worker;
+
+use std::fmt;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use vfio_migration_types::{AttemptId, Phase};
+use vfio_migration_wire::PeerError;
+
+pub(crate) use final_pass::MOST_SECTIONS;
+
+use crate::connect::{self, ConnectError};
+use crate::fail;
+use crate::{Completed, Control, Machine, MigrateError, Progress, SourceOptions, Uri};
+
+/// A machine about to be sent away.
+pub struct Source {
+    machine: Arc<dyn Machine>,
+    options: SourceOptions,
+    control: Control,
+}
+
+impl Source {
+    /// Prepares to migrate `machine`. Nothing is touched yet.
+    pub fn new(machine: Arc<dyn Machine>, options: SourceOptions) -> Self {
+        let control = Control::new(&options);
+        Self { machine, options, control }
+    }
+
+    /// A handle for other threads.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// Migrates to the destination that listens at `uri`; blocks until all is over. `observer` is called on this
+    /// thread, several times a second and at each change of phase; it should return soon.
+    ///
+    /// # Errors
+    /// The guest runs here as before (or stands, if its operator had paused it), or the error says exactly why not.
+    pub fn migrate_to(self, uri: &Uri, observer: impl FnMut(&Progress)) -> Result<Completed, MigrateError> {
+        let begun = Instant::now();
+        let prepared = run::Prepared::new(self.machine, self.options, self.control, uri.clone())?;
+        let socket = connect::connect(uri, prepared.options().connect_timeout).map_err(not_connected)?;
+        prepared.run(socket, begun, observer)
+    }
+
+    /// Migrates over a stream socket that is already connected to the destination. The session takes it over.
+    ///
+    /// # Errors
+    /// As [`migrate_to`](Self::migrate_to). A COMMIT whose answer is lost cannot be asked after on another connection.
+    pub fn migrate_over(
+        self,
+        socket: OwnedFd,
+        observer: impl FnMut(&Progress),
+    ) -> Result<Completed, MigrateError> {
+        let begun = Instant::now();
+        let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+        let prepared = run::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number))?;
+        connect::check_stream(&socket, number).map_err(not_connected)?;
+        prepared.run(socket, begun, observer)
+    }
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source")
+            .field("vm", &self.machine.id())
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+fn not_connected(error: ConnectError) -> MigrateError {
+    let remedy = match &error {
+        ConnectError::NotAStream(_)
+        | ConnectError::System { uri: Uri::Fd(_), .. }
+        | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
+        _ => "check the address, and that a destination listens there",
+    };
+    MigrateError::NotBegun(fail::with_remedy(Phase::Hello, fail::sentence(&error), remedy).into())
+}
+
+fn not_begun(phase: Phase, text: impl Into<String>) -> MigrateError {
+    MigrateError::NotBegun(fail::plain(phase, text).into())
+}
+
+fn refused_here(failure: PeerError) -> MigrateError {
+    MigrateError::NotBegun(failure.into())
+}
+
+/// A fresh nonce.
+fn draw_attempt() -> Result<AttemptId, MigrateError> {
+    let mut nonce = [0; 16];
+    let mut done = 0;
+    while done < nonce.len() {
+        let rest = nonce.get_mut(done..).unwrap_or_default();
+        match rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty()) {
+            Ok(read) => done += read,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => {
+                return Err(not_begun(Phase::Plan, format!("no random number for the attempt: {errno}")));
+            }
+        }
+    }
+    Ok(AttemptId(nonce))
+}

@@ -1,0 +1,210 @@
+//! What the caller is shown while it runs, and told at the end.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vfio_migration_engine::{self as engine, SourceOutcome, SourceSummary};
+use vfio_migration_types::{AttemptId, DeviceId, Phase, VmId};
+
+use crate::clock::boot_id;
+use crate::control::lock;
+use crate::link::Link;
+use crate::{Aborted, Bytes, Completed, DeviceStatus, MigrateError, PhaseTime, Progress, RefusalReason, Uri};
+
+use super::worker::Counters;
+
+/// How often the observer is called while nothing but counts changes.
+const EVERY: Duration = Duration::from_millis(200);
+/// Over what time the rate is measured.
+const RATE_OVER: Duration = Duration::from_secs(1);
+
+/// Turns the engine's progress and the workers' counts into what the caller sees, a few times a second.
+#[derive(Debug)]
+pub(super) struct Shown {
+    begun: Instant,
+    ram_total: u64,
+    names: Vec<DeviceId>,
+    last: Option<(Instant, Phase, u32)>,
+    rate: u64,
+    rate_from: (Instant, u64),
+    progress: Progress,
+}
+
+impl Shown {
+    pub(super) fn new(begun: Instant, ram_total: u64, names: Vec<DeviceId>) -> Self {
+        let progress = Progress::default();
+        Self { begun, ram_total, names, last: None, rate: 0, rate_from: (begun, 0), progress }
+    }
+
+    /// A new picture, if it is time for one.
+    pub(super) fn update(
+        &mut self,
+        engine: &engine::Progress,
+        counters: &Counters,
+        wire_bytes: u64,
+        now_or_never: bool,
+    ) -> Option<Progress> {
+        let now = Instant::now();
+        let due = self.last.is_none_or(|(at, phase, iteration)| {
+            now.duration_since(at) >= EVERY || phase != engine.phase || iteration != engine.iteration
+        });
+        if !due && !now_or_never {
+            return None;
+        }
+        self.last = Some((now, engine.phase, engine.iteration));
+        let since = now.duration_since(self.rate_from.0);
+        if since >= RATE_OVER || self.rate == 0 {
+            let moved = wire_bytes.saturating_sub(self.rate_from.1);
+            let nanos = since.as_nanos().max(1);
+            self.rate = u64::try_from(u128::from(moved) * 1_000_000_000 / nanos).unwrap_or(u64::MAX);
+            if since >= RATE_OVER {
+                self.rate_from = (now, wire_bytes);
+            }
+        }
+        let devices = self.devices(counters);
+        let ram_left = counters.ram_left.load(Ordering::Relaxed);
+        let device_left = |device: &DeviceStatus| {
+            device
+                .stop_copy_estimate
+                .or(device.initial_left.zip(device.dirty_left).map(|(a, b)| a.saturating_add(b)))
+        };
+        let devices_left = devices.iter().filter_map(device_left).fold(0, u64::saturating_add);
+        self.progress = Progress {
+            phase: engine.phase,
+            iteration: engine.iteration,
+            elapsed: self.begun.elapsed(),
+            paused: counters.paused_ns.load(Ordering::Relaxed) != 0,
+            waiting: engine.waiting == Some(engine::Waiting::Operator),
+            ram_total: self.ram_total,
+            bytes: bytes(counters),
+            ram_left,
+            remaining: ram_left.saturating_add(devices_left),
+            rate: self.rate,
+            predicted_downtime: engine.predicted,
+            downtime_limit: engine.limit,
+            devices,
+        };
+        Some(self.progress.clone())
+    }
+
+    fn devices(&self, counters: &Counters) -> Vec<DeviceStatus> {
+        let said = lock(&counters.device_progress);
+        self.names
+            .iter()
+            .zip(&counters.devices)
+            .enumerate()
+            .map(|(index, (id, moved))| {
+                let said = said.get(index).copied().unwrap_or_default();
+                DeviceStatus {
+                    id: id.clone(),
+                    precopy: moved.precopy.load(Ordering::Relaxed),
+                    stopcopy: moved.stopcopy.load(Ordering::Relaxed),
+                    initial_left: said.initial_left,
+                    dirty_left: said.dirty_left,
+                    stop_copy_estimate: said.stop_copy,
+                }
+            })
+            .collect()
+    }
+}
+
+/// The caller's result.
+pub(super) fn tell(
+    outcome: SourceOutcome,
+    shown: &Shown,
+    counters: &Counters,
+    link: &Link,
+    uri: &Uri,
+    vm: VmId,
+    attempt: AttemptId,
+) -> Result<Completed, MigrateError> {
+    match outcome {
+        SourceOutcome::Completed(summary) => {
+            let paused_ns = counters.paused_ns.load(Ordering::Acquire);
+            let total = shown.begun.elapsed();
+            let (downtime, one_clock) = downtime(&summary, paused_ns);
+            Ok(Completed {
+                vm,
+                attempt,
+                epoch: summary.running.epoch,
+                transport: match uri {
+                    Uri::Tcp { .. } => "tcp",
+                    Uri::Unix(_) => "unix",
+                    Uri::Fd(_) => "fd",
+                }
+                .into(),
+                total,
+                downtime,
+                one_clock,
+                predicted: summary.predicted,
+                verify: summary.verify,
+                iterations: summary.iterations,
+                bytes: bytes(counters),
+                wire_bytes: link.wire_bytes(),
+                phases: phases(&summary.phases, total),
+                // The engine compared both with what was sent before it committed.
+                ram_digest_match: summary.ready.ram_digest.map(|_| true),
+                device_digest_match: true,
+                vectors: summary.ready.vectors,
+                guest_runs: summary.running.guest_runs,
+                devices: shown.devices(counters),
+                left_undone: summary.left_undone.into_iter().map(Into::into).collect(),
+            })
+        }
+        SourceOutcome::Aborted(abort) => Err(MigrateError::Aborted(Box::new(Aborted {
+            cause: abort.cause.into(),
+            cancelled: abort.cancelled,
+            reset: abort.reset,
+            locks_lost: abort.locks_lost,
+            restored: abort.restored,
+        }))),
+        SourceOutcome::Refused(reasons) => Err(MigrateError::Refused(
+            reasons
+                .into_iter()
+                .map(|reason| RefusalReason { code: reason.code, text: reason.text })
+                .collect(),
+        )),
+        SourceOutcome::Unresolved(why) => Err(MigrateError::Unresolved { why }),
+        other => Err(MigrateError::Unresolved {
+            why: format!("an outcome that this version does not know: {other:?}"),
+        }),
+    }
+}
+
+/// vCPUs paused here to vCPUs running there, less the digests; and whether one clock told both.
+fn downtime(summary: &SourceSummary, paused_ns: u64) -> (Duration, bool) {
+    let here = boot_id();
+    let one_clock = summary.running.boot_id == here && here != [0; 16] && summary.running.at_ns >= paused_ns;
+    let stood = if one_clock {
+        Duration::from_nanos(summary.running.at_ns - paused_ns)
+    } else {
+        summary.running_at.saturating_sub(summary.paused_at)
+    };
+    (stood.saturating_sub(summary.verify), one_clock)
+}
+
+/// How long each phase took, entered once or more.
+fn phases(entered: &[(Phase, Duration)], total: Duration) -> Vec<PhaseTime> {
+    Phase::ALL
+        .into_iter()
+        .filter_map(|phase| {
+            let mut took = None;
+            for (index, (entered_phase, at)) in entered.iter().enumerate() {
+                if *entered_phase == phase {
+                    let until = entered.get(index + 1).map_or(total, |(_, at)| *at);
+                    *took.get_or_insert(Duration::ZERO) += until.saturating_sub(*at);
+                }
+            }
+            took.map(|took| PhaseTime { phase, took })
+        })
+        .collect()
+}
+
+fn bytes(counters: &Counters) -> Bytes {
+    let sum = |count: fn(&crate::pump::DeviceCounters) -> u64| counters.devices.iter().map(count).sum();
+    Bytes {
+        ram: counters.ram_bytes.load(Ordering::Relaxed),
+        device_precopy: sum(|device| device.precopy.load(Ordering::Relaxed)),
+        device_stopcopy: sum(|device| device.stopcopy.load(Ordering::Relaxed)),
+    }
+}

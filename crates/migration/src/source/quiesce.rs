@@ -1,0 +1,93 @@
+//! P4, and the way back from it: vCPUs paused, every device taken to a barrier, all at once.
+
+use std::sync::atomic::Ordering;
+
+use vfio_migration_device::{Position, TransitionError};
+use vfio_migration_engine::{Barrier, DeviceProgress};
+use vfio_migration_types::{MigrationState, Phase};
+
+use crate::Paused;
+use crate::clock::monotonic_ns;
+use crate::fail::InPhase;
+use crate::pump::Stream;
+use crate::stop::{self, Stop};
+use crate::together::together;
+
+use super::worker::Worker;
+
+impl Worker<'_> {
+    /// Pauses the guest. The token is kept until the attempt is undone or committed.
+    pub(super) fn pause(&mut self) -> Result<bool, Stop> {
+        // Before, not after: the downtime begins when the first vCPU stops.
+        let now = monotonic_ns();
+        let paused = Paused::pause(&self.machine).map_err(|error| error.in_phase(Phase::Quiesce))?;
+        self.counters.paused_ns.store(now, Ordering::Release);
+        let ran = paused.ran();
+        self.paused = Some(paused);
+        Ok(ran)
+    }
+
+    /// Lets the guest go on, on the way back to P3.
+    pub(super) fn resume(&mut self) -> Result<(), Stop> {
+        // The token goes only when the guest does: an attempt that fails here must still know that the guest stands.
+        if let Some(paused) = &mut self.paused {
+            paused.end().map_err(|error| error.in_phase(Phase::Quiesce))?;
+        }
+        self.paused = None;
+        self.counters.paused_ns.store(0, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes every device to `barrier`; it is reached when the slowest is there.
+    pub(super) fn take_devices(&mut self, barrier: Barrier) -> Result<Vec<DeviceProgress>, Stop> {
+        if self.saboteur.breaks_p2p_order() {
+            match barrier {
+                Barrier::Running => {}
+                Barrier::P2p => return self.device_progress(Phase::Quiesce),
+                Barrier::StopCopy => {
+                    self.stop_one_by_one()?;
+                    return self.device_progress(Phase::Quiesce);
+                }
+            }
+        }
+        let results = together(self.streams.iter_mut(), |stream| {
+            take(stream, barrier).map_err(|error| Stop::from(error.in_phase(Phase::Quiesce)))
+        });
+        stop::all(results)?;
+        self.device_progress(Phase::Quiesce)
+    }
+
+    /// A negative control: each device is stopped and read to its end while the next ones still run.
+    fn stop_one_by_one(&mut self) -> Result<(), Stop> {
+        let context = crate::pump::PumpContext {
+            link: &self.link,
+            limiter: self.control.limiter(),
+            interrupt: &self.wires.interrupt,
+            patience: self.patience(false),
+        };
+        for stream in &mut self.streams {
+            take(stream, Barrier::StopCopy).map_err(|error| error.in_phase(Phase::Quiesce))?;
+            stream.drain(context)?;
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
+fn take(stream: &mut Stream<'_>, barrier: Barrier) -> Result<(), TransitionError> {
+    let p2p = stream.flags().p2p;
+    match (&mut stream.session, barrier) {
+        (Some(session), Barrier::Running) => session.go(Position::PreCopy),
+        (Some(session), Barrier::P2p) if p2p => session.go(Position::PreCopyP2p),
+        (Some(session), Barrier::StopCopy) => session.go(Position::StopCopy),
+        (None, Barrier::Running) => stream.device.set_state(MigrationState::Running),
+        (None, Barrier::P2p) if p2p => stream.device.set_state(MigrationState::RunningP2p),
+        // Without P2P states there is nothing between running and stopped.
+        (_, Barrier::P2p) => Ok(()),
+        (None, Barrier::StopCopy) => {
+            stream.device.set_state(MigrationState::Stop)?;
+            stream.session = Some(stream.device.begin_stop_copy()?);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The way back: everything that the attempt did is undone, with the same barrier that led there.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vfio_migration_engine::SourceEvent;
+use vfio_migration_memory::{DirtySource, stop_all};
+use vfio_migration_types::{DeviceId, MigrationState};
+
+use crate::LockError;
+use crate::fail::sentence;
+use crate::pump::Stream;
+use crate::together::together;
+
+use super::worker::Worker;
+
+/// How long the destination may take to let go of the storage locks, once it knows that it must.
+const LOCKS_LIMIT: Duration = Duration::from_secs(5);
+/// Pause between two tries.
+const LOCKS_PAUSE: Duration = Duration::from_millis(5);
+
+impl Worker<'_> {
+    /// Undoes what was done, as far as it can be undone: what cannot is in the answer.
+    pub(super) fn roll_back(&mut self) -> SourceEvent {
+        // The action under way has ended: this one is not to be interrupted.
+        self.wires.interrupt.clear();
+        let mut locks_lost = Vec::new();
+        if std::mem::take(&mut self.locks_free)
+            && let Err(error) = self.take_locks_back()
+        {
+            tracing::error!(error = %sentence(&error), "a storage lock could not be taken back");
+            locks_lost.push(error.lock);
+        }
+        let (reset, not_reset) = self.devices_back();
+        // A guest whose device neither went back nor was reset would run beside a device in no known state.
+        let hold = !locks_lost.is_empty()
+            || !not_reset.is_empty()
+            || (self.options.hold_if_reset && !reset.is_empty());
+        // A machine that panicked while it was paused left no token: nobody knows whether its guest stands.
+        let mut restored = !hold && !self.pause_unknown;
+        if let Some(mut paused) = self.paused.take() {
+            if hold {
+                paused.hold();
+            } else if let Err(error) = paused.resume() {
+                // The token knew until now; with it gone, the answer must say that the guest stands.
+                tracing::error!(error = %sentence(&error), "the guest could not be resumed");
+                restored = false;
+            }
+        }
+        self.counters.paused_ns.store(0, Ordering::Release);
+        // Last: it takes time, and the guest need not wait for it.
+        self.stop_logging();
+        SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }
+    }
+
+    /// The destination may still hold the locks, and lets go of them on its own way back.
+    fn take_locks_back(&self) -> Result<(), LockError> {
+        let begun = Instant::now();
+        loop {
+            match self.machine.take_locks() {
+                Err(error) if begun.elapsed() < LOCKS_LIMIT => {
+                    tracing::debug!(error = %sentence(&error), "a storage lock is still held elsewhere");
+                    std::thread::sleep(LOCKS_PAUSE);
+                }
+                taken => return taken,
+            }
+        }
+    }
+
+    /// Ends every dirty log. What fails is logged: a log that goes on costs time, not correctness.
+    pub(super) fn stop_logging(&mut self) {
+        if !std::mem::take(&mut self.logging) {
+            return;
+        }
+        let mut all: Vec<&dyn DirtySource> = self.sources.iter().map(AsRef::as_ref).collect();
+        all.extend(
+            self.streams
+                .iter()
+                .filter_map(|stream| stream.device.dirty_log())
+                .map(|log| log as &dyn DirtySource),
+        );
+        if let Err(error) = stop_all(&all) {
+            tracing::warn!(error = %sentence(&error), "a dirty log could not be stopped");
+        }
+    }
+
+    /// All sessions ended, all devices that can at RUNNING_P2P, then all RUNNING. Returns those that were
+    /// reset, and those that needed it and could not be.
+    fn devices_back(&mut self) -> (Vec<DeviceId>, Vec<DeviceId>) {
+        let mut lost = vec![false; self.streams.len()];
+        for step in [end_session, to_p2p, to_running] as [Step; 3] {
+            let work = self.streams.iter_mut().zip(&mut lost).filter(|(_, lost)| !**lost);
+            together(work, |(stream, lost)| {
+                if let Err(error) = step(stream) {
+                    tracing::error!(device = %stream.id, %error, "a device cannot go back by itself and is reset");
+                    stream.session = None;
+                    *lost = true;
+                }
+            });
+        }
+        let resets =
+            self.streams.iter().zip(&lost).filter(|(_, lost)| **lost).map(|(stream, _)| &stream.device);
+        let results = together(resets, |device| {
+            let done = device.reset().map_err(|error| {
+                tracing::error!(device = %device.id(), error = %sentence(&error), "the reset failed too");
+            });
+            (device.id().clone(), done.is_ok())
+        });
+        let (reset, not_reset): (Vec<_>, Vec<_>) = results.into_iter().partition(|(_, done)| *done);
+        let names = |devices: Vec<(DeviceId, bool)>| devices.into_iter().map(|(id, _)| id).collect();
+        (names(reset), names(not_reset))
+    }
+}
+
+/// One device's part of one step back.
+type Step = fn(&mut Stream<'_>) -> Result<(), String>;
+
+fn end_session(stream: &mut Stream<'_>) -> Result<(), String> {
+    match stream.session.take() {
+        Some(session) => session.end().map(drop).map_err(|error| sentence(&error)),
+        None => Ok(()),
+    }
+}
+
+/// A device that never left RUNNING need not go anywhere: it is asked first.
+fn to_p2p(stream: &mut Stream<'_>) -> Result<(), String> {
+    let state = stream.device.state().map_err(|error| sentence(&error))?;
+    if state == MigrationState::Running || !stream.flags().p2p {
+        return Ok(());
+    }
+    stream.device.set_state(MigrationState::RunningP2p).map_err(|error| sentence(&error))
+}
+
+fn to_running(stream: &mut Stream<'_>) -> Result<(), String> {
+    stream.device.set_state(MigrationState::Running).map_err(|error| sentence(&error))
+}

@@ -1,0 +1,465 @@
+//! The session's loop: what happens becomes the engine's events, the engine's actions become jobs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use vfio_migration_engine::ownership::SourceState;
+use vfio_migration_engine::{
+    self as engine, DeviceFacts, SourceAction, SourceConfig, SourceEvent, SourceOutcome,
+};
+use vfio_migration_types::{AttemptId, Bitmap, Epoch, Granule, Phase};
+use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Message, VERSIONS};
+
+use crate::credit::Credit;
+use crate::fail::{self, InPhase};
+use crate::interrupt::Interrupt;
+use crate::journal::{Journal, Side};
+use crate::link::{Link, LinkError, Reader};
+use crate::pump::{DeviceCounters, Stream};
+use crate::{Completed, Control, Machine, MigratableDevice, MigrateError, Progress, SourceOptions, Uri};
+
+use super::outcome::{self, Shown};
+use super::sabotage::Saboteur;
+use super::worker::{Counters, Worker};
+use super::{draw_attempt, not_begun, refused_here};
+
+/// How often the loop looks at what nobody tells it: keep-alives, silence, progress.
+const TICK: Duration = Duration::from_millis(100);
+/// Nothing sent for this long: a ping, so that the peer knows that we live.
+const KEEP_ALIVE: Duration = Duration::from_millis(250);
+/// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
+/// How long an interrupted action may take to notice, before the link is cut under it.
+const GRACE: Duration = Duration::from_millis(250);
+/// How long a last word may take to reach the peer, at the end.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Nobody is there to do what the engine asks for.
+const GONE: &str = "the session's own threads are gone: a defect of this program";
+
+/// What the threads of a session share.
+#[derive(Debug, Default)]
+pub(super) struct Wires {
+    pub(super) interrupt: Interrupt,
+    pub(super) ram_crc: AtomicBool,
+    credits: Vec<Credit>,
+    /// The engine's phase, by its index in [`Phase::ALL`].
+    phase: AtomicUsize,
+}
+
+/// Where a session's threads put what happened.
+#[derive(Clone, Debug)]
+pub(super) struct Events(Sender<SourceEvent>);
+
+impl Events {
+    pub(super) fn tell(&self, event: SourceEvent) {
+        // Nobody listens any more: the session is at its end.
+        let _ = self.0.send(event);
+    }
+}
+
+/// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
+pub(super) struct Prepared {
+    machine: Arc<dyn Machine>,
+    options: SourceOptions,
+    control: Control,
+    uri: Uri,
+    journal: Journal,
+    attempt: AttemptId,
+    epoch: Epoch,
+    devices: Vec<(MigratableDevice, vfio_migration_device::Capabilities)>,
+    engine: engine::Source,
+}
+
+impl Prepared {
+    pub(super) fn new(
+        machine: Arc<dyn Machine>,
+        options: SourceOptions,
+        control: Control,
+        uri: Uri,
+    ) -> Result<Self, MigrateError> {
+        let vm = machine.id();
+        if control.cancel_waits() {
+            return Err(not_begun(Phase::Plan, "cancelled before it began"));
+        }
+        let attempt = draw_attempt()?;
+        let journal = Journal::open(options.state_dir.as_deref(), vm, Side::Source)
+            .map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+        let epoch = owned_epoch(&journal, &options)?;
+        let manifest = machine.manifest().map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+        let manifest = serde_json::to_vec(&manifest)
+            .map_err(|error| not_begun(Phase::Plan, format!("the manifest cannot be written: {error}")))?;
+        let devices = usable_devices(machine.as_ref(), &options)?;
+        let facts = devices.iter().map(|(moved, capabilities)| DeviceFacts {
+            id: moved.device.id().clone(),
+            flags: capabilities.flags,
+            precopy_info: capabilities.precopy_info,
+        });
+        let limit = options.downtime_limit;
+        let verify = options.verify && !options.sabotage.as_ref().is_some_and(|plan| plan.verify_blind);
+        let features =
+            if verify { FEATURE_VERIFY } else { 0 } | if options.ram_crc { FEATURE_RAM_CRC } else { 0 };
+        let mut engine = engine::Source::new(SourceConfig {
+            vm,
+            attempt,
+            epoch,
+            versions: VERSIONS,
+            features,
+            manifest,
+            devices: facts.collect(),
+            no_peer_dma: options.no_peer_dma,
+            downtime_limit: limit,
+            // COMMIT, its answer, and the start of the devices there: a tenth of the limit, within reason.
+            commit_reserve: options.commit_reserve.unwrap_or(
+                (limit / 10).clamp(Duration::from_millis(5), Duration::from_millis(100)).min(limit / 2),
+            ),
+            give_up_after: options.give_up_after,
+            pause_before_switchover: options.pause_before_switchover,
+            verify,
+            peer_timeout: options.peer_timeout,
+        });
+        // An engine that refuses its configuration says so before anything else.
+        if let Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) = engine.poll_action() {
+            return Err(refused_here(abort.cause));
+        }
+        Ok(Self { machine, options, control, uri, journal, attempt, epoch, devices, engine })
+    }
+
+    pub(super) fn options(&self) -> &SourceOptions {
+        &self.options
+    }
+
+    /// Runs the attempt over a connected socket.
+    pub(super) fn run(
+        self,
+        socket: std::os::fd::OwnedFd,
+        begun: Instant,
+        mut observer: impl FnMut(&Progress),
+    ) -> Result<Completed, MigrateError> {
+        let link = Link::new(socket)
+            .map_err(|error| refused_here(fail::plain(Phase::Hello, fail::sentence(&error))))?;
+        let counters = Counters {
+            devices: self.devices.iter().map(|_| DeviceCounters::default()).collect(),
+            ..Counters::default()
+        };
+        let wires =
+            Wires { credits: self.devices.iter().map(|_| Credit::default()).collect(), ..Wires::default() };
+        let (sender, events) = mpsc::channel();
+        let tell = Events(sender.clone());
+        self.control.attach(sender);
+        let ram = self.machine.ram();
+        let mut streams: Vec<Stream<'_>> = Vec::with_capacity(self.devices.len());
+        let saboteur = Saboteur::new(self.options.sabotage.clone());
+        for (index, (moved, capabilities)) in self.devices.iter().enumerate() {
+            let (Some(credit), Some(counts)) = (wires.credits.get(index), counters.devices.get(index)) else {
+                break;
+            };
+            let index = u16::try_from(index).unwrap_or(u16::MAX);
+            let device = Arc::clone(&moved.device);
+            let mut stream = Stream::new(index, device, *capabilities, credit, counts);
+            stream.alter_tail = saboteur.alters_device_tail();
+            streams.push(stream);
+        }
+        let worker = Worker {
+            machine: Arc::clone(&self.machine),
+            dirty: Bitmap::new(ram.size(), Granule::PAGE),
+            ram,
+            options: &self.options,
+            control: &self.control,
+            uri: &self.uri,
+            link: Arc::clone(&link),
+            wires: &wires,
+            counters: &counters,
+            journal: &self.journal,
+            attempt: self.attempt,
+            epoch: self.epoch,
+            functions: self.devices.iter().map(|(moved, _)| moved.clone()).collect(),
+            streams,
+            sources: Vec::new(),
+            logging: false,
+            ram_pages: 0,
+            paused: None,
+            locks_free: false,
+            pause_unknown: false,
+            saboteur,
+        };
+        let names: Vec<_> = self.devices.iter().map(|(moved, _)| moved.device.id().clone()).collect();
+        let mut shown = Shown::new(begun, self.machine.ram().size(), names);
+        let outcome = std::thread::scope(|scope| {
+            let (jobs, queue) = mpsc::channel();
+            let reader = link.reader();
+            let reading = (Arc::clone(&link), tell.clone());
+            let wires = &wires;
+            let hearing = scope.spawn(move || hear(reader, &reading.0, &reading.1, wires));
+            let working = scope.spawn(move || worker.run(&queue, &tell));
+            let session = Session {
+                engine: self.engine,
+                link: &link,
+                wires,
+                counters: &counters,
+                jobs,
+                events,
+                control: &self.control,
+                begun,
+                peer_timeout: self.options.peer_timeout,
+                submitted: 0,
+                cut_at: None,
+                link_lost: false,
+            };
+            let outcome = session.run(&mut shown, &mut observer);
+            // The queue is closed: when the worker has ended, the last word has been said. The peer closes when it has
+            // read it; a peer that does not is not waited for.
+            let farewell = Instant::now();
+            let patient = || farewell.elapsed() < FAREWELL;
+            while !working.is_finished() && patient() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            link.shutdown_write();
+            while !hearing.is_finished() && patient() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            link.shutdown();
+            outcome
+        });
+        self.control.detach();
+        outcome::tell(outcome, &shown, &counters, &link, &self.uri, self.machine.id(), self.attempt)
+    }
+}
+
+/// The loop, on the caller's thread.
+struct Session<'a> {
+    engine: engine::Source,
+    link: &'a Link,
+    wires: &'a Wires,
+    counters: &'a Counters,
+    jobs: Sender<SourceAction>,
+    events: Receiver<SourceEvent>,
+    control: &'a Control,
+    begun: Instant,
+    peer_timeout: Duration,
+    submitted: u64,
+    /// When the link is cut under an interrupted action, and the job that must be done before.
+    cut_at: Option<(Instant, u64)>,
+    link_lost: bool,
+}
+
+impl Session<'_> {
+    /// Runs until the engine has finished. The job queue closes with it, and the worker ends.
+    fn run(mut self, shown: &mut Shown, observer: &mut impl FnMut(&Progress)) -> SourceOutcome {
+        self.engine.handle(SourceEvent::Connected, self.now());
+        self.wires.note(&self.engine);
+        loop {
+            if let Some(outcome) = self.act() {
+                self.show(shown, observer, true);
+                return outcome;
+            }
+            self.show(shown, observer, false);
+            let now = self.now();
+            let due = self.engine.deadline().map_or(TICK, |due| due.saturating_sub(now).min(TICK));
+            match self.events.recv_timeout(due) {
+                Ok(event) => {
+                    self.link_lost |= matches!(event, SourceEvent::LinkLost(_));
+                    self.engine.handle(event, self.now());
+                    self.wires.note(&self.engine);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return SourceOutcome::Unresolved(GONE.into());
+                }
+            }
+            let now = self.now();
+            if self.engine.deadline().is_some_and(|due| due <= now) {
+                self.engine.handle(SourceEvent::Tick, now);
+            }
+            self.watch();
+        }
+    }
+
+    /// Hands the engine's actions to the worker; gives the outcome when there is one.
+    fn act(&mut self) -> Option<SourceOutcome> {
+        while let Some(action) = self.engine.poll_action() {
+            tracing::debug!(?action, "action");
+            match action {
+                SourceAction::Finish(outcome) => return Some(outcome),
+                // The way back must not wait for what is being sent, the abort itself included.
+                SourceAction::RollBack => self.interrupt(self.submitted),
+                SourceAction::Send(Message::Abort(_)) => self.interrupt(self.submitted + 1),
+                SourceAction::AskAgain => self.wires.interrupt.raise(),
+                _ => {}
+            }
+            self.submitted += 1;
+            if self.jobs.send(action).is_err() {
+                // The worker lives as long as the queue, whatever the VMM's code does in it.
+                return Some(SourceOutcome::Unresolved(GONE.into()));
+            }
+        }
+        None
+    }
+
+    /// Tells the action under way to end. If the jobs up to number `job` are not done soon, it is the link that holds
+    /// them up, and the link is cut.
+    fn interrupt(&mut self, job: u64) {
+        self.wires.interrupt.raise();
+        let until = self.cut_at.map_or_else(|| Instant::now() + GRACE, |(until, _)| until);
+        self.cut_at = Some((until, job));
+    }
+
+    /// What nobody tells: an action that does not notice its interrupt, a peer that went silent.
+    fn watch(&mut self) {
+        if let Some((at, job)) = self.cut_at {
+            if self.counters.jobs_done.load(Ordering::Acquire) >= job {
+                self.cut_at = None;
+            } else if Instant::now() >= at {
+                self.link.give_up(
+                    "the connection did not take what was being sent when the migration was given up",
+                );
+                self.cut_at = None;
+            }
+        }
+        if self.link_lost {
+            return;
+        }
+        self.link.keep_alive(KEEP_ALIVE);
+        let limit = self.peer_timeout.max(SHORTEST_SILENCE);
+        if self.link.silence() > limit {
+            self.link.give_up(&format!("the destination has said nothing for {limit:?}"));
+        }
+    }
+
+    fn show(&self, shown: &mut Shown, observer: &mut impl FnMut(&Progress), last: bool) {
+        let progress = self.engine.progress(self.now());
+        if let Some(progress) = shown.update(&progress, self.counters, self.link.wire_bytes(), last) {
+            self.control.set_progress(progress.clone());
+            observer(&progress);
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+}
+
+impl Drop for Session<'_> {
+    /// An observer that panics must not leave the other threads waiting: the queue closes with the session, and the
+    /// link ends here. The worker then undoes what was done.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.wires.interrupt.raise();
+            self.link.shutdown();
+        }
+    }
+}
+
+impl Wires {
+    /// Takes note of what was negotiated.
+    fn note(&self, engine: &engine::Source) {
+        let phase = Phase::ALL.iter().position(|phase| *phase == engine.phase());
+        self.phase.store(phase.unwrap_or(0), Ordering::Relaxed);
+        let crc = engine.negotiated().is_some_and(|reply| reply.features & FEATURE_RAM_CRC != 0);
+        self.ram_crc.store(crc, Ordering::Relaxed);
+    }
+
+    /// Where the engine is: what other threads' failures name.
+    pub(super) fn phase(&self) -> Phase {
+        Phase::ALL.get(self.phase.load(Ordering::Relaxed)).copied().unwrap_or(Phase::Plan)
+    }
+}
+
+/// The reader's thread: hears the destination until the connection ends, then says why it did.
+fn hear(mut reader: Reader, link: &Link, events: &Events, wires: &Wires) {
+    let error = loop {
+        match reader.next() {
+            Ok(Frame::Message(Message::Credit { device, bytes })) => {
+                match wires.credits.get(usize::from(device)) {
+                    Some(credit) => credit.grant(bytes),
+                    None => break LinkError::Unexpected,
+                }
+            }
+            Ok(Frame::Message(message)) => events.tell(SourceEvent::Peer(message)),
+            Ok(_) => break LinkError::Unexpected,
+            Err(error) => break error,
+        }
+    };
+    let damaged = matches!(error, LinkError::Wire(_) | LinkError::Unexpected);
+    // If our own writing failed first, that is the reason.
+    let why = link.write_error().unwrap_or_else(|| fail::sentence(&error));
+    if damaged {
+        // Told first, so that the destination learns why.
+        events.tell(SourceEvent::Damaged(fail::plain(wires.phase(), why.clone())));
+    }
+    events.tell(SourceEvent::LinkLost(why));
+    if damaged {
+        reader.drain();
+    } else {
+        // Nobody reads any more: whoever is writing need not wait.
+        link.shutdown();
+    }
+}
+
+/// The epoch under which this side owns the guest, if the journal does not say that it does not.
+fn owned_epoch(journal: &Journal, options: &SourceOptions) -> Result<Epoch, MigrateError> {
+    let file = journal.read().map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+    let committing = |record: &&engine::ownership::SourceRecord| record.state == SourceState::Committing;
+    let unanswered = file.source.as_ref().filter(committing);
+    if let Some(record) = unanswered.filter(|record| file.owned_epoch() <= Some(record.epoch)) {
+        return Err(MigrateError::Unresolved {
+            why: format!(
+                "the journal says that attempt {} to {} was committed to and never answered",
+                record.attempt, record.peer
+            ),
+        });
+    }
+    let epoch = file.owned_epoch().map_or(options.epoch, |known| known.max(options.epoch));
+    match file.released_epoch() {
+        Some(released) if released >= epoch => {
+            let text = format!(
+                "the journal says that this VM was given away under epoch {}, and nothing says that it came back",
+                released.0
+            );
+            let remedy = "if it did come back, pass the epoch under which it did";
+            Err(refused_here(fail::with_remedy(Phase::Plan, text, remedy)))
+        }
+        _ => Ok(epoch),
+    }
+}
+
+/// The machine's devices, if each of them can migrate.
+fn usable_devices(
+    machine: &dyn Machine,
+    options: &SourceOptions,
+) -> Result<Vec<(MigratableDevice, vfio_migration_device::Capabilities)>, MigrateError> {
+    let devices = machine.devices();
+    if devices.len() > usize::from(vfio_migration_wire::limits::DEVICES) {
+        return Err(not_begun(
+            Phase::Plan,
+            format!("{} devices are more than can migrate at once", devices.len()),
+        ));
+    }
+    devices
+        .into_iter()
+        .map(|moved| {
+            let id = moved.device.id();
+            let capabilities = moved.device.capabilities().map_err(|why| {
+                refused_here(fail::of_device(
+                    Phase::Plan,
+                    id,
+                    format!("device {id} cannot migrate: {}", why.0),
+                ))
+            })?;
+            if !capabilities.dirty_log && !options.allow_all_dirty {
+                let text = format!(
+                    "device {id} has no log of its DMA writes: nobody would know which pages it wrote"
+                );
+                let mut failure = fail::of_device(Phase::Plan, id, text);
+                failure.remedy =
+                    "allow all of RAM to be sent again while the guest stands, if its downtime may grow by \
+                                  that"
+                        .into();
+                return Err(refused_here(failure));
+            }
+            Ok((moved, capabilities))
+        })
+        .collect()
+}

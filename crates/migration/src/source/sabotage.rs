@@ -1,0 +1,104 @@
+//! Negative controls: one thing broken on purpose, below the engine's own checks. They prove that the checks see it.
+
+use std::collections::BTreeMap;
+
+use vfio_migration_memory::GuestRam;
+use vfio_migration_types::{Bitmap, PAGE_SIZE, Phase, RamOffset, Range};
+
+use crate::fail::InPhase;
+use crate::link::Link;
+use crate::options::{Sabotage, SabotageKind};
+use crate::stop::Stop;
+
+/// Most old copies kept: 64 MiB.
+const MOST_COPIES: usize = 16_384;
+/// Most pages hidden per report, or sent stale: enough to be found, few enough for the guest to live.
+const MOST_VICTIMS: u64 = 64;
+
+/// Does what a [`Sabotage`] says; nothing at all without one.
+#[derive(Debug, Default)]
+pub(super) struct Saboteur {
+    plan: Option<Sabotage>,
+    copies: BTreeMap<u64, Vec<u8>>,
+}
+
+impl Saboteur {
+    pub(super) fn new(plan: Option<Sabotage>) -> Self {
+        Self { plan, copies: BTreeMap::new() }
+    }
+
+    pub(super) fn hides_device_log(&self) -> bool {
+        self.does(SabotageKind::DropDeviceLog)
+    }
+
+    pub(super) fn breaks_p2p_order(&self) -> bool {
+        self.does(SabotageKind::P2pOrder)
+    }
+
+    pub(super) fn alters_device_tail(&self) -> bool {
+        self.does(SabotageKind::DeviceTail)
+    }
+
+    /// Drops a few bits of what is left to be sent in the final pass.
+    pub(super) fn hide_dirty(&self, dirty: &mut Bitmap, last: bool) {
+        if !last || !self.does(SabotageKind::DropDirtyBit) {
+            return;
+        }
+        let victims: Vec<u64> =
+            self.victims(dirty).take(usize::try_from(MOST_VICTIMS).unwrap_or(0)).collect();
+        for page in victims {
+            dirty.clear(page);
+        }
+    }
+
+    /// Keeps what pages hold now, about to be sent for the first time: copies that will be old one day.
+    pub(super) fn remember(&mut self, ram: &GuestRam, pages: &Bitmap) {
+        if !self.does(SabotageKind::StaleAfterLast) || !self.copies.is_empty() {
+            return;
+        }
+        let victims: Vec<u64> = self.victims(pages).take(MOST_COPIES).collect();
+        for page in victims {
+            let mut copy = vec![0; 4096];
+            if ram.read(RamOffset(page * PAGE_SIZE), &mut copy).is_ok() {
+                self.copies.insert(page, copy);
+            }
+        }
+    }
+
+    /// Sends the first copies of `pages`, which have just been sent for the last time. Returns the pages sent.
+    pub(super) fn send_stale(&self, ram: &GuestRam, link: &Link, pages: &Bitmap) -> Result<u64, Stop> {
+        if !self.does(SabotageKind::StaleAfterLast) {
+            return Ok(0);
+        }
+        let mut sent = 0;
+        for page in self.victims(pages) {
+            let zero = vec![0; 4096];
+            let old = match self.copies.get(&page) {
+                Some(old) => old,
+                // Not there at first: a page nobody had written yet.
+                None if self.copies.len() < MOST_COPIES => &zero,
+                None => continue,
+            };
+            let Ok(range) = Range::new(RamOffset(page * PAGE_SIZE), PAGE_SIZE) else { continue };
+            let mut now = vec![0; 4096];
+            ram.read_pages_into(range, &mut now).map_err(|error| error.in_phase(Phase::Final))?;
+            if now != *old && sent < MOST_VICTIMS {
+                link.send_page_copy(page, old).map_err(|error| Stop::sending(error, Phase::Final))?;
+                sent += 1;
+            }
+        }
+        Ok(sent)
+    }
+
+    fn does(&self, kind: SabotageKind) -> bool {
+        self.plan.as_ref().is_some_and(|plan| plan.kind == kind)
+    }
+
+    /// Dirty pages within the plan's stretch.
+    fn victims<'a>(&'a self, pages: &'a Bitmap) -> impl Iterator<Item = u64> + 'a {
+        let stretch = self.plan.as_ref().and_then(|plan| plan.pages.clone());
+        pages.runs().flat_map(|run| run.first..run.first + run.count).filter(move |page| {
+            stretch.as_ref().is_none_or(|stretch| stretch.contains(&RamOffset(page * PAGE_SIZE)))
+        })
+    }
+}

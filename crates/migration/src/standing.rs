@@ -1,0 +1,140 @@
+//! What a state directory says of who owns a VM: for a process that starts, and has no guest yet.
+//!
+//! A process that restarts has lost its guest's RAM. Whether the VM may be started anew here, from its disks, is
+//! decided by its journal: never while a COMMIT is undecided, and never once the guest belongs to another host.
+
+use std::path::Path;
+
+use vfio_migration_engine::ownership::{DestinationState, SourceState};
+use vfio_migration_types::{Epoch, VmId};
+
+use crate::journal::{JournalError, JournalFile, read_journal};
+
+/// Who owns a VM, as far as this host's journal knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Standing {
+    /// Nothing is written of it.
+    Unknown,
+    /// It was ours under this epoch when its process ended. It may be started anew, under the same epoch.
+    Ours(Epoch),
+    /// It is another host's: it moved there, or it was only offered to this one.
+    Elsewhere {
+        /// The epoch under which the other owns it.
+        epoch: Epoch,
+        /// Where it went, or came from.
+        peer: String,
+    },
+    /// COMMIT may have been sent, and its outcome is not known here: a person, or the other side, decides.
+    Undecided {
+        /// The epoch that the COMMIT would begin.
+        epoch: Epoch,
+        /// Where it was sent.
+        peer: String,
+    },
+}
+
+/// Reads who owns `vm` from the journal in `dir`.
+///
+/// # Errors
+/// The journal cannot be read, or makes no sense: then nobody should start the VM.
+pub fn standing(dir: &Path, vm: VmId) -> Result<Standing, JournalError> {
+    Ok(read_journal(dir, vm)?.map_or(Standing::Unknown, |file| of(&file)))
+}
+
+fn of(file: &JournalFile) -> Standing {
+    let taken_in = file
+        .destination
+        .as_ref()
+        .filter(|record| record.state == DestinationState::Owner)
+        .map(|record| record.epoch.next());
+    if let Some(sent) = &file.source {
+        // What was sent away counts only if it did not come back since.
+        let since = taken_in.is_none_or(|back| sent.epoch.next() > back);
+        let (epoch, peer) = (sent.epoch.next(), sent.peer.clone());
+        match sent.state {
+            SourceState::Committing if since => return Standing::Undecided { epoch, peer },
+            SourceState::Released if since => return Standing::Elsewhere { epoch, peer },
+            SourceState::Owner | SourceState::Sending => {
+                return Standing::Ours(taken_in.map_or(sent.epoch, |back| back.max(sent.epoch)));
+            }
+            SourceState::Committing | SourceState::Released => {}
+        }
+    }
+    match (taken_in, &file.destination) {
+        (Some(epoch), _) => Standing::Ours(epoch),
+        (None, Some(offered)) => Standing::Elsewhere { epoch: offered.epoch, peer: offered.peer.clone() },
+        (None, None) => Standing::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use vfio_migration_engine::ownership::{DestinationRecord, SourceRecord};
+    use vfio_migration_types::AttemptId;
+
+    use super::*;
+
+    const VM: VmId = VmId([7; 16]);
+
+    fn file(sent: Option<(u64, SourceState)>, taken: Option<(u64, DestinationState)>) -> JournalFile {
+        let attempt = AttemptId([1; 16]);
+        let peer = || "tcp:there:1".to_owned();
+        JournalFile {
+            version: 1,
+            vm: VM,
+            source: sent.map(|(epoch, state)| SourceRecord {
+                vm: VM,
+                attempt,
+                epoch: Epoch(epoch),
+                state,
+                peer: peer(),
+            }),
+            destination: taken.map(|(epoch, state)| DestinationRecord {
+                vm: VM,
+                attempt,
+                epoch: Epoch(epoch),
+                state,
+                peer: peer(),
+            }),
+        }
+    }
+
+    #[test]
+    fn what_each_journal_means() {
+        let elsewhere = |epoch| Standing::Elsewhere { epoch: Epoch(epoch), peer: "tcp:there:1".into() };
+        let undecided = |epoch| Standing::Undecided { epoch: Epoch(epoch), peer: "tcp:there:1".into() };
+        use DestinationState::{Aborted, Loading, Owner as Arrived, Ready};
+        use SourceState::{Committing, Owner, Released, Sending};
+        for (sent, taken, standing) in [
+            (None, None, Standing::Unknown),
+            (Some((0, Owner)), None, Standing::Ours(Epoch(0))),
+            (Some((0, Sending)), None, Standing::Ours(Epoch(0))),
+            (Some((0, Committing)), None, undecided(1)),
+            (Some((0, Released)), None, elsewhere(1)),
+            (None, Some((0, Loading)), elsewhere(0)),
+            (None, Some((0, Ready)), elsewhere(0)),
+            (None, Some((0, Aborted)), elsewhere(0)),
+            (None, Some((0, Arrived)), Standing::Ours(Epoch(1))),
+            // It went away, and came back.
+            (Some((0, Released)), Some((1, Arrived)), Standing::Ours(Epoch(2))),
+            (Some((0, Released)), Some((1, Ready)), elsewhere(1)),
+            // It came, and went away again.
+            (Some((1, Released)), Some((0, Arrived)), elsewhere(2)),
+            (Some((1, Committing)), Some((0, Arrived)), undecided(2)),
+            (Some((1, Owner)), Some((0, Arrived)), Standing::Ours(Epoch(1))),
+        ] {
+            assert_eq!(of(&file(sent, taken)), standing, "{sent:?} {taken:?}");
+        }
+    }
+
+    #[test]
+    fn a_journal_that_makes_no_sense_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(standing(dir.path(), VM).unwrap(), Standing::Unknown);
+        for text in ["", "{}", "nonsense", r#"{"version":2,"vm":"07070707-0707-0707-0707-070707070707"}"#] {
+            std::fs::write(dir.path().join(format!("{VM}.json")), text).unwrap();
+            assert!(standing(dir.path(), VM).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! Doing something with every device at once: a barrier is reached when the slowest device has reached it.
+
+/// Calls `work` for each item, each on a thread of its own, and returns the results in order. One item needs no thread.
+pub(crate) fn together<T: Send, R: Send>(
+    items: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let mut items: Vec<T> = items.into_iter().collect();
+    if items.len() < 2 {
+        return items.drain(..).map(work).collect();
+    }
+    let work = &work;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || work(item))).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
+}

@@ -1,0 +1,270 @@
+//! Scripted faults: what a device does wrong on purpose, as a string on a command line.
+//!
+//! Each is written `name[:argument]…`, and printing a fault gives back what it parses from.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use vfio_migration_types::MigrationState;
+
+use crate::error::{Name, errno_by_name};
+
+/// One thing that goes wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// `fail-arc:FROM:TO:ERRNO[:TIMES]` or `fail-arc:N:ERRNO`: the arc fails; the device stays where it was.
+    FailArc {
+        /// Which arc.
+        which: Which,
+        /// What it answers.
+        errno: Errno,
+        /// How often, for an arc given by its ends; always when `None`.
+        times: Option<u32>,
+    },
+    /// `error-arc:FROM:TO`: the arc fails with EIO and leaves the device in ERROR.
+    ErrorArc(Which),
+    /// `hang-arc:FROM:TO[:MS]`: the arc does not return for so long; never, without a time.
+    HangArc {
+        /// Which arc.
+        which: Which,
+        /// How long; until the device is dropped when `None`.
+        time: Option<Duration>,
+    },
+    /// `short-read:N`: a read of device state gives at most N bytes.
+    ShortRead(usize),
+    /// `wrong-size-estimate:PERCENT`: the STOP_COPY size estimate is so many percent of the right one.
+    WrongSizeEstimate(u64),
+    /// `die-in-read:BYTES`: the server vanishes in the read after so many bytes of device state were read.
+    DieInRead(u64),
+    /// `enodev-mid-stream:BYTES`: after so many bytes of a session it is gone, as when the guest resets the function:
+    /// ENODEV, and the device is RUNNING.
+    EnodevMidStream(u64),
+    /// `corrupt-tail`: one byte of a bulk-state page in the STOP_COPY data is altered; the record's own checksum fits
+    /// the altered bytes, so that only the device at the other end can notice.
+    CorruptTail,
+    /// `ignore-dirty-log[:N]`: the device's DMA log omits every page whose number is a multiple of N (2 if not given).
+    IgnoreDirtyLog(u64),
+    /// `lose-raise:VECTOR:N`: the N-th raise of a vector is counted by the device, but no interrupt is sent.
+    LoseRaise {
+        /// Which vector.
+        vector: usize,
+        /// Which raise, from 1.
+        nth: u64,
+    },
+    /// `fail-reset:ERRNO`: a reset fails and changes nothing.
+    FailReset(Errno),
+}
+
+/// Which arc of the state machine a fault is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The N-th arc that the device takes, from 1, whatever it is.
+    Nth(u64),
+    /// Every arc from one state to another.
+    Between(MigrationState, MigrationState),
+}
+
+impl Which {
+    /// Whether the `nth` arc, going `from` there `to` here, is meant.
+    pub(crate) fn is(self, nth: u64, from: MigrationState, to: MigrationState) -> bool {
+        match self {
+            Self::Nth(n) => n == nth,
+            Self::Between(a, b) => (a, b) == (from, to),
+        }
+    }
+}
+
+/// A string that names no fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no fault `{text}`: {why}")]
+pub struct FaultError {
+    text: String,
+    why: String,
+}
+
+/// The forms that [`Fault`] parses, for a command's help.
+pub const FAULT_FORMS: &str = "fail-arc:FROM:TO:ERRNO[:TIMES], fail-arc:N:ERRNO, error-arc:FROM:TO, error-arc:N, \
+     hang-arc:FROM:TO[:MS], hang-arc:N[:MS], short-read:N, wrong-size-estimate:PERCENT, die-in-read:BYTES, \
+     enodev-mid-stream:BYTES, corrupt-tail, ignore-dirty-log[:N], lose-raise:VECTOR:N, fail-reset:ERRNO";
+
+impl FromStr for Fault {
+    type Err = FaultError;
+
+    fn from_str(text: &str) -> Result<Self, FaultError> {
+        let mut words = Words { rest: text.split(':').collect(), text };
+        let name = words.next()?;
+        let fault = match name {
+            "fail-arc" => {
+                let which = words.which()?;
+                let errno = words.errno()?;
+                let times = match which {
+                    Which::Between(..) => words.number_if_any()?,
+                    Which::Nth(_) => None,
+                };
+                Self::FailArc { which, errno, times }
+            }
+            "error-arc" => Self::ErrorArc(words.which()?),
+            "hang-arc" => Self::HangArc {
+                which: words.which()?,
+                time: words.number_if_any()?.map(Duration::from_millis),
+            },
+            "short-read" => Self::ShortRead(words.at_least_one()?),
+            "wrong-size-estimate" => Self::WrongSizeEstimate(words.number()?),
+            "die-in-read" => Self::DieInRead(words.number()?),
+            "enodev-mid-stream" => Self::EnodevMidStream(words.number()?),
+            "corrupt-tail" => Self::CorruptTail,
+            "ignore-dirty-log" => Self::IgnoreDirtyLog(match words.rest.is_empty() {
+                true => 2,
+                false => words.at_least_one()?,
+            }),
+            "lose-raise" => Self::LoseRaise { vector: words.number()?, nth: words.at_least_one()? },
+            "fail-reset" => Self::FailReset(words.errno()?),
+            _ => return Err(words.error(format!("want one of {FAULT_FORMS}"))),
+        };
+        match words.rest.first() {
+            None => Ok(fault),
+            Some(word) => Err(words.error(format!("`{word}` is too much"))),
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FailArc { which, errno, times } => {
+                write!(f, "fail-arc:{which}:{}", Name(*errno))?;
+                times.map_or(Ok(()), |times| write!(f, ":{times}"))
+            }
+            Self::ErrorArc(which) => write!(f, "error-arc:{which}"),
+            Self::HangArc { which, time } => {
+                write!(f, "hang-arc:{which}")?;
+                time.map_or(Ok(()), |time| write!(f, ":{}", time.as_millis()))
+            }
+            Self::ShortRead(bytes) => write!(f, "short-read:{bytes}"),
+            Self::WrongSizeEstimate(percent) => write!(f, "wrong-size-estimate:{percent}"),
+            Self::DieInRead(bytes) => write!(f, "die-in-read:{bytes}"),
+            Self::EnodevMidStream(bytes) => write!(f, "enodev-mid-stream:{bytes}"),
+            Self::CorruptTail => f.write_str("corrupt-tail"),
+            Self::IgnoreDirtyLog(every) => write!(f, "ignore-dirty-log:{every}"),
+            Self::LoseRaise { vector, nth } => write!(f, "lose-raise:{vector}:{nth}"),
+            Self::FailReset(errno) => write!(f, "fail-reset:{}", Name(*errno)),
+        }
+    }
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nth(n) => write!(f, "{n}"),
+            Self::Between(from, to) => write!(f, "{from}:{to}"),
+        }
+    }
+}
+
+/// The words of a fault that are not yet read.
+struct Words<'a> {
+    text: &'a str,
+    rest: Vec<&'a str>,
+}
+
+impl<'a> Words<'a> {
+    fn error(&self, why: String) -> FaultError {
+        FaultError { text: self.text.to_owned(), why }
+    }
+
+    fn next(&mut self) -> Result<&'a str, FaultError> {
+        match self.rest.is_empty() {
+            true => Err(self.error("something is missing at its end".to_owned())),
+            false => Ok(self.rest.remove(0)),
+        }
+    }
+
+    fn number<T: FromStr>(&mut self) -> Result<T, FaultError> {
+        let word = self.next()?;
+        word.parse().map_err(|_| self.error(format!("`{word}` is no number")))
+    }
+
+    fn at_least_one<T: FromStr + PartialEq + Default>(&mut self) -> Result<T, FaultError> {
+        let number = self.number()?;
+        match number == T::default() {
+            true => Err(self.error("0 makes no sense here".to_owned())),
+            false => Ok(number),
+        }
+    }
+
+    fn number_if_any<T: FromStr>(&mut self) -> Result<Option<T>, FaultError> {
+        if self.rest.is_empty() { Ok(None) } else { self.number().map(Some) }
+    }
+
+    fn errno(&mut self) -> Result<Errno, FaultError> {
+        let word = self.next()?;
+        errno_by_name(word).ok_or_else(|| self.error(format!("`{word}` is no errno that is known here")))
+    }
+
+    fn which(&mut self) -> Result<Which, FaultError> {
+        let word = self.next()?;
+        if let Ok(n) = word.parse() {
+            return Ok(Which::Nth(n));
+        }
+        let from = self.state(word)?;
+        let word = self.next()?;
+        Ok(Which::Between(from, self.state(word)?))
+    }
+
+    fn state(&self, word: &str) -> Result<MigrationState, FaultError> {
+        let found = MigrationState::ALL.into_iter().find(|state| state.to_string() == word);
+        found.ok_or_else(|| self.error(format!("`{word}` is no migration state")))
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn faults_print_what_they_parse_from() {
+        for text in [
+            "fail-arc:PRE_COPY:STOP_COPY:EIO",
+            "fail-arc:PRE_COPY:STOP_COPY:EIO:2",
+            "fail-arc:3:ENOMEM",
+            "error-arc:RESUMING:STOP",
+            "hang-arc:STOP:STOP_COPY",
+            "hang-arc:STOP:STOP_COPY:250",
+            "hang-arc:2:7",
+            "short-read:1",
+            "wrong-size-estimate:1000",
+            "die-in-read:65536",
+            "enodev-mid-stream:0",
+            "corrupt-tail",
+            "ignore-dirty-log:3",
+            "lose-raise:1:12",
+            "fail-reset:EBUSY",
+        ] {
+            let fault: Fault = text.parse().unwrap();
+            assert_eq!(fault.to_string(), text);
+        }
+        assert_eq!("ignore-dirty-log".parse(), Ok(Fault::IgnoreDirtyLog(2)));
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_a_reason() {
+        for text in [
+            "",
+            "explode",
+            "fail-arc",
+            "fail-arc:PRE_COPY:EIO",
+            "fail-arc:PRE_COPY:STOP_COPY:EWHAT",
+            "fail-arc:1:EIO:2",
+            "short-read:0",
+            "short-read:-1",
+            "corrupt-tail:1",
+            "ignore-dirty-log:0",
+            "die-in-read:99999999999999999999",
+        ] {
+            assert!(text.parse::<Fault>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What a sample device is told when it is made.
+
+use std::time::Duration;
+
+use vfio_migration_types::{MigrationFlags, PAGE_SIZE};
+
+use crate::Fault;
+use crate::error::{SimError, invalid};
+
+/// The largest bulk state that a device may be asked to hold, in bytes.
+pub const MAX_STATE_SIZE: u64 = 64 << 30;
+
+/// How a sample device behaves.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bytes of bulk internal state, a multiple of 4096; 0 for none.
+    pub state_size: u64,
+    /// Bytes of it that the device changes per second while it runs, in whole pages.
+    pub state_dirty_rate: u64,
+    /// Time per descriptor; zero for as fast as it goes.
+    pub dma_interval: Duration,
+    /// Whether it has PRE_COPY.
+    pub precopy: bool,
+    /// Whether it has the P2P states. Over plain vfio-user, which has none, this counts for nothing.
+    pub p2p: bool,
+    /// Whether its server speaks the `x-vfio-migrate` extension.
+    pub extension: bool,
+    /// Whether it logs its DMA writes.
+    pub dirty_log: bool,
+    /// Version of the model, major and minor. State moves only between equal versions.
+    pub version: (u16, u16),
+    /// Contents of the vendor-specific capability after its header: allowed to differ between hosts.
+    pub vsc_bytes: [u8; 5],
+    /// How long each single arc of the state machine takes in addition.
+    pub arc_delay: Duration,
+    /// What goes wrong, and when.
+    pub faults: Vec<Fault>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            state_size: 64 << 20,
+            state_dirty_rate: 1 << 20,
+            dma_interval: Duration::from_micros(500),
+            precopy: true,
+            p2p: true,
+            extension: true,
+            dirty_log: true,
+            version: (1, 0),
+            vsc_bytes: [0; 5],
+            arc_delay: Duration::ZERO,
+            faults: Vec::new(),
+        }
+    }
+}
+
+impl Options {
+    /// Refuses options that no device can have.
+    pub fn check(&self) -> Result<(), SimError> {
+        if !self.state_size.is_multiple_of(PAGE_SIZE) {
+            return Err(invalid(format!("a state size of {} bytes is no multiple of 4096", self.state_size)));
+        }
+        if self.state_size > MAX_STATE_SIZE {
+            return Err(invalid(format!(
+                "a state size of {} bytes is over {MAX_STATE_SIZE}",
+                self.state_size
+            )));
+        }
+        Ok(())
+    }
+
+    /// What migration supports with these options.
+    pub fn flags(&self) -> MigrationFlags {
+        MigrationFlags { p2p: self.p2p && self.extension, pre_copy: self.precopy }
+    }
+
+    /// The version as manifests write it.
+    pub fn version_string(&self) -> String {
+        format!("{}.{}", self.version.0, self.version.1)
+    }
+
+    /// The first fault for which `pick` finds something.
+    pub(crate) fn fault<T>(&self, pick: impl FnMut(&Fault) -> Option<T>) -> Option<T> {
+        self.faults.iter().find_map(pick)
+    }
+}

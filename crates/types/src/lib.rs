@@ -1,0 +1,20 @@
+//! The vocabulary of VFIO migration, shared by every crate above.
+//!
+//! Everything here is pure: no descriptor, no clock, no thread. Addresses of different spaces are different
+//! types, because mixing them has cost real VMMs real bugs; the dirty bitmap is one type with an explicit
+//! granule; the migration states and the arcs between them follow the kernel's uAPI table.
+#![forbid(unsafe_code)]
+
+mod address;
+mod arcs;
+mod bitmap;
+mod identity;
+mod phase;
+mod state;
+
+pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
+pub use arcs::{ArcError, next_state, path};
+pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
+pub use identity::{AttemptId, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
+pub use phase::Phase;
+pub use state::{MigrationFlags, MigrationState, UnknownState};

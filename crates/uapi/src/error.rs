@@ -1,0 +1,67 @@
+//! Errors of the ioctls.
+
+use rustix::io::Errno;
+use vfio_migration_types::{GranuleError, UnknownState};
+
+/// What failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UapiError {
+    /// The kernel refused.
+    #[error("{doing} failed")]
+    System {
+        /// What was attempted, as a noun phrase.
+        doing: &'static str,
+        /// errno.
+        #[source]
+        source: Errno,
+    },
+    /// The device reports migration support without STOP_COPY, which the uAPI rules out.
+    #[error("the device reports migration flags {0:#x}, without STOP_COPY")]
+    NoStopCopy(u64),
+    /// The device is in a state that this version does not know.
+    #[error("the device reports an unknown migration state")]
+    UnknownState(#[source] UnknownState),
+    /// The device logs in pages of a size that no dirty bitmap has.
+    #[error("the device logs DMA in pages of an unusable size")]
+    UnusablePageSize(#[source] GranuleError),
+    /// More ranges than the structure can count.
+    #[error("{0} ranges are more than DMA logging can be asked for")]
+    TooManyRanges(usize),
+    /// The range is not made of whole pages of the size asked for.
+    #[error("the range {iova:#x}+{len:#x} is not made of whole pages of {page_size:#x} bytes")]
+    Misaligned {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes per page.
+        page_size: u64,
+    },
+    /// The caller's bitmap has no room for the report.
+    #[error("a bitmap of {words} words for a report of {needed}")]
+    BitmapTooSmall {
+        /// 64-bit words that there are.
+        words: usize,
+        /// 64-bit words that the report takes.
+        needed: u64,
+    },
+}
+
+impl UapiError {
+    /// The kernel's errno, if it was the kernel that refused.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::System { source, .. } => Some(*source),
+            _ => None,
+        }
+    }
+
+    /// Whether the device (or its driver, or the kernel) does not have what it was asked for: ENOTTY.
+    ///
+    /// One exception: a kernel built without `CONFIG_IOMMUFD_DRIVER` lets DMA logging start and answers each report
+    /// with EOPNOTSUPP (`include/linux/iova_bitmap.h`); that counts as well.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self.errno(), Some(Errno::NOTTY | Errno::OPNOTSUPP))
+    }
+}

@@ -1,0 +1,193 @@
+//! Connecting: the socket, the version, the twin socket, and the device that was found.
+
+use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::{Client, ClientOptions, Negotiated, OnConnect, dma};
+use crate::codec::{
+    Capabilities, Command, Kind, MAX_DATA_XFER_SIZE, MAX_MSG_FDS, MAX_VERSION_DATA, TwinSocket,
+    VersionPayload,
+};
+use crate::conn::{Conn, ConnError, Message, Request, deadline};
+use crate::error::ClientError;
+
+/// The version of the protocol that is proposed. libvfio-user is at 0.2; nothing here depends on the minor number.
+pub(crate) const VERSION: (u16, u16) = (0, 2);
+/// Pause between attempts to connect. There is no event to wait for: the socket may not exist yet.
+const RETRY: Duration = Duration::from_millis(10);
+
+pub(super) fn connect(path: &Path, options: ClientOptions) -> Result<Client, ClientError> {
+    let mut client = from_parts(open(path, options.connect_timeout)?, &options, false)?;
+    if options.on_connect == OnConnect::Leave {
+        return Ok(client);
+    }
+    match client.recover_at_connect() {
+        Ok(()) => Ok(client),
+        // The server did not survive the question, or lost step over it: it has no migration. Start over, and never ask.
+        Err(ClientError::ConnectionLost { .. } | ClientError::Protocol { .. }) if !client.is_alive() => {
+            drop(client);
+            from_parts(open(path, options.connect_timeout)?, &options, true)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) fn from_stream(stream: UnixStream, options: &ClientOptions) -> Result<Client, ClientError> {
+    let mut client = from_parts(stream, options, false)?;
+    if options.on_connect == OnConnect::Recover {
+        client.recover_at_connect()?;
+    }
+    Ok(client)
+}
+
+/// Connects, trying again while nobody listens yet.
+fn open(path: &Path, patience: Duration) -> Result<UnixStream, ClientError> {
+    let deadline = deadline(patience);
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return Ok(stream),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::WouldBlock
+                ) && Instant::now() < deadline =>
+            {
+                std::thread::sleep(RETRY);
+            }
+            Err(source) => {
+                let doing = format!("cannot connect to the vfio-user server at {}", path.display());
+                return Err(ClientError::Io { doing, source });
+            }
+        }
+    }
+}
+
+fn from_parts(
+    stream: UnixStream,
+    options: &ClientOptions,
+    no_migration: bool,
+) -> Result<Client, ClientError> {
+    let io = |doing: &str| {
+        let doing = doing.to_owned();
+        move |source: std::io::Error| ClientError::Io { doing, source }
+    };
+    let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    let stop = Arc::new(stop.map_err(|errno| io("cannot make an eventfd")(errno.into()))?);
+    let max_xfer = options.max_data_xfer_size.clamp(1, MAX_DATA_XFER_SIZE);
+    let max_body = dma::HEAD.saturating_add(usize::try_from(max_xfer).unwrap_or(usize::MAX));
+    // The twin socket comes as a descriptor, so there is always room for one.
+    let max_fds = options.max_msg_fds.clamp(1, MAX_MSG_FDS);
+    let conn = Conn::new(stream, max_body, max_fds, Some(Arc::clone(&stop)));
+    let conn = Arc::new(conn.map_err(|errno| io("cannot set up the connection")(errno.into()))?);
+
+    let ours = Capabilities {
+        max_msg_fds: max_fds,
+        max_data_xfer_size: max_xfer,
+        twin_socket: TwinSocket { supported: options.twin_socket, fd_index: None },
+        write_multiple: true,
+        extension: options.extension,
+        ..Capabilities::default()
+    };
+    let (theirs, twin) = negotiate(&conn, &ours, options)?;
+    let negotiated = Negotiated {
+        version: (theirs.major, theirs.minor),
+        max_msg_fds: theirs.capabilities.max_msg_fds,
+        max_data_xfer_size: theirs.capabilities.max_data_xfer_size.min(max_xfer),
+        max_dma_maps: theirs.capabilities.max_dma_maps,
+        pgsizes: theirs.capabilities.pgsizes,
+        twin_socket: twin.is_some(),
+        write_multiple: theirs.capabilities.write_multiple,
+        extension: ours.extension.and(theirs.capabilities.extension),
+    };
+    if negotiated.max_data_xfer_size == 0 {
+        return Err(protocol("max_data_xfer_size is 0"));
+    }
+    // Who serves the server: a thread on the twin socket, or beside the requests on the one socket there is. Without a
+    // handler the twin socket still needs somebody to refuse.
+    let serving = match twin {
+        Some(fd) => {
+            let twin = dma::twin(fd, max_body, Arc::clone(&stop));
+            Some(twin.map_err(|errno| io("cannot set up the twin socket")(errno.into()))?)
+        }
+        None => options.dma.is_some().then(|| Arc::clone(&conn)),
+    };
+    let thread = serving
+        .clone()
+        .map(|serving| dma::spawn(serving, options.dma.clone(), max_xfer, options.timeout))
+        .transpose()
+        .map_err(io("cannot start the DMA thread"))?;
+    Ok(Client {
+        conn,
+        serving,
+        timeout: options.timeout,
+        negotiated,
+        announced_xfer: max_xfer,
+        dma: options.dma.clone(),
+        maps: std::sync::atomic::AtomicU32::new(0),
+        no_migration,
+        found: None,
+        stop,
+        thread,
+    })
+}
+
+fn negotiate(
+    conn: &Conn,
+    ours: &Capabilities,
+    options: &ClientOptions,
+) -> Result<(VersionPayload, Option<std::os::fd::OwnedFd>), ClientError> {
+    let mut body = Vec::new();
+    VersionPayload { major: VERSION.0, minor: VERSION.1, capabilities: *ours }.encode(&mut body);
+    let request = Request {
+        command: Command::VERSION,
+        parts: &[&body],
+        fds: &[],
+        max_reply: 4 + MAX_VERSION_DATA,
+        deadline: deadline(options.timeout),
+    };
+    let reply = conn.exchange(&request, None).map_err(|error| match error {
+        ConnError::Timeout => ClientError::Timeout { command: Command::VERSION, after: options.timeout },
+        ConnError::Violation(what) => protocol(what),
+        other => ClientError::ConnectionLost { why: other.why() },
+    })?;
+    if let Kind::Error(errno) = reply.header.kind {
+        let errno = i32::try_from(errno).ok().filter(|errno| (1..4096).contains(errno));
+        let errno = errno.map(rustix::io::Errno::from_raw_os_error);
+        return Err(ClientError::Refused { command: Command::VERSION, errno });
+    }
+    let theirs = VersionPayload::decode(&reply.body).map_err(|error| protocol(error.to_string()))?;
+    if theirs.major != VERSION.0 || theirs.minor > VERSION.1 {
+        let what =
+            format!("version {}.{} in reply to {}.{}", theirs.major, theirs.minor, VERSION.0, VERSION.1);
+        return Err(protocol(what));
+    }
+    let twin = twin_socket(reply, &theirs, ours)?;
+    Ok((theirs, twin))
+}
+
+/// The descriptor of the twin socket, if there is one.
+fn twin_socket(
+    mut reply: Message,
+    theirs: &VersionPayload,
+    ours: &Capabilities,
+) -> Result<Option<std::os::fd::OwnedFd>, ClientError> {
+    let twin = theirs.capabilities.twin_socket;
+    if !twin.supported || !ours.twin_socket.supported {
+        return Ok(None);
+    }
+    // Announced but not there: commands would go where nobody hears them.
+    let index = twin.fd_index.and_then(|index| usize::try_from(index).ok());
+    match index.filter(|index| *index < reply.fds.len()) {
+        Some(index) => Ok(Some(reply.fds.swap_remove(index))),
+        None => Err(protocol("a twin socket without its descriptor")),
+    }
+}
+
+fn protocol(what: impl Into<String>) -> ClientError {
+    ClientError::Protocol { command: Command::VERSION, what: what.into() }
+}

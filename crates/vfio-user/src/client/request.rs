@@ -1,0 +1,128 @@
+//! How a request is made: limits before it, deadline over it, errors after it.
+
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+
+use super::Client;
+use super::dma::answer;
+use crate::codec::{CodecError, Command, Feature, FeatureHead, Kind};
+use crate::conn::{ConnError, Message, Request, deadline};
+use crate::error::ClientError;
+
+impl Client {
+    /// A request with its payload in one piece.
+    pub(super) fn request(
+        &self,
+        command: Command,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+        max_reply: usize,
+    ) -> Result<Message, ClientError> {
+        self.request_parts(command, &[body], fds, max_reply)
+    }
+
+    /// A request. Its reply has at most `max_reply` bytes of payload.
+    pub(super) fn request_parts(
+        &self,
+        command: Command,
+        parts: &[&[u8]],
+        fds: &[BorrowedFd<'_>],
+        max_reply: usize,
+    ) -> Result<Message, ClientError> {
+        if let Some(why) = self.conn.death() {
+            return Err(ClientError::ConnectionLost { why });
+        }
+        let request = Request { command, parts, fds, max_reply, deadline: deadline(self.timeout) };
+        let handler = self.dma.as_deref();
+        let max = self.announced_xfer;
+        // With a twin socket the server has no business sending commands on this one; it is told so by a refusal.
+        let handler = handler.filter(|_| !self.negotiated.twin_socket);
+        let reply = self.conn.exchange(&request, Some(&|message| answer(message, handler, max)));
+        let reply = reply.map_err(|error| self.failure(command, error))?;
+        match reply.header.kind {
+            Kind::Error(errno) => Err(ClientError::Refused { command, errno: real_errno(errno) }),
+            _ => Ok(reply),
+        }
+    }
+
+    /// A DEVICE_FEATURE request with `data`; its reply has at most `room` bytes behind the head. The head is checked.
+    pub(super) fn feature(
+        &self,
+        feature: Feature,
+        op: u32,
+        data: &[u8],
+        room: usize,
+    ) -> Result<Message, ClientError> {
+        let room = FeatureHead::SIZE + room.max(data.len());
+        let ask = FeatureHead { argsz: super::device::size_u32(room), flags: u32::from(feature.0) | op };
+        let command = Command::DEVICE_FEATURE;
+        let reply = match self.request_parts(command, &[&ask.to_vec(), data], &[], room) {
+            Err(ClientError::Refused { errno: None, .. }) => {
+                // Servers that do not know the command refuse it so, and take its payload for the next message.
+                let why = "the server refused DEVICE_FEATURE without an errno, as servers do that have no \
+                           migration and then lose step; connect anew without asking";
+                self.conn.kill(why);
+                return Err(ClientError::ConnectionLost { why: why.into() });
+            }
+            reply => reply?,
+        };
+        let head = self.parse(&reply, FeatureHead::decode_prefix)?;
+        if head.flags != ask.flags {
+            return Err(
+                self.lie(&reply, format!("feature flags {:#x} instead of {:#x}", head.flags, ask.flags))
+            );
+        }
+        Ok(reply)
+    }
+
+    /// Reads a reply's payload.
+    pub(super) fn parse<'m, T>(
+        &self,
+        reply: &'m Message,
+        decode: impl FnOnce(&'m [u8]) -> Result<T, CodecError>,
+    ) -> Result<T, ClientError> {
+        decode(&reply.body).map_err(|error| self.lie(reply, error.to_string()))
+    }
+
+    /// The error for a reply in a sound frame that makes no sense.
+    #[expect(clippy::unused_self, reason = "reads as the others at its many places of use")]
+    pub(super) fn lie(&self, reply: &Message, what: impl Into<String>) -> ClientError {
+        ClientError::Protocol { command: reply.header.command, what: what.into() }
+    }
+
+    /// Refuses a count that is over the limit.
+    #[expect(clippy::unused_self, reason = "reads as the others at its many places of use")]
+    pub(super) fn fit<N: TryInto<u64>>(
+        &self,
+        what: &'static str,
+        value: N,
+        limit: usize,
+    ) -> Result<u32, ClientError> {
+        let (value, limit) = (value.try_into().unwrap_or(u64::MAX), limit as u64);
+        match u32::try_from(value) {
+            Ok(fits) if value <= limit => Ok(fits),
+            _ => Err(ClientError::Limit { what, value, limit }),
+        }
+    }
+
+    /// The most data for one message.
+    pub(super) fn piece(&self) -> usize {
+        usize::try_from(self.negotiated.max_data_xfer_size).unwrap_or(usize::MAX).max(1)
+    }
+
+    fn failure(&self, command: Command, error: ConnError) -> ClientError {
+        match error {
+            ConnError::Timeout => ClientError::Timeout { command, after: self.timeout },
+            ConnError::Interrupted => ClientError::ConnectionLost { why: "the client was closed".into() },
+            ConnError::Closed(why) => ClientError::ConnectionLost { why },
+            ConnError::Violation(what) => ClientError::Protocol { command, what },
+        }
+    }
+}
+
+/// The errno of a refusal, if it is one.
+fn real_errno(errno: u32) -> Option<Errno> {
+    // The kernel's own range of error numbers.
+    i32::try_from(errno).ok().filter(|errno| (1..4096).contains(errno)).map(Errno::from_raw_os_error)
+}

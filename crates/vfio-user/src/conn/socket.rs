@@ -1,0 +1,139 @@
+//! Whole reads and writes with descriptors and a deadline, over a stream socket.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+use super::ConnError;
+use crate::codec::MAX_MSG_FDS;
+
+/// Room for the descriptors of one message, and one more, so that an excess is noticed.
+const CONTROL_SPACE: usize = rustix::cmsg_space!(ScmRights(MAX_MSG_FDS as usize + 1));
+
+/// Descriptors that came with a message.
+#[derive(Debug, Default)]
+pub(super) struct Received {
+    pub(super) fds: Vec<OwnedFd>,
+    /// More came than were allowed; they were closed.
+    pub(super) excess: bool,
+}
+
+/// What a wait ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ready {
+    pub(super) readable: bool,
+    pub(super) writable: bool,
+}
+
+/// Waits until the socket is ready as wanted, `interrupt` is readable, or the deadline passes.
+pub(super) fn wait(
+    socket: &UnixStream,
+    interrupt: Option<BorrowedFd<'_>>,
+    wanted: PollFlags,
+    deadline: Instant,
+) -> Result<Ready, ConnError> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ConnError::Timeout);
+        }
+        let left = Timespec::try_from(left).map_err(|_| ConnError::Timeout)?;
+        let mut fds = vec![PollFd::new(socket, wanted)];
+        fds.extend(interrupt.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        match poll(&mut fds, Some(&left)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(ConnError::closed(format!("poll: {errno}"))),
+        }
+        let mut events = fds.iter().map(PollFd::revents);
+        let socket_events = events.next().unwrap_or(PollFlags::empty());
+        if events.next().is_some_and(|events| !events.is_empty()) {
+            return Err(ConnError::Interrupted);
+        }
+        let broken = socket_events.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
+        let ready = Ready {
+            readable: socket_events.contains(PollFlags::IN) || broken,
+            writable: socket_events.contains(PollFlags::OUT) || broken,
+        };
+        if ready.readable || ready.writable {
+            return Ok(ready);
+        }
+    }
+}
+
+/// Reads until `into` is full. `false`: the stream ended before its first byte.
+pub(super) fn read_full(
+    socket: &UnixStream,
+    interrupt: Option<BorrowedFd<'_>>,
+    into: &mut [u8],
+    received: &mut Received,
+    max_fds: usize,
+    deadline: Instant,
+) -> Result<bool, ConnError> {
+    let mut filled = 0;
+    while filled < into.len() {
+        let rest = into.get_mut(filled..).unwrap_or_default();
+        match receive(socket, rest, received, max_fds) {
+            Ok(0) if filled == 0 => return Ok(false),
+            Ok(0) => return Err(ConnError::closed("the peer closed it in the middle of a message")),
+            Ok(bytes) => filled += bytes,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                wait(socket, interrupt, PollFlags::IN, deadline)?;
+            }
+            // A reset is how a peer that dies with unread data in its queue ends the stream.
+            Err(Errno::CONNRESET) if filled == 0 => return Ok(false),
+            Err(errno) => return Err(ConnError::closed(format!("receiving: {errno}"))),
+        }
+    }
+    Ok(true)
+}
+
+fn receive(
+    socket: &UnixStream,
+    into: &mut [u8],
+    received: &mut Received,
+    max_fds: usize,
+) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); CONTROL_SPACE];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let message = recvmsg(socket, &mut [IoSliceMut::new(into)], &mut control, flags)?;
+    received.excess |= message.flags.contains(ReturnFlags::CTRUNC);
+    for item in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = item {
+            received.fds.extend(fds);
+        }
+    }
+    if received.fds.len() > max_fds {
+        received.fds.clear();
+        received.excess = true;
+    }
+    Ok(message.bytes)
+}
+
+/// Sends the front of `parts`, with `fds` at the first byte, without waiting; returns how many bytes went.
+pub(super) fn send_some(
+    socket: &UnixStream,
+    parts: &[IoSlice<'_>],
+    fds: &[BorrowedFd<'_>],
+) -> Result<usize, Errno> {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    if fds.is_empty() {
+        return sendmsg(socket.as_fd(), parts, &mut SendAncillaryBuffer::default(), flags);
+    }
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(Errno::NOBUFS);
+    }
+    sendmsg(socket.as_fd(), parts, &mut control, flags)
+}

@@ -1,0 +1,113 @@
+//! What can go wrong on either end.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use crate::codec::Command;
+
+/// Why a request of a client failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The socket could not be reached or set up.
+    #[error("{doing}")]
+    Io {
+        /// What was attempted.
+        doing: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The server did not answer in time. The connection is dead: the reply might still come, and out of step.
+    #[error("the server did not answer {command} within {after:?}")]
+    Timeout {
+        /// The request.
+        command: Command,
+        /// The limit.
+        after: Duration,
+    },
+    /// The connection broke, in this request or an earlier one.
+    #[error("the connection to the vfio-user server is lost: {why}")]
+    ConnectionLost {
+        /// How.
+        why: String,
+    },
+    /// The server refused the command. The connection stays good.
+    #[error("the server refused {command}{}", errno.map(|errno| format!(": {errno}")).unwrap_or_default())]
+    Refused {
+        /// The request.
+        command: Command,
+        /// The server's errno; `None` when it gave none (or no real one).
+        errno: Option<Errno>,
+    },
+    /// The server sent what the protocol forbids.
+    #[error("the server broke the protocol in {command}: {what}")]
+    Protocol {
+        /// The request.
+        command: Command,
+        /// How.
+        what: String,
+    },
+    /// The request exceeds a limit that was negotiated or that this crate sets; nothing was sent.
+    #[error("{what} is {value}, over the limit of {limit}")]
+    Limit {
+        /// Which quantity.
+        what: &'static str,
+        /// What was asked for.
+        value: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// The connection does not have what the request needs, since it was not negotiated; nothing was sent.
+    #[error("{0} was not negotiated with the server")]
+    NotNegotiated(&'static str),
+}
+
+impl ClientError {
+    /// The errno that describes the failure best: the server's own where it gave one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Io { source, .. } => Errno::from_io_error(source),
+            Self::Timeout { .. } => Some(Errno::TIMEDOUT),
+            Self::ConnectionLost { .. } => Some(Errno::CONNRESET),
+            Self::Refused { errno, .. } => *errno,
+            Self::Protocol { .. } => Some(Errno::PROTO),
+            Self::Limit { .. } => Some(Errno::MSGSIZE),
+            Self::NotNegotiated(_) => Some(Errno::OPNOTSUPP),
+        }
+    }
+
+    /// Whether the connection is of no further use.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Io { .. } | Self::Timeout { .. } | Self::ConnectionLost { .. })
+    }
+}
+
+/// Why a server could not be set up, or stopped serving.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// Another server answers on the path.
+    #[error("another server answers on {0}")]
+    InUse(String),
+    /// The path is taken by something that is no socket.
+    #[error("{0} exists and is no socket")]
+    NotASocket(String),
+    /// The operating system refused.
+    #[error("{doing} failed")]
+    Io {
+        /// What was attempted.
+        doing: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ServerError {
+    pub(crate) fn io(doing: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Io { doing: doing.into(), source: source.into() }
+    }
+}

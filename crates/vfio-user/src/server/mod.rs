@@ -1,0 +1,206 @@
+//! The server: a device's end of vfio-user connections.
+
+mod backend;
+mod commands;
+mod dma;
+mod features;
+mod session;
+
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+pub use self::backend::{Backend, IrqRequest, IrqRequestData};
+pub use self::dma::DmaChannel;
+use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, DEFAULT_MAX_DMA_MAPS, DEFAULT_PGSIZES, MAX_MSG_FDS};
+use crate::error::ServerError;
+
+/// How a [`Server`] behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct ServerOptions {
+    /// How long a message may take from its first byte to its last, in either direction, and the client's answer to a DMA
+    /// request; after it the client is dropped. How long a client may be silent is not limited. 10 s.
+    pub message_timeout: Duration,
+    /// Most data in one message. 1 MiB.
+    pub max_data_xfer_size: u32,
+    /// Most descriptors in one message; at most 64. 64.
+    pub max_msg_fds: u32,
+    /// Most DMA mappings at a time. 65535.
+    pub max_dma_maps: u32,
+    /// Page sizes of DMA mappings, OR-ed; mappings are aligned to the smallest. 4 KiB.
+    pub pgsizes: u64,
+    /// Whether to make a twin socket for clients that ask for one. True.
+    pub twin_socket: bool,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            message_timeout: Duration::from_secs(10),
+            max_data_xfer_size: DEFAULT_MAX_DATA_XFER_SIZE,
+            max_msg_fds: MAX_MSG_FDS,
+            max_dma_maps: DEFAULT_MAX_DMA_MAPS,
+            pgsizes: DEFAULT_PGSIZES,
+            twin_socket: true,
+        }
+    }
+}
+
+/// Ends [`Server::serve`] from another thread. Clones end the same.
+#[derive(Clone, Debug)]
+pub struct StopHandle {
+    event: Arc<OwnedFd>,
+}
+
+impl StopHandle {
+    /// A handle that has not been used.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub fn new() -> Result<Self, ServerError> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let event = event.map_err(|errno| ServerError::io("making an eventfd", errno))?;
+        Ok(Self { event: Arc::new(event) })
+    }
+
+    /// Ends every `serve` with this handle, now and later. One write to an eventfd.
+    pub fn stop(&self) {
+        // Can fail only by overflow, when it is signalled already.
+        let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());
+    }
+
+    /// Whether [`stop`](Self::stop) was called.
+    pub fn is_stopped(&self) -> bool {
+        let mut fds = [PollFd::new(&*self.event, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1))
+    }
+}
+
+/// A listening socket for a device's clients. Its socket file is removed on drop, if it is still this server's.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the socket file, to know it again.
+    file: Option<(u64, u64)>,
+    options: ServerOptions,
+}
+
+impl Server {
+    /// Listens on `path`. A socket file there on which nobody answers is removed.
+    ///
+    /// # Errors
+    /// Another server answers on `path`, something else lies there, or the system refuses.
+    pub fn bind(path: impl AsRef<Path>) -> Result<Self, ServerError> {
+        Self::bind_with(path, ServerOptions::default())
+    }
+
+    /// As [`bind`](Self::bind), with options.
+    pub fn bind_with(path: impl AsRef<Path>, options: ServerOptions) -> Result<Self, ServerError> {
+        let path = path.as_ref();
+        remove_stale(path)?;
+        let doing = || format!("listening on {}", path.display());
+        let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
+            ErrorKind::AddrInUse => ServerError::InUse(path.display().to_string()),
+            _ => ServerError::io(doing(), source),
+        })?;
+        listener.set_nonblocking(true).map_err(|source| ServerError::io(doing(), source))?;
+        let file = std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+        Ok(Self { listener, path: path.to_owned(), file, options })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Serves `backend` to one client at a time, each until it leaves, until `stop` is used. A client that breaks the
+    /// protocol is dropped, and the next served; others wait in the listening queue.
+    ///
+    /// # Errors
+    /// The listening socket failed.
+    pub fn serve(&self, backend: &dyn Backend, stop: &StopHandle) -> Result<(), ServerError> {
+        while let Some(stream) = self.accept(stop)? {
+            session::serve(stream, backend, &self.options, stop);
+        }
+        Ok(())
+    }
+
+    /// Serves one client on a connected stream until it leaves or `stop` is used.
+    pub fn serve_stream(
+        stream: UnixStream,
+        backend: &dyn Backend,
+        options: &ServerOptions,
+        stop: &StopHandle,
+    ) {
+        session::serve(stream, backend, options, stop);
+    }
+
+    fn accept(&self, stop: &StopHandle) -> Result<Option<UnixStream>, ServerError> {
+        loop {
+            if stop.is_stopped() {
+                return Ok(None);
+            }
+            match self.listener.accept() {
+                Ok((stream, _)) => return Ok(Some(stream)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                // The client left before it was accepted, or a signal came.
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(ServerError::io("accepting a client", error)),
+            }
+            let mut fds = [
+                PollFd::new(&self.listener, PollFlags::IN),
+                PollFd::from_borrowed_fd(stop.event.as_fd(), PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(ServerError::io("waiting for a client", errno)),
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let now = std::fs::symlink_metadata(&self.path).ok().map(|meta| (meta.dev(), meta.ino()));
+        if now.is_some() && now == self.file {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Removes a socket file on which nobody answers.
+fn remove_stale(path: &Path) -> Result<(), ServerError> {
+    let name = || path.display().to_string();
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => return Err(ServerError::NotASocket(name())),
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(ServerError::io(format!("looking at {}", name()), error)),
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        // It answers, or (EAGAIN) its queue is full, or it cannot be told.
+        Ok(_) => return Err(ServerError::InUse(name())),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ServerError::InUse(name())),
+        Err(error) => return Err(ServerError::io(format!("trying the socket {}", name()), error)),
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(ServerError::io(format!("removing the stale socket {}", name()), error))
+        }
+        _ => Ok(()),
+    }
+}

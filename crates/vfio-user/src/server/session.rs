@@ -1,0 +1,263 @@
+//! One client's stay: negotiation, its commands one by one, and what is taken back when it leaves.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::{Backend, DmaChannel, IrqRequest, IrqRequestData, ServerOptions, StopHandle};
+use crate::codec::{
+    Capabilities, Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_MSG_FDS,
+    MAX_VERSION_DATA, TwinSocket, VersionPayload,
+};
+use crate::conn::{Conn, ConnError, Message};
+use crate::model::{IovaRange, IrqAction};
+
+/// The version that is spoken, see the client.
+const VERSION: (u16, u16) = (0, 2);
+/// Payload that a command may have beside its data: its head, or a table of ranges.
+const MAX_HEAD: usize = 64 + MAX_LOGGING_RANGES * 16;
+
+/// What a command is answered with: its payload and descriptors.
+#[derive(Debug, Default)]
+pub(super) struct Reply {
+    pub(super) body: Vec<u8>,
+    pub(super) fds: Vec<Arc<OwnedFd>>,
+}
+
+impl From<Vec<u8>> for Reply {
+    fn from(body: Vec<u8>) -> Self {
+        Self { body, fds: Vec::new() }
+    }
+}
+
+/// What is in force between the two ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    /// Most data in one message to this server.
+    pub(super) max_xfer: usize,
+    /// Most migration data in one message: what both take.
+    pub(super) max_mig_data: usize,
+    /// Most descriptors in one reply.
+    pub(super) client_fds: usize,
+    pub(super) max_dma_maps: usize,
+    /// DMA mappings are aligned to this.
+    pub(super) page: u64,
+    pub(super) extension: Extension,
+}
+
+/// DMA logging as the client asked for it.
+#[derive(Clone, Debug)]
+pub(super) struct Logging {
+    pub(super) asked: u64,
+    pub(super) chosen: u64,
+    pub(super) ranges: Vec<IovaRange>,
+}
+
+pub(super) struct Session<'a> {
+    pub(super) backend: &'a dyn Backend,
+    pub(super) terms: Terms,
+    /// Mappings: first address to length.
+    pub(super) maps: BTreeMap<u64, u64>,
+    /// Interrupt types that were set up.
+    pub(super) irqs: std::collections::BTreeSet<u32>,
+    pub(super) logging: Option<Logging>,
+    /// A buffer for data on its way out.
+    pub(super) scratch: Vec<u8>,
+}
+
+/// Serves a client until it leaves, breaks the protocol, or `stop` is used.
+pub(super) fn serve(stream: UnixStream, backend: &dyn Backend, options: &ServerOptions, stop: &StopHandle) {
+    // Accepted sockets do not inherit O_NONBLOCK on Linux, and all I/O here asks for it per call.
+    let max_body = 4 + MAX_VERSION_DATA;
+    let interrupt = Some(Arc::clone(&stop.event));
+    let Ok(conn) = Conn::new(stream, max_body, 0, interrupt) else { return };
+    let conn = Arc::new(conn);
+    let Ok((terms, dma)) = negotiate(&conn, backend, options, stop) else {
+        conn.kill("the negotiation failed");
+        return;
+    };
+    backend.client_connected(dma.0);
+    let mut session = Session {
+        backend,
+        terms,
+        maps: BTreeMap::new(),
+        irqs: std::collections::BTreeSet::new(),
+        logging: None,
+        scratch: Vec::new(),
+    };
+    let outcome = session.run(&conn, options);
+    let why = outcome.err().map_or_else(String::new, |error| error.why());
+    conn.kill(why);
+    if let Some(twin) = dma.1 {
+        twin.kill("the client left");
+    }
+    session.take_back();
+    backend.client_gone();
+}
+
+/// The channel for DMA, and the twin socket if that is what it uses.
+type Dma = (DmaChannel, Option<Arc<Conn>>);
+
+fn negotiate(
+    conn: &Arc<Conn>,
+    backend: &dyn Backend,
+    options: &ServerOptions,
+    stop: &StopHandle,
+) -> Result<(Terms, Dma), ConnError> {
+    let limit = options.message_timeout;
+    let message = conn.next_command(limit)?;
+    let refuse = |errno: Errno, why: String| {
+        let kind = Kind::Error(errno.raw_os_error().unsigned_abs());
+        let _ = conn.reply(&message.header, kind, &[], &[], limit);
+        ConnError::Violation(why)
+    };
+    if message.header.command != Command::VERSION || message.unfit.is_some() {
+        return Err(refuse(Errno::INVAL, format!("{} before VERSION", message.header.command)));
+    }
+    let theirs = VersionPayload::decode(&message.body)
+        .map_err(|error| refuse(Errno::INVAL, format!("VERSION: {error}")))?;
+    if theirs.major != VERSION.0 {
+        return Err(refuse(Errno::OPNOTSUPP, format!("version {}.{}", theirs.major, theirs.minor)));
+    }
+    if theirs.capabilities.max_data_xfer_size == 0 {
+        return Err(refuse(Errno::INVAL, "max_data_xfer_size is 0".into()));
+    }
+    let pair = if options.twin_socket && theirs.capabilities.twin_socket.supported {
+        let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        Some(pair.map_err(|errno| refuse(errno, format!("the twin socket: {errno}")))?)
+    } else {
+        None
+    };
+    let ours = Capabilities {
+        max_msg_fds: options.max_msg_fds.min(MAX_MSG_FDS),
+        max_data_xfer_size: options.max_data_xfer_size.clamp(1, MAX_DATA_XFER_SIZE),
+        max_dma_maps: options.max_dma_maps,
+        pgsizes: options.pgsizes,
+        twin_socket: TwinSocket { supported: pair.is_some(), fd_index: pair.as_ref().map(|_| 0) },
+        write_multiple: true,
+        // What the client did not announce it would not understand.
+        extension: backend.extension().and(theirs.capabilities.extension),
+    };
+    let mut body = Vec::new();
+    let minor = theirs.minor.min(VERSION.1);
+    VersionPayload { major: VERSION.0, minor, capabilities: ours }.encode(&mut body);
+    let (near, far) = pair.unzip();
+    let fds: Vec<BorrowedFd<'_>> = far.iter().map(AsFd::as_fd).collect();
+    let max_xfer = to_usize(ours.max_data_xfer_size);
+    conn.set_limits(max_xfer.saturating_add(MAX_HEAD), ours.max_msg_fds);
+    conn.reply(&message.header, Kind::Reply, &body, &fds, limit)?;
+    let client_xfer = theirs.capabilities.max_data_xfer_size;
+    let twin = near.map(|fd| Conn::new(UnixStream::from(fd), 0, 0, Some(Arc::clone(&stop.event))));
+    let twin = twin.transpose().map_err(|errno| ConnError::Closed(format!("the twin socket: {errno}")))?;
+    let twin = twin.map(Arc::new);
+    let dma_conn = twin.as_ref().unwrap_or(conn);
+    let dma = DmaChannel::new(Arc::clone(dma_conn), to_usize(client_xfer.min(MAX_DATA_XFER_SIZE)), limit);
+    let terms = Terms {
+        max_xfer,
+        max_mig_data: max_xfer.min(to_usize(client_xfer)),
+        client_fds: to_usize(theirs.capabilities.max_msg_fds),
+        max_dma_maps: to_usize(ours.max_dma_maps),
+        page: if ours.pgsizes == 0 { 1 } else { 1 << ours.pgsizes.trailing_zeros() },
+        extension: ours.extension,
+    };
+    Ok((terms, (dma, twin)))
+}
+
+impl Session<'_> {
+    fn run(&mut self, conn: &Conn, options: &ServerOptions) -> Result<(), ConnError> {
+        let limit = options.message_timeout;
+        loop {
+            let mut message = conn.next_command(limit)?;
+            let header = message.header;
+            match self.execute(&mut message) {
+                Ok(reply) => {
+                    let fds: Vec<BorrowedFd<'_>> = reply.fds.iter().map(|fd| fd.as_fd()).collect();
+                    conn.reply(&header, Kind::Reply, &reply.body, &fds, limit)?;
+                    self.keep_scratch(reply.body);
+                }
+                Err(errno) => {
+                    let kind = Kind::Error(errno.raw_os_error().unsigned_abs());
+                    conn.reply(&header, kind, &[], &[], limit)?;
+                }
+            }
+            // Descriptors that the command did not take are closed with the message.
+            conn.recycle(message);
+        }
+    }
+
+    fn execute(&mut self, message: &mut Message) -> Result<Reply, Errno> {
+        if message.unfit.is_some() {
+            return Err(Errno::INVAL);
+        }
+        let fds = std::mem::take(&mut message.fds);
+        let command = message.header.command;
+        let takes_fds = matches!(command, Command::DMA_MAP | Command::DEVICE_SET_IRQS);
+        if !takes_fds && !fds.is_empty() {
+            return Err(Errno::INVAL);
+        }
+        let body = &message.body;
+        match command {
+            // Negotiation happens once.
+            Command::VERSION => Err(Errno::INVAL),
+            Command::DMA_MAP => self.dma_map(body, fds),
+            Command::DMA_UNMAP => self.dma_unmap(body),
+            Command::DEVICE_GET_INFO => self.device_info(body),
+            Command::DEVICE_GET_REGION_INFO => self.region_info(body),
+            Command::DEVICE_GET_REGION_IO_FDS => self.region_io_fds(body),
+            Command::DEVICE_GET_IRQ_INFO => self.irq_info(body),
+            Command::DEVICE_SET_IRQS => self.set_irqs(body, fds),
+            Command::REGION_READ => self.region_read(body),
+            Command::REGION_WRITE => self.region_write(body),
+            Command::REGION_WRITE_MULTI => self.region_write_multi(body),
+            Command::DEVICE_RESET => self.reset(body),
+            Command::DEVICE_FEATURE => self.feature(body),
+            Command::MIG_DATA_READ => self.mig_data_read(body),
+            Command::MIG_DATA_WRITE => self.mig_data_write(body),
+            Command::X_PRECOPY_INFO if self.terms.extension.precopy_info => self.precopy_info(body),
+            Command::X_MANIFEST if self.terms.extension.manifest => self.manifest(body),
+            _ => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    /// Takes back what the client gave: its memory and its eventfds, and the log that only it could read. A device that
+    /// refuses is left to its own [`Backend::client_gone`].
+    fn take_back(&mut self) {
+        for (iova, len) in std::mem::take(&mut self.maps) {
+            let _ = self.backend.dma_unmap(iova, len);
+        }
+        for index in std::mem::take(&mut self.irqs) {
+            let _ = self.backend.set_irqs(IrqRequest {
+                index,
+                start: 0,
+                count: 0,
+                action: IrqAction::Trigger,
+                data: IrqRequestData::None,
+            });
+        }
+        if self.logging.take().is_some() {
+            let _ = self.backend.dma_logging_stop();
+        }
+    }
+
+    /// An empty buffer with room from an earlier reply.
+    pub(super) fn take_scratch(&mut self) -> Vec<u8> {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.clear();
+        scratch
+    }
+
+    fn keep_scratch(&mut self, body: Vec<u8>) {
+        if body.capacity() > self.scratch.capacity() {
+            self.scratch = body;
+        }
+    }
+}
+
+/// A 32-bit number as a length; this crate is for 64-bit hosts, elsewhere it saturates.
+pub(super) fn to_usize(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}

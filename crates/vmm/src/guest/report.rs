@@ -1,0 +1,227 @@
+//! The two pages through which the VMM and the guest program talk.
+
+use vfio_migration_memory::GuestRam;
+use vfio_migration_types::Gpa;
+
+use super::map::{Areas, BOOT_INFO, REPORT};
+use crate::VmmError;
+
+/// First word of the boot page: `BOOTINFO` in ASCII.
+pub const BOOT_MAGIC: u64 = 0x4f46_4e49_544f_4f42;
+/// First word of the report page, once the program runs: `GUREPORT` in ASCII.
+pub const REPORT_MAGIC: u64 = 0x5452_4f50_4552_5547;
+/// Index of the report's word by which the VMM asks for something.
+pub const REQUEST_WORD: u64 = 21;
+/// Index of the report's word that holds the longest gap.
+pub const GAP_WORD: u64 = 14;
+
+const REPORT_WORDS: usize = 22;
+/// The longest block that the program takes: a slot is a page.
+const BLOCK_MAX: u64 = 4096;
+
+/// What the VMM tells the program at boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BootInfo {
+    /// Pages that the writer numbers per second.
+    pub pages_per_second: u64,
+    /// The pages it may write.
+    pub areas: Areas,
+    /// Sample devices on the PCI bus; the program fails if it finds another number.
+    pub devices: u64,
+    /// Bytes per DMA block: a multiple of 64, 128 to 4096.
+    pub block_len: u64,
+    /// Descriptors kept in flight per device, 1 to 48.
+    pub in_flight: u64,
+    /// Whether every second block of a device goes to the mailbox of the next.
+    pub p2p: bool,
+    /// Microseconds between the program's timer interrupts.
+    pub tick_us: u64,
+}
+
+impl BootInfo {
+    /// The usual program for `ram`: blocks of 512 bytes, 16 in flight, a tick each millisecond.
+    ///
+    /// # Errors
+    /// The RAM is not laid out as the program needs it.
+    pub fn new(ram: &GuestRam, bytes_per_second: u64, devices: u64, p2p: bool) -> Result<Self, VmmError> {
+        Ok(Self {
+            pages_per_second: bytes_per_second / 4096,
+            areas: Areas::of(ram)?,
+            devices,
+            block_len: 512,
+            in_flight: 16,
+            p2p,
+            tick_us: 1000,
+        })
+    }
+
+    /// Writes the boot page.
+    ///
+    /// # Errors
+    /// A number is out of range, or the RAM cannot be written.
+    pub fn write(&self, ram: &GuestRam) -> Result<(), VmmError> {
+        let valid = self.block_len.is_multiple_of(64)
+            && (128..=BLOCK_MAX).contains(&self.block_len)
+            && (1..=48).contains(&self.in_flight)
+            && self.devices <= super::map::DEVICES_MAX
+            && (100..=1_000_000).contains(&self.tick_us)
+            && self.pages_per_second <= 10_000_000;
+        if !valid {
+            return Err(VmmError::Refused(format!("the guest program cannot run with {self:?}")));
+        }
+        let words = [
+            BOOT_MAGIC,
+            self.pages_per_second,
+            self.areas.low_start,
+            self.areas.low_pages,
+            self.areas.high_start,
+            self.areas.high_pages,
+            self.devices,
+            self.block_len,
+            self.in_flight,
+            u64::from(self.p2p),
+            self.tick_us,
+        ];
+        let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
+        Ok(ram.write(place(ram, BOOT_INFO, bytes.len())?, &bytes)?)
+    }
+}
+
+/// Where the program stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stage {
+    /// The page is empty: the program has not begun.
+    Off,
+    /// It boots.
+    Booting,
+    /// Its driver is ready.
+    DriverReady,
+    /// It works and checks.
+    Running,
+    /// It gave up.
+    Failed,
+    /// Something else stands there.
+    Unknown(u64),
+}
+
+/// What the program says of itself. All counts are since its boot, moves included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Where it stands.
+    pub stage: Stage,
+    /// Turns of its main loop.
+    pub loops: u64,
+    /// Pages numbered.
+    pub pages_written: u64,
+    /// Pages compared.
+    pub pages_checked: u64,
+    /// Pages found wrong. A wrong page counts once until it is written again.
+    pub pages_lost: u64,
+    /// Full walks over all pages.
+    pub page_passes: u64,
+    /// DMA blocks taken from the devices.
+    pub dma_blocks: u64,
+    /// DMA blocks compared, old ones again and again.
+    pub blocks_checked: u64,
+    /// DMA blocks found wrong. A wrong block counts once.
+    pub blocks_lost: u64,
+    /// Full walks over all slots of blocks.
+    pub block_passes: u64,
+    /// Device interrupts that announced something.
+    pub interrupts: u64,
+    /// Completed blocks whose interrupt did not come within a second of running.
+    pub interrupts_lost: u64,
+    /// Device interrupts that announced nothing.
+    pub spurious: u64,
+    /// The longest time between two of its looks at the host's clock, in nanoseconds.
+    pub longest_gap_ns: u64,
+    /// The host's clock at the last look, in nanoseconds.
+    pub last_clock_ns: u64,
+    /// Why it gave up: see the assembler source.
+    pub failure_code: u64,
+    /// More about it.
+    pub failure_detail: u64,
+    /// Timer interrupts.
+    pub ticks: u64,
+    /// DMA blocks of peers' mailboxes among [`dma_blocks`](Self::dma_blocks).
+    pub p2p_blocks: u64,
+    /// Blocks in which a device said that its internal state is damaged; in [`blocks_lost`](Self::blocks_lost) too.
+    pub integrity_failures: u64,
+    /// Whether a request of the VMM is still open.
+    pub request: u64,
+}
+
+impl Report {
+    /// Reads the report page. The counts of a running guest need not be of one instant.
+    ///
+    /// # Errors
+    /// The RAM cannot be read.
+    pub fn read(ram: &GuestRam) -> Result<Self, VmmError> {
+        let mut bytes = [0; REPORT_WORDS * 8];
+        ram.read(place(ram, REPORT, bytes.len())?, &mut bytes)?;
+        let mut words = [0; REPORT_WORDS];
+        for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+            let mut whole = [0; 8];
+            whole.copy_from_slice(chunk);
+            *word = u64::from_le_bytes(whole);
+        }
+        let stage = match (words[0], words[1]) {
+            (0, 0) => Stage::Off,
+            (REPORT_MAGIC, 1) => Stage::Booting,
+            (REPORT_MAGIC, 2) => Stage::DriverReady,
+            (REPORT_MAGIC, 3) => Stage::Running,
+            (REPORT_MAGIC, 0xDEAD) => Stage::Failed,
+            (_, other) => Stage::Unknown(other),
+        };
+        Ok(Self {
+            stage,
+            loops: words[2],
+            pages_written: words[3],
+            pages_checked: words[4],
+            pages_lost: words[5],
+            page_passes: words[6],
+            dma_blocks: words[7],
+            blocks_checked: words[8],
+            blocks_lost: words[9],
+            block_passes: words[10],
+            interrupts: words[11],
+            interrupts_lost: words[12],
+            spurious: words[13],
+            longest_gap_ns: words[14],
+            last_clock_ns: words[15],
+            failure_code: words[16],
+            failure_detail: words[17],
+            ticks: words[18],
+            p2p_blocks: words[19],
+            integrity_failures: words[20],
+            request: words[21],
+        })
+    }
+
+    /// Asks the program to forget the longest gap; it has when [`request`](Self::request) is 0 again. This write to
+    /// guest RAM is the VMM's own: returns where it went, for the VMM's write log.
+    ///
+    /// # Errors
+    /// The RAM cannot be written.
+    pub fn ask_to_reset_gap(ram: &GuestRam) -> Result<vfio_migration_types::RamOffset, VmmError> {
+        let offset = place(ram, REPORT + REQUEST_WORD * 8, 8)?;
+        ram.write_u64(offset, 1)?;
+        Ok(offset)
+    }
+
+    /// Everything lost, of all three kinds.
+    pub fn lost(&self) -> u64 {
+        self.pages_lost + self.blocks_lost + self.interrupts_lost
+    }
+}
+
+/// The RAM offset of `len` bytes at `gpa`.
+pub(super) fn place(
+    ram: &GuestRam,
+    gpa: u64,
+    len: usize,
+) -> Result<vfio_migration_types::RamOffset, VmmError> {
+    ram.offset_of(Gpa(gpa), len as u64)
+        .ok_or_else(|| VmmError::Refused(format!("the guest program needs RAM at {gpa:#x}")))
+}

@@ -1,0 +1,125 @@
+//! Building a machine, and booting a guest in it.
+
+use std::sync::{Arc, Mutex};
+
+use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
+use vfio_migration_memory::GuestRam;
+use vfio_migration_types::{Gpa, Range};
+
+use super::kvm_ties::KvmTies;
+use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
+use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
+use crate::bus::{IoBus, PlatformBus};
+use crate::guest::BootInfo;
+use crate::kvm::KvmVm;
+use crate::pci::{
+    BarMapper, IrqBackend, PciBus, PciHost, RouteTable, Router, VfioPciFunction, Windows, map_guest_ram,
+};
+use crate::software::SoftwareVm;
+use crate::{VmmError, layout};
+
+impl ReferenceMachine {
+    /// Builds a machine with everything that could be lacking: RAM, processor, and its devices, connected, reset, with
+    /// guest RAM mapped for their DMA. Nothing runs. Then either [`boot`](Self::boot) it, or let a guest come in.
+    ///
+    /// # Errors
+    /// Something is lacking; the text says what.
+    pub fn build(config: MachineConfig) -> Result<Arc<Self>, VmmError> {
+        let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
+        let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
+        let router = Arc::new(Router::new(routes));
+        let host = PciHost::new(irq, mapper, router, windows()?);
+        let pci = Arc::new(PciBus::new(host.clone()));
+        let platform = Arc::new(PlatformBus::new(pci.clone()));
+        let mut devices = Vec::new();
+        for (slot, device) in (1u8..).zip(&config.devices) {
+            if slot > PciBus::SLOTS {
+                return Err(VmmError::Refused(format!(
+                    "{} devices do not fit on the bus",
+                    config.devices.len()
+                )));
+            }
+            let opened = VfioUserDevice::open(
+                device.id.clone(),
+                &device.socket,
+                ram.clone(),
+                &VfioUserOptions::default(),
+            );
+            let opened = Arc::new(opened.map_err(VmmError::device)?);
+            opened.reset().map_err(VmmError::device)?;
+            map_guest_ram(&*opened, &ram).map_err(VmmError::device)?;
+            let function =
+                VfioPciFunction::new(slot, opened.clone(), host.clone()).map_err(VmmError::device)?;
+            let function = Arc::new(function);
+            pci.add(function.clone());
+            devices.push(Attached { device: opened, function });
+        }
+        host.gate().close();
+        processor.start(&(platform.clone() as Arc<dyn IoBus>))?;
+        Ok(Arc::new(Self {
+            id: Mutex::new(config.id),
+            config,
+            ram,
+            processor,
+            platform,
+            pci,
+            host,
+            devices,
+            run: Mutex::new(Run::default()),
+        }))
+    }
+
+    /// Loads the guest program. [`cont`](Self::cont) lets it run.
+    ///
+    /// # Errors
+    /// The RAM is too small for it, or KVM refuses.
+    pub fn boot(&self, workload: &Workload) -> Result<(), VmmError> {
+        self.pci.place_bars().map_err(VmmError::device)?;
+        let devices = self.devices.len() as u64;
+        let mut info = BootInfo::new(&self.ram, workload.dirty_rate, devices, devices > 1)?;
+        info.block_len = workload.block_len.into();
+        info.in_flight = workload.in_flight.into();
+        info.tick_us = workload.tick_us.into();
+        self.processor.boot(&info)
+    }
+}
+
+/// Where BARs lie.
+fn windows() -> Result<Windows, VmmError> {
+    let window = |base, len| Range::new(Gpa(base), len).map_err(|error| VmmError::Refused(error.to_string()));
+    Ok(Windows {
+        low: window(layout::MMIO32_BASE, layout::MMIO32_LEN)?,
+        high: window(layout::MMIO64_BASE, layout::MMIO64_LEN)?,
+    })
+}
+
+/// What depends on the accelerator.
+struct Parts {
+    processor: Box<dyn Processor>,
+    irq: Arc<dyn IrqBackend>,
+    routes: Arc<dyn RouteTable>,
+    mapper: Arc<dyn BarMapper>,
+}
+
+impl Parts {
+    fn make(config: &MachineConfig, ram: &Arc<GuestRam>) -> Result<Self, VmmError> {
+        match config.accelerator {
+            Accelerator::Kvm => {
+                let vm = KvmVm::new(ram.clone(), config.vcpus)?;
+                let ties = Arc::new(KvmTies::new(vm.clone()));
+                let processor = Box::new(KvmProcessor::new(vm)?);
+                Ok(Self { processor, irq: ties.clone(), routes: ties.clone(), mapper: ties })
+            }
+            Accelerator::Software if config.vcpus == 1 => {
+                let vm = SoftwareVm::new(ram.clone())?;
+                let ties = Arc::clone(vm.ties());
+                let processor = Box::new(SoftwareProcessor(vm));
+                Ok(Self { processor, irq: ties.clone(), routes: ties.clone(), mapper: ties })
+            }
+            Accelerator::Software => Err(VmmError::Refused(format!(
+                "the software guest has one vCPU, and {} are wanted",
+                config.vcpus
+            ))),
+        }
+    }
+}

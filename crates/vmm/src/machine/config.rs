@@ -1,0 +1,98 @@
+//! What to build.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use vfio_migration_types::{DeviceId, VmId};
+
+/// A machine to build.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Identity of the VM.
+    pub id: VmId,
+    /// RAM in bytes: see [`layout::ram_regions`](crate::layout::ram_regions) for what is possible.
+    pub memory: u64,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// What runs the guest.
+    pub accelerator: Accelerator,
+    /// Devices, in the order of their slots.
+    pub devices: Vec<DeviceConfig>,
+}
+
+/// What runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// KVM.
+    Kvm,
+    /// The software twin of the guest program, in a thread.
+    Software,
+}
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// Name, equal on both sides of a migration.
+    pub id: DeviceId,
+    /// Socket of its vfio-user server.
+    pub socket: PathBuf,
+}
+
+/// The text describes no device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{text}' describes no device: {why} (want vfio-user:SOCKET,id=NAME)")]
+pub struct DeviceConfigError {
+    text: String,
+    why: String,
+}
+
+impl FromStr for DeviceConfig {
+    type Err = DeviceConfigError;
+
+    fn from_str(text: &str) -> Result<Self, DeviceConfigError> {
+        let refuse = |why: String| DeviceConfigError { text: text.chars().take(200).collect(), why };
+        let rest = text.strip_prefix("vfio-user:").ok_or_else(|| refuse("the kind is unknown".into()))?;
+        let (socket, options) = rest.split_once(',').ok_or_else(|| refuse("it has no id".into()))?;
+        let name = options.strip_prefix("id=").ok_or_else(|| refuse("it has no id".into()))?;
+        if socket.is_empty() {
+            return Err(refuse("the socket's path is empty".into()));
+        }
+        let id = DeviceId::new(name).map_err(|error| refuse(error.to_string()))?;
+        Ok(Self { id, socket: socket.into() })
+    }
+}
+
+/// What the guest program does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// Bytes of RAM that it dirties each second.
+    pub dirty_rate: u64,
+    /// Bytes of the blocks that devices write.
+    pub block_len: u32,
+    /// Descriptors that it keeps in flight per device.
+    pub in_flight: u32,
+    /// Time between two ticks, in microseconds.
+    pub tick_us: u32,
+}
+
+impl Default for Workload {
+    fn default() -> Self {
+        Self { dirty_rate: 50 << 20, block_len: 1024, in_flight: 16, tick_us: 1000 }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn device_texts() {
+        let device: DeviceConfig = "vfio-user:/run/a b.sock,id=net0".parse().unwrap();
+        assert_eq!((device.id.as_str(), device.socket.to_str()), ("net0", Some("/run/a b.sock")));
+        for bad in
+            ["", "net0", "vfio-user:/x", "vfio-user:,id=a", "vfio-user:/x,name=a", "vfio-user:/x,id=a b"]
+        {
+            assert!(bad.parse::<DeviceConfig>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! How PCI functions reach a guest on KVM: irqfds, the routing table, memory slots, ioeventfds.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vfio_migration_device::MsiMessage;
+use vfio_migration_memory::Mapping;
+use vfio_migration_types::Gpa;
+
+use crate::VmmError;
+use crate::kvm::{GsiRoute, KvmVm, SlotId};
+use crate::pci::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};
+
+/// The three ties of one machine.
+#[derive(Debug)]
+pub(super) struct KvmTies {
+    vm: Arc<KvmVm>,
+    /// Mapped BARs: each keeps its memory mapped for as long as the guest has it.
+    slots: Mutex<BTreeMap<Gpa, (SlotId, Arc<Mapping>)>>,
+}
+
+impl KvmTies {
+    pub(super) fn new(vm: Arc<KvmVm>) -> Self {
+        Self { vm, slots: Mutex::default() }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, BTreeMap<Gpa, (SlotId, Arc<Mapping>)>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn other(error: VmmError) -> io::Error {
+    io::Error::other(error)
+}
+
+fn width(doorbell: &BarDoorbell) -> io::Result<u32> {
+    u32::try_from(doorbell.size).map_err(io::Error::other)
+}
+
+impl IrqBackend for KvmTies {
+    fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
+        self.vm.register_irqfd(event.as_fd(), gsi).map_err(other)
+    }
+
+    fn detach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
+        self.vm.unregister_irqfd(event.as_fd(), gsi).map_err(other)
+    }
+}
+
+impl RouteTable for KvmTies {
+    fn replace(&self, routes: &BTreeMap<u32, MsiMessage>) -> io::Result<()> {
+        let routes: Vec<GsiRoute> = routes
+            .iter()
+            .map(|(gsi, message)| GsiRoute { gsi: *gsi, address: message.address, data: message.data })
+            .collect();
+        self.vm.set_gsi_routes(&routes).map_err(other)
+    }
+}
+
+impl BarMapper for KvmTies {
+    fn map(&self, gpa: Gpa, memory: &Arc<Mapping>) -> io::Result<()> {
+        let mut slots = self.slots();
+        // SAFETY: the mapping stays as long as its Arc lives; `slots` holds one until the slot is removed, and is
+        // dropped no earlier than the machine that uses it, since nothing but `unmap` removes entries and the machine
+        // is held by `self`. No reference into it exists: `Mapping` hands out copies only.
+        let slot = unsafe { self.vm.add_memory_slot(gpa, memory.host_address(), memory.len(), false) };
+        slots.insert(gpa, (slot.map_err(other)?, Arc::clone(memory)));
+        Ok(())
+    }
+
+    fn unmap(&self, gpa: Gpa, _memory: &Arc<Mapping>) -> io::Result<()> {
+        let mut slots = self.slots();
+        let Some((slot, _)) = slots.get(&gpa) else {
+            return Err(io::Error::other(format!("nothing is mapped at {gpa}")));
+        };
+        self.vm.remove_memory_slot(*slot).map_err(other)?;
+        slots.remove(&gpa);
+        Ok(())
+    }
+
+    fn attach_doorbell(&self, doorbell: &BarDoorbell) -> io::Result<()> {
+        let BarDoorbell { gpa, datamatch, event, .. } = doorbell;
+        self.vm.register_ioeventfd(event.as_fd(), *gpa, width(doorbell)?, *datamatch).map_err(other)
+    }
+
+    fn detach_doorbell(&self, doorbell: &BarDoorbell) -> io::Result<()> {
+        let BarDoorbell { gpa, datamatch, event, .. } = doorbell;
+        self.vm.unregister_ioeventfd(event.as_fd(), *gpa, width(doorbell)?, *datamatch).map_err(other)
+    }
+}
+
+impl Drop for KvmTies {
+    fn drop(&mut self) {
+        // The vCPUs may still be there for others who hold the machine; BAR memory must not be unmapped under them.
+        for (slot, _) in self.slots().values() {
+            if let Err(error) = self.vm.remove_memory_slot(*slot) {
+                tracing::error!(%error, "a BAR could not be taken from the guest");
+                self.vm.shutdown();
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Bus 0: config accesses find their function, memory accesses find their BAR.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use vfio_migration_types::{Gpa, Range};
+
+use super::bars::{AddressMap, Bar};
+use super::peers::Peers;
+use super::{BarGate, BarMapper, IrqBackend, Router, VfioPciFunction, Windows};
+use crate::bus::{IoBus, unclaimed};
+use crate::layout;
+
+/// Config mechanism 1 (PCI 3.0, 3.2.2.3.2): the address register, and the window to the dword that it names.
+const CONFIG_ADDRESS: u16 = 0xcf8;
+const CONFIG_DATA: u16 = 0xcfc;
+const CONFIG_ENABLE: u32 = 0x8000_0000;
+
+/// Config space of the host bridge at 00:00.0: vendor and device of our own, class 06 00 00.
+const HOST_BRIDGE: [u8; 16] = [0x46, 0x56, 0x42, 0x48, 0, 0, 0, 0, 0, 0, 0x00, 0x06, 0, 0, 0, 0];
+
+/// What all functions of a machine share: the way to the guest.
+#[derive(Debug)]
+pub struct PciHost {
+    pub(super) irq: Arc<dyn IrqBackend>,
+    pub(super) mapper: Arc<dyn BarMapper>,
+    pub(super) router: Arc<Router>,
+    pub(super) gate: Arc<BarGate>,
+    pub(super) windows: Windows,
+    pub(super) addresses: AddressMap,
+    pub(super) peers: Peers,
+}
+
+impl PciHost {
+    /// A host whose BARs lie in `windows`.
+    pub fn new(
+        irq: Arc<dyn IrqBackend>,
+        mapper: Arc<dyn BarMapper>,
+        router: Arc<Router>,
+        windows: Windows,
+    ) -> Arc<Self> {
+        let (gate, addresses, peers) = (Arc::default(), AddressMap::default(), Peers::default());
+        Arc::new(Self { irq, mapper, router, gate, windows, addresses, peers })
+    }
+
+    /// The gate between the guest and its devices.
+    pub fn gate(&self) -> &Arc<BarGate> {
+        &self.gate
+    }
+
+    /// The interrupt routes of all functions.
+    pub fn router(&self) -> &Arc<Router> {
+        &self.router
+    }
+}
+
+/// BARs found no place.
+#[derive(Debug, thiserror::Error)]
+#[error("no room for BAR {bar} ({size:#x} bytes) of the device in slot {slot}")]
+pub struct PlaceError {
+    /// Slot on bus 0.
+    pub slot: u8,
+    /// BAR number.
+    pub bar: u8,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// PCI bus 0: the host bridge in slot 0, functions in slots from 1.
+#[derive(Debug)]
+pub struct PciBus {
+    host: Arc<PciHost>,
+    address: AtomicU32,
+    functions: RwLock<Vec<Arc<VfioPciFunction>>>,
+}
+
+impl PciBus {
+    /// Slots of the bus that functions can be in.
+    pub const SLOTS: u8 = 31;
+
+    /// A bus with its host bridge alone.
+    pub fn new(host: Arc<PciHost>) -> Self {
+        Self { host, address: AtomicU32::new(0), functions: RwLock::default() }
+    }
+
+    /// What its functions share.
+    pub fn host(&self) -> &Arc<PciHost> {
+        &self.host
+    }
+
+    /// Puts a function into the slot that it was made for, which must be free.
+    pub fn add(&self, function: Arc<VfioPciFunction>) {
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).push(function);
+    }
+
+    /// The functions, in the order in which they came.
+    pub fn functions(&self) -> Vec<Arc<VfioPciFunction>> {
+        self.functions.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The address register of config mechanism 1: part of the machine's state.
+    pub fn config_address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Puts the address register back.
+    pub fn set_config_address(&self, address: u32) {
+        self.address.store(address, Ordering::Relaxed);
+    }
+
+    /// Gives every BAR an address, as firmware does before a guest starts: 64-bit prefetchable ones in the high
+    /// window, all others in the low one, the largest first. Memory decode stays off until the guest turns it on.
+    pub fn place_bars(&self) -> Result<(), PlaceError> {
+        let functions = self.functions();
+        let mut bars: Vec<(&VfioPciFunction, Bar)> = functions
+            .iter()
+            .flat_map(|function| function.bars().iter().map(|bar| (&**function, *bar)))
+            .collect();
+        bars.sort_by_key(|(_, bar)| std::cmp::Reverse(bar.size));
+        let (mut low, mut high) = (Some(self.host.windows.low), Some(self.host.windows.high));
+        for (function, bar) in bars {
+            let window = if bar.wide && bar.prefetchable { &mut high } else { &mut low };
+            let place = window.and_then(|free| {
+                let start = free.start().0.checked_next_multiple_of(bar.size)?;
+                let end = start.checked_add(bar.size).filter(|end| *end <= free.end())?;
+                // One page at least, so that no two BARs share one.
+                let end = end.checked_next_multiple_of(4096)?;
+                *window = Range::new(Gpa(end), free.end().saturating_sub(end)).ok();
+                Some(start)
+            });
+            let no_room = || PlaceError { slot: function.slot(), bar: bar.index, size: bar.size };
+            function.set_bar(bar, place.ok_or_else(no_room)?);
+        }
+        Ok(())
+    }
+
+    fn function(&self, slot: u8) -> Option<Arc<VfioPciFunction>> {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.iter().find(|function| function.slot() == slot).cloned()
+    }
+
+    fn config_read(&self, device: u8, function: u8, register: u16, into: &mut [u8]) {
+        unclaimed(into);
+        if function != 0 {
+            return;
+        }
+        if device == 0 {
+            for (index, byte) in into.iter_mut().enumerate() {
+                let at = usize::from(register) + index;
+                *byte = HOST_BRIDGE.get(at).copied().unwrap_or(if at < 256 { 0 } else { 0xff });
+            }
+        } else if let Some(function) = self.function(device) {
+            function.config_read(register, into);
+        }
+    }
+
+    fn config_write(&self, device: u8, function: u8, register: u16, from: &[u8]) {
+        if function == 0
+            && let Some(function) = self.function(device)
+        {
+            function.config_write(register, from);
+        }
+    }
+
+    /// What the data window of mechanism 1 stands for: device, function, register.
+    fn selected(&self, port: u16) -> Option<(u8, u8, u16)> {
+        let address = self.config_address();
+        let bus = address >> 16 & 0xff;
+        let [low, middle, ..] = address.to_le_bytes();
+        let register = u16::from(low & 0xfc) + (port - CONFIG_DATA);
+        (address & CONFIG_ENABLE != 0 && bus == 0).then_some((middle >> 3, middle & 7, register))
+    }
+
+    /// What an address in the memory-mapped config space stands for.
+    fn ecam(gpa: Gpa, len: usize) -> Option<(u8, u8, u16)> {
+        let offset = gpa.0.checked_sub(layout::ECAM_BASE)?;
+        offset.checked_add(u64::try_from(len).ok()?).filter(|end| *end <= layout::ECAM_LEN)?;
+        let device = u8::try_from(offset >> 15 & 0x1f).ok()?;
+        let function = u8::try_from(offset >> 12 & 7).ok()?;
+        Some((device, function, u16::try_from(offset & 0xfff).ok()?))
+    }
+}
+
+/// An access to the data window stays inside of its dword.
+fn in_data_window(port: u16, len: usize) -> bool {
+    (CONFIG_DATA..CONFIG_DATA + 4).contains(&port) && usize::from(port - CONFIG_DATA) + len <= 4
+}
+
+impl IoBus for PciBus {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        unclaimed(data);
+        if port == CONFIG_ADDRESS && data.len() == 4 {
+            data.copy_from_slice(&self.config_address().to_le_bytes());
+        } else if in_data_window(port, data.len())
+            && let Some((device, function, register)) = self.selected(port)
+        {
+            self.config_read(device, function, register, data);
+        }
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        if let (CONFIG_ADDRESS, Ok(dword)) = (port, <[u8; 4]>::try_from(data)) {
+            self.set_config_address(u32::from_le_bytes(dword));
+        } else if in_data_window(port, data.len())
+            && let Some((device, function, register)) = self.selected(port)
+        {
+            self.config_write(device, function, register, data);
+        }
+    }
+
+    fn mmio_read(&self, gpa: Gpa, data: &mut [u8]) {
+        unclaimed(data);
+        if let Some((device, function, register)) = Self::ecam(gpa, data.len()) {
+            // A qword is two dwords: config space knows no more.
+            for (at, part) in (register..).step_by(4).zip(data.chunks_mut(4)) {
+                self.config_read(device, function, at, part);
+            }
+        } else if let Some(hit) = self.host.addresses.find(gpa, data.len())
+            && let Some(function) = self.function(hit.slot)
+        {
+            function.bar_read(hit.bar, hit.offset, data);
+        }
+    }
+
+    fn mmio_write(&self, gpa: Gpa, data: &[u8]) {
+        if let Some((device, function, register)) = Self::ecam(gpa, data.len()) {
+            for (at, part) in (register..).step_by(4).zip(data.chunks(4)) {
+                self.config_write(device, function, at, part);
+            }
+        } else if let Some(hit) = self.host.addresses.find(gpa, data.len())
+            && let Some(function) = self.function(hit.slot)
+        {
+            function.bar_write(hit.bar, hit.offset, data);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! A function's config space as the guest sees it.
+//!
+//! Bytes are of three kinds: emulated here (header, MSI-X control), read and written through to the device (what lies
+//! in capabilities), and read-only. BARs never reach the device: where they are is the VMM's affair.
+
+use super::registers::{
+    BAR0, CACHE_LINE_SIZE, CAP_MSIX, CAPABILITY_LIST, COMMAND, COMMAND_WRITABLE, EXTENDED, HEADER_END,
+    INTERRUPT_LINE, LATENCY_TIMER, MSIX_CAP_LEN, MSIX_CONTROL, MSIX_ENABLE, MSIX_MASK_ALL, MSIX_PBA,
+    MSIX_TABLE, ROM_ADDRESS, STATUS, STATUS_CAP_LIST,
+};
+
+/// A capability in the list of the first 256 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Capability {
+    pub(super) id: u8,
+    pub(super) offset: u16,
+}
+
+/// Where a function's MSI-X table and pending bits are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct MsixLayout {
+    pub(super) capability: u16,
+    pub(super) vectors: u16,
+    pub(super) table: (u8, u64),
+    pub(super) pba: (u8, u64),
+}
+
+/// Config space: bytes, and which of their bits the guest may write.
+#[derive(Clone, Debug)]
+pub(super) struct ConfigSpace {
+    bytes: Vec<u8>,
+    writable: Vec<u8>,
+    /// Bytes that are the device's: read and written there.
+    through: Vec<bool>,
+}
+
+impl ConfigSpace {
+    /// From the device's own bytes, 256 or 4096; everything emulated starts as after a reset.
+    pub(super) fn new(mut bytes: Vec<u8>) -> Self {
+        let mut writable = vec![0; bytes.len()];
+        let mut through: Vec<bool> =
+            (0..bytes.len()).map(|offset| offset >= usize::from(HEADER_END)).collect();
+        let zero = (COMMAND..COMMAND + 2)
+            .chain(CACHE_LINE_SIZE..LATENCY_TIMER + 1)
+            .chain(BAR0..BAR0 + 24)
+            .chain(ROM_ADDRESS..ROM_ADDRESS + 4)
+            .chain(INTERRUPT_LINE..INTERRUPT_LINE + 1);
+        for offset in zero {
+            bytes[usize::from(offset)] = 0;
+        }
+        for offset in [CACHE_LINE_SIZE, LATENCY_TIMER, INTERRUPT_LINE] {
+            writable[usize::from(offset)] = 0xff;
+        }
+        writable[usize::from(COMMAND)..][..2].copy_from_slice(&COMMAND_WRITABLE.to_le_bytes());
+        through[usize::from(STATUS)..][..2].fill(true);
+
+        let mut space = Self { bytes, writable, through };
+        if let Some(capability) = space.capabilities().into_iter().find(|cap| cap.id == CAP_MSIX) {
+            let at = usize::from(capability.offset);
+            if at + usize::from(MSIX_CAP_LEN) <= usize::from(EXTENDED) {
+                space.through[at..][..usize::from(MSIX_CAP_LEN)].fill(false);
+                let control = usize::from(capability.offset + MSIX_CONTROL);
+                space.writable[control + 1] = ((MSIX_ENABLE | MSIX_MASK_ALL) >> 8) as u8;
+                space.bytes[control + 1] &= !space.writable[control + 1];
+            }
+        }
+        space
+    }
+
+    /// Makes `bits` of the dword at `offset` writable and sets the rest of it to `fixed`: a BAR.
+    pub(super) fn define_bar(&mut self, offset: u16, bits: u32, fixed: u32) {
+        let at = usize::from(offset);
+        self.bytes[at..][..4].copy_from_slice(&(fixed & !bits).to_le_bytes());
+        self.writable[at..][..4].copy_from_slice(&bits.to_le_bytes());
+    }
+
+    /// Size in bytes.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// All bytes, as last known.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The 16 bits at `offset`; all ones outside.
+    pub(super) fn u16(&self, offset: u16) -> u16 {
+        self.array(offset).map_or(u16::MAX, u16::from_le_bytes)
+    }
+
+    /// The 32 bits at `offset`; all ones outside.
+    pub(super) fn u32(&self, offset: u16) -> u32 {
+        self.array(offset).map_or(u32::MAX, u32::from_le_bytes)
+    }
+
+    fn array<const N: usize>(&self, offset: u16) -> Option<[u8; N]> {
+        self.bytes.get(usize::from(offset)..)?.first_chunk().copied()
+    }
+
+    /// Whether any of `len` bytes at `offset` is the device's own.
+    pub(super) fn reaches_device(&self, offset: u16, len: usize) -> bool {
+        self.through.iter().skip(offset.into()).take(len).any(|through| *through)
+    }
+
+    /// Takes fresh bytes of the device for those at `offset` that are its own.
+    pub(super) fn refresh(&mut self, offset: u16, fresh: &[u8]) {
+        let at = usize::from(offset);
+        let own = self.through.iter().skip(at);
+        for ((byte, fresh), own) in self.bytes.iter_mut().skip(at).zip(fresh).zip(own) {
+            if *own {
+                *byte = *fresh;
+            }
+        }
+    }
+
+    /// Copies out; all ones outside.
+    pub(super) fn read(&self, offset: u16, into: &mut [u8]) {
+        for (index, byte) in into.iter_mut().enumerate() {
+            *byte = self.bytes.get(usize::from(offset) + index).copied().unwrap_or(0xff);
+        }
+    }
+
+    /// Writes the emulated writable bits. Returns the span of the device's own bytes in `from`, to be written there.
+    pub(super) fn write<'a>(&mut self, offset: u16, from: &'a [u8]) -> Option<(u16, &'a [u8])> {
+        let at = usize::from(offset);
+        for (index, value) in from.iter().enumerate() {
+            let Some((byte, mask)) = self.bytes.get_mut(at + index).zip(self.writable.get(at + index)) else {
+                break;
+            };
+            *byte = *byte & !mask | value & mask;
+        }
+        let own = |index: &usize| self.through.get(at + index).copied().unwrap_or(false);
+        let first = (0..from.len()).find(own)?;
+        // An access is at most a dword inside of one, and kinds change at dwords but for COMMAND and STATUS.
+        let last = (first..from.len()).take_while(own).last()?;
+        Some((u16::try_from(at + first).ok()?, from.get(first..=last)?))
+    }
+
+    /// Loads what is emulated from a saved config space of the same size, and leaves the device's own bytes.
+    pub(super) fn load(&mut self, saved: &[u8]) {
+        for ((byte, mask), saved) in self.bytes.iter_mut().zip(&self.writable).zip(saved) {
+            *byte = *byte & !mask | saved & mask;
+        }
+    }
+
+    /// The capability list, as far as it is sane: within bounds, and without a loop.
+    pub(super) fn capabilities(&self) -> Vec<Capability> {
+        let mut out: Vec<Capability> = Vec::new();
+        if self.u16(STATUS) & STATUS_CAP_LIST == 0 {
+            return out;
+        }
+        let mut next = self.bytes.get(usize::from(CAPABILITY_LIST)).copied().unwrap_or(0) & !3;
+        while u16::from(next) >= HEADER_END && out.iter().all(|cap| cap.offset != u16::from(next)) {
+            let [id, following] = self.array(next.into()).unwrap_or_default();
+            out.push(Capability { id, offset: next.into() });
+            next = following & !3;
+        }
+        out
+    }
+
+    /// Where MSI-X is, when the function has it and its structures lie in memory BARs.
+    pub(super) fn msix(&self) -> Option<MsixLayout> {
+        let capability = self.capabilities().into_iter().find(|cap| cap.id == CAP_MSIX)?.offset;
+        if capability + MSIX_CAP_LEN > EXTENDED {
+            return None;
+        }
+        // Bits 0-2 name the BAR, the rest is the offset.
+        let place = |register: u16| {
+            let value = self.u32(capability + register);
+            ((value & 7) as u8, u64::from(value & !7))
+        };
+        let vectors = (self.u16(capability + MSIX_CONTROL) & 0x7ff) + 1;
+        Some(MsixLayout { capability, vectors, table: place(MSIX_TABLE), pba: place(MSIX_PBA) })
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::pci::testing::sample_config;
+
+    #[test]
+    fn the_capability_list_is_walked_and_loops_end() {
+        let mut bytes = sample_config();
+        let space = ConfigSpace::new(bytes.clone());
+        let ids: Vec<u8> = space.capabilities().iter().map(|cap| cap.id).collect();
+        assert_eq!(ids, [CAP_MSIX, super::super::registers::CAP_VENDOR]);
+        bytes[0x51] = 0x40;
+        assert_eq!(ConfigSpace::new(bytes.clone()).capabilities().len(), 2);
+        bytes[0x34] = 0xfc;
+        bytes[0xfc] = CAP_MSIX;
+        assert_eq!(ConfigSpace::new(bytes).msix(), None);
+    }
+
+    #[test]
+    fn only_writable_bits_change() {
+        let mut space = ConfigSpace::new(sample_config());
+        assert_eq!(space.write(0, &[0xff; 4]), None);
+        assert_eq!(space.u32(0), 0x4d53_5646);
+        assert_eq!(space.write(COMMAND, &[0xff; 4]), Some((STATUS, &[0xff; 2][..])));
+        assert_eq!(space.u16(COMMAND), COMMAND_WRITABLE);
+        assert_eq!(space.write(0x52, &[1, 2]), Some((0x52, &[1, 2][..])));
+        assert_eq!(space.write(0xffff, &[1]), None);
+        let mut out = [0; 2];
+        space.read(0xff, &mut out);
+        assert_eq!(out, [0, 0xff]);
+    }
+}

@@ -1,0 +1,36 @@
+//! The PCI side of the machine: a bus, VFIO functions on it, and how their interrupts and BARs reach the guest.
+//!
+//! - [`PciBus`]: bus 0 with a host bridge, config mechanism 1 and ECAM; an [`IoBus`](crate::bus::IoBus).
+//! - [`VfioPciFunction`]: a VFIO device before the guest, and the stock
+//!   [`PciFunction`](vfio_migration_device::PciFunction) of a migration.
+//! - [`Router`]: the stock [`IrqRouter`](vfio_migration_device::IrqRouter).
+//! - [`IrqBackend`], [`RouteTable`], [`BarMapper`]: what they ask of KVM, or of the software guest.
+//! - [`BarGate`]: keeps a paused guest away from its devices.
+//!
+//! What it does not do: INTx and MSI (no device here has them; a state that needs them is refused), I/O BARs, expansion
+//! ROMs, bridges, hot plug.
+
+mod areas;
+mod backend;
+mod bars;
+mod bus;
+mod compare;
+mod config;
+mod gate;
+mod msix;
+mod peers;
+mod registers;
+mod router;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+mod vfio;
+
+pub use backend::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};
+pub use bars::Windows;
+pub use bus::{PciBus, PciHost, PlaceError};
+pub use gate::BarGate;
+pub use peers::{map_guest_ram, unmap_guest_ram};
+pub use router::{FIRST_MSI_GSI, Router};
+pub use vfio::VfioPciFunction;

@@ -1,0 +1,305 @@
+//! MSI-X as the guest sees it: the vector table, the pending bits, and where each raise goes.
+//!
+//! Each vector has one eventfd, which the device gets by SET_IRQS when the guest enables MSI-X, and keeps. While the
+//! vector is unmasked the eventfd is attached to the interrupt controller (KVM: an irqfd); while it is masked it is
+//! detached, remembers what the device raises, and is drained into the pending bit when somebody asks. Masking thus
+//! costs no call to the device, and no raise is lost between the two.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use vfio_migration_device::{IrqIndex, IrqRouter, MsiMessage, PciHardware, VectorState};
+
+use super::{Event, IrqBackend};
+
+/// Bytes of a table entry: address low and high, data, control.
+pub(super) const ENTRY: u64 = 16;
+const CONTROL_MASKED: u32 = 1;
+
+/// What failed, for whoever knows the device.
+pub(super) type Failure = (String, Box<dyn std::error::Error + Send + Sync>);
+
+/// The way from a vector to the guest.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wires<'a> {
+    pub(super) hardware: &'a dyn PciHardware,
+    pub(super) irq: &'a dyn IrqBackend,
+    pub(super) router: &'a dyn IrqRouter,
+}
+
+#[derive(Debug)]
+struct Vector {
+    message: MsiMessage,
+    masked: bool,
+    /// Raised while masked; or, after a save, raised and not yet delivered.
+    pending: bool,
+    gsi: u32,
+    event: Arc<Event>,
+    /// Its eventfd is attached to the interrupt controller.
+    attached: bool,
+}
+
+/// The MSI-X state of a function.
+#[derive(Debug)]
+pub(super) struct Msix {
+    vectors: Vec<Vector>,
+    enabled: bool,
+    all_masked: bool,
+    /// The device has the eventfds.
+    connected: bool,
+}
+
+impl Msix {
+    /// `count` vectors as after a reset: disabled, all masked. Vector n is interrupt `first_gsi + n`.
+    pub(super) fn new(count: u16, first_gsi: u32) -> io::Result<Self> {
+        let vector = |n: u16| {
+            Ok(Vector {
+                message: MsiMessage::default(),
+                masked: true,
+                pending: false,
+                gsi: first_gsi + u32::from(n),
+                event: Arc::new(Event::new()?),
+                attached: false,
+            })
+        };
+        let vectors = (0..count).map(vector).collect::<io::Result<_>>()?;
+        Ok(Self { vectors, enabled: false, all_masked: false, connected: false })
+    }
+
+    /// The guest wrote the message control register.
+    pub(super) fn set_control(
+        &mut self,
+        enabled: bool,
+        all_masked: bool,
+        wires: Wires<'_>,
+    ) -> Result<(), Failure> {
+        self.all_masked = all_masked;
+        if enabled == self.enabled {
+            return self.settle(wires);
+        }
+        self.enabled = enabled;
+        if enabled {
+            // The way to the guest is ready before the device can raise.
+            self.settle(wires)?;
+            self.connect(wires)
+        } else {
+            self.disconnect(wires)
+        }
+    }
+
+    /// The dword at `offset` of the table.
+    pub(super) fn table(&self, offset: u64) -> u32 {
+        let Some(vector) = self.vectors.get(usize::try_from(offset / ENTRY).unwrap_or(usize::MAX)) else {
+            return u32::MAX;
+        };
+        match offset % ENTRY {
+            0 => low_half(vector.message.address),
+            4 => low_half(vector.message.address >> 32),
+            8 => vector.message.data,
+            _ => u32::from(vector.masked) * CONTROL_MASKED,
+        }
+    }
+
+    /// The guest wrote the dword at `offset` of the table.
+    pub(super) fn set_table(&mut self, offset: u64, value: u32, wires: Wires<'_>) -> Result<(), Failure> {
+        let Some(vector) = self.vectors.get_mut(usize::try_from(offset / ENTRY).unwrap_or(usize::MAX)) else {
+            return Ok(());
+        };
+        let (address, was_masked) = (vector.message.address, vector.masked);
+        match offset % ENTRY {
+            // The low two bits of an address are 0 (PCI 3.0, 6.8.2.7).
+            0 => vector.message.address = address & !0xffff_ffff | u64::from(value & !3),
+            4 => vector.message.address = address & 0xffff_ffff | u64::from(value) << 32,
+            8 => vector.message.data = value,
+            _ => vector.masked = value & CONTROL_MASKED != 0,
+        }
+        // A vector that is and stays masked goes nowhere: the usual case while a driver fills its table.
+        if was_masked && vector.masked { Ok(()) } else { self.settle(wires) }
+    }
+
+    /// The 32 pending bits from vector `32 * index`.
+    pub(super) fn pending_bits(&mut self, index: usize) -> Result<u32, Failure> {
+        self.drain()?;
+        let vectors = self.vectors.iter().skip(index.saturating_mul(32)).take(32);
+        Ok(vectors.enumerate().fold(0, |bits, (bit, vector)| bits | u32::from(vector.pending) << bit))
+    }
+
+    /// The vectors for a save, with everything raised and not yet delivered in their pending bits. The device has
+    /// stopped. What is pending on an unmasked vector stays so until [`go_on`](Self::go_on).
+    ///
+    /// # Errors
+    /// Nothing is lost: what is detached then is attached again by a later call, or by [`go_on`](Self::go_on).
+    pub(super) fn save(&mut self, wires: Wires<'_>) -> Result<Vec<VectorState>, Failure> {
+        self.drain()?;
+        let collected = self.collect(wires.irq);
+        self.attach(wires.irq)?;
+        collected?;
+        let state = |vector: &Vector| VectorState {
+            message: vector.message,
+            masked: vector.masked,
+            pending: vector.pending,
+        };
+        Ok(self.vectors.iter().map(state).collect())
+    }
+
+    /// The guest goes on: whatever a failed save left detached is attached, and what is pending is raised.
+    pub(super) fn go_on(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+        self.attach(irq)?;
+        self.deliver()
+    }
+
+    /// Raises what is pending on unmasked vectors.
+    fn deliver(&mut self) -> Result<(), Failure> {
+        for vector in self.vectors.iter_mut().filter(|vector| vector.attached && vector.pending) {
+            vector.event.signal().map_err(failure("raising a pending interrupt"))?;
+            vector.pending = false;
+        }
+        Ok(())
+    }
+
+    /// Puts saved vectors in, and stages the routes of those that are in force. `vectors` are as many as there are.
+    pub(super) fn stage(
+        &mut self,
+        enabled: bool,
+        all_masked: bool,
+        vectors: &[VectorState],
+        router: &dyn IrqRouter,
+    ) -> Result<(), Failure> {
+        (self.enabled, self.all_masked) = (enabled, all_masked);
+        for (vector, state) in self.vectors.iter_mut().zip(vectors) {
+            vector.message = state.message;
+            vector.masked = state.masked;
+            vector.pending = state.pending;
+            let unmasked = enabled && !all_masked && !state.masked;
+            let route = unmasked.then_some(state.message);
+            router
+                .set(vector.gsi, route)
+                .map_err(|source| ("staging an interrupt route".to_owned(), source))?;
+        }
+        Ok(())
+    }
+
+    /// After [`stage`](Self::stage) and the commit of its routes: attaches, gives the device its eventfds, and raises
+    /// what was pending. Returns the number of vectors connected.
+    pub(super) fn restore(&mut self, wires: Wires<'_>) -> Result<u32, Failure> {
+        if !self.enabled {
+            return Ok(0);
+        }
+        self.attach(wires.irq)?;
+        self.connect(wires)?;
+        self.deliver()?;
+        Ok(u32::try_from(self.vectors.len()).unwrap_or(u32::MAX))
+    }
+
+    /// Takes all of it back: as after a reset. Goes on after a failure, and says the first.
+    pub(super) fn reset(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
+        self.enabled = false;
+        let disconnected = self.disconnect(wires);
+        for vector in &mut self.vectors {
+            (vector.message, vector.masked, vector.pending) = (MsiMessage::default(), true, false);
+        }
+        self.all_masked = false;
+        disconnected
+    }
+
+    fn unmasked(&self, vector: &Vector) -> bool {
+        self.enabled && !self.all_masked && !vector.masked
+    }
+
+    /// Brings routes and attachments to what the registers say, and delivers what became deliverable.
+    fn settle(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
+        self.detach(wires.irq)?;
+        for vector in &self.vectors {
+            let route = self.unmasked(vector).then_some(vector.message);
+            wires
+                .router
+                .set(vector.gsi, route)
+                .map_err(|source| ("setting an interrupt route".to_owned(), source))?;
+        }
+        wires.router.commit().map_err(|source| ("committing interrupt routes".to_owned(), source))?;
+        self.drain()?;
+        self.attach(wires.irq)?;
+        self.deliver()
+    }
+
+    /// Detaches all vectors, and takes what has not reached the interrupt controller into their pending bits.
+    fn collect(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+        let fail = failure("settling an interrupt");
+        for vector in self.vectors.iter_mut().filter(|vector| vector.attached) {
+            // Detaching waits until what was raised has reached the interrupt controller; what has not is in the eventfd.
+            irq.detach(vector.gsi, &vector.event).map_err(fail)?;
+            vector.attached = false;
+            vector.pending |= vector.event.drain().map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// Detaches vectors that are not unmasked any more.
+    fn detach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+        for index in 0..self.vectors.len() {
+            let masked = !self.unmasked(&self.vectors[index]);
+            let vector = &mut self.vectors[index];
+            if masked && vector.attached {
+                irq.detach(vector.gsi, &vector.event).map_err(failure("detaching an interrupt"))?;
+                vector.attached = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches vectors that are unmasked now.
+    fn attach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+        for index in 0..self.vectors.len() {
+            let unmasked = self.unmasked(&self.vectors[index]);
+            let vector = &mut self.vectors[index];
+            if unmasked && !vector.attached {
+                irq.attach(vector.gsi, &vector.event).map_err(failure("attaching an interrupt"))?;
+                vector.attached = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what the device raised on detached vectors into their pending bits.
+    fn drain(&mut self) -> Result<(), Failure> {
+        for vector in self.vectors.iter_mut().filter(|vector| !vector.attached) {
+            vector.pending |= vector.event.drain().map_err(failure("draining a masked interrupt"))?;
+        }
+        Ok(())
+    }
+
+    fn connect(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
+        let events: Vec<_> = self.vectors.iter().map(|vector| Some(vector.event.as_fd())).collect();
+        wires.hardware.set_irq_eventfds(IrqIndex::Msix, 0, &events).map_err(failure("connecting MSI-X"))?;
+        self.connected = true;
+        Ok(())
+    }
+
+    fn disconnect(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
+        let mut first = Ok(());
+        if self.connected {
+            // The device first: afterwards nothing is raised any more.
+            first = wires.hardware.disable_irqs(IrqIndex::Msix).map_err(failure("disabling MSI-X"));
+            self.connected = false;
+        }
+        let settled = self.settle(wires);
+        for vector in &mut self.vectors {
+            // MSI-X disabled has no pending bits: what was raised before does not outlive it.
+            let _ = vector.event.drain();
+            vector.pending = false;
+        }
+        first.and(settled)
+    }
+}
+
+fn failure<E: std::error::Error + Send + Sync + 'static>(
+    doing: &'static str,
+) -> impl Fn(E) -> Failure + Copy {
+    move |source| (doing.to_owned(), Box::new(source))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the low half is meant")]
+fn low_half(value: u64) -> u32 {
+    value as u32
+}

@@ -1,0 +1,69 @@
+//! Interrupt routes: staged one by one, effective together.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vfio_migration_device::{IrqRouter, MsiMessage};
+
+use super::RouteTable;
+
+/// First interrupt number of message-signalled interrupts: below it are the pins of the IOAPIC.
+pub const FIRST_MSI_GSI: u32 = 24;
+/// Interrupt numbers there are (Linux `KVM_MAX_IRQ_ROUTES`).
+const GSIS: u32 = 4096;
+
+/// The stock [`IrqRouter`]: keeps the whole table, and replaces the machine's by it with one call per commit.
+#[derive(Debug)]
+pub struct Router {
+    table: Arc<dyn RouteTable>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    routes: BTreeMap<u32, MsiMessage>,
+    /// The machine's table is not this one.
+    staged: bool,
+    next_gsi: u32,
+}
+
+impl Router {
+    /// A router without routes over the machine's `table`.
+    pub fn new(table: Arc<dyn RouteTable>) -> Self {
+        let state = State { routes: BTreeMap::new(), staged: false, next_gsi: FIRST_MSI_GSI };
+        Self { table, state: Mutex::new(state) }
+    }
+
+    /// Sets `count` interrupt numbers aside for a function: the first of them, or `None` when there are not so many.
+    pub fn allocate(&self, count: u32) -> Option<u32> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = state.next_gsi;
+        state.next_gsi = first.checked_add(count).filter(|end| *end <= GSIS)?;
+        Some(first)
+    }
+}
+
+impl IrqRouter for Router {
+    fn set(&self, gsi: u32, message: Option<MsiMessage>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        if !(FIRST_MSI_GSI..GSIS).contains(&gsi) {
+            return Err(format!("interrupt {gsi} is not one for messages").into());
+        }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = match message {
+            Some(message) => state.routes.insert(gsi, message),
+            None => state.routes.remove(&gsi),
+        };
+        state.staged |= before != message;
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.staged {
+            self.table.replace(&state.routes)?;
+            state.staged = false;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,324 @@
+//! A device, an interrupt controller and an address space made of nothing, for tests.
+
+#![expect(clippy::cast_possible_truncation, reason = "offsets within regions of a mebibyte at most")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vfio_migration_device::{
+    DeviceError, DmaAccess, Doorbell, IrqIndex, MsiMessage, PciHardware, RegionFile, RegionIndex, RegionInfo,
+};
+use vfio_migration_memory::Mapping;
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+
+use super::{BarDoorbell, BarMapper, Event, IrqBackend, PciHost, RouteTable, Router, Windows};
+
+const BAR0_SIZE: u64 = 0x4000;
+const BAR2_SIZE: u64 = 0x10_0000;
+
+/// The sample device's config space: MSI-X at 0x40 (2 vectors), a vendor-specific capability at 0x50.
+pub(crate) fn sample_config() -> Vec<u8> {
+    let mut config = vec![0; 256];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x00, &[0x46, 0x56, 0x53, 0x4d]);
+    put(0x06, &[0x10, 0]);
+    put(0x08, &[1, 0, 0, 0xff]);
+    put(0x18, &[0x0c]);
+    put(0x2c, &[0x46, 0x56, 1, 0]);
+    put(0x34, &[0x40]);
+    put(0x40, &[0x11, 0x50, 1, 0, 0, 0x20, 0, 0, 0, 0x30, 0, 0]);
+    put(0x50, &[0x09, 0, 8, 0xa1, 0xa2, 0xa3, 0xa4, 0xa5]);
+    config
+}
+
+pub(crate) fn windows() -> Windows {
+    Windows::default()
+}
+
+/// Memory for a BAR 2, and a page beyond it. Not sealed.
+pub(crate) fn mailbox() -> OwnedFd {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+    let mailbox = rustix::fs::memfd_create("mailbox", flags).unwrap();
+    rustix::fs::ftruncate(&mailbox, BAR2_SIZE + 0x1000).unwrap();
+    mailbox
+}
+
+/// A device that remembers what was done to it.
+#[derive(Debug)]
+pub(crate) struct FakeHardware {
+    id: DeviceId,
+    regions: Vec<RegionInfo>,
+    mailbox: OwnedFd,
+    offset: u64,
+    doorbell: Event,
+    pub(crate) state: Mutex<FakeState>,
+}
+
+#[derive(Debug)]
+pub(crate) struct FakeState {
+    pub(crate) config: Vec<u8>,
+    pub(crate) bar0: Vec<u8>,
+    pub(crate) events: BTreeMap<u32, OwnedFd>,
+    pub(crate) log: Vec<String>,
+    pub(crate) dma: BTreeSet<Range<Iova>>,
+    /// The next call that changes something fails.
+    pub(crate) fail: bool,
+}
+
+impl FakeHardware {
+    pub(crate) fn new(name: &str) -> Arc<Self> {
+        let mailbox = mailbox();
+        rustix::fs::fcntl_add_seals(&mailbox, rustix::fs::SealFlags::SHRINK).unwrap();
+        Arc::new(Self::with(name, mailbox, 0, &|_| {}))
+    }
+
+    /// One whose BAR 2 lies at `offset` of `mailbox`, and whose regions are as `change` makes them.
+    pub(crate) fn with(
+        name: &str,
+        mailbox: OwnedFd,
+        offset: u64,
+        change: &dyn Fn(&mut Vec<RegionInfo>),
+    ) -> Self {
+        let region = |index, size, mappable: &[(u64, u64)]| RegionInfo {
+            index: RegionIndex(index),
+            size,
+            readable: true,
+            writable: true,
+            mappable: mappable.iter().map(|(start, len)| Range::new(*start, *len).unwrap()).collect(),
+        };
+        let mut regions =
+            vec![region(0, BAR0_SIZE, &[]), region(2, BAR2_SIZE, &[(0, BAR2_SIZE)]), region(7, 256, &[])];
+        change(&mut regions);
+        let state = FakeState {
+            config: sample_config(),
+            bar0: vec![0; 0x4000],
+            events: BTreeMap::new(),
+            log: Vec::new(),
+            dma: BTreeSet::new(),
+            fail: false,
+        };
+        Self {
+            id: DeviceId::new(name).unwrap(),
+            regions,
+            mailbox,
+            offset,
+            doorbell: Event::new().unwrap(),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Raises a vector, as the device does: nothing happens where no eventfd is connected. Returns whether one was.
+    pub(crate) fn raise(&self, vector: u32) -> bool {
+        let state = self.state.lock().unwrap();
+        let event = state.events.get(&vector);
+        event.is_some_and(|fd| rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok())
+    }
+
+    /// What was done since last asked.
+    pub(crate) fn log(&self) -> Vec<String> {
+        std::mem::take(&mut self.state.lock().unwrap().log)
+    }
+
+    pub(crate) fn rung(&self) -> bool {
+        self.doorbell.drain().unwrap()
+    }
+
+    pub(crate) fn mailbox(&self) -> Mapping {
+        Mapping::new(self.mailbox.as_fd(), 0, BAR2_SIZE, true).unwrap()
+    }
+
+    fn doing(&self, what: String) -> Result<std::sync::MutexGuard<'_, FakeState>, DeviceError> {
+        let mut state = self.state.lock().unwrap();
+        if std::mem::take(&mut state.fail) {
+            return Err(DeviceError::new(self.id.clone(), what, None, "made to fail"));
+        }
+        state.log.push(what);
+        Ok(state)
+    }
+}
+
+impl PciHardware for FakeHardware {
+    fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
+    fn regions(&self) -> &[RegionInfo] {
+        &self.regions
+    }
+
+    fn region_file(&self, index: RegionIndex) -> Option<RegionFile<'_>> {
+        (index.0 == 2).then(|| RegionFile { fd: self.mailbox.as_fd(), offset: self.offset })
+    }
+
+    fn region_read(&self, index: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+        let state = self.state.lock().unwrap();
+        let from = if index == RegionIndex::CONFIG { &state.config } else { &state.bar0 };
+        into.copy_from_slice(&from[offset as usize..][..into.len()]);
+        Ok(())
+    }
+
+    fn region_write(&self, index: RegionIndex, offset: u64, from: &[u8]) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("write {} {offset:#x} {from:x?}", index.0))?;
+        if index == RegionIndex::CONFIG {
+            if (0x53..0x58).contains(&offset) {
+                state.config[offset as usize..][..from.len()].copy_from_slice(from);
+            }
+        } else {
+            state.bar0[offset as usize..][..from.len()].copy_from_slice(from);
+        }
+        Ok(())
+    }
+
+    fn doorbells(&self, index: RegionIndex) -> Result<Vec<Doorbell>, DeviceError> {
+        let fd = self.doorbell.as_fd().try_clone_to_owned().unwrap();
+        let doorbell = Doorbell { offset: 0x1000, size: 4, datamatch: None, fd };
+        Ok(if index.0 == 0 { vec![doorbell] } else { vec![] })
+    }
+
+    fn irq_count(&self, index: IrqIndex) -> u32 {
+        if index == IrqIndex::Msix { 2 } else { 0 }
+    }
+
+    fn set_irq_eventfds(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("irqs {} {start}+{}", index.number(), eventfds.len()))?;
+        for (vector, fd) in (start..).zip(eventfds) {
+            match fd {
+                Some(fd) => drop(state.events.insert(vector, fd.try_clone_to_owned().unwrap())),
+                None => drop(state.events.remove(&vector)),
+            }
+        }
+        Ok(())
+    }
+
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
+        self.doing(format!("irqs {} off", index.number()))?.events.clear();
+        Ok(())
+    }
+
+    fn trigger_irq(&self, _index: IrqIndex, vector: u32) -> Result<(), DeviceError> {
+        self.raise(vector);
+        Ok(())
+    }
+
+    fn mask_irq(&self, _index: IrqIndex, _vector: u32, _masked: bool) -> Result<(), DeviceError> {
+        Err(DeviceError::new(self.id.clone(), "masking", Some(rustix::io::Errno::INVAL), "not maskable"))
+    }
+
+    fn dma_map(
+        &self,
+        iova: Range<Iova>,
+        _access: DmaAccess,
+        file: Option<(BorrowedFd<'_>, u64)>,
+    ) -> Result<(), DeviceError> {
+        assert!(file.is_some());
+        let mut state = self.doing(format!("map {:#x}+{:#x}", iova.start().0, iova.len()))?;
+        assert!(state.dma.iter().all(|other| !other.overlaps(&iova)), "overlap");
+        state.dma.insert(iova);
+        Ok(())
+    }
+
+    fn dma_unmap(&self, iova: Range<Iova>) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("unmap {:#x}+{:#x}", iova.start().0, iova.len()))?;
+        assert!(state.dma.remove(&iova), "was not mapped");
+        Ok(())
+    }
+}
+
+/// An interrupt controller that can be asked what it was given.
+#[derive(Debug, Default)]
+pub(crate) struct FakeIrq {
+    pub(crate) attached: Mutex<BTreeMap<u32, Arc<Event>>>,
+    pub(crate) routes: Mutex<BTreeMap<u32, MsiMessage>>,
+    pub(crate) commits: Mutex<u32>,
+    /// Nothing can be attached.
+    pub(crate) refuse: AtomicBool,
+}
+
+impl FakeIrq {
+    /// The messages that reach the guest now. One without a route would be lost: a panic.
+    pub(crate) fn take(&self) -> Vec<MsiMessage> {
+        let attached = self.attached.lock().unwrap();
+        let raised = attached.iter().filter(|(_, event)| event.drain().unwrap());
+        raised.map(|(gsi, _)| self.routes.lock().unwrap()[gsi]).collect()
+    }
+}
+
+impl IrqBackend for FakeIrq {
+    fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
+        if self.refuse.load(Ordering::Relaxed) {
+            return Err(io::Error::other("made to fail"));
+        }
+        assert!(self.attached.lock().unwrap().insert(gsi, Arc::clone(event)).is_none(), "attached twice");
+        Ok(())
+    }
+
+    fn detach(&self, gsi: u32, _event: &Arc<Event>) -> io::Result<()> {
+        if self.refuse.load(Ordering::Relaxed) {
+            return Err(io::Error::other("made to fail"));
+        }
+        assert!(self.attached.lock().unwrap().remove(&gsi).is_some(), "not attached");
+        Ok(())
+    }
+}
+
+impl RouteTable for FakeIrq {
+    fn replace(&self, routes: &BTreeMap<u32, MsiMessage>) -> io::Result<()> {
+        *self.routes.lock().unwrap() = routes.clone();
+        *self.commits.lock().unwrap() += 1;
+        Ok(())
+    }
+}
+
+/// An address space that remembers what was put where.
+#[derive(Debug, Default)]
+pub(crate) struct FakeMapper {
+    pub(crate) mapped: Mutex<BTreeMap<Gpa, u64>>,
+    pub(crate) doorbells: Mutex<BTreeSet<Gpa>>,
+    /// Nothing can be mapped or attached.
+    pub(crate) refuse: AtomicBool,
+}
+
+impl FakeMapper {
+    fn check(&self) -> io::Result<()> {
+        if self.refuse.load(Ordering::Relaxed) { Err(io::Error::other("made to fail")) } else { Ok(()) }
+    }
+}
+
+impl BarMapper for FakeMapper {
+    fn map(&self, gpa: Gpa, memory: &Arc<Mapping>) -> io::Result<()> {
+        self.check()?;
+        assert!(self.mapped.lock().unwrap().insert(gpa, memory.len()).is_none());
+        Ok(())
+    }
+
+    fn unmap(&self, gpa: Gpa, _memory: &Arc<Mapping>) -> io::Result<()> {
+        assert!(self.mapped.lock().unwrap().remove(&gpa).is_some());
+        Ok(())
+    }
+
+    fn attach_doorbell(&self, doorbell: &BarDoorbell) -> io::Result<()> {
+        self.check()?;
+        assert!(self.doorbells.lock().unwrap().insert(doorbell.gpa));
+        Ok(())
+    }
+
+    fn detach_doorbell(&self, doorbell: &BarDoorbell) -> io::Result<()> {
+        assert!(self.doorbells.lock().unwrap().remove(&doorbell.gpa));
+        Ok(())
+    }
+}
+
+/// A host over both.
+pub(crate) fn fake_host() -> (Arc<PciHost>, Arc<FakeIrq>, Arc<FakeMapper>) {
+    let (irq, mapper) = (Arc::new(FakeIrq::default()), Arc::new(FakeMapper::default()));
+    let router = Arc::new(Router::new(irq.clone()));
+    (PciHost::new(irq.clone(), mapper.clone(), router, windows()), irq, mapper)
+}

@@ -1,0 +1,422 @@
+//! The driver of the sample device, and the checker of what it does.
+
+use super::cpu::Cpu;
+use super::program::{Orders, word};
+use crate::guest::map::{
+    DATA, DEVICE_DONE, DEVICE_RING, DEVICE_SLOTS, DEVICE_SOURCES, DEVICE_STRIDE, DEVICE_TAIL, DEVICE_TARGETS,
+    DEVICES, DEVICES_MAX, REPORT, RING_SIZE, SLOTS,
+};
+
+/// Failure codes are those of the assembler source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub(super) code: u32,
+    pub(super) detail: u64,
+}
+
+const CONFIG_ADDRESS: u16 = 0xcf8;
+const CONFIG_DATA: u16 = 0xcfc;
+const SAMPLE: u32 = 0x4d53_5646;
+const MAGIC: u32 = 0x4c50_4d53;
+const BLOCK_MAGIC: u64 = 0x4b43_4f4c_4253_4d56;
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+const LAPIC: u64 = 0xfee0_0000;
+/// Vector of the first device's first flow; two per device.
+const FIRST_VECTOR: u32 = 0x40;
+/// A completed block whose interrupt has not come after so long, in nanoseconds of running, has lost it.
+const LOST_AFTER: u64 = 1_000_000_000;
+/// Blocks of the past that are compared again in a turn.
+const CHECKS_PER_TURN: u64 = 8;
+
+const REG_CONTROL: u64 = 0x08;
+const REG_STATUS: u64 = 0x0c;
+const REG_RING: u64 = 0x10;
+const REG_RING_SIZE: u64 = 0x18;
+const REG_TAIL: u64 = 0x20;
+const REG_DONE: u64 = 0x28;
+const REG_ACK: u64 = 0x30;
+const DOORBELL: u64 = 0x1000;
+
+/// Which slot is compared next.
+const SLOT: u64 = DATA + 0x800;
+/// Variables of the devices.
+const VARIABLES: u64 = DATA + 0x1000;
+const VARIABLES_LEN: u64 = 0x200;
+
+/// A device, by its index: addresses and nothing else.
+#[derive(Clone, Copy, Debug)]
+struct Device<'a> {
+    cpu: &'a Cpu,
+    index: u64,
+}
+
+/// One of its two flows.
+#[derive(Clone, Copy, Debug)]
+struct Flow<'a> {
+    device: Device<'a>,
+    flow: u64,
+}
+
+/// Finds the devices and starts them.
+pub(super) fn start(cpu: &Cpu, orders: &Orders) -> Result<(), Failure> {
+    let mut found = 0;
+    for slot in 0..32u32 {
+        let config = 0x8000_0000 | slot << 11;
+        if config_read(cpu, config, 0) == SAMPLE && found < DEVICES_MAX {
+            Device { cpu, index: found }.prepare(config)?;
+            found += 1;
+        }
+    }
+    if found != orders.devices {
+        return Err(Failure { code: 2, detail: found });
+    }
+    (0..found).try_for_each(|index| Device { cpu, index }.start(orders))
+}
+
+/// A turn: takes interrupts, looks for lost ones, takes what is done, posts anew, and compares some of what was done.
+pub(super) fn serve(cpu: &Cpu, orders: &Orders, run_clock: u64) -> Result<(), Failure> {
+    for message in cpu.ties.take_interrupts() {
+        let target = message.data.checked_sub(FIRST_VECTOR).map(u64::from);
+        match target.filter(|target| message.address == LAPIC && *target < 2 * orders.devices) {
+            Some(target) => Flow { device: Device { cpu, index: target / 2 }, flow: target % 2 }.interrupt(),
+            None => return Err(Failure { code: 0x200, detail: message.data.into() }),
+        }
+    }
+    for index in 0..orders.devices {
+        let device = Device { cpu, index };
+        for flow in device.flows() {
+            flow.look_for_lost(run_clock);
+            flow.take(orders)?;
+        }
+        device.post(orders);
+    }
+    for _ in 0..CHECKS_PER_TURN.min(orders.devices * 2 * SLOTS) {
+        check_next(cpu, orders);
+    }
+    Ok(())
+}
+
+fn config_read(cpu: &Cpu, config: u32, register: u32) -> u32 {
+    cpu.port_out(CONFIG_ADDRESS, config | register);
+    cpu.port_in(CONFIG_DATA)
+}
+
+fn config_write(cpu: &Cpu, config: u32, register: u32, value: u32) {
+    cpu.port_out(CONFIG_ADDRESS, config | register);
+    cpu.port_out(CONFIG_DATA, value);
+}
+
+/// Compares the block of the next slot, if it holds one.
+fn check_next(cpu: &Cpu, orders: &Orders) {
+    let number = cpu.load64(SLOT);
+    let next = (number + 1) % (orders.devices * 2 * SLOTS);
+    cpu.store64(SLOT, next);
+    if next == 0 {
+        cpu.add(REPORT + 8 * word::BLOCK_PASSES, 1);
+    }
+    let (flow, slot) = (number / SLOTS, number % SLOTS);
+    let flow = Flow { device: Device { cpu, index: flow / 2 }, flow: flow % 2 };
+    let block = cpu.load64(flow.slot_entry(slot));
+    if block != 0 {
+        flow.check(orders, block);
+    }
+}
+
+impl<'a> Device<'a> {
+    fn variable(self, index: u64) -> u64 {
+        VARIABLES + self.index * VARIABLES_LEN + 8 * index
+    }
+
+    fn bar0(self) -> u64 {
+        self.cpu.load64(self.variable(0))
+    }
+
+    fn mailbox(self) -> u64 {
+        self.cpu.load64(self.variable(1))
+    }
+
+    /// Address of the count of posted descriptors.
+    fn posted(self) -> u64 {
+        self.variable(2)
+    }
+
+    fn memory(self) -> u64 {
+        DEVICES + self.index * DEVICE_STRIDE
+    }
+
+    fn flows(self) -> [Flow<'a>; 2] {
+        [Flow { device: self, flow: 0 }, Flow { device: self, flow: 1 }]
+    }
+
+    /// BARs, and memory decode on.
+    fn prepare(self, config: u32) -> Result<(), Failure> {
+        let cpu = self.cpu;
+        let bar0 = u64::from(config_read(cpu, config, 0x10) & !0xf);
+        let low = u64::from(config_read(cpu, config, 0x18) & !0xf);
+        let mailbox = u64::from(config_read(cpu, config, 0x1c)) << 32 | low;
+        if bar0 == 0 || mailbox == 0 {
+            return Err(Failure { code: 3, detail: self.index });
+        }
+        cpu.store64(self.variable(0), bar0);
+        cpu.store64(self.variable(1), mailbox);
+        cpu.store64(self.variable(3), config.into());
+        config_write(cpu, config, 4, config_read(cpu, config, 4) & 0xffff | 6);
+        Ok(())
+    }
+
+    /// Interrupts, registers, go.
+    fn start(self, orders: &Orders) -> Result<(), Failure> {
+        let cpu = self.cpu;
+        let config = u32::try_from(cpu.load64(self.variable(3))).unwrap_or(0);
+        let mut capability = config_read(cpu, config, 0x34) & 0xfc;
+        let mut left = 48;
+        let msix = loop {
+            if capability == 0 || left == 0 {
+                return Err(Failure { code: 4, detail: self.index });
+            }
+            left -= 1;
+            let header = config_read(cpu, config, capability);
+            if header & 0xff == 0x11 {
+                break capability;
+            }
+            capability = header >> 8 & 0xfc;
+        };
+        let table = config_read(cpu, config, msix + 4);
+        if table & 7 != 0 {
+            return Err(Failure { code: 5, detail: self.index });
+        }
+        let bar0 = self.bar0();
+        let vector = FIRST_VECTOR + 2 * u32::try_from(self.index).unwrap_or(0);
+        for flow in 0..2u32 {
+            let entry = bar0 + u64::from(table) + 16 * u64::from(flow);
+            cpu.store32(entry, 0xfee0_0000);
+            cpu.store32(entry + 4, 0);
+            cpu.store32(entry + 8, vector + flow);
+            cpu.store32(entry + 12, 0);
+        }
+        let control = config_read(cpu, config, msix);
+        config_write(cpu, config, msix, control & !0x4000_0000 | 0x8000_0000);
+
+        let magic = cpu.load32(bar0);
+        if magic != MAGIC {
+            return Err(Failure { code: 6, detail: magic.into() });
+        }
+        for source in 0..RING_SIZE {
+            for index in 1..orders.block_len / 8 {
+                let at = self.memory() + DEVICE_SOURCES + source * 4096 + 8 * index;
+                cpu.store64(at, index.wrapping_mul(GOLDEN));
+            }
+        }
+        cpu.store64(bar0 + REG_RING, self.memory() + DEVICE_RING);
+        cpu.store32(bar0 + REG_RING_SIZE, u32::try_from(RING_SIZE).unwrap_or(0));
+        cpu.store64(bar0 + REG_TAIL, self.memory() + DEVICE_TAIL);
+        cpu.store64(bar0 + REG_DONE, self.memory() + DEVICE_DONE);
+        cpu.store32(bar0 + REG_CONTROL, 1);
+        let status = cpu.load32(bar0 + REG_STATUS);
+        if status & 1 == 0 {
+            return Err(Failure { code: 8, detail: status.into() });
+        }
+        Ok(())
+    }
+
+    /// Posts descriptors until enough are in flight, and rings the doorbell.
+    fn post(self, orders: &Orders) {
+        let cpu = self.cpu;
+        let before = cpu.load64(self.posted());
+        let handled: u64 = self.flows().map(|flow| cpu.load64(flow.handled())).iter().sum();
+        let mut posted = before;
+        while posted.saturating_sub(handled) < orders.in_flight {
+            let flow = Flow { device: self, flow: if orders.p2p { posted % 2 } else { 0 } };
+            let number = cpu.load64(flow.issued()) + 1;
+            cpu.store64(flow.issued(), number);
+            // What the slot held is overwritten from now on.
+            cpu.store64(flow.slot_entry(number % SLOTS), 0);
+            let source = self.memory() + DEVICE_SOURCES + posted % RING_SIZE * 4096;
+            cpu.store64(source, flow.cookie(number));
+            let descriptor = self.memory() + DEVICE_RING + posted % RING_SIZE * 32;
+            cpu.store64(descriptor, source);
+            cpu.store64(descriptor + 8, flow.target(orders, number % SLOTS));
+            cpu.store64(descriptor + 16, flow.len_and_flags(orders));
+            cpu.store64(descriptor + 24, flow.cookie(number));
+            posted += 1;
+        }
+        if posted != before {
+            cpu.store64(self.posted(), posted);
+            cpu.store64(self.memory() + DEVICE_TAIL, posted);
+            cpu.store32(self.bar0() + DOORBELL, 1);
+        }
+    }
+}
+
+impl Flow<'_> {
+    fn variable(self, index: u64) -> u64 {
+        self.device.variable(8 + 8 * self.flow + index)
+    }
+
+    /// Completed blocks as the handler last read them.
+    fn seen(self) -> u64 {
+        self.variable(0)
+    }
+
+    /// Of these, taken.
+    fn handled(self) -> u64 {
+        self.variable(1)
+    }
+
+    fn issued(self) -> u64 {
+        self.variable(2)
+    }
+
+    /// Run clock when DONE was first found ahead of what was seen; 0 if it is not.
+    fn waiting(self) -> u64 {
+        self.variable(3)
+    }
+
+    /// The device's count.
+    fn done(self) -> u64 {
+        self.device.memory() + DEVICE_DONE + 8 * self.flow
+    }
+
+    fn slot_entry(self, slot: u64) -> u64 {
+        self.device.memory() + DEVICE_SLOTS + 8 * SLOTS * self.flow + 8 * slot
+    }
+
+    fn target(self, orders: &Orders, slot: u64) -> u64 {
+        let base = if self.flow == 0 {
+            self.device.memory() + DEVICE_TARGETS
+        } else {
+            let index = (self.device.index + 1) % orders.devices;
+            Device { index, ..self.device }.mailbox()
+        };
+        base + slot * 4096
+    }
+
+    fn len_and_flags(self, orders: &Orders) -> u64 {
+        orders.block_len | self.flow << 32
+    }
+
+    fn cookie(self, number: u64) -> u64 {
+        (number ^ self.device.index << 56 ^ self.flow << 55).wrapping_mul(GOLDEN)
+    }
+
+    /// The handler.
+    fn interrupt(self) {
+        let cpu = self.device.cpu;
+        let done = cpu.load64(self.done());
+        let counter = if done == cpu.load64(self.seen()) { word::SPURIOUS } else { word::INTERRUPTS };
+        cpu.add(REPORT + 8 * counter, 1);
+        self.acknowledge(done);
+    }
+
+    fn acknowledge(self, done: u64) {
+        let cpu = self.device.cpu;
+        cpu.store64(self.waiting(), 0);
+        cpu.store64(self.seen(), done);
+        cpu.store64(self.device.bar0() + REG_ACK + 8 * self.flow, done);
+    }
+
+    /// A flow whose count is ahead of what its handler saw, and stays so for a second of running, has lost its
+    /// interrupt. It is counted and served by hand, so that the guest goes on.
+    fn look_for_lost(self, run_clock: u64) {
+        let cpu = self.device.cpu;
+        let done = cpu.load64(self.done());
+        let waiting = cpu.load64(self.waiting());
+        if done == cpu.load64(self.seen()) {
+            if waiting != 0 {
+                cpu.store64(self.waiting(), 0);
+            }
+        } else if waiting == 0 {
+            cpu.store64(self.waiting(), run_clock.max(1));
+        } else if run_clock.saturating_sub(waiting) >= LOST_AFTER {
+            tracing::warn!(
+                device = self.device.index,
+                flow = self.flow,
+                "software guest: an interrupt is lost"
+            );
+            cpu.add(REPORT + 8 * word::INTERRUPTS_LOST, 1);
+            self.acknowledge(done);
+        }
+    }
+
+    /// Takes completed blocks.
+    fn take(self, orders: &Orders) -> Result<(), Failure> {
+        let cpu = self.device.cpu;
+        let (handled, seen) = (cpu.load64(self.handled()), cpu.load64(self.seen()));
+        if seen > cpu.load64(self.issued()) || seen < handled || seen - handled > RING_SIZE {
+            return Err(Failure { code: 7, detail: self.device.index });
+        }
+        for number in handled + 1..=seen {
+            cpu.store64(self.slot_entry(number % SLOTS), number);
+            self.check(orders, number);
+        }
+        cpu.store64(self.handled(), seen);
+        cpu.add(REPORT + 8 * word::DMA_BLOCKS, seen - handled);
+        if self.flow == 1 {
+            cpu.add(REPORT + 8 * word::P2P_BLOCKS, seen - handled);
+        }
+        Ok(())
+    }
+
+    /// Compares block `number` with what it must be. A wrong one counts once: its slot is given up.
+    fn check(self, orders: &Orders, number: u64) {
+        let cpu = self.device.cpu;
+        let mut bytes = vec![0; usize::try_from(orders.block_len.min(4096)).unwrap_or(4096)];
+        cpu.load(self.target(orders, number % SLOTS), &mut bytes);
+        let words: Vec<u64> =
+            bytes.chunks_exact(8).map(|chunk| chunk.try_into().map_or(0, u64::from_le_bytes)).collect();
+        cpu.add(REPORT + 8 * word::BLOCKS_CHECKED, 1);
+        let verdict = verdict(&words, number, self.cookie(number), self.len_and_flags(orders));
+        if verdict != Verdict::Right {
+            tracing::warn!(
+                device = self.device.index,
+                flow = self.flow,
+                number,
+                ?verdict,
+                "software guest: a block is lost"
+            );
+            cpu.add(REPORT + 8 * word::BLOCKS_LOST, 1);
+            if verdict == Verdict::Damaged {
+                cpu.add(REPORT + 8 * word::INTEGRITY, 1);
+            }
+            cpu.store64(self.slot_entry(number % SLOTS), 0);
+        }
+    }
+}
+
+/// What is to be said of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Right,
+    /// This word of it is wrong.
+    Wrong(usize),
+    /// It is right, and says that the device's internal state is not.
+    Damaged,
+}
+
+fn verdict(words: &[u64], number: u64, cookie: u64, len_and_flags: u64) -> Verdict {
+    let count = words.len() as u64;
+    // The source: the cookie, then multiples of a constant.
+    let source_sum = cookie.wrapping_add(GOLDEN.wrapping_mul(count * count.saturating_sub(1) / 2));
+    let sum = words
+        .iter()
+        .enumerate()
+        .filter(|(index, _)| *index != 7)
+        .fold(0u64, |sum, (_, word)| sum.wrapping_add(*word));
+    let expected = |index: usize| match index {
+        0 => Some(BLOCK_MAGIC),
+        1 => Some(number),
+        2 => Some(cookie),
+        3 => Some(len_and_flags),
+        4 => Some(source_sum),
+        // Damage that was found, and initial data declared anew: the device's to say.
+        5 | 6 => None,
+        7 => Some(sum),
+        _ => Some(number.wrapping_mul(GOLDEN) ^ ((index as u64) << 32 | index as u64)),
+    };
+    let wrong = (0..words.len()).find(|index| expected(*index).is_some_and(|value| words[*index] != value));
+    match (wrong, words.get(5)) {
+        (Some(index), _) => Verdict::Wrong(index),
+        (None, Some(0)) => Verdict::Right,
+        _ => Verdict::Damaged,
+    }
+}

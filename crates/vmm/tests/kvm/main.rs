@@ -1,0 +1,408 @@
+//! The reference VMM on real KVM: the guest program boots, runs, checks, is paused, saved and loaded.
+#![expect(clippy::cast_possible_truncation, reason = "the numbers of the tests are small")]
+
+mod fake;
+mod ring;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use fake::FakeBus;
+use ring::{Rig, kvm_answers};
+use vfio_migration_memory::DirtySource;
+use vfio_migration_types::{Bitmap, Granule, RamOffset};
+use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage};
+use vfio_migration_vmm::kvm::{KvmVm, StopReason, check_features, cpu_features, section_versions};
+
+const PACE: Duration = Duration::from_millis(4);
+
+#[test]
+fn the_program_runs_without_devices() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(50 << 20, 0, false);
+    let report = rig.wait("full passes", |report| report.page_passes >= 2 && report.pages_written > 20_000);
+    assert_eq!(report.lost(), 0, "{report:?}");
+    assert!(report.last_clock_ns > 0 && report.ticks > 0 && report.loops > 0);
+    assert_eq!(rig.platform.serial().lines(), ["guest: up", "guest: driver ready, checking"]);
+    assert_eq!(rig.platform.failure(), None);
+}
+
+#[test]
+fn a_corrupted_page_is_found_once() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(1 << 20, 0, false);
+    let before = rig.wait("pages", |report| report.pages_written > 200 && report.page_passes >= 1);
+    assert_eq!(before.lost(), 0);
+    rig.pause();
+    let areas = Areas::of(&rig.ram).unwrap();
+    // One word each of the first, second and last of the three that are compared.
+    for (page, word) in [(10, 0), (11, 1), (12, 511)] {
+        let at = rig.offset(areas.page(page).unwrap() + word * 8, 8);
+        rig.ram.write_u64(at, 0xBAD).unwrap();
+    }
+    rig.vm.resume().unwrap();
+    let found = rig.wait("the loss", |report| report.pages_lost >= 3);
+    let after = rig.wait("another pass", |report| report.page_passes > found.page_passes + 1);
+    assert_eq!(after.pages_lost, 3, "{after:?}");
+}
+
+#[test]
+fn a_paused_machine_does_not_change() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(50 << 20, 0, false);
+    rig.wait("pages", |report| report.pages_written > 1000);
+    for _ in 0..20 {
+        rig.pause();
+        assert!(rig.vm.is_paused());
+        let (digest, report) = (rig.ram.digest().unwrap(), rig.report());
+        std::thread::park_timeout(Duration::from_millis(5));
+        assert_eq!(digest, rig.ram.digest().unwrap());
+        rig.vm.resume().unwrap();
+        rig.wait("it to go on", |now| now.loops > report.loops);
+    }
+    assert_eq!(rig.report().lost(), 0);
+}
+
+#[test]
+fn a_machine_moves_five_times() {
+    if !kvm_answers() {
+        return;
+    }
+    let mut rig = Rig::new(64);
+    rig.boot(50 << 20, 0, false);
+    rig.wait("pages", |report| report.pages_written > 1000);
+    for _ in 0..5 {
+        rig.pause();
+        let before = rig.report();
+        rig = rig.moved();
+        assert_eq!(rig.report(), before);
+        rig.vm.resume().unwrap();
+        let after = rig.wait("it to go on", |report| {
+            report.pages_written > before.pages_written + 500 && report.page_passes > before.page_passes + 1
+        });
+        assert_eq!(after.lost(), 0, "{after:?}");
+        assert!(after.ticks > before.ticks && after.stage == Stage::Running);
+        assert!(after.longest_gap_ns >= 1_000_000, "the gap is visible: {after:?}");
+    }
+    Report::ask_to_reset_gap(&rig.ram).unwrap();
+    rig.wait("the gap to be forgotten", |report| report.request == 0);
+}
+
+#[test]
+fn a_move_that_loses_a_page_is_found() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(20 << 20, 0, false);
+    rig.wait("pages", |report| report.pages_written > 2000);
+    rig.pause();
+    let page = Areas::of(&rig.ram).unwrap().page(1000).unwrap();
+    let to = rig.moved();
+    to.ram.write(to.offset(page, 4096), &[0; 4096]).unwrap();
+    to.vm.resume().unwrap();
+    to.wait("the loss", |report| report.pages_lost == 1);
+}
+
+#[test]
+fn the_dirty_log_names_every_page_written() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(20 << 20, 0, false);
+    rig.wait("pages", |report| report.pages_written > 100);
+    let log = rig.vm.dirty_log().unwrap();
+    assert!(rig.vm.dirty_log().is_err(), "there is one log");
+    log.report(&mut Bitmap::new(rig.ram.size(), Granule::PAGE)).unwrap_err();
+    rig.pause();
+    let mut images = vec![image(&rig)];
+    log.start().unwrap();
+    log.start().unwrap_err();
+    for round in 0..4 {
+        let mut dirty = Bitmap::new(rig.ram.size(), Granule::PAGE);
+        let before = rig.report();
+        rig.vm.resume().unwrap();
+        rig.wait("pages", |report| report.pages_written > before.pages_written + 2000);
+        if round % 2 == 1 {
+            // Reading while it runs loses nothing either.
+            log.report(&mut dirty).unwrap();
+            rig.wait("pages", |report| report.pages_written > before.pages_written + 4000);
+        }
+        rig.pause();
+        log.report(&mut dirty).unwrap();
+        images.push(image(&rig));
+        let [old, new] = &images[round..] else { panic!() };
+        let changed: Vec<_> = (0..dirty.len()).filter(|page| differs(old, new, *page)).collect();
+        let missing: Vec<_> = changed.iter().filter(|page| !dirty.test(**page)).collect();
+        assert!(changed.len() > 1000, "{}", changed.len());
+        assert!(missing.is_empty(), "written and not logged: {missing:?}");
+        let extra = dirty.count() - changed.len() as u64;
+        assert!(extra < 100, "{extra} pages too many in the log");
+        let mut again = Bitmap::new(rig.ram.size(), Granule::PAGE);
+        log.report(&mut again).unwrap();
+        assert!(!again.any(), "a report forgets what it said");
+    }
+    log.stop().unwrap();
+    log.stop().unwrap();
+    log.start().unwrap();
+    log.stop().unwrap();
+}
+
+fn image(rig: &Rig) -> Vec<u8> {
+    let mut image = vec![0; rig.ram.size() as usize];
+    rig.ram.read(RamOffset(0), &mut image).unwrap();
+    image
+}
+
+fn differs(old: &[u8], new: &[u8], page: u64) -> bool {
+    let bytes = page as usize * 4096..(page as usize + 1) * 4096;
+    old[bytes.clone()] != new[bytes]
+}
+
+/// A machine with `count` fake devices that is up and running.
+fn with_devices(count: u64, p2p: bool) -> (Rig, Arc<FakeBus>) {
+    let mut fake = None;
+    let rig = Rig::with_bus(64, |ram, vm| {
+        let bus = FakeBus::new(ram, vm, count, PACE);
+        fake = Some(Arc::clone(&bus));
+        bus
+    });
+    rig.boot(10 << 20, count, p2p);
+    (rig, fake.unwrap())
+}
+
+#[test]
+fn devices_are_driven() {
+    if !kvm_answers() {
+        return;
+    }
+    let (rig, bus) = with_devices(3, true);
+    let report = rig.wait("blocks", |report| {
+        report.dma_blocks > 1000 && report.p2p_blocks > 300 && report.block_passes >= 1
+    });
+    assert_eq!((report.lost(), report.integrity_failures), (0, 0), "{report:?}");
+    assert!(report.interrupts > 0 && report.blocks_checked > report.dma_blocks);
+    bus.stop();
+}
+
+#[test]
+fn a_lost_interrupt_is_counted_and_survived() {
+    if !kvm_answers() {
+        return;
+    }
+    let (rig, bus) = with_devices(1, false);
+    let before = rig.wait("blocks", |report| report.dma_blocks > 100);
+    assert_eq!(before.lost(), 0);
+    bus.faults(0).interrupt.store(true, Ordering::SeqCst);
+    let lost = rig.wait("the loss", |report| report.interrupts_lost > 0);
+    let after = rig.wait("it to go on", |report| report.dma_blocks > lost.dma_blocks + 100);
+    assert_eq!((after.interrupts_lost, after.blocks_lost, after.pages_lost), (1, 0, 0), "{after:?}");
+    bus.stop();
+}
+
+#[test]
+fn a_stale_block_is_counted() {
+    if !kvm_answers() {
+        return;
+    }
+    let (rig, bus) = with_devices(1, false);
+    rig.wait("blocks", |report| report.dma_blocks > 100);
+    bus.faults(0).stale_block.store(true, Ordering::SeqCst);
+    let lost = rig.wait("the loss", |report| report.blocks_lost > 0);
+    bus.faults(0).integrity.store(3, Ordering::SeqCst);
+    rig.wait("the damage", |report| report.integrity_failures > 0);
+    let after = rig.wait("it to go on", |report| report.dma_blocks > lost.dma_blocks + 100);
+    assert_eq!((after.interrupts_lost, after.blocks_lost, after.integrity_failures), (0, 2, 1), "{after:?}");
+    bus.stop();
+}
+
+#[test]
+fn a_damaged_old_block_is_found() {
+    if !kvm_answers() {
+        return;
+    }
+    let (rig, bus) = with_devices(1, false);
+    rig.wait("blocks", |report| report.dma_blocks > 100);
+    bus.faults(0).hold.store(true, Ordering::SeqCst);
+    rig.pause();
+    let slots = rig.offset(guest::map::DEVICES + guest::map::DEVICE_SLOTS, 512);
+    // The newest block: it is the last whose slot is used again. Its last word is compared only through the sum.
+    let number = |slot: &u64| rig.ram.read_u64(RamOffset(slots.0 + slot * 8)).unwrap();
+    let full = (0..64).max_by_key(number).unwrap();
+    let word = guest::map::DEVICES + guest::map::DEVICE_TARGETS + full * 4096 + 504;
+    rig.ram.write_u64(rig.offset(word, 8), 1).unwrap();
+    rig.vm.resume().unwrap();
+    rig.wait("the damage", |report| report.blocks_lost == 1);
+    bus.faults(0).hold.store(false, Ordering::SeqCst);
+    bus.stop();
+}
+
+#[test]
+fn a_machine_with_devices_moves_with_its_interrupts() {
+    if !kvm_answers() {
+        return;
+    }
+    let (mut rig, mut bus) = with_devices(2, true);
+    for _ in 0..5 {
+        let before = rig.report();
+        rig.wait("blocks", |report| report.dma_blocks > before.dma_blocks + 200);
+        rig.pause();
+        let devices = bus.stop();
+        // Before the state is saved: what KVM still had under way reaches the interrupt controllers by this.
+        fake::detach(&bus);
+        let mut fake = None;
+        let to = Rig::with_bus(64, |ram, vm| {
+            let bus = FakeBus::new(ram, vm, 2, PACE);
+            fake = Some(Arc::clone(&bus));
+            bus
+        });
+        let to_bus = fake.unwrap();
+        rig.copy_into(&to);
+        to_bus.load(devices);
+        (rig, bus) = (to, to_bus);
+        rig.vm.resume().unwrap();
+        bus.wake();
+    }
+    let before = rig.report();
+    let after = rig.wait("blocks", |report| {
+        report.dma_blocks > before.dma_blocks + 500 && report.block_passes > before.block_passes + 1
+    });
+    assert_eq!((after.blocks_lost, after.pages_lost, after.interrupts_lost), (0, 0, 0), "{after:?}");
+    bus.stop();
+}
+
+#[test]
+fn a_program_without_its_devices_gives_up() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    let info = BootInfo::new(&rig.ram, 0, 2, false).unwrap();
+    guest::load(&rig.vm, &info).unwrap();
+    rig.vm.resume().unwrap();
+    let deadline = std::time::Instant::now() + ring::PATIENCE;
+    while rig.platform.failure().is_none() {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    let report = rig.report();
+    assert_eq!((report.stage, report.failure_code, report.failure_detail), (Stage::Failed, 2, 0));
+    assert_eq!(rig.platform.failure(), Some(2));
+    // It waits for ever with interrupts off, so only a kick gets it out.
+    let start = std::time::Instant::now();
+    rig.pause();
+    eprintln!("paused in {:?}", start.elapsed());
+    rig.vm.save_state().unwrap();
+}
+
+#[test]
+fn a_triple_fault_stops_the_machine_with_a_reason() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    let info = BootInfo::new(&rig.ram, 0, 0, false).unwrap();
+    guest::load(&rig.vm, &info).unwrap();
+    // No interrupt table is there yet, so the first instruction's fault cannot be served.
+    rig.ram.write(rig.offset(guest::map::PROGRAM, 2), &[0x0F, 0x0B]).unwrap();
+    rig.vm.resume().unwrap();
+    let reason = rig.vm.wait_for_stop(ring::PATIENCE);
+    let stopped = matches!(reason, Some(StopReason::Shutdown { .. } | StopReason::InternalError { .. }));
+    assert!(stopped, "{reason:?}");
+    rig.vm.resume().unwrap_err();
+    rig.pause();
+    rig.vm.shutdown();
+    rig.vm.resume().unwrap_err();
+}
+
+#[test]
+fn damaged_state_is_refused() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(0, 0, false);
+    rig.wait("the driver", |report| report.stage == Stage::Running);
+    rig.vm.save_state().unwrap_err();
+    rig.pause();
+    let good = rig.vm.save_state().unwrap();
+    let versions = section_versions(1);
+    assert_eq!(good.len(), versions.len());
+    assert!(good.iter().all(|section| versions.get(&section.name) == Some(&section.version)));
+    for (index, section) in good.iter().enumerate() {
+        let mut sections = good.clone();
+        sections.remove(index);
+        rig.vm.load_state(&sections).unwrap_err();
+        sections = good.clone();
+        sections.push(section.clone());
+        rig.vm.load_state(&sections).unwrap_err();
+        sections = good.clone();
+        sections[index].bytes.pop();
+        rig.vm.load_state(&sections).unwrap_err();
+        sections = good.clone();
+        sections[index].version += 1;
+        rig.vm.load_state(&sections).unwrap_err();
+    }
+    // A CPU feature that no host has: an unassigned bit of leaf 7. Entries are 28 bytes from byte 4.
+    let mut sections = good.clone();
+    let vcpu = sections.iter_mut().find(|section| section.name == "kvm.vcpu.0").unwrap();
+    let leaf =
+        vcpu.bytes[4..].chunks_exact(28).position(|entry| entry[..8] == [7, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+    let edx = 4 + leaf * 28 + 24;
+    assert_eq!(vcpu.bytes[edx] & 1, 0);
+    vcpu.bytes[edx] |= 1;
+    let error = rig.vm.load_state(&sections).unwrap_err().to_string();
+    assert!(error.contains("cpuid.7.0.edx.0"), "{error}");
+    // A TSC twice as fast.
+    let mut sections = good.clone();
+    let vcpu = sections.iter_mut().find(|section| section.name == "kvm.vcpu.0").unwrap();
+    let entries = u32::from_le_bytes(vcpu.bytes[..4].try_into().unwrap()) as usize;
+    let khz = 4 + entries * 28;
+    let faster = u32::from_le_bytes(vcpu.bytes[khz..khz + 4].try_into().unwrap()) * 2;
+    vcpu.bytes[khz..khz + 4].copy_from_slice(&faster.to_le_bytes());
+    match rig.vm.load_state(&sections) {
+        Err(error) => assert!(error.to_string().contains("kHz"), "{error}"),
+        Ok(()) => eprintln!("this host scales the TSC"),
+    }
+    rig.vm.load_state(&good).unwrap();
+    rig.vm.resume().unwrap();
+    let before = rig.report();
+    rig.wait("it to go on", |report| report.ticks > before.ticks + 10);
+}
+
+#[test]
+fn features_are_offered_to_ourselves() {
+    if !kvm_answers() {
+        return;
+    }
+    let offered = cpu_features(&KvmVm::open().unwrap()).unwrap();
+    check_features(&offered, &cpu_features(&KvmVm::open().unwrap()).unwrap()).unwrap();
+    let mut less = offered.clone();
+    let gone = less.pop().unwrap();
+    let error = check_features(&offered, &less).unwrap_err();
+    assert!(error.to_string().contains(&gone));
+}
+
+#[test]
+fn machines_leave_nothing_behind() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(0, 0, false);
+    rig.wait("the driver", |report| report.stage == Stage::Running);
+    let weak = (Arc::downgrade(&rig.vm), Arc::downgrade(&rig.ram));
+    drop(rig);
+    assert!(weak.0.upgrade().is_none() && weak.1.upgrade().is_none());
+}

@@ -1,0 +1,285 @@
+//! What the two sides say to each other.
+//!
+//! [`Message`] is what the engine sees: small, rare, decided upon. [`Bulk`] is what the workers move: RAM, device
+//! state, machine state. Both travel in one ordered stream, so a message also says that all bulk before it has
+//! been received.
+
+use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
+
+/// Protocol versions a side can speak, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VersionRange {
+    /// Oldest.
+    pub min: u16,
+    /// Newest.
+    pub max: u16,
+}
+
+/// A control message. `S` goes source to destination, `D` the other way, `B` both ways.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Message {
+    /// S, first: who I am and what I speak.
+    Hello(Hello),
+    /// D: the version and features selected.
+    HelloReply(HelloReply),
+    /// S: the machine's manifest as JSON, at most [`limits::MANIFEST`](crate::limits::MANIFEST) bytes.
+    Offer {
+        /// UTF-8 JSON of a machine manifest.
+        manifest: Vec<u8>,
+    },
+    /// D: everything that could be lacking is reserved.
+    Accept,
+    /// D: not here, for these reasons. Ends the session.
+    Refuse(Vec<Refusal>),
+    /// S: open the resuming sessions.
+    Begin,
+    /// D: they are open.
+    Begun,
+    /// S: behind this message, all initial bytes of this device's `generation` have been sent.
+    InitialSent {
+        /// Index of the device in the manifest.
+        device: u16,
+        /// Counts up with each REINIT, from 0.
+        generation: u32,
+    },
+    /// D: they have been written to the device, which took them.
+    InitialLoaded {
+        /// Index of the device in the manifest.
+        device: u16,
+        /// As in [`Message::InitialSent`].
+        generation: u32,
+    },
+    /// S: iteration `iteration` ends here.
+    EndIteration {
+        /// Counts from 1.
+        iteration: u32,
+    },
+    /// D: all of an iteration has been applied.
+    Applied(Applied),
+    /// D to S: `bytes` more of this device's state may be sent.
+    Credit {
+        /// Index of the device in the manifest.
+        device: u16,
+        /// Bytes granted on top of what was granted before.
+        bytes: u64,
+    },
+    /// S: the guest stands still; what follows is the last of everything.
+    Final(Final),
+    /// S: storage locks have been released; take them.
+    LocksFree,
+    /// S: nothing more follows; load, verify, and say READY.
+    FinalEnd(FinalEnd),
+    /// D: everything is loaded and verified; nothing but COMMIT is missing.
+    Ready(Ready),
+    /// S: the guest is yours. Journalled as COMMITTING before it is said.
+    Commit(Commit),
+    /// D: I will never run this attempt. Journalled as ABORTED before it is said.
+    Declined(PeerError),
+    /// D: the guest is mine and runs (or stands, if it was sent standing).
+    Running(Running),
+    /// B, before COMMIT: I give up.
+    Abort(PeerError),
+    /// S, on a connection of its own, after a COMMIT whose answer was lost: what became of it?
+    Query {
+        /// The VM.
+        vm: VmId,
+        /// The attempt.
+        attempt: AttemptId,
+        /// The epoch the commit would begin.
+        epoch: Epoch,
+    },
+    /// B: are you there?
+    Ping {
+        /// Echoed.
+        token: u64,
+    },
+    /// B: yes.
+    Pong {
+        /// Of the ping.
+        token: u64,
+    },
+}
+
+/// First message of the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// What it can speak.
+    pub versions: VersionRange,
+    /// Optional features it offers, a bit set; see `docs/protocol.md`.
+    pub features: u64,
+    /// Which VM.
+    pub vm: VmId,
+    /// Which attempt: the nonce every channel of the session is bound to.
+    pub attempt: AttemptId,
+    /// The epoch under which the source owns the VM.
+    pub epoch: Epoch,
+}
+
+/// The destination's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HelloReply {
+    /// Version of everything that follows.
+    pub version: u16,
+    /// Features in force: a subset of those offered.
+    pub features: u64,
+}
+
+/// One reason why not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// A stable code, for example `"ram-layout"`.
+    pub code: String,
+    /// A sentence for a person.
+    pub text: String,
+}
+
+/// How the destination kept up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// Which iteration.
+    pub iteration: u32,
+    /// Device bytes written so far, all devices.
+    pub device_bytes: u64,
+    /// Nanoseconds the destination has spent in writing device state so far, summed over devices.
+    pub device_ns: u64,
+}
+
+/// The guest stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Final {
+    /// Whether it ran when the migration paused it: a guest that its operator had paused arrives paused.
+    pub guest_ran: bool,
+}
+
+/// Totals that the destination compares with what it got.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FinalEnd {
+    /// RAM pages sent in all, data and zero, repeated pages counted each time.
+    pub ram_pages: u64,
+    /// Digest of all RAM, when both sides agreed to verify.
+    pub ram_digest: Option<[u8; 32]>,
+    /// Machine-state sections sent.
+    pub sections: u32,
+    /// Per device, in manifest order.
+    pub devices: Vec<DeviceTotal>,
+}
+
+/// A device's state stream as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceTotal {
+    /// Bytes.
+    pub bytes: u64,
+    /// Digest of all bytes in order.
+    pub digest: [u8; 32],
+}
+
+/// What the destination verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ready {
+    /// RAM pages placed.
+    pub ram_pages: u64,
+    /// Digest of all RAM, when agreed to verify; computed outside the downtime that is counted.
+    pub ram_digest: Option<[u8; 32]>,
+    /// Nanoseconds that the digest took.
+    pub verify_ns: u64,
+    /// Machine-state sections loaded.
+    pub sections: u32,
+    /// Per device, in manifest order: what was written to it.
+    pub devices: Vec<DeviceTotal>,
+    /// Interrupt vectors armed, all devices.
+    pub vectors: u32,
+}
+
+/// The message that moves ownership.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// The epoch that begins: the source's plus one.
+    pub epoch: Epoch,
+    /// Must be the session's.
+    pub attempt: AttemptId,
+}
+
+/// The destination owns the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Running {
+    /// The epoch that began.
+    pub epoch: Epoch,
+    /// Whether vCPUs run, or the guest stands because it was sent standing.
+    pub guest_runs: bool,
+    /// The host's boot id, so that a source on the same host knows that the next field is of its own clock.
+    pub boot_id: [u8; 16],
+    /// CLOCK_MONOTONIC in nanoseconds when the vCPUs began to run.
+    pub at_ns: u64,
+}
+
+/// An error, as data: it crosses the wire so that both sides return the same one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerError {
+    /// Phase in which it arose.
+    pub phase: Phase,
+    /// Device concerned, by name.
+    pub device: Option<String>,
+    /// Transition concerned.
+    pub arc: Option<(MigrationState, MigrationState)>,
+    /// errno, where known.
+    pub errno: Option<u32>,
+    /// What happened, a sentence.
+    pub text: String,
+    /// What to do about it, a sentence; empty when nothing is known to help.
+    pub remedy: String,
+}
+
+/// The end mark of a device's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceEnd {
+    /// Index of the device in the manifest.
+    pub device: u16,
+    /// Total and digest.
+    pub total: DeviceTotal,
+}
+
+/// What the workers move. Payloads are borrowed: RAM goes from and into guest memory without a copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Bulk<'a> {
+    /// A run of pages, whose bytes follow the frame: `count` pages from page `first` (RAM offset / 4096).
+    Pages {
+        /// First page.
+        first: u64,
+        /// Number of pages, 1 to [`limits::PAGES`](crate::limits::PAGES); `count × 4096` bytes follow, the *body*.
+        count: u32,
+        /// CRC-32C of the body. `None` only while the guest runs and
+        /// [`FEATURE_RAM_CRC`](crate::FEATURE_RAM_CRC) is not in force: RAM that changes under the sender has no checksum.
+        crc: Option<u32>,
+    },
+    /// A run of pages that are all zero.
+    ZeroPages {
+        /// First page.
+        first: u64,
+        /// Number of pages.
+        count: u64,
+    },
+    /// A piece of a device's state.
+    DeviceData {
+        /// Index of the device in the manifest.
+        device: u16,
+        /// Counts from 0 per device: a piece lost, doubled or swapped shows.
+        sequence: u64,
+        /// Bytes of this device before this piece.
+        offset: u64,
+        /// The bytes.
+        bytes: &'a [u8],
+    },
+    /// A device's state ends.
+    DeviceEnd(DeviceEnd),
+    /// A piece of machine state: a named, versioned section.
+    Section {
+        /// Name, for example `"kvm.vcpu.0"`.
+        name: &'a str,
+        /// Version of the section's layout.
+        version: u32,
+        /// The bytes.
+        bytes: &'a [u8],
+    },
+}

@@ -1,0 +1,388 @@
+//! Payloads of control messages.
+
+use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
+
+use crate::cursor::{Cursor, Put};
+use crate::kind::Kind;
+use crate::{
+    Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Message, PeerError, Ready, Refusal,
+    Running, VersionRange, WireError, limits,
+};
+
+/// Appends the payload to `out`; gives the frame's type.
+pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireError> {
+    Ok(match message {
+        Message::Hello(hello) => {
+            check_versions(hello.versions)?;
+            out.put_u16(hello.versions.min);
+            out.put_u16(hello.versions.max);
+            out.put_reserved::<4>();
+            out.put_u64(hello.features);
+            out.put(&hello.vm.0);
+            out.put(&hello.attempt.0);
+            out.put_u64(hello.epoch.0);
+            Kind::Hello
+        }
+        Message::HelloReply(reply) => {
+            check_version(reply.version)?;
+            out.put_u16(reply.version);
+            out.put_reserved::<6>();
+            out.put_u64(reply.features);
+            Kind::HelloReply
+        }
+        Message::Offer { manifest } => {
+            // Its length is checked with the header's; a copy of gigabytes first would help nobody.
+            out.put(&manifest[..manifest.len().min(limits::MANIFEST + 1)]);
+            Kind::Offer
+        }
+        Message::Accept => Kind::Accept,
+        Message::Refuse(reasons) => {
+            encode_reasons(reasons, out);
+            Kind::Refuse
+        }
+        Message::Begin => Kind::Begin,
+        Message::Begun => Kind::Begun,
+        Message::InitialSent { device, generation } => {
+            encode_initial(Kind::InitialSent, *device, *generation, out)?
+        }
+        Message::InitialLoaded { device, generation } => {
+            encode_initial(Kind::InitialLoaded, *device, *generation, out)?
+        }
+        Message::EndIteration { iteration } => {
+            out.put_u32(*iteration);
+            Kind::EndIteration
+        }
+        Message::Applied(applied) => {
+            out.put_u32(applied.iteration);
+            out.put_reserved::<4>();
+            out.put_u64(applied.device_bytes);
+            out.put_u64(applied.device_ns);
+            Kind::Applied
+        }
+        Message::Credit { device, bytes } => {
+            check_device(Kind::Credit, *device)?;
+            out.put_u16(*device);
+            out.put_reserved::<6>();
+            out.put_u64(*bytes);
+            Kind::Credit
+        }
+        Message::Final(last) => {
+            out.put_u8(last.guest_ran.into());
+            out.put_reserved::<3>();
+            Kind::Final
+        }
+        Message::LocksFree => Kind::LocksFree,
+        Message::FinalEnd(end) => {
+            out.put_u64(end.ram_pages);
+            out.put_u32(end.sections);
+            out.put_u8(end.ram_digest.is_some().into());
+            out.put_reserved::<1>();
+            encode_devices(Kind::FinalEnd, end.ram_digest, &end.devices, out)?
+        }
+        Message::Ready(ready) => {
+            out.put_u64(ready.ram_pages);
+            out.put_u64(ready.verify_ns);
+            out.put_u32(ready.sections);
+            out.put_u32(ready.vectors);
+            out.put_reserved::<4>();
+            out.put_u8(ready.ram_digest.is_some().into());
+            out.put_reserved::<1>();
+            encode_devices(Kind::Ready, ready.ram_digest, &ready.devices, out)?
+        }
+        Message::Commit(commit) => {
+            out.put_u64(commit.epoch.0);
+            out.put(&commit.attempt.0);
+            Kind::Commit
+        }
+        Message::Declined(error) => {
+            encode_error(error, out);
+            Kind::Declined
+        }
+        Message::Running(running) => {
+            out.put_u64(running.epoch.0);
+            out.put(&running.boot_id);
+            out.put_u64(running.at_ns);
+            out.put_u8(running.guest_runs.into());
+            out.put_reserved::<7>();
+            Kind::Running
+        }
+        Message::Abort(error) => {
+            encode_error(error, out);
+            Kind::Abort
+        }
+        Message::Query { vm, attempt, epoch } => {
+            out.put(&vm.0);
+            out.put(&attempt.0);
+            out.put_u64(epoch.0);
+            Kind::Query
+        }
+        Message::Ping { token } => {
+            out.put_u64(*token);
+            Kind::Ping
+        }
+        Message::Pong { token } => {
+            out.put_u64(*token);
+            Kind::Pong
+        }
+    })
+}
+
+/// Decodes a payload whose length is within the limits of `kind`.
+pub(crate) fn decode(kind: Kind, payload: &[u8]) -> Result<Message, WireError> {
+    let mut cursor = Cursor::new(kind.name(), payload);
+    let message = match kind {
+        Kind::Hello => Message::Hello(decode_hello(&mut cursor)?),
+        Kind::HelloReply => {
+            let version = cursor.u16("version")?;
+            check_version(version)?;
+            cursor.reserved::<6>()?;
+            Message::HelloReply(HelloReply { version, features: cursor.u64("features")? })
+        }
+        Kind::Offer => Message::Offer { manifest: cursor.rest().to_vec() },
+        Kind::Accept => Message::Accept,
+        Kind::Refuse => Message::Refuse(decode_reasons(&mut cursor)?),
+        Kind::Begin => Message::Begin,
+        Kind::Begun => Message::Begun,
+        Kind::InitialSent => {
+            let (device, generation) = decode_initial(kind, &mut cursor)?;
+            Message::InitialSent { device, generation }
+        }
+        Kind::InitialLoaded => {
+            let (device, generation) = decode_initial(kind, &mut cursor)?;
+            Message::InitialLoaded { device, generation }
+        }
+        Kind::EndIteration => Message::EndIteration { iteration: cursor.u32("iteration")? },
+        Kind::Applied => {
+            let iteration = cursor.u32("iteration")?;
+            cursor.reserved::<4>()?;
+            let (device_bytes, device_ns) = (cursor.u64("device_bytes")?, cursor.u64("device_ns")?);
+            Message::Applied(Applied { iteration, device_bytes, device_ns })
+        }
+        Kind::Credit => {
+            let device = cursor.u16("device")?;
+            cursor.reserved::<6>()?;
+            check_device(kind, device)?;
+            Message::Credit { device, bytes: cursor.u64("bytes")? }
+        }
+        Kind::Final => {
+            let guest_ran = cursor.bool("guest_ran")?;
+            cursor.reserved::<3>()?;
+            Message::Final(Final { guest_ran })
+        }
+        Kind::LocksFree => Message::LocksFree,
+        Kind::FinalEnd => Message::FinalEnd(decode_final_end(&mut cursor)?),
+        Kind::Ready => Message::Ready(decode_ready(&mut cursor)?),
+        Kind::Commit => {
+            let epoch = Epoch(cursor.u64("epoch")?);
+            Message::Commit(Commit { epoch, attempt: AttemptId(cursor.array("attempt")?) })
+        }
+        Kind::Declined => Message::Declined(decode_error(&mut cursor)?),
+        Kind::Running => Message::Running(decode_running(&mut cursor)?),
+        Kind::Abort => Message::Abort(decode_error(&mut cursor)?),
+        Kind::Query => Message::Query {
+            vm: VmId(cursor.array("vm")?),
+            attempt: AttemptId(cursor.array("attempt")?),
+            epoch: Epoch(cursor.u64("epoch")?),
+        },
+        Kind::Ping => Message::Ping { token: cursor.u64("token")? },
+        Kind::Pong => Message::Pong { token: cursor.u64("token")? },
+        Kind::Pages | Kind::ZeroPages | Kind::DeviceData | Kind::DeviceEnd | Kind::Section => {
+            // `Frame::decode` gives these to the other codec.
+            return Err(WireError::UnknownFrame(kind.facts().number));
+        }
+    };
+    cursor.finish()?;
+    Ok(message)
+}
+
+/// A device's index is below [`limits::DEVICES`].
+pub(crate) fn check_device(kind: Kind, device: u16) -> Result<(), WireError> {
+    if device < limits::DEVICES {
+        Ok(())
+    } else {
+        Err(WireError::Value { frame: kind.name(), field: "device", value: device.into() })
+    }
+}
+
+pub(crate) fn encode_total(total: DeviceTotal, out: &mut Vec<u8>) {
+    out.put_u64(total.bytes);
+    out.put(&total.digest);
+}
+
+pub(crate) fn decode_total(cursor: &mut Cursor<'_>) -> Result<DeviceTotal, WireError> {
+    Ok(DeviceTotal { bytes: cursor.u64("total.bytes")?, digest: cursor.array("total.digest")? })
+}
+
+fn decode_hello(cursor: &mut Cursor<'_>) -> Result<Hello, WireError> {
+    let versions = VersionRange { min: cursor.u16("versions.min")?, max: cursor.u16("versions.max")? };
+    check_versions(versions)?;
+    cursor.reserved::<4>()?;
+    Ok(Hello {
+        versions,
+        features: cursor.u64("features")?,
+        vm: VmId(cursor.array("vm")?),
+        attempt: AttemptId(cursor.array("attempt")?),
+        epoch: Epoch(cursor.u64("epoch")?),
+    })
+}
+
+/// There is no version 0, and no range inside out.
+fn check_versions(versions: VersionRange) -> Result<(), WireError> {
+    let refuse =
+        |field, value: u16| Err(WireError::Value { frame: Kind::Hello.name(), field, value: value.into() });
+    match versions {
+        VersionRange { min: 0, .. } => refuse("versions.min", 0),
+        VersionRange { min, max } if max < min => refuse("versions.max", max),
+        _ => Ok(()),
+    }
+}
+
+fn check_version(version: u16) -> Result<(), WireError> {
+    if version != 0 {
+        Ok(())
+    } else {
+        Err(WireError::Value { frame: Kind::HelloReply.name(), field: "version", value: 0 })
+    }
+}
+
+fn encode_reasons(reasons: &[Refusal], out: &mut Vec<u8>) {
+    let reasons = &reasons[..reasons.len().min(limits::REASONS)];
+    out.put_u16(u16::try_from(reasons.len()).unwrap_or(u16::MAX));
+    out.put_reserved::<2>();
+    for reason in reasons {
+        out.put_text(&reason.code, limits::REASON_CODE);
+        out.put_text(&reason.text, limits::REASON_TEXT);
+    }
+}
+
+fn decode_reasons(cursor: &mut Cursor<'_>) -> Result<Vec<Refusal>, WireError> {
+    let count = cursor.u16("count")?;
+    if usize::from(count) > limits::REASONS {
+        return Err(cursor.value("count", count.into()));
+    }
+    cursor.reserved::<2>()?;
+    (0..count)
+        .map(|_| {
+            let code = cursor.text("code", limits::REASON_CODE)?.to_owned();
+            Ok(Refusal { code, text: cursor.text("text", limits::REASON_TEXT)?.to_owned() })
+        })
+        .collect()
+}
+
+fn encode_initial(kind: Kind, device: u16, generation: u32, out: &mut Vec<u8>) -> Result<Kind, WireError> {
+    check_device(kind, device)?;
+    out.put_u16(device);
+    out.put_reserved::<2>();
+    out.put_u32(generation);
+    Ok(kind)
+}
+
+fn decode_initial(kind: Kind, cursor: &mut Cursor<'_>) -> Result<(u16, u32), WireError> {
+    let device = cursor.u16("device")?;
+    cursor.reserved::<2>()?;
+    check_device(kind, device)?;
+    Ok((device, cursor.u32("generation")?))
+}
+
+/// The common end of FINAL_END and READY: the number of devices, the digest (zero when there is none), the devices.
+fn encode_devices(
+    kind: Kind,
+    digest: Option<[u8; 32]>,
+    devices: &[DeviceTotal],
+    out: &mut Vec<u8>,
+) -> Result<Kind, WireError> {
+    let count = u16::try_from(devices.len())
+        .ok()
+        .filter(|count| *count <= limits::DEVICES)
+        .ok_or(WireError::Value { frame: kind.name(), field: "devices", value: devices.len() as u64 })?;
+    out.put_u16(count);
+    out.put(&digest.unwrap_or_default());
+    devices.iter().for_each(|total| encode_total(*total, out));
+    Ok(kind)
+}
+
+type DigestAndDevices = (Option<[u8; 32]>, Vec<DeviceTotal>);
+
+fn decode_devices(has_digest: bool, cursor: &mut Cursor<'_>) -> Result<DigestAndDevices, WireError> {
+    let count = cursor.u16("devices")?;
+    if count > limits::DEVICES {
+        return Err(cursor.value("devices", count.into()));
+    }
+    let digest = cursor.array("ram_digest")?;
+    if !has_digest {
+        cursor.absent(digest, [0; 32])?;
+    }
+    let devices = (0..count).map(|_| decode_total(cursor)).collect::<Result<_, _>>()?;
+    Ok((has_digest.then_some(digest), devices))
+}
+
+fn decode_final_end(cursor: &mut Cursor<'_>) -> Result<FinalEnd, WireError> {
+    let (ram_pages, sections) = (cursor.u64("ram_pages")?, cursor.u32("sections")?);
+    let has_digest = cursor.bool("has_digest")?;
+    cursor.reserved::<1>()?;
+    let (ram_digest, devices) = decode_devices(has_digest, cursor)?;
+    Ok(FinalEnd { ram_pages, ram_digest, sections, devices })
+}
+
+fn decode_ready(cursor: &mut Cursor<'_>) -> Result<Ready, WireError> {
+    let (ram_pages, verify_ns) = (cursor.u64("ram_pages")?, cursor.u64("verify_ns")?);
+    let (sections, vectors) = (cursor.u32("sections")?, cursor.u32("vectors")?);
+    cursor.reserved::<4>()?;
+    let has_digest = cursor.bool("has_digest")?;
+    cursor.reserved::<1>()?;
+    let (ram_digest, devices) = decode_devices(has_digest, cursor)?;
+    Ok(Ready { ram_pages, ram_digest, verify_ns, sections, devices, vectors })
+}
+
+fn decode_running(cursor: &mut Cursor<'_>) -> Result<Running, WireError> {
+    let epoch = Epoch(cursor.u64("epoch")?);
+    let (boot_id, at_ns) = (cursor.array("boot_id")?, cursor.u64("at_ns")?);
+    let guest_runs = cursor.bool("guest_runs")?;
+    cursor.reserved::<7>()?;
+    Ok(Running { epoch, guest_runs, boot_id, at_ns })
+}
+
+/// Absent fields are zero, and three booleans say which are there.
+fn encode_error(error: &PeerError, out: &mut Vec<u8>) {
+    let (from, to) = error.arc.map_or((0, 0), |(from, to)| (from as u32, to as u32));
+    out.put_u8(error.phase as u8);
+    out.put_u8(error.device.is_some().into());
+    out.put_u8(error.arc.is_some().into());
+    out.put_u8(error.errno.is_some().into());
+    out.put_u32(from);
+    out.put_u32(to);
+    out.put_u32(error.errno.unwrap_or(0));
+    out.put_text(error.device.as_deref().unwrap_or_default(), limits::ERROR_DEVICE);
+    out.put_text(&error.text, limits::ERROR_TEXT);
+    out.put_text(&error.remedy, limits::ERROR_REMEDY);
+}
+
+fn decode_error(cursor: &mut Cursor<'_>) -> Result<PeerError, WireError> {
+    let number = cursor.u8("phase")?;
+    let phase = Phase::ALL.get(usize::from(number)).copied().ok_or(cursor.value("phase", number.into()))?;
+    let has_device = cursor.bool("has_device")?;
+    let has_arc = cursor.bool("has_arc")?;
+    let has_errno = cursor.bool("has_errno")?;
+    let (from, to, errno) = (cursor.u32("arc.from")?, cursor.u32("arc.to")?, cursor.u32("errno")?);
+    if !has_arc {
+        cursor.absent((from, to), (0, 0))?;
+    }
+    if !has_errno {
+        cursor.absent(errno, 0)?;
+    }
+    let state =
+        |field, number: u32| MigrationState::try_from(number).map_err(|_| cursor.value(field, number.into()));
+    let arc = (state("arc.from", from)?, state("arc.to", to)?);
+    let device = cursor.text("device", limits::ERROR_DEVICE)?;
+    if !has_device {
+        cursor.absent(device, "")?;
+    }
+    Ok(PeerError {
+        phase,
+        device: has_device.then(|| device.to_owned()),
+        arc: has_arc.then_some(arc),
+        errno: has_errno.then_some(errno),
+        text: cursor.text("text", limits::ERROR_TEXT)?.to_owned(),
+        remedy: cursor.text("remedy", limits::ERROR_REMEDY)?.to_owned(),
+    })
+}

@@ -1,0 +1,172 @@
+//! Every value that version 1 can carry, for property tests.
+
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
+use vfio_migration_wire::{
+    Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Message, PeerError,
+    Ready, Refusal, Running, VersionRange, limits,
+};
+
+pub(crate) fn message() -> impl Strategy<Value = Message> {
+    let bytes16 = any::<[u8; 16]>;
+    let ids = (bytes16(), bytes16(), any::<u64>());
+    let hello = (ids, 1..=u16::MAX, 0..=u16::MAX, any::<u64>()).prop_map(|(ids, min, more, features)| {
+        let versions = VersionRange { min, max: min.saturating_add(more) };
+        let (vm, attempt, epoch) = ids;
+        Message::Hello(Hello {
+            versions,
+            features,
+            vm: VmId(vm),
+            attempt: AttemptId(attempt),
+            epoch: Epoch(epoch),
+        })
+    });
+    let reply = (1..=u16::MAX, any::<u64>())
+        .prop_map(|(version, features)| Message::HelloReply(HelloReply { version, features }));
+    let reason = (text(limits::REASON_CODE), text(limits::REASON_TEXT));
+    let reason = reason.prop_map(|(code, text)| Refusal { code, text });
+    let applied = any::<(u32, u64, u64)>().prop_map(|(iteration, device_bytes, device_ns)| {
+        Message::Applied(Applied { iteration, device_bytes, device_ns })
+    });
+    let query = ids.prop_map(|(vm, attempt, epoch)| Message::Query {
+        vm: VmId(vm),
+        attempt: AttemptId(attempt),
+        epoch: Epoch(epoch),
+    });
+    prop_oneof![
+        hello,
+        reply,
+        vec(reason, 0..=limits::REASONS).prop_map(Message::Refuse),
+        peer_error().prop_map(Message::Abort),
+        peer_error().prop_map(Message::Declined),
+        query,
+        vec(any::<u8>(), 2..5000).prop_map(|manifest| Message::Offer { manifest }),
+        select([Message::Accept, Message::Begin, Message::Begun, Message::LocksFree]),
+        (device(), any::<u32>()).prop_map(|(device, generation)| Message::InitialSent { device, generation }),
+        (device(), any::<u32>())
+            .prop_map(|(device, generation)| Message::InitialLoaded { device, generation }),
+        any::<u32>().prop_map(|iteration| Message::EndIteration { iteration }),
+        applied,
+        (device(), any::<u64>()).prop_map(|(device, bytes)| Message::Credit { device, bytes }),
+        any::<bool>().prop_map(|guest_ran| Message::Final(Final { guest_ran })),
+        final_end(),
+        ready(),
+        (any::<u64>(), bytes16()).prop_map(|(epoch, attempt)| {
+            Message::Commit(Commit { epoch: Epoch(epoch), attempt: AttemptId(attempt) })
+        }),
+        (any::<(u64, bool, u64)>(), bytes16()).prop_map(|((epoch, guest_runs, at_ns), boot_id)| {
+            Message::Running(Running { epoch: Epoch(epoch), guest_runs, boot_id, at_ns })
+        }),
+        any::<u64>().prop_map(|token| Message::Ping { token }),
+        any::<u64>().prop_map(|token| Message::Pong { token }),
+    ]
+}
+
+/// Bulk that owns its bytes.
+#[derive(Clone, Debug)]
+pub(crate) enum OwnedBulk {
+    Pages(u64, u32, Option<u32>),
+    ZeroPages(u64, u64),
+    DeviceData(u16, u64, u64, Vec<u8>),
+    DeviceEnd(DeviceEnd),
+    Section(String, u32, Vec<u8>),
+}
+
+impl OwnedBulk {
+    pub(crate) fn borrow(&self) -> Bulk<'_> {
+        match self {
+            Self::Pages(first, count, crc) => Bulk::Pages { first: *first, count: *count, crc: *crc },
+            Self::ZeroPages(first, count) => Bulk::ZeroPages { first: *first, count: *count },
+            Self::DeviceData(device, sequence, offset, bytes) => {
+                Bulk::DeviceData { device: *device, sequence: *sequence, offset: *offset, bytes }
+            }
+            Self::DeviceEnd(end) => Bulk::DeviceEnd(*end),
+            Self::Section(name, version, bytes) => Bulk::Section { name, version: *version, bytes },
+        }
+    }
+}
+
+pub(crate) fn bulk() -> impl Strategy<Value = OwnedBulk> {
+    let zero = (0..limits::PAGE_NUMBERS, any::<u64>())
+        .prop_map(|(first, count)| OwnedBulk::ZeroPages(first, 1 + count % (limits::PAGE_NUMBERS - first)));
+    prop_oneof![
+        (0..=limits::PAGE_NUMBERS - 256, 1..=limits::PAGES, any::<Option<u32>>())
+            .prop_map(|(first, count, crc)| OwnedBulk::Pages(first, count, crc)),
+        zero,
+        (device(), any::<u64>(), 0..u64::MAX - 5000, vec(any::<u8>(), 1..5000)).prop_map(
+            |(device, sequence, offset, bytes)| OwnedBulk::DeviceData(device, sequence, offset, bytes)
+        ),
+        (device(), total()).prop_map(|(device, total)| OwnedBulk::DeviceEnd(DeviceEnd { device, total })),
+        (vec(0x21u8..=0x7e, 1..=limits::SECTION_NAME), any::<u32>(), vec(any::<u8>(), 0..5000)).prop_map(
+            |(name, version, bytes)| OwnedBulk::Section(String::from_utf8(name).unwrap(), version, bytes)
+        ),
+    ]
+}
+
+pub(crate) fn peer_error() -> impl Strategy<Value = PeerError> {
+    let state = || select(MigrationState::ALL);
+    (
+        select(Phase::ALL),
+        option::of(text(limits::ERROR_DEVICE)),
+        option::of((state(), state())),
+        any::<Option<u32>>(),
+        text(limits::ERROR_TEXT),
+        text(limits::ERROR_REMEDY),
+    )
+        .prop_map(|(phase, device, arc, errno, text, remedy)| PeerError {
+            phase,
+            device,
+            arc,
+            errno,
+            text,
+            remedy,
+        })
+}
+
+/// Text of at most `max` bytes without control characters, often as long as it can be.
+fn text(max: usize) -> impl Strategy<Value = String> {
+    let legal = any::<char>().prop_map(|char| if char.is_control() { '·' } else { char });
+    (vec(legal, 0..40), any::<bool>()).prop_map(move |(chars, fill)| {
+        let mut text = String::new();
+        for char in chars {
+            if text.len() + char.len_utf8() <= max {
+                text.push(char);
+            }
+        }
+        let left = max - text.len();
+        if fill { text + &"x".repeat(left) } else { text }
+    })
+}
+
+fn device() -> impl Strategy<Value = u16> {
+    0..limits::DEVICES
+}
+
+fn total() -> impl Strategy<Value = DeviceTotal> {
+    any::<(u64, [u8; 32])>().prop_map(|(bytes, digest)| DeviceTotal { bytes, digest })
+}
+
+fn devices() -> impl Strategy<Value = Vec<DeviceTotal>> {
+    vec(total(), 0..=usize::from(limits::DEVICES))
+}
+
+fn final_end() -> impl Strategy<Value = Message> {
+    (any::<(u64, Option<[u8; 32]>, u32)>(), devices()).prop_map(
+        |((ram_pages, ram_digest, sections), devices)| {
+            Message::FinalEnd(FinalEnd { ram_pages, ram_digest, sections, devices })
+        },
+    )
+}
+
+fn ready() -> impl Strategy<Value = Message> {
+    (any::<(u64, Option<[u8; 32]>, u64, u32, u32)>(), devices()).prop_map(|(numbers, devices)| {
+        let (ram_pages, ram_digest, verify_ns, sections, vectors) = numbers;
+        Message::Ready(Ready { ram_pages, ram_digest, verify_ns, sections, devices, vectors })
+    })
+}
+
+fn select<T: Clone + std::fmt::Debug + 'static, const N: usize>(of: [T; N]) -> impl Strategy<Value = T> {
+    proptest::sample::select(of.to_vec())
+}

@@ -1,0 +1,54 @@
+//! House keeping. `cargo xtask test` installs what the tests need and passes every one of them.
+#![forbid(unsafe_code)]
+
+mod rings;
+mod rules;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const HELP: &str = "\
+cargo xtask test [RING…]   run the rings of tests (all when none is named); ends with a table
+cargo xtask soak [N]       run the demo N times in a row (20 when not given); every run must verify
+cargo xtask generate       write man pages, completions and schemas again
+cargo xtask rules          check the house rules alone (file length, floors, unsafe)
+
+Rings: rules, lint, test, docs
+A ring that this machine cannot run is skipped with a loud line; with CI set that is a failure.";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let top = top();
+    let outcome = match words.as_slice() {
+        ["test", wanted @ ..] => rings::run(&top, wanted),
+        ["soak"] => rings::soak(&top, 20),
+        ["soak", runs] => match runs.parse() {
+            Ok(runs) => rings::soak(&top, runs),
+            Err(_) => Err(format!("'{runs}' is no number of runs")),
+        },
+        ["generate"] => rings::generate(&top),
+        ["rules"] => rules::check(&top),
+        ["help" | "--help" | "-h"] => {
+            println!("{HELP}");
+            Ok(())
+        }
+        _ => {
+            eprintln!("{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(text) => {
+            eprintln!("xtask: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The top of the tree.
+fn top() -> PathBuf {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map_or(here.clone(), PathBuf::from)
+}

@@ -1,0 +1,180 @@
+//! The rings of tests, in order, and the table at their end.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use crate::rules;
+
+/// One ring.
+struct Ring {
+    name: &'static str,
+    what: &'static str,
+    run: fn(&Path) -> Result<Outcome, String>,
+}
+
+/// How a ring that did not fail ended.
+enum Outcome {
+    /// It ran; this many tests passed, where tests are counted.
+    Passed(Option<u64>),
+    /// It could not run here, for this reason.
+    Skipped(String),
+}
+
+const RINGS: [Ring; 4] = [
+    Ring { name: "rules", what: "house rules", run: rules_ring },
+    Ring { name: "lint", what: "formatting and lints", run: lint },
+    Ring {
+        name: "test",
+        what: "pure tests, sockets, KVM, device servers, and the command's processes",
+        run: test,
+    },
+    Ring { name: "docs", what: "documentation and its examples", run: docs },
+];
+
+/// Runs the wanted rings, all when none is named, and prints a table.
+pub(crate) fn run(top: &Path, wanted: &[&str]) -> Result<(), String> {
+    if let Some(unknown) = wanted.iter().find(|name| RINGS.iter().all(|ring| ring.name != **name)) {
+        return Err(format!("there is no ring '{unknown}'"));
+    }
+    let strict = std::env::var_os("CI").is_some();
+    let (mut rows, mut bad, mut passed, mut failed, mut skipped) = (Vec::new(), false, 0, 0, 0);
+    for ring in RINGS.iter().filter(|ring| wanted.is_empty() || wanted.contains(&ring.name)) {
+        eprintln!("== {}: {}", ring.name, ring.what);
+        let began = Instant::now();
+        let result = (ring.run)(top);
+        let took = began.elapsed();
+        let row = match result {
+            Ok(Outcome::Passed(tests)) => {
+                passed += tests.unwrap_or(1);
+                tests.map_or("passed".into(), |tests| format!("passed, {tests} tests"))
+            }
+            Ok(Outcome::Skipped(why)) => {
+                eprintln!("SKIPPED RING {}: {why}", ring.name);
+                bad |= strict;
+                skipped += 1;
+                format!("SKIPPED: {why}")
+            }
+            Err(why) => {
+                eprintln!("FAILED RING {}: {why}", ring.name);
+                bad = true;
+                failed += 1;
+                format!("FAILED: {why}")
+            }
+        };
+        rows.push((ring.name, took, row));
+    }
+    println!();
+    for (name, took, row) in rows {
+        println!("{name:<10}{:>7.1} s  {row}", took.as_secs_f64());
+    }
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    if bad { Err("not everything passed".into()) } else { Ok(()) }
+}
+
+/// Writes the generated files again.
+pub(crate) fn generate(top: &Path) -> Result<(), String> {
+    cargo(top, &["run", "--release", "--quiet", "--package", "vfio-migrate", "--", "generate", "."])
+        .map(|_| ())
+}
+
+fn rules_ring(top: &Path) -> Result<Outcome, String> {
+    rules::check(top)?;
+    Ok(Outcome::Passed(None))
+}
+
+fn lint(top: &Path) -> Result<Outcome, String> {
+    let there =
+        || ["fmt", "clippy"].iter().all(|tool| quiet(Command::new(env!("CARGO")).args([*tool, "--version"])));
+    let add = || quiet(Command::new("rustup").args(["component", "add", "rustfmt", "clippy"]));
+    let ready = there() || (add() && there());
+    if !ready {
+        return Ok(Outcome::Skipped(
+            "rustfmt and clippy are not there, and rustup could not add them".into(),
+        ));
+    }
+    cargo(top, &["fmt", "--all", "--check"])?;
+    cargo(top, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
+    Ok(Outcome::Passed(None))
+}
+
+fn test(top: &Path) -> Result<Outcome, String> {
+    // In one go, and in the profile that README's reader runs: another choice of packages or another profile would
+    // compile everything again.
+    let text = cargo(top, &["test", "--release", "--workspace", "--lib", "--bins", "--tests"])?;
+    if !kvm_answers() {
+        let why = "/dev/kvm does not answer, so the KVM tests in it did nothing; the others passed";
+        return Ok(Outcome::Skipped(why.into()));
+    }
+    Ok(Outcome::Passed(Some(count(&text))))
+}
+
+fn docs(top: &Path) -> Result<Outcome, String> {
+    let text = cargo(top, &["test", "--release", "--workspace", "--doc"])?;
+    let mut command = Command::new(env!("CARGO"));
+    command.current_dir(top).args(["doc", "--quiet", "--workspace", "--no-deps"]);
+    command.env("RUSTDOCFLAGS", "--deny warnings");
+    finish(command, "cargo doc")?;
+    Ok(Outcome::Passed(Some(count(&text))))
+}
+
+/// Runs the demo `runs` times in a row; every run must verify.
+pub(crate) fn soak(top: &Path, runs: u32) -> Result<(), String> {
+    cargo(top, &["build", "--release", "--package", "vfio-migrate"])?;
+    for run in 1..=runs {
+        let began = Instant::now();
+        cargo(top, &["run", "--quiet", "--release", "--package", "vfio-migrate", "--", "demo", "--json"])
+            .map_err(|error| format!("run {run} of {runs}: {error}"))?;
+        eprintln!("run {run} of {runs} verified in {:.1} s", began.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Whether a command succeeds, whatever it prints.
+fn quiet(command: &mut Command) -> bool {
+    use std::process::Stdio;
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn kvm_answers() -> bool {
+    std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+/// Runs cargo, output shown as it comes and returned.
+fn cargo(top: &Path, arguments: &[&str]) -> Result<String, String> {
+    let mut command = Command::new(env!("CARGO"));
+    command.current_dir(top).args(arguments);
+    finish(command, &format!("cargo {}", arguments.join(" ")))
+}
+
+fn finish(mut command: Command, what: &str) -> Result<String, String> {
+    use std::io::{BufRead, BufReader};
+    let mut child = command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("cannot start {what}: {error}"))?;
+    let mut text = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            println!("{line}");
+            text.push_str(&line);
+            text.push('\n');
+        }
+    }
+    let status = child.wait().map_err(|error| format!("{what}: {error}"))?;
+    if status.success() { Ok(text) } else { Err(format!("{what}: {status}")) }
+}
+
+/// Sums cargo's `test result: ok. N passed` lines.
+fn count(text: &str) -> u64 {
+    text.lines()
+        .filter_map(|line| line.strip_prefix("test result: ok. "))
+        .filter_map(|rest| rest.split(' ').next()?.parse::<u64>().ok())
+        .sum()
+}
