@@ -16,7 +16,7 @@ pub(crate) use report::DemoReport;
 use report::{Bytes, CaughtBy, Outcome, Pids};
 
 use crate::args::{Break, Demo, Transport};
-use crate::control::{Client, MigrationInfo, MigrationState, StatusInfo, Verb};
+use crate::control::{Client, ClientError, MigrationInfo, MigrationState, StatusInfo, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json, say};
@@ -191,12 +191,17 @@ impl<'a> Stage<'a> {
         // Digests would notice a sabotage before the guest can: it is to act below them, unless asked otherwise.
         let verify = self.options.sabotage.is_none() || self.options.strict;
         let limit = milliseconds(self.options.downtime_limit);
-        let arguments = json!({"uri": uri, "downtime-limit": limit, "verify": verify});
+        // A sabotage needs something to spoil: the guest is to write what the first copy cannot have held.
+        let spoil = self.options.sabotage.is_some();
+        let arguments = json!({
+            "uri": uri, "downtime-limit": limit, "verify": verify, "pause-before-switchover": spoil,
+        });
         self.source
             .1
             .call(Verb::Migrate, arguments)
             .map_err(|error| Failure::caused("the source VM refused to migrate", &error))?;
         let mut progress = Progress::new(!self.options.json);
+        let mut copied: Option<GuestInfo> = None;
         loop {
             // The event only saves waiting: the state is always asked for.
             self.source
@@ -208,8 +213,26 @@ impl<'a> Stage<'a> {
             if !matches!(info.status, MigrationState::Active | MigrationState::PreSwitchover) {
                 return Ok(info);
             }
+            if spoil && info.status == MigrationState::PreSwitchover {
+                let now = guest(&mut self.source.1)?;
+                let then = copied.get_or_insert_with(|| now.clone());
+                // A refusal says that it does not wait this very moment: asked again if it does once more.
+                if self.has_worked(then, &now)
+                    && let Err(error) = self.source.1.call(Verb::MigrateContinue, Value::Null)
+                    && !matches!(error, ClientError::Refused(_))
+                {
+                    return Err(Failure::caused("lost the source VM", &error));
+                }
+            }
             self.interrupt.check()?;
         }
+    }
+
+    /// Whether the guest has written enough since `then` for a sabotage to be felt.
+    fn has_worked(&self, then: &GuestInfo, now: &GuestInfo) -> bool {
+        let pages = if self.options.dirty_rate == 0 { 0 } else { 512 };
+        let blocks = 64 * u64::from(self.options.devices);
+        now.pages_written >= then.pages_written + pages && now.dma_blocks >= then.dma_blocks + blocks
     }
 
     /// The guest has moved: let it look at everything, then hear what it found.

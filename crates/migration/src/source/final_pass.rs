@@ -24,7 +24,7 @@ impl Worker<'_> {
         let phase = Phase::Final;
         // First, because reading a machine out may write its RAM (paravirtual clocks), and the last report sees that.
         let sections = self.read_machine()?;
-        self.report_dirty(phase, true)?;
+        self.report_dirty(phase)?;
         if self.writes_unlogged() {
             // Nobody knows what that device wrote, so everything that has ever been written counts.
             for extent in self.ram.data_extents().map_err(|error| error.in_phase(phase))? {
@@ -33,7 +33,7 @@ impl Worker<'_> {
         }
         let pages = self.dirty.take();
         self.ram_pages += self.pump_all(&pages, Holes::Possible, phase)?;
-        self.ram_pages += self.saboteur.send_stale(&self.ram, &self.link, &pages)?;
+        self.ram_pages += self.saboteur.send_stale(&self.ram, &self.link)?;
         for section in &sections {
             let bulk = Bulk::Section { name: &section.name, version: section.version, bytes: &section.bytes };
             self.link.send_bulk(&bulk).map_err(|error| Stop::sending(error, phase))?;

@@ -22,7 +22,7 @@ impl Worker<'_> {
         let begun = Instant::now();
         let wire_before = self.link.wire_bytes();
         if iteration > 1 {
-            self.report_dirty(phase, false)?;
+            self.report_dirty(phase)?;
         }
         let pages = self.dirty.take();
         self.saboteur.remember(&self.ram, &pages);
@@ -32,7 +32,7 @@ impl Worker<'_> {
         let end = Message::EndIteration { iteration };
         self.link.send(&end).map_err(|error| Stop::sending(error, phase))?;
         let took = begun.elapsed();
-        self.report_dirty(phase, false)?;
+        self.report_dirty(phase)?;
         Ok(IterationReport {
             wire_bytes: self.link.wire_bytes() - wire_before,
             took,

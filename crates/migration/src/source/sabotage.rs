@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{Bitmap, PAGE_SIZE, Phase, RamOffset, Range};
+use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase, RamOffset, Range};
 
 use crate::fail::InPhase;
 use crate::link::Link;
@@ -12,7 +12,7 @@ use crate::stop::Stop;
 
 /// Most old copies kept: 64 MiB.
 const MOST_COPIES: usize = 16_384;
-/// Most pages hidden per report, or sent stale: enough to be found, few enough for the guest to live.
+/// Most pages sent stale: enough to be found, few enough for the guest to live.
 const MOST_VICTIMS: u64 = 64;
 
 /// Does what a [`Sabotage`] says; nothing at all without one.
@@ -39,13 +39,13 @@ impl Saboteur {
         self.does(SabotageKind::DeviceTail)
     }
 
-    /// Drops a few bits of what is left to be sent in the final pass.
-    pub(super) fn hide_dirty(&self, dirty: &mut Bitmap, last: bool) {
-        if !last || !self.does(SabotageKind::DropDirtyBit) {
+    /// Drops the bits of what a report found. Every report loses them: a page hidden once and seen the next time would
+    /// arrive whole.
+    pub(super) fn hide_dirty(&self, dirty: &mut Bitmap) {
+        if !self.does(SabotageKind::DropDirtyBit) {
             return;
         }
-        let victims: Vec<u64> =
-            self.victims(dirty).take(usize::try_from(MOST_VICTIMS).unwrap_or(0)).collect();
+        let victims: Vec<u64> = self.victims(dirty).collect();
         for page in victims {
             dirty.clear(page);
         }
@@ -65,14 +65,19 @@ impl Saboteur {
         }
     }
 
-    /// Sends the first copies of `pages`, which have just been sent for the last time. Returns the pages sent.
-    pub(super) fn send_stale(&self, ram: &GuestRam, link: &Link, pages: &Bitmap) -> Result<u64, Stop> {
+    /// Sends first copies of pages that have been written since, and all of which have been sent for the last time. Returns
+    /// the pages sent.
+    pub(super) fn send_stale(&self, ram: &GuestRam, link: &Link) -> Result<u64, Stop> {
         if !self.does(SabotageKind::StaleAfterLast) {
             return Ok(0);
         }
+        let mut written = Bitmap::new(ram.size(), Granule::PAGE);
+        for extent in ram.data_extents().map_err(|error| error.in_phase(Phase::Final))? {
+            written.set_range(extent.start().0 / PAGE_SIZE, extent.len() / PAGE_SIZE);
+        }
+        let (zero, mut now) = (vec![0; 4096], vec![0; 4096]);
         let mut sent = 0;
-        for page in self.victims(pages) {
-            let zero = vec![0; 4096];
+        for page in self.victims(&written) {
             let old = match self.copies.get(&page) {
                 Some(old) => old,
                 // Not there at first: a page nobody had written yet.
@@ -80,7 +85,6 @@ impl Saboteur {
                 None => continue,
             };
             let Ok(range) = Range::new(RamOffset(page * PAGE_SIZE), PAGE_SIZE) else { continue };
-            let mut now = vec![0; 4096];
             ram.read_pages_into(range, &mut now).map_err(|error| error.in_phase(Phase::Final))?;
             if now != *old && sent < MOST_VICTIMS {
                 link.send_page_copy(page, old).map_err(|error| Stop::sending(error, Phase::Final))?;

@@ -161,7 +161,7 @@ impl Worker<'_> {
     }
 
     /// Adds what every dirty source saw since the last time.
-    pub(super) fn report_dirty(&mut self, phase: Phase, last: bool) -> Result<(), Stop> {
+    pub(super) fn report_dirty(&mut self, phase: Phase) -> Result<(), Stop> {
         let mut found = Bitmap::new(self.ram.size(), self.dirty.granule());
         for source in &self.sources {
             source.report(&mut found).map_err(|error| error.in_phase(phase))?;
@@ -175,7 +175,7 @@ impl Worker<'_> {
             }
         }
         self.dirty.or(&found);
-        self.saboteur.hide_dirty(&mut self.dirty, last);
+        self.saboteur.hide_dirty(&mut self.dirty);
         self.counters.ram_left.store(self.dirty.dirty_bytes(), Ordering::Relaxed);
         Ok(())
     }
