@@ -215,7 +215,7 @@ impl<'a> Stage<'a> {
             }
             if spoil && info.status == MigrationState::PreSwitchover {
                 let now = guest(&mut self.source.1)?;
-                let then = copied.get_or_insert_with(|| now.clone());
+                let then = copied.get_or_insert(now);
                 // A refusal says that it does not wait this very moment: asked again if it does once more.
                 if self.has_worked(then, &now)
                     && let Err(error) = self.source.1.call(Verb::MigrateContinue, Value::Null)
