@@ -77,7 +77,7 @@ fn check_whole(mut file: &File, path: &Path) -> Result<u64, SnapshotError> {
     file.seek(SeekFrom::Start(0)).map_err(failed())?;
     let mut hasher = blake3::Hasher::new();
     let mut left = len - DIGEST_LEN;
-    let mut piece = vec![0; 1 << 20];
+    let mut piece = vec![0; 64 << 10];
     while left > 0 {
         let most = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
         let piece = piece.get_mut(..most).unwrap_or_default();

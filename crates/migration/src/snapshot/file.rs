@@ -136,7 +136,7 @@ pub(super) struct Frames {
 impl Frames {
     /// From the first frame on, `bytes` of them in all.
     pub(super) fn new(file: File, path: &Path, bytes: u64) -> Result<Self, SnapshotError> {
-        let mut file = BufReader::with_capacity(1 << 20, file);
+        let mut file = BufReader::with_capacity(64 << 10, file);
         file.seek(SeekFrom::Start(HEAD_LEN)).map_err(failed("reading", path))?;
         let (payload, body) = (Vec::new(), Vec::new());
         Ok(Self { file, path: path.into(), left: bytes, sequence: 0, payload, body })

@@ -37,11 +37,7 @@ pub(super) enum Unrecorded {
 }
 
 /// Records a session. With `commit` the guest's owner is the file afterwards; without, the source is sent back.
-pub(super) fn record(
-    link: &Arc<Link>,
-    mut writer: Writer,
-    commit: bool,
-) -> Result<Recorded, Unrecorded> {
+pub(super) fn record(link: &Arc<Link>, mut writer: Writer, commit: bool) -> Result<Recorded, Unrecorded> {
     let mut reader = link.reader();
     let recorded = listen(link, &mut reader, &mut writer, commit);
     match &recorded {

@@ -79,10 +79,12 @@ impl Snapshot {
         build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, RefusalReason> + Send,
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
-        let not_begun =
-            |error: SnapshotError| IncomingError::NotBegun(plain(Phase::Hello, crate::fail::sentence(&error)).into());
-        let (here, there) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| not_begun(failed("making a socket for", &self.path)(errno.into())))?;
+        let not_begun = |error: SnapshotError| {
+            IncomingError::NotBegun(plain(Phase::Hello, crate::fail::sentence(&error)).into())
+        };
+        let (here, there) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| not_begun(failed("making a socket for", &self.path)(errno.into())))?;
         let frames = Frames::new(self.file, &self.path, self.checked.frames).map_err(not_begun)?;
         let credits: Vec<Credit> = self.checked.manifest.devices.iter().map(|_| Credit::default()).collect();
         let mut destination = Destination::over(here, options)?;
@@ -129,7 +131,8 @@ impl Snapshot {
                 ))
             }
             Standing::Undecided { epoch, peer } => refuse(format!(
-                "the commit of VM {vm} to {peer} (epoch {}) is undecided: it may run there", epoch.0
+                "the commit of VM {vm} to {peer} (epoch {}) is undecided: it may run there",
+                epoch.0
             )),
         }
     }
