@@ -3,7 +3,6 @@
 //! The kernel is asked twice: with the bare structure, whose answer says how much there is, and with room for it.
 //! Offsets are believed only so far: an answer may come from a driver of any quality.
 
-use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
@@ -13,8 +12,14 @@ use crate::UapiError;
 
 /// Most bytes that an answer may have. A region of thousands of mappable parts is far below.
 const ANSWER_MAX: usize = 64 << 10;
+/// Bytes of `struct vfio_info_cap_header`.
+const HEADER: u32 = 8;
+/// Most questions for one answer.
+const ATTEMPTS: u32 = 4;
 /// Words of the largest answer.
 const WORDS_MAX: usize = ANSWER_MAX / 8;
+
+const _: () = assert!(cfg!(target_endian = "little"), "fields are put into words of this byte order");
 
 /// Room for an answer, aligned as the structures in it are.
 pub(crate) struct Buffer {
@@ -71,30 +76,31 @@ impl Answer {
     }
 }
 
-/// Asks with a structure of `size` bytes and, where the kernel says that there is more, once more with room for it.
+/// Asks with a structure of `size` bytes and, where the kernel says that there is more, again with room for it.
 pub(crate) fn ask(
     size: usize,
     doing: &'static str,
     mut ioctl: impl FnMut(&mut Buffer) -> Result<(), Errno>,
 ) -> Result<Answer, UapiError> {
-    let failed = |source| UapiError::System { doing, source };
-    let first = u32::try_from(size).map_err(|_| UapiError::BadCapability("the question is too long"))?;
-    let mut buffer = Buffer::new(first);
-    ioctl(&mut buffer).map_err(failed)?;
-    let mut len = low(buffer.words[0]);
-    if len > size && len <= ANSWER_MAX {
-        let room = u32::try_from(len).unwrap_or(first);
-        buffer = Buffer::new(room);
-        ioctl(&mut buffer).map_err(failed)?;
-        // A device that changed its mind in between has said less than it has; what is there is still well formed.
-        len = len.min(low(buffer.words[0]));
+    let mut room = size;
+    // What a device has may grow between two questions, but not for ever.
+    for _ in 0..ATTEMPTS {
+        let argsz = u32::try_from(room).map_err(|_| UapiError::BadCapability("the question is too long"))?;
+        let mut buffer = Buffer::new(argsz);
+        ioctl(&mut buffer).map_err(|source| UapiError::System { doing, source })?;
+        let len = low(buffer.words[0]);
+        if len > ANSWER_MAX {
+            return Err(UapiError::BadCapability("the answer is longer than any sensible one"));
+        }
+        if len > room {
+            // The kernel left out what did not fit, and does not say which part.
+            room = len;
+            continue;
+        }
+        let bytes = buffer.words.iter().flat_map(|word| word.to_ne_bytes()).take(len.max(size)).collect();
+        return Ok(Answer::new(bytes));
     }
-    if len > ANSWER_MAX {
-        return Err(UapiError::BadCapability("the answer is longer than any sensible one"));
-    }
-    let bytes: Vec<u8> =
-        buffer.words.iter().flat_map(|word| word.to_ne_bytes()).take(len.max(size)).collect();
-    Ok(Answer::new(bytes))
+    Err(UapiError::BadCapability("the answer grows each time it is asked for"))
 }
 
 /// The first four bytes of a little-endian word, as a length.
@@ -108,30 +114,49 @@ pub(crate) struct Capability {
     pub(crate) id: u16,
     /// Where its header begins.
     pub(crate) at: u64,
+    /// Where the next one's header begins, or the answer ends.
+    end: u64,
 }
 
-/// Walks the capabilities. A chain that loops or leads out of the answer ends in an error.
+impl Capability {
+    /// Where element `index` of `size` bytes is, of an array that begins `first` bytes into the capability.
+    pub(crate) fn element(&self, first: u64, index: u64, size: u64) -> Result<u64, UapiError> {
+        let at = index.checked_mul(size).and_then(|into| (self.at + first).checked_add(into));
+        let inside = at.filter(|at| at.checked_add(size).is_some_and(|end| end <= self.end));
+        inside.ok_or(UapiError::BadCapability("an array is longer than its capability"))
+    }
+}
+
+/// Walks the capabilities. The kernel puts them one after the other behind the structure: a chain that goes back, or out
+/// of the answer, ends in an error.
 pub(crate) struct Chain<'a> {
     answer: &'a Answer,
     next: u32,
-    seen: BTreeSet<u32>,
+    /// Where the next header may begin at the earliest.
+    earliest: u32,
 }
 
 impl<'a> Chain<'a> {
-    /// `first` is the offset of the first header; 0 for none.
-    pub(crate) fn new(answer: &'a Answer, first: u32) -> Self {
-        Self { answer, next: first, seen: BTreeSet::new() }
+    /// `first` is the offset of the first header behind a structure of `size` bytes.
+    pub(crate) fn new(answer: &'a Answer, size: u32, first: u32) -> Result<Self, UapiError> {
+        if first == 0 {
+            return Err(UapiError::BadCapability("there are capabilities, and no first one"));
+        }
+        Ok(Self { answer, next: first, earliest: size })
     }
 
     fn step(&mut self) -> Result<Capability, UapiError> {
-        let at = u64::from(self.next);
-        if !self.seen.insert(self.next) {
-            return Err(UapiError::BadCapability("the chain of capabilities loops"));
+        let at = self.next;
+        if at < self.earliest || !at.is_multiple_of(4) {
+            return Err(UapiError::BadCapability("the chain of capabilities goes back, or astray"));
         }
+        self.earliest = at.saturating_add(HEADER);
+        let at = u64::from(at);
         // The header is {u16 id, u16 version, u32 next}.
         let [low, high, ..] = self.answer.u32(at)?.to_ne_bytes();
         self.next = self.answer.u32(at + 4)?;
-        Ok(Capability { id: u16::from_ne_bytes([low, high]), at })
+        let end = if self.next == 0 { self.answer.bytes.len() as u64 } else { u64::from(self.next) };
+        Ok(Capability { id: u16::from_ne_bytes([low, high]), at, end })
     }
 }
 
@@ -191,22 +216,54 @@ mod test {
     }
 
     #[test]
-    fn chains_that_loop_or_lead_out_end() {
-        let chain = |words: &[u32], first: u32| {
-            let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-            let answer = Answer::new(bytes);
-            Chain::new(&answer, first).map(|step| step.map(|found| found.id)).collect::<Result<Vec<_>, _>>()
+    fn an_answer_that_grows_is_asked_for_again_and_not_for_ever() {
+        let mut growing = 32_u32;
+        let mut asked = 0;
+        let mut grow = |by: u32, until: u32| {
+            ask(32, "testing", |buffer| {
+                asked += 1;
+                growing = (growing + by).min(until);
+                buffer.put_u32(0, growing);
+                Ok(())
+            })
+            .map(|answer| answer.bytes.len())
         };
+        assert_eq!(grow(16, 64).ok(), Some(64));
+        assert!(matches!(grow(16, 1 << 15), Err(UapiError::BadCapability(_))));
+        assert_eq!(asked, 3 + ATTEMPTS);
+    }
+
+    fn chain(words: &[u32], first: u32) -> Result<Vec<u16>, UapiError> {
+        let answer = Answer::new(words.iter().flat_map(|word| word.to_ne_bytes()).collect());
+        Chain::new(&answer, 8, first)?.map(|step| step.map(|found| found.id)).collect()
+    }
+
+    #[test]
+    fn chains_that_loop_or_lead_out_end() {
         assert_eq!(chain(&[0, 0, 1, 16, 2, 0], 8).unwrap(), [1, 2]);
-        assert_eq!(chain(&[], 0).unwrap(), []);
         for (words, first) in [
             (vec![0, 0, 1, 8], 8),
             (vec![0, 0, 1, 16, 2, 8], 8),
+            (vec![0, 0, 1, 12, 2, 0], 8),
+            (vec![0, 0, 1, 18, 2, 0, 0], 8),
             (vec![0, 0, 1, 400], 8),
             (vec![0, 0, 1], 8),
+            (vec![0, 0, 1, 0], 4),
+            (vec![0, 0, 1, 0], 0),
             (vec![1, 0], u32::MAX),
         ] {
             assert!(matches!(chain(&words, first), Err(UapiError::BadCapability(_))), "{words:?}");
+        }
+    }
+
+    proptest::proptest! {
+        /// Whatever the words are, the walk ends after no more steps than there are headers.
+        #[test]
+        fn no_chain_is_walked_for_ever(words in proptest::collection::vec(0_u32..64, 0..24), first in 0_u32..128) {
+            let answer = Answer::new(words.iter().flat_map(|word| word.to_ne_bytes()).collect());
+            if let Ok(chain) = Chain::new(&answer, 8, first) {
+                proptest::prop_assert!(chain.count() <= words.len() / 2 + 1);
+            }
         }
     }
 }

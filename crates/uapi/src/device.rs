@@ -103,15 +103,15 @@ fn parse(index: u32, bytes: &capability::Answer) -> Result<Region, UapiError> {
     if flags & uapi::VFIO_REGION_INFO_FLAG_CAPS == 0 {
         return Ok(region);
     }
-    for capability in Chain::new(bytes, bytes.u32(12)?) {
+    for capability in Chain::new(bytes, 32, bytes.u32(12)?)? {
         let capability = capability?;
         match u32::from(capability.id) {
             uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP => {
                 let count = u64::from(bytes.u32(capability.at + 8)?);
                 let mut areas = Vec::new();
                 for area in 0..count {
-                    // The first area that is not in the answer ends this, so that a count is no reason to allocate.
-                    let at = capability.at + 16 + area * 16;
+                    // The first area that is not in the capability ends this: a count is no reason to allocate.
+                    let at = capability.element(16, area, 16)?;
                     let range = Range::new(bytes.u64(at)?, bytes.u64(at + 8)?)
                         .ok()
                         .filter(|range| range.end() <= size)

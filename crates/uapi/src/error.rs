@@ -37,6 +37,9 @@ pub enum UapiError {
     /// The kernel speaks another version of the VFIO API.
     #[error("the kernel speaks VFIO API version {0}, not 0")]
     ApiVersion(i32),
+    /// More pages than one report can be of.
+    #[error("a range of {0:#x} bytes has more pages than one report of dirty pages takes")]
+    ReportTooLong(u64),
     /// The range is mapped already, or overlaps one that is.
     #[error("the range {iova:#x}+{len:#x} overlaps one that is mapped")]
     Overlaps {

@@ -27,6 +27,9 @@ const IOMMU_UNMAP_DMA: Opcode = opcode::none(uapi::VFIO_TYPE, 114);
 /// `_IO(VFIO_TYPE, VFIO_BASE + 17)`.
 const IOMMU_DIRTY_PAGES: Opcode = opcode::none(uapi::VFIO_TYPE, 117);
 
+/// Words of the largest bitmap that the kernel takes: 2^31 pages.
+const WORDS_MAX: usize = 1 << 25;
+
 /// What a type1 container can do: `struct vfio_iommu_type1_info` and its capabilities.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Type1Info {
@@ -148,14 +151,14 @@ impl Type1 {
         granule: Granule,
         bitmap: &mut [u64],
     ) -> Result<(), UapiError> {
-        check_bitmap(iova, granule, bitmap)?;
+        let mut found = scratch(iova, granule, bitmap)?;
         self.mapped.remove(iova, || {
             let mut request = UnmapWithBitmap {
                 argsz: const { argsz(size_of::<UnmapWithBitmap>()) },
                 flags: uapi::VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
                 iova: iova.start().0,
                 size: iova.len(),
-                bitmap: describe(granule, bitmap),
+                bitmap: describe(granule, &mut found),
             };
             // SAFETY: `struct vfio_iommu_type1_dma_unmap` and the `struct vfio_bitmap` that follows it with this flag;
             // the kernel writes at most `size` bytes of the bitmap, which the slice has.
@@ -185,20 +188,22 @@ impl Type1 {
         granule: Granule,
         bitmap: &mut [u64],
     ) -> Result<(), UapiError> {
-        check_bitmap(iova, granule, bitmap)?;
+        let mut found = scratch(iova, granule, bitmap)?;
         let mut request = DirtyReport {
             argsz: const { argsz(size_of::<DirtyReport>()) },
             flags: uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP,
             get: uapi::vfio_iommu_type1_dirty_bitmap_get {
                 iova: iova.start().0,
                 size: iova.len(),
-                bitmap: describe(granule, bitmap),
+                bitmap: describe(granule, &mut found),
             },
         };
         // SAFETY: `struct vfio_iommu_type1_dirty_bitmap` and the `_get` that follows it with this flag; the kernel
         // writes at most `size` bytes of the bitmap, which the slice has.
         unsafe { rustix::ioctl::ioctl(&self.fd, Updater::<IOMMU_DIRTY_PAGES, _>::new(&mut request)) }
-            .map_err(|source| UapiError::System { doing: "reading the container's dirty pages", source })
+            .map_err(|source| UapiError::System { doing: "reading the container's dirty pages", source })?;
+        add(bitmap, &found);
+        Ok(())
     }
 
     /// What is mapped, in order.
@@ -223,11 +228,28 @@ impl Type1 {
         // SAFETY: `struct vfio_iommu_type1_dma_unmap` without data.
         unsafe { rustix::ioctl::ioctl(&self.fd, Updater::<IOMMU_UNMAP_DMA, _>::new(&mut request)) }
             .map_err(|source| UapiError::System { doing: "unmapping memory", source })?;
-        // The kernel says how much it unmapped, and calls it a success if that is nothing.
-        if request.size != iova.len() {
-            return Err(UapiError::NotMapped { iova: iova.start().0, len: iova.len() });
-        }
-        Ok(())
+        all_of(iova, request.size)
+    }
+}
+
+/// The kernel says how much it unmapped, and calls it a success if that is nothing.
+fn all_of(iova: Range<Iova>, unmapped: u64) -> Result<(), UapiError> {
+    let whole = unmapped == iova.len();
+    if whole { Ok(()) } else { Err(UapiError::NotMapped { iova: iova.start().0, len: iova.len() }) }
+}
+
+/// An empty bitmap for a report of `iova`, of no more words than that takes. The kernel writes whole words over what was
+/// there (`vfio_iommu_type1.c`, `update_user_bitmap`), unlike every other dirty log.
+fn scratch(iova: Range<Iova>, granule: Granule, bitmap: &[u64]) -> Result<Vec<u64>, UapiError> {
+    check_bitmap(iova, granule, bitmap)?;
+    let words = granule.count(iova.len()).div_ceil(64);
+    let words = usize::try_from(words).ok().filter(|words| *words <= WORDS_MAX);
+    Ok(vec![0; words.ok_or(UapiError::ReportTooLong(iova.len()))?])
+}
+
+fn add(bitmap: &mut [u64], found: &[u64]) {
+    for (word, found) in bitmap.iter_mut().zip(found) {
+        *word |= found;
     }
 }
 
@@ -309,7 +331,7 @@ fn parse(answer: &Answer) -> Result<Type1Info, UapiError> {
     if flags & uapi::VFIO_IOMMU_INFO_CAPS == 0 {
         return Ok(info);
     }
-    for capability in Chain::new(answer, answer.u32(16)?) {
+    for capability in Chain::new(answer, 24, answer.u32(16)?)? {
         let capability = capability?;
         match u32::from(capability.id) {
             uapi::VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION => {
@@ -320,8 +342,14 @@ fn parse(answer: &Answer) -> Result<Type1Info, UapiError> {
             }
             uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE => {
                 for range in 0..u64::from(answer.u32(capability.at + 8)?) {
-                    let at = capability.at + 16 + range * 16;
-                    info.usable.push((answer.u64(at)?, answer.u64(at + 8)?));
+                    let at = capability.element(16, range, 16)?;
+                    let (start, end) = (answer.u64(at)?, answer.u64(at + 8)?);
+                    if start > end {
+                        return Err(UapiError::BadCapability(
+                            "a range of usable addresses ends before it begins",
+                        ));
+                    }
+                    info.usable.push((start, end));
                 }
             }
             uapi::VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL => {
@@ -375,6 +403,17 @@ mod test {
         assert_eq!(info.page_sizes, 0x4000_1000);
         assert_eq!(info.dirty_pages, Some(Type1Dirty { page_sizes: 0x1000, max_bitmap_size: 1 << 28 }));
         assert_eq!((info.usable, info.mappings_left), (vec![(0x1000, 0xffff_ffff)], Some(65_535)));
+    }
+
+    #[test]
+    fn a_report_adds_to_what_is_known() {
+        let mut known = [1, 0, 8];
+        add(&mut known, &[2, 4]);
+        assert_eq!(known, [3, 4, 8]);
+        let range = Range::new(Iova(0), 65 * 4096).unwrap();
+        assert_eq!(scratch(range, Granule::PAGE, &known).unwrap(), [0, 0]);
+        let whole = Range::new(Iova(0), 1 << 44).unwrap();
+        assert!(scratch(whole, Granule::PAGE, &known).is_err());
     }
 
     #[test]
