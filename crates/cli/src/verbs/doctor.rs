@@ -78,18 +78,14 @@ fn examine(roots: &Roots) -> DoctorReport {
     checks.extend(OPTIONS.iter().map(|option| option.check(&config)));
     checks.push(variants(&config));
     checks.push(iommu(roots, &config));
-    checks.push(node(
-        "dev-vfio",
-        &roots.dev.join("vfio/vfio"),
-        "containers of IOMMU groups",
-        "modprobe vfio",
-    ));
-    checks.push(node(
-        "dev-iommu",
-        &roots.dev.join("iommu"),
-        "iommufd, and dirty tracking by the IOMMU",
-        "modprobe iommufd",
-    ));
+    let load = |name: &str, module: &str| match config.option(name) {
+        ConfigOption::Off => format!("use a kernel with CONFIG_{name}"),
+        _ => format!("modprobe {module}"),
+    };
+    let (container, iommufd) = (roots.dev.join("vfio/vfio"), roots.dev.join("iommu"));
+    let means = "iommufd, and dirty tracking by the IOMMU";
+    checks.push(node("dev-vfio", &container, "containers of IOMMU groups", &load("VFIO", "vfio")));
+    checks.push(node("dev-iommu", &iommufd, means, &load("IOMMUFD", "iommufd")));
     checks.push(device_files(roots));
     checks.push(kvm(roots));
     checks.push(nested(roots));

@@ -154,6 +154,10 @@ fn each_reason_has_its_code_and_the_commands_that_change_it() {
     std::fs::remove_dir_all(host.top().join("sys/module")).unwrap();
     host.function("0000:01:00.1", None, Some(7));
     assert_eq!(host.codes(), ["no-vfio", "unbound"]);
+    assert!(host.devices()[0].to_string().contains("modprobe vfio-pci"));
+    host.file("boot/config-6.12.1-made-up", "CONFIG_KVM=y\n");
+    assert_eq!(host.codes(), ["no-vfio", "unbound"]);
+    assert!(!host.devices()[0].to_string().contains("modprobe"), "nothing to load");
 
     let host = Host::new();
     let dir = host.function("0000:01:00.0", Some("mlx5_core"), Some(7));
@@ -310,7 +314,8 @@ fn doctor_tells_a_host_that_can_from_one_that_cannot() {
     assert_eq!(check(&report, "vfio")["status"], "ok");
     assert_eq!(check(&report, "vfio")["fix"], Value::Null);
 
-    let broken: [(&str, fn(&Host)); 3] = [
+    type Break = fn(&Host);
+    let broken: [(&str, Break); 3] = [
         ("kernel-version", |host| host.file("proc/sys/kernel/osrelease", "5.10.0\n")),
         ("vfio", |host| {
             std::fs::remove_dir_all(host.top().join("sys/module")).unwrap();

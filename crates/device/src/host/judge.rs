@@ -27,6 +27,8 @@ pub(super) struct Place<'a> {
     pub(super) sys: &'a Path,
     /// VFIO is loaded.
     pub(super) vfio: bool,
+    /// The kernel's configuration says that it has none to load.
+    pub(super) built_without: bool,
     /// Its group is one without an IOMMU.
     pub(super) noiommu: bool,
     /// Members of its group that keep it from VFIO.
@@ -48,7 +50,10 @@ pub(super) fn obstacles(device: &HostDevice, place: &Place<'_>) -> Vec<Obstacle>
             return found;
         }
     }
-    if !place.vfio && !device.vfio {
+    if !place.vfio && !device.vfio && place.built_without {
+        let change = "a kernel with CONFIG_VFIO";
+        found.push(Obstacle::new(Code::NoVfio, "the kernel is built without VFIO", change, vec![]));
+    } else if !place.vfio && !device.vfio {
         let commands = vec!["modprobe vfio-pci".to_owned()];
         let change = "load VFIO; see `vfio-migrate doctor`";
         found.push(Obstacle::new(Code::NoVfio, "the kernel has no VFIO loaded", change, commands));

@@ -8,7 +8,7 @@ use super::files::{link_name, link_parent, list};
 use super::judge::{Place, obstacles};
 use super::pci::{PciAddress, PciFacts, facts};
 use super::users::{self, User};
-use super::{Obstacle, Roots, kernel};
+use super::{ConfigOption, Obstacle, Roots, kernel};
 
 /// What kind of device it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +83,7 @@ pub fn scan(roots: &Roots) -> Scan {
         variants: Variants::read(roots),
         users: users::all(&roots.proc, &roots.dev),
         vfio: kernel::has_module(roots, "vfio"),
+        built_without: kernel::config(roots).option("VFIO") == ConfigOption::Off,
         groups: BTreeMap::new(),
         found: Scan::default(),
     };
@@ -100,6 +101,7 @@ struct Scanner<'a> {
     variants: Variants,
     users: BTreeMap<PathBuf, Vec<User>>,
     vfio: bool,
+    built_without: bool,
     /// Of each group that was looked at, who is in it.
     groups: BTreeMap<u32, Vec<String>>,
     found: Scan,
@@ -175,6 +177,7 @@ impl Scanner<'_> {
         let place = Place {
             sys: &self.roots.sys,
             vfio: self.vfio,
+            built_without: self.built_without,
             noiommu: noiommu.is_some(),
             strangers: &strangers,
         };
