@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vfio_migration_device::host::Roots;
 
 use crate::units;
 
@@ -51,6 +52,10 @@ pub(crate) enum Verb {
     Quit(Target),
     /// Let a running `vm`, whose guest has left, wait for a guest again.
     Incoming(Incoming),
+    /// List the VFIO devices of this host, and why each can or cannot migrate.
+    Devices(Devices),
+    /// Examine this host: what it lacks for migrating VFIO devices, and what fixes it.
+    Doctor(Doctor),
     /// Print a shell completion script.
     Completions {
         /// For which shell.
@@ -78,6 +83,8 @@ impl Verb {
             | Self::Stop(target)
             | Self::Cont(target)
             | Self::Quit(target) => target.json,
+            Self::Devices(options) => options.json,
+            Self::Doctor(options) => options.json,
             Self::Demo(_)
             | Self::Device(_)
             | Self::Vm(_)
@@ -363,4 +370,54 @@ pub(crate) struct Set {
     /// New cap on bytes each second; 0 for none.
     #[arg(long, value_parser = units::size, value_name = "SIZE")]
     pub(crate) bandwidth: Option<u64>,
+}
+
+/// Options of `devices`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "No device of the host is opened: opening one resets it. Whether a driver has migration is then \
+unknown, unless the driver is known to have none. A vfio-user server that is named is connected to, and left as it is.\n\
+Exit codes: 0 listed, 1 failed, 2 usage."
+)]
+pub(crate) struct Devices {
+    /// Sockets of vfio-user servers to ask as well.
+    #[arg(value_name = "SOCKET")]
+    pub(crate) sockets: Vec<PathBuf>,
+    /// Every PCI function, also one that has nothing to do with VFIO.
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) root: Root,
+}
+
+/// Options of `doctor`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Exit codes: 0 a device of kernel VFIO can migrate in principle, 1 something needed is missing \
+(vfio-user alone needs only memfd; see its line), 2 usage."
+)]
+pub(crate) struct Doctor {
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) root: Root,
+}
+
+/// Which host is looked at.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Root {
+    /// Folder that has another host's sys, dev, proc, boot and lib/modules, for tests.
+    #[arg(long = "root", hide = true, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+impl Root {
+    /// The host's trees.
+    pub(crate) fn roots(&self) -> Roots {
+        self.dir.as_deref().map_or_else(Roots::default, Roots::under)
+    }
 }

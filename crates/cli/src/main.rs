@@ -56,6 +56,8 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         Verb::Quit(target) => verbs::steer::quit(&target),
         Verb::Incoming(options) => verbs::steer::incoming(&options),
         Verb::Set(options) => verbs::steer::set(&options),
+        Verb::Devices(options) => verbs::devices::run(&options),
+        Verb::Doctor(options) => verbs::doctor::run(&options),
         Verb::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "vfio-migrate", &mut script);

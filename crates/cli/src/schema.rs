@@ -8,6 +8,8 @@ use crate::control::{
 };
 use crate::demo::{DemoReport, GuestInfo};
 use crate::exit::FailureReport;
+use crate::verbs::devices::DevicesReport;
+use crate::verbs::doctor::DoctorReport;
 use crate::verbs::{Acknowledged, StatusReport};
 
 /// Every schema, by the name of its file in `docs/schemas`.
@@ -15,6 +17,8 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
     vec![
         ("demo", schema_for!(DemoReport)),
         ("status", schema_for!(StatusReport)),
+        ("devices", schema_for!(DevicesReport)),
+        ("doctor", schema_for!(DoctorReport)),
         ("failure", schema_for!(FailureReport)),
         ("acknowledged", schema_for!(Acknowledged)),
         ("query-status", schema_for!(StatusInfo)),

@@ -7,6 +7,7 @@
 mod contract;
 mod error;
 mod hardware;
+pub mod host;
 mod pci;
 mod pci_codec;
 mod vfio_user;

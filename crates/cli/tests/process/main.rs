@@ -3,6 +3,7 @@
 mod bad_input;
 mod demo;
 mod generated;
+mod host;
 mod moves;
 mod sabotage;
 mod snapshots;
