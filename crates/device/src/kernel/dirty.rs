@@ -307,7 +307,7 @@ mod test {
         log.start().unwrap();
         fake.state.lock().unwrap().written = vec![0x3008, 0x10_0000, 0xfe00_0000];
         assert_eq!(dirty(&log), [3, 16]);
-        assert_eq!(dirty(&log), []);
+        assert!(dirty(&log).is_empty());
         assert!(matches!(log.start(), Err(MemoryError::AlreadyLogging { .. })));
         log.stop().unwrap();
         log.stop().unwrap();
@@ -347,7 +347,7 @@ mod test {
         assert_eq!(dirty(&log), expected);
         log.stop().unwrap();
         log.start().unwrap();
-        assert_eq!(dirty(&log), []);
+        assert!(dirty(&log).is_empty());
     }
 
     #[test]
@@ -374,7 +374,7 @@ mod test {
         let fake = Arc::new(exact());
         let log = Log::new("device t0".into(), Box::new(fake.clone()), Arc::default());
         log.start().unwrap();
-        assert_eq!(dirty(&log), []);
+        assert!(dirty(&log).is_empty());
         log.stop().unwrap();
         assert_eq!(fake.state.lock().unwrap().starts, 0);
     }
