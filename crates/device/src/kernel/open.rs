@@ -107,7 +107,16 @@ impl Opener<'_> {
         let fd = (**device).as_fd();
         let number = match bound {
             Some(number) => number,
-            None => uapi::bind_iommufd(fd, (*iommufd).as_fd()).map_err(|error| self.refused(error))?,
+            None => uapi::bind_iommufd(fd, (*iommufd).as_fd()).map_err(|error| match error.errno() {
+                // A device opened by its own file is opened once, and this is how the kernel says so
+                // (vfio_main.c, vfio_df_open).
+                Some(errno @ Errno::INVAL) => {
+                    let error =
+                        KernelError::Refused { remedy: KernelError::remedy(Errno::BUSY), source: error };
+                    DeviceError::new(self.id.clone(), self.doing.clone(), Some(errno), error)
+                }
+                _ => self.refused(error),
+            })?,
         };
         let space = Ioas::new(iommufd).map_err(|error| self.refused(error))?;
         let table = tracking_table(&space, number);
