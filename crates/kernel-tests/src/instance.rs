@@ -37,15 +37,30 @@ impl Instance {
         Ok(Self { uuid })
     }
 
+    /// Its UUID.
+    pub(crate) fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// Its group's file.
+    pub(crate) fn group(&self) -> Outcome<PathBuf> {
+        let group = fs::read_link(self.sysfs().join("iommu_group"))?;
+        Ok(Path::new("/dev/vfio").join(group.file_name().ok_or("a group without a number")?))
+    }
+
+    /// Its own file, on a kernel that gives it one.
+    pub(crate) fn file(&self) -> Option<PathBuf> {
+        let entry = fs::read_dir(self.sysfs().join("vfio-dev")).ok()?.next()?.ok()?;
+        Some(Path::new("/dev/vfio/devices").join(entry.file_name()))
+    }
+
     fn sysfs(&self) -> PathBuf {
         Path::new("/sys/bus/mdev/devices").join(&self.uuid)
     }
 
     /// Opens it by its group and a container of its own.
     pub(crate) fn open(&self) -> Outcome<Opened> {
-        let group = fs::read_link(self.sysfs().join("iommu_group"))?;
-        let number = group.file_name().ok_or("a group without a number")?;
-        let group = file(&Path::new("/dev/vfio").join(number))?;
+        let group = file(&self.group()?)?;
         holds(group_status(group.as_fd())?.viable, "the group is viable")?;
         let container = Type1::new(file(Path::new("/dev/vfio/vfio"))?)?;
         holds(container.has_type1v2()?, "the container knows type1 v2")?;
@@ -88,6 +103,10 @@ pub(crate) struct Opened {
 impl Opened {
     pub(crate) fn device(&self) -> Outcome<BorrowedFd<'_>> {
         Ok(self.device.as_ref().ok_or("closed")?.as_fd())
+    }
+
+    pub(crate) fn group(&self) -> BorrowedFd<'_> {
+        self.group.as_fd()
     }
 
     pub(crate) fn container(&self) -> Outcome<&Type1> {

@@ -7,6 +7,7 @@
 mod check;
 mod init;
 mod instance;
+mod kernel_device;
 mod mtty;
 mod table;
 

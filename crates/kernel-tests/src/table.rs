@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::mtty;
+use crate::{kernel_device, mtty};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,15 @@ pub(crate) const TESTS: &[Test] = &[
     test("cdev_moves_its_contents", &[Need::Mtty, Need::Cdev], mtty::stream::contents_move_by_cdev),
     test("cdev_maps_through_iommufd", &[Need::Mtty, Need::Cdev], mtty::dirty::iommufd),
     test("a_stock_kernel_has_no_iommufd", &[Need::Mtty, Need::NoCdev], mtty::dirty::no_iommufd),
+    test("kernel_device_contents_move", &[Need::Mtty], kernel_device::contents_move),
+    test("kernel_device_every_path", &[Need::Mtty], kernel_device::every_path),
+    test("kernel_device_handed_over", &[Need::Mtty], kernel_device::handed_over),
+    test("kernel_device_describes_itself", &[Need::Mtty], kernel_device::describes_itself),
+    test("kernel_device_chooses_its_tracker", &[Need::Mtty], kernel_device::chooses_its_tracker),
+    test("kernel_device_reset_ends_a_session", &[Need::Mtty], kernel_device::reset_ends_a_session),
+    test("kernel_device_refusals_end_in_a_reset", &[Need::Mtty], kernel_device::refusals_end_in_a_reset),
+    test("kernel_device_refusals_to_open", &[Need::Mtty], kernel_device::refusals_to_open),
+    test("kernel_device_interrupts", &[Need::Mtty], kernel_device::interrupts),
 ];
 
 /// Runs one, in this process.

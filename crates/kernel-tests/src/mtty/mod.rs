@@ -17,14 +17,14 @@ use crate::instance::Instance;
 /// BAR 0: the first port's registers.
 const PORT: u32 = 0;
 /// Registers of a 16550: receive and transmit, modem control.
-const DATA: u64 = 0;
-const MODEM_CONTROL: u64 = 4;
+pub(crate) const DATA: u64 = 0;
+pub(crate) const MODEM_CONTROL: u64 = 4;
 /// Line status; bit 0 when there is something to be read.
-const LINE_STATUS: u64 = 5;
+pub(crate) const LINE_STATUS: u64 = 5;
 /// Modem control: what is sent is received.
-const LOOP: u8 = 0x10;
+pub(crate) const LOOP: u8 = 0x10;
 
-fn one_port() -> Outcome<Instance> {
+pub(crate) fn one_port() -> Outcome<Instance> {
     Instance::new("mtty", "mtty-1")
 }
 
