@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Iova, Range};
-use vfio_user_peer::{IoFdKind, Prot};
+use vfio_user_peer::{IrqAction, IrqData, IoFdKind, Prot};
 
 use super::{Inner, VfioUserDevice};
 use crate::DeviceError;
@@ -156,6 +156,13 @@ impl PciHardware for VfioUserDevice {
             client.irq_unmask(index.number(), vector, 1)
         };
         done.map_err(|error| self.inner.failed(format!("masking {index:?} interrupt {vector}"), error))
+    }
+
+    fn set_intx_resample(&self, resample: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+        let fds: Vec<BorrowedFd<'_>> = resample.into_iter().collect();
+        let data = if fds.is_empty() { IrqData::Disconnect(1) } else { IrqData::Eventfd(&fds) };
+        let done = self.inner.client.set_irqs(IrqIndex::Intx.number(), 0, IrqAction::Unmask, data);
+        done.map_err(|error| self.inner.failed("connecting the pin's resample", error))
     }
 
     fn dma_map(

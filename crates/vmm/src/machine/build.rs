@@ -4,7 +4,6 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{Gpa, Range};
 
 use super::kvm_ties::KvmTies;
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
@@ -28,7 +27,7 @@ impl ReferenceMachine {
         let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
         let router = Arc::new(Router::new(routes));
-        let host = PciHost::new(irq, mapper, router, windows()?);
+        let host = PciHost::new(irq, mapper, router, Windows::default());
         let pci = Arc::new(PciBus::new(host.clone()));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let mut devices = Vec::new();
@@ -82,15 +81,6 @@ impl ReferenceMachine {
         info.tick_us = workload.tick_us.into();
         self.processor.boot(&info)
     }
-}
-
-/// Where BARs lie.
-fn windows() -> Result<Windows, VmmError> {
-    let window = |base, len| Range::new(Gpa(base), len).map_err(|error| VmmError::Refused(error.to_string()));
-    Ok(Windows {
-        low: window(layout::MMIO32_BASE, layout::MMIO32_LEN)?,
-        high: window(layout::MMIO64_BASE, layout::MMIO64_LEN)?,
-    })
 }
 
 /// What depends on the accelerator.
