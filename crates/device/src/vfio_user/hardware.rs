@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Iova, Range};
-use vfio_user_peer::{IrqAction, IrqData, IoFdKind, Prot};
+use vfio_user_peer::{IoFdKind, IrqAction, IrqData, Prot};
 
 use super::{Inner, VfioUserDevice};
 use crate::DeviceError;

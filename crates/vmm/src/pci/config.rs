@@ -85,7 +85,8 @@ impl ConfigSpace {
 
     /// Sets the dword at `offset`, whatever the guest may write of it.
     pub(super) fn set_u32(&mut self, offset: u16, value: u32) {
-        if let Some(bytes) = self.bytes.get_mut(usize::from(offset)..).and_then(|rest| rest.first_chunk_mut()) {
+        if let Some(bytes) = self.bytes.get_mut(usize::from(offset)..).and_then(|rest| rest.first_chunk_mut())
+        {
             *bytes = value.to_le_bytes();
         }
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vfio_migration_device::{IrqIndex, IrqRouter, PciHardware, PciState, VectorState};
 
+use super::Router;
 use super::config::{ConfigSpace, MsixLayout};
 use super::intx::{Intx, Wanted};
 use super::msi::MsiLayout;
@@ -13,7 +14,6 @@ use super::registers::{
 };
 use super::router::pin_of;
 use super::vectors::{Failure, Vectors, Wires, failure};
-use super::Router;
 
 /// The interrupts of a function.
 #[derive(Debug)]
@@ -134,8 +134,12 @@ impl Interrupts {
             return Some("an INTx interrupt is pending, and the function has no pin".into());
         }
         let messages = self.msi.as_ref().map_or(0, |(_, vectors)| vectors.count());
-        if saved.msi_pending.checked_shr(u32::try_from(messages).unwrap_or(32)).is_some_and(|bits| bits != 0) {
-            return Some(format!("MSI vectors {:#x} are pending, and the function has {messages}", saved.msi_pending));
+        if saved.msi_pending.checked_shr(u32::try_from(messages).unwrap_or(32)).is_some_and(|bits| bits != 0)
+        {
+            return Some(format!(
+                "MSI vectors {:#x} are pending, and the function has {messages}",
+                saved.msi_pending
+            ));
         }
         None
     }

@@ -27,6 +27,8 @@ mod router;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_pin_msi;
 mod vectors;
 mod vfio;
 

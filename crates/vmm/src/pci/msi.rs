@@ -75,7 +75,8 @@ impl MsiLayout {
         let masks = self.masks().map_or(0, |masks| config.u32(masks));
         let target = |n: u16| {
             // The function changes the low bits of the data to tell its vectors apart.
-            let message = MsiMessage { address: high | low, data: data & !u32::from(used - 1) | u32::from(n) };
+            let message =
+                MsiMessage { address: high | low, data: data & !u32::from(used - 1) | u32::from(n) };
             Target { message, masked: masks >> n & 1 != 0 }
         };
         (control & MSI_ENABLE != 0, (0..used).map(target).collect())

@@ -54,7 +54,8 @@ impl VfioPciFunction {
         if !self.map_of(bar.io).insert(&range, self.slot, bar.index) {
             return Err(self.unfit(format!("BAR {} at {:#x} overlaps another", bar.index, range.start())));
         }
-        let mut placed = Placed { range, io: bar.io, mapped: Vec::new(), shared: Vec::new(), doorbells: Vec::new() };
+        let mut placed =
+            Placed { range, io: bar.io, mapped: Vec::new(), shared: Vec::new(), doorbells: Vec::new() };
         let done = self.fill(state, bar, &mut placed);
         if let Err(failure) = done {
             let _ = self.take_away(placed);

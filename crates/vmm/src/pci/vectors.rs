@@ -74,14 +74,7 @@ impl Vectors {
             })
         };
         let vectors = (0..count).map(vector).collect::<io::Result<_>>()?;
-        Ok(Self {
-            kind,
-            vectors,
-            in_use: count.into(),
-            enabled: false,
-            all_masked: false,
-            connected: false,
-        })
+        Ok(Self { kind, vectors, in_use: count.into(), enabled: false, all_masked: false, connected: false })
     }
 
     /// How many there are.

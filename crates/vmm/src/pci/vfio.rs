@@ -113,8 +113,13 @@ impl VfioPciFunction {
         host.peers
             .join(slot, Arc::clone(&hardware))
             .map_err(|error| failed("letting it reach the other devices' BARs", Box::new(error)))?;
-        let state =
-            State { config: config.clone(), interrupts, memory, doorbells, placed: std::array::from_fn(|_| None) };
+        let state = State {
+            config: config.clone(),
+            interrupts,
+            memory,
+            doorbells,
+            placed: std::array::from_fn(|_| None),
+        };
         let errors = AtomicU64::new(0);
         Ok(Self { slot, hardware, host, bars, layout, pristine: config, state: Mutex::new(state), errors })
     }
@@ -237,7 +242,9 @@ impl VfioPciFunction {
             Some(Emulated::Pending(at)) => {
                 let mut state = self.lock();
                 for (index, part) in into.chunks_mut(4).enumerate() {
-                    match state.interrupts.msix
+                    match state
+                        .interrupts
+                        .msix
                         .pending_bits(usize::try_from(at / 4).unwrap_or(usize::MAX).saturating_add(index))
                     {
                         Ok(bits) => part.iter_mut().zip(bits.to_le_bytes()).for_each(|(to, from)| *to = from),
@@ -262,7 +269,9 @@ impl VfioPciFunction {
                 let mut state = self.lock();
                 for (index, part) in from.chunks_exact(4).enumerate() {
                     let value = part.try_into().map_or(0, u32::from_le_bytes);
-                    if let Err(failure) = state.interrupts.msix.set_table(at + 4 * index as u64, value, self.wires()) {
+                    if let Err(failure) =
+                        state.interrupts.msix.set_table(at + 4 * index as u64, value, self.wires())
+                    {
                         self.note(&self.failed(failure), "changing an interrupt");
                     }
                 }
@@ -399,4 +408,3 @@ enum Emulated {
     Table(u64),
     Pending(u64),
 }
-
