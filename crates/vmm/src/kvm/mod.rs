@@ -84,7 +84,6 @@ impl KvmVm {
             (Cap::ImmediateExit, "immediate exit"),
             (Cap::UserMemory, "memory slots"),
             (Cap::ExtCpuid, "CPUID tables"),
-            (Cap::Xcrs, "XCR0"),
             (Cap::Xsave, "XSAVE"),
             (Cap::VcpuEvents, "vCPU events"),
             (Cap::AdjustClock, "an adjustable clock"),

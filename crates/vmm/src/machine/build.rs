@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::GuestRam;
 
 use super::kvm_ties::KvmTies;
+use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::{IoBus, PlatformBus};
@@ -38,20 +38,13 @@ impl ReferenceMachine {
                     config.devices.len()
                 )));
             }
-            let opened = VfioUserDevice::open(
-                device.id.clone(),
-                &device.socket,
-                ram.clone(),
-                &VfioUserOptions::default(),
-            );
-            let opened = Arc::new(opened.map_err(VmmError::device)?);
-            opened.reset().map_err(VmmError::device)?;
-            map_guest_ram(&*opened, &ram).map_err(VmmError::device)?;
-            let function =
-                VfioPciFunction::new(slot, opened.clone(), host.clone()).map_err(VmmError::device)?;
+            let Opened { device, hardware, link } = open(device, &ram)?;
+            device.reset().map_err(VmmError::device)?;
+            map_guest_ram(&*hardware, &ram).map_err(VmmError::device)?;
+            let function = VfioPciFunction::new(slot, hardware, host.clone()).map_err(VmmError::device)?;
             let function = Arc::new(function);
             pci.add(function.clone());
-            devices.push(Attached { device: opened, function });
+            devices.push(Attached { device, function, link });
         }
         host.gate().close();
         processor.start(&(platform.clone() as Arc<dyn IoBus>))?;

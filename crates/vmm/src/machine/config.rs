@@ -34,8 +34,16 @@ pub enum Accelerator {
 pub struct DeviceConfig {
     /// Name, equal on both sides of a migration.
     pub id: DeviceId,
-    /// Socket of its vfio-user server.
-    pub socket: PathBuf,
+    /// Where it is found.
+    pub path: DevicePath,
+}
+
+/// Where a device is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DevicePath {
+    /// The socket of a vfio-user server.
+    VfioUser(PathBuf),
 }
 
 /// The text describes no device.
@@ -51,14 +59,16 @@ impl FromStr for DeviceConfig {
 
     fn from_str(text: &str) -> Result<Self, DeviceConfigError> {
         let refuse = |why: String| DeviceConfigError { text: text.chars().take(200).collect(), why };
-        let rest = text.strip_prefix("vfio-user:").ok_or_else(|| refuse("the kind is unknown".into()))?;
-        let (socket, options) = rest.split_once(',').ok_or_else(|| refuse("it has no id".into()))?;
+        let (kind, rest) = text.split_once(':').ok_or_else(|| refuse("it names no kind".into()))?;
+        let (place, options) = rest.split_once(',').ok_or_else(|| refuse("it has no id".into()))?;
         let name = options.strip_prefix("id=").ok_or_else(|| refuse("it has no id".into()))?;
-        if socket.is_empty() {
-            return Err(refuse("the socket's path is empty".into()));
-        }
+        let path = match kind {
+            "vfio-user" if place.is_empty() => return Err(refuse("the socket's path is empty".into())),
+            "vfio-user" => DevicePath::VfioUser(place.into()),
+            _ => return Err(refuse("the kind is unknown".into())),
+        };
         let id = DeviceId::new(name).map_err(|error| refuse(error.to_string()))?;
-        Ok(Self { id, socket: socket.into() })
+        Ok(Self { id, path })
     }
 }
 
@@ -88,7 +98,8 @@ mod test {
     #[test]
     fn device_texts() {
         let device: DeviceConfig = "vfio-user:/run/a b.sock,id=net0".parse().unwrap();
-        assert_eq!((device.id.as_str(), device.socket.to_str()), ("net0", Some("/run/a b.sock")));
+        assert_eq!(device.id.as_str(), "net0");
+        assert_eq!(device.path, DevicePath::VfioUser("/run/a b.sock".into()));
         for bad in
             ["", "net0", "vfio-user:/x", "vfio-user:,id=a", "vfio-user:/x,name=a", "vfio-user:/x,id=a b"]
         {

@@ -7,6 +7,7 @@
 mod build;
 mod config;
 mod kvm_ties;
+mod open;
 mod processor;
 mod sections;
 
@@ -15,17 +16,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use vfio_migration_compat::{MachineManifest, RamRegion};
-use vfio_migration_device::{Device, IrqRouter, VfioUserDevice};
+use vfio_migration_device::{Device, IrqRouter};
 use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{DeviceId, VmId};
 
-pub use config::{Accelerator, DeviceConfig, DeviceConfigError, MachineConfig, Workload};
+pub use config::{Accelerator, DeviceConfig, DeviceConfigError, DevicePath, MachineConfig, Workload};
 pub use processor::kvm_answers;
 
 use crate::VmmError;
 use crate::bus::PlatformBus;
 use crate::guest::Report;
 use crate::pci::{PciBus, PciHost, VfioPciFunction};
+use open::Link;
 use processor::Processor;
 
 /// What kind of machine this is, in its manifest.
@@ -51,8 +53,9 @@ pub struct ReferenceMachine {
 
 /// A device and its function.
 struct Attached {
-    device: Arc<VfioUserDevice>,
+    device: Arc<dyn Device>,
     function: Arc<VfioPciFunction>,
+    link: Link,
 }
 
 /// Whether the guest runs.
@@ -108,8 +111,8 @@ impl ReferenceMachine {
 
     /// Devices whose server is gone.
     pub fn lost_devices(&self) -> Vec<DeviceId> {
-        let lost = self.devices.iter().filter(|attached| !attached.device.is_alive());
-        lost.map(|attached| Device::id(&*attached.device).clone()).collect()
+        let lost = self.devices.iter().filter(|attached| attached.link.is_lost());
+        lost.map(|attached| attached.device.id().clone()).collect()
     }
 
     /// What the guest says of itself.

@@ -1,0 +1,43 @@
+//! Opening a device: the one place that knows which back end it has.
+
+use std::sync::Arc;
+
+use vfio_migration_device::{Device, PciHardware, VfioUserDevice, VfioUserOptions};
+use vfio_migration_memory::GuestRam;
+
+use super::{DeviceConfig, DevicePath};
+use crate::VmmError;
+
+/// A device, by its two faces.
+pub(super) struct Opened {
+    pub(super) device: Arc<dyn Device>,
+    pub(super) hardware: Arc<dyn PciHardware>,
+    pub(super) link: Link,
+}
+
+/// What stands between this process and a device.
+pub(super) struct Link(Box<dyn Fn() -> bool + Send + Sync>);
+
+impl Link {
+    /// Whether whoever serves the device is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        (self.0)()
+    }
+}
+
+/// Opens `config` for a guest with `ram`.
+///
+/// # Errors
+/// It is not there, or does not answer as its kind should.
+pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<Opened, VmmError> {
+    match &config.path {
+        DevicePath::VfioUser(socket) => {
+            let options = VfioUserOptions::default();
+            let device = VfioUserDevice::open(config.id.clone(), socket, ram.clone(), &options);
+            let device = Arc::new(device.map_err(VmmError::device)?);
+            let served = device.clone();
+            let link = Link(Box::new(move || !served.is_alive()));
+            Ok(Opened { device: device.clone(), hardware: device, link })
+        }
+    }
+}
