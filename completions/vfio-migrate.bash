@@ -49,6 +49,9 @@ _vfio__migrate() {
             vfio__migrate,quit)
                 cmd="vfio__migrate__subcmd__quit"
                 ;;
+            vfio__migrate,save)
+                cmd="vfio__migrate__subcmd__save"
+                ;;
             vfio__migrate,set)
                 cmd="vfio__migrate__subcmd__set"
                 ;;
@@ -94,6 +97,9 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,quit)
                 cmd="vfio__migrate__subcmd__help__subcmd__quit"
                 ;;
+            vfio__migrate__subcmd__help,save)
+                cmd="vfio__migrate__subcmd__help__subcmd__save"
+                ;;
             vfio__migrate__subcmd__help,set)
                 cmd="vfio__migrate__subcmd__help__subcmd__set"
                 ;;
@@ -113,7 +119,7 @@ _vfio__migrate() {
 
     case "${cmd}" in
         vfio__migrate)
-            opts="-v -h -V --verbose --help --version demo device vm migrate status cancel continue set stop cont quit incoming completions generate help"
+            opts="-v -h -V --verbose --help --version demo device vm migrate save status cancel continue set stop cont quit incoming completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -293,7 +299,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help)
-            opts="demo device vm migrate status cancel continue set stop cont quit incoming completions generate help"
+            opts="demo device vm migrate save status cancel continue set stop cont quit incoming completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -460,6 +466,20 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__save)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__set)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -582,6 +602,32 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__save)
+            opts="-o -v -h -V --control --json --output --force --stop --verify --allow-all-dirty --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__set)
             opts="-v -h -V --control --json --downtime-limit --bandwidth --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -645,7 +691,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --config-rule --sabotage --exit-with-stdin --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --config-rule --sabotage --exit-with-stdin --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -660,6 +706,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --incoming)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --restore)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -33,6 +33,8 @@ pub(crate) enum Verb {
     Vm(Vm),
     /// Ask a running `vm` to move to another.
     Migrate(Migrate),
+    /// Save the guest of a running `vm` into a file; `vm --restore` brings it back.
+    Save(Save),
     /// Show how a `vm` and its migration stand.
     Status(Status),
     /// Cancel the migration of a running `vm`: its guest goes on where it is.
@@ -67,6 +69,7 @@ impl Verb {
     pub(crate) fn json(&self) -> bool {
         match self {
             Self::Migrate(Migrate { target, .. })
+            | Self::Save(Save { target, .. })
             | Self::Status(Status { target, .. })
             | Self::Set(Set { target, .. })
             | Self::Incoming(Incoming { target, .. })
@@ -218,6 +221,9 @@ pub(crate) struct Vm {
     /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.
     #[arg(long, value_name = "URI")]
     pub(crate) incoming: Option<String>,
+    /// Bring back the guest that `save` wrote into this file, instead of starting one.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["incoming", "paused"])]
+    pub(crate) restore: Option<PathBuf>,
     /// Control socket.
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
@@ -317,6 +323,29 @@ pub(crate) struct Migrate {
     /// Return once the migration has begun.
     #[arg(long)]
     pub(crate) detach: bool,
+}
+
+/// Options of `save`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct Save {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// File to write. It appears whole or not at all.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Replace a file that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// End the guest here: from then on it lives in the file. Otherwise it goes on.
+    #[arg(long)]
+    pub(crate) stop: bool,
+    /// Write a digest of all RAM too, which the restore compares; the guest stands still meanwhile.
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Save even a device that logs no DMA: all of RAM is written while the guest stands still.
+    #[arg(long)]
+    pub(crate) allow_all_dirty: bool,
 }
 
 /// Options of `set`.

@@ -3,7 +3,8 @@
 use schemars::{Schema, schema_for};
 
 use crate::control::{
-    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, StatusInfo,
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, SaveArguments,
+    StatusInfo,
 };
 use crate::demo::{DemoReport, GuestInfo};
 use crate::exit::FailureReport;
@@ -20,6 +21,7 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
         ("query-guest", schema_for!(GuestInfo)),
         ("query-migrate", schema_for!(MigrationInfo)),
         ("migrate-arguments", schema_for!(MigrateArguments)),
+        ("save-arguments", schema_for!(SaveArguments)),
         ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),
         ("event", schema_for!(Event)),

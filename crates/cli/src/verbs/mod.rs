@@ -2,6 +2,7 @@
 
 pub(crate) mod device;
 pub(crate) mod migrate;
+pub(crate) mod save;
 pub(crate) mod status;
 pub(crate) mod steer;
 pub(crate) mod vm;

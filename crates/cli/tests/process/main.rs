@@ -5,4 +5,5 @@ mod demo;
 mod generated;
 mod moves;
 mod sabotage;
+mod snapshots;
 mod support;

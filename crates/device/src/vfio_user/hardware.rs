@@ -158,11 +158,18 @@ impl PciHardware for VfioUserDevice {
         done.map_err(|error| self.inner.failed(format!("masking {index:?} interrupt {vector}"), error))
     }
 
-    fn set_intx_resample(&self, resample: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
-        let fds: Vec<BorrowedFd<'_>> = resample.into_iter().collect();
-        let data = if fds.is_empty() { IrqData::Disconnect(1) } else { IrqData::Eventfd(&fds) };
-        let done = self.inner.client.set_irqs(IrqIndex::Intx.number(), 0, IrqAction::Unmask, data);
-        done.map_err(|error| self.inner.failed("connecting the pin's resample", error))
+    fn set_intx_resample(&self, eventfd: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+        let (fds, data);
+        match eventfd {
+            Some(fd) => {
+                fds = [fd];
+                data = IrqData::Eventfd(&fds);
+            }
+            None => data = IrqData::Disconnect(1),
+        }
+        let failed = |error| self.inner.failed("connecting the eventfd that unmasks INTx", error);
+        let intx = IrqIndex::Intx.number();
+        self.inner.client.set_irqs(intx, 0, IrqAction::Unmask, data).map_err(failed)
     }
 
     fn dma_map(
