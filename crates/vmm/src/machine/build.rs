@@ -1,5 +1,6 @@
 //! Building a machine, and booting a guest in it.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use vfio_migration_memory::GuestRam;
@@ -38,13 +39,17 @@ impl ReferenceMachine {
                     config.devices.len()
                 )));
             }
-            let Opened { device, hardware, link } = open(device, &ram)?;
+            let Opened { device, hardware, link, vfio_file } = open(device, &ram)?;
+            let vfio_file = match vfio_file {
+                Some(file) => processor.add_vfio_file(file.as_fd())?.then_some(file),
+                None => None,
+            };
             device.reset().map_err(VmmError::device)?;
             map_guest_ram(&*hardware, &ram).map_err(VmmError::device)?;
             let function = VfioPciFunction::new(slot, hardware, host.clone()).map_err(VmmError::device)?;
             let function = Arc::new(function);
             pci.add(function.clone());
-            devices.push(Attached { device, function, link });
+            devices.push(Attached { device, function, link, vfio_file });
         }
         host.gate().close();
         processor.start(&(platform.clone() as Arc<dyn IoBus>))?;

@@ -12,6 +12,7 @@ mod processor;
 mod sections;
 
 use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
@@ -56,6 +57,8 @@ struct Attached {
     device: Arc<dyn Device>,
     function: Arc<VfioPciFunction>,
     link: Link,
+    /// Its VFIO file, which the processor was told of.
+    vfio_file: Option<OwnedFd>,
 }
 
 /// Whether the guest runs.
@@ -292,9 +295,14 @@ impl Drop for ReferenceMachine {
     fn drop(&mut self) {
         self.processor.shutdown();
         for attached in &self.devices {
-            // The connection closes next, which takes everything back at the server too.
+            // The device closes next, which takes everything back at its driver or server too.
             if let Err(error) = attached.function.release() {
                 tracing::debug!(%error, "a device was not released cleanly");
+            }
+            if let Some(file) = &attached.vfio_file
+                && let Err(error) = self.processor.remove_vfio_file(file.as_fd())
+            {
+                tracing::debug!(%error, "KVM keeps a VFIO file");
             }
         }
     }

@@ -1,8 +1,11 @@
 //! Opening a device: the one place that knows which back end it has.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vfio_migration_device::{Device, PciHardware, VfioUserDevice, VfioUserOptions};
+use vfio_migration_device::{
+    Device, KernelDevice, KernelOptions, PciHardware, VfioUserDevice, VfioUserOptions,
+};
 use vfio_migration_memory::GuestRam;
 
 use super::{DeviceConfig, DevicePath};
@@ -13,6 +16,8 @@ pub(super) struct Opened {
     pub(super) device: Arc<dyn Device>,
     pub(super) hardware: Arc<dyn PciHardware>,
     pub(super) link: Link,
+    /// The VFIO file that KVM is to know, of a device that has one.
+    pub(super) vfio_file: Option<OwnedFd>,
 }
 
 /// What stands between this process and a device.
@@ -37,7 +42,18 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<Opened,
             let device = Arc::new(device.map_err(VmmError::device)?);
             let served = device.clone();
             let link = Link(Box::new(move || !served.is_alive()));
-            Ok(Opened { device: device.clone(), hardware: device, link })
+            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: None })
+        }
+        DevicePath::Kernel(path) => {
+            let options = KernelOptions::default();
+            let device = KernelDevice::open(config.id.clone(), path, ram.clone(), &options);
+            let device = Arc::new(device.map_err(VmmError::device)?);
+            let file = device.kvm_file().try_clone_to_owned();
+            let file =
+                file.map_err(|source| VmmError::Io { doing: "keeping a VFIO file for KVM".into(), source })?;
+            // A kernel device that is unbound tells its user so by the errors of its calls.
+            let link = Link(Box::new(|| false));
+            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: Some(file) })
         }
     }
 }
