@@ -222,7 +222,8 @@ pub(crate) struct Vm {
     /// Guest RAM.
     #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) memory: u64,
-    /// A device: vfio-user:SOCKET,id=NAME. May be given more than once.
+    /// A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or
+    /// mdev:UUID,id=NAME. May be given more than once.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,
     /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.
