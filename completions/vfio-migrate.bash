@@ -34,6 +34,12 @@ _vfio__migrate() {
             vfio__migrate,device)
                 cmd="vfio__migrate__subcmd__device"
                 ;;
+            vfio__migrate,devices)
+                cmd="vfio__migrate__subcmd__devices"
+                ;;
+            vfio__migrate,doctor)
+                cmd="vfio__migrate__subcmd__doctor"
+                ;;
             vfio__migrate,generate)
                 cmd="vfio__migrate__subcmd__generate"
                 ;;
@@ -48,6 +54,9 @@ _vfio__migrate() {
                 ;;
             vfio__migrate,quit)
                 cmd="vfio__migrate__subcmd__quit"
+                ;;
+            vfio__migrate,save)
+                cmd="vfio__migrate__subcmd__save"
                 ;;
             vfio__migrate,set)
                 cmd="vfio__migrate__subcmd__set"
@@ -79,6 +88,12 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,device)
                 cmd="vfio__migrate__subcmd__help__subcmd__device"
                 ;;
+            vfio__migrate__subcmd__help,devices)
+                cmd="vfio__migrate__subcmd__help__subcmd__devices"
+                ;;
+            vfio__migrate__subcmd__help,doctor)
+                cmd="vfio__migrate__subcmd__help__subcmd__doctor"
+                ;;
             vfio__migrate__subcmd__help,generate)
                 cmd="vfio__migrate__subcmd__help__subcmd__generate"
                 ;;
@@ -93,6 +108,9 @@ _vfio__migrate() {
                 ;;
             vfio__migrate__subcmd__help,quit)
                 cmd="vfio__migrate__subcmd__help__subcmd__quit"
+                ;;
+            vfio__migrate__subcmd__help,save)
+                cmd="vfio__migrate__subcmd__help__subcmd__save"
                 ;;
             vfio__migrate__subcmd__help,set)
                 cmd="vfio__migrate__subcmd__help__subcmd__set"
@@ -113,7 +131,7 @@ _vfio__migrate() {
 
     case "${cmd}" in
         vfio__migrate)
-            opts="-v -h -V --verbose --help --version demo device vm migrate status cancel continue set stop cont quit incoming completions generate help"
+            opts="-v -h -V --verbose --help --version demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -278,6 +296,42 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__devices)
+            opts="-v -h -V --all --json --root --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__doctor)
+            opts="-v -h -V --json --root --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__generate)
             opts="-v -h -V --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -293,7 +347,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help)
-            opts="demo device vm migrate status cancel continue set stop cont quit incoming completions generate help"
+            opts="demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -390,6 +444,34 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__devices)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__doctor)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__generate)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -447,6 +529,20 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__quit)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__save)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -582,6 +678,32 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__save)
+            opts="-o -v -h -V --control --json --output --force --stop --verify --allow-all-dirty --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__set)
             opts="-v -h -V --control --json --downtime-limit --bandwidth --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -645,7 +767,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --config-rule --sabotage --exit-with-stdin --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --config-rule --sabotage --exit-with-stdin --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -660,6 +782,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --incoming)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --restore)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -1,6 +1,7 @@
 //! House keeping. `cargo xtask test` installs what the tests need and passes every one of them.
 #![forbid(unsafe_code)]
 
+mod kernel_test;
 mod rings;
 mod rules;
 
@@ -9,11 +10,12 @@ use std::process::ExitCode;
 
 const HELP: &str = "\
 cargo xtask test [RING…]   run the rings of tests (all when none is named); ends with a table
+cargo xtask kernel-test    run the kernel ring alone: tests in a booted kernel with real VFIO
 cargo xtask soak [N]       run the demo N times in a row (20 when not given); every run must verify
 cargo xtask generate       write man pages, completions and schemas again
 cargo xtask rules          check the house rules alone (file length, floors, unsafe)
 
-Rings: rules, lint, test, docs
+Rings: rules, lint, test, kernel, docs
 A ring that this machine cannot run is skipped with a loud line; with CI set that is a failure.";
 
 fn main() -> ExitCode {
@@ -22,6 +24,7 @@ fn main() -> ExitCode {
     let top = top();
     let outcome = match words.as_slice() {
         ["test", wanted @ ..] => rings::run(&top, wanted),
+        ["kernel-test"] => rings::run(&top, &["kernel"]),
         ["soak"] => rings::soak(&top, 20),
         ["soak", runs] => match runs.parse() {
             Ok(runs) => rings::soak(&top, runs),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::rules;
+use crate::{kernel_test, rules};
 
 /// One ring.
 struct Ring {
@@ -14,20 +14,25 @@ struct Ring {
 }
 
 /// How a ring that did not fail ended.
-enum Outcome {
+pub(crate) enum Outcome {
     /// It ran; this many tests passed, where tests are counted.
     Passed(Option<u64>),
     /// It could not run here, for this reason.
     Skipped(String),
 }
 
-const RINGS: [Ring; 4] = [
+const RINGS: [Ring; 5] = [
     Ring { name: "rules", what: "house rules", run: rules_ring },
     Ring { name: "lint", what: "formatting and lints", run: lint },
     Ring {
         name: "test",
         what: "pure tests, sockets, KVM, device servers, and the command's processes",
         run: test,
+    },
+    Ring {
+        name: "kernel",
+        what: "a booted kernel with real VFIO, in software emulation",
+        run: kernel_test::run,
     },
     Ring { name: "docs", what: "documentation and its examples", run: docs },
 ];

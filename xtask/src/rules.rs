@@ -11,7 +11,7 @@ const FLOORS: [(&str, &[&str]); 10] = [
     ("vfio-user", &["types"]),
     ("wire", &["types"]),
     ("compat", &["types"]),
-    ("memory", &["types"]),
+    ("memory", &["types", "uapi"]),
     ("engine", &["types", "wire", "compat"]),
     ("device", &["types", "compat", "memory", "uapi", "vfio-user"]),
     ("migration", &["types", "wire", "compat", "memory", "engine", "device"]),

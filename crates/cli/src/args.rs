@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vfio_migration_device::host::Roots;
 
 use crate::units;
 
@@ -33,6 +34,8 @@ pub(crate) enum Verb {
     Vm(Vm),
     /// Ask a running `vm` to move to another.
     Migrate(Migrate),
+    /// Save the guest of a running `vm` into a file; `vm --restore` brings it back.
+    Save(Save),
     /// Show how a `vm` and its migration stand.
     Status(Status),
     /// Cancel the migration of a running `vm`: its guest goes on where it is.
@@ -49,6 +52,10 @@ pub(crate) enum Verb {
     Quit(Target),
     /// Let a running `vm`, whose guest has left, wait for a guest again.
     Incoming(Incoming),
+    /// List the VFIO devices of this host, and why each can or cannot migrate.
+    Devices(Devices),
+    /// Examine this host: what it lacks for migrating VFIO devices, and what fixes it.
+    Doctor(Doctor),
     /// Print a shell completion script.
     Completions {
         /// For which shell.
@@ -67,6 +74,7 @@ impl Verb {
     pub(crate) fn json(&self) -> bool {
         match self {
             Self::Migrate(Migrate { target, .. })
+            | Self::Save(Save { target, .. })
             | Self::Status(Status { target, .. })
             | Self::Set(Set { target, .. })
             | Self::Incoming(Incoming { target, .. })
@@ -75,6 +83,8 @@ impl Verb {
             | Self::Stop(target)
             | Self::Cont(target)
             | Self::Quit(target) => target.json,
+            Self::Devices(options) => options.json,
+            Self::Doctor(options) => options.json,
             Self::Demo(_)
             | Self::Device(_)
             | Self::Vm(_)
@@ -212,12 +222,16 @@ pub(crate) struct Vm {
     /// Guest RAM.
     #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) memory: u64,
-    /// A device: vfio-user:SOCKET,id=NAME. May be given more than once.
+    /// A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or
+    /// mdev:UUID,id=NAME. May be given more than once.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,
     /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.
     #[arg(long, value_name = "URI")]
     pub(crate) incoming: Option<String>,
+    /// Bring back the guest that `save` wrote into this file, instead of starting one.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["incoming", "paused"])]
+    pub(crate) restore: Option<PathBuf>,
     /// Control socket.
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
@@ -319,6 +333,29 @@ pub(crate) struct Migrate {
     pub(crate) detach: bool,
 }
 
+/// Options of `save`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct Save {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// File to write. It appears whole or not at all.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Replace a file that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// End the guest here: from then on it lives in the file. Otherwise it goes on.
+    #[arg(long)]
+    pub(crate) stop: bool,
+    /// Write a digest of all RAM too, which the restore compares; the guest stands still meanwhile.
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Save even a device that logs no DMA: all of RAM is written while the guest stands still.
+    #[arg(long)]
+    pub(crate) allow_all_dirty: bool,
+}
+
 /// Options of `set`.
 #[derive(Args, Clone, Debug)]
 #[command(
@@ -334,4 +371,54 @@ pub(crate) struct Set {
     /// New cap on bytes each second; 0 for none.
     #[arg(long, value_parser = units::size, value_name = "SIZE")]
     pub(crate) bandwidth: Option<u64>,
+}
+
+/// Options of `devices`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "No device of the host is opened: opening one resets it. Whether a driver has migration is then \
+unknown, unless the driver is known to have none. A vfio-user server that is named is connected to, and left as it is.\n\
+Exit codes: 0 listed, 1 failed, 2 usage."
+)]
+pub(crate) struct Devices {
+    /// Sockets of vfio-user servers to ask as well.
+    #[arg(value_name = "SOCKET")]
+    pub(crate) sockets: Vec<PathBuf>,
+    /// Every PCI function, also one that has nothing to do with VFIO.
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) root: Root,
+}
+
+/// Options of `doctor`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Exit codes: 0 a device of kernel VFIO can migrate in principle, 1 something needed is missing \
+(vfio-user alone needs only memfd; see its line), 2 usage."
+)]
+pub(crate) struct Doctor {
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) root: Root,
+}
+
+/// Which host is looked at.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Root {
+    /// Folder that has another host's sys, dev, proc, boot and lib/modules, for tests.
+    #[arg(long = "root", hide = true, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+impl Root {
+    /// The host's trees.
+    pub(crate) fn roots(&self) -> Roots {
+        self.dir.as_deref().map_or_else(Roots::default, Roots::under)
+    }
 }

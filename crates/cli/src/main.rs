@@ -47,6 +47,7 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         Verb::Device(options) => verbs::device::run(&options),
         Verb::Vm(options) => verbs::vm::run(&options, &Interrupt::listen()?),
         Verb::Migrate(options) => verbs::migrate::run(&options, &Interrupt::listen()?),
+        Verb::Save(options) => verbs::save::run(&options, &Interrupt::listen()?),
         Verb::Status(options) => verbs::status::run(&options, &Interrupt::listen()?),
         Verb::Cancel(target) => verbs::steer::cancel(&target),
         Verb::Continue(target) => verbs::steer::go_on(&target),
@@ -55,6 +56,8 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         Verb::Quit(target) => verbs::steer::quit(&target),
         Verb::Incoming(options) => verbs::steer::incoming(&options),
         Verb::Set(options) => verbs::steer::set(&options),
+        Verb::Devices(options) => verbs::devices::run(&options),
+        Verb::Doctor(options) => verbs::doctor::run(&options),
         Verb::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "vfio-migrate", &mut script);

@@ -3,10 +3,13 @@
 use schemars::{Schema, schema_for};
 
 use crate::control::{
-    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, StatusInfo,
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, SaveArguments,
+    StatusInfo,
 };
 use crate::demo::{DemoReport, GuestInfo};
 use crate::exit::FailureReport;
+use crate::verbs::devices::DevicesReport;
+use crate::verbs::doctor::DoctorReport;
 use crate::verbs::{Acknowledged, StatusReport};
 
 /// Every schema, by the name of its file in `docs/schemas`.
@@ -14,12 +17,15 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
     vec![
         ("demo", schema_for!(DemoReport)),
         ("status", schema_for!(StatusReport)),
+        ("devices", schema_for!(DevicesReport)),
+        ("doctor", schema_for!(DoctorReport)),
         ("failure", schema_for!(FailureReport)),
         ("acknowledged", schema_for!(Acknowledged)),
         ("query-status", schema_for!(StatusInfo)),
         ("query-guest", schema_for!(GuestInfo)),
         ("query-migrate", schema_for!(MigrationInfo)),
         ("migrate-arguments", schema_for!(MigrateArguments)),
+        ("save-arguments", schema_for!(SaveArguments)),
         ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),
         ("event", schema_for!(Event)),

@@ -156,6 +156,14 @@ pub trait PciHardware: fmt::Debug + Send + Sync {
     /// needs it for INTx alone.
     fn mask_irq(&self, index: IrqIndex, vector: u32, masked: bool) -> Result<(), DeviceError>;
 
+    /// Connects the eventfd that unmasks INTx after the guest has acknowledged it (KVM's resamplefd), since the device
+    /// masks a level interrupt as it signals it (`VFIO_IRQ_SET_ACTION_UNMASK`, `DATA_EVENTFD`); `None` takes it away.
+    /// INTx is connected by [`set_irq_eventfds`](Self::set_irq_eventfds) before.
+    ///
+    /// # Errors
+    /// Also where the device, or its server, does not take one: a VMM then calls [`mask_irq`](Self::mask_irq) itself.
+    fn set_intx_resample(&self, eventfd: Option<BorrowedFd<'_>>) -> Result<(), DeviceError>;
+
     /// Lets the device reach `iova` by DMA. With `file`, (descriptor, byte offset), the device maps that memory;
     /// without, it can only ask for each access (vfio-user DMA_READ and DMA_WRITE), where the back end can do that.
     ///

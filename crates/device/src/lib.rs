@@ -7,6 +7,8 @@
 mod contract;
 mod error;
 mod hardware;
+pub mod host;
+mod kernel;
 mod pci;
 mod pci_codec;
 mod vfio_user;
@@ -17,6 +19,9 @@ pub use contract::{
 };
 pub use error::{DeviceError, Remedy, TransitionError};
 pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
+pub use kernel::{
+    IommuHandle, KernelDevice, KernelError, KernelOptions, KernelPath, TrackerChoice, TrackerKind,
+};
 pub use pci::{ConfigRule, ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciState, VectorState};
 pub use pci_codec::PciCodecError;
 pub use vfio_user::{VfioUserDevice, VfioUserOptions};

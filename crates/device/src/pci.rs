@@ -20,12 +20,14 @@ pub struct PciState {
     pub config: Vec<u8>,
     /// Guest addresses of the BARs; 0 where a BAR is absent or the upper half of a 64-bit one.
     pub bars: [u64; 6],
-    /// With MSI-X the whole table, also while it is not enabled: the guest may be in the middle of filling it. Else the
-    /// MSI vectors in use; empty when there are none.
+    /// The whole MSI-X table, also while it is not enabled: the guest may be in the middle of filling it. Empty without
+    /// MSI-X.
     pub vectors: Vec<VectorState>,
-    /// Whether the vectors are MSI-X (else MSI).
+    /// Whether the function has MSI-X.
     pub msix: bool,
-    /// Whether an INTx interrupt was asserted and not yet seen by the guest.
+    /// The MSI vectors that were raised and not yet delivered, a bit each. Their messages and masks are in config space.
+    pub msi_pending: u32,
+    /// Whether an INTx interrupt was, or may have been, asserted and not yet ended by the guest.
     pub intx_pending: bool,
 }
 

@@ -1,10 +1,11 @@
 //! `PciState` as bytes: the section `pci.<device>` of the machine state.
 //!
-//! Layout, version 1, little-endian, nothing after its end:
+//! Layout, little-endian, nothing after its end. Version 2 is written only by a function with pending MSI vectors, so
+//! that a side that knows version 1 alone reads all others:
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 2 | version: 1 |
+//! | 2 | version: 1 or 2 |
 //! | 1 | flags: bit 0 the vectors are MSI-X, bit 1 INTx pending; others 0 |
 //! | 1 | 0 |
 //! | 4 | bytes of config space: 256 or 4096 |
@@ -12,11 +13,13 @@
 //! | 6 × 8 | BAR addresses |
 //! | 4 | number of vectors, at most 2048 |
 //! | n × 16 | vectors: address 8, data 4, flags 4 (bit 0 masked, bit 1 pending; others 0) |
+//! | 4 | version 2 alone: pending MSI vectors, a bit each, not 0 |
 
 use crate::{MsiMessage, PciState, VectorState};
 
-/// Version that [`PciState::encode`] writes.
 const VERSION: u16 = 1;
+/// With pending MSI vectors.
+const VERSION_MSI: u16 = 2;
 /// PCI: an MSI-X table has at most 2048 entries.
 const MAX_VECTORS: u32 = 2048;
 const BARS: usize = 6;
@@ -39,7 +42,7 @@ pub enum PciCodecError {
         what: &'static str,
     },
     /// Another version.
-    #[error("PCI state of version {0}; this side reads version {VERSION}")]
+    #[error("PCI state of version {0}; this side reads {VERSION} and {VERSION_MSI}")]
     Version(u16),
     /// A number is out of its bounds.
     #[error("PCI state: {what} is {value}")]
@@ -71,7 +74,8 @@ impl PciState {
         check_vectors(vectors)?;
 
         let mut out = Vec::with_capacity(self.config.len() + 64 + self.vectors.len() * 16);
-        out.extend_from_slice(&VERSION.to_le_bytes());
+        let version = if self.msi_pending == 0 { VERSION } else { VERSION_MSI };
+        out.extend_from_slice(&version.to_le_bytes());
         let flags = if self.msix { MSIX } else { 0 } | if self.intx_pending { INTX_PENDING } else { 0 };
         out.extend_from_slice(&[flags, 0]);
         out.extend_from_slice(&config_len.to_le_bytes());
@@ -84,6 +88,9 @@ impl PciState {
             out.extend_from_slice(&vector.message.data.to_le_bytes());
             out.extend_from_slice(&flags.to_le_bytes());
         }
+        if version == VERSION_MSI {
+            out.extend_from_slice(&self.msi_pending.to_le_bytes());
+        }
         Ok(out)
     }
 
@@ -91,7 +98,7 @@ impl PciState {
     pub fn decode(bytes: &[u8]) -> Result<Self, PciCodecError> {
         let mut from = Reader { bytes, at: 0 };
         let version = u16::from_le_bytes(from.array("the version")?);
-        if version != VERSION {
+        if ![VERSION, VERSION_MSI].contains(&version) {
             return Err(PciCodecError::Version(version));
         }
         let [flags, reserved] = from.array("the flags")?;
@@ -123,12 +130,20 @@ impl PciState {
             let message = MsiMessage { address, data };
             vectors.push(VectorState { message, masked: flags & MASKED != 0, pending: flags & PENDING != 0 });
         }
+        let msi_pending = match version {
+            VERSION_MSI => u32::from_le_bytes(from.array("the pending MSI vectors")?),
+            _ => 0,
+        };
+        if version == VERSION_MSI && msi_pending == 0 {
+            return Err(PciCodecError::Value { what: "the pending MSI vectors", value: 0 });
+        }
         match bytes.len() - from.at {
             0 => Ok(Self {
                 config,
                 bars,
                 vectors,
                 msix: flags & MSIX != 0,
+                msi_pending,
                 intx_pending: flags & INTX_PENDING != 0,
             }),
             more => Err(PciCodecError::Trailing(more)),
@@ -184,6 +199,7 @@ mod test {
             bars: [0xc000_0000, 0, 0x80_0000_0000, 0, 0, u64::MAX],
             vectors: (0..4).map(vector).collect(),
             msix: true,
+            msi_pending: 0,
             intx_pending: false,
         }
     }
@@ -210,6 +226,22 @@ mod test {
     }
 
     #[test]
+    fn pending_msi_vectors_are_version_2_and_follow_the_rest() {
+        let with = PciState { msi_pending: 0x8000_0001, ..state() };
+        let (plain, bytes) = (state().encode().unwrap(), with.encode().unwrap());
+        assert_eq!((&bytes[..2], &bytes[2..plain.len()]), (&[2, 0][..], &plain[2..]));
+        assert_eq!(&bytes[plain.len()..], &[1, 0, 0, 0x80]);
+        assert_eq!(PciState::decode(&bytes), Ok(with));
+        for len in plain.len()..bytes.len() {
+            assert!(matches!(PciState::decode(&bytes[..len]), Err(PciCodecError::End { .. })), "{len}");
+        }
+        let nothing = [&bytes[..plain.len()], &[0; 4]].concat();
+        assert!(matches!(PciState::decode(&nothing), Err(PciCodecError::Value { .. })));
+        let more = [&bytes[..], &[0]].concat();
+        assert_eq!(PciState::decode(&more), Err(PciCodecError::Trailing(1)));
+    }
+
+    #[test]
     fn every_truncation_and_any_excess_is_refused() {
         let bytes = state().encode().unwrap();
         for len in 0..bytes.len() {
@@ -227,7 +259,7 @@ mod test {
             bytes[at..at + with.len()].copy_from_slice(with);
             PciState::decode(&bytes)
         };
-        assert_eq!(change(0, &[2, 0]), Err(PciCodecError::Version(2)));
+        assert_eq!(change(0, &[3, 0]), Err(PciCodecError::Version(3)));
         assert!(matches!(change(2, &[4]), Err(PciCodecError::Value { .. })));
         assert!(matches!(change(4, &[0xff; 4]), Err(PciCodecError::Value { .. })));
         assert!(matches!(change(8 + 256 + 48, &[0xff; 4]), Err(PciCodecError::Value { .. })));

@@ -17,6 +17,7 @@ mod area;
 mod dirty;
 mod dirty_set;
 mod error;
+mod host_memory;
 mod mapping;
 mod ram;
 mod scan;

@@ -140,6 +140,7 @@ mod offer;
 mod options;
 mod pump;
 mod report;
+mod snapshot;
 mod source;
 mod standing;
 mod stop;
@@ -154,6 +155,7 @@ pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Se
 pub use offer::{Arrived, Offer};
 pub use options::{DestinationOptions, IncomingSabotage, Sabotage, SabotageKind, SourceOptions};
 pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
+pub use snapshot::{HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
 pub use source::Source;
 pub use standing::{Standing, standing};
 pub use uri::{Uri, UriError};

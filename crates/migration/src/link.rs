@@ -443,6 +443,11 @@ impl Reader {
         Ok(())
     }
 
+    /// Reads the body of a page frame into a buffer of its length: for who has no guest memory.
+    pub(crate) fn body_into(&mut self, into: &mut [u8]) -> Result<(), LinkError> {
+        self.exactly(into)
+    }
+
     fn header(&mut self) -> Result<FrameHeader, LinkError> {
         if !self.greeted {
             let mut preamble = [0; PREAMBLE.len()];

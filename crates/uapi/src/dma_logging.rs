@@ -66,14 +66,8 @@ pub fn report_dma_logging(
     granule: Granule,
     bitmap: &mut [u64],
 ) -> Result<(), UapiError> {
+    check_bitmap(range, granule, bitmap)?;
     let (iova, len, page_size) = (range.start().0, range.len(), granule.bytes());
-    if !iova.is_multiple_of(page_size) || !len.is_multiple_of(page_size) {
-        return Err(UapiError::Misaligned { iova, len, page_size });
-    }
-    let needed = granule.count(len).div_ceil(64);
-    if (bitmap.len() as u64) < needed {
-        return Err(UapiError::BitmapTooSmall { words: bitmap.len(), needed });
-    }
     let mut payload = uapi::vfio_device_feature_dma_logging_report {
         iova,
         length: len,
@@ -85,4 +79,17 @@ pub fn report_dma_logging(
     unsafe {
         access(device, Feature::DmaLoggingReport, Access::Get, &mut payload, "reading the device's DMA log")
     }
+}
+
+/// Whether a report of `range` in pages of `granule` fits `bitmap`.
+pub(crate) fn check_bitmap(range: Range<Iova>, granule: Granule, bitmap: &[u64]) -> Result<(), UapiError> {
+    let (iova, len, page_size) = (range.start().0, range.len(), granule.bytes());
+    if !iova.is_multiple_of(page_size) || !len.is_multiple_of(page_size) {
+        return Err(UapiError::Misaligned { iova, len, page_size });
+    }
+    let needed = granule.count(len).div_ceil(64);
+    if (bitmap.len() as u64) < needed {
+        return Err(UapiError::BitmapTooSmall { words: bitmap.len(), needed });
+    }
+    Ok(())
 }

@@ -28,6 +28,42 @@ pub enum UapiError {
     /// More ranges than the structure can count.
     #[error("{0} ranges are more than DMA logging can be asked for")]
     TooManyRanges(usize),
+    /// More interrupts in one call than a device can have.
+    #[error("{0} interrupts are more than a device has")]
+    TooManyInterrupts(usize),
+    /// An answer of the kernel whose capabilities lead nowhere: a driver's fault.
+    #[error("the device describes itself inconsistently: {0}")]
+    BadCapability(&'static str),
+    /// The kernel speaks another version of the VFIO API.
+    #[error("the kernel speaks VFIO API version {0}, not 0")]
+    ApiVersion(i32),
+    /// More pages than one report can be of.
+    #[error("a range of {0:#x} bytes has more pages than one report of dirty pages takes")]
+    ReportTooLong(u64),
+    /// The range is mapped already, or overlaps one that is.
+    #[error("the range {iova:#x}+{len:#x} overlaps one that is mapped")]
+    Overlaps {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The range is not mapped as it was named.
+    #[error("the range {iova:#x}+{len:#x} is not mapped")]
+    NotMapped {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The memory is not as long as the range that it is to appear at.
+    #[error("{memory:#x} bytes of memory for a range of {range:#x}")]
+    WrongLength {
+        /// Bytes of the memory.
+        memory: u64,
+        /// Bytes of the range.
+        range: u64,
+    },
     /// The range is not made of whole pages of the size asked for.
     #[error("the range {iova:#x}+{len:#x} is not made of whole pages of {page_size:#x} bytes")]
     Misaligned {

@@ -6,8 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use vfio_migration_types::{Granule, Iova, MigrationState, Range};
 use vfio_migration_uapi::{
-    Access, Feature, UapiError, device_state, migration_flags, opt_in_precopy_info_v2, precopy_info, probe,
-    report_dma_logging, reset, set_device_state, start_dma_logging, stop_copy_size, stop_dma_logging,
+    Access, Feature, UapiError, attach, bind_iommufd, detach, device_info, device_state, disable_irqs,
+    group_device, group_status, irq_info, mask_irq, migration_flags, opt_in_precopy_info_v2, precopy_info,
+    probe, region_info, report_dma_logging, reset, set_device_state, set_irq_eventfds,
+    set_irq_unmask_eventfd, start_dma_logging, stop_copy_size, stop_dma_logging, trigger_irq,
+    unset_container,
 };
 
 fn range(iova: u64, len: u64) -> Range<Iova> {
@@ -28,6 +31,22 @@ fn failures(fd: BorrowedFd<'_>) -> Vec<UapiError> {
         stop_dma_logging(fd).unwrap_err(),
         report_dma_logging(fd, ranges[0], Granule::PAGE, &mut [0; 4]).unwrap_err(),
     ];
+    errors.extend([
+        device_info(fd).unwrap_err(),
+        region_info(fd, 0).unwrap_err(),
+        irq_info(fd, 0).unwrap_err(),
+        set_irq_eventfds(fd, 2, 0, &[None]).unwrap_err(),
+        set_irq_unmask_eventfd(fd, 0, 0, None).unwrap_err(),
+        disable_irqs(fd, 0).unwrap_err(),
+        trigger_irq(fd, 0, 0).unwrap_err(),
+        mask_irq(fd, 0, 0, true).unwrap_err(),
+        group_status(fd).unwrap_err(),
+        unset_container(fd).unwrap_err(),
+        group_device(fd, c"0000:00:00.0").unwrap_err(),
+        bind_iommufd(fd, fd).unwrap_err(),
+        attach(fd, 1).unwrap_err(),
+        detach(fd).unwrap_err(),
+    ]);
     errors.extend(MigrationState::ALL.map(|state| set_device_state(fd, state).unwrap_err()));
     errors
 }

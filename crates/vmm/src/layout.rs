@@ -40,6 +40,10 @@ pub const KVM_TSS: u64 = 0xFFFB_D000;
 pub const MMIO64_BASE: u64 = 1 << 38;
 /// Bytes of the window for 64-bit BARs.
 pub const MMIO64_LEN: u64 = 1 << 30;
+/// First of the ports for I/O BARs: the machine's own lie below.
+pub const PCI_PORTS_BASE: u64 = 0x1000;
+/// Number of ports for I/O BARs: all the rest.
+pub const PCI_PORTS_LEN: u64 = 0xF000;
 /// Guest-physical address bits that the map above needs.
 pub const PHYSICAL_BITS: u8 = 39;
 

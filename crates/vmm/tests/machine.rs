@@ -12,7 +12,7 @@ use vfio_migration_sim::{Options, StopHandle};
 use vfio_migration_types::{DeviceId, MigrationState, RamOffset, VmId};
 use vfio_migration_vmm::guest::Report;
 use vfio_migration_vmm::machine::{
-    Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, kvm_answers,
+    Accelerator, DeviceConfig, DevicePath, MachineConfig, ReferenceMachine, Workload, kvm_answers,
 };
 
 const MEMORY: u64 = 64 << 20;
@@ -47,7 +47,7 @@ impl Devices {
     fn build(&self, accelerator: Accelerator) -> Arc<ReferenceMachine> {
         let device = |(index, socket): (usize, &PathBuf)| DeviceConfig {
             id: DeviceId::new(format!("dev{index}")).unwrap(),
-            socket: socket.clone(),
+            path: DevicePath::VfioUser(socket.clone()),
         };
         let devices = self.sockets.iter().enumerate().map(device).collect();
         let config = MachineConfig { id: VmId([7; 16]), memory: MEMORY, vcpus: 1, accelerator, devices };

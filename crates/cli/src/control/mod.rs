@@ -8,6 +8,6 @@ mod server;
 pub(crate) use client::{Client, ClientError};
 pub(crate) use protocol::{
     Event, IncomingArguments, MigrateArguments, MigrationInfo, MigrationState, NoArguments,
-    ParameterArguments, PhaseInfo, Refused, StatusInfo, TransferInfo, Verb,
+    ParameterArguments, PhaseInfo, Refused, SaveArguments, StatusInfo, TransferInfo, Verb,
 };
 pub(crate) use server::{Bound, Handler, Publisher};

@@ -16,6 +16,8 @@ pub(crate) enum Verb {
     QueryMigrate,
     /// Move the guest. Arguments: [`MigrateArguments`]. Returns when it has begun.
     Migrate,
+    /// Save the guest into a file. Arguments: [`SaveArguments`]. Returns when it has begun.
+    Save,
     /// Wait for a guest again, after the last one left. Arguments: [`IncomingArguments`].
     MigrateIncoming,
     /// Change limits. Arguments: [`ParameterArguments`].
@@ -88,6 +90,26 @@ pub(crate) struct MigrateArguments {
     /// Refused: post-copy is not possible for VFIO devices.
     #[serde(default)]
     pub(crate) post_copy: bool,
+}
+
+/// Arguments of `save`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct SaveArguments {
+    /// Absolute path of the file.
+    pub(crate) path: String,
+    /// Replace a file that is there.
+    #[serde(default)]
+    pub(crate) force: bool,
+    /// End the guest here; otherwise it goes on.
+    #[serde(default)]
+    pub(crate) stop: bool,
+    /// Write a digest of all RAM too.
+    #[serde(default)]
+    pub(crate) verify: bool,
+    /// Save devices that log no DMA too.
+    #[serde(default)]
+    pub(crate) allow_all_dirty: bool,
 }
 
 /// Arguments of `migrate-incoming`.

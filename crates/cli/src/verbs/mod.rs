@@ -1,7 +1,10 @@
 //! The verbs, one file each.
 
 pub(crate) mod device;
+pub(crate) mod devices;
+pub(crate) mod doctor;
 pub(crate) mod migrate;
+pub(crate) mod save;
 pub(crate) mod status;
 pub(crate) mod steer;
 pub(crate) mod vm;

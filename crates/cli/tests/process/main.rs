@@ -3,6 +3,8 @@
 mod bad_input;
 mod demo;
 mod generated;
+mod host;
 mod moves;
 mod sabotage;
+mod snapshots;
 mod support;

@@ -28,7 +28,10 @@ fn moves_to_and_fro_ten_times_and_leaves_nothing_behind() {
         std::mem::swap(&mut here, &mut there);
         // Turn 2 is the first that finds both processes in the state every later even turn finds them in.
         if turn == 2 {
-            first = Some([&here, &there].map(|vm| (vm.process.holdings(), vm.process.resident_kib())));
+            first =
+                Some([&here, &there].map(|vm| {
+                    (vm.process.holdings(), vm.process.own_memory_kib(), vm.process.memory_files())
+                }));
         }
     }
     here.assert_whole();
@@ -38,8 +41,9 @@ fn moves_to_and_fro_ten_times_and_leaves_nothing_behind() {
             let (descriptors, threads) = vm.process.holdings();
             (descriptors <= before.0.0 && threads <= before.0.1).then_some(())
         });
-        let after = vm.process.resident_kib();
+        let after = vm.process.own_memory_kib();
         assert!(after < before.1 + (16 << 10), "memory grew from {} to {after} KiB", before.1);
+        assert!(vm.process.memory_files() <= before.2, "a memory file was left mapped");
     }
 }
 

@@ -79,11 +79,21 @@ impl Process {
         (count("fd"), count("task"))
     }
 
-    /// Resident memory in KiB.
-    pub(crate) fn resident_kib(&self) -> u64 {
+    /// Memory of its own, in KiB. A guest's RAM is not among it: how much of that is resident depends on how long the guest
+    /// ran.
+    pub(crate) fn own_memory_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("it has memory");
         line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
+    }
+
+    /// Memory files that it has mapped: guests' RAM, devices' BARs.
+    pub(crate) fn memory_files(&self) -> usize {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).expect("it runs");
+        let files = maps.lines().filter(|line| line.contains("/memfd:"));
+        let inodes: std::collections::BTreeSet<_> =
+            files.filter_map(|line| line.split_whitespace().nth(4)).collect();
+        inodes.len()
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Iova, Range};
-use vfio_user_peer::{IoFdKind, Prot};
+use vfio_user_peer::{IoFdKind, IrqAction, IrqData, Prot};
 
 use super::{Inner, VfioUserDevice};
 use crate::DeviceError;
@@ -156,6 +156,20 @@ impl PciHardware for VfioUserDevice {
             client.irq_unmask(index.number(), vector, 1)
         };
         done.map_err(|error| self.inner.failed(format!("masking {index:?} interrupt {vector}"), error))
+    }
+
+    fn set_intx_resample(&self, eventfd: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+        let (fds, data);
+        match eventfd {
+            Some(fd) => {
+                fds = [fd];
+                data = IrqData::Eventfd(&fds);
+            }
+            None => data = IrqData::Disconnect(1),
+        }
+        let failed = |error| self.inner.failed("connecting the eventfd that unmasks INTx", error);
+        let intx = IrqIndex::Intx.number();
+        self.inner.client.set_irqs(intx, 0, IrqAction::Unmask, data).map_err(failed)
     }
 
     fn dma_map(

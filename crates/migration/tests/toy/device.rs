@@ -521,7 +521,14 @@ impl PciFunction for ToyFunction {
     fn save(&self) -> Result<PciState, PciError> {
         assert!(!self.0.at().is_active(), "PCI state was read while the device ran");
         let vectors = vec![VectorState::default(); 2];
-        Ok(PciState { config: vec![7; 256], bars: [0; 6], vectors, msix: true, intx_pending: false })
+        Ok(PciState {
+            config: vec![7; 256],
+            bars: [0; 6],
+            vectors,
+            msix: true,
+            msi_pending: 0,
+            intx_pending: false,
+        })
     }
 
     fn restore_config(&self, _: &PciState, _: &ConfigRules) -> Result<(), PciError> {

@@ -85,6 +85,23 @@ impl KvmVm {
         self.fd.register_irqfd(&event, gsi).map_err(VmmError::kvm(format!("register the irqfd of {gsi}")))
     }
 
+    /// Has KVM raise the level of pin `gsi` whenever `event` is signalled, and when the guest ends the interrupt lower it
+    /// and signal `resample` (`KVM_IRQFD_FLAG_RESAMPLE`). Undone by [`unregister_irqfd`](Self::unregister_irqfd).
+    ///
+    /// # Errors
+    /// One of them is no eventfd, `event` is registered already, or this KVM has no resampling.
+    pub fn register_level_irqfd(
+        &self,
+        event: BorrowedFd<'_>,
+        resample: BorrowedFd<'_>,
+        gsi: u32,
+    ) -> Result<(), VmmError> {
+        let (event, resample) = (as_eventfd(event), as_eventfd(resample));
+        self.fd
+            .register_irqfd_with_resample(&event, &resample, gsi)
+            .map_err(VmmError::kvm(format!("register the level irqfd of {gsi}")))
+    }
+
     /// Undoes [`register_irqfd`](Self::register_irqfd). When this returns, a signal either has reached the guest's
     /// interrupt controller or stays readable in `event`.
     ///

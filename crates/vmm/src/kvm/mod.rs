@@ -15,6 +15,7 @@ mod run;
 pub mod section;
 mod state;
 mod vcpu;
+mod vfio;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -22,7 +23,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_regs, kvm_sregs};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
 use vfio_migration_memory::GuestRam;
 
 pub use dirty::KvmDirtyLog;
@@ -56,6 +57,8 @@ pub struct KvmVm {
     slots: Mutex<Slots>,
     gsis: Mutex<GsiAllocator>,
     dirty: OnceLock<()>,
+    /// Made when a device of the kernel's VFIO comes.
+    vfio: Mutex<Option<DeviceFd>>,
 }
 
 impl KvmVm {
@@ -84,7 +87,6 @@ impl KvmVm {
             (Cap::ImmediateExit, "immediate exit"),
             (Cap::UserMemory, "memory slots"),
             (Cap::ExtCpuid, "CPUID tables"),
-            (Cap::Xcrs, "XCR0"),
             (Cap::Xsave, "XSAVE"),
             (Cap::VcpuEvents, "vCPU events"),
             (Cap::AdjustClock, "an adjustable clock"),
@@ -137,6 +139,7 @@ impl KvmVm {
             slots,
             gsis: Mutex::default(),
             dirty: OnceLock::new(),
+            vfio: Mutex::default(),
         };
         vm.add_ram_slots()?;
         vm.set_gsi_routes(&[])?;

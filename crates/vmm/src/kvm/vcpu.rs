@@ -48,13 +48,16 @@ pub(super) struct Vcpu {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// MSRs that this KVM can save.
     msrs: Vec<u32>,
+    /// This KVM has XCR0: its processor has XSAVE.
+    has_xcrs: bool,
 }
 
 impl Vcpu {
     /// A vCPU in the state after reset.
     pub(super) fn new(vm: &VmFd, index: u8, supported: &CpuId, msrs: &[u32]) -> Result<Self, VmmError> {
         let fd = vm.create_vcpu(u64::from(index)).map_err(VmmError::kvm("create a vCPU"))?;
-        let mut vcpu = Self { fd, index, cpuid: Vec::new(), msrs: msrs.to_vec() };
+        let has_xcrs = vm.check_extension(Cap::Xcrs);
+        let mut vcpu = Self { fd, index, cpuid: Vec::new(), msrs: msrs.to_vec(), has_xcrs };
         vcpu.set_cpuid(features::for_vcpu(supported.as_slice(), index))?;
         Ok(vcpu)
     }
@@ -79,7 +82,7 @@ impl Vcpu {
         writer.abi(&fd.get_regs().map_err(what("registers"))?);
         writer.abi(&fd.get_sregs().map_err(what("system registers"))?);
         writer.abi(&fd.get_lapic().map_err(what("local APIC"))?);
-        writer.abi(&fd.get_xcrs().map_err(what("XCR0"))?);
+        writer.abi(&if self.has_xcrs { fd.get_xcrs().map_err(what("XCR0"))? } else { kvm_xcrs::default() });
         writer.blob(fd.get_xsave().map_err(what("XSAVE area"))?.region.as_bytes());
         writer.abi(&fd.get_debug_regs().map_err(what("debug registers"))?);
         writer.abi(&fd.get_vcpu_events().map_err(what("pending events"))?);
@@ -118,7 +121,10 @@ impl Vcpu {
         fd.set_regs(&state.regs).map_err(what("registers"))?;
         fd.set_sregs(&state.sregs).map_err(what("system registers"))?;
         fd.set_lapic(&state.lapic).map_err(what("local APIC"))?;
-        fd.set_xcrs(&state.xcrs).map_err(what("XCR0"))?;
+        // A guest that was given no XSAVE has none of these registers; its CPUID table says so to this host too.
+        if state.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&state.xcrs).map_err(what("XCR0"))?;
+        }
         // SAFETY: KVM reads more than the 4096 bytes of the structure only from a process that enabled dynamic XSAVE
         // features, which this one does not.
         unsafe { fd.set_xsave(&state.xsave) }.map_err(what("XSAVE area"))?;

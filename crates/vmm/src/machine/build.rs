@@ -1,12 +1,12 @@
 //! Building a machine, and booting a guest in it.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{Gpa, Range};
 
 use super::kvm_ties::KvmTies;
+use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::{IoBus, PlatformBus};
@@ -28,7 +28,7 @@ impl ReferenceMachine {
         let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
         let router = Arc::new(Router::new(routes));
-        let host = PciHost::new(irq, mapper, router, windows()?);
+        let host = PciHost::new(irq, mapper, router, Windows::default());
         let pci = Arc::new(PciBus::new(host.clone()));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let mut devices = Vec::new();
@@ -39,20 +39,17 @@ impl ReferenceMachine {
                     config.devices.len()
                 )));
             }
-            let opened = VfioUserDevice::open(
-                device.id.clone(),
-                &device.socket,
-                ram.clone(),
-                &VfioUserOptions::default(),
-            );
-            let opened = Arc::new(opened.map_err(VmmError::device)?);
-            opened.reset().map_err(VmmError::device)?;
-            map_guest_ram(&*opened, &ram).map_err(VmmError::device)?;
-            let function =
-                VfioPciFunction::new(slot, opened.clone(), host.clone()).map_err(VmmError::device)?;
+            let Opened { device, hardware, link, vfio_file } = open(device, &ram)?;
+            let vfio_file = match vfio_file {
+                Some(file) => processor.add_vfio_file(file.as_fd())?.then_some(file),
+                None => None,
+            };
+            device.reset().map_err(VmmError::device)?;
+            map_guest_ram(&*hardware, &ram).map_err(VmmError::device)?;
+            let function = VfioPciFunction::new(slot, hardware, host.clone()).map_err(VmmError::device)?;
             let function = Arc::new(function);
             pci.add(function.clone());
-            devices.push(Attached { device: opened, function });
+            devices.push(Attached { device, function, link, vfio_file });
         }
         host.gate().close();
         processor.start(&(platform.clone() as Arc<dyn IoBus>))?;
@@ -82,15 +79,6 @@ impl ReferenceMachine {
         info.tick_us = workload.tick_us.into();
         self.processor.boot(&info)
     }
-}
-
-/// Where BARs lie.
-fn windows() -> Result<Windows, VmmError> {
-    let window = |base, len| Range::new(Gpa(base), len).map_err(|error| VmmError::Refused(error.to_string()));
-    Ok(Windows {
-        low: window(layout::MMIO32_BASE, layout::MMIO32_LEN)?,
-        high: window(layout::MMIO64_BASE, layout::MMIO64_LEN)?,
-    })
 }
 
 /// What depends on the accelerator.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use vfio_migration_device::{KernelError, KernelPath};
 use vfio_migration_types::{DeviceId, VmId};
 
 /// A machine to build.
@@ -34,13 +35,26 @@ pub enum Accelerator {
 pub struct DeviceConfig {
     /// Name, equal on both sides of a migration.
     pub id: DeviceId,
-    /// Socket of its vfio-user server.
-    pub socket: PathBuf,
+    /// Where it is found; that may differ between the sides.
+    pub path: DevicePath,
+}
+
+/// Where a device is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DevicePath {
+    /// The socket of a vfio-user server.
+    VfioUser(PathBuf),
+    /// A device of the host kernel's VFIO.
+    Kernel(KernelPath),
 }
 
 /// The text describes no device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{text}' describes no device: {why} (want vfio-user:SOCKET,id=NAME)")]
+#[error(
+    "'{text}' describes no device: {why} (want vfio-user:SOCKET,id=NAME, vfio:ADDRESS,id=NAME, vfio:PATH,id=NAME or \
+     mdev:UUID,id=NAME)"
+)]
 pub struct DeviceConfigError {
     text: String,
     why: String,
@@ -51,14 +65,26 @@ impl FromStr for DeviceConfig {
 
     fn from_str(text: &str) -> Result<Self, DeviceConfigError> {
         let refuse = |why: String| DeviceConfigError { text: text.chars().take(200).collect(), why };
-        let rest = text.strip_prefix("vfio-user:").ok_or_else(|| refuse("the kind is unknown".into()))?;
-        let (socket, options) = rest.split_once(',').ok_or_else(|| refuse("it has no id".into()))?;
+        let (kind, rest) = text.split_once(':').ok_or_else(|| refuse("it names no kind".into()))?;
+        let (place, options) = rest.split_once(',').ok_or_else(|| refuse("it has no id".into()))?;
         let name = options.strip_prefix("id=").ok_or_else(|| refuse("it has no id".into()))?;
-        if socket.is_empty() {
-            return Err(refuse("the socket's path is empty".into()));
-        }
+        let path = match kind {
+            "vfio-user" if place.is_empty() => return Err(refuse("the socket's path is empty".into())),
+            "vfio-user" => DevicePath::VfioUser(place.into()),
+            "vfio" | "mdev" => {
+                let path: KernelPath =
+                    place.parse().map_err(|error: KernelError| refuse(error.to_string()))?;
+                if (kind == "mdev") != matches!(path, KernelPath::Mdev(_)) {
+                    let wants =
+                        if kind == "mdev" { "a UUID" } else { "a PCI address or a path; for a UUID: mdev" };
+                    return Err(refuse(format!("{kind} takes {wants}")));
+                }
+                DevicePath::Kernel(path)
+            }
+            _ => return Err(refuse("the kind is unknown".into())),
+        };
         let id = DeviceId::new(name).map_err(|error| refuse(error.to_string()))?;
-        Ok(Self { id, socket: socket.into() })
+        Ok(Self { id, path })
     }
 }
 
@@ -88,10 +114,36 @@ mod test {
     #[test]
     fn device_texts() {
         let device: DeviceConfig = "vfio-user:/run/a b.sock,id=net0".parse().unwrap();
-        assert_eq!((device.id.as_str(), device.socket.to_str()), ("net0", Some("/run/a b.sock")));
-        for bad in
-            ["", "net0", "vfio-user:/x", "vfio-user:,id=a", "vfio-user:/x,name=a", "vfio-user:/x,id=a b"]
-        {
+        assert_eq!(device.id.as_str(), "net0");
+        assert_eq!(device.path, DevicePath::VfioUser("/run/a b.sock".into()));
+        let kernel = |text: &str| match text.parse::<DeviceConfig>().unwrap().path {
+            DevicePath::Kernel(path) => path,
+            other => panic!("{other:?}"),
+        };
+        let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+        assert_eq!(kernel("vfio:0000:01:00.0,id=net0"), KernelPath::Pci("0000:01:00.0".into()));
+        assert_eq!(
+            kernel("vfio:/dev/vfio/devices/vfio0,id=x"),
+            KernelPath::Cdev("/dev/vfio/devices/vfio0".into())
+        );
+        assert_eq!(kernel(&format!("mdev:{uuid},id=x")), KernelPath::Mdev(uuid.into()));
+        let why = |text: &str| text.parse::<DeviceConfig>().unwrap_err().to_string();
+        assert!(why(&format!("vfio:{uuid},id=x")).contains("for a UUID: mdev"));
+        assert!(why("mdev:0000:01:00.0,id=x").contains("mdev takes a UUID"));
+        assert!(why("usb:1,id=x").contains("kind is unknown") && why("usb:1,id=x").contains("mdev:UUID"));
+        for bad in [
+            "",
+            "net0",
+            "vfio-user:/x",
+            "vfio-user:,id=a",
+            "vfio-user:/x,name=a",
+            "vfio-user:/x,id=a b",
+            "vfio:,id=a",
+            "vfio:0000:01:00.9,id=a",
+            "vfio:0000:01:00.0",
+            "vfio:../../x,id=a",
+            "mdev:x,id=a",
+        ] {
             assert!(bad.parse::<DeviceConfig>().is_err(), "{bad}");
         }
     }

@@ -47,6 +47,16 @@ impl IrqBackend for KvmTies {
     fn detach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
         self.vm.unregister_irqfd(event.as_fd(), gsi).map_err(other)
     }
+
+    fn attach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()> {
+        self.vm.register_level_irqfd(event.as_fd(), resample.as_fd(), gsi).map_err(other)
+    }
+
+    // KVM lowers the level with the last irqfd of the pin; where another function shares it, that one's next end of
+    // interrupt does.
+    fn detach_level(&self, gsi: u32, event: &Arc<Event>, _resample: &Arc<Event>) -> io::Result<()> {
+        self.vm.unregister_irqfd(event.as_fd(), gsi).map_err(other)
+    }
 }
 
 impl RouteTable for KvmTies {

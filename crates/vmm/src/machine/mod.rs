@@ -7,25 +7,28 @@
 mod build;
 mod config;
 mod kvm_ties;
+mod open;
 mod processor;
 mod sections;
 
 use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use vfio_migration_compat::{MachineManifest, RamRegion};
-use vfio_migration_device::{Device, IrqRouter, VfioUserDevice};
+use vfio_migration_device::{Device, IrqRouter};
 use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{DeviceId, VmId};
 
-pub use config::{Accelerator, DeviceConfig, DeviceConfigError, MachineConfig, Workload};
+pub use config::{Accelerator, DeviceConfig, DeviceConfigError, DevicePath, MachineConfig, Workload};
 pub use processor::kvm_answers;
 
 use crate::VmmError;
 use crate::bus::PlatformBus;
 use crate::guest::Report;
 use crate::pci::{PciBus, PciHost, VfioPciFunction};
+use open::Link;
 use processor::Processor;
 
 /// What kind of machine this is, in its manifest.
@@ -51,8 +54,11 @@ pub struct ReferenceMachine {
 
 /// A device and its function.
 struct Attached {
-    device: Arc<VfioUserDevice>,
+    device: Arc<dyn Device>,
     function: Arc<VfioPciFunction>,
+    link: Link,
+    /// Its VFIO file, which the processor was told of.
+    vfio_file: Option<OwnedFd>,
 }
 
 /// Whether the guest runs.
@@ -108,8 +114,8 @@ impl ReferenceMachine {
 
     /// Devices whose server is gone.
     pub fn lost_devices(&self) -> Vec<DeviceId> {
-        let lost = self.devices.iter().filter(|attached| !attached.device.is_alive());
-        lost.map(|attached| Device::id(&*attached.device).clone()).collect()
+        let lost = self.devices.iter().filter(|attached| attached.link.is_lost());
+        lost.map(|attached| attached.device.id().clone()).collect()
     }
 
     /// What the guest says of itself.
@@ -289,9 +295,14 @@ impl Drop for ReferenceMachine {
     fn drop(&mut self) {
         self.processor.shutdown();
         for attached in &self.devices {
-            // The connection closes next, which takes everything back at the server too.
+            // The device closes next, which takes everything back at its driver or server too.
             if let Err(error) = attached.function.release() {
                 tracing::debug!(%error, "a device was not released cleanly");
+            }
+            if let Some(file) = &attached.vfio_file
+                && let Err(error) = self.processor.remove_vfio_file(file.as_fd())
+            {
+                tracing::debug!(%error, "KVM keeps a VFIO file");
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,6 +56,13 @@ pub(super) trait Processor: fmt::Debug + Send + Sync {
     fn features(&self) -> Result<Vec<String>, VmmError>;
 
     fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>>;
+
+    /// Learns of the file of a device of the kernel's VFIO, before the guest uses it. Returns whether it wants to be told
+    /// when the device goes.
+    fn add_vfio_file(&self, file: BorrowedFd<'_>) -> Result<bool, VmmError>;
+
+    /// The device of that file goes.
+    fn remove_vfio_file(&self, file: BorrowedFd<'_>) -> Result<(), VmmError>;
 
     /// Why it stopped by itself.
     fn failure(&self) -> Option<String>;
@@ -119,6 +127,14 @@ impl Processor for KvmProcessor {
         vec![self.dirty.clone()]
     }
 
+    fn add_vfio_file(&self, file: BorrowedFd<'_>) -> Result<bool, VmmError> {
+        self.vm.add_vfio_file(file)
+    }
+
+    fn remove_vfio_file(&self, file: BorrowedFd<'_>) -> Result<(), VmmError> {
+        self.vm.remove_vfio_file(file)
+    }
+
     fn failure(&self) -> Option<String> {
         self.vm.stop_reason().map(|reason| reason.to_string())
     }
@@ -172,6 +188,14 @@ impl Processor for SoftwareProcessor {
 
     fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> {
         vec![self.0.dirty_source()]
+    }
+
+    fn add_vfio_file(&self, _file: BorrowedFd<'_>) -> Result<bool, VmmError> {
+        Ok(false)
+    }
+
+    fn remove_vfio_file(&self, _file: BorrowedFd<'_>) -> Result<(), VmmError> {
+        Ok(())
     }
 
     fn failure(&self) -> Option<String> {

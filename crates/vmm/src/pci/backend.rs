@@ -70,6 +70,14 @@ pub trait IrqBackend: fmt::Debug + Send + Sync {
     /// Undoes [`attach`](Self::attach). When it returns, each signal either has reached the interrupt controller's
     /// state, or is still in `event`.
     fn detach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()>;
+
+    /// From now on a signal on `event` raises the level of `gsi`, a pin of the IOAPIC. When the guest ends the interrupt
+    /// the level is lowered and `resample` signalled. Several functions may share a pin.
+    fn attach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()>;
+
+    /// Undoes [`attach_level`](Self::attach_level), and lowers the level as far as it came from here. A signal that did
+    /// not raise it is still in `event`; one that did is forgotten.
+    fn detach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()>;
 }
 
 /// Where interrupts go: the whole table of message-signalled routes, replaced at once (KVM: `KVM_SET_GSI_ROUTING`).

@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use vfio_migration_types::{Gpa, Range};
+use vfio_migration_types::Gpa;
 
-use super::bars::{AddressMap, Bar};
+use super::bars::{AddressMap, Bar, Hit};
 use super::peers::Peers;
 use super::{BarGate, BarMapper, IrqBackend, Router, VfioPciFunction, Windows};
 use crate::bus::{IoBus, unclaimed};
@@ -28,6 +28,7 @@ pub struct PciHost {
     pub(super) gate: Arc<BarGate>,
     pub(super) windows: Windows,
     pub(super) addresses: AddressMap,
+    pub(super) ports: AddressMap,
     pub(super) peers: Peers,
 }
 
@@ -39,8 +40,9 @@ impl PciHost {
         router: Arc<Router>,
         windows: Windows,
     ) -> Arc<Self> {
-        let (gate, addresses, peers) = (Arc::default(), AddressMap::default(), Peers::default());
-        Arc::new(Self { irq, mapper, router, gate, windows, addresses, peers })
+        let (gate, peers) = (Arc::default(), Peers::default());
+        let (addresses, ports) = (AddressMap::default(), AddressMap::default());
+        Arc::new(Self { irq, mapper, router, gate, windows, addresses, ports, peers })
     }
 
     /// The gate between the guest and its devices.
@@ -109,7 +111,8 @@ impl PciBus {
     }
 
     /// Gives every BAR an address, as firmware does before a guest starts: 64-bit prefetchable ones in the high
-    /// window, all others in the low one, the largest first. Memory decode stays off until the guest turns it on.
+    /// window, other memory in the low one, I/O in ports, the largest first; and every function that has a pin the number
+    /// of its interrupt. Decode stays off until the guest turns it on.
     pub fn place_bars(&self) -> Result<(), PlaceError> {
         let functions = self.functions();
         let mut bars: Vec<(&VfioPciFunction, Bar)> = functions
@@ -117,20 +120,27 @@ impl PciBus {
             .flat_map(|function| function.bars().iter().map(|bar| (&**function, *bar)))
             .collect();
         bars.sort_by_key(|(_, bar)| std::cmp::Reverse(bar.size));
-        let (mut low, mut high) = (Some(self.host.windows.low), Some(self.host.windows.high));
+        let Windows { low, high, ports } = self.host.windows;
+        // What is free of each: first, and past the last.
+        let mut low = (low.start().0, low.end());
+        let mut high = (high.start().0, high.end());
+        let mut ports = (ports.start(), ports.end());
         for (function, bar) in bars {
-            let window = if bar.wide && bar.prefetchable { &mut high } else { &mut low };
-            let place = window.and_then(|free| {
-                let start = free.start().0.checked_next_multiple_of(bar.size)?;
-                let end = start.checked_add(bar.size).filter(|end| *end <= free.end())?;
-                // One page at least, so that no two BARs share one.
-                let end = end.checked_next_multiple_of(4096)?;
-                *window = Range::new(Gpa(end), free.end().saturating_sub(end)).ok();
+            // One page of memory at least, so that no two BARs share one.
+            let (window, least) = match bar {
+                Bar { io: true, .. } => (&mut ports, 1),
+                Bar { wide: true, prefetchable: true, .. } => (&mut high, 4096),
+                _ => (&mut low, 4096),
+            };
+            let place = window.0.checked_next_multiple_of(bar.size).and_then(|start| {
+                let end = start.checked_add(bar.size).filter(|end| *end <= window.1)?;
+                window.0 = end.checked_next_multiple_of(least)?;
                 Some(start)
             });
             let no_room = || PlaceError { slot: function.slot(), bar: bar.index, size: bar.size };
             function.set_bar(bar, place.ok_or_else(no_room)?);
         }
+        functions.iter().for_each(|function| function.set_line());
         Ok(())
     }
 
@@ -160,6 +170,12 @@ impl PciBus {
         {
             function.config_write(register, from);
         }
+    }
+
+    /// The I/O BAR in which all of `len` ports from `port` lie.
+    fn at_port(&self, port: u16, len: usize) -> Option<(Arc<VfioPciFunction>, Hit)> {
+        let hit = self.host.ports.find(port.into(), len)?;
+        Some((self.function(hit.slot)?, hit))
     }
 
     /// What the data window of mechanism 1 stands for: device, function, register.
@@ -195,6 +211,8 @@ impl IoBus for PciBus {
             && let Some((device, function, register)) = self.selected(port)
         {
             self.config_read(device, function, register, data);
+        } else if let Some((function, hit)) = self.at_port(port, data.len()) {
+            function.bar_read(hit.bar, hit.offset, data);
         }
     }
 
@@ -205,6 +223,8 @@ impl IoBus for PciBus {
             && let Some((device, function, register)) = self.selected(port)
         {
             self.config_write(device, function, register, data);
+        } else if let Some((function, hit)) = self.at_port(port, data.len()) {
+            function.bar_write(hit.bar, hit.offset, data);
         }
     }
 
@@ -215,7 +235,7 @@ impl IoBus for PciBus {
             for (at, part) in (register..).step_by(4).zip(data.chunks_mut(4)) {
                 self.config_read(device, function, at, part);
             }
-        } else if let Some(hit) = self.host.addresses.find(gpa, data.len())
+        } else if let Some(hit) = self.host.addresses.find(gpa.0, data.len())
             && let Some(function) = self.function(hit.slot)
         {
             function.bar_read(hit.bar, hit.offset, data);
@@ -227,7 +247,7 @@ impl IoBus for PciBus {
             for (at, part) in (register..).step_by(4).zip(data.chunks(4)) {
                 self.config_write(device, function, at, part);
             }
-        } else if let Some(hit) = self.host.addresses.find(gpa, data.len())
+        } else if let Some(hit) = self.host.addresses.find(gpa.0, data.len())
             && let Some(function) = self.function(hit.slot)
         {
             function.bar_write(hit.bar, hit.offset, data);

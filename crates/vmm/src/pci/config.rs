@@ -1,8 +1,9 @@
 //! A function's config space as the guest sees it.
 //!
-//! Bytes are of three kinds: emulated here (header, MSI-X control), read and written through to the device (what lies
+//! Bytes are of three kinds: emulated here (header, MSI, MSI-X control), read and written through to the device (what lies
 //! in capabilities), and read-only. BARs never reach the device: where they are is the VMM's affair.
 
+use super::msi::MsiLayout;
 use super::registers::{
     BAR0, CACHE_LINE_SIZE, CAP_MSIX, CAPABILITY_LIST, COMMAND, COMMAND_WRITABLE, EXTENDED, HEADER_END,
     INTERRUPT_LINE, LATENCY_TIMER, MSIX_CAP_LEN, MSIX_CONTROL, MSIX_ENABLE, MSIX_MASK_ALL, MSIX_PBA,
@@ -64,7 +65,30 @@ impl ConfigSpace {
                 space.bytes[control + 1] &= !space.writable[control + 1];
             }
         }
+        if let Some(layout) = MsiLayout::find(&space) {
+            layout.emulate(&mut space);
+        }
         space
+    }
+
+    /// Emulates the bytes from `offset` here, each with the bits that the guest may write, which start as 0.
+    pub(super) fn emulate(&mut self, offset: u16, writable: &[u8]) {
+        let at = usize::from(offset);
+        for (index, bits) in writable.iter().enumerate() {
+            if let Some(byte) = self.bytes.get_mut(at + index) {
+                *byte &= !bits;
+                self.writable[at + index] = *bits;
+                self.through[at + index] = false;
+            }
+        }
+    }
+
+    /// Sets the dword at `offset`, whatever the guest may write of it.
+    pub(super) fn set_u32(&mut self, offset: u16, value: u32) {
+        if let Some(bytes) = self.bytes.get_mut(usize::from(offset)..).and_then(|rest| rest.first_chunk_mut())
+        {
+            *bytes = value.to_le_bytes();
+        }
     }
 
     /// Makes `bits` of the dword at `offset` writable and sets the rest of it to `fixed`: a BAR.

@@ -7,8 +7,7 @@
 //! - [`IrqBackend`], [`RouteTable`], [`BarMapper`]: what they ask of KVM, or of the software guest.
 //! - [`BarGate`]: keeps a paused guest away from its devices.
 //!
-//! What it does not do: INTx and MSI (no device here has them; a state that needs them is refused), I/O BARs, expansion
-//! ROMs, bridges, hot plug.
+//! What it does not do: expansion ROMs, bridges, hot plug.
 
 mod areas;
 mod backend;
@@ -17,14 +16,20 @@ mod bus;
 mod compare;
 mod config;
 mod gate;
-mod msix;
+mod interrupts;
+mod intx;
+mod msi;
 mod peers;
+mod placing;
 mod registers;
 mod router;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_pin_msi;
+mod vectors;
 mod vfio;
 
 pub use backend::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};

@@ -10,8 +10,16 @@ use super::RouteTable;
 
 /// First interrupt number of message-signalled interrupts: below it are the pins of the IOAPIC.
 pub const FIRST_MSI_GSI: u32 = 24;
+/// First pin of the IOAPIC that is a PCI function's: 16 to 23 are, and no chip has any of them.
+const FIRST_PCI_PIN: u32 = 16;
 /// Interrupt numbers there are (Linux `KVM_MAX_IRQ_ROUTES`).
 const GSIS: u32 = 4096;
+
+/// The IOAPIC pin that pin `pin` (1 to 4) of the function in `slot` is wired to. Functions share pins.
+pub(super) fn pin_of(slot: u8, pin: u8) -> u32 {
+    let pins = FIRST_MSI_GSI - FIRST_PCI_PIN;
+    FIRST_PCI_PIN + (u32::from(slot) + u32::from(pin.saturating_sub(1))) % pins
+}
 
 /// The stock [`IrqRouter`]: keeps the whole table, and replaces the machine's by it with one call per commit.
 #[derive(Debug)]

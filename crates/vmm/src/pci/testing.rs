@@ -34,6 +34,17 @@ pub(crate) fn sample_config() -> Vec<u8> {
     config
 }
 
+/// That of a device with everything else: besides MSI-X a pin, MSI with 4 maskable vectors at 0x60, and 8 ports in BAR 4.
+pub(crate) fn legacy_config() -> Vec<u8> {
+    let mut config = sample_config();
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x20, &[1]);
+    put(0x3d, &[1]);
+    put(0x51, &[0x60]);
+    put(0x60, &[0x05, 0, 0x84, 0x01]);
+    config
+}
+
 pub(crate) fn windows() -> Windows {
     Windows::default()
 }
@@ -54,6 +65,12 @@ pub(crate) struct FakeHardware {
     mailbox: OwnedFd,
     offset: u64,
     doorbell: Event,
+    /// How many interrupts of each kind it has.
+    irqs: [u32; 3],
+    /// It takes an eventfd that unmasks its pin.
+    resamples: bool,
+    /// Signalled whenever its pin is unmasked by a call.
+    pub(crate) unmasked: Event,
     pub(crate) state: Mutex<FakeState>,
 }
 
@@ -61,7 +78,13 @@ pub(crate) struct FakeHardware {
 pub(crate) struct FakeState {
     pub(crate) config: Vec<u8>,
     pub(crate) bar0: Vec<u8>,
-    pub(crate) events: BTreeMap<u32, OwnedFd>,
+    ports: Vec<u8>,
+    /// By kind and number.
+    pub(crate) events: BTreeMap<(u32, u32), OwnedFd>,
+    /// The level of its pin, and whether that is masked at the device, as it is by each signal.
+    pin: bool,
+    masked: bool,
+    resample: Option<OwnedFd>,
     pub(crate) log: Vec<String>,
     pub(crate) dma: BTreeSet<Range<Iova>>,
     /// The next call that changes something fails.
@@ -95,7 +118,11 @@ impl FakeHardware {
         let state = FakeState {
             config: sample_config(),
             bar0: vec![0; 0x4000],
+            ports: vec![0; 8],
             events: BTreeMap::new(),
+            pin: false,
+            masked: false,
+            resample: None,
             log: Vec::new(),
             dma: BTreeSet::new(),
             fail: false,
@@ -106,15 +133,57 @@ impl FakeHardware {
             mailbox,
             offset,
             doorbell: Event::new().unwrap(),
+            irqs: [0, 0, 2],
+            resamples: true,
+            unmasked: Event::new().unwrap(),
             state: Mutex::new(state),
         }
     }
 
-    /// Raises a vector, as the device does: nothing happens where no eventfd is connected. Returns whether one was.
+    /// One with [everything else](legacy_config) too. Without `resamples` its pin is to be unmasked by calls.
+    pub(crate) fn legacy(name: &str, resamples: bool) -> Arc<Self> {
+        let mailbox = mailbox();
+        rustix::fs::fcntl_add_seals(&mailbox, rustix::fs::SealFlags::SHRINK).unwrap();
+        let ports = |regions: &mut Vec<RegionInfo>| {
+            let ports =
+                RegionInfo { index: RegionIndex(4), size: 8, mappable: Vec::new(), ..regions[0].clone() };
+            regions.insert(2, ports);
+        };
+        let device = Self { irqs: [1, 4, 2], resamples, ..Self::with(name, mailbox, 0, &ports) };
+        device.state.lock().unwrap().config = legacy_config();
+        Arc::new(device)
+    }
+
+    /// Raises an MSI-X vector, as the device does: nothing happens where no eventfd is connected. Returns whether one was.
     pub(crate) fn raise(&self, vector: u32) -> bool {
+        self.raise_as(IrqIndex::Msix, vector)
+    }
+
+    /// The same for any kind.
+    pub(crate) fn raise_as(&self, kind: IrqIndex, vector: u32) -> bool {
         let state = self.state.lock().unwrap();
-        let event = state.events.get(&vector);
+        let event = state.events.get(&(kind.number(), vector));
         event.is_some_and(|fd| rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok())
+    }
+
+    /// The device drives its pin.
+    pub(crate) fn drive(&self, pin: bool) {
+        let mut state = self.state.lock().unwrap();
+        state.pin = pin;
+        state.pin_changed();
+    }
+
+    /// The device looks at its resample eventfd: whether its pin was unmasked by it.
+    pub(crate) fn resampled(&self) -> bool {
+        let mut state = self.state.lock().unwrap();
+        let Some(fd) = &state.resample else { return false };
+        let event = Event::from(fd.try_clone().unwrap());
+        let unmasked = event.drain().unwrap();
+        if unmasked {
+            state.masked = false;
+            state.pin_changed();
+        }
+        unmasked
     }
 
     /// What was done since last asked.
@@ -140,6 +209,17 @@ impl FakeHardware {
     }
 }
 
+impl FakeState {
+    fn pin_changed(&mut self) {
+        if let Some(event) = self.events.get(&(0, 0))
+            && self.pin
+            && !std::mem::replace(&mut self.masked, true)
+        {
+            rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
+        }
+    }
+}
+
 impl PciHardware for FakeHardware {
     fn id(&self) -> &DeviceId {
         &self.id
@@ -155,7 +235,11 @@ impl PciHardware for FakeHardware {
 
     fn region_read(&self, index: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
         let state = self.state.lock().unwrap();
-        let from = if index == RegionIndex::CONFIG { &state.config } else { &state.bar0 };
+        let from = match index.0 {
+            7 => &state.config,
+            4 => &state.ports,
+            _ => &state.bar0,
+        };
         into.copy_from_slice(&from[offset as usize..][..into.len()]);
         Ok(())
     }
@@ -166,6 +250,8 @@ impl PciHardware for FakeHardware {
             if (0x53..0x58).contains(&offset) {
                 state.config[offset as usize..][..from.len()].copy_from_slice(from);
             }
+        } else if index.0 == 4 {
+            state.ports[offset as usize..][..from.len()].copy_from_slice(from);
         } else {
             state.bar0[offset as usize..][..from.len()].copy_from_slice(from);
         }
@@ -179,7 +265,7 @@ impl PciHardware for FakeHardware {
     }
 
     fn irq_count(&self, index: IrqIndex) -> u32 {
-        if index == IrqIndex::Msix { 2 } else { 0 }
+        self.irqs[index.number() as usize]
     }
 
     fn set_irq_eventfds(
@@ -189,17 +275,28 @@ impl PciHardware for FakeHardware {
         eventfds: &[Option<BorrowedFd<'_>>],
     ) -> Result<(), DeviceError> {
         let mut state = self.doing(format!("irqs {} {start}+{}", index.number(), eventfds.len()))?;
+        let kind = index.number();
+        // As the kernel's vfio-pci: one kind at a time.
+        assert!(state.events.keys().all(|(other, _)| *other == kind), "another kind is connected");
         for (vector, fd) in (start..).zip(eventfds) {
             match fd {
-                Some(fd) => drop(state.events.insert(vector, fd.try_clone_to_owned().unwrap())),
-                None => drop(state.events.remove(&vector)),
+                Some(fd) => drop(state.events.insert((kind, vector), fd.try_clone_to_owned().unwrap())),
+                None => drop(state.events.remove(&(kind, vector))),
             }
+        }
+        if index == IrqIndex::Intx {
+            state.masked = false;
+            state.pin_changed();
         }
         Ok(())
     }
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
-        self.doing(format!("irqs {} off", index.number()))?.events.clear();
+        let mut state = self.doing(format!("irqs {} off", index.number()))?;
+        state.events.retain(|(kind, _), _| *kind != index.number());
+        if index == IrqIndex::Intx {
+            state.resample = None;
+        }
         Ok(())
     }
 
@@ -208,8 +305,27 @@ impl PciHardware for FakeHardware {
         Ok(())
     }
 
-    fn mask_irq(&self, _index: IrqIndex, _vector: u32, _masked: bool) -> Result<(), DeviceError> {
+    fn mask_irq(&self, index: IrqIndex, _vector: u32, masked: bool) -> Result<(), DeviceError> {
+        if index == IrqIndex::Intx {
+            let mut state = self.state.lock().unwrap();
+            state.masked = masked;
+            state.pin_changed();
+            drop(state);
+            self.unmasked.signal().unwrap();
+            return Ok(());
+        }
         Err(DeviceError::new(self.id.clone(), "masking", Some(rustix::io::Errno::INVAL), "not maskable"))
+    }
+
+    fn set_intx_resample(&self, resample: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+        if !self.resamples {
+            let errno = Some(rustix::io::Errno::NOTTY);
+            return Err(DeviceError::new(self.id.clone(), "connecting the resample", errno, "not supported"));
+        }
+        let mut state = self.state.lock().unwrap();
+        assert!(state.events.contains_key(&(0, 0)), "the pin is not connected");
+        state.resample = resample.map(|fd| fd.try_clone_to_owned().unwrap());
+        Ok(())
     }
 
     fn dma_map(
@@ -238,6 +354,7 @@ pub(crate) struct FakeIrq {
     pub(crate) attached: Mutex<BTreeMap<u32, Arc<Event>>>,
     pub(crate) routes: Mutex<BTreeMap<u32, MsiMessage>>,
     pub(crate) commits: Mutex<u32>,
+    pub(crate) pins: Mutex<Vec<Pin>>,
     /// Nothing can be attached.
     pub(crate) refuse: AtomicBool,
 }
@@ -251,7 +368,48 @@ impl FakeIrq {
     }
 }
 
+/// A level interrupt of [`FakeIrq`].
+#[derive(Debug)]
+pub(crate) struct Pin {
+    gsi: u32,
+    event: Arc<Event>,
+    resample: Arc<Event>,
+    level: bool,
+}
+
+impl FakeIrq {
+    /// The level of a pin.
+    pub(crate) fn level(&self, gsi: u32) -> bool {
+        let mut pins = self.pins.lock().unwrap();
+        pins.iter_mut().for_each(|pin| pin.level |= pin.event.drain().unwrap());
+        pins.iter().any(|pin| pin.gsi == gsi && pin.level)
+    }
+
+    /// The guest ends the interrupt of a pin.
+    pub(crate) fn end(&self, gsi: u32) {
+        assert!(self.level(gsi), "there is none");
+        for pin in self.pins.lock().unwrap().iter_mut().filter(|pin| pin.gsi == gsi) {
+            pin.level = false;
+            pin.resample.signal().unwrap();
+        }
+    }
+}
+
 impl IrqBackend for FakeIrq {
+    fn attach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()> {
+        let mut pins = self.pins.lock().unwrap();
+        assert!(pins.iter().all(|pin| !Arc::ptr_eq(&pin.event, event)), "attached twice");
+        pins.push(Pin { gsi, event: event.clone(), resample: resample.clone(), level: false });
+        Ok(())
+    }
+
+    fn detach_level(&self, gsi: u32, event: &Arc<Event>, _resample: &Arc<Event>) -> io::Result<()> {
+        let mut pins = self.pins.lock().unwrap();
+        let at = pins.iter().position(|pin| pin.gsi == gsi && Arc::ptr_eq(&pin.event, event));
+        pins.remove(at.expect("not attached"));
+        Ok(())
+    }
+
     fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
         if self.refuse.load(Ordering::Relaxed) {
             return Err(io::Error::other("made to fail"));

@@ -17,19 +17,19 @@ use crate::layout;
 const LOW: u64 = 0xc000_0000;
 const HIGH: u64 = 1 << 38;
 
-struct Machine {
-    bus: PciBus,
-    irq: Arc<FakeIrq>,
-    mapper: Arc<FakeMapper>,
-    devices: Vec<Arc<FakeHardware>>,
+pub(super) struct Machine {
+    pub(super) bus: PciBus,
+    pub(super) irq: Arc<FakeIrq>,
+    pub(super) mapper: Arc<FakeMapper>,
+    pub(super) devices: Vec<Arc<FakeHardware>>,
 }
 
 impl Machine {
-    fn new(devices: u8) -> Self {
+    pub(super) fn new(devices: u8) -> Self {
         Self::of((1..=devices).map(|slot| FakeHardware::new(&format!("dev{slot}"))).collect())
     }
 
-    fn of(devices: Vec<Arc<FakeHardware>>) -> Self {
+    pub(super) fn of(devices: Vec<Arc<FakeHardware>>) -> Self {
         let (host, irq, mapper) = fake_host();
         let bus = PciBus::new(Arc::clone(&host));
         let devices = (1u8..)
@@ -44,7 +44,7 @@ impl Machine {
     }
 
     /// One whose guest has turned memory decode on.
-    fn running(devices: u8) -> Self {
+    pub(super) fn running(devices: u8) -> Self {
         let machine = Self::new(devices);
         for slot in 1..=devices {
             machine.config_write(slot, 4, &[6, 0]);
@@ -53,38 +53,38 @@ impl Machine {
         machine
     }
 
-    fn config_read(&self, slot: u8, register: u16, into: &mut [u8]) {
+    pub(super) fn config_read(&self, slot: u8, register: u16, into: &mut [u8]) {
         self.select(slot, register);
         self.bus.pio_read(0xcfc + (register & 3), into);
     }
 
-    fn config_write(&self, slot: u8, register: u16, from: &[u8]) {
+    pub(super) fn config_write(&self, slot: u8, register: u16, from: &[u8]) {
         self.select(slot, register);
         self.bus.pio_write(0xcfc + (register & 3), from);
     }
 
-    fn select(&self, slot: u8, register: u16) {
+    pub(super) fn select(&self, slot: u8, register: u16) {
         let address = 0x8000_0000 | u32::from(slot) << 11 | u32::from(register & 0xfc);
         self.bus.pio_write(0xcf8, &address.to_le_bytes());
     }
 
-    fn dword(&self, slot: u8, register: u16) -> u32 {
+    pub(super) fn dword(&self, slot: u8, register: u16) -> u32 {
         let mut out = [0; 4];
         self.config_read(slot, register, &mut out);
         u32::from_le_bytes(out)
     }
 
-    fn load(&self, gpa: u64) -> u32 {
+    pub(super) fn load(&self, gpa: u64) -> u32 {
         let mut out = [0; 4];
         self.bus.mmio_read(Gpa(gpa), &mut out);
         u32::from_le_bytes(out)
     }
 
-    fn store(&self, gpa: u64, value: u32) {
+    pub(super) fn store(&self, gpa: u64, value: u32) {
         self.bus.mmio_write(Gpa(gpa), &value.to_le_bytes());
     }
 
-    fn vector(&self, vector: u64, message: MsiMessage, masked: bool) {
+    pub(super) fn vector(&self, vector: u64, message: MsiMessage, masked: bool) {
         let at = LOW + 0x2000 + 16 * vector;
         self.store(at + 12, 1);
         self.bus.mmio_write(Gpa(at), &message.address.to_le_bytes());
@@ -92,16 +92,16 @@ impl Machine {
         self.store(at + 12, masked.into());
     }
 
-    fn msix(&self, enabled: bool, all_masked: bool) {
+    pub(super) fn msix(&self, enabled: bool, all_masked: bool) {
         let control = u16::from(enabled) << 15 | u16::from(all_masked) << 14;
         self.config_write(1, 0x42, &control.to_le_bytes());
     }
 
-    fn function(&self) -> Arc<VfioPciFunction> {
+    pub(super) fn function(&self) -> Arc<VfioPciFunction> {
         Arc::clone(&self.bus.functions()[0])
     }
 
-    fn restore(&self, state: &PciState) -> Result<u32, PciError> {
+    pub(super) fn restore(&self, state: &PciState) -> Result<u32, PciError> {
         let function = self.function();
         function.restore_config(state, &ConfigRules::default())?;
         function.stage_interrupts(state, &**self.bus.host().router())?;
@@ -110,7 +110,7 @@ impl Machine {
     }
 }
 
-fn message(data: u32) -> MsiMessage {
+pub(super) fn message(data: u32) -> MsiMessage {
     MsiMessage { address: 0xfee0_0000, data }
 }
 

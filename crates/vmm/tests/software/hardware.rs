@@ -118,6 +118,10 @@ impl PciHardware for Hardware {
         Err(DeviceError::new(self.id.clone(), "masking", Some(rustix::io::Errno::INVAL), "not maskable"))
     }
 
+    fn set_intx_resample(&self, _resample: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+        Err(DeviceError::new(self.id.clone(), "resampling", Some(rustix::io::Errno::INVAL), "it has no pin"))
+    }
+
     fn dma_map(
         &self,
         iova: Range<Iova>,

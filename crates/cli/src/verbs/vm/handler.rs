@@ -9,10 +9,10 @@ use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::Accelerator;
 
 use super::slot::{Slot, Steering};
-use super::{RunningVm, incoming, outgoing};
+use super::{RunningVm, incoming, outgoing, saving};
 use crate::control::{
     Event, Handler, IncomingArguments, MigrateArguments, MigrationInfo, NoArguments, ParameterArguments,
-    Refused, StatusInfo, Verb,
+    Refused, SaveArguments, StatusInfo, Verb,
 };
 use crate::demo::GuestInfo;
 use crate::exit::chain;
@@ -25,7 +25,7 @@ pub(super) struct VmHandler {
 
 impl Handler for VmHandler {
     fn call(&self, verb: Verb, arguments: Value) -> Result<Value, Refused> {
-        if !matches!(verb, Verb::Migrate | Verb::MigrateIncoming | Verb::MigrateSetParameters) {
+        if !matches!(verb, Verb::Migrate | Verb::Save | Verb::MigrateIncoming | Verb::MigrateSetParameters) {
             let NoArguments {} = parse(arguments.clone())?;
         }
         match verb {
@@ -33,6 +33,7 @@ impl Handler for VmHandler {
             Verb::QueryGuest => return to_json(&self.guest()?),
             Verb::QueryMigrate => return to_json(&self.migration()),
             Verb::Migrate => outgoing::begin(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
+            Verb::Save => saving::begin(&self.vm, &parse::<SaveArguments>(arguments)?)?,
             Verb::MigrateIncoming => {
                 incoming::again(&self.vm, &parse::<IncomingArguments>(arguments)?.uri)?;
             }

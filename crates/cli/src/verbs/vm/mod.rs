@@ -4,6 +4,7 @@ mod handler;
 mod incoming;
 mod outgoing;
 mod presence;
+mod saving;
 mod slot;
 
 use std::path::Path;
@@ -40,7 +41,9 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
         Some(text) => Some(uri(text)?),
         None => None,
     };
-    let epoch = if uri.is_none() { owned_epoch(&vm)? } else { Epoch(0) };
+    // Checked whole before anything is made for it.
+    let snapshot = options.restore.as_deref().map(saving::open).transpose()?;
+    let epoch = if uri.is_none() && snapshot.is_none() { owned_epoch(&vm)? } else { Epoch(0) };
     let (quit, quitted) = mpsc::channel();
     let by_control = quit.clone();
     interrupt::on_end(options.exit_with_stdin, move || {
@@ -54,13 +57,17 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
         None => None,
     };
     let machine = ReferenceMachine::build(vm.config.clone()).map_err(|error| cannot_build(&error))?;
-    match uri {
-        Some(uri) => {
+    match (uri, snapshot) {
+        (None, Some(snapshot)) => {
+            let slot = saving::restore(&vm, snapshot, machine)?;
+            drop(vm.state.put_if(|_| true, slot));
+        }
+        (Some(uri), _) => {
             incoming::reserve(&vm)
                 .and_then(|_| incoming::listen(&vm, &uri, machine))
                 .map_err(|refused| Failure::failed(refused.desc))?;
         }
-        None => {
+        (None, None) => {
             let doing = |error| Failure::caused("cannot start the guest", &error);
             machine.boot(&vm.workload).map_err(doing)?;
             if !options.paused {

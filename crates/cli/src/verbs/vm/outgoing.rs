@@ -76,7 +76,11 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result
     })
 }
 
-fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Completed, MigrateError>) {
+pub(super) fn finish(
+    vm: &RunningVm,
+    machine: Arc<ReferenceMachine>,
+    result: Result<Completed, MigrateError>,
+) {
     let before = vm.state.snapshot();
     let epoch = before.slot.epoch();
     let steered = match before.steering {

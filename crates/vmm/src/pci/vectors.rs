@@ -1,6 +1,6 @@
-//! MSI-X as the guest sees it: the vector table, the pending bits, and where each raise goes.
+//! The vectors of MSI and MSI-X as the guest sees them: messages, masks, pending bits, and where each raise goes.
 //!
-//! Each vector has one eventfd, which the device gets by SET_IRQS when the guest enables MSI-X, and keeps. While the
+//! Each vector has one eventfd, which the device gets by SET_IRQS when the guest enables the kind, and keeps. While the
 //! vector is unmasked the eventfd is attached to the interrupt controller (KVM: an irqfd); while it is masked it is
 //! detached, remembers what the device raises, and is drained into the pending bit when somebody asks. Masking thus
 //! costs no call to the device, and no raise is lost between the two.
@@ -40,19 +40,29 @@ struct Vector {
     attached: bool,
 }
 
-/// The MSI-X state of a function.
+/// What the guest says of one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) message: MsiMessage,
+    pub(super) masked: bool,
+}
+
+/// The MSI-X vectors of a function, or its MSI vectors.
 #[derive(Debug)]
-pub(super) struct Msix {
+pub(super) struct Vectors {
+    kind: IrqIndex,
     vectors: Vec<Vector>,
+    /// How many of them the guest uses, from the first: MSI-X always all, MSI what its control register says.
+    in_use: usize,
     enabled: bool,
     all_masked: bool,
     /// The device has the eventfds.
     connected: bool,
 }
 
-impl Msix {
+impl Vectors {
     /// `count` vectors as after a reset: disabled, all masked. Vector n is interrupt `first_gsi + n`.
-    pub(super) fn new(count: u16, first_gsi: u32) -> io::Result<Self> {
+    pub(super) fn new(kind: IrqIndex, count: u16, first_gsi: u32) -> io::Result<Self> {
         let vector = |n: u16| {
             Ok(Vector {
                 message: MsiMessage::default(),
@@ -64,7 +74,29 @@ impl Msix {
             })
         };
         let vectors = (0..count).map(vector).collect::<io::Result<_>>()?;
-        Ok(Self { vectors, enabled: false, all_masked: false, connected: false })
+        Ok(Self { kind, vectors, in_use: count.into(), enabled: false, all_masked: false, connected: false })
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.vectors.len()
+    }
+
+    /// MSI: the guest wrote its registers, which say this of the vectors now. Those beyond `targets` are not in use.
+    pub(super) fn set_targets(
+        &mut self,
+        enabled: bool,
+        targets: &[Target],
+        wires: Wires<'_>,
+    ) -> Result<(), Failure> {
+        // The device learns how many there are when it gets their eventfds, all at once.
+        let recount = self.enabled && enabled && targets.len() != self.in_use;
+        let off = if recount { self.set_control(false, false, wires) } else { Ok(()) };
+        self.in_use = targets.len().min(self.vectors.len());
+        for (vector, target) in self.vectors.iter_mut().zip(targets) {
+            (vector.message, vector.masked) = (target.message, target.masked);
+        }
+        off.and(self.set_control(enabled, false, wires))
     }
 
     /// The guest wrote the message control register.
@@ -158,7 +190,8 @@ impl Msix {
         Ok(())
     }
 
-    /// Puts saved vectors in, and stages the routes of those that are in force. `vectors` are as many as there are.
+    /// Puts saved vectors in, and stages the routes of those that are in force. All of MSI-X, or those of MSI that are
+    /// in use.
     pub(super) fn stage(
         &mut self,
         enabled: bool,
@@ -167,6 +200,7 @@ impl Msix {
         router: &dyn IrqRouter,
     ) -> Result<(), Failure> {
         (self.enabled, self.all_masked) = (enabled, all_masked);
+        self.in_use = vectors.len().min(self.vectors.len());
         for (vector, state) in self.vectors.iter_mut().zip(vectors) {
             vector.message = state.message;
             vector.masked = state.masked;
@@ -189,7 +223,7 @@ impl Msix {
         self.attach(wires.irq)?;
         self.connect(wires)?;
         self.deliver()?;
-        Ok(u32::try_from(self.vectors.len()).unwrap_or(u32::MAX))
+        Ok(u32::try_from(self.in_use).unwrap_or(u32::MAX))
     }
 
     /// Takes all of it back: as after a reset. Goes on after a failure, and says the first.
@@ -203,15 +237,16 @@ impl Msix {
         disconnected
     }
 
-    fn unmasked(&self, vector: &Vector) -> bool {
-        self.enabled && !self.all_masked && !vector.masked
+    fn unmasked(&self, index: usize) -> bool {
+        let open = self.enabled && !self.all_masked && index < self.in_use;
+        open && self.vectors.get(index).is_some_and(|vector| !vector.masked)
     }
 
     /// Brings routes and attachments to what the registers say, and delivers what became deliverable.
     fn settle(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
         self.detach(wires.irq)?;
-        for vector in &self.vectors {
-            let route = self.unmasked(vector).then_some(vector.message);
+        for (index, vector) in self.vectors.iter().enumerate() {
+            let route = self.unmasked(index).then_some(vector.message);
             wires
                 .router
                 .set(vector.gsi, route)
@@ -238,7 +273,7 @@ impl Msix {
     /// Detaches vectors that are not unmasked any more.
     fn detach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
         for index in 0..self.vectors.len() {
-            let masked = !self.unmasked(&self.vectors[index]);
+            let masked = !self.unmasked(index);
             let vector = &mut self.vectors[index];
             if masked && vector.attached {
                 irq.detach(vector.gsi, &vector.event).map_err(failure("detaching an interrupt"))?;
@@ -251,7 +286,7 @@ impl Msix {
     /// Attaches vectors that are unmasked now.
     fn attach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
         for index in 0..self.vectors.len() {
-            let unmasked = self.unmasked(&self.vectors[index]);
+            let unmasked = self.unmasked(index);
             let vector = &mut self.vectors[index];
             if unmasked && !vector.attached {
                 irq.attach(vector.gsi, &vector.event).map_err(failure("attaching an interrupt"))?;
@@ -270,8 +305,10 @@ impl Msix {
     }
 
     fn connect(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
-        let events: Vec<_> = self.vectors.iter().map(|vector| Some(vector.event.as_fd())).collect();
-        wires.hardware.set_irq_eventfds(IrqIndex::Msix, 0, &events).map_err(failure("connecting MSI-X"))?;
+        let used = self.vectors.iter().take(self.in_use);
+        let events: Vec<_> = used.map(|vector| Some(vector.event.as_fd())).collect();
+        let connected = wires.hardware.set_irq_eventfds(self.kind, 0, &events);
+        connected.map_err(failure("connecting message-signalled interrupts"))?;
         self.connected = true;
         Ok(())
     }
@@ -280,12 +317,13 @@ impl Msix {
         let mut first = Ok(());
         if self.connected {
             // The device first: afterwards nothing is raised any more.
-            first = wires.hardware.disable_irqs(IrqIndex::Msix).map_err(failure("disabling MSI-X"));
+            let disabled = wires.hardware.disable_irqs(self.kind);
+            first = disabled.map_err(failure("disabling message-signalled interrupts"));
             self.connected = false;
         }
         let settled = self.settle(wires);
         for vector in &mut self.vectors {
-            // MSI-X disabled has no pending bits: what was raised before does not outlive it.
+            // What is disabled has no pending bits: what was raised before does not outlive it.
             let _ = vector.event.drain();
             vector.pending = false;
         }
@@ -293,7 +331,7 @@ impl Msix {
     }
 }
 
-fn failure<E: std::error::Error + Send + Sync + 'static>(
+pub(super) fn failure<E: std::error::Error + Send + Sync + 'static>(
     doing: &'static str,
 ) -> impl Fn(E) -> Failure + Copy {
     move |source| (doing.to_owned(), Box::new(source))

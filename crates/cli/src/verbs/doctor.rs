@@ -1,0 +1,392 @@
+//! `doctor`: whether the host can migrate VFIO devices, check by check, with what would fix each.
+
+use std::path::Path;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
+
+use crate::args::Doctor;
+use crate::exit::{Exit, Failure, chain};
+use crate::output::{print, print_json};
+
+/// CAP_IPC_LOCK (`include/uapi/linux/capability.h`): pins without limit.
+const CAP_IPC_LOCK: u32 = 14;
+
+/// What `doctor --json` prints.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct DoctorReport {
+    /// Release of the kernel.
+    pub(crate) kernel: Option<String>,
+    /// A device of kernel VFIO can migrate in principle: nothing needed is missing.
+    pub(crate) kernel_devices: bool,
+    /// A device served over vfio-user can.
+    pub(crate) vfio_user: bool,
+    /// The checks.
+    pub(crate) checks: Vec<Check>,
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Status {
+    /// As it should be.
+    Ok,
+    /// Migration works, but less well, or not for every device.
+    Warn,
+    /// Needed, and not there.
+    Missing,
+    /// It cannot be told.
+    Unknown,
+}
+
+/// A check.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Check {
+    /// Stable.
+    pub(crate) id: String,
+    /// How it ended.
+    pub(crate) status: Status,
+    /// What was found.
+    pub(crate) found: String,
+    /// What it means for migration.
+    pub(crate) means: String,
+    /// What fixes it: a command where one does; absent when nothing is to be fixed.
+    pub(crate) fix: Option<String>,
+}
+
+pub(crate) fn run(options: &Doctor) -> Result<Exit, Failure> {
+    let roots = options.root.roots();
+    let report = examine(&roots);
+    if options.json {
+        print_json(&report)?
+    } else {
+        print(text(&report))?
+    }
+    Ok(if report.kernel_devices { Exit::Done } else { Exit::Failed })
+}
+
+fn examine(roots: &Roots) -> DoctorReport {
+    let config = host::config(roots);
+    let version = host::version(roots);
+    let number = version.as_ref().and_then(|version| version.number);
+    let release = version.map(|version| version.release);
+    let mut checks = vec![kernel(release.as_deref(), number), config_file(&config)];
+    checks.push(vfio(roots, &config));
+    checks.extend(OPTIONS.iter().map(|option| option.check(&config)));
+    checks.push(variants(&config));
+    checks.push(iommu(roots, &config));
+    let load = |name: &str, module: &str| match config.option(name) {
+        ConfigOption::Off => format!("use a kernel with CONFIG_{name}"),
+        _ => format!("modprobe {module}"),
+    };
+    let (container, iommufd) = (roots.dev.join("vfio/vfio"), roots.dev.join("iommu"));
+    let means = "iommufd, and dirty tracking by the IOMMU";
+    checks.push(node("dev-vfio", &container, "containers of IOMMU groups", &load("VFIO", "vfio")));
+    checks.push(node("dev-iommu", &iommufd, means, &load("IOMMUFD", "iommufd")));
+    checks.push(device_files(roots));
+    checks.push(kvm(roots));
+    checks.push(nested(roots));
+    checks.push(hugepages(roots));
+    checks.push(memlock(roots));
+    let memfd = memfd();
+    let vfio_user = memfd.status == Status::Ok;
+    checks.push(memfd);
+    let missing = checks.iter().any(|check| check.status == Status::Missing);
+    DoctorReport { kernel: release, kernel_devices: !missing, vfio_user, checks }
+}
+
+fn check(id: &str, status: Status, found: impl Into<String>, means: &str, fix: Option<&str>) -> Check {
+    let fix = fix.filter(|_| status != Status::Ok).map(Into::into);
+    Check { id: id.into(), status, found: found.into(), means: means.into(), fix }
+}
+
+/// The v2 migration uAPI came with 5.18, PRE_COPY and the size estimate with 6.2.
+fn kernel(release: Option<&str>, number: Option<(u32, u32)>) -> Check {
+    let status = match number {
+        None => Status::Unknown,
+        Some(number) if number < (5, 18) => Status::Missing,
+        Some(number) if number < (6, 2) => Status::Warn,
+        Some(_) => Status::Ok,
+    };
+    let means = "device migration needs 5.18; pre-copy of device state needs 6.2";
+    check("kernel-version", status, release.unwrap_or("not said"), means, Some("install a newer kernel"))
+}
+
+fn config_file(config: &KernelConfig) -> Check {
+    let (status, found) = match &config.source {
+        Some(source) => (Status::Ok, source.display().to_string()),
+        None => (Status::Unknown, "neither /proc/config.gz nor /boot/config-RELEASE can be read".into()),
+    };
+    let means = "without it the options below are unknown, and what is loaded decides";
+    check("kernel-config", status, found, means, Some("install the kernel's package, or modprobe configs"))
+}
+
+fn vfio(roots: &Roots, config: &KernelConfig) -> Check {
+    let option = config.option("VFIO");
+    let (status, found) = match (host::has_module(roots, "vfio"), option, host::module_file(roots, "vfio")) {
+        (true, ..) => (Status::Ok, "loaded"),
+        (false, ConfigOption::BuiltIn, _) => (Status::Ok, "built in"),
+        (false, ConfigOption::Off, _) => (Status::Missing, "the kernel is built without it"),
+        (false, _, Some(true)) => (Status::Warn, "a module, not loaded"),
+        (false, ConfigOption::Module, None) => (Status::Warn, "a module, not loaded"),
+        (false, ConfigOption::Module, Some(false)) => (Status::Missing, "a module that is not installed"),
+        (false, ConfigOption::Unknown, Some(false) | None) => {
+            (Status::Missing, "not loaded, and no module of it")
+        }
+    };
+    let fix = match status {
+        Status::Warn => "modprobe vfio-pci",
+        _ => "install a kernel with CONFIG_VFIO, and its modules",
+    };
+    check("vfio", status, found, "VFIO itself: without it no device of the kernel migrates", Some(fix))
+}
+
+/// An option of the kernel that migration is better with.
+struct Wanted {
+    id: &'static str,
+    option: &'static str,
+    means: &'static str,
+}
+
+const OPTIONS: [Wanted; 6] = [
+    Wanted { id: "config-vfio-pci", option: "VFIO_PCI", means: "PCI functions as VFIO devices" },
+    Wanted {
+        id: "config-iommufd",
+        option: "IOMMUFD",
+        means: "without it no dirty tracking by the IOMMU, and DMA logs of devices may not report",
+    },
+    Wanted {
+        id: "config-vfio-device-cdev",
+        option: "VFIO_DEVICE_CDEV",
+        means: "a file per device, which dirty tracking by the IOMMU needs",
+    },
+    Wanted {
+        id: "config-iommufd-driver",
+        option: "IOMMUFD_DRIVER",
+        means: "without it DMA_LOGGING_REPORT answers EOPNOTSUPP, though logging starts",
+    },
+    Wanted { id: "config-vfio-mdev", option: "VFIO_MDEV", means: "mediated devices" },
+    Wanted { id: "config-kvm", option: "KVM", means: "guests on KVM" },
+];
+
+impl Wanted {
+    fn check(&self, config: &KernelConfig) -> Check {
+        let option = config.option(self.option);
+        let status = match option {
+            ConfigOption::BuiltIn | ConfigOption::Module => Status::Ok,
+            ConfigOption::Off => Status::Warn,
+            ConfigOption::Unknown => Status::Unknown,
+        };
+        let fix = format!("use a kernel with CONFIG_{}", self.option);
+        check(self.id, status, option.to_string(), self.means, Some(&fix))
+    }
+}
+
+/// Drivers with migration in Linux 7.3 (`drivers/vfio/pci`).
+const VARIANTS: [&str; 6] =
+    ["MLX5_VFIO_PCI", "HISI_ACC_VFIO_PCI", "PDS_VFIO_PCI", "QAT_VFIO_PCI", "VIRTIO_VFIO_PCI", "XE_VFIO_PCI"];
+
+fn variants(config: &KernelConfig) -> Check {
+    let here: Vec<&str> = VARIANTS
+        .into_iter()
+        .filter(|name| matches!(config.option(name), ConfigOption::BuiltIn | ConfigOption::Module))
+        .collect();
+    let status = match (&config.source, here.is_empty()) {
+        (None, _) => Status::Unknown,
+        (_, true) => Status::Warn,
+        (_, false) => Status::Ok,
+    };
+    let found = match status {
+        Status::Unknown => "unknown".into(),
+        Status::Warn => format!("none of {}", VARIANTS.join(", ")),
+        _ => here.join(", "),
+    };
+    let means = "plain vfio-pci has no migration: a PCI function needs a variant driver made for it";
+    check(
+        "config-variant-drivers",
+        status,
+        found,
+        means,
+        Some("use a kernel with the variant driver of your device"),
+    )
+}
+
+fn iommu(roots: &Roots, config: &KernelConfig) -> Check {
+    let groups = host::list(&roots.sys.join("kernel/iommu_groups"));
+    let mdev = host::has_module(roots, "mdev")
+        || matches!(config.option("VFIO_MDEV"), ConfigOption::BuiltIn | ConfigOption::Module);
+    let (status, found) = match groups {
+        Ok(groups) if !groups.is_empty() => (Status::Ok, format!("{} groups", groups.len())),
+        Ok(_) if mdev => (Status::Warn, "no groups".into()),
+        Ok(_) => (Status::Missing, "no groups".into()),
+        Err(error) => (Status::Unknown, chain(&error)),
+    };
+    let means = "without an IOMMU no PCI function is given to a guest; mediated devices may be";
+    let fix = "turn VT-d or AMD-Vi on in the firmware, add intel_iommu=on to the kernel's command line, and restart";
+    check("iommu-groups", status, found, means, Some(fix))
+}
+
+fn node(id: &str, path: &Path, means: &str, load: &str) -> Check {
+    let shown = path.display();
+    match host::access_both_ways(path) {
+        Ok(()) => check(id, Status::Ok, format!("{shown} may be opened"), means, None),
+        Err(errno) if errno == rustix::io::Errno::NOENT => {
+            check(id, Status::Warn, format!("there is no {shown}"), means, Some(load))
+        }
+        Err(errno) => {
+            let fix = format!("setfacl -m u:USER:rw {shown}");
+            check(id, Status::Warn, format!("{shown}: {errno}"), means, Some(&fix))
+        }
+    }
+}
+
+/// Files of groups and devices, and whether the caller may open them.
+fn device_files(roots: &Roots) -> Check {
+    let dir = roots.dev.join("vfio");
+    let groups = host::list(&dir).unwrap_or_default();
+    let groups = groups.iter().filter(|name| name.parse::<u32>().is_ok()).map(|name| dir.join(name));
+    let cdevs = host::list(&dir.join("devices")).unwrap_or_default();
+    let cdevs = cdevs.iter().map(|name| dir.join("devices").join(name));
+    let files: Vec<_> = groups.chain(cdevs).collect();
+    let refused: Vec<String> = files
+        .iter()
+        .filter(|file| host::access_both_ways(file).is_err())
+        .map(|file| file.display().to_string())
+        .collect();
+    let means = "the VMM opens one of them for each device";
+    match (files.len(), refused.is_empty()) {
+        (0, _) => {
+            let fix = "bind a device to VFIO: vfio-migrate devices says how";
+            check("device-files", Status::Warn, "no device is bound to VFIO", means, Some(fix))
+        }
+        (n, true) => check("device-files", Status::Ok, format!("{n}, all may be opened"), means, None),
+        (_, false) => {
+            let fix = format!("setfacl -m u:USER:rw {}", refused.join(" "));
+            check(
+                "device-files",
+                Status::Warn,
+                format!("may not be opened: {}", refused.join(", ")),
+                means,
+                Some(&fix),
+            )
+        }
+    }
+}
+
+fn kvm(roots: &Roots) -> Check {
+    let path = roots.dev.join("kvm");
+    let means = "guests on KVM; without it there is only the software guest of the reference VMM";
+    // Only the file of this very host can be asked.
+    if path == Path::new("/dev/kvm") {
+        return match vfio_migration_vmm::machine::kvm_answers() {
+            Ok(()) => check("dev-kvm", Status::Ok, "/dev/kvm answers", means, None),
+            Err(error) => check(
+                "dev-kvm",
+                Status::Warn,
+                chain(&error),
+                means,
+                Some("modprobe kvm_intel or kvm_amd; setfacl -m u:USER:rw /dev/kvm"),
+            ),
+        };
+    }
+    node("dev-kvm", &path, means, "modprobe kvm_intel or kvm_amd")
+}
+
+fn nested(roots: &Roots) -> Check {
+    let setting = |module: &str| {
+        host::read_text(&roots.sys.join(format!("module/{module}/parameters/nested")), 16).ok()
+    };
+    let means = "guests that run KVM themselves; the tests on a booted kernel do not need it";
+    match ["kvm_intel", "kvm_amd"].into_iter().find_map(setting).as_deref() {
+        Some("Y" | "1") => check("kvm-nested", Status::Ok, "on", means, None),
+        Some(_) => check(
+            "kvm-nested",
+            Status::Warn,
+            "off",
+            means,
+            Some("modprobe -r kvm_amd; modprobe kvm_amd nested=1"),
+        ),
+        None => check("kvm-nested", Status::Unknown, "neither kvm_intel nor kvm_amd is loaded", means, None),
+    }
+}
+
+fn hugepages(roots: &Roots) -> Check {
+    let dir = roots.sys.join("kernel/mm/hugepages");
+    let mut reserved = Vec::new();
+    for size in host::list(&dir).unwrap_or_default() {
+        let count = host::read_text(&dir.join(&size).join("nr_hugepages"), 64).ok();
+        if let Some(count) = count.and_then(|count| count.parse::<u64>().ok()).filter(|count| *count > 0) {
+            reserved.push(format!("{count} of {}", size.trim_start_matches("hugepages-")));
+        }
+    }
+    let transparent =
+        host::read_text(&roots.sys.join("kernel/mm/transparent_hugepage/shmem_enabled"), 256).ok();
+    let on = transparent.is_some_and(|text| !text.contains("[never]") && !text.contains("[deny]"));
+    let means = "mapping guest RAM for a device takes a call per page: with large pages it is much faster";
+    match (reserved.is_empty(), on) {
+        (false, _) => check("hugepages", Status::Ok, reserved.join(", "), means, None),
+        (true, true) => check("hugepages", Status::Ok, "transparent ones for shared memory", means, None),
+        (true, false) => check("hugepages", Status::Warn, "none", means, Some("sysctl vm.nr_hugepages=N")),
+    }
+}
+
+fn memlock(roots: &Roots) -> Check {
+    let means = "guest RAM is pinned while a kernel device is attached, and counted against this limit";
+    let fix = Some("ulimit -l unlimited, or LimitMEMLOCK=infinity in the service");
+    let read = |name: &str| host::read_text(&roots.proc.join("self").join(name), 1 << 16).unwrap_or_default();
+    let status = read("status");
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = capabilities.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    if capabilities >> CAP_IPC_LOCK & 1 == 1 {
+        return check("memlock", Status::Ok, "no limit for this caller (CAP_IPC_LOCK)", means, None);
+    }
+    let limits = read("limits");
+    let limit = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
+    match limit.and_then(|line| line.split_whitespace().next()) {
+        Some("unlimited") => check("memlock", Status::Ok, "unlimited", means, None),
+        Some(bytes) => check("memlock", Status::Warn, format!("{bytes} bytes"), means, fix),
+        None => check("memlock", Status::Unknown, "not said", means, fix),
+    }
+}
+
+fn memfd() -> Check {
+    let means = "all that a device served over vfio-user needs";
+    match memfd_create("vfio-migrate-doctor", MemfdFlags::CLOEXEC) {
+        Ok(_) => check("memfd", Status::Ok, "works", means, None),
+        Err(errno) => check(
+            "memfd",
+            Status::Missing,
+            format!("refused: {errno}"),
+            means,
+            Some("use Linux 3.17 or later, and allow memfd_create"),
+        ),
+    }
+}
+
+/// The report for people.
+fn text(report: &DoctorReport) -> String {
+    let mut text = String::new();
+    let width = report.checks.iter().map(|check| check.id.len()).max().unwrap_or(0);
+    for check in &report.checks {
+        let status = match check.status {
+            Status::Ok => "ok",
+            Status::Warn => "warn",
+            Status::Missing => "missing",
+            Status::Unknown => "unknown",
+        };
+        text.push_str(&format!("{status:7}  {:width$}  {}\n", check.id, check.found));
+        if check.status != Status::Ok {
+            text.push_str(&format!("{:7}  {:width$}  {}\n", "", "", check.means));
+            if let Some(fix) = &check.fix {
+                text.push_str(&format!("{:7}  {:width$}  fix: {fix}\n", "", ""));
+            }
+        }
+    }
+    let word = |possible| if possible { "possible in principle" } else { "not possible" };
+    text.push_str(&format!("\nkernel VFIO devices: {}\n", word(report.kernel_devices)));
+    text.push_str(&format!("vfio-user devices: {}\n", word(report.vfio_user)));
+    text
+}

@@ -1,0 +1,57 @@
+//! `save`: asks a running `vm` to write its guest into a file, and waits for the end.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::status;
+use crate::args::Save;
+use crate::control::{MigrationState, SaveArguments, Verb};
+use crate::exit::{Exit, Failure};
+use crate::interrupt::Interrupt;
+use crate::output::{print, print_json, say};
+use crate::progress::Progress;
+
+pub(crate) fn run(options: &Save, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    // The `vm` may have another working directory.
+    let path = std::path::absolute(&options.output)
+        .map_err(|error| Failure::caused(&format!("{}", options.output.display()), &error))?;
+    let path =
+        path.to_str().ok_or_else(|| Failure::new(Exit::Usage, format!("{} is not UTF-8", path.display())))?;
+    let arguments = SaveArguments {
+        path: path.into(),
+        force: options.force,
+        stop: options.stop,
+        verify: options.verify,
+        allow_all_dirty: options.allow_all_dirty,
+    };
+    let mut client = options.target.connect()?;
+    client.call(Verb::Save, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
+    let mut report = status::ask(&mut client)?;
+    let mut progress = Progress::new(!options.target.json);
+    let mut cancelled = false;
+    while matches!(report.migration.status, MigrationState::Active) {
+        progress.show(&report.migration);
+        client
+            .next_event(Duration::from_millis(200))
+            .map_err(|error| Failure::caused("lost the vm", &error))?;
+        if interrupt.requested() && !cancelled {
+            cancelled = true;
+            if let Err(error) = client.call(Verb::MigrateCancel, Value::Null) {
+                say(format_args!("vfio-migrate: {error}"));
+            }
+        }
+        report = status::ask(&mut client)?;
+    }
+    drop(progress);
+    if options.target.json {
+        print_json(&report)?;
+    } else {
+        print(status::text(&report))?;
+    }
+    Ok(match report.migration.status {
+        MigrationState::Completed => Exit::Done,
+        MigrationState::Unresolved => Exit::Unresolved,
+        _ => Exit::Failed,
+    })
+}

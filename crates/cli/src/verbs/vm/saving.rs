@@ -1,0 +1,131 @@
+//! The guest of this `vm` into a file, and out of one.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vfio_migration::{
+    DestinationOptions, IncomingError, Machine, MigrateError, RefusalReason, SaveError, SaveOptions, Saved,
+    Snapshot, Source, SourceOptions, save,
+};
+use vfio_migration_vmm::machine::ReferenceMachine;
+
+use super::slot::{BeginError, Slot, Steering};
+use super::{RunningVm, outgoing};
+use crate::control::{MigrationInfo, MigrationState, Refused, SaveArguments};
+use crate::exit::{Exit, Failure, chain};
+
+/// Begins to save; returns once the session has its thread.
+pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<(), Refused> {
+    let refuse = |text: String| Refused::new("GenericError", text);
+    let path = PathBuf::from(&arguments.path);
+    if !path.is_absolute() || path.file_name().is_none() {
+        return Err(refuse(format!("{} is no absolute path of a file", path.display())));
+    }
+    let Slot::Here { machine, epoch } = vm.state.slot() else {
+        return Err(refuse("there is no guest here that could be saved".into()));
+    };
+    if let Some(why) = machine.failure() {
+        return Err(refuse(format!("the guest has stopped by itself and cannot be saved: {why}")));
+    }
+    let mut options = SourceOptions::default().for_saving();
+    options.verify = arguments.verify;
+    options.allow_all_dirty = arguments.allow_all_dirty;
+    options.state_dir = vm.options.state_dir.clone();
+    options.epoch = epoch;
+    let mut how = SaveOptions::default();
+    (how.force, how.stop) = (arguments.force, arguments.stop);
+    let source = Source::new(machine.clone(), options);
+    let steering = Steering::Outgoing(source.control());
+    let (of_thread, expected) = (vm.clone(), machine.clone());
+    let still_here =
+        |slot: &Slot| matches!(slot, Slot::Here { machine, .. } if Arc::ptr_eq(machine, &expected));
+    let begun = vm.state.begin(steering, still_here, None, || {
+        std::thread::Builder::new().name("migration".into()).spawn(move || {
+            of_thread.announce(MigrationState::Active);
+            let result = save(source, &path, how, |_| {});
+            finish(&of_thread, machine, result);
+        })
+    });
+    begun.map_err(|error| match error {
+        BeginError::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
+        BeginError::Changed => refuse("the guest is no longer here".into()),
+        BeginError::Thread(error) => refuse(format!("cannot make a thread: {error}")),
+    })
+}
+
+fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, SaveError>) {
+    let before = match vm.state.steering() {
+        Some(Steering::Outgoing(control)) => outgoing::info(&control.progress(), "outgoing"),
+        _ => MigrationInfo::none(),
+    };
+    let ended = |status, error| MigrationInfo {
+        status,
+        remaining: 0,
+        rate: 0,
+        expected_downtime_ms: None,
+        error,
+        ..before
+    };
+    let (ended, slot) = match result {
+        Ok(Saved { completed: Some(completed), .. }) => {
+            return outgoing::finish(vm, machine, Ok(completed));
+        }
+        Ok(_) => {
+            machine.let_go();
+            (ended(MigrationState::Completed, None), None)
+        }
+        Err(SaveError::Session(error)) => return outgoing::finish(vm, machine, Err(error)),
+        Err(SaveError::Held(held)) => {
+            return outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)));
+        }
+        Err(error) => {
+            machine.let_go();
+            (ended(MigrationState::Failed, Some(chain(&error))), None)
+        }
+    };
+    let status = ended.status;
+    vm.state.end(ended, slot);
+    vm.announce(status);
+}
+
+/// Opens and checks a file before anything is built for it.
+pub(super) fn open(path: &Path) -> Result<Snapshot, Failure> {
+    Snapshot::open(path)
+        .map_err(|error| Failure::caused(&format!("cannot restore {}", path.display()), &error))
+}
+
+/// Puts a guest back into `machine`.
+pub(super) fn restore(
+    vm: &RunningVm,
+    snapshot: Snapshot,
+    machine: Arc<ReferenceMachine>,
+) -> Result<Slot, Failure> {
+    let id = snapshot.vm();
+    if let Some(other) = vm.options.uuid.filter(|other| *other != id) {
+        return Err(Failure::new(
+            Exit::Incompatible,
+            format!("the snapshot is of VM {id}, and --uuid says {other}"),
+        ));
+    }
+    if let Some(dir) = &vm.options.state_dir {
+        vm.presence.start(dir, id).map_err(Failure::failed)?;
+    }
+    let mut options = DestinationOptions::default();
+    options.state_dir = vm.options.state_dir.clone();
+    options.config_rules = vm.rules.clone();
+    machine.adopt(id);
+    let built: Arc<dyn Machine> = machine.clone();
+    match snapshot.restore(options, |_| Ok::<_, RefusalReason>(built)) {
+        Ok(arrived) => {
+            machine.let_go();
+            Ok(Slot::Here { machine, epoch: arrived.epoch })
+        }
+        Err(error) => {
+            let exit = match &error {
+                IncomingError::Refused(_) => Exit::Incompatible,
+                _ => Exit::Failed,
+            };
+            Err(Failure::new(exit, format!("the snapshot was not restored: {}", chain(&error))))
+        }
+    }
+}

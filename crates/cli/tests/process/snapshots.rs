@@ -1,0 +1,31 @@
+//! A guest into a file and back, through the command.
+
+use crate::support::{Setup, run};
+
+const UUID: &[&str] = &["--uuid", "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d42"];
+
+#[test]
+fn a_saved_guest_comes_back_whole_and_only_once() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let (state, file) = (dir.path().join("state"), dir.path().join("guest"));
+    let (state, file) = (state.to_str().unwrap(), file.to_str().unwrap());
+    let of_vm = [UUID, &["--state-dir", state]].concat();
+    let vm = Setup { vm_arguments: &of_vm, ..Setup::new(dir.path(), "a") }.start();
+    vm.warm();
+    let control = vm.control.to_str().unwrap();
+    let output = run(&["save", "--control", control, "-o", file, "--verify", "--json"]);
+    assert!(output.status.success(), "{output:?}");
+    vm.assert_runs();
+    let again = run(&["save", "--control", control, "-o", file]);
+    assert_eq!(again.status.code(), Some(1), "it overwrote a file");
+    let output = run(&["save", "--control", control, "-o", file, "--force", "--stop", "--verify"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(vm.status(), "postmigrate");
+    let restore = [&of_vm[..], &["--restore", file]].concat();
+    let back = Setup { vm_arguments: &restore, ..Setup::new(dir.path(), "b") }.start();
+    back.assert_whole();
+    drop(back);
+    let twice = run(&["vm", "--memory", "64M", "--restore", file, "--state-dir", state]);
+    assert_eq!(twice.status.code(), Some(3), "{twice:?}");
+}

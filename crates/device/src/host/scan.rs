@@ -1,0 +1,220 @@
+//! The scan: PCI functions, mediated devices, and whatever else has a VFIO device.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use super::aliases::Variants;
+use super::files::{link_name, link_parent, list};
+use super::judge::{Place, obstacles};
+use super::pci::{PciAddress, PciFacts, facts};
+use super::users::{self, User};
+use super::{ConfigOption, Obstacle, Roots, kernel};
+
+/// What kind of device it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// A PCI function.
+    Pci(Box<PciFacts>),
+    /// A mediated device: by name the device that it is made of, and its type.
+    Mdev {
+        /// The parent device.
+        parent: Option<String>,
+        /// What of its parent's types it is.
+        mdev_type: Option<String>,
+    },
+    /// Another VFIO device: of a platform, AP, CCW or the like.
+    Other,
+}
+
+/// A device of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HostDevice {
+    /// PCI address, UUID, or the name that its bus gives it.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Driver that has it.
+    pub driver: Option<String>,
+    /// It is a VFIO driver.
+    pub vfio: bool,
+    /// VFIO variant driver that is made for it, where the kernel's modules have one.
+    pub variant: Option<String>,
+    /// Number of its IOMMU group.
+    pub iommu_group: Option<u32>,
+    /// File of its group, where there is one.
+    pub group_file: Option<PathBuf>,
+    /// Its own file, where there is one.
+    pub cdev: Option<PathBuf>,
+    /// Who has it, or its group, open, as far as the caller may see.
+    pub users: Vec<User>,
+    /// Why it cannot migrate as it stands. Empty: nothing in sysfs speaks against it; the driver has the last word.
+    pub obstacles: Vec<Obstacle>,
+}
+
+impl HostDevice {
+    /// Whether it has to do with VFIO: it is bound to it, could be by a variant driver, or could have virtual functions
+    /// that are. What cannot be read may have.
+    pub fn is_candidate(&self) -> bool {
+        let pci = match &self.kind {
+            Kind::Pci(facts) => facts.sriov.is_some() || facts.physical.is_some() || facts.vendor.is_none(),
+            Kind::Mdev { .. } | Kind::Other => true,
+        };
+        self.vfio || self.variant.is_some() || pci
+    }
+}
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Scan {
+    /// The devices, by kind and name.
+    pub devices: Vec<HostDevice>,
+    /// What could not be looked at.
+    pub problems: Vec<String>,
+}
+
+/// Scans a host. Opens no device and changes nothing. Every PCI function is in it; see
+/// [`HostDevice::is_candidate`].
+pub fn scan(roots: &Roots) -> Scan {
+    let mut scanner = Scanner {
+        roots,
+        variants: Variants::read(roots),
+        users: users::all(&roots.proc, &roots.dev),
+        vfio: kernel::has_module(roots, "vfio"),
+        built_without: kernel::config(roots).option("VFIO") == ConfigOption::Off,
+        groups: BTreeMap::new(),
+        found: Scan::default(),
+    };
+    if !roots.sys.is_dir() {
+        scanner.found.problems.push(format!("there is no sysfs at {}", roots.sys.display()));
+    }
+    scanner.pci();
+    scanner.mdevs();
+    scanner.others();
+    scanner.found
+}
+
+struct Scanner<'a> {
+    roots: &'a Roots,
+    variants: Variants,
+    users: BTreeMap<PathBuf, Vec<User>>,
+    vfio: bool,
+    built_without: bool,
+    /// Of each group that was looked at, who is in it.
+    groups: BTreeMap<u32, Vec<String>>,
+    found: Scan,
+}
+
+impl Scanner<'_> {
+    fn pci(&mut self) {
+        let dir = self.roots.sys.join("bus/pci/devices");
+        for name in self.names(&dir) {
+            let Ok(address) = name.parse::<PciAddress>() else { continue };
+            let place = dir.join(&name);
+            let facts = facts(&place);
+            let variant = facts.modalias.as_deref().and_then(|alias| self.variants.of(alias)).map(Into::into);
+            self.add(address.to_string(), &place, Kind::Pci(Box::new(facts)), variant);
+        }
+    }
+
+    fn mdevs(&mut self) {
+        let dir = self.roots.sys.join("bus/mdev/devices");
+        for name in self.names(&dir) {
+            let place = dir.join(&name);
+            let kind =
+                Kind::Mdev { parent: link_parent(&place), mdev_type: link_name(&place.join("mdev_type")) };
+            self.add(name, &place, kind, None);
+        }
+    }
+
+    /// VFIO devices that are on neither bus.
+    fn others(&mut self) {
+        let dir = self.roots.sys.join("class/vfio-dev");
+        let known: BTreeSet<String> = self.found.devices.iter().map(|device| device.name.clone()).collect();
+        for name in self.names(&dir) {
+            let device = dir.join(&name).join("device");
+            match link_name(&device) {
+                Some(of) if known.contains(&of) => {}
+                of => self.add(of.unwrap_or(name), &device, Kind::Other, None),
+            }
+        }
+    }
+
+    fn add(&mut self, name: String, place: &Path, kind: Kind, variant: Option<String>) {
+        let driver = link_name(&place.join("driver"));
+        let vfio_devs = list(&place.join("vfio-dev")).unwrap_or_default();
+        let vfio = !vfio_devs.is_empty()
+            || matches!(kind, Kind::Other)
+            || driver.as_deref().is_some_and(is_vfio_driver);
+        let iommu_group: Option<u32> =
+            link_name(&place.join("iommu_group")).and_then(|group| group.parse().ok());
+        let dev = self.roots.dev.join("vfio");
+        let existing = |path: PathBuf| path.symlink_metadata().is_ok().then_some(path);
+        let noiommu = iommu_group.and_then(|group| existing(dev.join(format!("noiommu-{group}"))));
+        let group = iommu_group.and_then(|group| existing(dev.join(group.to_string())));
+        let cdev = vfio_devs.first().and_then(|name| existing(dev.join("devices").join(name)));
+        let mut device = HostDevice {
+            driver,
+            vfio,
+            variant,
+            iommu_group,
+            group_file: group.or_else(|| noiommu.clone()),
+            cdev,
+            users: Vec::new(),
+            obstacles: Vec::new(),
+            kind,
+            name,
+        };
+        let files = device.cdev.iter().chain(device.group_file.iter());
+        let mut users: Vec<User> = files.filter_map(|file| self.users.get(file)).flatten().cloned().collect();
+        users.sort();
+        users.dedup();
+        device.users = users;
+        let strangers =
+            iommu_group.filter(|_| device.vfio).map(|group| self.strangers(group)).unwrap_or_default();
+        let place = Place {
+            sys: &self.roots.sys,
+            vfio: self.vfio,
+            built_without: self.built_without,
+            noiommu: noiommu.is_some(),
+            strangers: &strangers,
+        };
+        device.obstacles = obstacles(&device, &place);
+        self.found.devices.push(device);
+    }
+
+    /// Who of a group belongs to a driver that keeps the group from VFIO: `name (driver)`.
+    fn strangers(&mut self, group: u32) -> Vec<String> {
+        if let Some(known) = self.groups.get(&group) {
+            return known.clone();
+        }
+        let dir = self.roots.sys.join(format!("kernel/iommu_groups/{group}/devices"));
+        let stranger = |name: String| {
+            let driver = link_name(&dir.join(&name).join("driver"))?;
+            (!is_vfio_driver(&driver) && !shares_group(&driver)).then(|| format!("{name} ({driver})"))
+        };
+        let strangers: Vec<String> = self.names(&dir).into_iter().filter_map(stranger).collect();
+        self.groups.insert(group, strangers.clone());
+        strangers
+    }
+
+    fn names(&mut self, dir: &Path) -> Vec<String> {
+        list(dir).unwrap_or_else(|error| {
+            self.found.problems.push(format!("{}: {error}", dir.display()));
+            Vec::new()
+        })
+    }
+}
+
+/// Every VFIO driver of the kernel has it in its name (`drivers/vfio`, and mdev's `vfio_mdev`-like drivers); others are
+/// known by the `vfio-dev` folder that the kernel makes since 6.1.
+fn is_vfio_driver(driver: &str) -> bool {
+    driver.contains("vfio")
+}
+
+/// Drivers that do no DMA of their own and leave a group to VFIO (`driver_managed_dma`).
+fn shares_group(driver: &str) -> bool {
+    matches!(driver, "pci-stub" | "pcieport" | "shpchp" | "pci-pf-stub")
+}

@@ -1,0 +1,186 @@
+//! What goes wrong with a kernel device, with what its operator can do.
+
+use std::path::PathBuf;
+
+use rustix::io::Errno;
+use vfio_migration_types::MigrationState;
+
+/// A cause that the kernel back end found itself; the source of a [`DeviceError`](crate::DeviceError) or of a
+/// [`TransitionError`](crate::TransitionError).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The text names no device.
+    #[error(
+        "'{0}' names no VFIO device (want a PCI address such as 0000:01:00.0, an mdev's UUID, or /dev/vfio/devices/vfioN)"
+    )]
+    Path(String),
+    /// The host has no such device.
+    #[error("there is no {0}")]
+    NoDevice(String),
+    /// The device belongs to a driver that is no VFIO driver, or to none.
+    #[error("{device} is bound to {}; {remedy}", driver.as_deref().unwrap_or("no driver"))]
+    NotVfio {
+        /// Which device.
+        device: String,
+        /// Its driver.
+        driver: Option<String>,
+        /// What to do.
+        remedy: String,
+    },
+    /// The device has no IOMMU group.
+    #[error(
+        "{0} has no IOMMU group: the host's IOMMU is off (enable it in the firmware, and boot with intel_iommu=on or amd_iommu=on)"
+    )]
+    NoGroup(String),
+    /// Not all devices of the group are bound to VFIO drivers.
+    #[error(
+        "IOMMU group {0} is not viable: bind every device in /sys/kernel/iommu_groups/{0}/devices to a VFIO driver, or to none"
+    )]
+    NotViable(String),
+    /// A file of VFIO or iommufd could not be opened.
+    #[error("{} cannot be opened; {remedy}", path.display())]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// What to do.
+        remedy: &'static str,
+        /// errno.
+        #[source]
+        source: Errno,
+    },
+    /// The kernel refused in a way that its operator can do something about.
+    #[error("{remedy}")]
+    Refused {
+        /// What to do.
+        remedy: &'static str,
+        /// What was refused.
+        #[source]
+        source: vfio_migration_uapi::UapiError,
+    },
+    /// The kernel has no TYPE1v2 IOMMU back end.
+    #[error("the kernel offers no TYPE1v2 IOMMU for its containers; modprobe vfio_iommu_type1")]
+    NoType1,
+    /// It is no PCI device.
+    #[error("it is no PCI device, or has {0} regions")]
+    NotPci(u32),
+    /// The kernel describes a region in a way that cannot be.
+    #[error("mappable area {start:#x}+{len:#x} of a region of {size:#x} bytes")]
+    Region {
+        /// First byte.
+        start: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of the region.
+        size: u64,
+    },
+    /// An access leaves the region, or there is no such region.
+    #[error("{len:#x} bytes at {offset:#x} leave region {region} of {size:#x} bytes")]
+    OutsideRegion {
+        /// Index of the region.
+        region: u32,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of the region, 0 where there is none.
+        size: u64,
+    },
+    /// The device took or gave fewer bytes than asked.
+    #[error("the device moved {moved} bytes of {wanted}")]
+    ShortAccess {
+        /// Bytes moved.
+        moved: usize,
+        /// Bytes asked for.
+        wanted: usize,
+    },
+    /// A DMA mapping without a file.
+    #[error("a kernel device maps memory itself and needs a file for it; it cannot ask for each access")]
+    NoFile,
+    /// Memory that is not guest RAM cannot be given to the IOMMU.
+    #[error(
+        "the IOMMU does not take another device's BAR: there is no peer-to-peer DMA to it from this device"
+    )]
+    NoPeerDma(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The range overlaps a mapped one, or is not mapped.
+    #[error("the range {start:#x}+{len:#x} {what}")]
+    Window {
+        /// First address.
+        start: u64,
+        /// Bytes.
+        len: u64,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// The session is over without our doing.
+    #[error(
+        "the session was lost: the device is in {0}, as after a reset (a guest's function-level reset, or error recovery)"
+    )]
+    SessionLost(MigrationState),
+    /// A session is open already.
+    #[error("a session is open on the device already, and its data descriptor cannot be had again")]
+    SessionOpen,
+    /// A state that belongs to a session.
+    #[error("that state belongs to a session")]
+    SessionState,
+    /// RESUMING is left by finishing or by a reset.
+    #[error("a resuming session is left by finishing it or by a reset")]
+    ResumingOpen,
+    /// The kernel opened no session.
+    #[error("the kernel gave no data descriptor")]
+    NoStream,
+    /// The kernel opened a session inside of one.
+    #[error("the kernel opened a second session inside the first")]
+    SecondStream,
+    /// A read into nothing.
+    #[error("a read into an empty buffer")]
+    EmptyBuffer,
+    /// The driver took an odd number of bytes.
+    #[error("the driver took {taken} of {offered} bytes")]
+    OddWrite {
+        /// Bytes that it says it took.
+        taken: usize,
+        /// Bytes that it was given.
+        offered: usize,
+    },
+    /// After a reset the device is not RUNNING.
+    #[error("it is in {0} even after a reset")]
+    ResetLeft(MigrationState),
+}
+
+impl KernelError {
+    /// A file that could not be opened, with what the errno suggests.
+    pub(super) fn open(path: PathBuf, source: Errno) -> Self {
+        let is = |name: &str| path.ends_with(name);
+        let remedy = match source {
+            Errno::NOENT | Errno::NODEV | Errno::NXIO if is("iommu") => {
+                "modprobe iommufd, on a kernel that has CONFIG_IOMMUFD"
+            }
+            Errno::NOENT | Errno::NODEV | Errno::NXIO if is("vfio/vfio") => {
+                "modprobe vfio, and vfio_iommu_type1"
+            }
+            Errno::NOENT | Errno::NODEV | Errno::NXIO => {
+                "bind the device to a VFIO driver (modprobe vfio-pci)"
+            }
+            Errno::ACCESS | Errno::PERM => {
+                "give this user read and write access to it (chown, or a udev rule)"
+            }
+            Errno::BUSY => Self::remedy(source),
+            Errno::MFILE | Errno::NFILE => "raise the limit on open files",
+            _ => "see the cause",
+        };
+        Self::Open { path, remedy, source }
+    }
+
+    /// What an errno of opening suggests.
+    pub(super) fn remedy(errno: Errno) -> &'static str {
+        match errno {
+            Errno::BUSY => "another process, or another device of the same IOMMU group here, holds it",
+            Errno::NOMEM => "the limit on locked memory may be too low (ulimit -l)",
+            _ => {
+                "the kernel does not permit it: without interrupt remapping, vfio_iommu_type1 or iommufd takes \
+                 allow_unsafe_interrupts=1; see the kernel's log"
+            }
+        }
+    }
+}

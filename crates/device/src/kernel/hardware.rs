@@ -1,0 +1,270 @@
+//! The PCI hardware of a kernel device.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::io::Errno;
+use vfio_migration_memory::Mapping;
+use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
+use vfio_migration_uapi::{self as uapi, Dma, Region, UapiError};
+
+use super::windows::Window;
+use super::{Inner, KernelDevice, KernelError};
+use crate::DeviceError;
+use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
+
+/// A region, with where it is in the device's file.
+#[derive(Debug)]
+pub(super) struct Regions {
+    pub(super) infos: Vec<RegionInfo>,
+    pub(super) offsets: Vec<u64>,
+}
+
+/// All regions that the device has, of `count` that it may have.
+pub(super) fn find_regions(
+    id: &DeviceId,
+    device: BorrowedFd<'_>,
+    count: u32,
+) -> Result<Regions, DeviceError> {
+    let mut regions = Regions { infos: Vec::new(), offsets: Vec::new() };
+    for index in 0..count {
+        let doing = || format!("asking for region {index}");
+        let region = match uapi::region_info(device, index) {
+            Ok(region) => region,
+            // Some drivers say so of a region that is merely absent (vfio_pci_core.c: VGA of a device without).
+            Err(error) if error.errno() == Some(Errno::INVAL) => continue,
+            Err(error) => return Err(DeviceError::new(id.clone(), doing(), error.errno(), error)),
+        };
+        if region.size == 0 {
+            continue;
+        }
+        regions.offsets.push(region.offset);
+        regions.infos.push(RegionInfo {
+            index: RegionIndex(index),
+            size: region.size,
+            readable: region.readable,
+            writable: region.writable,
+            mappable: mappable(region).map_err(|error| DeviceError::new(id.clone(), doing(), None, error))?,
+        });
+    }
+    Ok(regions)
+}
+
+/// The parts of a region that may be mapped.
+fn mappable(region: Region) -> Result<Vec<Range<u64>>, KernelError> {
+    if !region.mappable {
+        return Ok(Vec::new());
+    }
+    let Some(areas) = region.sparse else {
+        return Ok(Range::new(0, region.size).into_iter().collect());
+    };
+    let mut parts: Vec<Range<u64>> = Vec::new();
+    for area in areas {
+        if area.end() > region.size || parts.iter().any(|part| part.overlaps(&area)) {
+            return Err(KernelError::Region { start: area.start(), len: area.len(), size: region.size });
+        }
+        parts.push(area);
+    }
+    Ok(parts)
+}
+
+impl Inner {
+    /// Where `len` bytes at `offset` of a region are in the device's file.
+    fn locate(&self, index: RegionIndex, offset: u64, len: usize, doing: &str) -> Result<u64, DeviceError> {
+        let at = self.regions.infos.iter().position(|region| region.index == index);
+        let size = at.map_or(0, |at| self.regions.infos[at].size);
+        let base = at.and_then(|at| self.regions.offsets.get(at)).copied();
+        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= size);
+        base.filter(|_| inside).and_then(|base| base.checked_add(offset)).ok_or_else(|| {
+            let error = KernelError::OutsideRegion { region: index.0, offset, len: len as u64, size };
+            DeviceError::new(self.id.clone(), doing, None, error)
+        })
+    }
+
+    /// Moves all bytes of a region's access in pieces as the device takes them.
+    fn whole(
+        &self,
+        doing: &str,
+        len: usize,
+        mut piece: impl FnMut(usize) -> Result<usize, Errno>,
+    ) -> Result<(), DeviceError> {
+        let mut moved = 0;
+        while moved < len {
+            match piece(moved) {
+                Ok(n) if n > 0 && n <= len - moved => moved += n,
+                Ok(_) => {
+                    let error = KernelError::ShortAccess { moved, wanted: len };
+                    return Err(DeviceError::new(self.id.clone(), doing, None, error));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(DeviceError::new(self.id.clone(), doing, Some(errno), errno)),
+            }
+        }
+        Ok(())
+    }
+
+    fn refused(&self, doing: impl Into<String>) -> impl FnOnce(UapiError) -> DeviceError {
+        let (id, doing) = (self.id.clone(), doing.into());
+        move |error| DeviceError::new(id, doing, error.errno(), error)
+    }
+
+    /// Where in guest RAM a file's byte `offset` is, if the file is guest RAM.
+    fn ram_offset(&self, fd: BorrowedFd<'_>, offset: u64) -> Result<Option<RamOffset>, Errno> {
+        let (theirs, ours) = (rustix::fs::fstat(fd)?, rustix::fs::fstat(self.ram.fd())?);
+        let same = (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino);
+        Ok(same.then_some(RamOffset(offset)))
+    }
+
+    fn device_fd(&self) -> BorrowedFd<'_> {
+        (*self.device).as_fd()
+    }
+
+    fn connected(&self, index: IrqIndex) -> Option<&std::sync::atomic::AtomicBool> {
+        self.connected.get(index.number() as usize)
+    }
+}
+
+impl PciHardware for KernelDevice {
+    fn id(&self) -> &DeviceId {
+        &self.inner.id
+    }
+
+    fn regions(&self) -> &[RegionInfo] {
+        &self.inner.regions.infos
+    }
+
+    fn region_file(&self, index: RegionIndex) -> Option<RegionFile<'_>> {
+        let at = self.inner.regions.infos.iter().position(|region| region.index == index)?;
+        if self.inner.regions.infos[at].mappable.is_empty() {
+            return None;
+        }
+        Some(RegionFile { fd: self.inner.device_fd(), offset: *self.inner.regions.offsets.get(at)? })
+    }
+
+    fn region_read(&self, index: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+        let doing = format!("reading region {} at {offset:#x}", index.0);
+        let base = self.inner.locate(index, offset, into.len(), &doing)?;
+        self.inner.whole(&doing, into.len(), |moved| {
+            rustix::io::pread(&*self.inner.device, &mut into[moved..], base + moved as u64)
+        })
+    }
+
+    fn region_write(&self, index: RegionIndex, offset: u64, from: &[u8]) -> Result<(), DeviceError> {
+        let doing = format!("writing region {} at {offset:#x}", index.0);
+        let base = self.inner.locate(index, offset, from.len(), &doing)?;
+        self.inner.whole(&doing, from.len(), |moved| {
+            rustix::io::pwrite(&*self.inner.device, &from[moved..], base + moved as u64)
+        })
+    }
+
+    /// None: the kernel has `VFIO_DEVICE_IOEVENTFD`, which a VMM does not need where a BAR is mapped.
+    fn doorbells(&self, _: RegionIndex) -> Result<Vec<Doorbell>, DeviceError> {
+        Ok(Vec::new())
+    }
+
+    fn irq_count(&self, index: IrqIndex) -> u32 {
+        self.inner.irqs.get(index.number() as usize).copied().unwrap_or(0)
+    }
+
+    fn set_irq_eventfds(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), DeviceError> {
+        if eventfds.is_empty() {
+            // An empty list would disable the kind.
+            return Ok(());
+        }
+        uapi::set_irq_eventfds(self.inner.device_fd(), index.number(), start, eventfds)
+            .map_err(self.inner.refused(format!("connecting {index:?} interrupts")))?;
+        if let Some(connected) = self.inner.connected(index) {
+            connected.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
+        let was =
+            self.inner.connected(index).is_some_and(|connected| connected.swap(false, Ordering::AcqRel));
+        match uapi::disable_irqs(self.inner.device_fd(), index.number()) {
+            // vfio-pci's answer for a kind that is not enabled.
+            Err(error) if !was && error.errno() == Some(Errno::INVAL) => Ok(()),
+            done => done.map_err(self.inner.refused(format!("disabling {index:?} interrupts"))),
+        }
+    }
+
+    fn trigger_irq(&self, index: IrqIndex, vector: u32) -> Result<(), DeviceError> {
+        uapi::trigger_irq(self.inner.device_fd(), index.number(), vector)
+            .map_err(self.inner.refused(format!("raising {index:?} interrupt {vector}")))
+    }
+
+    fn mask_irq(&self, index: IrqIndex, vector: u32, masked: bool) -> Result<(), DeviceError> {
+        uapi::mask_irq(self.inner.device_fd(), index.number(), vector, masked)
+            .map_err(self.inner.refused(format!("masking {index:?} interrupt {vector}")))
+    }
+
+    fn set_intx_resample(&self, eventfd: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+        uapi::set_irq_unmask_eventfd(self.inner.device_fd(), IrqIndex::Intx.number(), 0, eventfd)
+            .map_err(self.inner.refused("connecting the eventfd that unmasks INTx"))
+    }
+
+    fn dma_map(
+        &self,
+        iova: Range<Iova>,
+        access: DmaAccess,
+        file: Option<(BorrowedFd<'_>, u64)>,
+    ) -> Result<(), DeviceError> {
+        let inner = &self.inner;
+        let doing = format!("mapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
+        let failed =
+            |errno, error: KernelError| DeviceError::new(inner.id.clone(), doing.clone(), errno, error);
+        let window = |what| KernelError::Window { start: iova.start().0, len: iova.len(), what };
+        let Some((fd, offset)) = file else { return Err(failed(None, KernelError::NoFile)) };
+        if inner.windows.overlaps(iova) {
+            return Err(failed(None, window("overlaps one that is mapped")));
+        }
+        let dma = Dma { read: access.read, write: access.write };
+        let ram = inner
+            .ram_offset(fd, offset)
+            .map_err(|errno| DeviceError::new(inner.id.clone(), doing.clone(), Some(errno), errno))?;
+        // Noted before: a log that starts in between must not miss it.
+        inner.windows.add(Window { iova, write: access.write, ram });
+        let mapped = match ram {
+            Some(ram) => match inner.ram.host_memory(ram, iova.len()) {
+                Ok(memory) => inner.iommu.map(iova, &memory, dma).map_err(inner.refused(doing.clone())),
+                Err(error) => Err(DeviceError::new(inner.id.clone(), doing.clone(), None, error)),
+            },
+            None => match Mapping::new(fd, offset, iova.len(), access.write) {
+                Ok(mapping) => {
+                    let memory = Arc::new(mapping).host_memory();
+                    inner.iommu.map(iova, &memory, dma).map_err(|error| {
+                        let errno = error.errno();
+                        failed(errno, KernelError::NoPeerDma(error.into()))
+                    })
+                }
+                Err(error) => Err(failed(None, KernelError::NoPeerDma(error.into()))),
+            },
+        };
+        mapped.inspect_err(|_| {
+            inner.windows.remove(iova);
+        })
+    }
+
+    fn dma_unmap(&self, iova: Range<Iova>) -> Result<(), DeviceError> {
+        let inner = &self.inner;
+        let doing = format!("unmapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
+        if !inner.windows.contains(iova) {
+            let error = KernelError::Window { start: iova.start().0, len: iova.len(), what: "is not mapped" };
+            return Err(DeviceError::new(inner.id.clone(), doing, None, error));
+        }
+        // Taken off the list first: a log must not ask for what is gone. What it was counts as dirty.
+        let ram = inner.windows.remove(iova);
+        inner.iommu.unmap(iova).map_err(inner.refused(doing)).inspect_err(|_| {
+            if let Some(window) = ram {
+                inner.windows.add(window);
+            }
+        })
+    }
+}

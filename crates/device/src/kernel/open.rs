@@ -1,0 +1,188 @@
+//! The ways to an open kernel device.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use vfio_migration_types::DeviceId;
+use vfio_migration_uapi::{self as uapi, Ioas, Type1, UapiError};
+
+use super::iommu::{Iommu, with_cause};
+use super::sysfs::{self, SysDevice};
+use super::{IommuHandle, KernelError, KernelOptions, KernelPath};
+use crate::DeviceError;
+
+/// A device that is open and attached to an address space of its own.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) device: Arc<OwnedFd>,
+    /// The group that it was opened by; `None` for a device that was opened by its own file.
+    pub(super) group: Option<OwnedFd>,
+    pub(super) iommu: Iommu,
+    pub(super) sys: Option<SysDevice>,
+}
+
+/// Opens the device at `path`: by its own file where the kernel has one and iommufd, by its group otherwise.
+pub(super) fn open(id: &DeviceId, path: &KernelPath, options: &KernelOptions) -> Result<Opened, DeviceError> {
+    let opener = Opener { id, doing: format!("opening {path}"), options };
+    match path {
+        KernelPath::Pci(address) => {
+            let sys = sysfs::pci(&options.sysfs, address).map_err(|error| opener.failed(error))?;
+            opener.found(sys)
+        }
+        KernelPath::Mdev(uuid) => {
+            let sys = sysfs::mdev(&options.sysfs, uuid).map_err(|error| opener.failed(error))?;
+            opener.found(sys)
+        }
+        KernelPath::Cdev(file) => opener.cdev(file, sysfs::cdev(&options.sysfs, file)),
+        KernelPath::Group { group, name } => opener.group(group, name, sysfs::named(&options.sysfs, name)),
+    }
+}
+
+/// Takes over a device that somebody else opened.
+pub(super) fn adopt(
+    id: &DeviceId,
+    device: OwnedFd,
+    handle: IommuHandle,
+    options: &KernelOptions,
+) -> Result<Opened, DeviceError> {
+    let opener = Opener { id, doing: "taking over the device's descriptor".into(), options };
+    let device = Arc::new(device);
+    match handle {
+        IommuHandle::Type1 { container, group } => {
+            let container = Type1::new(container).map_err(|error| opener.refused(error))?;
+            Ok(Opened { device, group: Some(group), iommu: Iommu::Type1(Arc::new(container)), sys: None })
+        }
+        IommuHandle::Iommufd { iommufd, bound } => {
+            let iommu = opener.attach(&device, Arc::new(iommufd), bound)?;
+            Ok(Opened { device, group: None, iommu, sys: None })
+        }
+    }
+}
+
+struct Opener<'a> {
+    id: &'a DeviceId,
+    doing: String,
+    options: &'a KernelOptions,
+}
+
+impl Opener<'_> {
+    fn found(&self, sys: SysDevice) -> Result<Opened, DeviceError> {
+        sys.check_driver().map_err(|error| self.failed(error))?;
+        let dev = &self.options.dev;
+        if !self.options.prefer_group
+            && let Some(name) = &sys.vfio
+        {
+            let file = dev.join("vfio/devices").join(name);
+            if file.exists() && dev.join("iommu").exists() {
+                return self.cdev(&file, Some(sys));
+            }
+        }
+        let Some(number) = &sys.group else {
+            return Err(self.failed(KernelError::NoGroup(sys.name)));
+        };
+        let group = dev.join("vfio").join(number);
+        let name = sys.name.clone();
+        self.group(&group, &name, Some(sys))
+    }
+
+    fn cdev(&self, file: &Path, sys: Option<SysDevice>) -> Result<Opened, DeviceError> {
+        let device = Arc::new(self.file(file)?);
+        let iommufd = Arc::new(self.file(&self.options.dev.join("iommu"))?);
+        let iommu = self.attach(&device, iommufd, None)?;
+        Ok(Opened { device, group: None, iommu, sys })
+    }
+
+    /// Binds the device to `iommufd` unless it is, and attaches it to a new address space of it, by a page table that
+    /// tracks dirty pages if the IOMMU can: that has to be asked for now.
+    fn attach(
+        &self,
+        device: &Arc<OwnedFd>,
+        iommufd: Arc<OwnedFd>,
+        bound: Option<u32>,
+    ) -> Result<Iommu, DeviceError> {
+        let fd = (**device).as_fd();
+        let number = match bound {
+            Some(number) => number,
+            None => uapi::bind_iommufd(fd, (*iommufd).as_fd()).map_err(|error| match error.errno() {
+                // A device opened by its own file is opened once, and this is how the kernel says so
+                // (vfio_main.c, vfio_df_open).
+                Some(errno @ Errno::INVAL) => {
+                    let error =
+                        KernelError::Refused { remedy: KernelError::remedy(Errno::BUSY), source: error };
+                    DeviceError::new(self.id.clone(), self.doing.clone(), Some(errno), error)
+                }
+                _ => self.refused(error),
+            })?,
+        };
+        let space = Ioas::new(iommufd).map_err(|error| self.refused(error))?;
+        let table = tracking_table(&space, number);
+        let to = table.as_ref().map_or(space.id(), |table| *table);
+        uapi::attach(fd, to).map_err(|error| self.refused(error))?;
+        Ok(Iommu::Iommufd { space: Arc::new(space), table })
+    }
+
+    fn group(&self, file: &Path, name: &str, sys: Option<SysDevice>) -> Result<Opened, DeviceError> {
+        let group = self.file(file)?;
+        let status = uapi::group_status(group.as_fd()).map_err(|error| self.refused(error))?;
+        if !status.viable {
+            let number = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            return Err(self.failed(KernelError::NotViable(number)));
+        }
+        let container = self.file(&self.options.dev.join("vfio/vfio"))?;
+        let container = Type1::new(container).map_err(|error| self.refused(error))?;
+        if !container.has_type1v2().map_err(|error| self.refused(error))? {
+            return Err(self.failed(KernelError::NoType1));
+        }
+        uapi::set_container(group.as_fd(), &container).map_err(|error| self.refused(error))?;
+        container.set_iommu().map_err(|error| self.refused(error))?;
+        let text = CString::new(name).map_err(|_| self.failed(KernelError::Path(name.into())))?;
+        let device = uapi::group_device(group.as_fd(), &text).map_err(|error| match error.errno() {
+            Some(Errno::NODEV) => {
+                self.failed(KernelError::NoDevice(format!("device {name} in {}", file.display())))
+            }
+            _ => self.refused(error),
+        })?;
+        let iommu = Iommu::Type1(Arc::new(container));
+        Ok(Opened { device: Arc::new(device), group: Some(group), iommu, sys })
+    }
+
+    fn file(&self, path: &Path) -> Result<OwnedFd, DeviceError> {
+        rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
+            let error = KernelError::open(PathBuf::from(path), errno);
+            DeviceError::new(self.id.clone(), self.doing.clone(), Some(errno), error)
+        })
+    }
+
+    fn failed(&self, error: KernelError) -> DeviceError {
+        DeviceError::new(self.id.clone(), self.doing.clone(), None, error)
+    }
+
+    fn refused(&self, error: UapiError) -> DeviceError {
+        let errno = error.errno();
+        match errno {
+            Some(errno @ (Errno::BUSY | Errno::PERM | Errno::ACCESS | Errno::NOMEM)) => {
+                let error = KernelError::Refused { remedy: KernelError::remedy(errno), source: error };
+                DeviceError::new(self.id.clone(), self.doing.clone(), Some(errno), error)
+            }
+            _ => DeviceError::new(self.id.clone(), self.doing.clone(), errno, error),
+        }
+    }
+}
+
+/// A page table that tracks dirty pages for the device `number`, or why there is none.
+fn tracking_table(space: &Ioas, number: u32) -> Result<u32, String> {
+    match uapi::hw_info(space.fd(), number) {
+        Ok(info) if info.dirty_tracking => {
+            space.make_tracking_table(number).map_err(|error| with_cause(&error))
+        }
+        Ok(_) => Err("the IOMMU does not track dirty pages".into()),
+        Err(error) if matches!(error.errno(), Some(Errno::NOENT | Errno::OPNOTSUPP)) => {
+            Err("no IOMMU stands before the device".into())
+        }
+        Err(error) => Err(with_cause(&error)),
+    }
+}

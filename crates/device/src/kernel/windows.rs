@@ -1,0 +1,88 @@
+//! What a device may reach by DMA, and which guest RAM of it changed hands while a log runs.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vfio_migration_types::{Iova, RamOffset, Range};
+
+/// One DMA mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Window {
+    pub(super) iova: Range<Iova>,
+    /// The device may write.
+    pub(super) write: bool,
+    /// Where in guest RAM it begins; `None` for something else, a BAR.
+    pub(super) ram: Option<RamOffset>,
+}
+
+/// The DMA mappings of a device.
+#[derive(Debug, Default)]
+pub(super) struct Windows {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    windows: Vec<Window>,
+    /// Guest RAM that was mapped or unmapped since a log last started: no log is sure to hold its writes.
+    moved: Vec<(RamOffset, u64)>,
+}
+
+impl Windows {
+    pub(super) fn add(&self, window: Window) {
+        let mut state = self.lock();
+        state.note(window);
+        state.windows.push(window);
+    }
+
+    pub(super) fn remove(&self, iova: Range<Iova>) -> Option<Window> {
+        let mut state = self.lock();
+        let at = state.windows.iter().position(|window| window.iova == iova)?;
+        let window = state.windows.swap_remove(at);
+        state.note(window);
+        Some(window)
+    }
+
+    pub(super) fn overlaps(&self, iova: Range<Iova>) -> bool {
+        self.lock().windows.iter().any(|window| window.iova.overlaps(&iova))
+    }
+
+    pub(super) fn contains(&self, iova: Range<Iova>) -> bool {
+        self.lock().windows.iter().any(|window| window.iova == iova)
+    }
+
+    /// Guest RAM that the device may write now, for a log that is about to start.
+    pub(super) fn begin(&self) -> Vec<(Range<Iova>, RamOffset)> {
+        let mut state = self.lock();
+        state.moved.clear();
+        state.ram().collect()
+    }
+
+    /// Guest RAM that the device may write now.
+    pub(super) fn ram(&self) -> Vec<(Range<Iova>, RamOffset)> {
+        self.lock().ram().collect()
+    }
+
+    /// Guest RAM that changed hands since [`begin`](Self::begin), with its length in bytes.
+    pub(super) fn moved(&self) -> Vec<(RamOffset, u64)> {
+        self.lock().moved.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn ram(&self) -> impl Iterator<Item = (Range<Iova>, RamOffset)> + '_ {
+        let windows = self.windows.iter().filter(|window| window.write);
+        windows.filter_map(|window| Some((window.iova, window.ram?)))
+    }
+
+    fn note(&mut self, window: Window) {
+        if let Some(ram) = window.ram.filter(|_| window.write)
+            && !self.moved.contains(&(ram, window.iova.len()))
+        {
+            self.moved.push((ram, window.iova.len()));
+        }
+    }
+}

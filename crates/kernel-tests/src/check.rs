@@ -1,0 +1,27 @@
+//! What a test ends in.
+
+use std::error::Error;
+
+/// How a test ended.
+pub(crate) type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+/// Fails the test unless both are equal.
+pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, wanted: T) -> Outcome {
+    if found == wanted { Ok(()) } else { Err(format!("{what}: found {found:?}, wanted {wanted:?}").into()) }
+}
+
+/// Fails the test unless `holds`.
+pub(crate) fn holds(holds: bool, what: &str) -> Outcome {
+    if holds { Ok(()) } else { Err(format!("not so: {what}").into()) }
+}
+
+/// An error and its causes, in one line.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}

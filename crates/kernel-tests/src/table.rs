@@ -1,0 +1,72 @@
+//! The tests, by name.
+
+use std::process::ExitCode;
+
+use crate::check::{Outcome, chain};
+use crate::{kernel_device, mtty};
+
+/// What a test needs of the kernel it runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// The kernel's sample device is loaded.
+    Mtty,
+    /// iommufd, and with it the devices' own files.
+    Cdev,
+    /// A kernel without them.
+    NoCdev,
+}
+
+/// One test.
+#[derive(Debug)]
+pub(crate) struct Test {
+    pub(crate) name: &'static str,
+    pub(crate) needs: &'static [Need],
+    run: fn() -> Outcome,
+}
+
+const fn test(name: &'static str, needs: &'static [Need], run: fn() -> Outcome) -> Test {
+    Test { name, needs, run }
+}
+
+/// All of them. Each runs in a process of its own, and leaves nothing behind.
+pub(crate) const TESTS: &[Test] = &[
+    test("mtty_describes_itself", &[Need::Mtty], mtty::info::describes_itself),
+    test("mtty_raises_its_interrupt", &[Need::Mtty], mtty::info::raises_its_interrupt),
+    test("mtty_takes_every_arc_and_refuses_the_others", &[Need::Mtty], mtty::arcs::every_arc),
+    test("mtty_stays_where_a_failed_arc_left_it", &[Need::Mtty], mtty::arcs::failed_set),
+    test("mtty_keeps_its_descriptor_inside_the_saving_group", &[Need::Mtty], mtty::arcs::one_descriptor),
+    test("mtty_loses_its_session_to_a_reset", &[Need::Mtty], mtty::arcs::reset_ends_a_session),
+    test("mtty_moves_its_contents", &[Need::Mtty], mtty::stream::contents_move),
+    test("mtty_refuses_a_wrong_header", &[Need::Mtty], mtty::stream::wrong_header),
+    test("mtty_refuses_another_number_of_ports", &[Need::Mtty], mtty::stream::other_ports),
+    test("mtty_says_how_far_pre_copy_is", &[Need::Mtty], mtty::stream::precopy_info),
+    test("mtty_has_a_dirty_log_in_name_only", &[Need::Mtty], mtty::dirty::log),
+    test("type1_maps_and_tracks", &[Need::Mtty], mtty::dirty::type1),
+    test("cdev_moves_its_contents", &[Need::Mtty, Need::Cdev], mtty::stream::contents_move_by_cdev),
+    test("cdev_maps_through_iommufd", &[Need::Mtty, Need::Cdev], mtty::dirty::iommufd),
+    test("a_stock_kernel_has_no_iommufd", &[Need::Mtty, Need::NoCdev], mtty::dirty::no_iommufd),
+    test("kernel_device_contents_move", &[Need::Mtty], kernel_device::contents_move),
+    test("kernel_device_every_path", &[Need::Mtty], kernel_device::every_path),
+    test("kernel_device_handed_over", &[Need::Mtty], kernel_device::handed_over),
+    test("kernel_device_describes_itself", &[Need::Mtty], kernel_device::describes_itself),
+    test("kernel_device_chooses_its_tracker", &[Need::Mtty], kernel_device::chooses_its_tracker),
+    test("kernel_device_reset_ends_a_session", &[Need::Mtty], kernel_device::reset_ends_a_session),
+    test("kernel_device_refusals_end_in_a_reset", &[Need::Mtty], kernel_device::refusals_end_in_a_reset),
+    test("kernel_device_refusals_to_open", &[Need::Mtty], kernel_device::refusals_to_open),
+    test("kernel_device_interrupts", &[Need::Mtty], kernel_device::interrupts),
+];
+
+/// Runs one, in this process.
+pub(crate) fn run(name: &str) -> ExitCode {
+    let Some(test) = TESTS.iter().find(|test| test.name == name) else {
+        eprintln!("there is no test {name}");
+        return ExitCode::from(2);
+    };
+    match (test.run)() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Why a snapshot could not be written, or is none.
+
+use std::path::PathBuf;
+
+use vfio_migration_compat::ManifestError;
+use vfio_migration_wire::WireError;
+
+use crate::{Aborted, MigrateError};
+
+/// A file that is no whole snapshot, or could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// A file operation failed.
+    #[error("{doing} {path} failed")]
+    File {
+        /// What was attempted.
+        doing: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The cause, with its errno.
+        #[source]
+        source: std::io::Error,
+    },
+    /// There is a file already.
+    #[error("{0} exists already; --force replaces it")]
+    Exists(PathBuf),
+    /// Not the beginning of a snapshot.
+    #[error("it is no snapshot: it does not begin as one")]
+    Magic,
+    /// A layout that this program does not know.
+    #[error("it is a snapshot of layout {0}, and this program reads layout 1")]
+    Version(u8),
+    /// Bytes are missing or too many.
+    #[error("the snapshot is cut short or too long: {0}")]
+    Length(String),
+    /// The digest of the whole file does not fit.
+    #[error("the snapshot is damaged: its digest does not fit its bytes")]
+    Digest,
+    /// A frame is damaged.
+    #[error("frame {frame} of the snapshot is damaged")]
+    Frame {
+        /// Number of the frame, from 0.
+        frame: u64,
+        /// The cause.
+        #[source]
+        source: WireError,
+    },
+    /// The manifest cannot be read.
+    #[error("the manifest in the snapshot cannot be read")]
+    Manifest(#[from] ManifestError),
+    /// Sound frames that make no snapshot together.
+    #[error("the snapshot contradicts itself: {0}")]
+    Content(String),
+}
+
+/// Why a machine was not saved. No file is left, but for [`Held`](Self::Held).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SaveError {
+    /// The file; the guest goes on.
+    #[error("the snapshot cannot be written")]
+    File(#[from] SnapshotError),
+    /// The machine could not be read out; the error says how the guest stands.
+    #[error("the machine cannot be saved")]
+    Session(#[from] MigrateError),
+    /// The file is whole, and the guest could not go on afterwards: it stands here.
+    #[error("the snapshot is whole, but the guest could not go on")]
+    Held(#[source] HeldBack),
+}
+
+/// What is left of a machine that was saved and did not go on.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct HeldBack(pub Box<Aborted>);

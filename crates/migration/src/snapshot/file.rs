@@ -1,0 +1,193 @@
+//! A file that is there whole, under its name, or not at all; and frames into it and out of it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use vfio_migration_wire::{Bulk, Crc, FrameHeader, HEADER_LEN, Message, WireError, encode, encode_bulk};
+
+use super::SnapshotError;
+use super::format::{END, HEAD_LEN, MAGIC, TRAILER_LEN, VERSION};
+
+/// A snapshot being written, under a temporary name in the folder it will live in. Dropping it removes it.
+#[derive(Debug)]
+pub(super) struct Writer {
+    out: BufWriter<File>,
+    temporary: PathBuf,
+    path: PathBuf,
+    force: bool,
+    hasher: blake3::Hasher,
+    written: u64,
+    sequence: u64,
+    /// It has its own name.
+    named: bool,
+}
+
+impl Writer {
+    pub(super) fn create(path: &Path, force: bool) -> Result<Self, SnapshotError> {
+        if !force && path.symlink_metadata().is_ok() {
+            return Err(SnapshotError::Exists(path.into()));
+        }
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{}.tmp", std::process::id()));
+        let temporary = path.with_file_name(name);
+        let mut open = OpenOptions::new();
+        std::os::unix::fs::OpenOptionsExt::mode(open.write(true).create_new(true), 0o600);
+        let file = open.open(&temporary).map_err(failed("creating", &temporary))?;
+        let mut writer = Self {
+            out: BufWriter::with_capacity(1 << 20, file),
+            temporary,
+            path: path.into(),
+            force,
+            hasher: blake3::Hasher::new(),
+            written: 0,
+            sequence: 0,
+            named: false,
+        };
+        writer.bytes(&MAGIC)?;
+        writer.bytes(&[VERSION])?;
+        Ok(writer)
+    }
+
+    pub(super) fn message(&mut self, message: &Message) -> Result<(), SnapshotError> {
+        let frame = encode(message, self.sequence).map_err(|source| self.unsound(source))?;
+        self.sequence += 1;
+        self.bytes(&frame)
+    }
+
+    pub(super) fn bulk(&mut self, bulk: &Bulk<'_>, body: &[u8]) -> Result<(), SnapshotError> {
+        let frame = encode_bulk(bulk, self.sequence).map_err(|source| self.unsound(source))?;
+        self.sequence += 1;
+        let [head, bytes] = frame.parts();
+        self.bytes(head)?;
+        self.bytes(bytes)?;
+        self.bytes(body)
+    }
+
+    /// Ends the file and gives it its name: from here it outlives this process and the host's power.
+    pub(super) fn finish(&mut self) -> Result<(u64, [u8; 32]), SnapshotError> {
+        let len = self.written + TRAILER_LEN;
+        self.bytes(&END)?;
+        self.bytes(&len.to_le_bytes())?;
+        let digest = *self.hasher.finalize().as_bytes();
+        self.bytes(&digest)?;
+        self.out.flush().map_err(failed("writing", &self.temporary))?;
+        self.out.get_ref().sync_all().map_err(failed("syncing", &self.temporary))?;
+        if self.force {
+            std::fs::rename(&self.temporary, &self.path).map_err(failed("naming", &self.path))?;
+        } else {
+            // Unlike a rename, a link never replaces what somebody else put there meanwhile.
+            std::fs::hard_link(&self.temporary, &self.path).map_err(|error| match error.kind() {
+                std::io::ErrorKind::AlreadyExists => SnapshotError::Exists(self.path.clone()),
+                _ => failed("naming", &self.path)(error),
+            })?;
+            std::fs::remove_file(&self.temporary).map_err(failed("removing", &self.temporary))?;
+        }
+        self.named = true;
+        let folder = match self.path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        synced.map_err(failed("syncing", folder))?;
+        Ok((len, digest))
+    }
+
+    /// Takes the file away again, also once it has its name.
+    pub(super) fn discard(&mut self) {
+        let path = if std::mem::take(&mut self.named) { &self.path } else { &self.temporary };
+        if let Err(error) = std::fs::remove_file(path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, path = %path.display(), "a snapshot that failed could not be removed");
+        }
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Result<(), SnapshotError> {
+        self.hasher.update(bytes);
+        self.written += bytes.len() as u64;
+        self.out.write_all(bytes).map_err(failed("writing", &self.temporary))
+    }
+
+    fn unsound(&self, source: WireError) -> SnapshotError {
+        SnapshotError::Frame { frame: self.sequence, source }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if !self.named {
+            self.discard();
+        }
+    }
+}
+
+/// The frames of a file whose digest has been checked, one after another.
+#[derive(Debug)]
+pub(super) struct Frames {
+    file: BufReader<File>,
+    path: PathBuf,
+    left: u64,
+    sequence: u64,
+    payload: Vec<u8>,
+    pub(super) body: Vec<u8>,
+}
+
+impl Frames {
+    /// From the first frame on, `bytes` of them in all.
+    pub(super) fn new(file: File, path: &Path, bytes: u64) -> Result<Self, SnapshotError> {
+        let mut file = BufReader::with_capacity(64 << 10, file);
+        file.seek(SeekFrom::Start(HEAD_LEN)).map_err(failed("reading", path))?;
+        let (payload, body) = (Vec::new(), Vec::new());
+        Ok(Self { file, path: path.into(), left: bytes, sequence: 0, payload, body })
+    }
+
+    /// The next header and payload; `None` at the end.
+    pub(super) fn next(&mut self) -> Result<Option<(FrameHeader, &[u8])>, SnapshotError> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let mut head = [0; HEADER_LEN];
+        self.take(HEADER_LEN as u64)?;
+        self.file.read_exact(&mut head).map_err(failed("reading", &self.path))?;
+        let header = FrameHeader::parse(&head, self.sequence).map_err(|source| self.unsound(source))?;
+        self.sequence += 1;
+        let len = header.payload_len();
+        self.take(len as u64)?;
+        self.payload.resize(len, 0);
+        self.file.read_exact(&mut self.payload).map_err(failed("reading", &self.path))?;
+        Ok(Some((header, &self.payload)))
+    }
+
+    /// Reads the body of a frame of pages, and compares it with its checksum.
+    pub(super) fn read_body(&mut self, len: u64, crc: Option<u32>) -> Result<(), SnapshotError> {
+        self.take(len)?;
+        // At most 1 MiB, by the codec.
+        self.body.resize(usize::try_from(len).unwrap_or(0), 0);
+        self.file.read_exact(&mut self.body).map_err(failed("reading", &self.path))?;
+        let Some(crc) = crc else {
+            return Err(SnapshotError::Content("pages came without their checksum".into()));
+        };
+        let mut found = Crc::new();
+        found.update(&self.body);
+        found.check_body(crc).map_err(|source| self.unsound(source))
+    }
+
+    pub(super) fn unsound(&self, source: WireError) -> SnapshotError {
+        SnapshotError::Frame { frame: self.sequence.saturating_sub(1), source }
+    }
+
+    fn take(&mut self, bytes: u64) -> Result<(), SnapshotError> {
+        self.left = self.left.checked_sub(bytes).ok_or_else(|| {
+            SnapshotError::Length(format!("it ends inside frame {}", self.sequence.saturating_sub(1)))
+        })?;
+        Ok(())
+    }
+}
+
+pub(super) fn failed<'a>(
+    doing: &'static str,
+    path: &'a Path,
+) -> impl Fn(std::io::Error) -> SnapshotError + 'a {
+    move |source| SnapshotError::File { doing, path: path.into(), source }
+}

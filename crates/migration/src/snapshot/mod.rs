@@ -1,0 +1,20 @@
+//! A machine to and from a file: the same session, with a file at its other end.
+//!
+//! Saving runs a whole [`Source`](crate::Source), engine and all, against a [recorder](record) that answers as a
+//! destination does and writes what it hears. Restoring runs a whole [`Destination`](crate::Destination) against a
+//! [player](play) that says what the file holds as a source would. So nothing of the order in which devices are stopped,
+//! read and loaded exists twice. The layout of the file is in `docs/snapshot.md`.
+
+mod check;
+mod error;
+mod file;
+mod format;
+mod idle;
+mod play;
+mod record;
+mod restore;
+mod save;
+
+pub use error::{HeldBack, SaveError, SnapshotError};
+pub use restore::Snapshot;
+pub use save::{SaveOptions, Saved, save};

@@ -1,0 +1,139 @@
+//! Restoring: a destination runs against a player.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use vfio_migration_compat::MachineManifest;
+use vfio_migration_engine::ownership::SourceState;
+use vfio_migration_types::{Epoch, Phase, VmId};
+
+use super::SnapshotError;
+use super::check::{Checked, check};
+use super::file::{Frames, failed};
+use super::idle::keep_alive;
+use super::play::play;
+use crate::credit::Credit;
+use crate::fail::{InPhase, plain};
+use crate::link::Link;
+use crate::{
+    Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, RefusalReason, Standing,
+    read_journal, standing,
+};
+
+/// A file that was found to be a whole, sound snapshot.
+#[derive(Debug)]
+pub struct Snapshot {
+    file: File,
+    path: PathBuf,
+    checked: Checked,
+}
+
+impl Snapshot {
+    /// Opens a file and checks all of it: digest, frames, order, totals. Nothing is given to anybody yet.
+    ///
+    /// # Errors
+    /// It is no snapshot, damaged, cut short, too long, or of a later layout.
+    pub fn open(path: &Path) -> Result<Self, SnapshotError> {
+        let file = File::open(path).map_err(failed("opening", path))?;
+        let checked = check(&file, path)?;
+        Ok(Self { file, path: path.into(), checked })
+    }
+
+    /// Which VM it is of.
+    pub fn vm(&self) -> VmId {
+        self.checked.hello.vm
+    }
+
+    /// The epoch under which the VM was saved.
+    pub fn epoch(&self) -> Epoch {
+        self.checked.hello.epoch
+    }
+
+    /// What the machine was.
+    pub fn manifest(&self) -> &MachineManifest {
+        &self.checked.manifest
+    }
+
+    /// Whether the guest ran when it was saved, and will when it is restored.
+    pub fn guest_ran(&self) -> bool {
+        self.checked.guest_ran
+    }
+
+    /// Bytes of state of each device, in the manifest's order.
+    pub fn device_bytes(&self) -> Vec<u64> {
+        self.checked.totals.devices.iter().map(|total| total.bytes).collect()
+    }
+
+    /// Restores it into the machine that `build` gives, as [`Destination::accept`] takes in a guest: the same rules of what
+    /// fits, the same order of loading, and an epoch that moves on. With a state directory, a VM that belongs elsewhere by
+    /// its journal is refused, and so is a snapshot that was restored before; one that the guest was moved into
+    /// ([`SaveOptions::stop`](super::SaveOptions)) brings it back.
+    ///
+    /// # Errors
+    /// As those of [`Destination::accept`].
+    pub fn restore(
+        self,
+        options: DestinationOptions,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, RefusalReason> + Send,
+    ) -> Result<Arrived, IncomingError> {
+        self.check_owner(&options)?;
+        let not_begun = |error: SnapshotError| {
+            IncomingError::NotBegun(plain(Phase::Hello, crate::fail::sentence(&error)).into())
+        };
+        let (here, there) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| not_begun(failed("making a socket for", &self.path)(errno.into())))?;
+        let frames = Frames::new(self.file, &self.path, self.checked.frames).map_err(not_begun)?;
+        let credits: Vec<Credit> = self.checked.manifest.devices.iter().map(|_| Credit::default()).collect();
+        let mut destination = Destination::over(here, options)?;
+        let link = Link::new(there).map_err(|error| {
+            IncomingError::NotBegun(plain(Phase::Hello, crate::fail::sentence(&error)).into())
+        })?;
+        std::thread::scope(|scope| {
+            let (done, waits) = std::sync::mpsc::channel();
+            let (link, checked, credits) = (&link, &self.checked, credits.as_slice());
+            scope.spawn(move || {
+                play(link, frames, checked, credits);
+                drop(done);
+            });
+            scope.spawn(move || keep_alive(link, &waits));
+            let arrived = destination.accept(build);
+            // Whatever the player waits for, nobody says it any more.
+            link.shutdown();
+            arrived
+        })
+    }
+
+    /// As for a start: not while a commit is undecided, nor once the guest belongs to somebody else.
+    fn check_owner(&self, options: &DestinationOptions) -> Result<(), IncomingError> {
+        let Some(dir) = &options.state_dir else { return Ok(()) };
+        let vm = self.vm();
+        let refuse = |text: String| {
+            Err(IncomingError::Refused(vec![RefusalReason { code: "ownership".into(), text }]))
+        };
+        let unreadable =
+            |error: crate::JournalError| IncomingError::NotBegun(error.in_phase(Phase::Hello).into());
+        match standing(dir, vm).map_err(unreadable)? {
+            Standing::Unknown | Standing::Ours(_) => Ok(()),
+            Standing::Elsewhere { epoch, peer } => {
+                let journal = read_journal(dir, vm).map_err(unreadable)?;
+                let into_this_file = journal.and_then(|journal| journal.source).is_some_and(|source| {
+                    source.state == SourceState::Released && source.attempt == self.checked.hello.attempt
+                });
+                if into_this_file {
+                    return Ok(());
+                }
+                refuse(format!(
+                    "VM {vm} belongs to another host (epoch {}, {peer}): what was saved before it moved is not started here",
+                    epoch.0
+                ))
+            }
+            Standing::Undecided { epoch, peer } => refuse(format!(
+                "the commit of VM {vm} to {peer} (epoch {}) is undecided: it may run there",
+                epoch.0
+            )),
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Opening a device: the one place that knows which back end it has.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vfio_migration_device::{
+    Device, KernelDevice, KernelOptions, PciHardware, VfioUserDevice, VfioUserOptions,
+};
+use vfio_migration_memory::GuestRam;
+
+use super::{DeviceConfig, DevicePath};
+use crate::VmmError;
+
+/// A device, by its two faces.
+pub(super) struct Opened {
+    pub(super) device: Arc<dyn Device>,
+    pub(super) hardware: Arc<dyn PciHardware>,
+    pub(super) link: Link,
+    /// The VFIO file that KVM is to know, of a device that has one.
+    pub(super) vfio_file: Option<OwnedFd>,
+}
+
+/// What stands between this process and a device.
+pub(super) struct Link(Box<dyn Fn() -> bool + Send + Sync>);
+
+impl Link {
+    /// Whether whoever serves the device is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        (self.0)()
+    }
+}
+
+/// Opens `config` for a guest with `ram`.
+///
+/// # Errors
+/// It is not there, or does not answer as its kind should.
+pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<Opened, VmmError> {
+    match &config.path {
+        DevicePath::VfioUser(socket) => {
+            let options = VfioUserOptions::default();
+            let device = VfioUserDevice::open(config.id.clone(), socket, ram.clone(), &options);
+            let device = Arc::new(device.map_err(VmmError::device)?);
+            let served = device.clone();
+            let link = Link(Box::new(move || !served.is_alive()));
+            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: None })
+        }
+        DevicePath::Kernel(path) => {
+            let options = KernelOptions::default();
+            let device = KernelDevice::open(config.id.clone(), path, ram.clone(), &options);
+            let device = Arc::new(device.map_err(VmmError::device)?);
+            let file = device.kvm_file().try_clone_to_owned();
+            let file =
+                file.map_err(|source| VmmError::Io { doing: "keeping a VFIO file for KVM".into(), source })?;
+            // A kernel device that is unbound tells its user so by the errors of its calls.
+            let link = Link(Box::new(|| false));
+            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: Some(file) })
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! The image that the kernel boots into: the tests as its first process, and the modules they need.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{command, failed, text};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const PACKAGE: &str = "vfio-migration-kernel-tests";
+
+/// Builds the tests as a program that needs no libraries.
+pub(super) fn program(top: &Path, cache: &Path) -> Result<PathBuf, String> {
+    // A folder of its own: other flags would have everything in the usual one built again.
+    let target = cache.join("build");
+    let status = Command::new(env!("CARGO"))
+        .current_dir(top)
+        .args(["build", "--quiet", "--release", "--package", PACKAGE, "--target", TARGET, "--target-dir"])
+        .arg(&target)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .stdin(Stdio::null())
+        .status()
+        .map_err(|error| format!("cannot start cargo: {error}"))?;
+    if !status.success() {
+        return Err(format!("building the tests: {status}"));
+    }
+    Ok(target.join(TARGET).join("release").join(PACKAGE))
+}
+
+/// Makes the image of set `name`: `modules` are loaded in their order, from `files`.
+pub(super) fn make(
+    cache: &Path,
+    name: &str,
+    program: &Path,
+    modules: &[&str],
+    files: Vec<PathBuf>,
+) -> Result<PathBuf, String> {
+    let root = cache.join("image").join(name);
+    if root.exists() {
+        std::fs::remove_dir_all(&root).map_err(failed(&root))?;
+    }
+    let home = root.join("modules");
+    std::fs::create_dir_all(&home).map_err(failed(&home))?;
+    // The kernel wants a console before anything is mounted.
+    std::fs::create_dir_all(root.join("dev")).map_err(failed(&root))?;
+    let init = root.join("init");
+    std::fs::copy(program, &init).map_err(failed(program))?;
+    for (module, file) in modules.iter().zip(&files) {
+        let to = home.join(format!("{module}.ko"));
+        if file.extension().is_some_and(|kind| kind == "xz") {
+            let script = format!("xz -dc '{}' > '{}'", text(file)?, text(&to)?);
+            command("sh", &["-c", &script], cache)?;
+        } else {
+            std::fs::copy(file, &to).map_err(failed(file))?;
+        }
+    }
+    let order = home.join("order");
+    std::fs::write(&order, format!("{}\n", modules.join("\n"))).map_err(failed(&order))?;
+    let image = cache.join("image").join(format!("{name}.cpio.gz"));
+    let script = format!("find . | cpio --quiet -o -H newc | gzip -1 > '{}'", text(&image)?);
+    command("sh", &["-c", &script], &root)?;
+    Ok(image)
+}

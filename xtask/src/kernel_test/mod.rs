@@ -1,0 +1,118 @@
+//! The real-kernel ring: boots a Debian kernel in software emulation and runs `crates/kernel-tests` inside of it.
+//!
+//! Nothing here needs hardware, a kernel build, or what the host's kernel can do. Everything is made below
+//! `target/kernel-test`, and found there again the next time.
+
+mod boot;
+mod console;
+mod image;
+mod modules;
+mod packages;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use crate::rings::Outcome;
+
+/// A set of modules to boot with.
+struct Set {
+    name: &'static str,
+    what: &'static str,
+    /// Modules in the order in which they are loaded.
+    modules: &'static [&'static str],
+    /// Which of them are built here, from the kernel's own source.
+    rebuilt: bool,
+}
+
+const SETS: [Set; 2] = [
+    Set {
+        name: "stock",
+        what: "the kernel as Debian builds it (groups and type1; no iommufd)",
+        modules: &["irqbypass", "vfio", "vfio_iommu_type1", "mdev", "mtty"],
+        rebuilt: false,
+    },
+    Set {
+        name: "iommufd",
+        what: "its VFIO modules rebuilt from the same source with iommufd and cdev, which Debian leaves out",
+        modules: &["irqbypass", "iova_bitmap", "iommufd", "vfio", "vfio_iommu_type1", "mdev", "mtty"],
+        rebuilt: true,
+    },
+];
+
+/// Runs the ring.
+pub(crate) fn run(top: &Path) -> Result<Outcome, String> {
+    if !cfg!(target_arch = "x86_64") {
+        return Ok(Outcome::Skipped("the kernel tests boot an x86-64 kernel".into()));
+    }
+    let cache = top.join("target/kernel-test");
+    std::fs::create_dir_all(&cache).map_err(|error| format!("{}: {error}", cache.display()))?;
+    let packages = match packages::fetch(&cache)? {
+        packages::Fetched::There(packages) => packages,
+        packages::Fetched::CannotBeHad(why) => return Ok(Outcome::Skipped(why)),
+    };
+    let kernel = step("unpacking the kernel and building modules", || modules::build(&packages, &cache))?;
+    let program = step("building the tests", || image::program(top, &cache))?;
+    let mut rows = Vec::new();
+    for set in &SETS {
+        eprintln!("kernel-test: {}: {}", set.name, set.what);
+        let files =
+            set.modules.iter().map(|name| kernel.module(name, set.rebuilt)).collect::<Result<_, _>>()?;
+        let image = image::make(&cache, set.name, &program, set.modules, files)?;
+        let text = step("booting", || boot::boot(&kernel.image, &image))?;
+        let report = console::Report::parse(&text);
+        if let Err(why) = report.sound() {
+            return Err(format!("{}: {why}; the end of its console:\n{}", set.name, tail(&text)));
+        }
+        rows.extend(report.tests.into_iter().map(|test| (set.name, test)));
+    }
+    println!();
+    for (set, test) in &rows {
+        let outcome = test.failure.as_ref().map_or("passed".into(), |why| format!("FAILED: {why}"));
+        println!("kernel test {set:<8} {:<52} {outcome}", test.name);
+    }
+    let failed = rows.iter().filter(|(_, test)| test.failure.is_some()).count();
+    if failed > 0 {
+        return Err(format!("{failed} of {} kernel tests failed", rows.len()));
+    }
+    Ok(Outcome::Passed(Some(rows.len() as u64)))
+}
+
+/// Says what is done, and how long it took.
+fn step<T>(what: &str, act: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    eprintln!("kernel-test: {what} …");
+    let began = Instant::now();
+    let done = act()?;
+    eprintln!("kernel-test: {what}: {:.1} s", began.elapsed().as_secs_f64());
+    Ok(done)
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(30)..].join("\n")
+}
+
+/// Runs a command to its end; an error holds the end of what it said.
+fn command(program: &str, arguments: &[&str], dir: &Path) -> Result<String, String> {
+    let output = Command::new(program)
+        .args(arguments)
+        .current_dir(dir)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .map_err(|error| format!("cannot start {program}: {error}"))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    Err(format!("{program} {}: {}\n{}", arguments.join(" "), output.status, tail(&said)))
+}
+
+fn text(path: &Path) -> Result<&str, String> {
+    path.to_str().ok_or_else(|| format!("{}: a path that is no text", path.display()))
+}
+
+fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> String {
+    let path: PathBuf = path.into();
+    move |error| format!("{}: {error}", path.display())
+}
