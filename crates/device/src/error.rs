@@ -5,6 +5,8 @@ use std::fmt;
 use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationState};
 
+use crate::KernelError;
+
 /// An operation on a device failed.
 #[derive(Debug, thiserror::Error)]
 #[error("device {device}: {doing} failed")]
@@ -30,6 +32,12 @@ impl DeviceError {
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
         Self { device, doing: doing.into(), errno, source: source.into() }
+    }
+
+    /// Whether [`dma_map`](crate::PciHardware::dma_map) failed because the device cannot reach memory of that kind,
+    /// another device's BAR, at all: a VMM may go on without peer-to-peer DMA to it.
+    pub fn is_no_peer_dma(&self) -> bool {
+        matches!(self.source.downcast_ref(), Some(KernelError::NoPeerDma(_)))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The vfio-user back end against the sample device's server, over a real socket.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -137,6 +138,15 @@ fn describes_itself() {
     assert_eq!(manifest.regions.len(), 3, "{:?}", manifest.regions);
     assert!(device.stop_copy_size().unwrap().unwrap() >= 256 << 10);
     assert_eq!(device.doorbells(RegionIndex::BAR0).unwrap().len(), 1);
+}
+
+#[test]
+fn a_device_without_intx_takes_no_eventfd_to_unmask_it() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    let refused = device.set_intx_resample(Some(event.as_fd())).unwrap_err();
+    assert!(refused.to_string().contains("INTx") && refused.errno.is_some(), "{refused:?}");
 }
 
 #[test]

@@ -141,6 +141,44 @@ pub(crate) fn handed_over() -> Outcome {
     moves(&source, &open(&to)?)
 }
 
+/// The same with a device's own file, bound by whoever hands it over to an iommufd that lives on.
+pub(crate) fn handed_over_bound() -> Outcome {
+    let (from, to) = (one_port()?, one_port()?);
+    let opened = from.open_cdev()?;
+    for _ in 0..2 {
+        let iommufd = opened.space.fd().try_clone_to_owned()?;
+        let iommu = IommuHandle::Iommufd { iommufd, bound: Some(opened.id) };
+        let (id, fd, memory) = (DeviceId::new("tty0")?, opened.device.try_clone()?, ram()?);
+        let source = KernelDevice::from_fd(id, fd, memory.clone(), iommu, &KernelOptions::default())?;
+        source.dma_map(all()?, DmaAccess::BOTH, Some((memory.fd(), 0)))?;
+        moves(&source, &open(&to)?)?;
+        source.set_state(MigrationState::Running)?;
+        drain(&source)?;
+        drop(source);
+        same("who holds the RAM", Arc::strong_count(&memory), 1)?;
+    }
+    Ok(())
+}
+
+/// Memory that is not the guest's RAM, as another device's BAR is.
+pub(crate) fn maps_other_memory() -> Outcome {
+    let instance = one_port()?;
+    let device = open(&instance)?;
+    let (mine, other) = (ram()?, ram()?);
+    device.dma_map(all()?, DmaAccess::BOTH, Some((other.fd(), 0)))?;
+    same("who holds the RAM", Arc::strong_count(&mine), 1)?;
+    device.dma_unmap(all()?)?;
+    let event = eventfd(0, EventfdFlags::CLOEXEC)?;
+    let refused = device.dma_map(all()?, DmaAccess::BOTH, Some((event.as_fd(), 0)));
+    let refused = refused.err().ok_or("a file without memory was mapped")?;
+    holds(refused.is_no_peer_dma(), &chain(&refused))?;
+    let refused = device.dma_map(all()?, DmaAccess::BOTH, None).err().ok_or("nothing was mapped")?;
+    holds(!refused.is_no_peer_dma(), "a mapping without a file is a mistake of the VMM")?;
+    // Neither left a trace.
+    device.dma_map(all()?, DmaAccess::BOTH, Some((other.fd(), 0)))?;
+    Ok(())
+}
+
 pub(crate) fn describes_itself() -> Outcome {
     let instance = one_port()?;
     let device = open(&instance)?;

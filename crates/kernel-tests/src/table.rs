@@ -48,6 +48,8 @@ pub(crate) const TESTS: &[Test] = &[
     test("kernel_device_contents_move", &[Need::Mtty], kernel_device::contents_move),
     test("kernel_device_every_path", &[Need::Mtty], kernel_device::every_path),
     test("kernel_device_handed_over", &[Need::Mtty], kernel_device::handed_over),
+    test("kernel_device_handed_over_bound", &[Need::Mtty, Need::Cdev], kernel_device::handed_over_bound),
+    test("kernel_device_maps_other_memory", &[Need::Mtty], kernel_device::maps_other_memory),
     test("kernel_device_describes_itself", &[Need::Mtty], kernel_device::describes_itself),
     test("kernel_device_chooses_its_tracker", &[Need::Mtty], kernel_device::chooses_its_tracker),
     test("kernel_device_reset_ends_a_session", &[Need::Mtty], kernel_device::reset_ends_a_session),

@@ -1,6 +1,6 @@
 //! What stands between a kernel device and memory: a type1 container, or an address space of an iommufd.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vfio_migration_types::{Granule, Iova, Range};
@@ -34,6 +34,19 @@ impl Iommu {
         match self {
             Self::Type1(container) => container.unmap(iova),
             Self::Iommufd { space, .. } => space.unmap(iova),
+        }
+    }
+
+    /// Takes the device out, before it is closed: an iommufd that was handed over lives on.
+    pub(super) fn release(&self, device: BorrowedFd<'_>) {
+        let Self::Iommufd { space, table } = self else { return };
+        let detached = uapi::detach(device);
+        let destroyed = match table {
+            Ok(table) => uapi::destroy(space.fd(), *table),
+            Err(_) => Ok(()),
+        };
+        if let Err(error) = detached.and(destroyed) {
+            tracing::debug!(error = %with_cause(&error), "a device was not taken out of its iommufd");
         }
     }
 

@@ -111,6 +111,12 @@ struct Inner {
     connected: [AtomicBool; 3],
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.iommu.release((*self.device).as_fd());
+    }
+}
+
 impl KernelDevice {
     /// Opens the device at `path`. What is later mapped of `ram`'s file by
     /// [`dma_map`](crate::PciHardware::dma_map) is mapped by its address here, and its writes are logged.
