@@ -2,6 +2,7 @@
 /* The module, its parent device and types, and an instance's life. */
 #include <linux/kthread.h>
 #include <linux/module.h>
+#include <linux/version.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
 
@@ -243,3 +244,8 @@ module_init(migdev_module_init);
 module_exit(migdev_module_exit);
 MODULE_DESCRIPTION("Mediated test device that migrates");
 MODULE_LICENSE("GPL");
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 13, 0)
+MODULE_IMPORT_NS(IOMMUFD);
+#else
+MODULE_IMPORT_NS("IOMMUFD");
+#endif

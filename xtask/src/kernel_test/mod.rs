@@ -29,13 +29,22 @@ const SETS: [Set; 2] = [
     Set {
         name: "stock",
         what: "the kernel as Debian builds it (groups and type1; no iommufd)",
-        modules: &["irqbypass", "vfio", "vfio_iommu_type1", "mdev", "mtty"],
+        modules: &["irqbypass", "vfio", "vfio_iommu_type1", "mdev", "mtty", "migdev"],
         rebuilt: false,
     },
     Set {
         name: "iommufd",
         what: "its VFIO modules rebuilt from the same source with iommufd and cdev, which Debian leaves out",
-        modules: &["irqbypass", "iova_bitmap", "iommufd", "vfio", "vfio_iommu_type1", "mdev", "mtty"],
+        modules: &[
+            "irqbypass",
+            "iova_bitmap",
+            "iommufd",
+            "vfio",
+            "vfio_iommu_type1",
+            "mdev",
+            "mtty",
+            "migdev",
+        ],
         rebuilt: true,
     },
 ];
@@ -51,7 +60,8 @@ pub(crate) fn run(top: &Path) -> Result<Outcome, String> {
         packages::Fetched::There(packages) => packages,
         packages::Fetched::CannotBeHad(why) => return Ok(Outcome::Skipped(why)),
     };
-    let kernel = step("unpacking the kernel and building modules", || modules::build(&packages, &cache))?;
+    let kernel =
+        step("unpacking the kernel and building modules", || modules::build(&packages, top, &cache))?;
     let program = step("building the tests", || image::program(top, &cache))?;
     let mut rows = Vec::new();
     for set in &SETS {

@@ -38,37 +38,47 @@ impl Kernel {
     }
 }
 
-pub(super) fn build(packages: &Packages, cache: &Path) -> Result<Kernel, String> {
+pub(super) fn build(packages: &Packages, top: &Path, cache: &Path) -> Result<Kernel, String> {
     let home = cache.join(&packages.version);
     let kernel = Kernel {
         image: home.join(format!("root/boot/vmlinuz-{}-amd64", packages.version)),
         stock: home.join(format!("root/lib/modules/{}-amd64/kernel", packages.version)),
         built: home.join("built"),
     };
-    // The last thing that is made: what stands without it was interrupted, and is made again.
+    let root = home.join("root");
+    let headers = root.join(format!("usr/src/linux-headers-{}-amd64", packages.version));
+    // The last thing that is prepared: what stands without it was interrupted, and is made again.
     let done = home.join("done");
-    if done.exists() {
-        return Ok(kernel);
+    if !done.exists() {
+        prepare(packages, &home, &kernel.built, &headers)?;
+        std::fs::write(&done, "").map_err(failed(&done))?;
     }
+    for set in ["plain", "iommufd"] {
+        let set = kernel.built.join(set);
+        refresh(&top.join("kernel/migdev"), &set.join("migdev"))?;
+        make(&set, &headers)?;
+    }
+    Ok(kernel)
+}
+
+/// Unpacks the kernel, and lays out what is built against it.
+fn prepare(packages: &Packages, home: &Path, built: &Path, headers: &Path) -> Result<(), String> {
     if home.exists() {
-        std::fs::remove_dir_all(&home).map_err(failed(&home))?;
+        std::fs::remove_dir_all(home).map_err(failed(home))?;
     }
     let root = home.join("root");
     std::fs::create_dir_all(&root).map_err(failed(&root))?;
     for package in &packages.kernel {
-        command("dpkg", &["-x", text(package)?, text(&root)?], cache)?;
+        command("dpkg", &["-x", text(package)?, text(&root)?], home)?;
     }
-    let headers = headers(&root, &packages.version)?;
-    let source = source(packages, &home)?;
-    plain(&kernel.built.join("plain"), &source, &headers)?;
-    with_iommufd(&kernel.built.join("iommufd"), &source, &headers)?;
-    std::fs::write(&done, "").map_err(failed(&done))?;
-    Ok(kernel)
+    fit(headers, &root)?;
+    let source = source(packages, home)?;
+    plain(&built.join("plain"), &source)?;
+    with_iommufd(&built.join("iommufd"), &source)
 }
 
 /// Makes the unpacked headers fit to build with where they are.
-fn headers(root: &Path, version: &str) -> Result<PathBuf, String> {
-    let headers = root.join(format!("usr/src/linux-headers-{version}-amd64"));
+fn fit(headers: &Path, root: &Path) -> Result<(), String> {
     let makefile = headers.join("Makefile");
     let there = format!("include {}", text(&root.join("usr/src"))?);
     let old = std::fs::read_to_string(&makefile).map_err(failed(&makefile))?;
@@ -78,7 +88,7 @@ fn headers(root: &Path, version: &str) -> Result<PathBuf, String> {
     if vmlinux.exists() {
         std::fs::remove_file(&vmlinux).map_err(failed(&vmlinux))?;
     }
-    Ok(headers)
+    Ok(())
 }
 
 fn source(packages: &Packages, home: &Path) -> Result<PathBuf, String> {
@@ -96,15 +106,14 @@ fn source(packages: &Packages, home: &Path) -> Result<PathBuf, String> {
     Ok(unpacked.join(folder))
 }
 
-/// mtty, as it is, for the kernel as it is.
-fn plain(home: &Path, source: &Path, headers: &Path) -> Result<(), String> {
+/// mtty, as it is, and migdev, for the kernel as it is.
+fn plain(home: &Path, source: &Path) -> Result<(), String> {
     mtty(&home.join("mtty"), source)?;
-    write(&home.join("Kbuild"), "obj-m := mtty/\n")?;
-    make(home, headers)
+    write(&home.join("Kbuild"), "obj-m := mtty/ migdev/\n")
 }
 
 /// The kernel's own VFIO and iommufd, unchanged, in the configuration that Debian does not build.
-fn with_iommufd(home: &Path, source: &Path, headers: &Path) -> Result<(), String> {
+fn with_iommufd(home: &Path, source: &Path) -> Result<(), String> {
     mtty(&home.join("mtty"), source)?;
     copy_sources(&source.join("drivers/vfio"), &home.join("vfio"))?;
     copy_sources(&source.join("drivers/vfio/mdev"), &home.join("mdev"))?;
@@ -131,7 +140,7 @@ fn with_iommufd(home: &Path, source: &Path, headers: &Path) -> Result<(), String
     }
     write(
         &home.join("Kbuild"),
-        &format!("subdir-ccflags-y := {CONFIGURED}\nobj-m := iommufd/ vfio/ mdev/ mtty/\n"),
+        &format!("subdir-ccflags-y := {CONFIGURED}\nobj-m := iommufd/ vfio/ mdev/ mtty/ migdev/\n"),
     )?;
     write(
         &home.join("iommufd/Kbuild"),
@@ -143,8 +152,7 @@ fn with_iommufd(home: &Path, source: &Path, headers: &Path) -> Result<(), String
         "vfio-y := vfio_main.o device_cdev.o group.o iommufd.o container.o virqfd.o\n\
          obj-m := vfio.o vfio_iommu_type1.o\n",
     )?;
-    write(&home.join("mdev/Kbuild"), "mdev-y := mdev_core.o mdev_sysfs.o mdev_driver.o\nobj-m := mdev.o\n")?;
-    make(home, headers)
+    write(&home.join("mdev/Kbuild"), "mdev-y := mdev_core.o mdev_sysfs.o mdev_driver.o\nobj-m := mdev.o\n")
 }
 
 fn mtty(home: &Path, source: &Path) -> Result<(), String> {
@@ -157,6 +165,24 @@ fn mtty(home: &Path, source: &Path) -> Result<(), String> {
 fn make(home: &Path, headers: &Path) -> Result<(), String> {
     let home_is = format!("M={}", text(home)?);
     command("make", &["-C", text(headers)?, &home_is, "-j2", "modules"], home).map(|_| ())
+}
+
+/// Brings a copy of a driver's folder up to date. Files that are the same are left alone, so that `make` does not begin
+/// anew.
+fn refresh(from: &Path, to: &Path) -> Result<(), String> {
+    std::fs::create_dir_all(to).map_err(failed(to))?;
+    for entry in std::fs::read_dir(from).map_err(failed(from))?.flatten() {
+        let (path, copy) = (entry.path(), to.join(entry.file_name()));
+        if !path.is_file() {
+            continue;
+        }
+        let bytes = std::fs::read(&path).map_err(failed(&path))?;
+        if std::fs::read(&copy).is_ok_and(|old| old == bytes) {
+            continue;
+        }
+        std::fs::write(&copy, bytes).map_err(failed(&copy))?;
+    }
+    Ok(())
 }
 
 /// Copies the C files of a folder, not those below it.
