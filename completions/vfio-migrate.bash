@@ -34,6 +34,12 @@ _vfio__migrate() {
             vfio__migrate,device)
                 cmd="vfio__migrate__subcmd__device"
                 ;;
+            vfio__migrate,devices)
+                cmd="vfio__migrate__subcmd__devices"
+                ;;
+            vfio__migrate,doctor)
+                cmd="vfio__migrate__subcmd__doctor"
+                ;;
             vfio__migrate,generate)
                 cmd="vfio__migrate__subcmd__generate"
                 ;;
@@ -82,6 +88,12 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,device)
                 cmd="vfio__migrate__subcmd__help__subcmd__device"
                 ;;
+            vfio__migrate__subcmd__help,devices)
+                cmd="vfio__migrate__subcmd__help__subcmd__devices"
+                ;;
+            vfio__migrate__subcmd__help,doctor)
+                cmd="vfio__migrate__subcmd__help__subcmd__doctor"
+                ;;
             vfio__migrate__subcmd__help,generate)
                 cmd="vfio__migrate__subcmd__help__subcmd__generate"
                 ;;
@@ -119,7 +131,7 @@ _vfio__migrate() {
 
     case "${cmd}" in
         vfio__migrate)
-            opts="-v -h -V --verbose --help --version demo device vm migrate save status cancel continue set stop cont quit incoming completions generate help"
+            opts="-v -h -V --verbose --help --version demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -284,6 +296,42 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__devices)
+            opts="-v -h -V --all --json --root --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__doctor)
+            opts="-v -h -V --json --root --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__generate)
             opts="-v -h -V --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -299,7 +347,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help)
-            opts="demo device vm migrate save status cancel continue set stop cont quit incoming completions generate help"
+            opts="demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -383,6 +431,34 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__device)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__devices)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__doctor)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

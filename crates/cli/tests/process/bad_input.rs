@@ -193,7 +193,7 @@ fn garbage_at_the_destination_does_not_take_it_down() {
         let _ = stream.read_to_end(&mut Vec::new());
     }
     assert!(matches!(destination.status().as_str(), "inmigrate" | "failed"));
-    assert!(destination.process.resident_kib() < 200 << 10, "memory is bounded");
+    assert!(destination.process.own_memory_kib() < 200 << 10, "memory is bounded");
 }
 
 #[test]

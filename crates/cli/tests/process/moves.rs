@@ -28,9 +28,10 @@ fn moves_to_and_fro_ten_times_and_leaves_nothing_behind() {
         std::mem::swap(&mut here, &mut there);
         // Turn 2 is the first that finds both processes in the state every later even turn finds them in.
         if turn == 2 {
-            first = Some([&here, &there].map(|vm| {
-                (vm.process.holdings(), vm.process.own_memory_kib(), vm.process.memory_files())
-            }));
+            first =
+                Some([&here, &there].map(|vm| {
+                    (vm.process.holdings(), vm.process.own_memory_kib(), vm.process.memory_files())
+                }));
         }
     }
     here.assert_whole();

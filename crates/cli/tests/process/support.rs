@@ -79,8 +79,8 @@ impl Process {
         (count("fd"), count("task"))
     }
 
-    /// Resident memory in KiB.
-/// Memory of its own, in KiB. A guest's RAM is not among it: how much of that is resident depends on how long the guest ran.
+    /// Memory of its own, in KiB. A guest's RAM is not among it: how much of that is resident depends on how long the guest
+    /// ran.
     pub(crate) fn own_memory_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
         let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("it has memory");

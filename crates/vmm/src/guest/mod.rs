@@ -16,6 +16,9 @@ pub use boot::load;
 pub use map::Areas;
 pub use report::{BOOT_MAGIC, BootInfo, GAP_WORD, REPORT_MAGIC, REQUEST_WORD, Report, Stage};
 
+/// Vendor (low half) and device id of the sample device, which the program drives.
+pub const SAMPLE_DEVICE: u32 = 0x4d53_5646;
+
 // One image, in this order: `program.s` begins it, `start.s` ends it.
 std::arch::global_asm!(
     include_str!("program.s"),

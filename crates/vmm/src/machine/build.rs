@@ -10,7 +10,7 @@ use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::{IoBus, PlatformBus};
-use crate::guest::BootInfo;
+use crate::guest::{BootInfo, SAMPLE_DEVICE};
 use crate::kvm::KvmVm;
 use crate::pci::{
     BarMapper, IrqBackend, PciBus, PciHost, RouteTable, Router, VfioPciFunction, Windows, map_guest_ram,
@@ -72,7 +72,9 @@ impl ReferenceMachine {
     /// The RAM is too small for it, or KVM refuses.
     pub fn boot(&self, workload: &Workload) -> Result<(), VmmError> {
         self.pci.place_bars().map_err(VmmError::device)?;
-        let devices = self.devices.len() as u64;
+        // What is no sample device is for the guest to leave alone.
+        let samples = self.devices.iter().filter(|attached| attached.function.identity() == SAMPLE_DEVICE);
+        let devices = samples.count() as u64;
         let mut info = BootInfo::new(&self.ram, workload.dirty_rate, devices, devices > 1)?;
         info.block_len = workload.block_len.into();
         info.in_flight = workload.in_flight.into();

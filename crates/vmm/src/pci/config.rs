@@ -71,6 +71,11 @@ impl ConfigSpace {
         space
     }
 
+    /// The device has no more bytes of its own than the first `len`.
+    pub(super) fn end_of_device(&mut self, len: usize) {
+        self.through.iter_mut().skip(len).for_each(|through| *through = false);
+    }
+
     /// Emulates the bytes from `offset` here, each with the bits that the guest may write, which start as 0.
     pub(super) fn emulate(&mut self, offset: u16, writable: &[u8]) {
         let at = usize::from(offset);

@@ -234,6 +234,8 @@ impl PciHardware for FakeHardware {
     }
 
     fn region_read(&self, index: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+        let size = self.regions.iter().find(|region| region.index == index).map_or(0, |region| region.size);
+        assert!(offset + into.len() as u64 <= size, "an access outside of region {}", index.0);
         let state = self.state.lock().unwrap();
         let from = match index.0 {
             7 => &state.config,

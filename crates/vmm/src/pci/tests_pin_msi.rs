@@ -1,9 +1,12 @@
 //! The pin, MSI and I/O BARs of functions, as a guest and as a migration see them.
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vfio_migration_device::{IrqIndex, MsiMessage, PciError, PciFunction, PciState};
+use std::sync::Arc;
 
-use super::testing::FakeHardware;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vfio_migration_device::{IrqIndex, MsiMessage, PciError, PciFunction, PciState, RegionInfo};
+
+use super::VfioPciFunction;
+use super::testing::{FakeHardware, fake_host, mailbox};
 use super::tests::{Machine, message};
 use crate::bus::IoBus;
 
@@ -310,4 +313,22 @@ fn functions_share_a_pin() {
     machine.devices[8].drive(false);
     machine.irq.end(LINE);
     assert!(machine.devices[0].resampled() && machine.devices[8].resampled());
+}
+
+#[test]
+fn a_config_space_that_ends_early_is_read_no_further() {
+    let with = |size: u64| {
+        let short = |regions: &mut Vec<RegionInfo>| regions[2].size = size;
+        let device = FakeHardware::with("dev1", mailbox(), 0, &short);
+        device.state.lock().unwrap().config[0xfe..].copy_from_slice(&[7, 9]);
+        device
+    };
+    let machine = Machine::of(vec![Arc::new(with(255))]);
+    assert_eq!(machine.dword(1, 0xfc), 0x0007_0000);
+    machine.config_write(1, 0xff, &[1]);
+    assert_eq!(machine.devices[0].log(), [""; 0]);
+    assert_eq!(machine.function().errors(), 0);
+    let (host, ..) = fake_host();
+    let short = VfioPciFunction::new(1, Arc::new(with(63)), host);
+    assert!(matches!(short, Err(PciError::Unfit { .. })));
 }

@@ -14,9 +14,12 @@ use super::compare::compare;
 use super::config::{ConfigSpace, MsixLayout};
 use super::interrupts::Interrupts;
 use super::placing::Placed;
-use super::registers::{COMMAND, INTERRUPT_LINE};
+use super::registers::{COMMAND, HEADER_END, INTERRUPT_LINE};
 use super::vectors::{ENTRY, Failure, Wires};
 use super::{BarDoorbell, Event, PciHost};
+
+/// Bytes of config space that every function has: its header.
+const HEADER: usize = HEADER_END as usize;
 
 /// A VFIO device before the guest: its config space emulated, its BARs mapped where they can be and trapped where not,
 /// its pin and vectors as interrupts of the guest. The stock [`PciFunction`].
@@ -60,19 +63,22 @@ impl VfioPciFunction {
         let region_size = |index: u32| {
             hardware.regions().iter().find(|region| region.index.0 == index).map_or(0, |region| region.size)
         };
-        let mut bytes = match region_size(RegionIndex::CONFIG.0) {
-            0..256 => {
+        // The kernel's mtty says 255 of 256 bytes: what a device leaves out reads 0, and is never asked of it.
+        let (mut bytes, own) = match usize::try_from(region_size(RegionIndex::CONFIG.0)).unwrap_or(usize::MAX)
+        {
+            0..HEADER => {
                 return Err(PciError::Unfit { device: id.clone(), what: "it has no config space".into() });
             }
-            256..4096 => vec![0; 256],
-            _ => vec![0; 4096],
+            size @ HEADER..4096 => (vec![0; 256], size.min(256)),
+            _ => (vec![0; 4096], 4096),
         };
         hardware
-            .region_read(RegionIndex::CONFIG, 0, &mut bytes)
+            .region_read(RegionIndex::CONFIG, 0, bytes.get_mut(..own).unwrap_or_default())
             .map_err(|error| failed("reading config space", Box::new(error)))?;
 
         let bars = Bar::discover(&bytes, |index| region_size(index.into()));
         let mut config = ConfigSpace::new(bytes);
+        config.end_of_device(own);
         bars.iter().for_each(|bar| bar.define(&mut config));
         let layout = config.msix().filter(|layout| {
             let inside = |(bar, offset): (u8, u64), len: u64| {
@@ -132,6 +138,11 @@ impl VfioPciFunction {
     /// The device's hardware.
     pub fn hardware(&self) -> &Arc<dyn PciHardware> {
         &self.hardware
+    }
+
+    /// Vendor (low half) and device id, as the first dword of config space has them.
+    pub fn identity(&self) -> u32 {
+        self.pristine.u32(0)
     }
 
     /// Accesses of the guest, and changes that it asked for, that failed since the function was made. The guest read

@@ -2,6 +2,7 @@
 
 use super::cpu::Cpu;
 use super::program::{Orders, word};
+use crate::guest::SAMPLE_DEVICE;
 use crate::guest::map::{
     DATA, DEVICE_DONE, DEVICE_RING, DEVICE_SLOTS, DEVICE_SOURCES, DEVICE_STRIDE, DEVICE_TAIL, DEVICE_TARGETS,
     DEVICES, DEVICES_MAX, REPORT, RING_SIZE, SLOTS,
@@ -16,7 +17,6 @@ pub(super) struct Failure {
 
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
-const SAMPLE: u32 = 0x4d53_5646;
 const MAGIC: u32 = 0x4c50_4d53;
 const BLOCK_MAGIC: u64 = 0x4b43_4f4c_4253_4d56;
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -62,7 +62,7 @@ pub(super) fn start(cpu: &Cpu, orders: &Orders) -> Result<(), Failure> {
     let mut found = 0;
     for slot in 0..32u32 {
         let config = 0x8000_0000 | slot << 11;
-        if config_read(cpu, config, 0) == SAMPLE && found < DEVICES_MAX {
+        if config_read(cpu, config, 0) == SAMPLE_DEVICE && found < DEVICES_MAX {
             Device { cpu, index: found }.prepare(config)?;
             found += 1;
         }
