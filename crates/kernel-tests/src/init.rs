@@ -48,6 +48,7 @@ fn there(need: Need) -> bool {
     let path = match need {
         Need::Mtty => "/sys/class/mdev_bus/mtty",
         Need::Cdev => "/dev/iommu",
+        Need::Edu => return crate::edu::place().is_some(),
         Need::NoCdev => return !Path::new("/dev/iommu").exists(),
     };
     Path::new(path).exists()

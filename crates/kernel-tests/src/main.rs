@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod edu;
 mod init;
 mod instance;
 mod kernel_device;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::{kernel_device, mtty};
+use crate::{edu, kernel_device, mtty};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub(crate) enum Need {
     Mtty,
     /// iommufd, and with it the devices' own files.
     Cdev,
+    /// QEMU's edu behind an emulated IOMMU.
+    Edu,
     /// A kernel without them.
     NoCdev,
 }
@@ -56,6 +58,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("kernel_device_refusals_end_in_a_reset", &[Need::Mtty], kernel_device::refusals_end_in_a_reset),
     test("kernel_device_refusals_to_open", &[Need::Mtty], kernel_device::refusals_to_open),
     test("kernel_device_interrupts", &[Need::Mtty], kernel_device::interrupts),
+    test("edu_does_not_migrate", &[Need::Edu], edu::does_not_migrate),
 ];
 
 /// Runs one, in this process.

@@ -15,10 +15,12 @@ const PATIENCE: Duration = Duration::from_secs(240);
 /// QEMU's processor with SVM and nested paging: inside, the kernel's own KVM works. `-cpu max` makes migration data
 /// move twenty times slower on Debian's kernel.
 pub(super) fn boot(kernel: &Path, image: &Path) -> Result<String, String> {
-    let line = "console=ttyS0 panic=-1 quiet";
+    let line = "console=ttyS0 panic=-1 quiet intel_iommu=on";
     let mut child = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-M", "q35", "-cpu", "qemu64,+npt", "-smp", "1", "-m", "512"])
         .args(["-nographic", "-no-reboot", "-net", "none", "-append", line])
+        // A device without migration behind an IOMMU, for vfio-pci.
+        .args(["-device", "intel-iommu,intremap=on", "-device", "edu"])
         .args(["-kernel", text(kernel)?, "-initrd", text(image)?])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

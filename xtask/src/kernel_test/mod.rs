@@ -29,7 +29,16 @@ const SETS: [Set; 2] = [
     Set {
         name: "stock",
         what: "the kernel as Debian builds it (groups and type1; no iommufd)",
-        modules: &["irqbypass", "vfio", "vfio_iommu_type1", "mdev", "mtty", "migdev"],
+        modules: &[
+            "irqbypass",
+            "vfio",
+            "vfio_iommu_type1",
+            "vfio-pci-core",
+            "vfio-pci",
+            "mdev",
+            "mtty",
+            "migdev",
+        ],
         rebuilt: false,
     },
     Set {

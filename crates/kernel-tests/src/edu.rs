@@ -1,0 +1,94 @@
+//! The kernel back end on a device of plain vfio-pci behind an emulated IOMMU: QEMU's `edu`, which does not migrate.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use vfio_migration_device::{
+    Device, DmaAccess, IrqIndex, KernelDevice, KernelOptions, KernelPath, PciHardware, RegionIndex,
+    TrackerKind,
+};
+use vfio_migration_memory::{GuestRam, Mapping, RamSpec};
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+
+use crate::check::{Outcome, chain, holds, same};
+
+const LEN: u64 = 1 << 20;
+/// Register 0: the device's version.
+const VERSION: u64 = 0;
+
+/// Where it is in sysfs, if it is there and there is a driver for it.
+pub(crate) fn place() -> Option<PathBuf> {
+    fs::metadata("/sys/bus/pci/drivers/vfio-pci").ok()?;
+    let entries = fs::read_dir("/sys/bus/pci/devices").ok()?;
+    entries.flatten().map(|entry| entry.path()).find(|path| {
+        let is =
+            |file: &str, value: &str| fs::read_to_string(path.join(file)).is_ok_and(|is| is.trim() == value);
+        is("vendor", "0x1234") && is("device", "0x11e8")
+    })
+}
+
+pub(crate) fn does_not_migrate() -> Outcome {
+    let place = place().ok_or("there is no edu")?;
+    let address = place.file_name().and_then(|name| name.to_str()).ok_or("a device without an address")?;
+    let path: KernelPath = address.parse()?;
+    let options = KernelOptions { prefer_group: true, ..KernelOptions::default() };
+    let ram = Arc::new(GuestRam::new("ktest", &[RamSpec { gpa: Gpa(0), len: LEN }])?);
+    let id = DeviceId::new("edu0")?;
+    let open = |options: &KernelOptions| KernelDevice::open(id.clone(), &path, ram.clone(), options);
+
+    let unbound = open(&options).err().ok_or("it was opened without a VFIO driver")?;
+    holds(chain(&unbound).contains("bound to no driver; bind it"), &chain(&unbound))?;
+    fs::write(place.join("driver_override"), "vfio-pci")?;
+    fs::write("/sys/bus/pci/drivers_probe", address)?;
+
+    for options in [options, KernelOptions::default()] {
+        let device = open(&options)?;
+        same("driver", device.driver(), Some("vfio-pci"))?;
+        let none = device.capabilities().err().ok_or("plain vfio-pci migrates")?;
+        holds(none.0.contains("plain vfio-pci never has"), &none.0)?;
+        let iova = Range::new(Iova(0), LEN)?;
+        device.dma_map(iova, DmaAccess::BOTH, Some((ram.fd(), 0)))?;
+        let tracker = device.tracker();
+        same("tracker", tracker.kind, TrackerKind::Everything)?;
+        holds(tracker.why.contains("--allow-all-dirty"), &tracker.why)?;
+        holds(device.dirty_log().is_none(), "no log")?;
+
+        let mut version = [0; 4];
+        device.region_read(RegionIndex::BAR0, VERSION, &mut version)?;
+        same("version", u32::from_le_bytes(version) & 0xff, 0xed)?;
+        // Memory decode is off after a reset: vfio-pci faults an access through the mapping then.
+        let mut command = [0; 2];
+        device.region_read(RegionIndex::CONFIG, 4, &mut command)?;
+        device.region_write(RegionIndex::CONFIG, 4, &[command[0] | 2, command[1]])?;
+        let file = device.region_file(RegionIndex::BAR0).ok_or("BAR 0 can be mapped")?;
+        let mapping = Mapping::new(file.fd, file.offset, 4096, true)?;
+        same("version, mapped", mapping.read_u32(VERSION)? & 0xff, 0xed)?;
+
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let mut count = [0; 8];
+        holds(device.irq_count(IrqIndex::Msi) >= 1, "MSI")?;
+        device.disable_irqs(IrqIndex::Msi)?;
+        device.set_irq_eventfds(IrqIndex::Msi, 0, &[Some(event.as_fd())])?;
+        device.trigger_irq(IrqIndex::Msi, 0)?;
+        same("raised", rustix::io::read(&event, &mut count), Ok(8))?;
+        device.disable_irqs(IrqIndex::Msi)?;
+        device.disable_irqs(IrqIndex::Msi)?;
+        device.set_irq_eventfds(IrqIndex::Intx, 0, &[Some(event.as_fd())])?;
+        let resample = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        device.set_intx_resample(Some(resample.as_fd()))?;
+        device.trigger_irq(IrqIndex::Intx, 0)?;
+        same("raised", rustix::io::read(&event, &mut count), Ok(8))?;
+        device.set_intx_resample(None)?;
+        device.disable_irqs(IrqIndex::Intx)?;
+        same("nothing more", rustix::io::read(&event, &mut count), Err(Errno::AGAIN))?;
+        // It has no reset of any kind, and that is not passed over.
+        same("reset", device.reset().err().and_then(|error| error.errno), Some(Errno::INVAL))?;
+        device.dma_unmap(iova)?;
+        holds(device.dma_unmap(iova).is_err(), "not mapped any more")?;
+    }
+    Ok(())
+}
