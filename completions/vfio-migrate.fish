@@ -79,7 +79,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s v -
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l memory -d 'Guest RAM' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l device -d 'A device: vfio-user:SOCKET,id=NAME. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l device -d 'A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or mdev:UUID,id=NAME. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l incoming -d 'Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l restore -d 'Bring back the guest that `save` wrote into this file, instead of starting one' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l control -d 'Control socket' -r -F
