@@ -33,6 +33,8 @@ pub(super) struct ConfigSpace {
     writable: Vec<u8>,
     /// Bytes that are the device's: read and written there.
     through: Vec<bool>,
+    /// How many bytes the device has.
+    device_len: usize,
 }
 
 impl ConfigSpace {
@@ -55,7 +57,8 @@ impl ConfigSpace {
         writable[usize::from(COMMAND)..][..2].copy_from_slice(&COMMAND_WRITABLE.to_le_bytes());
         through[usize::from(STATUS)..][..2].fill(true);
 
-        let mut space = Self { bytes, writable, through };
+        let device_len = bytes.len();
+        let mut space = Self { bytes, writable, through, device_len };
         if let Some(capability) = space.capabilities().into_iter().find(|cap| cap.id == CAP_MSIX) {
             let at = usize::from(capability.offset);
             if at + usize::from(MSIX_CAP_LEN) <= usize::from(EXTENDED) {
@@ -73,6 +76,7 @@ impl ConfigSpace {
 
     /// The device has no more bytes of its own than the first `len`.
     pub(super) fn end_of_device(&mut self, len: usize) {
+        self.device_len = len;
         self.through.iter_mut().skip(len).for_each(|through| *through = false);
     }
 
@@ -127,9 +131,11 @@ impl ConfigSpace {
         self.bytes.get(usize::from(offset)..)?.first_chunk().copied()
     }
 
-    /// Whether any of `len` bytes at `offset` is the device's own.
-    pub(super) fn reaches_device(&self, offset: u16, len: usize) -> bool {
-        self.through.iter().skip(offset.into()).take(len).any(|through| *through)
+    /// How many of `len` bytes at `offset` are to be read from the device: none where none of them is its own, else as
+    /// many as it has there.
+    pub(super) fn of_device(&self, offset: u16, len: usize) -> usize {
+        let own = self.through.iter().skip(offset.into()).take(len).any(|through| *through);
+        if own { self.device_len.saturating_sub(offset.into()).min(len) } else { 0 }
     }
 
     /// Takes fresh bytes of the device for those at `offset` that are its own.

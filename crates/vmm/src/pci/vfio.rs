@@ -192,9 +192,10 @@ impl VfioPciFunction {
         // Before the lock, as everywhere: whoever closes the gate waits for passages, and they wait for the lock.
         let Some(_passage) = self.host.gate.pass() else { return into.fill(0xff) };
         let mut state = self.lock();
-        if state.config.reaches_device(offset, into.len()) {
-            match self.hardware.region_read(RegionIndex::CONFIG, offset.into(), into) {
-                Ok(()) => state.config.refresh(offset, into),
+        let own = state.config.of_device(offset, into.len());
+        if let Some(own) = into.get_mut(..own).filter(|own| !own.is_empty()) {
+            match self.hardware.region_read(RegionIndex::CONFIG, offset.into(), own) {
+                Ok(()) => state.config.refresh(offset, own),
                 Err(error) => self.note(&error, "reading config space"),
             }
         }
