@@ -8,6 +8,7 @@ mod check;
 mod init;
 mod instance;
 mod kernel_device;
+mod migdev;
 mod mtty;
 mod table;
 

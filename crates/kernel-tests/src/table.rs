@@ -3,13 +3,15 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::{kernel_device, mtty};
+use crate::{kernel_device, migdev, mtty};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
     /// The kernel's sample device is loaded.
     Mtty,
+    /// The project's own test driver is loaded.
+    Migdev,
     /// iommufd, and with it the devices' own files.
     Cdev,
     /// A kernel without them.
@@ -54,6 +56,26 @@ pub(crate) const TESTS: &[Test] = &[
     test("kernel_device_refusals_end_in_a_reset", &[Need::Mtty], kernel_device::refusals_end_in_a_reset),
     test("kernel_device_refusals_to_open", &[Need::Mtty], kernel_device::refusals_to_open),
     test("kernel_device_interrupts", &[Need::Mtty], kernel_device::interrupts),
+    test("migdev_describes_itself", &[Need::Migdev], migdev::dma::describes_itself),
+    test("migdev_writes_and_logs_exactly", &[Need::Migdev], migdev::dma::exact),
+    test("migdev_writes_and_logs_exactly_by_cdev", &[Need::Migdev, Need::Cdev], migdev::dma::exact_by_cdev),
+    test("migdev_log_that_omits_is_found_out", &[Need::Migdev, Need::Cdev], migdev::dma::omitted),
+    test("migdev_raises_its_interrupts", &[Need::Migdev], migdev::dma::interrupts),
+    test("migdev_stands_still", &[Need::Migdev], migdev::dma::stands_still),
+    test("migdev_stops_at_a_bad_descriptor", &[Need::Migdev], migdev::dma::ring_error),
+    test("migdev_takes_every_arc_of_every_set_of_flags", &[Need::Migdev], migdev::arcs::every_arc),
+    test("migdev_moves_while_it_changes", &[Need::Migdev], migdev::stream::contents_move),
+    test("migdev_saves_64_mib_twice_the_same", &[Need::Migdev], migdev::stream::large),
+    test("migdev_refuses_a_newer_version", &[Need::Migdev], migdev::stream::versions),
+    test("migdev_finds_damage_in_a_stream", &[Need::Migdev], migdev::stream::damage),
+    test("migdev_fault_fail_arc", &[Need::Migdev], migdev::faults::fail_arc),
+    test("migdev_fault_error_arc", &[Need::Migdev], migdev::faults::error_arc),
+    test("migdev_fault_short_read", &[Need::Migdev], migdev::faults::short_read),
+    test("migdev_fault_enodev", &[Need::Migdev], migdev::faults::enodev),
+    test("migdev_fault_wrong_size", &[Need::Migdev], migdev::faults::wrong_size),
+    test("migdev_fault_precopy_zero", &[Need::Migdev], migdev::faults::precopy_zero),
+    test("migdev_fault_accept_truncated", &[Need::Migdev], migdev::faults::accept_truncated),
+    test("migdev_fault_slow_arc", &[Need::Migdev], migdev::faults::slow),
 ];
 
 /// Runs one, in this process.
