@@ -47,6 +47,7 @@ fn set_up() -> Outcome {
 fn there(need: Need) -> bool {
     let path = match need {
         Need::Mtty => "/sys/class/mdev_bus/mtty",
+        Need::Migdev => "/sys/class/mdev_bus/migdev",
         Need::Cdev => "/dev/iommu",
         Need::Edu => return crate::edu::place().is_some(),
         Need::NoCdev => return !Path::new("/dev/iommu").exists(),

@@ -9,6 +9,7 @@ mod edu;
 mod init;
 mod instance;
 mod kernel_device;
+mod migdev;
 mod mtty;
 mod table;
 

@@ -3,13 +3,15 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::{edu, kernel_device, mtty};
+use crate::{edu, kernel_device, migdev, mtty};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
     /// The kernel's sample device is loaded.
     Mtty,
+    /// The project's own test driver is loaded.
+    Migdev,
     /// iommufd, and with it the devices' own files.
     Cdev,
     /// QEMU's edu behind an emulated IOMMU.
@@ -58,7 +60,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("kernel_device_refusals_end_in_a_reset", &[Need::Mtty], kernel_device::refusals_end_in_a_reset),
     test("kernel_device_refusals_to_open", &[Need::Mtty], kernel_device::refusals_to_open),
     test("kernel_device_interrupts", &[Need::Mtty], kernel_device::interrupts),
-    test("edu_does_not_migrate", &[Need::Edu], edu::does_not_migrate),
+use crate::{edu, kernel_device, migdev, mtty};
 ];
 
 /// Runs one, in this process.
