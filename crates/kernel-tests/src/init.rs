@@ -15,8 +15,8 @@ use crate::table::{Need, TESTS};
 const MODULES: &str = "/modules";
 /// Word of the kernel's command line by which the last test is made to fail: the negative control of the whole ring.
 const SABOTAGE: &str = "ktest.sabotage";
-/// No test takes a second. One that takes this long hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Few tests take a second, those with a guest ten. One that takes this long hangs.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 pub(crate) fn run() -> ExitCode {
     if let Err(error) = set_up() {
@@ -49,6 +49,7 @@ fn there(need: Need) -> bool {
         Need::Mtty => "/sys/class/mdev_bus/mtty",
         Need::Migdev => "/sys/class/mdev_bus/migdev",
         Need::Cdev => "/dev/iommu",
+        Need::Kvm => "/dev/kvm",
         Need::Edu => return crate::edu::place().is_some(),
         Need::NoCdev => return !Path::new("/dev/iommu").exists(),
     };

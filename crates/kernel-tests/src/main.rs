@@ -6,6 +6,7 @@
 
 mod check;
 mod edu;
+mod guest;
 mod init;
 mod instance;
 mod kernel_device;

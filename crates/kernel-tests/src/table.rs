@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::{edu, kernel_device, migdev, mtty};
+use crate::{edu, guest, kernel_device, migdev, mtty};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub(crate) enum Need {
     Mtty,
     /// The project's own test driver is loaded.
     Migdev,
+    /// The kernel's own KVM works, nested, and the command is in the image.
+    Kvm,
     /// iommufd, and with it the devices' own files.
     Cdev,
     /// QEMU's edu behind an emulated IOMMU.
@@ -52,15 +54,37 @@ pub(crate) const TESTS: &[Test] = &[
     test("kernel_device_contents_move", &[Need::Mtty], kernel_device::contents_move),
     test("kernel_device_every_path", &[Need::Mtty], kernel_device::every_path),
     test("kernel_device_handed_over", &[Need::Mtty], kernel_device::handed_over),
-    test("kernel_device_handed_over_bound", &[Need::Mtty, Need::Cdev], kernel_device::handed_over_bound),
-    test("kernel_device_maps_other_memory", &[Need::Mtty], kernel_device::maps_other_memory),
     test("kernel_device_describes_itself", &[Need::Mtty], kernel_device::describes_itself),
     test("kernel_device_chooses_its_tracker", &[Need::Mtty], kernel_device::chooses_its_tracker),
     test("kernel_device_reset_ends_a_session", &[Need::Mtty], kernel_device::reset_ends_a_session),
     test("kernel_device_refusals_end_in_a_reset", &[Need::Mtty], kernel_device::refusals_end_in_a_reset),
     test("kernel_device_refusals_to_open", &[Need::Mtty], kernel_device::refusals_to_open),
     test("kernel_device_interrupts", &[Need::Mtty], kernel_device::interrupts),
-use crate::{edu, kernel_device, migdev, mtty};
+    test("kernel_device_handed_over_bound", &[Need::Mtty, Need::Cdev], kernel_device::handed_over_bound),
+    test("kernel_device_maps_other_memory", &[Need::Mtty], kernel_device::maps_other_memory),
+    test("edu_does_not_migrate", &[Need::Edu], edu::does_not_migrate),
+    test("migdev_describes_itself", &[Need::Migdev], migdev::dma::describes_itself),
+    test("migdev_writes_and_logs_exactly", &[Need::Migdev], migdev::dma::exact),
+    test("migdev_writes_and_logs_exactly_by_cdev", &[Need::Migdev, Need::Cdev], migdev::dma::exact_by_cdev),
+    test("migdev_log_that_omits_is_found_out", &[Need::Migdev, Need::Cdev], migdev::dma::omitted),
+    test("migdev_raises_its_interrupts", &[Need::Migdev], migdev::dma::interrupts),
+    test("migdev_stands_still", &[Need::Migdev], migdev::dma::stands_still),
+    test("migdev_stops_at_a_bad_descriptor", &[Need::Migdev], migdev::dma::ring_error),
+    test("migdev_takes_every_arc_of_every_set_of_flags", &[Need::Migdev], migdev::arcs::every_arc),
+    test("migdev_moves_while_it_changes", &[Need::Migdev], migdev::stream::contents_move),
+    test("migdev_saves_64_mib_twice_the_same", &[Need::Migdev], migdev::stream::large),
+    test("migdev_refuses_a_newer_version", &[Need::Migdev], migdev::stream::versions),
+    test("migdev_finds_damage_in_a_stream", &[Need::Migdev], migdev::stream::damage),
+    test("migdev_fault_fail_arc", &[Need::Migdev], migdev::faults::fail_arc),
+    test("migdev_fault_error_arc", &[Need::Migdev], migdev::faults::error_arc),
+    test("migdev_fault_short_read", &[Need::Migdev], migdev::faults::short_read),
+    test("migdev_fault_enodev", &[Need::Migdev], migdev::faults::enodev),
+    test("migdev_fault_wrong_size", &[Need::Migdev], migdev::faults::wrong_size),
+    test("migdev_fault_precopy_zero", &[Need::Migdev], migdev::faults::precopy_zero),
+    test("migdev_fault_accept_truncated", &[Need::Migdev], migdev::faults::accept_truncated),
+    test("migdev_fault_slow_arc", &[Need::Migdev], migdev::faults::slow),
+    test("a_guest_with_migdev_moves_whole", &[Need::Migdev, Need::Kvm], guest::moves_whole),
+    test("a_guest_with_migdev_notices_what_is_lost", &[Need::Migdev, Need::Kvm], guest::notices_what_is_lost),
 ];
 
 /// Runs one, in this process.

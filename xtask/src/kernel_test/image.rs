@@ -6,15 +6,20 @@ use std::process::{Command, Stdio};
 use super::{command, failed, text};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const PACKAGE: &str = "vfio-migration-kernel-tests";
+/// Packages whose programs go into the image, and under which names.
+const PROGRAMS: [(&str, &str); 2] =
+    [("vfio-migration-kernel-tests", "init"), ("vfio-migrate", "vfio-migrate")];
 
-/// Builds the tests as a program that needs no libraries.
-pub(super) fn program(top: &Path, cache: &Path) -> Result<PathBuf, String> {
+/// Builds the tests, and the command, as programs that need no libraries. The folder that they are in.
+pub(super) fn programs(top: &Path, cache: &Path) -> Result<PathBuf, String> {
     // A folder of its own: other flags would have everything in the usual one built again.
     let target = cache.join("build");
+    let packages = PROGRAMS.iter().flat_map(|(package, _)| ["--package", *package]);
     let status = Command::new(env!("CARGO"))
         .current_dir(top)
-        .args(["build", "--quiet", "--release", "--package", PACKAGE, "--target", TARGET, "--target-dir"])
+        .args(["build", "--quiet", "--release", "--target", TARGET])
+        .args(packages)
+        .arg("--target-dir")
         .arg(&target)
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .stdin(Stdio::null())
@@ -23,14 +28,14 @@ pub(super) fn program(top: &Path, cache: &Path) -> Result<PathBuf, String> {
     if !status.success() {
         return Err(format!("building the tests: {status}"));
     }
-    Ok(target.join(TARGET).join("release").join(PACKAGE))
+    Ok(target.join(TARGET).join("release"))
 }
 
 /// Makes the image of set `name`: `modules` are loaded in their order, from `files`.
 pub(super) fn make(
     cache: &Path,
     name: &str,
-    program: &Path,
+    programs: &Path,
     modules: &[&str],
     files: Vec<PathBuf>,
 ) -> Result<PathBuf, String> {
@@ -42,8 +47,10 @@ pub(super) fn make(
     std::fs::create_dir_all(&home).map_err(failed(&home))?;
     // The kernel wants a console before anything is mounted.
     std::fs::create_dir_all(root.join("dev")).map_err(failed(&root))?;
-    let init = root.join("init");
-    std::fs::copy(program, &init).map_err(failed(program))?;
+    for (program, name) in PROGRAMS {
+        let program = programs.join(program);
+        std::fs::copy(&program, root.join(name)).map_err(failed(&program))?;
+    }
     for (module, file) in modules.iter().zip(&files) {
         let to = home.join(format!("{module}.ko"));
         if file.extension().is_some_and(|kind| kind == "xz") {

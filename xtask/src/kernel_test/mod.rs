@@ -31,6 +31,9 @@ const SETS: [Set; 2] = [
         what: "the kernel as Debian builds it (groups and type1; no iommufd)",
         modules: &[
             "irqbypass",
+            "kvm",
+            "ccp",
+            "kvm-amd",
             "vfio",
             "vfio_iommu_type1",
             "vfio-pci-core",
@@ -46,6 +49,9 @@ const SETS: [Set; 2] = [
         what: "its VFIO modules rebuilt from the same source with iommufd and cdev, which Debian leaves out",
         modules: &[
             "irqbypass",
+            "kvm",
+            "ccp",
+            "kvm-amd",
             "iova_bitmap",
             "iommufd",
             "vfio",
@@ -71,13 +77,13 @@ pub(crate) fn run(top: &Path) -> Result<Outcome, String> {
     };
     let kernel =
         step("unpacking the kernel and building modules", || modules::build(&packages, top, &cache))?;
-    let program = step("building the tests", || image::program(top, &cache))?;
+    let programs = step("building the tests and the command", || image::programs(top, &cache))?;
     let mut rows = Vec::new();
     for set in &SETS {
         eprintln!("kernel-test: {}: {}", set.name, set.what);
         let files =
             set.modules.iter().map(|name| kernel.module(name, set.rebuilt)).collect::<Result<_, _>>()?;
-        let image = image::make(&cache, set.name, &program, set.modules, files)?;
+        let image = image::make(&cache, set.name, &programs, set.modules, files)?;
         let text = step("booting", || boot::boot(&kernel.image, &image))?;
         let report = console::Report::parse(&text);
         if let Err(why) = report.sound() {
