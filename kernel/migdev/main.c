@@ -243,3 +243,5 @@ module_init(migdev_module_init);
 module_exit(migdev_module_exit);
 MODULE_DESCRIPTION("Mediated test device that migrates");
 MODULE_LICENSE("GPL");
+/* iova_bitmap_set(), where iommufd is built. From Linux 6.13 on this takes a string. */
+MODULE_IMPORT_NS(IOMMUFD);
