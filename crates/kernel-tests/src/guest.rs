@@ -16,7 +16,7 @@ const PROGRAM: &str = "/vfio-migrate";
 /// Everything here runs in emulation. A guard against a hang, and no claim.
 const PATIENCE: Duration = Duration::from_secs(100);
 /// The guest stands for as long as an emulated processor needs.
-const DOWNTIME_LIMIT_MS: f64 = 20_000.0;
+const DOWNTIME_LIMIT_MS: u64 = 20_000;
 
 /// A VM in a process of its own.
 struct Vm {
