@@ -209,7 +209,15 @@ fn another_device_is_refused_with_reasons_and_exit_3() {
     .start();
     source.warm();
     let control = source.control.display().to_string();
-    let output = run(&["migrate", "--control", &control, "--json", &destination.incoming()]);
+    let output = run(&[
+        "migrate",
+        "--control",
+        &control,
+        "--downtime-limit",
+        "10s",
+        "--json",
+        &destination.incoming(),
+    ]);
     assert_eq!(output.status.code(), Some(3), "{}", String::from_utf8_lossy(&output.stdout));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let error = report["migration"]["error"].as_str().unwrap();

@@ -164,7 +164,7 @@ fn limits_can_be_changed_while_it_runs() {
     until("pre-copy", || (source.query("query-migrate")["phase"] == "P3").then_some(()));
     let refused = source.call("migrate-continue", Value::Null).unwrap_err();
     assert!(refused.contains("does not wait"), "{refused}");
-    source.call("migrate-set-parameters", json!({"max-bandwidth": 0, "downtime-limit": 2000})).unwrap();
+    source.call("migrate-set-parameters", json!({"max-bandwidth": 0, "downtime-limit": 10_000})).unwrap();
     let info = source.ended();
     assert_eq!(info["status"], "completed", "{info}");
     destination.assert_whole();
@@ -211,7 +211,7 @@ fn two_vms_without_an_identity_move_as_readme_says() {
     assert_ne!(destination.query("query-status")["uuid"], id);
     source.warm();
     let control = source.control.display().to_string();
-    let moved = run(&["migrate", "--control", &control, &destination.incoming()]);
+    let moved = run(&["migrate", "--control", &control, "--downtime-limit", "10s", &destination.incoming()]);
     assert_eq!(moved.status.code(), Some(0), "{}", String::from_utf8_lossy(&moved.stderr));
     assert_eq!(destination.query("query-status")["uuid"], id, "it took the guest's identity");
     destination.assert_whole();
