@@ -15,6 +15,8 @@ use crate::table::{Need, TESTS};
 const MODULES: &str = "/modules";
 /// Word of the kernel's command line by which the last test is made to fail: the negative control of the whole ring.
 const SABOTAGE: &str = "ktest.sabotage";
+/// Word of the kernel's command line that says what this machine has: no test is left out for want of what it should.
+const PROMISED: &str = "ktest.has=";
 /// Few tests take a second, those with a guest ten. One that takes this long hangs.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -39,6 +41,14 @@ fn set_up() -> Outcome {
         let file = fs::File::open(format!("{MODULES}/{name}.ko"))?;
         rustix::system::finit_module(&file, c"", 0)
             .map_err(|error| format!("loading the module {name}: {error}"))?;
+    }
+    let line = fs::read_to_string("/proc/cmdline")?;
+    let promised = line.split_whitespace().find_map(|word| word.strip_prefix(PROMISED));
+    for word in promised.ok_or("nobody says what this machine has")?.split(',') {
+        let need = Need::named(word).ok_or_else(|| format!("'{word}' is nothing that a test needs"))?;
+        if !there(need) {
+            return Err(format!("this machine should have '{word}', and has not").into());
+        }
     }
     Ok(())
 }

@@ -22,6 +22,21 @@ pub(crate) enum Need {
     NoCdev,
 }
 
+impl Need {
+    /// What `word` of the kernel's command line stands for.
+    pub(crate) fn named(word: &str) -> Option<Self> {
+        Some(match word {
+            "mtty" => Self::Mtty,
+            "migdev" => Self::Migdev,
+            "kvm" => Self::Kvm,
+            "cdev" => Self::Cdev,
+            "no-cdev" => Self::NoCdev,
+            "edu" => Self::Edu,
+            _ => return None,
+        })
+    }
+}
+
 /// One test.
 #[derive(Debug)]
 pub(crate) struct Test {

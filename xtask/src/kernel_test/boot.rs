@@ -15,11 +15,11 @@ const PATIENCE: Duration = Duration::from_secs(480);
 /// QEMU's processor with SVM and nested paging: inside, the kernel's own KVM works. RDRAND, or whoever wants a random
 /// number waits for the machine to gather entropy. `-cpu max` makes migration data
 /// move twenty times slower on Debian's kernel.
-pub(super) fn boot(kernel: &Path, image: &Path) -> Result<String, String> {
-    let line = "console=ttyS0 panic=-1 quiet intel_iommu=on";
+pub(super) fn boot(kernel: &Path, image: &Path, has: &str) -> Result<String, String> {
+    let line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on ktest.has={has}");
     let mut child = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-M", "q35", "-cpu", "qemu64,+npt,+rdrand", "-smp", "1", "-m", "1024"])
-        .args(["-nographic", "-no-reboot", "-net", "none", "-append", line])
+        .args(["-nographic", "-no-reboot", "-net", "none", "-append", &line])
         // A device without migration behind an IOMMU, for vfio-pci.
         .args(["-device", "intel-iommu,intremap=on", "-device", "edu"])
         .args(["-kernel", text(kernel)?, "-initrd", text(image)?])
