@@ -56,18 +56,19 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
         Some(path) => Some((path, Bound::at(path).map_err(|error| cannot_listen(path, &error))?)),
         None => None,
     };
-    let machine = ReferenceMachine::build(vm.config.clone()).map_err(|error| cannot_build(&error))?;
     match (uri, snapshot) {
         (None, Some(snapshot)) => {
-            let slot = saving::restore(&vm, snapshot, machine)?;
+            let slot = saving::restore(&vm, snapshot)?;
             drop(vm.state.put_if(|_| true, slot));
         }
         (Some(uri), _) => {
+            let machine = build(&vm)?;
             incoming::reserve(&vm)
                 .and_then(|_| incoming::listen(&vm, &uri, machine))
                 .map_err(|refused| Failure::failed(refused.desc))?;
         }
         (None, None) => {
+            let machine = build(&vm)?;
             let doing = |error| Failure::caused("cannot start the guest", &error);
             machine.boot(&vm.workload).map_err(doing)?;
             if !options.paused {
@@ -97,6 +98,11 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
 
 fn cannot_listen(path: &Path, error: &std::io::Error) -> Failure {
     Failure::caused(&format!("cannot listen at {}", path.display()), error)
+}
+
+/// Makes the machine, and opens its devices.
+fn build(vm: &RunningVm) -> Result<Arc<ReferenceMachine>, Failure> {
+    ReferenceMachine::build(vm.config.clone()).map_err(|error| cannot_build(&error))
 }
 
 fn cannot_build(error: &VmmError) -> Failure {

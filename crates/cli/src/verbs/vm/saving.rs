@@ -94,12 +94,9 @@ pub(super) fn open(path: &Path) -> Result<Snapshot, Failure> {
         .map_err(|error| Failure::caused(&format!("cannot restore {}", path.display()), &error))
 }
 
-/// Puts a guest back into `machine`.
-pub(super) fn restore(
-    vm: &RunningVm,
-    snapshot: Snapshot,
-    machine: Arc<ReferenceMachine>,
-) -> Result<Slot, Failure> {
+/// Puts a guest back into a machine that is built once it is known that the guest may be put back: building opens the
+/// devices, and opening resets them.
+pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, Failure> {
     let id = snapshot.vm();
     if let Some(other) = vm.options.uuid.filter(|other| *other != id) {
         return Err(Failure::new(
@@ -113,14 +110,28 @@ pub(super) fn restore(
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
-    machine.adopt(id);
-    let built: Arc<dyn Machine> = machine.clone();
-    match snapshot.restore(options, |_| Ok::<_, RefusalReason>(built)) {
-        Ok(arrived) => {
+    let mut machine = None;
+    let mut not_built = None;
+    let restored = snapshot.restore(options, |_| match super::build(vm) {
+        Ok(built) => {
+            built.adopt(id);
+            machine = Some(built.clone());
+            Ok::<Arc<dyn Machine>, _>(built)
+        }
+        Err(failure) => {
+            let text = failure.to_string();
+            not_built = Some(failure);
+            Err(RefusalReason { code: "machine".into(), text })
+        }
+    });
+    match (restored, machine, not_built) {
+        (_, _, Some(failure)) => Err(failure),
+        (Ok(arrived), Some(machine), None) => {
             machine.let_go();
             Ok(Slot::Here { machine, epoch: arrived.epoch })
         }
-        Err(error) => {
+        (Ok(_), None, None) => Err(Failure::failed("a guest was restored into no machine")),
+        (Err(error), _, None) => {
             let exit = match &error {
                 IncomingError::Refused(_) => Exit::Incompatible,
                 _ => Exit::Failed,
