@@ -10,7 +10,9 @@ use std::process::ExitCode;
 
 const HELP: &str = "\
 cargo xtask test [RING…]   run the rings of tests (all when none is named); ends with a table
-cargo xtask kernel-test    run the kernel ring alone: tests in a booted kernel with real VFIO
+cargo xtask kernel-test [PART OF A NAME…]
+                           run the kernel ring alone, tests in a booted kernel with real VFIO: all of them, or those
+                           that are named so
 cargo xtask soak [N]       run the demo N times in a row (20 when not given); every run must verify
 cargo xtask generate       write man pages, completions and schemas again
 cargo xtask rules          check the house rules alone (file length, floors, unsafe)
@@ -25,6 +27,10 @@ fn main() -> ExitCode {
     let outcome = match words.as_slice() {
         ["test", wanted @ ..] => rings::run(&top, wanted),
         ["kernel-test"] => rings::run(&top, &["kernel"]),
+        ["kernel-test", named @ ..] => kernel_test::run(&top, named).and_then(|outcome| match outcome {
+            rings::Outcome::Skipped(why) => Err(format!("the kernel ring cannot run here: {why}")),
+            _ => Ok(()),
+        }),
         ["soak"] => rings::soak(&top, 20),
         ["soak", runs] => match runs.parse() {
             Ok(runs) => rings::soak(&top, runs),

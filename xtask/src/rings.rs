@@ -32,7 +32,7 @@ const RINGS: [Ring; 5] = [
     Ring {
         name: "kernel",
         what: "a booted kernel with real VFIO, in software emulation",
-        run: kernel_test::run,
+        run: |top| kernel_test::run(top, &[]),
     },
     Ring { name: "docs", what: "documentation and its examples", run: docs },
 ];

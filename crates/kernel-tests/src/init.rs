@@ -17,6 +17,8 @@ const MODULES: &str = "/modules";
 const SABOTAGE: &str = "ktest.sabotage";
 /// Word of the kernel's command line that says what this machine has: no test is left out for want of what it should.
 const PROMISED: &str = "ktest.has=";
+/// Word of the kernel's command line that names tests by parts of their names, with commas: no other runs.
+const ONLY: &str = "ktest.only=";
 /// Few tests take a second, those with a guest ten. One that takes this long hangs.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -67,12 +69,15 @@ fn there(need: Need) -> bool {
 }
 
 fn run_all() {
-    let tests: Vec<_> = TESTS.iter().filter(|test| test.needs.iter().all(|need| there(*need))).collect();
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let only = line.split_whitespace().find_map(|word| word.strip_prefix(ONLY));
+    let named = |name: &str| only.is_none_or(|only| only.split(',').any(|part| name.contains(part)));
+    let tests: Vec<_> =
+        TESTS.iter().filter(|test| named(test.name) && test.needs.iter().all(|need| there(*need))).collect();
     // Announced first: one that takes the machine down with it is missed then.
     for test in &tests {
         println!("KTEST-PLAN {}", test.name);
     }
-    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let sabotage = line.split_whitespace().any(|word| word == SABOTAGE);
     for (index, test) in tests.iter().enumerate() {
         let began = Instant::now();

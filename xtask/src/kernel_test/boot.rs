@@ -15,8 +15,11 @@ const PATIENCE: Duration = Duration::from_secs(480);
 /// QEMU's processor with SVM and nested paging: inside, the kernel's own KVM works. RDRAND, or whoever wants a random
 /// number waits for the machine to gather entropy. `-cpu max` makes migration data
 /// move twenty times slower on Debian's kernel.
-pub(super) fn boot(kernel: &Path, image: &Path, has: &str) -> Result<String, String> {
-    let line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on ktest.has={has}");
+pub(super) fn boot(kernel: &Path, image: &Path, has: &str, only: &[&str]) -> Result<String, String> {
+    let mut line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on ktest.has={has}");
+    if !only.is_empty() {
+        line += &format!(" ktest.only={}", only.join(","));
+    }
     let mut child = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-M", "q35", "-cpu", "qemu64,+npt,+rdrand", "-smp", "1", "-m", "1024"])
         .args(["-nographic", "-no-reboot", "-net", "none", "-append", &line])
