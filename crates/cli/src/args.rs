@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vfio_migration_device::host::Roots;
 
+use crate::compat_args::{Check, Describe, Explain, Rehearse, pair};
 use crate::units;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved.";
@@ -34,6 +35,14 @@ pub(crate) enum Verb {
     Vm(Vm),
     /// Ask a running `vm` to move to another.
     Migrate(Migrate),
+    /// Find out what a migration of a running `vm` would come to, without moving anything.
+    Rehearse(Rehearse),
+    /// Say what a device, a `vm` or this host is, as a manifest that `check` compares.
+    Describe(Describe),
+    /// Ask whether something can move, and get every reason why not.
+    Check(Check),
+    /// Say what a reason's code means, and what to do about it.
+    Explain(Explain),
     /// Save the guest of a running `vm` into a file; `vm --restore` brings it back.
     Save(Save),
     /// Show how a `vm` and its migration stand.
@@ -78,6 +87,7 @@ impl Verb {
             | Self::Status(Status { target, .. })
             | Self::Set(Set { target, .. })
             | Self::Incoming(Incoming { target, .. })
+            | Self::Rehearse(Rehearse { target, .. })
             | Self::Cancel(target)
             | Self::Continue(target)
             | Self::Stop(target)
@@ -85,6 +95,9 @@ impl Verb {
             | Self::Quit(target) => target.json,
             Self::Devices(options) => options.json,
             Self::Doctor(options) => options.json,
+            Self::Describe(options) => options.json,
+            Self::Check(options) => options.json,
+            Self::Explain(options) => options.json,
             Self::Demo(_)
             | Self::Device(_)
             | Self::Vm(_)
@@ -204,9 +217,15 @@ pub(crate) struct Device {
     /// Plain vfio-user, without the x-vfio-migrate extension.
     #[arg(long)]
     pub(crate) no_extension: bool,
-    /// Version of the model it claims, MAJOR.MINOR.
-    #[arg(long = "model-version", default_value = "1.0", value_name = "M.N")]
+    /// Model it claims to be.
+    #[arg(long, default_value = vfio_migration_sim::MODEL, value_name = "NAME")]
+    pub(crate) model: String,
+    /// Version of the model it claims, MAJOR.MINOR.PATCH.
+    #[arg(long = "model-version", default_value = "1.0.0", value_name = "X.Y.Z")]
     pub(crate) model_version: String,
+    /// A parameter of the model that it claims to have. May be given more than once.
+    #[arg(long = "param", value_name = "NAME=VALUE", value_parser = pair)]
+    pub(crate) parameters: Vec<(String, String)>,
     /// Misbehave on purpose; may be given more than once. `--fault help` lists what there is.
     #[arg(long, value_name = "FAULT")]
     pub(crate) fault: Vec<String>,
@@ -253,6 +272,9 @@ pub(crate) struct Vm {
     /// Refuse to run without KVM, instead of falling back to the software guest.
     #[arg(long, conflicts_with = "software")]
     pub(crate) require_kvm: bool,
+    /// File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) policy: Option<PathBuf>,
     /// Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once.
     #[arg(long, value_name = "RULE")]
     pub(crate) config_rule: Vec<String>,
@@ -325,6 +347,9 @@ pub(crate) struct Migrate {
     /// Move even a device that logs no DMA: all of RAM is sent while the guest stands still.
     #[arg(long)]
     pub(crate) allow_all_dirty: bool,
+    /// A device that has another name at the destination. May be given more than once.
+    #[arg(long, value_name = "NAME=NAME", value_parser = pair)]
+    pub(crate) map: Vec<(String, String)>,
     /// Post-copy is not possible for VFIO devices, and refused with the reason.
     #[arg(long, hide = true)]
     pub(crate) post_copy: bool,

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod compat_args;
 mod control;
 mod demo;
 mod exit;
@@ -47,6 +48,10 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         Verb::Device(options) => verbs::device::run(&options),
         Verb::Vm(options) => verbs::vm::run(&options, &Interrupt::listen()?),
         Verb::Migrate(options) => verbs::migrate::run(&options, &Interrupt::listen()?),
+        Verb::Rehearse(options) => verbs::rehearse::run(&options, &Interrupt::listen()?),
+        Verb::Describe(options) => verbs::describe::run(&options),
+        Verb::Check(options) => verbs::check::run(&options),
+        Verb::Explain(options) => verbs::explain::run(&options),
         Verb::Save(options) => verbs::save::run(&options, &Interrupt::listen()?),
         Verb::Status(options) => verbs::status::run(&options, &Interrupt::listen()?),
         Verb::Cancel(target) => verbs::steer::cancel(&target),

@@ -1,15 +1,17 @@
 //! Schemas of every JSON document that the command prints or the control socket carries.
 
 use schemars::{Schema, schema_for};
+use vfio_migration_compat::{Baseline, Explanation, Matrix, Report};
 
 use crate::control::{
-    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, SaveArguments,
-    StatusInfo,
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, RehearseArguments,
+    SaveArguments, StatusInfo,
 };
 use crate::demo::{DemoReport, GuestInfo};
 use crate::exit::FailureReport;
 use crate::verbs::devices::DevicesReport;
 use crate::verbs::doctor::DoctorReport;
+use crate::verbs::rehearse::RehearseReport;
 use crate::verbs::{Acknowledged, StatusReport};
 
 /// Every schema, by the name of its file in `docs/schemas`.
@@ -25,6 +27,12 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
         ("query-guest", schema_for!(GuestInfo)),
         ("query-migrate", schema_for!(MigrationInfo)),
         ("migrate-arguments", schema_for!(MigrateArguments)),
+        ("rehearse", schema_for!(RehearseReport)),
+        ("check", schema_for!(Report)),
+        ("matrix", schema_for!(Matrix)),
+        ("baseline", schema_for!(Baseline)),
+        ("explain", schema_for!(Explanation)),
+        ("rehearse-arguments", schema_for!(RehearseArguments)),
         ("save-arguments", schema_for!(SaveArguments)),
         ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),

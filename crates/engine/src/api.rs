@@ -11,7 +11,9 @@
 use std::time::Duration;
 
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, MigrationFlags, Phase, VmId};
-use vfio_migration_wire::{Applied, FinalEnd, Message, PeerError, Ready, Refusal, Running, VersionRange};
+use vfio_migration_wire::{
+    Accept, Applied, FinalEnd, Message, Offer, PeerError, Ready, Reason, Running, VersionRange,
+};
 
 use crate::ownership::{DestinationState, SourceState};
 
@@ -29,10 +31,11 @@ pub struct SourceConfig {
     pub epoch: Epoch,
     /// Protocol versions it speaks.
     pub versions: VersionRange,
-    /// Features it offers; those in force are in [`Source::negotiated`](crate::Source::negotiated).
+    /// Features it offers, but for [`FEATURE_REHEARSE`](vfio_migration_wire::FEATURE_REHEARSE), which follows from `rehearse`;
+    /// those in force are in [`Source::negotiated`](crate::Source::negotiated).
     pub features: u64,
-    /// The machine's manifest, JSON.
-    pub manifest: Vec<u8>,
+    /// The machine's manifest, JSON, and what its devices are called at the destination.
+    pub offer: Offer,
     /// The devices, in manifest order.
     pub devices: Vec<DeviceFacts>,
     /// Several devices may go without P2P, because none maps another's BAR.
@@ -49,6 +52,19 @@ pub struct SourceConfig {
     pub verify: bool,
     /// Longest silence of the peer, where it owes an answer.
     pub peer_timeout: Duration,
+    /// Move nothing: go so far, find out, and undo it all.
+    pub rehearse: Option<Rehearse>,
+}
+
+/// How far a rehearsal goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rehearse {
+    /// To the end of P1: only the verdict.
+    Ask,
+    /// To the end of P3: the guest never stops.
+    Precopy,
+    /// To READY: the guest stands for as long as it would, less the commit and the start.
+    Standstill,
 }
 
 /// What the engine must know of a device.
@@ -112,6 +128,9 @@ pub enum Barrier {
 pub enum SourceAction {
     /// Send this message, after all bulk that was sent before.
     Send(Message),
+    /// P1: judge the destination's manifest by the source's own rules. Answer: [`SourceEvent::Judged`] or
+    /// [`SourceEvent::Refused`].
+    Judge(Accept),
     /// P2: start every dirty log, then open pre-copy on every device that has it. Answer: [`SourceEvent::SetUp`].
     SetUp,
     /// P3: send what is dirty (everything, in iteration 1) and what the devices have, then END_ITERATION.
@@ -120,7 +139,7 @@ pub enum SourceAction {
         /// Counts from 1.
         iteration: u32,
     },
-    /// P4: pause the vCPUs and gate every BAR access. Answer: [`SourceEvent::Paused`].
+    /// P4: read the manifest's identity once more, then pause the vCPUs and gate every BAR access. Answer: [`SourceEvent::Paused`].
     Pause,
     /// P4, or its way back: take every device, in parallel, to a position. Answer: [`SourceEvent::Reached`].
     Devices(Barrier),
@@ -158,6 +177,10 @@ pub enum SourceEvent {
     Connected,
     /// A message came. Credit, Ping and Pong are the session's own.
     Peer(Message),
+    /// Answers [`SourceAction::Judge`].
+    Judged,
+    /// Answers [`SourceAction::Judge`] too: why not.
+    Refused(Vec<Reason>),
     /// Answers [`SourceAction::SetUp`].
     SetUp {
         /// Per device, in manifest order.
@@ -169,6 +192,8 @@ pub enum SourceEvent {
     Paused {
         /// Whether the guest ran until now.
         guest_ran: bool,
+        /// Digest of the manifest's identity, read just before.
+        identity: [u8; 32],
     },
     /// Answers [`SourceAction::Devices`].
     Reached {
@@ -230,8 +255,10 @@ pub enum SourceOutcome {
     Completed(SourceSummary),
     /// The guest runs here (or stands here, if its operator had paused it).
     Aborted(Abort),
-    /// The destination refused: the guest never noticed.
-    Refused(Vec<Refusal>),
+    /// The destination refused, or this side did: the guest never noticed.
+    Refused(Vec<Reason>),
+    /// It was a rehearsal, and all of it is undone.
+    Rehearsed(Box<Rehearsal>),
     /// COMMIT was sent and its outcome is not known: the guest stands here, and nothing runs by itself.
     Unresolved(String),
 }
@@ -276,6 +303,71 @@ pub struct SourceSummary {
     pub phases: Vec<(Phase, Time)>,
 }
 
+/// What a rehearsal found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Rehearsal {
+    /// Why the migration would not have come to its end, if so.
+    pub obstacle: Option<Failure>,
+    /// Iterations of P3.
+    pub iterations: u32,
+    /// Bytes per second on the wire, as measured.
+    pub wire: Option<u64>,
+    /// Bytes per second of device state loaded at the destination, as measured.
+    pub load: Option<u64>,
+    /// Bytes of RAM that became dirty per second, as measured in the last iteration.
+    pub ram_dirty: Option<u64>,
+    /// The same per device, in manifest order; `None` for one that cannot say.
+    pub devices_dirty: Vec<Option<u64>>,
+    /// What the downtime would be made of; empty when nothing was measured.
+    pub parts: Vec<Part>,
+    /// What the destination could not let go, or that it did not say so.
+    pub left_undone: Option<Failure>,
+    /// When each phase was entered.
+    pub phases: Vec<(Phase, Time)>,
+}
+
+/// A part of a downtime that is predicted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// What it is spent on: `"pause"`, `"round trips"`, `"ram"`, `"start"`, …
+    pub name: PartName,
+    /// How long.
+    pub took: Duration,
+    /// How this is known.
+    pub basis: Basis,
+}
+
+/// What a part of the downtime is spent on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PartName {
+    /// Pausing the vCPUs, and the devices' transitions.
+    Quiesce,
+    /// Round trips to the destination.
+    RoundTrips,
+    /// The last pages.
+    Ram,
+    /// A device's last bytes, sent and loaded.
+    Device(DeviceId),
+    /// Everything that is sent while the guest stands.
+    Final,
+    /// Loading and verifying at the destination.
+    Load,
+    /// COMMIT, the devices' start, the vCPUs' start.
+    Start,
+}
+
+/// How a figure is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// It was measured.
+    Measured,
+    /// It follows from what the device says of itself, at a measured rate.
+    Declared,
+    /// It is assumed, or left at zero.
+    Unknown,
+}
+
 /// What the destination's engine is told before it starts.
 #[derive(Clone, Debug)]
 pub struct DestinationConfig {
@@ -287,6 +379,10 @@ pub struct DestinationConfig {
     pub peer_timeout: Duration,
     /// Only this VM is let in; `None`: any.
     pub expect: Option<VmId>,
+    /// Nonce of the lease that this attempt is granted: random, new for each.
+    pub lease: [u8; 16],
+    /// How long what was reserved is kept for a source that does not begin.
+    pub lease_time: Duration,
 }
 
 /// What the destination's session is asked to do.
@@ -299,10 +395,7 @@ pub enum DestinationAction {
     Answer(Message),
     /// P1: compare this manifest with the machine at hand, allocate, open, reset and bind everything.
     /// Answer: [`DestinationEvent::Reserved`] or [`DestinationEvent::Refused`].
-    Reserve {
-        /// JSON, as received.
-        manifest: Vec<u8>,
-    },
+    Reserve(Offer),
     /// P2: open a resuming session on every device. Answer: [`DestinationEvent::ResumingBegun`].
     BeginResuming,
     /// P5: take the storage locks. Answer: [`DestinationEvent::LocksTaken`].
@@ -336,9 +429,16 @@ pub enum DestinationEvent {
     /// Pong are the session's own.
     Peer(Message),
     /// Answers [`DestinationAction::Reserve`].
-    Reserved,
+    Reserved {
+        /// This side's manifest, JSON.
+        manifest: Vec<u8>,
+        /// What should be known, and forbids nothing.
+        reasons: Vec<Reason>,
+        /// Digest of the identity in the manifest that was offered.
+        identity: [u8; 32],
+    },
     /// Answers [`DestinationAction::Reserve`] too: why not.
-    Refused(Vec<Refusal>),
+    Refused(Vec<Reason>),
     /// Answers [`DestinationAction::BeginResuming`].
     ResumingBegun,
     /// A device took all of its initial bytes (of what [`Message::InitialSent`] announced).
@@ -395,8 +495,10 @@ pub enum DestinationOutcome {
     },
     /// Nothing ran here; every device is reset and released.
     Aborted(Failure),
-    /// We refused it.
-    Refused(Vec<Refusal>),
+    /// We refused it, or the source did.
+    Refused(Vec<Reason>),
+    /// It was a rehearsal: everything is reset and released, but for this.
+    Rehearsed(Option<Failure>),
 }
 
 /// Identity of the attempt a destination is in, once it knows.

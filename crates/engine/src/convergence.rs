@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use vfio_migration_wire::Applied;
 
-use crate::{DeviceProgress, IterationReport, Time};
+use crate::{Basis, DeviceFacts, DeviceProgress, IterationReport, Part, PartName, Time};
 
 /// A sample shorter than this measures latency, not bandwidth.
 const SHORTEST_SAMPLE: Duration = Duration::from_millis(10);
@@ -106,6 +106,45 @@ impl Model {
     /// Bytes per second, once measured.
     pub(crate) fn bandwidth(&self) -> Option<u64> {
         self.bandwidth.per_second()
+    }
+
+    /// A round trip, as far as it has been measured.
+    pub(crate) fn known_round_trip(&self) -> Duration {
+        self.round_trip
+    }
+
+    /// Bytes per second: on the wire, loaded at the destination, dirtied in RAM, dirtied per device.
+    pub(crate) fn rates(&self) -> (Option<u64>, Option<u64>, Option<u64>, Vec<Option<u64>>) {
+        let Some(last) = &self.last else { return (None, None, None, Vec::new()) };
+        let second = |rate: &Rate| (rate.ns > 0).then(|| rate.bytes_in(Duration::from_secs(1)));
+        let devices = last.report.devices.iter().zip(&last.devices_dirtied);
+        let devices = devices.map(|(device, rate)| device.dirty_left.and_then(|_| second(rate))).collect();
+        (self.bandwidth.per_second(), self.load.per_second(), second(&last.ram_dirtied), devices)
+    }
+
+    /// What `prediction` is made of, and how each part is known.
+    pub(crate) fn parts(&self, prediction: &Prediction, devices: &[DeviceFacts]) -> Vec<Part> {
+        let round_trips = self.round_trip.saturating_mul(2);
+        let known = |yes: bool| if yes { Basis::Measured } else { Basis::Unknown };
+        let mut parts = vec![
+            Part {
+                name: PartName::Quiesce,
+                took: prediction.fixed.saturating_sub(round_trips),
+                basis: known(self.quiesce.is_some()),
+            },
+            Part { name: PartName::RoundTrips, took: round_trips, basis: Basis::Measured },
+            Part { name: PartName::Ram, took: prediction.ram, basis: known(!self.bandwidth.is_unknown()) },
+        ];
+        let progress = self.last.iter().flat_map(|last| &last.report.devices);
+        for ((facts, took), progress) in devices.iter().zip(&prediction.devices).zip(progress) {
+            let says = progress.stop_copy.is_some() && !self.bandwidth.is_unknown();
+            parts.push(Part {
+                name: PartName::Device(facts.id.clone()),
+                took: *took,
+                basis: if says { Basis::Declared } else { Basis::Unknown },
+            });
+        }
+        parts
     }
 
     /// What the last iteration left: RAM bytes and device bytes.

@@ -8,7 +8,7 @@ use vfio_migration_engine::{
 };
 use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
 use vfio_migration_wire::{
-    Commit, FEATURES, FinalEnd, HelloReply, Message, PeerError, Ready, Running, VERSIONS,
+    Accept, Commit, FEATURES, FinalEnd, HelloReply, Message, Offer, PeerError, Ready, Running, VERSIONS,
 };
 
 const NOW: Duration = Duration::ZERO;
@@ -46,7 +46,7 @@ fn config() -> SourceConfig {
         epoch: Epoch(7),
         versions: VERSIONS,
         features: FEATURES,
-        manifest: b"{}".to_vec(),
+        offer: Offer::default(),
         devices: vec![],
         no_peer_dma: false,
         downtime_limit: Duration::from_millis(300),
@@ -55,6 +55,7 @@ fn config() -> SourceConfig {
         pause_before_switchover: false,
         verify: false,
         peer_timeout: Duration::from_secs(5),
+        rehearse: None,
     }
 }
 
@@ -68,12 +69,13 @@ fn deciding() -> Source {
     for event in [
         SourceEvent::Connected,
         SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
-        SourceEvent::Peer(Message::Accept),
+        SourceEvent::Peer(Message::Accept(Accept::default())),
+        SourceEvent::Judged,
         SourceEvent::Journaled(SourceState::Sending),
         SourceEvent::SetUp { devices: vec![] },
         SourceEvent::Peer(Message::Begun),
         SourceEvent::IterationSent(IterationReport { wire_bytes: 1, ..IterationReport::default() }),
-        SourceEvent::Paused { guest_ran: true },
+        SourceEvent::Paused { guest_ran: true, identity: [0; 32] },
         SourceEvent::Reached { barrier: Barrier::P2p, devices: vec![] },
         SourceEvent::Reached { barrier: Barrier::StopCopy, devices: vec![] },
         SourceEvent::FinalSent { totals, verify: Duration::ZERO },
@@ -93,7 +95,8 @@ fn a_word_to_go_on_is_not_kept_for_a_wait_that_has_not_begun() {
     for event in [
         SourceEvent::Connected,
         SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
-        SourceEvent::Peer(Message::Accept),
+        SourceEvent::Peer(Message::Accept(Accept::default())),
+        SourceEvent::Judged,
         SourceEvent::Continue,
         SourceEvent::Journaled(SourceState::Sending),
         SourceEvent::SetUp { devices: vec![] },
@@ -114,7 +117,8 @@ fn ram_that_is_sent_again_counts_against_the_downtime() {
     for event in [
         SourceEvent::Connected,
         SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
-        SourceEvent::Peer(Message::Accept),
+        SourceEvent::Peer(Message::Accept(Accept::default())),
+        SourceEvent::Judged,
         SourceEvent::Journaled(SourceState::Sending),
         SourceEvent::SetUp { devices: vec![] },
         SourceEvent::Peer(Message::Begun),
@@ -153,7 +157,7 @@ fn a_link_lost_while_the_decision_is_written_down_is_asked_after() {
 
 #[test]
 fn a_destination_that_gives_up_while_the_decision_is_written_down_is_asked() {
-    for doubt in [Message::Abort(error()), running(8), Message::Accept] {
+    for doubt in [Message::Abort(error()), running(8), Message::Accept(Accept::default())] {
         let mut source = deciding();
         assert_eq!(hear(&mut source, doubt), []);
         let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
@@ -205,7 +209,7 @@ fn a_decision_that_cannot_be_written_down_is_none() {
 
 #[test]
 fn only_running_and_declined_decide() {
-    for nothing in [running(7), running(9), Message::Accept, Message::Ping { token: 1 }] {
+    for nothing in [running(7), running(9), Message::Accept(Accept::default()), Message::Ping { token: 1 }] {
         let mut source = committed();
         assert_eq!(hear(&mut source, nothing), []);
     }

@@ -8,7 +8,7 @@ use vfio_migration_engine::{
 };
 use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
 use vfio_migration_wire::{
-    Commit, FEATURES, Final, FinalEnd, Hello, Message, PeerError, Ready, Running, VERSIONS,
+    Commit, FEATURES, Final, FinalEnd, Hello, Message, Offer, PeerError, Ready, Running, VERSIONS,
 };
 
 const VM: VmId = VmId([1; 16]);
@@ -38,6 +38,8 @@ fn ready() -> Destination {
         features: FEATURES,
         peer_timeout: Duration::from_secs(5),
         expect: None,
+        lease: [5; 16],
+        lease_time: Duration::from_secs(60),
     };
     let mut destination = Destination::new(config, NOW);
     let hello = Hello { versions: VERSIONS, features: 0, vm: VM, attempt: ATTEMPT, epoch: EPOCH };
@@ -47,14 +49,14 @@ fn ready() -> Destination {
     let mut last = Vec::new();
     for event in [
         DestinationEvent::Peer(Message::Hello(hello)),
-        DestinationEvent::Peer(Message::Offer { manifest: b"{}".to_vec() }),
-        DestinationEvent::Reserved,
+        DestinationEvent::Peer(Message::Offer(Offer::default())),
+        DestinationEvent::Reserved { manifest: vec![], reasons: vec![], identity: [0; 32] },
         DestinationEvent::Journaled(DestinationState::Reserved),
-        DestinationEvent::Peer(Message::Begin),
+        DestinationEvent::Peer(Message::Begin { lease: [5; 16] }),
         DestinationEvent::Journaled(DestinationState::Loading),
         DestinationEvent::ResumingBegun,
         DestinationEvent::Peer(Message::EndIteration { iteration: 1 }),
-        DestinationEvent::Peer(Message::Final(Final { guest_ran: true })),
+        DestinationEvent::Peer(Message::Final(Final { guest_ran: true, identity: [0; 32] })),
         DestinationEvent::Peer(Message::LocksFree),
         DestinationEvent::LocksTaken,
         DestinationEvent::Peer(Message::FinalEnd(totals)),

@@ -11,8 +11,8 @@ use vfio_migration_engine::{
 };
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, MigrationFlags, Phase, VmId};
 use vfio_migration_wire::{
-    Applied, Commit, DeviceTotal, FEATURES, Final, FinalEnd, Hello, HelloReply, Message, PeerError, Ready,
-    Running, VERSIONS,
+    Accept, Applied, Commit, DeviceTotal, FEATURES, Final, FinalEnd, Hello, HelloReply, Message, Offer,
+    PeerError, Ready, Running, VERSIONS,
 };
 
 const VM: VmId = VmId([1; 16]);
@@ -55,6 +55,10 @@ fn running(epoch: Epoch) -> Running {
     Running { epoch, guest_runs: true, boot_id: [0; 16], at_ns: 0 }
 }
 
+fn reserved() -> DestinationEvent {
+    DestinationEvent::Reserved { manifest: vec![], reasons: vec![], identity: [0; 32] }
+}
+
 fn message() -> impl Strategy<Value = Message> {
     let small = 0u32..4;
     let epochs = prop_oneof![3 => Just(EPOCH.next()), 1 => any::<u64>().prop_map(Epoch)];
@@ -66,10 +70,12 @@ fn message() -> impl Strategy<Value = Message> {
         }),
         (0u16..3, any::<u64>())
             .prop_map(|(version, features)| Message::HelloReply(HelloReply { version, features })),
-        Just(Message::Offer { manifest: vec![] }),
-        Just(Message::Accept),
+        Just(Message::Offer(Offer::default())),
+        Just(Message::Accept(Accept::default())),
         Just(Message::Refuse(vec![])),
-        Just(Message::Begin),
+        Just(Message::Begin { lease: [5; 16] }),
+        Just(Message::EndRehearsal),
+        prop::option::of(Just(error())).prop_map(|left_undone| Message::Rehearsed { left_undone }),
         Just(Message::Begun),
         (0u16..4, small.clone()).prop_map(|(device, generation)| Message::InitialSent { device, generation }),
         (0u16..4, small.clone())
@@ -78,7 +84,7 @@ fn message() -> impl Strategy<Value = Message> {
         (small, any::<u64>(), any::<u64>()).prop_map(|(iteration, device_bytes, device_ns)| {
             Message::Applied(Applied { iteration, device_bytes, device_ns })
         }),
-        any::<bool>().prop_map(|guest_ran| Message::Final(Final { guest_ran })),
+        any::<bool>().prop_map(|guest_ran| Message::Final(Final { guest_ran, identity: [0; 32] })),
         Just(Message::LocksFree),
         Just(Message::FinalEnd(totals())),
         any::<u32>().prop_map(|vectors| Message::Ready(ready(vectors))),
@@ -122,7 +128,9 @@ fn source_event() -> impl Strategy<Value = SourceEvent> {
             let took = Duration::from_nanos(took.into());
             SourceEvent::IterationSent(IterationReport { wire_bytes, took, ram_left, ram_again: 0, devices })
         }),
-        1 => any::<bool>().prop_map(|guest_ran| SourceEvent::Paused { guest_ran }),
+        1 => any::<bool>().prop_map(|guest_ran| SourceEvent::Paused { guest_ran, identity: [0; 32] }),
+        1 => Just(SourceEvent::Judged),
+        1 => Just(SourceEvent::Refused(vec![])),
         2 => (barrier, progress()).prop_map(|(barrier, devices)| SourceEvent::Reached { barrier, devices }),
         1 => Just(SourceEvent::Resumed),
         1 => Just(SourceEvent::FinalSent { totals: totals(), verify: Duration::MAX }),
@@ -151,7 +159,7 @@ fn destination_event() -> impl Strategy<Value = DestinationEvent> {
     ];
     prop_oneof![
         10 => message().prop_map(DestinationEvent::Peer),
-        1 => Just(DestinationEvent::Reserved),
+        1 => Just(reserved()),
         1 => Just(DestinationEvent::Refused(vec![])),
         1 => Just(DestinationEvent::ResumingBegun),
         1 => (any::<u16>(), any::<u32>()).prop_map(|(device, generation)| DestinationEvent::InitialLoaded { device, generation }),
@@ -178,8 +186,10 @@ fn helpful_source(action: &SourceAction) -> Vec<SourceEvent> {
         SourceAction::Send(Message::Hello(_)) => {
             peer(Message::HelloReply(HelloReply { version: 1, features: 0 }))
         }
-        SourceAction::Send(Message::Offer { .. }) => peer(Message::Accept),
-        SourceAction::Send(Message::Begin) => peer(Message::Begun),
+        SourceAction::Send(Message::Offer(_)) => peer(Message::Accept(Accept::default())),
+        SourceAction::Judge(_) => vec![SourceEvent::Judged],
+        SourceAction::Send(Message::EndRehearsal) => peer(Message::Rehearsed { left_undone: None }),
+        SourceAction::Send(Message::Begin { .. }) => peer(Message::Begun),
         SourceAction::Send(Message::FinalEnd(_)) => peer(Message::Ready(ready(1))),
         SourceAction::Send(Message::Commit(_)) | SourceAction::AskAgain => {
             peer(Message::Running(running(EPOCH.next())))
@@ -196,7 +206,7 @@ fn helpful_source(action: &SourceAction) -> Vec<SourceEvent> {
                 devices,
             }),
         ],
-        SourceAction::Pause => vec![SourceEvent::Paused { guest_ran: true }],
+        SourceAction::Pause => vec![SourceEvent::Paused { guest_ran: true, identity: [0; 32] }],
         SourceAction::Devices(barrier) => vec![SourceEvent::Reached { barrier: *barrier, devices }],
         SourceAction::Resume => vec![SourceEvent::Resumed],
         SourceAction::SendFinal { .. } => {
@@ -229,7 +239,7 @@ fn source() -> Source {
         epoch: EPOCH,
         versions: VERSIONS,
         features: FEATURES,
-        manifest: vec![],
+        offer: Offer::default(),
         devices: vec![device("a"), device("b")],
         no_peer_dma: false,
         downtime_limit: Duration::from_millis(300),
@@ -238,6 +248,7 @@ fn source() -> Source {
         pause_before_switchover: false,
         verify: false,
         peer_timeout: Duration::from_secs(5),
+        rehearse: None,
     })
 }
 
@@ -299,7 +310,7 @@ fn with_figures(event: SourceEvent, figures: Option<Figures>) -> SourceEvent {
             let took = Duration::from_nanos(took.into());
             SourceEvent::IterationSent(IterationReport { wire_bytes, took, ram_left, ram_again: 0, devices })
         }
-        SourceEvent::Paused { .. } => SourceEvent::Paused { guest_ran: took % 2 == 0 },
+        SourceEvent::Paused { .. } => SourceEvent::Paused { guest_ran: took % 2 == 0, identity: [0; 32] },
         other => other,
     }
 }
@@ -385,6 +396,8 @@ proptest! {
         let config = DestinationConfig {
             versions: VERSIONS,
             features: FEATURES,
+            lease: [5; 16],
+            lease_time: Duration::from_secs(60),
             peer_timeout: Duration::from_secs(5),
             expect: None,
         };
@@ -448,18 +461,18 @@ proptest! {
 fn helpful_destination(action: &DestinationAction) -> Vec<DestinationEvent> {
     let peer = |message| vec![DestinationEvent::Peer(message)];
     match action {
-        DestinationAction::Send(Message::HelloReply(_)) => peer(Message::Offer { manifest: vec![] }),
-        DestinationAction::Send(Message::Accept) => peer(Message::Begin),
+        DestinationAction::Send(Message::HelloReply(_)) => peer(Message::Offer(Offer::default())),
+        DestinationAction::Send(Message::Accept(_)) => peer(Message::Begin { lease: [5; 16] }),
         DestinationAction::Send(Message::Begun) => vec![
             DestinationEvent::Peer(Message::EndIteration { iteration: 1 }),
-            DestinationEvent::Peer(Message::Final(Final { guest_ran: true })),
+            DestinationEvent::Peer(Message::Final(Final { guest_ran: true, identity: [0; 32] })),
             DestinationEvent::Peer(Message::LocksFree),
             DestinationEvent::Peer(Message::FinalEnd(totals())),
         ],
         DestinationAction::Send(Message::Ready(_)) => {
             peer(Message::Commit(Commit { epoch: EPOCH.next(), attempt: ATTEMPT }))
         }
-        DestinationAction::Reserve { .. } => vec![DestinationEvent::Reserved],
+        DestinationAction::Reserve(_) => vec![reserved()],
         DestinationAction::BeginResuming => vec![DestinationEvent::ResumingBegun],
         DestinationAction::TakeLocks => vec![DestinationEvent::LocksTaken],
         DestinationAction::Load { .. } => vec![DestinationEvent::Loaded(ready(1))],

@@ -4,10 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use vfio_migration_compat::{Reason, Report};
 use vfio_migration_types::{DeviceId, Epoch, MigrationState, Phase};
 use vfio_migration_wire::PeerError;
 
 use crate::Machine;
+use crate::reasons::sentences;
 
 /// What went wrong, where, and what to do about it. Both sides of a migration return the same one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,15 +55,6 @@ impl From<Failure> for PeerError {
     }
 }
 
-/// One reason why the two machines do not fit.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RefusalReason {
-    /// A stable code, for example `"ram-layout"`.
-    pub code: String,
-    /// A sentence for a person.
-    pub text: String,
-}
-
 /// Why a guest did not move.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -69,9 +62,9 @@ pub enum MigrateError {
     /// It was never begun: this side's own preconditions do not hold. The guest never noticed.
     #[error("the migration did not begin: {0}")]
     NotBegun(Failure),
-    /// The destination refused. The guest never noticed.
-    #[error("the destination refused: {}", sentences(.0))]
-    Refused(Vec<RefusalReason>),
+    /// It was refused by the rules of one side, the destination's or this one's. The guest never noticed.
+    #[error("the migration was refused: {}", sentences(.0))]
+    Refused(Vec<Reason>),
     /// It was undone.
     #[error("{0}")]
     Aborted(Box<Aborted>),
@@ -81,6 +74,23 @@ pub enum MigrateError {
         /// What is known.
         why: String,
     },
+}
+
+impl MigrateError {
+    /// The verdict, when this is one: a refusal by rules, or by a device that was tried. `None` for what says nothing of
+    /// whether the guest could move: a network that failed, an operator who cancelled.
+    pub fn report(&self) -> Option<Report> {
+        let refused = |failure: &Failure| {
+            let reason = crate::reasons::of_device_failure(failure)?;
+            Some(crate::reasons::report(&[reason]))
+        };
+        match self {
+            Self::Refused(reasons) => Some(crate::reasons::report(reasons)),
+            Self::NotBegun(failure) => refused(failure),
+            Self::Aborted(aborted) if !aborted.cancelled => refused(&aborted.cause),
+            _ => None,
+        }
+    }
 }
 
 /// An attempt that was undone, and what is left of the machine.
@@ -124,12 +134,16 @@ pub enum IncomingError {
     /// No session was begun: the socket, the journal, or nobody came in time.
     #[error("no migration came in: {0}")]
     NotBegun(Failure),
-    /// This side refused what was offered.
-    #[error("refused what was offered: {}", sentences(.0))]
-    Refused(Vec<RefusalReason>),
+    /// It was refused by the rules of one side, the source's or this one's.
+    #[error("the migration was refused: {}", sentences(.0))]
+    Refused(Vec<Reason>),
     /// Nothing ran here; every device is reset and released.
     #[error("the incoming migration was aborted {0}")]
     Aborted(Failure),
+    /// It was a rehearsal, and is over. Nothing was to stay, and nothing did, but for this. The next may be
+    /// [accepted](crate::Destination::accept).
+    #[error("the migration was only rehearsed{}", .0.as_ref().map(|left| format!("; {left}")).unwrap_or_default())]
+    Rehearsed(Option<Failure>),
     /// This side owns the guest, and could not start it: it is held paused, and nobody else may run it.
     #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
     Held(Box<Held>),
@@ -150,9 +164,4 @@ impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Held").field("epoch", &self.epoch).field("cause", &self.cause).finish_non_exhaustive()
     }
-}
-
-fn sentences(reasons: &[RefusalReason]) -> String {
-    let texts: Vec<&str> = reasons.iter().map(|reason| reason.text.as_str()).collect();
-    if texts.is_empty() { "no reason was given".into() } else { texts.join("; ") }
 }

@@ -8,6 +8,9 @@
 //! * [`Destination::accept`]: `Ok` means that this machine owns the guest and runs it; `Err` means that nothing ran here,
 //!   and every device is reset and released ([`IncomingError::Held`] is the one exception, and says so).
 //!
+//! * [`Source::rehearse_to`] does the first part of it for real, and undoes it: it tells whether a migration would come to
+//!   its end, and how long the guest would stand.
+//!
 //! Other threads watch and steer through [`Control`] and [`IncomingControl`].
 //!
 //! # A toy VMM
@@ -55,6 +58,7 @@
 //!             cpu: vec![],
 //!             sections: BTreeMap::from([("toy.register".into(), 1)]),
 //!             devices: vec![],
+//!             ..MachineManifest::default()
 //!         })
 //!     }
 //!     fn ram(&self) -> Arc<GuestRam> { Arc::clone(&self.ram) }
@@ -136,9 +140,13 @@ mod journal;
 mod limiter;
 mod link;
 mod machine;
+mod nonce;
 mod offer;
 mod options;
+mod probe;
 mod pump;
+mod reasons;
+mod rehearsal;
 mod report;
 mod snapshot;
 mod source;
@@ -149,11 +157,13 @@ mod uri;
 
 pub use control::{Control, IncomingControl};
 pub use destination::Destination;
-pub use error::{Aborted, Failure, Held, IncomingError, MigrateError, RefusalReason};
+pub use error::{Aborted, Failure, Held, IncomingError, MigrateError};
 pub use journal::{JournalError, JournalFile, read_journal};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, Offer};
 pub use options::{DestinationOptions, IncomingSabotage, Sabotage, SabotageKind, SourceOptions};
+pub use probe::probe;
+pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
 pub use snapshot::{HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
 pub use source::Source;

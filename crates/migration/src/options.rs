@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_device::ConfigRules;
 use vfio_migration_types::{Epoch, RamOffset, VmId};
 
@@ -42,9 +43,15 @@ pub struct SourceOptions {
     /// The epoch under which this side owns the guest: what [`Arrived::epoch`](crate::Arrived) said, or 0 for a guest
     /// that was booted here. A journal that knows a later one wins.
     pub epoch: Epoch,
+    /// What this side allows and asks for. The destination has a policy of its own; the stricter holds.
+    pub policy: Policy,
+    /// Devices that have another name at the destination.
+    pub device_map: DeviceMap,
     /// Breaks one thing on purpose, to prove that the checks see it.
     #[doc(hidden)]
     pub sabotage: Option<Sabotage>,
+    /// The machine goes into a file: what cannot move live may be saved.
+    pub(crate) to_file: bool,
 }
 
 impl Default for SourceOptions {
@@ -64,7 +71,10 @@ impl Default for SourceOptions {
             hold_if_reset: false,
             state_dir: None,
             epoch: Epoch(0),
+            policy: Policy::default(),
+            device_map: DeviceMap::default(),
             sabotage: None,
+            to_file: false,
         }
     }
 }
@@ -83,11 +93,17 @@ pub struct DestinationOptions {
     pub state_dir: Option<PathBuf>,
     /// Config-space bytes that may, or may not, differ: exceptions to the default mask.
     pub config_rules: ConfigRules,
+    /// What this side allows and asks for. The source has a policy of its own; the stricter holds.
+    pub policy: Policy,
+    /// How long what was reserved is kept for a source that does not begin. 60 s.
+    pub lease: Duration,
     /// Bytes of one device's state that may wait in memory to be loaded. 16 MiB.
     pub device_window: u64,
     /// Breaks one thing on purpose, to prove that the checks see it.
     #[doc(hidden)]
     pub sabotage: Option<IncomingSabotage>,
+    /// The guest comes from a file.
+    pub(crate) from_file: bool,
 }
 
 impl Default for DestinationOptions {
@@ -98,8 +114,11 @@ impl Default for DestinationOptions {
             expect: None,
             state_dir: None,
             config_rules: ConfigRules::default(),
+            policy: Policy::default(),
+            lease: Duration::from_secs(60),
             device_window: 16 << 20,
             sabotage: None,
+            from_file: false,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use vfio_migration_compat::Report;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, Phase, VmId};
 
 /// Where a migration stands, at either side. Counts are of this side.
@@ -145,6 +146,8 @@ pub struct Completed {
     /// What failed after the guest was the destination's (the journal's last entry, letting devices go): no harm to the
     /// guest, but work for a person.
     pub left_undone: Vec<crate::Failure>,
+    /// What both sides' rules said before anything moved.
+    pub report: Report,
 }
 
 /// A guest that arrived, as its destination tells it.
@@ -190,7 +193,7 @@ pub struct StepTime {
 }
 
 /// Durations as milliseconds with a fraction.
-mod millis {
+pub(crate) mod millis {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serializer};
@@ -206,7 +209,7 @@ mod millis {
 }
 
 /// The same for what may be absent.
-mod millis_option {
+pub(crate) mod millis_option {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serializer};

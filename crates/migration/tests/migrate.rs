@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use toy::*;
 use vfio_migration::{
-    DestinationOptions, IncomingError, Machine, MigrateError, RefusalReason, Sabotage, SabotageKind, Source,
+    DestinationOptions, IncomingError, Machine, MigrateError, Sabotage, SabotageKind, Source,
     SourceOptions,
 };
+use vfio_migration_compat::Reason;
 use vfio_migration_types::{Epoch, MigrationFlags, PAGE_SIZE, Phase, RamOffset};
 
 fn verified() -> SourceOptions {
@@ -167,7 +168,7 @@ fn a_builder_that_refuses_is_heard() {
     let to = destination.local().clone();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let full = RefusalReason { code: "full".into(), text: "this host is full".into() };
+            let full = Reason::new("full", "this host is full");
             destination.accept(|_| Err(full)).unwrap_err()
         });
         let error = Source::new(source.clone(), verified()).migrate_to(&to, |_| {}).unwrap_err();

@@ -46,7 +46,15 @@ macro_rules! kinds {
 
 /// Bytes of the longest [`PeerError`](crate::PeerError).
 const ERROR: usize = 16 + 3 * 2 + limits::ERROR_DEVICE + limits::ERROR_TEXT + limits::ERROR_REMEDY;
-const REASONS: usize = 4 + limits::REASONS * (2 * 2 + limits::REASON_CODE + limits::REASON_TEXT);
+const REASON: usize = 8 * 2
+    + limits::REASON_CODE
+    + limits::REASON_TEXT
+    + limits::DEVICE_NAME
+    + limits::REASON_FIELD
+    + 2 * limits::REASON_VALUE
+    + 2 * limits::REASON_WORD;
+const REASONS: usize = 4 + limits::REASONS * REASON;
+const NAMES: usize = 4 + limits::DEVICES as usize * 2 * (2 + limits::DEVICE_NAME);
 const TOTALS: usize = limits::DEVICES as usize * 40;
 
 kinds! {
@@ -59,22 +67,24 @@ kinds! {
     Running       0x0006 "RUNNING"        40, 40;
     Declined      0x0007 "DECLINED"       22, ERROR;
     // Control.
-    Offer         0x0010 "OFFER"          2, limits::MANIFEST;
-    Accept        0x0011 "ACCEPT"         0, 0;
-    Begin         0x0012 "BEGIN"          0, 0;
+    Offer         0x0010 "OFFER"          6, NAMES + limits::MANIFEST;
+    Accept        0x0011 "ACCEPT"         26, 20 + REASONS + limits::MANIFEST;
+    Begin         0x0012 "BEGIN"          16, 16;
     Begun         0x0013 "BEGUN"          0, 0;
     InitialSent   0x0014 "INITIAL_SENT"   8, 8;
     InitialLoaded 0x0015 "INITIAL_LOADED" 8, 8;
     EndIteration  0x0016 "END_ITERATION"  4, 4;
     Applied       0x0017 "APPLIED"        24, 24;
     Credit        0x0018 "CREDIT"         16, 16;
-    Final         0x0019 "FINAL"          4, 4;
+    Final         0x0019 "FINAL"          36, 36;
     LocksFree     0x001a "LOCKS_FREE"     0, 0;
     FinalEnd      0x001b "FINAL_END"      48, 48 + TOTALS;
     Ready         0x001c "READY"          64, 64 + TOTALS;
     Commit        0x001d "COMMIT"         24, 24;
     Ping          0x001e "PING"           8, 8;
     Pong          0x001f "PONG"           8, 8;
+    EndRehearsal  0x0020 "END_REHEARSAL"  0, 0;
+    Rehearsed     0x0021 "REHEARSED"      4, 4 + ERROR;
     // Bulk.
     Pages         0x0100 "PAGES"          16, 16;
     ZeroPages     0x0101 "ZERO_PAGES"     16, 16;

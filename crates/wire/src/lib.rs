@@ -60,6 +60,7 @@ pub mod limits;
 mod message;
 mod message_codec;
 mod preamble;
+mod reason_codec;
 mod version;
 
 pub use crc::Crc;
@@ -68,8 +69,10 @@ pub use frame::{BulkFrame, Frame, encode, encode_bulk};
 pub use header::{FLAG_BODY, FLAG_BODY_CRC, FLAG_PAYLOAD_CRC, FrameHeader, HEADER_LEN, MAGIC};
 pub use kind::{FrameType, OPTIONAL};
 pub use message::{
-    Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Message, PeerError,
-    Ready, Refusal, Running, VersionRange,
+    Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
+    Message, Offer, PeerError, Ready, Reason, Running, VersionRange,
 };
 pub use preamble::{Foreign, PREAMBLE, check_preamble};
-pub use version::{FEATURE_RAM_CRC, FEATURE_VERIFY, FEATURES, PROTOCOL_VERSION, VERSIONS, negotiate};
+pub use version::{
+    FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURE_VERIFY, FEATURES, PROTOCOL_VERSION, VERSIONS, negotiate,
+};

@@ -23,12 +23,20 @@ pub const SECTION_NAME: usize = 128;
 pub const SECTIONS: u32 = 4096;
 /// Bytes of all sections of one machine together, counted by whoever receives and holds them.
 pub const SECTIONS_BYTES: u64 = 256 << 20;
-/// Reasons in one [`Message::Refuse`](crate::Message::Refuse). More are cut off by the encoder.
-pub const REASONS: usize = 64;
+/// Reasons in one [`Message::Refuse`](crate::Message::Refuse) or [`Accept`](crate::Accept). More are cut off by the encoder.
+pub const REASONS: usize = 256;
 /// Bytes of a reason's code. A longer one is cut by the encoder.
 pub const REASON_CODE: usize = 64;
 /// Bytes of a reason's sentence. A longer one is cut by the encoder.
 pub const REASON_TEXT: usize = 1024;
+/// Bytes of a reason's field. A longer one is cut by the encoder.
+pub const REASON_FIELD: usize = 128;
+/// Bytes of each of a reason's two values. A longer one is cut by the encoder.
+pub const REASON_VALUE: usize = 512;
+/// Bytes of a reason's severity, and of who can fix it. A longer one is cut by the encoder.
+pub const REASON_WORD: usize = 32;
+/// Bytes of a device's name.
+pub const DEVICE_NAME: usize = 64;
 /// Bytes of a device's name in a [`PeerError`](crate::PeerError). A longer one is cut by the encoder.
 pub const ERROR_DEVICE: usize = 64;
 /// Bytes of [`PeerError::text`](crate::PeerError::text). A longer one is cut by the encoder.

@@ -23,17 +23,17 @@ pub enum Message {
     Hello(Hello),
     /// D: the version and features selected.
     HelloReply(HelloReply),
-    /// S: the machine's manifest as JSON, at most [`limits::MANIFEST`](crate::limits::MANIFEST) bytes.
-    Offer {
-        /// UTF-8 JSON of a machine manifest.
-        manifest: Vec<u8>,
-    },
-    /// D: everything that could be lacking is reserved.
-    Accept,
-    /// D: not here, for these reasons. Ends the session.
-    Refuse(Vec<Refusal>),
+    /// S: what is to come, and what its devices are called at the destination.
+    Offer(Offer),
+    /// D: everything that could be lacking is reserved, and leased to this session.
+    Accept(Accept),
+    /// B, before BEGIN: not here, or not there, for these reasons. Ends the session.
+    Refuse(Vec<Reason>),
     /// S: open the resuming sessions.
-    Begin,
+    Begin {
+        /// Of the [`Lease`] that was granted.
+        lease: [u8; 16],
+    },
     /// D: they are open.
     Begun,
     /// S: behind this message, all initial bytes of this device's `generation` have been sent.
@@ -89,6 +89,13 @@ pub enum Message {
         /// The epoch the commit would begin.
         epoch: Epoch,
     },
+    /// S, in a rehearsal ([`FEATURE_REHEARSE`](crate::FEATURE_REHEARSE)): that was all; let go of everything.
+    EndRehearsal,
+    /// D: everything is reset and released. Ends the session.
+    Rehearsed {
+        /// What could not be let go, and why.
+        left_undone: Option<PeerError>,
+    },
     /// B: are you there?
     Ping {
         /// Echoed.
@@ -125,13 +132,56 @@ pub struct HelloReply {
     pub features: u64,
 }
 
-/// One reason why not.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
+/// What is offered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Devices that have another name at the destination: name at the source, name there. At most
+    /// [`limits::DEVICES`](crate::limits::DEVICES).
+    pub names: Vec<(String, String)>,
+    /// UTF-8 JSON of the machine's manifest, at most [`limits::MANIFEST`](crate::limits::MANIFEST) bytes.
+    pub manifest: Vec<u8>,
+}
+
+/// The destination has room for it, and keeps it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Accept {
+    /// On what it may begin.
+    pub lease: Lease,
+    /// What stands in the way of nothing, but should be known.
+    pub reasons: Vec<Reason>,
+    /// UTF-8 JSON of the destination's machine manifest, for the source to judge by its own rules.
+    pub manifest: Vec<u8>,
+}
+
+/// What a destination has reserved, for whom, and how long: RAM allocated, devices opened and bound. The session that
+/// presents it in time gets exactly what was compared, so that nothing changes between the check and the use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lease {
+    /// Nonce.
+    pub id: [u8; 16],
+    /// Milliseconds until everything is released again.
+    pub valid_ms: u32,
+}
+
+/// One reason of a verdict. Absent texts are empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reason {
     /// A stable code, for example `"ram-layout"`.
     pub code: String,
     /// A sentence for a person.
     pub text: String,
+    /// Device concerned, by the source's name.
+    pub device: String,
+    /// What was compared.
+    pub field: String,
+    /// Its value at the source, JSON.
+    pub source: String,
+    /// Its value at the destination, JSON.
+    pub destination: String,
+    /// How bad it is, for example `"no"`.
+    pub severity: String,
+    /// Who can change it, for example `"host-driver"`.
+    pub fix: String,
 }
 
 /// How the destination kept up.
@@ -150,6 +200,8 @@ pub struct Applied {
 pub struct Final {
     /// Whether it ran when the migration paused it: a guest that its operator had paused arrives paused.
     pub guest_ran: bool,
+    /// Digest of the identity that the source's manifest has now. The destination has judged one of the same digest.
+    pub identity: [u8; 32],
 }
 
 /// Totals that the destination compares with what it got.

@@ -4,9 +4,10 @@ use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
 
 use crate::cursor::{Cursor, Put};
 use crate::kind::Kind;
+use crate::reason_codec::{decode_reasons, encode_reasons};
 use crate::{
-    Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Message, PeerError, Ready, Refusal,
-    Running, VersionRange, WireError, limits,
+    Accept, Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease, Message, Offer,
+    PeerError, Ready, Running, VersionRange, WireError, limits,
 };
 
 /// Appends the payload to `out`; gives the frame's type.
@@ -30,17 +31,26 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
             out.put_u64(reply.features);
             Kind::HelloReply
         }
-        Message::Offer { manifest } => {
-            // Its length is checked with the header's; a copy of gigabytes first would help nobody.
-            out.put(&manifest[..manifest.len().min(limits::MANIFEST + 1)]);
+        Message::Offer(offer) => {
+            encode_names(&offer.names, out)?;
+            encode_manifest(Kind::Offer, &offer.manifest, out)?;
             Kind::Offer
         }
-        Message::Accept => Kind::Accept,
+        Message::Accept(accept) => {
+            out.put(&accept.lease.id);
+            out.put_u32(accept.lease.valid_ms);
+            encode_reasons(&accept.reasons, out);
+            encode_manifest(Kind::Accept, &accept.manifest, out)?;
+            Kind::Accept
+        }
         Message::Refuse(reasons) => {
             encode_reasons(reasons, out);
             Kind::Refuse
         }
-        Message::Begin => Kind::Begin,
+        Message::Begin { lease } => {
+            out.put(lease);
+            Kind::Begin
+        }
         Message::Begun => Kind::Begun,
         Message::InitialSent { device, generation } => {
             encode_initial(Kind::InitialSent, *device, *generation, out)?
@@ -69,6 +79,7 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
         Message::Final(last) => {
             out.put_u8(last.guest_ran.into());
             out.put_reserved::<3>();
+            out.put(&last.identity);
             Kind::Final
         }
         Message::LocksFree => Kind::LocksFree,
@@ -116,6 +127,15 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
             out.put_u64(epoch.0);
             Kind::Query
         }
+        Message::EndRehearsal => Kind::EndRehearsal,
+        Message::Rehearsed { left_undone } => {
+            out.put_u8(left_undone.is_some().into());
+            out.put_reserved::<3>();
+            if let Some(error) = left_undone {
+                encode_error(error, out);
+            }
+            Kind::Rehearsed
+        }
         Message::Ping { token } => {
             out.put_u64(*token);
             Kind::Ping
@@ -138,10 +158,17 @@ pub(crate) fn decode(kind: Kind, payload: &[u8]) -> Result<Message, WireError> {
             cursor.reserved::<6>()?;
             Message::HelloReply(HelloReply { version, features: cursor.u64("features")? })
         }
-        Kind::Offer => Message::Offer { manifest: cursor.rest().to_vec() },
-        Kind::Accept => Message::Accept,
+        Kind::Offer => {
+            let names = decode_names(&mut cursor)?;
+            Message::Offer(Offer { names, manifest: decode_manifest(&mut cursor)? })
+        }
+        Kind::Accept => {
+            let lease = Lease { id: cursor.array("lease.id")?, valid_ms: cursor.u32("lease.valid_ms")? };
+            let reasons = decode_reasons(&mut cursor)?;
+            Message::Accept(Accept { lease, reasons, manifest: decode_manifest(&mut cursor)? })
+        }
         Kind::Refuse => Message::Refuse(decode_reasons(&mut cursor)?),
-        Kind::Begin => Message::Begin,
+        Kind::Begin => Message::Begin { lease: cursor.array("lease")? },
         Kind::Begun => Message::Begun,
         Kind::InitialSent => {
             let (device, generation) = decode_initial(kind, &mut cursor)?;
@@ -167,7 +194,7 @@ pub(crate) fn decode(kind: Kind, payload: &[u8]) -> Result<Message, WireError> {
         Kind::Final => {
             let guest_ran = cursor.bool("guest_ran")?;
             cursor.reserved::<3>()?;
-            Message::Final(Final { guest_ran })
+            Message::Final(Final { guest_ran, identity: cursor.array("identity")? })
         }
         Kind::LocksFree => Message::LocksFree,
         Kind::FinalEnd => Message::FinalEnd(decode_final_end(&mut cursor)?),
@@ -184,6 +211,13 @@ pub(crate) fn decode(kind: Kind, payload: &[u8]) -> Result<Message, WireError> {
             attempt: AttemptId(cursor.array("attempt")?),
             epoch: Epoch(cursor.u64("epoch")?),
         },
+        Kind::EndRehearsal => Message::EndRehearsal,
+        Kind::Rehearsed => {
+            let has_error = cursor.bool("has_error")?;
+            cursor.reserved::<3>()?;
+            let left_undone = if has_error { Some(decode_error(&mut cursor)?) } else { None };
+            Message::Rehearsed { left_undone }
+        }
         Kind::Ping => Message::Ping { token: cursor.u64("token")? },
         Kind::Pong => Message::Pong { token: cursor.u64("token")? },
         Kind::Pages | Kind::ZeroPages | Kind::DeviceData | Kind::DeviceEnd | Kind::Section => {
@@ -245,28 +279,52 @@ fn check_version(version: u16) -> Result<(), WireError> {
     }
 }
 
-fn encode_reasons(reasons: &[Refusal], out: &mut Vec<u8>) {
-    let reasons = &reasons[..reasons.len().min(limits::REASONS)];
-    out.put_u16(u16::try_from(reasons.len()).unwrap_or(u16::MAX));
+/// Names are neither cut nor left out: a device under half a name is another.
+fn encode_names(names: &[(String, String)], out: &mut Vec<u8>) -> Result<(), WireError> {
+    let refuse =
+        |field, value: usize| WireError::Value { frame: Kind::Offer.name(), field, value: value as u64 };
+    let count = u16::try_from(names.len())
+        .ok()
+        .filter(|count| *count <= limits::DEVICES)
+        .ok_or(refuse("names", names.len()))?;
+    out.put_u16(count);
     out.put_reserved::<2>();
-    for reason in reasons {
-        out.put_text(&reason.code, limits::REASON_CODE);
-        out.put_text(&reason.text, limits::REASON_TEXT);
+    for name in names.iter().flat_map(|(source, destination)| [source, destination]) {
+        if name.len() > limits::DEVICE_NAME {
+            return Err(refuse("name", name.len()));
+        }
+        out.put_text(name, limits::DEVICE_NAME);
     }
+    Ok(())
 }
 
-fn decode_reasons(cursor: &mut Cursor<'_>) -> Result<Vec<Refusal>, WireError> {
-    let count = cursor.u16("count")?;
-    if usize::from(count) > limits::REASONS {
-        return Err(cursor.value("count", count.into()));
+fn decode_names(cursor: &mut Cursor<'_>) -> Result<Vec<(String, String)>, WireError> {
+    let count = cursor.u16("names")?;
+    if count > limits::DEVICES {
+        return Err(cursor.value("names", count.into()));
     }
     cursor.reserved::<2>()?;
-    (0..count)
-        .map(|_| {
-            let code = cursor.text("code", limits::REASON_CODE)?.to_owned();
-            Ok(Refusal { code, text: cursor.text("text", limits::REASON_TEXT)?.to_owned() })
-        })
-        .collect()
+    let mut name = || Ok(cursor.text("name", limits::DEVICE_NAME)?.to_owned());
+    (0..count).map(|_| Ok((name()?, name()?))).collect()
+}
+
+/// The rest of the payload.
+fn encode_manifest(kind: Kind, manifest: &[u8], out: &mut Vec<u8>) -> Result<(), WireError> {
+    if !(2..=limits::MANIFEST).contains(&manifest.len()) {
+        let value = manifest.len() as u64;
+        return Err(WireError::Value { frame: kind.name(), field: "manifest", value });
+    }
+    out.put(manifest);
+    Ok(())
+}
+
+fn decode_manifest(cursor: &mut Cursor<'_>) -> Result<Vec<u8>, WireError> {
+    let manifest = cursor.rest();
+    if (2..=limits::MANIFEST).contains(&manifest.len()) {
+        Ok(manifest.to_vec())
+    } else {
+        Err(cursor.value("manifest", manifest.len() as u64))
+    }
 }
 
 fn encode_initial(kind: Kind, device: u16, generation: u32, out: &mut Vec<u8>) -> Result<Kind, WireError> {

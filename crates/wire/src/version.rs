@@ -14,8 +14,12 @@ pub const FEATURE_VERIFY: u64 = 1 << 0;
 /// Feature: pages of a running guest carry a CRC too, at the price of a copy on the sending side.
 pub const FEATURE_RAM_CRC: u64 = 1 << 1;
 
+/// Feature: nothing moves. All is done up to a point, and undone ([`Message::EndRehearsal`](crate::Message::EndRehearsal)); there is
+/// no COMMIT, and no journal is written.
+pub const FEATURE_REHEARSE: u64 = 1 << 2;
+
 /// Every feature that this version knows. The destination selects `offered & FEATURES`, or less.
-pub const FEATURES: u64 = FEATURE_VERIFY | FEATURE_RAM_CRC;
+pub const FEATURES: u64 = FEATURE_VERIFY | FEATURE_RAM_CRC | FEATURE_REHEARSE;
 
 /// The newest version both sides speak, or `None` when they have none in common (also when a range is inside out).
 pub fn negotiate(offered: VersionRange, ours: VersionRange) -> Option<u16> {

@@ -3,6 +3,7 @@
 mod client;
 mod place;
 mod protocol;
+mod rehearsal;
 mod server;
 
 pub(crate) use client::{Client, ClientError};
@@ -10,4 +11,5 @@ pub(crate) use protocol::{
     Event, IncomingArguments, MigrateArguments, MigrationInfo, MigrationState, NoArguments,
     ParameterArguments, PhaseInfo, Refused, SaveArguments, StatusInfo, TransferInfo, Verb,
 };
+pub(crate) use rehearsal::{RehearsalInfo, RehearseArguments};
 pub(crate) use server::{Bound, Handler, Publisher};

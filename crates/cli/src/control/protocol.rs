@@ -1,8 +1,13 @@
 //! What is said over the control socket.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vfio_migration_compat::Reason;
+
+use super::RehearsalInfo;
 
 /// The verbs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -16,6 +21,11 @@ pub(crate) enum Verb {
     QueryMigrate,
     /// Move the guest. Arguments: [`MigrateArguments`]. Returns when it has begun.
     Migrate,
+    /// Find out what a migration would come to. Arguments: [`RehearseArguments`](super::RehearseArguments). Returns when it
+    /// has begun.
+    Rehearse,
+    /// What the machine is. Returns a manifest's document.
+    QueryManifest,
     /// Save the guest into a file. Arguments: [`SaveArguments`]. Returns when it has begun.
     Save,
     /// Wait for a guest again, after the last one left. Arguments: [`IncomingArguments`].
@@ -87,6 +97,9 @@ pub(crate) struct MigrateArguments {
     /// Move devices that log no DMA too.
     #[serde(default)]
     pub(crate) allow_all_dirty: bool,
+    /// Devices that have another name at the destination.
+    #[serde(default)]
+    pub(crate) device_map: BTreeMap<String, String>,
     /// Refused: post-copy is not possible for VFIO devices.
     #[serde(default)]
     pub(crate) post_copy: bool,
@@ -173,6 +186,8 @@ pub(crate) enum MigrationState {
     Failed,
     /// It is not known whose the guest is.
     Unresolved,
+    /// It was only rehearsed; the guest is where it was.
+    Rehearsed,
 }
 
 /// How a migration stands: the same document on both sides.
@@ -211,6 +226,10 @@ pub(crate) struct MigrationInfo {
     pub(crate) error: Option<String>,
     /// The two sides do not fit: nothing was begun.
     pub(crate) incompatible: bool,
+    /// Why not, or what should be known, by the rules of both sides.
+    pub(crate) reasons: Vec<Reason>,
+    /// What a rehearsal found.
+    pub(crate) rehearsal: Option<RehearsalInfo>,
 }
 
 impl MigrationInfo {
@@ -233,6 +252,8 @@ impl MigrationInfo {
             device_digest_match: None,
             error: None,
             incompatible: false,
+            reasons: Vec::new(),
+            rehearsal: None,
         }
     }
 }

@@ -24,6 +24,7 @@ pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Fail
         pause_before_switchover: options.pause_before_switchover,
         verify: options.verify,
         allow_all_dirty: options.allow_all_dirty,
+        device_map: options.map.iter().cloned().collect(),
         post_copy: options.post_copy,
     };
     let mut client = options.target.connect()?;

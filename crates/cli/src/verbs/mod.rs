@@ -1,12 +1,17 @@
 //! The verbs, one file each.
 
+pub(crate) mod check;
+pub(crate) mod describe;
 pub(crate) mod device;
 pub(crate) mod devices;
 pub(crate) mod doctor;
+pub(crate) mod explain;
 pub(crate) mod migrate;
+pub(crate) mod rehearse;
 pub(crate) mod save;
 pub(crate) mod status;
 pub(crate) mod steer;
+pub(crate) mod subject;
 pub(crate) mod vm;
 
 use std::time::Duration;

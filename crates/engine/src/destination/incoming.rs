@@ -1,12 +1,14 @@
 //! P1 to P3: who comes, whether there is room for it, and what it sends while its guest runs.
 
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{Applied, Hello, HelloReply, Message, Refusal, negotiate};
+use vfio_migration_wire::{Accept, Applied, Hello, HelloReply, Lease, Message, Offer, Reason, negotiate};
 
 use super::{Destination, State};
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
 use crate::{Attempt, DestinationAction, Time};
+
+use super::Owed;
 
 /// What P3 remembers.
 #[derive(Debug, Default)]
@@ -15,6 +17,10 @@ pub(super) struct Incoming {
     ended: u32,
     /// The last iteration that was applied.
     applied: u32,
+    /// What ACCEPT will say.
+    accept: Accept,
+    /// Digest of the identity that was judged.
+    pub(super) identity: [u8; 32],
 }
 
 impl Destination {
@@ -22,7 +28,7 @@ impl Destination {
         self.timer = None;
         if let Some(expected) = self.config.expect.filter(|expected| *expected != hello.vm) {
             let text = format!("VM {} is expected here, not VM {}", expected, hello.vm);
-            return self.refuse(vec![Refusal { code: "other-vm".to_owned(), text }], now);
+            return self.refuse(vec![refusal("other-vm", text)], now);
         }
         let ours = self.config.versions;
         let Some(version) = negotiate(hello.versions, ours) else {
@@ -30,7 +36,7 @@ impl Destination {
                 "the source speaks protocol versions {} to {}, the destination {} to {}",
                 hello.versions.min, hello.versions.max, ours.min, ours.max
             );
-            return self.refuse(vec![Refusal { code: "protocol-version".to_owned(), text }], now);
+            return self.refuse(vec![refusal("protocol-version", text)], now);
         };
         self.attempt = Some(Attempt { vm: hello.vm, attempt: hello.attempt, epoch: hello.epoch });
         let reply = HelloReply { version, features: hello.features & self.config.features };
@@ -40,27 +46,54 @@ impl Destination {
         self.owe("OFFER", now);
     }
 
-    pub(super) fn on_offer(&mut self, manifest: Vec<u8>) {
+    pub(super) fn on_offer(&mut self, offer: Offer) {
         self.timer = None;
         self.teardown.something_reserved = true;
-        self.act(State::Reserving, DestinationAction::Reserve { manifest });
+        self.act(State::Reserving, DestinationAction::Reserve(offer));
     }
 
-    pub(super) fn on_reserved(&mut self, _now: Time) {
+    pub(super) fn on_reserved(
+        &mut self,
+        manifest: Vec<u8>,
+        reasons: Vec<Reason>,
+        identity: [u8; 32],
+        now: Time,
+    ) {
+        let valid_ms = u32::try_from(self.config.lease_time.as_millis()).unwrap_or(u32::MAX);
+        let lease = Lease { id: self.config.lease, valid_ms };
+        self.incoming.accept = Accept { lease, reasons, manifest };
+        self.incoming.identity = identity;
+        if self.rehearses() {
+            return self.accept(now);
+        }
         self.act(State::JournalReserved, DestinationAction::Journal(DestinationState::Reserved));
     }
 
     pub(super) fn on_reserved_journaled(&mut self, now: Time) {
-        self.busy = false;
         self.journal = Some(DestinationState::Reserved);
-        self.send(Message::Accept);
-        self.state = State::AwaitingBegin;
-        self.owe("BEGIN", now);
+        self.accept(now);
     }
 
-    pub(super) fn on_begin(&mut self, now: Time) {
+    /// What was reserved is this source's for as long as the lease says.
+    fn accept(&mut self, now: Time) {
+        self.busy = false;
+        let accept = std::mem::take(&mut self.incoming.accept);
+        self.send(Message::Accept(accept));
+        self.state = State::AwaitingBegin;
+        let until = now.saturating_add(self.config.lease_time);
+        self.timer = Some(Owed { what: "BEGIN, and its lease has ended", since: now, until });
+    }
+
+    pub(super) fn on_begin(&mut self, lease: [u8; 16], now: Time) {
         self.timer = None;
         self.phase = Phase::Setup;
+        if lease != self.config.lease {
+            let text = "the source begins on a lease that was not granted to it: protocol error";
+            return self.abort(failure(self.phase, text, ""), now);
+        }
+        if self.rehearses() {
+            return self.act(State::Opening, DestinationAction::BeginResuming);
+        }
         self.journal_step(State::JournalLoading, DestinationStep::Load, now);
     }
 
@@ -109,4 +142,9 @@ impl Destination {
             Err(error) => self.abort(self.error(&error.to_string()), now),
         }
     }
+}
+
+fn refusal(code: &str, text: String) -> Reason {
+    let (severity, fix) = ("no".to_owned(), "configuration".to_owned());
+    Reason { code: code.to_owned(), text, severity, fix, ..Reason::default() }
 }

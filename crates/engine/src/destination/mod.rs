@@ -1,11 +1,12 @@
 //! The destination's side of a migration.
 //!
 //! One concern per file: `incoming` (P1 to P3), `ready` (P5, P6), `commit` (P7, P8, and questions about it), `teardown` (the
-//! way out). It never runs the guest but after COMMIT, with OWNER in its journal.
+//! way out), `rehearsal`. It never runs the guest but after COMMIT, with OWNER in its journal.
 
 mod commit;
 mod incoming;
 mod ready;
+mod rehearsal;
 mod teardown;
 
 use std::collections::VecDeque;
@@ -168,14 +169,16 @@ impl Destination {
             }
             (_, Message::Abort(cause)) => self.aborted_by_source(cause, now),
             (State::AwaitingHello, Message::Hello(hello)) => self.on_hello(&hello, now),
-            (State::AwaitingOffer, Message::Offer { manifest }) => self.on_offer(manifest),
-            (State::AwaitingBegin, Message::Begin) => self.on_begin(now),
+            (_, Message::EndRehearsal) if self.rehearses() => self.on_end_rehearsal(now),
+            (State::AwaitingOffer, Message::Offer(offer)) => self.on_offer(offer),
+            (State::AwaitingBegin, Message::Refuse(reasons)) => self.refused_by_source(reasons, now),
+            (State::AwaitingBegin, Message::Begin { lease }) => self.on_begin(lease, now),
             (State::Loading, Message::InitialSent { .. }) => {}
             (State::Loading, Message::EndIteration { iteration }) => self.on_end_iteration(iteration, now),
-            (State::Loading, Message::Final(last)) => self.on_final(last),
+            (State::Loading, Message::Final(last)) => self.on_final(last, now),
             (State::Last, Message::LocksFree) => self.on_locks_free(now),
             (State::Last, Message::FinalEnd(totals)) => self.on_final_end(totals, now),
-            (State::Ready, Message::Commit(commit)) => self.on_commit(commit, now),
+            (State::Ready, Message::Commit(commit)) if !self.rehearses() => self.on_commit(commit, now),
             (_, message) => {
                 // A source that says COMMIT has it in its journal: only DECLINED sets it free.
                 self.teardown.source_may_have_committed |= matches!(message, Message::Commit(_));
@@ -186,7 +189,9 @@ impl Destination {
 
     fn on_answer(&mut self, event: DestinationEvent, now: Time) {
         match (self.state, event) {
-            (State::Reserving, DestinationEvent::Reserved) => self.on_reserved(now),
+            (State::Reserving, DestinationEvent::Reserved { manifest, reasons, identity }) => {
+                self.on_reserved(manifest, reasons, identity, now);
+            }
             (State::Reserving, DestinationEvent::Refused(reasons)) => self.refuse(reasons, now),
             (State::JournalReserved, DestinationEvent::Journaled(DestinationState::Reserved)) => {
                 self.on_reserved_journaled(now);

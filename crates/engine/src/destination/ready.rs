@@ -26,7 +26,12 @@ enum Locks {
 }
 
 impl Destination {
-    pub(super) fn on_final(&mut self, last: Final) {
+    pub(super) fn on_final(&mut self, last: Final, now: Time) {
+        if last.identity != self.incoming.identity {
+            let text = "the source's machine is not what was compared any more: its manifest has changed since the offer";
+            let remedy = "migrate again, so that what it is now is compared";
+            return self.abort(failure(Phase::Quiesce, text, remedy), now);
+        }
         self.last.guest_ran = last.guest_ran;
         self.phase = Phase::Final;
         self.state = State::Last;
@@ -51,7 +56,9 @@ impl Destination {
     }
 
     pub(super) fn on_final_end(&mut self, totals: FinalEnd, now: Time) {
-        if self.last.totals.is_some() || self.last.locks == Locks::Theirs {
+        // A rehearsal leaves the locks where they are.
+        let locked = self.last.locks != Locks::Theirs || self.rehearses();
+        if self.last.totals.is_some() || !locked {
             let text = "the source ended the final pass twice, or before it freed its locks: protocol error";
             return self.abort(failure(self.phase, text, ""), now);
         }
@@ -60,8 +67,8 @@ impl Destination {
     }
 
     fn load_when_complete(&mut self) {
-        let (Locks::Ours, Some(totals)) = (self.last.locks, &self.last.totals) else { return };
-        let totals = totals.clone();
+        let locked = self.last.locks == Locks::Ours || self.rehearses();
+        let Some(totals) = self.last.totals.clone().filter(|_| locked) else { return };
         self.phase = Phase::Ready;
         self.act(State::Verifying, DestinationAction::Load { totals });
     }
@@ -72,6 +79,11 @@ impl Destination {
         // The source compares too. Here it is caught before READY is in the journal.
         if let Err(cause) = compare(totals, &ready, &[]) {
             return self.abort(cause, now);
+        }
+        if self.rehearses() {
+            self.send(Message::Ready(ready));
+            self.state = State::Ready;
+            return self.owe("END_REHEARSAL", now);
         }
         self.last.ready = Some(ready);
         self.journal_step(State::JournalReady, DestinationStep::Ready, now);

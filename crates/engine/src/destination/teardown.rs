@@ -1,7 +1,7 @@
 //! The way out, before OWNER: ABORTED to the journal, then the word to the source, then everything released.
 
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{Message, PeerError, Refusal};
+use vfio_migration_wire::{Message, PeerError, Reason};
 
 use super::{Destination, State};
 use crate::failure::failure;
@@ -15,14 +15,16 @@ const LINGER: u32 = 4;
 /// What an abort remembers.
 #[derive(Debug, Default)]
 pub(super) struct Teardown {
-    cause: Option<Failure>,
-    refused: Option<Vec<Refusal>>,
+    pub(super) cause: Option<Failure>,
+    refused: Option<Vec<Reason>>,
+    /// The rehearsal has come to its end.
+    pub(super) rehearsed: bool,
     /// RESERVE was asked for: there may be something to release.
     pub(super) something_reserved: bool,
     /// READY was said, or COMMIT heard.
     pub(super) source_may_have_committed: bool,
     /// The source said that it gives up: it has not committed, and will not.
-    source_gave_up: bool,
+    pub(super) source_gave_up: bool,
     /// The source has been told.
     told: bool,
     /// ABORTED was asked of the journal.
@@ -72,12 +74,19 @@ impl Destination {
         }
     }
 
-    pub(super) fn refuse(&mut self, reasons: Vec<Refusal>, now: Time) {
+    pub(super) fn refuse(&mut self, reasons: Vec<Reason>, now: Time) {
         self.busy = false;
         self.send(Message::Refuse(reasons.clone()));
         self.teardown.told = true;
         self.teardown.refused = Some(reasons);
         self.say_abort_and_release(now);
+    }
+
+    /// The source's own rules forbid it.
+    pub(super) fn refused_by_source(&mut self, reasons: Vec<Reason>, now: Time) {
+        self.teardown.source_gave_up = true;
+        self.teardown.refused = Some(reasons);
+        self.tear_down(failure(self.phase, "refused by the source", ""), now);
     }
 
     pub(super) fn on_aborted_journaled(&mut self, now: Time) {
@@ -114,7 +123,7 @@ impl Destination {
         self.aborted_not_journaled(&failure(Phase::Clean, "no answer in time", ""), now);
     }
 
-    fn say_abort_and_release(&mut self, now: Time) {
+    pub(super) fn say_abort_and_release(&mut self, now: Time) {
         if !self.teardown.told && !self.teardown.source_gave_up {
             self.send(Message::Abort(self.cause()));
         }
@@ -135,8 +144,12 @@ impl Destination {
         if std::mem::take(&mut self.teardown.interrupted) {
             return;
         }
-        if let Some(first) = &mut self.teardown.cause {
-            first.text = format!("{}; then not all could be released: {}", first.text, cause.text);
+        match &mut self.teardown.cause {
+            Some(first) => {
+                first.text = format!("{}; then not all could be released: {}", first.text, cause.text)
+            }
+            // A rehearsal ends without a cause.
+            None => self.teardown.cause = Some(cause.clone()),
         }
         self.on_released(now);
     }
@@ -167,6 +180,9 @@ impl Destination {
 
     pub(super) fn finish_aborted(&mut self) {
         self.state = State::Done;
+        if self.teardown.rehearsed {
+            return self.finish_rehearsed();
+        }
         match self.teardown.refused.take() {
             Some(reasons) => self.finish(DestinationOutcome::Refused(reasons)),
             None => self.finish(DestinationOutcome::Aborted(self.cause())),

@@ -18,7 +18,7 @@ const ASK_FOR: u32 = 8;
 /// What P6 to P9 remember.
 #[derive(Debug, Default)]
 pub(super) struct End {
-    ready_at: Option<Time>,
+    pub(super) ready_at: Option<Time>,
     running_at: Option<Time>,
     ready: Option<Ready>,
     running: Option<Running>,
@@ -54,6 +54,9 @@ impl Source {
         }
         self.end.ready = Some(ready);
         self.end.ready_at = Some(now);
+        if self.config.rehearse.is_some() {
+            return self.end_rehearsal(None, now);
+        }
         self.enter(Phase::Commit, now);
         self.journal_step(State::JournalCommitting, SourceStep::Commit);
     }

@@ -1,12 +1,14 @@
 //! P1 and P2: version, manifest, reservation; dirty logging on and the devices' sessions open on both sides.
 
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{FEATURE_VERIFY, Hello, HelloReply, Message};
+use vfio_migration_wire::{
+    Accept, FEATURE_REHEARSE, FEATURE_VERIFY, Hello, HelloReply, Lease, Message, Reason,
+};
 
 use super::{Owed, Source, State, Told};
 use crate::failure::{failure, silence};
 use crate::ownership::{SourceState, SourceStep};
-use crate::{Abort, SourceAction, SourceOutcome, Time};
+use crate::{Abort, Rehearse, SourceAction, SourceOutcome, Time};
 
 impl Source {
     /// Several devices stop one after the other. One that still runs may write into one that is already stopped, unless
@@ -74,24 +76,51 @@ impl Source {
             );
             return self.abort(failure(self.phase, text, ""), Told::Tell);
         }
+        if self.config.rehearse.is_some() && reply.features & FEATURE_REHEARSE == 0 {
+            let text = "the destination does not know how to rehearse";
+            let remedy = "run a release there that does, or compare manifests instead";
+            return self.abort(failure(self.phase, text, remedy), Told::Tell);
+        }
         if let Some(owed) = self.timer {
             self.model.round_trip(now.saturating_sub(owed.since));
         }
         self.negotiated = Some(reply);
         self.state = State::Offered;
-        self.send(Message::Offer { manifest: self.config.manifest.clone() });
+        self.send(Message::Offer(self.config.offer.clone()));
         self.owe_work("ACCEPT", now);
     }
 
-    pub(super) fn on_accept(&mut self, now: Time) {
+    pub(super) fn on_accept(&mut self, accept: Accept) {
         self.timer = None;
+        self.lease = accept.lease;
+        self.act(State::Judging, SourceAction::Judge(accept));
+    }
+
+    pub(super) fn on_judged(&mut self, now: Time) {
+        if self.config.rehearse == Some(Rehearse::Ask) {
+            return self.end_rehearsal(None, now);
+        }
         self.enter(Phase::Setup, now);
-        self.journal_step(State::JournalSending, SourceStep::Begin);
+        match self.config.rehearse {
+            Some(_) => self.begin(now),
+            None => self.journal_step(State::JournalSending, SourceStep::Begin),
+        }
+    }
+
+    /// This side's own rules forbid it.
+    pub(super) fn refuse(&mut self, reasons: Vec<Reason>) {
+        self.send(Message::Refuse(reasons.clone()));
+        self.finish(SourceOutcome::Refused(reasons));
     }
 
     pub(super) fn on_sending(&mut self, now: Time) {
         self.journal = SourceState::Sending;
-        self.send(Message::Begin);
+        self.begin(now);
+    }
+
+    fn begin(&mut self, now: Time) {
+        let Lease { id, .. } = self.lease;
+        self.send(Message::Begin { lease: id });
         self.act(State::SettingUp { set_up: false, begun: false }, SourceAction::SetUp);
         self.owe_work("BEGUN", now);
     }
@@ -113,6 +142,10 @@ impl Source {
     pub(super) fn on_owed(&mut self, owed: Owed, now: Time) {
         match self.state {
             State::AwaitingRunning | State::Asking => self.ask(now),
+            State::AwaitingRehearsed => {
+                let waited = now.saturating_sub(owed.since);
+                self.on_rehearsed(Some(silence(self.phase, "destination", owed.what, waited)));
+            }
             _ if self.can_cancel() => {
                 let waited = now.saturating_sub(owed.since);
                 self.abort(silence(self.phase, "destination", owed.what, waited), Told::Tell);

@@ -256,7 +256,7 @@ impl Source {
             {
                 let text = "the device does not come to the end of its initial pre-copy data";
                 let cause = self.blame(*first, failure(Phase::Iterate, text, "see the device's own log"));
-                return self.abort(cause, Told::Tell);
+                return self.conclude(cause, now);
             }
             let sending =
                 self.rounds.progress.iter().any(|device| device.initial_left.is_some_and(|left| left > 0));
@@ -327,7 +327,7 @@ impl Source {
         let Some(prediction) = self.model.predict(now) else {
             let text = "the first iteration did not end in the time given";
             let cause = failure(Phase::Iterate, text, "allow more time, or migrate over a faster network");
-            return self.abort(cause, Told::Tell);
+            return self.conclude(cause, now);
         };
         let missing = self.unacknowledged();
         let budget = self.config.downtime_limit.saturating_sub(self.config.commit_reserve);
@@ -339,7 +339,7 @@ impl Source {
             }
             _ => self.too_big(why, &prediction),
         };
-        self.abort(cause, Told::Tell);
+        self.conclude(cause, now);
     }
 
     /// Names what needs most of the downtime.

@@ -1,18 +1,19 @@
 //! The source's side of a migration.
 //!
 //! One concern per file: `handshake` (P1, P2), `iterate` (P3), `switchover` (P4, P5 and the watchdog), `commit` (P6 to P9),
-//! `rollback` (the way back from everywhere).
+//! `rollback` (the way back from everywhere), `rehearsal` (going so far, and back).
 
 mod commit;
 mod handshake;
 mod iterate;
+mod rehearsal;
 mod rollback;
 mod switchover;
 
 use std::collections::VecDeque;
 
 use vfio_migration_types::{Epoch, Phase};
-use vfio_migration_wire::{HelloReply, Message};
+use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
 
 use crate::convergence::Model;
 use crate::failure::{blame, failure, link_lost, protocol, work_timeout};
@@ -34,6 +35,8 @@ pub struct Source {
     /// The connection stands.
     link: bool,
     negotiated: Option<HelloReply>,
+    /// What the destination has reserved for this attempt.
+    lease: Lease,
     /// The peer owes an answer until then.
     timer: Option<Owed>,
     model: Model,
@@ -41,6 +44,7 @@ pub struct Source {
     pause: switchover::Pause,
     end: commit::End,
     abort: Option<rollback::Undo>,
+    rehearsal: rehearsal::Found,
 }
 
 /// Where the source is. Each state waits for exactly one thing, but for [`State::SettingUp`], which waits for two.
@@ -49,6 +53,7 @@ enum State {
     Idle,
     Hello,
     Offered,
+    Judging,
     JournalSending,
     SettingUp {
         set_up: bool,
@@ -74,6 +79,10 @@ enum State {
     JournalDeclined,
     RollingBack,
     JournalOwner,
+    /// A rehearsal is at its end, and is being undone.
+    Undoing,
+    /// It is undone here; the destination has not said so yet.
+    AwaitingRehearsed,
     Done,
 }
 
@@ -88,7 +97,12 @@ struct Owed {
 impl Source {
     /// A source that has not begun. A machine that cannot be migrated is refused at once: [`Source::poll_action`] is then
     /// [`SourceAction::Finish`] before anything has moved.
-    pub fn new(config: SourceConfig) -> Self {
+    pub fn new(mut config: SourceConfig) -> Self {
+        // A destination that selects it takes no COMMIT: it is offered exactly when none is to come.
+        match config.rehearse {
+            Some(_) => config.features |= FEATURE_REHEARSE,
+            None => config.features &= !FEATURE_REHEARSE,
+        }
         let devices = config.devices.len();
         let mut source = Self {
             config,
@@ -99,12 +113,14 @@ impl Source {
             actions: VecDeque::new(),
             link: false,
             negotiated: None,
+            lease: Lease::default(),
             timer: None,
             model: Model::default(),
             rounds: iterate::Rounds::new(devices),
             pause: switchover::Pause::default(),
             end: commit::End::default(),
             abort: None,
+            rehearsal: rehearsal::Found::default(),
         };
         source.refuse_devices_without_p2p();
         source
@@ -178,6 +194,8 @@ impl Source {
                 | State::JournalDeclined
                 | State::RollingBack
                 | State::JournalOwner
+                | State::Undoing
+                | State::AwaitingRehearsed
                 | State::Done
         )
     }
@@ -227,6 +245,7 @@ impl Source {
             | State::CleaningUp => self.on_peer_committing(message, now),
             // The way back does not depend on what the peer says.
             State::JournalDeclined | State::RollingBack | State::JournalOwner | State::Done => {}
+            State::Undoing | State::AwaitingRehearsed => self.on_peer_rehearsed(message),
             _ => self.on_peer_before_commit(message, now),
         }
     }
@@ -240,7 +259,7 @@ impl Source {
             (State::Hello | State::Offered, Message::Refuse(reasons)) => {
                 self.finish(SourceOutcome::Refused(reasons));
             }
-            (State::Offered, Message::Accept) => self.on_accept(now),
+            (State::Offered, Message::Accept(accept)) => self.on_accept(accept),
             (State::SettingUp { set_up, begun: false }, Message::Begun) => {
                 self.state = State::SettingUp { set_up, begun: true };
                 self.timer = None;
@@ -257,6 +276,8 @@ impl Source {
 
     fn on_answer(&mut self, event: SourceEvent, now: Time) {
         match (self.state, event) {
+            (State::Judging, SourceEvent::Judged) => self.on_judged(now),
+            (State::Judging, SourceEvent::Refused(reasons)) => self.refuse(reasons),
             (State::JournalSending, SourceEvent::Journaled(SourceState::Sending)) => self.on_sending(now),
             (State::SettingUp { set_up: false, begun }, SourceEvent::SetUp { devices }) => {
                 self.state = State::SettingUp { set_up: true, begun };
@@ -264,7 +285,9 @@ impl Source {
                 self.iterate_when_set_up(now);
             }
             (State::Sending, SourceEvent::IterationSent(report)) => self.on_iteration_sent(report, now),
-            (State::Pausing, SourceEvent::Paused { guest_ran }) => self.on_paused(guest_ran, now),
+            (State::Pausing, SourceEvent::Paused { guest_ran, identity }) => {
+                self.on_paused(guest_ran, identity, now);
+            }
             (State::ToP2p, SourceEvent::Reached { barrier: Barrier::P2p, devices }) => {
                 self.on_p2p(&devices, now);
             }
@@ -275,7 +298,7 @@ impl Source {
             (State::ToStopCopy, SourceEvent::Reached { barrier: Barrier::StopCopy, devices }) => {
                 self.on_stop_copy(&devices, now);
             }
-            (State::SendingFinal, SourceEvent::FinalSent { totals, .. }) => self.on_final_sent(totals),
+            (State::SendingFinal, SourceEvent::FinalSent { totals, .. }) => self.on_final_sent(totals, now),
             (State::ReleasingLocks, SourceEvent::LocksReleased) => self.on_locks_released(now),
             (State::JournalCommitting, SourceEvent::Journaled(SourceState::Committing)) => {
                 self.on_committing(now);
@@ -288,6 +311,9 @@ impl Source {
             (State::JournalOwner, SourceEvent::Journaled(SourceState::Owner)) => self.on_owner_journaled(),
             (State::RollingBack, SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }) => {
                 self.on_rolled_back(reset, &not_reset, locks_lost, restored);
+            }
+            (State::Undoing, SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }) => {
+                self.on_undone(reset, &not_reset, locks_lost, restored, now);
             }
             // After the decision, and while an abort is under way, nothing said out of turn changes the outcome.
             (_, _) if !self.can_cancel() => {}
@@ -314,7 +340,7 @@ impl Source {
             }
             State::JournalDeclined => self.declined_not_journaled(&cause),
             // What the rollback interrupted. The rollback itself says `RolledBack`, whatever came of it.
-            State::RollingBack => {}
+            State::RollingBack | State::Undoing | State::AwaitingRehearsed => {}
             State::JournalOwner => self.owner_not_journaled(&cause),
             State::Done => {}
             _ => {
@@ -336,6 +362,7 @@ impl Source {
         match self.state {
             State::AwaitingRunning => self.ask(now),
             State::Asking => self.ask_later(now),
+            State::AwaitingRehearsed => self.on_rehearsed(Some(link_lost(self.phase, why))),
             _ if self.can_cancel() => self.abort(link_lost(self.phase, why), Told::Knows),
             _ => {}
         }

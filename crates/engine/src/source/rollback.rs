@@ -1,11 +1,12 @@
 //! The way back: from P1 to P6 by our own decision, from P7 only on the destination's DECLINED.
 
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
 use super::{Source, State, Told};
+use crate::failure::failure;
 use crate::ownership::{SourceState, SourceStep};
-use crate::{Abort, Failure, SourceAction, SourceOutcome};
+use crate::{Abort, Failure, SourceAction, SourceOutcome, Time};
 
 /// An abort under way.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ impl Source {
         let state = self.state;
         self.abort = Some(Undo { outcome, journaled: false });
         match state {
-            State::Idle | State::Hello | State::Offered => self.finish_aborted(),
+            State::Idle | State::Hello | State::Offered | State::Judging => self.finish_aborted(),
             State::JournalSending => self.journal_owner(),
             _ => self.act(State::RollingBack, SourceAction::RollBack),
         }
@@ -84,9 +85,7 @@ impl Source {
         undo.outcome.reset = reset;
         for device in not_reset {
             let text = &undo.outcome.cause.text;
-            undo.outcome.cause.text = format!(
-                "{text}; then device {device} could neither go back nor be reset, so the guest is held paused"
-            );
+            undo.outcome.cause.text = held_by(text, device);
         }
         undo.outcome.locks_lost = locks_lost;
         undo.outcome.restored = restored;
@@ -107,8 +106,28 @@ impl Source {
         self.finish_aborted();
     }
 
+    /// A rehearsal has been undone; what was not is a failure like any other.
+    pub(super) fn on_undone(
+        &mut self,
+        reset: Vec<DeviceId>,
+        not_reset: &[DeviceId],
+        locks_lost: Vec<String>,
+        restored: bool,
+        now: Time,
+    ) {
+        if reset.is_empty() && not_reset.is_empty() && locks_lost.is_empty() && restored {
+            return self.await_rehearsed(now);
+        }
+        let text = not_reset
+            .iter()
+            .fold("the rehearsal could not be undone".to_owned(), |text, device| held_by(&text, device));
+        let cause = failure(Phase::Clean, text, "see the source's log");
+        self.finish(SourceOutcome::Aborted(Abort { cause, cancelled: false, reset, locks_lost, restored }));
+    }
+
     fn after_rollback(&mut self) {
-        if self.abort.as_ref().is_some_and(|undo| undo.journaled) {
+        // A rehearsal has journaled nothing.
+        if self.config.rehearse.is_some() || self.abort.as_ref().is_some_and(|undo| undo.journaled) {
             return self.finish_aborted();
         }
         self.journal_owner();
@@ -131,4 +150,8 @@ impl Source {
             self.finish(SourceOutcome::Aborted(undo.outcome));
         }
     }
+}
+
+fn held_by(text: &str, device: &DeviceId) -> String {
+    format!("{text}; then device {device} could neither go back nor be reset, so the guest is held paused")
 }

@@ -8,7 +8,7 @@ use vfio_migration_wire::{Final, FinalEnd, Message};
 
 use super::{Source, State, Told};
 use crate::failure::failure;
-use crate::{Barrier, DeviceProgress, SourceAction, SourceEvent, Time};
+use crate::{Barrier, DeviceProgress, Rehearse, SourceAction, SourceEvent, Time};
 
 /// How often P4 may go back to P3 because a device has declared new initial bytes.
 const RETREATS: u32 = 3;
@@ -21,6 +21,8 @@ pub(super) struct Pause {
     /// The vCPUs stood.
     pub(super) paused_at: Option<Time>,
     pub(super) guest_ran: bool,
+    /// Of the manifest, just before the pause.
+    identity: [u8; 32],
     pub(super) predicted: Duration,
     /// Time spent on digests, which is no downtime.
     pub(super) verify: Duration,
@@ -34,13 +36,17 @@ pub(super) struct Pause {
 impl Source {
     /// The decision to switch over. The guest stands from here on.
     pub(super) fn switch(&mut self, predicted: Duration, now: Time) {
+        if self.config.rehearse.is_some_and(|rehearse| rehearse < Rehearse::Standstill) {
+            return self.end_rehearsal(None, now);
+        }
         self.enter(Phase::Quiesce, now);
         let retreats = self.pause.retreats;
         self.pause = Pause { asked_at: Some(now), predicted, guest_ran: true, retreats, ..Pause::default() };
         self.act(State::Pausing, SourceAction::Pause);
     }
 
-    pub(super) fn on_paused(&mut self, guest_ran: bool, now: Time) {
+    pub(super) fn on_paused(&mut self, guest_ran: bool, identity: [u8; 32], now: Time) {
+        self.pause.identity = identity;
         self.pause.paused_at = Some(now);
         self.pause.guest_ran = guest_ran;
         self.act(State::ToP2p, SourceAction::Devices(Barrier::P2p));
@@ -89,18 +95,26 @@ impl Source {
             return self.abort(cause, Told::Tell);
         }
         self.enter(Phase::Final, now);
-        self.send(Message::Final(Final { guest_ran: self.pause.guest_ran }));
+        let Pause { guest_ran, identity, .. } = self.pause;
+        self.send(Message::Final(Final { guest_ran, identity }));
         self.act(State::SendingFinal, SourceAction::SendFinal { verify: self.verify() });
     }
 
-    pub(super) fn on_final_sent(&mut self, totals: FinalEnd) {
-        self.pause.totals = Some(totals);
-        self.act(State::ReleasingLocks, SourceAction::ReleaseLocks);
+    pub(super) fn on_final_sent(&mut self, totals: FinalEnd, now: Time) {
+        self.pause.totals = Some(totals.clone());
+        if self.config.rehearse.is_none() {
+            return self.act(State::ReleasingLocks, SourceAction::ReleaseLocks);
+        }
+        self.end_final(totals, now);
     }
 
     pub(super) fn on_locks_released(&mut self, now: Time) {
         let Some(totals) = self.pause.totals.clone() else { return };
         self.send(Message::LocksFree);
+        self.end_final(totals, now);
+    }
+
+    fn end_final(&mut self, totals: FinalEnd, now: Time) {
         self.send(Message::FinalEnd(totals));
         self.enter(Phase::Ready, now);
         self.state = State::AwaitingReady;
@@ -165,7 +179,7 @@ impl Source {
             self.pause.predicted.as_millis(),
         );
         let remedy = "raise the downtime limit, or see why this phase took so long";
-        self.abort(failure(self.phase, text, remedy), Told::Tell);
+        self.conclude(failure(self.phase, text, remedy), now);
     }
 }
 

@@ -21,11 +21,14 @@ use vfio_migration_engine::{
     SourceEvent, SourceOutcome, Time,
 };
 use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
-use vfio_migration_wire::{FEATURES, Message, PeerError};
+use vfio_migration_wire::{FEATURES, Message, Offer, PeerError};
 
 pub const VM: VmId = VmId([7; 16]);
 pub const ATTEMPT: AttemptId = AttemptId([9; 16]);
 pub const EPOCH: Epoch = Epoch(41);
+
+/// Nonce of the lease.
+const LEASE: [u8; 16] = [5; 16];
 
 /// Nothing may take longer, in simulated time.
 const FOREVER: Duration = Duration::from_secs(900);
@@ -94,7 +97,7 @@ impl World {
             epoch: EPOCH,
             versions: script.source_versions,
             features: FEATURES,
-            manifest: b"{}".to_vec(),
+            offer: Offer { names: Vec::new(), manifest: b"{}".to_vec() },
             devices: script.devices.iter().map(script::Device::facts).collect(),
             no_peer_dma: script.no_peer_dma,
             downtime_limit: script.limit,
@@ -103,6 +106,7 @@ impl World {
             pause_before_switchover: script.pause_before_switchover,
             verify: script.verify,
             peer_timeout: script.peer_timeout,
+            rehearse: script.rehearse,
         });
         let destination = Destination::new(
             DestinationConfig {
@@ -110,6 +114,8 @@ impl World {
                 features: script.destination_features,
                 peer_timeout: script.peer_timeout,
                 expect: script.expect,
+                lease: LEASE,
+                lease_time: script.lease_time,
             },
             Time::ZERO,
         );
@@ -264,6 +270,11 @@ impl World {
         }
         if self.other.guest == Guest::Runs && self.other.disk != Some(DestinationState::Owner) {
             broken.push("the destination runs against its journal");
+        }
+        if self.script.rehearse.is_some()
+            && (self.side.disk != SourceState::Owner || self.other.disk.is_some())
+        {
+            broken.push("a rehearsal is in a journal");
         }
         for what in broken {
             if self.violations.len() < 10 {

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use vfio_migration_engine::{DestinationEvent, DeviceFacts, SourceEvent, Time};
+use vfio_migration_engine::{DestinationEvent, DeviceFacts, Rehearse, SourceEvent, Time};
 use vfio_migration_types::{DeviceId, MigrationFlags, VmId};
-use vfio_migration_wire::{FEATURES, Ready, Refusal, VERSIONS, VersionRange};
+use vfio_migration_wire::{FEATURES, Ready, Reason, VERSIONS, VersionRange};
 
 pub const MS: Duration = Duration::from_millis(1);
 pub const SECOND: Duration = Duration::from_secs(1);
@@ -76,7 +76,17 @@ pub struct Script {
     pub destination_versions: VersionRange,
     pub destination_features: u64,
     pub expect: Option<VmId>,
-    pub refuse: Option<Vec<Refusal>>,
+    pub refuse: Option<Vec<Reason>>,
+    /// The source's own rules refuse.
+    pub refuse_here: Option<Vec<Reason>>,
+    pub rehearse: Option<Rehearse>,
+    pub lease_time: Duration,
+    /// The source presents another lease than it was granted.
+    pub stale_lease: bool,
+    /// What the source's manifest says has changed since it was offered.
+    pub changed: bool,
+    /// How long judging takes.
+    pub judging: Duration,
 
     /// How long anything local takes.
     pub action: Duration,
@@ -199,6 +209,12 @@ impl Default for Script {
             destination_features: FEATURES,
             expect: None,
             refuse: None,
+            refuse_here: None,
+            rehearse: None,
+            lease_time: 60 * SECOND,
+            stale_lease: false,
+            changed: false,
+            judging: MS,
             action: 2 * MS,
             journal: 3 * MS,
             arc: 4 * MS,

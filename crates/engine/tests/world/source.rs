@@ -141,7 +141,14 @@ impl World {
                 let _ = iteration;
                 return;
             }
-            SourceAction::Pause => (script.action, SourceEvent::Paused { guest_ran: self.side.guest_ran }),
+            SourceAction::Judge(_) => match &script.refuse_here {
+                Some(reasons) => (script.judging, SourceEvent::Refused(reasons.clone())),
+                None => (script.judging, SourceEvent::Judged),
+            },
+            SourceAction::Pause => {
+                let (guest_ran, identity) = (self.side.guest_ran, [u8::from(script.changed); 32]);
+                (script.action, SourceEvent::Paused { guest_ran, identity })
+            }
             SourceAction::Devices(barrier) => {
                 (script.arc, SourceEvent::Reached { barrier, devices: self.side.devices.clone() })
             }
@@ -290,7 +297,10 @@ impl World {
         report.devices.clone_from(&self.side.devices);
     }
 
-    fn source_says(&mut self, message: Message) {
+    fn source_says(&mut self, mut message: Message) {
+        if let (Message::Begin { lease }, true) = (&mut message, self.script.stale_lease) {
+            lease[0] ^= 1;
+        }
         if matches!(message, Message::Commit(_)) && self.side.disk != SourceState::Committing {
             self.violated("COMMIT without COMMITTING in the journal");
         }

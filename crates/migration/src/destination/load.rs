@@ -107,7 +107,7 @@ impl Worker<'_, '_, '_> {
     fn take_pci_states(&mut self, mut sections: Vec<Section>) -> Result<Vec<Section>, Stop> {
         for incoming in &mut self.devices {
             let Some(pci) = &incoming.moved.pci else { continue };
-            let name = PciState::section_name(pci.id());
+            let name = PciState::section_name(&incoming.name);
             let at = sections.iter().position(|section| section.name == name);
             let Some(section) = at.map(|at| sections.remove(at)) else {
                 return Err(fail::of_device(PHASE, pci.id(), "the source sent no PCI state for it").into());

@@ -23,12 +23,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vfio_migration_compat::Reason;
 use vfio_migration_types::Phase;
 
 use crate::connect::{self, ConnectError, Listener};
 use crate::fail;
 use crate::{
-    Arrived, DestinationOptions, IncomingControl, IncomingError, Machine, Offer, RefusalReason, Uri,
+    Arrived, DestinationOptions, IncomingControl, IncomingError, Machine, Offer, Uri,
 };
 
 use doorstep::{Doorstep, Greeting};
@@ -94,10 +95,11 @@ impl Destination {
     /// `fd:N`, where there is no next one). May be called again after an error.
     ///
     /// # Errors
-    /// Nothing ran here, and every device is reset and released; but see [`IncomingError::Held`].
+    /// Nothing ran here, and every device is reset and released; but see [`IncomingError::Held`]. A rehearsal ends so too:
+    /// [`IncomingError::Rehearsed`].
     pub fn accept(
         &mut self,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, RefusalReason> + Send,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
         loop {

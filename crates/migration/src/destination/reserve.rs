@@ -1,14 +1,16 @@
 //! P1 and P2: everything that can fail for lack of something fails here, with the guest still running at the source.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use vfio_migration_compat::{MachineManifest, Verdict, compare};
+use vfio_migration_compat::{DeviceMap, MachineManifest, Policy, Reason, check_machines};
 use vfio_migration_engine::{Attempt, DestinationEvent};
-use vfio_migration_types::Phase;
-use vfio_migration_wire::Refusal;
+use vfio_migration_types::{DeviceId, Phase};
+use vfio_migration_wire as wire;
 
 use crate::fail::{self, InPhase, sentence};
-use crate::journal::{Journal, Side};
+use crate::journal::{Journal, JournalError, Side, read_journal};
+use crate::reasons;
 use crate::stop::{self, Stop};
 use crate::together::together;
 use crate::{Machine, Offer};
@@ -18,33 +20,28 @@ use super::receive::Sink;
 use super::worker::{Incoming, Worker};
 
 impl Worker<'_, '_, '_> {
-    /// Has the machine built, and compares it with what is offered.
+    /// Has the machine built, and judges what is offered by this side's rules.
     pub(super) fn reserve(
         &mut self,
-        manifest: &[u8],
+        offer: wire::Offer,
         attempt: Option<Attempt>,
     ) -> Result<DestinationEvent, Stop> {
         let phase = Phase::Hello;
-        let refuse =
-            |code: &str, text: String| DestinationEvent::Refused(vec![Refusal { code: code.into(), text }]);
+        let refuse = |reason: Reason| DestinationEvent::Refused(reasons::to_wire(&[reason]));
         let Some(attempt) = attempt else {
             return Err(fail::plain(phase, "there is no attempt yet: a defect of this program").into());
         };
-        let offered = match MachineManifest::from_json(manifest) {
+        let offered = match MachineManifest::from_json(&offer.manifest) {
             Ok(offered) => offered,
-            Err(error) => return Ok(refuse("manifest", sentence(&error))),
+            Err(error) => return Ok(refuse(Reason::new("manifest", sentence(&error)))),
         };
-        let journal = Journal::open(self.options.state_dir.as_deref(), attempt.vm, Side::Destination)
-            .map_err(|error| error.in_phase(phase))?;
-        let known = journal.read().map_err(|error| error.in_phase(phase))?;
-        if let Some(owned) = known.owned_epoch().filter(|owned| *owned > attempt.epoch) {
-            let text = format!(
-                "this host owns the VM under epoch {}, later than the epoch {} of the source",
-                owned.0, attempt.epoch.0
-            );
-            return Ok(refuse("ownership", text));
+        let map = match map(offer.names) {
+            Ok(map) => map,
+            Err(text) => return Ok(refuse(Reason::new("manifest", text))),
+        };
+        if let Some(reason) = self.take_journal(attempt)? {
+            return Ok(refuse(reason));
         }
-        self.journal = Some(journal);
         let Some(build) = self.build.take() else {
             return Err(fail::plain(phase, "a second machine was asked for: a defect of this program").into());
         };
@@ -52,39 +49,83 @@ impl Worker<'_, '_, '_> {
         let offer = Offer { vm, attempt, epoch, manifest: offered.clone() };
         let machine = match build(&offer) {
             Ok(machine) => machine,
-            Err(reason) => return Ok(refuse(&reason.code, reason.text)),
+            Err(reason) => return Ok(refuse(reason)),
         };
-        let reasons = self.fit(&offer, machine.as_ref())?;
-        if !reasons.is_empty() {
-            return Ok(DestinationEvent::Refused(reasons));
+        let own = machine.manifest().map_err(|error| error.in_phase(phase))?;
+        self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
+        let mut report = check_machines(&offered, &own, &map, &self.policy());
+        let mut refused = !reasons::permits(&report, self.options.from_file);
+        let mut against = |reason: Reason| {
+            refused = true;
+            report.reasons.push(reason);
+        };
+        if machine.id() != vm {
+            let text = format!(
+                "VM {vm} is offered, and this machine is for VM {}: give both the same identity",
+                machine.id()
+            );
+            against(Reason::new("vm-id", text));
         }
-        let mut reasons = Vec::new();
-        let mut own = machine.devices();
+        let mut devices = machine.devices();
         for device in &offered.devices {
-            let Some(at) = own.iter().position(|moved| *moved.device.id() == device.id) else {
-                let text = format!("device {} is in the manifest and not in the machine", device.id);
-                reasons.push(Refusal { code: "device-missing".into(), text });
+            let name = map.destination(&device.id).or_else(|| self.options.policy.map.destination(&device.id));
+            let name = name.unwrap_or(&device.id);
+            let Some(at) = devices.iter().position(|moved| moved.device.id() == name) else {
+                if own.devices.iter().any(|device| device.id == *name) {
+                    let text = format!("device {name} is in the manifest and not in the machine");
+                    against(Reason::new("device-missing", text));
+                }
                 continue;
             };
-            let moved = own.swap_remove(at);
+            let moved = devices.swap_remove(at);
             if let Err(why) = moved.device.capabilities() {
-                let text = format!("device {} cannot migrate: {}", device.id, why.0);
-                reasons.push(Refusal { code: "device-not-migratable".into(), text });
+                let text = format!("device {name} cannot migrate: {}", why.0);
+                against(Reason { device: Some(device.id.to_string()), ..Reason::new("device-not-migratable", text) });
             }
-            self.devices.push(Incoming { moved, session: None, pci_state: None, touched: false });
+            let name = device.id.clone();
+            self.devices.push(Incoming { name, moved, session: None, pci_state: None, touched: false });
         }
-        for moved in own {
-            let text = format!("device {} is here and not at the source", moved.device.id());
-            reasons.push(Refusal { code: "device-extra".into(), text });
+        if refused {
+            return Ok(DestinationEvent::Refused(reasons::to_wire(&report.reasons)));
         }
-        if !reasons.is_empty() {
-            return Ok(DestinationEvent::Refused(reasons));
-        }
+        let manifest = own.to_json().map_err(|error| fail::plain(phase, sentence(&error)))?;
         clear(machine.as_ref()).map_err(|error| error.in_phase(phase))?;
         let total = machine.ram().size();
-        self.wires.ram_total.store(total, std::sync::atomic::Ordering::Relaxed);
+        self.wires.ram_total.store(total, Ordering::Relaxed);
         self.machine = Some(machine);
-        Ok(DestinationEvent::Reserved)
+        let (reasons, identity) = (reasons::to_wire(&report.reasons), offered.identity_digest());
+        Ok(DestinationEvent::Reserved { manifest, reasons, identity })
+    }
+
+    /// This side's policy. How the source's devices track their writes and stop is the source's to judge: its operator
+    /// may allow what costs downtime there, and this side loses nothing by it.
+    fn policy(&self) -> Policy {
+        let mut policy = self.options.policy.clone();
+        reasons::allow(&mut policy, &reasons::DIRTY, "the source judges it");
+        reasons::allow(&mut policy, &reasons::PEERS, "the source judges it");
+        policy
+    }
+
+    /// Opens the VM's journal, if it does not say that the VM is ours already. A rehearsal only reads it.
+    fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, Stop> {
+        let failed = |error: JournalError| error.in_phase(Phase::Hello);
+        let dir = self.options.state_dir.as_deref();
+        let known = if self.wires.rehearsal.load(Ordering::Acquire) {
+            dir.map_or(Ok(None), |dir| read_journal(dir, attempt.vm)).map_err(failed)?
+        } else {
+            let journal = Journal::open(dir, attempt.vm, Side::Destination).map_err(failed)?;
+            let known = journal.read().map_err(failed)?;
+            self.journal = Some(journal);
+            Some(known)
+        };
+        let owned = known.and_then(|known| known.owned_epoch()).filter(|owned| *owned > attempt.epoch);
+        Ok(owned.map(|owned| {
+            let text = format!(
+                "this host owns the VM under epoch {}, later than the epoch {} of the source",
+                owned.0, attempt.epoch.0
+            );
+            Reason::new("ownership", text)
+        }))
     }
 
     /// Opens a resuming session on every device, all at once, and a queue before each.
@@ -127,29 +168,12 @@ impl Worker<'_, '_, '_> {
         }
         queues.iter().try_for_each(|queue| queue.open(&self.link))
     }
+}
 
-    /// Every reason against.
-    fn fit(&mut self, offer: &Offer, machine: &dyn Machine) -> Result<Vec<Refusal>, Stop> {
-        let own = machine.manifest().map_err(|error| error.in_phase(Phase::Hello))?;
-        self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
-        let (verdict, reasons) = compare(&offer.manifest, &own);
-        let mut reasons: Vec<Refusal> =
-            reasons.into_iter().map(|reason| Refusal { code: reason.code, text: reason.text }).collect();
-        if verdict == Verdict::Live {
-            reasons.clear();
-        } else if reasons.is_empty() {
-            reasons.push(Refusal { code: "unfit".into(), text: "the machines do not fit each other".into() });
-        }
-        if machine.id() != offer.vm {
-            let text = format!(
-                "VM {} is offered, and this machine is for VM {}: give both the same identity",
-                offer.vm,
-                machine.id()
-            );
-            reasons.push(Refusal { code: "vm-id".into(), text });
-        }
-        Ok(reasons)
-    }
+/// The map that came with an offer.
+fn map(names: Vec<(String, String)>) -> Result<DeviceMap, String> {
+    let id = |name: String| DeviceId::new(name).map_err(|error| format!("in the map of devices: {}", sentence(&error)));
+    names.into_iter().map(|(from, to)| Ok((id(from)?, id(to)?))).collect::<Result<DeviceMap, _>>()
 }
 
 /// What the source never sends, because it was never written there, must read as zero here. Written in place: pages

@@ -1,6 +1,6 @@
 //! The session's loop: what happens becomes the engine's events, the engine's actions become jobs.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -9,18 +9,21 @@ use vfio_migration_engine::ownership::{DestinationRecord, DestinationState};
 use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
+use vfio_migration_compat::Reason;
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURES, Message, Running, VERSIONS};
+use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
 use crate::connect::Listener;
 use crate::control::lock;
 use crate::fail;
 use crate::interrupt::Interrupt;
 use crate::link::Link;
+use crate::nonce::nonce;
+use crate::reasons;
 use crate::report::StepTime;
 use crate::{
     ArrivalReport, Arrived, Bytes, DeviceStatus, Held, IncomingControl, IncomingError, Machine, Offer,
-    Progress, RefusalReason,
+    Progress,
 };
 
 use super::doorstep::{Doorstep, Greeted, Greeting};
@@ -51,6 +54,8 @@ pub(super) struct Wires {
     pub(super) interrupt: Interrupt,
     pub(super) sink: OnceLock<Sink>,
     pub(super) received: Received,
+    /// Nothing is to stay, and nothing is journaled.
+    pub(super) rehearsal: AtomicBool,
     pub(super) ram_total: AtomicU64,
     pub(super) jobs_done: AtomicU64,
     pub(super) steps: Mutex<Vec<StepTime>>,
@@ -74,7 +79,7 @@ impl Destination {
     pub(super) fn session(
         &mut self,
         greeted: Greeted,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, RefusalReason> + Send,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
         let Greeted { link, reader, hello } = greeted;
@@ -88,11 +93,17 @@ impl Destination {
         };
         let (sender, events) = mpsc::channel();
         let events_in = Events(sender);
+        let lease = nonce().map_err(|errno| {
+            let text = format!("no random number for the lease: {errno}");
+            IncomingError::NotBegun(fail::plain(Phase::Hello, text).into())
+        })?;
         let config = DestinationConfig {
             versions: VERSIONS,
             features: FEATURES,
             peer_timeout: self.options.peer_timeout,
             expect: self.options.expect,
+            lease,
+            lease_time: self.options.lease,
         };
         let (listener, doorstep) = (&mut self.listener, &mut self.doorstep);
         let (options, control) = (&self.options, &self.control);
@@ -241,6 +252,8 @@ impl Session<'_> {
                     // Before the answer: pages that come later are held to it.
                     let crc = reply.features & FEATURE_RAM_CRC != 0;
                     self.wires.received.ram_crc.store(crc, Ordering::Release);
+                    let rehearsal = reply.features & FEATURE_REHEARSE != 0;
+                    self.wires.rehearsal.store(rehearsal, Ordering::Release);
                 }
                 _ => {}
             }
@@ -384,12 +397,8 @@ fn tell(
             Some(machine) => Err(IncomingError::Held(Box::new(Held { machine, epoch, cause: cause.into() }))),
             None => Err(IncomingError::Aborted(lost())),
         },
-        DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(
-            reasons
-                .into_iter()
-                .map(|reason| RefusalReason { code: reason.code, text: reason.text })
-                .collect(),
-        )),
+        DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
+        DestinationOutcome::Rehearsed(left_undone) => Err(IncomingError::Rehearsed(left_undone.map(Into::into))),
         DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause.into())),
         other => {
             let text = format!("an outcome that this version does not know: {other:?}");

@@ -7,10 +7,11 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::thread::Scope;
 
+use vfio_migration_compat::Reason;
 use vfio_migration_device::{PciState, ResumingSession};
 use vfio_migration_engine::ownership::{DestinationRecord, DestinationState};
 use vfio_migration_engine::{Attempt, DestinationAction, DestinationEvent};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
 use crate::control::lock;
@@ -19,15 +20,17 @@ use crate::journal::Journal;
 use crate::link::Link;
 use crate::report::StepTime;
 use crate::stop::Stop;
-use crate::{DestinationOptions, Machine, MigratableDevice, Offer, RefusalReason};
+use crate::{DestinationOptions, Machine, MigratableDevice, Offer};
 
 use super::run::{Events, Wires};
 
 /// Builds the machine for an offer.
-pub(super) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, RefusalReason> + Send + 'a>;
+pub(super) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send + 'a>;
 
 /// One device at the destination, in the source's order.
 pub(super) struct Incoming {
+    /// Its name at the source, by which the stream knows it.
+    pub(super) name: DeviceId,
     pub(super) moved: MigratableDevice,
     /// Loaded to its end and not yet finished (RESUMING → STOP).
     pub(super) session: Option<Box<dyn ResumingSession>>,
@@ -92,7 +95,7 @@ impl Worker<'_, '_, '_> {
                 self.link.send(&message).map_err(|error| Stop::sending(error, Phase::Hello))?;
                 return Ok(None);
             }
-            DestinationAction::Reserve { manifest } => self.reserve(&manifest, attempt)?,
+            DestinationAction::Reserve(offer) => self.reserve(offer, attempt)?,
             DestinationAction::BeginResuming => {
                 self.begin_resuming()?;
                 DestinationEvent::ResumingBegun

@@ -115,8 +115,8 @@ impl Content {
         }
         match message {
             Message::Hello(hello) if self.hello.is_none() => self.hello = Some(hello),
-            Message::Offer { manifest } if self.hello.is_some() && self.manifest.is_none() => {
-                let manifest = MachineManifest::from_json(&manifest)?;
+            Message::Offer(offer) if self.hello.is_some() && self.manifest.is_none() => {
+                let manifest = MachineManifest::from_json(&offer.manifest)?;
                 self.devices.resize_with(manifest.devices.len(), DeviceStream::default);
                 self.pages_in_all =
                     manifest.ram.iter().fold(0u64, |all, region| all.saturating_add(region.len)) / PAGE_SIZE;

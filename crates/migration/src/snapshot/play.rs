@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vfio_migration_types::{PAGE_SIZE, Phase};
 use vfio_migration_wire::{
-    Bulk, Commit, FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Hello, Message, Ready, VERSIONS,
+    Accept, Bulk, Commit, FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Hello, Message, Ready, VERSIONS,
 };
 
 use super::SnapshotError;
@@ -98,10 +98,11 @@ impl Player<'_> {
                 .map_err(|source| SnapshotError::Frame { frame: header.sequence(), source })?;
             match frame {
                 Frame::Message(Message::Hello(hello)) => self.hello(hello)?,
-                Frame::Message(message @ Message::Offer { .. }) => {
+                Frame::Message(message @ Message::Offer(_)) => {
                     self.link.send(&message)?;
-                    self.wait(|answer| matches!(answer, Message::Accept))?;
-                    self.link.send(&Message::Begin)?;
+                    let accepted = self.wait(|answer| matches!(answer, Message::Accept(_)))?;
+                    let Message::Accept(Accept { lease, .. }) = accepted else { return Err(Unplayed::Ended) };
+                    self.link.send(&Message::Begin { lease: lease.id })?;
                     self.wait(|answer| matches!(answer, Message::Begun))?;
                 }
                 Frame::Message(message @ Message::EndIteration { .. }) => {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use vfio_migration_compat::MachineManifest;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{
-    Applied, Bulk, FEATURE_RAM_CRC, Frame, HelloReply, Message, PROTOCOL_VERSION, Ready, Running,
+    Accept, Applied, Bulk, FEATURE_RAM_CRC, Frame, HelloReply, Message, PROTOCOL_VERSION, Ready, Running,
 };
 
 use super::SnapshotError;
@@ -106,16 +106,18 @@ fn listen(
                 }
                 link.send(&Message::HelloReply(HelloReply { version: PROTOCOL_VERSION, features }))?;
             }
-            Message::Offer { manifest } => {
+            Message::Offer(offer) => {
                 writer.message(&message)?;
-                let known = MachineManifest::from_json(manifest).map_err(SnapshotError::from)?;
-                link.send(&Message::Accept)?;
+                let known = MachineManifest::from_json(&offer.manifest).map_err(SnapshotError::from)?;
+                // A file takes whatever the machine is.
+                let manifest = offer.manifest.clone();
+                link.send(&Message::Accept(Accept { manifest, ..Accept::default() }))?;
                 for device in 0..known.devices.len() {
                     let device = u16::try_from(device).unwrap_or(u16::MAX);
                     link.send(&Message::Credit { device, bytes: CREDIT })?;
                 }
             }
-            Message::Begin => link.send(&Message::Begun)?,
+            Message::Begin { .. } => link.send(&Message::Begun)?,
             Message::InitialSent { device, generation } => {
                 writer.message(&message)?;
                 link.send(&Message::InitialLoaded { device: *device, generation: *generation })?;

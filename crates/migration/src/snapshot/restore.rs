@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_compat::MachineManifest;
+use vfio_migration_compat::{MachineManifest, Reason};
 use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_types::{Epoch, Phase, VmId};
 
@@ -18,7 +18,7 @@ use crate::credit::Credit;
 use crate::fail::{InPhase, plain};
 use crate::link::Link;
 use crate::{
-    Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, RefusalReason, Standing,
+    Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, Standing,
     read_journal, standing,
 };
 
@@ -76,7 +76,7 @@ impl Snapshot {
     pub fn restore(
         self,
         options: DestinationOptions,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, RefusalReason> + Send,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send,
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {
@@ -87,6 +87,7 @@ impl Snapshot {
                 .map_err(|errno| not_begun(failed("making a socket for", &self.path)(errno.into())))?;
         let frames = Frames::new(self.file, &self.path, self.checked.frames).map_err(not_begun)?;
         let credits: Vec<Credit> = self.checked.manifest.devices.iter().map(|_| Credit::default()).collect();
+        let options = DestinationOptions { from_file: true, ..options };
         let mut destination = Destination::over(here, options)?;
         let link = Link::new(there).map_err(|error| {
             IncomingError::NotBegun(plain(Phase::Hello, crate::fail::sentence(&error)).into())
@@ -111,7 +112,7 @@ impl Snapshot {
         let Some(dir) = &options.state_dir else { return Ok(()) };
         let vm = self.vm();
         let refuse = |text: String| {
-            Err(IncomingError::Refused(vec![RefusalReason { code: "ownership".into(), text }]))
+            Err(IncomingError::Refused(vec![Reason::new("ownership", text)]))
         };
         let unreadable =
             |error: crate::JournalError| IncomingError::NotBegun(error.in_phase(Phase::Hello).into());

@@ -44,6 +44,7 @@ impl SourceOptions {
         self.downtime_limit = STANDSTILL;
         self.commit_reserve = None;
         self.ram_crc = true;
+        self.to_file = true;
         self
     }
 }

@@ -5,13 +5,14 @@
 //! bulk; a reader, which hears the destination. An action that must not wait for the one under way (an abort) raises an
 //! [`Interrupt`] first.
 //!
-//! The code of a phase is in the file of its name: [`setup`] (P2), [`iterate`] (P3), [`quiesce`] (P4), [`final_pass`]
+//! The code of a phase is in the file of its name: [`judge`] (P1), [`setup`] (P2), [`iterate`] (P3), [`quiesce`] (P4), [`final_pass`]
 //! (P5), [`rollback`], [`cleanup`] (P9), and [`ask`] for a COMMIT whose answer was lost.
 
 mod ask;
 mod cleanup;
 mod final_pass;
 mod iterate;
+mod judge;
 mod outcome;
 mod quiesce;
 mod rollback;
@@ -32,7 +33,10 @@ pub(crate) use final_pass::MOST_SECTIONS;
 
 use crate::connect::{self, ConnectError};
 use crate::fail;
-use crate::{Completed, Control, Machine, MigrateError, Progress, SourceOptions, Uri};
+use crate::nonce::nonce;
+use crate::{
+    Completed, Control, Machine, MigrateError, Progress, Rehearsal, Rehearse, SourceOptions, Uri,
+};
 
 /// A machine about to be sent away.
 pub struct Source {
@@ -59,8 +63,33 @@ impl Source {
     /// # Errors
     /// The guest runs here as before (or stands, if its operator had paused it), or the error says exactly why not.
     pub fn migrate_to(self, uri: &Uri, observer: impl FnMut(&Progress)) -> Result<Completed, MigrateError> {
+        self.connect(uri, None, observer)?.completed()
+    }
+
+    /// Does what [`migrate_to`](Self::migrate_to) does up to a point, for real and against the real destination, and undoes
+    /// it: nothing moves, no journal is written, storage locks stay where they are. Up to
+    /// [`Precopy`](Rehearse::Precopy) the guest never stops; a device without pre-copy tells nothing of itself then.
+    ///
+    /// # Errors
+    /// As [`migrate_to`](Self::migrate_to): refusals, and what fails. That the downtime would not be met is no error but
+    /// [found](Rehearsal::obstacle).
+    pub fn rehearse_to(
+        self,
+        uri: &Uri,
+        rehearse: Rehearse,
+        observer: impl FnMut(&Progress),
+    ) -> Result<Rehearsal, MigrateError> {
+        self.connect(uri, Some(rehearse), observer)?.rehearsed()
+    }
+
+    fn connect(
+        self,
+        uri: &Uri,
+        rehearse: Option<Rehearse>,
+        observer: impl FnMut(&Progress),
+    ) -> Result<run::Ended, MigrateError> {
         let begun = Instant::now();
-        let prepared = run::Prepared::new(self.machine, self.options, self.control, uri.clone())?;
+        let prepared = run::Prepared::new(self.machine, self.options, self.control, uri.clone(), rehearse)?;
         let socket = connect::connect(uri, prepared.options().connect_timeout).map_err(not_connected)?;
         prepared.run(socket, begun, observer)
     }
@@ -74,9 +103,31 @@ impl Source {
         socket: OwnedFd,
         observer: impl FnMut(&Progress),
     ) -> Result<Completed, MigrateError> {
+        self.over(socket, None, observer)?.completed()
+    }
+
+    /// Rehearses over a stream socket that is already connected to the destination. The session takes it over.
+    ///
+    /// # Errors
+    /// As [`rehearse_to`](Self::rehearse_to).
+    pub fn rehearse_over(
+        self,
+        socket: OwnedFd,
+        rehearse: Rehearse,
+        observer: impl FnMut(&Progress),
+    ) -> Result<Rehearsal, MigrateError> {
+        self.over(socket, Some(rehearse), observer)?.rehearsed()
+    }
+
+    fn over(
+        self,
+        socket: OwnedFd,
+        rehearse: Option<Rehearse>,
+        observer: impl FnMut(&Progress),
+    ) -> Result<run::Ended, MigrateError> {
         let begun = Instant::now();
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-        let prepared = run::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number))?;
+        let prepared = run::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
         prepared.run(socket, begun, observer)
     }
@@ -111,17 +162,8 @@ fn refused_here(failure: PeerError) -> MigrateError {
 
 /// A fresh nonce.
 fn draw_attempt() -> Result<AttemptId, MigrateError> {
-    let mut nonce = [0; 16];
-    let mut done = 0;
-    while done < nonce.len() {
-        let rest = nonce.get_mut(done..).unwrap_or_default();
-        match rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty()) {
-            Ok(read) => done += read,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => {
-                return Err(not_begun(Phase::Plan, format!("no random number for the attempt: {errno}")));
-            }
-        }
-    }
-    Ok(AttemptId(nonce))
+    let drawn = nonce().map_err(|errno| {
+        not_begun(Phase::Plan, format!("no random number for the attempt: {errno}"))
+    })?;
+    Ok(AttemptId(drawn))
 }

@@ -9,7 +9,9 @@ use vfio_migration_types::{AttemptId, DeviceId, Phase, VmId};
 use crate::clock::boot_id;
 use crate::control::lock;
 use crate::link::Link;
-use crate::{Aborted, Bytes, Completed, DeviceStatus, MigrateError, PhaseTime, Progress, RefusalReason, Uri};
+use crate::{Aborted, Bytes, Completed, DeviceStatus, MigrateError, PhaseTime, Progress, Rehearsal, Uri};
+
+use super::run::Ended;
 
 use super::worker::Counters;
 
@@ -24,6 +26,8 @@ pub(super) struct Shown {
     begun: Instant,
     ram_total: u64,
     names: Vec<DeviceId>,
+    /// Which of them have pre-copy.
+    precopy: Vec<bool>,
     last: Option<(Instant, Phase, u32)>,
     rate: u64,
     rate_from: (Instant, u64),
@@ -31,9 +35,9 @@ pub(super) struct Shown {
 }
 
 impl Shown {
-    pub(super) fn new(begun: Instant, ram_total: u64, names: Vec<DeviceId>) -> Self {
+    pub(super) fn new(begun: Instant, ram_total: u64, names: Vec<DeviceId>, precopy: Vec<bool>) -> Self {
         let progress = Progress::default();
-        Self { begun, ram_total, names, last: None, rate: 0, rate_from: (begun, 0), progress }
+        Self { begun, ram_total, names, precopy, last: None, rate: 0, rate_from: (begun, 0), progress }
     }
 
     /// A new picture, if it is time for one.
@@ -87,6 +91,13 @@ impl Shown {
         Some(self.progress.clone())
     }
 
+    /// Devices without pre-copy, where only pre-copy was tried.
+    fn not_rehearsed(&self, found: &engine::Rehearsal) -> Vec<DeviceId> {
+        let stood = found.parts.iter().any(|part| part.name == engine::PartName::Final);
+        let untried = self.names.iter().zip(&self.precopy).filter(|(_, precopy)| !stood && !**precopy);
+        if found.iterations == 0 { Vec::new() } else { untried.map(|(name, _)| name.clone()).collect() }
+    }
+
     fn devices(&self, counters: &Counters) -> Vec<DeviceStatus> {
         let said = lock(&counters.device_progress);
         self.names
@@ -117,13 +128,13 @@ pub(super) fn tell(
     uri: &Uri,
     vm: VmId,
     attempt: AttemptId,
-) -> Result<Completed, MigrateError> {
+) -> Result<Ended, MigrateError> {
     match outcome {
         SourceOutcome::Completed(summary) => {
             let paused_ns = counters.paused_ns.load(Ordering::Acquire);
             let total = shown.begun.elapsed();
             let (downtime, one_clock) = downtime(&summary, paused_ns);
-            Ok(Completed {
+            Ok(Ended::Completed(Completed {
                 vm,
                 attempt,
                 epoch: summary.running.epoch,
@@ -149,7 +160,22 @@ pub(super) fn tell(
                 guest_runs: summary.running.guest_runs,
                 devices: shown.devices(counters),
                 left_undone: summary.left_undone.into_iter().map(Into::into).collect(),
-            })
+                report: lock(&counters.report).clone(),
+            }))
+        }
+        SourceOutcome::Rehearsed(found) => {
+            let (total, report) = (shown.begun.elapsed(), lock(&counters.report).clone());
+            let phases = phases(&found.phases, total);
+            let not_rehearsed = shown.not_rehearsed(&found);
+            Ok(Ended::Rehearsed(Rehearsal::new(
+                *found,
+                report,
+                &shown.names,
+                not_rehearsed,
+                bytes(counters),
+                phases,
+                total,
+            )))
         }
         SourceOutcome::Aborted(abort) => Err(MigrateError::Aborted(Box::new(Aborted {
             cause: abort.cause.into(),
@@ -158,12 +184,7 @@ pub(super) fn tell(
             locks_lost: abort.locks_lost,
             restored: abort.restored,
         }))),
-        SourceOutcome::Refused(reasons) => Err(MigrateError::Refused(
-            reasons
-                .into_iter()
-                .map(|reason| RefusalReason { code: reason.code, text: reason.text })
-                .collect(),
-        )),
+        SourceOutcome::Refused(reasons) => Err(MigrateError::Refused(crate::reasons::from_wire(reasons))),
         SourceOutcome::Unresolved(why) => Err(MigrateError::Unresolved { why }),
         other => Err(MigrateError::Unresolved {
             why: format!("an outcome that this version does not know: {other:?}"),

@@ -16,6 +16,21 @@ use crate::together::together;
 use super::worker::Worker;
 
 impl Worker<'_> {
+    /// The machine must still be what was offered and judged; asked while the guest runs.
+    pub(super) fn unchanged_identity(&self) -> Result<[u8; 32], Stop> {
+        let now = self.machine.manifest().map_err(|error| error.in_phase(Phase::Quiesce))?;
+        let identity = now.identity_digest();
+        if identity != self.manifest.identity_digest() {
+            let changed = now.devices.iter().zip(&self.manifest.devices).find(|(now, then)| now != then);
+            let text = match changed {
+                Some((device, _)) => format!("device {} is not what was offered any more", device.id),
+                None => "the machine is not what was offered any more".to_owned(),
+            };
+            return Err(crate::fail::with_remedy(Phase::Quiesce, text, "migrate again: what it is now is compared then").into());
+        }
+        Ok(identity)
+    }
+
     /// Pauses the guest. The token is kept until the attempt is undone or committed.
     pub(super) fn pause(&mut self) -> Result<bool, Stop> {
         // Before, not after: the downtime begins when the first vCPU stops.

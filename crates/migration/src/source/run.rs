@@ -9,21 +9,25 @@ use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_engine::{
     self as engine, DeviceFacts, SourceAction, SourceConfig, SourceEvent, SourceOutcome,
 };
-use vfio_migration_types::{AttemptId, Bitmap, Epoch, Granule, Phase};
-use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Message, VERSIONS};
+use vfio_migration_compat::MachineManifest;
+use vfio_migration_types::{AttemptId, Bitmap, Epoch, Granule, Phase, VmId};
+use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Message, Offer, VERSIONS};
 
 use crate::credit::Credit;
 use crate::fail::{self, InPhase};
 use crate::interrupt::Interrupt;
-use crate::journal::{Journal, Side};
+use crate::journal::{Journal, JournalFile, Side, read_journal};
 use crate::link::{Link, LinkError, Reader};
 use crate::pump::{DeviceCounters, Stream};
-use crate::{Completed, Control, Machine, MigratableDevice, MigrateError, Progress, SourceOptions, Uri};
+use crate::{
+    Completed, Control, Machine, MigratableDevice, MigrateError, Progress, Rehearsal, Rehearse, SourceOptions,
+    Uri,
+};
 
 use super::outcome::{self, Shown};
 use super::sabotage::Saboteur;
 use super::worker::{Counters, Worker};
-use super::{draw_attempt, not_begun, refused_here};
+use super::{draw_attempt, judge, not_begun, refused_here};
 
 /// How often the loop looks at what nobody tells it: keep-alives, silence, progress.
 const TICK: Duration = Duration::from_millis(100);
@@ -60,6 +64,31 @@ impl Events {
     }
 }
 
+/// How a session ended well.
+pub(super) enum Ended {
+    Completed(Completed),
+    Rehearsed(Rehearsal),
+}
+
+impl Ended {
+    pub(super) fn completed(self) -> Result<Completed, MigrateError> {
+        match self {
+            Self::Completed(completed) => Ok(completed),
+            Self::Rehearsed(_) => Err(not_begun(Phase::Plan, "it was only rehearsed: a defect of this program")),
+        }
+    }
+
+    pub(super) fn rehearsed(self) -> Result<Rehearsal, MigrateError> {
+        match self {
+            Self::Rehearsed(rehearsal) => Ok(rehearsal),
+            Self::Completed(_) => {
+                let why = "the guest moved where a rehearsal was asked for: a defect of this program".into();
+                Err(MigrateError::Unresolved { why })
+            }
+        }
+    }
+}
+
 /// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
 pub(super) struct Prepared {
     machine: Arc<dyn Machine>,
@@ -69,6 +98,7 @@ pub(super) struct Prepared {
     journal: Journal,
     attempt: AttemptId,
     epoch: Epoch,
+    manifest: MachineManifest,
     devices: Vec<(MigratableDevice, vfio_migration_device::Capabilities)>,
     engine: engine::Source,
 }
@@ -79,18 +109,23 @@ impl Prepared {
         options: SourceOptions,
         control: Control,
         uri: Uri,
+        rehearse: Option<Rehearse>,
     ) -> Result<Self, MigrateError> {
         let vm = machine.id();
         if control.cancel_waits() {
             return Err(not_begun(Phase::Plan, "cancelled before it began"));
         }
         let attempt = draw_attempt()?;
-        let journal = Journal::open(options.state_dir.as_deref(), vm, Side::Source)
+        // A rehearsal reads the journal and leaves no trace in it.
+        let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
+        let journal = Journal::open(dir, vm, Side::Source)
             .map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
-        let epoch = owned_epoch(&journal, &options)?;
+        let epoch = owned_epoch(known(&journal, &options, vm)?, &options)?;
         let manifest = machine.manifest().map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
-        let manifest = serde_json::to_vec(&manifest)
-            .map_err(|error| not_begun(Phase::Plan, format!("the manifest cannot be written: {error}")))?;
+        let json = manifest.to_json().map_err(|error| {
+            not_begun(Phase::Plan, format!("the manifest cannot be written: {}", fail::sentence(&error)))
+        })?;
+        let offer = Offer { names: judge::names(&options.device_map), manifest: json };
         let devices = usable_devices(machine.as_ref(), &options)?;
         let facts = devices.iter().map(|(moved, capabilities)| DeviceFacts {
             id: moved.device.id().clone(),
@@ -107,7 +142,7 @@ impl Prepared {
             epoch,
             versions: VERSIONS,
             features,
-            manifest,
+            offer,
             devices: facts.collect(),
             no_peer_dma: options.no_peer_dma,
             downtime_limit: limit,
@@ -116,15 +151,16 @@ impl Prepared {
                 (limit / 10).clamp(Duration::from_millis(5), Duration::from_millis(100)).min(limit / 2),
             ),
             give_up_after: options.give_up_after,
-            pause_before_switchover: options.pause_before_switchover,
+            pause_before_switchover: options.pause_before_switchover && rehearse.is_none(),
             verify,
             peer_timeout: options.peer_timeout,
+            rehearse,
         });
         // An engine that refuses its configuration says so before anything else.
         if let Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) = engine.poll_action() {
             return Err(refused_here(abort.cause));
         }
-        Ok(Self { machine, options, control, uri, journal, attempt, epoch, devices, engine })
+        Ok(Self { machine, options, control, uri, journal, attempt, epoch, manifest, devices, engine })
     }
 
     pub(super) fn options(&self) -> &SourceOptions {
@@ -137,7 +173,7 @@ impl Prepared {
         socket: std::os::fd::OwnedFd,
         begun: Instant,
         mut observer: impl FnMut(&Progress),
-    ) -> Result<Completed, MigrateError> {
+    ) -> Result<Ended, MigrateError> {
         let link = Link::new(socket)
             .map_err(|error| refused_here(fail::plain(Phase::Hello, fail::sentence(&error))))?;
         let counters = Counters {
@@ -175,6 +211,7 @@ impl Prepared {
             journal: &self.journal,
             attempt: self.attempt,
             epoch: self.epoch,
+            manifest: &self.manifest,
             functions: self.devices.iter().map(|(moved, _)| moved.clone()).collect(),
             streams,
             sources: Vec::new(),
@@ -186,7 +223,8 @@ impl Prepared {
             saboteur,
         };
         let names: Vec<_> = self.devices.iter().map(|(moved, _)| moved.device.id().clone()).collect();
-        let mut shown = Shown::new(begun, self.machine.ram().size(), names);
+        let precopy = self.devices.iter().map(|(_, capabilities)| capabilities.flags.pre_copy).collect();
+        let mut shown = Shown::new(begun, self.machine.ram().size(), names, precopy);
         let outcome = std::thread::scope(|scope| {
             let (jobs, queue) = mpsc::channel();
             let reader = link.reader();
@@ -398,9 +436,18 @@ fn hear(mut reader: Reader, link: &Link, events: &Events, wires: &Wires) {
     }
 }
 
+/// What the journal on disk says, also where none is open.
+fn known(journal: &Journal, options: &SourceOptions, vm: VmId) -> Result<JournalFile, MigrateError> {
+    let on_disk = match &options.state_dir {
+        Some(dir) => read_journal(dir, vm),
+        None => Ok(None),
+    };
+    let known = on_disk.and_then(|file| file.map_or_else(|| journal.read(), Ok));
+    known.map_err(|error| refused_here(error.in_phase(Phase::Plan)))
+}
+
 /// The epoch under which this side owns the guest, if the journal does not say that it does not.
-fn owned_epoch(journal: &Journal, options: &SourceOptions) -> Result<Epoch, MigrateError> {
-    let file = journal.read().map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+fn owned_epoch(file: JournalFile, options: &SourceOptions) -> Result<Epoch, MigrateError> {
     let committing = |record: &&engine::ownership::SourceRecord| record.state == SourceState::Committing;
     let unanswered = file.source.as_ref().filter(committing);
     if let Some(record) = unanswered.filter(|record| file.owned_epoch() <= Some(record.epoch)) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 
+use vfio_migration_compat::{MachineManifest, Report};
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_engine::{DeviceProgress, SourceAction, SourceEvent};
 use vfio_migration_memory::{DirtySource, GuestRam, MemoryError};
@@ -35,6 +36,8 @@ pub(super) struct Counters {
     pub(super) devices: Vec<DeviceCounters>,
     /// Per device, what it last said of itself.
     pub(super) device_progress: std::sync::Mutex<Vec<DeviceProgress>>,
+    /// What both sides' rules say.
+    pub(super) report: std::sync::Mutex<Report>,
 }
 
 /// Everything the worker holds while the attempt lasts. What is undone in a rollback is in its fields.
@@ -50,6 +53,8 @@ pub(super) struct Worker<'a> {
     pub(super) journal: &'a Journal,
     pub(super) attempt: AttemptId,
     pub(super) epoch: Epoch,
+    /// What was offered.
+    pub(super) manifest: &'a MachineManifest,
     pub(super) functions: Vec<MigratableDevice>,
     pub(super) streams: Vec<Stream<'a>>,
     /// The VMM's own dirty sources.
@@ -115,9 +120,13 @@ impl Worker<'_> {
                 self.send(&message)?;
                 return Ok(None);
             }
+            SourceAction::Judge(accept) => self.judge(accept)?,
             SourceAction::SetUp => SourceEvent::SetUp { devices: self.set_up()? },
             SourceAction::SendIteration { iteration } => SourceEvent::IterationSent(self.iterate(iteration)?),
-            SourceAction::Pause => SourceEvent::Paused { guest_ran: self.pause()? },
+            SourceAction::Pause => {
+                let identity = self.unchanged_identity()?;
+                SourceEvent::Paused { guest_ran: self.pause()?, identity }
+            }
             SourceAction::Devices(barrier) => {
                 SourceEvent::Reached { barrier, devices: self.take_devices(barrier)? }
             }

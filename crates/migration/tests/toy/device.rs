@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use vfio_migration_compat::DeviceManifest;
+use vfio_migration_compat::{DeviceManifest, DirtyTracking, Parameter};
 use vfio_migration_device::{
     Capabilities, ConfigRules, Device, DeviceError, DirtyLog, IrqRouter, NotMigratable, PciError,
     PciFunction, PciState, Position, PrecopyProgress, Read, ResumingSession, SavingSession, TransitionError,
@@ -29,12 +29,24 @@ pub struct ToyKind {
     pub pieces: usize,
     /// How long the last piece of state takes to read.
     pub slow_stop: Duration,
+    /// Its name, where it is not `toyN`.
+    pub name: Option<String>,
+    /// Vectors that it says it has.
+    pub vectors: u32,
 }
 
 impl Default for ToyKind {
     fn default() -> Self {
         let flags = MigrationFlags { p2p: true, pre_copy: true };
-        Self { flags, precopy_info: true, dirty_log: true, pieces: 300, slow_stop: Duration::ZERO }
+        Self {
+            flags,
+            precopy_info: true,
+            dirty_log: true,
+            pieces: 300,
+            slow_stop: Duration::ZERO,
+            name: None,
+            vectors: 1,
+        }
     }
 }
 
@@ -70,6 +82,8 @@ struct Inner {
     quit: AtomicBool,
     on: AtomicBool,
     blocks: AtomicU64,
+    /// It says that it is of another model.
+    another: AtomicBool,
 }
 
 struct Guts {
@@ -99,6 +113,7 @@ impl ToyDevice {
             quit: AtomicBool::new(false),
             on: AtomicBool::new(false),
             blocks: AtomicU64::new(0),
+            another: AtomicBool::new(false),
         });
         let dma = {
             let (inner, ram) = (inner.clone(), ram.clone());
@@ -112,7 +127,7 @@ impl ToyDevice {
             })
         };
         Arc::new(Self {
-            id: DeviceId::new(format!("toy{index}")).unwrap(),
+            id: DeviceId::new(kind.name.clone().unwrap_or(format!("toy{index}"))).unwrap(),
             kind,
             inner,
             dma: Mutex::new(Some(dma)),
@@ -148,6 +163,11 @@ impl ToyDevice {
         assert!(self.at().is_active());
         let before = self.inner.blocks.load(Ordering::Relaxed);
         super::wait_for("DMA", || self.inner.blocks.load(Ordering::Relaxed) > before + 2);
+    }
+
+    /// From now on it says that it is of another model.
+    pub fn become_another(&self) {
+        self.inner.another.store(true, Ordering::Relaxed);
     }
 
     pub fn log_is_off(&self) -> bool {
@@ -248,16 +268,17 @@ impl Device for ToyDevice {
     }
 
     fn manifest(&self) -> Result<DeviceManifest, DeviceError> {
+        let another = self.inner.another.load(Ordering::Relaxed);
         Ok(DeviceManifest {
-            id: self.id.clone(),
-            model: Some("vfio-migrate.org/toy".into()),
+            model: Some(if another { "vfio-migrate.org/other" } else { "vfio-migrate.org/toy" }.into()),
             model_version: Some("1.0".into()),
             backend: "vfio-user".into(),
-            flags: self.kind.flags,
-            pci: None,
-            regions: vec![],
-            irqs: BTreeMap::new(),
-            parameters: BTreeMap::from([("pieces".into(), self.kind.pieces.to_string())]),
+            flags: Some(self.kind.flags),
+            regions: Some(vec![]),
+            irqs: Some(BTreeMap::from([(2, self.kind.vectors)])),
+            dirty: Some(DirtyTracking { device_log: Some(self.kind.dirty_log), ..DirtyTracking::default() }),
+            parameters: BTreeMap::from([("pieces".into(), Parameter::new(self.kind.pieces.to_string()))]),
+            ..DeviceManifest::new(self.id.clone())
         })
     }
 

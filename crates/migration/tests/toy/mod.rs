@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 
 use vfio_migration::{
     Arrived, Completed, Destination, DestinationOptions, IncomingError, LockError, Machine, MachineError,
-    MigratableDevice, MigrateError, Offer, Paused, RefusalReason, Section, Source, SourceOptions, Uri,
+    MigratableDevice, MigrateError, Offer, Paused, Section, Source, SourceOptions, Uri,
 };
-use vfio_migration_compat::{MachineManifest, RamRegion};
+use vfio_migration_compat::{MachineManifest, RamRegion, Reason};
 use vfio_migration_device::{Device, IrqRouter, MsiMessage};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, VmId};
@@ -232,6 +232,7 @@ impl Machine for Toy {
             cpu: vec![],
             sections: BTreeMap::from([("toy.vcpu".into(), 1)]),
             devices,
+            ..MachineManifest::default()
         })
     }
 
@@ -369,7 +370,7 @@ pub fn migrate_by(
     std::thread::scope(|scope| {
         let control = destination.control();
         let arriving = scope.spawn(move || {
-            let arrived = destination.accept(|_: &Offer| Ok::<Arc<dyn Machine>, RefusalReason>(built));
+            let arrived = destination.accept(|_: &Offer| Ok::<Arc<dyn Machine>, Reason>(built));
             if arrived.is_ok() {
                 destination.answer_queries(Duration::from_secs(30)).unwrap();
             }

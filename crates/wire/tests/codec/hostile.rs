@@ -167,13 +167,13 @@ fn every_length_is_checked_before_a_payload_is_read() {
 
 #[test]
 fn inner_lengths_and_counts_are_bounded_by_limit_and_payload() {
-    // REFUSE: 65 reasons, and 64 of which none is there.
-    let many = [65, 0, 0, 0];
+    // REFUSE: 257 reasons, and 256 of which none is there.
+    let many = [1, 1, 0, 0];
     assert_eq!(
         Forged::new(0x0003, &many).decode(),
-        Err(WireError::Value { frame: "REFUSE", field: "count", value: 65 })
+        Err(WireError::Value { frame: "REFUSE", field: "count", value: 257 })
     );
-    let none = [64, 0, 0, 0];
+    let none = [0, 1, 0, 0];
     assert_eq!(
         Forged::new(0x0003, &none).decode(),
         Err(WireError::Truncated { frame: "REFUSE", field: "code", offset: 4 })
@@ -208,7 +208,7 @@ fn inner_lengths_and_counts_are_bounded_by_limit_and_payload() {
 
 #[test]
 fn a_frame_lost_doubled_or_swapped_shows() {
-    let frame = encode(&Message::Accept, 7).unwrap();
+    let frame = encode(&Message::Begun, 7).unwrap();
     let (head, _) = frame.split_first_chunk().unwrap();
     for due in [0, 6, 8, u64::MAX] {
         assert_eq!(FrameHeader::parse(head, due), Err(WireError::Sequence { expected: due, found: 7 }));
@@ -237,22 +237,22 @@ fn unknown_frames_are_skipped_only_if_optional() {
         let body = Forged { flags: 3, ..forged };
         assert!(matches!(body.decode(), Err(WireError::Flags { flags: 3, .. })));
     }
-    for number in [0, 0x0008, 0x0020, 0x00ff, 0x0105, 0x7fff] {
+    for number in [0, 0x0008, 0x0022, 0x00ff, 0x0105, 0x7fff] {
         assert_eq!(Forged::new(number, &payload).decode(), Err(WireError::UnknownFrame(number)));
     }
 }
 
 #[test]
 fn what_is_reserved_must_be_zero() {
-    let accept = Forged::new(0x0011, &[]);
-    assert_eq!(accept.decode(), Ok(Frame::Message(Message::Accept)));
+    let begun = Forged::new(0x0013, &[]);
+    assert_eq!(begun.decode(), Ok(Frame::Message(Message::Begun)));
     assert_eq!(
-        Forged { channel: 1, ..accept }.decode(),
-        Err(WireError::Channel { frame: "ACCEPT", channel: 1 })
+        Forged { channel: 1, ..begun }.decode(),
+        Err(WireError::Channel { frame: "BEGUN", channel: 1 })
     );
-    assert!(matches!(Forged { reserved: 1, ..accept }.decode(), Err(WireError::Value { .. })));
+    assert!(matches!(Forged { reserved: 1, ..begun }.decode(), Err(WireError::Value { .. })));
     for flags in [0, 2, 3, 5, 9, 0x8001, u16::MAX] {
-        assert_eq!(Forged { flags, ..accept }.decode(), Err(WireError::Flags { frame: "ACCEPT", flags }));
+        assert_eq!(Forged { flags, ..begun }.decode(), Err(WireError::Flags { frame: "BEGUN", flags }));
     }
     let pages = [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 7, 0, 0, 0];
     for flags in [0, 1, 2, 5, 6, 11] {
@@ -268,7 +268,7 @@ fn what_is_reserved_must_be_zero() {
 
 #[test]
 fn another_stream_is_told_from_a_damaged_one() {
-    let mut frame = encode(&Message::Accept, 0).unwrap();
+    let mut frame = encode(&Message::Begun, 0).unwrap();
     frame[0] = b'X';
     assert_eq!(
         crate::forge::decode(&frame, 0),

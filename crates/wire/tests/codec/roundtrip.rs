@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{
-    Bulk, Crc, Frame, FrameHeader, HEADER_LEN, Message, PeerError, Refusal, VersionRange, WireError, encode,
-    encode_bulk, limits,
+    Bulk, Crc, Frame, FrameHeader, HEADER_LEN, Message, Offer, PeerError, Reason, VersionRange, WireError,
+    encode, encode_bulk, limits,
 };
 
 proptest! {
@@ -82,15 +82,16 @@ fn cut(text: &str, max: usize) -> String {
 
 #[test]
 fn a_terminal_is_safe_from_the_peers_text() {
-    let reason = Refusal { code: "x\n".into(), text: "\x1b[2J\u{9b}31mred\r\n".into() };
+    let reason = Reason { code: "x\n".into(), text: "\x1b[2J\u{9b}31mred\r\n".into(), ..Reason::default() };
     let bytes = encode(&Message::Refuse(vec![reason]), 0).unwrap();
     let Ok(Frame::Message(Message::Refuse(got))) = crate::forge::decode(&bytes, 0) else { panic!() };
-    assert_eq!(got, [Refusal { code: "x ".into(), text: " [2J 31mred  ".into() }]);
+    assert_eq!(got, [Reason { code: "x ".into(), text: " [2J 31mred  ".into(), ..Reason::default() }]);
 }
 
 #[test]
 fn reasons_beyond_the_limit_are_left_out() {
-    let reasons = vec![Refusal { code: "c".repeat(1000), text: "é".repeat(1000) }; 70_000];
+    let reasons =
+        vec![Reason { code: "c".repeat(1000), text: "é".repeat(1000), ..Reason::default() }; 70_000];
     let bytes = encode(&Message::Refuse(reasons), 0).unwrap();
     let Ok(Frame::Message(Message::Refuse(got))) = crate::forge::decode(&bytes, 0) else { panic!() };
     assert_eq!(got.len(), limits::REASONS);
@@ -103,10 +104,17 @@ fn the_largest_of_everything_fits_and_one_more_does_not() {
         Err(WireError::Length { .. } | WireError::Value { .. }) => None,
         other => Some(other.unwrap().len() - HEADER_LEN),
     };
-    let offer = |len| length(encode(&Message::Offer { manifest: vec![b'x'; len] }, 0));
-    assert_eq!(offer(limits::MANIFEST), Some(limits::MANIFEST));
+    let offer =
+        |len| length(encode(&Message::Offer(Offer { names: Vec::new(), manifest: vec![b'x'; len] }), 0));
+    assert_eq!(offer(limits::MANIFEST), Some(limits::MANIFEST + 4));
     assert_eq!(offer(limits::MANIFEST + 1), None);
     assert_eq!(offer(1), None);
+    let name = |len| {
+        let names = vec![("n".repeat(len), "m".into())];
+        length(encode(&Message::Offer(Offer { names, manifest: b"{}".to_vec() }), 0))
+    };
+    assert_eq!(name(limits::DEVICE_NAME), Some(4 + 2 + limits::DEVICE_NAME + 2 + 1 + 2));
+    assert_eq!(name(limits::DEVICE_NAME + 1), None, "half a name is another device's");
 
     let bulk = |bulk: Bulk<'_>| {
         let bytes = length(encode_bulk(&bulk, 0).map(|frame| frame.parts().concat()))?;

@@ -2,8 +2,8 @@
 
 use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
 use vfio_migration_wire::{
-    Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Message, PeerError,
-    Ready, Refusal, Running, VersionRange,
+    Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
+    Message, Offer, PeerError, Ready, Reason, Running, VersionRange,
 };
 
 const VM: VmId = VmId(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff");
@@ -30,9 +30,20 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
         remedy: String::new(),
     };
     let reasons = vec![
-        Refusal { code: "ram-layout".into(), text: "4 GiB offered, 2 GiB here".into() },
-        Refusal { code: "device-model".into(), text: "net0: other model".into() },
+        Reason { code: "ram-layout".into(), text: "4 GiB offered, 2 GiB here".into(), ..Reason::default() },
+        Reason {
+            code: "device-model".into(),
+            text: "net0: other model".into(),
+            device: "net0".into(),
+            field: "model".into(),
+            source: "\"a.org/nic\"".into(),
+            destination: "null".into(),
+            severity: "no".into(),
+            fix: "configuration".into(),
+        },
     ];
+    let names = vec![("net0".to_owned(), "nic1".to_owned()), ("disk0".to_owned(), "disk0".to_owned())];
+    let manifest = || b"{\"manifest\": true}".to_vec();
     vec![
         (
             "hello",
@@ -45,14 +56,22 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
             }),
         ),
         ("hello_reply", Message::HelloReply(HelloReply { version: 1, features: 3 })),
-        ("refuse", Message::Refuse(reasons)),
+        ("refuse", Message::Refuse(reasons.clone())),
         ("refuse_without_reason", Message::Refuse(Vec::new())),
         ("abort", Message::Abort(full.clone())),
         ("abort_least", Message::Abort(empty)),
         ("query", Message::Query { vm: VM, attempt: ATTEMPT, epoch: Epoch(42) }),
-        ("offer", Message::Offer { manifest: b"{\"manifest\": true}".to_vec() }),
-        ("accept", Message::Accept),
-        ("begin", Message::Begin),
+        ("offer", Message::Offer(Offer { names, manifest: manifest() })),
+        ("offer_least", Message::Offer(Offer { names: Vec::new(), manifest: b"{}".to_vec() })),
+        (
+            "accept",
+            Message::Accept(Accept {
+                lease: Lease { id: *b"lease-lease-leas", valid_ms: 0x0001_0203 },
+                reasons,
+                manifest: manifest(),
+            }),
+        ),
+        ("begin", Message::Begin { lease: *b"lease-lease-leas" }),
         ("begun", Message::Begun),
         ("initial_sent", Message::InitialSent { device: 3, generation: 0x0a0b_0c0d }),
         ("initial_loaded", Message::InitialLoaded { device: 63, generation: 1 }),
@@ -62,8 +81,8 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
             Message::Applied(Applied { iteration: 9, device_bytes: 0x1122_3344_5566, device_ns: 77 }),
         ),
         ("credit", Message::Credit { device: 2, bytes: 0x0100_0000 }),
-        ("final", Message::Final(Final { guest_ran: true })),
-        ("final_guest_stood", Message::Final(Final { guest_ran: false })),
+        ("final", Message::Final(Final { guest_ran: true, identity: [0x1d; 32] })),
+        ("final_guest_stood", Message::Final(Final { guest_ran: false, identity: [0; 32] })),
         ("locks_free", Message::LocksFree),
         (
             "final_end",
@@ -101,7 +120,10 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
             }),
         ),
         ("commit", Message::Commit(Commit { epoch: Epoch(42), attempt: ATTEMPT })),
-        ("declined", Message::Declined(full)),
+        ("declined", Message::Declined(full.clone())),
+        ("end_rehearsal", Message::EndRehearsal),
+        ("rehearsed", Message::Rehearsed { left_undone: None }),
+        ("rehearsed_in_part", Message::Rehearsed { left_undone: Some(full) }),
         (
             "running",
             Message::Running(Running {

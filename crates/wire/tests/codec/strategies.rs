@@ -5,8 +5,8 @@ use proptest::option;
 use proptest::prelude::*;
 use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
 use vfio_migration_wire::{
-    Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Message, PeerError,
-    Ready, Refusal, Running, VersionRange, limits,
+    Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
+    Message, Offer, PeerError, Ready, Reason, Running, VersionRange, limits,
 };
 
 pub(crate) fn message() -> impl Strategy<Value = Message> {
@@ -25,8 +25,12 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     });
     let reply = (1..=u16::MAX, any::<u64>())
         .prop_map(|(version, features)| Message::HelloReply(HelloReply { version, features }));
-    let reason = (text(limits::REASON_CODE), text(limits::REASON_TEXT));
-    let reason = reason.prop_map(|(code, text)| Refusal { code, text });
+    let name = || text(limits::DEVICE_NAME);
+    let offer = (vec((name(), name()), 0..=usize::from(limits::DEVICES)), vec(any::<u8>(), 2..5000));
+    let accept = (bytes16(), any::<u32>(), vec(reason(), 0..9), vec(any::<u8>(), 2..5000));
+    let accept = accept.prop_map(|(id, valid_ms, reasons, manifest)| {
+        Message::Accept(Accept { lease: Lease { id, valid_ms }, reasons, manifest })
+    });
     let applied = any::<(u32, u64, u64)>().prop_map(|(iteration, device_bytes, device_ns)| {
         Message::Applied(Applied { iteration, device_bytes, device_ns })
     });
@@ -38,19 +42,23 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
         hello,
         reply,
-        vec(reason, 0..=limits::REASONS).prop_map(Message::Refuse),
+        vec(reason(), 0..=limits::REASONS).prop_map(Message::Refuse),
         peer_error().prop_map(Message::Abort),
         peer_error().prop_map(Message::Declined),
         query,
-        vec(any::<u8>(), 2..5000).prop_map(|manifest| Message::Offer { manifest }),
-        select([Message::Accept, Message::Begin, Message::Begun, Message::LocksFree]),
+        offer.prop_map(|(names, manifest)| Message::Offer(Offer { names, manifest })),
+        accept,
+        bytes16().prop_map(|lease| Message::Begin { lease }),
+        select([Message::Begun, Message::LocksFree, Message::EndRehearsal]),
+        option::of(peer_error()).prop_map(|left_undone| Message::Rehearsed { left_undone }),
         (device(), any::<u32>()).prop_map(|(device, generation)| Message::InitialSent { device, generation }),
         (device(), any::<u32>())
             .prop_map(|(device, generation)| Message::InitialLoaded { device, generation }),
         any::<u32>().prop_map(|iteration| Message::EndIteration { iteration }),
         applied,
         (device(), any::<u64>()).prop_map(|(device, bytes)| Message::Credit { device, bytes }),
-        any::<bool>().prop_map(|guest_ran| Message::Final(Final { guest_ran })),
+        any::<(bool, [u8; 32])>()
+            .prop_map(|(guest_ran, identity)| Message::Final(Final { guest_ran, identity })),
         final_end(),
         ready(),
         (any::<u64>(), bytes16()).prop_map(|(epoch, attempt)| {
@@ -103,6 +111,24 @@ pub(crate) fn bulk() -> impl Strategy<Value = OwnedBulk> {
             |(name, version, bytes)| OwnedBulk::Section(String::from_utf8(name).unwrap(), version, bytes)
         ),
     ]
+}
+
+fn reason() -> impl Strategy<Value = Reason> {
+    let texts = (text(limits::REASON_CODE), text(limits::REASON_TEXT), text(limits::DEVICE_NAME));
+    let values = (text(limits::REASON_FIELD), text(limits::REASON_VALUE), text(limits::REASON_VALUE));
+    let words = (text(limits::REASON_WORD), text(limits::REASON_WORD));
+    (texts, values, words).prop_map(
+        |((code, text, device), (field, source, destination), (severity, fix))| Reason {
+            code,
+            text,
+            device,
+            field,
+            source,
+            destination,
+            severity,
+            fix,
+        },
+    )
 }
 
 pub(crate) fn peer_error() -> impl Strategy<Value = PeerError> {

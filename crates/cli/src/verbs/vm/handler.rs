@@ -5,14 +5,15 @@ use std::sync::mpsc::Sender;
 
 use serde_json::{Value, json};
 use vfio_migration::Machine;
+use vfio_migration_compat::Document;
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::Accelerator;
 
 use super::slot::{Slot, Steering};
-use super::{RunningVm, incoming, outgoing, saving};
+use super::{RunningVm, incoming, outgoing, rehearsing, saving};
 use crate::control::{
     Event, Handler, IncomingArguments, MigrateArguments, MigrationInfo, NoArguments, ParameterArguments,
-    Refused, SaveArguments, StatusInfo, Verb,
+    Refused, RehearseArguments, SaveArguments, StatusInfo, Verb,
 };
 use crate::demo::GuestInfo;
 use crate::exit::chain;
@@ -25,7 +26,11 @@ pub(super) struct VmHandler {
 
 impl Handler for VmHandler {
     fn call(&self, verb: Verb, arguments: Value) -> Result<Value, Refused> {
-        if !matches!(verb, Verb::Migrate | Verb::Save | Verb::MigrateIncoming | Verb::MigrateSetParameters) {
+        let takes_some = matches!(
+            verb,
+            Verb::Migrate | Verb::Rehearse | Verb::Save | Verb::MigrateIncoming | Verb::MigrateSetParameters
+        );
+        if !takes_some {
             let NoArguments {} = parse(arguments.clone())?;
         }
         match verb {
@@ -33,6 +38,8 @@ impl Handler for VmHandler {
             Verb::QueryGuest => return to_json(&self.guest()?),
             Verb::QueryMigrate => return to_json(&self.migration()),
             Verb::Migrate => outgoing::begin(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
+            Verb::Rehearse => rehearsing::begin(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
+            Verb::QueryManifest => return self.manifest(),
             Verb::Save => saving::begin(&self.vm, &parse::<SaveArguments>(arguments)?)?,
             Verb::MigrateIncoming => {
                 incoming::again(&self.vm, &parse::<IncomingArguments>(arguments)?.uri)?;
@@ -78,6 +85,14 @@ impl VmHandler {
             devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
             epoch: slot.epoch().0,
         }
+    }
+
+    /// What the machine is, also of one that waits for its guest.
+    fn manifest(&self) -> Result<Value, Refused> {
+        let slot = self.vm.state.slot();
+        let machine = slot.machine().ok_or_else(|| generic("there is no machine here"))?;
+        let manifest = machine.manifest().map_err(|error| generic(chain(&error)))?;
+        to_json(&Document::from(manifest))
     }
 
     fn guest(&self) -> Result<GuestInfo, Refused> {

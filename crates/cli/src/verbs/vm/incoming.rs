@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vfio_migration::{
-    Arrived, Destination, DestinationOptions, IncomingError, IncomingSabotage, Machine, Offer, RefusalReason,
+    Arrived, Destination, DestinationOptions, IncomingError, IncomingSabotage, Machine, Offer,
     Uri,
 };
+use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::slot::{BeginError, Slot, Steering};
@@ -56,6 +57,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
     options.expect = vm.options.uuid;
+    options.policy = vm.policy.clone();
     options.sabotage =
         (vm.options.sabotage == Some(Break::Interrupt)).then_some(IncomingSabotage::SkipFirstVector);
     let mut destination = Destination::listen(uri, options).map_err(|error| generic(chain(&error)))?;
@@ -66,7 +68,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     let of_thread = vm.clone();
     let begun = vm.state.begin(steering, reserved, Some(awaited), || {
         std::thread::Builder::new().name("migration".into()).spawn(move || {
-            let result = destination.accept(|offer| admit(&of_thread, &machine, offer));
+            let (machine, result) = receive(&of_thread, &mut destination, machine);
             let owner = result.is_ok();
             finish(&of_thread, machine, result);
             drop(of_thread);
@@ -82,19 +84,47 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     })
 }
 
+/// Receives a guest. What is only rehearsed, or asked, leaves a machine behind that is built anew for the next.
+fn receive(
+    vm: &RunningVm,
+    destination: &mut Destination,
+    mut machine: Arc<ReferenceMachine>,
+) -> (Option<Arc<ReferenceMachine>>, Result<Arrived, IncomingError>) {
+    loop {
+        let error = match destination.accept(|offer| admit(vm, &machine, offer)) {
+            Err(error @ IncomingError::Rehearsed(_)) => error,
+            result => return (Some(machine), result),
+        };
+        tracing::info!("{}; waiting for the next", chain(&error));
+        let at = destination.local().clone();
+        let used = vm.state.put_if(|slot| matches!(slot, Slot::Awaited { .. }), Slot::Preparing);
+        drop((used, machine));
+        vm.presence.end();
+        machine = match ReferenceMachine::build(vm.config.clone()) {
+            Ok(machine) => machine,
+            Err(build) => {
+                tracing::error!("the machine cannot be built again: {}", chain(&build));
+                return (None, Err(error));
+            }
+        };
+        let awaited = Slot::Awaited { machine: machine.clone(), at };
+        drop(vm.state.put_if(|slot| matches!(slot, Slot::Preparing), awaited));
+    }
+}
+
 /// A guest is offered: a VM that was given no identity takes the guest's.
 fn admit(
     vm: &RunningVm,
     machine: &Arc<ReferenceMachine>,
     offer: &Offer,
-) -> Result<Arc<dyn Machine>, RefusalReason> {
+) -> Result<Arc<dyn Machine>, Reason> {
     if vm.options.uuid.is_none() {
         machine.adopt(offer.vm);
     }
     if let Some(dir) = &vm.options.state_dir {
         vm.presence
             .receive(dir, offer.vm)
-            .map_err(|text| RefusalReason { code: "state-dir".into(), text })?;
+            .map_err(|text| Reason::new("state-dir", text))?;
     }
     Ok(machine.clone())
 }
@@ -103,13 +133,17 @@ fn generic(text: String) -> Refused {
     Refused::new("GenericError", text)
 }
 
-fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Arrived, IncomingError>) {
+fn finish(
+    vm: &RunningVm,
+    machine: Option<Arc<ReferenceMachine>>,
+    result: Result<Arrived, IncomingError>,
+) {
     let before = match vm.state.steering() {
         Some(Steering::Incoming(control)) => outgoing::info(&control.progress(), "incoming"),
         _ => MigrationInfo::none(),
     };
-    let (ended, slot) = match result {
-        Ok(arrived) => {
+    let (ended, slot) = match (result, machine) {
+        (Ok(arrived), Some(machine)) => {
             machine.let_go();
             let bytes = arrived.report.bytes;
             let ended = MigrationInfo {
@@ -128,10 +162,15 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Arrived
             };
             (ended, Slot::Here { machine, epoch: arrived.epoch })
         }
-        Err(error) => {
-            let slot = match &error {
-                IncomingError::Held(held) => Slot::Held { machine, epoch: held.epoch },
-                _ => {
+        (Ok(_), None) => return,
+        (Err(error), machine) => {
+            let reasons = match &error {
+                IncomingError::Refused(reasons) => reasons.clone(),
+                _ => Vec::new(),
+            };
+            let slot = match (&error, machine) {
+                (IncomingError::Held(held), Some(machine)) => Slot::Held { machine, epoch: held.epoch },
+                (_, machine) => {
                     // Before the end can be seen: who then looks finds the devices free.
                     drop(vm.state.put_if(|_| true, Slot::Preparing));
                     drop(machine);
@@ -146,6 +185,7 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Arrived
                 rate: 0,
                 expected_downtime_ms: None,
                 error: Some(chain(&error)),
+                reasons,
                 ..before
             };
             (ended, slot)

@@ -4,6 +4,7 @@ mod handler;
 mod incoming;
 mod outgoing;
 mod presence;
+mod rehearsing;
 mod saving;
 mod slot;
 
@@ -13,6 +14,7 @@ use std::sync::mpsc;
 
 use serde_json::{Value, json};
 use vfio_migration::{Standing, Uri, standing};
+use vfio_migration_compat::Policy;
 use vfio_migration_device::{ConfigRule, ConfigRules};
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{Epoch, VmId};
@@ -28,6 +30,7 @@ use crate::exit::{Exit, Failure};
 use crate::interrupt::{self, Interrupt};
 use crate::output::say;
 use crate::units::show_size;
+use crate::verbs::check;
 use handler::VmHandler;
 use presence::Presence;
 use slot::Slot;
@@ -138,6 +141,7 @@ pub(super) struct RunningVm {
     pub(super) workload: Workload,
     pub(super) options: Vm,
     pub(super) rules: ConfigRules,
+    pub(super) policy: Policy,
     pub(super) publisher: Publisher,
     pub(super) state: slot::StateCell,
     pub(super) presence: Presence,
@@ -170,6 +174,7 @@ impl RunningVm {
         if let Some(dir) = &options.state_dir {
             presence::prepare(dir).map_err(Failure::failed)?;
         }
+        let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), check::policy)?;
         let accelerator = accelerator(options)?;
         let workload = Workload { dirty_rate: options.dirty_rate, ..Workload::default() };
         Ok(Self {
@@ -177,6 +182,7 @@ impl RunningVm {
             workload,
             options: options.clone(),
             rules,
+            policy,
             publisher: Publisher::default(),
             state: slot::StateCell::default(),
             presence: Presence::default(),

@@ -15,6 +15,7 @@ use crate::control::{
     Event, MigrateArguments, MigrationInfo, MigrationState, PhaseInfo, Refused, TransferInfo,
 };
 use crate::exit::chain;
+use crate::verbs::check;
 
 /// Begins to migrate; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
@@ -42,6 +43,9 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result
     options.pause_before_switchover = arguments.pause_before_switchover;
     options.verify = arguments.verify;
     options.allow_all_dirty = arguments.allow_all_dirty;
+    options.policy = vm.policy.clone();
+    let pairs: Vec<_> = arguments.device_map.clone().into_iter().collect();
+    options.device_map = check::device_map(&pairs).map_err(|failure| refuse(failure.text))?;
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     options.sabotage = sabotage(vm.options.sabotage, &machine, !arguments.verify).map_err(refuse)?;
@@ -117,6 +121,7 @@ pub(super) fn finish(
             let ended = MigrationInfo {
                 status,
                 incompatible,
+                reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
                 remaining: 0,
                 rate: 0,
                 expected_downtime_ms: None,
@@ -175,6 +180,7 @@ fn completed_info(completed: &Completed) -> MigrationInfo {
             .collect(),
         ram_digest_match: completed.ram_digest_match,
         device_digest_match: Some(completed.device_digest_match),
+        reasons: completed.report.reasons.clone(),
         ..MigrationInfo::none()
     }
 }

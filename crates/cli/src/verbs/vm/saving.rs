@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vfio_migration::{
-    DestinationOptions, IncomingError, Machine, MigrateError, RefusalReason, SaveError, SaveOptions, Saved,
+    DestinationOptions, IncomingError, Machine, MigrateError, SaveError, SaveOptions, Saved,
     Snapshot, Source, SourceOptions, save,
 };
 use vfio_migration_vmm::machine::ReferenceMachine;
@@ -121,7 +121,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, Failur
         Err(failure) => {
             let text = failure.to_string();
             not_built = Some(failure);
-            Err(RefusalReason { code: "machine".into(), text })
+            Err(Reason::new("machine", text))
         }
     });
     match (restored, machine, not_built) {

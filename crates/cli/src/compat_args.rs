@@ -1,0 +1,139 @@
+//! The command line of what asks whether something can move: `describe`, `check`, `explain`, `rehearse`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::args::{Root, Target};
+use crate::units;
+
+const SIDES: &str = "A side is a file (a manifest of `describe`, or a list of KEY=VALUE), the socket of a vfio-user server, \
+vm:SOCKET for the control socket of a running `vm`, vfio:ADDRESS or mdev:UUID for a device of this host, or, as DST, the \
+address that a `vm` waits for a guest at: tcp:HOST:PORT or unix:PATH.\n\
+Exit codes: 0 it can move, 1 failed, 2 usage, 3 it cannot move live.";
+
+/// Options of `describe`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "No device of this host is opened, since that resets it: what only an open device tells is null. A \
+vfio-user server is connected to, and left as it is.\nExit codes: 0 described, 1 failed, 2 usage.",
+    group = clap::ArgGroup::new("what").args(["device", "host"]).required(true)
+)]
+pub(crate) struct Describe {
+    /// The socket of a vfio-user server, vm:SOCKET for a running `vm`, vfio:ADDRESS, mdev:UUID, or a manifest's file.
+    #[arg(value_name = "DEVICE")]
+    pub(crate) device: Option<String>,
+    /// This host: what it has and can give.
+    #[arg(long)]
+    pub(crate) host: bool,
+    /// Name to give it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// File (TOML) that says what cannot be read: fields of the manifest, by device.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) site: Option<PathBuf>,
+    /// How to write it.
+    #[arg(long, value_enum, default_value = "manifest")]
+    pub(crate) format: Format,
+    /// File to write, instead of stdout. It appears whole or not at all.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Print JSON. A manifest is JSON anyway.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) root: Root,
+}
+
+/// How `describe` writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// The manifest, JSON.
+    Manifest,
+    /// Kubernetes node labels, JSON.
+    NodeLabels,
+    /// Attributes of Kubernetes resources, JSON.
+    ResourceAttributes,
+    /// Lines of KEY=VALUE.
+    List,
+}
+
+/// Options of `check`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = SIDES)]
+pub(crate) struct Check {
+    /// Two sides: what is to move, and where to. With --matrix or --baseline: files of host manifests.
+    #[arg(value_name = "SRC DST", required = true, num_args = 1..)]
+    pub(crate) sides: Vec<String>,
+    /// Which devices of which hosts can go to which hosts.
+    #[arg(long, conflicts_with_all = ["baseline", "map"])]
+    pub(crate) matrix: bool,
+    /// The newest version of this model, and the values of its parameters, that every host can load.
+    #[arg(long, value_name = "MODEL", conflicts_with = "map")]
+    pub(crate) baseline: Option<String>,
+    /// File (TOML or JSON) that says what this site allows and asks for.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) policy: Option<PathBuf>,
+    /// A device that has another name at the destination. May be given more than once.
+    #[arg(long, value_name = "NAME=NAME", value_parser = pair)]
+    pub(crate) map: Vec<(String, String)>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) root: Root,
+}
+
+/// Options of `explain`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Exit codes: 0 explained, 1 there is no such code, 2 usage.")]
+pub(crate) struct Explain {
+    /// Code of a reason. Without it: all of them.
+    #[arg(value_name = "CODE")]
+    pub(crate) code: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `rehearse`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Everything up to the switchover is done for real, and undone: nothing moves, and the guest does not \
+notice, but with --pause, where it stands for as long as it would.\nSizes take K, M, G (powers of two); times take us, \
+ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not."
+)]
+pub(crate) struct Rehearse {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`.
+    #[arg(long, value_name = "URI")]
+    pub(crate) to: String,
+    /// Let the guest stand too, for as long as it would, so that all of it is measured.
+    #[arg(long)]
+    pub(crate) pause: bool,
+    /// Longest time the guest may stand still.
+    #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
+    pub(crate) downtime_limit: Duration,
+    /// Bytes each second at most.
+    #[arg(long, value_parser = units::size, value_name = "SIZE")]
+    pub(crate) bandwidth: Option<u64>,
+    /// End after this time, whatever has been found.
+    #[arg(long, value_parser = units::time, value_name = "TIME")]
+    pub(crate) give_up: Option<Duration>,
+    /// A device that has another name at the destination. May be given more than once.
+    #[arg(long, value_name = "NAME=NAME", value_parser = pair)]
+    pub(crate) map: Vec<(String, String)>,
+    /// As `migrate` takes it.
+    #[arg(long)]
+    pub(crate) allow_all_dirty: bool,
+}
+
+/// `A=B`.
+pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok((from.into(), to.into())),
+        _ => Err("it is not of the form NAME=NAME".into()),
+    }
+}

@@ -1,0 +1,118 @@
+//! What a rehearsal found, as the control socket and `rehearse --json` have it.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vfio_migration::{Basis, MigrateError, Rehearsal};
+use vfio_migration_compat::{Reason, Report, Verdict};
+
+/// Arguments of `rehearse`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct RehearseArguments {
+    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
+    pub(crate) uri: String,
+    /// Longest time the guest may stand still, in milliseconds. Default 300.
+    #[serde(default)]
+    pub(crate) downtime_limit: Option<u64>,
+    /// Bytes each second at most; absent or 0: no cap.
+    #[serde(default)]
+    pub(crate) max_bandwidth: Option<u64>,
+    /// End after this many milliseconds.
+    #[serde(default)]
+    pub(crate) give_up_after: Option<u64>,
+    /// Devices that have another name at the destination.
+    #[serde(default)]
+    pub(crate) device_map: BTreeMap<String, String>,
+    /// Let the guest stand, for as long as it would.
+    #[serde(default)]
+    pub(crate) pause: bool,
+    /// As for `migrate`.
+    #[serde(default)]
+    pub(crate) allow_all_dirty: bool,
+}
+
+/// What a rehearsal found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct RehearsalInfo {
+    /// Whether the guest would move, by both sides' rules and by what was tried.
+    pub(crate) verdict: Verdict,
+    /// Equality of some device was strict.
+    pub(crate) strict: bool,
+    /// All reasons.
+    pub(crate) reasons: Vec<Reason>,
+    /// Which device of the destination stands for which of the source.
+    pub(crate) map: BTreeMap<String, String>,
+    /// Bytes per second, as measured.
+    pub(crate) rates: RateInfo,
+    /// How long the guest would stand, in milliseconds; `null` when nothing was measured to tell from.
+    pub(crate) predicted_downtime_ms: Option<f64>,
+    /// What that is made of.
+    pub(crate) parts: Vec<PartInfo>,
+}
+
+/// Bytes per second; `null` where nothing was measured.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct RateInfo {
+    /// On the wire.
+    pub(crate) wire: Option<u64>,
+    /// Device state loaded at the destination.
+    pub(crate) load: Option<u64>,
+    /// RAM that became dirty.
+    pub(crate) ram_dirty: Option<u64>,
+    /// Device state that became dirty, per device.
+    pub(crate) devices: BTreeMap<String, Option<u64>>,
+}
+
+/// A part of the downtime.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct PartInfo {
+    /// What it is spent on.
+    pub(crate) name: String,
+    /// How long, in milliseconds.
+    pub(crate) ms: f64,
+    /// How this is known.
+    #[schemars(with = "String")]
+    pub(crate) basis: Basis,
+}
+
+impl RehearsalInfo {
+    /// Of a rehearsal that came to its end.
+    pub(crate) fn of(found: Rehearsal) -> Self {
+        let report = found.verdict();
+        let rates = found.rates;
+        Self {
+            rates: RateInfo {
+                wire: rates.wire,
+                load: rates.load,
+                ram_dirty: rates.ram_dirty,
+                devices: rates.devices,
+            },
+            predicted_downtime_ms: found.predicted_downtime.map(|time| time.as_secs_f64() * 1e3),
+            parts: found
+                .parts
+                .into_iter()
+                .map(|part| PartInfo { name: part.name, ms: part.took.as_secs_f64() * 1e3, basis: part.basis })
+                .collect(),
+            ..Self::refused(report)
+        }
+    }
+
+    /// Of one that found at once, or on the way, that nothing would move; `None` for what says nothing of that.
+    pub(crate) fn of_error(error: &MigrateError) -> Option<Self> {
+        error.report().map(Self::refused)
+    }
+
+    /// The verdict with its reasons.
+    pub(crate) fn report(&self) -> Report {
+        let Self { verdict, strict, reasons, map, .. } = self.clone();
+        Report { verdict, strict, reasons, map }
+    }
+
+    fn refused(report: Report) -> Self {
+        let Report { verdict, strict, reasons, map } = report;
+        let (rates, parts) = (RateInfo::default(), Vec::new());
+        Self { verdict, strict, reasons, map, rates, predicted_downtime_ms: None, parts }
+    }
+}

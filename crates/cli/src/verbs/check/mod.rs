@@ -1,0 +1,117 @@
+//! `check`: whether something can move, and every reason.
+
+mod pool;
+mod show;
+
+use std::path::Path;
+
+use vfio_migration::{SourceOptions, Uri, probe};
+use vfio_migration_compat::{
+    DeviceMap, Document, MachineManifest, Manifest, Policy, Report, Verdict, check_device_placement,
+    check_devices, check_machines, check_placement,
+};
+use vfio_migration_types::VmId;
+
+pub(crate) use show::{text, word};
+
+use super::subject::{self, Subject, device_id};
+use crate::compat_args::Check;
+use crate::exit::{Exit, Failure};
+use crate::output::{print, print_json};
+
+pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
+    let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
+    if options.matrix {
+        return pool::matrix(&options.sides, &policy, options.json);
+    }
+    if let Some(model) = &options.baseline {
+        return pool::baseline(&options.sides, model, options.json);
+    }
+    let [source, destination] = options.sides.as_slice() else {
+        let text = format!("check takes two sides, what is to move and where to; {} were given", options.sides.len());
+        return Err(Failure::new(Exit::Usage, text));
+    };
+    let roots = options.root.roots();
+    let (source, vm) = match subject::subject(source, None, &roots)? {
+        Subject::Known(document, vm) => (document, vm),
+        Subject::Receiver(uri) => {
+            let text = format!("nothing moves from {uri}, which waits for a guest: name it as the second side");
+            return Err(Failure::new(Exit::Usage, text));
+        }
+    };
+    let map = device_map(&options.map)?;
+    let report = match subject::subject(destination, None, &roots)? {
+        Subject::Known(destination, _) => compare(&source, &destination, &map, &policy)?,
+        Subject::Receiver(uri) => ask(&source, vm, &uri, map, policy)?,
+    };
+    if options.json {
+        print_json(&report)?;
+    } else {
+        print(text(&report))?;
+    }
+    Ok(exit(report.verdict))
+}
+
+/// How a verdict exits.
+pub(crate) fn exit(verdict: Verdict) -> Exit {
+    match verdict {
+        Verdict::Live | Verdict::LiveWithWarning => Exit::Done,
+        Verdict::SnapshotOnly | Verdict::No => Exit::Incompatible,
+    }
+}
+
+/// Reads a policy's file.
+pub(crate) fn policy(path: &Path) -> Result<Policy, Failure> {
+    let bytes = subject::read_capped(path, Policy::MAX_BYTES)?;
+    Policy::parse(&bytes, &path.display().to_string()).map_err(|error| Failure::caused("no policy", &error))
+}
+
+/// Names at the source, and at the destination.
+pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, Failure> {
+    pairs.iter().map(|(from, to)| Ok((device_id(from)?, device_id(to)?))).collect()
+}
+
+fn compare(
+    source: &Document,
+    destination: &Document,
+    map: &DeviceMap,
+    policy: &Policy,
+) -> Result<Report, Failure> {
+    Ok(match (&source.manifest, &destination.manifest) {
+        (Manifest::Device(source), Manifest::Device(destination)) => check_devices(source, destination, policy),
+        (Manifest::Device(source), Manifest::Host(host)) => check_device_placement(source, host, policy),
+        (Manifest::Machine(source), Manifest::Machine(destination)) => {
+            check_machines(source, destination, map, policy)
+        }
+        (Manifest::Machine(source), Manifest::Host(host)) => check_placement(source, host, policy),
+        (source, destination) => {
+            let (source, destination) = (subject::kind(source), subject::kind(destination));
+            let text = format!(
+                "{source} does not go to {destination}: a device goes to a device or a host, a machine to a machine or a \
+                 host; hosts among each other are a --matrix"
+            );
+            return Err(Failure::new(Exit::Usage, text));
+        }
+    })
+}
+
+/// Asks a receiver, which judges by its own rules too.
+fn ask(
+    source: &Document,
+    vm: Option<VmId>,
+    uri: &Uri,
+    map: DeviceMap,
+    policy: Policy,
+) -> Result<Report, Failure> {
+    let Manifest::Machine(machine) = &source.manifest else {
+        let text = format!("a receiver takes machines, and this is {}", subject::kind(&source.manifest));
+        return Err(Failure::new(Exit::Usage, text));
+    };
+    let machine: MachineManifest = (**machine).clone();
+    let mut options = SourceOptions::default();
+    options.device_map = map;
+    options.policy = policy;
+    // A manifest's file names no VM; a receiver that expects a certain one will say so.
+    let vm = vm.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
+    probe(machine, vm, uri, options).map_err(|error| Failure::caused(&format!("cannot ask {uri}"), &error))
+}

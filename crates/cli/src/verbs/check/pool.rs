@@ -1,0 +1,121 @@
+//! Many hosts at once: what can go where, and what all of them load.
+
+use std::path::Path;
+
+use vfio_migration_compat::{HostManifest, Manifest, Matrix, Policy, Verdict};
+
+use super::super::subject;
+use super::word;
+use crate::exit::{Exit, Failure};
+use crate::output::{print, print_json};
+use crate::progress::Waiting;
+
+/// Which devices can go where.
+pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Exit, Failure> {
+    let hosts = hosts(files, json)?;
+    let matrix = vfio_migration_compat::matrix(&hosts, policy);
+    if json {
+        print_json(&matrix)?;
+    } else {
+        print(table(&matrix))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// What all of them load.
+pub(super) fn baseline(files: &[String], model: &str, json: bool) -> Result<Exit, Failure> {
+    let hosts = hosts(files, json)?;
+    let baseline = vfio_migration_compat::baseline(&hosts, model)
+        .map_err(|error| Failure::new(Exit::Incompatible, error.to_string()))?;
+    if json {
+        print_json(&baseline)?;
+        return Ok(Exit::Done);
+    }
+    let mut text = format!("{} {}\n", baseline.model, baseline.version);
+    for (name, value) in &baseline.parameters {
+        text.push_str(&format!("  {name} = {value}\n"));
+    }
+    print(text)?;
+    Ok(Exit::Done)
+}
+
+fn hosts(files: &[String], json: bool) -> Result<Vec<HostManifest>, Failure> {
+    let waiting = Waiting::new(!json, "reading the hosts' manifests");
+    files
+        .iter()
+        .map(|file| {
+            waiting.tick();
+            match subject::read(Path::new(file))?.manifest {
+                Manifest::Host(host) => Ok(*host),
+                other => {
+                    let text = format!("{file} is the manifest of {}, and hosts are wanted here", subject::kind(&other));
+                    Err(Failure::new(Exit::Usage, text))
+                }
+            }
+        })
+        .collect()
+}
+
+/// One line per device that differs, one column per kind of host.
+fn table(matrix: &Matrix) -> String {
+    let groups = matrix.cells.first().map_or(0, Vec::len);
+    let mut text = String::new();
+    for group in 0..groups {
+        let names: Vec<&str> =
+            matrix.hosts.iter().filter(|host| host.group == group).map(|host| host.name.as_str()).collect();
+        text.push_str(&format!("hosts {}: {}\n", letter(group), some(&names)));
+    }
+    let rows: Vec<(String, Vec<String>)> = (0..matrix.cells.len())
+        .map(|group| {
+            let names: Vec<String> = matrix
+                .devices
+                .iter()
+                .filter(|device| device.group == group)
+                .map(|device| format!("{}/{}", device.host, device.device))
+                .collect();
+            let cells = matrix.cells.get(group).into_iter().flatten();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            (some(&names), cells.map(cell).collect())
+        })
+        .collect();
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).max(6);
+    let columns: Vec<usize> = (0..groups)
+        .map(|group| rows.iter().filter_map(|(_, cells)| cells.get(group)).map(|cell| cell.chars().count()).max())
+        .map(|most| most.unwrap_or(0).max(1))
+        .collect();
+    text.push_str(&format!("\n{:width$}", "device"));
+    for (group, column) in columns.iter().enumerate() {
+        text.push_str(&format!("  {:column$}", letter(group)));
+    }
+    text.push('\n');
+    for (name, cells) in rows {
+        text.push_str(&format!("{name:width$}"));
+        for (cell, column) in cells.iter().zip(&columns) {
+            text.push_str(&format!("  {cell:column$}"));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn cell(cell: &vfio_migration_compat::Cell) -> String {
+    let verdict = word(&cell.verdict);
+    match (cell.verdict, cell.codes.split_first()) {
+        (Verdict::Live, _) | (_, None) => verdict,
+        (_, Some((code, []))) => format!("{verdict} ({code})"),
+        (_, Some((code, more))) => format!("{verdict} ({code} and {} more)", more.len()),
+    }
+}
+
+/// The first few of many names.
+fn some(names: &[&str]) -> String {
+    const SHOWN: usize = 3;
+    let shown = names.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }
+}
+
+/// A, B, … Z, A1, …
+fn letter(index: usize) -> String {
+    let letter = char::from(b'A' + u8::try_from(index % 26).unwrap_or(0));
+    if index < 26 { letter.into() } else { format!("{letter}{}", index / 26) }
+}

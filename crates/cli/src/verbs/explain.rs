@@ -1,0 +1,38 @@
+//! `explain`: what a reason's code means.
+
+use vfio_migration_compat::{Explanation, codes, explain};
+
+use crate::compat_args::Explain;
+use crate::exit::{Exit, Failure};
+use crate::output::{print, print_json};
+
+pub(crate) fn run(options: &Explain) -> Result<Exit, Failure> {
+    let Some(code) = &options.code else {
+        let all: Vec<Explanation> = codes().filter_map(explain).collect();
+        if options.json {
+            print_json(&all)?;
+        } else {
+            let width = all.iter().map(|entry| entry.code.len()).max().unwrap_or(0);
+            let lines = all.iter().map(|entry| format!("{:width$}  {}\n", entry.code, entry.meaning));
+            print(lines.collect::<String>())?;
+        }
+        return Ok(Exit::Done);
+    };
+    let Some(entry) = explain(code) else {
+        return Err(Failure::failed(format!(
+            "there is no reason of code '{code}'; `vfio-migrate explain` lists all of them"
+        )));
+    };
+    if options.json {
+        print_json(&entry)?;
+    } else {
+        print(text(&entry))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn text(entry: &Explanation) -> String {
+    let Explanation { code, meaning, cause, remedy, .. } = entry;
+    let (severity, fix) = (super::check::word(&entry.severity), super::check::word(&entry.fix));
+    format!("{code}: {meaning}\n  verdict: {severity}\n  usually: {cause}\n  remedy:  {remedy} (who: {fix})\n")
+}

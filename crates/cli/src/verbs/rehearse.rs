@@ -1,0 +1,84 @@
+//! `rehearse`: everything up to the switchover for real, and undone.
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{check, status};
+use crate::compat_args::Rehearse;
+use crate::control::{MigrationState, RehearsalInfo, RehearseArguments, Verb};
+use crate::exit::{Exit, Failure};
+use crate::interrupt::Interrupt;
+use crate::output::{print, print_json, say};
+use crate::progress::Progress;
+use crate::units::{milliseconds, show_size};
+
+/// What `rehearse --json` prints.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct RehearseReport {
+    #[serde(flatten)]
+    pub(crate) found: RehearsalInfo,
+}
+
+pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    super::vm::uri(&options.to)?;
+    check::device_map(&options.map)?;
+    let arguments = RehearseArguments {
+        uri: options.to.clone(),
+        downtime_limit: Some(milliseconds(options.downtime_limit)),
+        max_bandwidth: options.bandwidth,
+        give_up_after: options.give_up.map(milliseconds),
+        device_map: options.map.iter().cloned().collect(),
+        pause: options.pause,
+        allow_all_dirty: options.allow_all_dirty,
+    };
+    let mut client = options.target.connect()?;
+    client.call(Verb::Rehearse, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
+    let mut report = status::ask(&mut client)?;
+    let mut progress = Progress::new(!options.target.json);
+    let mut cancelled = false;
+    while report.migration.status == MigrationState::Active {
+        progress.show(&report.migration);
+        client
+            .next_event(Duration::from_millis(200))
+            .map_err(|error| Failure::caused("lost the vm", &error))?;
+        if interrupt.requested() && !cancelled {
+            cancelled = true;
+            if let Err(error) = client.call(Verb::MigrateCancel, Value::Null) {
+                say(format_args!("vfio-migrate: {error}"));
+            }
+        }
+        report = status::ask(&mut client)?;
+    }
+    drop(progress);
+    let Some(found) = report.migration.rehearsal else {
+        let why = report.migration.error.unwrap_or_else(|| "it did not say why".into());
+        return Err(Failure::failed(format!("the rehearsal failed: {why}")));
+    };
+    let verdict = found.verdict;
+    if options.target.json {
+        print_json(&RehearseReport { found })?;
+    } else {
+        print(text(&found))?;
+    }
+    Ok(check::exit(verdict))
+}
+
+fn text(found: &RehearsalInfo) -> String {
+    let mut text = check::text(&found.report());
+    if let Some(predicted) = found.predicted_downtime_ms {
+        text.push_str(&format!("the guest would stand for about {predicted:.1} ms:\n"));
+        for part in &found.parts {
+            text.push_str(&format!("  {:24} {:9.1} ms  {}\n", part.name, part.ms, check::word(&part.basis)));
+        }
+    }
+    let rate = |rate: Option<u64>| rate.map_or("not measured".into(), |rate| format!("{}/s", show_size(rate)));
+    text.push_str(&format!("on the wire {}, loaded there {}\n", rate(found.rates.wire), rate(found.rates.load)));
+    text.push_str(&format!("the guest dirties {}\n", rate(found.rates.ram_dirty)));
+    for (device, dirty) in &found.rates.devices {
+        text.push_str(&format!("device {device} dirties {}\n", rate(*dirty)));
+    }
+    text
+}

@@ -1,0 +1,147 @@
+//! What a word of the command line stands for: a manifest, wherever it comes from, or the address of a receiver.
+
+use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use vfio_migration::Uri;
+use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
+use vfio_migration_device::host::{Roots, scan};
+use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
+use vfio_migration_memory::{GuestRam, RamSpec};
+use vfio_migration_types::{DeviceId, Gpa, VmId};
+
+use super::{ANSWER, status};
+use crate::control::{Client, ClientError, Verb};
+use crate::exit::{Exit, Failure};
+
+/// How long a device server may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What was named.
+#[derive(Debug)]
+pub(crate) enum Subject {
+    /// Something with a manifest. A running `vm` has its identity too.
+    Known(Document, Option<VmId>),
+    /// Somewhere a `vm` waits for a guest.
+    Receiver(Uri),
+}
+
+/// Finds out what `text` stands for. `name`: what a device is called.
+pub(crate) fn subject(text: &str, name: Option<&str>, roots: &Roots) -> Result<Subject, Failure> {
+    let known = |device: DeviceManifest| Ok(Subject::Known(device.into(), None));
+    if let Some(socket) = text.strip_prefix("vm:") {
+        let (document, vm) = of_vm(Path::new(socket))?;
+        return Ok(Subject::Known(document, Some(vm)));
+    }
+    if let Some(socket) = text.strip_prefix("vfio-user:") {
+        return known(of_server(Path::new(socket), name)?);
+    }
+    for prefix in ["vfio:", "mdev:"] {
+        if let Some(wanted) = text.strip_prefix(prefix) {
+            return known(of_host(wanted, name, roots)?);
+        }
+    }
+    if ["tcp:", "unix:", "fd:"].iter().any(|scheme| text.starts_with(scheme)) {
+        return Ok(Subject::Receiver(super::vm::uri(text)?));
+    }
+    let path = Path::new(text);
+    let kind = std::fs::metadata(path).map_err(|error| Failure::caused(text, &error))?.file_type();
+    if kind.is_socket() {
+        return of_socket(path, name);
+    }
+    let document = read(path)?;
+    for unknown in document.unknown() {
+        tracing::warn!("{text}: {unknown} is not known to this version, and is not compared");
+    }
+    Ok(Subject::Known(document, None))
+}
+
+/// Reads a manifest, or a list of KEY=VALUE, from a file.
+pub(crate) fn read(path: &Path) -> Result<Document, Failure> {
+    let shown = path.display().to_string();
+    let bytes = read_capped(path, Document::MAX_BYTES)?;
+    let begins = bytes.iter().copied().find(|byte| !byte.is_ascii_whitespace());
+    let document = match begins {
+        Some(b'{') => Document::parse(&bytes, &shown),
+        _ => labels::parse_list(&bytes, &shown),
+    };
+    document.map_err(|error| Failure::caused("no manifest", &error))
+}
+
+/// A file's bytes, at most one more than `most`.
+pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
+    let failed = |error: std::io::Error| Failure::caused(&path.display().to_string(), &error);
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+/// A socket that says nothing of itself: a device server's, or else a `vm`'s.
+fn of_socket(path: &Path, name: Option<&str>) -> Result<Subject, Failure> {
+    match of_server(path, name) {
+        Ok(device) => Ok(Subject::Known(device.into(), None)),
+        Err(server) => match of_vm(path) {
+            Ok((document, vm)) => Ok(Subject::Known(document, Some(vm))),
+            Err(vm) => Err(Failure::failed(format!("{server}; and it is no `vm` either: {vm}"))),
+        },
+    }
+}
+
+fn of_vm(socket: &Path) -> Result<(Document, VmId), Failure> {
+    let mut client =
+        Client::connect(socket, ANSWER).map_err(|error| Failure::caused("no contact", &error))?;
+    let asked = |error: ClientError| Failure::asked("no manifest", &error);
+    let manifest = client.call(Verb::QueryManifest, Value::Null).map_err(asked)?;
+    let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())
+        .map_err(|error| Failure::caused("no manifest", &error))?;
+    let vm = status::ask(&mut client)?.vm.uuid;
+    let vm = vm.parse().map_err(|_| Failure::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
+    Ok((document, vm))
+}
+
+/// Asks a vfio-user server. It is left in the state it is in.
+fn of_server(socket: &Path, name: Option<&str>) -> Result<DeviceManifest, Failure> {
+    let doing = format!("cannot ask {}", socket.display());
+    let id = device_id(name.unwrap_or("device"))?;
+    let ram = GuestRam::new("asked", &[RamSpec { gpa: Gpa(0), len: 4096 }])
+        .map_err(|error| Failure::caused(&doing, &error))?;
+    let options = VfioUserOptions {
+        timeout: PATIENCE,
+        connect_timeout: Duration::ZERO,
+        keep_state: true,
+        ..VfioUserOptions::default()
+    };
+    VfioUserDevice::open(id, socket, Arc::new(ram), &options)
+        .and_then(|device| device.manifest())
+        .map_err(|error| Failure::caused(&doing, &error))
+}
+
+/// A device of this host, as far as it shows without being opened.
+fn of_host(wanted: &str, name: Option<&str>, roots: &Roots) -> Result<DeviceManifest, Failure> {
+    let found = scan(roots);
+    let wanted = wanted.to_ascii_lowercase();
+    let device = found.devices.iter().find(|device| device.name.to_ascii_lowercase() == wanted);
+    let Some(device) = device else {
+        let text = format!("this host has no device {wanted}; `vfio-migrate devices --all` lists what it has");
+        return Err(Failure::failed(text));
+    };
+    Ok(device.manifest(&device_id(name.unwrap_or(&device.name))?, roots))
+}
+
+pub(crate) fn device_id(name: &str) -> Result<DeviceId, Failure> {
+    DeviceId::new(name).map_err(|error| Failure::new(Exit::Usage, format!("'{name}' is no name of a device: {error}")))
+}
+
+/// What kind of thing a manifest is of, with an article.
+pub(crate) fn kind(manifest: &Manifest) -> &'static str {
+    match manifest {
+        Manifest::Device(_) => "a device",
+        Manifest::Machine(_) => "a machine",
+        Manifest::Host(_) => "a host",
+    }
+}

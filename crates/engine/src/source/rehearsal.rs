@@ -1,0 +1,119 @@
+//! A rehearsal: everything up to a point for real, then all of it undone. Nothing is journaled, and there is no COMMIT.
+
+use std::time::Duration;
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::Message;
+
+use super::{Source, State, Told};
+use crate::{Basis, Failure, Part, PartName, Rehearsal, Rehearse, SourceAction, SourceOutcome, Time};
+
+/// What a rehearsal remembers once it is at its end.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    found: Rehearsal,
+    /// The destination has said that it has let go; and of what it has not.
+    rehearsed: Option<Option<Failure>>,
+}
+
+impl Source {
+    /// The migration would not come to its end. A rehearsal has found that out; a migration is undone.
+    pub(super) fn conclude(&mut self, cause: Failure, now: Time) {
+        if self.config.rehearse.is_some() {
+            self.end_rehearsal(Some(cause), now);
+        } else {
+            self.abort(cause, Told::Tell);
+        }
+    }
+
+    /// So far and no further.
+    pub(super) fn end_rehearsal(&mut self, obstacle: Option<Failure>, now: Time) {
+        self.timer = None;
+        let (wire, load, ram_dirty, devices_dirty) = self.model.rates();
+        self.rehearsal.found = Rehearsal {
+            obstacle,
+            iterations: self.rounds.iteration(),
+            wire,
+            load,
+            ram_dirty,
+            devices_dirty,
+            parts: self.parts(now),
+            left_undone: None,
+            phases: self.phases.clone(),
+        };
+        self.send(Message::EndRehearsal);
+        if self.config.rehearse == Some(Rehearse::Ask) {
+            return self.await_rehearsed(now);
+        }
+        self.act(State::Undoing, SourceAction::RollBack);
+    }
+
+    pub(super) fn await_rehearsed(&mut self, now: Time) {
+        self.phase = Phase::Clean;
+        self.state = State::AwaitingRehearsed;
+        if let Some(left_undone) = self.rehearsal.rehearsed.take() {
+            return self.on_rehearsed(left_undone);
+        }
+        if !self.link {
+            let lost =
+                crate::failure::link_lost(self.phase, "before the destination said that it has let go");
+            return self.on_rehearsed(Some(lost));
+        }
+        self.owe_work("REHEARSED", now);
+    }
+
+    /// The destination may let go before this side has.
+    pub(super) fn on_peer_rehearsed(&mut self, message: Message) {
+        let left_undone = match message {
+            Message::Rehearsed { left_undone } => left_undone,
+            Message::Abort(cause) => Some(cause),
+            // On their way before END_REHEARSAL was heard.
+            _ => return,
+        };
+        match self.state {
+            State::AwaitingRehearsed => self.on_rehearsed(left_undone),
+            _ => self.rehearsal.rehearsed = Some(left_undone),
+        }
+    }
+
+    pub(super) fn on_rehearsed(&mut self, left_undone: Option<Failure>) {
+        let mut found = std::mem::take(&mut self.rehearsal.found);
+        found.left_undone = left_undone;
+        self.finish(SourceOutcome::Rehearsed(Box::new(found)));
+    }
+
+    /// What the downtime is made of: as it was, where the guest stood for it; else as it is predicted.
+    fn parts(&self, now: Time) -> Vec<Part> {
+        let start = Part { name: PartName::Start, took: Duration::ZERO, basis: Basis::Unknown };
+        let mut parts = match self.end.ready_at {
+            Some(ready_at) => self.stood(ready_at),
+            None => match self.model.predict(now) {
+                Some(prediction) => self.model.parts(&prediction, &self.config.devices),
+                None => return Vec::new(),
+            },
+        };
+        parts.push(start);
+        parts
+    }
+
+    fn stood(&self, ready_at: Time) -> Vec<Part> {
+        let entered =
+            |phase| self.phases.iter().rev().find(|(entered, _)| *entered == phase).map(|(_, at)| *at);
+        let (Some(quiesce), Some(last), Some(ready)) =
+            (entered(Phase::Quiesce), entered(Phase::Final), entered(Phase::Ready))
+        else {
+            return Vec::new();
+        };
+        // Digests are no downtime; they are in the last two.
+        let standing = ready_at.saturating_sub(last).saturating_sub(self.pause.verify);
+        let sending = ready.saturating_sub(last).min(standing);
+        [
+            (PartName::Quiesce, last.saturating_sub(quiesce)),
+            (PartName::Final, sending),
+            (PartName::Load, standing.saturating_sub(sending)),
+            (PartName::RoundTrips, self.model.known_round_trip()),
+        ]
+        .map(|(name, took)| Part { name, took, basis: Basis::Measured })
+        .into()
+    }
+}

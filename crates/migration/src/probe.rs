@@ -1,0 +1,121 @@
+//! Asking a destination whether a machine fits, with nothing at hand but the machine's manifest.
+
+use std::sync::Arc;
+
+use vfio_migration_compat::{MachineManifest, Report};
+use vfio_migration_device::IrqRouter;
+use vfio_migration_memory::{DirtySource, GuestRam, RamSpec};
+use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, VmId};
+
+use crate::fail::{plain, sentence};
+use crate::{
+    LockError, Machine, MachineError, MigratableDevice, MigrateError, Paused, Rehearse, Section, Source,
+    SourceOptions, Uri,
+};
+
+/// Asks the destination at `uri` whether what `manifest` describes could come, by the rules of both sides. The destination
+/// reserves all that it would need, says so, and lets go of it again.
+///
+/// `vm` is the identity that is asked for; a destination that expects another VM refuses it.
+///
+/// # Errors
+/// Nobody could be asked. A refusal is no error: it is the answer.
+pub fn probe(
+    manifest: MachineManifest,
+    vm: VmId,
+    uri: &Uri,
+    options: SourceOptions,
+) -> Result<Report, MigrateError> {
+    let ram = GuestRam::new("probe", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }])
+        .map_err(|error| MigrateError::NotBegun(plain(Phase::Plan, sentence(&error)).into()))?;
+    let paper = Paper { vm, manifest, ram: Arc::new(ram) };
+    match Source::new(Arc::new(paper), options).rehearse_to(uri, Rehearse::Ask, |_| {}) {
+        Ok(rehearsal) => Ok(rehearsal.report),
+        Err(error) => error.report().ok_or(error),
+    }
+}
+
+/// A machine that is on paper alone. A session that only asks touches nothing else of it.
+struct Paper {
+    vm: VmId,
+    manifest: MachineManifest,
+    ram: Arc<GuestRam>,
+}
+
+impl Paper {
+    fn nothing(doing: &str) -> MachineError {
+        MachineError::new(doing, "there is a manifest, and no machine: a defect of this program")
+    }
+
+    fn no_lock(taking: bool) -> LockError {
+        let source = Self::nothing("handling storage locks").into();
+        LockError { lock: "of a machine on paper".into(), taking, source }
+    }
+}
+
+impl Machine for Paper {
+    fn id(&self) -> VmId {
+        self.vm
+    }
+
+    fn manifest(&self) -> Result<MachineManifest, MachineError> {
+        Ok(self.manifest.clone())
+    }
+
+    fn ram(&self) -> Arc<GuestRam> {
+        Arc::clone(&self.ram)
+    }
+
+    fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> {
+        Vec::new()
+    }
+
+    fn devices(&self) -> Vec<MigratableDevice> {
+        Vec::new()
+    }
+
+    fn irq_router(&self) -> Arc<dyn IrqRouter> {
+        Arc::new(NoInterrupts)
+    }
+
+    fn pause(&self) -> Result<bool, MachineError> {
+        Err(Self::nothing("pausing"))
+    }
+
+    fn resume(&self, _: bool) -> Result<(), MachineError> {
+        Err(Self::nothing("resuming"))
+    }
+
+    fn save(&self, _: &Paused) -> Result<Vec<Section>, MachineError> {
+        Err(Self::nothing("saving"))
+    }
+
+    fn load(&self, _: Vec<Section>) -> Result<(), MachineError> {
+        Err(Self::nothing("loading"))
+    }
+
+    fn release_locks(&self) -> Result<(), LockError> {
+        Err(Self::no_lock(false))
+    }
+
+    fn take_locks(&self) -> Result<(), LockError> {
+        Err(Self::no_lock(true))
+    }
+}
+
+#[derive(Debug)]
+struct NoInterrupts;
+
+impl IrqRouter for NoInterrupts {
+    fn set(
+        &self,
+        _: u32,
+        _: Option<vfio_migration_device::MsiMessage>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Err(Paper::nothing("routing an interrupt").into())
+    }
+
+    fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Err(Paper::nothing("routing interrupts").into())
+    }
+}

@@ -1,0 +1,152 @@
+//! The reasons of a verdict, between the wire and those who read them.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use vfio_migration_compat::{Allow, Policy, Reason, Report, Severity, Verdict, WhoCanFix};
+use vfio_migration_wire as wire;
+
+use crate::Failure;
+
+/// Codes of what the source's devices cannot say of their writes.
+pub(crate) const DIRTY: [&str; 3] = ["dirty-none", "dirty-all", "unknown-dirty"];
+/// Codes of devices that may write into each other.
+pub(crate) const PEERS: [&str; 1] = ["p2p-missing"];
+
+/// Lets `policy` take these reasons for warnings.
+pub(crate) fn allow(policy: &mut Policy, codes: &[&str], reason: &str) {
+    policy.allow.extend(codes.iter().map(|code| Allow {
+        code: (*code).to_owned(),
+        reason: Some(reason.to_owned()),
+        ..Allow::default()
+    }));
+}
+
+/// As ACCEPT and REFUSE carry them.
+pub(crate) fn to_wire(reasons: &[Reason]) -> Vec<wire::Reason> {
+    let json = |value: &Value| if value.is_null() { String::new() } else { value.to_string() };
+    let one = |reason: &Reason| wire::Reason {
+        code: reason.code.clone(),
+        text: reason.text.clone(),
+        device: reason.device.clone().unwrap_or_default(),
+        field: reason.field.clone(),
+        source: json(&reason.source),
+        destination: json(&reason.destination),
+        severity: word(&reason.severity),
+        fix: word(&reason.fix),
+    };
+    reasons.iter().map(one).collect()
+}
+
+/// What a peer gave for reasons. A word that this version does not know counts as the worst.
+pub(crate) fn from_wire(reasons: Vec<wire::Reason>) -> Vec<Reason> {
+    // A value that was cut to fit is no JSON any more, and is shown as it is.
+    let value = |text: String| match serde_json::from_str(&text) {
+        Ok(value) => value,
+        Err(_) if text.is_empty() => Value::Null,
+        Err(_) => Value::String(text),
+    };
+    let one = |reason: wire::Reason| Reason {
+        code: reason.code,
+        text: reason.text,
+        device: Some(reason.device).filter(|name| !name.is_empty()),
+        field: reason.field,
+        source: value(reason.source),
+        destination: value(reason.destination),
+        severity: meaning(&reason.severity).unwrap_or(Severity::No),
+        fix: meaning(&reason.fix).unwrap_or(WhoCanFix::Nobody),
+    };
+    reasons.into_iter().map(one).collect()
+}
+
+/// Whether a machine may go where `report` is about; `to_file`: as a snapshot, for which less must hold.
+pub(crate) fn permits(report: &Report, to_file: bool) -> bool {
+    let worst = if to_file { Verdict::SnapshotOnly } else { Verdict::LiveWithWarning };
+    report.verdict <= worst
+}
+
+/// What a device did when it was tried, as a reason.
+pub(crate) fn of_device_failure(failure: &Failure) -> Option<Reason> {
+    let device = failure.device.clone()?;
+    let arc = failure.arc.map(|(from, to)| format!("{from} to {to}"));
+    let destination = serde_json::json!({"phase": failure.phase, "arc": arc, "errno": failure.errno});
+    let text = failure.to_string();
+    Some(Reason {
+        device: Some(device),
+        field: "migration".into(),
+        destination,
+        ..Reason::new("device-failed", text)
+    })
+}
+
+/// The report that a peer's reasons were taken from, as far as they tell.
+pub(crate) fn report(reasons: &[Reason]) -> Report {
+    let worst = reasons.iter().map(|reason| Verdict::from(reason.severity)).max();
+    Report {
+        // A refusal without a reason is a refusal.
+        verdict: worst.unwrap_or(Verdict::No),
+        strict: reasons.iter().any(|reason| reason.code.starts_with("strict-")),
+        reasons: reasons.to_vec(),
+        ..Report::default()
+    }
+}
+
+/// `report`, and what was found besides.
+pub(crate) fn with(mut report: Report, found: Vec<Reason>) -> Report {
+    let worst = found.iter().map(|reason| Verdict::from(reason.severity)).max();
+    report.verdict = worst.map_or(report.verdict, |worst| worst.max(report.verdict));
+    report.reasons.extend(found);
+    report
+}
+
+/// What stands against it, for an error's sentence.
+pub(crate) fn sentences(reasons: &[Reason]) -> String {
+    let against = reasons.iter().filter(|reason| reason.severity >= Severity::SnapshotOnly);
+    let texts: Vec<String> = against
+        .map(|reason| match &reason.device {
+            Some(device) if !reason.text.contains(device.as_str()) => format!("device {device}: {}", reason.text),
+            _ => reason.text.clone(),
+        })
+        .collect();
+    if texts.is_empty() { "no reason was given".into() } else { texts.join("; ") }
+}
+
+fn word(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn meaning<T: DeserializeOwned>(word: &str) -> Option<T> {
+    serde_json::from_value(Value::String(word.to_owned())).ok()
+}
+
+#[cfg(test)]
+mod test {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn reasons_cross_the_wire_as_they_are() {
+        let reason = Reason {
+            code: "device-regions".into(),
+            device: Some("net0".into()),
+            field: "regions.0.size".into(),
+            source: json!(4096),
+            destination: Value::Null,
+            severity: Severity::No,
+            fix: WhoCanFix::HostDriver,
+            text: "BAR 0 differs".into(),
+        };
+        let warning = Reason { device: None, severity: Severity::Warning, source: json!("a"), ..reason.clone() };
+        let reasons = [reason, warning];
+        assert_eq!(from_wire(to_wire(&reasons)), reasons);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_no_permission() {
+        let strange = wire::Reason { code: "new".into(), severity: "dire".into(), ..wire::Reason::default() };
+        let cut = wire::Reason { source: "{\"cut".into(), ..strange };
+        let [reason] = from_wire(vec![cut]).try_into().unwrap();
+        assert_eq!((reason.severity, reason.source), (Severity::No, json!("{\"cut")));
+    }
+}

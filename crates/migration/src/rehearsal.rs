@@ -1,0 +1,154 @@
+//! What a rehearsal found: everything up to a point was done for real, and undone.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use vfio_migration_compat::{Reason, Report};
+use vfio_migration_engine::{self as engine, PartName};
+use vfio_migration_types::DeviceId;
+
+use crate::reasons;
+use crate::{Bytes, Failure, PhaseTime};
+
+pub use vfio_migration_engine::Rehearse;
+
+/// A rehearsal that was undone: both sides are as they were before.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Rehearsal {
+    /// Whether the machine fits, by the rules of both sides, with all that should be known.
+    pub report: Report,
+    /// Why the migration would not have come to its end, if so.
+    pub obstacle: Option<Failure>,
+    /// Iterations of the pre-copy.
+    pub iterations: u32,
+    /// What was measured.
+    pub rates: Rates,
+    /// The downtime that is to be expected; `None` when nothing was measured to tell from.
+    #[serde(rename = "predicted_downtime_ms", with = "crate::report::millis_option")]
+    pub predicted_downtime: Option<Duration>,
+    /// What it is made of.
+    pub parts: Vec<PredictedPart>,
+    /// Devices whose state was not tried, because they can only be saved while the guest stands.
+    pub not_rehearsed: Vec<DeviceId>,
+    /// Bytes moved.
+    pub bytes: Bytes,
+    /// In all.
+    #[serde(rename = "total_ms", with = "crate::report::millis")]
+    pub total: Duration,
+    /// How long each phase took.
+    pub phases: Vec<PhaseTime>,
+    /// What the destination could not let go, or that it did not say that it has.
+    pub left_undone: Option<Failure>,
+}
+
+/// Bytes per second, each `None` where nothing was measured.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rates {
+    /// On the wire.
+    pub wire: Option<u64>,
+    /// Device state loaded at the destination.
+    pub load: Option<u64>,
+    /// RAM that became dirty.
+    pub ram_dirty: Option<u64>,
+    /// State that became dirty, per device that can say.
+    pub devices: BTreeMap<String, Option<u64>>,
+}
+
+/// A part of the downtime that is to be expected.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PredictedPart {
+    /// What it is spent on: `quiesce`, `round-trips`, `ram`, `device NAME`, `final`, `load`, `start`.
+    pub name: String,
+    /// How long.
+    #[serde(rename = "ms", with = "crate::report::millis")]
+    pub took: Duration,
+    /// How this is known.
+    pub basis: Basis,
+}
+
+/// How a figure is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Basis {
+    /// It was measured.
+    Measured,
+    /// It follows from what the device says of itself, at a measured rate.
+    Declared,
+    /// It is assumed, or left at zero.
+    Unknown,
+}
+
+impl Rehearsal {
+    pub(crate) fn new(
+        found: engine::Rehearsal,
+        report: Report,
+        devices: &[DeviceId],
+        not_rehearsed: Vec<DeviceId>,
+        bytes: Bytes,
+        phases: Vec<PhaseTime>,
+        total: Duration,
+    ) -> Self {
+        let predicted = found.parts.iter().fold(Duration::ZERO, |sum, part| sum.saturating_add(part.took));
+        let names = devices.iter().map(ToString::to_string);
+        Self {
+            report,
+            obstacle: found.obstacle.map(Into::into),
+            iterations: found.iterations,
+            rates: Rates {
+                wire: found.wire,
+                load: found.load,
+                ram_dirty: found.ram_dirty,
+                devices: names.zip(found.devices_dirty.into_iter().chain(std::iter::repeat(None))).collect(),
+            },
+            predicted_downtime: (!found.parts.is_empty()).then_some(predicted),
+            parts: found.parts.into_iter().map(Into::into).collect(),
+            not_rehearsed,
+            bytes,
+            total,
+            phases,
+            left_undone: found.left_undone.map(Into::into),
+        }
+    }
+}
+
+impl Rehearsal {
+    /// The verdict of both sides' rules together with what was found by trying.
+    pub fn verdict(&self) -> Report {
+        let mut found = Vec::new();
+        if let Some(obstacle) = &self.obstacle {
+            let text = format!("{obstacle}");
+            let device = obstacle.device.clone();
+            let field = "downtime".to_owned();
+            found.push(Reason { device, field, ..Reason::new("rehearsal-obstacle", text) });
+        }
+        for device in &self.not_rehearsed {
+            let text = "its state can only be read while the guest stands, and was not tried: --pause tries it";
+            let device = Some(device.to_string());
+            found.push(Reason { device, field: "flags".into(), ..Reason::new("rehearsal-not-tried", text) });
+        }
+        reasons::with(self.report.clone(), found)
+    }
+}
+
+impl From<engine::Part> for PredictedPart {
+    fn from(part: engine::Part) -> Self {
+        let name = match part.name {
+            PartName::Quiesce => "quiesce".into(),
+            PartName::RoundTrips => "round-trips".into(),
+            PartName::Ram => "ram".into(),
+            PartName::Device(device) => format!("device {device}"),
+            PartName::Final => "final".into(),
+            PartName::Load => "load".into(),
+            PartName::Start => "start".into(),
+            other => format!("{other:?}"),
+        };
+        let basis = match part.basis {
+            engine::Basis::Measured => Basis::Measured,
+            engine::Basis::Declared => Basis::Declared,
+            engine::Basis::Unknown => Basis::Unknown,
+        };
+        Self { name, took: part.took, basis }
+    }
+}

@@ -1,0 +1,50 @@
+//! P1: the source's own judgement of what the destination says it is. Of two policies the stricter holds.
+
+use std::collections::BTreeMap;
+
+use vfio_migration_compat::{DeviceMap, MachineManifest, Policy, Report, check_machines, worse};
+use vfio_migration_engine::SourceEvent;
+use vfio_migration_types::Phase;
+use vfio_migration_wire::Accept;
+
+use crate::SourceOptions;
+use crate::control::lock;
+use crate::fail::{self, sentence};
+use crate::reasons;
+use crate::stop::Stop;
+
+use super::worker::Worker;
+
+impl Worker<'_> {
+    pub(super) fn judge(&mut self, accept: Accept) -> Result<SourceEvent, Stop> {
+        let theirs = MachineManifest::from_json(&accept.manifest).map_err(|error| {
+            let text = format!("the destination's manifest cannot be read: {}", sentence(&error));
+            fail::plain(Phase::Hello, text)
+        })?;
+        let own = check_machines(&self.manifest, &theirs, &self.options.device_map, &policy(self.options));
+        let said = Report { reasons: reasons::from_wire(accept.reasons), ..own.clone() };
+        let report = worse(own, said);
+        let permitted = reasons::permits(&report, self.options.to_file);
+        let against = reasons::to_wire(&report.reasons);
+        *lock(&self.counters.report) = report;
+        Ok(if permitted { SourceEvent::Judged } else { SourceEvent::Refused(against) })
+    }
+}
+
+/// The caller's policy, and what its options allow beside it.
+fn policy(options: &SourceOptions) -> Policy {
+    let mut policy = options.policy.clone();
+    if options.allow_all_dirty {
+        reasons::allow(&mut policy, &reasons::DIRTY, "all of RAM may be sent while the guest stands");
+    }
+    if options.no_peer_dma {
+        reasons::allow(&mut policy, &reasons::PEERS, "no device maps another's BAR for DMA");
+    }
+    policy
+}
+
+/// The names of the map, as OFFER carries them.
+pub(super) fn names(map: &DeviceMap) -> Vec<(String, String)> {
+    let names: &BTreeMap<_, _> = &map.0;
+    names.iter().map(|(from, to)| (from.to_string(), to.to_string())).collect()
+}
