@@ -55,6 +55,7 @@
 //!             cpu: vec![],
 //!             sections: BTreeMap::from([("toy.register".into(), 1)]),
 //!             devices: vec![],
+//!             ..MachineManifest::default()
 //!         })
 //!     }
 //!     fn ram(&self) -> Arc<GuestRam> { Arc::clone(&self.ram) }

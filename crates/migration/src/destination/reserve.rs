@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_migration_compat::{MachineManifest, Verdict, compare};
+use vfio_migration_compat::{DeviceMap, MachineManifest, Policy, Severity, Verdict, check_machines};
 use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Refusal;
@@ -132,12 +132,13 @@ impl Worker<'_, '_, '_> {
     fn fit(&mut self, offer: &Offer, machine: &dyn Machine) -> Result<Vec<Refusal>, Stop> {
         let own = machine.manifest().map_err(|error| error.in_phase(Phase::Hello))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
-        let (verdict, reasons) = compare(&offer.manifest, &own);
+        // Snapshots come this way too, and what cannot move live may be restored. Whether all memory may count as dirty is
+        // the source's choice.
+        let report = check_machines(&offer.manifest, &own, &DeviceMap::new(), &Policy::default());
+        let against = report.reasons.into_iter().filter(|reason| reason.severity == Severity::No);
         let mut reasons: Vec<Refusal> =
-            reasons.into_iter().map(|reason| Refusal { code: reason.code, text: reason.text }).collect();
-        if verdict == Verdict::Live {
-            reasons.clear();
-        } else if reasons.is_empty() {
+            against.map(|reason| Refusal { code: reason.code, text: reason.text }).collect();
+        if report.verdict == Verdict::No && reasons.is_empty() {
             reasons.push(Refusal { code: "unfit".into(), text: "the machines do not fit each other".into() });
         }
         if machine.id() != offer.vm {

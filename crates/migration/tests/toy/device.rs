@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use vfio_migration_compat::DeviceManifest;
+use vfio_migration_compat::{DeviceManifest, Parameter};
 use vfio_migration_device::{
     Capabilities, ConfigRules, Device, DeviceError, DirtyLog, IrqRouter, NotMigratable, PciError,
     PciFunction, PciState, Position, PrecopyProgress, Read, ResumingSession, SavingSession, TransitionError,
@@ -249,15 +249,12 @@ impl Device for ToyDevice {
 
     fn manifest(&self) -> Result<DeviceManifest, DeviceError> {
         Ok(DeviceManifest {
-            id: self.id.clone(),
             model: Some("vfio-migrate.org/toy".into()),
             model_version: Some("1.0".into()),
             backend: "vfio-user".into(),
-            flags: self.kind.flags,
-            pci: None,
-            regions: vec![],
-            irqs: BTreeMap::new(),
-            parameters: BTreeMap::from([("pieces".into(), self.kind.pieces.to_string())]),
+            flags: Some(self.kind.flags),
+            parameters: BTreeMap::from([("pieces".into(), Parameter::new(self.kind.pieces.to_string()))]),
+            ..DeviceManifest::new(self.id.clone())
         })
     }
 

@@ -232,6 +232,7 @@ impl Machine for Toy {
             cpu: vec![],
             sections: BTreeMap::from([("toy.vcpu".into(), 1)]),
             devices,
+            ..MachineManifest::default()
         })
     }
 
