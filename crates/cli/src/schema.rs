@@ -4,8 +4,8 @@ use schemars::{Schema, schema_for};
 use vfio_migration_compat::{Baseline, Explanation, Matrix, Report};
 
 use crate::control::{
-    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, RehearseArguments,
-    SaveArguments, StatusInfo,
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused,
+    RehearseArguments, SaveArguments, StatusInfo,
 };
 use crate::demo::{DemoReport, GuestInfo};
 use crate::exit::FailureReport;

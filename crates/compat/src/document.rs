@@ -1,87 +1,286 @@
-//! A machine's manifest as a JSON document, as it comes from a stranger.
+//! Manifests as JSON documents, as they come from a stranger.
+//!
+//! `{"schema": "vfio-migrate.org/manifest/1", "kind": "device" | "machine" | "host", …}`, and beside these two the
+//! manifest's own fields.
 
-use std::collections::BTreeSet;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
-use crate::MachineManifest;
+use crate::tree::{self, beyond};
+use crate::{DeviceManifest, HostManifest, MachineManifest, limits};
 
-/// Why a document is no manifest.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ManifestError {
-    /// It has too many bytes.
-    #[error("a manifest of {0} bytes (at most {max} are taken)", max = MachineManifest::MAX_BYTES)]
-    TooLong(usize),
-    /// It is not JSON, or not the JSON of a manifest; a field that this version does not know is refused too.
-    #[error("the document is no machine manifest")]
-    Malformed(#[source] serde_json::Error),
-    /// It has too many of something.
-    #[error("the manifest has {count} {what} (at most {max} are taken)")]
-    TooMany {
-        /// Of what, plural.
-        what: &'static str,
-        /// How many.
-        count: usize,
-        /// How many are taken.
-        max: usize,
-    },
-    /// It names something twice.
-    #[error("the manifest has {0} twice")]
-    Twice(String),
+/// The schema's name, with its version.
+pub const SCHEMA: &str = "vfio-migrate.org/manifest/1";
+/// The schema's name without the version.
+const FAMILY: &str = "vfio-migrate.org/manifest/";
+
+/// Why a document is none: which document, where in it, and what rule it breaks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{origin}: {}{rule}", at(.path))]
+pub struct ManifestError {
+    origin: String,
+    path: String,
+    rule: String,
+}
+
+fn at(path: &str) -> String {
+    if path.is_empty() { String::new() } else { format!("at {path}: ") }
+}
+
+impl ManifestError {
+    pub(crate) fn new(origin: &str, path: impl Into<String>, rule: impl Into<String>) -> Self {
+        Self { origin: origin.to_owned(), path: path.into(), rule: rule.into() }
+    }
+
+    /// Which document: a file's name.
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Where in it, `devices[0].regions[1].size`; empty for the whole.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// What is wrong there.
+    pub fn rule(&self) -> &str {
+        &self.rule
+    }
+}
+
+/// What a document holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Manifest {
+    /// A device.
+    Device(Box<DeviceManifest>),
+    /// A machine.
+    Machine(Box<MachineManifest>),
+    /// A host.
+    Host(Box<HostManifest>),
+}
+
+/// A manifest in a document, with what this version does not know of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The document as it came, to keep what is not known of it.
+    came: Value,
+}
+
+impl Document {
+    /// Longest document, in bytes.
+    pub const MAX_BYTES: usize = 8 << 20;
+
+    /// Reads a document that may come from anybody. `origin`, a file's name for example, goes into errors.
+    ///
+    /// # Errors
+    /// Where in the document what rule is broken.
+    pub fn parse(bytes: &[u8], origin: &str) -> Result<Self, ManifestError> {
+        at_most_bytes(origin, bytes.len(), Self::MAX_BYTES)?;
+        Self::from_tree(tree(bytes, origin)?, origin)
+    }
+
+    pub(crate) fn from_tree(came: Value, origin: &str) -> Result<Self, ManifestError> {
+        let Value::Object(mut fields) = came.clone() else {
+            return Err(ManifestError::new(origin, "", "a manifest is an object"));
+        };
+        let mut text = |name: &str| match fields.remove(name) {
+            Some(Value::String(text)) => Ok(text),
+            Some(_) => Err(ManifestError::new(origin, name, "this must be text")),
+            None => {
+                let rule = format!(
+                    "{name:?} is missing: a manifest begins with {{\"schema\": {SCHEMA:?}, \"kind\": \"device\" or \"machine\" or \"host\"}}"
+                );
+                Err(ManifestError::new(origin, "", rule))
+            }
+        };
+        let schema = text("schema")?;
+        if schema != SCHEMA {
+            let shown = crate::text::quote(&schema);
+            let rule = if schema.starts_with(FAMILY) {
+                format!("{shown} is another version of the schema; this program reads {SCHEMA:?}")
+            } else {
+                format!("{shown} is no schema of a manifest (want {SCHEMA:?})")
+            };
+            return Err(ManifestError::new(origin, "schema", rule));
+        }
+        let kind = text("kind")?;
+        let fields = Value::Object(fields);
+        let manifest = match kind.as_str() {
+            "device" => Manifest::Device(Box::new(typed(fields, origin)?)),
+            "machine" => Manifest::Machine(Box::new(typed(fields, origin)?)),
+            "host" => Manifest::Host(Box::new(typed(fields, origin)?)),
+            other => {
+                let other = crate::text::quote(other);
+                let rule = format!("there is no manifest of kind {other} (want device, machine or host)");
+                return Err(ManifestError::new(origin, "kind", rule));
+            }
+        };
+        manifest.check(origin)?;
+        Ok(Self { manifest, came })
+    }
+
+    /// The paths of what this version does not know of it, each the topmost. It is kept, and has no effect.
+    pub fn unknown(&self) -> Vec<String> {
+        let mut known = self.manifest.clone();
+        known.forget_unknown();
+        let mut found = Vec::new();
+        beyond(&self.came, &known.tree(), "", &mut found);
+        found
+    }
+
+    /// The document as JSON for people: indented, the same text for the same manifest, what was unknown included.
+    pub fn to_json(&self) -> String {
+        format!("{:#}\n", self.tree())
+    }
+
+    pub(crate) fn tree(&self) -> Value {
+        let mut tree = self.manifest.tree();
+        tree::merge(&self.came, &mut tree);
+        tree
+    }
+}
+
+impl From<Manifest> for Document {
+    fn from(manifest: Manifest) -> Self {
+        Self { manifest, came: Value::Null }
+    }
+}
+
+impl From<DeviceManifest> for Document {
+    fn from(device: DeviceManifest) -> Self {
+        Manifest::Device(Box::new(device)).into()
+    }
+}
+
+impl From<MachineManifest> for Document {
+    fn from(machine: MachineManifest) -> Self {
+        Manifest::Machine(Box::new(machine)).into()
+    }
+}
+
+impl From<HostManifest> for Document {
+    fn from(host: HostManifest) -> Self {
+        Manifest::Host(Box::new(host)).into()
+    }
+}
+
+impl Manifest {
+    /// The value of a document's `kind`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Device(_) => "device",
+            Self::Machine(_) => "machine",
+            Self::Host(_) => "host",
+        }
+    }
+
+    fn check(&self, origin: &str) -> Result<(), ManifestError> {
+        match self {
+            Self::Device(device) => limits::device(device, ""),
+            Self::Machine(machine) => limits::machine(machine),
+            Self::Host(host) => limits::host(host),
+        }
+        .map_err(|breach| breach.of(origin))
+    }
+
+    fn tree(&self) -> Value {
+        let (schema, kind) = (SCHEMA.to_owned(), self.kind().to_owned());
+        let mut fields = Map::from_iter([("schema".into(), schema.into()), ("kind".into(), kind.into())]);
+        let manifest = match self {
+            Self::Device(device) => crate::rules::json(device),
+            Self::Machine(machine) => crate::rules::json(machine),
+            Self::Host(host) => crate::rules::json(host),
+        };
+        if let Value::Object(more) = manifest {
+            fields.extend(more);
+        }
+        Value::Object(fields)
+    }
+
+    fn forget_unknown(&mut self) {
+        let machine = |machine: &mut MachineManifest| {
+            machine.extra.clear();
+            machine.devices.iter_mut().for_each(|device| device.extra.clear());
+        };
+        match self {
+            Self::Device(device) => device.extra.clear(),
+            Self::Machine(it) => machine(it),
+            Self::Host(host) => {
+                host.extra.clear();
+                host.limits.extra.clear();
+                host.devices.iter_mut().for_each(|device| device.extra.clear());
+                host.accepts.iter_mut().flatten().for_each(|accept| accept.extra.clear());
+                for offer in &mut host.offers {
+                    offer.extra.clear();
+                    offer.device.extra.clear();
+                }
+            }
+        }
+    }
 }
 
 impl MachineManifest {
-    /// Longest document, in bytes.
+    /// Longest manifest on the wire, in bytes.
     pub const MAX_BYTES: usize = 1 << 20;
     /// Most devices.
     pub const MAX_DEVICES: usize = 64;
-    /// Most of anything else that is counted: sections, CPU features, RAM regions; regions, IRQs and parameters of one device.
-    pub const MAX_ITEMS: usize = 4096;
 
-    /// The manifest as JSON: UTF-8, compact, the same bytes for the same manifest.
+    /// The manifest as JSON, without the document's two fields: UTF-8, compact, the same bytes for the same manifest.
     ///
     /// # Errors
     /// [`from_json`](Self::from_json) would not take it back.
     pub fn to_json(&self) -> Result<Vec<u8>, ManifestError> {
-        self.check()?;
-        let json = serde_json::to_vec(self).map_err(ManifestError::Malformed)?;
-        if json.len() > Self::MAX_BYTES {
-            return Err(ManifestError::TooLong(json.len()));
-        }
+        let origin = "the machine's manifest";
+        limits::machine(self).map_err(|breach| breach.of(origin))?;
+        let json = compact(self, origin)?;
+        at_most_bytes(origin, json.len(), Self::MAX_BYTES)?;
         Ok(json)
     }
 
     /// Reads a manifest. `json` may come from anybody.
     pub fn from_json(json: &[u8]) -> Result<Self, ManifestError> {
-        if json.len() > Self::MAX_BYTES {
-            return Err(ManifestError::TooLong(json.len()));
-        }
-        let manifest: Self = serde_json::from_slice(json).map_err(ManifestError::Malformed)?;
-        manifest.check()?;
+        let origin = "the peer's manifest";
+        at_most_bytes(origin, json.len(), Self::MAX_BYTES)?;
+        let manifest: Self = typed(tree(json, origin)?, origin)?;
+        limits::machine(&manifest).map_err(|breach| breach.of(origin))?;
         Ok(manifest)
-    }
-
-    fn check(&self) -> Result<(), ManifestError> {
-        at_most("devices", self.devices.len(), Self::MAX_DEVICES)?;
-        at_most("RAM regions", self.ram.len(), Self::MAX_ITEMS)?;
-        at_most("CPU features", self.cpu.len(), Self::MAX_ITEMS)?;
-        at_most("sections", self.sections.len(), Self::MAX_ITEMS)?;
-        let mut ids = BTreeSet::new();
-        for device in &self.devices {
-            at_most("regions of a device", device.regions.len(), Self::MAX_ITEMS)?;
-            at_most("IRQ indices of a device", device.irqs.len(), Self::MAX_ITEMS)?;
-            at_most("parameters of a device", device.parameters.len(), Self::MAX_ITEMS)?;
-            if !ids.insert(&device.id) {
-                return Err(ManifestError::Twice(format!("device {}", device.id)));
-            }
-            let mut indices = BTreeSet::new();
-            if let Some(region) = device.regions.iter().find(|region| !indices.insert(region.index)) {
-                return Err(ManifestError::Twice(format!("region {} of device {}", region.index, device.id)));
-            }
-        }
-        Ok(())
     }
 }
 
-fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), ManifestError> {
-    if count > max { Err(ManifestError::TooMany { what, count, max }) } else { Ok(()) }
+pub(crate) fn compact(value: &impl Serialize, origin: &str) -> Result<Vec<u8>, ManifestError> {
+    serde_json::to_vec(value).map_err(|error| ManifestError::new(origin, "", error.to_string()))
+}
+
+pub(crate) fn at_most_bytes(origin: &str, len: usize, max: usize) -> Result<(), ManifestError> {
+    if len > max {
+        return Err(ManifestError::new(origin, "", format!("{len} bytes (at most {max} are taken)")));
+    }
+    Ok(())
+}
+
+/// A stranger's JSON as a tree.
+pub(crate) fn tree(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> {
+    tree::parse(bytes, origin)
+}
+
+/// A tree as what it should be.
+pub(crate) fn typed<T: DeserializeOwned>(tree: Value, origin: &str) -> Result<T, ManifestError> {
+    serde_path_to_error::deserialize(tree).map_err(|error| from_path(error, origin))
+}
+
+/// A TOML document as what it should be.
+pub(crate) fn toml<T: DeserializeOwned>(bytes: &[u8], origin: &str) -> Result<T, ManifestError> {
+    let wrong = |rule: String| ManifestError::new(origin, "", rule);
+    let text = std::str::from_utf8(bytes).map_err(|error| wrong(error.to_string()))?;
+    let document = toml::de::Deserializer::parse(text).map_err(|error| wrong(error.to_string()))?;
+    serde_path_to_error::deserialize(document).map_err(|error| from_path(error, origin))
+}
+
+fn from_path<E: std::fmt::Display>(error: serde_path_to_error::Error<E>, origin: &str) -> ManifestError {
+    let path = error.path().to_string();
+    let path = if path == "." { String::new() } else { path };
+    ManifestError::new(origin, path, error.inner().to_string())
 }

@@ -1,15 +1,53 @@
-//! Device and machine manifests, and the rules that compare them.
+//! Manifests of devices, machines and hosts, and the rules that compare them.
 //!
-//! A manifest says what a scheduler can compare without contact. The rules here are pure and know nothing of how
-//! a manifest travels.
+//! A manifest says what a scheduler can compare without contact. The rules here are pure and total: no I/O, no clock,
+//! and an answer to any two manifests. How a manifest travels is not known here.
+//!
+//! - [`DeviceManifest`], [`MachineManifest`], [`HostManifest`]: what each says of itself; [`Document`] is one as a file.
+//! - [`check_devices`], [`check_machines`], [`check_placement`]: a [`Report`], that is a verdict and every reason.
+//! - [`matrix()`]: which device of which host can go to which host; [`baseline()`]: what a whole pool loads.
+//! - [`Policy`]: what a site allows and asks for. [`explain`]: what a reason's code means.
 #![forbid(unsafe_code)]
 
+mod baseline;
+mod check;
+mod codes;
+mod device;
+mod digest;
 mod document;
-mod manifest;
+mod findings;
+mod host;
+pub mod labels;
+mod limits;
+pub mod list;
+mod machine;
+mod mask;
+mod matrix;
+mod pairs;
+mod parameter;
+mod placement;
+mod policy;
+mod report;
+mod rules;
+mod scalar;
+mod site;
 mod text;
-mod verdict;
+mod tree;
 mod version;
 
-pub use document::ManifestError;
-pub use manifest::{DeviceManifest, MachineManifest, PciIdentity, RamRegion, RegionManifest};
-pub use verdict::{Reason, Verdict, WhoCanFix, compare};
+pub use baseline::{Baseline, BaselineError, baseline};
+pub use check::{check_devices, check_machines};
+pub use codes::{Explanation, codes, explain};
+pub use device::{Capability, DeviceManifest, DirtyTracking, Driver, Extra, PciIdentity, RegionManifest};
+pub use document::{Document, Manifest, ManifestError, SCHEMA};
+pub use host::{Accept, HostManifest, Limits, Offer};
+pub use machine::{MachineManifest, RamRegion};
+pub use mask::{MaskRule, MaskRuleError};
+pub use matrix::{Cell, Matrix, MatrixDevice, MatrixHost, matrix};
+pub use parameter::{Allowed, IntRange, Parameter};
+pub use placement::{check_device_placement, check_placement};
+pub use policy::{Allow, DeviceMap, MaskPolicy, Policy};
+pub use report::{Reason, Report, Severity, Verdict, WhoCanFix, worse};
+pub use scalar::Scalar;
+pub use site::SiteFacts;
+pub use version::{ModelVersion, VersionError, VersionRanges};

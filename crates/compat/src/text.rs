@@ -1,5 +1,7 @@
 //! Putting a stranger's words into a sentence.
 
+use serde_json::Value;
+
 /// Longest piece of foreign text in a sentence, in characters.
 const SHOWN: usize = 80;
 /// Most items of a list in a sentence.
@@ -14,15 +16,45 @@ pub(crate) fn quote(text: &str) -> String {
     format!("{shown:?}")
 }
 
-/// `text` as [`quote`] shows it, or the word for an absent one.
-pub(crate) fn quote_or(text: Option<&str>, absent: &str) -> String {
-    text.map_or_else(|| absent.to_owned(), quote)
-}
-
 /// The items with commas; when there are many, the first of them and how many more.
 pub(crate) fn list(items: &[String]) -> String {
     let shown = items.len().min(LISTED);
     let more = items.len() - shown;
     let text = items[..shown].join(", ");
     if more == 0 { text } else { format!("{text} and {more} more") }
+}
+
+/// A value of a manifest in a sentence.
+pub(crate) fn show(value: &Value) -> String {
+    match value {
+        Value::Null => "unknown".to_owned(),
+        Value::String(text) => quote(text),
+        Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::Array(items) if items.is_empty() => "none".to_owned(),
+        Value::Array(items) => list(&items.iter().map(show).collect::<Vec<_>>()),
+        Value::Object(fields) => {
+            let fields = fields.iter().map(|(name, value)| format!("{} {}", bare(name), show(value)));
+            list(&fields.collect::<Vec<_>>())
+        }
+    }
+}
+
+/// A name without quotes where it is harmless.
+fn bare(name: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "._-+".contains(letter);
+    if name.len() <= SHOWN && name.chars().all(plain) { name.to_owned() } else { quote(name) }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn long_and_foreign_words_are_cut_and_quoted() {
+        assert_eq!(quote("a\u{1b}b"), "\"a\\u{1b}b\"");
+        assert!(quote(&"x".repeat(500)).chars().count() < 90);
+        let many: Vec<String> = (0..10).map(|n| n.to_string()).collect();
+        assert_eq!(list(&many), "0, 1, 2, 3, 4, 5, 6, 7 and 2 more");
+        assert_eq!(show(&serde_json::json!({"size": 4096, "a\nb": null})), "\"a\\nb\" unknown, size 4096");
+    }
 }

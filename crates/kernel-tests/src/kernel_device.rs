@@ -185,10 +185,10 @@ pub(crate) fn describes_itself() -> Outcome {
     let manifest = device.manifest()?;
     same("back end", manifest.backend.as_str(), "kernel")?;
     same("model", manifest.model.as_deref(), None)?;
-    same("driver", manifest.parameters.get("driver").map(String::as_str), Some("mtty"))?;
+    same("driver", manifest.driver_name(), Some("mtty"))?;
     let pci = manifest.pci.ok_or("it has a PCI identity")?;
     same("ids", (pci.vendor, pci.device), (0x4348, 0x3253))?;
-    holds(manifest.flags.p2p && manifest.flags.pre_copy, "P2P and PRE_COPY")?;
+    holds(manifest.flags.is_some_and(|flags| flags.p2p && flags.pre_copy), "P2P and PRE_COPY")?;
     same("estimated size", device.stop_copy_size()?, Some(60))?;
     holds(!device.reports_reinit(), "no pre-copy info v2 on this kernel")?;
     let capabilities = device.capabilities().map_err(|none| none.0)?;

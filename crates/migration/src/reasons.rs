@@ -104,7 +104,9 @@ pub(crate) fn sentences(reasons: &[Reason]) -> String {
     let against = reasons.iter().filter(|reason| reason.severity >= Severity::SnapshotOnly);
     let texts: Vec<String> = against
         .map(|reason| match &reason.device {
-            Some(device) if !reason.text.contains(device.as_str()) => format!("device {device}: {}", reason.text),
+            Some(device) if !reason.text.contains(device.as_str()) => {
+                format!("device {device}: {}", reason.text)
+            }
             _ => reason.text.clone(),
         })
         .collect();
@@ -137,7 +139,8 @@ mod test {
             fix: WhoCanFix::HostDriver,
             text: "BAR 0 differs".into(),
         };
-        let warning = Reason { device: None, severity: Severity::Warning, source: json!("a"), ..reason.clone() };
+        let warning =
+            Reason { device: None, severity: Severity::Warning, source: json!("a"), ..reason.clone() };
         let reasons = [reason, warning];
         assert_eq!(from_wire(to_wire(&reasons)), reasons);
     }

@@ -124,7 +124,8 @@ impl Rehearsal {
             found.push(Reason { device, field, ..Reason::new("rehearsal-obstacle", text) });
         }
         for device in &self.not_rehearsed {
-            let text = "its state can only be read while the guest stands, and was not tried: --pause tries it";
+            let text =
+                "its state can only be read while the guest stands, and was not tried: --pause tries it";
             let device = Some(device.to_string());
             found.push(Reason { device, field: "flags".into(), ..Reason::new("rehearsal-not-tried", text) });
         }

@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use toy::*;
 use vfio_migration::{
-    DestinationOptions, IncomingError, Machine, MigrateError, Sabotage, SabotageKind, Source,
-    SourceOptions,
+    DestinationOptions, IncomingError, Machine, MigrateError, Sabotage, SabotageKind, Source, SourceOptions,
 };
 use vfio_migration_compat::Reason;
 use vfio_migration_types::{Epoch, MigrationFlags, PAGE_SIZE, Phase, RamOffset};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use toy::{Plan, Toy, ToyKind, resources, wait_for};
 use vfio_migration::{
-    Basis, Control, Destination, DestinationOptions, IncomingError, Machine, MigrateError, Rehearsal, Rehearse,
+    Basis, Destination, DestinationOptions, IncomingError, Machine, MigrateError, Rehearsal, Rehearse,
     Source, SourceOptions, probe,
 };
 use vfio_migration_compat::{Allow, DeviceMap, Policy, Severity, Verdict};
@@ -34,7 +34,6 @@ fn rehearse(
     how: Rehearse,
     options: SourceOptions,
     incoming: DestinationOptions,
-    steer: impl FnOnce(Control),
 ) -> Rehearsed {
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
     let to = destination.local().clone();
@@ -42,9 +41,7 @@ fn rehearse(
     let built: Arc<dyn Machine> = machine.clone();
     std::thread::scope(|scope| {
         let arriving = scope.spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
-        let session = Source::new(source.clone(), options);
-        steer(session.control());
-        let source = session.rehearse_to(&to, how, |_| {});
+        let source = Source::new(source.clone(), options).rehearse_to(&to, how, |_| {});
         Rehearsed { source, destination: arriving.join().unwrap(), machine }
     })
 }
@@ -62,11 +59,11 @@ fn no_trace(source: &Toy, destination: &Toy) {
 fn a_rehearsal_leaves_no_trace() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
-    rehearse(&source, &plan, Rehearse::Precopy, slow(), DestinationOptions::default(), |_| {}).source.unwrap();
+    rehearse(&source, &plan, Rehearse::Precopy, slow(), DestinationOptions::default()).source.unwrap();
     let before = resources();
     for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Standstill] {
         let touched = source.journal.lock().unwrap().len();
-        let both = rehearse(&source, &plan, how, slow(), DestinationOptions::default(), |_| {});
+        let both = rehearse(&source, &plan, how, slow(), DestinationOptions::default());
         let found = both.source.unwrap();
         assert!(matches!(both.destination, IncomingError::Rehearsed(None)), "{:?}", both.destination);
         assert_eq!((found.obstacle.clone(), found.left_undone.clone()), (None, None), "{found:?}");
@@ -82,18 +79,18 @@ fn a_rehearsal_leaves_no_trace() {
 fn what_is_measured_is_told_from_what_is_not() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
-    let ask = rehearse(&source, &plan, Rehearse::Ask, slow(), DestinationOptions::default(), |_| {});
+    let ask = rehearse(&source, &plan, Rehearse::Ask, slow(), DestinationOptions::default());
     let asked = ask.source.unwrap();
     assert_eq!((asked.predicted_downtime, asked.parts.len(), asked.bytes.ram), (None, 0, 0));
 
-    let pre = rehearse(&source, &plan, Rehearse::Precopy, slow(), DestinationOptions::default(), |_| {});
+    let pre = rehearse(&source, &plan, Rehearse::Precopy, slow(), DestinationOptions::default());
     let found = pre.source.unwrap();
     let basis = |name: &str| found.parts.iter().find(|part| part.name == name).map(|part| part.basis);
     assert_eq!(basis("ram"), Some(Basis::Measured));
     assert_eq!((basis("quiesce"), basis("start")), (Some(Basis::Unknown), Some(Basis::Unknown)));
     assert!(found.rates.wire.is_some() && found.bytes.ram > 0, "{found:?}");
 
-    let stood = rehearse(&source, &plan, Rehearse::Standstill, slow(), DestinationOptions::default(), |_| {});
+    let stood = rehearse(&source, &plan, Rehearse::Standstill, slow(), DestinationOptions::default());
     let found = stood.source.unwrap();
     let names: Vec<&str> = found.parts.iter().map(|part| part.name.as_str()).collect();
     assert_eq!(names, ["quiesce", "final", "load", "round-trips", "start"]);
@@ -110,7 +107,7 @@ fn a_rehearsal_is_in_no_journal() {
     let (mut options, mut incoming) = (slow(), DestinationOptions::default());
     options.state_dir = Some(here.clone());
     incoming.state_dir = Some(there.clone());
-    rehearse(&source, &plan, Rehearse::Standstill, options, incoming, |_| {}).source.unwrap();
+    rehearse(&source, &plan, Rehearse::Standstill, options, incoming).source.unwrap();
     assert!(!here.exists() && !there.exists(), "a rehearsal wrote into a state directory");
 }
 
@@ -118,23 +115,31 @@ fn a_rehearsal_is_in_no_journal() {
 fn a_rehearsal_can_be_cancelled() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
-    let both = rehearse(
-        &source,
-        &plan,
-        Rehearse::Precopy,
-        slow(),
-        DestinationOptions::default(),
-        |control| drop(control.cancel()),
-    );
-    let error = both.source.unwrap_err();
-    assert!(error.to_string().contains("cancel"), "{error}");
-    no_trace(&source, &both.machine);
+    let mut destination =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+    let to = destination.local().clone();
+    let machine = Toy::new(&plan);
+    let built: Arc<dyn Machine> = machine.clone();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
+        let session = Source::new(source.clone(), slow());
+        let control = session.control();
+        let result = session.rehearse_to(&to, Rehearse::Precopy, |progress| {
+            if progress.iteration > 0 {
+                control.cancel();
+            }
+        });
+        let Err(MigrateError::Aborted(aborted)) = result else { panic!("{result:?}") };
+        assert!(aborted.cancelled && aborted.restored, "{aborted}");
+        assert!(matches!(arriving.join().unwrap(), IncomingError::Aborted(_)));
+    });
+    no_trace(&source, &machine);
 }
 
 #[test]
 fn a_policy_of_either_side_is_heard_by_both() {
     let plan = Plan::default();
-    let strict = Policy { require_declared_model: true, ..Policy::default() };
+    let strict = Policy { max_state_size: Some(1000), ..Policy::default() };
     for here in [true, false] {
         let source = Toy::booted(&plan);
         let (mut options, mut incoming) = (slow(), DestinationOptions::default());
@@ -143,10 +148,10 @@ fn a_policy_of_either_side_is_heard_by_both() {
         } else {
             incoming.policy = strict.clone();
         }
-        let both = rehearse(&source, &plan, Rehearse::Precopy, options, incoming, |_| {});
+        let both = rehearse(&source, &plan, Rehearse::Precopy, options, incoming);
         let Err(MigrateError::Refused(ours)) = &both.source else { panic!("{:?}", both.source) };
         let IncomingError::Refused(theirs) = &both.destination else { panic!("{:?}", both.destination) };
-        assert!(ours.iter().any(|reason| reason.code == "policy-model-required"), "{ours:?}");
+        assert!(ours.iter().any(|reason| reason.code == "policy-state-size"), "{ours:?}");
         assert_eq!(ours, theirs, "both users hear the same");
         assert_eq!(source.journal.lock().unwrap().len(), 0, "the guest was touched");
         source.prove_running();
@@ -159,7 +164,7 @@ fn what_a_policy_allows_is_a_warning() {
     let other = Plan { devices: vec![ToyKind { vectors: 9, ..ToyKind::default() }], ..Plan::default() };
     let source = Toy::booted(&plan);
     let refused =
-        rehearse(&source, &other, Rehearse::Ask, slow(), DestinationOptions::default(), |_| {}).source.unwrap_err();
+        rehearse(&source, &other, Rehearse::Ask, slow(), DestinationOptions::default()).source.unwrap_err();
     let report = refused.report().expect("it is a refusal");
     assert_eq!((report.verdict, report.reasons[0].code.as_str()), (Verdict::No, "device-irqs"), "{report:?}");
 
@@ -168,26 +173,31 @@ fn what_a_policy_allows_is_a_warning() {
     let (mut options, mut incoming) = (slow(), DestinationOptions::default());
     options.policy = policy.clone();
     incoming.policy = policy;
-    let found = rehearse(&source, &other, Rehearse::Ask, options, incoming, |_| {}).source.unwrap();
+    let found = rehearse(&source, &other, Rehearse::Ask, options, incoming).source.unwrap();
     assert_eq!(found.report.verdict, Verdict::LiveWithWarning);
     assert_eq!(found.report.reasons[0].severity, Severity::Warning);
 }
 
 #[test]
 fn devices_may_have_other_names() {
-    let named = |name: &str| Plan { devices: vec![ToyKind { name: Some(name.into()), ..ToyKind::default() }], ..Plan::default() };
+    let named = |name: &str| Plan {
+        devices: vec![ToyKind { name: Some(name.into()), ..ToyKind::default() }],
+        ..Plan::default()
+    };
     let source = Toy::booted(&named("net0"));
     let id = |name: &str| DeviceId::new(name).unwrap();
     let mut options = slow();
     options.device_map = DeviceMap::from_iter([(id("net0"), id("nic7"))]);
     options.verify = true;
-    let both = toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let both =
+        toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", options, DestinationOptions::default());
     let (completed, _, destination) = both.unwrap();
     assert_eq!(completed.report.map.get("net0").map(String::as_str), Some("nic7"));
     toy::prove_moved(&source, &destination);
 
     let source = Toy::booted(&named("net0"));
-    let both = toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", slow(), DestinationOptions::default());
+    let both =
+        toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", slow(), DestinationOptions::default());
     let Err(MigrateError::Refused(reasons)) = &both.source else { panic!("{:?}", both.source) };
     assert!(reasons.iter().any(|reason| reason.code == "device-missing"), "{reasons:?}");
 }
@@ -196,7 +206,9 @@ fn devices_may_have_other_names() {
 fn a_manifest_alone_can_ask() {
     let plan = Plan::default();
     let paper = Toy::new(&plan);
-    for (other, verdict) in [(plan.clone(), Verdict::Live), (Plan { pages: 1024, ..plan.clone() }, Verdict::No)] {
+    for (other, verdict) in
+        [(plan.clone(), Verdict::Live), (Plan { pages: 1024, ..plan.clone() }, Verdict::No)]
+    {
         let incoming = DestinationOptions::default();
         let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
         let to = destination.local().clone();
@@ -235,6 +247,9 @@ fn a_machine_that_changes_under_way_stays() {
         assert!(error.to_string().contains("is not what was offered any more"), "{error}");
         assert!(matches!(arriving.join().unwrap(), IncomingError::Aborted(_)));
     });
-    assert!(!source.journal.lock().unwrap().iter().any(|step| step == "pause"), "it cost the guest something");
+    assert!(
+        !source.journal.lock().unwrap().iter().any(|step| step == "pause"),
+        "it cost the guest something"
+    );
     source.prove_running();
 }

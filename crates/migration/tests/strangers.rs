@@ -13,7 +13,7 @@ use vfio_migration::{
 };
 use vfio_migration_types::{AttemptId, Epoch};
 use vfio_migration_wire::{
-    Bulk, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN, Hello, Message, PREAMBLE,
+    Bulk, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN, Hello, Message, Offer, PREAMBLE,
     VERSIONS, encode, encode_bulk,
 };
 
@@ -111,12 +111,16 @@ impl Peer {
             epoch: Epoch(0),
         }));
         assert!(matches!(self.hear(), Message::HelloReply(_)));
-        let manifest = serde_json::to_vec(&machine.manifest().unwrap()).unwrap();
-        self.say(&Message::Offer { manifest });
-        assert_eq!(self.hear(), Message::Accept);
-        self.say(&Message::Begin);
+        let manifest = machine.manifest().unwrap().to_json().unwrap();
+        self.say(&Message::Offer(Offer { names: vec![], manifest }));
+        let Message::Accept(accept) = self.hear() else { panic!("it did not accept") };
+        self.say(&Message::Begin { lease: accept.lease.id });
         assert_eq!(self.hear(), Message::Begun);
     }
+}
+
+fn last(machine: &Toy) -> Final {
+    Final { guest_ran: true, identity: machine.manifest().unwrap().identity_digest() }
 }
 
 /// A destination that takes in what `speak` sends.
@@ -208,7 +212,7 @@ fn bulk_behind_final_end_is_refused() {
         peer.begin(machine, 0);
         peer.say(&Message::EndIteration { iteration: 1 });
         assert!(matches!(peer.hear(), Message::Applied(_)));
-        peer.say(&Message::Final(Final { guest_ran: true }));
+        peer.say(&Message::Final(last(machine)));
         peer.bulk(&Bulk::Section { name: "toy.vcpu", version: 1, bytes: &[0; 8] }, &[]);
         peer.say(&Message::LocksFree);
         peer.say(&Message::FinalEnd(FinalEnd {
@@ -243,7 +247,7 @@ fn pages_without_the_checksum_that_is_due_are_refused() {
                 peer.bulk(&bare, &page);
                 peer.say(&Message::EndIteration { iteration: 1 });
                 assert!(matches!(peer.hear(), Message::Applied(_)));
-                peer.say(&Message::Final(Final { guest_ran: true }));
+                peer.say(&Message::Final(last(machine)));
             }
             peer.bulk(&bare, &page);
             let text = peer.hear_abort();

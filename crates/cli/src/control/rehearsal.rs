@@ -93,7 +93,11 @@ impl RehearsalInfo {
             parts: found
                 .parts
                 .into_iter()
-                .map(|part| PartInfo { name: part.name, ms: part.took.as_secs_f64() * 1e3, basis: part.basis })
+                .map(|part| PartInfo {
+                    name: part.name,
+                    ms: part.took.as_secs_f64() * 1e3,
+                    basis: part.basis,
+                })
                 .collect(),
             ..Self::refused(report)
         }

@@ -3,13 +3,18 @@
 use std::io::Write;
 use std::path::Path;
 
-use vfio_migration_compat::{Document, Facts, HostManifest, Manifest, labels};
-use vfio_migration_device::host::{Roots, scan, version};
+use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels, list};
+use vfio_migration_device::host::{Roots, read_text, scan, version};
+
+use vfio_migration_vmm::kvm::offered_features;
 
 use super::subject::{self, Subject, device_id};
 use crate::compat_args::{Describe, Format};
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, chain};
 use crate::output::print;
+
+/// Longest file of procfs that is read here, in bytes.
+const PROC_MAX: u64 = 64 << 10;
 
 pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
     let roots = options.root.roots();
@@ -17,17 +22,20 @@ pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
         Some(text) => match subject::subject(text, options.name.as_deref(), &roots)? {
             Subject::Known(document, _) => document,
             Subject::Receiver(uri) => {
-                let text = format!("{uri} is the address of a receiver: `check` asks it; its `vm:SOCKET` can be described");
+                let text = format!(
+                    "{uri} is the address of a receiver: `check` asks it; its `vm:SOCKET` can be described"
+                );
                 return Err(Failure::new(Exit::Usage, text));
             }
         },
         None => host(options.name.as_deref(), &roots)?.into(),
     };
     if let Some(path) = &options.site {
-        let bytes = subject::read_capped(path, Facts::MAX_BYTES)?;
+        let bytes = subject::read_capped(path, SiteFacts::MAX_BYTES)?;
         let shown = path.display().to_string();
-        let facts = Facts::parse(&bytes, &shown).map_err(|error| Failure::caused("no site file", &error))?;
-        document = facts.fill(document).map_err(|error| Failure::caused(&shown, &error))?;
+        let facts =
+            SiteFacts::parse(&bytes, &shown).map_err(|error| Failure::caused("no site file", &error))?;
+        document = facts.fill(&document).map_err(|error| Failure::caused(&shown, &error))?;
     }
     let text = render(&document, options.format)?;
     match &options.output {
@@ -47,8 +55,10 @@ fn render(document: &Document, format: Format) -> Result<String, Failure> {
     };
     match (format, &document.manifest) {
         (Format::Manifest, _) => Ok(document.to_json()),
-        (Format::List, _) => labels::list(document).map_err(|error| Failure::caused("no list", &error)),
-        (Format::NodeLabels, Manifest::Host(host)) => json(serde_json::to_string_pretty(&labels::node_labels(host))),
+        (Format::List, _) => Ok(list::render(document)),
+        (Format::NodeLabels, Manifest::Host(host)) => {
+            json(serde_json::to_string_pretty(&labels::node_labels(host)))
+        }
         (Format::NodeLabels, _) => Err(needs("a host")),
         (Format::ResourceAttributes, manifest) => {
             let devices = match manifest {
@@ -74,19 +84,20 @@ fn host(name: Option<&str>, roots: &Roots) -> Result<HostManifest, Failure> {
         .map(|device| Ok(device.manifest(&device_id(&device.name)?, roots)))
         .collect::<Result<Vec<_>, Failure>>()?;
     let own_name = || {
-        let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        if name.is_empty() { "host".into() } else { name }
+        let name = read_text(&roots.proc.join("sys/kernel/hostname"), PROC_MAX).ok();
+        name.filter(|name| !name.is_empty()).unwrap_or_else(|| "host".into())
     };
-    let cpu = vfio_migration_vmm::kvm::offered_features().unwrap_or_else(|error| {
-        tracing::warn!("the CPU features that this host can give are not known: {}", crate::exit::chain(&error));
-        None
-    });
+    let cpu = offered_features()
+        .inspect_err(|error| {
+            tracing::warn!("the CPU features that this host can give are not known: {}", chain(error))
+        })
+        .ok();
     Ok(HostManifest {
         name: name.map_or_else(own_name, str::to_owned),
         cpu,
         vcpus: std::thread::available_parallelism().ok().and_then(|count| u32::try_from(count.get()).ok()),
         memory: memory(&roots.proc),
-        kernel: version(roots).map(|version| version.release().to_owned()),
+        kernel: version(roots).map(|version| version.release),
         devices,
         ..HostManifest::default()
     })
@@ -94,14 +105,15 @@ fn host(name: Option<&str>, roots: &Roots) -> Result<HostManifest, Failure> {
 
 /// Bytes of memory that could be given now (`MemAvailable` in `/proc/meminfo`, proc_meminfo(5)).
 fn memory(proc: &Path) -> Option<u64> {
-    let text = vfio_migration_device::host::read_text(&proc.join("meminfo")).ok()?;
+    let text = read_text(&proc.join("meminfo"), PROC_MAX).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Writes the file whole, or not at all.
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    let failed = |error: &(dyn std::error::Error + 'static)| Failure::caused(&path.display().to_string(), error);
+    let failed =
+        |error: &(dyn std::error::Error + 'static)| Failure::caused(&path.display().to_string(), error);
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(|error| failed(&error))?;
     file.write_all(text.as_bytes()).map_err(|error| failed(&error))?;

@@ -34,5 +34,7 @@ pub(crate) fn run(options: &Explain) -> Result<Exit, Failure> {
 fn text(entry: &Explanation) -> String {
     let Explanation { code, meaning, cause, remedy, .. } = entry;
     let (severity, fix) = (super::check::word(&entry.severity), super::check::word(&entry.fix));
-    format!("{code}: {meaning}\n  verdict: {severity}\n  usually: {cause}\n  remedy:  {remedy} (who: {fix})\n")
+    format!(
+        "{code}: {meaning}\n  verdict: {severity}\n  usually: {cause}\n  remedy:  {remedy} (who: {fix})\n"
+    )
 }

@@ -74,8 +74,13 @@ fn text(found: &RehearsalInfo) -> String {
             text.push_str(&format!("  {:24} {:9.1} ms  {}\n", part.name, part.ms, check::word(&part.basis)));
         }
     }
-    let rate = |rate: Option<u64>| rate.map_or("not measured".into(), |rate| format!("{}/s", show_size(rate)));
-    text.push_str(&format!("on the wire {}, loaded there {}\n", rate(found.rates.wire), rate(found.rates.load)));
+    let rate =
+        |rate: Option<u64>| rate.map_or("not measured".into(), |rate| format!("{}/s", show_size(rate)));
+    text.push_str(&format!(
+        "on the wire {}, loaded there {}\n",
+        rate(found.rates.wire),
+        rate(found.rates.load)
+    ));
     text.push_str(&format!("the guest dirties {}\n", rate(found.rates.ram_dirty)));
     for (device, dirty) in &found.rates.devices {
         text.push_str(&format!("device {device} dirties {}\n", rate(*dirty)));

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use vfio_migration::Uri;
-use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
+use vfio_migration_compat::{DeviceManifest, Document, Manifest, list};
 use vfio_migration_device::host::{Roots, scan};
 use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::{GuestRam, RamSpec};
@@ -67,7 +67,7 @@ pub(crate) fn read(path: &Path) -> Result<Document, Failure> {
     let begins = bytes.iter().copied().find(|byte| !byte.is_ascii_whitespace());
     let document = match begins {
         Some(b'{') => Document::parse(&bytes, &shown),
-        _ => labels::parse_list(&bytes, &shown),
+        _ => list::parse(&bytes, &shown),
     };
     document.map_err(|error| Failure::caused("no manifest", &error))
 }
@@ -100,7 +100,9 @@ fn of_vm(socket: &Path) -> Result<(Document, VmId), Failure> {
     let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())
         .map_err(|error| Failure::caused("no manifest", &error))?;
     let vm = status::ask(&mut client)?.vm.uuid;
-    let vm = vm.parse().map_err(|_| Failure::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
+    let vm = vm
+        .parse()
+        .map_err(|_| Failure::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
     Ok((document, vm))
 }
 
@@ -127,14 +129,16 @@ fn of_host(wanted: &str, name: Option<&str>, roots: &Roots) -> Result<DeviceMani
     let wanted = wanted.to_ascii_lowercase();
     let device = found.devices.iter().find(|device| device.name.to_ascii_lowercase() == wanted);
     let Some(device) = device else {
-        let text = format!("this host has no device {wanted}; `vfio-migrate devices --all` lists what it has");
+        let text =
+            format!("this host has no device {wanted}; `vfio-migrate devices --all` lists what it has");
         return Err(Failure::failed(text));
     };
     Ok(device.manifest(&device_id(name.unwrap_or(&device.name))?, roots))
 }
 
 pub(crate) fn device_id(name: &str) -> Result<DeviceId, Failure> {
-    DeviceId::new(name).map_err(|error| Failure::new(Exit::Usage, format!("'{name}' is no name of a device: {error}")))
+    DeviceId::new(name)
+        .map_err(|error| Failure::new(Exit::Usage, format!("'{name}' is no name of a device: {error}")))
 }
 
 /// What kind of thing a manifest is of, with an article.

@@ -11,6 +11,7 @@ mod aliases;
 mod files;
 mod judge;
 mod kernel;
+mod manifest;
 mod obstacle;
 mod pci;
 mod scan;

@@ -1,8 +1,6 @@
 //! What a kernel device says of itself.
 
-use std::collections::BTreeMap;
-
-use vfio_migration_compat::{DeviceManifest, PciIdentity, RegionManifest};
+use vfio_migration_compat::{DeviceManifest, Driver, PciIdentity, RegionManifest};
 use vfio_migration_types::MigrationFlags;
 
 use super::KernelDevice;
@@ -13,30 +11,23 @@ impl KernelDevice {
     /// What sysfs and its PCI function show. No kernel driver declares a model, so none is made up: equality is strict,
     /// the driver's name included, where sysfs is there to say it.
     pub(super) fn describe(&self, flags: MigrationFlags) -> Result<DeviceManifest, DeviceError> {
-        let mut parameters = BTreeMap::new();
-        if let Some(sys) = &self.inner.sys {
-            parameters.extend(sys.driver.clone().map(|driver| ("driver".to_owned(), driver)));
-            parameters.extend(sys.mdev_type.clone().map(|kind| ("mdev_type".to_owned(), kind)));
-        }
+        let sys = self.inner.sys.as_ref();
         let kinds = [IrqIndex::Intx, IrqIndex::Msi, IrqIndex::Msix];
         Ok(DeviceManifest {
-            id: self.inner.id.clone(),
-            model: None,
-            model_version: None,
             backend: "kernel".into(),
-            flags,
+            driver: sys.and_then(|sys| sys.driver.clone()).map(Driver::new),
+            mdev_type: sys.and_then(|sys| sys.mdev_type.clone()),
+            flags: Some(flags),
             pci: self.identity()?,
-            regions: self
-                .regions()
-                .iter()
-                .map(|region| RegionManifest { index: region.index.0, size: region.size })
-                .collect(),
-            irqs: kinds
-                .into_iter()
-                .map(|kind| (kind.number(), self.irq_count(kind)))
-                .filter(|(_, count)| *count > 0)
-                .collect(),
-            parameters,
+            regions: Some(self.regions().iter().map(region).collect()),
+            irqs: Some(
+                kinds
+                    .into_iter()
+                    .map(|kind| (kind.number(), self.irq_count(kind)))
+                    .filter(|(_, count)| *count > 0)
+                    .collect(),
+            ),
+            ..DeviceManifest::new(self.inner.id.clone())
         })
     }
 
@@ -56,4 +47,8 @@ impl KernelDevice {
             subsystem: word(0x2e),
         }))
     }
+}
+
+fn region(region: &crate::hardware::RegionInfo) -> RegionManifest {
+    RegionManifest { index: region.index.0, size: region.size, ..RegionManifest::default() }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use vfio_migration_compat::{DeviceManifest, PciIdentity, RegionManifest};
+use vfio_migration_compat::{DeviceManifest, Parameter, PciIdentity, RegionManifest};
 use vfio_migration_types::MigrationFlags;
 
 use super::{Inner, VfioUserDevice};
@@ -16,7 +16,7 @@ struct Declared {
     model: Option<String>,
     model_version: Option<String>,
     #[serde(default)]
-    parameters: BTreeMap<String, serde_json::Value>,
+    parameters: BTreeMap<String, Parameter>,
 }
 
 impl Inner {
@@ -34,29 +34,23 @@ impl VfioUserDevice {
     /// Puts together what the server declares and what its PCI function shows.
     pub(super) fn describe(&self, flags: MigrationFlags) -> Result<DeviceManifest, DeviceError> {
         let declared = self.inner.declared()?;
-        let as_text = |value: serde_json::Value| match value {
-            serde_json::Value::String(text) => text,
-            other => other.to_string(),
-        };
         let kinds = [IrqIndex::Intx, IrqIndex::Msi, IrqIndex::Msix];
         Ok(DeviceManifest {
-            id: self.inner.id.clone(),
             model: declared.model,
             model_version: declared.model_version,
             backend: "vfio-user".into(),
-            flags,
+            flags: Some(flags),
             pci: self.identity()?,
-            regions: self
-                .regions()
-                .iter()
-                .map(|region| RegionManifest { index: region.index.0, size: region.size })
-                .collect(),
-            irqs: kinds
-                .into_iter()
-                .map(|kind| (kind.number(), self.irq_count(kind)))
-                .filter(|(_, count)| *count > 0)
-                .collect(),
-            parameters: declared.parameters.into_iter().map(|(key, value)| (key, as_text(value))).collect(),
+            regions: Some(self.regions().iter().map(region).collect()),
+            irqs: Some(
+                kinds
+                    .into_iter()
+                    .map(|kind| (kind.number(), self.irq_count(kind)))
+                    .filter(|(_, count)| *count > 0)
+                    .collect(),
+            ),
+            parameters: declared.parameters,
+            ..DeviceManifest::new(self.inner.id.clone())
         })
     }
 
@@ -76,4 +70,8 @@ impl VfioUserDevice {
             subsystem: word(0x2e),
         }))
     }
+}
+
+fn region(region: &crate::hardware::RegionInfo) -> RegionManifest {
+    RegionManifest { index: region.index.0, size: region.size, ..RegionManifest::default() }
 }

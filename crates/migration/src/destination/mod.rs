@@ -28,9 +28,7 @@ use vfio_migration_types::Phase;
 
 use crate::connect::{self, ConnectError, Listener};
 use crate::fail;
-use crate::{
-    Arrived, DestinationOptions, IncomingControl, IncomingError, Machine, Offer, Uri,
-};
+use crate::{Arrived, DestinationOptions, IncomingControl, IncomingError, Machine, Offer, Uri};
 
 use doorstep::{Doorstep, Greeting};
 use query::Known;

@@ -68,7 +68,8 @@ impl Worker<'_, '_, '_> {
         }
         let mut devices = machine.devices();
         for device in &offered.devices {
-            let name = map.destination(&device.id).or_else(|| self.options.policy.map.destination(&device.id));
+            let name =
+                map.destination(&device.id).or_else(|| self.options.policy.map.destination(&device.id));
             let name = name.unwrap_or(&device.id);
             let Some(at) = devices.iter().position(|moved| moved.device.id() == name) else {
                 if own.devices.iter().any(|device| device.id == *name) {
@@ -80,7 +81,10 @@ impl Worker<'_, '_, '_> {
             let moved = devices.swap_remove(at);
             if let Err(why) = moved.device.capabilities() {
                 let text = format!("device {name} cannot migrate: {}", why.0);
-                against(Reason { device: Some(device.id.to_string()), ..Reason::new("device-not-migratable", text) });
+                against(Reason {
+                    device: Some(device.id.to_string()),
+                    ..Reason::new("device-not-migratable", text)
+                });
             }
             let name = device.id.clone();
             self.devices.push(Incoming { name, moved, session: None, pci_state: None, touched: false });
@@ -172,7 +176,9 @@ impl Worker<'_, '_, '_> {
 
 /// The map that came with an offer.
 fn map(names: Vec<(String, String)>) -> Result<DeviceMap, String> {
-    let id = |name: String| DeviceId::new(name).map_err(|error| format!("in the map of devices: {}", sentence(&error)));
+    let id = |name: String| {
+        DeviceId::new(name).map_err(|error| format!("in the map of devices: {}", sentence(&error)))
+    };
     names.into_iter().map(|(from, to)| Ok((id(from)?, id(to)?))).collect::<Result<DeviceMap, _>>()
 }
 

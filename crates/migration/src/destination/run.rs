@@ -5,11 +5,11 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use vfio_migration_compat::Reason;
 use vfio_migration_engine::ownership::{DestinationRecord, DestinationState};
 use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
-use vfio_migration_compat::Reason;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
@@ -398,7 +398,9 @@ fn tell(
             None => Err(IncomingError::Aborted(lost())),
         },
         DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
-        DestinationOutcome::Rehearsed(left_undone) => Err(IncomingError::Rehearsed(left_undone.map(Into::into))),
+        DestinationOutcome::Rehearsed(left_undone) => {
+            Err(IncomingError::Rehearsed(left_undone.map(Into::into)))
+        }
         DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause.into())),
         other => {
             let text = format!("an outcome that this version does not know: {other:?}");

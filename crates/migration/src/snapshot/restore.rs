@@ -18,8 +18,7 @@ use crate::credit::Credit;
 use crate::fail::{InPhase, plain};
 use crate::link::Link;
 use crate::{
-    Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, Standing,
-    read_journal, standing,
+    Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, Standing, read_journal, standing,
 };
 
 /// A file that was found to be a whole, sound snapshot.
@@ -111,9 +110,7 @@ impl Snapshot {
     fn check_owner(&self, options: &DestinationOptions) -> Result<(), IncomingError> {
         let Some(dir) = &options.state_dir else { return Ok(()) };
         let vm = self.vm();
-        let refuse = |text: String| {
-            Err(IncomingError::Refused(vec![Reason::new("ownership", text)]))
-        };
+        let refuse = |text: String| Err(IncomingError::Refused(vec![Reason::new("ownership", text)]));
         let unreadable =
             |error: crate::JournalError| IncomingError::NotBegun(error.in_phase(Phase::Hello).into());
         match standing(dir, vm).map_err(unreadable)? {

@@ -34,9 +34,7 @@ pub(crate) use final_pass::MOST_SECTIONS;
 use crate::connect::{self, ConnectError};
 use crate::fail;
 use crate::nonce::nonce;
-use crate::{
-    Completed, Control, Machine, MigrateError, Progress, Rehearsal, Rehearse, SourceOptions, Uri,
-};
+use crate::{Completed, Control, Machine, MigrateError, Progress, Rehearsal, Rehearse, SourceOptions, Uri};
 
 /// A machine about to be sent away.
 pub struct Source {
@@ -127,7 +125,8 @@ impl Source {
     ) -> Result<run::Ended, MigrateError> {
         let begun = Instant::now();
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-        let prepared = run::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
+        let prepared =
+            run::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
         prepared.run(socket, begun, observer)
     }
@@ -162,8 +161,7 @@ fn refused_here(failure: PeerError) -> MigrateError {
 
 /// A fresh nonce.
 fn draw_attempt() -> Result<AttemptId, MigrateError> {
-    let drawn = nonce().map_err(|errno| {
-        not_begun(Phase::Plan, format!("no random number for the attempt: {errno}"))
-    })?;
+    let drawn = nonce()
+        .map_err(|errno| not_begun(Phase::Plan, format!("no random number for the attempt: {errno}")))?;
     Ok(AttemptId(drawn))
 }

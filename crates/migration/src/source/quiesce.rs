@@ -26,7 +26,12 @@ impl Worker<'_> {
                 Some((device, _)) => format!("device {} is not what was offered any more", device.id),
                 None => "the machine is not what was offered any more".to_owned(),
             };
-            return Err(crate::fail::with_remedy(Phase::Quiesce, text, "migrate again: what it is now is compared then").into());
+            return Err(crate::fail::with_remedy(
+                Phase::Quiesce,
+                text,
+                "migrate again: what it is now is compared then",
+            )
+            .into());
         }
         Ok(identity)
     }

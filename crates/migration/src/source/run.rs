@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use vfio_migration_compat::MachineManifest;
 use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_engine::{
     self as engine, DeviceFacts, SourceAction, SourceConfig, SourceEvent, SourceOutcome,
 };
-use vfio_migration_compat::MachineManifest;
 use vfio_migration_types::{AttemptId, Bitmap, Epoch, Granule, Phase, VmId};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Message, Offer, VERSIONS};
 
@@ -20,8 +20,8 @@ use crate::journal::{Journal, JournalFile, Side, read_journal};
 use crate::link::{Link, LinkError, Reader};
 use crate::pump::{DeviceCounters, Stream};
 use crate::{
-    Completed, Control, Machine, MigratableDevice, MigrateError, Progress, Rehearsal, Rehearse, SourceOptions,
-    Uri,
+    Completed, Control, Machine, MigratableDevice, MigrateError, Progress, Rehearsal, Rehearse,
+    SourceOptions, Uri,
 };
 
 use super::outcome::{self, Shown};
@@ -74,7 +74,9 @@ impl Ended {
     pub(super) fn completed(self) -> Result<Completed, MigrateError> {
         match self {
             Self::Completed(completed) => Ok(completed),
-            Self::Rehearsed(_) => Err(not_begun(Phase::Plan, "it was only rehearsed: a defect of this program")),
+            Self::Rehearsed(_) => {
+                Err(not_begun(Phase::Plan, "it was only rehearsed: a defect of this program"))
+            }
         }
     }
 

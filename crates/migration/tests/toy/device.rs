@@ -275,6 +275,7 @@ impl Device for ToyDevice {
             backend: "vfio-user".into(),
             flags: Some(self.kind.flags),
             regions: Some(vec![]),
+            state_size: Some((self.kind.pieces * PIECE) as u64),
             irqs: Some(BTreeMap::from([(2, self.kind.vectors)])),
             dirty: Some(DirtyTracking { device_log: Some(self.kind.dirty_log), ..DirtyTracking::default() }),
             parameters: BTreeMap::from([("pieces".into(), Parameter::new(self.kind.pieces.to_string()))]),

@@ -61,6 +61,14 @@ pub fn cpu_features(kvm: &Kvm) -> Result<Vec<String>, VmmError> {
     Ok(words.into_iter().collect())
 }
 
+/// What a guest could get on this host.
+///
+/// # Errors
+/// There is no KVM here, or it does not tell.
+pub fn offered_features() -> Result<Vec<String>, VmmError> {
+    cpu_features(&Kvm::new().map_err(VmmError::kvm("open"))?)
+}
+
 /// Whether a guest that was given `required` can run where `offered` is to be had; both from [`cpu_features`].
 ///
 /// # Errors

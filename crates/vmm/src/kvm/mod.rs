@@ -27,7 +27,7 @@ use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
 use vfio_migration_memory::GuestRam;
 
 pub use dirty::KvmDirtyLog;
-pub use features::{check_features, cpu_features};
+pub use features::{check_features, cpu_features, offered_features};
 pub use gate::StopReason;
 pub use irq::{GsiRoute, PINS};
 pub use memory::SlotId;

@@ -218,6 +218,7 @@ impl Machine for ReferenceMachine {
             cpu: self.processor.features().map_err(failed("asking for CPU features"))?,
             sections: self.section_versions(),
             devices,
+            ..MachineManifest::default()
         })
     }
 

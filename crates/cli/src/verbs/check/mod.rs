@@ -28,14 +28,18 @@ pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
         return pool::baseline(&options.sides, model, options.json);
     }
     let [source, destination] = options.sides.as_slice() else {
-        let text = format!("check takes two sides, what is to move and where to; {} were given", options.sides.len());
+        let text = format!(
+            "check takes two sides, what is to move and where to; {} were given",
+            options.sides.len()
+        );
         return Err(Failure::new(Exit::Usage, text));
     };
     let roots = options.root.roots();
     let (source, vm) = match subject::subject(source, None, &roots)? {
         Subject::Known(document, vm) => (document, vm),
         Subject::Receiver(uri) => {
-            let text = format!("nothing moves from {uri}, which waits for a guest: name it as the second side");
+            let text =
+                format!("nothing moves from {uri}, which waits for a guest: name it as the second side");
             return Err(Failure::new(Exit::Usage, text));
         }
     };
@@ -78,7 +82,9 @@ fn compare(
     policy: &Policy,
 ) -> Result<Report, Failure> {
     Ok(match (&source.manifest, &destination.manifest) {
-        (Manifest::Device(source), Manifest::Device(destination)) => check_devices(source, destination, policy),
+        (Manifest::Device(source), Manifest::Device(destination)) => {
+            check_devices(source, destination, policy)
+        }
         (Manifest::Device(source), Manifest::Host(host)) => check_device_placement(source, host, policy),
         (Manifest::Machine(source), Manifest::Machine(destination)) => {
             check_machines(source, destination, map, policy)

@@ -48,7 +48,10 @@ fn hosts(files: &[String], json: bool) -> Result<Vec<HostManifest>, Failure> {
             match subject::read(Path::new(file))?.manifest {
                 Manifest::Host(host) => Ok(*host),
                 other => {
-                    let text = format!("{file} is the manifest of {}, and hosts are wanted here", subject::kind(&other));
+                    let text = format!(
+                        "{file} is the manifest of {}, and hosts are wanted here",
+                        subject::kind(&other)
+                    );
                     Err(Failure::new(Exit::Usage, text))
                 }
             }
@@ -80,7 +83,9 @@ fn table(matrix: &Matrix) -> String {
         .collect();
     let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).max(6);
     let columns: Vec<usize> = (0..groups)
-        .map(|group| rows.iter().filter_map(|(_, cells)| cells.get(group)).map(|cell| cell.chars().count()).max())
+        .map(|group| {
+            rows.iter().filter_map(|(_, cells)| cells.get(group)).map(|cell| cell.chars().count()).max()
+        })
         .map(|most| most.unwrap_or(0).max(1))
         .collect();
     text.push_str(&format!("\n{:width$}", "device"));

@@ -8,7 +8,9 @@ use vfio_migration_compat::{Reason, Report, Severity};
 pub(crate) fn text(report: &Report) -> String {
     let mut text = word(&report.verdict);
     if report.strict {
-        text.push_str(" (strict: a device declares no model, so everything that identifies it must be equal)");
+        text.push_str(
+            " (strict: a device declares no model, so everything that identifies it must be equal)",
+        );
     }
     text.push('\n');
     let mut reasons: Vec<&Reason> = report.reasons.iter().collect();
@@ -26,8 +28,7 @@ pub(crate) fn text(report: &Report) -> String {
 }
 
 fn line(reason: &Reason) -> String {
-    let device = reason.device.as_ref().map_or(String::new(), |device| format!("{device}: "));
-    let mut line = format!("  {:13} {device}{} [{}]\n", word(&reason.severity), reason.text, reason.code);
+    let mut line = format!("  {:13} {} [{}]\n", word(&reason.severity), reason.text, reason.code);
     if !(reason.source.is_null() && reason.destination.is_null()) {
         let (source, destination) = (value(&reason.source), value(&reason.destination));
         line.push_str(&format!("                {}: {source} here, {destination} there; ", reason.field));

@@ -92,7 +92,8 @@ impl VmHandler {
         let slot = self.vm.state.slot();
         let machine = slot.machine().ok_or_else(|| generic("there is no machine here"))?;
         let manifest = machine.manifest().map_err(|error| generic(chain(&error)))?;
-        to_json(&Document::from(manifest))
+        let text = Document::from(manifest).to_json();
+        serde_json::from_str(&text).map_err(|error| generic(chain(&error)))
     }
 
     fn guest(&self) -> Result<GuestInfo, Refused> {

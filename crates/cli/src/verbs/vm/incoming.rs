@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vfio_migration::{
-    Arrived, Destination, DestinationOptions, IncomingError, IncomingSabotage, Machine, Offer,
-    Uri,
+    Arrived, Destination, DestinationOptions, IncomingError, IncomingSabotage, Machine, Offer, Uri,
 };
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
@@ -113,18 +112,12 @@ fn receive(
 }
 
 /// A guest is offered: a VM that was given no identity takes the guest's.
-fn admit(
-    vm: &RunningVm,
-    machine: &Arc<ReferenceMachine>,
-    offer: &Offer,
-) -> Result<Arc<dyn Machine>, Reason> {
+fn admit(vm: &RunningVm, machine: &Arc<ReferenceMachine>, offer: &Offer) -> Result<Arc<dyn Machine>, Reason> {
     if vm.options.uuid.is_none() {
         machine.adopt(offer.vm);
     }
     if let Some(dir) = &vm.options.state_dir {
-        vm.presence
-            .receive(dir, offer.vm)
-            .map_err(|text| Reason::new("state-dir", text))?;
+        vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new("state-dir", text))?;
     }
     Ok(machine.clone())
 }
@@ -133,11 +126,7 @@ fn generic(text: String) -> Refused {
     Refused::new("GenericError", text)
 }
 
-fn finish(
-    vm: &RunningVm,
-    machine: Option<Arc<ReferenceMachine>>,
-    result: Result<Arrived, IncomingError>,
-) {
+fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result<Arrived, IncomingError>) {
     let before = match vm.state.steering() {
         Some(Steering::Incoming(control)) => outgoing::info(&control.progress(), "incoming"),
         _ => MigrationInfo::none(),

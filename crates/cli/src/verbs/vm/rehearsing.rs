@@ -7,7 +7,7 @@ use vfio_migration::{MigrateError, Rehearsal, Rehearse, Source, SourceOptions};
 
 use super::slot::{BeginError, Slot, Steering};
 use super::{RunningVm, outgoing, uri};
-use crate::control::{MigrationInfo, MigrationState, RehearsalInfo, RehearseArguments, Refused};
+use crate::control::{MigrationInfo, MigrationState, Refused, RehearsalInfo, RehearseArguments};
 use crate::exit::chain;
 use crate::verbs::check;
 

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vfio_migration::{
-    DestinationOptions, IncomingError, Machine, MigrateError, SaveError, SaveOptions, Saved,
-    Snapshot, Source, SourceOptions, save,
+    DestinationOptions, IncomingError, Machine, MigrateError, SaveError, SaveOptions, Saved, Snapshot,
+    Source, SourceOptions, save,
 };
+use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::slot::{BeginError, Slot, Steering};

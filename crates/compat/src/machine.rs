@@ -1,0 +1,49 @@
+//! What a machine says of itself.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vfio_migration_types::Gpa;
+
+use crate::{DeviceManifest, Extra};
+
+/// A machine: what the guest would notice if it differed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct MachineManifest {
+    /// What kind of machine this is, for example `"vfio-migrate/q1"`: compared as it stands.
+    pub machine: String,
+    /// Hypervisor behind the vCPUs: `"kvm"` or `"software"`. State does not move between the two.
+    pub accelerator: String,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// RAM, in the order of its RAM offsets.
+    pub ram: Vec<RamRegion>,
+    /// CPU features the guest was given and the destination must be able to give, by name: opaque words that are
+    /// compared as sets (the destination may offer more).
+    pub cpu: Vec<String>,
+    /// Names and versions of the machine-state sections that will be sent; the other side must load each.
+    pub sections: BTreeMap<String, u32>,
+    /// The devices, by name.
+    pub devices: Vec<DeviceManifest>,
+    /// Fields that this version does not know.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// One piece of guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RamRegion {
+    /// Where the guest sees it.
+    #[schemars(with = "u64")]
+    pub gpa: Gpa,
+    /// Bytes, a multiple of 4096.
+    pub len: u64,
+}
+
+impl MachineManifest {
+    /// Bytes of RAM.
+    pub fn memory(&self) -> u64 {
+        self.ram.iter().fold(0, |all, region| all.saturating_add(region.len))
+    }
+}

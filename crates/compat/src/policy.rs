@@ -1,0 +1,142 @@
+//! What a site allows and asks for, in a file of its own: TOML, or the same as JSON.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vfio_migration_types::DeviceId;
+
+use crate::{ManifestError, MaskRule, PciIdentity, document, explain};
+
+/// A site's policy. The default allows nothing and asks for nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// Reasons that count as warnings.
+    pub allow: Vec<Allow>,
+    /// Most bytes of one device's state.
+    pub max_state_size: Option<u64>,
+    /// Refuse devices that declare no model.
+    pub require_declared_model: bool,
+    /// Bytes of config space that are compared, or not, otherwise than by default.
+    pub config_mask: Vec<MaskPolicy>,
+    /// Which device of the destination stands for which of the source, where names differ.
+    pub map: DeviceMap,
+}
+
+/// A reason that counts as a warning. What is not named is of no matter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Allow {
+    /// Its code.
+    pub code: String,
+    /// For the device of this name at the source.
+    pub device: Option<String>,
+    /// For devices of this model.
+    pub model: Option<String>,
+    /// For this field: `parameters.ecc`.
+    pub field: Option<String>,
+    /// Why: it is shown with the warning.
+    pub reason: Option<String>,
+}
+
+/// Rules for the config space of some devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MaskPolicy {
+    /// Of this PCI vendor.
+    pub vendor: Option<u16>,
+    /// Of this PCI device id.
+    pub device: Option<u16>,
+    /// The rules; later ones win.
+    pub rules: Vec<MaskRule>,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+/// Names of devices at the source, and of those that stand for them at the destination.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct DeviceMap(#[schemars(with = "BTreeMap<String, String>")] pub BTreeMap<DeviceId, DeviceId>);
+
+impl DeviceMap {
+    /// No map: devices are matched by name.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Where `device` goes, when the map says.
+    pub fn destination(&self, device: &DeviceId) -> Option<&DeviceId> {
+        self.0.get(device)
+    }
+
+    /// Whether it maps nothing.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl FromIterator<(DeviceId, DeviceId)> for DeviceMap {
+    fn from_iter<T: IntoIterator<Item = (DeviceId, DeviceId)>>(pairs: T) -> Self {
+        Self(pairs.into_iter().collect())
+    }
+}
+
+impl Policy {
+    /// Longest file, in bytes.
+    pub const MAX_BYTES: usize = 1 << 20;
+    /// Most entries of a list.
+    pub const MAX_ITEMS: usize = 1024;
+
+    /// Reads a policy: JSON when it begins with `{`, TOML otherwise. `origin`, a file's name for example, goes into
+    /// errors.
+    ///
+    /// # Errors
+    /// The path in the document and the rule that it breaks. A field or a code that is not known is refused: a policy
+    /// that silently does nothing is none.
+    pub fn parse(text: &[u8], origin: &str) -> Result<Self, ManifestError> {
+        document::at_most_bytes(origin, text.len(), Self::MAX_BYTES)?;
+        let json = text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+        let policy: Self = if json {
+            let tree = document::tree(text, origin)?;
+            document::typed(tree, origin)?
+        } else {
+            document::toml(text, origin)?
+        };
+        policy.check(origin)?;
+        Ok(policy)
+    }
+
+    fn check(&self, origin: &str) -> Result<(), ManifestError> {
+        let wrong = |path: String, rule: String| Err(ManifestError::new(origin, path, rule));
+        for (what, count) in
+            [("allow", self.allow.len()), ("config_mask", self.config_mask.len()), ("map", self.map.0.len())]
+        {
+            if count > Self::MAX_ITEMS {
+                return wrong(
+                    what.into(),
+                    format!("{count} entries (at most {} are taken)", Self::MAX_ITEMS),
+                );
+            }
+        }
+        for (n, allow) in self.allow.iter().enumerate() {
+            if explain(&allow.code).is_none() {
+                let code = crate::text::quote(&allow.code);
+                return wrong(format!("allow[{n}].code"), format!("there is no reason of code {code}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The exceptions for config space of a device: the known cases, the device's own, then those of this policy.
+    pub fn mask_rules(&self, pci: Option<PciIdentity>, own: &[MaskRule]) -> Vec<MaskRule> {
+        let fits = |rule: &&MaskPolicy| {
+            let id = |want: Option<u16>, is: fn(PciIdentity) -> u16| {
+                want.is_none_or(|want| pci.is_some_and(|pci| is(pci) == want))
+            };
+            id(rule.vendor, |pci| pci.vendor) && id(rule.device, |pci| pci.device)
+        };
+        let site = self.config_mask.iter().filter(fits).flat_map(|rule| rule.rules.iter().copied());
+        own.iter().copied().chain(site).collect()
+    }
+}

@@ -1,0 +1,163 @@
+//! What a live migration needs besides two devices that fit: a dirty tracker, peer-to-peer DMA that can be stopped, room.
+
+use serde_json::Value;
+
+use super::{Pair, json};
+use crate::codes;
+use crate::findings::{Findings, Found};
+use crate::{DeviceManifest, DirtyTracking, HostManifest, ModelVersion, Scalar, VersionRanges};
+
+/// What concerns one device.
+pub(crate) fn device(pair: Pair<'_>, findings: &mut Findings<'_>) {
+    dirty(pair, findings);
+    page_size(pair, findings);
+    policy(pair.source, findings);
+}
+
+/// The source's tracker: the destination's is of no matter until the way back.
+fn dirty(pair: Pair<'_>, findings: &mut Findings<'_>) {
+    let (from, to) = (pair.source.dirty, pair.destination.dirty);
+    let pair = Pair { strict: false, ..pair };
+    let (code, text) = match tracked(from) {
+        Some(Tracked::Exactly) => return,
+        Some(Tracked::Nothing) => (&codes::DIRTY_NONE, "nothing logs its DMA writes"),
+        Some(Tracked::Everything) => {
+            (&codes::DIRTY_ALL, "all memory that it may write counts as dirty, each time")
+        }
+        None if from == to => return,
+        None => (&codes::UNKNOWN_DIRTY, "the source does not say who logs its DMA writes"),
+    };
+    pair.say(findings, code, "dirty", (json(from), json(to)), text.to_owned());
+}
+
+enum Tracked {
+    Exactly,
+    Everything,
+    Nothing,
+}
+
+fn tracked(dirty: Option<DirtyTracking>) -> Option<Tracked> {
+    let dirty = dirty?;
+    let trackers = [dirty.device_log, dirty.iommu, dirty.container];
+    if dirty.all_dirty == Some(true) {
+        Some(Tracked::Everything)
+    } else if trackers.contains(&Some(true)) {
+        Some(Tracked::Exactly)
+    } else if dirty.device_log == Some(false) && dirty.iommu == Some(false) {
+        Some(Tracked::Nothing)
+    } else {
+        None
+    }
+}
+
+/// What was mapped in small pages must be mapped again.
+fn page_size(pair: Pair<'_>, findings: &mut Findings<'_>) {
+    let smallest = |device: &DeviceManifest| {
+        device.iommu_page_sizes.filter(|sizes| *sizes != 0).map(|sizes| 1u64 << sizes.trailing_zeros())
+    };
+    if let (Some(from), Some(to)) = (smallest(pair.source), smallest(pair.destination))
+        && from < to
+    {
+        let what = "the smallest page of the IOMMU";
+        let pair = Pair { strict: false, ..pair };
+        pair.differs(findings, &codes::IOMMU_PAGE_SIZE, "iommu_page_sizes", what, (json(from), json(to)));
+    }
+}
+
+fn policy(source: &DeviceManifest, findings: &mut Findings<'_>) {
+    let policy = findings.policy();
+    if policy.require_declared_model && source.model.is_none() {
+        let text = "the policy wants a declared model, and there is none".to_owned();
+        let (field, destination) = ("model".to_owned(), Value::Null);
+        let found = Found { field, source: Value::Null, destination, text };
+        findings.add(&codes::POLICY_MODEL, Some(source), found);
+    }
+    state(source, findings);
+}
+
+/// The policy's limit on a device's state.
+pub(crate) fn state(source: &DeviceManifest, findings: &mut Findings<'_>) {
+    let limit = findings.policy().max_state_size;
+    state_size(source, (limit, "the policy allows", &codes::POLICY_STATE_SIZE), findings);
+}
+
+fn state_size(
+    source: &DeviceManifest,
+    (limit, whose, code): (Option<u64>, &str, codes::Code),
+    findings: &mut Findings<'_>,
+) {
+    let Some(limit) = limit else { return };
+    let (code, text) = match source.state_size {
+        None => (&codes::UNKNOWN_STATE_SIZE, format!("its state has no known size; {whose} {limit} bytes")),
+        Some(size) if size > limit => (code, format!("its state has {size} bytes; {whose} {limit}")),
+        Some(_) => return,
+    };
+    let found =
+        Found { field: "state_size".into(), source: json(source.state_size), destination: json(limit), text };
+    findings.add(code, Some(source), found);
+}
+
+/// With several devices each must be able to stop what it does to the others before the first is stopped (uAPI:
+/// `VFIO_MIGRATION_P2P`).
+pub(crate) fn peers(source: &DeviceManifest, destination: &DeviceManifest, findings: &mut Findings<'_>) {
+    let (code, text) = match source.flags {
+        Some(flags) if flags.p2p => return,
+        Some(_) => (
+            &codes::P2P_MISSING,
+            "it cannot stop its peer-to-peer DMA (no P2P migration states), and there are other devices",
+        ),
+        None if destination.flags.is_none() => return,
+        None => (
+            &codes::UNKNOWN_FLAGS,
+            "the source does not say whether it can stop its peer-to-peer DMA, and there are other devices",
+        ),
+    };
+    let found = Found {
+        field: "flags.p2p".into(),
+        source: json(source.flags.map(|flags| flags.p2p)),
+        destination: json(destination.flags.map(|flags| flags.p2p)),
+        text: text.to_owned(),
+    };
+    findings.add(code, Some(source), found);
+}
+
+/// What a host says it takes, and bears.
+pub(crate) fn host(source: &DeviceManifest, host: &HostManifest, findings: &mut Findings<'_>) {
+    let whose = (host.limits.max_state_bytes, "the host bears", &codes::HOST_STATE_SIZE);
+    state_size(source, whose, findings);
+    let Some(accepts) = &host.accepts else { return };
+    let models: Vec<_> =
+        accepts.iter().filter(|accept| Some(&accept.model) == source.model.as_ref()).collect();
+    let mut refuse = |field: &str, value: Value, text: String| {
+        let models: Vec<&String> = accepts.iter().map(|accept| &accept.model).collect();
+        let found = Found { field: field.to_owned(), source: value, destination: json(models), text };
+        findings.add(&codes::HOST_ACCEPTS, Some(source), found);
+    };
+    if models.is_empty() {
+        return refuse("model", json(&source.model), "the host does not accept its model".to_owned());
+    }
+    let version = source.model_version.as_deref().and_then(|text| text.parse::<ModelVersion>().ok());
+    let taken = models.iter().filter(|accept| match &accept.versions {
+        None => true,
+        Some(ranges) => ranges
+            .parse::<VersionRanges>()
+            .is_ok_and(|ranges| version.is_some_and(|version| ranges.contain(version))),
+    });
+    let taken: Vec<_> = taken.collect();
+    if taken.is_empty() {
+        let text = "the host does not accept this version of its model".to_owned();
+        return refuse("model_version", json(&source.model_version), text);
+    }
+    let value = |name: &String| source.parameters.get(name).map(|parameter| &parameter.value);
+    let allows = |name: &String, allowed: &Vec<crate::Allowed>| {
+        value(name).is_none_or(|value: &Scalar| allowed.iter().any(|one| one.contains(value)))
+    };
+    if taken.iter().any(|accept| accept.parameters.iter().all(|(name, allowed)| allows(name, allowed))) {
+        return;
+    }
+    let breach = taken.iter().flat_map(|accept| &accept.parameters).find(|(name, all)| !allows(name, all));
+    if let Some((name, _)) = breach {
+        let text = format!("the host does not accept the value of parameter {}", crate::text::quote(name));
+        refuse(&format!("parameters.{name}"), json(value(name)), text);
+    }
+}

@@ -1,0 +1,202 @@
+//! A stranger's JSON as a tree, with everything capped before anything is made of it.
+
+use std::cell::RefCell;
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value};
+
+use crate::ManifestError;
+use crate::text::quote;
+
+/// How deep lists and objects may stand in each other.
+pub(crate) const MAX_DEPTH: usize = 24;
+/// Most items of a list, and most fields of an object.
+pub(crate) const MAX_ITEMS: usize = 4096;
+/// Longest text, in bytes.
+pub(crate) const MAX_TEXT: usize = 4096;
+
+/// Reads a tree.
+///
+/// # Errors
+/// Where in the document what is wrong: it is no JSON, it is too deep, has too much of something, a text that is too
+/// long, a name twice, or a number that is not whole.
+pub(crate) fn parse(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> {
+    let path = Path::default();
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    Node { path: &path, depth: 0 }
+        .deserialize(&mut json)
+        .and_then(|tree| json.end().map(|()| tree))
+        .map_err(|error| ManifestError::new(origin, path.to_string(), error.to_string()))
+}
+
+/// Where the reader stands: left as it was when something is wrong.
+#[derive(Default)]
+struct Path(RefCell<Vec<String>>);
+
+impl Path {
+    fn within<T, E>(&self, step: String, read: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        self.0.borrow_mut().push(step);
+        let value = read()?;
+        self.0.borrow_mut().pop();
+        Ok(value)
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let steps = self.0.borrow().concat();
+        f.write_str(steps.strip_prefix('.').unwrap_or(&steps))
+    }
+}
+
+struct Node<'p> {
+    path: &'p Path,
+    depth: usize,
+}
+
+impl Node<'_> {
+    fn deeper<E: Error>(&self) -> Result<Self, E> {
+        if self.depth == MAX_DEPTH {
+            return Err(E::custom(format!("deeper than {MAX_DEPTH} levels")));
+        }
+        Ok(Self { path: self.path, depth: self.depth + 1 })
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Node<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Value, D::Error> {
+        from.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Node<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: Error>(self, _: f64) -> Result<Value, E> {
+        Err(E::custom("a number must be whole, and below 2^64"))
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Value, E> {
+        text_fits(text)?;
+        Ok(text.into())
+    }
+
+    fn visit_string<E: Error>(self, text: String) -> Result<Value, E> {
+        text_fits(&text)?;
+        Ok(text.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> Result<Value, A::Error> {
+        let mut items = Vec::new();
+        loop {
+            let seed = self.deeper()?;
+            let step = format!("[{}]", items.len());
+            match self.path.within(step, || from.next_element_seed(seed))? {
+                None => return Ok(Value::Array(items)),
+                Some(_) if items.len() == MAX_ITEMS => {
+                    return Err(A::Error::custom(format!("more than {MAX_ITEMS} items")));
+                }
+                Some(item) => items.push(item),
+            }
+        }
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut from: A) -> Result<Value, A::Error> {
+        let mut fields = Map::new();
+        while let Some(name) = from.next_key::<String>()? {
+            text_fits(&name)?;
+            if fields.len() == MAX_ITEMS {
+                return Err(A::Error::custom(format!("more than {MAX_ITEMS} fields")));
+            }
+            let seed = self.deeper()?;
+            let value = self.path.within(step(&name), || {
+                if fields.contains_key(&name) {
+                    return Err(A::Error::custom("named twice"));
+                }
+                from.next_value_seed(seed)
+            })?;
+            fields.insert(name, value);
+        }
+        Ok(Value::Object(fields))
+    }
+}
+
+fn text_fits<E: Error>(text: &str) -> Result<(), E> {
+    if text.len() > MAX_TEXT {
+        return Err(E::custom(format!("a text of {} bytes (at most {MAX_TEXT} are taken)", text.len())));
+    }
+    Ok(())
+}
+
+/// A field as a step of a path.
+pub(crate) fn step(name: &str) -> String {
+    let plain =
+        !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
+    if plain && name.len() <= 64 { format!(".{name}") } else { format!("[{}]", quote(name)) }
+}
+
+/// The paths of what `whole` has and `part` does not, each the topmost.
+pub(crate) fn beyond(whole: &Value, part: &Value, at: &str, found: &mut Vec<String>) {
+    match (whole, part) {
+        (Value::Object(whole), Value::Object(part)) => {
+            for (name, value) in whole {
+                let path = format!("{at}{}", step(name));
+                match part.get(name) {
+                    Some(known) => beyond(value, known, &path, found),
+                    None => found.push(path.strip_prefix('.').unwrap_or(&path).to_owned()),
+                }
+            }
+        }
+        (Value::Array(whole), Value::Array(part)) => {
+            for (n, (value, known)) in whole.iter().zip(part).enumerate() {
+                beyond(value, known, &format!("{at}[{n}]"), found);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Puts into `part` what only `whole` has.
+pub(crate) fn merge(whole: &Value, part: &mut Value) {
+    match (whole, part) {
+        (Value::Object(whole), Value::Object(part)) => {
+            for (name, value) in whole {
+                match part.get_mut(name) {
+                    Some(known) => merge(value, known),
+                    None => {
+                        part.insert(name.clone(), value.clone());
+                    }
+                }
+            }
+        }
+        (Value::Array(whole), Value::Array(part)) => {
+            for (value, known) in whole.iter().zip(part) {
+                merge(value, known);
+            }
+        }
+        _ => {}
+    }
+}
