@@ -129,6 +129,7 @@ mod connect;
 mod control;
 mod credit;
 mod destination;
+mod device_file;
 mod error;
 mod fail;
 mod interrupt;
@@ -149,13 +150,17 @@ mod uri;
 
 pub use control::{Control, IncomingControl};
 pub use destination::Destination;
+pub use device_file::{
+    DeviceArc, DeviceControl, DeviceFate, DeviceFileError, DeviceReport, RestoreDeviceOptions,
+    SaveDeviceOptions, restore_device, save_device,
+};
 pub use error::{Aborted, Failure, Held, IncomingError, MigrateError, RefusalReason};
 pub use journal::{JournalError, JournalFile, read_journal};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, Offer};
 pub use options::{DestinationOptions, IncomingSabotage, Sabotage, SabotageKind, SourceOptions};
 pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
-pub use snapshot::{HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
+pub use snapshot::{DeviceState, HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
 pub use source::Source;
 pub use standing::{Standing, standing};
 pub use uri::{Uri, UriError};

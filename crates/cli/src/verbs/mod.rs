@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 pub(crate) mod device;
+pub(crate) mod device_file;
 pub(crate) mod devices;
 pub(crate) mod doctor;
 pub(crate) mod migrate;

@@ -110,7 +110,7 @@ fn refused_here(failure: PeerError) -> MigrateError {
 }
 
 /// A fresh nonce.
-fn draw_attempt() -> Result<AttemptId, MigrateError> {
+pub(crate) fn draw_attempt() -> Result<AttemptId, MigrateError> {
     let mut nonce = [0; 16];
     let mut done = 0;
     while done < nonce.len() {
