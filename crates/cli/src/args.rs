@@ -384,6 +384,10 @@ pub(crate) struct Restore {
     /// What `save --device` wrote.
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
+    /// Save it again into this file once it is loaded, before it runs: for a driver that resets its device when it is
+    /// closed, there is no later.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save_again: Option<PathBuf>,
     /// Leave it in STOP, as it was loaded, instead of letting it run.
     #[arg(long)]
     pub(crate) leave_stopped: bool,

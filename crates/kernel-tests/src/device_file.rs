@@ -90,15 +90,21 @@ pub(crate) fn another_type() -> Outcome {
     same("contents", drain_of(&one)?, TEXT.to_vec())
 }
 
-/// migdev checks all that it is given; it is reset whenever it is opened, so its contents cannot be asked for afterwards.
+/// migdev checks all that it is given. It is reset whenever it is opened, so its contents are read again at once.
 pub(crate) fn migdev() -> Outcome {
     let (from, to) = (Instance::new("migdev", "migdev-1M")?, Instance::new("migdev", "migdev-1M")?);
     let (file, late) = (File("/tmp/migdev"), File("/tmp/migdev-late"));
+    let (stopped, twice) = (File("/tmp/migdev-stopped"), File("/tmp/migdev-twice"));
     let saved = done(&["save", "--device", &device(&from), "-o", file.0])?;
     holds(saved["precopy-bytes"].as_u64() >= Some(1 << 20), &format!("pre-copy data: {saved}"))?;
     let loaded = done(&["restore", "--device", &device(&to), file.0])?;
     same("state", &loaded["state-digest"], &saved["state-digest"])?;
     same("left in", &loaded["left-in"], &"RUNNING".into())?;
+    same("not compared", loaded.get("same-state"), None)?;
+    done(&["save", "--device", &device(&from), "-o", stopped.0, "--stop-copy-only"])?;
+    let again = done(&["restore", "--device", &device(&to), stopped.0, "--save-again", twice.0])?;
+    same("the state that it loaded", &again["same-state"], &true.into())?;
+    holds(!again["again"]["arcs"].to_string().contains("RUNNING"), &format!("it stood: {again}"))?;
     // A driver that stops answering half way: the device is reset, and no file is left.
     migdev::set(&from, "enodev_after", 4096)?;
     let run = command(&["save", "--device", &device(&from), "-o", late.0])?;

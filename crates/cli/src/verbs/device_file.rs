@@ -1,5 +1,7 @@
 //! `save --device` and `restore`: the state of one device to and from a file, for authors of drivers and device servers.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -9,7 +11,8 @@ use vfio_migration::{
     DeviceControl, DeviceFileError, DeviceReport, RestoreDeviceOptions, SaveDeviceOptions, Snapshot,
     restore_device, save_device,
 };
-use vfio_migration_types::DeviceId;
+use vfio_migration_device::Device;
+use vfio_migration_types::{DeviceId, MigrationState};
 use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
 
 use crate::args::{Restore, Save};
@@ -58,6 +61,13 @@ pub(crate) struct DeviceFileReport {
     pub(crate) total_ms: f64,
     /// The state that the device is in now: `RUNNING` or `STOP`.
     pub(crate) left_in: String,
+    /// With `--save-again`: the second file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) again: Option<Box<DeviceFileReport>>,
+    /// With `--save-again`: whether the state that was read is the state that was loaded. Absent when the file has data of
+    /// pre-copy: the two are then not made of the same pieces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) same_state: Option<bool>,
 }
 
 /// A transition.
@@ -83,17 +93,16 @@ pub(crate) fn save(options: &Save, device: &str, interrupt: &Interrupt) -> Resul
     let report = watch(interrupt, !options.json, "saved", |control| {
         let device = open_alone(&config).map_err(|error| Failure::caused(&doing, &error))?;
         interrupt.check()?;
-        save_device(&device, &options.output, how, control).map_err(|error| failed(&doing, &error))
+        let report = save_device(&device, &options.output, how, control);
+        Ok(report.map_err(|error| failed(&doing, &error))?.into())
     })?;
-    show(report.into(), options.json, "saved into")
+    show(&report, options.json, "saved into")
 }
 
 /// `restore`.
 pub(crate) fn restore(options: &Restore, interrupt: &Interrupt) -> Result<Exit, Failure> {
     // Nonsense is said before a file is read.
     parse(&options.device, None)?;
-    let mut how = RestoreDeviceOptions::default();
-    how.leave_stopped = options.leave_stopped;
     let doing = format!("cannot restore {} into {}", options.file.display(), options.device);
     let report = watch(interrupt, !options.json, "loaded", |control| {
         let snapshot = Snapshot::open(&options.file).map_err(|error| Failure::caused(&doing, &error))?;
@@ -101,9 +110,51 @@ pub(crate) fn restore(options: &Restore, interrupt: &Interrupt) -> Result<Exit, 
         interrupt.check()?;
         let device = open_alone(&config).map_err(|error| Failure::caused(&doing, &error))?;
         interrupt.check()?;
-        restore_device(snapshot, &device, how, control).map_err(|error| failed(&doing, &error))
+        match &options.save_again {
+            None => {
+                let report = restore_device(snapshot, &device, stopped(options.leave_stopped), control);
+                Ok(report.map_err(|error| failed(&doing, &error))?.into())
+            }
+            Some(again) => {
+                let report = restore_device(snapshot, &device, stopped(true), control);
+                let report = report.map_err(|error| failed(&doing, &error))?;
+                save_again(&device, report, again, options.leave_stopped, control)
+            }
+        }
     })?;
-    show(report.into(), options.json, "restored from")
+    show(&report, options.json, "restored from")
+}
+
+fn stopped(leave_stopped: bool) -> RestoreDeviceOptions {
+    let mut how = RestoreDeviceOptions::default();
+    how.leave_stopped = leave_stopped;
+    how
+}
+
+/// Saves a device that was just loaded and stands, and lets it run unless it is to stand.
+fn save_again(
+    device: &Arc<dyn Device>,
+    loaded: DeviceReport,
+    file: &Path,
+    leave_stopped: bool,
+    control: &DeviceControl,
+) -> Result<DeviceFileReport, Failure> {
+    let doing = format!("cannot save it again into {}", file.display());
+    let mut again = save_device(device, file, SaveDeviceOptions::default(), control)
+        .map_err(|error| failed(&doing, &error))?;
+    again.arcs.drain(..loaded.arcs.len().min(again.arcs.len()));
+    let same =
+        (loaded.precopy == 0 && again.precopy == 0).then_some(loaded.state_digest == again.state_digest);
+    let mut report = DeviceFileReport::from(loaded);
+    report.same_state = same;
+    report.again = Some(Box::new(again.into()));
+    if !leave_stopped {
+        device
+            .set_state(MigrationState::Running)
+            .map_err(|error| Failure::caused("it is loaded and saved again, and does not start", &error))?;
+        report.left_in = MigrationState::Running.to_string();
+    }
+    Ok(report)
 }
 
 /// The device, by the name that the file gives it.
@@ -139,8 +190,8 @@ fn watch(
     interrupt: &Interrupt,
     shown: bool,
     done: &str,
-    work: impl FnOnce(&DeviceControl) -> Result<DeviceReport, Failure> + Send,
-) -> Result<DeviceReport, Failure> {
+    work: impl FnOnce(&DeviceControl) -> Result<DeviceFileReport, Failure> + Send,
+) -> Result<DeviceFileReport, Failure> {
     let control = DeviceControl::default();
     let mut progress = Progress::new(shown);
     std::thread::scope(|scope| {
@@ -174,8 +225,8 @@ fn failed(doing: &str, error: &DeviceFileError) -> Failure {
     }
 }
 
-fn show(report: DeviceFileReport, json: bool, how: &str) -> Result<Exit, Failure> {
-    if json { print_json(&report) } else { print(text(&report, how)) }?;
+fn show(report: &DeviceFileReport, json: bool, how: &str) -> Result<Exit, Failure> {
+    if json { print_json(report) } else { print(text(report, how)) }?;
     Ok(Exit::Done)
 }
 
@@ -203,6 +254,8 @@ impl From<DeviceReport> for DeviceFileReport {
             arcs: arcs.collect(),
             total_ms: milliseconds(report.took),
             left_in: report.left_in.to_string(),
+            again: None,
+            same_state: None,
         }
     }
 }
@@ -242,5 +295,14 @@ fn text(report: &DeviceFileReport, how: &str) -> String {
     }
     text.push_str(&format!("digest of the state: {}\n", report.state_digest));
     text.push_str(&format!("digest of the file: {}\n", report.file_digest));
+    if let Some(again) = &report.again {
+        let same = match report.same_state {
+            Some(true) => "the same state",
+            Some(false) => "ANOTHER STATE than was loaded",
+            None => "not comparable with what was loaded, which has data of pre-copy",
+        };
+        text.push_str(&format!("saved again into {}: {same}\n", again.file));
+        text.push_str(&format!("digest of the state: {}\n", again.state_digest));
+    }
     text
 }

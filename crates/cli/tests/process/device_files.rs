@@ -92,7 +92,15 @@ fn a_state_goes_through_files_unchanged() {
     let again = other.save(&file("again"), &[]);
     assert_eq!((digest(&again), &again["left-in"]), (digest(&first), &"STOP".into()));
     assert_eq!(arcs(&again), [("STOP", "STOP_COPY"), ("STOP_COPY", "STOP")]);
-    // The control: a state that went on is another one.
+    // In one go, for a device that is reset when it is closed.
+    let at_once = other.restore(&file("first"), &["--save-again", text(&file("once"))]);
+    assert_eq!((digest(&at_once["again"]), &at_once["same-state"]), (digest(&first), &true.into()));
+    assert_eq!(arcs(&at_once["again"]), [("STOP", "STOP_COPY"), ("STOP_COPY", "STOP")]);
+    assert_eq!((&at_once["again"]["left-in"], &at_once["left-in"]), (&"STOP".into(), &"RUNNING".into()));
+    // The controls: a byte that is altered on its way out is noticed, and a state that went on is another one.
+    let altering = Server::start(dir.path(), "c.sock", &["--state-size", "4M", "--fault", "corrupt-tail"]);
+    let altered = altering.restore(&file("first"), &["--save-again", text(&file("altered"))]);
+    assert_eq!(altered["same-state"], false, "{altered}");
     let went_on = other.restore(&file("again"), &[]);
     assert_eq!((digest(&went_on), &went_on["left-in"]), (digest(&first), &"RUNNING".into()));
     let changed = until("the state to change", || {

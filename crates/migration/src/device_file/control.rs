@@ -9,7 +9,8 @@ use vfio_migration_types::MigrationState;
 use super::DeviceArc;
 use crate::control::lock;
 
-/// Watches and stops, from any thread, what is done with one device. Clones are the same; good for one call.
+/// Watches and stops, from any thread, what is done with one device. Clones are the same. Given to several
+/// calls, it counts on.
 #[derive(Clone, Debug, Default)]
 pub struct DeviceControl(Arc<Shared>);
 

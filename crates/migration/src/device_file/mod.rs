@@ -42,7 +42,7 @@ pub struct DeviceReport {
     pub stopcopy: u64,
     /// BLAKE3 digest of the state, all bytes in order.
     pub state_digest: [u8; 32],
-    /// Each transition, in order.
+    /// Each transition since the control was new, in order.
     pub arcs: Vec<DeviceArc>,
     /// From the call to its end.
     pub took: Duration,
