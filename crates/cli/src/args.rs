@@ -43,8 +43,10 @@ pub(crate) enum Verb {
     Check(Check),
     /// Say what a reason's code means, and what to do about it.
     Explain(Explain),
-    /// Save the guest of a running `vm` into a file; `vm --restore` brings it back.
+    /// Save the guest of a running `vm`, or a device alone, into a file.
     Save(Save),
+    /// Load what `save --device` wrote into a device. For a whole guest: `vm --restore`.
+    Restore(Restore),
     /// Show how a `vm` and its migration stand.
     Status(Status),
     /// Cancel the migration of a running `vm`: its guest goes on where it is.
@@ -83,7 +85,6 @@ impl Verb {
     pub(crate) fn json(&self) -> bool {
         match self {
             Self::Migrate(Migrate { target, .. })
-            | Self::Save(Save { target, .. })
             | Self::Status(Status { target, .. })
             | Self::Set(Set { target, .. })
             | Self::Incoming(Incoming { target, .. })
@@ -93,6 +94,8 @@ impl Verb {
             | Self::Stop(target)
             | Self::Cont(target)
             | Self::Quit(target) => target.json,
+            Self::Save(options) => options.json,
+            Self::Restore(options) => options.json,
             Self::Devices(options) => options.json,
             Self::Doctor(options) => options.json,
             Self::Describe(options) => options.json,
@@ -360,10 +363,22 @@ pub(crate) struct Migrate {
 
 /// Options of `save`.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = EXIT_CODES)]
+#[command(
+    after_help = "vm --restore FILE brings a guest back, restore --device DEVICE FILE a device.\n\
+Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible (also: the device has no migration), 4 ownership unresolved.",
+    group = clap::ArgGroup::new("what").args(["control", "device"]).required(true)
+)]
 pub(crate) struct Save {
-    #[command(flatten)]
-    pub(crate) target: Target,
+    /// Control socket of the `vm` whose guest is saved.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or
+    /// mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`.
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["stop", "verify", "allow_all_dirty"])]
+    pub(crate) device: Option<String>,
+    /// With --device: read all of its state while it stands, as if it had no PRE_COPY.
+    #[arg(long, conflicts_with = "control")]
+    pub(crate) stop_copy_only: bool,
     /// File to write. It appears whole or not at all.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
@@ -379,6 +394,31 @@ pub(crate) struct Save {
     /// Save even a device that logs no DMA: all of RAM is written while the guest stands still.
     #[arg(long)]
     pub(crate) allow_all_dirty: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `restore`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 the file and the device do not fit.")]
+pub(crate) struct Restore {
+    /// The device: as for `save --device`. Without an id it takes the name that the file gives it.
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: String,
+    /// What `save --device` wrote.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Save it again into this file once it is loaded, before it runs: for a driver that resets its device when it is
+    /// closed, there is no later.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save_again: Option<PathBuf>,
+    /// Leave it in STOP, as it was loaded, instead of letting it run.
+    #[arg(long)]
+    pub(crate) leave_stopped: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `set`.

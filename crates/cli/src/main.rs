@@ -53,6 +53,7 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         Verb::Check(options) => verbs::check::run(&options),
         Verb::Explain(options) => verbs::explain::run(&options),
         Verb::Save(options) => verbs::save::run(&options, &Interrupt::listen()?),
+        Verb::Restore(options) => verbs::device_file::restore(&options, &Interrupt::listen()?),
         Verb::Status(options) => verbs::status::run(&options, &Interrupt::listen()?),
         Verb::Cancel(target) => verbs::steer::cancel(&target),
         Verb::Continue(target) => verbs::steer::go_on(&target),

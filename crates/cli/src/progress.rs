@@ -47,6 +47,22 @@ impl Progress {
             self.lines = Some(due + LINE_EVERY);
         }
     }
+
+    /// Shows how it stands with one device: what was `done`, and what is left as far as is known.
+    pub(crate) fn show_bytes(&mut self, done: &str, moved: u64, left: u64) {
+        let line = || match (moved, left) {
+            (0, 0) => format!("nothing {done} yet"),
+            _ => format!("{} {done}, {} left", show_size(moved), show_size(left)),
+        };
+        if let Some(bar) = &self.bar {
+            bar.set_length(moved + left);
+            bar.set_position(moved);
+            bar.set_message(line());
+        } else if let Some(due) = self.lines.filter(|due| Instant::now() >= *due) {
+            say(line());
+            self.lines = Some(due + LINE_EVERY);
+        }
+    }
 }
 
 impl Drop for Progress {

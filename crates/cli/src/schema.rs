@@ -9,6 +9,7 @@ use crate::control::{
 };
 use crate::demo::{DemoReport, GuestInfo};
 use crate::exit::FailureReport;
+use crate::verbs::device_file::DeviceFileReport;
 use crate::verbs::devices::DevicesReport;
 use crate::verbs::doctor::DoctorReport;
 use crate::verbs::rehearse::RehearseReport;
@@ -19,6 +20,7 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
     vec![
         ("demo", schema_for!(DemoReport)),
         ("status", schema_for!(StatusReport)),
+        ("device-file", schema_for!(DeviceFileReport)),
         ("devices", schema_for!(DevicesReport)),
         ("doctor", schema_for!(DoctorReport)),
         ("failure", schema_for!(FailureReport)),

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod device_file;
 mod edu;
 mod guest;
 mod init;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::{edu, guest, kernel_device, migdev, mtty};
+use crate::{device_file, edu, guest, kernel_device, migdev, mtty};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +78,11 @@ pub(crate) const TESTS: &[Test] = &[
     test("kernel_device_handed_over_bound", &[Need::Mtty, Need::Cdev], kernel_device::handed_over_bound),
     test("kernel_device_maps_other_memory", &[Need::Mtty], kernel_device::maps_other_memory),
     test("edu_does_not_migrate", &[Need::Edu], edu::does_not_migrate),
+    test("device_file_contents_move", &[Need::Mtty], device_file::contents_move),
+    test("device_file_of_another_type", &[Need::Mtty], device_file::another_type),
+    test("device_file_of_a_device_in_use", &[Need::Mtty], device_file::in_use),
+    test("device_file_of_migdev", &[Need::Migdev], device_file::migdev),
+    test("device_file_of_edu_is_refused", &[Need::Edu], device_file::edu_is_refused),
     test("migdev_describes_itself", &[Need::Migdev], migdev::dma::describes_itself),
     test("migdev_writes_and_logs_exactly", &[Need::Migdev], migdev::dma::exact),
     test("migdev_writes_and_logs_exactly_by_cdev", &[Need::Migdev, Need::Cdev], migdev::dma::exact_by_cdev),

@@ -133,6 +133,7 @@ mod connect;
 mod control;
 mod credit;
 mod destination;
+mod device_file;
 mod error;
 mod fail;
 mod interrupt;
@@ -157,6 +158,10 @@ mod uri;
 
 pub use control::{Control, IncomingControl};
 pub use destination::Destination;
+pub use device_file::{
+    DeviceArc, DeviceControl, DeviceFate, DeviceFileError, DeviceReport, RestoreDeviceOptions,
+    SaveDeviceOptions, restore_device, save_device,
+};
 pub use error::{Aborted, Failure, Held, IncomingError, MigrateError};
 pub use journal::{JournalError, JournalFile, read_journal};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
@@ -165,7 +170,7 @@ pub use options::{DestinationOptions, IncomingSabotage, Sabotage, SabotageKind, 
 pub use probe::probe;
 pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
-pub use snapshot::{HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
+pub use snapshot::{DeviceState, HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
 pub use source::Source;
 pub use standing::{Standing, standing};
 pub use uri::{Uri, UriError};

@@ -21,7 +21,10 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The server did not answer in time. The connection is dead: the reply might still come, and out of step.
-    #[error("the server did not answer {command} within {after:?}")]
+    #[error(
+        "the server did not answer {command} within {after:?}{}",
+        if *command == Command::VERSION { "; most serve one client at a time, so another may have it" } else { "" }
+    )]
     Timeout {
         /// The request.
         command: Command,

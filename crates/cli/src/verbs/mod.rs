@@ -3,6 +3,7 @@
 pub(crate) mod check;
 pub(crate) mod describe;
 pub(crate) mod device;
+pub(crate) mod device_file;
 pub(crate) mod devices;
 pub(crate) mod doctor;
 pub(crate) mod explain;

@@ -1,11 +1,11 @@
-//! `save`: asks a running `vm` to write its guest into a file, and waits for the end.
+//! `save`: asks a running `vm` to write its guest into a file, and waits for the end. Of a device alone: in `device_file`.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::status;
-use crate::args::Save;
+use super::{device_file, status};
+use crate::args::{Save, Target};
 use crate::control::{MigrationState, SaveArguments, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
@@ -13,6 +13,17 @@ use crate::output::{print, print_json, say};
 use crate::progress::Progress;
 
 pub(crate) fn run(options: &Save, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    match (&options.control, &options.device) {
+        (Some(control), None) => {
+            let target = Target { control: control.clone(), json: options.json };
+            save_guest(options, &target, interrupt)
+        }
+        (None, Some(device)) => device_file::save(options, device, interrupt),
+        _ => Err(Failure::new(Exit::Usage, "one of --control and --device says what is to be saved")),
+    }
+}
+
+fn save_guest(options: &Save, target: &Target, interrupt: &Interrupt) -> Result<Exit, Failure> {
     // The `vm` may have another working directory.
     let path = std::path::absolute(&options.output)
         .map_err(|error| Failure::caused(&format!("{}", options.output.display()), &error))?;
@@ -25,10 +36,10 @@ pub(crate) fn run(options: &Save, interrupt: &Interrupt) -> Result<Exit, Failure
         verify: options.verify,
         allow_all_dirty: options.allow_all_dirty,
     };
-    let mut client = options.target.connect()?;
+    let mut client = target.connect()?;
     client.call(Verb::Save, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
     let mut report = status::ask(&mut client)?;
-    let mut progress = Progress::new(!options.target.json);
+    let mut progress = Progress::new(!target.json);
     let mut cancelled = false;
     while matches!(report.migration.status, MigrationState::Active) {
         progress.show(&report.migration);
@@ -44,7 +55,7 @@ pub(crate) fn run(options: &Save, interrupt: &Interrupt) -> Result<Exit, Failure
         report = status::ask(&mut client)?;
     }
     drop(progress);
-    if options.target.json {
+    if target.json {
         print_json(&report)?;
     } else {
         print(status::text(&report))?;

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod demo;
+mod device_files;
 mod generated;
 mod host;
 mod moves;

@@ -60,6 +60,18 @@ fn drain(device: BorrowedFd<'_>) -> Outcome<Vec<u8>> {
     Ok(text)
 }
 
+/// Leaves `text` in an instance that nobody has open: it keeps it.
+pub(crate) fn fill_of(instance: &Instance, text: &[u8]) -> Outcome {
+    let opened = instance.open()?;
+    fill(opened.device()?, text)
+}
+
+/// Takes all that is in the receive queue of an instance that nobody has open.
+pub(crate) fn drain_of(instance: &Instance) -> Outcome<Vec<u8>> {
+    let opened = instance.open()?;
+    drain(opened.device()?)
+}
+
 fn go(device: BorrowedFd<'_>, to: MigrationState) -> Outcome<Option<std::os::fd::OwnedFd>> {
     Ok(set_device_state(device, to)?)
 }

@@ -21,11 +21,13 @@ pub(super) struct Checked {
     pub(super) guest_ran: bool,
     /// Bytes of frames.
     pub(super) frames: u64,
+    /// Of the whole file.
+    pub(super) digest: [u8; 32],
 }
 
 /// Checks all of `file`: beginning, end, digest, then each frame and what they say together.
 pub(super) fn check(file: &File, path: &Path) -> Result<Checked, SnapshotError> {
-    let frames = check_whole(file, path)?;
+    let (frames, digest) = check_whole(file, path)?;
     let again = file.try_clone().map_err(failed("reading", path))?;
     let mut reader = Frames::new(again, path, frames)?;
     let mut content = Content::default();
@@ -43,11 +45,11 @@ pub(super) fn check(file: &File, path: &Path) -> Result<Checked, SnapshotError> 
             reader.read_body(len, crc)?;
         }
     }
-    content.finish(frames)
+    content.finish(frames, digest)
 }
 
-/// Beginning, end and digest. Returns the bytes of frames.
-fn check_whole(mut file: &File, path: &Path) -> Result<u64, SnapshotError> {
+/// Beginning, end and digest. Returns the bytes of frames, and the digest.
+fn check_whole(mut file: &File, path: &Path) -> Result<(u64, [u8; 32]), SnapshotError> {
     let failed = || failed("reading", path);
     let metadata = file.metadata().map_err(failed())?;
     let len = metadata.len();
@@ -85,7 +87,7 @@ fn check_whole(mut file: &File, path: &Path) -> Result<u64, SnapshotError> {
         hasher.update(piece);
         left -= piece.len() as u64;
     }
-    if hasher.finalize() == announced { Ok(frames) } else { Err(SnapshotError::Digest) }
+    if hasher.finalize() == announced { Ok((frames, announced)) } else { Err(SnapshotError::Digest) }
 }
 
 #[derive(Debug, Default)]
@@ -175,7 +177,7 @@ impl Content {
         Ok(())
     }
 
-    fn finish(self, frames: u64) -> Result<Checked, SnapshotError> {
+    fn finish(self, frames: u64, digest: [u8; 32]) -> Result<Checked, SnapshotError> {
         let (Some(hello), Some(manifest), Some(guest_ran), Some(totals)) =
             (self.hello, self.manifest, self.guest_ran, self.totals)
         else {
@@ -188,7 +190,7 @@ impl Content {
         if (self.ram_pages, self.sections) != (totals.ram_pages, totals.sections) {
             return Err(wrong("the totals do not fit the pages and sections"));
         }
-        Ok(Checked { hello, manifest, totals, guest_ran, frames })
+        Ok(Checked { hello, manifest, totals, guest_ran, frames, digest })
     }
 
     fn open(&self) -> bool {

@@ -18,3 +18,22 @@ mod save;
 pub use error::{HeldBack, SaveError, SnapshotError};
 pub use restore::Snapshot;
 pub use save::{SaveOptions, Saved, save};
+
+use vfio_migration_wire::DeviceTotal;
+
+/// The state of a device in a file, as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceState {
+    /// Bytes.
+    pub bytes: u64,
+    /// BLAKE3 digest of all bytes, in the order in which the device gave them.
+    pub digest: [u8; 32],
+}
+
+fn states(totals: &[DeviceTotal]) -> Vec<DeviceState> {
+    totals
+        .iter()
+        .map(|DeviceTotal { bytes, digest }| DeviceState { bytes: *bytes, digest: *digest })
+        .collect()
+}

@@ -6,7 +6,8 @@ use std::time::Instant;
 use vfio_migration_compat::MachineManifest;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{
-    Accept, Applied, Bulk, FEATURE_RAM_CRC, Frame, HelloReply, Message, PROTOCOL_VERSION, Ready, Running,
+    Accept, Applied, Bulk, DeviceTotal, FEATURE_RAM_CRC, Frame, HelloReply, Message, PROTOCOL_VERSION, Ready,
+    Running,
 };
 
 use super::SnapshotError;
@@ -19,10 +20,11 @@ use crate::link::{Link, LinkError, Reader};
 const CREDIT: u64 = 1 << 62;
 
 /// What was recorded.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Recorded {
     pub(super) bytes: u64,
     pub(super) digest: [u8; 32],
+    pub(super) devices: Vec<DeviceTotal>,
     /// The source committed: the guest is in the file and nowhere else.
     pub(super) committed: bool,
 }
@@ -132,7 +134,7 @@ fn listen(
                 writer.message(&message)?;
                 // Under its own name before anybody hears that it is whole.
                 let (bytes, digest) = writer.finish()?;
-                let recorded = Recorded { bytes, digest, committed: commit };
+                let recorded = Recorded { bytes, digest, devices: totals.devices.clone(), committed: commit };
                 if !commit {
                     link.send(&Message::Abort(plain(Phase::Final, "the snapshot is whole")))?;
                     return Ok(recorded);

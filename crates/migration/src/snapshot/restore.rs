@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_compat::{MachineManifest, Reason};
+use vfio_migration_compat::{DeviceManifest, MachineManifest, Reason};
 use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_types::{Epoch, Phase, VmId};
 
-use super::SnapshotError;
 use super::check::{Checked, check};
 use super::file::{Frames, failed};
+use super::format::{HEAD_LEN, TRAILER_LEN};
 use super::idle::keep_alive;
 use super::play::play;
+use super::{DeviceState, SnapshotError, states};
 use crate::credit::Credit;
+use crate::device_file::KIND;
 use crate::fail::{InPhase, plain};
 use crate::link::Link;
 use crate::{
@@ -58,6 +60,34 @@ impl Snapshot {
     /// Whether the guest ran when it was saved, and will when it is restored.
     pub fn guest_ran(&self) -> bool {
         self.checked.guest_ran
+    }
+
+    /// The device, if the file is of a device alone ([`save_device`](crate::save_device)) and of no VM.
+    pub fn device(&self) -> Option<&DeviceManifest> {
+        match self.checked.manifest.devices.as_slice() {
+            [device] if self.checked.manifest.machine == KIND => Some(device),
+            _ => None,
+        }
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of the file.
+    pub fn bytes(&self) -> u64 {
+        HEAD_LEN + self.checked.frames + TRAILER_LEN
+    }
+
+    /// BLAKE3 digest of the file without its last 32 bytes, which are it.
+    pub fn digest(&self) -> [u8; 32] {
+        self.checked.digest
+    }
+
+    /// The state of each device, in the manifest's order.
+    pub fn device_states(&self) -> Vec<DeviceState> {
+        states(&self.checked.totals.devices)
     }
 
     /// Bytes of state of each device, in the manifest's order.

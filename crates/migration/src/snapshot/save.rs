@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use super::file::{Writer, failed};
 use super::idle::keep_alive;
 use super::record::{Recorded, Unrecorded, record};
-use super::{HeldBack, SaveError};
+use super::{DeviceState, HeldBack, SaveError, states};
 use crate::link::Link;
 use crate::{Completed, MigrateError, Progress, Source, SourceOptions};
 
@@ -33,6 +33,8 @@ pub struct Saved {
     pub bytes: u64,
     /// BLAKE3 digest of the file without its last 32 bytes, which are it.
     pub digest: [u8; 32],
+    /// The state of each device, in the manifest's order.
+    pub devices: Vec<DeviceState>,
     /// How the session ended, when the guest was to end here.
     pub completed: Option<Completed>,
 }
@@ -79,12 +81,12 @@ pub fn save(
         (recording.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), ended)
     });
     match (recorded, ended) {
-        (Ok(Recorded { bytes, digest, committed: true }), Ok(completed)) => {
-            Ok(Saved { bytes, digest, completed: Some(completed) })
+        (Ok(Recorded { bytes, digest, devices, committed: true }), Ok(completed)) => {
+            Ok(Saved { bytes, digest, devices: states(&devices), completed: Some(completed) })
         }
-        (Ok(Recorded { bytes, digest, committed: false }), Err(MigrateError::Aborted(aborted))) => {
+        (Ok(Recorded { bytes, digest, devices, committed: false }), Err(MigrateError::Aborted(aborted))) => {
             if aborted.restored && aborted.reset.is_empty() {
-                Ok(Saved { bytes, digest, completed: None })
+                Ok(Saved { bytes, digest, devices: states(&devices), completed: None })
             } else {
                 Err(SaveError::Held(HeldBack(aborted)))
             }

@@ -160,7 +160,7 @@ fn refused_here(failure: PeerError) -> MigrateError {
 }
 
 /// A fresh nonce.
-fn draw_attempt() -> Result<AttemptId, MigrateError> {
+pub(crate) fn draw_attempt() -> Result<AttemptId, MigrateError> {
     let drawn = nonce()
         .map_err(|errno| not_begun(Phase::Plan, format!("no random number for the attempt: {errno}")))?;
     Ok(AttemptId(drawn))

@@ -64,10 +64,28 @@ impl FromStr for DeviceConfig {
     type Err = DeviceConfigError;
 
     fn from_str(text: &str) -> Result<Self, DeviceConfigError> {
+        Self::parse(text, None)
+    }
+}
+
+impl DeviceConfig {
+    /// A device that may go without a name, and is called `name` then.
+    ///
+    /// # Errors
+    /// The text describes no device.
+    pub fn named(text: &str, name: &DeviceId) -> Result<Self, DeviceConfigError> {
+        Self::parse(text, Some(name))
+    }
+
+    fn parse(text: &str, otherwise: Option<&DeviceId>) -> Result<Self, DeviceConfigError> {
         let refuse = |why: String| DeviceConfigError { text: text.chars().take(200).collect(), why };
         let (kind, rest) = text.split_once(':').ok_or_else(|| refuse("it names no kind".into()))?;
-        let (place, options) = rest.split_once(',').ok_or_else(|| refuse("it has no id".into()))?;
-        let name = options.strip_prefix("id=").ok_or_else(|| refuse("it has no id".into()))?;
+        let (place, name) = match (rest.split_once(','), otherwise) {
+            (Some((place, options)), _) => (place, options.strip_prefix("id=")),
+            (None, Some(name)) => (rest, Some(name.as_str())),
+            (None, None) => (rest, None),
+        };
+        let name = name.ok_or_else(|| refuse("it has no id".into()))?;
         let path = match kind {
             "vfio-user" if place.is_empty() => return Err(refuse("the socket's path is empty".into())),
             "vfio-user" => DevicePath::VfioUser(place.into()),
@@ -131,6 +149,13 @@ mod test {
         assert!(why(&format!("vfio:{uuid},id=x")).contains("for a UUID: mdev"));
         assert!(why("mdev:0000:01:00.0,id=x").contains("mdev takes a UUID"));
         assert!(why("usb:1,id=x").contains("kind is unknown") && why("usb:1,id=x").contains("mdev:UUID"));
+        let name = DeviceId::new("device").unwrap();
+        let named = |text: &str| DeviceConfig::named(text, &name).map(|device| device.id.to_string());
+        assert_eq!(named("vfio-user:/x").unwrap(), "device");
+        assert_eq!(named("vfio-user:/x,id=a").unwrap(), "a");
+        for bad in ["vfio-user:", "vfio-user:/x,name=a", "/x"] {
+            assert!(named(bad).is_err(), "{bad}");
+        }
         for bad in [
             "",
             "net0",

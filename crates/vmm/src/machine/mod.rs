@@ -22,6 +22,7 @@ use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{DeviceId, VmId};
 
 pub use config::{Accelerator, DeviceConfig, DeviceConfigError, DevicePath, MachineConfig, Workload};
+pub use open::open_alone;
 pub use processor::kvm_answers;
 
 use crate::VmmError;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use vfio_migration_device::{
     Device, KernelDevice, KernelOptions, PciHardware, VfioUserDevice, VfioUserOptions,
 };
-use vfio_migration_memory::GuestRam;
+use vfio_migration_memory::{GuestRam, RamSpec};
+use vfio_migration_types::{Gpa, PAGE_SIZE};
 
 use super::{DeviceConfig, DevicePath};
 use crate::VmmError;
@@ -27,6 +28,26 @@ impl Link {
     /// Whether whoever serves the device is gone.
     pub(super) fn is_lost(&self) -> bool {
         (self.0)()
+    }
+}
+
+/// Opens a device that no guest has, in the state that it is in. It reaches no memory.
+///
+/// # Errors
+/// It is not there, in use, or does not answer as its kind should.
+pub fn open_alone(config: &DeviceConfig) -> Result<Arc<dyn Device>, VmmError> {
+    let ram = Arc::new(GuestRam::new("device", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }])?);
+    match &config.path {
+        DevicePath::VfioUser(socket) => {
+            let options = VfioUserOptions { keep_state: true, ..VfioUserOptions::default() };
+            let device = VfioUserDevice::open(config.id.clone(), socket, ram, &options);
+            Ok(Arc::new(device.map_err(VmmError::device)?))
+        }
+        DevicePath::Kernel(path) => {
+            let options = KernelOptions { keep_state: true, ..KernelOptions::default() };
+            let device = KernelDevice::open(config.id.clone(), path, ram, &options);
+            Ok(Arc::new(device.map_err(VmmError::device)?))
+        }
     }
 }
 

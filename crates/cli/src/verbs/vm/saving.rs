@@ -91,8 +91,19 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, 
 
 /// Opens and checks a file before anything is built for it.
 pub(super) fn open(path: &Path) -> Result<Snapshot, Failure> {
-    Snapshot::open(path)
-        .map_err(|error| Failure::caused(&format!("cannot restore {}", path.display()), &error))
+    let snapshot = Snapshot::open(path)
+        .map_err(|error| Failure::caused(&format!("cannot restore {}", path.display()), &error))?;
+    match snapshot.device() {
+        None => Ok(snapshot),
+        Some(device) => Err(Failure::new(
+            Exit::Incompatible,
+            format!(
+                "{} holds the device {} alone, and no guest: `vfio-migrate restore --device … {0}` loads it into a device",
+                path.display(),
+                device.id
+            ),
+        )),
+    }
 }
 
 /// Puts a guest back into a machine that is built once it is known that the guest may be put back: building opens the

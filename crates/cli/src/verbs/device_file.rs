@@ -1,0 +1,308 @@
+//! `save --device` and `restore`: the state of one device to and from a file, for authors of drivers and device servers.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vfio_migration::{
+    DeviceControl, DeviceFileError, DeviceReport, RestoreDeviceOptions, SaveDeviceOptions, Snapshot,
+    restore_device, save_device,
+};
+use vfio_migration_device::Device;
+use vfio_migration_types::{DeviceId, MigrationState};
+use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
+
+use crate::args::{Restore, Save};
+use crate::exit::{Exit, Failure, chain};
+use crate::interrupt::Interrupt;
+use crate::output::{print, print_json};
+use crate::progress::Progress;
+use crate::units::show_size;
+
+/// How often progress is looked at, and Ctrl-C.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// What a device is called whose name nobody gives.
+const NAME: &str = "dev0";
+
+/// What `save --device --json` and `restore --json` print.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct DeviceFileReport {
+    /// Name of the device, in the file too.
+    pub(crate) device: String,
+    /// `vfio-user` or `kernel`.
+    pub(crate) backend: String,
+    /// The kernel driver that has it, where one is known.
+    pub(crate) driver: Option<String>,
+    /// The model that it declares, if any.
+    pub(crate) model: Option<String>,
+    /// Version of the model.
+    pub(crate) model_version: Option<String>,
+    /// The file.
+    pub(crate) file: String,
+    /// Bytes of the file.
+    pub(crate) file_bytes: u64,
+    /// BLAKE3 digest of the file without its last 32 bytes, which are it; hexadecimal.
+    pub(crate) file_digest: String,
+    /// Bytes of device state.
+    pub(crate) state_bytes: u64,
+    /// Those that were read while the device could run.
+    pub(crate) precopy_bytes: u64,
+    /// Those that were read while it stood.
+    pub(crate) stopcopy_bytes: u64,
+    /// BLAKE3 digest of the state, hexadecimal.
+    pub(crate) state_digest: String,
+    /// Each transition of the device, in order.
+    pub(crate) arcs: Vec<ArcReport>,
+    /// From the open device to the end, milliseconds.
+    pub(crate) total_ms: f64,
+    /// The state that the device is in now: `RUNNING` or `STOP`.
+    pub(crate) left_in: String,
+    /// With `--save-again`: the second file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) again: Option<Box<DeviceFileReport>>,
+    /// With `--save-again`: whether the state that was read is the state that was loaded. Absent when the file has data of
+    /// pre-copy: the two are then not made of the same pieces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) same_state: Option<bool>,
+}
+
+/// A transition.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct ArcReport {
+    /// Where the device was.
+    pub(crate) from: String,
+    /// Where it went.
+    pub(crate) to: String,
+    /// By a reset.
+    pub(crate) reset: bool,
+    /// How long it took, milliseconds.
+    pub(crate) ms: f64,
+}
+
+/// `save --device`.
+pub(crate) fn save(options: &Save, device: &str, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    let config = parse(device, None)?;
+    let mut how = SaveDeviceOptions::default();
+    (how.force, how.stop_copy_only) = (options.force, options.stop_copy_only);
+    let doing = format!("cannot save {device}");
+    let report = watch(interrupt, !options.json, "saved", |control| {
+        let device = open_alone(&config).map_err(|error| Failure::caused(&doing, &error))?;
+        interrupt.check()?;
+        let report = save_device(&device, &options.output, how, control);
+        Ok(report.map_err(|error| failed(&doing, &error))?.into())
+    })?;
+    show(&report, options.json, "saved into")
+}
+
+/// `restore`.
+pub(crate) fn restore(options: &Restore, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    // Nonsense is said before a file is read.
+    parse(&options.device, None)?;
+    let doing = format!("cannot restore {} into {}", options.file.display(), options.device);
+    let report = watch(interrupt, !options.json, "loaded", |control| {
+        let snapshot = Snapshot::open(&options.file).map_err(|error| Failure::caused(&doing, &error))?;
+        let config = fitting(&snapshot, options)?;
+        interrupt.check()?;
+        let device = open_alone(&config).map_err(|error| Failure::caused(&doing, &error))?;
+        interrupt.check()?;
+        match &options.save_again {
+            None => {
+                let report = restore_device(snapshot, &device, stopped(options.leave_stopped), control);
+                Ok(report.map_err(|error| failed(&doing, &error))?.into())
+            }
+            Some(again) => {
+                let report = restore_device(snapshot, &device, stopped(true), control);
+                let report = report.map_err(|error| failed(&doing, &error))?;
+                save_again(&device, report, again, options.leave_stopped, control)
+            }
+        }
+    })?;
+    show(&report, options.json, "restored from")
+}
+
+fn stopped(leave_stopped: bool) -> RestoreDeviceOptions {
+    let mut how = RestoreDeviceOptions::default();
+    how.leave_stopped = leave_stopped;
+    how
+}
+
+/// Saves a device that was just loaded and stands, and lets it run unless it is to stand.
+fn save_again(
+    device: &Arc<dyn Device>,
+    loaded: DeviceReport,
+    file: &Path,
+    leave_stopped: bool,
+    control: &DeviceControl,
+) -> Result<DeviceFileReport, Failure> {
+    let doing = format!("cannot save it again into {}", file.display());
+    let mut again = save_device(device, file, SaveDeviceOptions::default(), control)
+        .map_err(|error| failed(&doing, &error))?;
+    again.arcs.drain(..loaded.arcs.len().min(again.arcs.len()));
+    let same =
+        (loaded.precopy == 0 && again.precopy == 0).then_some(loaded.state_digest == again.state_digest);
+    let mut report = DeviceFileReport::from(loaded);
+    report.same_state = same;
+    report.again = Some(Box::new(again.into()));
+    if !leave_stopped {
+        device
+            .set_state(MigrationState::Running)
+            .map_err(|error| Failure::caused("it is loaded and saved again, and does not start", &error))?;
+        report.left_in = MigrationState::Running.to_string();
+    }
+    Ok(report)
+}
+
+/// The device, by the name that the file gives it.
+fn fitting(snapshot: &Snapshot, options: &Restore) -> Result<DeviceConfig, Failure> {
+    let file = options.file.display();
+    let unfit = |text: String| Failure::new(Exit::Incompatible, text);
+    let Some(device) = snapshot.device() else {
+        return Err(unfit(format!(
+            "{file} holds the guest of a whole VM: `vfio-migrate vm --restore {file} …` brings it back"
+        )));
+    };
+    let config = parse(&options.device, Some(&device.id))?;
+    if config.id != device.id {
+        return Err(unfit(format!(
+            "the device in {file} is called {}, not {}; without ,id= it takes the name from the file",
+            device.id, config.id
+        )));
+    }
+    Ok(config)
+}
+
+fn parse(text: &str, name: Option<&DeviceId>) -> Result<DeviceConfig, Failure> {
+    let usage = |text: String| Failure::new(Exit::Usage, format!("--device: {text}"));
+    let otherwise = match name {
+        Some(name) => name.clone(),
+        None => DeviceId::new(NAME).map_err(|error| usage(error.to_string()))?,
+    };
+    DeviceConfig::named(text, &otherwise).map_err(|error| usage(error.to_string()))
+}
+
+/// Does `work` on a thread of its own, shows how far it is, and cancels it on Ctrl-C.
+fn watch(
+    interrupt: &Interrupt,
+    shown: bool,
+    done: &str,
+    work: impl FnOnce(&DeviceControl) -> Result<DeviceFileReport, Failure> + Send,
+) -> Result<DeviceFileReport, Failure> {
+    let control = DeviceControl::default();
+    let mut progress = Progress::new(shown);
+    std::thread::scope(|scope| {
+        let (ended, end) = channel::<()>();
+        let of_thread = control.clone();
+        let working = scope.spawn(move || {
+            let result = work(&of_thread);
+            drop(ended);
+            result
+        });
+        while end.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+            let (moved, left) = control.progress();
+            progress.show_bytes(done, moved, left);
+            if interrupt.requested() {
+                control.cancel();
+            }
+        }
+        working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn failed(doing: &str, error: &DeviceFileError) -> Failure {
+    match error {
+        DeviceFileError::Cancelled(fate) => Failure::failed(format!("interrupted; {fate}")),
+        DeviceFileError::NotMigratable(_)
+        | DeviceFileError::OtherDevice(_)
+        | DeviceFileError::OfMachine { .. } => {
+            Failure::new(Exit::Incompatible, format!("{doing}: {}", chain(error)))
+        }
+        error => Failure::caused(doing, error),
+    }
+}
+
+fn show(report: &DeviceFileReport, json: bool, how: &str) -> Result<Exit, Failure> {
+    if json { print_json(report) } else { print(text(report, how)) }?;
+    Ok(Exit::Done)
+}
+
+impl From<DeviceReport> for DeviceFileReport {
+    fn from(report: DeviceReport) -> Self {
+        let arcs = report.arcs.iter().map(|arc| ArcReport {
+            from: arc.from.to_string(),
+            to: arc.to.to_string(),
+            reset: arc.reset,
+            ms: milliseconds(arc.took),
+        });
+        Self {
+            driver: report.device.parameters.get("driver").filter(|_| report.device.model.is_none()).cloned(),
+            device: report.device.id.to_string(),
+            backend: report.device.backend,
+            model: report.device.model,
+            model_version: report.device.model_version,
+            file: report.file.display().to_string(),
+            file_bytes: report.file_bytes,
+            file_digest: hexadecimal(&report.file_digest),
+            state_bytes: report.precopy + report.stopcopy,
+            precopy_bytes: report.precopy,
+            stopcopy_bytes: report.stopcopy,
+            state_digest: hexadecimal(&report.state_digest),
+            arcs: arcs.collect(),
+            total_ms: milliseconds(report.took),
+            left_in: report.left_in.to_string(),
+            again: None,
+            same_state: None,
+        }
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+fn hexadecimal(digest: &[u8; 32]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The report for people.
+fn text(report: &DeviceFileReport, how: &str) -> String {
+    let what = match (&report.model, &report.model_version, &report.driver) {
+        (Some(model), Some(version), _) => format!("{model} {version}"),
+        (Some(model), None, _) => model.clone(),
+        (None, _, Some(driver)) => format!("driver {driver}"),
+        (None, _, None) => "no model declared".into(),
+    };
+    let mut text = format!(
+        "device {} ({}, {what}) {how} {} ({}), and is in {}\n\
+         state: {}, of which {} before it stood and {} while it stood; {:.1} ms\n",
+        report.device,
+        report.backend,
+        report.file,
+        show_size(report.file_bytes),
+        report.left_in,
+        show_size(report.state_bytes),
+        show_size(report.precopy_bytes),
+        show_size(report.stopcopy_bytes),
+        report.total_ms
+    );
+    for arc in &report.arcs {
+        let by = if arc.reset { " by a reset" } else { "" };
+        text.push_str(&format!("  {} → {}{by}: {:.1} ms\n", arc.from, arc.to, arc.ms));
+    }
+    text.push_str(&format!("digest of the state: {}\n", report.state_digest));
+    text.push_str(&format!("digest of the file: {}\n", report.file_digest));
+    if let Some(again) = &report.again {
+        let same = match report.same_state {
+            Some(true) => "the same state",
+            Some(false) => "ANOTHER STATE than was loaded",
+            None => "not comparable with what was loaded, which has data of pre-copy",
+        };
+        text.push_str(&format!("saved again into {}: {same}\n", again.file));
+        text.push_str(&format!("digest of the state: {}\n", again.state_digest));
+    }
+    text
+}

@@ -1,0 +1,95 @@
+//! Why a device was not saved, or not restored.
+
+use std::fmt;
+
+use vfio_migration_compat::Reason;
+use vfio_migration_device::DeviceError;
+use vfio_migration_memory::MemoryError;
+use vfio_migration_types::{DeviceId, MigrationState};
+
+use crate::reasons::sentences;
+use crate::{Failure, SnapshotError};
+
+/// A device that was not saved, or not restored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceFileError {
+    /// It has no migration. It was not touched.
+    #[error("it cannot be migrated: {0}")]
+    NotMigratable(String),
+    /// It holds a state that is neither whole nor running. It was not touched.
+    #[error(
+        "device {device} is in {state}, so there is no whole state to be saved; a reset helps, and loading a state \
+         (`vfio-migrate restore`) resets it first"
+    )]
+    NoWholeState {
+        /// Which device.
+        device: DeviceId,
+        /// Where it is.
+        state: MigrationState,
+    },
+    /// The file is another machine's. The device was not touched.
+    #[error(
+        "the file holds a machine of kind '{kind}', not a device alone: `vfio-migrate vm --restore` is for whole VMs"
+    )]
+    OfMachine {
+        /// What machine it was.
+        kind: String,
+    },
+    /// The file is of another device. This one was not touched.
+    #[error("the file (the source) and the device (the destination) do not fit: {}", sentences(.0))]
+    OtherDevice(Vec<Reason>),
+    /// The device does not answer as it should.
+    #[error("the device does not say how it is")]
+    Device(#[from] DeviceError),
+    /// The file could not be written.
+    #[error("the file cannot be written")]
+    File(#[source] SnapshotError),
+    /// There is no memory for it.
+    #[error("there is no memory to do it with")]
+    Memory(#[from] MemoryError),
+    /// It was cancelled.
+    #[error("cancelled; {0}")]
+    Cancelled(DeviceFate),
+    /// It failed on the way.
+    #[error("{failure}; {fate}")]
+    Failed {
+        /// What.
+        failure: Box<Failure>,
+        /// What became of the device.
+        fate: DeviceFate,
+    },
+    /// The file is whole and on disk, but the device did not go back to what it was.
+    #[error("the file is whole, but the device could not go on: {failure}; {fate}")]
+    WholeFile {
+        /// Why.
+        failure: Box<Failure>,
+        /// What became of the device.
+        fate: DeviceFate,
+    },
+}
+
+/// What became of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceFate {
+    /// Which device.
+    pub device: DeviceId,
+    /// It was reset, and what it held is gone.
+    pub reset: bool,
+    /// The state that it says it is in; `None` when it does not say.
+    pub now: Option<MigrationState>,
+}
+
+impl fmt::Display for DeviceFate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "device {} ", self.device)?;
+        if self.reset {
+            f.write_str("was reset, and ")?;
+        }
+        match self.now {
+            Some(now) => write!(f, "is in {now}"),
+            None => f.write_str("does not say which state it is in"),
+        }
+    }
+}

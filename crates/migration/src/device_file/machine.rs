@@ -1,0 +1,115 @@
+//! A machine that is one device: no vCPUs, no interrupts, and a page of RAM that nobody writes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vfio_migration_compat::{MachineManifest, RamRegion};
+use vfio_migration_device::{Device, IrqRouter, MsiMessage};
+use vfio_migration_memory::{DirtySource, GuestRam, MemoryError, RamSpec};
+use vfio_migration_types::{Gpa, PAGE_SIZE, VmId};
+
+use crate::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
+
+/// What such a machine is, in its manifest: by this a file is told from a whole VM's.
+pub(crate) const KIND: &str = "vfio-migrate/device";
+
+/// The machine. Its device reaches no memory: nothing is mapped for it.
+#[derive(Debug)]
+pub(super) struct LoneDevice {
+    id: VmId,
+    device: Arc<dyn Device>,
+    ram: Arc<GuestRam>,
+}
+
+impl LoneDevice {
+    pub(super) fn new(id: VmId, device: Arc<dyn Device>) -> Result<Self, MemoryError> {
+        let ram = GuestRam::new("device", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }])?;
+        Ok(Self { id, device, ram: Arc::new(ram) })
+    }
+}
+
+impl Machine for LoneDevice {
+    fn id(&self) -> VmId {
+        self.id
+    }
+
+    fn manifest(&self) -> Result<MachineManifest, MachineError> {
+        let device = self.device.manifest();
+        let device = device.map_err(|error| MachineError::new("describing the device", error))?;
+        Ok(MachineManifest {
+            machine: KIND.into(),
+            accelerator: "none".into(),
+            vcpus: 0,
+            ram: vec![RamRegion { gpa: Gpa(0), len: PAGE_SIZE }],
+            cpu: Vec::new(),
+            sections: BTreeMap::new(),
+            devices: vec![device],
+            ..MachineManifest::default()
+        })
+    }
+
+    fn ram(&self) -> Arc<GuestRam> {
+        self.ram.clone()
+    }
+
+    fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> {
+        Vec::new()
+    }
+
+    fn devices(&self) -> Vec<MigratableDevice> {
+        vec![MigratableDevice { device: self.device.clone(), pci: None }]
+    }
+
+    fn irq_router(&self) -> Arc<dyn IrqRouter> {
+        Arc::new(NoRoutes)
+    }
+
+    /// There are no vCPUs; to its device, the machine runs.
+    fn pause(&self) -> Result<bool, MachineError> {
+        Ok(true)
+    }
+
+    fn resume(&self, _run: bool) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn save(&self, _paused: &Paused) -> Result<Vec<Section>, MachineError> {
+        Ok(Vec::new())
+    }
+
+    fn load(&self, sections: Vec<Section>) -> Result<(), MachineError> {
+        match sections.first() {
+            None => Ok(()),
+            Some(section) => Err(MachineError::new(
+                format!("loading the section '{}'", section.name.escape_debug()),
+                "a device alone has no machine state",
+            )),
+        }
+    }
+
+    fn release_locks(&self) -> Result<(), LockError> {
+        Ok(())
+    }
+
+    fn take_locks(&self) -> Result<(), LockError> {
+        Ok(())
+    }
+}
+
+/// No interrupt goes anywhere.
+#[derive(Debug)]
+struct NoRoutes;
+
+impl IrqRouter for NoRoutes {
+    fn set(
+        &self,
+        number: u32,
+        _message: Option<MsiMessage>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Err(format!("a device alone has no interrupt routes, and number {number} was to be set").into())
+    }
+
+    fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(())
+    }
+}

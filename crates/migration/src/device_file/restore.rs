@@ -1,0 +1,99 @@
+//! A device out of a file.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use vfio_migration_compat::Reason;
+use vfio_migration_device::{Device, NotMigratable};
+use vfio_migration_types::Phase;
+
+use super::error::DeviceFate;
+use super::machine::LoneDevice;
+use super::watched::Watched;
+use super::{DeviceControl, DeviceFileError, DeviceReport};
+use crate::fail::plain;
+use crate::{DestinationOptions, IncomingError, Machine, Snapshot};
+
+/// How a device is restored.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct RestoreDeviceOptions {
+    /// Leave it in STOP, with the state loaded and nothing of it changed.
+    pub leave_stopped: bool,
+}
+
+/// Loads what `snapshot` holds into `device`, which must be one that [`save_device`](super::save_device) could have
+/// written it from, by the rules of a migration. It runs afterwards.
+///
+/// A device that is neither running nor stopped is reset before anything is loaded.
+///
+/// # Errors
+/// A device that does not fit was not touched. One that was is reset, or the error says how it is.
+pub fn restore_device(
+    snapshot: Snapshot,
+    device: &Arc<dyn Device>,
+    options: RestoreDeviceOptions,
+    control: &DeviceControl,
+) -> Result<DeviceReport, DeviceFileError> {
+    let begun = Instant::now();
+    if snapshot.device().is_none() {
+        return Err(DeviceFileError::OfMachine { kind: snapshot.manifest().machine.clone() });
+    }
+    device.capabilities().map_err(|NotMigratable(why)| DeviceFileError::NotMigratable(why))?;
+    let manifest = device.manifest()?;
+    control.found(device.state()?);
+    let (file, file_bytes, file_digest) =
+        (snapshot.path().to_path_buf(), snapshot.bytes(), snapshot.digest());
+    let state = snapshot.device_states().first().copied().unwrap_or_default();
+    control.set_left(state.bytes);
+    let watched = Watched {
+        device: device.clone(),
+        control: control.clone(),
+        stop_copy_only: false,
+        stands: options.leave_stopped,
+    };
+    let arrived = snapshot.restore(DestinationOptions::default(), |offer| {
+        match LoneDevice::new(offer.vm, Arc::new(watched)) {
+            Ok(machine) => Ok::<Arc<dyn Machine>, _>(Arc::new(machine)),
+            Err(error) => Err(Reason::new("machine", crate::fail::sentence(&error))),
+        }
+    });
+    let report = arrived.map_err(|error| failed(device.as_ref(), control, error))?.report;
+    let precopy = report.devices.first().map_or(0, |device| device.precopy);
+    Ok(DeviceReport {
+        device: manifest,
+        file,
+        file_bytes,
+        file_digest,
+        precopy,
+        stopcopy: state.bytes.saturating_sub(precopy),
+        state_digest: state.digest,
+        arcs: control.arcs(),
+        took: begun.elapsed(),
+        left_in: device.state()?,
+    })
+}
+
+fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) -> DeviceFileError {
+    let fate =
+        DeviceFate { device: device.id().clone(), reset: control.was_reset(), now: device.state().ok() };
+    match error {
+        IncomingError::Refused(reasons) => DeviceFileError::OtherDevice(reasons),
+        _ if control.is_cancelled() => DeviceFileError::Cancelled(fate),
+        IncomingError::NotBegun(failure) | IncomingError::Aborted(failure) => {
+            DeviceFileError::Failed { failure: failure.into(), fate }
+        }
+        IncomingError::Rehearsed(_) => {
+            let failure = crate::Failure::from(plain(
+                Phase::Run,
+                "a file was only rehearsed: a defect of this program",
+            ));
+            DeviceFileError::Failed { failure: failure.into(), fate }
+        }
+        IncomingError::Held(held) => {
+            let text = format!("its state is loaded, and it does not start: {}", held.cause.text);
+            let failure = crate::Failure::from(plain(Phase::Run, text));
+            DeviceFileError::Failed { failure: failure.into(), fate }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! A device into a file.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vfio_migration_device::{Device, DeviceError, NotMigratable};
+use vfio_migration_types::{MigrationState, VmId};
+
+use super::error::DeviceFate;
+use super::machine::LoneDevice;
+use super::watched::Watched;
+use super::{DeviceControl, DeviceFileError, DeviceReport};
+use crate::source::draw_attempt;
+use crate::{Failure, MigrateError, SaveError, SaveOptions, Source, SourceOptions, save};
+
+/// How a device is saved.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct SaveDeviceOptions {
+    /// Replace a file that is there.
+    pub force: bool,
+    /// As if it had no PRE_COPY: all of its state is read while it stands.
+    pub stop_copy_only: bool,
+}
+
+/// Saves `device` into the file `path`, whole or not at all. A device that runs goes on running; one that stands, because
+/// somebody left its state in it, is never let run.
+///
+/// A saving session that somebody left open is ended first, which takes nothing from the device.
+///
+/// # Errors
+/// No file is left, and the device is as it was, or the error says how it is; but see [`DeviceFileError::WholeFile`].
+pub fn save_device(
+    device: &Arc<dyn Device>,
+    path: &Path,
+    options: SaveDeviceOptions,
+    control: &DeviceControl,
+) -> Result<DeviceReport, DeviceFileError> {
+    let begun = Instant::now();
+    device.capabilities().map_err(|NotMigratable(why)| DeviceFileError::NotMigratable(why))?;
+    let manifest = device.manifest()?;
+    let stands = settle(device.as_ref())?;
+    control.found(if stands { MigrationState::Stop } else { MigrationState::Running });
+    let SaveDeviceOptions { force, stop_copy_only } = options;
+    let watched = Watched { device: device.clone(), control: control.clone(), stop_copy_only, stands };
+    let failed = |error| failed(device.as_ref(), control, error);
+    let name = draw_attempt().map_err(|error| failed(SaveError::Session(error)))?;
+    let machine = LoneDevice::new(VmId(name.0), Arc::new(watched))?;
+    let mut session = SourceOptions::default().for_saving();
+    // Nothing that the device writes is among what is saved.
+    session.allow_all_dirty = true;
+    let source = Source::new(Arc::new(machine), session);
+    let steering = source.control();
+    let how = SaveOptions { force, ..SaveOptions::default() };
+    let mut cancelled = false;
+    let saved = save(source, path, how, |progress| {
+        control.set_left(progress.remaining);
+        if control.is_cancelled() && !std::mem::replace(&mut cancelled, true) {
+            steering.cancel();
+        }
+    });
+    let saved = saved.map_err(failed)?;
+    let precopy = control.precopy();
+    let state = saved.devices.first().copied().unwrap_or_default();
+    Ok(DeviceReport {
+        device: manifest,
+        file: path.into(),
+        file_bytes: saved.bytes,
+        file_digest: saved.digest,
+        precopy,
+        stopcopy: state.bytes.saturating_sub(precopy),
+        state_digest: state.digest,
+        arcs: control.arcs(),
+        took: begun.elapsed(),
+        left_in: device.state()?,
+    })
+}
+
+/// Brings the device to where its state is whole, and says whether it stands there.
+fn settle(device: &dyn Device) -> Result<bool, DeviceFileError> {
+    let go = |to| {
+        device.set_state(to).map_err(|error| {
+            DeviceError::new(device.id().clone(), "ending what was left open in it", error.errno, error)
+        })
+    };
+    match device.state()? {
+        MigrationState::Running => Ok(false),
+        MigrationState::Stop => Ok(true),
+        MigrationState::RunningP2p | MigrationState::PreCopy | MigrationState::PreCopyP2p => {
+            go(MigrationState::Running)?;
+            Ok(false)
+        }
+        MigrationState::StopCopy => {
+            go(MigrationState::Stop)?;
+            Ok(true)
+        }
+        state @ (MigrationState::Resuming | MigrationState::Error) => {
+            Err(DeviceFileError::NoWholeState { device: device.id().clone(), state })
+        }
+    }
+}
+
+fn failed(device: &dyn Device, control: &DeviceControl, error: SaveError) -> DeviceFileError {
+    let fate =
+        || DeviceFate { device: device.id().clone(), reset: control.was_reset(), now: device.state().ok() };
+    match error {
+        SaveError::File(error) => DeviceFileError::File(error),
+        SaveError::Held(held) => DeviceFileError::WholeFile { failure: held.0.cause.into(), fate: fate() },
+        SaveError::Session(MigrateError::Aborted(aborted)) if aborted.cancelled => {
+            DeviceFileError::Cancelled(fate())
+        }
+        SaveError::Session(MigrateError::Aborted(aborted)) => {
+            DeviceFileError::Failed { failure: aborted.cause.into(), fate: fate() }
+        }
+        SaveError::Session(MigrateError::NotBegun(_)) if control.is_cancelled() => {
+            DeviceFileError::Cancelled(fate())
+        }
+        SaveError::Session(MigrateError::NotBegun(failure)) => {
+            DeviceFileError::Failed { failure: failure.into(), fate: fate() }
+        }
+        SaveError::Session(error) => {
+            let failure: Failure =
+                crate::fail::plain(vfio_migration_types::Phase::Final, error.to_string()).into();
+            DeviceFileError::Failed { failure: failure.into(), fate: fate() }
+        }
+    }
+}
