@@ -7,6 +7,7 @@
 mod check;
 mod edu;
 mod guest;
+mod host_report;
 mod init;
 mod instance;
 mod kernel_device;
