@@ -441,14 +441,20 @@ pub(crate) struct Set {
 /// Options of `devices`.
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "No device of the host is opened: opening one resets it. Whether a driver has migration is then \
-unknown, unless the driver is known to have none. A vfio-user server that is named is connected to, and left as it is.\n\
+    after_help = "No device of the host is opened without --probe: opening one resets it. Whether a driver has migration \
+is then unknown, unless the driver is known to have none. A vfio-user server that is named is connected to, and left as \
+it is.\n\
 Exit codes: 0 listed, 1 failed, 2 usage."
 )]
 pub(crate) struct Devices {
-    /// Sockets of vfio-user servers to ask as well.
-    #[arg(value_name = "SOCKET")]
-    pub(crate) sockets: Vec<PathBuf>,
+    /// Devices of the host to look at alone, by PCI address, mdev UUID or file under /dev/vfio; and sockets of vfio-user
+    /// servers to ask.
+    #[arg(value_name = "DEVICE|SOCKET")]
+    pub(crate) targets: Vec<PathBuf>,
+    /// Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it;
+    /// one that is in use is left alone.
+    #[arg(long)]
+    pub(crate) probe: bool,
     /// Every PCI function, also one that has nothing to do with VFIO.
     #[arg(long)]
     pub(crate) all: bool,
@@ -466,6 +472,9 @@ pub(crate) struct Devices {
 (vfio-user alone needs only memfd; see its line), 2 usage."
 )]
 pub(crate) struct Doctor {
+    /// RAM of the guest that is meant: the limit on locked memory must have room for it.
+    #[arg(long, value_parser = units::size, value_name = "SIZE")]
+    pub(crate) memory: Option<u64>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

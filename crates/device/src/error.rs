@@ -34,6 +34,16 @@ impl DeviceError {
         Self { device, doing: doing.into(), errno, source: source.into() }
     }
 
+    /// Whether a device could not be opened because somebody, or another device of its IOMMU group here, holds it.
+    pub fn is_in_use(&self) -> bool {
+        match self.source.downcast_ref() {
+            Some(KernelError::Open { .. }) => self.errno == Some(Errno::BUSY),
+            // A device's own file can be opened again; it is refused to bind it again (vfio_main.c, vfio_df_open).
+            Some(KernelError::Refused { .. }) => matches!(self.errno, Some(Errno::BUSY | Errno::INVAL)),
+            _ => false,
+        }
+    }
+
     /// Whether [`dma_map`](crate::PciHardware::dma_map) failed because the device cannot reach memory of that kind,
     /// another device's BAR, at all: a VMM may go on without peer-to-peer DMA to it.
     pub fn is_no_peer_dma(&self) -> bool {

@@ -23,6 +23,11 @@ const VERSION: u64 = 0;
 /// Where it is in sysfs, if it is there and there is a driver for it.
 pub(crate) fn place() -> Option<PathBuf> {
     fs::metadata("/sys/bus/pci/drivers/vfio-pci").ok()?;
+    find()
+}
+
+/// Where it is in sysfs.
+pub(crate) fn find() -> Option<PathBuf> {
     let entries = fs::read_dir("/sys/bus/pci/devices").ok()?;
     entries.flatten().map(|entry| entry.path()).find(|path| {
         let is =

@@ -60,15 +60,7 @@ impl Instance {
 
     /// Opens it by its group and a container of its own.
     pub(crate) fn open(&self) -> Outcome<Opened> {
-        let group = file(&self.group()?)?;
-        holds(group_status(group.as_fd())?.viable, "the group is viable")?;
-        let container = Type1::new(file(Path::new("/dev/vfio/vfio"))?)?;
-        holds(container.has_type1v2()?, "the container knows type1 v2")?;
-        set_container(group.as_fd(), &container)?;
-        container.set_iommu()?;
-        let name = CString::new(self.uuid.as_str())?;
-        let device = group_device(group.as_fd(), &name)?;
-        Ok(Opened { device: Some(device), group, container: Some(container) })
+        Opened::by_group(&self.group()?, &self.uuid)
     }
 
     /// Opens it by its own file, in an address space of its own.
@@ -101,6 +93,18 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
+    /// Opens the device `name` of a group, in a container of its own.
+    pub(crate) fn by_group(group: &Path, name: &str) -> Outcome<Self> {
+        let group = file(group)?;
+        holds(group_status(group.as_fd())?.viable, "the group is viable")?;
+        let container = Type1::new(file(Path::new("/dev/vfio/vfio"))?)?;
+        holds(container.has_type1v2()?, "the container knows type1 v2")?;
+        set_container(group.as_fd(), &container)?;
+        container.set_iommu()?;
+        let device = group_device(group.as_fd(), &CString::new(name)?)?;
+        Ok(Self { device: Some(device), group, container: Some(container) })
+    }
+
     pub(crate) fn device(&self) -> Outcome<BorrowedFd<'_>> {
         Ok(self.device.as_ref().ok_or("closed")?.as_fd())
     }

@@ -8,6 +8,7 @@ mod check;
 mod device_file;
 mod edu;
 mod guest;
+mod host_report;
 mod init;
 mod instance;
 mod kernel_device;

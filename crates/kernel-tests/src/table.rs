@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::{device_file, edu, guest, kernel_device, migdev, mtty};
+use crate::{device_file, edu, guest, host_report, kernel_device, migdev, mtty};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,9 @@ const fn test(name: &'static str, needs: &'static [Need], run: fn() -> Outcome) 
     Test { name, needs, run }
 }
 
+/// What every machine has.
+const BOTH: &[Need] = &[Need::Mtty, Need::Migdev];
+
 /// All of them. Each runs in a process of its own, and leaves nothing behind.
 pub(crate) const TESTS: &[Test] = &[
     test("mtty_describes_itself", &[Need::Mtty], mtty::info::describes_itself),
@@ -83,6 +86,23 @@ pub(crate) const TESTS: &[Test] = &[
     test("device_file_of_a_device_in_use", &[Need::Mtty], device_file::in_use),
     test("device_file_of_migdev", &[Need::Migdev], device_file::migdev),
     test("device_file_of_edu_is_refused", &[Need::Edu], device_file::edu_is_refused),
+    test("host_report_lists_what_is_there", BOTH, host_report::lists_what_is_there),
+    test("host_report_asks_as_the_uapi_does", BOTH, host_report::asks_as_the_uapi_does),
+    test("host_report_leaves_the_state_that_it_finds", BOTH, host_report::leaves_the_state_that_it_finds),
+    test("host_report_leaves_alone_what_is_in_use", BOTH, host_report::leaves_alone_what_is_in_use),
+    test("host_report_says_what_a_user_may_not_open", BOTH, host_report::says_what_a_user_may_not_open),
+    test("host_report_says_how_to_bind", BOTH, host_report::says_how_to_bind),
+    test(
+        "host_report_says_why_vfio_pci_does_not_migrate",
+        &[Need::Edu],
+        host_report::says_why_vfio_pci_does_not_migrate,
+    ),
+    test(
+        "host_report_doctor_misses_iommufd",
+        &[Need::Mtty, Need::NoCdev],
+        host_report::doctor_misses_iommufd,
+    ),
+    test("host_report_doctor_finds_iommufd", &[Need::Mtty, Need::Cdev], host_report::doctor_finds_iommufd),
     test("migdev_describes_itself", &[Need::Migdev], migdev::dma::describes_itself),
     test("migdev_writes_and_logs_exactly", &[Need::Migdev], migdev::dma::exact),
     test("migdev_writes_and_logs_exactly_by_cdev", &[Need::Migdev, Need::Cdev], migdev::dma::exact_by_cdev),

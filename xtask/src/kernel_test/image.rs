@@ -31,11 +31,12 @@ pub(super) fn programs(top: &Path, cache: &Path) -> Result<PathBuf, String> {
     Ok(target.join(TARGET).join("release"))
 }
 
-/// Makes the image of set `name`: `modules` are loaded in their order, from `files`.
+/// Makes the image of set `name`: `modules` are loaded in their order, from `files`. `config` is the kernel's.
 pub(super) fn make(
     cache: &Path,
     name: &str,
     programs: &Path,
+    config: &Path,
     modules: &[&str],
     files: Vec<PathBuf>,
 ) -> Result<PathBuf, String> {
@@ -47,6 +48,11 @@ pub(super) fn make(
     std::fs::create_dir_all(&home).map_err(failed(&home))?;
     // The kernel wants a console before anything is mounted.
     std::fs::create_dir_all(root.join("dev")).map_err(failed(&root))?;
+    // Where the command looks for the kernel's configuration.
+    let boot = root.join("boot");
+    std::fs::create_dir_all(&boot).map_err(failed(&boot))?;
+    let name_of_config = config.file_name().ok_or("a configuration without a name")?;
+    std::fs::copy(config, boot.join(name_of_config)).map_err(failed(config))?;
     for (program, name) in PROGRAMS {
         let program = programs.join(program);
         std::fs::copy(&program, root.join(name)).map_err(failed(&program))?;

@@ -87,7 +87,7 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
         eprintln!("kernel-test: {}: {}", set.name, set.what);
         let files =
             set.modules.iter().map(|name| kernel.module(name, set.rebuilt)).collect::<Result<_, _>>()?;
-        let image = image::make(&cache, set.name, &programs, set.modules, files)?;
+        let image = image::make(&cache, set.name, &programs, &kernel.config, set.modules, files)?;
         let text = step("booting", || boot::boot(&kernel.image, &image, set.has, named))?;
         let report = console::Report::parse(&text);
         let any = named.is_empty() || report.any();

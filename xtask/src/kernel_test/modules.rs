@@ -21,6 +21,8 @@ const CONFIGURED: &str = "-DCONFIG_IOMMUFD=1 -DCONFIG_IOMMUFD_MODULE=1 -DCONFIG_
 #[derive(Debug)]
 pub(super) struct Kernel {
     pub(super) image: PathBuf,
+    /// What it was configured with.
+    pub(super) config: PathBuf,
     /// Its own, compressed.
     stock: PathBuf,
     /// Built here: sets of folders with a module each.
@@ -42,6 +44,7 @@ pub(super) fn build(packages: &Packages, top: &Path, cache: &Path) -> Result<Ker
     let home = cache.join(&packages.version);
     let kernel = Kernel {
         image: home.join(format!("root/boot/vmlinuz-{}-amd64", packages.version)),
+        config: home.join(format!("root/boot/config-{}-amd64", packages.version)),
         stock: home.join(format!("root/lib/modules/{}-amd64/kernel", packages.version)),
         built: home.join("built"),
     };

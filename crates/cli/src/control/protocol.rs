@@ -164,6 +164,10 @@ pub(crate) struct StatusInfo {
     pub(crate) memory: u64,
     /// Names of the devices.
     pub(crate) devices: Vec<String>,
+    /// Those of them whose vfio-user server is gone. What a guest does with such a device is its own affair; it cannot be
+    /// moved any more.
+    #[serde(default)]
+    pub(crate) lost_devices: Vec<String>,
     /// How often the VM has changed owner.
     pub(crate) epoch: u64,
 }
@@ -283,7 +287,7 @@ pub(crate) struct PhaseInfo {
 /// Something that happened.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Event {
-    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`.
+    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`.
     pub(crate) event: String,
     /// What it is about.
     #[serde(default)]

@@ -239,7 +239,7 @@ impl From<DeviceReport> for DeviceFileReport {
             ms: milliseconds(arc.took),
         });
         Self {
-            driver: report.device.parameters.get("driver").filter(|_| report.device.model.is_none()).cloned(),
+            driver: report.device.driver.as_ref().map(|driver| driver.name.clone()),
             device: report.device.id.to_string(),
             backend: report.device.backend,
             model: report.device.model,

@@ -1,5 +1,6 @@
 //! `doctor`: whether the host can migrate VFIO devices, check by check, with what would fix each.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -10,6 +11,7 @@ use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 use crate::args::Doctor;
 use crate::exit::{Exit, Failure, chain};
 use crate::output::{print, print_json};
+use crate::units::show_size;
 
 /// CAP_IPC_LOCK (`include/uapi/linux/capability.h`): pins without limit.
 const CAP_IPC_LOCK: u32 = 14;
@@ -59,7 +61,7 @@ pub(crate) struct Check {
 
 pub(crate) fn run(options: &Doctor) -> Result<Exit, Failure> {
     let roots = options.root.roots();
-    let report = examine(&roots);
+    let report = examine(&roots, options.memory);
     if options.json {
         print_json(&report)?
     } else {
@@ -68,29 +70,22 @@ pub(crate) fn run(options: &Doctor) -> Result<Exit, Failure> {
     Ok(if report.kernel_devices { Exit::Done } else { Exit::Failed })
 }
 
-fn examine(roots: &Roots) -> DoctorReport {
+fn examine(roots: &Roots, memory: Option<u64>) -> DoctorReport {
     let config = host::config(roots);
     let version = host::version(roots);
     let number = version.as_ref().and_then(|version| version.number);
     let release = version.map(|version| version.release);
     let mut checks = vec![kernel(release.as_deref(), number), config_file(&config)];
     checks.push(vfio(roots, &config));
-    checks.extend(OPTIONS.iter().map(|option| option.check(&config)));
+    checks.extend(OPTIONS.iter().map(|option| option.check(roots, &config)));
     checks.push(variants(&config));
     checks.push(iommu(roots, &config));
-    let load = |name: &str, module: &str| match config.option(name) {
-        ConfigOption::Off => format!("use a kernel with CONFIG_{name}"),
-        _ => format!("modprobe {module}"),
-    };
-    let (container, iommufd) = (roots.dev.join("vfio/vfio"), roots.dev.join("iommu"));
-    let means = "iommufd, and dirty tracking by the IOMMU";
-    checks.push(node("dev-vfio", &container, "containers of IOMMU groups", &load("VFIO", "vfio")));
-    checks.push(node("dev-iommu", &iommufd, means, &load("IOMMUFD", "iommufd")));
+    checks.extend(ways(roots, &config));
     checks.push(device_files(roots));
     checks.push(kvm(roots));
     checks.push(nested(roots));
     checks.push(hugepages(roots));
-    checks.push(memlock(roots));
+    checks.push(memlock(roots, memory));
     let memfd = memfd();
     let vfio_user = memfd.status == Status::Ok;
     checks.push(memfd);
@@ -148,33 +143,56 @@ fn vfio(roots: &Roots, config: &KernelConfig) -> Check {
 struct Wanted {
     id: &'static str,
     option: &'static str,
+    /// The module that is there with it: what is loaded speaks louder than a configuration. Empty for a part of another.
+    module: &'static str,
     means: &'static str,
 }
 
 const OPTIONS: [Wanted; 6] = [
-    Wanted { id: "config-vfio-pci", option: "VFIO_PCI", means: "PCI functions as VFIO devices" },
+    Wanted {
+        id: "config-vfio-pci",
+        option: "VFIO_PCI",
+        module: "vfio_pci",
+        means: "PCI functions as VFIO devices",
+    },
     Wanted {
         id: "config-iommufd",
         option: "IOMMUFD",
+        module: "iommufd",
         means: "without it no dirty tracking by the IOMMU, and DMA logs of devices may not report",
     },
     Wanted {
         id: "config-vfio-device-cdev",
         option: "VFIO_DEVICE_CDEV",
+        module: "",
         means: "a file per device, which dirty tracking by the IOMMU needs",
     },
     Wanted {
         id: "config-iommufd-driver",
         option: "IOMMUFD_DRIVER",
+        module: "iova_bitmap",
         means: "without it DMA_LOGGING_REPORT answers EOPNOTSUPP, though logging starts",
     },
-    Wanted { id: "config-vfio-mdev", option: "VFIO_MDEV", means: "mediated devices" },
-    Wanted { id: "config-kvm", option: "KVM", means: "guests on KVM" },
+    Wanted { id: "config-vfio-mdev", option: "VFIO_MDEV", module: "mdev", means: "mediated devices" },
+    Wanted { id: "config-kvm", option: "KVM", module: "kvm", means: "guests on KVM" },
 ];
 
 impl Wanted {
-    fn check(&self, config: &KernelConfig) -> Check {
+    fn check(&self, roots: &Roots, config: &KernelConfig) -> Check {
         let option = config.option(self.option);
+        let there = if self.module.is_empty() {
+            // Only a kernel with it makes them (VFIO_DEVICE_CDEV).
+            host::list(&roots.dev.join("vfio/devices")).is_ok_and(|files| !files.is_empty())
+        } else {
+            host::has_module(roots, self.module)
+        };
+        if there && matches!(option, ConfigOption::Off | ConfigOption::Unknown) {
+            let found = match option {
+                ConfigOption::Off => "there, though the kernel's configuration has it off",
+                _ => "there",
+            };
+            return check(self.id, Status::Ok, found, self.means, None);
+        }
         let status = match option {
             ConfigOption::BuiltIn | ConfigOption::Module => Status::Ok,
             ConfigOption::Off => Status::Warn,
@@ -225,7 +243,8 @@ fn iommu(roots: &Roots, config: &KernelConfig) -> Check {
         Err(error) => (Status::Unknown, chain(&error)),
     };
     let means = "without an IOMMU no PCI function is given to a guest; mediated devices may be";
-    let fix = "turn VT-d or AMD-Vi on in the firmware, add intel_iommu=on to the kernel's command line, and restart";
+    let fix = "turn VT-d or AMD-Vi on in the firmware, add intel_iommu=on to the kernel's command line, and restart; in a virtual machine, \
+               have its host give it an IOMMU";
     check("iommu-groups", status, found, means, Some(fix))
 }
 
@@ -237,24 +256,48 @@ fn node(id: &str, path: &Path, means: &str, load: &str) -> Check {
             check(id, Status::Warn, format!("there is no {shown}"), means, Some(load))
         }
         Err(errno) => {
-            let fix = format!("setfacl -m u:USER:rw {shown}");
+            let fix = format!("setfacl -m u:{}:rw {shown}", user());
             check(id, Status::Warn, format!("{shown}: {errno}"), means, Some(&fix))
         }
     }
 }
 
-/// Files of groups and devices, and whether the caller may open them.
+/// The two ways to memory, of which one is enough.
+fn ways(roots: &Roots, config: &KernelConfig) -> [Check; 2] {
+    let load = |name: &str, module: &str| match (config.option(name), host::module_file(roots, module)) {
+        (ConfigOption::Off, _) | (ConfigOption::Unknown, Some(false)) => {
+            format!("use a kernel with CONFIG_{name}: this one has none")
+        }
+        (ConfigOption::Unknown, None) => {
+            format!("modprobe {module}, or, where there is no such module, a kernel with CONFIG_{name}")
+        }
+        _ => format!("modprobe {module}"),
+    };
+    let means = "containers of IOMMU groups";
+    let container = node("dev-vfio", &roots.dev.join("vfio/vfio"), means, &load("VFIO", "vfio"));
+    let means = "iommufd, and dirty tracking by the IOMMU";
+    let iommufd = node("dev-iommu", &roots.dev.join("iommu"), means, &load("IOMMUFD", "iommufd"));
+    let mut both = [container, iommufd];
+    if host::has_module(roots, "vfio") && both.iter().all(|check| check.status != Status::Ok) {
+        for check in &mut both {
+            check.status = Status::Missing;
+            check.means.push_str("; one of the two is needed");
+        }
+    }
+    both
+}
+
+/// The files that the devices are opened by, and whether the caller may.
 fn device_files(roots: &Roots) -> Check {
-    let dir = roots.dev.join("vfio");
-    let groups = host::list(&dir).unwrap_or_default();
-    let groups = groups.iter().filter(|name| name.parse::<u32>().is_ok()).map(|name| dir.join(name));
-    let cdevs = host::list(&dir.join("devices")).unwrap_or_default();
-    let cdevs = cdevs.iter().map(|name| dir.join("devices").join(name));
-    let files: Vec<_> = groups.chain(cdevs).collect();
+    let devices = host::scan(roots).devices;
+    let bound = devices.iter().filter(|device| device.vfio);
+    // What comes after the first has a line of its own.
+    let files: BTreeMap<_, _> =
+        bound.filter_map(|device| device.needs.first()).map(|file| (&file.path, file.refusal)).collect();
     let refused: Vec<String> = files
         .iter()
-        .filter(|file| host::access_both_ways(file).is_err())
-        .map(|file| file.display().to_string())
+        .filter(|(_, refusal)| refusal.is_some())
+        .map(|(path, _)| path.display().to_string())
         .collect();
     let means = "the VMM opens one of them for each device";
     match (files.len(), refused.is_empty()) {
@@ -264,16 +307,21 @@ fn device_files(roots: &Roots) -> Check {
         }
         (n, true) => check("device-files", Status::Ok, format!("{n}, all may be opened"), means, None),
         (_, false) => {
-            let fix = format!("setfacl -m u:USER:rw {}", refused.join(" "));
+            let fix = format!("setfacl -m u:{}:rw {}", user(), refused.join(" "));
             check(
                 "device-files",
-                Status::Warn,
+                if refused.len() == files.len() { Status::Missing } else { Status::Warn },
                 format!("may not be opened: {}", refused.join(", ")),
                 means,
                 Some(&fix),
             )
         }
     }
+}
+
+/// The caller, whom a fix lets in: meant to be the user that the VMM has.
+fn user() -> u32 {
+    rustix::process::geteuid().as_raw()
 }
 
 fn kvm(roots: &Roots) -> Check {
@@ -333,22 +381,50 @@ fn hugepages(roots: &Roots) -> Check {
     }
 }
 
-fn memlock(roots: &Roots) -> Check {
-    let means = "guest RAM is pinned while a kernel device is attached, and counted against this limit";
-    let fix = Some("ulimit -l unlimited, or LimitMEMLOCK=infinity in the service");
-    let read = |name: &str| host::read_text(&roots.proc.join("self").join(name), 1 << 16).unwrap_or_default();
-    let status = read("status");
+/// The limit on locked memory against a guest's RAM, or, where no guest is named, against the host's.
+fn memlock(roots: &Roots, guest: Option<u64>) -> Check {
+    let means = "guest RAM is pinned while a device of PCI is attached, and counted against this limit";
+    let read = |name: &str| host::read_text(&roots.proc.join(name), 1 << 16).unwrap_or_default();
+    let status = read("self/status");
     let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let capabilities = capabilities.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    if capabilities >> CAP_IPC_LOCK & 1 == 1 {
+    // A capability in a user namespace of one's own counts for nothing here.
+    let map = read("self/uid_map");
+    let initial = map.is_empty() || map.split_whitespace().eq(["0", "0", "4294967295"]);
+    if capabilities >> CAP_IPC_LOCK & 1 == 1 && initial {
         return check("memlock", Status::Ok, "no limit for this caller (CAP_IPC_LOCK)", means, None);
     }
-    let limits = read("limits");
+    let total = read("meminfo");
+    let total = total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
+    let host = total.and_then(|kib| kib.parse::<u64>().ok()).and_then(|kib| kib.checked_mul(1024));
+    let (wanted, whose) = match guest {
+        Some(guest) => (Some(guest), "a guest"),
+        None => (host, "a host"),
+    };
+    let fix = match guest {
+        Some(guest) => {
+            let kib = guest.div_ceil(1024);
+            format!("ulimit -l {kib}, or LimitMEMLOCK={kib}K in the service")
+        }
+        None => "ulimit -l unlimited, or LimitMEMLOCK=infinity in the service".into(),
+    };
+    let limits = read("self/limits");
     let limit = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
-    match limit.and_then(|line| line.split_whitespace().next()) {
-        Some("unlimited") => check("memlock", Status::Ok, "unlimited", means, None),
-        Some(bytes) => check("memlock", Status::Warn, format!("{bytes} bytes"), means, fix),
-        None => check("memlock", Status::Unknown, "not said", means, fix),
+    let limit = limit.and_then(|line| line.split_whitespace().next());
+    let bytes = limit.and_then(|bytes| bytes.parse::<u64>().ok());
+    match (limit, bytes.zip(wanted)) {
+        (Some("unlimited"), _) => check("memlock", Status::Ok, "unlimited", means, None),
+        (_, Some((limit, wanted))) => {
+            let found = format!("{} for {whose} of {}", show_size(limit), show_size(wanted));
+            let status = match guest {
+                _ if limit >= wanted => Status::Ok,
+                Some(_) => Status::Missing,
+                None => Status::Warn,
+            };
+            check("memlock", status, found, means, Some(&fix))
+        }
+        (Some(limit), None) => check("memlock", Status::Warn, format!("{limit} bytes"), means, Some(&fix)),
+        (None, None) => check("memlock", Status::Unknown, "not said", means, Some(&fix)),
     }
 }
 

@@ -72,6 +72,12 @@ pub(super) fn text(report: &StatusReport) -> String {
     if !vm.devices.is_empty() {
         text.push_str(&format!("devices: {}\n", vm.devices.join(", ")));
     }
+    if !vm.lost_devices.is_empty() {
+        let lost = vm.lost_devices.join(", ");
+        text.push_str(&format!(
+            "lost: {lost} (their servers are gone; the guest cannot be moved any more)\n"
+        ));
+    }
     if let Some(incoming) = &vm.incoming {
         text.push_str(&format!("waits for a guest at {incoming}\n"));
     }

@@ -125,6 +125,14 @@ fn a_bound_function_with_nothing_against_it_is_unknown_and_described() {
     assert_eq!(device["interrupts"], serde_json::json!({"intx": 1, "msi": 0, "msix": 8}));
     assert!(device["cdev"].as_str().unwrap().ends_with("dev/vfio/devices/vfio0"), "{device}");
     assert!(device["group"].as_str().unwrap().ends_with("dev/vfio/7"), "{device}");
+    let files = |device: &Value| {
+        let files = device["files"].as_array().unwrap().clone();
+        let end = |file: &Value| file["path"].as_str().unwrap().split("/dev/").last().unwrap().to_owned();
+        files.iter().map(|file| (end(file), file["refusal"].is_null())).collect::<Vec<_>>()
+    };
+    assert_eq!(files(device), [("vfio/7".into(), true), ("vfio/vfio".into(), true)]);
+    host.file("dev/iommu", "");
+    assert_eq!(files(&host.devices()[0]), [("vfio/devices/vfio0".into(), true), ("iommu".into(), true)]);
 }
 
 #[test]
@@ -133,6 +141,10 @@ fn each_reason_has_its_code_and_the_commands_that_change_it() {
     host.variant();
     host.function("0000:01:00.1", None, Some(7));
     assert_eq!(host.codes(), ["unbound"]);
+    std::fs::remove_dir_all(host.top().join("lib/modules")).unwrap();
+    let plain = host.devices()[0]["why-not"][0].to_string();
+    assert!(plain.contains("modprobe vfio-pci") && plain.contains("cannot migrate"), "{plain}");
+    host.variant();
     let commands = &host.devices()[0]["why-not"][0]["commands"];
     assert_eq!(
         commands,
@@ -174,6 +186,10 @@ fn each_reason_has_its_code_and_the_commands_that_change_it() {
     std::fs::remove_file(host.top().join("dev/vfio/7")).unwrap();
     std::fs::remove_file(host.top().join("dev/vfio/devices/vfio0")).unwrap();
     assert_eq!(host.codes(), ["no-device-file"]);
+    host.file("dev/vfio/devices/vfio0", "");
+    assert_eq!(host.codes(), ["no-device-file"]);
+    assert!(host.devices()[0].to_string().contains("modprobe iommufd"), "a file that is of no use");
+    std::fs::remove_file(host.top().join("dev/vfio/devices/vfio0")).unwrap();
     host.file("dev/vfio/noiommu-7", "");
     assert_eq!(host.codes(), ["no-iommu"]);
 
@@ -237,9 +253,15 @@ fn mdevs_and_devices_of_other_buses_are_listed() {
     let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
     let real = format!("sys/devices/virtual/mtty/mtty/{uuid}");
     host.file(&format!("{real}/vfio-dev/vfio3/dev"), "511:3\n");
-    host.link(&format!("{real}/driver"), "../../../../../bus/mdev/drivers/vfio_mtty");
+    host.link(&format!("{real}/driver"), "../../../../../bus/mdev/drivers/mtty");
+    host.link(&format!("{real}/iommu_group"), "../../../../../kernel/iommu_groups/9");
+    host.link(
+        &format!("sys/kernel/iommu_groups/9/devices/{uuid}"),
+        &format!("../../../../devices/virtual/mtty/mtty/{uuid}"),
+    );
     host.link(&format!("sys/bus/mdev/devices/{uuid}"), &format!("../../../devices/virtual/mtty/mtty/{uuid}"));
     host.file("dev/vfio/devices/vfio3", "");
+    host.file("dev/iommu", "");
     host.file("sys/devices/platform/thing/vfio-dev/vfio4/dev", "511:4\n");
     host.link("sys/devices/platform/thing/vfio-dev/vfio4/device", "../../../thing");
     host.link("sys/class/vfio-dev/vfio4", "../../devices/platform/thing/vfio-dev/vfio4");
@@ -248,6 +270,53 @@ fn mdevs_and_devices_of_other_buses_are_listed() {
     assert_eq!(names, [(&"mdev".into(), &uuid.into()), (&"other".into(), &"thing".into())]);
     assert_eq!(devices[0]["parent"], "mtty");
     assert_eq!(codes(&devices[0]), Vec::<String>::new());
+}
+
+#[test]
+fn a_member_of_a_group_is_vfio_by_what_the_kernel_made_for_it() {
+    let host = Host::new();
+    host.good();
+    let other = host.function("0000:01:00.2", Some("vendor-own"), Some(7));
+    assert_eq!(codes(&host.devices()[0]), ["group-not-viable"]);
+    host.file(&format!("{other}/vfio-dev/vfio1/dev"), "511:1\n");
+    assert_eq!(codes(&host.devices()[0]), Vec::<String>::new());
+}
+
+#[test]
+fn devices_are_chosen_by_name_and_a_made_up_one_that_is_opened_says_why_it_cannot_be() {
+    let host = Host::new();
+    host.good();
+    host.function("0000:02:00.0", Some("nvme"), Some(8));
+    let named = |more: &[&str]| {
+        let (exit, report) = host.json(&[&["devices"], more].concat());
+        let names: Vec<String> = report["devices"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|device| device["name"].as_str().unwrap().to_owned())
+            .collect();
+        (exit, names)
+    };
+    assert_eq!(named(&["01:00.1"]), (0, vec!["0000:01:00.1".into()]));
+    assert_eq!(named(&["0000:02:00.0"]), (0, vec!["0000:02:00.0".into()]));
+    let cdev = host.top().join("dev/vfio/devices/vfio0").display().to_string();
+    assert_eq!(named(&[&cdev]), (0, vec!["0000:01:00.1".into()]));
+    let group = host.top().join("dev/vfio/7").display().to_string();
+    assert_eq!(named(&[&format!("{group}:01:00.1")]), (0, vec!["0000:01:00.1".into()]));
+    assert_eq!(named(&["83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"]), (1, vec![]));
+    assert_eq!(named(&["0000:03:00.0"]), (1, vec![]));
+
+    let probed = |name: &str| {
+        let (exit, report) = host.json(&["devices", name, "--probe"]);
+        assert_eq!(exit, 0, "{report}");
+        report["devices"][0].clone()
+    };
+    let device = probed("01:00.1");
+    assert_eq!(codes(&device), ["open-failed"], "its files are no devices: {device}");
+    assert_eq!((&device["probed"], &device["flags"]), (&false.into(), &Value::Null), "{device}");
+    assert_eq!(codes(&probed("02:00.0")), ["host-driver"], "not opened, what VFIO does not have");
+    host.link("proc/41/fd/10", &group);
+    assert_eq!(codes(&probed("01:00.1")), ["in-use"], "not opened");
 }
 
 #[test]
@@ -315,7 +384,8 @@ fn doctor_tells_a_host_that_can_from_one_that_cannot() {
     assert_eq!(check(&report, "vfio")["fix"], Value::Null);
 
     type Break = fn(&Host);
-    let broken: [(&str, Break); 3] = [
+    let broken: [(&str, Break); 4] = [
+        ("dev-vfio", |host| std::fs::remove_file(host.top().join("dev/vfio/vfio")).unwrap()),
         ("kernel-version", |host| host.file("proc/sys/kernel/osrelease", "5.10.0\n")),
         ("vfio", |host| {
             std::fs::remove_dir_all(host.top().join("sys/module")).unwrap();
@@ -336,11 +406,90 @@ fn doctor_tells_a_host_that_can_from_one_that_cannot() {
 }
 
 #[test]
+fn locked_memory_is_held_against_the_guest_or_the_host() {
+    let host = Host::new();
+    host.file("proc/self/status", "Name:\tx\nCapEff:\t0000000000000000\n");
+    let limit = |bytes: &str| {
+        format!("Limit  Soft Limit  Hard Limit  Units\nMax locked memory  {bytes}  {bytes}  bytes\n")
+    };
+    host.file("proc/self/limits", limit("8388608"));
+    let memlock = |more: &[&str]| {
+        let (_, report) = host.json(&[&["doctor"], more].concat());
+        let check = check(&report, "memlock");
+        (check["status"].as_str().unwrap().to_owned(), check["fix"].as_str().unwrap_or_default().to_owned())
+    };
+    assert_eq!(memlock(&[]).0, "warn", "of a host that is not known");
+    host.file("proc/meminfo", "MemTotal:       4096 kB\n");
+    assert_eq!(memlock(&[]), ("ok".into(), String::new()));
+    host.file("proc/meminfo", "MemTotal:       16777216 kB\n");
+    let (status, fix) = memlock(&[]);
+    assert!(status == "warn" && fix.contains("unlimited"), "{status}: {fix}");
+    assert_eq!(memlock(&["--memory", "8M"]).0, "ok");
+    let (status, fix) = memlock(&["--memory", "9M"]);
+    assert!(status == "missing" && fix.contains("ulimit -l 9216"), "{status}: {fix}");
+    host.file("proc/self/status", "Name:\tx\nCapEff:\t0000000000004000\n");
+    assert_eq!(memlock(&["--memory", "9M"]).0, "ok", "CAP_IPC_LOCK");
+    host.file("proc/self/uid_map", "         0     100000      65536\n");
+    assert_eq!(
+        memlock(&["--memory", "9M"]).0,
+        "missing",
+        "in a user namespace of its own it counts for nothing"
+    );
+    host.file("proc/self/limits", limit("unlimited"));
+    assert_eq!(memlock(&["--memory", "9M"]).0, "ok");
+}
+
+#[test]
+fn what_is_loaded_is_there_whatever_the_configuration_says() {
+    let host = Host::new();
+    host.file("boot/config-6.12.1-made-up", "CONFIG_VFIO=m\n# CONFIG_IOMMUFD is not set\n");
+    let iommufd = host.check("config-iommufd");
+    assert_eq!(iommufd["status"], "warn", "{iommufd}");
+    let file = host.check("dev-iommu");
+    assert!(file["fix"].as_str().unwrap().contains("this one has none"), "{file}");
+    host.file("sys/module/iommufd/refcnt", "0\n");
+    assert_eq!(host.check("config-iommufd")["status"], "ok");
+    std::fs::remove_dir_all(host.top().join("boot")).unwrap();
+    assert_eq!(host.check("config-iommufd")["status"], "ok");
+    std::fs::remove_dir_all(host.top().join("sys/module/iommufd")).unwrap();
+    assert_eq!(host.check("config-iommufd")["status"], "unknown");
+}
+
+#[test]
 fn this_host_is_answered_for_too() {
-    for arguments in [&["devices"][..], &["devices", "--all", "--json"], &["doctor"], &["doctor", "--json"]] {
+    for arguments in [
+        &["devices"][..],
+        &["devices", "--all"],
+        &["doctor"],
+        &["devices", "--all", "--json"],
+        &["doctor", "--json"],
+    ] {
         let output = run(arguments);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(matches!(output.status.code(), Some(0 | 1)), "{arguments:?}: {stderr}");
         assert!(!output.stdout.is_empty() && !stderr.contains("panicked"), "{arguments:?}: {stderr}");
+    }
+    // Each answer is what this host's own files say, and whatever is missing has what fixes it.
+    let output = run(&["doctor", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let missing = report["checks"].as_array().unwrap().iter().filter(|check| check["status"] == "missing");
+    let missing: Vec<_> = missing.collect();
+    assert!(missing.iter().all(|check| check["fix"].is_string()), "{missing:?}");
+    assert_eq!(report["kernel-devices"], missing.is_empty());
+    assert_eq!(output.status.code(), Some(i32::from(!missing.is_empty())));
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_eq!(report["kernel"], release.trim());
+    let vfio = Path::new("/sys/module/vfio").is_dir();
+    if !vfio && !std::fs::read_to_string("/proc/modules").unwrap_or_default().contains("\nvfio ") {
+        assert_ne!(check(&report, "vfio")["found"], "loaded");
+    }
+    for (id, path) in [("dev-vfio", "/dev/vfio/vfio"), ("dev-iommu", "/dev/iommu")] {
+        let there = Path::new(path).exists();
+        assert_eq!(check(&report, id)["found"] == format!("there is no {path}"), !there, "{report}");
+    }
+    let gone = run(&["devices", "0000:ff:1f.7", "--probe"]);
+    if !Path::new("/sys/bus/pci/devices/0000:ff:1f.7").exists() {
+        assert_eq!(gone.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&gone.stderr).contains("there is no device"));
     }
 }

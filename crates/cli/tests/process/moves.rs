@@ -153,6 +153,33 @@ fn a_killed_device_server_at_the_destination_leaves_the_guest_at_the_source() {
 }
 
 #[test]
+fn a_device_server_that_dies_under_a_running_guest_is_reported() {
+    let _turn = crate::support::turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Setup { vm_arguments: UUID, devices: 2, ..Setup::new(dir.path(), "a") }.start();
+    let destination = Setup { vm_arguments: &incoming(), devices: 2, ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    let events = source.events();
+    assert_eq!(source.query("query-status")["lost-devices"], json!([]));
+    source.devices[1].kill();
+    let event = events.recv_timeout(crate::support::PATIENCE).expect("an event");
+    assert_eq!(
+        (&event["event"], &event["data"]),
+        (&json!("DEVICE_LOST"), &json!({"device": "dev1"})),
+        "{event}"
+    );
+    let status = source.query("query-status");
+    assert_eq!(status["lost-devices"], json!(["dev1"]), "{status}");
+    assert_eq!(status["status"], "running", "{status}");
+    source.assert_runs();
+    source.begin(&destination.incoming(), json!({}));
+    let info = source.ended();
+    assert_eq!(info["status"], "failed", "{info}");
+    assert!(info["error"].as_str().unwrap().contains("dev1"), "it names the device: {info}");
+    assert_eq!(destination.query("query-status")["lost-devices"], json!([]));
+}
+
+#[test]
 fn limits_can_be_changed_while_it_runs() {
     let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();

@@ -202,6 +202,25 @@ impl Vm {
         self.call(verb, Value::Null).expect(verb)
     }
 
+    /// What is published from now on, but for the greeting.
+    pub(crate) fn events(&self) -> std::sync::mpsc::Receiver<Value> {
+        use std::io::{BufRead, BufReader};
+        let stream = std::os::unix::net::UnixStream::connect(&self.control).expect("the control socket");
+        let mut lines = BufReader::new(stream).lines();
+        lines.next().expect("a greeting").expect("a greeting");
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            // Until the VM ends, or the test does.
+            for line in lines.map_while(Result::ok) {
+                let Ok(event) = serde_json::from_str(&line) else { return };
+                if sender.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+        receiver
+    }
+
     pub(crate) fn guest(&self) -> Value {
         self.query("query-guest")
     }

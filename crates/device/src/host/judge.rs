@@ -1,11 +1,10 @@
 //! What speaks against a device, from what was found of it. The order is that in which a person would clear them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use super::files::access_both_ways;
-use super::{Code, HostDevice, Kind, Obstacle};
+use super::{Code, HostDevice, Kind, NeededFile, Obstacle};
 
 /// VFIO drivers in Linux 7.3 that have no migration, by the name of the driver: `drivers/vfio/pci/vfio_pci.c`,
 /// `nvgrace-gpu`, `ism`, `platform`, `fsl-mc`, `cdx`, and s390's.
@@ -97,11 +96,19 @@ fn physical(device: &HostDevice, total: u32, now: u32) -> Obstacle {
 
 fn not_bound(device: &HostDevice, place: &Place<'_>) -> Obstacle {
     let mut commands = Vec::new();
+    let binds = device.driver.is_none() && device.iommu_group.is_some() && !place.built_without;
     let change = match (&device.kind, &device.variant) {
         (Kind::Pci(_), Some(variant)) => {
             commands = rebind(device, variant, place);
             format!("bind it to its VFIO variant driver {variant}")
         }
+        (Kind::Pci(_), None) if binds => {
+            commands = rebind(device, "vfio-pci", place);
+            "bind it to vfio-pci: a guest can have it then, but cannot migrate with it, since no VFIO variant driver of \
+             this kernel is made for it"
+                .into()
+        }
+        // No command that takes a device from the host for so little.
         (Kind::Pci(_), None) => {
             "no VFIO variant driver of this kernel is made for it; vfio-pci would take it, without migration"
                 .into()
@@ -155,23 +162,35 @@ fn bound(device: &HostDevice, place: &Place<'_>, found: &mut Vec<Obstacle>) {
     }
 }
 
-/// Whether the caller could open it, by either file.
+/// Whether the caller could open it, with all that it takes.
 fn files(device: &HostDevice, found: &mut Vec<Obstacle>) {
-    let files: Vec<&Path> = device.cdev.iter().chain(&device.group_file).map(|file| &**file).collect();
-    if files.is_empty() {
+    if device.needs.is_empty() {
         let text = "it has neither a file under /dev/vfio/devices nor a group's under /dev/vfio";
         let change = "let udev make it, or, in a container, pass it in";
         found.push(Obstacle::new(Code::NoDeviceFile, text, change, vec![]));
-    } else if files.iter().all(|file| access_both_ways(file).is_err()) {
-        let refused = |file: &&Path| access_both_ways(file).err().unwrap_or(Errno::ACCESS);
-        let text = files
-            .iter()
-            .map(|file| format!("{} cannot be opened: {}", file.display(), refused(file)))
-            .collect::<Vec<_>>()
-            .join("; ");
-        let command = |file: &&Path| format!("setfacl -m u:USER:rw {}", file.display());
-        let commands = files.iter().map(command).collect();
-        found.push(Obstacle::new(Code::NoPermission, text, "let the VMM's user open it", commands));
+    }
+    let refused = |file: &NeededFile| file.refusal.map(|errno| (file.path.clone(), errno));
+    let (gone, closed): (Vec<_>, Vec<_>) =
+        device.needs.iter().filter_map(refused).partition(|(_, errno)| *errno == Errno::NOENT);
+    for (path, _) in &gone {
+        let text = format!("there is no {}", path.display());
+        let (change, module) = match path.file_name().and_then(|name| name.to_str()) {
+            Some("iommu") => ("load iommufd, on a kernel with CONFIG_IOMMUFD", "iommufd"),
+            _ => ("load VFIO's containers, or, in a container, pass the file in", "vfio_iommu_type1"),
+        };
+        found.push(Obstacle::new(Code::NoDeviceFile, text, change, vec![format!("modprobe {module}")]));
+    }
+    if !closed.is_empty() {
+        let text = |(path, errno): &(PathBuf, Errno)| format!("{}: {errno}", path.display());
+        let text = format!(
+            "opening it takes what this user may not open: {}",
+            closed.iter().map(text).collect::<Vec<_>>().join("; ")
+        );
+        let user = rustix::process::geteuid().as_raw();
+        let commands =
+            closed.iter().map(|(path, _)| format!("setfacl -m u:{user}:rw {}", path.display())).collect();
+        let change = format!("let the VMM's user (this one: {user}) open it");
+        found.push(Obstacle::new(Code::NoPermission, text, change, commands));
     }
 }
 

@@ -1,5 +1,5 @@
 //! What VFIO devices a host has, as sysfs, procfs and devfs tell, without opening any of them: opening a VFIO device
-//! resets it.
+//! resets it. [`HostDevice::openable`] says which may be opened to ask them.
 //!
 //! Everything read here may be garbled, huge or missing: it is capped, and what cannot be read is unknown, not guessed.
 //! The trees are parameters ([`Roots`]), so that a scan can be of a container's view, or of a tree made for a test.
@@ -14,6 +14,7 @@ mod kernel;
 mod manifest;
 mod obstacle;
 mod pci;
+mod route;
 mod scan;
 mod users;
 
@@ -23,6 +24,7 @@ pub use files::{ReadFailure, access_both_ways, list, read_text};
 pub use kernel::{ConfigOption, KernelConfig, KernelVersion, config, has_module, module_file, version};
 pub use obstacle::{Code, Obstacle};
 pub use pci::{Interrupts, PciAddress, PciFacts, Sriov};
+pub use route::NeededFile;
 pub use scan::{HostDevice, Kind, Scan, scan};
 pub use users::User;
 

@@ -30,6 +30,10 @@ pub enum Code {
     NoPermission,
     /// Somebody has it open.
     InUse,
+    /// It was opened to be asked, and the kernel refused.
+    OpenFailed,
+    /// It was opened, and the kernel maps no memory for it.
+    MappingRefused,
     /// Nobody listens at the socket, or what listens is no vfio-user server or does not answer.
     NoAnswer,
     /// The vfio-user server has no migration.
@@ -38,7 +42,7 @@ pub enum Code {
 
 impl Code {
     /// Every code.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Unreadable,
         Self::NoVfio,
         Self::NoIommuGroup,
@@ -51,6 +55,8 @@ impl Code {
         Self::NoDeviceFile,
         Self::NoPermission,
         Self::InUse,
+        Self::OpenFailed,
+        Self::MappingRefused,
         Self::NoAnswer,
         Self::NoMigrationInServer,
     ];
@@ -70,6 +76,8 @@ impl Code {
             Self::NoDeviceFile => "no-device-file",
             Self::NoPermission => "no-permission",
             Self::InUse => "in-use",
+            Self::OpenFailed => "open-failed",
+            Self::MappingRefused => "mapping-refused",
             Self::NoAnswer => "no-answer",
             Self::NoMigrationInServer => "no-migration-in-server",
         }

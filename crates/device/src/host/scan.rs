@@ -7,8 +7,9 @@ use super::aliases::Variants;
 use super::files::{link_name, link_parent, list};
 use super::judge::{Place, obstacles};
 use super::pci::{PciAddress, PciFacts, facts};
+use super::route::{NeededFile, needed};
 use super::users::{self, User};
-use super::{ConfigOption, Obstacle, Roots, kernel};
+use super::{Code, ConfigOption, Obstacle, Roots, kernel};
 
 /// What kind of device it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +48,8 @@ pub struct HostDevice {
     pub group_file: Option<PathBuf>,
     /// Its own file, where there is one.
     pub cdev: Option<PathBuf>,
+    /// What has to be opened to open it. Empty where no VFIO driver has it, or no file was made.
+    pub needs: Vec<NeededFile>,
     /// Who has it, or its group, open, as far as the caller may see.
     pub users: Vec<User>,
     /// Why it cannot migrate as it stands. Empty: nothing in sysfs speaks against it; the driver has the last word.
@@ -62,6 +65,14 @@ impl HostDevice {
             Kind::Mdev { .. } | Kind::Other => true,
         };
         self.vfio || self.variant.is_some() || pci
+    }
+
+    /// Whether it can be opened to ask it: a VFIO driver has it, nobody known uses it, and nothing stands in the way. A
+    /// driver that is known to have no migration does not.
+    pub fn openable(&self) -> bool {
+        let asks = matches!(self.kind, Kind::Pci(_) | Kind::Mdev { .. });
+        let in_the_way = |obstacle: &Obstacle| obstacle.code != Code::NoMigrationInDriver;
+        asks && self.vfio && !self.obstacles.iter().any(in_the_way)
     }
 }
 
@@ -147,6 +158,8 @@ impl Scanner<'_> {
         let vfio_devs = list(&place.join("vfio-dev")).unwrap_or_default();
         let vfio = !vfio_devs.is_empty()
             || matches!(kind, Kind::Other)
+            // Nothing but VFIO has drivers for that bus.
+            || (matches!(kind, Kind::Mdev { .. }) && driver.is_some())
             || driver.as_deref().is_some_and(is_vfio_driver);
         let iommu_group: Option<u32> =
             link_name(&place.join("iommu_group")).and_then(|group| group.parse().ok());
@@ -162,6 +175,7 @@ impl Scanner<'_> {
             iommu_group,
             group_file: group.or_else(|| noiommu.clone()),
             cdev,
+            needs: Vec::new(),
             users: Vec::new(),
             obstacles: Vec::new(),
             kind,
@@ -172,8 +186,12 @@ impl Scanner<'_> {
         users.sort();
         users.dedup();
         device.users = users;
-        let strangers =
-            iommu_group.filter(|_| device.vfio).map(|group| self.strangers(group)).unwrap_or_default();
+        if device.vfio {
+            device.needs = needed(&self.roots.dev, device.cdev.as_deref(), device.group_file.as_deref());
+        }
+        // A mediated device has its group to itself.
+        let shares = device.vfio && !matches!(device.kind, Kind::Mdev { .. });
+        let strangers = iommu_group.filter(|_| shares).map(|group| self.strangers(group)).unwrap_or_default();
         let place = Place {
             sys: &self.roots.sys,
             vfio: self.vfio,
@@ -193,7 +211,9 @@ impl Scanner<'_> {
         let dir = self.roots.sys.join(format!("kernel/iommu_groups/{group}/devices"));
         let stranger = |name: String| {
             let driver = link_name(&dir.join(&name).join("driver"))?;
-            (!is_vfio_driver(&driver) && !shares_group(&driver)).then(|| format!("{name} ({driver})"))
+            let vfio = is_vfio_driver(&driver)
+                || list(&dir.join(&name).join("vfio-dev")).is_ok_and(|devices| !devices.is_empty());
+            (!vfio && !shares_group(&driver)).then(|| format!("{name} ({driver})"))
         };
         let strangers: Vec<String> = self.names(&dir).into_iter().filter_map(stranger).collect();
         self.groups.insert(group, strangers.clone());

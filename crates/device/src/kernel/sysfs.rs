@@ -48,7 +48,8 @@ pub(super) fn cdev(sysfs: &Path, file: &Path) -> Option<SysDevice> {
 impl SysDevice {
     /// Makes sure that a VFIO driver has it.
     pub(super) fn check_driver(&self) -> Result<(), KernelError> {
-        let old_kernel = || self.driver.as_ref().is_some_and(|driver| driver.contains("vfio"));
+        // Nothing but VFIO has drivers for mediated devices, whatever their names.
+        let old_kernel = || self.driver.as_ref().is_some_and(|driver| self.mdev || driver.contains("vfio"));
         if self.vfio.is_some() || old_kernel() {
             return Ok(());
         }

@@ -83,6 +83,13 @@ impl VmHandler {
             },
             memory: config.memory,
             devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
+            lost_devices: slot
+                .machine()
+                .map(|machine| machine.lost_devices())
+                .unwrap_or_default()
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             epoch: slot.epoch().0,
         }
     }

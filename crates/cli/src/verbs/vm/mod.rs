@@ -7,10 +7,11 @@ mod presence;
 mod rehearsing;
 mod saving;
 mod slot;
+mod watch;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 
 use serde_json::{Value, json};
 use vfio_migration::{Standing, Uri, standing};
@@ -34,6 +35,7 @@ use crate::verbs::check;
 use handler::VmHandler;
 use presence::Presence;
 use slot::Slot;
+use watch::Watch;
 
 /// RAM comes in steps of this size.
 const RAM_STEP: u64 = 2 << 20;
@@ -92,7 +94,10 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
         None => None,
     };
     // Signals come through `quit`; the flag of a second one ends the process at once.
-    let _ = quitted.recv();
+    let mut watch = Watch::default();
+    while quitted.recv_timeout(watch::EVERY) == Err(RecvTimeoutError::Timeout) {
+        watch.look(&vm);
+    }
     drop(interrupt.clone());
     vm.publisher.publish(&Event::new("SHUTDOWN", Value::Null));
     vm.end();

@@ -1,0 +1,168 @@
+//! Asking a device itself: a vfio-user server, or, by opening it, a device of the kernel.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vfio_migration_device::host::{Code, HostDevice, Obstacle, Roots};
+use vfio_migration_device::{
+    Capabilities, Device, DmaAccess, IrqIndex, KernelDevice, KernelOptions, KernelPath, NotMigratable,
+    PciHardware, RegionInfo, TrackerKind, VfioUserDevice, VfioUserOptions,
+};
+use vfio_migration_memory::{GuestRam, RamSpec};
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+
+use super::report::{DeviceReport, DirtyTracking, InterruptCounts, Migration, RegionReport};
+use crate::exit::{Failure, chain};
+
+/// Longest wait for a vfio-user server, for each thing it is asked.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Memory that is mapped for a device that is asked, where a guest has its own: no more than any limit on locked memory
+/// allows.
+const RAM: RamSpec = RamSpec { gpa: Gpa(1 << 20), len: 64 << 10 };
+
+/// Asks a vfio-user server. It is left in the state it is in.
+pub(super) fn socket(socket: &Path) -> Result<DeviceReport, Failure> {
+    let mut report = DeviceReport::blank(socket.display().to_string(), "vfio-user");
+    let options = VfioUserOptions {
+        timeout: PATIENCE,
+        connect_timeout: Duration::ZERO,
+        keep_state: true,
+        ..VfioUserOptions::default()
+    };
+    match VfioUserDevice::open(id()?, socket, ram()?, &options) {
+        Ok(device) => match hardware(&mut report, &device) {
+            Ok(capabilities) => {
+                let (tracking, why) = match capabilities.dirty_log {
+                    true => (DirtyTracking::DeviceLog, "its server logs its DMA writes"),
+                    false => (
+                        DirtyTracking::None,
+                        "its server logs no DMA writes, so all memory counts as dirty: one full copy while the \
+                         guest is stopped, refused unless --allow-all-dirty is given",
+                    ),
+                };
+                report.dirty_tracking = tracking;
+                report.dirty_tracking_why = Some(why.into());
+            }
+            Err(NotMigratable(why)) => {
+                let change = "a server that implements migration";
+                report.against(&Obstacle::new(Code::NoMigrationInServer, why, change, vec![]));
+            }
+        },
+        Err(error) => {
+            let change = "start its server; a server that another VMM uses answers nobody else";
+            report.against(&Obstacle::new(Code::NoAnswer, chain(&error), change, vec![]));
+        }
+    }
+    Ok(report)
+}
+
+/// Opens a device of the host, which resets it, asks it, and closes it. Left as it is where it is in use: the kernel
+/// refuses to open it a second time.
+pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceReport) -> Result<(), Failure> {
+    let refuse = |error| Failure::caused("cannot open it", &error);
+    let path: KernelPath = device.name.parse().map_err(refuse)?;
+    let options = KernelOptions {
+        sysfs: roots.sys.clone(),
+        dev: roots.dev.clone(),
+        // What it holds of a guest stays.
+        keep_state: true,
+        ..KernelOptions::default()
+    };
+    let ram = ram()?;
+    let opened = match KernelDevice::open(id()?, &path, ram.clone(), &options) {
+        Ok(opened) => opened,
+        Err(error) if error.is_in_use() => {
+            let text = format!("it was not opened, somebody has it: {}", chain(&error));
+            let change = "to move it, ask the VMM that has it; whose processes they are, root may see";
+            report.against(&Obstacle::new(Code::InUse, text, change, vec![]));
+            return Ok(());
+        }
+        Err(error) => {
+            let change = "what the text says, and the kernel's log";
+            report.against(&Obstacle::new(Code::OpenFailed, chain(&error), change, vec![]));
+            return Ok(());
+        }
+    };
+    let all = Range::new(Iova(RAM.gpa.0), RAM.len).map_err(|error| Failure::caused("cannot ask", &error))?;
+    let mapped = opened.dma_map(all, DmaAccess::BOTH, Some((ram.fd(), 0)));
+    match hardware(report, &opened) {
+        Ok(_) => {
+            // A driver that was taken for one without migration has it.
+            report.why_not.retain(|why| why.code != Code::NoMigrationInDriver.name());
+            let tracker = opened.tracker();
+            report.dirty_tracking = match tracker.kind {
+                TrackerKind::DeviceLog => DirtyTracking::DeviceLog,
+                TrackerKind::Iommufd => DirtyTracking::Iommufd,
+                TrackerKind::Type1 => DirtyTracking::Type1,
+                TrackerKind::Everything => DirtyTracking::None,
+                _ => DirtyTracking::Unknown,
+            };
+            report.dirty_tracking_why = Some(tracker.why.clone());
+        }
+        Err(_) if report.why_not.iter().any(|why| why.code == Code::NoMigrationInDriver.name()) => {
+            report.migration = Migration::No;
+        }
+        Err(NotMigratable(why)) => {
+            let change = "the vendor's variant driver, and migration turned on in the device's firmware or by its \
+                          physical function's driver";
+            report.against(&Obstacle::new(Code::NoMigrationInDriver, why, change, vec![]));
+        }
+    }
+    if let Err(error) = mapped {
+        let change = "raise this user's limit on locked memory (ulimit -l), and see the kernel's log";
+        let text = format!("no memory can be mapped for it: {}", chain(&error));
+        report.against(&Obstacle::new(Code::MappingRefused, text, change, vec![]));
+    }
+    Ok(())
+}
+
+/// What either kind of device says of itself, and whether it migrates.
+fn hardware<D: Device + PciHardware>(
+    report: &mut DeviceReport,
+    device: &D,
+) -> Result<Capabilities, NotMigratable> {
+    report.probed = true;
+    let count = |kind| Some(device.irq_count(kind));
+    report.interrupts = InterruptCounts {
+        intx: count(IrqIndex::Intx),
+        msi: count(IrqIndex::Msi),
+        msix: count(IrqIndex::Msix),
+    };
+    report.regions = Some(device.regions().iter().map(region).collect());
+    let capabilities = device.capabilities()?;
+    let flags =
+        [(true, "STOP_COPY"), (capabilities.flags.p2p, "P2P"), (capabilities.flags.pre_copy, "PRE_COPY")];
+    report.flags = Some(flags.iter().filter(|(has, _)| *has).map(|(_, name)| (*name).into()).collect());
+    report.migration = Migration::Yes;
+    let name = report.name.clone();
+    let unknown = |error| tracing::warn!("{name}: {}", chain(&error));
+    report.state = device.state().map_err(unknown).ok().map(|state| state.to_string());
+    report.stop_copy_size = device.stop_copy_size().map_err(unknown).ok().flatten();
+    let pci = device.manifest().map_err(unknown).ok().and_then(|manifest| manifest.pci);
+    if let Some(pci) = pci {
+        report.id = Some(format!("{:04x}:{:04x}", pci.vendor, pci.device));
+    }
+    Ok(capabilities)
+}
+
+fn region(region: &RegionInfo) -> RegionReport {
+    let name = match region.index.0 {
+        bar @ 0..=5 => Some(format!("bar{bar}")),
+        6 => Some("rom".into()),
+        7 => Some("config".into()),
+        8 => Some("vga".into()),
+        _ => None,
+    };
+    let mappable = region.mappable.iter().map(|part| part.len()).sum();
+    RegionReport { index: region.index.0, name, size: region.size, mappable }
+}
+
+fn id() -> Result<DeviceId, Failure> {
+    DeviceId::new("asked").map_err(|error| Failure::caused("cannot ask", &error))
+}
+
+fn ram() -> Result<Arc<GuestRam>, Failure> {
+    let ram = GuestRam::new("devices", &[RAM]).map_err(|error| Failure::caused("cannot ask", &error))?;
+    Ok(Arc::new(ram))
+}

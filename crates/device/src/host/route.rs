@@ -1,0 +1,62 @@
+//! The files that opening a device takes: its own and the iommufd's where the kernel has both, else its group's and the
+//! container's.
+
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use super::files::access_both_ways;
+
+/// A file that has to be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NeededFile {
+    /// Which.
+    pub path: PathBuf,
+    /// Why the caller cannot open it: ENOENT, EACCES and the like.
+    pub refusal: Option<Errno>,
+}
+
+/// What has to be opened for a device with these files of its own, in the order of opening. Empty where it has none.
+pub(super) fn needed(dev: &Path, cdev: Option<&Path>, group: Option<&Path>) -> Vec<NeededFile> {
+    let (iommufd, container) = (dev.join("iommu"), dev.join("vfio/vfio"));
+    let route = match (cdev, group) {
+        (Some(cdev), group) if group.is_none() || iommufd.exists() => vec![cdev.to_owned(), iommufd],
+        (_, Some(group)) => vec![group.to_owned(), container],
+        _ => Vec::new(),
+    };
+    let file = |path: PathBuf| NeededFile { refusal: access_both_ways(&path).err(), path };
+    route.into_iter().map(file).collect()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn names(dev: &Path, cdev: bool, group: bool) -> Vec<(String, bool)> {
+        let path = |there: bool, name: &str| there.then(|| dev.join(name));
+        let (cdev, group) = (path(cdev, "vfio/devices/vfio0"), path(group, "vfio/7"));
+        let shown = |file: NeededFile| {
+            (file.path.strip_prefix(dev).unwrap().display().to_string(), file.refusal.is_none())
+        };
+        needed(dev, cdev.as_deref(), group.as_deref()).into_iter().map(shown).collect()
+    }
+
+    #[test]
+    fn a_file_of_its_own_is_of_use_with_an_iommufd_alone() {
+        let top = tempfile::tempdir().unwrap();
+        let dev = top.path();
+        std::fs::create_dir_all(dev.join("vfio/devices")).unwrap();
+        for file in ["vfio/devices/vfio0", "vfio/7", "vfio/vfio"] {
+            std::fs::write(dev.join(file), "").unwrap();
+        }
+        let by_group = [("vfio/7".to_owned(), true), ("vfio/vfio".to_owned(), true)];
+        assert_eq!(names(dev, true, true), by_group);
+        assert_eq!(names(dev, false, true), by_group);
+        let own = "vfio/devices/vfio0".to_owned();
+        assert_eq!(names(dev, true, false), [(own.clone(), true), ("iommu".into(), false)]);
+        std::fs::write(dev.join("iommu"), "").unwrap();
+        assert_eq!(names(dev, true, true), [(own, true), ("iommu".into(), true)]);
+        assert_eq!(names(dev, false, false), []);
+    }
+}
