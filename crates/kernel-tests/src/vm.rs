@@ -1,5 +1,6 @@
 //! A VM with a kernel device, as a process that is asked over its control socket.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -78,7 +79,19 @@ impl Vm {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Err(format!("waiting for {what}: {last}").into())
+        Err(format!("waiting for {what}: {last}; its threads wait in {}", self.threads()).into())
+    }
+
+    /// Where in the kernel each of its threads is: `0` is none, it runs.
+    fn threads(&self) -> String {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
+        let word = |task: &fs::DirEntry, what| {
+            fs::read_to_string(task.path().join(what)).unwrap_or_else(|error| error.to_string())
+        };
+        tasks
+            .map(|task| format!("{}: {}", word(&task, "comm").trim(), word(&task, "wchan").trim()))
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 }
 
