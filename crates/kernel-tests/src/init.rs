@@ -9,6 +9,8 @@ use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 
 use crate::check::{Outcome, chain};
+use crate::network;
+use crate::pair::Role;
 use crate::table::{Need, TESTS};
 
 /// Where the image keeps the modules, and in which order they are loaded.
@@ -44,6 +46,9 @@ fn set_up() -> Outcome {
         rustix::system::finit_module(&file, c"", 0)
             .map_err(|error| format!("loading the module {name}: {error}"))?;
     }
+    if let Some(role) = Role::here()? {
+        network::up(role.address())?;
+    }
     let line = fs::read_to_string("/proc/cmdline")?;
     let promised = line.split_whitespace().find_map(|word| word.strip_prefix(PROMISED));
     for word in promised.ok_or("nobody says what this machine has")?.split(',') {
@@ -63,17 +68,27 @@ fn there(need: Need) -> bool {
         Need::Cdev => "/dev/iommu",
         Need::Kvm => "/dev/kvm",
         Need::Edu => return crate::edu::place().is_some(),
+        Need::Peer => return with_peer() && network::card().is_some(),
         Need::NoCdev => return !Path::new("/dev/iommu").exists(),
     };
     Path::new(path).exists()
+}
+
+/// Whether a second machine was promised.
+fn with_peer() -> bool {
+    matches!(Role::here(), Ok(Some(_)))
 }
 
 fn run_all() {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let only = line.split_whitespace().find_map(|word| word.strip_prefix(ONLY));
     let named = |name: &str| only.is_none_or(|only| only.split(',').any(|part| name.contains(part)));
-    let tests: Vec<_> =
-        TESTS.iter().filter(|test| named(test.name) && test.needs.iter().all(|need| there(*need))).collect();
+    let with_peer = with_peer();
+    let tests: Vec<_> = TESTS
+        .iter()
+        .filter(|test| test.needs.contains(&Need::Peer) == with_peer)
+        .filter(|test| named(test.name) && test.needs.iter().all(|need| there(*need)))
+        .collect();
     // Announced first: one that takes the machine down with it is missed then.
     for test in &tests {
         println!("KTEST-PLAN {}", test.name);

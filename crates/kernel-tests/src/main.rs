@@ -14,7 +14,10 @@ mod instance;
 mod kernel_device;
 mod migdev;
 mod mtty;
+mod network;
+mod pair;
 mod table;
+mod vm;
 
 use std::process::ExitCode;
 

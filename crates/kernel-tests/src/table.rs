@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
-use crate::{device_file, edu, guest, host_report, kernel_device, migdev, mtty};
+use crate::{device_file, edu, guest, host_report, kernel_device, migdev, mtty, pair};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub(crate) enum Need {
     Edu,
     /// A kernel without them.
     NoCdev,
+    /// A second machine at the other end of a network link. On such a machine nothing else is tested.
+    Peer,
 }
 
 impl Need {
@@ -32,6 +34,7 @@ impl Need {
             "cdev" => Self::Cdev,
             "no-cdev" => Self::NoCdev,
             "edu" => Self::Edu,
+            "peer" => Self::Peer,
             _ => return None,
         })
     }
@@ -125,6 +128,12 @@ pub(crate) const TESTS: &[Test] = &[
     test("migdev_fault_slow_arc", &[Need::Migdev], migdev::faults::slow),
     test("a_guest_with_migdev_moves_whole", &[Need::Migdev, Need::Kvm], guest::moves_whole),
     test("a_guest_with_migdev_notices_what_is_lost", &[Need::Migdev, Need::Kvm], guest::notices_what_is_lost),
+    test("two_machines_guest_moves_whole", &[Need::Peer, Need::Migdev, Need::Kvm], pair::moves_whole),
+    test(
+        "two_machines_guest_notices_what_is_lost",
+        &[Need::Peer, Need::Migdev, Need::Kvm],
+        pair::notices_what_is_lost,
+    ),
 ];
 
 /// Runs one, in this process.

@@ -1,8 +1,11 @@
 //! Boots a kernel in software emulation and hears what it says.
 
 use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::text;
@@ -10,27 +13,49 @@ use super::text;
 /// A boot with all its tests takes half a minute on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(480);
 
+/// What is plugged into a machine.
+pub(super) enum Plugged {
+    /// A device without migration behind an IOMMU, for vfio-pci.
+    Edu,
+    /// A network card, whose frames go through a socket.
+    Link { socket: UnixStream, address: &'static str },
+}
+
 /// Boots until the machine switches itself off; what was on its console.
 ///
 /// QEMU's processor with SVM and nested paging: inside, the kernel's own KVM works. RDRAND, or whoever wants a random
 /// number waits for the machine to gather entropy. `-cpu max` makes migration data
-/// move twenty times slower on Debian's kernel.
-pub(super) fn boot(kernel: &Path, image: &Path, has: &str, only: &[&str]) -> Result<String, String> {
-    let mut line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on ktest.has={has}");
-    if !only.is_empty() {
-        line += &format!(" ktest.only={}", only.join(","));
-    }
-    let mut child = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg", "-M", "q35", "-cpu", "qemu64,+npt,+rdrand", "-smp", "1", "-m", "1024"])
-        .args(["-nographic", "-no-reboot", "-net", "none", "-append", &line])
-        // A device without migration behind an IOMMU, for vfio-pci.
-        .args(["-device", "intel-iommu,intremap=on", "-device", "edu"])
-        .args(["-kernel", text(kernel)?, "-initrd", text(image)?])
-        .stdin(Stdio::null())
+/// move twenty times slower on Debian's kernel. `words` are for the first process, on the kernel's command line.
+/// A machine that is `given_up` meanwhile is killed.
+pub(super) fn boot(
+    kernel: &Path,
+    image: &Path,
+    words: &str,
+    plugged: Plugged,
+    given_up: &AtomicBool,
+) -> Result<String, String> {
+    let line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on {words}");
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg", "-M", "q35", "-cpu", "qemu64,+npt,+rdrand", "-smp", "1", "-m", "1024"])
+        .args(["-display", "none", "-vga", "none", "-monitor", "none", "-serial", "file:/dev/stdout"])
+        .args(["-no-reboot", "-append", &line, "-kernel", text(kernel)?, "-initrd", text(image)?])
         .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .spawn()
-        .map_err(|error| format!("cannot start qemu-system-x86_64: {error}"))?;
+        .stderr(Stdio::inherit());
+    match plugged {
+        Plugged::Edu => {
+            qemu.args(["-net", "none", "-device", "intel-iommu,intremap=on", "-device", "edu"])
+                .stdin(Stdio::null());
+        }
+        Plugged::Link { socket, address } => {
+            // Its standard input is the socket: no file or port that somebody else could take.
+            qemu.args(["-netdev", "stream,id=link,server=off,addr.type=fd,addr.str=0", "-device"])
+                .arg(format!("virtio-net-pci,netdev=link,romfile=,mac={address}"))
+                .stdin(Stdio::from(OwnedFd::from(socket)));
+        }
+    }
+    let mut child = qemu.spawn().map_err(|error| format!("cannot start qemu-system-x86_64: {error}"))?;
+    // It holds the socket: the other machine is to see its end.
+    drop(qemu);
     let stdout = child.stdout.take();
     let reader = std::thread::spawn(move || {
         let mut said = Vec::new();
@@ -44,9 +69,10 @@ pub(super) fn boot(kernel: &Path, image: &Path, has: &str, only: &[&str]) -> Res
     let ended = loop {
         match child.try_wait() {
             Ok(Some(status)) => break Ok(status),
+            Ok(None) if given_up.load(Ordering::Relaxed) => {
+                break Err("the machine was given up, and killed".into());
+            }
             Ok(None) if began.elapsed() > PATIENCE => {
-                let _ = child.kill();
-                let _ = child.wait();
                 break Err(format!(
                     "the machine was not done after {} s, and was killed",
                     PATIENCE.as_secs()
@@ -56,6 +82,10 @@ pub(super) fn boot(kernel: &Path, image: &Path, has: &str, only: &[&str]) -> Res
             Err(error) => break Err(format!("waiting for QEMU: {error}")),
         }
     };
+    if ended.is_err() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
     let said = reader.join().map_err(|_| "reading the console failed")?;
     match ended {
         Ok(status) if status.success() => Ok(said),

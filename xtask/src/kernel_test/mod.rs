@@ -8,9 +8,11 @@ mod console;
 mod image;
 mod modules;
 mod packages;
+mod pair;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use crate::rings::Outcome;
@@ -68,6 +70,27 @@ const SETS: [Set; 2] = [
     },
 ];
 
+/// Two machines, joined by a network link.
+const PAIR: Set = Set {
+    name: "pair",
+    what: "two machines at once, joined by a network link: the kernel as Debian builds it",
+    modules: &[
+        "irqbypass",
+        "kvm",
+        "ccp",
+        "kvm-amd",
+        "vfio",
+        "vfio_iommu_type1",
+        "mdev",
+        "migdev",
+        "failover",
+        "net_failover",
+        "virtio_net",
+    ],
+    rebuilt: false,
+    has: "migdev,kvm,no-cdev,peer",
+};
+
 /// Runs the ring, or those of its tests whose name has one of `named` in it.
 pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
     if !cfg!(target_arch = "x86_64") {
@@ -83,18 +106,23 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
         step("unpacking the kernel and building modules", || modules::build(&packages, top, &cache))?;
     let programs = step("building the tests and the command", || image::programs(top, &cache))?;
     let mut rows = Vec::new();
-    for set in &SETS {
+    for set in SETS.iter().chain([&PAIR]) {
         eprintln!("kernel-test: {}: {}", set.name, set.what);
         let files =
             set.modules.iter().map(|name| kernel.module(name, set.rebuilt)).collect::<Result<_, _>>()?;
         let image = image::make(&cache, set.name, &programs, &kernel.config, set.modules, files)?;
-        let text = step("booting", || boot::boot(&kernel.image, &image, set.has, named))?;
-        let report = console::Report::parse(&text);
-        let any = named.is_empty() || report.any();
-        if let Err(why) = report.sound(any) {
-            return Err(format!("{}: {why}; the end of its console:\n{}", set.name, tail(&text)));
-        }
-        rows.extend(report.tests.into_iter().map(|test| (set.name, test)));
+        let words = words(set.has, named);
+        let tests = if set.name == PAIR.name {
+            step("booting two machines", || pair::run(&kernel.image, &image, &words, named.is_empty()))
+        } else {
+            step("booting", || {
+                let alone = AtomicBool::new(false);
+                let text = boot::boot(&kernel.image, &image, &words, boot::Plugged::Edu, &alone)?;
+                heard(&text, named.is_empty()).map(|report| report.tests)
+            })
+        };
+        let tests = tests.map_err(|why| format!("{}: {why}", set.name))?;
+        rows.extend(tests.into_iter().map(|test| (set.name, test)));
     }
     if rows.is_empty() {
         return Err(format!("no kernel test is named like {}", named.join(" or ")));
@@ -109,6 +137,21 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
         return Err(format!("{failed} of {} kernel tests failed", rows.len()));
     }
     Ok(Outcome::Passed(Some(rows.len() as u64)))
+}
+
+/// What a machine's first process is told, on the kernel's command line.
+fn words(has: &str, named: &[&str]) -> String {
+    let only = if named.is_empty() { String::new() } else { format!(" ktest.only={}", named.join(",")) };
+    format!("ktest.has={has}{only}")
+}
+
+/// The report on a console, if it is one. `all`: every test was to be run.
+fn heard(text: &str, all: bool) -> Result<console::Report, String> {
+    let report = console::Report::parse(text);
+    match report.sound(all || report.any()) {
+        Ok(()) => Ok(report),
+        Err(why) => Err(format!("{why}; the end of its console:\n{}", tail(text))),
+    }
 }
 
 /// Says what is done, and how long it took.

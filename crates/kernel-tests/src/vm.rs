@@ -1,0 +1,108 @@
+//! A VM with a kernel device, as a process that is asked over its control socket.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::check::Outcome;
+use crate::instance::Instance;
+
+/// The command, in the image.
+const PROGRAM: &str = "/vfio-migrate";
+/// Everything here runs in emulation. A guard against a hang, and no claim.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(100);
+
+/// A VM in a process of its own.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    child: Child,
+    control: String,
+    /// The device outlives the process that has it.
+    _device: Instance,
+}
+
+impl Vm {
+    /// Starts the VM `name`, with an instance of migdev of its own.
+    pub(crate) fn start(name: &str, more: &[&str]) -> Outcome<Self> {
+        let device = Instance::new("migdev", "migdev-1M")?;
+        let control = format!("/tmp/{name}.ctl");
+        let kernel_device = format!("mdev:{},id=net0", device.uuid());
+        let child = Command::new(PROGRAM)
+            .args(["vm", "--require-kvm", "--memory", "32M", "--dirty-rate", "1M", "--control", &control])
+            .args(["--uuid", "5e1f5a52-8c2d-4f0e-9f6b-0d6a5c1d7e11", "--device", &kernel_device])
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Self { child, control, _device: device })
+    }
+
+    /// What a verb of the control socket returns.
+    pub(crate) fn call(&self, verb: &str, arguments: &Value) -> Outcome<Value> {
+        let mut socket = UnixStream::connect(&self.control)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let request = if arguments.is_null() {
+            json!({"execute": verb, "id": 1})
+        } else {
+            json!({"execute": verb, "arguments": arguments, "id": 1})
+        };
+        writeln!(socket, "{request}")?;
+        for line in BufReader::new(socket).lines() {
+            let answer: Value = serde_json::from_str(&line?)?;
+            if answer.get("id").is_none() {
+                continue;
+            }
+            return match answer.get("return") {
+                Some(value) => Ok(value.clone()),
+                None => Err(format!("{verb} was refused: {answer}").into()),
+            };
+        }
+        Err(format!("{verb}: the VM left").into())
+    }
+
+    /// Asks until `done` says so.
+    pub(crate) fn until(&mut self, what: &str, verb: &str, done: impl Fn(&Value) -> bool) -> Outcome<Value> {
+        let began = Instant::now();
+        let mut last = String::new();
+        while began.elapsed() < PATIENCE {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(format!("waiting for {what}: the VM ended with {status}").into());
+            }
+            match self.call(verb, &Value::Null) {
+                Ok(answer) if done(&answer) => return Ok(answer),
+                Ok(answer) => last = answer.to_string(),
+                Err(error) => last = error.to_string(),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err(format!("waiting for {what}: {last}; its threads wait in {}", self.threads()).into())
+    }
+
+    /// Where in the kernel each of its threads is: `0` is none, it runs.
+    fn threads(&self) -> String {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
+        let word = |task: &fs::DirEntry, what| {
+            fs::read_to_string(task.path().join(what)).unwrap_or_else(|error| error.to_string())
+        };
+        tasks
+            .map(|task| format!("{}: {}", word(&task, "comm").trim(), word(&task, "wchan").trim()))
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A number of a report; one that is not there is none.
+pub(crate) fn count(report: &Value, what: &str) -> u64 {
+    report.get(what).and_then(Value::as_u64).unwrap_or(0)
+}
