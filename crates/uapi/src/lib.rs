@@ -24,6 +24,7 @@ mod iommufd;
 mod irq;
 mod mapped;
 mod migration;
+mod report;
 mod type1;
 
 pub use cdev::{attach, bind_iommufd, detach};
