@@ -62,6 +62,7 @@ fn there(need: Need) -> bool {
         Need::Migdev => "/sys/class/mdev_bus/migdev",
         Need::Cdev => "/dev/iommu",
         Need::Kvm => "/dev/kvm",
+        Need::IommufdMock => "/sys/bus/iommufd_mock",
         Need::Edu => return crate::edu::place().is_some(),
         Need::NoCdev => return !Path::new("/dev/iommu").exists(),
     };

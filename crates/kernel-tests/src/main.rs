@@ -9,6 +9,7 @@ mod edu;
 mod guest;
 mod init;
 mod instance;
+mod iommufd_mock;
 mod kernel_device;
 mod migdev;
 mod mtty;

@@ -6,6 +6,7 @@
 mod boot;
 mod console;
 mod image;
+mod mock;
 mod modules;
 mod packages;
 
@@ -14,6 +15,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::rings::Outcome;
+
+pub(crate) use self::mock::run as run_mock;
 
 /// A set of modules to boot with.
 struct Set {
@@ -96,11 +99,16 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
         }
         rows.extend(report.tests.into_iter().map(|test| (set.name, test)));
     }
+    finish(named, &rows)
+}
+
+/// Prints a table of all tests. `rows`: the name of a set, and a test.
+fn finish(named: &[&str], rows: &[(&str, console::Test)]) -> Result<Outcome, String> {
     if rows.is_empty() {
         return Err(format!("no kernel test is named like {}", named.join(" or ")));
     }
     println!();
-    for (set, test) in &rows {
+    for (set, test) in rows {
         let outcome = test.failure.as_ref().map_or("passed".into(), |why| format!("FAILED: {why}"));
         println!("kernel test {set:<8} {:<52} {outcome}", test.name);
     }
