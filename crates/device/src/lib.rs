@@ -19,6 +19,8 @@ pub use contract::{
 };
 pub use error::{DeviceError, Remedy, TransitionError};
 pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
+#[cfg(feature = "bare-space")]
+pub use kernel::BareSpace;
 pub use kernel::{
     IommuHandle, KernelDevice, KernelError, KernelOptions, KernelPath, TrackerChoice, TrackerKind,
 };

@@ -67,6 +67,7 @@ fn there(need: Need) -> bool {
         Need::Migdev => "/sys/class/mdev_bus/migdev",
         Need::Cdev => "/dev/iommu",
         Need::Kvm => "/dev/kvm",
+        Need::IommufdMock => "/sys/bus/iommufd_mock",
         Need::Edu => return crate::edu::place().is_some(),
         Need::Peer => return with_peer() && network::card().is_some(),
         Need::NoCdev => return !Path::new("/dev/iommu").exists(),

@@ -11,6 +11,7 @@ mod guest;
 mod host_report;
 mod init;
 mod instance;
+mod iommufd_mock;
 mod kernel_device;
 mod migdev;
 mod mtty;

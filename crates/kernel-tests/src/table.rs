@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
+use crate::iommufd_mock::{table, tracker};
 use crate::{device_file, edu, guest, host_report, kernel_device, migdev, mtty, pair};
 
 /// What a test needs of the kernel it runs on.
@@ -18,7 +19,9 @@ pub(crate) enum Need {
     Cdev,
     /// QEMU's edu behind an emulated IOMMU.
     Edu,
-    /// A kernel without them.
+    /// iommufd's mock IOMMU: a kernel that was built for it (`cargo xtask kernel-test --iommufd-mock`).
+    IommufdMock,
+    /// A kernel without iommufd.
     NoCdev,
     /// A second machine at the other end of a network link. On such a machine nothing else is tested.
     Peer,
@@ -35,6 +38,7 @@ impl Need {
             "no-cdev" => Self::NoCdev,
             "edu" => Self::Edu,
             "peer" => Self::Peer,
+            "iommufd-mock" => Self::IommufdMock,
             _ => return None,
         })
     }
@@ -134,6 +138,17 @@ pub(crate) const TESTS: &[Test] = &[
         &[Need::Peer, Need::Migdev, Need::Kvm],
         pair::notices_what_is_lost,
     ),
+    test("mock_iommu_says_whether_it_tracks", &[Need::IommufdMock], table::capability),
+    test("mock_iommu_tracks_exactly", &[Need::IommufdMock], table::exact),
+    test("mock_iommu_reports_any_range_in_any_size", &[Need::IommufdMock], table::ranges_and_sizes),
+    test("mock_iommu_stops_at_a_hole", &[Need::IommufdMock], table::holes),
+    test("mock_iommu_forgets_what_it_unmaps", &[Need::IommufdMock], table::what_loses_bits),
+    test("mock_iommu_with_huge_pages", &[Need::IommufdMock], table::huge_pages),
+    test("iommu_tracker_is_exact", &[Need::IommufdMock], tracker::exact),
+    test("iommu_tracker_of_every_size", &[Need::IommufdMock], tracker::sizes),
+    test("iommu_tracker_starts_once", &[Need::IommufdMock], tracker::starts),
+    test("iommu_tracker_and_memory_that_moves", &[Need::IommufdMock], tracker::memory_that_moves),
+    test("iommu_tracker_needs_the_capability", &[Need::IommufdMock], tracker::without_capability),
 ];
 
 /// Runs one, in this process.

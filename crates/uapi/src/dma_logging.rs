@@ -6,7 +6,7 @@ use vfio_bindings::bindings::vfio as uapi;
 use vfio_migration_types::{Granule, Iova, Range};
 
 use crate::feature::access;
-use crate::{Access, Feature, UapiError};
+use crate::{Access, Feature, UapiError, report};
 
 /// Starts logging the DMA writes of `device` to `ranges`, in pages of `granule` if it can. Gives the page size that
 /// it took instead.
@@ -55,8 +55,7 @@ pub fn stop_dma_logging(device: BorrowedFd<'_>) -> Result<(), UapiError> {
 /// Bit `n % 64` of word `n / 64` stands for page `n` counted from the start of the range, whatever the formula in the
 /// header says (`drivers/vfio/iova_bitmap.c`).
 ///
-/// Ask for ranges as they were started: some devices know no others. `bitmap` must be ordinary memory, as a slice is:
-/// the kernel silently drops bits where it cannot pin it.
+/// Ask for ranges as they were started: some devices know no others.
 ///
 /// # Errors
 /// Any error of the kernel means that the log is lost: all that it covers counts as dirty.
@@ -66,30 +65,12 @@ pub fn report_dma_logging(
     granule: Granule,
     bitmap: &mut [u64],
 ) -> Result<(), UapiError> {
-    check_bitmap(range, granule, bitmap)?;
-    let (iova, len, page_size) = (range.start().0, range.len(), granule.bytes());
-    let mut payload = uapi::vfio_device_feature_dma_logging_report {
-        iova,
-        length: len,
-        page_size,
-        bitmap: bitmap.as_mut_ptr().expose_provenance() as u64,
-    };
-    // SAFETY: DMA_LOGGING_REPORT's payload; the kernel sets bits in the words that the pages of the range take, which
-    // the slice has (checked above), and keeps no pointer to them.
-    unsafe {
-        access(device, Feature::DmaLoggingReport, Access::Get, &mut payload, "reading the device's DMA log")
-    }
-}
-
-/// Whether a report of `range` in pages of `granule` fits `bitmap`.
-pub(crate) fn check_bitmap(range: Range<Iova>, granule: Granule, bitmap: &[u64]) -> Result<(), UapiError> {
-    let (iova, len, page_size) = (range.start().0, range.len(), granule.bytes());
-    if !iova.is_multiple_of(page_size) || !len.is_multiple_of(page_size) {
-        return Err(UapiError::Misaligned { iova, len, page_size });
-    }
-    let needed = granule.count(len).div_ceil(64);
-    if (bitmap.len() as u64) < needed {
-        return Err(UapiError::BitmapTooSmall { words: bitmap.len(), needed });
-    }
-    Ok(())
+    let (iova, length, page_size) = (range.start().0, range.len(), granule.bytes());
+    report::read(range, granule, bitmap, |bitmap| {
+        let mut payload = uapi::vfio_device_feature_dma_logging_report { iova, length, page_size, bitmap };
+        let doing = "reading the device's DMA log";
+        // SAFETY: DMA_LOGGING_REPORT's payload; the kernel sets bits in the memory pages that the bitmap takes, which
+        // are there to be written (`report`), and keeps no pointer to them.
+        unsafe { access(device, Feature::DmaLoggingReport, Access::Get, &mut payload, doing) }
+    })
 }

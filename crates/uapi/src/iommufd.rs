@@ -7,10 +7,9 @@ use iommufd_bindings as uapi;
 use rustix::ioctl::{Opcode, Updater, opcode};
 use vfio_migration_types::{Granule, Iova, Range};
 
-use crate::dma_logging::check_bitmap;
 use crate::feature::argsz;
 use crate::mapped::Mapped;
-use crate::{Dma, HostMemory, UapiError};
+use crate::{Dma, HostMemory, UapiError, report};
 
 const DESTROY: Opcode = number(uapi::IOMMUFD_CMD_DESTROY);
 const IOAS_ALLOC: Opcode = number(uapi::IOMMUFD_CMD_IOAS_ALLOC);
@@ -188,8 +187,9 @@ pub fn set_dirty_tracking(iommufd: BorrowedFd<'_>, table: u32, on: bool) -> Resu
 /// ORs into `bitmap` which pages of `iova` were written through page table `table` since the last time. Bit `n` is page
 /// `n` from the start of the range. Unless `keep`, the IOMMU forgets them.
 ///
-/// Ask for one mapped range at a time: the kernel stops at a hole and calls it a success (`io_pagetable.c` leaves the
-/// result of the walk alone).
+/// Ask for all of one mapped range at a time. The kernel stops at a hole and calls it a success (`io_pagetable.c` leaves
+/// the result of the walk alone). Of a huge page of the IOMMU's that the range begins in, it forgets the part before
+/// the range as well. Of a table that does not track, it reports nothing, and no error.
 pub fn iommu_dirty(
     iommufd: BorrowedFd<'_>,
     table: u32,
@@ -198,21 +198,22 @@ pub fn iommu_dirty(
     bitmap: &mut [u64],
     keep: bool,
 ) -> Result<(), UapiError> {
-    check_bitmap(iova, granule, bitmap)?;
     let no_clear = uapi::iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR;
-    let mut request = uapi::iommu_hwpt_get_dirty_bitmap {
-        size: const { argsz(size_of::<uapi::iommu_hwpt_get_dirty_bitmap>()) },
-        hwpt_id: table,
-        flags: if keep { no_clear } else { 0 },
-        __reserved: 0,
-        iova: iova.start().0,
-        length: iova.len(),
-        page_size: granule.bytes(),
-        data: bitmap.as_mut_ptr().expose_provenance() as u64,
-    };
-    // SAFETY: this ioctl's structure; the kernel sets bits in the words that the pages of the range take, which the
-    // slice has (checked above), and keeps no pointer to them.
-    unsafe { call::<GET_DIRTY_BITMAP, _>(iommufd, &mut request, "reading the IOMMU's dirty pages") }
+    report::read(iova, granule, bitmap, |data| {
+        let mut request = uapi::iommu_hwpt_get_dirty_bitmap {
+            size: const { argsz(size_of::<uapi::iommu_hwpt_get_dirty_bitmap>()) },
+            hwpt_id: table,
+            flags: if keep { no_clear } else { 0 },
+            __reserved: 0,
+            iova: iova.start().0,
+            length: iova.len(),
+            page_size: granule.bytes(),
+            data,
+        };
+        // SAFETY: this ioctl's structure; the kernel sets bits in the memory pages that the bitmap takes, which are there
+        // to be written (`report`), and keeps no pointer to them.
+        unsafe { call::<GET_DIRTY_BITMAP, _>(iommufd, &mut request, "reading the IOMMU's dirty pages") }
+    })
 }
 
 /// Destroys an object of the iommufd: a page table, once no device is attached to it.

@@ -24,6 +24,9 @@ mod iommufd;
 mod irq;
 mod mapped;
 mod migration;
+#[cfg(feature = "iommufd-mock")]
+mod mock;
+mod report;
 mod type1;
 
 pub use cdev::{attach, bind_iommufd, detach};
@@ -40,5 +43,10 @@ pub use irq::{
 pub use migration::{
     PrecopyInfo, device_state, migration_flags, opt_in_precopy_info_v2, precopy_info, reset,
     set_device_state, stop_copy_size,
+};
+#[cfg(feature = "iommufd-mock")]
+pub use mock::{
+    MOCK_HUGE_PAGE, MOCK_KIND, MOCK_PAGE, MOCK_START, MockDevice, MockKind, attach_mock_device,
+    dirty_mock_pages, make_mock_device,
 };
 pub use type1::{Type1, Type1Dirty, Type1Info};

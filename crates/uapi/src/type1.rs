@@ -7,10 +7,9 @@ use vfio_bindings::bindings::vfio as uapi;
 use vfio_migration_types::{Granule, Iova, Range};
 
 use crate::capability::{self, Answer, Chain};
-use crate::dma_logging::check_bitmap;
 use crate::feature::argsz;
 use crate::mapped::Mapped;
-use crate::{Dma, HostMemory, UapiError};
+use crate::{Dma, HostMemory, UapiError, report};
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 0)`.
 const GET_API_VERSION: Opcode = opcode::none(uapi::VFIO_TYPE, 100);
@@ -241,7 +240,7 @@ fn all_of(iova: Range<Iova>, unmapped: u64) -> Result<(), UapiError> {
 /// An empty bitmap for a report of `iova`, of no more words than that takes. The kernel writes whole words over what was
 /// there (`vfio_iommu_type1.c`, `update_user_bitmap`), unlike every other dirty log.
 fn scratch(iova: Range<Iova>, granule: Granule, bitmap: &[u64]) -> Result<Vec<u64>, UapiError> {
-    check_bitmap(iova, granule, bitmap)?;
+    report::check(iova, granule, bitmap)?;
     let words = granule.count(iova.len()).div_ceil(64);
     let words = usize::try_from(words).ok().filter(|words| *words <= WORDS_MAX);
     Ok(vec![0; words.ok_or(UapiError::ReportTooLong(iova.len()))?])

@@ -67,7 +67,8 @@ pub(super) fn make(
         }
     }
     let order = home.join("order");
-    std::fs::write(&order, format!("{}\n", modules.join("\n"))).map_err(failed(&order))?;
+    let lines: String = modules.iter().map(|module| format!("{module}\n")).collect();
+    std::fs::write(&order, lines).map_err(failed(&order))?;
     let image = cache.join("image").join(format!("{name}.cpio.gz"));
     let script = format!("find . | cpio --quiet -o -H newc | gzip -1 > '{}'", text(&image)?);
     command("sh", &["-c", &script], &root)?;

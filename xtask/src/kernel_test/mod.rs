@@ -6,6 +6,7 @@
 mod boot;
 mod console;
 mod image;
+mod mock;
 mod modules;
 mod packages;
 mod pair;
@@ -16,6 +17,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use crate::rings::Outcome;
+
+pub(crate) use self::mock::run as run_mock;
 
 /// A set of modules to boot with.
 struct Set {
@@ -124,11 +127,16 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
         let tests = tests.map_err(|why| format!("{}: {why}", set.name))?;
         rows.extend(tests.into_iter().map(|test| (set.name, test)));
     }
+    finish(named, &rows)
+}
+
+/// Prints a table of all tests. `rows`: the name of a set, and a test.
+fn finish(named: &[&str], rows: &[(&str, console::Test)]) -> Result<Outcome, String> {
     if rows.is_empty() {
         return Err(format!("no kernel test is named like {}", named.join(" or ")));
     }
     println!();
-    for (set, test) in &rows {
+    for (set, test) in rows {
         let outcome = test.failure.as_ref().map_or("passed".into(), |why| format!("FAILED: {why}"));
         println!("kernel test {set:<8} {:<52} {outcome}", test.name);
     }

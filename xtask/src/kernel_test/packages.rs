@@ -43,7 +43,7 @@ pub(super) fn fetch(cache: &Path) -> Result<Fetched, String> {
             "no apt-get: the kernel tests take their kernel from Debian's packages".into(),
         ));
     }
-    if let Err(why) = install(cache) {
+    if let Err(why) = install(cache, &TOOLS, LIBRARY) {
         return Ok(Fetched::CannotBeHad(why));
     }
     let names = match names(cache).or_else(|_| {
@@ -125,17 +125,17 @@ fn file_of(dir: &Path, name: &str) -> Option<PathBuf> {
     files.pop()
 }
 
-/// Installs the tools that are missing.
-fn install(cache: &Path) -> Result<(), String> {
+/// Installs those of `tools` (programs, and the packages that hold them) and the library that are missing.
+pub(super) fn install(cache: &Path, tools: &[(&str, &str)], library: &str) -> Result<(), String> {
     let there = |tool: &str| command("sh", &["-c", &format!("command -v {tool}")], cache).is_ok();
     let missing: Vec<&str> =
-        TOOLS.iter().filter(|(tool, _)| !there(tool)).map(|(_, package)| *package).collect();
-    let library = command("dpkg-query", &["-W", "-f", "${Status}", LIBRARY], cache)
+        tools.iter().filter(|(tool, _)| !there(tool)).map(|(_, package)| *package).collect();
+    let installed = command("dpkg-query", &["-W", "-f", "${Status}", library], cache)
         .is_ok_and(|status| status.contains("install ok installed"));
-    if missing.is_empty() && library {
+    if missing.is_empty() && installed {
         return Ok(());
     }
-    let wanted: Vec<&str> = missing.into_iter().chain((!library).then_some(LIBRARY)).collect();
+    let wanted: Vec<&str> = missing.into_iter().chain((!installed).then_some(library)).collect();
     let list = wanted.join(" ");
     eprintln!("kernel-test: installing {list} …");
     let remedy = |why: String| format!("{why}\ninstall these by hand: apt-get install {list}");

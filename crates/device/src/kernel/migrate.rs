@@ -7,9 +7,10 @@ use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Gpa, Iova, MigrationState, RamOffset, Range};
 use vfio_migration_uapi as uapi;
 
-use super::dirty::{Log, LogPort};
+use super::dirty::{Log, LogPort, Tried};
 use super::iommu::{DeviceLog, with_cause};
 use super::tracker::{Trial, Trials, choose};
+use super::windows::Windows;
 use super::{Inner, KernelDevice, TrackerChoice, TrackerKind, session};
 use crate::{
     Capabilities, Device, DeviceError, DirtyLog, NotMigratable, ResumingSession, SavingSession,
@@ -86,20 +87,22 @@ impl Inner {
     /// The tracker, chosen by trial when it is first asked for.
     pub(super) fn tracked(&self) -> &(TrackerChoice, Option<Log>) {
         self.tracker.get_or_init(|| {
+            let device_port = Ok(Box::new(DeviceLog(self.device.clone())) as Box<dyn LogPort>);
+            // It can be tried on memory that is not mapped.
             let (device, device_log) =
-                self.try_log(Ok(Box::new(DeviceLog(self.device.clone()))), true, |_| None);
+                try_log(&self.id, &self.windows, device_port, &self.all_ram(), |_| None);
             let skip = |better: &Option<Log>| better.is_some().then(|| "a better one works".to_owned());
             let port = match skip(&device_log) {
                 Some(why) => Err(why),
                 None => self.iommu.hardware_log().map(|log| Box::new(log) as Box<dyn LogPort>),
             };
-            let (iommufd, iommu_log) = self.try_log(port, false, |_| None);
+            let (iommufd, iommu_log) = try_log(&self.id, &self.windows, port, &[], |_| None);
             let log = device_log.or(iommu_log);
             let port = match skip(&log) {
                 Some(why) => Err(why),
                 None => self.container_port(),
             };
-            let (type1, container_log) = self.try_log(port, false, |tried| {
+            let (type1, container_log) = try_log(&self.id, &self.windows, port, &[], |tried| {
                 let why = "it reports every mapped page each time, as it does for a device behind an IOMMU";
                 tried.all_dirty.then(|| why.to_owned())
             });
@@ -122,30 +125,6 @@ impl Inner {
         Ok(Box::new(self.iommu.container_log()?))
     }
 
-    /// Tries a log. `anywhere`: it can be tried on memory that is not mapped.
-    fn try_log(
-        &self,
-        port: Result<Box<dyn LogPort>, String>,
-        anywhere: bool,
-        spoilt: impl FnOnce(super::dirty::Tried) -> Option<String>,
-    ) -> (Trial, Option<Log>) {
-        let log = match port {
-            Ok(port) => Log::new(format!("device {}", self.id), port, self.windows.clone()),
-            Err(why) => return (Trial::Fails(why), None),
-        };
-        let otherwise = if anywhere { self.all_ram() } else { Vec::new() };
-        match log.trial(&otherwise) {
-            Ok(tried) => match spoilt(tried) {
-                Some(why) => (Trial::Fails(why), None),
-                None => (Trial::Works, Some(log)),
-            },
-            Err(MemoryError::DirtyLog { doing, source, .. }) => {
-                (Trial::Fails(format!("{doing}: {}", with_cause(&*source))), None)
-            }
-            Err(error) => (Trial::Fails(with_cause(&error)), None),
-        }
-    }
-
     fn all_ram(&self) -> Vec<(Range<Iova>, RamOffset)> {
         let regions = self.ram.regions().iter();
         regions
@@ -154,6 +133,30 @@ impl Inner {
                 Some((Range::new(Iova(start), region.len).ok()?, region.offset))
             })
             .collect()
+    }
+}
+
+/// Tries a log, on `otherwise` where nothing is mapped.
+pub(super) fn try_log(
+    id: &DeviceId,
+    windows: &Arc<Windows>,
+    port: Result<Box<dyn LogPort>, String>,
+    otherwise: &[(Range<Iova>, RamOffset)],
+    spoilt: impl FnOnce(Tried) -> Option<String>,
+) -> (Trial, Option<Log>) {
+    let log = match port {
+        Ok(port) => Log::new(format!("device {id}"), port, windows.clone()),
+        Err(why) => return (Trial::Fails(why), None),
+    };
+    match log.trial(otherwise) {
+        Ok(tried) => match spoilt(tried) {
+            Some(why) => (Trial::Fails(why), None),
+            None => (Trial::Works, Some(log)),
+        },
+        Err(MemoryError::DirtyLog { doing, source, .. }) => {
+            (Trial::Fails(format!("{doing}: {}", with_cause(&*source))), None)
+        }
+        Err(error) => (Trial::Fails(with_cause(&error)), None),
     }
 }
 

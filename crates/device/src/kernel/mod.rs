@@ -4,6 +4,8 @@
 //! otherwise. Each device has an address space of its own, so two devices of one IOMMU group cannot be opened at once.
 //! Bus addresses are what the VMM maps; a vIOMMU is not supported.
 
+#[cfg(feature = "bare-space")]
+mod bare;
 mod dirty;
 mod error;
 mod hardware;
@@ -41,6 +43,8 @@ use self::sysfs::SysDevice;
 use self::windows::Windows;
 use crate::{DeviceError, NotMigratable};
 
+#[cfg(feature = "bare-space")]
+pub use self::bare::BareSpace;
 pub use self::error::KernelError;
 pub use self::path::KernelPath;
 pub use self::tracker::{TrackerChoice, TrackerKind};

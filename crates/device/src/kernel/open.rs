@@ -174,7 +174,7 @@ impl Opener<'_> {
 }
 
 /// A page table that tracks dirty pages for the device `number`, or why there is none.
-fn tracking_table(space: &Ioas, number: u32) -> Result<u32, String> {
+pub(super) fn tracking_table(space: &Ioas, number: u32) -> Result<u32, String> {
     match uapi::hw_info(space.fd(), number) {
         Ok(info) if info.dirty_tracking => {
             space.make_tracking_table(number).map_err(|error| with_cause(&error))
