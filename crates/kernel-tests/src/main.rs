@@ -6,6 +6,7 @@
 
 mod check;
 mod edu;
+mod engine;
 mod guest;
 mod init;
 mod instance;
