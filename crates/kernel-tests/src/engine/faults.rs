@@ -171,7 +171,8 @@ pub(crate) fn log_omits() -> Outcome {
         remedy: "",
         reset: false,
     };
-    pair.aborted(pair.migrate(options)?, wanted)?;
+    let (ended, _) = pair.migrate_at_work(options)?;
+    pair.aborted(ended, wanted)?;
     pair.close()
 }
 
@@ -225,7 +226,7 @@ fn unlogged(text: &'static str) -> Wanted {
 /// Without digests such a guest arrives, and finds itself that writes are lost: the guest that judges here is awake.
 pub(crate) fn log_omits_unseen() -> Outcome {
     let pair = Pair::new(|instance| set(instance, "log_omit_every", 1))?;
-    let ended = pair.migrate(options())?;
+    let (ended, _) = pair.migrate_at_work(options())?;
     let why = pair.moved(ended).err().ok_or("a guest arrived whole whose device's writes were not sent")?;
     holds(why.to_string().contains("the guest found that"), &why.to_string())
 }

@@ -35,7 +35,7 @@ pub(crate) fn a_lost_log_is_noticed() -> Outcome {
     let pair = Pair::new(|_| Ok(()))?;
     let mut options = options();
     options.sabotage = Some(Sabotage { kind: SabotageKind::DropDeviceLog, pages: None, verify_blind: true });
-    let ended = pair.migrate(options)?;
+    let (ended, _) = pair.migrate_at_work(options)?;
     let why = pair.moved(ended).err().ok_or("a guest arrived whole whose device's writes were not sent")?;
     holds(why.to_string().contains("the guest found that"), &why.to_string())
 }

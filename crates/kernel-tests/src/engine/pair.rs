@@ -122,6 +122,23 @@ impl Pair {
         self.migrate_between(here.into(), there.into(), options, observe)
     }
 
+    /// The same, with a guest that goes on for a while after everything was sent once: its devices certainly write more.
+    /// Also the bytes of RAM that had been sent until then.
+    pub(crate) fn migrate_at_work(&self, mut options: SourceOptions) -> Outcome<(Ended, u64)> {
+        options.pause_before_switchover = true;
+        let mut worked = None;
+        let ended = self.migrate_seen(options, |control, progress| {
+            if progress.waiting && worked.is_none() {
+                worked = Some((self.source.guest.goes_on().is_ok(), progress.bytes.ram));
+                control.go_on();
+            }
+        })?;
+        match worked {
+            Some((true, sent)) => Ok((ended, sent)),
+            _ => Err(format!("the guest went on while it was migrated: {worked:?}, {ended:?}").into()),
+        }
+    }
+
     /// The same, over a wire that need not be whole.
     pub(crate) fn migrate_between(
         &self,

@@ -9,7 +9,7 @@ use vfio_migration_memory::{GuestRam, WriteLog};
 use vfio_migration_types::RamOffset;
 
 use crate::check::{Outcome, holds, same};
-use crate::migdev::driver::{BLOCKS0, CONTROL, DOORBELL, Job, block, cookie};
+use crate::migdev::driver::{BLOCKS0, BLOCKS1, CONTROL, DOORBELL, Job, block, cookie};
 
 /// Bytes of RAM, which begins at address 0.
 pub(crate) const LEN: u64 = 2 << 20;
@@ -204,8 +204,11 @@ impl Program {
         }
         let area = n * AREA;
         let mut posted = self.get(area + TAIL)?;
+        // The device writes its count to memory before it shows the same in its registers.
+        let counted = register(card, BLOCKS0)? + register(card, BLOCKS1)?;
         let done = self.get(area + DONE)? + self.get(area + DONE + 8)?;
         holds(done <= posted, &format!("device {n} has done no more than it was told"))?;
+        holds(done >= u64::from(counted), &format!("what device {n} counted arrived in memory"))?;
         for index in self.get(area + CHECKED)?..done {
             self.check(n, index)?;
             if let Some(blocks) = self.lock().blocks.get_mut(usize::try_from(n)?) {

@@ -41,10 +41,10 @@ pub(crate) fn by_the_guest() -> Outcome {
 /// A device without pre-copy has no session yet that could be lost: it moves as it is after the reset.
 pub(crate) fn by_the_guest_without_pre_copy() -> Outcome {
     let pair = Pair::new(|instance| set(instance, "mig_flags", 3))?;
-    pair.source.guest.expect_restart();
-    let ended = reset_meanwhile(&pair, &pair.source.cards[0])?;
     // Where the guest finds it reset depends on when it looks.
+    pair.source.guest.expect_restart();
     pair.destination.guest.expect_restart();
+    let ended = reset_meanwhile(&pair, &pair.source.cards[0])?;
     pair.moved(ended)?;
     let restarts = pair.source.guest.restarts() + pair.destination.guest.restarts();
     same("set up anew", restarts, 1)?;
