@@ -52,7 +52,8 @@ fn by_group() -> KernelOptions {
     KernelOptions { prefer_group: true, ..KernelOptions::default() }
 }
 
-fn fill(device: &KernelDevice, text: &[u8]) -> Outcome {
+/// Leaves `text` in a port's receive queue, by its own loop.
+pub(crate) fn fill(device: &KernelDevice, text: &[u8]) -> Outcome {
     device.region_write(RegionIndex::BAR0, MODEM_CONTROL, &[LOOP])?;
     for byte in text {
         device.region_write(RegionIndex::BAR0, DATA, &[*byte])?;
@@ -60,7 +61,8 @@ fn fill(device: &KernelDevice, text: &[u8]) -> Outcome {
     Ok(())
 }
 
-fn drain(device: &KernelDevice) -> Outcome<Vec<u8>> {
+/// Takes all that is in a port's receive queue.
+pub(crate) fn drain(device: &KernelDevice) -> Outcome<Vec<u8>> {
     let mut text = Vec::new();
     let read = |register| -> Outcome<u8> {
         let mut byte = [0];

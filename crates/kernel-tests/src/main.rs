@@ -7,6 +7,7 @@
 mod check;
 mod device_file;
 mod edu;
+mod engine;
 mod guest;
 mod host_report;
 mod init;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
 use crate::iommufd_mock::{table, tracker};
-use crate::{device_file, edu, guest, host_report, kernel_device, migdev, mtty, pair};
+use crate::{device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +130,55 @@ pub(crate) const TESTS: &[Test] = &[
     test("migdev_fault_precopy_zero", &[Need::Migdev], migdev::faults::precopy_zero),
     test("migdev_fault_accept_truncated", &[Need::Migdev], migdev::faults::accept_truncated),
     test("migdev_fault_slow_arc", &[Need::Migdev], migdev::faults::slow),
+    test("engine_moves_there_and_back", &[Need::Migdev], engine::moves::there_and_back),
+    test("engine_lost_device_log_is_noticed", &[Need::Migdev], engine::moves::a_lost_log_is_noticed),
+    test("engine_moves_two_devices_together", &[Need::Migdev], engine::moves::two_devices),
+    test("engine_two_devices_one_by_one_are_noticed", &[Need::Migdev], engine::moves::two_devices_one_by_one),
+    test("engine_refuses_two_devices_without_p2p", &[Need::Migdev], engine::moves::one_lacks_p2p),
+    test("engine_checks_are_awake", &[Need::Migdev], engine::awake::checks),
+    test("engine_silent_reset_is_noticed", &[Need::Migdev], engine::awake::silent_reset),
+    test("engine_arc_fails_at_the_source", &[Need::Migdev], engine::arcs::source_fails),
+    test("engine_arc_errs_at_the_source", &[Need::Migdev], engine::arcs::source_errs),
+    test("engine_arc_fails_on_the_way_back", &[Need::Migdev], engine::arcs::way_back_fails),
+    test(
+        "engine_arc_fails_on_the_way_back_and_holds",
+        &[Need::Migdev],
+        engine::arcs::way_back_fails_and_holds,
+    ),
+    test("engine_arc_fails_after_the_commit", &[Need::Migdev], engine::arcs::clean_up_fails),
+    test("engine_arc_fails_at_the_destination", &[Need::Migdev], engine::arcs::destination_fails),
+    test("engine_arc_fails_as_the_guest_starts", &[Need::Migdev], engine::arcs::start_fails),
+    test("engine_short_reads", &[Need::Migdev], engine::faults::short_read),
+    test("engine_zero_for_nothing_now", &[Need::Migdev], engine::faults::precopy_zero),
+    test("engine_wrong_size_estimates", &[Need::Migdev], engine::faults::wrong_size),
+    test("engine_session_lost_at_the_source", &[Need::Migdev], engine::faults::enodev_at_the_source),
+    test(
+        "engine_session_lost_at_the_destination",
+        &[Need::Migdev],
+        engine::faults::enodev_at_the_destination,
+    ),
+    test("engine_slow_arcs", &[Need::Migdev], engine::faults::slow),
+    test("engine_arcs_slower_than_the_limit", &[Need::Migdev], engine::faults::too_slow),
+    test("engine_log_that_omits_is_found_out", &[Need::Migdev, Need::Cdev], engine::faults::log_omits),
+    test("engine_log_that_omits_unseen", &[Need::Migdev, Need::Cdev], engine::faults::log_omits_unseen),
+    test("engine_log_that_is_refused", &[Need::Migdev, Need::Cdev], engine::faults::log_refused),
+    test("engine_log_that_ends", &[Need::Migdev, Need::Cdev], engine::faults::log_lost),
+    test("engine_newer_state_is_refused", &[Need::Migdev], engine::faults::newer_version),
+    test("engine_truncated_state_is_refused", &[Need::Migdev], engine::faults::truncated),
+    test("engine_reset_by_the_guest", &[Need::Migdev], engine::resets::by_the_guest),
+    test(
+        "engine_reset_by_the_guest_without_pre_copy",
+        &[Need::Migdev],
+        engine::resets::by_the_guest_without_pre_copy,
+    ),
+    test("engine_reset_at_the_destination", &[Need::Migdev], engine::resets::at_the_destination),
+    test("engine_unlogged_device_needs_leave", &[Need::Migdev, Need::NoCdev], engine::unlogged::needs_leave),
+    test("engine_moves_mtty", &[Need::Mtty], engine::serial::moves),
+    test("engine_refuses_a_wrong_header_of_mtty", &[Need::Mtty], engine::serial::wrong_header),
+    test("engine_refuses_altered_state_of_mtty", &[Need::Mtty], engine::serial::altered),
+    test("engine_altered_state_of_mtty_unseen", &[Need::Mtty], engine::serial::altered_unseen),
+    test("engine_refuses_truncated_state_of_mtty", &[Need::Mtty], engine::serial::truncated),
+    test("engine_refuses_another_number_of_ports", &[Need::Mtty], engine::serial::other_ports),
     test("a_guest_with_migdev_moves_whole", &[Need::Migdev, Need::Kvm], guest::moves_whole),
     test("a_guest_with_migdev_notices_what_is_lost", &[Need::Migdev, Need::Kvm], guest::notices_what_is_lost),
     test("two_machines_guest_moves_whole", &[Need::Peer, Need::Migdev, Need::Kvm], pair::moves_whole),

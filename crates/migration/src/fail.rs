@@ -21,6 +21,11 @@ pub(crate) fn with_remedy(phase: Phase, text: impl Into<String>, remedy: impl In
     PeerError { remedy: remedy.into(), ..plain(phase, text) }
 }
 
+/// The same of `device`, whatever failed of it.
+pub(crate) fn blame(device: &DeviceId, failure: PeerError) -> PeerError {
+    PeerError { device: Some(device.to_string()), ..failure }
+}
+
 /// A failure that is a device's.
 pub(crate) fn of_device(phase: Phase, device: &DeviceId, text: impl Into<String>) -> PeerError {
     PeerError { device: Some(device.to_string()), ..plain(phase, text) }
@@ -88,12 +93,26 @@ impl InPhase for PciError {
 
 impl InPhase for MemoryError {
     fn in_phase(&self, phase: Phase) -> PeerError {
-        let errno = match self {
-            Self::System { source, .. } => number(Some(*source)),
-            _ => None,
+        let remedy = match self {
+            Self::DirtyLog { .. } | Self::AlreadyLogging { .. } | Self::NotLogging { .. } => {
+                "see that nobody else logs the same writes, and look at the device server's or the driver's log"
+            }
+            _ => "",
         };
-        PeerError { errno, ..plain(phase, sentence(self)) }
+        PeerError { errno: number(errno_within(self)), ..with_remedy(phase, sentence(self), remedy) }
     }
+}
+
+/// The errno at the bottom of an error, where there is one.
+fn errno_within(error: &(dyn Error + 'static)) -> Option<Errno> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(errno) = error.downcast_ref::<Errno>() {
+            return Some(*errno);
+        }
+        at = error.source();
+    }
+    None
 }
 
 impl InPhase for MachineError {

@@ -29,7 +29,7 @@ pub(crate) const STATUS: u64 = 0x0c;
 pub(crate) const ACK0: u64 = 0x30;
 pub(crate) const BLOCKS0: u64 = 0x48;
 pub(crate) const BLOCKS1: u64 = 0x50;
-const DOORBELL: u64 = 0x1000;
+pub(crate) const DOORBELL: u64 = 0x1000;
 /// VFIO's index of MSI-X.
 pub(crate) const MSIX: u32 = 2;
 /// A guard against a hang alone.
@@ -148,16 +148,7 @@ impl Driver {
 
     /// The block that the device makes of `job`, as number `number` of its flow, posted as `posted`.
     pub(crate) fn block(&self, job: Job, number: u64, posted: u64) -> Outcome<Vec<u8>> {
-        let mut sum = 0u64;
-        for at in (0..u64::from(job.len)).step_by(8) {
-            sum = sum.wrapping_add(self.ram.read_u64(RamOffset(SOURCE + at))?);
-        }
-        let seed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let about = u64::from(job.len) | u64::from(job.flags) << 32;
-        let mut words = vec![0x4b43_4f4c_4253_4d56, number, cookie(posted), about, sum, 0, 0, 0];
-        words.extend((8..u64::from(job.len) / 8).map(|i| seed ^ (i << 32 | i)));
-        words[7] = words.iter().fold(0u64, |sum, word| sum.wrapping_add(*word));
-        Ok(words.iter().flat_map(|word| word.to_le_bytes()).collect())
+        block(&self.ram, SOURCE, job, number, posted)
     }
 
     /// All of memory.
@@ -204,6 +195,21 @@ pub(crate) fn all() -> Outcome<Range<Iova>> {
     Ok(Range::new(Iova(BASE), LEN)?)
 }
 
-fn cookie(posted: u64) -> u64 {
+/// The block that the device makes of `job` from what is at `source`, as number `number` of its flow, posted as `posted`.
+pub(crate) fn block(ram: &GuestRam, source: u64, job: Job, number: u64, posted: u64) -> Outcome<Vec<u8>> {
+    let mut sum = 0u64;
+    for at in (0..u64::from(job.len)).step_by(8) {
+        sum = sum.wrapping_add(ram.read_u64(RamOffset(source + at))?);
+    }
+    let seed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let about = u64::from(job.len) | u64::from(job.flags) << 32;
+    let mut words = vec![0x4b43_4f4c_4253_4d56, number, cookie(posted), about, sum, 0, 0, 0];
+    words.extend((8..u64::from(job.len) / 8).map(|i| seed ^ (i << 32 | i)));
+    words[7] = words.iter().fold(0u64, |sum, word| sum.wrapping_add(*word));
+    Ok(words.iter().flat_map(|word| word.to_le_bytes()).collect())
+}
+
+/// The cookie of the descriptor that was posted as `posted`.
+pub(crate) fn cookie(posted: u64) -> u64 {
     0xc00c_1e00_0000_0000 | posted
 }

@@ -260,9 +260,11 @@ impl DeviceQueue {
             let step = match item {
                 Item::Data(bytes, stopped) => {
                     let begun = Instant::now();
+                    // What came while the guest ran may be written later: the phase is that of the data.
+                    let phase = if stopped { Phase::Final } else { Phase::Iterate };
                     let result = catch_unwind(AssertUnwindSafe(|| session.write(&bytes)))
-                        .map_err(|panic| panicked(Phase::Final, panic.as_ref()))
-                        .and_then(|written| written.map_err(|error| error.in_phase(Phase::Final)));
+                        .map_err(|panic| panicked(phase, panic.as_ref()))
+                        .and_then(|written| written.map_err(|error| error.in_phase(phase)));
                     let ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
                     let len = bytes.len() as u64;
                     hasher.update(&bytes);
@@ -298,7 +300,9 @@ impl DeviceQueue {
                     } else {
                         format!("{} bytes of state arrived where {} were sent", found.bytes, announced.bytes)
                     };
-                    Err(fail::of_device(Phase::Ready, &self.id, text))
+                    let mut failure = fail::of_device(Phase::Ready, &self.id, text);
+                    failure.remedy = "migrate again: its state was damaged between the two hosts".into();
+                    Err(failure)
                 }
             };
             if let Err(failure) = step {

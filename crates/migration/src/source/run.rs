@@ -35,7 +35,7 @@ const TICK: Duration = Duration::from_millis(100);
 const KEEP_ALIVE: Duration = Duration::from_millis(250);
 /// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
-/// How long an interrupted action may take to notice, before the link is cut under it.
+/// How long the link may hold an interrupted action up, before it is cut under it.
 const GRACE: Duration = Duration::from_millis(250);
 /// How long a last word may take to reach the peer, at the end.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -245,7 +245,7 @@ impl Prepared {
                 begun,
                 peer_timeout: self.options.peer_timeout,
                 submitted: 0,
-                cut_at: None,
+                interrupted: None,
                 link_lost: false,
             };
             let outcome = session.run(&mut shown, &mut observer);
@@ -280,8 +280,8 @@ struct Session<'a> {
     begun: Instant,
     peer_timeout: Duration,
     submitted: u64,
-    /// When the link is cut under an interrupted action, and the job that must be done before.
-    cut_at: Option<(Instant, u64)>,
+    /// Actions were interrupted, up to the job of this number: a link that holds them up is cut.
+    interrupted: Option<u64>,
     link_lost: bool,
 }
 
@@ -338,24 +338,24 @@ impl Session<'_> {
         None
     }
 
-    /// Tells the action under way to end. If the jobs up to number `job` are not done soon, it is the link that holds
-    /// them up, and the link is cut.
+    /// Tells the action under way to end. If the jobs up to number `job` are not done soon, and it is the link that holds
+    /// them up, the link is cut.
     fn interrupt(&mut self, job: u64) {
         self.wires.interrupt.raise();
-        let until = self.cut_at.map_or_else(|| Instant::now() + GRACE, |(until, _)| until);
-        self.cut_at = Some((until, job));
+        self.interrupted = Some(job);
     }
 
     /// What nobody tells: an action that does not notice its interrupt, a peer that went silent.
     fn watch(&mut self) {
-        if let Some((at, job)) = self.cut_at {
+        if let Some(job) = self.interrupted {
             if self.counters.jobs_done.load(Ordering::Acquire) >= job {
-                self.cut_at = None;
-            } else if Instant::now() >= at {
+                self.interrupted = None;
+            } else if self.link.blocked() > GRACE {
+                // Not so while a device holds them up: the peer is yet to be told why.
                 self.link.give_up(
                     "the connection did not take what was being sent when the migration was given up",
                 );
-                self.cut_at = None;
+                self.interrupted = None;
             }
         }
         if self.link_lost {

@@ -4,7 +4,7 @@ use vfio_migration_engine::DeviceProgress;
 use vfio_migration_memory::{DirtySource, start_all};
 use vfio_migration_types::{PAGE_SIZE, Phase};
 
-use crate::fail::InPhase;
+use crate::fail::{self, InPhase};
 use crate::stop::{self, Stop};
 use crate::together::together;
 
@@ -16,11 +16,11 @@ impl Worker<'_> {
         // Before, not after: a start that fails half way, and cannot be taken back, is stopped with the rest. To stop a
         // log that never started succeeds.
         self.logging = true;
-        {
-            let logs = self.streams.iter().filter_map(|stream| stream.device.dirty_log());
-            let mut all: Vec<&dyn DirtySource> = self.sources.iter().map(AsRef::as_ref).collect();
-            all.extend(logs.map(|log| log as &dyn DirtySource));
-            start_all(&all).map_err(|error| error.in_phase(Phase::Setup))?;
+        let own: Vec<&dyn DirtySource> = self.sources.iter().map(AsRef::as_ref).collect();
+        start_all(&own).map_err(|error| error.in_phase(Phase::Setup))?;
+        for stream in &self.streams {
+            let Some(log) = stream.device.dirty_log() else { continue };
+            log.start().map_err(|error| fail::blame(&stream.id, error.in_phase(Phase::Setup)))?;
         }
         // Only now: what is data was found after logging began, so a hole that fills up later is logged.
         for extent in self.ram.data_extents().map_err(|error| error.in_phase(Phase::Setup))? {

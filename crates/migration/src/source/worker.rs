@@ -9,12 +9,12 @@ use std::sync::mpsc::Receiver;
 use vfio_migration_compat::{MachineManifest, Report};
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_engine::{DeviceProgress, SourceAction, SourceEvent};
-use vfio_migration_memory::{DirtySource, GuestRam, MemoryError};
+use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{AttemptId, Bitmap, Epoch, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
 use crate::control::lock;
-use crate::fail::InPhase;
+use crate::fail::{self, InPhase};
 use crate::journal::Journal;
 use crate::link::Link;
 use crate::pump::{DeviceCounters, Stream};
@@ -156,7 +156,7 @@ impl Worker<'_> {
             }
             other => {
                 let text = format!("this session cannot do what its engine asks for: {other:?}");
-                return Err(crate::fail::plain(Phase::Plan, text).into());
+                return Err(fail::plain(Phase::Plan, text).into());
             }
         }))
     }
@@ -178,7 +178,7 @@ impl Worker<'_> {
         for stream in &self.streams {
             let Some(log) = stream.device.dirty_log() else { continue };
             let mut seen = Bitmap::new(self.ram.size(), self.dirty.granule());
-            log.report(&mut seen).map_err(|error: MemoryError| error.in_phase(phase))?;
+            log.report(&mut seen).map_err(|error| fail::blame(&stream.id, error.in_phase(phase)))?;
             if !self.saboteur.hides_device_log() {
                 found.or(&seen);
             }
@@ -221,5 +221,5 @@ fn panicked(phase: Phase, panic: &(dyn Any + Send)) -> PeerError {
     let said = panic.downcast_ref::<&str>().copied();
     let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("nothing");
     let text = format!("a panic in the VMM or a device: {said}");
-    crate::fail::with_remedy(phase, text, "see the VMM's own log")
+    fail::with_remedy(phase, text, "see the VMM's own log")
 }
