@@ -12,7 +12,10 @@ mod instance;
 mod kernel_device;
 mod migdev;
 mod mtty;
+mod pin;
+mod refused;
 mod table;
+mod vm;
 
 use std::process::ExitCode;
 

@@ -1,0 +1,106 @@
+//! The command's `vm` as a process, and what its control socket says.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::check::{Outcome, holds};
+
+/// The command, in the image.
+pub(crate) const PROGRAM: &str = "/vfio-migrate";
+/// Everything here runs in emulation. A guard against a hang, and no claim.
+const PATIENCE: Duration = Duration::from_secs(100);
+/// The guest stands for as long as an emulated processor needs.
+pub(crate) const DOWNTIME_LIMIT_MS: u64 = 20_000;
+
+/// A VM in a process of its own.
+pub(crate) struct Vm {
+    child: Child,
+    control: String,
+}
+
+impl Vm {
+    /// A VM with a device of the host's kernel.
+    pub(crate) fn start(name: &str, device: &str, more: &[&str]) -> Outcome<Self> {
+        let control = format!("/tmp/{name}.ctl");
+        let child = Command::new(PROGRAM)
+            .args(["vm", "--require-kvm", "--memory", "32M", "--dirty-rate", "1M", "--control", &control])
+            .args(["--uuid", "5e1f5a52-8c2d-4f0e-9f6b-0d6a5c1d7e11", "--device", device])
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Self { child, control })
+    }
+
+    /// Asks for one thing; what was answered.
+    pub(crate) fn call(&self, verb: &str, arguments: &Value) -> Outcome<Value> {
+        let mut socket = UnixStream::connect(&self.control)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let request = if arguments.is_null() {
+            json!({"execute": verb, "id": 1})
+        } else {
+            json!({"execute": verb, "arguments": arguments, "id": 1})
+        };
+        writeln!(socket, "{request}")?;
+        for line in BufReader::new(socket).lines() {
+            let answer: Value = serde_json::from_str(&line?)?;
+            if answer.get("id").is_none() {
+                continue;
+            }
+            return match answer.get("return") {
+                Some(value) => Ok(value.clone()),
+                None => Err(format!("{verb} was refused: {answer}").into()),
+            };
+        }
+        Err(format!("{verb}: the VM left").into())
+    }
+
+    /// Asks until `done` says so.
+    pub(crate) fn until(&mut self, what: &str, verb: &str, done: impl Fn(&Value) -> bool) -> Outcome<Value> {
+        let began = Instant::now();
+        let mut last = String::new();
+        while began.elapsed() < PATIENCE {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(format!("waiting for {what}: the VM ended with {status}").into());
+            }
+            match self.call(verb, &Value::Null) {
+                Ok(answer) if done(&answer) => return Ok(answer),
+                Ok(answer) => last = answer.to_string(),
+                Err(error) => last = error.to_string(),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err(format!("waiting for {what}: {last}").into())
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Where the destination of every migration here listens.
+pub(crate) const TARGET: &str = "unix:/tmp/b.sock";
+
+/// Lets a migration that was to wait before its switchover go on to its end.
+pub(crate) fn switch_over(source: &mut Vm) -> Outcome {
+    let waiting =
+        source.until("the switchover to be asked for", "query-migrate", |info| info["status"] != "active")?;
+    holds(waiting["status"] == "pre-switchover", &format!("the migration waits: {waiting}"))?;
+    source.call("migrate-continue", &Value::Null)?;
+    let ended = source.until("the end of the migration", "query-migrate", |info| {
+        !matches!(info["status"].as_str(), Some("active" | "pre-switchover"))
+    })?;
+    holds(ended["status"] == "completed", &format!("the migration completed: {ended}"))
+}
+
+/// A number of a guest's report.
+pub(crate) fn count(report: &Value, what: &str) -> u64 {
+    report.get(what).and_then(Value::as_u64).unwrap_or(0)
+}
