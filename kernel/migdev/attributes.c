@@ -44,6 +44,15 @@ static ssize_t setting_store(struct device *device, struct device_attribute *att
 		else
 			dev->vdev.migration_flags = dev->set[MIG_FLAGS] = value;
 		break;
+	case DMA_LOG:
+		/* Without the operations the core says that there is no such feature. */
+		if (dev->open) {
+			ret = -EBUSY;
+			break;
+		}
+		dev->set[DMA_LOG] = value;
+		dev->vdev.log_ops = value ? &migdev_log_ops : NULL;
+		break;
 	default:
 		WRITE_ONCE(dev->set[a->which], value);
 		if (a->which == ENODEV_AFTER)
@@ -63,6 +72,7 @@ SETTING(dirty_rate, DIRTY_RATE, 1000000, 1000);
 SETTING(dma_interval_us, DMA_INTERVAL_US, 1000000, 100);
 SETTING(version, VERSION, 0xffff, 1);
 SETTING(mig_flags, MIG_FLAGS, 7, 7);
+SETTING(dma_log, DMA_LOG, 1, 1);
 SETTING(fail_arc, FAIL_ARC, U64_MAX, 0);
 SETTING(fail_errno, FAIL_ERRNO, 511, 5);
 SETTING(error_arc, ERROR_ARC, U64_MAX, 0);
@@ -77,8 +87,8 @@ SETTING(arcs, ARCS, U64_MAX, 0);
 static struct setting_attribute attr_integrity = { __ATTR(integrity, 0444, setting_show, NULL), INTEGRITY, 0, 0 };
 
 static struct setting_attribute *const settings[] = {
-	&attr_state_size, &attr_dirty_rate, &attr_dma_interval_us, &attr_version, &attr_mig_flags, &attr_fail_arc,
-	&attr_fail_errno, &attr_error_arc, &attr_arc_delay_ms, &attr_short_read, &attr_enodev_after,
+	&attr_state_size, &attr_dirty_rate, &attr_dma_interval_us, &attr_version, &attr_mig_flags, &attr_dma_log,
+	&attr_fail_arc, &attr_fail_errno, &attr_error_arc, &attr_arc_delay_ms, &attr_short_read, &attr_enodev_after,
 	&attr_size_percent, &attr_precopy_zero, &attr_accept_truncated, &attr_log_omit_every, &attr_arcs,
 	&attr_integrity,
 };
@@ -93,7 +103,8 @@ void migdev_settings_init(struct migdev *dev)
 
 static struct attribute *attributes[] = {
 	&attr_state_size.attr.attr, &attr_dirty_rate.attr.attr, &attr_dma_interval_us.attr.attr,
-	&attr_version.attr.attr, &attr_mig_flags.attr.attr, &attr_fail_arc.attr.attr, &attr_fail_errno.attr.attr,
+	&attr_version.attr.attr, &attr_mig_flags.attr.attr, &attr_dma_log.attr.attr, &attr_fail_arc.attr.attr,
+	&attr_fail_errno.attr.attr,
 	&attr_error_arc.attr.attr, &attr_arc_delay_ms.attr.attr, &attr_short_read.attr.attr,
 	&attr_enodev_after.attr.attr, &attr_size_percent.attr.attr, &attr_precopy_zero.attr.attr,
 	&attr_accept_truncated.attr.attr, &attr_log_omit_every.attr.attr, &attr_arcs.attr.attr,

@@ -36,6 +36,15 @@ pub(crate) fn find() -> Option<PathBuf> {
     })
 }
 
+/// Gives it to vfio-pci, where it stays; its address.
+pub(crate) fn bind() -> Outcome<String> {
+    let place = place().ok_or("there is no edu")?;
+    let address = place.file_name().and_then(|name| name.to_str()).ok_or("a device without an address")?;
+    fs::write(place.join("driver_override"), "vfio-pci")?;
+    fs::write("/sys/bus/pci/drivers_probe", address)?;
+    Ok(address.to_owned())
+}
+
 pub(crate) fn does_not_migrate() -> Outcome {
     let place = place().ok_or("there is no edu")?;
     let address = place.file_name().and_then(|name| name.to_str()).ok_or("a device without an address")?;
@@ -47,8 +56,7 @@ pub(crate) fn does_not_migrate() -> Outcome {
 
     let unbound = open(&options).err().ok_or("it was opened without a VFIO driver")?;
     holds(chain(&unbound).contains("bound to no driver; bind it"), &chain(&unbound))?;
-    fs::write(place.join("driver_override"), "vfio-pci")?;
-    fs::write("/sys/bus/pci/drivers_probe", address)?;
+    bind()?;
 
     for options in [options, KernelOptions::default()] {
         let device = open(&options)?;

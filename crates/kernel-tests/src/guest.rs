@@ -4,10 +4,8 @@
 use serde_json::{Value, json};
 
 use crate::check::{Outcome, holds, same};
-use crate::vm::{Vm, count};
+use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, Vm, count, switch_over};
 
-/// The guest stands for as long as an emulated processor needs.
-const DOWNTIME_LIMIT_MS: u64 = 20_000;
 /// Has a source drop bits of its dirty log.
 pub(crate) const SABOTAGE: &[&str] = &["--sabotage", "dirty-log"];
 
@@ -30,14 +28,7 @@ pub(crate) fn leaves(source: &mut Vm, sabotaged: bool, ready: impl FnOnce() -> O
         count(report, "dma-blocks") >= count(&before, "dma-blocks") + 64
             && count(report, "pages-written") >= count(&before, "pages-written") + 64
     })?;
-    source.until("the switchover to be asked for", "query-migrate", |info| {
-        info["status"] == "pre-switchover"
-    })?;
-    source.call("migrate-continue", &Value::Null)?;
-    let ended = source.until("the end of the migration", "query-migrate", |info| {
-        !matches!(info["status"].as_str(), Some("active" | "pre-switchover"))
-    })?;
-    holds(ended["status"] == "completed", &format!("the migration completed: {ended}"))
+    switch_over(source)
 }
 
 /// The URI at which a VM waits for a guest.
@@ -62,8 +53,8 @@ pub(crate) fn arrives(destination: &mut Vm) -> Outcome<Value> {
 
 /// Moves a guest at work from one instance of migdev to another; its report from where it arrived.
 fn moved(sabotage: &[&str]) -> Outcome<Value> {
-    let mut destination = Vm::start("b", &["--incoming", "unix:/tmp/b.sock"])?;
-    let mut source = Vm::start("a", sabotage)?;
+    let mut destination = Vm::with_migdev("b", &["--incoming", TARGET])?;
+    let mut source = Vm::with_migdev("a", sabotage)?;
     leaves(&mut source, !sabotage.is_empty(), || waits(&mut destination))?;
     arrives(&mut destination)
 }

@@ -18,6 +18,8 @@ mod migdev;
 mod mtty;
 mod network;
 mod pair;
+mod pin;
+mod refused;
 mod table;
 mod vm;
 

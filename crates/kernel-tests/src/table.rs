@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
 use crate::iommufd_mock::{table, tracker};
-use crate::{device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair};
+use crate::{device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair, pin, refused};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,6 +181,14 @@ pub(crate) const TESTS: &[Test] = &[
     test("engine_refuses_another_number_of_ports", &[Need::Mtty], engine::serial::other_ports),
     test("a_guest_with_migdev_moves_whole", &[Need::Migdev, Need::Kvm], guest::moves_whole),
     test("a_guest_with_migdev_notices_what_is_lost", &[Need::Migdev, Need::Kvm], guest::notices_what_is_lost),
+    test("a_guest_with_mtty_moves_whole", &[Need::Mtty, Need::Kvm], pin::moves_whole),
+    test("a_guest_with_mtty_notices_a_dead_pin", &[Need::Mtty, Need::Kvm], pin::notices_a_dead_pin),
+    test("a_guest_with_vfio_pci_runs_and_does_not_move", &[Need::Edu, Need::Kvm], refused::vfio_pci),
+    test(
+        "a_guest_with_an_unlogged_device_moves_if_it_may",
+        &[Need::Migdev, Need::Kvm, Need::Cdev],
+        refused::all_dirty,
+    ),
     test("two_machines_guest_moves_whole", &[Need::Peer, Need::Migdev, Need::Kvm], pair::moves_whole),
     test(
         "two_machines_guest_notices_what_is_lost",

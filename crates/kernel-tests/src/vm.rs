@@ -1,4 +1,4 @@
-//! A VM with a kernel device, as a process that is asked over its control socket.
+//! The command's `vm` as a process, and what its control socket says.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -8,40 +8,48 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::check::Outcome;
+use crate::check::{Outcome, holds};
 use crate::instance::Instance;
 
 /// The command, in the image.
-const PROGRAM: &str = "/vfio-migrate";
+pub(crate) const PROGRAM: &str = "/vfio-migrate";
 /// Everything here runs in emulation. A guard against a hang, and no claim.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(100);
+/// The guest stands for as long as an emulated processor needs.
+pub(crate) const DOWNTIME_LIMIT_MS: u64 = 20_000;
 
 /// A VM in a process of its own.
 #[derive(Debug)]
 pub(crate) struct Vm {
     child: Child,
     control: String,
-    /// The device outlives the process that has it.
-    _device: Instance,
+    /// A device that was made for it outlives the process that has it.
+    device: Option<Instance>,
 }
 
 impl Vm {
-    /// Starts the VM `name`, with an instance of migdev of its own.
-    pub(crate) fn start(name: &str, more: &[&str]) -> Outcome<Self> {
-        let device = Instance::new("migdev", "migdev-1M")?;
+    /// A VM with a device of the host's kernel.
+    pub(crate) fn start(name: &str, device: &str, more: &[&str]) -> Outcome<Self> {
         let control = format!("/tmp/{name}.ctl");
-        let kernel_device = format!("mdev:{},id=net0", device.uuid());
         let child = Command::new(PROGRAM)
             .args(["vm", "--require-kvm", "--memory", "32M", "--dirty-rate", "1M", "--control", &control])
-            .args(["--uuid", "5e1f5a52-8c2d-4f0e-9f6b-0d6a5c1d7e11", "--device", &kernel_device])
+            .args(["--uuid", "5e1f5a52-8c2d-4f0e-9f6b-0d6a5c1d7e11", "--device", device])
             .args(more)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;
-        Ok(Self { child, control, _device: device })
+        Ok(Self { child, control, device: None })
     }
 
-    /// What a verb of the control socket returns.
+    /// A VM with an instance of migdev of its own.
+    pub(crate) fn with_migdev(name: &str, more: &[&str]) -> Outcome<Self> {
+        let device = Instance::new("migdev", "migdev-1M")?;
+        let mut vm = Self::start(name, &format!("mdev:{},id=net0", device.uuid()), more)?;
+        vm.device = Some(device);
+        Ok(vm)
+    }
+
+    /// Asks for one thing; what was answered.
     pub(crate) fn call(&self, verb: &str, arguments: &Value) -> Outcome<Value> {
         let mut socket = UnixStream::connect(&self.control)?;
         socket.set_read_timeout(Some(PATIENCE))?;
@@ -99,10 +107,26 @@ impl Drop for Vm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        drop(self.device.take());
     }
 }
 
-/// A number of a report; one that is not there is none.
+/// Where the destination of every migration here listens.
+pub(crate) const TARGET: &str = "unix:/tmp/b.sock";
+
+/// Lets a migration that was to wait before its switchover go on to its end.
+pub(crate) fn switch_over(source: &mut Vm) -> Outcome {
+    let waiting =
+        source.until("the switchover to be asked for", "query-migrate", |info| info["status"] != "active")?;
+    holds(waiting["status"] == "pre-switchover", &format!("the migration waits: {waiting}"))?;
+    source.call("migrate-continue", &Value::Null)?;
+    let ended = source.until("the end of the migration", "query-migrate", |info| {
+        !matches!(info["status"].as_str(), Some("active" | "pre-switchover"))
+    })?;
+    holds(ended["status"] == "completed", &format!("the migration completed: {ended}"))
+}
+
+/// A number of a guest's report.
 pub(crate) fn count(report: &Value, what: &str) -> u64 {
     report.get(what).and_then(Value::as_u64).unwrap_or(0)
 }

@@ -157,7 +157,7 @@ pub enum SabotageKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum IncomingSabotage {
-    /// The first vector of every device stays as if masked: it is not armed.
+    /// The first vector of every device stays as if masked: it is not armed. A device without vectors has its pin disabled.
     SkipFirstVector,
     /// The last one.
     SkipLastVector,

@@ -43,6 +43,14 @@ pub(crate) struct GuestInfo {
     pub(crate) last_clock_ns: u64,
     /// Damaged pages of device state that devices reported.
     pub(crate) integrity_failures: u64,
+    /// Bytes that came back from the serial card (the kernel's mtty), where there is one.
+    pub(crate) serial_bytes: u64,
+    /// Of its bytes, wrong, missing, or too many.
+    pub(crate) serial_bytes_lost: u64,
+    /// Interrupts of its pin that announced bytes.
+    pub(crate) serial_interrupts: u64,
+    /// Seconds of running in which it had bytes to announce, and no interrupt came.
+    pub(crate) serial_interrupts_lost: u64,
     /// Why it failed, if it did.
     pub(crate) failure: u64,
     /// Detail of the failure.

@@ -113,6 +113,7 @@ struct Inner {
     regions: Regions,
     irqs: [u32; 3],
     connected: [AtomicBool; 3],
+    resettable: bool,
 }
 
 impl Drop for Inner {
@@ -178,6 +179,11 @@ impl KernelDevice {
         self.inner.sys.as_ref()?.driver.as_deref()
     }
 
+    /// Whether it says that it can be reset (`VFIO_DEVICE_FLAGS_RESET`). Some can that do not say so.
+    pub fn says_resettable(&self) -> bool {
+        self.inner.resettable
+    }
+
     /// Whether the kernel reports new initial data of pre-copy (`VFIO_PRECOPY_INFO_REINIT`): kernels since 7.1.
     pub fn reports_reinit(&self) -> bool {
         self.inner.machine.reinit
@@ -225,6 +231,7 @@ impl KernelDevice {
                 flags,
                 regions,
                 irqs,
+                resettable: info.resettable,
             }),
         })
     }

@@ -124,6 +124,7 @@ impl Machine for Toy {
             cpu: vec![],
             sections: BTreeMap::from([(SECTION.into(), 1)]),
             devices: self.shown.iter().map(describe).collect::<Result<_, _>>()?,
+            ..MachineManifest::default()
         })
     }
 

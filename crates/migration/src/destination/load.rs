@@ -134,18 +134,18 @@ impl Worker<'_, '_, '_> {
             .devices
             .iter()
             .filter_map(|incoming| {
-                let state = incoming.pci_state.clone()?;
-                Some((incoming.moved.pci.as_ref()?, self.armed(&state), state))
+                let state = incoming.pci_state.as_ref()?;
+                Some((incoming.moved.pci.as_ref()?, self.armed(state)))
             })
             .collect();
-        for (pci, _, state) in &functions {
+        for (pci, state) in &functions {
             pci.restore_config(state, &self.options.config_rules).map_err(|error| error.in_phase(PHASE))?;
         }
         self.step("config space and BARs", begun.elapsed());
 
         let begun = Instant::now();
         let router = machine.irq_router();
-        for (pci, state, _) in &functions {
+        for (pci, state) in &functions {
             pci.stage_interrupts(state, router.as_ref()).map_err(|error| error.in_phase(PHASE))?;
         }
         router.commit().map_err(|error| -> PeerError {
@@ -158,7 +158,7 @@ impl Worker<'_, '_, '_> {
 
         let begun = Instant::now();
         let mut vectors = 0;
-        for (pci, state, _) in &functions {
+        for (pci, state) in &functions {
             vectors += pci.connect_interrupts(state).map_err(|error| error.in_phase(PHASE))?;
         }
         self.step("interrupts connected", begun.elapsed());
@@ -167,14 +167,18 @@ impl Worker<'_, '_, '_> {
 
     /// The state by which interrupts are put back: the source's own, but for a negative control.
     fn armed(&self, state: &PciState) -> PciState {
+        // The high byte of PCI_COMMAND, and in it the bit that disables the pin.
+        const COMMAND_HIGH: usize = 5;
+        const PIN_DISABLED: u8 = 0x4;
         let mut state = state.clone();
         let victim = match self.options.sabotage {
             Some(IncomingSabotage::SkipFirstVector) => state.vectors.first_mut(),
             Some(IncomingSabotage::SkipLastVector) => state.vectors.last_mut(),
-            None => None,
+            None => return state,
         };
-        if let Some(victim) = victim {
-            victim.masked = true;
+        match victim {
+            Some(victim) => victim.masked = true,
+            None => state.config.iter_mut().skip(COMMAND_HIGH).take(1).for_each(|byte| *byte |= PIN_DISABLED),
         }
         state
     }

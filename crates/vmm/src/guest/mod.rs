@@ -3,7 +3,8 @@
 //!
 //! It drives the sample devices, numbers pages at a set rate, and checks over and over that every page, every DMA block and
 //! every interrupt is what it should be. The VMM tells it what to do through [`BootInfo`] and reads what it found
-//! through [`Report`]. What it expects lives in guest RAM, so a move that loses a page of that is found as well.
+//! through [`Report`]. Where it finds the kernel's sample device mtty, a serial card whose only interrupt is its pin, it drives
+//! that too: numbered bytes must come back in order, each burst announced by the pin. What it expects lives in guest RAM, so a move that loses a page of that is found as well.
 //!
 //! It runs at CPL 0 in 64-bit mode with a one-to-one mapping, idles by HLT, and uses no instruction beyond those of
 //! the first x86-64 processors: it is correct on any KVM, and fast on one that emulates CPL 0.
@@ -26,6 +27,7 @@ std::arch::global_asm!(
     include_str!("pages.s"),
     include_str!("blocks.s"),
     include_str!("interrupts.s"),
+    include_str!("serial.s"),
     include_str!("start.s"),
     options(raw)
 );

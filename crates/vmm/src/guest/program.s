@@ -10,6 +10,7 @@
 #   0x006 not the expected device behind BAR 0 (detail: what it read)
 #   0x007 a device completed more blocks than were posted (detail: device)
 #   0x008 the device refuses the ring (detail: its STATUS)
+#   0x009 a serial card without ports or without a pin (detail: its ports)
 #   0x100+v exception v (detail: instruction pointer)                0x200 unexpected interrupt
 
 .equ BOOT, 0x5000
@@ -46,6 +47,10 @@
 .equ R_P2P_BLOCKS, 152
 .equ R_INTEGRITY, 160
 .equ R_REQUEST, 168
+.equ R_UART_BYTES, 176
+.equ R_UART_BYTES_LOST, 184
+.equ R_UART_INTERRUPTS, 192
+.equ R_UART_INTERRUPTS_LOST, 200
 
 # Variables. The interrupt handlers reach them by absolute address.
 .equ VARS, 0x20000
@@ -69,6 +74,12 @@
 .equ V_NEXT_LOOK, 136     # tick at which to look for lost interrupts
 .equ V_CHECKS, 144        # pages to compare in this turn
 .equ V_SLOT_CHECKS, 152   # and old blocks
+.equ V_UART, 160          # the serial card's first port, 0 without a card
+.equ V_UART_NEXT, 168     # tick of the next burst
+.equ V_UART_OUT, 176      # bytes written to it
+.equ V_UART_IN, 184       # of these, read or given up
+.equ V_UART_HEARD, 192    # set by its handler
+.equ V_UART_SINCE, 200    # run clock when it was last found set
 
 # A device, 512 bytes.
 .equ DEVS, 0x21000
@@ -105,6 +116,10 @@
 .equ DEVICE_VECTOR, 0x40  # and on, two per device
 .equ SPURIOUS_VECTOR, 0xFF
 
+.equ IOAPIC, 0xFEC00000   # selects
+.equ IOAPIC_DATA, 0x10
+.equ IOAPIC_PINS, 24
+
 .equ RING_SIZE, 64
 .equ PAGES_PER_TURN, 1024 # written at most
 .equ CHECK_SHIFT, 16      # a page is compared per 65.536 us of running, so that busy devices cannot starve the check
@@ -137,6 +152,7 @@ vfio_migrate_guest_start:
     call vmg_start_timer
     call vmg_find_devices
     call vmg_start_devices
+    call vmg_start_uart
     mov qword ptr [r14 + R_STAGE], 2
     call vmg_start_areas
     lea rsi, [rip + vmg_text_ready]
@@ -160,6 +176,7 @@ vmg_turn:
     call vmg_look_for_lost
     call vmg_write_pages
     call vmg_check_pages
+    call vmg_serve_uart
 4:  call vmg_check_slot
     dec qword ptr [r15 + V_SLOT_CHECKS]
     jnz 4b

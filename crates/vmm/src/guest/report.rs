@@ -15,7 +15,7 @@ pub const REQUEST_WORD: u64 = 21;
 /// Index of the report's word that holds the longest gap.
 pub const GAP_WORD: u64 = 14;
 
-const REPORT_WORDS: usize = 22;
+const REPORT_WORDS: usize = 26;
 /// The longest block that the program takes: a slot is a page.
 const BLOCK_MAX: u64 = 4096;
 
@@ -150,6 +150,14 @@ pub struct Report {
     pub integrity_failures: u64,
     /// Whether a request of the VMM is still open.
     pub request: u64,
+    /// Bytes that came back from the serial card.
+    pub serial_bytes: u64,
+    /// Bytes of the serial card found wrong, missing, or too many.
+    pub serial_bytes_lost: u64,
+    /// Interrupts of the serial card's pin that announced bytes.
+    pub serial_interrupts: u64,
+    /// Seconds of running in which the serial card had bytes to announce, and its pin none of them.
+    pub serial_interrupts_lost: u64,
 }
 
 impl Report {
@@ -196,6 +204,10 @@ impl Report {
             p2p_blocks: words[19],
             integrity_failures: words[20],
             request: words[21],
+            serial_bytes: words[22],
+            serial_bytes_lost: words[23],
+            serial_interrupts: words[24],
+            serial_interrupts_lost: words[25],
         })
     }
 
@@ -210,9 +222,10 @@ impl Report {
         Ok(offset)
     }
 
-    /// Everything lost, of all three kinds.
+    /// Everything lost, of all kinds.
     pub fn lost(&self) -> u64 {
-        self.pages_lost + self.blocks_lost + self.interrupts_lost
+        let serial = self.serial_bytes_lost + self.serial_interrupts_lost;
+        self.pages_lost + self.blocks_lost + self.interrupts_lost + serial
     }
 }
 

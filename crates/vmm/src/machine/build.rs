@@ -39,12 +39,13 @@ impl ReferenceMachine {
                     config.devices.len()
                 )));
             }
-            let Opened { device, hardware, link, vfio_file } = open(device, &ram)?;
+            let opened = open(device, &ram)?;
+            opened.reset()?;
+            let Opened { device, hardware, link, vfio_file, .. } = opened;
             let vfio_file = match vfio_file {
                 Some(file) => processor.add_vfio_file(file.as_fd())?.then_some(file),
                 None => None,
             };
-            device.reset().map_err(VmmError::device)?;
             map_guest_ram(&*hardware, &ram).map_err(VmmError::device)?;
             let function = VfioPciFunction::new(slot, hardware, host.clone()).map_err(VmmError::device)?;
             let function = Arc::new(function);

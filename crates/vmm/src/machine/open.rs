@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use vfio_migration_device::{
     Device, KernelDevice, KernelOptions, PciHardware, VfioUserDevice, VfioUserOptions,
 };
@@ -19,6 +20,29 @@ pub(super) struct Opened {
     pub(super) link: Link,
     /// The VFIO file that KVM is to know, of a device that has one.
     pub(super) vfio_file: Option<OwnedFd>,
+    /// It may have no reset at all: what its driver says is that it has none.
+    no_reset: bool,
+}
+
+impl Opened {
+    /// Resets it. A device that has no reset, and could not migrate anyway, is taken as it is.
+    ///
+    /// # Errors
+    /// The reset failed, or a device that can migrate has none.
+    pub(super) fn reset(&self) -> Result<(), VmmError> {
+        match self.device.reset() {
+            Err(error)
+                if self.no_reset
+                    && matches!(error.errno, Some(Errno::INVAL | Errno::NOTTY))
+                    && self.device.capabilities().is_err() =>
+            {
+                let device = self.device.id();
+                tracing::warn!(%device, "it cannot be reset: the guest finds it as its last user left it");
+                Ok(())
+            }
+            done => done.map_err(VmmError::device),
+        }
+    }
 }
 
 /// What stands between this process and a device.
@@ -63,7 +87,7 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<Opened,
             let device = Arc::new(device.map_err(VmmError::device)?);
             let served = device.clone();
             let link = Link(Box::new(move || !served.is_alive()));
-            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: None })
+            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: None, no_reset: false })
         }
         DevicePath::Kernel(path) => {
             let options = KernelOptions::default();
@@ -74,7 +98,8 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<Opened,
                 file.map_err(|source| VmmError::Io { doing: "keeping a VFIO file for KVM".into(), source })?;
             // A kernel device that is unbound tells its user so by the errors of its calls.
             let link = Link(Box::new(|| false));
-            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: Some(file) })
+            let no_reset = !device.says_resettable();
+            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: Some(file), no_reset })
         }
     }
 }

@@ -15,6 +15,7 @@ mod bars;
 mod bus;
 mod compare;
 mod config;
+mod flr;
 mod gate;
 mod interrupts;
 mod intx;

@@ -30,7 +30,8 @@ pub fn unmap_guest_ram(hardware: &dyn PciHardware, ram: &GuestRam) -> Result<(),
 }
 
 /// The functions of a machine as targets of each other's DMA: a BAR that is placed and can be mapped is mapped into
-/// every other device at its guest address, for as long as it is there.
+/// every other device at its guest address, for as long as it is there. Where the IOMMU of a device takes no BAR of
+/// another, the two go on without peer-to-peer DMA.
 #[derive(Debug, Default)]
 pub(super) struct Peers {
     state: Mutex<State>,
@@ -49,6 +50,8 @@ struct Shared {
     range: Range<Iova>,
     bar: u8,
     offset: u64,
+    /// The slots of those that do.
+    reached_by: Vec<u8>,
 }
 
 impl Peers {
@@ -56,13 +59,21 @@ impl Peers {
     pub(super) fn join(&self, slot: u8, hardware: Arc<dyn PciHardware>) -> Result<(), DeviceError> {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
-        for (index, piece) in shared.iter().enumerate() {
-            if let Some((_, owner)) = members.iter().find(|(member, _)| *member == piece.slot)
-                && let Err(error) = map(&*hardware, &**owner, piece)
-            {
-                shared.iter().take(index).for_each(|piece| unmap(&*hardware, piece.range));
-                return Err(error);
+        let mut failed = None;
+        for piece in &mut *shared {
+            if let Some((_, owner)) = members.iter().find(|(member, _)| *member == piece.slot) {
+                match map(&*hardware, &**owner, piece) {
+                    Ok(reached) => piece.reached_by.extend(reached.then_some(slot)),
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
             }
+        }
+        if let Some(error) = failed {
+            shared.iter_mut().for_each(|piece| piece.forget(slot, &*hardware));
+            return Err(error);
         }
         members.push((slot, hardware));
         Ok(())
@@ -72,13 +83,14 @@ impl Peers {
     pub(super) fn leave(&self, slot: u8) {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
-        let (gone, kept) = std::mem::take(members).into_iter().partition(|(member, _)| *member == slot);
-        *members = kept;
-        let gone: Vec<(u8, Arc<dyn PciHardware>)> = gone;
-        for piece in &*shared {
-            let reach = if piece.slot == slot { &*members } else { &gone };
-            reach.iter().for_each(|(_, hardware)| unmap(&**hardware, piece.range));
+        for (member, hardware) in &*members {
+            for piece in &mut *shared {
+                if piece.slot == slot || *member == slot {
+                    piece.forget(*member, &**hardware);
+                }
+            }
         }
+        members.retain(|(member, _)| *member != slot);
         shared.retain(|piece| piece.slot != slot);
     }
 
@@ -89,15 +101,18 @@ impl Peers {
     pub(super) fn share(&self, slot: u8, bar: u8, piece: Range<u64>, gpa: Gpa) -> Result<(), DeviceError> {
         let mut state = self.lock();
         let Ok(range) = Range::new(Iova(gpa.0), piece.len()) else { return Ok(()) };
-        let piece = Shared { slot, range, bar, offset: piece.start() };
+        let mut piece = Shared { slot, range, bar, offset: piece.start(), reached_by: Vec::new() };
         let Some((_, owner)) = state.members.iter().find(|(member, _)| *member == slot) else {
             return Ok(());
         };
         let others = || state.members.iter().filter(|(member, _)| *member != slot);
-        for (index, (_, hardware)) in others().enumerate() {
-            if let Err(error) = map(&**hardware, &**owner, &piece) {
-                others().take(index).for_each(|(_, hardware)| unmap(&**hardware, range));
-                return Err(error);
+        for (other, hardware) in others() {
+            match map(&**hardware, &**owner, &piece) {
+                Ok(reached) => piece.reached_by.extend(reached.then_some(*other)),
+                Err(error) => {
+                    others().for_each(|(other, hardware)| piece.forget(*other, &**hardware));
+                    return Err(error);
+                }
             }
         }
         state.shared.push(piece);
@@ -109,10 +124,8 @@ impl Peers {
         let mut state = self.lock();
         let is_it = |piece: &Shared| piece.slot == slot && piece.range.start().0 == gpa.0;
         if let Some(at) = state.shared.iter().position(is_it) {
-            let piece = state.shared.swap_remove(at);
-            for (_, hardware) in state.members.iter().filter(|(member, _)| *member != slot) {
-                unmap(&**hardware, piece.range);
-            }
+            let mut piece = state.shared.swap_remove(at);
+            state.members.iter().for_each(|(member, hardware)| piece.forget(*member, &**hardware));
         }
     }
 
@@ -121,10 +134,30 @@ impl Peers {
     }
 }
 
-fn map(into: &dyn PciHardware, owner: &dyn PciHardware, piece: &Shared) -> Result<(), DeviceError> {
+impl Shared {
+    /// The member in `slot` reaches it no more, if it did.
+    fn forget(&mut self, slot: u8, hardware: &dyn PciHardware) {
+        if let Some(at) = self.reached_by.iter().position(|member| *member == slot) {
+            self.reached_by.swap_remove(at);
+            unmap(hardware, self.range);
+        }
+    }
+}
+
+/// Returns whether it is mapped: `false` where the device cannot reach another's BAR at all.
+fn map(into: &dyn PciHardware, owner: &dyn PciHardware, piece: &Shared) -> Result<bool, DeviceError> {
     let file =
         owner.region_file(RegionIndex(piece.bar.into())).map(|file| (file.fd, file.offset + piece.offset));
-    into.dma_map(piece.range, DmaAccess::BOTH, file)
+    match into.dma_map(piece.range, DmaAccess::BOTH, file) {
+        Ok(()) => Ok(true),
+        Err(error) if error.is_no_peer_dma() => {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            let (device, peer, bar) = (into.id(), owner.id(), piece.bar);
+            tracing::warn!(%device, %peer, bar, cause, "no peer-to-peer DMA from one device to the other");
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn unmap(from: &dyn PciHardware, range: Range<Iova>) {

@@ -27,6 +27,7 @@ pub(super) const CAP_MSI: u8 = 0x05;
 pub(super) const CAP_VENDOR: u8 = 0x09;
 pub(super) const CAP_EXPRESS: u8 = 0x10;
 pub(super) const CAP_MSIX: u8 = 0x11;
+pub(super) const CAP_ADVANCED: u8 = 0x13;
 
 pub(super) const MSI_CONTROL: u16 = 2;
 pub(super) const MSI_ADDRESS: u16 = 4;

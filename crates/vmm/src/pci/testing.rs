@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_migration_device::{
-    DeviceError, DmaAccess, Doorbell, IrqIndex, MsiMessage, PciHardware, RegionFile, RegionIndex, RegionInfo,
+    DeviceError, DmaAccess, Doorbell, IrqIndex, KernelError, MsiMessage, PciHardware, RegionFile,
+    RegionIndex, RegionInfo,
 };
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
@@ -89,6 +90,8 @@ pub(crate) struct FakeState {
     pub(crate) dma: BTreeSet<Range<Iova>>,
     /// The next call that changes something fails.
     pub(crate) fail: bool,
+    /// Its IOMMU takes no BAR of another device.
+    pub(crate) no_peer_dma: bool,
 }
 
 impl FakeHardware {
@@ -126,6 +129,7 @@ impl FakeHardware {
             log: Vec::new(),
             dma: BTreeSet::new(),
             fail: false,
+            no_peer_dma: false,
         };
         Self {
             id: DeviceId::new(name).unwrap(),
@@ -339,6 +343,10 @@ impl PciHardware for FakeHardware {
         assert!(file.is_some());
         let mut state = self.doing(format!("map {:#x}+{:#x}", iova.start().0, iova.len()))?;
         assert!(state.dma.iter().all(|other| !other.overlaps(&iova)), "overlap");
+        if state.no_peer_dma {
+            let why = KernelError::NoPeerDma("made so".into());
+            return Err(DeviceError::new(self.id.clone(), "mapping", None, why));
+        }
         state.dma.insert(iova);
         Ok(())
     }

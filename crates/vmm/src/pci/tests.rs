@@ -219,6 +219,23 @@ fn a_peer_that_cannot_map_fails_the_placing_whole() {
 }
 
 #[test]
+fn a_peer_whose_iommu_takes_no_bar_goes_without() {
+    let machine = Machine::new(3);
+    let reached = |device: usize| machine.devices[device].state.lock().unwrap().dma.len();
+    machine.devices[1].state.lock().unwrap().no_peer_dma = true;
+    for slot in 1..=3 {
+        machine.config_write(slot, 4, &[6, 0]);
+    }
+    assert_eq!([reached(0), reached(1), reached(2)], [2, 0, 2]);
+    assert_eq!(machine.load(HIGH + 8), 0, "the guest reaches it all the same");
+    // What was not mapped is not taken away: the fake would panic.
+    machine.config_write(1, 4, &[0, 0]);
+    machine.bus.functions()[1].release().unwrap();
+    assert_eq!([reached(0), reached(1), reached(2)], [1, 0, 0]);
+    assert!(machine.bus.functions().iter().all(|function| function.errors() == 0));
+}
+
+#[test]
 fn what_cannot_be_mapped_is_trapped_and_the_bar_is_there() {
     let machine = Machine::new(2);
     machine.mapper.refuse.store(true, Ordering::Relaxed);

@@ -332,3 +332,64 @@ fn a_config_space_that_ends_early_is_read_no_further() {
     let short = VfioPciFunction::new(1, Arc::new(with(63)), host);
     assert!(matches!(short, Err(PciError::Unfit { .. })));
 }
+
+/// An express capability at 0x80 and one of advanced features at 0xc0, both of which can reset the function or not.
+fn resettable(can: bool) -> Machine {
+    let device = FakeHardware::legacy("dev1", true);
+    let mut state = device.state.lock().unwrap();
+    let mut put = |at: usize, bytes: &[u8]| state.config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x61, &[0x80]);
+    put(0x80, &[0x10, 0xc0, 2, 0, 0, 0, 0, u8::from(can) << 4]);
+    put(0xc0, &[0x13, 0, 6, 1 | u8::from(can) << 1]);
+    drop(state);
+    let machine = Machine::of(vec![device]);
+    machine.command(7);
+    machine
+}
+
+#[test]
+fn a_reset_that_the_guest_asks_for_resets_what_is_emulated() {
+    for (register, value) in [(0x88u16, 0x8000u16), (0xc4, 1)] {
+        let machine = resettable(true);
+        let device = &machine.devices[0];
+        machine.msi(0x21, message(1), 0);
+        assert!(machine.raise_msi(0));
+        let place = machine.dword(1, 0x10);
+        device.log();
+        machine.config_write(1, register, &value.to_le_bytes());
+        let log = device.log();
+        let [low, high] = value.to_le_bytes();
+        assert_eq!(log[0], format!("write 7 {register:#x} [{low:x}, {high:x}]"), "first the device");
+        assert!(log.contains(&"write 7 0x4 [0, 0]".to_owned()), "{log:?}");
+        assert!(device.state.lock().unwrap().events.is_empty(), "no interrupt is connected");
+        assert!(!machine.raise_msi(0) && machine.irq.attached.lock().unwrap().is_empty());
+        let control = machine.dword(1, MSI) >> 16;
+        assert_eq!((machine.dword(1, 4) & 0xffff, control & 0x71), (0, 0));
+        assert_eq!((machine.dword(1, 0x10), machine.dword(1, MSI + 4)), (0, 0));
+        assert_eq!(machine.load(u64::from(place)), u32::MAX, "no BAR is decoded");
+        // The guest puts its BAR back, and turns the pin on again.
+        machine.config_write(1, 0x10, &place.to_le_bytes());
+        machine.command(7);
+        device.drive(true);
+        assert!(machine.irq.level(LINE));
+        assert_eq!((machine.load(u64::from(place)), machine.function().errors()), (0, 0));
+    }
+}
+
+#[test]
+fn what_is_no_reset_resets_nothing() {
+    let kept = |machine: &Machine, register: u16, from: &[u8]| {
+        machine.config_write(1, register, from);
+        machine.dword(1, 4) & 0xffff == 7
+    };
+    let able = resettable(true);
+    assert!(kept(&able, 0x88, &[0xff, 0x7f]), "all of the register but that bit");
+    assert!(kept(&able, 0xc4, &[0xfe]));
+    assert!(kept(&able, 0x8a, &[0, 0x80]), "the register after it");
+    let unable = resettable(false);
+    assert!(kept(&unable, 0x88, &[0, 0x80]) && kept(&unable, 0xc4, &[1]));
+    // A device that cannot be told is as it was.
+    able.devices[0].state.lock().unwrap().fail = true;
+    assert!(kept(&able, 0x88, &[0, 0x80]));
+    assert_eq!(able.function().errors(), 1);
+}

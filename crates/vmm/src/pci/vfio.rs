@@ -12,6 +12,7 @@ use super::areas::{Piece, map_memory};
 use super::bars::{BARS, Bar, register};
 use super::compare::compare;
 use super::config::{ConfigSpace, MsixLayout};
+use super::flr::ResetRegisters;
 use super::interrupts::Interrupts;
 use super::placing::Placed;
 use super::registers::{COMMAND, HEADER_END, INTERRUPT_LINE};
@@ -30,6 +31,7 @@ pub struct VfioPciFunction {
     pub(super) host: Arc<PciHost>,
     pub(super) bars: Vec<Bar>,
     layout: Option<MsixLayout>,
+    resets: ResetRegisters,
     /// Config space as it was when the device was opened.
     pristine: ConfigSpace,
     state: Mutex<State>,
@@ -126,8 +128,9 @@ impl VfioPciFunction {
             doorbells,
             placed: std::array::from_fn(|_| None),
         };
-        let errors = AtomicU64::new(0);
-        Ok(Self { slot, hardware, host, bars, layout, pristine: config, state: Mutex::new(state), errors })
+        let resets = ResetRegisters::find(&config);
+        let (state, errors) = (Mutex::new(state), AtomicU64::new(0));
+        Ok(Self { slot, hardware, host, bars, layout, resets, pristine: config, state, errors })
     }
 
     /// Slot on bus 0.
@@ -214,10 +217,18 @@ impl VfioPciFunction {
         let Some(_passage) = self.host.gate.pass() else { return };
         let mut guard = self.lock();
         let state = &mut *guard;
-        if let Some((offset, own)) = state.config.write(offset, from)
-            && let Err(error) = self.hardware.region_write(RegionIndex::CONFIG, offset.into(), own)
-        {
-            self.note(&error, "writing config space");
+        if let Some((at, own)) = state.config.write(offset, from) {
+            match self.hardware.region_write(RegionIndex::CONFIG, at.into(), own) {
+                // Nothing of what this function was remains, and nothing else that was written counts.
+                Ok(()) if self.resets.asked(offset, from) => {
+                    if let Err(error) = self.forget(state) {
+                        self.note(&error, "going back to the reset state");
+                    }
+                    return;
+                }
+                Ok(()) => {}
+                Err(error) => self.note(&error, "writing config space"),
+            }
         }
         let touched = |register: u16, len: u16| {
             offset < register + len && usize::from(offset) + from.len() > usize::from(register)
@@ -316,6 +327,25 @@ impl VfioPciFunction {
         self.hardware.region_write(RegionIndex::CONFIG, COMMAND.into(), &command)
     }
 
+    /// Back to what it was after a reset: no interrupts, no BARs before the guest. Goes on after a failure, and says the
+    /// first.
+    fn forget(&self, state: &mut State) -> Result<(), PciError> {
+        let mut result = state.interrupts.reset(self.wires()).map_err(|failure| self.failed(failure));
+        for placed in 0..BARS {
+            if let Some(placed) = state.placed[placed].take() {
+                result = result.and(self.take_away(placed));
+            }
+        }
+        if state.config.u16(COMMAND) != 0 {
+            state.config = self.pristine.clone();
+            let written = self.write_command(state);
+            result = result
+                .and(written.map_err(|error| self.failed(("writing PCI_COMMAND".to_owned(), error.into()))));
+        }
+        state.config = self.pristine.clone();
+        result
+    }
+
     pub(super) fn failed(&self, (doing, source): Failure) -> PciError {
         PciError::Failed { device: self.hardware.id().clone(), doing, source }
     }
@@ -397,21 +427,7 @@ impl PciFunction for VfioPciFunction {
     }
 
     fn undo(&self) -> Result<(), PciError> {
-        let mut state = self.lock();
-        let mut result = state.interrupts.reset(self.wires()).map_err(|failure| self.failed(failure));
-        for placed in 0..BARS {
-            if let Some(placed) = state.placed[placed].take() {
-                result = result.and(self.take_away(placed));
-            }
-        }
-        if state.config.u16(COMMAND) != 0 {
-            state.config = self.pristine.clone();
-            let written = self.write_command(&state);
-            result = result
-                .and(written.map_err(|error| self.failed(("writing PCI_COMMAND".to_owned(), error.into()))));
-        }
-        state.config = self.pristine.clone();
-        result
+        self.forget(&mut self.lock())
     }
 }
 

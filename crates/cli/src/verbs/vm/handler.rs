@@ -229,6 +229,10 @@ fn guest_info(report: &Report) -> GuestInfo {
         longest_gap_ns: report.longest_gap_ns,
         last_clock_ns: report.last_clock_ns,
         integrity_failures: report.integrity_failures,
+        serial_bytes: report.serial_bytes,
+        serial_bytes_lost: report.serial_bytes_lost,
+        serial_interrupts: report.serial_interrupts,
+        serial_interrupts_lost: report.serial_interrupts_lost,
         failure: report.failure_code,
         failure_detail: report.failure_detail,
     }

@@ -1,0 +1,81 @@
+//! Guests whose device keeps them from moving, or moves them at a price: they are told why, and run on.
+
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::check::{Outcome, holds, same};
+use crate::instance::Instance;
+use crate::vm::{DOWNTIME_LIMIT_MS, PROGRAM, TARGET, Vm, count, switch_over};
+use crate::{edu, migdev};
+
+/// Asks for a migration that is refused before anything is sent; what it says of itself.
+fn refused(vm: &mut Vm) -> Outcome<Value> {
+    vm.call("migrate", &json!({"uri": TARGET}))?;
+    let ended = vm.until("the refusal", "query-migrate", |info| info["status"] != "active")?;
+    same("status", ended["status"].as_str(), Some("failed"))?;
+    Ok(ended)
+}
+
+/// The guest writes more than it had when it was refused.
+fn runs_on(vm: &mut Vm) -> Outcome<Value> {
+    same("status", vm.call("query-status", &Value::Null)?["status"].as_str(), Some("running"))?;
+    let then = vm.call("query-guest", &Value::Null)?;
+    vm.until("the guest to go on", "query-guest", |report| {
+        count(report, "pages-written") > count(&then, "pages-written")
+            && count(report, "page-passes") > count(&then, "page-passes")
+    })
+}
+
+/// A device of plain vfio-pci, behind an IOMMU, is the guest's; it is what the migration is refused for.
+pub(crate) fn vfio_pci() -> Outcome {
+    let address = edu::bind()?;
+    let device = format!("vfio:{address},id=edu0");
+    let mut vm = Vm::start("a", &device, &[])?;
+    vm.until("the guest to work", "query-guest", |report| count(report, "page-passes") >= 1)?;
+    let status = vm.call("query-status", &Value::Null)?;
+    same("devices", &status["devices"], &json!(["edu0"]))?;
+    let ended = refused(&mut vm)?.to_string();
+    for said in ["edu0", "cannot migrate", "plain vfio-pci never has"] {
+        holds(ended.contains(said), &format!("'{said}' is said: {ended}"))?;
+    }
+    let report = runs_on(&mut vm)?;
+    same("pages lost", count(&report, "pages-lost"), 0)?;
+    let listed = Command::new(PROGRAM).args(["devices", "--json"]).output()?;
+    let listed = String::from_utf8(listed.stdout)?;
+    holds(listed.contains(&address) && listed.contains("vfio-pci"), &format!("it is listed: {listed}"))
+}
+
+/// A device whose DMA nobody logs moves when all memory may be sent again, and not before.
+pub(crate) fn all_dirty() -> Outcome {
+    let instances = [Instance::new("migdev", "migdev-0")?, Instance::new("migdev", "migdev-0")?];
+    for instance in &instances {
+        migdev::set(instance, "dma_log", 0)?;
+    }
+    let [from, to] = instances.each_ref().map(|instance| format!("mdev:{},id=net0", instance.uuid()));
+    let mut destination = Vm::start("b", &to, &["--incoming", TARGET])?;
+    let mut source = Vm::start("a", &from, &[])?;
+    source.until("the guest to work", "query-guest", |report| count(report, "dma-blocks") >= 16)?;
+    destination.until("the destination to wait", "query-status", |_| true)?;
+    let ended = refused(&mut source)?.to_string();
+    for said in ["net0", "no log of its DMA writes", "allow all of RAM"] {
+        holds(ended.contains(said), &format!("'{said}' is said: {ended}"))?;
+    }
+    runs_on(&mut source)?;
+    let arguments = json!({
+        "uri": TARGET, "downtime-limit": DOWNTIME_LIMIT_MS, "verify": true, "allow-all-dirty": true,
+        "pause-before-switchover": true,
+    });
+    source.call("migrate", &arguments)?;
+    switch_over(&mut source)?;
+    let arrived =
+        destination.until("the guest to arrive", "query-guest", |report| count(report, "loops") > 0)?;
+    let lost =
+        |report: &Value| ["pages-lost", "blocks-lost", "interrupts-lost"].map(|what| count(report, what));
+    let report = destination.until("the guest to check everything", "query-guest", |report| {
+        lost(report) != [0, 0, 0]
+            || count(report, "page-passes") >= count(&arrived, "page-passes") + 2
+                && count(report, "block-passes") >= count(&arrived, "block-passes") + 2
+    })?;
+    same("pages, blocks and interrupts lost", lost(&report), [0, 0, 0])
+}
