@@ -3,9 +3,10 @@
 //! Debian's source package; that takes minutes, so it is no part of the kernel ring.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use super::packages::Packages;
-use super::{boot, command, console, failed, finish, image, packages, step, tail, text};
+use super::{boot, command, failed, finish, heard, image, packages, step, text, words};
 use crate::rings::Outcome;
 
 /// What the machine has. Everything is in the kernel: there are no modules.
@@ -86,12 +87,14 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
     };
     let kernel = kernel(&packages, &cache)?;
     let programs = step("building the tests and the command", || image::programs(top, &cache))?;
-    let image = image::make(&cache, "mock", &programs, &[], Vec::new())?;
-    let text = step("booting", || boot::boot(&kernel, &image, HAS, named))?;
-    let report = console::Report::parse(&text);
-    if let Err(why) = report.sound(named.is_empty() || report.any()) {
-        return Err(format!("mock: {why}; the end of its console:\n{}", tail(&text)));
-    }
+    let config = kernel.with_file_name("configuration");
+    let image = image::make(&cache, "mock", &programs, &config, &[], Vec::new())?;
+    let report = step("booting", || {
+        let alone = AtomicBool::new(false);
+        let text = boot::boot(&kernel, &image, &words(HAS, named), boot::Plugged::Edu, &alone)?;
+        heard(&text, named.is_empty())
+    })
+    .map_err(|why| format!("mock: {why}"))?;
     let rows: Vec<_> = report.tests.into_iter().map(|test| ("mock", test)).collect();
     finish(named, &rows)
 }
