@@ -1,6 +1,9 @@
 //! Schemas of every JSON document that the command prints or the control socket carries.
 
 use schemars::{Schema, schema_for};
+use vfio_migration_compat::{
+    Baseline, DeviceManifest, Explanation, HostManifest, MachineManifest, Matrix, Policy, Report,
+};
 
 use crate::control::{
     Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused, SaveArguments,
@@ -30,5 +33,13 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),
         ("event", schema_for!(Event)),
         ("error", schema_for!(Refused)),
+        ("manifest-device", schema_for!(DeviceManifest)),
+        ("manifest-machine", schema_for!(MachineManifest)),
+        ("manifest-host", schema_for!(HostManifest)),
+        ("policy", schema_for!(Policy)),
+        ("check", schema_for!(Report)),
+        ("check-matrix", schema_for!(Matrix)),
+        ("check-baseline", schema_for!(Baseline)),
+        ("explain", schema_for!(Explanation)),
     ]
 }
