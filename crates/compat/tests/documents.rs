@@ -111,6 +111,8 @@ fn unknown_fields_are_listed_and_kept() {
     tree["limits"] = json!({"watts": 3});
     tree["devices"][0]["colour"] = json!("blue");
     tree["devices"][0]["pci"]["lane"] = json!(4);
+    tree["devices"][0]["flags"]["post_copy"] = json!(false);
+    tree["devices"][0]["parameters"]["queues"]["description"] = json!("how many");
     tree["offers"][0]["device"]["regions"][0]["cached"] = json!(true);
     let document = parse(&tree).unwrap();
     let mut unknown = document.unknown();
@@ -119,6 +121,8 @@ fn unknown_fields_are_listed_and_kept() {
         unknown,
         [
             "devices[0].colour",
+            "devices[0].flags.post_copy",
+            "devices[0].parameters.queues.description",
             "devices[0].pci.lane",
             "later",
             "limits.watts",

@@ -291,7 +291,7 @@ mod test {
 
     #[test]
     fn circles_and_strays_are_refused() {
-        let refused = |config: Config| config.described().unwrap_err().to_string();
+        let refused = |config: Config| config.described().unwrap_err().source.to_string();
         let config = || Config::new(4096).put(0x34, &[0x40]);
         assert!(refused(config().put(0x40, &[1, 0x50]).put(0x50, &[5, 0x40])).contains("comes back to 0x40"));
         assert!(refused(config().put(0x40, &[1, 0x40])).contains("comes back"));

@@ -77,8 +77,8 @@ fn word(text: &str) -> Value {
 
 /// Answers a row, with these codes allowed.
 fn ask(row: &Row, allowed: &[&str]) -> Report {
-    let mut policy = Policy::default();
-    policy.allow = allowed.iter().map(|code| Allow { code: (*code).into(), ..Allow::default() }).collect();
+    let allow = allowed.iter().map(|code| Allow { code: (*code).into(), ..Allow::default() }).collect();
+    let mut policy = Policy { allow, ..Policy::default() };
     if row.base == "models" {
         policy.require_declared_model = true;
         policy.max_state_size = Some(1 << 20);
