@@ -1,7 +1,9 @@
 //! Schemas of every JSON document that the command prints or the control socket carries.
 
 use schemars::{Schema, schema_for};
-use vfio_migration_compat::{Baseline, Explanation, Matrix, Report};
+use vfio_migration_compat::{
+    Baseline, DeviceManifest, Explanation, HostManifest, MachineManifest, Matrix, Policy, Report,
+};
 
 use crate::control::{
     Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused,
@@ -30,15 +32,19 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
         ("query-migrate", schema_for!(MigrationInfo)),
         ("migrate-arguments", schema_for!(MigrateArguments)),
         ("rehearse", schema_for!(RehearseReport)),
-        ("check", schema_for!(Report)),
-        ("matrix", schema_for!(Matrix)),
-        ("baseline", schema_for!(Baseline)),
-        ("explain", schema_for!(Explanation)),
         ("rehearse-arguments", schema_for!(RehearseArguments)),
         ("save-arguments", schema_for!(SaveArguments)),
         ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),
         ("event", schema_for!(Event)),
         ("error", schema_for!(Refused)),
+        ("manifest-device", schema_for!(DeviceManifest)),
+        ("manifest-machine", schema_for!(MachineManifest)),
+        ("manifest-host", schema_for!(HostManifest)),
+        ("policy", schema_for!(Policy)),
+        ("check", schema_for!(Report)),
+        ("check-matrix", schema_for!(Matrix)),
+        ("check-baseline", schema_for!(Baseline)),
+        ("explain", schema_for!(Explanation)),
     ]
 }

@@ -46,6 +46,9 @@ pub enum BaselineError {
 }
 
 /// The newest version, and the parameters, of `model` that every host of the pool can load: each by one device or offer at least.
+///
+/// Values are chosen for one parameter after the other, in the order of their names, what is on before what is off and larger
+/// numbers first: of several sets that would do, the first so found.
 pub fn baseline(pool: &[HostManifest], model: &str) -> Result<Baseline, BaselineError> {
     if pool.is_empty() {
         return Err(BaselineError::Empty);

@@ -29,8 +29,8 @@ pub fn check_machines(
 ) -> Report {
     let mut findings = Findings::new(policy);
     machine::compare(source, destination, &mut findings);
-    let from = by_name(source, "source", &mut findings);
-    let to = by_name(destination, "destination", &mut findings);
+    let from = by_name(source, true, &mut findings);
+    let to = by_name(destination, false, &mut findings);
     let matched = match_devices(&from, &to, map, &mut findings);
     let mut strict = false;
     let mut names = BTreeMap::new();
@@ -55,12 +55,17 @@ pub fn check_devices(source: &DeviceManifest, destination: &DeviceManifest, poli
 
 type Devices<'m> = BTreeMap<&'m DeviceId, &'m DeviceManifest>;
 
-fn by_name<'m>(machine: &'m MachineManifest, side: &str, findings: &mut Findings<'_>) -> Devices<'m> {
+fn by_name<'m>(machine: &'m MachineManifest, source: bool, findings: &mut Findings<'_>) -> Devices<'m> {
     let mut devices = BTreeMap::new();
     for device in &machine.devices {
         if devices.contains_key(&device.id) {
+            let (side, values) = if source {
+                ("source", (json(&device.id), Value::Null))
+            } else {
+                ("destination", (Value::Null, json(&device.id)))
+            };
             let text = format!("the {side} has two devices of this name");
-            of_device(findings, &codes::DEVICE_DUPLICATE, device, (Value::Null, Value::Null), text);
+            of_device(findings, &codes::DEVICE_DUPLICATE, device, values, text);
         } else {
             devices.insert(&device.id, device);
         }

@@ -431,7 +431,10 @@ mod test {
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
         for code in all {
             let entry = explain(code).unwrap();
-            assert!(code.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-'), "{code}");
+            assert!(
+                code.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-'),
+                "{code}"
+            );
             for text in [entry.meaning, entry.cause, entry.remedy] {
                 assert!(text.ends_with('.') && text.len() > 10, "{code}: {text}");
             }

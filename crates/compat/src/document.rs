@@ -6,6 +6,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use vfio_migration_types::DeviceId;
 
 use crate::tree::{self, beyond};
 use crate::{DeviceManifest, HostManifest, MachineManifest, limits};
@@ -219,6 +220,27 @@ impl Manifest {
                 }
             }
         }
+    }
+}
+
+impl DeviceManifest {
+    /// Reads what the maker of a device declares of it: the fields of a manifest without its name, which is `id`'s. `json`
+    /// may come from anybody.
+    ///
+    /// # Errors
+    /// As [`Document::parse`].
+    pub fn declared(json: &[u8], id: DeviceId, origin: &str) -> Result<Self, ManifestError> {
+        at_most_bytes(origin, json.len(), MachineManifest::MAX_BYTES)?;
+        let mut came = tree(json, origin)?;
+        let Value::Object(fields) = &mut came else {
+            return Err(ManifestError::new(origin, "", "a manifest is an object"));
+        };
+        fields.remove("schema");
+        fields.remove("kind");
+        fields.insert("id".into(), id.as_str().into());
+        let device: Self = typed(came, origin)?;
+        limits::device(&device, "").map_err(|breach| breach.of(origin))?;
+        Ok(device)
     }
 }
 

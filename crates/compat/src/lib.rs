@@ -19,7 +19,6 @@ mod findings;
 mod host;
 pub mod labels;
 mod limits;
-pub mod list;
 mod machine;
 mod mask;
 mod matrix;

@@ -34,7 +34,6 @@ pub enum Allowed {
 
 /// The whole numbers from `min` to `max`, both included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
 pub struct IntRange {
     /// The smallest.
     pub min: i64,
@@ -78,7 +77,6 @@ impl fmt::Display for Allowed {
 impl<'de> Deserialize<'de> for Parameter {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
         struct Whole {
             value: Scalar,
             #[serde(default)]

@@ -128,7 +128,7 @@ impl Policy {
         Ok(())
     }
 
-    /// The exceptions for config space of a device: the known cases, the device's own, then those of this policy.
+    /// The exceptions for config space of a device: its own, then those of this policy, which win.
     pub fn mask_rules(&self, pci: Option<PciIdentity>, own: &[MaskRule]) -> Vec<MaskRule> {
         let fits = |rule: &&MaskPolicy| {
             let id = |want: Option<u16>, is: fn(PciIdentity) -> u16| {

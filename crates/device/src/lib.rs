@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod contract;
+mod describe;
 mod error;
 mod hardware;
 pub mod host;

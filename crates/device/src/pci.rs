@@ -69,6 +69,12 @@ pub struct ConfigRule {
     pub compare: bool,
 }
 
+impl From<vfio_migration_compat::MaskRule> for ConfigRule {
+    fn from(rule: vfio_migration_compat::MaskRule) -> Self {
+        Self { offset: rule.offset, len: rule.len, compare: rule.compare }
+    }
+}
+
 /// What failed on the PCI side of a device.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

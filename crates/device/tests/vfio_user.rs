@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use vfio_migration_compat::Scalar;
 use vfio_migration_device::{
     Device, DmaAccess, PciHardware, Position, Read, RegionIndex, Remedy, SavingSession, VfioUserDevice,
     VfioUserOptions,
@@ -132,7 +133,14 @@ fn describes_itself() {
     assert!(capabilities.precopy_info && capabilities.data_size);
     let manifest = device.manifest().unwrap();
     assert_eq!(manifest.model.as_deref(), Some("vfio-migrate.org/sample"));
-    assert_eq!(manifest.model_version.as_deref(), Some("1.0"));
+    assert_eq!(manifest.model_version.as_deref(), Some("1.0.0"));
+    let state_size = &manifest.parameters["state_size"];
+    assert_eq!((&state_size.value, &state_size.off), (&Scalar::Int(256 << 10), &Some(Scalar::Int(0))));
+    let chain: Vec<_> =
+        manifest.capabilities.iter().flatten().map(|one| (one.id, one.offset, one.len)).collect();
+    assert_eq!(chain, [(0x11, 0x40, Some(12)), (0x09, 0x50, Some(8))]);
+    assert_eq!(manifest.dirty.unwrap().device_log, Some(true));
+    assert!(manifest.state_size.unwrap() >= 256 << 10 && manifest.driver.is_none());
     assert_eq!(manifest.pci.unwrap().vendor, 0x5646);
     assert_eq!(manifest.irqs.unwrap().get(&2), Some(&2));
     assert_eq!(manifest.regions.as_ref().map(Vec::len), Some(3), "{:?}", manifest.regions);

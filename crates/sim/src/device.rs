@@ -60,7 +60,8 @@ impl SampleDevice {
         serde_json::json!({
             "model": MODEL,
             "model_version": self.options().version_string(),
-            "parameters": { "state_size": self.options().state_size.to_string() },
+            // Without bulk state it is as a device that knows of none.
+            "parameters": { "state_size": { "value": self.options().state_size, "off": 0 } },
         })
     }
 

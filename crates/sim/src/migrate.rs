@@ -277,8 +277,8 @@ impl SampleDevice {
         match item {
             Item::Header(header) => {
                 let options = self.options();
-                if header.version != options.version {
-                    let (major, minor) = header.version;
+                let (major, minor) = header.version;
+                if major != options.version.0 || minor > options.version.1 {
                     let ours = options.version_string();
                     return Err(invalid(format!(
                         "the state is of version {major}.{minor}, the device of {ours}"

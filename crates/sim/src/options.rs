@@ -27,7 +27,7 @@ pub struct Options {
     pub extension: bool,
     /// Whether it logs its DMA writes.
     pub dirty_log: bool,
-    /// Version of the model, major and minor. State moves only between equal versions.
+    /// Version of the model, major and minor. State of the same major and of no newer minor is taken.
     pub version: (u16, u16),
     /// Contents of the vendor-specific capability after its header: allowed to differ between hosts.
     pub vsc_bytes: [u8; 5],
@@ -75,9 +75,9 @@ impl Options {
         MigrationFlags { p2p: self.p2p && self.extension, pre_copy: self.precopy }
     }
 
-    /// The version as manifests write it.
+    /// The version as manifests write it: with a third number, which says nothing of the state.
     pub fn version_string(&self) -> String {
-        format!("{}.{}", self.version.0, self.version.1)
+        format!("{}.{}.0", self.version.0, self.version.1)
     }
 
     /// The first fault for which `pick` finds something.

@@ -280,12 +280,14 @@ fn the_size_estimate_before_it_stops_is_the_whole_state() {
 
 #[test]
 fn state_of_another_device_is_refused_at_once() {
-    let whole = snapshot(&device(options()));
+    let of = |version| Options { version, ..options() };
+    let whole = snapshot(&device(of((1, 1))));
     for options in [
-        Options { version: (1, 1), ..options() },
-        Options { version: (2, 0), ..options() },
-        Options { state_size: 2 << 20, ..options() },
-        Options { state_size: 0, ..options() },
+        of((1, 0)),
+        of((0, 9)),
+        of((2, 1)),
+        Options { state_size: 2 << 20, ..of((1, 1)) },
+        Options { state_size: 0, ..of((1, 1)) },
     ] {
         let device = device(options);
         device.set_state(Resuming).unwrap();
@@ -298,6 +300,10 @@ fn state_of_another_device_is_refused_at_once() {
         device.reset().unwrap();
         assert_eq!(device.state(), Running);
     }
+    let newer = device(of((1, 2)));
+    newer.set_state(Resuming).unwrap();
+    newer.write_data(&whole).unwrap();
+    newer.set_state(Stop).unwrap();
     let device = device(options());
     device.set_state(Resuming).unwrap();
     assert_eq!(device.write_data(&[0x55; 100]).unwrap_err().errno(), Errno::INVAL);

@@ -104,7 +104,7 @@ fn what_a_vmm_learns_of_it() {
     assert_eq!(id, [0x46, 0x56, 0x53, 0x4d]);
     assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags { p2p: true, pre_copy: true }));
     let manifest = String::from_utf8(client.device_manifest().unwrap()).unwrap();
-    for part in ["vfio-migrate.org/sample", "\"1.0\"", "\"state_size\":\"1048576\""] {
+    for part in ["vfio-migrate.org/sample", "\"1.0.0\"", "\"state_size\":{\"off\":0,\"value\":1048576}"] {
         assert!(manifest.contains(part), "{manifest}");
     }
 }

@@ -83,7 +83,6 @@ impl TryFrom<u32> for MigrationState {
 ///
 /// STOP_COPY is not a field: a device without it does not migrate, and is never described by this type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct MigrationFlags {
     /// `VFIO_MIGRATION_P2P`: the `*_P2P` states exist.
     pub p2p: bool,

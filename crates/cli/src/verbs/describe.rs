@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels, list};
+use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels};
 use vfio_migration_device::host::{Roots, read_text, scan, version};
 
 use vfio_migration_vmm::kvm::offered_features;
@@ -55,7 +55,7 @@ fn render(document: &Document, format: Format) -> Result<String, Failure> {
     };
     match (format, &document.manifest) {
         (Format::Manifest, _) => Ok(document.to_json()),
-        (Format::List, _) => Ok(list::render(document)),
+        (Format::List, _) => Ok(labels::to_pairs(document)),
         (Format::NodeLabels, Manifest::Host(host)) => {
             json(serde_json::to_string_pretty(&labels::node_labels(host)))
         }

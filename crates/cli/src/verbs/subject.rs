@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use vfio_migration::Uri;
-use vfio_migration_compat::{DeviceManifest, Document, Manifest, list};
+use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
 use vfio_migration_device::host::{Roots, scan};
 use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::{GuestRam, RamSpec};
@@ -67,7 +67,11 @@ pub(crate) fn read(path: &Path) -> Result<Document, Failure> {
     let begins = bytes.iter().copied().find(|byte| !byte.is_ascii_whitespace());
     let document = match begins {
         Some(b'{') => Document::parse(&bytes, &shown),
-        _ => list::parse(&bytes, &shown),
+        _ => {
+            let text =
+                String::from_utf8(bytes).map_err(|_| Failure::failed(format!("{shown}: it is no text")))?;
+            labels::from_pairs(&text, &shown)
+        }
     };
     document.map_err(|error| Failure::caused("no manifest", &error))
 }

@@ -1,6 +1,7 @@
 //! What sysfs says of a VFIO device.
 
-use std::path::Path;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use super::KernelError;
 
@@ -9,8 +10,12 @@ use super::KernelError;
 pub(super) struct SysDevice {
     /// Its PCI address, or an mdev's UUID.
     pub(super) name: String,
+    /// Its folder, with no link in its path.
+    pub(super) path: PathBuf,
     /// The driver that it is bound to.
     pub(super) driver: Option<String>,
+    /// Version of the driver's module; most modules of the kernel's own tree have none.
+    pub(super) driver_version: Option<String>,
     /// Number of its IOMMU group.
     pub(super) group: Option<String>,
     /// Name that VFIO gave it (`vfio0`): a VFIO driver is bound to it. Before Linux 6.1 there is no such name.
@@ -76,11 +81,21 @@ fn at(path: &Path) -> Option<SysDevice> {
     Some(SysDevice {
         name: last(&real)?,
         driver: link("driver"),
+        driver_version: attribute(&real.join("driver/module/version")),
         group: link("iommu_group"),
         vfio,
         mdev: mdev_type.is_some(),
         mdev_type,
+        path: real,
     })
+}
+
+/// A line of text below sysfs or proc.
+pub(super) fn attribute(path: &Path) -> Option<String> {
+    let mut text = String::new();
+    std::fs::File::open(path).ok()?.take(256).read_to_string(&mut text).ok()?;
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
 }
 
 fn last(path: &Path) -> Option<String> {
@@ -109,11 +124,14 @@ mod test {
             "kernel/iommu_groups/12",
             "bus/pci/drivers/mlx5_vfio_pci",
             "bus/pci/drivers/e1000e",
+            "module/mlx5_vfio_pci",
             "devices/mtty/mdev_supported_types/mtty-2",
         ] {
             dir(path);
         }
         link("bus/pci/drivers/mlx5_vfio_pci", "devices/0000:01:00.1/driver");
+        std::fs::write(top.path().join("module/mlx5_vfio_pci/version"), "24.10\n").unwrap();
+        link("module/mlx5_vfio_pci", "bus/pci/drivers/mlx5_vfio_pci/module");
         link("kernel/iommu_groups/12", "devices/0000:01:00.1/iommu_group");
         link("bus/pci/drivers/e1000e", "devices/0000:02:00.0/driver");
         link(
@@ -135,6 +153,7 @@ mod test {
         let top = tree();
         let device = pci(top.path(), "0000:01:00.1").unwrap();
         assert_eq!(device.driver.as_deref(), Some("mlx5_vfio_pci"));
+        assert_eq!(device.driver_version.as_deref(), Some("24.10"));
         assert_eq!((device.group.as_deref(), device.vfio.as_deref()), (Some("12"), Some("vfio3")));
         assert!(!device.mdev && device.check_driver().is_ok());
         assert_eq!(cdev(top.path(), Path::new("/dev/vfio/devices/vfio3")), Some(device.clone()));
@@ -148,6 +167,7 @@ mod test {
         let device = mdev(top.path(), "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001").unwrap();
         assert!(device.mdev);
         assert_eq!(device.mdev_type.as_deref(), Some("mtty-2"));
+        assert_eq!(device.driver_version, None);
         device.check_driver().unwrap();
     }
 

@@ -23,7 +23,7 @@ impl Device for VfioUserDevice {
         let capabilities = self.capabilities().map_err(|NotMigratable(why)| {
             DeviceError::new(self.inner.id.clone(), "describing a device that cannot migrate", None, why)
         })?;
-        self.describe(capabilities.flags)
+        self.describe(capabilities.flags, capabilities.dirty_log)
     }
 
     fn capabilities(&self) -> Result<Capabilities, NotMigratable> {

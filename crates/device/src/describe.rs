@@ -1,0 +1,304 @@
+//! What a PCI function shows of itself in a manifest, whichever back end serves it.
+
+use std::collections::BTreeSet;
+
+use vfio_migration_compat::{Capability, DeviceManifest, PciIdentity, RegionManifest};
+
+use crate::DeviceError;
+use crate::hardware::{IrqIndex, PciHardware, RegionIndex, RegionInfo};
+
+/// Standard capabilities (PCI Local Bus Specification 3.0, 6.7) lie from here to 256, each of four bytes at least.
+const STANDARD: u16 = 0x40;
+/// Extended capabilities (PCI Express Base Specification, 7.6) lie from here to 4096.
+const EXTENDED: u16 = 0x100;
+const POINTER: u64 = 0x34;
+const STATUS: usize = 0x06;
+const STATUS_CAPABILITIES: u8 = 1 << 4;
+const VENDOR: u8 = 0x09;
+const MSIX: u8 = 0x11;
+const EXTENDED_VENDOR: u16 = 0x0b;
+
+/// Fills in what the function's config space, regions and interrupts show.
+///
+/// # Errors
+/// Config space cannot be read, or a chain of capabilities runs in a circle or out of its place.
+pub(crate) fn hardware(
+    device: &dyn PciHardware,
+    manifest: DeviceManifest,
+) -> Result<DeviceManifest, DeviceError> {
+    let regions = device.regions();
+    let config = regions.iter().find(|region| region.index == RegionIndex::CONFIG && region.size >= 64);
+    let (mut pci, mut capabilities) = (None, None);
+    if let Some(config) = config {
+        let mut header = [0u8; 64];
+        device.region_read(RegionIndex::CONFIG, 0, &mut header)?;
+        pci = Some(identity(&header));
+        let there = header[STATUS] & STATUS_CAPABILITIES != 0;
+        let size = u16::try_from(config.size.min(4096)).unwrap_or(0);
+        let mut found = if there { standard(device, size.min(EXTENDED))? } else { Vec::new() };
+        found.extend(extended(device, size)?);
+        capabilities = Some(found);
+    }
+    let kinds = [IrqIndex::Intx, IrqIndex::Msi, IrqIndex::Msix];
+    let irqs = kinds.into_iter().map(|kind| (kind.number(), device.irq_count(kind)));
+    Ok(DeviceManifest {
+        pci,
+        capabilities,
+        regions: Some(regions.iter().map(region).collect()),
+        irqs: Some(irqs.filter(|(_, count)| *count > 0).collect()),
+        ..manifest
+    })
+}
+
+fn identity(header: &[u8; 64]) -> PciIdentity {
+    let word = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    PciIdentity {
+        vendor: word(0x00),
+        device: word(0x02),
+        revision: header[0x08],
+        class: u32::from_le_bytes([header[0x09], header[0x0a], header[0x0b], 0]),
+        subsystem_vendor: word(0x2c),
+        subsystem: word(0x2e),
+    }
+}
+
+fn region(region: &RegionInfo) -> RegionManifest {
+    RegionManifest {
+        index: region.index.0,
+        size: region.size,
+        read: Some(region.readable),
+        write: Some(region.writable),
+        mmap: Some(!region.mappable.is_empty()),
+    }
+}
+
+fn standard(device: &dyn PciHardware, end: u16) -> Result<Vec<Capability>, DeviceError> {
+    let mut found = Vec::new();
+    let mut seen = BTreeSet::new();
+    let mut pointer = [0u8; 1];
+    device.region_read(RegionIndex::CONFIG, POINTER, &mut pointer)?;
+    // The two low bits are reserved.
+    let mut next = u16::from(pointer[0] & !3);
+    while next != 0 {
+        check(device, next, STANDARD, end, &mut seen)?;
+        let mut head = [0u8; 4];
+        device.region_read(RegionIndex::CONFIG, next.into(), &mut head)?;
+        let [id, after, len, _] = head;
+        let len = match id {
+            VENDOR => Some(len.into()),
+            MSIX => Some(12),
+            _ => None,
+        };
+        found.push(Capability { extended: false, id: id.into(), offset: next, len });
+        next = u16::from(after & !3);
+    }
+    Ok(found)
+}
+
+fn extended(device: &dyn PciHardware, end: u16) -> Result<Vec<Capability>, DeviceError> {
+    let mut found = Vec::new();
+    let mut seen = BTreeSet::new();
+    let mut next = if end > EXTENDED { EXTENDED } else { 0 };
+    while next != 0 {
+        check(device, next, EXTENDED, end, &mut seen)?;
+        let head = word(device, next)?;
+        // All zeros at the first: there are none. All ones: nobody answers.
+        if head == 0 || head == u32::MAX {
+            break;
+        }
+        let [id_low, id_high, ..] = head.to_le_bytes();
+        let id = u16::from_le_bytes([id_low, id_high]);
+        let long = id == EXTENDED_VENDOR && end - next >= 8;
+        let len = if long { u16::try_from(word(device, next + 4)? >> 20).ok() } else { None };
+        found.push(Capability { extended: true, id, offset: next, len });
+        next = u16::try_from(head >> 20).unwrap_or(0) & !3;
+    }
+    Ok(found)
+}
+
+fn word(device: &dyn PciHardware, at: u16) -> Result<u32, DeviceError> {
+    let mut bytes = [0u8; 4];
+    device.region_read(RegionIndex::CONFIG, at.into(), &mut bytes)?;
+    Ok(u32::from_le_bytes(bytes))
+}
+
+/// Refuses a capability out of its place, and one that was there before: the chain would have no end.
+fn check(
+    device: &dyn PciHardware,
+    at: u16,
+    first: u16,
+    end: u16,
+    seen: &mut BTreeSet<u16>,
+) -> Result<(), DeviceError> {
+    let what = if at < first || end.checked_sub(at).is_none_or(|room| room < 4) {
+        format!("a capability at {at:#x} is out of place")
+    } else if !seen.insert(at) {
+        format!("its chain of capabilities comes back to {at:#x}")
+    } else {
+        return Ok(());
+    };
+    Err(DeviceError::new(device.id().clone(), "reading its PCI capabilities", None, what))
+}
+
+#[cfg(test)]
+mod test {
+    use std::os::fd::BorrowedFd;
+
+    use vfio_migration_types::{DeviceId, Iova, Range};
+
+    use super::*;
+    use crate::hardware::{DmaAccess, Doorbell, RegionFile};
+
+    /// Nothing but a config space.
+    #[derive(Debug)]
+    struct Config {
+        id: DeviceId,
+        bytes: Vec<u8>,
+        regions: Vec<RegionInfo>,
+    }
+
+    impl Config {
+        fn new(len: usize) -> Self {
+            let mut bytes = vec![0; len];
+            bytes[..4].copy_from_slice(&[0x46, 0x56, 0x53, 0x4d]);
+            bytes[STATUS] = STATUS_CAPABILITIES;
+            let region = RegionInfo {
+                index: RegionIndex::CONFIG,
+                size: len as u64,
+                readable: true,
+                writable: false,
+                mappable: vec![],
+            };
+            Self { id: DeviceId::new("d").unwrap(), bytes, regions: vec![region] }
+        }
+
+        fn put(mut self, at: usize, bytes: &[u8]) -> Self {
+            self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+            self
+        }
+
+        fn described(&self) -> Result<DeviceManifest, DeviceError> {
+            hardware(self, DeviceManifest::new(self.id.clone()))
+        }
+
+        fn chain(&self) -> Vec<(bool, u16, u16, Option<u16>)> {
+            let all = self.described().unwrap().capabilities.unwrap();
+            all.into_iter().map(|one| (one.extended, one.id, one.offset, one.len)).collect()
+        }
+    }
+
+    impl PciHardware for Config {
+        fn id(&self) -> &DeviceId {
+            &self.id
+        }
+
+        fn regions(&self) -> &[RegionInfo] {
+            &self.regions
+        }
+
+        fn region_file(&self, _: RegionIndex) -> Option<RegionFile<'_>> {
+            None
+        }
+
+        fn region_read(&self, _: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+            let at = usize::try_from(offset).unwrap();
+            into.copy_from_slice(&self.bytes[at..at + into.len()]);
+            Ok(())
+        }
+
+        fn region_write(&self, _: RegionIndex, _: u64, _: &[u8]) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+
+        fn doorbells(&self, _: RegionIndex) -> Result<Vec<Doorbell>, DeviceError> {
+            unreachable!()
+        }
+
+        fn irq_count(&self, index: IrqIndex) -> u32 {
+            if index == IrqIndex::Msix { 3 } else { 0 }
+        }
+
+        fn set_irq_eventfds(
+            &self,
+            _: IrqIndex,
+            _: u32,
+            _: &[Option<BorrowedFd<'_>>],
+        ) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+
+        fn disable_irqs(&self, _: IrqIndex) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+
+        fn trigger_irq(&self, _: IrqIndex, _: u32) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+
+        fn mask_irq(&self, _: IrqIndex, _: u32, _: bool) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+
+        fn set_intx_resample(&self, _: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+
+        fn dma_map(
+            &self,
+            _: Range<Iova>,
+            _: DmaAccess,
+            _: Option<(BorrowedFd<'_>, u64)>,
+        ) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+
+        fn dma_unmap(&self, _: Range<Iova>) -> Result<(), DeviceError> {
+            unreachable!()
+        }
+    }
+
+    #[test]
+    fn both_chains_are_walked() {
+        let config = Config::new(4096)
+            .put(0x34, &[0x43])
+            .put(0x40, &[MSIX, 0x50])
+            .put(0x50, &[VENDOR, 0, 8])
+            .put(0x100, &0x1401_0001u32.to_le_bytes())
+            .put(0x140, &0x0001_000bu32.to_le_bytes())
+            .put(0x144, &0x0180_0000u32.to_le_bytes());
+        assert_eq!(
+            config.chain(),
+            [
+                (false, 0x11, 0x40, Some(12)),
+                (false, 0x09, 0x50, Some(8)),
+                (true, 1, 0x100, None),
+                (true, 0xb, 0x140, Some(24)),
+            ]
+        );
+        let manifest = config.described().unwrap();
+        assert_eq!((manifest.pci.unwrap().device, manifest.irqs.unwrap()), (0x4d53, [(2, 3)].into()));
+    }
+
+    #[test]
+    fn without_capabilities_the_list_is_empty_and_without_config_space_unknown() {
+        assert_eq!(Config::new(256).put(STATUS, &[0]).put(0x34, &[0x40]).chain(), []);
+        assert_eq!(Config::new(4096).put(0x100, &[0xff; 4]).chain(), []);
+        let mut config = Config::new(256);
+        config.regions.clear();
+        let manifest = config.described().unwrap();
+        assert_eq!((manifest.pci, manifest.capabilities), (None, None));
+    }
+
+    #[test]
+    fn circles_and_strays_are_refused() {
+        let refused = |config: Config| config.described().unwrap_err().source.to_string();
+        let config = || Config::new(4096).put(0x34, &[0x40]);
+        assert!(refused(config().put(0x40, &[1, 0x50]).put(0x50, &[5, 0x40])).contains("comes back to 0x40"));
+        assert!(refused(config().put(0x40, &[1, 0x40])).contains("comes back"));
+        assert!(refused(config().put(0x34, &[0x20])).contains("out of place"));
+        let itself = 0x1001_0001u32.to_le_bytes();
+        assert!(refused(Config::new(4096).put(0x100, &itself)).contains("comes back to 0x100"));
+        let below = 0x0401_0001u32.to_le_bytes();
+        assert!(refused(Config::new(4096).put(0x100, &below)).contains("out of place"));
+    }
+}
