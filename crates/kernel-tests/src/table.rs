@@ -166,6 +166,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("engine_newer_state_is_refused", &[Need::Migdev], engine::faults::newer_version),
     test("engine_truncated_state_is_refused", &[Need::Migdev], engine::faults::truncated),
     test("engine_reset_by_the_guest", &[Need::Migdev], engine::resets::by_the_guest),
+    test("engine_reset_at_the_switchover", &[Need::Migdev], engine::resets::at_the_switchover),
     test(
         "engine_reset_by_the_guest_without_pre_copy",
         &[Need::Migdev],

@@ -2,37 +2,69 @@
 
 use vfio_migration::{Control, Progress};
 use vfio_migration_device::{Device, KernelDevice};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{MigrationState, Phase};
 
 use super::faults::{lost, quiet};
-use super::pair::{Ended, Pair, options, phase_of};
-use crate::check::{Outcome, holds, same};
+use super::pair::{Ended, Pair, Wanted, options};
+use crate::check::{Outcome, same};
 use crate::migdev::set;
 
-/// Migrates, and has another thread reset `card` when all is ready for the switchover.
-fn reset_meanwhile(pair: &Pair, card: &KernelDevice) -> Outcome<Ended> {
+/// Migrates, and has another thread reset `card` once `when` says so.
+fn reset_meanwhile(
+    pair: &Pair,
+    card: &KernelDevice,
+    when: impl Fn(&Control, &Progress) -> bool,
+) -> Outcome<Ended> {
     let mut options = options();
     options.pause_before_switchover = true;
     let mut reset = None;
-    let ended = pair.migrate_seen(options, |control: &Control, progress: &Progress| {
-        if progress.waiting && reset.is_none() {
+    let ended = pair.migrate_seen(options, |control, progress| {
+        if reset.is_none() && when(control, progress) {
             reset = std::thread::scope(|scope| scope.spawn(|| card.reset().is_ok()).join().ok());
-            control.go_on();
         }
     })?;
     same("the reset", reset, Some(true))?;
     Ok(ended)
 }
 
+/// When everything was sent once, and the operator is waited for; nobody goes on.
+fn waiting(_: &Control, progress: &Progress) -> bool {
+    progress.waiting
+}
+
+/// The same, and on it goes.
+fn going_on(control: &Control, progress: &Progress) -> bool {
+    if progress.waiting {
+        control.go_on();
+    }
+    progress.waiting
+}
+
+/// When the guest has just been told to stand: nothing has been asked of the devices yet.
+fn standing(control: &Control, progress: &Progress) -> bool {
+    going_on(control, progress);
+    progress.phase == Phase::Quiesce
+}
+
 /// The guest resets its device in pre-copy: its session is over, which is noticed, and said; the guest goes on.
 pub(crate) fn by_the_guest() -> Outcome {
     let pair = quiet()?;
     pair.source.guest.expect_restart();
-    let ended = reset_meanwhile(&pair, &pair.source.cards[0])?;
-    // Noticed by the pass that is made while the operator is waited for, or by the one after.
-    let phase = phase_of(&ended)?;
-    holds(matches!(phase, Phase::Iterate | Phase::Quiesce), &format!("noticed in {phase}"))?;
-    pair.aborted(ended, lost(phase))?;
+    let ended = reset_meanwhile(&pair, &pair.source.cards[0], waiting)?;
+    pair.aborted(ended, lost(Phase::Iterate))?;
+    same("set up anew", pair.source.guest.restarts(), 1)?;
+    pair.moved(pair.migrate(options())?)?;
+    pair.close()
+}
+
+/// The last moment at which that can be: noticed before the device is asked to go on from where it is not any more.
+pub(crate) fn at_the_switchover() -> Outcome {
+    let pair = quiet()?;
+    pair.source.guest.expect_restart();
+    let ended = reset_meanwhile(&pair, &pair.source.cards[0], standing)?;
+    let arc = Some((MigrationState::Running, MigrationState::PreCopyP2p));
+    let sound = "the device is in a sound state";
+    pair.aborted(ended, Wanted { arc, errno: None, remedy: sound, ..lost(Phase::Quiesce) })?;
     same("set up anew", pair.source.guest.restarts(), 1)?;
     pair.moved(pair.migrate(options())?)?;
     pair.close()
@@ -44,7 +76,7 @@ pub(crate) fn by_the_guest_without_pre_copy() -> Outcome {
     // Where the guest finds it reset depends on when it looks.
     pair.source.guest.expect_restart();
     pair.destination.guest.expect_restart();
-    let ended = reset_meanwhile(&pair, &pair.source.cards[0])?;
+    let ended = reset_meanwhile(&pair, &pair.source.cards[0], going_on)?;
     pair.moved(ended)?;
     let restarts = pair.source.guest.restarts() + pair.destination.guest.restarts();
     same("set up anew", restarts, 1)?;
@@ -54,7 +86,7 @@ pub(crate) fn by_the_guest_without_pre_copy() -> Outcome {
 /// A device that is loading is reset by somebody else: it must not pass for one that has taken its state.
 pub(crate) fn at_the_destination() -> Outcome {
     let pair = quiet()?;
-    let ended = reset_meanwhile(&pair, &pair.destination.cards[0])?;
+    let ended = reset_meanwhile(&pair, &pair.destination.cards[0], going_on)?;
     pair.aborted(ended, lost(Phase::Final))?;
     pair.moved(pair.migrate(options())?)?;
     pair.close()
