@@ -14,7 +14,7 @@ cargo xtask kernel-test [PART OF A NAME…]
                            run the kernel ring alone, tests in a booted kernel with real VFIO: all of them, or those
                            that are named so
 cargo xtask kernel-test --iommufd-mock [PART OF A NAME…]
-                           the same in a kernel that is built for it (ten minutes, once), whose mock IOMMU tracks dirty
+                           the same in a kernel that is built for it (minutes, once), whose mock IOMMU tracks dirty
                            pages; no part of the kernel ring
 cargo xtask soak [N]       run the demo N times in a row (20 when not given); every run must verify
 cargo xtask generate       write man pages, completions and schemas again
