@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use rustix::io::Errno;
+use serde_json::{Map, Value, json};
 use vfio_migration_types::MigrationState;
 
 use crate::dma::DmaTarget;
@@ -15,7 +16,6 @@ use crate::migrate::Migration;
 use crate::pci::{self, BAR2_SIZE, CONFIG_SIZE, ConfigSpace, region};
 use crate::regs::{Effect, Facts, Registers, VECTORS, offset};
 use crate::shared::{Mode, Shared, drain, lock, signal};
-use crate::stream::MODEL;
 use crate::{Fault, Options};
 
 /// A sample device: a PCI function with a DMA engine, a mailbox, and state worth migrating.
@@ -57,12 +57,18 @@ impl SampleDevice {
 
     /// What it says of itself to somebody who decides about a migration.
     pub fn manifest(&self) -> serde_json::Value {
-        serde_json::json!({
-            "model": MODEL,
-            "model_version": self.options().version_string(),
-            // Without bulk state it is as a device that knows of none.
-            "parameters": { "state_size": { "value": self.options().state_size, "off": 0 } },
-        })
+        let options = self.options();
+        // A number or a truth value counts as such.
+        let scalar = |text: &String| match serde_json::from_str(text) {
+            Ok(value @ (Value::Bool(_) | Value::Number(_))) => value,
+            _ => Value::String(text.clone()),
+        };
+        let claimed =
+            options.parameters.iter().map(|(name, text)| (name.clone(), json!({"value": scalar(text)})));
+        let mut parameters: Map<String, Value> = claimed.collect();
+        // Without bulk state it is as a device that knows of none.
+        parameters.insert("state_size".into(), json!({"value": options.state_size, "off": 0}));
+        json!({"model": options.model, "model_version": options.version_string(), "parameters": parameters})
     }
 
     /// Reads from a region: BAR0, BAR2 or configuration space. Works in every migration state.

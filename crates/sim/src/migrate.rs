@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use vfio_migration_types::{ArcError, Bitmap, Granule, MigrationFlags, MigrationState, PAGE_SIZE, path};
 
+use crate::Options;
 use crate::bulk::PAGE;
 use crate::device::SampleDevice;
 use crate::error::{SimError, invalid};
@@ -14,7 +15,7 @@ use crate::pci::BAR2_SIZE;
 use crate::regs::{Registers, VECTORS};
 use crate::saving::{self, Progress, Saving};
 use crate::shared::{Mode, lock};
-use crate::stream::{Header, Item, Parser};
+use crate::stream::{Header, Item, Parser, model_hash};
 
 /// What a read of device state gave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,7 +232,8 @@ impl SampleDevice {
 
     fn open_saving(&self, migration: &mut Migration) {
         let corrupt = self.options().faults.contains(&Fault::CorruptTail);
-        let header = Header { version: self.options().version, state_size: self.options().state_size };
+        let Options { version, state_size, model, .. } = self.options();
+        let header = Header { version: *version, state_size: *state_size, model: model_hash(model) };
         let saving = Saving::open(&mut lock(&self.shared.bulk), header, corrupt);
         migration.session = Session::Saving(Box::new(saving));
         migration.moved = 0;
@@ -277,6 +279,9 @@ impl SampleDevice {
         match item {
             Item::Header(header) => {
                 let options = self.options();
+                if header.model != model_hash(&options.model) {
+                    return Err(invalid("the state is of another model"));
+                }
                 let (major, minor) = header.version;
                 if major != options.version.0 || minor > options.version.1 {
                     let ours = options.version_string();

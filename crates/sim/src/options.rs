@@ -1,11 +1,12 @@
 //! What a sample device is told when it is made.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use vfio_migration_types::{MigrationFlags, PAGE_SIZE};
 
-use crate::Fault;
 use crate::error::{SimError, invalid};
+use crate::{Fault, MODEL};
 
 /// The largest bulk state that a device may be asked to hold, in bytes.
 pub const MAX_STATE_SIZE: u64 = 64 << 30;
@@ -27,8 +28,14 @@ pub struct Options {
     pub extension: bool,
     /// Whether it logs its DMA writes.
     pub dirty_log: bool,
+    /// The model that it claims to be.
+    pub model: String,
+    /// Parameters of the model that it claims to have, besides `state_size`. They are said, and do nothing.
+    pub parameters: BTreeMap<String, String>,
     /// Version of the model, major and minor. State of the same major and of no newer minor is taken.
     pub version: (u16, u16),
+    /// The third number of the version, which says nothing of the state.
+    pub patch: u16,
     /// Contents of the vendor-specific capability after its header: allowed to differ between hosts.
     pub vsc_bytes: [u8; 5],
     /// How long each single arc of the state machine takes in addition.
@@ -47,7 +54,10 @@ impl Default for Options {
             p2p: true,
             extension: true,
             dirty_log: true,
+            model: MODEL.to_owned(),
+            parameters: BTreeMap::new(),
             version: (1, 0),
+            patch: 0,
             vsc_bytes: [0; 5],
             arc_delay: Duration::ZERO,
             faults: Vec::new(),
@@ -75,9 +85,9 @@ impl Options {
         MigrationFlags { p2p: self.p2p && self.extension, pre_copy: self.precopy }
     }
 
-    /// The version as manifests write it: with a third number, which says nothing of the state.
+    /// The version as manifests write it.
     pub fn version_string(&self) -> String {
-        format!("{}.{}.0", self.version.0, self.version.1)
+        format!("{}.{}.{}", self.version.0, self.version.1, self.patch)
     }
 
     /// The first fault for which `pick` finds something.

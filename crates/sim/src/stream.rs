@@ -30,6 +30,8 @@ const MAGIC: u64 = u64::from_le_bytes(*b"SMPLSTA1");
 pub(crate) struct Header {
     pub(crate) version: (u16, u16),
     pub(crate) state_size: u64,
+    /// [`model_hash`] of the model.
+    pub(crate) model: u64,
 }
 
 /// What a record is about.
@@ -63,7 +65,7 @@ pub(crate) fn put_header(out: &mut Vec<u8>, header: Header) {
     out.extend(u32::from(header.version.0).to_le_bytes());
     out.extend(u32::from(header.version.1).to_le_bytes());
     out.extend(header.state_size.to_le_bytes());
-    out.extend(model_hash().to_le_bytes());
+    out.extend(header.model.to_le_bytes());
     out.extend([0; 12]);
     let crc = crc32c::crc32c(&out[at..]);
     out.extend(crc.to_le_bytes());
@@ -217,12 +219,9 @@ fn parse_header(bytes: &[u8]) -> Result<Header, SimError> {
     if crc32c::crc32c(&bytes[..HEADER - 4]) != half(bytes, HEADER - 4) {
         return Err(invalid("the header's checksum does not match"));
     }
-    if word(bytes, 24) != model_hash() {
-        return Err(invalid("the state is of another model"));
-    }
     let part =
         |at| u16::try_from(half(bytes, at)).map_err(|_| invalid("the header's version is out of range"));
-    Ok(Header { version: (part(8)?, part(12)?), state_size: word(bytes, 16) })
+    Ok(Header { version: (part(8)?, part(12)?), state_size: word(bytes, 16), model: word(bytes, 24) })
 }
 
 fn parse_record(bytes: &[u8]) -> Result<RecordHead, SimError> {
@@ -243,8 +242,9 @@ fn parse_record(bytes: &[u8]) -> Result<RecordHead, SimError> {
     }
 }
 
-fn model_hash() -> u64 {
-    word(blake3::hash(MODEL.as_bytes()).as_bytes(), 0)
+/// What stands for a model in a header.
+pub(crate) fn model_hash(model: &str) -> u64 {
+    word(blake3::hash(model.as_bytes()).as_bytes(), 0)
 }
 
 fn word(bytes: &[u8], at: usize) -> u64 {
@@ -261,7 +261,7 @@ mod test {
 
     use super::*;
 
-    const SAMPLE: Header = Header { version: (1, 0), state_size: 8192 };
+    const SAMPLE: Header = Header { version: (1, 0), state_size: 8192, model: 7 };
 
     fn sample() -> Vec<u8> {
         let mut out = Vec::new();

@@ -17,8 +17,15 @@ pub(crate) fn run(options: &Device) -> Result<Exit, Failure> {
         .iter()
         .map(|text| text.parse::<Fault>().map_err(|error| usage(error.to_string())))
         .collect::<Result<Vec<_>, _>>()?;
-    let version = version(&options.model_version)
-        .ok_or_else(|| usage(format!("'{}' is no version (want MAJOR.MINOR)", options.model_version)))?;
+    let (version, patch) = version(&options.model_version).ok_or_else(|| {
+        usage(format!(
+            "'{}' is no version (want MAJOR.MINOR.PATCH, each at most 65535)",
+            options.model_version
+        ))
+    })?;
+    if options.parameters.iter().any(|(name, _)| name == "state_size") {
+        return Err(usage("--param: state_size is what --state-size says".into()));
+    }
     let device = Options {
         state_size: options.state_size,
         state_dirty_rate: options.state_dirty_rate,
@@ -27,7 +34,10 @@ pub(crate) fn run(options: &Device) -> Result<Exit, Failure> {
         p2p: !options.no_p2p,
         extension: !options.no_extension,
         dirty_log: !options.no_dirty_log,
+        model: options.model.clone(),
+        parameters: options.parameters.iter().cloned().collect(),
         version,
+        patch,
         faults,
         ..Options::default()
     };
@@ -40,7 +50,9 @@ pub(crate) fn run(options: &Device) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-fn version(text: &str) -> Option<(u16, u16)> {
-    let (major, minor) = text.split_once('.')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
+/// Major and minor, and the patch, which may be left out.
+fn version(text: &str) -> Option<((u16, u16), u16)> {
+    let mut numbers = text.split('.').map(|number| number.parse().ok());
+    let (major, minor, patch) = (numbers.next()??, numbers.next()??, numbers.next().unwrap_or(Some(0))?);
+    numbers.next().is_none().then_some(((major, minor), patch))
 }
