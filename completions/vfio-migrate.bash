@@ -19,6 +19,9 @@ _vfio__migrate() {
             vfio__migrate,cancel)
                 cmd="vfio__migrate__subcmd__cancel"
                 ;;
+            vfio__migrate,check)
+                cmd="vfio__migrate__subcmd__check"
+                ;;
             vfio__migrate,completions)
                 cmd="vfio__migrate__subcmd__completions"
                 ;;
@@ -31,6 +34,9 @@ _vfio__migrate() {
             vfio__migrate,demo)
                 cmd="vfio__migrate__subcmd__demo"
                 ;;
+            vfio__migrate,describe)
+                cmd="vfio__migrate__subcmd__describe"
+                ;;
             vfio__migrate,device)
                 cmd="vfio__migrate__subcmd__device"
                 ;;
@@ -39,6 +45,9 @@ _vfio__migrate() {
                 ;;
             vfio__migrate,doctor)
                 cmd="vfio__migrate__subcmd__doctor"
+                ;;
+            vfio__migrate,explain)
+                cmd="vfio__migrate__subcmd__explain"
                 ;;
             vfio__migrate,generate)
                 cmd="vfio__migrate__subcmd__generate"
@@ -54,6 +63,12 @@ _vfio__migrate() {
                 ;;
             vfio__migrate,quit)
                 cmd="vfio__migrate__subcmd__quit"
+                ;;
+            vfio__migrate,rehearse)
+                cmd="vfio__migrate__subcmd__rehearse"
+                ;;
+            vfio__migrate,restore)
+                cmd="vfio__migrate__subcmd__restore"
                 ;;
             vfio__migrate,save)
                 cmd="vfio__migrate__subcmd__save"
@@ -73,6 +88,9 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,cancel)
                 cmd="vfio__migrate__subcmd__help__subcmd__cancel"
                 ;;
+            vfio__migrate__subcmd__help,check)
+                cmd="vfio__migrate__subcmd__help__subcmd__check"
+                ;;
             vfio__migrate__subcmd__help,completions)
                 cmd="vfio__migrate__subcmd__help__subcmd__completions"
                 ;;
@@ -85,6 +103,9 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,demo)
                 cmd="vfio__migrate__subcmd__help__subcmd__demo"
                 ;;
+            vfio__migrate__subcmd__help,describe)
+                cmd="vfio__migrate__subcmd__help__subcmd__describe"
+                ;;
             vfio__migrate__subcmd__help,device)
                 cmd="vfio__migrate__subcmd__help__subcmd__device"
                 ;;
@@ -93,6 +114,9 @@ _vfio__migrate() {
                 ;;
             vfio__migrate__subcmd__help,doctor)
                 cmd="vfio__migrate__subcmd__help__subcmd__doctor"
+                ;;
+            vfio__migrate__subcmd__help,explain)
+                cmd="vfio__migrate__subcmd__help__subcmd__explain"
                 ;;
             vfio__migrate__subcmd__help,generate)
                 cmd="vfio__migrate__subcmd__help__subcmd__generate"
@@ -108,6 +132,12 @@ _vfio__migrate() {
                 ;;
             vfio__migrate__subcmd__help,quit)
                 cmd="vfio__migrate__subcmd__help__subcmd__quit"
+                ;;
+            vfio__migrate__subcmd__help,rehearse)
+                cmd="vfio__migrate__subcmd__help__subcmd__rehearse"
+                ;;
+            vfio__migrate__subcmd__help,restore)
+                cmd="vfio__migrate__subcmd__help__subcmd__restore"
                 ;;
             vfio__migrate__subcmd__help,save)
                 cmd="vfio__migrate__subcmd__help__subcmd__save"
@@ -131,7 +161,7 @@ _vfio__migrate() {
 
     case "${cmd}" in
         vfio__migrate)
-            opts="-v -h -V --verbose --help --version demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help"
+            opts="-v -h -V --verbose --help --version demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -152,6 +182,36 @@ _vfio__migrate() {
             fi
             case "${prev}" in
                 --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__check)
+            opts="-v -h -V --matrix --baseline --policy --map --json --root --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --baseline)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --policy)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --map)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -258,8 +318,46 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__describe)
+            opts="-o -v -h -V --host --name --site --format --output --json --root --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --site)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --format)
+                    COMPREPLY=($(compgen -W "manifest node-labels resource-attributes list" -- "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__device)
-            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-precopy --no-p2p --no-dirty-log --no-extension --model-version --fault --exit-with-stdin --verbose --help --version"
+            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --fault --exit-with-stdin --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -281,7 +379,15 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --model)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --model-version)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --param)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -297,7 +403,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__devices)
-            opts="-v -h -V --all --json --root --verbose --help --version"
+            opts="-v -h -V --probe --all --json --root --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -315,16 +421,34 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__doctor)
-            opts="-v -h -V --json --root --verbose --help --version"
+            opts="-v -h -V --memory --json --root --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --memory)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --root)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__explain)
+            opts="-v -h -V --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;
@@ -347,7 +471,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help)
-            opts="demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help"
+            opts="demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -361,6 +485,20 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__cancel)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__check)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -430,6 +568,20 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__describe)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__device)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -459,6 +611,20 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__doctor)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__explain)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -529,6 +695,34 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__help__subcmd__quit)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__rehearse)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__help__subcmd__restore)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -631,7 +825,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__migrate)
-            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --pause-before-switchover --verify --allow-all-dirty --post-copy --detach --verbose --help --version"
+            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --pause-before-switchover --verify --allow-all-dirty --map --post-copy --detach --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -650,6 +844,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --give-up)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --map)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -678,14 +876,78 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__save)
-            opts="-o -v -h -V --control --json --output --force --stop --verify --allow-all-dirty --verbose --help --version"
+        vfio__subcmd__migrate__subcmd__rehearse)
+            opts="-v -h -V --control --json --to --pause --downtime-limit --bandwidth --give-up --map --allow-all-dirty --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --to)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --downtime-limit)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --bandwidth)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --give-up)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --map)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__restore)
+            opts="-v -h -V --device --save-again --leave-stopped --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --device)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --save-again)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__subcmd__migrate__subcmd__save)
+            opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --allow-all-dirty --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --device)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -767,7 +1029,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --config-rule --sabotage --exit-with-stdin --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --sabotage --exit-with-stdin --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -802,6 +1064,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --dirty-rate)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --policy)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -31,7 +31,12 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "demo" -d 
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "migrate" -d 'Ask a running `vm` to move to another'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "save" -d 'Save the guest of a running `vm` into a file; `vm --restore` brings it back'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "rehearse" -d 'Find out what a migration of a running `vm` would come to, without moving anything'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "describe" -d 'Say what a device, a `vm` or this host is, as a manifest that `check` compares'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "check" -d 'Ask whether something can move, and get every reason why not'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "status" -d 'Show how a `vm` and its migration stand'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
@@ -70,7 +75,9 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l soc
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-size -d 'Internal state' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-dirty-rate -d 'Internal state changed each second' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l dma-interval -d 'Pace of the DMA engine: one descriptor each' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model -d 'Model it claims to be' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR.PATCH' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l param -d 'A parameter of the model that it claims to have. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l fault -d 'Misbehave on purpose; may be given more than once. `--fault help` lists what there is' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-precopy -d 'No PRE_COPY: the state can only be saved while the device is stopped'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-p2p -d 'No peer-to-peer states'
@@ -88,6 +95,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l control
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l uuid -d 'Identity of the VM. Without it a guest that starts gets a random one, and a guest that arrives keeps its own' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l state-dir -d 'Where the ownership journal lives. Without it a lost commit cannot be told from a lost answer after a crash' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l sabotage -d 'Sabotage, for the demo' -r -f -a "dirty-log\t'Dirty bits of pages that the guest wrote are dropped from the last report'
 device-log\t'The device\'s own dirty log leaves pages out'
@@ -106,6 +114,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l co
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l downtime-limit -d 'Longest time the guest may stand still. A ceiling, not a target' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest stands still meanwhile'
@@ -115,16 +124,63 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l de
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l to -d 'Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l downtime-limit -d 'Longest time the guest may stand still' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'End after this time, whatever has been found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Let the guest stand too, for as long as it would, so that all of it is measured'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'As `migrate` takes it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l name -d 'Name to give it' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l site -d 'File (TOML) that says what cannot be read: fields of the manifest, by device' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l format -d 'How to write it' -r -f -a "manifest\t'The manifest, JSON'
+node-labels\t'Kubernetes node labels, JSON'
+resource-attributes\t'Attributes of Kubernetes resources, JSON'
+list\t'Lines of KEY=VALUE'"
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l host -d 'This host: what it has and can give'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l json -d 'Print JSON. A manifest is JSON anyway'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of this model, and the values of its parameters, that every host can load' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -l json -d 'Print JSON'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l control -d 'Control socket of the `vm` whose guest is saved' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l device -d 'The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s o -l output -d 'File to write. It appears whole or not at all' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-copy-only -d 'With --device: read all of its state while it stands, as if it had no PRE_COPY'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a file that is there'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop -d 'End the guest here: from then on it lives in the file. Otherwise it goes on'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l verify -d 'Write a digest of all RAM too, which the restore compares; the guest stands still meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l allow-all-dirty -d 'Save even a device that logs no DMA: all of RAM is written while the guest stands still'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -l device -d 'The device: as for `save --device`. Without an id it takes the name that the file gives it' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -l save-again -d 'Save it again into this file once it is loaded, before it runs: for a driver that resets its device when it is closed, there is no later' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -l leave-stopped -d 'Leave it in STOP, as it was loaded, instead of letting it run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l watch -d 'Keep showing it until the migration ends'
@@ -169,11 +225,13 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l probe -d 'Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it; one that is in use is left alone'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l all -d 'Every PCI function, also one that has nothing to do with VFIO'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l memory -d 'RAM of the guest that is meant: the limit on locked memory must have room for it' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -185,21 +243,26 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "migrate" -d 'Ask a running `vm` to move to another'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "save" -d 'Save the guest of a running `vm` into a file; `vm --restore` brings it back'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "status" -d 'Show how a `vm` and its migration stand'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "set" -d 'Change the limits of a migration while it runs'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "stop" -d 'Pause the guest of a running `vm`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cont" -d 'Let the guest of a running `vm` run'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "completions" -d 'Print a shell completion script'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate save status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "migrate" -d 'Ask a running `vm` to move to another'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "rehearse" -d 'Find out what a migration of a running `vm` would come to, without moving anything'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "describe" -d 'Say what a device, a `vm` or this host is, as a manifest that `check` compares'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "check" -d 'Ask whether something can move, and get every reason why not'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "status" -d 'Show how a `vm` and its migration stand'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "set" -d 'Change the limits of a migration while it runs'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "stop" -d 'Pause the guest of a running `vm`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cont" -d 'Let the guest of a running `vm` run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "completions" -d 'Print a shell completion script'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

@@ -167,7 +167,7 @@ fn a_builder_that_refuses_is_heard() {
     let to = destination.local().clone();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let full = Reason::new("full", "this host is full");
+            let full = Box::new(Reason::new("full", "this host is full"));
             destination.accept(|_| Err(full)).unwrap_err()
         });
         let error = Source::new(source.clone(), verified()).migrate_to(&to, |_| {}).unwrap_err();

@@ -302,10 +302,12 @@ fn a_rehearsal_says_what_a_migration_would_and_leaves_no_trace() {
     assert_eq!(source.query("query-migrate")["status"], "rehearsed");
     until("as few descriptors, threads and mappings as before", || {
         let after = holdings();
-        let no_more = |(after, before): (&((usize, usize), usize), &((usize, usize), usize))| {
-            after.0.0 <= before.0.0 && after.0.1 <= before.0.1 && after.1 <= before.1
-        };
-        after.iter().zip(&before).all(no_more).then_some(())
+        (0..2)
+            .all(|n| {
+                let ((descriptors, threads), mapped) = after[n];
+                descriptors <= before[n].0.0 && threads <= before[n].0.1 && mapped <= before[n].1
+            })
+            .then_some(())
     });
 
     // And then it moves.

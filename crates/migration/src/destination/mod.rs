@@ -97,7 +97,7 @@ impl Destination {
     /// [`IncomingError::Rehearsed`].
     pub fn accept(
         &mut self,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
         loop {

@@ -49,7 +49,7 @@ impl Worker<'_, '_, '_> {
         let offer = Offer { vm, attempt, epoch, manifest: offered.clone() };
         let machine = match build(&offer) {
             Ok(machine) => machine,
-            Err(reason) => return Ok(refuse(reason)),
+            Err(reason) => return Ok(refuse(*reason)),
         };
         let own = machine.manifest().map_err(|error| error.in_phase(phase))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");

@@ -79,7 +79,7 @@ impl Destination {
     pub(super) fn session(
         &mut self,
         greeted: Greeted,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
         let Greeted { link, reader, hello } = greeted;

@@ -25,7 +25,7 @@ use crate::{DestinationOptions, Machine, MigratableDevice, Offer};
 use super::run::{Events, Wires};
 
 /// Builds the machine for an offer.
-pub(super) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send + 'a>;
+pub(super) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
 
 /// One device at the destination, in the source's order.
 pub(super) struct Incoming {

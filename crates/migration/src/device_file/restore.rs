@@ -55,7 +55,7 @@ pub fn restore_device(
     let arrived = snapshot.restore(DestinationOptions::default(), |offer| {
         match LoneDevice::new(offer.vm, Arc::new(watched)) {
             Ok(machine) => Ok::<Arc<dyn Machine>, _>(Arc::new(machine)),
-            Err(error) => Err(Reason::new("machine", crate::fail::sentence(&error))),
+            Err(error) => Err(Reason::new("machine", crate::fail::sentence(&error)).into()),
         }
     });
     let report = arrived.map_err(|error| failed(device.as_ref(), control, error))?.report;

@@ -105,7 +105,7 @@ impl Snapshot {
     pub fn restore(
         self,
         options: DestinationOptions,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Reason> + Send,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {

@@ -21,7 +21,7 @@ impl Worker<'_> {
             let text = format!("the destination's manifest cannot be read: {}", sentence(&error));
             fail::plain(Phase::Hello, text)
         })?;
-        let own = check_machines(&self.manifest, &theirs, &self.options.device_map, &policy(self.options));
+        let own = check_machines(self.manifest, &theirs, &self.options.device_map, &policy(self.options));
         let said = Report { reasons: reasons::from_wire(accept.reasons), ..own.clone() };
         let report = worse(own, said);
         let permitted = reasons::permits(&report, self.options.to_file);

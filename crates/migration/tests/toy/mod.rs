@@ -370,7 +370,7 @@ pub fn migrate_by(
     std::thread::scope(|scope| {
         let control = destination.control();
         let arriving = scope.spawn(move || {
-            let arrived = destination.accept(|_: &Offer| Ok::<Arc<dyn Machine>, Reason>(built));
+            let arrived = destination.accept(|_: &Offer| Ok::<Arc<dyn Machine>, Box<Reason>>(built));
             if arrived.is_ok() {
                 destination.answer_queries(Duration::from_secs(30)).unwrap();
             }

@@ -112,7 +112,11 @@ fn receive(
 }
 
 /// A guest is offered: a VM that was given no identity takes the guest's.
-fn admit(vm: &RunningVm, machine: &Arc<ReferenceMachine>, offer: &Offer) -> Result<Arc<dyn Machine>, Reason> {
+fn admit(
+    vm: &RunningVm,
+    machine: &Arc<ReferenceMachine>,
+    offer: &Offer,
+) -> Result<Arc<dyn Machine>, Box<Reason>> {
     if vm.options.uuid.is_none() {
         machine.adopt(offer.vm);
     }

@@ -133,7 +133,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, Failur
         Err(failure) => {
             let text = failure.to_string();
             not_built = Some(failure);
-            Err(Reason::new("machine", text))
+            Err(Reason::new("machine", text).into())
         }
     });
     match (restored, machine, not_built) {
