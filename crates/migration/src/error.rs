@@ -140,13 +140,35 @@ pub enum IncomingError {
     /// Nothing ran here; every device is reset and released.
     #[error("the incoming migration was aborted {0}")]
     Aborted(Failure),
-    /// It was a rehearsal, and is over. Nothing was to stay, and nothing did, but for this. The next may be
-    /// [accepted](crate::Destination::accept).
-    #[error("the migration was only rehearsed{}", .0.as_ref().map(|left| format!("; {left}")).unwrap_or_default())]
-    Rehearsed(Option<Failure>),
+    /// It was a rehearsal, and is over, however it ended. The next may be [accepted](crate::Destination::accept).
+    #[error("{0}")]
+    Rehearsed(Box<RehearsedHere>),
     /// This side owns the guest, and could not start it: it is held paused, and nobody else may run it.
     #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
     Held(Box<Held>),
+}
+
+/// A rehearsal, as its destination sees it. Nothing was to stay.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RehearsedHere {
+    /// Why the rules of one side refused it, if they did.
+    pub refused: Vec<Reason>,
+    /// Why it ended early, or what could not be let go.
+    pub cause: Option<Failure>,
+}
+
+impl fmt::Display for RehearsedHere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a migration was rehearsed, and nothing was to stay")?;
+        if !self.refused.is_empty() {
+            write!(f, "; it was refused: {}", sentences(&self.refused))?;
+        }
+        match &self.cause {
+            Some(cause) => write!(f, "; {cause}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A guest that is ours and does not run.

@@ -162,7 +162,7 @@ pub use device_file::{
     DeviceArc, DeviceControl, DeviceFate, DeviceFileError, DeviceReport, RestoreDeviceOptions,
     SaveDeviceOptions, restore_device, save_device,
 };
-pub use error::{Aborted, Failure, Held, IncomingError, MigrateError};
+pub use error::{Aborted, Failure, Held, IncomingError, MigrateError, RehearsedHere};
 pub use journal::{JournalError, JournalFile, read_journal};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, Offer};

@@ -11,7 +11,10 @@ use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
+use vfio_migration_wire as wire;
+use vfio_migration_wire::{
+    FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, PeerError, Running, VERSIONS,
+};
 
 use crate::connect::Listener;
 use crate::control::lock;
@@ -23,7 +26,7 @@ use crate::reasons;
 use crate::report::StepTime;
 use crate::{
     ArrivalReport, Arrived, Bytes, DeviceStatus, Held, IncomingControl, IncomingError, Machine, Offer,
-    Progress,
+    Progress, RehearsedHere,
 };
 
 use super::doorstep::{Doorstep, Greeted, Greeting};
@@ -371,6 +374,11 @@ fn tell(
 ) -> Result<Arrived, IncomingError> {
     let lost =
         || fail::plain(Phase::Run, "the session lost its own machine: a defect of this program").into();
+    let rehearsal = wires.rehearsal.load(Ordering::Acquire);
+    let rehearsed = |refused: Vec<wire::Reason>, cause: Option<PeerError>| {
+        let refused = reasons::from_wire(refused);
+        IncomingError::Rehearsed(Box::new(RehearsedHere { refused, cause: cause.map(Into::into) }))
+    };
     match outcome {
         DestinationOutcome::Owner { epoch, ready, guest_runs } => {
             let (Some(machine), Some(attempt)) = (machine, attempt) else {
@@ -397,10 +405,11 @@ fn tell(
             Some(machine) => Err(IncomingError::Held(Box::new(Held { machine, epoch, cause: cause.into() }))),
             None => Err(IncomingError::Aborted(lost())),
         },
+        // However a rehearsal ends, nobody was to come.
+        DestinationOutcome::Refused(reasons) if rehearsal => Err(rehearsed(reasons, None)),
+        DestinationOutcome::Aborted(cause) if rehearsal => Err(rehearsed(Vec::new(), Some(cause))),
+        DestinationOutcome::Rehearsed(left_undone) => Err(rehearsed(Vec::new(), left_undone)),
         DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
-        DestinationOutcome::Rehearsed(left_undone) => {
-            Err(IncomingError::Rehearsed(left_undone.map(Into::into)))
-        }
         DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause.into())),
         other => {
             let text = format!("an outcome that this version does not know: {other:?}");
