@@ -113,7 +113,7 @@ fn of_vm(socket: &Path) -> Result<(Document, VmId), Failure> {
 /// Asks a vfio-user server. It is left in the state it is in.
 fn of_server(socket: &Path, name: Option<&str>) -> Result<DeviceManifest, Failure> {
     let doing = format!("cannot ask {}", socket.display());
-    let id = device_id(name.unwrap_or("device"))?;
+    let id = device_id(name.unwrap_or("dev0"))?;
     let ram = GuestRam::new("asked", &[RamSpec { gpa: Gpa(0), len: 4096 }])
         .map_err(|error| Failure::caused(&doing, &error))?;
     let options = VfioUserOptions {
