@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_migration_compat::{DeviceMap, MachineManifest, Policy, Severity, Verdict, check_machines};
+use vfio_migration_compat::{Allow, DeviceMap, MachineManifest, Policy, Severity, Verdict, check_machines};
 use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Refusal;
@@ -132,9 +132,11 @@ impl Worker<'_, '_, '_> {
     fn fit(&mut self, offer: &Offer, machine: &dyn Machine) -> Result<Vec<Refusal>, Stop> {
         let own = machine.manifest().map_err(|error| error.in_phase(Phase::Hello))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
-        // Snapshots come this way too, and what cannot move live may be restored. Whether all memory may count as dirty is
-        // the source's choice.
-        let report = check_machines(&offer.manifest, &own, &DeviceMap::new(), &Policy::default());
+        // Snapshots come this way too, and what cannot move live may be restored. What is only the source's choice was made there:
+        // whether all memory may count as dirty, and whether its devices write into each other at all.
+        let source_chose = Allow { code: "p2p-missing".into(), ..Allow::default() };
+        let policy = Policy { allow: vec![source_chose], ..Policy::default() };
+        let report = check_machines(&offer.manifest, &own, &DeviceMap::new(), &policy);
         let against = report.reasons.into_iter().filter(|reason| reason.severity == Severity::No);
         let mut reasons: Vec<Refusal> =
             against.map(|reason| Refusal { code: reason.code, text: reason.text }).collect();
