@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use vfio_migration::{IncomingError, MigrateError};
+use vfio_migration_compat::Allow;
 use vfio_migration_device::TrackerKind;
 use vfio_migration_types::{Granule, Iova, Phase, Range};
 use vfio_migration_uapi::{start_dma_logging, stop_dma_logging};
@@ -231,10 +233,28 @@ pub(crate) fn log_omits_unseen() -> Outcome {
     holds(why.to_string().contains("the guest found that"), &why.to_string())
 }
 
-/// State of a newer driver: refused by the destination's driver with its header, while the guest runs.
+/// State of a newer driver: refused by the rule for this driver before any RAM moves; and, where a policy allows it all the
+/// same, by the destination's driver with its header. The guest runs both times.
 pub(crate) fn newer_version() -> Outcome {
     let pair = plain()?;
     set(&pair.from[0], "version", 2)?;
+    let mut sent = 0;
+    let ended = pair.migrate_seen(options(), |_, progress| sent = progress.bytes.ram)?;
+    let (Err(MigrateError::Refused(here)), Err(IncomingError::Refused(there))) =
+        (&ended.source, &ended.destination)
+    else {
+        return Err(format!("both sides refuse: {ended:?}").into());
+    };
+    same("reasons of both sides", here, there)?;
+    let named = here.iter().any(|reason| reason.code == "driver-migdev-version");
+    holds(named, &format!("the version is a reason: {here:?}"))?;
+    same("RAM sent", sent, 0)?;
+    drop(ended);
+    pair.goes_on_here()?;
+
+    let mut allowed = options();
+    let code = "driver-migdev-version".to_owned();
+    allowed.policy.allow.push(Allow { code, ..Allow::default() });
     let wanted = Wanted {
         phase: Phase::Iterate,
         device: Some("card0"),
@@ -244,7 +264,7 @@ pub(crate) fn newer_version() -> Outcome {
         remedy: LOG,
         reset: false,
     };
-    pair.aborted(pair.migrate(options())?, wanted)?;
+    pair.aborted(pair.migrate(allowed)?, wanted)?;
     set(&pair.from[0], "version", 1)?;
     set(&pair.to[0], "version", 2)?;
     pair.moved(pair.migrate(options())?)?;

@@ -148,8 +148,11 @@ impl Pair {
         mut observe: impl FnMut(&Control, &Progress),
     ) -> Outcome<Ended> {
         std::thread::scope(|scope| {
+            // One site, one policy.
+            let mut incoming = DestinationOptions::default();
+            incoming.policy = options.policy.clone();
             let arriving = scope.spawn(|| {
-                let mut destination = Destination::over(there, DestinationOptions::default())?;
+                let mut destination = Destination::over(there, incoming)?;
                 destination.accept(|_| Ok(self.destination.clone()))
             });
             let source = Source::new(self.source.clone(), options);

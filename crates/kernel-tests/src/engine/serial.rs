@@ -112,14 +112,11 @@ pub(crate) fn other_ports() -> Outcome {
         }
         other => return Err(format!("both sides refuse, for the same reasons: {other:?}").into()),
     };
-    let codes: Vec<&str> = told.iter().map(|reason| reason.code.as_str()).collect();
-    same("codes", codes, vec!["device-regions", "device-parameters"])?;
-    let kinds = r#"parameter "mdev_type": "mtty-2" at the source, "mtty-1" at the destination"#;
-    holds(
-        told.iter().all(|reason| reason.text.contains("card0")),
-        &format!("the device is named: {told:?}"),
-    )?;
-    holds(told.iter().any(|reason| reason.text.contains(kinds)), &format!("the types are named: {told:?}"))?;
+    let ports = told.iter().find(|reason| reason.code == "driver-mtty-ports");
+    let ports = ports.ok_or_else(|| format!("the ports are a reason: {told:?}"))?;
+    same("the device", ports.device.as_deref(), Some("card0"))?;
+    same("ports", (ports.source.as_i64(), ports.destination.as_i64()), (Some(2), Some(1)))?;
+    holds(ports.text.contains("ports"), &format!("the reason names ports: {}", ports.text))?;
     same("RAM sent", sent, 0)?;
     drop(ended);
     same(
