@@ -27,6 +27,10 @@ pub(super) enum Plugged {
 /// number waits for the machine to gather entropy. `-cpu max` makes migration data
 /// move twenty times slower on Debian's kernel. `words` are for the first process, on the kernel's command line.
 /// A machine that is `given_up` meanwhile is killed.
+///
+/// The kernel's timer ticks all the time (`nohz=off highres=off`). Where it is set anew for each event, now and then its
+/// interrupt does not arrive while a nested guest runs (QEMU 10.0 on a busy host; the kernel says "rcu_preempt kthread
+/// timer wakeup didn't happen"): nothing sets it again then, and the machine stands until another interrupt comes.
 pub(super) fn boot(
     kernel: &Path,
     image: &Path,
@@ -34,7 +38,7 @@ pub(super) fn boot(
     plugged: Plugged,
     given_up: &AtomicBool,
 ) -> Result<String, String> {
-    let line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on {words}");
+    let line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on nohz=off highres=off {words}");
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-accel", "tcg", "-M", "q35", "-cpu", "qemu64,+npt,+rdrand", "-smp", "1", "-m", "1024"])
         .args(["-display", "none", "-vga", "none", "-monitor", "none", "-serial", "file:/dev/stdout"])
