@@ -96,6 +96,13 @@ impl Intx {
         pending: bool,
         irq: &dyn IrqBackend,
     ) -> Result<bool, Failure> {
+        if wanted != Wanted::On {
+            // The interrupt controller came with the level that it had. Nobody would lower it for a pin that is not in use,
+            // and a guest that ends the interrupt would be given it again at once, for ever.
+            self.attach(irq)?;
+            self.detach(irq)?;
+            self.resample.drain().map_err(failure("forgetting an interrupt of the pin"))?;
+        }
         self.settle(wanted, irq)?;
         if self.connected && pending {
             self.raise()?;
