@@ -37,6 +37,25 @@ pub fn codes() -> impl Iterator<Item = &'static str> {
     TABLE.iter().map(|entry| entry.code)
 }
 
+/// Those of them that no two manifests give, but a session: the machine behind the manifest, the owner, a device that is tried.
+pub fn session_codes() -> impl Iterator<Item = &'static str> {
+    SESSION.iter().copied()
+}
+
+static SESSION: [&str; 11] = [
+    "manifest",
+    "protocol-version",
+    "other-vm",
+    "vm-id",
+    "ownership",
+    "state-dir",
+    "machine",
+    "device-not-migratable",
+    "device-failed",
+    "rehearsal-obstacle",
+    "rehearsal-not-tried",
+];
+
 macro_rules! table {
     ($($name:ident, $code:literal, $severity:ident, $fix:ident: $meaning:literal, $cause:literal, $remedy:literal;)*) => {
         $(pub(crate) static $name: Explanation = Explanation {
@@ -445,5 +464,6 @@ mod test {
             );
         }
         assert_eq!(explain("no-such-code"), None);
+        assert!(session_codes().all(|code| explain(code).is_some()));
     }
 }

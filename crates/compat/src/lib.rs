@@ -36,7 +36,7 @@ mod version;
 
 pub use baseline::{Baseline, BaselineError, baseline};
 pub use check::{check_devices, check_machines};
-pub use codes::{Explanation, codes, explain};
+pub use codes::{Explanation, codes, explain, session_codes};
 pub use device::{Capability, DeviceManifest, DirtyTracking, Driver, Extra, PciIdentity, RegionManifest};
 pub use document::{Document, Manifest, ManifestError, SCHEMA};
 pub use host::{Accept, HostManifest, Limits, Offer};

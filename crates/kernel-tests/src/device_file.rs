@@ -86,7 +86,7 @@ pub(crate) fn another_type() -> Outcome {
     let file = File("/tmp/mtty-2");
     fill_of(&one, TEXT)?;
     done(&["save", "--device", &device(&two), "-o", file.0])?;
-    refused(&["restore", "--device", &device(&one), file.0], "mdev_type")?;
+    refused(&["restore", "--device", &device(&one), file.0], "mediated device's type")?;
     same("contents", drain_of(&one)?, TEXT.to_vec())
 }
 
