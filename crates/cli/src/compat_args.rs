@@ -11,7 +11,7 @@ use crate::units;
 const SIDES: &str = "A side is a file (a manifest of `describe`, or a list of KEY=VALUE), the socket of a vfio-user server, \
 vm:SOCKET for the control socket of a running `vm`, vfio:ADDRESS or mdev:UUID for a device of this host, or, as DST, the \
 address that a `vm` waits for a guest at: tcp:HOST:PORT or unix:PATH.\n\
-Exit codes: 0 it can move, 1 failed, 2 usage, 3 it cannot move live.";
+Exit codes: 0 it can move, live or by a snapshot as the verdict says, 1 failed, 2 usage, 3 the verdict is no.";
 
 /// Options of `describe`.
 #[derive(Args, Clone, Debug)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use vfio_migration_compat::Verdict;
 
 use super::{check, status};
 use crate::compat_args::Rehearse;
@@ -63,7 +64,8 @@ pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Fai
     } else {
         print(text(&found))?;
     }
-    Ok(check::exit(verdict))
+    // A rehearsal is of a live migration.
+    Ok(if verdict <= Verdict::LiveWithWarning { Exit::Done } else { Exit::Incompatible })
 }
 
 fn text(found: &RehearsalInfo) -> String {

@@ -56,12 +56,9 @@ pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
     Ok(exit(report.verdict))
 }
 
-/// How a verdict exits.
-pub(crate) fn exit(verdict: Verdict) -> Exit {
-    match verdict {
-        Verdict::Live | Verdict::LiveWithWarning => Exit::Done,
-        Verdict::SnapshotOnly | Verdict::No => Exit::Incompatible,
-    }
+/// How a verdict exits: what can be saved and restored is not refused, it moves in another way.
+fn exit(verdict: Verdict) -> Exit {
+    if verdict == Verdict::No { Exit::Incompatible } else { Exit::Done }
 }
 
 /// Reads a policy's file.
