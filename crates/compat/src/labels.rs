@@ -1,5 +1,5 @@
 //! Manifests in forms that schedulers know: Kubernetes node labels and attributes of dynamic resources, and plain
-//! `path=value` lines ([`pairs`]).
+//! `path=value` lines ([`to_pairs`]).
 
 use std::collections::BTreeMap;
 

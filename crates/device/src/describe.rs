@@ -11,8 +11,8 @@ use crate::hardware::{IrqIndex, PciHardware, RegionIndex, RegionInfo};
 const STANDARD: u16 = 0x40;
 /// Extended capabilities (PCI Express Base Specification, 7.6) lie from here to 4096.
 const EXTENDED: u16 = 0x100;
-const POINTER: u64 = 0x34;
-const STATUS: usize = 0x06;
+const POINTER: u16 = 0x34;
+const STATUS: u16 = 0x06;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const VENDOR: u8 = 0x09;
 const MSIX: u8 = 0x11;
@@ -33,11 +33,11 @@ pub(crate) fn hardware(
         let mut header = [0u8; 64];
         device.region_read(RegionIndex::CONFIG, 0, &mut header)?;
         pci = Some(identity(&header));
-        let there = header[STATUS] & STATUS_CAPABILITIES != 0;
+        let read = |at: u16, into: &mut [u8]| device.region_read(RegionIndex::CONFIG, at.into(), into);
+        let wrong =
+            |what: String| DeviceError::new(device.id().clone(), "reading its PCI capabilities", None, what);
         let size = u16::try_from(config.size.min(4096)).unwrap_or(0);
-        let mut found = if there { standard(device, size.min(EXTENDED))? } else { Vec::new() };
-        found.extend(extended(device, size)?);
-        capabilities = Some(found);
+        capabilities = Some(chains(&Space { read: &read, wrong: &wrong }, size)?);
     }
     let kinds = [IrqIndex::Intx, IrqIndex::Msi, IrqIndex::Msix];
     let irqs = kinds.into_iter().map(|kind| (kind.number(), device.irq_count(kind)));
@@ -48,6 +48,33 @@ pub(crate) fn hardware(
         irqs: Some(irqs.filter(|(_, count)| *count > 0).collect()),
         ..manifest
     })
+}
+
+/// A config space, and what to say of one that is wrong.
+struct Space<'a, E> {
+    read: &'a dyn Fn(u16, &mut [u8]) -> Result<(), E>,
+    wrong: &'a dyn Fn(String) -> E,
+}
+
+/// Both chains of capabilities in the first bytes of a config space; `None` where it is cut short or makes no sense.
+pub(crate) fn capabilities(config: &[u8]) -> Option<Vec<Capability>> {
+    let size = u16::try_from(config.len().min(4096)).unwrap_or(0);
+    let read = |at: u16, into: &mut [u8]| {
+        let at = usize::from(at);
+        let bytes = at.checked_add(into.len()).and_then(|end| config.get(at..end)).ok_or(())?;
+        into.copy_from_slice(bytes);
+        Ok(())
+    };
+    chains(&Space { read: &read, wrong: &|_| () }, size).ok()
+}
+
+fn chains<E>(space: &Space<'_, E>, size: u16) -> Result<Vec<Capability>, E> {
+    let mut status = [0u8; 1];
+    (space.read)(STATUS, &mut status)?;
+    let there = status[0] & STATUS_CAPABILITIES != 0;
+    let mut found = if there { standard(space, size.min(EXTENDED))? } else { Vec::new() };
+    found.extend(extended(space, size)?);
+    Ok(found)
 }
 
 fn identity(header: &[u8; 64]) -> PciIdentity {
@@ -72,17 +99,17 @@ fn region(region: &RegionInfo) -> RegionManifest {
     }
 }
 
-fn standard(device: &dyn PciHardware, end: u16) -> Result<Vec<Capability>, DeviceError> {
+fn standard<E>(space: &Space<'_, E>, end: u16) -> Result<Vec<Capability>, E> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut pointer = [0u8; 1];
-    device.region_read(RegionIndex::CONFIG, POINTER, &mut pointer)?;
+    (space.read)(POINTER, &mut pointer)?;
     // The two low bits are reserved.
     let mut next = u16::from(pointer[0] & !3);
     while next != 0 {
-        check(device, next, STANDARD, end, &mut seen)?;
+        check(space, next, STANDARD, end, &mut seen)?;
         let mut head = [0u8; 4];
-        device.region_read(RegionIndex::CONFIG, next.into(), &mut head)?;
+        (space.read)(next, &mut head)?;
         let [id, after, len, _] = head;
         let len = match id {
             VENDOR => Some(len.into()),
@@ -95,13 +122,13 @@ fn standard(device: &dyn PciHardware, end: u16) -> Result<Vec<Capability>, Devic
     Ok(found)
 }
 
-fn extended(device: &dyn PciHardware, end: u16) -> Result<Vec<Capability>, DeviceError> {
+fn extended<E>(space: &Space<'_, E>, end: u16) -> Result<Vec<Capability>, E> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut next = if end > EXTENDED { EXTENDED } else { 0 };
     while next != 0 {
-        check(device, next, EXTENDED, end, &mut seen)?;
-        let head = word(device, next)?;
+        check(space, next, EXTENDED, end, &mut seen)?;
+        let head = word(space, next)?;
         // All zeros at the first: there are none. All ones: nobody answers.
         if head == 0 || head == u32::MAX {
             break;
@@ -109,27 +136,21 @@ fn extended(device: &dyn PciHardware, end: u16) -> Result<Vec<Capability>, Devic
         let [id_low, id_high, ..] = head.to_le_bytes();
         let id = u16::from_le_bytes([id_low, id_high]);
         let long = id == EXTENDED_VENDOR && end - next >= 8;
-        let len = if long { u16::try_from(word(device, next + 4)? >> 20).ok() } else { None };
+        let len = if long { u16::try_from(word(space, next + 4)? >> 20).ok() } else { None };
         found.push(Capability { extended: true, id, offset: next, len });
         next = u16::try_from(head >> 20).unwrap_or(0) & !3;
     }
     Ok(found)
 }
 
-fn word(device: &dyn PciHardware, at: u16) -> Result<u32, DeviceError> {
+fn word<E>(space: &Space<'_, E>, at: u16) -> Result<u32, E> {
     let mut bytes = [0u8; 4];
-    device.region_read(RegionIndex::CONFIG, at.into(), &mut bytes)?;
+    (space.read)(at, &mut bytes)?;
     Ok(u32::from_le_bytes(bytes))
 }
 
 /// Refuses a capability out of its place, and one that was there before: the chain would have no end.
-fn check(
-    device: &dyn PciHardware,
-    at: u16,
-    first: u16,
-    end: u16,
-    seen: &mut BTreeSet<u16>,
-) -> Result<(), DeviceError> {
+fn check<E>(space: &Space<'_, E>, at: u16, first: u16, end: u16, seen: &mut BTreeSet<u16>) -> Result<(), E> {
     let what = if at < first || end.checked_sub(at).is_none_or(|room| room < 4) {
         format!("a capability at {at:#x} is out of place")
     } else if !seen.insert(at) {
@@ -137,7 +158,7 @@ fn check(
     } else {
         return Ok(());
     };
-    Err(DeviceError::new(device.id().clone(), "reading its PCI capabilities", None, what))
+    Err((space.wrong)(what))
 }
 
 #[cfg(test)]
@@ -161,7 +182,7 @@ mod test {
         fn new(len: usize) -> Self {
             let mut bytes = vec![0; len];
             bytes[..4].copy_from_slice(&[0x46, 0x56, 0x53, 0x4d]);
-            bytes[STATUS] = STATUS_CAPABILITIES;
+            bytes[usize::from(STATUS)] = STATUS_CAPABILITIES;
             let region = RegionInfo {
                 index: RegionIndex::CONFIG,
                 size: len as u64,
@@ -281,7 +302,7 @@ mod test {
 
     #[test]
     fn without_capabilities_the_list_is_empty_and_without_config_space_unknown() {
-        assert_eq!(Config::new(256).put(STATUS, &[0]).put(0x34, &[0x40]).chain(), []);
+        assert_eq!(Config::new(256).put(usize::from(STATUS), &[0]).put(0x34, &[0x40]).chain(), []);
         assert_eq!(Config::new(4096).put(0x100, &[0xff; 4]).chain(), []);
         let mut config = Config::new(256);
         config.regions.clear();

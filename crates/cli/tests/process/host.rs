@@ -493,3 +493,49 @@ fn this_host_is_answered_for_too() {
         assert!(String::from_utf8_lossy(&gone.stderr).contains("there is no device"));
     }
 }
+
+#[test]
+fn a_device_is_described_without_being_opened() {
+    let host = Host::new();
+    let dir = host.good();
+    for (file, text) in [
+        ("subsystem_vendor", "0x15b3\n"),
+        ("subsystem_device", "0x0001\n"),
+        ("revision", "0x02\n"),
+        ("class", "0x020000\n"),
+        ("resource", "0x00000000f0000000 0x00000000f0003fff 0x0000000000040200\n0x0 0x0 0x0\n"),
+        ("infiniband/mlx5_2/fw_ver", "22.41.1000\n"),
+    ] {
+        host.file(&format!("{dir}/{file}"), text);
+    }
+    let mut config = vec![0u8; 256];
+    (config[0x06], config[0x34], config[0x3d]) = (0x10, 0x40, 0);
+    config[0x40..0x44].copy_from_slice(&[0x11, 0x00, 0x03, 0x00]);
+    host.file(&format!("{dir}/config"), &config);
+    let mut vpd = vec![0x90, 12, 0];
+    vpd.extend(b"PN\x04PART");
+    vpd.extend(b"EC\x02A1\x78");
+    host.file(&format!("{dir}/vpd"), &vpd);
+    let top = host.top().display().to_string();
+    let output = run(&["describe", "vfio:0000:01:00.1", "--name", "net0", "--root", &top]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let manifest: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{stderr}"));
+    let wanted = serde_json::json!({
+        "id": "net0", "backend": "kernel", "kernel": "6.12.1-made-up", "firmware": "22.41.1000", "model": null, "flags": null,
+        "facts": {"vpd_part": "PART", "vpd_change": "A1"}, "irqs": {"2": 4},
+    });
+    for (field, value) in wanted.as_object().unwrap() {
+        assert_eq!(&manifest[field], value, "{field}: {manifest}");
+    }
+    assert_eq!(manifest["driver"]["name"], "mlx5_vfio_pci");
+    assert_eq!((&manifest["pci"]["revision"], &manifest["regions"][0]["size"]), (&2.into(), &0x4000.into()));
+    assert_eq!(manifest["capabilities"][0]["id"], 0x11);
+
+    // Without root only the head of config space can be read: then what follows is not known.
+    host.file(&format!("{dir}/config"), &config[..64]);
+    let output = run(&["describe", "vfio:0000:01:00.1", "--root", &top]);
+    let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(manifest["capabilities"], Value::Null);
+    let output = run(&["describe", "vfio:0000:09:00.0", "--root", &top]);
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("has no device"));
+}

@@ -3,16 +3,21 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use vfio_migration_compat::{DeviceManifest, Driver, PciIdentity, RegionManifest};
+use vfio_migration_compat::{DeviceManifest, Driver, PciIdentity, RegionManifest, Scalar};
 use vfio_migration_types::DeviceId;
 
-use super::files::{attribute, hex, read_text};
+use super::files::{attribute, hex, list, read_head, read_text};
 use super::pci::PciFacts;
-use super::{HostDevice, Kind, Roots, version};
+use super::{HostDevice, Kind, Roots, version, vpd};
+use crate::describe;
 
 /// `resource` has a line for each of six BARs, the ROM, and what bridges and SR-IOV have
 /// (`Documentation/PCI/sysfs-pci.rst`).
 const RESOURCE_MAX: u64 = 4096;
+/// Bytes of a PCI Express function's config space.
+const CONFIG_MAX: u64 = 4096;
+/// Bytes that vital product data can have: its address has 15 bits.
+const VPD_MAX: u64 = 32 << 10;
 /// BARs 0 to 5 and the ROM: VFIO's indices are the same numbers.
 const RESOURCES: usize = 7;
 
@@ -36,6 +41,9 @@ impl HostDevice {
                     pci: identity(facts, &dir),
                     regions: regions(&dir),
                     irqs: irqs(facts),
+                    capabilities: whole_config(&dir).and_then(|config| describe::capabilities(&config)),
+                    firmware: firmware(&dir),
+                    facts: product(&dir),
                     ..known
                 }
             }
@@ -43,6 +51,30 @@ impl HostDevice {
             Kind::Other => known,
         }
     }
+}
+
+/// Config space, if all of it may be read: beyond 64 bytes it takes root.
+fn whole_config(dir: &Path) -> Option<Vec<u8>> {
+    let config = read_head(&dir.join("config"), CONFIG_MAX).ok()?;
+    (config.len() >= 256).then_some(config)
+}
+
+/// Version of the firmware, of the function or, for a virtual one, of its physical function, where its driver shows one
+/// (`Documentation/ABI/stable/sysfs-class-infiniband`, fw_ver; `firmware_rev` of an NVMe controller).
+fn firmware(dir: &Path) -> Option<String> {
+    [dir.to_owned(), dir.join("physfn")].iter().find_map(|dir| {
+        [("infiniband", "fw_ver"), ("nvme", "firmware_rev")].iter().find_map(|(class, file)| {
+            let class = dir.join(class);
+            list(&class).ok()?.iter().find_map(|name| attribute(&class.join(name).join(file)))
+        })
+    })
+}
+
+/// What the maker wrote: under strict equality another part is another device.
+fn product(dir: &Path) -> BTreeMap<String, Scalar> {
+    let vpd = read_head(&dir.join("vpd"), VPD_MAX).map(|bytes| vpd::parse(&bytes)).unwrap_or_default();
+    let facts = [("vpd_part", vpd.part), ("vpd_change", vpd.change)];
+    facts.into_iter().filter_map(|(name, text)| Some((name.to_owned(), Scalar::Text(text?)))).collect()
 }
 
 fn identity(facts: &PciFacts, dir: &Path) -> Option<PciIdentity> {

@@ -17,6 +17,7 @@ mod pci;
 mod route;
 mod scan;
 mod users;
+mod vpd;
 
 use std::path::{Path, PathBuf};
 
