@@ -30,7 +30,8 @@ pub(super) enum Plugged {
 ///
 /// The kernel's timer ticks all the time (`nohz=off highres=off`). Where it is set anew for each event, now and then its
 /// interrupt does not arrive while a nested guest runs (QEMU 10.0 on a busy host; the kernel says "rcu_preempt kthread
-/// timer wakeup didn't happen"): nothing sets it again then, and the machine stands until another interrupt comes.
+/// timer wakeup didn't happen"): nothing sets it again then, and the machine stands until another interrupt comes. Nor does it
+/// judge at boot whether the timer works (`no_timer_check`): on a busy host it may not see a tick in time, and gives up.
 pub(super) fn boot(
     kernel: &Path,
     image: &Path,
@@ -38,7 +39,8 @@ pub(super) fn boot(
     plugged: Plugged,
     given_up: &AtomicBool,
 ) -> Result<String, String> {
-    let line = format!("console=ttyS0 panic=-1 quiet intel_iommu=on nohz=off highres=off {words}");
+    let line =
+        format!("console=ttyS0 panic=-1 quiet intel_iommu=on no_timer_check nohz=off highres=off {words}");
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-accel", "tcg", "-M", "q35", "-cpu", "qemu64,+npt,+rdrand", "-smp", "1", "-m", "1024"])
         .args(["-display", "none", "-vga", "none", "-monitor", "none", "-serial", "file:/dev/stdout"])

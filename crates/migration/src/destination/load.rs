@@ -135,17 +135,17 @@ impl Worker<'_, '_, '_> {
             .iter()
             .filter_map(|incoming| {
                 let state = incoming.pci_state.as_ref()?;
-                Some((incoming.moved.pci.as_ref()?, self.armed(state)))
+                Some((incoming.moved.pci.as_ref()?, self.armed(state), &incoming.rules))
             })
             .collect();
-        for (pci, state) in &functions {
-            pci.restore_config(state, &self.options.config_rules).map_err(|error| error.in_phase(PHASE))?;
+        for (pci, state, rules) in &functions {
+            pci.restore_config(state, rules).map_err(|error| error.in_phase(PHASE))?;
         }
         self.step("config space and BARs", begun.elapsed());
 
         let begun = Instant::now();
         let router = machine.irq_router();
-        for (pci, state) in &functions {
+        for (pci, state, _) in &functions {
             pci.stage_interrupts(state, router.as_ref()).map_err(|error| error.in_phase(PHASE))?;
         }
         router.commit().map_err(|error| -> PeerError {
@@ -158,7 +158,7 @@ impl Worker<'_, '_, '_> {
 
         let begun = Instant::now();
         let mut vectors = 0;
-        for (pci, state) in &functions {
+        for (pci, state, _) in &functions {
             vectors += pci.connect_interrupts(state).map_err(|error| error.in_phase(PHASE))?;
         }
         self.step("interrupts connected", begun.elapsed());

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vfio_migration_compat::{DeviceMap, MachineManifest, Policy, Reason, check_machines};
+use vfio_migration_compat::{DeviceManifest, DeviceMap, MachineManifest, Policy, Reason, check_machines};
+use vfio_migration_device::{ConfigRule, ConfigRules};
 use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire as wire;
@@ -87,7 +88,15 @@ impl Worker<'_, '_, '_> {
                 });
             }
             let name = device.id.clone();
-            self.devices.push(Incoming { name, moved, session: None, pci_state: None, touched: false });
+            let rules = self.config_rules(own.devices.iter().find(|own| own.id == *moved.device.id()));
+            self.devices.push(Incoming {
+                name,
+                moved,
+                rules,
+                session: None,
+                pci_state: None,
+                touched: false,
+            });
         }
         if refused {
             return Ok(DestinationEvent::Refused(reasons::to_wire(&report.reasons)));
@@ -108,6 +117,15 @@ impl Worker<'_, '_, '_> {
         reasons::allow(&mut policy, &reasons::DIRTY, "the source judges it");
         reasons::allow(&mut policy, &reasons::PEERS, "the source judges it");
         policy
+    }
+
+    /// Which bytes of its config space are compared: by the policy, and by the embedder's own rules, which win.
+    fn config_rules(&self, own: Option<&DeviceManifest>) -> ConfigRules {
+        let masks =
+            own.map(|own| self.options.policy.mask_rules(own.pci, &own.config_mask)).unwrap_or_default();
+        let mut rules: Vec<ConfigRule> = masks.into_iter().map(Into::into).collect();
+        rules.extend(self.options.config_rules.rules.iter().cloned());
+        ConfigRules { rules }
     }
 
     /// Opens the VM's journal, if it does not say that the VM is ours already. A rehearsal only reads it.

@@ -8,7 +8,7 @@ use std::sync::mpsc::Receiver;
 use std::thread::Scope;
 
 use vfio_migration_compat::Reason;
-use vfio_migration_device::{PciState, ResumingSession};
+use vfio_migration_device::{ConfigRules, PciState, ResumingSession};
 use vfio_migration_engine::ownership::{DestinationRecord, DestinationState};
 use vfio_migration_engine::{Attempt, DestinationAction, DestinationEvent};
 use vfio_migration_types::{DeviceId, Phase};
@@ -32,6 +32,8 @@ pub(super) struct Incoming {
     /// Its name at the source, by which the stream knows it.
     pub(super) name: DeviceId,
     pub(super) moved: MigratableDevice,
+    /// Which bytes of its config space are compared.
+    pub(super) rules: ConfigRules,
     /// Loaded to its end and not yet finished (RESUMING → STOP).
     pub(super) session: Option<Box<dyn ResumingSession>>,
     pub(super) pci_state: Option<PciState>,
