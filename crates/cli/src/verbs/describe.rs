@@ -8,7 +8,7 @@ use vfio_migration_device::host::{Roots, read_text, scan, version};
 
 use vfio_migration_vmm::kvm::offered_features;
 
-use super::subject::{self, Subject, device_id};
+use super::subject::{self, Subject, own_id};
 use crate::compat_args::{Describe, Format};
 use crate::exit::{Exit, Failure, chain};
 use crate::output::print;
@@ -81,7 +81,7 @@ fn host(name: Option<&str>, roots: &Roots) -> Result<HostManifest, Failure> {
         .devices
         .iter()
         .filter(|device| device.vfio)
-        .map(|device| Ok(device.manifest(&device_id(&device.name)?, roots)))
+        .map(|device| Ok(device.manifest(&own_id(None, &device.name)?, roots)))
         .collect::<Result<Vec<_>, Failure>>()?;
     let own_name = || {
         let name = read_text(&roots.proc.join("sys/kernel/hostname"), PROC_MAX).ok();

@@ -137,7 +137,12 @@ fn of_host(wanted: &str, name: Option<&str>, roots: &Roots) -> Result<DeviceMani
             format!("this host has no device {wanted}; `vfio-migrate devices --all` lists what it has");
         return Err(Failure::failed(text));
     };
-    Ok(device.manifest(&device_id(name.unwrap_or(&device.name))?, roots))
+    Ok(device.manifest(&own_id(name, &device.name)?, roots))
+}
+
+/// What a device of this host is called: as it was asked for, or after its address, whose colons no name can have.
+pub(crate) fn own_id(name: Option<&str>, address: &str) -> Result<DeviceId, Failure> {
+    name.map_or_else(|| device_id(&address.replace(':', "-")), device_id)
 }
 
 pub(crate) fn device_id(name: &str) -> Result<DeviceId, Failure> {

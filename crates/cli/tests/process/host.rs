@@ -535,7 +535,10 @@ fn a_device_is_described_without_being_opened() {
     host.file(&format!("{dir}/config"), &config[..64]);
     let output = run(&["describe", "vfio:0000:01:00.1", "--root", &top]);
     let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(manifest["capabilities"], Value::Null);
+    assert_eq!((&manifest["capabilities"], &manifest["id"]), (&Value::Null, &"0000-01-00.1".into()));
+    let output = run(&["describe", "--host", "--root", &top]);
+    let whole: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(whole["devices"][0]["id"], "0000-01-00.1");
     let output = run(&["describe", "vfio:0000:09:00.0", "--root", &top]);
     assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("has no device"));
 }
