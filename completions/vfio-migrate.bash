@@ -193,13 +193,13 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__check)
-            opts="-v -h -V --matrix --baseline --policy --map --json --root --verbose --help --version"
+            opts="-v -h -V --matrix --baseline --model --policy --map --json --root --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
-                --baseline)
+                --model)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -149,11 +149,12 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l j
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of this model, and the values of its parameters, that every host can load' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l model -d 'With --baseline: of this model alone' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host of the pool can load'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s h -l help -d 'Print help'

@@ -63,15 +63,18 @@ pub(crate) enum Format {
 #[derive(Args, Clone, Debug)]
 #[command(after_help = SIDES)]
 pub(crate) struct Check {
-    /// Two sides: what is to move, and where to. With --matrix or --baseline: files of host manifests.
+    /// Two sides: what is to move, and where to. With --matrix or --baseline: a pool, as files of host manifests or folders of them.
     #[arg(value_name = "SRC DST", required = true, num_args = 1..)]
     pub(crate) sides: Vec<String>,
     /// Which devices of which hosts can go to which hosts.
     #[arg(long, conflicts_with_all = ["baseline", "map"])]
     pub(crate) matrix: bool,
-    /// The newest version of this model, and the values of its parameters, that every host can load.
-    #[arg(long, value_name = "MODEL", conflicts_with = "map")]
-    pub(crate) baseline: Option<String>,
+    /// The newest version of each model, and the values of its parameters, that every host of the pool can load.
+    #[arg(long, conflicts_with = "map")]
+    pub(crate) baseline: bool,
+    /// With --baseline: of this model alone.
+    #[arg(long, value_name = "MODEL", requires = "baseline")]
+    pub(crate) model: Option<String>,
     /// File (TOML or JSON) that says what this site allows and asks for.
     #[arg(long, value_name = "FILE")]
     pub(crate) policy: Option<PathBuf>,

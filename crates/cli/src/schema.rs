@@ -2,7 +2,7 @@
 
 use schemars::{Schema, schema_for};
 use vfio_migration_compat::{
-    Baseline, DeviceManifest, Explanation, HostManifest, MachineManifest, Matrix, Policy, Report,
+    DeviceManifest, Explanation, HostManifest, MachineManifest, Matrix, Policy, Report,
 };
 
 use crate::control::{
@@ -11,6 +11,7 @@ use crate::control::{
 };
 use crate::demo::{DemoReport, GuestInfo};
 use crate::exit::FailureReport;
+use crate::verbs::check::BaselineReport;
 use crate::verbs::device_file::DeviceFileReport;
 use crate::verbs::devices::DevicesReport;
 use crate::verbs::doctor::DoctorReport;
@@ -44,7 +45,7 @@ pub(crate) fn all() -> Vec<(&'static str, Schema)> {
         ("policy", schema_for!(Policy)),
         ("check", schema_for!(Report)),
         ("check-matrix", schema_for!(Matrix)),
-        ("check-baseline", schema_for!(Baseline)),
+        ("check-baseline", schema_for!(BaselineReport)),
         ("explain", schema_for!(Explanation)),
     ]
 }

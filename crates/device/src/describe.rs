@@ -50,9 +50,12 @@ pub(crate) fn hardware(
     })
 }
 
+/// Reads bytes at an offset.
+type ReadAt<'a, E> = dyn Fn(u16, &mut [u8]) -> Result<(), E> + 'a;
+
 /// A config space, and what to say of one that is wrong.
 struct Space<'a, E> {
-    read: &'a dyn Fn(u16, &mut [u8]) -> Result<(), E>,
+    read: &'a ReadAt<'a, E>,
     wrong: &'a dyn Fn(String) -> E,
 }
 

@@ -21,6 +21,9 @@ use crate::exit::{Exit, Failure};
 /// How long a device server may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a socket that is no device server's may take to greet as a `vm` does, which it does at once.
+const GREETING: Duration = Duration::from_secs(2);
+
 /// What was named.
 #[derive(Debug)]
 pub(crate) enum Subject {
@@ -34,7 +37,7 @@ pub(crate) enum Subject {
 pub(crate) fn subject(text: &str, name: Option<&str>, roots: &Roots) -> Result<Subject, Failure> {
     let known = |device: DeviceManifest| Ok(Subject::Known(device.into(), None));
     if let Some(socket) = text.strip_prefix("vm:") {
-        let (document, vm) = of_vm(Path::new(socket))?;
+        let (document, vm) = of_vm(Path::new(socket), ANSWER)?;
         return Ok(Subject::Known(document, Some(vm)));
     }
     if let Some(socket) = text.strip_prefix("vfio-user:") {
@@ -89,16 +92,16 @@ pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, Failure> 
 fn of_socket(path: &Path, name: Option<&str>) -> Result<Subject, Failure> {
     match of_server(path, name) {
         Ok(device) => Ok(Subject::Known(device.into(), None)),
-        Err(server) => match of_vm(path) {
+        Err(server) => match of_vm(path, GREETING) {
             Ok((document, vm)) => Ok(Subject::Known(document, Some(vm))),
             Err(vm) => Err(Failure::failed(format!("{server}; and it is no `vm` either: {vm}"))),
         },
     }
 }
 
-fn of_vm(socket: &Path) -> Result<(Document, VmId), Failure> {
+fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), Failure> {
     let mut client =
-        Client::connect(socket, ANSWER).map_err(|error| Failure::caused("no contact", &error))?;
+        Client::connect(socket, patience).map_err(|error| Failure::caused("no contact", &error))?;
     let asked = |error: ClientError| Failure::asked("no manifest", &error);
     let manifest = client.call(Verb::QueryManifest, Value::Null).map_err(asked)?;
     let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())

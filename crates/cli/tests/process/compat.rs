@@ -204,10 +204,16 @@ fn a_pool_of_hosts_has_a_matrix_and_a_baseline() {
     let table = String::from_utf8(table.stdout).unwrap();
     assert!(table.contains("b/net0") && table.contains("device-model-version"), "{table}");
 
-    let (exit, baseline) = json_of(&[&["check", "--baseline", "example.org/nic"], files.as_slice()].concat());
-    assert_eq!((exit, baseline["version"].as_str()), (0, Some("1.2.0")), "{baseline}");
-    let (exit, _) = failure_of(&[&["check", "--baseline", "example.org/other"], files.as_slice()].concat());
-    assert_eq!(exit, 3);
+    let (exit, report) = json_of(&[&["check", "--baseline"], files.as_slice()].concat());
+    let baseline = &report["baselines"][0];
+    assert_eq!(
+        (exit, baseline["version"].as_str(), baseline["model"].as_str()),
+        (0, Some("1.2.0"), Some("example.org/nic"))
+    );
+    let folder = text(dir.path());
+    assert_eq!(json_of(&["check", "--baseline", folder, "--model", "example.org/nic"]), (0, report.clone()));
+    let (exit, report) = json_of(&["check", "--baseline", folder, "--model", "example.org/other"]);
+    assert_eq!((exit, report["without"][0]["model"].as_str()), (3, Some("example.org/other")), "{report}");
 }
 
 fn pair(dir: &TempDir, there: &[&str]) -> (Vm, Vm) {

@@ -12,6 +12,7 @@ use vfio_migration_compat::{
 };
 use vfio_migration_types::VmId;
 
+pub(crate) use pool::BaselineReport;
 pub(crate) use show::{text, word};
 
 use super::subject::{self, Subject, device_id};
@@ -24,8 +25,8 @@ pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
     if options.matrix {
         return pool::matrix(&options.sides, &policy, options.json);
     }
-    if let Some(model) = &options.baseline {
-        return pool::baseline(&options.sides, model, options.json);
+    if options.baseline {
+        return pool::baseline(&options.sides, options.model.as_deref(), options.json);
     }
     let [source, destination] = options.sides.as_slice() else {
         let text = format!(

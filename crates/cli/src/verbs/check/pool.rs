@@ -1,8 +1,11 @@
 //! Many hosts at once: what can go where, and what all of them load.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
-use vfio_migration_compat::{HostManifest, Manifest, Matrix, Policy, Verdict};
+use schemars::JsonSchema;
+use serde::Serialize;
+use vfio_migration_compat::{Baseline, HostManifest, Manifest, Matrix, Policy, Verdict};
 
 use super::super::subject;
 use super::word;
@@ -22,30 +25,104 @@ pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Ex
     Ok(Exit::Done)
 }
 
-/// What all of them load.
-pub(super) fn baseline(files: &[String], model: &str, json: bool) -> Result<Exit, Failure> {
+/// What `check --baseline --json` prints.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub(crate) struct BaselineReport {
+    /// Per model, what every host loads.
+    pub(crate) baselines: Vec<Baseline>,
+    /// Models that have none.
+    pub(crate) without: Vec<WithoutBaseline>,
+}
+
+/// A model that has no baseline.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub(crate) struct WithoutBaseline {
+    /// The model.
+    pub(crate) model: String,
+    /// Why.
+    pub(crate) why: String,
+}
+
+/// What all of them load: of one model, or of each that a host has or offers.
+pub(super) fn baseline(files: &[String], model: Option<&str>, json: bool) -> Result<Exit, Failure> {
     let hosts = hosts(files, json)?;
-    let baseline = vfio_migration_compat::baseline(&hosts, model)
-        .map_err(|error| Failure::new(Exit::Incompatible, error.to_string()))?;
+    let devices = hosts
+        .iter()
+        .flat_map(|host| host.devices.iter().chain(host.offers.iter().map(|offer| &offer.device)));
+    let models: BTreeSet<&str> = match model {
+        Some(model) => [model].into(),
+        None => devices.filter_map(|device| device.model.as_deref()).collect(),
+    };
+    let mut report = BaselineReport { baselines: Vec::new(), without: Vec::new() };
+    for model in models {
+        match vfio_migration_compat::baseline(&hosts, model) {
+            Ok(baseline) => report.baselines.push(baseline),
+            Err(why) => {
+                report.without.push(WithoutBaseline { model: model.to_owned(), why: why.to_string() });
+            }
+        }
+    }
     if json {
-        print_json(&baseline)?;
-        return Ok(Exit::Done);
+        print_json(&report)?;
+    } else {
+        print(baselines(&report))?;
     }
-    let mut text = format!("{} {}\n", baseline.model, baseline.version);
-    for (name, value) in &baseline.parameters {
-        text.push_str(&format!("  {name} = {value}\n"));
+    Ok(if report.baselines.is_empty() { Exit::Incompatible } else { Exit::Done })
+}
+
+fn baselines(report: &BaselineReport) -> String {
+    let mut text = String::new();
+    for baseline in &report.baselines {
+        text.push_str(&format!("{} {}\n", baseline.model, baseline.version));
+        for (name, value) in &baseline.parameters {
+            text.push_str(&format!("  {name} = {value}\n"));
+        }
     }
-    print(text)?;
-    Ok(Exit::Done)
+    for without in &report.without {
+        text.push_str(&format!("{}: no baseline: {}\n", without.model, without.why));
+    }
+    if text.is_empty() {
+        text.push_str("no host of the pool has or offers a device that declares a model\n");
+    }
+    text
+}
+
+/// The files of a pool: those named, and those that end in `.json` in folders that are named.
+fn pool(named: &[String]) -> Result<Vec<PathBuf>, Failure> {
+    let mut files = Vec::new();
+    for name in named {
+        let path = Path::new(name);
+        if !path.is_dir() {
+            files.push(path.to_owned());
+            continue;
+        }
+        let failed = |error: std::io::Error| Failure::caused(name, &error);
+        let mut inside = Vec::new();
+        for entry in std::fs::read_dir(path).map_err(failed)? {
+            let file = entry.map_err(failed)?.path();
+            if file.extension().is_some_and(|extension| extension == "json") {
+                inside.push(file);
+            }
+        }
+        if inside.is_empty() {
+            return Err(Failure::failed(format!(
+                "{name}: there is no host manifest (*.json) in this folder"
+            )));
+        }
+        inside.sort();
+        files.extend(inside);
+    }
+    Ok(files)
 }
 
 fn hosts(files: &[String], json: bool) -> Result<Vec<HostManifest>, Failure> {
     let waiting = Waiting::new(!json, "reading the hosts' manifests");
-    files
+    pool(files)?
         .iter()
-        .map(|file| {
+        .map(|path| {
             waiting.tick();
-            match subject::read(Path::new(file))?.manifest {
+            let file = path.display();
+            match subject::read(path)?.manifest {
                 Manifest::Host(host) => Ok(*host),
                 other => {
                     let text = format!(
