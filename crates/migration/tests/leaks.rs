@@ -3,11 +3,14 @@
 
 mod toy;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use toy::proxy::{self, Cut};
 use toy::*;
-use vfio_migration::{DestinationOptions, SourceOptions};
+use vfio_migration::{
+    Destination, DestinationOptions, IncomingError, Machine, Rehearse, Source, SourceOptions,
+};
 use vfio_migration_types::Epoch;
 
 #[test]
@@ -41,6 +44,10 @@ fn nothing_is_left_behind() {
         assert!(failed.source.is_err() && failed.destination.is_err());
         drop((failed, wire));
         here.prove_restored();
+        for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Standstill] {
+            rehearse(&here, &plan, how, options.clone());
+            here.prove_restored();
+        }
         let (_, arrived, there) =
             migrate(&here, &plan, "tcp:127.0.0.1:0", options.clone(), DestinationOptions::default()).unwrap();
         prove_moved(&here, &there);
@@ -55,4 +62,16 @@ fn nothing_is_left_behind() {
             now == before
         });
     }
+}
+
+fn rehearse(source: &Arc<Toy>, plan: &Plan, how: Rehearse, options: SourceOptions) {
+    let mut destination =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+    let to = destination.local().clone();
+    let built: Arc<dyn Machine> = Toy::new(plan);
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
+        Source::new(source.clone(), options).rehearse_to(&to, how, |_| {}).unwrap();
+        assert!(matches!(arriving.join().unwrap(), IncomingError::Rehearsed(_)));
+    });
 }
