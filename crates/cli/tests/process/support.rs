@@ -82,6 +82,20 @@ impl Process {
         (count("fd"), count("task"))
     }
 
+    /// A line for each thread: its name, whether it runs, and the kernel function that it waits in.
+    fn threads(&self) -> String {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten();
+        tasks
+            .flatten()
+            .map(|task| {
+                let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+                let status = read("status");
+                let state = status.lines().find(|line| line.starts_with("State:")).unwrap_or_default();
+                format!("  {} {state} {} {}\n", read("comm").trim(), read("wchan"), read("schedstat").trim())
+            })
+            .collect()
+    }
+
     /// Memory of its own, in KiB. A guest's RAM is not among it: how much of that is resident depends on how long the guest
     /// ran.
     pub(crate) fn own_memory_kib(&self) -> u64 {
@@ -114,13 +128,20 @@ impl Drop for Process {
 }
 
 /// Waits until `done` gives something.
-pub(crate) fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
+    until_or(what, done, String::new)
+}
+
+/// Waits until `done` gives something; what `state` says is told where the wait is in vain.
+fn until_or<T>(what: &str, mut done: impl FnMut() -> Option<T>, state: impl Fn() -> String) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(value) = done() {
             return value;
         }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        if Instant::now() >= deadline {
+            panic!("waited in vain for {what}\n{}", state());
+        }
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -242,13 +263,28 @@ impl Vm {
 
     /// Waits until the guest works.
     pub(crate) fn warm(&self) {
-        until("the guest to work", || {
+        let works = || {
             let guest = self.guest();
             (guest["stage"] == 3
                 && guest["pages-written"].as_u64()? > 500
                 && guest["dma-blocks"].as_u64()? > 50)
                 .then_some(())
-        });
+        };
+        until_or("the guest to work", works, || self.state());
+    }
+
+    /// What there is to say of a VM that does not do what it should: twice, so that it is seen what still moves.
+    fn state(&self) -> String {
+        let look = || {
+            let mut text = format!("{}\n{}\n", self.query("query-status"), self.guest());
+            for process in std::iter::once(&self.process).chain(&self.devices) {
+                text += &process.threads();
+            }
+            text
+        };
+        let first = look();
+        std::thread::sleep(Duration::from_secs(1));
+        format!("{first}a second later:\n{}", look())
     }
 
     /// Asks for a migration and waits for its end.
@@ -277,10 +313,11 @@ impl Vm {
     /// The guest goes on here, and has lost nothing, after two more full walks over everything.
     pub(crate) fn assert_whole(&self) {
         let (pages, blocks) = (self.counter("page-passes"), self.counter("block-passes"));
-        until("two more walks", || {
+        let walked = || {
             (self.counter("page-passes") >= pages + 2 && self.counter("block-passes") >= blocks + 2)
                 .then_some(())
-        });
+        };
+        until_or("two more walks", walked, || self.state());
         let guest = self.guest();
         for lost in ["pages-lost", "blocks-lost", "interrupts-lost", "integrity-failures", "failure"] {
             assert_eq!(guest[lost], 0, "{lost}: {guest}");
@@ -290,6 +327,7 @@ impl Vm {
     /// The guest goes on here.
     pub(crate) fn assert_runs(&self) {
         let before = self.counter("loops");
-        until("the guest to go on", || (self.counter("loops") > before + 5).then_some(()));
+        let goes_on = || (self.counter("loops") > before + 5).then_some(());
+        until_or("the guest to go on", goes_on, || self.state());
     }
 }

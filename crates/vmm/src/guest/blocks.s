@@ -1,6 +1,6 @@
 # DMA blocks: taking, checking, posting.
 
-# All devices: checks the blocks whose completion was announced, and posts as many again.
+# All devices: checks the blocks whose completion was announced, posts as many again, and lets further ones be announced.
 vmg_serve_devices:
     push rbx
     push rbp
@@ -17,7 +17,7 @@ vmg_serve_devices:
     jmp 1b
 2:  pop rbp
     pop rbx
-    ret
+    jmp vmg_acknowledge
 
 # Device rbx, flow rdx: checks what is between HANDLED and SEEN, at most BLOCKS_PER_TURN.
 vmg_take_blocks:

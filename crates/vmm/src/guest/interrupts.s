@@ -46,7 +46,11 @@ vmg_look_for_lost:
     jmp 2b
 9:  ret
 
-# Handlers of the devices' vectors: sixteen stubs of eight bytes, then all as one with the vector's index on the stack.
+# Handlers of the devices' vectors. A device may raise a vector again only once it is acknowledged, which is done at the
+# end of a turn (vmg_acknowledge) and not here. Otherwise devices that are faster than the processor raise theirs again and
+# again, and of what waits the processor takes the highest vector: those of other devices would wait for ever.
+#
+# Sixteen stubs of eight bytes, then all as one with the vector's index on the stack.
 .balign 16
 vmg_device_stubs:
 .equ vmg_index, 0
@@ -69,27 +73,56 @@ vmg_on_device:
     shl ecx, 7
     lea rcx, [rax + rcx + DEVS + D_FLOWS]
     mov qword ptr [rcx + F_WAITING], 0
+    mov qword ptr [rcx + F_HEARD], 1
     mov rdx, [rcx + F_DONE]
     mov rdx, [rdx]
     mov eax, VARS
+    mov qword ptr [rax + V_WORK], 1
+    mov eax, REPORT
     cmp rdx, [rcx + F_SEEN]
     je 1f
     mov [rcx + F_SEEN], rdx
-    mov qword ptr [rax + V_WORK], 1
-    mov eax, REPORT
     inc qword ptr [rax + R_INTERRUPTS]
     jmp 2f
-1:  mov eax, REPORT
-    inc qword ptr [rax + R_SPURIOUS]
-2:  mov rcx, [rcx + F_ACK]
-    mov [rcx], rdx            # the device may raise the vector again
-    mov eax, LAPIC + LAPIC_EOI
+1:  inc qword ptr [rax + R_SPURIOUS]
+2:  mov eax, LAPIC + LAPIC_EOI
     mov dword ptr [rax], 0
     pop rdx
     pop rcx
     pop rax
     add rsp, 8
     iretq
+
+# Lets the devices raise again what their handlers heard. First whatever waits is taken, so that no vector waits behind
+# one that is raised again.
+vmg_acknowledge:
+    mov ecx, 0x10000          # what cannot be taken is for the search for lost interrupts to find
+    mov edx, LAPIC + LAPIC_IRR_DEVICES
+1:  mov eax, [rdx]
+    test ax, ax
+    jz 2f
+    dec ecx
+    jnz 1b
+2:  mov rcx, [r15 + V_DEVICES]
+    add rcx, rcx
+    mov edi, DEVS + D_FLOWS
+3:  dec rcx
+    js 9f
+    cli                       # the handler must not run in between
+    cmp qword ptr [rdi + F_HEARD], 0
+    je 4f
+    mov qword ptr [rdi + F_HEARD], 0
+    mov rax, [rdi + F_SEEN]
+    mov rdx, [rdi + F_ACK]
+    mov [rdx], rax
+4:  sti
+    test ecx, 1
+    jz 5f
+    add rdi, 128              # the second flow
+    jmp 3b
+5:  add rdi, 512 - 128        # the next device's first
+    jmp 3b
+9:  ret
 
 vmg_on_timer:
     push rax

@@ -99,6 +99,7 @@
 .equ F_TARGET, 48         # address of slot 0
 .equ F_SLOTS, 56          # address of the table of numbers
 .equ F_SALT, 64           # for cookies
+.equ F_HEARD, 72          # set by the handler: the device waits to be told that it may raise the vector again
 
 .equ IDT, 0x30000
 .equ CODE_SELECTOR, 8
@@ -109,11 +110,13 @@
 .equ LAPIC_TPR, 0x80
 .equ LAPIC_EOI, 0xB0
 .equ LAPIC_SPURIOUS, 0xF0
+.equ LAPIC_IRR_DEVICES, 0x220   # of the devices' vectors, and 16 more: which of them wait
 .equ LAPIC_LVT_TIMER, 0x320
 .equ LAPIC_INITIAL, 0x380
 .equ LAPIC_DIVIDE, 0x3E0
-.equ TIMER_VECTOR, 0x30
 .equ DEVICE_VECTOR, 0x40  # and on, two per device
+.equ TIMER_VECTOR, 0xE0   # above the devices': the processor takes the highest of those that wait, and takes few per second
+                          # where KVM emulates it
 .equ SPURIOUS_VECTOR, 0xFF
 
 .equ IOAPIC, 0xFEC00000   # selects
