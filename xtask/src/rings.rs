@@ -37,6 +37,10 @@ const RINGS: [Ring; 5] = [
     Ring { name: "docs", what: "documentation and its examples", run: docs },
 ];
 
+/// What the tests are built of, in the profile that README's reader runs. Every ring builds in this profile, and what it
+/// runs in this choice of packages: another would compile everything again.
+pub(crate) const BUILT: &[&str] = &["--release", "--workspace", "--lib", "--bins", "--tests"];
+
 /// Runs the wanted rings, all when none is named, and prints a table.
 pub(crate) fn run(top: &Path, wanted: &[&str]) -> Result<(), String> {
     if let Some(unknown) = wanted.iter().find(|name| RINGS.iter().all(|ring| ring.name != **name)) {
@@ -99,14 +103,13 @@ fn lint(top: &Path) -> Result<Outcome, String> {
         ));
     }
     cargo(top, &["fmt", "--all", "--check"])?;
-    cargo(top, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
+    let all = ["--release", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+    cargo(top, &[&["clippy"], &all[..]].concat())?;
     Ok(Outcome::Passed(None))
 }
 
 fn test(top: &Path) -> Result<Outcome, String> {
-    // In one go, and in the profile that README's reader runs: another choice of packages or another profile would
-    // compile everything again.
-    let text = cargo(top, &["test", "--release", "--workspace", "--lib", "--bins", "--tests"])?;
+    let text = cargo(top, &[&["test"], BUILT].concat())?;
     if !kvm_answers() {
         let why = "/dev/kvm does not answer, so the KVM tests in it did nothing; the others passed";
         return Ok(Outcome::Skipped(why.into()));
@@ -117,7 +120,7 @@ fn test(top: &Path) -> Result<Outcome, String> {
 fn docs(top: &Path) -> Result<Outcome, String> {
     let text = cargo(top, &["test", "--release", "--workspace", "--doc"])?;
     let mut command = Command::new(env!("CARGO"));
-    command.current_dir(top).args(["doc", "--quiet", "--workspace", "--no-deps"]);
+    command.current_dir(top).args(["doc", "--release", "--quiet", "--workspace", "--no-deps"]);
     command.env("RUSTDOCFLAGS", "--deny warnings");
     finish(command, "cargo doc")?;
     Ok(Outcome::Passed(Some(count(&text))))
@@ -151,7 +154,7 @@ fn kvm_answers() -> bool {
 }
 
 /// Runs cargo, output shown as it comes and returned.
-fn cargo(top: &Path, arguments: &[&str]) -> Result<String, String> {
+pub(crate) fn cargo(top: &Path, arguments: &[&str]) -> Result<String, String> {
     let mut command = Command::new(env!("CARGO"));
     command.current_dir(top).args(arguments);
     finish(command, &format!("cargo {}", arguments.join(" ")))

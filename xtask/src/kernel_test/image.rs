@@ -1,34 +1,21 @@
 //! The image that the kernel boots into: the tests as its first process, and the modules they need.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use super::{command, failed, text};
+use crate::rings;
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// Packages whose programs go into the image, and under which names.
+/// The programs that go into the image, and under which names.
 const PROGRAMS: [(&str, &str); 2] =
     [("vfio-migration-kernel-tests", "init"), ("vfio-migrate", "vfio-migrate")];
 
-/// Builds the tests, and the command, as programs that need no libraries. The folder that they are in.
-pub(super) fn programs(top: &Path, cache: &Path) -> Result<PathBuf, String> {
-    // A folder of its own: other flags would have everything in the usual one built again.
-    let target = cache.join("build");
-    let packages = PROGRAMS.iter().flat_map(|(package, _)| ["--package", *package]);
-    let status = Command::new(env!("CARGO"))
-        .current_dir(top)
-        .args(["build", "--quiet", "--release", "--target", TARGET])
-        .args(packages)
-        .arg("--target-dir")
-        .arg(&target)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .stdin(Stdio::null())
-        .status()
-        .map_err(|error| format!("cannot start cargo: {error}"))?;
-    if !status.success() {
-        return Err(format!("building the tests: {status}"));
-    }
-    Ok(target.join(TARGET).join("release"))
+/// Builds the tests, and the command. The folder that they are in.
+pub(super) fn programs(top: &Path) -> Result<PathBuf, String> {
+    // All that the ring of tests builds: a choice of packages may choose features of what they use, too, and then much would
+    // be compiled for this ring alone.
+    rings::cargo(top, &[&["build", "--quiet"], rings::BUILT].concat())?;
+    Ok(top.join("target/release"))
 }
 
 /// Makes the image of set `name`: `modules` are loaded in their order, from `files`. `config` is the kernel's.
@@ -54,8 +41,13 @@ pub(super) fn make(
     let name_of_config = config.file_name().ok_or("a configuration without a name")?;
     std::fs::copy(config, boot.join(name_of_config)).map_err(failed(config))?;
     for (program, name) in PROGRAMS {
-        let program = programs.join(program);
-        std::fs::copy(&program, root.join(name)).map_err(failed(&program))?;
+        // What they are debugged with is most of what they are, and would be unpacked into the machine's memory.
+        command("strip", &["--strip-debug", "-o", text(&root.join(name))?, program], programs)?;
+    }
+    for library in libraries(programs)? {
+        let to = root.join(library.strip_prefix("/").unwrap_or(&library));
+        std::fs::create_dir_all(to.parent().unwrap_or(&root)).map_err(failed(&to))?;
+        std::fs::copy(&library, &to).map_err(failed(&library))?;
     }
     for (module, file) in modules.iter().zip(&files) {
         let to = home.join(format!("{module}.ko"));
@@ -73,4 +65,41 @@ pub(super) fn make(
     let script = format!("find . | cpio --quiet -o -H newc | gzip -1 > '{}'", text(&image)?);
     command("sh", &["-c", &script], &root)?;
     Ok(image)
+}
+
+/// What the programs are linked with, the dynamic linker among it: absolute paths, at which it is found in the image as well.
+fn libraries(programs: &Path) -> Result<BTreeSet<PathBuf>, String> {
+    let mut libraries = BTreeSet::new();
+    for (program, _) in PROGRAMS {
+        libraries.extend(linked(&command("ldd", &[program], programs)?));
+    }
+    if libraries.is_empty() {
+        return Err("ldd does not say what the tests are linked with".into());
+    }
+    Ok(libraries)
+}
+
+/// The files that `ldd` lists: `NAME => FILE (ADDRESS)`, or `FILE (ADDRESS)`. What the kernel brings has none.
+fn linked(listed: &str) -> impl Iterator<Item = PathBuf> {
+    listed.lines().filter_map(|line| {
+        let file = line.split_once("=>").map_or(line, |(_, file)| file);
+        let file = file.split_whitespace().next()?;
+        file.starts_with('/').then(|| file.into())
+    })
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn files_are_told_from_names() {
+        let listed = "\tlinux-vdso.so.1 (0x7f5c)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x7f5c)\n\
+            \t/lib64/ld-linux-x86-64.so.2 (0x7f5c)\n";
+        let files: Vec<_> = linked(listed).collect();
+        assert_eq!(
+            files,
+            ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from)
+        );
+    }
 }

@@ -86,7 +86,7 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
         packages::Fetched::CannotBeHad(why) => return Ok(Outcome::Skipped(why)),
     };
     let kernel = kernel(&packages, &cache)?;
-    let programs = step("building the tests and the command", || image::programs(top, &cache))?;
+    let programs = step("building the tests and the command", || image::programs(top))?;
     let config = kernel.with_file_name("configuration");
     let image = image::make(&cache, "mock", &programs, &config, &[], Vec::new())?;
     let report = step("booting", || {

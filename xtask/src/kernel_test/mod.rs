@@ -107,23 +107,34 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
     };
     let kernel =
         step("unpacking the kernel and building modules", || modules::build(&packages, top, &cache))?;
-    let programs = step("building the tests and the command", || image::programs(top, &cache))?;
-    let mut rows = Vec::new();
-    for set in SETS.iter().chain([&PAIR]) {
-        eprintln!("kernel-test: {}: {}", set.name, set.what);
+    let programs = step("building the tests and the command", || image::programs(top))?;
+    let made = |set: &Set| {
         let files =
             set.modules.iter().map(|name| kernel.module(name, set.rebuilt)).collect::<Result<_, _>>()?;
-        let image = image::make(&cache, set.name, &programs, &kernel.config, set.modules, files)?;
-        let words = words(set.has, named);
-        let tests = if set.name == PAIR.name {
-            step("booting two machines", || pair::run(&kernel.image, &image, &words, named.is_empty()))
-        } else {
-            step("booting", || {
-                let alone = AtomicBool::new(false);
-                let text = boot::boot(&kernel.image, &image, &words, boot::Plugged::Edu, &alone)?;
-                heard(&text, named.is_empty()).map(|report| report.tests)
-            })
-        };
+        image::make(&cache, set.name, &programs, &kernel.config, set.modules, files)
+    };
+    let boot_one = |set: &Set| {
+        let alone = AtomicBool::new(false);
+        let image = made(set)?;
+        step(&format!("booting {}: {}", set.name, set.what), || {
+            let words = words(set.has, named);
+            let text = boot::boot(&kernel.image, &image, &words, boot::Plugged::Edu, &alone)?;
+            heard(&text, named.is_empty()).map(|report| report.tests)
+        })
+    };
+    // Each machine has one processor: two at once, whatever there are.
+    let [one, other] = &SETS;
+    let (left, right) = std::thread::scope(|scope| {
+        let left = scope.spawn(|| boot_one(one));
+        let right = boot_one(other);
+        (left.join().unwrap_or_else(|_| Err("the thread of its machine failed".into())), right)
+    });
+    let image = made(&PAIR)?;
+    let both = step(&format!("booting {}: {}", PAIR.name, PAIR.what), || {
+        pair::run(&kernel.image, &image, &words(PAIR.has, named), named.is_empty())
+    });
+    let mut rows = Vec::new();
+    for (set, tests) in [(one, left), (other, right), (&PAIR, both)] {
         let tests = tests.map_err(|why| format!("{}: {why}", set.name))?;
         rows.extend(tests.into_iter().map(|test| (set.name, test)));
     }
