@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::{SimError, invalid};
+use crate::fault::Fault;
 use crate::regs::offset;
 use crate::shared::{Mode, Shared, lock, wait};
 
@@ -40,12 +41,17 @@ struct Job {
 /// The DMA engine.
 pub(crate) fn run_dma(shared: &Shared) {
     let interval = shared.options.dma_interval;
+    let held = shared.options.fault(|fault| match fault {
+        Fault::HoldDma(descriptors) => Some(*descriptors),
+        _ => None,
+    });
+    let held = held.unwrap_or(0);
     let mut due = Instant::now();
     let mut scratch = Vec::new();
     loop {
         shared.take_doorbell();
-        let Some(mode) = shared.follow() else { return };
-        let step = match work(shared, mode) {
+        let Some(mode) = shared.follow(|| finish(shared, held, &mut scratch)) else { return };
+        let step = match work(shared, mode, held) {
             Ok(None) => {
                 shared.wait_for_work(None);
                 continue;
@@ -62,14 +68,33 @@ pub(crate) fn run_dma(shared: &Shared) {
             Err(error) => Err(error),
         };
         if let Err(error) = step {
-            tracing::info!(%error, "the ring stops");
-            lock(&shared.front).registers.ring_error = true;
+            stop_ring(shared, &error);
         }
     }
 }
 
-/// The next descriptor that may be started in `mode`.
-fn work(shared: &Shared, mode: Mode) -> Result<Option<Job>, SimError> {
+fn stop_ring(shared: &Shared, error: &SimError) {
+    tracing::info!(%error, "the ring stops");
+    lock(&shared.front).registers.ring_error = true;
+}
+
+/// Carries out what was `held`, at once: the device is about to leave RUNNING.
+fn finish(shared: &Shared, held: u64, scratch: &mut Vec<u8>) {
+    for _ in 0..held {
+        match work(shared, Mode::Running, 0) {
+            Ok(Some(job)) => {
+                if let Err(error) = carry_out(shared, job, scratch) {
+                    return stop_ring(shared, &error);
+                }
+            }
+            Ok(None) => return,
+            Err(error) => return stop_ring(shared, &error),
+        }
+    }
+}
+
+/// The next descriptor that may be started in `mode`, with the last `held` left waiting.
+fn work(shared: &Shared, mode: Mode, held: u64) -> Result<Option<Job>, SimError> {
     let mut front = lock(&shared.front);
     if !front.registers.enabled || front.registers.ring_error {
         return Ok(None);
@@ -86,7 +111,7 @@ fn work(shared: &Shared, mode: Mode) -> Result<Option<Job>, SimError> {
     let (head, tail, size, base) = (registers.head, registers.tail, registers.ring_size, registers.ring_base);
     drop(front);
     let waiting = tail.wrapping_sub(head);
-    if waiting == 0 {
+    if waiting <= held {
         return Ok(None);
     }
     if !size.is_power_of_two() || !(2..=4096).contains(&size) {

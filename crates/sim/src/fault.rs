@@ -56,6 +56,10 @@ pub enum Fault {
     },
     /// `fail-reset:ERRNO`: a reset fails and changes nothing.
     FailReset(Errno),
+    /// `hold-dma:N`: the last N descriptors of the ring wait until more follow them, or until the device is told to leave
+    /// RUNNING: it carries them out on the way. Allowed to a device, and the worst that its peers can meet: however long
+    /// it was idle, it writes to them once more while it stops.
+    HoldDma(u64),
 }
 
 /// Which arc of the state machine a fault is about.
@@ -88,7 +92,7 @@ pub struct FaultError {
 /// The forms that [`Fault`] parses, for a command's help.
 pub const FAULT_FORMS: &str = "fail-arc:FROM:TO:ERRNO[:TIMES], fail-arc:N:ERRNO, error-arc:FROM:TO, error-arc:N, \
      hang-arc:FROM:TO[:MS], hang-arc:N[:MS], short-read:N, wrong-size-estimate:PERCENT, die-in-read:BYTES, \
-     enodev-mid-stream:BYTES, corrupt-tail, ignore-dirty-log[:N], lose-raise:VECTOR:N, fail-reset:ERRNO";
+     enodev-mid-stream:BYTES, corrupt-tail, ignore-dirty-log[:N], lose-raise:VECTOR:N, fail-reset:ERRNO, hold-dma:N";
 
 impl FromStr for Fault {
     type Err = FaultError;
@@ -122,6 +126,7 @@ impl FromStr for Fault {
             }),
             "lose-raise" => Self::LoseRaise { vector: words.number()?, nth: words.at_least_one()? },
             "fail-reset" => Self::FailReset(words.errno()?),
+            "hold-dma" => Self::HoldDma(words.at_least_one()?),
             _ => return Err(words.error(format!("want one of {FAULT_FORMS}"))),
         };
         match words.rest.first() {
@@ -151,6 +156,7 @@ impl fmt::Display for Fault {
             Self::IgnoreDirtyLog(every) => write!(f, "ignore-dirty-log:{every}"),
             Self::LoseRaise { vector, nth } => write!(f, "lose-raise:{vector}:{nth}"),
             Self::FailReset(errno) => write!(f, "fail-reset:{}", Name(*errno)),
+            Self::HoldDma(descriptors) => write!(f, "hold-dma:{descriptors}"),
         }
     }
 }
@@ -242,6 +248,7 @@ mod test {
             "ignore-dirty-log:3",
             "lose-raise:1:12",
             "fail-reset:EBUSY",
+            "hold-dma:2",
         ] {
             let fault: Fault = text.parse().unwrap();
             assert_eq!(fault.to_string(), text);

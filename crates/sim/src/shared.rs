@@ -55,6 +55,8 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 pub(crate) struct Orders {
     mode: Mode,
+    /// The last mode that the engine took up.
+    following: Mode,
     /// Counts orders.
     given: u64,
     /// The last order that the engine acknowledged, between two descriptors.
@@ -99,7 +101,12 @@ impl Shared {
             _ => None,
         });
         Ok(Self {
-            orders: Mutex::new(Orders { mode: Mode::Running, given: 1, followed: 0 }),
+            orders: Mutex::new(Orders {
+                mode: Mode::Running,
+                following: Mode::Running,
+                given: 1,
+                followed: 0,
+            }),
             orders_changed: Condvar::new(),
             front: Mutex::new(front),
             bulk: Mutex::new(Bulk::new(options.state_size)),
@@ -139,12 +146,20 @@ impl Shared {
     }
 
     /// For the engine, between two descriptors: acknowledges the orders and waits while it is to stand still. `None`
-    /// when the device ends.
-    pub(crate) fn follow(&self) -> Option<Mode> {
+    /// when the device ends. What the engine has begun it ends in `finish`, called before it is no longer running.
+    pub(crate) fn follow(&self, mut finish: impl FnMut()) -> Option<Mode> {
         let mut orders = lock(&self.orders);
         loop {
             if self.ending.load(Ordering::Acquire) {
                 return None;
+            }
+            let was = orders.following;
+            orders.following = orders.mode;
+            if was == Mode::Running && orders.mode != Mode::Running {
+                drop(orders);
+                finish();
+                orders = lock(&self.orders);
+                continue;
             }
             if orders.followed != orders.given {
                 // What rang until now is remembered in the registers; what rings later stays in the eventfd.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use support::{LIMIT, busy, device, options, read_all, resume, until};
-use vfio_migration_sim::driver::{DriverConfig, RAM_SIZE};
+use vfio_migration_sim::driver::{DriverConfig, P2pTarget, RAM_SIZE, TestDriver};
 use vfio_migration_sim::{Options, Read, SampleDevice};
 use vfio_migration_types::MigrationState::{
     Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy,
@@ -168,8 +168,7 @@ fn an_altered_tail_loads_and_is_found_by_the_device_and_told_to_the_driver() {
             destination.set_state(Running).unwrap();
             until(|| destination.sweep_done());
             assert_eq!(destination.integrity(), 1);
-            let mut driver =
-                vfio_migration_sim::driver::TestDriver::new(DriverConfig::default(), None).unwrap();
+            let mut driver = TestDriver::new(DriverConfig::default(), None).unwrap();
             driver.connect(&destination).unwrap();
             driver.start(&destination).unwrap();
             driver.run(&destination, 10, LIMIT).unwrap();
@@ -202,6 +201,46 @@ fn a_raise_is_lost_and_the_driver_counts_it() {
     driver.drain(&device, LIMIT).unwrap();
     let found = driver.findings();
     assert_eq!((found.interrupts_lost, found.blocks_lost), (1, 0));
+}
+
+#[test]
+fn held_descriptors_are_carried_out_on_the_way_out_of_running() {
+    let mailbox = |device: &SampleDevice| {
+        let mut bytes = vec![0; 64 << 10];
+        device.region_read(2, 0, &mut bytes).unwrap();
+        bytes
+    };
+    for arcs in [&[RunningP2p, Stop][..], &[PreCopy, PreCopyP2p, StopCopy], &[Stop]] {
+        let (device, peer) = (device(faulty("hold-dma:2")), support::device(options()));
+        let target = P2pTarget::of(&peer, 0x4000_0000).unwrap();
+        let mut driver = TestDriver::new(DriverConfig::default(), Some(target)).unwrap();
+        driver.connect(&device).unwrap();
+        driver.start(&device).unwrap();
+        // Sixteen of flow 0 come first in the ring, then sixteen for the peer.
+        driver.post().unwrap();
+        driver.ring(&device).unwrap();
+        until(|| driver.done(1).unwrap() == 14);
+        let idle = mailbox(&peer);
+        // Watched for two thousand times as long as a descriptor takes.
+        let end = Instant::now() + Duration::from_millis(100);
+        while Instant::now() < end {
+            assert_eq!(driver.done(1).unwrap(), 14);
+        }
+        assert!(mailbox(&peer) == idle);
+        device.set_state(arcs[0]).unwrap();
+        let quiet = mailbox(&peer);
+        if arcs[0] != PreCopy {
+            assert_eq!(driver.done(1).unwrap(), 16, "all done by the end of {arcs:?}");
+            assert!(quiet != idle);
+        }
+        arcs[1..].iter().for_each(|state| device.set_state(*state).unwrap());
+        assert_eq!(driver.done(1).unwrap(), 16);
+        device.set_state(Running).unwrap();
+        driver.drain(&device, LIMIT).unwrap();
+        driver.recheck().unwrap();
+        let found = driver.findings();
+        assert_eq!((found.p2p_blocks, found.blocks_lost, found.interrupts_lost), (16, 0, 0));
+    }
 }
 
 #[test]

@@ -152,7 +152,16 @@ fn it_moves_there_and_back_with_an_interrupt_in_flight() {
 
 #[test]
 fn two_peers_move_together() {
-    let sources = [device(options()), device(options())];
+    peers_move(options());
+}
+
+#[test]
+fn two_peers_move_together_however_late_their_last_writes_are() {
+    peers_move(Options { faults: vec!["hold-dma:2".parse().unwrap()], ..options() });
+}
+
+fn peers_move(source: Options) {
+    let sources = [device(source.clone()), device(source)];
     let config = DriverConfig::default();
     let target = |peer: &SampleDevice| P2pTarget::of(peer, 0x4000_0000).unwrap();
     let mut drivers = [0, 1].map(|n: usize| TestDriver::new(config, Some(target(&sources[1 - n]))).unwrap());

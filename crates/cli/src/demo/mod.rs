@@ -344,6 +344,8 @@ impl<'a> Side<'a> {
         let fault = match options.sabotage {
             Some(Break::DeviceLog) => Some("ignore-dirty-log:3"),
             Some(Break::DeviceTail) => Some("corrupt-tail"),
+            // Of two descriptors one is for the peer: there is always one that is carried out late.
+            Some(Break::P2pOrder) => Some("hold-dma:2"),
             _ => None,
         };
         if let (Some(fault), true) = (fault, self.is_source()) {

@@ -88,7 +88,6 @@ impl Worker<'_> {
         for stream in &mut self.streams {
             take(stream, Barrier::StopCopy).map_err(|error| error.in_phase(Phase::Quiesce))?;
             stream.drain(context)?;
-            std::thread::sleep(std::time::Duration::from_millis(20));
         }
         Ok(())
     }
