@@ -18,7 +18,6 @@ fn fails(arguments: &[&str], exit: i32, says: &str) {
 
 #[test]
 fn nonsense_options_are_usage_errors() {
-    let _turn = crate::support::turn();
     fails(&["fly"], 2, "unrecognized");
     fails(&["demo", "--memory", "lots"], 2, "not a size");
     fails(&["demo", "--devices", "0"], 2, "0");
@@ -46,7 +45,6 @@ fn nonsense_options_are_usage_errors() {
 
 #[test]
 fn what_does_not_exist_is_named() {
-    let _turn = crate::support::turn();
     fails(&["status", "--control", "/nonexistent/c"], 1, "/nonexistent/c");
     fails(&["migrate", "--control", "/nonexistent/c", "tcp:127.0.0.1:1"], 1, "/nonexistent/c");
     fails(&["vm", "--memory", "64M", "--device", "vfio-user:/nonexistent/d,id=a"], 1, "/nonexistent/d");
@@ -113,7 +111,6 @@ fn failures_are_json_for_those_who_asked_for_json() {
 
 #[test]
 fn a_vm_that_has_a_process_is_not_started_twice() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("new/state").display().to_string();
     let identity =
@@ -125,7 +122,6 @@ fn a_vm_that_has_a_process_is_not_started_twice() {
 
 #[test]
 fn verbs_refuse_what_makes_no_sense_now() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let vm = Setup { vm_arguments: &["--software"], devices: 0, ..Setup::new(dir.path(), "a") }.start();
     let control = vm.control.display().to_string();
@@ -144,7 +140,6 @@ fn verbs_refuse_what_makes_no_sense_now() {
 
 #[test]
 fn a_peer_that_is_not_one_leaves_the_guest_running() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup::new(dir.path(), "a").start();
     source.warm();
@@ -178,7 +173,6 @@ fn a_peer_that_is_not_one_leaves_the_guest_running() {
 
 #[test]
 fn garbage_at_the_destination_does_not_take_it_down() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let destination =
         Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") }.start();
@@ -198,7 +192,6 @@ fn garbage_at_the_destination_does_not_take_it_down() {
 
 #[test]
 fn another_device_is_refused_with_reasons_and_exit_3() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup::new(dir.path(), "a").start();
     let destination = Setup {
@@ -227,7 +220,6 @@ fn another_device_is_refused_with_reasons_and_exit_3() {
 
 #[test]
 fn post_copy_is_refused_with_the_reason() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup::new(dir.path(), "a").start();
     let refused = source.call("migrate", json!({"uri": "tcp:127.0.0.1:1", "post-copy": true})).unwrap_err();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{Process, Setup, Vm, run, turn, until};
+use crate::support::{Process, Setup, Vm, run, until};
 
 const UUID: &[&str] = &["--uuid", "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d42"];
 
@@ -231,7 +231,6 @@ fn control(vm: &Vm) -> String {
 
 #[test]
 fn a_pair_that_does_not_fit_is_refused_and_the_guest_never_notices() {
-    let _turn = turn();
     let dir = tempfile::tempdir().unwrap();
     let (source, destination) = pair(&dir, &["--param", "queues=4"]);
     source.warm();
@@ -265,7 +264,6 @@ fn a_pair_that_does_not_fit_is_refused_and_the_guest_never_notices() {
 
 #[test]
 fn a_rehearsal_says_what_a_migration_would_and_leaves_no_trace() {
-    let _turn = turn();
     let dir = tempfile::tempdir().unwrap();
     let (source, destination) = pair(&dir, &[]);
     source.warm();
@@ -325,7 +323,6 @@ fn a_rehearsal_says_what_a_migration_would_and_leaves_no_trace() {
 
 #[test]
 fn a_device_without_pre_copy_says_what_was_not_rehearsed() {
-    let _turn = turn();
     let dir = tempfile::tempdir().unwrap();
     let plain: &[&str] = &["--state-size", "4M", "--no-precopy"];
     let source = Setup { vm_arguments: UUID, device_arguments: plain, ..Setup::new(dir.path(), "a") }.start();
@@ -348,7 +345,6 @@ fn a_device_without_pre_copy_says_what_was_not_rehearsed() {
 
 #[test]
 fn a_limit_that_cannot_be_met_is_found_by_a_rehearsal() {
-    let _turn = turn();
     let dir = tempfile::tempdir().unwrap();
     let (source, destination) = pair(&dir, &[]);
     source.warm();
@@ -362,7 +358,6 @@ fn a_limit_that_cannot_be_met_is_found_by_a_rehearsal() {
 
 #[test]
 fn devices_may_have_other_names_at_the_destination() {
-    let _turn = turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let (_server, socket) = server(&dir, "nic", &[]);

@@ -22,7 +22,6 @@ fn assert_verified(arguments: &[&str]) -> serde_json::Value {
 
 #[test]
 fn completes_with_the_defaults_in_separate_processes() {
-    let _turn = crate::support::turn();
     let report = assert_verified(&[]);
     let pids = &report["pids"];
     let mut all = vec![pids["source"].as_u64().unwrap(), pids["destination"].as_u64().unwrap()];
@@ -42,13 +41,11 @@ fn completes_with_the_defaults_in_separate_processes() {
 
 #[test]
 fn completes_with_three_devices() {
-    let _turn = crate::support::turn();
     assert_verified(&["--devices", "3", "--memory", "256M", "--device-state", "16M"]);
 }
 
 #[test]
 fn completes_without_precopy() {
-    let _turn = crate::support::turn();
     let report = assert_verified(&["--no-precopy", "--memory", "256M", "--device-state", "16M"]);
     assert_eq!(report["bytes"]["device_precopy"], 0);
     assert!(report["bytes"]["device_stopcopy"].as_u64().unwrap() >= 16 << 20);
@@ -56,26 +53,22 @@ fn completes_without_precopy() {
 
 #[test]
 fn completes_over_a_unix_socket() {
-    let _turn = crate::support::turn();
     assert_verified(&["--transport", "unix", "--memory", "256M"]);
 }
 
 #[test]
 fn completes_with_a_gigabyte_of_device_state() {
-    let _turn = crate::support::turn();
     assert_verified(&["--device-state", "1G", "--memory", "256M", "--downtime-limit", "2s"]);
 }
 
 #[test]
 fn completes_with_the_software_guest() {
-    let _turn = crate::support::turn();
     let report = assert_verified(&["--software", "--memory", "128M", "--dirty-rate", "10M"]);
     assert_eq!(report["guest"], "software");
 }
 
 #[test]
 fn a_limit_that_cannot_be_kept_leaves_the_guest_at_the_source() {
-    let _turn = crate::support::turn();
     // 256 MiB of state that can only be saved while stopped do not fit into 5 ms.
     let (exit, report) =
         demo(&["--no-precopy", "--device-state", "256M", "--memory", "128M", "--downtime-limit", "5ms"]);

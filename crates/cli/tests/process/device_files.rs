@@ -75,7 +75,6 @@ fn digest(report: &Value) -> &str {
 
 #[test]
 fn a_state_goes_through_files_unchanged() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| dir.path().join(name);
     let (busy, other) = (Server::busy(dir.path(), "a.sock"), Server::busy(dir.path(), "b.sock"));
@@ -112,7 +111,6 @@ fn a_state_goes_through_files_unchanged() {
 
 #[test]
 fn pre_copy_and_stop_copy_move_the_same_state() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| dir.path().join(name);
     let (busy, one, two) = (
@@ -139,7 +137,6 @@ fn pre_copy_and_stop_copy_move_the_same_state() {
 
 #[test]
 fn what_does_not_fit_is_refused_before_the_device_is_touched() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     let (one, larger) = (
@@ -159,7 +156,6 @@ fn what_does_not_fit_is_refused_before_the_device_is_touched() {
 
 #[test]
 fn a_damaged_file_is_refused() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let (file, bad) = (dir.path().join("file"), dir.path().join("bad"));
     let server = Server::calm(dir.path(), "a.sock");
@@ -182,7 +178,6 @@ fn a_damaged_file_is_refused() {
 
 #[test]
 fn ctrl_c_leaves_a_running_device_and_no_file() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let files = tempfile::tempdir().unwrap();
     let names = || -> Vec<PathBuf> {
@@ -211,7 +206,6 @@ fn ctrl_c_leaves_a_running_device_and_no_file() {
 
 #[test]
 fn a_failure_leaves_no_file_and_says_how_the_device_is() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     let failing = |name: &str, fault: &str| {
@@ -236,7 +230,6 @@ fn a_failure_leaves_no_file_and_says_how_the_device_is() {
 
 #[test]
 fn files_of_a_guest_and_of_a_device_are_not_mistaken() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let (guest, device) = (dir.path().join("guest"), dir.path().join("device"));
     let vm = Setup::new(dir.path(), "a").start();

@@ -11,7 +11,6 @@ fn incoming() -> Vec<&'static str> {
 
 #[test]
 fn moves_to_and_fro_ten_times_and_leaves_nothing_behind() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let mut here = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let mut there = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
@@ -49,7 +48,6 @@ fn moves_to_and_fro_ten_times_and_leaves_nothing_behind() {
 
 #[test]
 fn a_paused_guest_arrives_paused() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
@@ -66,7 +64,6 @@ fn a_paused_guest_arrives_paused() {
 
 #[test]
 fn a_guest_paused_and_resumed_in_mid_migration_arrives_whole() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
@@ -90,7 +87,6 @@ fn a_guest_paused_and_resumed_in_mid_migration_arrives_whole() {
 
 #[test]
 fn a_cancelled_migration_leaves_the_guest_and_can_be_tried_again() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
@@ -115,7 +111,6 @@ fn a_cancelled_migration_leaves_the_guest_and_can_be_tried_again() {
 
 #[test]
 fn a_killed_destination_leaves_the_guest_running_at_the_source() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let mut destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
@@ -134,7 +129,6 @@ fn a_killed_destination_leaves_the_guest_running_at_the_source() {
 
 #[test]
 fn a_killed_device_server_at_the_destination_leaves_the_guest_at_the_source() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let mut destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
@@ -154,7 +148,6 @@ fn a_killed_device_server_at_the_destination_leaves_the_guest_at_the_source() {
 
 #[test]
 fn a_device_server_that_dies_under_a_running_guest_is_reported() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let mut source = Setup { vm_arguments: UUID, devices: 2, ..Setup::new(dir.path(), "a") }.start();
     let destination = Setup { vm_arguments: &incoming(), devices: 2, ..Setup::new(dir.path(), "b") }.start();
@@ -181,7 +174,6 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
 
 #[test]
 fn busy_devices_starve_neither_the_timer_nor_each_other() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let vm = Setup { devices: 2, ..Setup::new(dir.path(), "a") }.start();
     until("blocks", || (vm.counter("dma-blocks") > 4000).then_some(()));
@@ -193,7 +185,6 @@ fn busy_devices_starve_neither_the_timer_nor_each_other() {
 
 #[test]
 fn limits_can_be_changed_while_it_runs() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
@@ -211,7 +202,6 @@ fn limits_can_be_changed_while_it_runs() {
 
 #[test]
 fn a_vm_that_has_moved_or_may_have_is_not_started_here_again() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("state").display().to_string();
     let uuid = UUID[1];
@@ -241,7 +231,6 @@ fn a_vm_that_has_moved_or_may_have_is_not_started_here_again() {
 
 #[test]
 fn two_vms_without_an_identity_move_as_readme_says() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let destination =
         Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") }.start();

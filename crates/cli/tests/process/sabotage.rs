@@ -26,54 +26,45 @@ fn caught_by_the_engine(what: &str) {
 
 #[test]
 fn a_dropped_dirty_bit_is_caught_by_the_guest() {
-    let _turn = crate::support::turn();
     caught_by_the_guest("dirty-log", &["pages"]);
 }
 
 #[test]
 fn a_dropped_dirty_bit_is_caught_by_the_engine() {
-    let _turn = crate::support::turn();
     caught_by_the_engine("dirty-log");
 }
 
 #[test]
 fn a_device_log_with_holes_is_caught_by_the_guest() {
-    let _turn = crate::support::turn();
     caught_by_the_guest("device-log", &["dma_blocks", "interrupts"]);
 }
 
 #[test]
 fn a_device_log_with_holes_is_caught_by_the_engine() {
-    let _turn = crate::support::turn();
     caught_by_the_engine("device-log");
 }
 
 #[test]
 fn an_altered_tail_of_device_state_is_caught_by_the_guest() {
-    let _turn = crate::support::turn();
     caught_by_the_guest("device-tail", &["dma_blocks"]);
 }
 
 #[test]
 fn an_interrupt_not_connected_again_is_caught_by_the_guest() {
-    let _turn = crate::support::turn();
     caught_by_the_guest("interrupt", &["interrupts"]);
 }
 
 #[test]
 fn a_stale_page_after_its_last_copy_is_caught_by_the_guest() {
-    let _turn = crate::support::turn();
     caught_by_the_guest("page-order", &["pages"]);
 }
 
 #[test]
 fn a_stale_page_after_its_last_copy_is_caught_by_the_engine() {
-    let _turn = crate::support::turn();
     caught_by_the_engine("page-order");
 }
 
 #[test]
 fn a_device_stopped_before_its_peer_is_caught_by_the_guest() {
-    let _turn = crate::support::turn();
     caught_by_the_guest("p2p-order", &["dma_blocks"]);
 }

@@ -6,7 +6,6 @@ const UUID: &[&str] = &["--uuid", "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d42"];
 
 #[test]
 fn a_saved_guest_comes_back_whole_and_only_once() {
-    let _turn = crate::support::turn();
     let dir = tempfile::tempdir().unwrap();
     let (state, file) = (dir.path().join("state"), dir.path().join("guest"));
     let (state, file) = (state.to_str().unwrap(), file.to_str().unwrap());

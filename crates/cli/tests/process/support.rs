@@ -1,21 +1,15 @@
-//! Running the command as its users do: as processes.
+//! Running the command as its users do: as processes. None of these tests has the machine to itself, so none may lean on how
+//! fast a guest gets on: they wait for what has happened, by count.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 /// Longest wait for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Waits for its turn: each of these tests is several processes with a pace to keep, so they run one at a time.
-pub(crate) fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The command, with arguments.
 pub(crate) fn command(arguments: &[&str]) -> Command {
