@@ -78,7 +78,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l dma
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model -d 'Model it claims to be' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR.PATCH' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l param -d 'A parameter of the model that it claims to have. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l fault -d 'Misbehave on purpose; may be given more than once. `--fault help` lists what there is' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l fault -d 'Misbehave on purpose; may be given more than once. All are listed below' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-precopy -d 'No PRE_COPY: the state can only be saved while the device is stopped'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-p2p -d 'No peer-to-peer states'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-dirty-log -d 'No log of DMA writes'

@@ -192,9 +192,15 @@ pub(crate) enum Break {
     P2pOrder,
 }
 
+/// What the sample device can do wrong, and what ends every help text.
+fn device_help() -> String {
+    let lines = vfio_migration_sim::FAULT_FORMS.iter().map(|(form, what)| format!("  {form:<40}{what}\n"));
+    format!("Faults:\n{}\n{UNITS_AND_EXIT_CODES}", lines.collect::<String>())
+}
+
 /// Options of `device`.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = UNITS_AND_EXIT_CODES)]
+#[command(after_help = device_help())]
 pub(crate) struct Device {
     /// Where to listen.
     #[arg(long, value_name = "PATH")]
@@ -229,7 +235,7 @@ pub(crate) struct Device {
     /// A parameter of the model that it claims to have. May be given more than once.
     #[arg(long = "param", value_name = "NAME=VALUE", value_parser = pair)]
     pub(crate) parameters: Vec<(String, String)>,
-    /// Misbehave on purpose; may be given more than once. `--fault help` lists what there is.
+    /// Misbehave on purpose; may be given more than once. All are listed below.
     #[arg(long, value_name = "FAULT")]
     pub(crate) fault: Vec<String>,
     /// Leave when stdin reaches its end.

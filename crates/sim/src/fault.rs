@@ -89,10 +89,22 @@ pub struct FaultError {
     why: String,
 }
 
-/// The forms that [`Fault`] parses, for a command's help.
-pub const FAULT_FORMS: &str = "fail-arc:FROM:TO:ERRNO[:TIMES], fail-arc:N:ERRNO, error-arc:FROM:TO, error-arc:N, \
-     hang-arc:FROM:TO[:MS], hang-arc:N[:MS], short-read:N, wrong-size-estimate:PERCENT, die-in-read:BYTES, \
-     enodev-mid-stream:BYTES, corrupt-tail, ignore-dirty-log[:N], lose-raise:VECTOR:N, fail-reset:ERRNO, hold-dma:N";
+/// The forms that [`Fault`] parses, each with what it does, for a command's help.
+pub const FAULT_FORMS: &[(&str, &str)] = &[
+    ("fail-arc:FROM:TO:ERRNO[:TIMES]", "this arc fails; the device stays where it was"),
+    ("fail-arc:N:ERRNO", "the N-th arc fails, whatever it is"),
+    ("error-arc:FROM:TO, error-arc:N", "the arc fails with EIO and leaves the device in ERROR"),
+    ("hang-arc:FROM:TO[:MS], hang-arc:N[:MS]", "the arc takes so long; for ever, without a time"),
+    ("short-read:N", "a read of device state gives at most N bytes"),
+    ("wrong-size-estimate:PERCENT", "the size estimate is so many percent of the right one"),
+    ("die-in-read:BYTES", "the server vanishes once it gave so many bytes of state"),
+    ("enodev-mid-stream:BYTES", "the session is gone after so many bytes, as by a reset"),
+    ("corrupt-tail", "a byte of the last state is altered; no checksum tells"),
+    ("ignore-dirty-log[:N]", "the DMA log omits each page with a multiple of N (2)"),
+    ("lose-raise:VECTOR:N", "the N-th interrupt of a vector is counted and not sent"),
+    ("fail-reset:ERRNO", "a reset fails and changes nothing"),
+    ("hold-dma:N", "the last N DMA writes wait for more, or for the stop"),
+];
 
 impl FromStr for Fault {
     type Err = FaultError;
@@ -127,7 +139,10 @@ impl FromStr for Fault {
             "lose-raise" => Self::LoseRaise { vector: words.number()?, nth: words.at_least_one()? },
             "fail-reset" => Self::FailReset(words.errno()?),
             "hold-dma" => Self::HoldDma(words.at_least_one()?),
-            _ => return Err(words.error(format!("want one of {FAULT_FORMS}"))),
+            _ => {
+                let forms: Vec<&str> = FAULT_FORMS.iter().map(|(form, _)| *form).collect();
+                return Err(words.error(format!("want one of {}", forms.join(", "))));
+            }
         };
         match words.rest.first() {
             None => Ok(fault),
@@ -252,6 +267,8 @@ mod test {
         ] {
             let fault: Fault = text.parse().unwrap();
             assert_eq!(fault.to_string(), text);
+            let name = text.split(':').next().unwrap();
+            assert!(FAULT_FORMS.iter().any(|(form, _)| form.starts_with(name)), "{name} is not in the help");
         }
         assert_eq!("ignore-dirty-log".parse(), Ok(Fault::IgnoreDirtyLog(2)));
     }

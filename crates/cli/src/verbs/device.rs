@@ -1,6 +1,6 @@
 //! `device`: serves the sample device.
 
-use vfio_migration_sim::{FAULT_FORMS, Fault, Options, serve};
+use vfio_migration_sim::{Fault, Options, serve};
 
 use crate::args::Device;
 use crate::exit::{Exit, Failure};
@@ -8,10 +8,6 @@ use crate::interrupt;
 
 pub(crate) fn run(options: &Device) -> Result<Exit, Failure> {
     let usage = |text: String| Failure::new(Exit::Usage, text);
-    if options.fault.iter().any(|fault| fault == "help") {
-        crate::output::print(format!("{}\n", FAULT_FORMS.replace(", ", "\n")))?;
-        return Ok(Exit::Done);
-    }
     let faults = options
         .fault
         .iter()
