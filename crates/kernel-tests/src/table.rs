@@ -109,7 +109,11 @@ pub(crate) const TESTS: &[Test] = &[
         &[Need::Mtty, Need::NoCdev],
         host_report::doctor_misses_iommufd,
     ),
-    test("host_report_doctor_finds_iommufd", &[Need::Mtty, Need::Cdev], host_report::doctor_finds_iommufd),
+    test(
+        "host_report_doctor_finds_iommufd",
+        &[Need::Mtty, Need::Cdev, Need::Kvm],
+        host_report::doctor_finds_iommufd,
+    ),
     test("migdev_describes_itself", &[Need::Migdev], migdev::dma::describes_itself),
     test("migdev_writes_and_logs_exactly", &[Need::Migdev], migdev::dma::exact),
     test("migdev_writes_and_logs_exactly_by_cdev", &[Need::Migdev, Need::Cdev], migdev::dma::exact_by_cdev),

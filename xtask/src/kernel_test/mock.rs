@@ -18,7 +18,7 @@ const LIBRARY: &str = "libelf-dev";
 /// is put together from all of them.
 const LEFT_OUT: [&str; 7] = [
     "*/drivers/gpu/*.[ch]",
-    "*/drivers/net/*.[ch]",
+    "*/drivers/net/*/*.[ch]",
     "*/drivers/media/*.[ch]",
     "*/sound/*.[ch]",
     "*.rst",
@@ -56,6 +56,8 @@ CONFIG_MEMBARRIER=y
 CONFIG_TTY=y
 CONFIG_SERIAL_8250=y
 CONFIG_SERIAL_8250_CONSOLE=y
+CONFIG_NET=y
+CONFIG_UNIX=y
 CONFIG_PCI=y
 CONFIG_ACPI=y
 CONFIG_DEBUG_KERNEL=y
