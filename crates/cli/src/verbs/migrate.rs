@@ -1,16 +1,14 @@
 //! `migrate`: asks a running `vm` to move, and waits for the end.
 
-use std::time::Duration;
+use serde_json::json;
 
-use serde_json::{Value, json};
-
+use super::follow::follow;
 use super::status;
 use crate::args::Migrate;
 use crate::control::{MigrateArguments, MigrationState, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
-use crate::output::{print, print_json, say};
-use crate::progress::Progress;
+use crate::output::{print, print_json};
 use crate::units::milliseconds;
 
 pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Failure> {
@@ -29,26 +27,9 @@ pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Fail
     };
     let mut client = options.target.connect()?;
     client.call(Verb::Migrate, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
-    let mut report = status::ask(&mut client)?;
-    let mut progress = Progress::new(!options.target.json);
-    let mut cancelled = false;
-    while !options.detach
-        && matches!(report.migration.status, MigrationState::Active | MigrationState::PreSwitchover)
-    {
-        progress.show(&report.migration);
-        client
-            .next_event(Duration::from_millis(200))
-            .map_err(|error| Failure::caused("lost the vm", &error))?;
-        if interrupt.requested() && !cancelled {
-            cancelled = true;
-            // Too late to cancel is not a failure: the loop then sees how it ended.
-            if let Err(error) = client.call(Verb::MigrateCancel, Value::Null) {
-                say(format_args!("vfio-migrate: {error}"));
-            }
-        }
-        report = status::ask(&mut client)?;
-    }
-    drop(progress);
+    let goes_on =
+        |state| !options.detach && matches!(state, MigrationState::Active | MigrationState::PreSwitchover);
+    let report = follow(&mut client, goes_on, options.target.json, interrupt)?;
     if options.target.json {
         print_json(&report)?;
     } else {

@@ -7,6 +7,7 @@ pub(crate) mod device_file;
 pub(crate) mod devices;
 pub(crate) mod doctor;
 pub(crate) mod explain;
+mod follow;
 pub(crate) mod migrate;
 pub(crate) mod rehearse;
 pub(crate) mod save;

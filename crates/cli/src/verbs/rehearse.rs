@@ -1,19 +1,17 @@
 //! `rehearse`: everything up to the switchover for real, and undone.
 
-use std::time::Duration;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use vfio_migration_compat::Verdict;
 
-use super::{check, status};
+use super::check;
+use super::follow::follow;
 use crate::compat_args::Rehearse;
 use crate::control::{MigrationState, RehearsalInfo, RehearseArguments, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
-use crate::output::{print, print_json, say};
-use crate::progress::Progress;
+use crate::output::{print, print_json};
 use crate::units::{milliseconds, show_size};
 
 /// What `rehearse --json` prints.
@@ -37,23 +35,8 @@ pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Fai
     };
     let mut client = options.target.connect()?;
     client.call(Verb::Rehearse, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
-    let mut report = status::ask(&mut client)?;
-    let mut progress = Progress::new(!options.target.json);
-    let mut cancelled = false;
-    while report.migration.status == MigrationState::Active {
-        progress.show(&report.migration);
-        client
-            .next_event(Duration::from_millis(200))
-            .map_err(|error| Failure::caused("lost the vm", &error))?;
-        if interrupt.requested() && !cancelled {
-            cancelled = true;
-            if let Err(error) = client.call(Verb::MigrateCancel, Value::Null) {
-                say(format_args!("vfio-migrate: {error}"));
-            }
-        }
-        report = status::ask(&mut client)?;
-    }
-    drop(progress);
+    let goes_on = |state| state == MigrationState::Active;
+    let report = follow(&mut client, goes_on, options.target.json, interrupt)?;
     let Some(found) = report.migration.rehearsal else {
         let why = report.migration.error.unwrap_or_else(|| "it did not say why".into());
         return Err(Failure::failed(format!("the rehearsal failed: {why}")));

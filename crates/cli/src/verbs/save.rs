@@ -1,16 +1,14 @@
 //! `save`: asks a running `vm` to write its guest into a file, and waits for the end. Of a device alone: in `device_file`.
 
-use std::time::Duration;
+use serde_json::json;
 
-use serde_json::{Value, json};
-
+use super::follow::follow;
 use super::{device_file, status};
 use crate::args::{Save, Target};
 use crate::control::{MigrationState, SaveArguments, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
-use crate::output::{print, print_json, say};
-use crate::progress::Progress;
+use crate::output::{print, print_json};
 
 pub(crate) fn run(options: &Save, interrupt: &Interrupt) -> Result<Exit, Failure> {
     match (&options.control, &options.device) {
@@ -38,23 +36,8 @@ fn save_guest(options: &Save, target: &Target, interrupt: &Interrupt) -> Result<
     };
     let mut client = target.connect()?;
     client.call(Verb::Save, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
-    let mut report = status::ask(&mut client)?;
-    let mut progress = Progress::new(!target.json);
-    let mut cancelled = false;
-    while matches!(report.migration.status, MigrationState::Active) {
-        progress.show(&report.migration);
-        client
-            .next_event(Duration::from_millis(200))
-            .map_err(|error| Failure::caused("lost the vm", &error))?;
-        if interrupt.requested() && !cancelled {
-            cancelled = true;
-            if let Err(error) = client.call(Verb::MigrateCancel, Value::Null) {
-                say(format_args!("vfio-migrate: {error}"));
-            }
-        }
-        report = status::ask(&mut client)?;
-    }
-    drop(progress);
+    let goes_on = |state| state == MigrationState::Active;
+    let report = follow(&mut client, goes_on, target.json, interrupt)?;
     if target.json {
         print_json(&report)?;
     } else {
