@@ -112,6 +112,39 @@ pub enum Position {
     StopCopy,
 }
 
+impl Position {
+    /// The migration state of a device whose session stands there.
+    #[must_use]
+    pub const fn state(self) -> MigrationState {
+        match self {
+            Self::PreCopy => MigrationState::PreCopy,
+            Self::PreCopyP2p => MigrationState::PreCopyP2p,
+            Self::StopCopy => MigrationState::StopCopy,
+        }
+    }
+
+    /// Where a session of a device in this state stands; `None` where it can have none.
+    #[must_use]
+    pub const fn of(state: MigrationState) -> Option<Self> {
+        match state {
+            MigrationState::PreCopy => Some(Self::PreCopy),
+            MigrationState::PreCopyP2p => Some(Self::PreCopyP2p),
+            MigrationState::StopCopy => Some(Self::StopCopy),
+            _ => None,
+        }
+    }
+
+    /// The state that a session is left for from there.
+    #[must_use]
+    pub const fn after(self) -> MigrationState {
+        match self {
+            Self::PreCopy => MigrationState::Running,
+            Self::PreCopyP2p => MigrationState::RunningP2p,
+            Self::StopCopy => MigrationState::Stop,
+        }
+    }
+}
+
 /// An open saving session. Dropping one leaves it (STOP_COPY → STOP, or PRE_COPY → RUNNING), with what fails logged.
 pub trait SavingSession: fmt::Debug + Send {
     /// Where it stands.

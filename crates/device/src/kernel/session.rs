@@ -54,22 +54,18 @@ pub(super) struct Saving {
 impl Saving {
     fn open(machine: &Arc<Machine>, from: MigrationState, at: Position) -> Result<Self, TransitionError> {
         if from.is_saving() || from == MigrationState::Resuming {
-            return Err(machine.refused(from, state(at), KernelError::SessionOpen));
+            return Err(machine.refused(from, at.state(), KernelError::SessionOpen));
         }
-        let stream = machine.open(from, state(at))?;
+        let stream = machine.open(from, at.state())?;
         Ok(Self { machine: machine.clone(), stream, position: at, open: true })
     }
 
     fn leave(&mut self) -> Result<MigrationState, TransitionError> {
         self.open = false;
-        let to = match self.position {
-            Position::PreCopy => MigrationState::Running,
-            Position::PreCopyP2p => MigrationState::RunningP2p,
-            Position::StopCopy => MigrationState::Stop,
-        };
+        let to = self.position.after();
         // Where it really is, which need not be where the session left it: a reset may have come in between.
         let now = self.machine.state_before(to)?;
-        if now != state(self.position) {
+        if now != self.position.state() {
             tracing::warn!(device = %self.machine.id, %now, "the device was reset under its saving session");
         }
         self.machine.go(now, to)?;
@@ -80,7 +76,7 @@ impl Saving {
     /// reset has ended with something else than ENODEV, so the state is asked.
     fn check(&self, doing: &str) -> Result<(), DeviceError> {
         let now = self.machine.state().map_err(|error| self.machine.failed(doing, error))?;
-        if now == state(self.position) {
+        if now == self.position.state() {
             return Ok(());
         }
         let lost = KernelError::SessionLost(now);
@@ -92,7 +88,7 @@ impl Saving {
         match self.check(doing) {
             Err(lost) => lost,
             Ok(()) if errno == Errno::NODEV => {
-                let lost = KernelError::SessionLost(state(self.position));
+                let lost = KernelError::SessionLost(self.position.state());
                 DeviceError::new(self.machine.id.clone(), doing, Some(errno), lost)
             }
             Ok(()) => DeviceError::new(self.machine.id.clone(), doing, Some(errno), errno),
@@ -142,12 +138,12 @@ impl SavingSession for Saving {
     }
 
     fn go(&mut self, to: Position) -> Result<(), TransitionError> {
-        let now = self.machine.state_before(state(to))?;
+        let now = self.machine.state_before(to.state())?;
         // A SET would open a second session, whose data is no sequel to what was read.
-        if now != state(self.position) {
-            return Err(self.machine.refused(now, state(to), KernelError::SessionLost(now)));
+        if now != self.position.state() {
+            return Err(self.machine.refused(now, to.state(), KernelError::SessionLost(now)));
         }
-        match self.machine.go(now, state(to)) {
+        match self.machine.go(now, to.state()) {
             // Inside the saving group the kernel gives no new descriptor: the old one goes on.
             Ok(None) => {
                 self.position = to;
@@ -155,14 +151,14 @@ impl SavingSession for Saving {
             }
             Ok(Some(_second)) => {
                 let now = self.machine.state().ok();
-                if let Some(position) = now.and_then(position) {
+                if let Some(position) = now.and_then(Position::of) {
                     self.position = position;
                 }
-                let (id, from) = (self.machine.id.clone(), state(self.position));
-                Err(TransitionError::new(id, from, state(to), now, None, KernelError::SecondStream))
+                let (id, from) = (self.machine.id.clone(), self.position.state());
+                Err(TransitionError::new(id, from, to.state(), now, None, KernelError::SecondStream))
             }
             Err(error) => {
-                if let Some(position) = error.now.and_then(position) {
+                if let Some(position) = error.now.and_then(Position::of) {
                     self.position = position;
                 }
                 Err(error)
@@ -245,23 +241,6 @@ impl Drop for Resuming {
         {
             tracing::warn!(%error, "a resuming session was dropped and the device could not be reset");
         }
-    }
-}
-
-fn state(position: Position) -> MigrationState {
-    match position {
-        Position::PreCopy => MigrationState::PreCopy,
-        Position::PreCopyP2p => MigrationState::PreCopyP2p,
-        Position::StopCopy => MigrationState::StopCopy,
-    }
-}
-
-fn position(state: MigrationState) -> Option<Position> {
-    match state {
-        MigrationState::PreCopy => Some(Position::PreCopy),
-        MigrationState::PreCopyP2p => Some(Position::PreCopyP2p),
-        MigrationState::StopCopy => Some(Position::StopCopy),
-        _ => None,
     }
 }
 

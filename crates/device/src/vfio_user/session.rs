@@ -22,11 +22,7 @@ impl Saving {
 
     fn leave(&mut self) -> Result<MigrationState, TransitionError> {
         self.open = false;
-        let to = match self.position {
-            Position::PreCopy => MigrationState::Running,
-            Position::PreCopyP2p => MigrationState::RunningP2p,
-            Position::StopCopy => MigrationState::Stop,
-        };
+        let to = self.position.after();
         // Where it really is, which need not be where the session left it: a reset may have come in between.
         self.device.go(self.device.state_before(to)?, to)?;
         Ok(to)
@@ -62,14 +58,14 @@ impl SavingSession for Saving {
     }
 
     fn go(&mut self, to: Position) -> Result<(), TransitionError> {
-        let now = self.device.state_before(state(to))?;
+        let now = self.device.state_before(to.state())?;
         // A SET would open a second session, whose data is no sequel to what was read.
-        if now != state(self.position) {
+        if now != self.position.state() {
             let why = "the saving session was lost: the device was reset under it";
-            return Err(self.device.refused(now, state(to), why));
+            return Err(self.device.refused(now, to.state(), why));
         }
-        if let Err(error) = self.device.go(now, state(to)) {
-            if let Some(position) = error.now.and_then(position) {
+        if let Err(error) = self.device.go(now, to.state()) {
+            if let Some(position) = error.now.and_then(Position::of) {
                 self.position = position;
             }
             return Err(error);
@@ -90,23 +86,6 @@ impl Drop for Saving {
         {
             tracing::warn!(%error, "a saving session was dropped and could not be left");
         }
-    }
-}
-
-fn state(position: Position) -> MigrationState {
-    match position {
-        Position::PreCopy => MigrationState::PreCopy,
-        Position::PreCopyP2p => MigrationState::PreCopyP2p,
-        Position::StopCopy => MigrationState::StopCopy,
-    }
-}
-
-fn position(state: MigrationState) -> Option<Position> {
-    match state {
-        MigrationState::PreCopy => Some(Position::PreCopy),
-        MigrationState::PreCopyP2p => Some(Position::PreCopyP2p),
-        MigrationState::StopCopy => Some(Position::StopCopy),
-        _ => None,
     }
 }
 

@@ -131,12 +131,7 @@ impl SavingSession for Saving {
     }
 
     fn go(&mut self, to: Position) -> Result<(), TransitionError> {
-        let state = match to {
-            Position::PreCopy => MigrationState::PreCopy,
-            Position::PreCopyP2p => MigrationState::PreCopyP2p,
-            Position::StopCopy => MigrationState::StopCopy,
-        };
-        timed(&self.control, state, || self.session.go(to))
+        timed(&self.control, to.state(), || self.session.go(to))
     }
 
     fn end(self: Box<Self>) -> Result<MigrationState, TransitionError> {
