@@ -109,7 +109,7 @@ fn lint(top: &Path) -> Result<Outcome, String> {
 }
 
 fn test(top: &Path) -> Result<Outcome, String> {
-    let text = cargo(top, &[&["test"], BUILT].concat())?;
+    let text = cargo(top, &[&["test", "--no-fail-fast"], BUILT].concat())?;
     if !kvm_answers() {
         let why = "/dev/kvm does not answer, so the KVM tests in it did nothing; the others passed";
         return Ok(Outcome::Skipped(why.into()));
