@@ -86,7 +86,7 @@ fn what_is_measured_is_told_from_what_is_not() {
     let basis = |name: &str| found.parts.iter().find(|part| part.name == name).map(|part| part.basis);
     assert_eq!(basis("ram"), Some(Basis::Measured));
     assert_eq!((basis("quiesce"), basis("start")), (Some(Basis::Unknown), Some(Basis::Unknown)));
-    assert!(found.rates.wire.is_some() && found.bytes.ram > 0, "{found:?}");
+    assert!(found.rates.wire.is_some() && found.rates.load.is_some() && found.bytes.ram > 0, "{found:?}");
 
     let stood = rehearse(&source, &plan, Rehearse::Standstill, slow(), DestinationOptions::default());
     let found = stood.source.unwrap();

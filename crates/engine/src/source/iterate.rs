@@ -162,12 +162,16 @@ impl Source {
             );
             return self.abort(failure(self.phase, text, ""), Told::Tell);
         }
+        let first = self.rounds.applied == 0;
         self.rounds.applied = applied.iteration;
         if let Some((_, sent)) = self.rounds.probe.take_if(|(iteration, _)| *iteration <= applied.iteration) {
             self.model.round_trip_at_most(now.saturating_sub(sent));
         }
         self.settle_owed(Some(Acknowledged::Iteration), now);
         self.model.applied(applied);
+        if first && self.config.rehearse.is_some() && self.state == State::Resting {
+            self.decide(now);
+        }
     }
 
     pub(super) fn on_limit(&mut self, limit: Duration, now: Time) {
@@ -272,7 +276,9 @@ impl Source {
         if self.config.pause_before_switchover && !self.rounds.continued {
             return self.rest(Wait::Operator, WAITING_PACE, now);
         }
-        if self.model.worth_another_round(now) {
+        // A rehearsal has the time to hear how fast the destination loads.
+        let unheard = self.config.rehearse.is_some() && self.rounds.applied == 0;
+        if unheard || self.model.worth_another_round(now) {
             return self.rest(Wait::Convergence, PACE, now);
         }
         self.rounds.waiting = None;
