@@ -12,6 +12,7 @@ pub mod host;
 mod kernel;
 mod pci;
 mod pci_codec;
+mod session;
 mod vfio_user;
 
 pub use contract::{
@@ -27,4 +28,5 @@ pub use kernel::{
 };
 pub use pci::{ConfigRule, ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciState, VectorState};
 pub use pci_codec::PciCodecError;
+pub use session::SessionError;
 pub use vfio_user::{VfioUserDevice, VfioUserOptions};

@@ -336,6 +336,42 @@ fn a_session_that_a_reset_took_away_does_not_go_on() {
 }
 
 #[test]
+fn a_session_that_is_open_is_not_opened_again() {
+    let (source, destination, ram) = (Served::new(options()), Served::new(options()), ram());
+    let (from, to) = (source.open(&ram), destination.open(&ram));
+    let mut saving = from.begin_precopy().unwrap();
+    let half = drain(&mut *saving, 4096);
+    for again in [from.begin_precopy(), from.begin_stop_copy()] {
+        assert!(again.unwrap_err().source.to_string().contains("a session is open"));
+    }
+    saving.go(Position::StopCopy).unwrap();
+    let rest = drain(&mut *saving, 4096);
+    // What a session was given that was not finished is no beginning of what the next one is given.
+    let mut first = to.begin_resuming().unwrap();
+    first.write(&half).unwrap();
+    let mut second = to.begin_resuming().unwrap();
+    second.write(&half).unwrap();
+    second.write(&rest).unwrap();
+    second.finish().unwrap();
+    assert_eq!(to.state().unwrap(), MigrationState::Stop);
+}
+
+#[test]
+fn states_of_sessions_are_not_set_from_outside() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    for state in [MigrationState::PreCopy, MigrationState::StopCopy, MigrationState::Resuming] {
+        let refused = device.set_state(state).unwrap_err();
+        assert!(refused.source.to_string().contains("belongs to a session"), "{}", refused.source);
+    }
+    let mut resuming = device.begin_resuming().unwrap();
+    resuming.write(b"half").unwrap();
+    assert!(device.set_state(MigrationState::Stop).is_err(), "that would make half a state the device's");
+    assert_eq!(device.state().unwrap(), MigrationState::Resuming);
+    resuming.abort().unwrap();
+}
+
+#[test]
 fn a_session_whose_device_is_in_error_sets_nothing() {
     let fault = "error-arc:PRE_COPY_P2P:STOP_COPY".parse().unwrap();
     let (served, ram) = (Served::new(Options { faults: vec![fault], ..options() }), ram());

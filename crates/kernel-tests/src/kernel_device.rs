@@ -7,8 +7,8 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use vfio_migration_device::{
-    Device, DeviceError, DmaAccess, IommuHandle, IrqIndex, KernelDevice, KernelError, KernelOptions,
-    KernelPath, PciHardware, Position, Read, RegionIndex, ResumingSession, SavingSession, TrackerKind,
+    Device, DeviceError, DmaAccess, IommuHandle, IrqIndex, KernelDevice, KernelOptions, KernelPath,
+    PciHardware, Position, Read, RegionIndex, ResumingSession, SavingSession, SessionError, TrackerKind,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, Range};
@@ -231,7 +231,7 @@ pub(crate) fn chooses_its_tracker() -> Outcome {
 
 #[track_caller]
 fn lost(error: &DeviceError) -> Outcome {
-    let lost = matches!(error.source.downcast_ref(), Some(KernelError::SessionLost(MigrationState::Running)));
+    let lost = matches!(error.source.downcast_ref(), Some(SessionError::Lost(MigrationState::Running)));
     holds(lost, &format!("the session is lost: {}", chain(error)))
 }
 

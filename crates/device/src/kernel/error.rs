@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use rustix::io::Errno;
-use vfio_migration_types::MigrationState;
 
 /// A cause that the kernel back end found itself; the source of a [`DeviceError`](crate::DeviceError) or of a
 /// [`TransitionError`](crate::TransitionError).
@@ -112,40 +111,6 @@ pub enum KernelError {
         /// What is wrong with it.
         what: &'static str,
     },
-    /// The session is over without our doing.
-    #[error(
-        "the session was lost: the device is in {0}, as after a reset (a guest's function-level reset, or error recovery)"
-    )]
-    SessionLost(MigrationState),
-    /// A session is open already.
-    #[error("a session is open on the device already, and its data descriptor cannot be had again")]
-    SessionOpen,
-    /// A state that belongs to a session.
-    #[error("that state belongs to a session")]
-    SessionState,
-    /// RESUMING is left by finishing or by a reset.
-    #[error("a resuming session is left by finishing it or by a reset")]
-    ResumingOpen,
-    /// The kernel opened no session.
-    #[error("the kernel gave no data descriptor")]
-    NoStream,
-    /// The kernel opened a session inside of one.
-    #[error("the kernel opened a second session inside the first")]
-    SecondStream,
-    /// A read into nothing.
-    #[error("a read into an empty buffer")]
-    EmptyBuffer,
-    /// The driver took an odd number of bytes.
-    #[error("the driver took {taken} of {offered} bytes")]
-    OddWrite {
-        /// Bytes that it says it took.
-        taken: usize,
-        /// Bytes that it was given.
-        offered: usize,
-    },
-    /// After a reset the device is not RUNNING.
-    #[error("it is in {0} even after a reset")]
-    ResetLeft(MigrationState),
 }
 
 impl KernelError {

@@ -11,7 +11,7 @@ use super::dirty::{Log, LogPort, Tried};
 use super::iommu::{DeviceLog, with_cause};
 use super::tracker::{Trial, Trials, choose};
 use super::windows::Windows;
-use super::{Inner, KernelDevice, TrackerChoice, TrackerKind, session};
+use super::{Inner, KernelDevice, TrackerChoice, TrackerKind};
 use crate::{
     Capabilities, Device, DeviceError, DirtyLog, NotMigratable, ResumingSession, SavingSession,
     TransitionError,
@@ -44,8 +44,7 @@ impl Device for KernelDevice {
     }
 
     fn state(&self) -> Result<MigrationState, DeviceError> {
-        let machine = &self.inner.machine;
-        machine.state().map_err(|error| machine.failed("asking for its state", error))
+        self.inner.machine.state()
     }
 
     fn set_state(&self, to: MigrationState) -> Result<(), TransitionError> {
@@ -53,15 +52,15 @@ impl Device for KernelDevice {
     }
 
     fn begin_precopy(&self) -> Result<Box<dyn SavingSession>, TransitionError> {
-        Ok(Box::new(session::begin_precopy(&self.inner.machine)?))
+        Ok(Box::new(self.inner.machine.begin_precopy()?))
     }
 
     fn begin_stop_copy(&self) -> Result<Box<dyn SavingSession>, TransitionError> {
-        Ok(Box::new(session::begin_stop_copy(&self.inner.machine)?))
+        Ok(Box::new(self.inner.machine.begin_stop_copy()?))
     }
 
     fn begin_resuming(&self) -> Result<Box<dyn ResumingSession>, TransitionError> {
-        Ok(Box::new(session::begin_resuming(&self.inner.machine)?))
+        Ok(Box::new(self.inner.machine.begin_resuming()?))
     }
 
     fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError> {
@@ -69,7 +68,10 @@ impl Device for KernelDevice {
             Ok(size) => Ok(Some(size)),
             // A kernel before 6.2.
             Err(error) if error.is_unsupported() => Ok(None),
-            Err(error) => Err(self.inner.machine.failed("asking for the size of its state", error)),
+            Err(error) => {
+                let doing = "asking for the size of its state";
+                Err(DeviceError::new(self.inner.id.clone(), doing, error.errno(), error))
+            }
         }
     }
 

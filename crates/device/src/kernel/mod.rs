@@ -10,14 +10,12 @@ mod dirty;
 mod error;
 mod hardware;
 mod iommu;
-mod machine;
 mod manifest;
 mod migrate;
 mod open;
 mod path;
 mod port;
 mod ranges;
-mod session;
 mod sysfs;
 #[cfg(test)]
 mod tests;
@@ -37,10 +35,11 @@ use vfio_migration_uapi as uapi;
 use self::dirty::Log;
 use self::hardware::Regions;
 use self::iommu::Iommu;
-use self::machine::Machine;
 use self::open::Opened;
+use self::port::DevicePort;
 use self::sysfs::SysDevice;
 use self::windows::Windows;
+use crate::session::StateMachine;
 use crate::{DeviceError, NotMigratable};
 
 #[cfg(feature = "bare-space")]
@@ -104,7 +103,7 @@ struct Inner {
     tracker: OnceLock<(TrackerChoice, Option<Log>)>,
     iommu: Iommu,
     windows: Arc<Windows>,
-    machine: Arc<Machine>,
+    machine: Arc<StateMachine>,
     device: Arc<OwnedFd>,
     group: Option<OwnedFd>,
     ram: Arc<GuestRam>,
@@ -114,6 +113,7 @@ struct Inner {
     irqs: [u32; 3],
     connected: [AtomicBool; 3],
     resettable: bool,
+    reinit: bool,
 }
 
 impl Drop for Inner {
@@ -186,7 +186,7 @@ impl KernelDevice {
 
     /// Whether the kernel reports new initial data of pre-copy (`VFIO_PRECOPY_INFO_REINIT`): kernels since 7.1.
     pub fn reports_reinit(&self) -> bool {
-        self.inner.machine.reinit
+        self.inner.reinit
     }
 
     fn new(id: DeviceId, opened: Opened, ram: Arc<GuestRam>) -> Result<Self, DeviceError> {
@@ -215,7 +215,8 @@ impl KernelDevice {
             _ => false,
         };
         let known = flags.as_ref().ok().copied();
-        let machine = Machine::new(id.clone(), Box::new(device.clone()), known, reinit);
+        let port = DevicePort { device: device.clone(), reinit };
+        let machine = StateMachine::new(id.clone(), Box::new(port), known);
         Ok(Self {
             inner: Arc::new(Inner {
                 tracker: OnceLock::new(),
@@ -232,6 +233,7 @@ impl KernelDevice {
                 regions,
                 irqs,
                 resettable: info.resettable,
+                reinit,
             }),
         })
     }
@@ -242,8 +244,7 @@ impl KernelDevice {
         if self.inner.flags.is_err() {
             return Ok(());
         }
-        let failed = |error| machine.failed("asking for its state", error);
-        if machine.state().map_err(failed)? != MigrationState::Running {
+        if machine.state()? != MigrationState::Running {
             machine.reset()?;
         }
         Ok(())

@@ -1,59 +1,65 @@
-//! The system calls that a session makes, behind two small traits: what the kernel's answers mean can then be tested
-//! without a kernel.
+//! The system calls of a migration session.
 
-use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::io::Errno;
+use rustix::io::retry_on_intr;
 use vfio_migration_types::MigrationState;
-use vfio_migration_uapi::{self as uapi, PrecopyInfo, UapiError};
+use vfio_migration_uapi as uapi;
 
-/// The migration state machine of an open device.
-pub(super) trait Port: fmt::Debug + Send + Sync {
-    /// GET of the state.
-    fn state(&self) -> Result<MigrationState, UapiError>;
-    /// SET of the state, with the data stream when an arc opened one.
-    fn set_state(&self, to: MigrationState) -> Result<Option<Box<dyn Stream>>, UapiError>;
-    /// `VFIO_DEVICE_RESET`.
-    fn reset(&self) -> Result<(), UapiError>;
+use crate::PrecopyProgress;
+use crate::session::{Port, PortError, Stream};
+
+/// An open device.
+#[derive(Debug)]
+pub(super) struct DevicePort {
+    pub(super) device: Arc<OwnedFd>,
+    /// The kernel took the opt-in to honest pre-copy flags.
+    pub(super) reinit: bool,
 }
 
-/// The data descriptor of a session. Each call is one system call.
-pub(super) trait Stream: fmt::Debug + Send {
-    /// read(2).
-    fn read(&self, buf: &mut [u8]) -> Result<usize, Errno>;
-    /// write(2): may take less than all.
-    fn write(&self, bytes: &[u8]) -> Result<usize, Errno>;
-    /// `VFIO_MIG_GET_PRECOPY_INFO`.
-    fn precopy_info(&self) -> Result<PrecopyInfo, UapiError>;
+/// The data descriptor of a session.
+#[derive(Debug)]
+struct DataFd {
+    data: OwnedFd,
+    reinit: bool,
 }
 
-impl Port for Arc<OwnedFd> {
-    fn state(&self) -> Result<MigrationState, UapiError> {
-        uapi::device_state((**self).as_fd())
+impl Port for DevicePort {
+    fn state(&self) -> Result<MigrationState, PortError> {
+        Ok(uapi::device_state((*self.device).as_fd())?)
     }
 
-    fn set_state(&self, to: MigrationState) -> Result<Option<Box<dyn Stream>>, UapiError> {
-        let data = uapi::set_device_state((**self).as_fd(), to)?;
-        Ok(data.map(|fd| Box::new(fd) as Box<dyn Stream>))
+    fn set_state(
+        &self,
+        _from: MigrationState,
+        to: MigrationState,
+    ) -> Result<Option<Box<dyn Stream>>, PortError> {
+        let data = uapi::set_device_state((*self.device).as_fd(), to)?;
+        Ok(data.map(|data| Box::new(DataFd { data, reinit: self.reinit }) as Box<dyn Stream>))
     }
 
-    fn reset(&self) -> Result<(), UapiError> {
-        uapi::reset((**self).as_fd())
+    fn reset(&self) -> Result<(), PortError> {
+        Ok(uapi::reset((*self.device).as_fd())?)
     }
 }
 
-impl Stream for OwnedFd {
-    fn read(&self, buf: &mut [u8]) -> Result<usize, Errno> {
-        rustix::io::read(self, buf)
+impl Stream for DataFd {
+    fn read(&self, buf: &mut [u8]) -> Result<usize, PortError> {
+        Ok(retry_on_intr(|| rustix::io::read(&self.data, &mut *buf))?)
     }
 
-    fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        rustix::io::write(self, bytes)
+    fn write(&self, bytes: &[u8]) -> Result<usize, PortError> {
+        Ok(retry_on_intr(|| rustix::io::write(&self.data, bytes))?)
     }
 
-    fn precopy_info(&self) -> Result<PrecopyInfo, UapiError> {
-        uapi::precopy_info(self.as_fd())
+    fn precopy_info(&self) -> Result<Option<PrecopyProgress>, PortError> {
+        let info = uapi::precopy_info(self.data.as_fd())?;
+        Ok(Some(PrecopyProgress {
+            initial_bytes: info.initial_bytes,
+            dirty_bytes: info.dirty_bytes,
+            // Without the opt-in the kernel echoes whatever was in the flags.
+            reinit: info.reinit && self.reinit,
+        }))
     }
 }

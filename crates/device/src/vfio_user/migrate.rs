@@ -1,13 +1,12 @@
 //! The Device contract over vfio-user.
 
 use vfio_migration_compat::DeviceManifest;
-use vfio_migration_types::{DeviceId, MigrationState};
-use vfio_user_peer::ClientError;
+use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
+use vfio_user_peer::Client;
 
-use super::session::{Resuming, Saving};
 use super::{Inner, VfioUserDevice};
 use crate::{
-    Capabilities, Device, DeviceError, DirtyLog, NotMigratable, Position, ResumingSession, SavingSession,
+    Capabilities, Device, DeviceError, DirtyLog, NotMigratable, ResumingSession, SavingSession,
     TransitionError,
 };
 
@@ -31,33 +30,23 @@ impl Device for VfioUserDevice {
     }
 
     fn state(&self) -> Result<MigrationState, DeviceError> {
-        self.inner.state()
+        self.inner.machine.state()
     }
 
     fn set_state(&self, to: MigrationState) -> Result<(), TransitionError> {
-        self.inner.go(self.inner.state_before(to)?, to)
+        self.inner.machine.set_state(to)
     }
 
     fn begin_precopy(&self) -> Result<Box<dyn SavingSession>, TransitionError> {
-        let from = self.inner.state_before(MigrationState::PreCopy)?;
-        let (to, position) = match from {
-            MigrationState::RunningP2p => (MigrationState::PreCopyP2p, Position::PreCopyP2p),
-            _ => (MigrationState::PreCopy, Position::PreCopy),
-        };
-        self.inner.go(from, to)?;
-        Ok(Box::new(Saving::new(self.inner.clone(), position)))
+        Ok(Box::new(self.inner.machine.begin_precopy()?))
     }
 
     fn begin_stop_copy(&self) -> Result<Box<dyn SavingSession>, TransitionError> {
-        let from = self.inner.state_before(MigrationState::StopCopy)?;
-        self.inner.go(from, MigrationState::StopCopy)?;
-        Ok(Box::new(Saving::new(self.inner.clone(), Position::StopCopy)))
+        Ok(Box::new(self.inner.machine.begin_stop_copy()?))
     }
 
     fn begin_resuming(&self) -> Result<Box<dyn ResumingSession>, TransitionError> {
-        let from = self.inner.state_before(MigrationState::Resuming)?;
-        self.inner.go(from, MigrationState::Resuming)?;
-        Ok(Box::new(Resuming::new(self.inner.clone())))
+        Ok(Box::new(self.inner.machine.begin_resuming()?))
     }
 
     fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError> {
@@ -74,18 +63,13 @@ impl Device for VfioUserDevice {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        self.inner.reset()
+        self.inner.machine.reset()
     }
 }
 
 impl Inner {
     fn find_capabilities(&self) -> Result<Capabilities, NotMigratable> {
-        let none = |why: String| NotMigratable(format!("device {}: {why}", self.id));
-        let flags = self
-            .client
-            .migration_flags()
-            .map_err(|error| none(format!("its server does not say whether it can: {error}")))?
-            .ok_or_else(|| none("its server does not implement migration".into()))?;
+        let flags = self.flags.clone()?;
         let extension = self.client.negotiated().extension;
         Ok(Capabilities {
             flags,
@@ -95,71 +79,13 @@ impl Inner {
             chunk: CHUNK.min(self.client.negotiated().max_data_xfer_size as usize),
         })
     }
+}
 
-    pub(super) fn state(&self) -> Result<MigrationState, DeviceError> {
-        self.client.mig_state().map_err(|error| self.failed("asking for its state", error))
-    }
-
-    /// Where it is before it goes to `to`. Nothing is ever SET on a device in ERROR.
-    pub(super) fn state_before(&self, to: MigrationState) -> Result<MigrationState, TransitionError> {
-        let error = |now: Option<MigrationState>, errno, source: Box<dyn std::error::Error + Send + Sync>| {
-            let from = now.unwrap_or(MigrationState::Error);
-            TransitionError::new(self.id.clone(), from, to, now, errno, source)
-        };
-        match self.client.mig_state() {
-            Ok(MigrationState::Error) => Err(error(
-                Some(MigrationState::Error),
-                None,
-                "it is in ERROR, which only a reset leaves".into(),
-            )),
-            Ok(now) => Ok(now),
-            Err(cause) => Err(error(None, cause.errno(), cause.into())),
-        }
-    }
-
-    /// A transition that is not tried, from where the device is.
-    pub(super) fn refused(
-        &self,
-        now: MigrationState,
-        to: MigrationState,
-        why: &'static str,
-    ) -> TransitionError {
-        TransitionError::new(self.id.clone(), now, to, Some(now), None, why)
-    }
-
-    /// SETs `to`; after a failure, asks where it really is.
-    pub(super) fn go(&self, from: MigrationState, to: MigrationState) -> Result<(), TransitionError> {
-        if from == to {
-            return Ok(());
-        }
-        self.client.set_mig_state(to).map_err(|error| {
-            let now = self.client.mig_state().ok();
-            TransitionError::new(self.id.clone(), from, to, now, error.errno(), error)
-        })
-    }
-
-    /// Resets. Some servers refuse RESET while the device is stopped, and keep the migration state across one.
-    pub(super) fn reset(&self) -> Result<(), DeviceError> {
-        let failed = |error: ClientError| self.failed("resetting", error);
-        match self.client.reset() {
-            Ok(()) => {}
-            Err(refusal @ ClientError::Refused { .. }) => {
-                // In ERROR nothing may be SET, and from RESUMING a SET would make what was loaded so far the state.
-                let now = self.client.mig_state().map_err(failed)?;
-                if matches!(now, MigrationState::Error | MigrationState::Resuming) {
-                    return Err(failed(refusal));
-                }
-                self.client.set_mig_state(MigrationState::Running).map_err(failed)?;
-                self.client.reset().map_err(failed)?;
-            }
-            Err(error) => return Err(failed(error)),
-        }
-        match self.client.mig_state().map_err(failed)? {
-            MigrationState::Running => Ok(()),
-            MigrationState::Error => {
-                Err(DeviceError::new(self.id.clone(), "resetting", None, "it is in ERROR even after a reset"))
-            }
-            _ => self.client.set_mig_state(MigrationState::Running).map_err(failed),
-        }
-    }
+/// Its flags, or why it has none.
+pub(super) fn find_flags(id: &DeviceId, client: &Client) -> Result<MigrationFlags, NotMigratable> {
+    let none = |why: String| NotMigratable(format!("device {id}: {why}"));
+    client
+        .migration_flags()
+        .map_err(|error| none(format!("its server does not say whether it can: {error}")))?
+        .ok_or_else(|| none("its server does not implement migration".into()))
 }

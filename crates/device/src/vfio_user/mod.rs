@@ -8,7 +8,7 @@ mod dma;
 mod hardware;
 mod manifest;
 mod migrate;
-mod session;
+mod port;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -16,12 +16,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DeviceId, MigrationFlags};
 use vfio_user_peer::{Client, ClientError, ClientOptions, OnConnect, irq_index};
 
 use self::dirty::ServerLog;
 use self::dma::GuestDma;
+use self::port::ServerPort;
 use crate::hardware::RegionInfo;
+use crate::session::StateMachine;
 use crate::{Capabilities, DeviceError, NotMigratable};
 
 /// Most regions that a server may have. A PCI function has nine; a server may add its own.
@@ -61,7 +63,9 @@ pub struct VfioUserDevice {
 #[derive(Debug)]
 struct Inner {
     id: DeviceId,
-    client: Client,
+    client: Arc<Client>,
+    flags: Result<MigrationFlags, NotMigratable>,
+    machine: Arc<StateMachine>,
     dma: Arc<GuestDma>,
     message_dma: bool,
     regions: Vec<RegionInfo>,
@@ -105,6 +109,10 @@ impl VfioUserDevice {
             let what = format!("it is no PCI device (flags say so), or has {} regions", info.num_regions);
             return Err(DeviceError::new(id, "opening", None, what));
         }
+        let client = Arc::new(client);
+        let flags = migrate::find_flags(&id, &client);
+        let known = flags.as_ref().ok().copied();
+        let machine = StateMachine::new(id.clone(), Box::new(ServerPort(client.clone())), known);
         let mut inner = Inner {
             log: ServerLog::default(),
             message_dma: options.message_dma,
@@ -112,8 +120,10 @@ impl VfioUserDevice {
             files: Vec::new(),
             irqs: [0; 3],
             capabilities: OnceLock::new(),
+            machine: Arc::new(machine),
             dma,
             client,
+            flags,
             id,
         };
         for index in 0..info.num_regions {

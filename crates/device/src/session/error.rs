@@ -1,0 +1,72 @@
+//! What goes wrong with a session.
+
+use rustix::io::Errno;
+use vfio_migration_types::MigrationState;
+use vfio_migration_uapi::UapiError;
+use vfio_user_peer::ClientError;
+
+/// A cause that the session found itself; the source of a [`DeviceError`](crate::DeviceError) or of a
+/// [`TransitionError`](crate::TransitionError).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// The session is over without our doing.
+    #[error(
+        "the session was lost: the device is in {0}, as after a reset (a guest's function-level reset, or error recovery)"
+    )]
+    Lost(MigrationState),
+    /// A session is open already.
+    #[error("a session is open on the device already, and its data stream cannot be had again")]
+    Open,
+    /// A state that belongs to a session.
+    #[error("that state belongs to a session")]
+    State,
+    /// RESUMING is left by finishing or by a reset.
+    #[error("a resuming session is left by finishing it or by a reset")]
+    Resuming,
+    /// The device opened no session.
+    #[error("the device gave no data stream")]
+    NoStream,
+    /// The device opened a session inside of one.
+    #[error("the device opened a second session inside the first")]
+    SecondStream,
+    /// A read into nothing.
+    #[error("a read into an empty buffer")]
+    EmptyBuffer,
+    /// The device took an odd number of bytes.
+    #[error("the device took {taken} of {offered} bytes")]
+    OddWrite {
+        /// Bytes that it says it took.
+        taken: usize,
+        /// Bytes that it was given.
+        offered: usize,
+    },
+    /// After a reset the device is not RUNNING.
+    #[error("it is in {0} even after a reset")]
+    ResetLeft(MigrationState),
+}
+
+/// A call that failed, whatever it went through.
+#[derive(Debug)]
+pub(crate) struct PortError {
+    pub(crate) errno: Option<Errno>,
+    pub(crate) source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl From<Errno> for PortError {
+    fn from(errno: Errno) -> Self {
+        Self { errno: Some(errno), source: errno.into() }
+    }
+}
+
+impl From<UapiError> for PortError {
+    fn from(error: UapiError) -> Self {
+        Self { errno: error.errno(), source: error.into() }
+    }
+}
+
+impl From<ClientError> for PortError {
+    fn from(error: ClientError) -> Self {
+        Self { errno: error.errno(), source: error.into() }
+    }
+}

@@ -1,0 +1,74 @@
+//! A resuming session: it is finished, or the device is reset.
+
+use std::sync::Arc;
+
+use vfio_migration_types::MigrationState;
+
+use super::{SessionError, StateMachine, Stream};
+use crate::{DeviceError, ResumingSession, TransitionError};
+
+/// An open resuming session.
+#[derive(Debug)]
+pub(crate) struct Resuming {
+    machine: Arc<StateMachine>,
+    stream: Box<dyn Stream>,
+    open: bool,
+}
+
+impl Resuming {
+    pub(super) fn new(machine: Arc<StateMachine>, stream: Box<dyn Stream>) -> Self {
+        Self { machine, stream, open: true }
+    }
+}
+
+impl ResumingSession for Resuming {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
+        const DOING: &str = "writing its state";
+        let id = || self.machine.id.clone();
+        let mut left = bytes;
+        while !left.is_empty() {
+            match self.stream.write(left) {
+                Ok(taken) if taken > 0 && taken <= left.len() => left = &left[taken..],
+                Ok(taken) => {
+                    let why = SessionError::OddWrite { taken, offered: left.len() };
+                    return Err(DeviceError::new(id(), DOING, None, why));
+                }
+                Err(error) => {
+                    return Err(match self.machine.state() {
+                        Ok(now) if now != MigrationState::Resuming => {
+                            DeviceError::new(id(), DOING, error.errno, SessionError::Lost(now))
+                        }
+                        _ => self.machine.failed(DOING, error),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<(), TransitionError> {
+        let now = self.machine.state_before(MigrationState::Stop)?;
+        // A device that was reset is empty; it must not pass for one that has taken its state.
+        if now != MigrationState::Resuming {
+            return Err(self.machine.refused(now, MigrationState::Stop, SessionError::Lost(now)));
+        }
+        self.machine.go(now, MigrationState::Stop)?;
+        self.open = false;
+        Ok(())
+    }
+
+    fn abort(mut self: Box<Self>) -> Result<(), DeviceError> {
+        self.open = false;
+        self.machine.reset()
+    }
+}
+
+impl Drop for Resuming {
+    fn drop(&mut self) {
+        if self.open
+            && let Err(error) = self.machine.reset()
+        {
+            tracing::warn!(%error, "a resuming session was dropped and the device could not be reset");
+        }
+    }
+}

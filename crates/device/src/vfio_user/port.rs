@@ -1,0 +1,79 @@
+//! The messages of a migration session: the data travels by MIG_DATA_READ and MIG_DATA_WRITE.
+
+use std::sync::Arc;
+
+use vfio_migration_types::MigrationState;
+use vfio_user_peer::{Client, ClientError};
+
+use crate::PrecopyProgress;
+use crate::session::{Port, PortError, Stream};
+
+/// The connection, for states.
+#[derive(Debug)]
+pub(super) struct ServerPort(pub(super) Arc<Client>);
+
+/// The connection, for the data of the session that is open on it.
+#[derive(Debug)]
+struct ServerStream(Arc<Client>);
+
+impl Port for ServerPort {
+    fn state(&self) -> Result<MigrationState, PortError> {
+        Ok(self.0.mig_state()?)
+    }
+
+    fn set_state(
+        &self,
+        from: MigrationState,
+        to: MigrationState,
+    ) -> Result<Option<Box<dyn Stream>>, PortError> {
+        self.0.set_mig_state(to)?;
+        let opens = (to.is_saving() && !from.is_saving()) || to == MigrationState::Resuming;
+        Ok(opens.then(|| Box::new(ServerStream(self.0.clone())) as Box<dyn Stream>))
+    }
+
+    /// Some servers refuse RESET while the device is stopped, and keep the migration state across one.
+    fn reset(&self) -> Result<(), PortError> {
+        match self.0.reset() {
+            Ok(()) => {}
+            Err(refusal @ ClientError::Refused { .. }) => {
+                // In ERROR nothing may be SET, and from RESUMING a SET would make what was loaded so far the state.
+                if matches!(self.0.mig_state()?, MigrationState::Error | MigrationState::Resuming) {
+                    return Err(refusal.into());
+                }
+                self.0.set_mig_state(MigrationState::Running)?;
+                self.0.reset()?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        match self.0.mig_state() {
+            Ok(MigrationState::Running | MigrationState::Error) => Ok(()),
+            Ok(_) => Ok(self.0.set_mig_state(MigrationState::Running)?),
+            // A device without migration has no state.
+            Err(ClientError::Refused { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Stream for ServerStream {
+    fn read(&self, buf: &mut [u8]) -> Result<usize, PortError> {
+        Ok(self.0.mig_data_read(buf)?)
+    }
+
+    fn write(&self, bytes: &[u8]) -> Result<usize, PortError> {
+        self.0.mig_data_write(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn precopy_info(&self) -> Result<Option<PrecopyProgress>, PortError> {
+        if !self.0.negotiated().extension.precopy_info {
+            return Ok(None);
+        }
+        let info = self.0.precopy_info()?;
+        Ok(Some(PrecopyProgress {
+            initial_bytes: info.initial_bytes,
+            dirty_bytes: info.dirty_bytes,
+            reinit: info.reinit,
+        }))
+    }
+}
