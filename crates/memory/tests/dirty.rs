@@ -109,8 +109,12 @@ fn no_write_is_missed_under_threads() {
         log.start().unwrap();
         let mut map = bitmap();
         map.set_all();
-        // The writers never pause, so this ends; the passes and the writes interleave all the while.
-        while memory.iter().map(|word| word.load(Ordering::Relaxed)).sum::<u64>() < 1_000_000 {
+        // What was written before the log began is in the first pass. The writers never pause, so this ends; the passes
+        // and the writes interleave all the while, however late this thread comes to it.
+        let written = || memory.iter().map(|word| word.load(Ordering::Relaxed)).sum::<u64>();
+        let enough = written() + 1_000_000;
+        pass(&mut map);
+        while written() < enough {
             pass(&mut map);
         }
         stop.store(true, Ordering::Relaxed);

@@ -140,6 +140,7 @@ mod interrupt;
 mod journal;
 mod limiter;
 mod link;
+mod liveness;
 mod machine;
 mod nonce;
 mod offer;

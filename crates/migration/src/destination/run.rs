@@ -21,6 +21,7 @@ use crate::control::lock;
 use crate::fail;
 use crate::interrupt::Interrupt;
 use crate::link::Link;
+use crate::liveness::{self, GRACE, TICK};
 use crate::nonce::nonce;
 use crate::reasons;
 use crate::report::StepTime;
@@ -35,21 +36,11 @@ use super::receive::{self, Received, Sink};
 use super::worker::{Job, Worker};
 use super::{Destination, FIRST_WORD};
 
-/// How often the loop looks at what nobody tells it: keep-alives, silence, questions, progress.
-const TICK: Duration = Duration::from_millis(100);
-/// Nothing sent for this long: a ping, so that the peer knows that we live.
-const KEEP_ALIVE: Duration = Duration::from_millis(250);
-/// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
-const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 /// How often the loop looks who has connected, and how often while somebody has and says nothing yet.
 const LOOK: Duration = Duration::from_millis(50);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Jobs that may wait for the worker. More wait only when a source asks and asks and reads no answer.
 const MOST_JOBS: u64 = 4096;
-/// How long one write may wait for the source once the attempt is given up, before the link is cut under it.
-const GRACE: Duration = Duration::from_millis(250);
-/// How long a last word may take to reach the peer, at the end.
-const FAREWELL: Duration = Duration::from_millis(500);
 
 /// What the threads of a session share.
 #[derive(Debug, Default)]
@@ -153,18 +144,7 @@ impl Destination {
                 looked: begun,
             };
             let ended = session.run();
-            // The queue is closed: when the worker has ended, the last word has been said. The peer closes when it has
-            // read it; a peer that does not is not waited for.
-            let farewell = Instant::now();
-            let patient = || farewell.elapsed() < FAREWELL;
-            while !working.is_finished() && patient() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            link.shutdown_write();
-            while !hearing.is_finished() && patient() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            link.shutdown();
+            liveness::farewell(&link, &working, &hearing);
             for queue in wires.sink.get().iter().flat_map(|sink| &sink.queues) {
                 queue.close();
             }
@@ -315,11 +295,7 @@ impl Session<'_> {
         if self.link_lost {
             return;
         }
-        self.link.keep_alive(KEEP_ALIVE);
-        let limit = self.peer_timeout.max(SHORTEST_SILENCE);
-        if self.link.silence() > limit {
-            self.link.give_up(&format!("the source has said nothing for {limit:?}"));
-        }
+        liveness::keep(self.link, "the source", self.peer_timeout);
     }
 
     fn show(&self) {

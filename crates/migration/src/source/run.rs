@@ -18,6 +18,7 @@ use crate::fail::{self, InPhase};
 use crate::interrupt::Interrupt;
 use crate::journal::{Journal, JournalFile, Side, read_journal};
 use crate::link::{Link, LinkError, Reader};
+use crate::liveness::{self, GRACE, TICK};
 use crate::pump::{DeviceCounters, Stream};
 use crate::{
     Completed, Control, Machine, MigratableDevice, MigrateError, Progress, Rehearsal, Rehearse,
@@ -28,17 +29,6 @@ use super::outcome::{self, Shown};
 use super::sabotage::Saboteur;
 use super::worker::{Counters, Worker};
 use super::{draw_attempt, judge, not_begun, refused_here};
-
-/// How often the loop looks at what nobody tells it: keep-alives, silence, progress.
-const TICK: Duration = Duration::from_millis(100);
-/// Nothing sent for this long: a ping, so that the peer knows that we live.
-const KEEP_ALIVE: Duration = Duration::from_millis(250);
-/// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
-const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
-/// How long the link may hold an interrupted action up, before it is cut under it.
-const GRACE: Duration = Duration::from_millis(250);
-/// How long a last word may take to reach the peer, at the end.
-const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Nobody is there to do what the engine asks for.
 const GONE: &str = "the session's own threads are gone: a defect of this program";
@@ -249,18 +239,7 @@ impl Prepared {
                 link_lost: false,
             };
             let outcome = session.run(&mut shown, &mut observer);
-            // The queue is closed: when the worker has ended, the last word has been said. The peer closes when it has
-            // read it; a peer that does not is not waited for.
-            let farewell = Instant::now();
-            let patient = || farewell.elapsed() < FAREWELL;
-            while !working.is_finished() && patient() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            link.shutdown_write();
-            while !hearing.is_finished() && patient() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            link.shutdown();
+            liveness::farewell(&link, &working, &hearing);
             outcome
         });
         self.control.detach();
@@ -361,11 +340,7 @@ impl Session<'_> {
         if self.link_lost {
             return;
         }
-        self.link.keep_alive(KEEP_ALIVE);
-        let limit = self.peer_timeout.max(SHORTEST_SILENCE);
-        if self.link.silence() > limit {
-            self.link.give_up(&format!("the destination has said nothing for {limit:?}"));
-        }
+        liveness::keep(self.link, "the destination", self.peer_timeout);
     }
 
     fn show(&self, shown: &mut Shown, observer: &mut impl FnMut(&Progress), last: bool) {

@@ -1,0 +1,43 @@
+//! What both sides of a session do about a peer that says nothing, and about the end of a connection.
+
+use std::thread::ScopedJoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::link::Link;
+
+/// How often a session's loop looks at what nobody tells it: keep-alives, silence, progress.
+pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// How long the link may hold up what is to be given up, before it is cut under it.
+pub(crate) const GRACE: Duration = Duration::from_millis(250);
+/// Nothing sent for this long: a ping, so that the peer knows that we live.
+const KEEP_ALIVE: Duration = Duration::from_millis(250);
+/// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
+/// How long a last word may take to reach the peer.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Tells `peer` ("the source", "the destination") that we live, and gives the link up if it has said nothing for
+/// `peer_timeout`.
+pub(crate) fn keep(link: &Link, peer: &str, peer_timeout: Duration) {
+    link.keep_alive(KEEP_ALIVE);
+    let limit = peer_timeout.max(SHORTEST_SILENCE);
+    if link.silence() > limit {
+        link.give_up(&format!("{peer} has said nothing for {limit:?}"));
+    }
+}
+
+/// Ends the connection when the last word has been said and heard, or after a while without that. `working` says it,
+/// and ends with its job queue, which the caller has closed; `hearing` ends when the peer closes, which it does when
+/// it has read the last word. A peer that does not is not waited for.
+pub(crate) fn farewell(link: &Link, working: &ScopedJoinHandle<'_, ()>, hearing: &ScopedJoinHandle<'_, ()>) {
+    let begun = Instant::now();
+    let ends = |thread: &ScopedJoinHandle<'_, ()>| {
+        while !thread.is_finished() && begun.elapsed() < FAREWELL {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    ends(working);
+    link.shutdown_write();
+    ends(hearing);
+    link.shutdown();
+}
