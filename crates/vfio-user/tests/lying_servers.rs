@@ -4,6 +4,7 @@ mod rig;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -297,6 +298,62 @@ fn more_descriptors_than_announced_are_refused_and_closed() {
     drop(thread.join().unwrap());
     // Every copy of the pipe's other end is closed, so it reads as ended.
     assert_eq!(rustix::io::read(&reader, &mut [0u8; 1]), Ok(0));
+}
+
+/// A device like libvfio-user's: a reset leaves its migration state, and is refused in STOP.
+#[derive(Debug)]
+struct Retaining {
+    state: MigrationState,
+    /// Half a state has become the device's.
+    half_loaded: bool,
+}
+
+impl Retaining {
+    fn answer(&mut self, header: Header, mut body: Vec<u8>) -> Vec<u8> {
+        let stopped = self.state == MigrationState::Stop;
+        match header.command {
+            Command::DEVICE_RESET if stopped => {
+                return message(header, Kind::Error(libc_errno(Errno::INVAL)), &[]);
+            }
+            Command::DEVICE_RESET => self.half_loaded = false,
+            Command::DEVICE_FEATURE if body.len() == 8 => {
+                body[..4].copy_from_slice(&16u32.to_ne_bytes());
+                body.extend_from_slice(&(self.state as u32).to_ne_bytes());
+                body.extend_from_slice(&u32::MAX.to_ne_bytes());
+            }
+            Command::DEVICE_FEATURE => {
+                let to = u32::from_ne_bytes(body[8..12].try_into().unwrap());
+                self.half_loaded |= self.state == MigrationState::Resuming;
+                self.state = MigrationState::try_from(to).unwrap();
+            }
+            other => panic!("{other}"),
+        }
+        message(header, Kind::Reply, &body)
+    }
+}
+
+#[test]
+fn a_reset_that_keeps_the_state_is_made_whole() {
+    use MigrationState::{Error, PreCopy, Resuming, Running, Stop, StopCopy};
+    for from in [Running, Stop, PreCopy, StopCopy, Resuming, Error] {
+        for recover in [false, true] {
+            let device = Arc::new(Mutex::new(Retaining { state: from, half_loaded: false }));
+            let (client, _thread) = server({
+                let device = Arc::clone(&device);
+                move |header, body| Some(device.lock().unwrap().answer(header, body))
+            });
+            let done = if recover { client.recover().map(|_| ()) } else { client.reset_to_running() };
+            let device = device.lock().unwrap();
+            assert!(!device.half_loaded, "{from}: what was loaded so far is its state");
+            if from == Error {
+                assert_eq!(done.is_err(), recover, "nothing is SET in ERROR");
+                assert_eq!(device.state, Error);
+            } else {
+                done.unwrap();
+                assert_eq!(device.state, Running, "{from}");
+            }
+        }
+    }
 }
 
 #[test]

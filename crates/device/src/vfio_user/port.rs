@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vfio_migration_types::MigrationState;
-use vfio_user_peer::{Client, ClientError};
+use vfio_user_peer::Client;
 
 use crate::PrecopyProgress;
 use crate::session::{Port, PortError, Stream};
@@ -31,27 +31,8 @@ impl Port for ServerPort {
         Ok(opens.then(|| Box::new(ServerStream(self.0.clone())) as Box<dyn Stream>))
     }
 
-    /// Some servers refuse RESET while the device is stopped, and keep the migration state across one.
     fn reset(&self) -> Result<(), PortError> {
-        match self.0.reset() {
-            Ok(()) => {}
-            Err(refusal @ ClientError::Refused { .. }) => {
-                // In ERROR nothing may be SET, and from RESUMING a SET would make what was loaded so far the state.
-                if matches!(self.0.mig_state()?, MigrationState::Error | MigrationState::Resuming) {
-                    return Err(refusal.into());
-                }
-                self.0.set_mig_state(MigrationState::Running)?;
-                self.0.reset()?;
-            }
-            Err(error) => return Err(error.into()),
-        }
-        match self.0.mig_state() {
-            Ok(MigrationState::Running | MigrationState::Error) => Ok(()),
-            Ok(_) => Ok(self.0.set_mig_state(MigrationState::Running)?),
-            // A device without migration has no state.
-            Err(ClientError::Refused { .. }) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        Ok(self.0.reset_to_running()?)
     }
 }
 

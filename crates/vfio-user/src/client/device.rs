@@ -294,7 +294,7 @@ impl Client {
     }
 
     /// Resets the device. Kernel devices and this crate's server are in RUNNING afterwards; libvfio-user keeps the
-    /// migration state, so ask.
+    /// migration state, so ask, or use [`reset_to_running`](Self::reset_to_running).
     pub fn reset(&self) -> Result<(), ClientError> {
         self.request(Command::DEVICE_RESET, &[], &[], 0).map(drop)
     }

@@ -4,6 +4,7 @@ use rustix::io::Errno;
 use vfio_migration_types::MigrationState;
 
 use super::Client;
+use crate::codec::Command;
 use crate::error::ClientError;
 
 /// What [`Client::recover`] found and did.
@@ -14,7 +15,7 @@ pub enum Recovery {
     NoMigration,
     /// It was running already.
     WasRunning,
-    /// It was in this state and runs now. Whatever migration data it held is gone or has become its state.
+    /// It was in this state and runs now. Whatever migration data it held is gone.
     Recovered {
         /// Where it was.
         from: MigrationState,
@@ -25,7 +26,6 @@ impl Client {
     /// Brings the device to RUNNING from whatever state it is in.
     ///
     /// A half-loaded device (RESUMING) or one in ERROR is reset; others are SET to RUNNING, and reset if they refuse.
-    /// SET comes first since libvfio-user refuses RESET in STOP.
     ///
     /// # Errors
     /// The device does not reach RUNNING.
@@ -40,23 +40,56 @@ impl Client {
             Err(ClientError::Refused { errno: Some(_), .. }) => return Ok(Recovery::NoMigration),
             Err(error) => return Err(error),
         };
-        let reset_first = matches!(from, MigrationState::Resuming | MigrationState::Error);
-        let first = if reset_first { self.reset() } else { self.set_mig_state(MigrationState::Running) };
-        match first {
-            Ok(()) => {}
-            Err(ClientError::Refused { .. }) if !reset_first => self.reset()?,
-            Err(error) => return Err(error),
+        // SET comes first since libvfio-user refuses RESET in STOP.
+        let must_reset = matches!(from, MigrationState::Resuming | MigrationState::Error);
+        let set = if must_reset { None } else { Some(self.set_mig_state(MigrationState::Running)) };
+        match set {
+            Some(Ok(())) => {}
+            None | Some(Err(ClientError::Refused { .. })) => self.reset_to_running()?,
+            Some(Err(error)) => return Err(error),
         }
-        // A reset need not have moved the state (libvfio-user keeps it). In ERROR nothing may be SET.
         match self.mig_state()? {
-            MigrationState::Running => {}
-            MigrationState::Error => {
-                let command = crate::codec::Command::DEVICE_RESET;
-                return Err(ClientError::Refused { command, errno: Some(Errno::IO) });
-            }
-            _ => self.set_mig_state(MigrationState::Running)?,
+            MigrationState::Running => Ok(Recovery::Recovered { from }),
+            _ => Err(ClientError::Refused { command: Command::DEVICE_RESET, errno: Some(Errno::IO) }),
         }
-        Ok(Recovery::Recovered { from })
+    }
+
+    /// Resets the device and does what else it takes to have it RUNNING, with nothing left of what it had loaded in
+    /// RESUMING. A device without migration is reset alone.
+    ///
+    /// Servers of this crate, like the kernel, are in RUNNING after a reset. libvfio-user keeps the state across one, and
+    /// refuses RESET in STOP.
+    ///
+    /// # Errors
+    /// The device could not be reset. One that is in ERROR even after its reset stays there, which is no error of this
+    /// call, since nothing may be SET there: ask with [`mig_state`](Self::mig_state).
+    pub fn reset_to_running(&self) -> Result<(), ClientError> {
+        match self.reset() {
+            Err(refusal @ ClientError::Refused { .. }) => match self.mig_state() {
+                // In ERROR nothing may be SET, and from RESUMING a SET would make what was loaded so far the state.
+                Ok(MigrationState::Error | MigrationState::Resuming) | Err(ClientError::Refused { .. }) => {
+                    return Err(refusal);
+                }
+                Ok(_) => {
+                    self.set_mig_state(MigrationState::Running)?;
+                    self.reset()?;
+                }
+                Err(error) => return Err(error),
+            },
+            done => done?,
+        }
+        match self.mig_state() {
+            Ok(MigrationState::Running | MigrationState::Error) => Ok(()),
+            Ok(MigrationState::Resuming) => {
+                // The way out leads through STOP, where what was loaded so far became the state; so once more.
+                self.set_mig_state(MigrationState::Running)?;
+                self.reset()
+            }
+            Ok(_) => self.set_mig_state(MigrationState::Running),
+            // A device without migration has no state.
+            Err(ClientError::Refused { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// [`recover`](Self::recover) as the handshake's last step.

@@ -354,11 +354,14 @@ impl VfioPciFunction {
         PciError::Unfit { device: self.hardware.id().clone(), what: what.into() }
     }
 
-    /// Something that the guest asked for failed, and it cannot be told.
+    /// Takes note of what failed for the guest, which has no way to be told. The guest decides how often that is, as with
+    /// a device that is lost, so that only each doubling of their number is logged.
     fn note(&self, error: &dyn std::error::Error, doing: &str) {
-        self.errors.fetch_add(1, Ordering::Relaxed);
-        let cause = error.source().map(ToString::to_string);
-        tracing::error!(device = %self.hardware.id(), %error, cause, "{doing} for the guest failed");
+        let errors = self.errors.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        if errors.is_power_of_two() {
+            let cause = error.source().map(ToString::to_string);
+            tracing::error!(device = %self.hardware.id(), %error, cause, errors, "{doing} for the guest failed");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
