@@ -66,6 +66,7 @@ fn there(need: Need) -> bool {
         Need::Mtty => "/sys/class/mdev_bus/mtty",
         Need::Migdev => "/sys/class/mdev_bus/migdev",
         Need::Cdev => "/dev/iommu",
+        Need::Devlink => "/sys/bus/netdevsim",
         Need::Kvm => "/dev/kvm",
         Need::IommufdMock => "/sys/bus/iommufd_mock",
         Need::Edu => return crate::edu::place().is_some(),

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod described;
 mod device_file;
 mod edu;
 mod engine;

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use crate::check::{Outcome, chain};
 use crate::iommufd_mock::{table, tracker};
-use crate::{device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair, pin, refused};
+use crate::{
+    described, device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair, pin, refused,
+};
 
 /// What a test needs of the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub(crate) enum Need {
     IommufdMock,
     /// A kernel without iommufd.
     NoCdev,
+    /// The kernel's own netdevsim, whose devices have devlink.
+    Devlink,
     /// A second machine at the other end of a network link. On such a machine nothing else is tested.
     Peer,
 }
@@ -36,6 +40,7 @@ impl Need {
             "kvm" => Self::Kvm,
             "cdev" => Self::Cdev,
             "no-cdev" => Self::NoCdev,
+            "devlink" => Self::Devlink,
             "edu" => Self::Edu,
             "peer" => Self::Peer,
             "iommufd-mock" => Self::IommufdMock,
@@ -93,6 +98,8 @@ pub(crate) const TESTS: &[Test] = &[
     test("device_file_of_a_device_in_use", &[Need::Mtty], device_file::in_use),
     test("device_file_of_migdev", &[Need::Migdev], device_file::migdev),
     test("device_file_of_edu_is_refused", &[Need::Edu], device_file::edu_is_refused),
+    test("described_alike_open_and_not", BOTH, described::alike_open_and_not),
+    test("described_by_devlink", &[Need::Devlink], described::by_devlink),
     test("host_report_lists_what_is_there", BOTH, host_report::lists_what_is_there),
     test("host_report_asks_as_the_uapi_does", BOTH, host_report::asks_as_the_uapi_does),
     test("host_report_leaves_the_state_that_it_finds", BOTH, host_report::leaves_the_state_that_it_finds),

@@ -48,9 +48,11 @@ const SETS: [Set; 2] = [
             "mdev",
             "mtty",
             "migdev",
+            "psample",
+            "netdevsim",
         ],
         rebuilt: false,
-        has: "mtty,migdev,kvm,edu,no-cdev",
+        has: "mtty,migdev,kvm,edu,no-cdev,devlink",
     },
     Set {
         name: "iommufd",

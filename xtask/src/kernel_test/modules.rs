@@ -6,8 +6,9 @@ use super::packages::Packages;
 use super::{command, failed, text};
 
 /// Parts of the kernel's source that modules are built from.
-const PARTS: [&str; 5] = [
+const PARTS: [&str; 6] = [
     "samples/vfio-mdev/mtty.c",
+    "drivers/net/netdevsim",
     "drivers/vfio",
     "drivers/iommu/iommufd",
     "drivers/iommu/iommu-priv.h",
@@ -50,11 +51,11 @@ pub(super) fn build(packages: &Packages, top: &Path, cache: &Path) -> Result<Ker
     };
     let root = home.join("root");
     let headers = root.join(format!("usr/src/linux-headers-{}-amd64", packages.version));
-    // The last thing that is prepared: what stands without it was interrupted, and is made again.
-    let done = home.join("done");
-    if !done.exists() {
+    // The last thing that is prepared: what stands without it was interrupted, or is of other parts, and is made again.
+    let (done, parts) = (home.join("done"), PARTS.join("\n"));
+    if !std::fs::read_to_string(&done).is_ok_and(|made| made == parts) {
         prepare(packages, &home, &kernel.built, &headers)?;
-        std::fs::write(&done, "").map_err(failed(&done))?;
+        std::fs::write(&done, parts).map_err(failed(&done))?;
     }
     for set in ["plain", "iommufd"] {
         let set = kernel.built.join(set);
@@ -109,10 +110,17 @@ fn source(packages: &Packages, home: &Path) -> Result<PathBuf, String> {
     Ok(unpacked.join(folder))
 }
 
-/// mtty, as it is, and migdev, for the kernel as it is.
+/// mtty, netdevsim, which has devlink without having hardware, and migdev, for the kernel as it is.
 fn plain(home: &Path, source: &Path) -> Result<(), String> {
     mtty(&home.join("mtty"), source)?;
-    write(&home.join("Kbuild"), "obj-m := mtty/ migdev/\n")
+    let netdevsim = home.join("netdevsim");
+    copy_sources(&source.join("drivers/net/netdevsim"), &netdevsim)?;
+    write(
+        &netdevsim.join("Kbuild"),
+        "netdevsim-y := netdev.o dev.o ethtool.o fib.o bus.o health.o hwstats.o udp_tunnels.o bpf.o ipsec.o macsec.o \
+         psample.o\nobj-m := netdevsim.o\n",
+    )?;
+    write(&home.join("Kbuild"), "obj-m := mtty/ netdevsim/ migdev/\n")
 }
 
 /// The kernel's own VFIO and iommufd, unchanged, in the configuration that Debian does not build.

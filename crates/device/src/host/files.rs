@@ -59,7 +59,7 @@ pub fn read_text(path: &Path, cap: u64) -> Result<String, ReadFailure> {
 }
 
 /// An attribute of one line: printable, at most 4096 bytes. `None` when it is missing, unreadable or no such thing.
-pub(super) fn attribute(path: &Path) -> Option<String> {
+pub(crate) fn attribute(path: &Path) -> Option<String> {
     let text = read_text(path, 4096).ok()?;
     (!text.is_empty() && !text.chars().any(char::is_control)).then_some(text)
 }

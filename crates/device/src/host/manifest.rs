@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use vfio_migration_compat::{DeviceManifest, Driver, PciIdentity, RegionManifest, Scalar};
+use vfio_migration_compat::{DeviceManifest, Driver, PciIdentity, RegionManifest};
 use vfio_migration_types::DeviceId;
 
-use super::files::{attribute, hex, list, read_head, read_text};
+use super::files::{attribute, hex, read_head, read_text};
 use super::pci::PciFacts;
-use super::{HostDevice, Kind, Roots, version, vpd};
+use super::{HostDevice, Kind, Roots, facts, version};
 use crate::describe;
 
 /// `resource` has a line for each of six BARs, the ROM, and what bridges and SR-IOV have
@@ -16,8 +16,6 @@ use crate::describe;
 const RESOURCE_MAX: u64 = 4096;
 /// Bytes of a PCI Express function's config space.
 const CONFIG_MAX: u64 = 4096;
-/// Bytes that vital product data can have: its address has 15 bits.
-const VPD_MAX: u64 = 32 << 10;
 /// BARs 0 to 5 and the ROM: VFIO's indices are the same numbers.
 const RESOURCES: usize = 7;
 
@@ -42,12 +40,16 @@ impl HostDevice {
                     regions: regions(&dir),
                     irqs: irqs(facts),
                     capabilities: whole_config(&dir).and_then(|config| describe::capabilities(&config)),
-                    firmware: firmware(&dir),
-                    facts: product(&dir),
+                    firmware: facts::firmware(&dir),
+                    facts: facts::product(&dir),
                     ..known
                 }
             }
-            Kind::Mdev { mdev_type, .. } => DeviceManifest { mdev_type: mdev_type.clone(), ..known },
+            Kind::Mdev { mdev_type, .. } => {
+                let dir = roots.sys.join("bus/mdev/devices").join(&self.name);
+                let facts = facts::mediated(&dir, self.driver.as_deref(), mdev_type.as_deref());
+                DeviceManifest { mdev_type: mdev_type.clone(), facts, ..known }
+            }
             Kind::Other => known,
         }
     }
@@ -57,24 +59,6 @@ impl HostDevice {
 fn whole_config(dir: &Path) -> Option<Vec<u8>> {
     let config = read_head(&dir.join("config"), CONFIG_MAX).ok()?;
     (config.len() >= 256).then_some(config)
-}
-
-/// Version of the firmware, of the function or, for a virtual one, of its physical function, where its driver shows one
-/// (`Documentation/ABI/stable/sysfs-class-infiniband`, fw_ver; `firmware_rev` of an NVMe controller).
-fn firmware(dir: &Path) -> Option<String> {
-    [dir.to_owned(), dir.join("physfn")].iter().find_map(|dir| {
-        [("infiniband", "fw_ver"), ("nvme", "firmware_rev")].iter().find_map(|(class, file)| {
-            let class = dir.join(class);
-            list(&class).ok()?.iter().find_map(|name| attribute(&class.join(name).join(file)))
-        })
-    })
-}
-
-/// What the maker wrote: under strict equality another part is another device.
-fn product(dir: &Path) -> BTreeMap<String, Scalar> {
-    let vpd = read_head(&dir.join("vpd"), VPD_MAX).map(|bytes| vpd::parse(&bytes)).unwrap_or_default();
-    let facts = [("vpd_part", vpd.part), ("vpd_change", vpd.change)];
-    facts.into_iter().filter_map(|(name, text)| Some((name.to_owned(), Scalar::Text(text?)))).collect()
 }
 
 fn identity(facts: &PciFacts, dir: &Path) -> Option<PciIdentity> {

@@ -1,5 +1,5 @@
-//! What VFIO devices a host has, as sysfs, procfs and devfs tell, without opening any of them: opening a VFIO device
-//! resets it. [`HostDevice::openable`] says which may be opened to ask them.
+//! What VFIO devices a host has, as sysfs, procfs, devfs and devlink tell, without opening any of them: opening a VFIO
+//! device resets it. [`HostDevice::openable`] says which may be opened to ask them.
 //!
 //! Everything read here may be garbled, huge or missing: it is capped, and what cannot be read is unknown, not guessed.
 //! The trees are parameters ([`Roots`]), so that a scan can be of a container's view, or of a tree made for a test.
@@ -8,6 +8,8 @@
 //! and of `drivers/vfio/vfio_main.c` (`vfio-dev`).
 
 mod aliases;
+mod devlink;
+pub(crate) mod facts;
 mod files;
 mod judge;
 mod kernel;
@@ -21,6 +23,8 @@ mod vpd;
 
 use std::path::{Path, PathBuf};
 
+pub use devlink::{DevlinkError, running_versions};
+pub(crate) use files::attribute;
 pub use files::{ReadFailure, access_both_ways, list, read_text};
 pub use kernel::{ConfigOption, KernelConfig, KernelVersion, config, has_module, module_file, version};
 pub use obstacle::{Code, Obstacle};

@@ -1,17 +1,18 @@
 //! What sysfs says of a VFIO device.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use vfio_migration_compat::Scalar;
 
 use super::KernelError;
+use crate::host::{attribute, facts};
 
 /// A device below sysfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SysDevice {
     /// Its PCI address, or an mdev's UUID.
     pub(super) name: String,
-    /// Its folder, with no link in its path.
-    pub(super) path: PathBuf,
     /// The driver that it is bound to.
     pub(super) driver: Option<String>,
     /// Version of the driver's module; most modules of the kernel's own tree have none.
@@ -24,6 +25,11 @@ pub(super) struct SysDevice {
     pub(super) mdev: bool,
     /// A mediated device's type, `mtty-1`.
     pub(super) mdev_type: Option<String>,
+    /// Version of its firmware. Read once, as the facts are: a driver may ask the device for it, and vital product data
+    /// comes slowly, which a guest that stands should not wait for.
+    pub(super) firmware: Option<String>,
+    /// What its maker wrote into it, or what its driver compares.
+    pub(super) facts: BTreeMap<String, Scalar>,
 }
 
 /// The PCI function at `address`.
@@ -77,25 +83,22 @@ fn at(path: &Path) -> Option<SysDevice> {
     let vfio = std::fs::read_dir(real.join("vfio-dev")).ok().and_then(|mut entries| {
         entries.find_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
     });
-    let mdev_type = link("mdev_type");
+    let (driver, mdev_type) = (link("driver"), link("mdev_type"));
+    let facts = match &mdev_type {
+        Some(kind) => facts::mediated(&real, driver.as_deref(), Some(kind)),
+        None => facts::product(&real),
+    };
     Some(SysDevice {
         name: last(&real)?,
-        driver: link("driver"),
+        driver,
         driver_version: attribute(&real.join("driver/module/version")),
         group: link("iommu_group"),
         vfio,
         mdev: mdev_type.is_some(),
         mdev_type,
-        path: real,
+        firmware: facts::firmware(&real),
+        facts,
     })
-}
-
-/// A line of text below sysfs or proc.
-pub(super) fn attribute(path: &Path) -> Option<String> {
-    let mut text = String::new();
-    std::fs::File::open(path).ok()?.take(256).read_to_string(&mut text).ok()?;
-    let text = text.trim();
-    (!text.is_empty()).then(|| text.to_owned())
 }
 
 fn last(path: &Path) -> Option<String> {
@@ -131,6 +134,10 @@ mod test {
         }
         link("bus/pci/drivers/mlx5_vfio_pci", "devices/0000:01:00.1/driver");
         std::fs::write(top.path().join("module/mlx5_vfio_pci/version"), "24.10\n").unwrap();
+        dir("devices/0000:01:00.0/infiniband/mlx5_0");
+        std::fs::write(top.path().join("devices/0000:01:00.0/infiniband/mlx5_0/fw_ver"), "22.41.1000\n")
+            .unwrap();
+        link("devices/0000:01:00.0", "devices/0000:01:00.1/physfn");
         link("module/mlx5_vfio_pci", "bus/pci/drivers/mlx5_vfio_pci/module");
         link("kernel/iommu_groups/12", "devices/0000:01:00.1/iommu_group");
         link("bus/pci/drivers/e1000e", "devices/0000:02:00.0/driver");
@@ -154,6 +161,7 @@ mod test {
         let device = pci(top.path(), "0000:01:00.1").unwrap();
         assert_eq!(device.driver.as_deref(), Some("mlx5_vfio_pci"));
         assert_eq!(device.driver_version.as_deref(), Some("24.10"));
+        assert_eq!(device.firmware.as_deref(), Some("22.41.1000"), "its physical function's");
         assert_eq!((device.group.as_deref(), device.vfio.as_deref()), (Some("12"), Some("vfio3")));
         assert!(!device.mdev && device.check_driver().is_ok());
         assert_eq!(cdev(top.path(), Path::new("/dev/vfio/devices/vfio3")), Some(device.clone()));
@@ -167,7 +175,7 @@ mod test {
         let device = mdev(top.path(), "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001").unwrap();
         assert!(device.mdev);
         assert_eq!(device.mdev_type.as_deref(), Some("mtty-2"));
-        assert_eq!(device.driver_version, None);
+        assert_eq!((device.driver_version.as_deref(), device.firmware.as_deref()), (None, None));
         device.check_driver().unwrap();
     }
 
