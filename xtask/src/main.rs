@@ -27,6 +27,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let top = top();
+    if words.first() == Some(&"help") || words.iter().any(|word| matches!(*word, "--help" | "-h")) {
+        println!("{HELP}");
+        return ExitCode::SUCCESS;
+    }
     let outcome = match words.as_slice() {
         ["test", wanted @ ..] => rings::run(&top, wanted),
         ["kernel-test"] => rings::run(&top, &["kernel"]),
@@ -39,10 +43,6 @@ fn main() -> ExitCode {
         },
         ["generate"] => rings::generate(&top),
         ["rules"] => rules::check(&top),
-        ["help" | "--help" | "-h"] => {
-            println!("{HELP}");
-            Ok(())
-        }
         _ => {
             eprintln!("{HELP}");
             return ExitCode::from(2);

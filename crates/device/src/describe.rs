@@ -18,11 +18,12 @@ const VENDOR: u8 = 0x09;
 const MSIX: u8 = 0x11;
 const EXTENDED_VENDOR: u16 = 0x0b;
 
-/// Fills in what the function's config space, regions and interrupts show.
+/// Fills in what an open function's config space, regions and interrupts show. For back ends of one's own: those of this
+/// crate do it in [`Device::manifest`](crate::Device::manifest).
 ///
 /// # Errors
 /// Config space cannot be read, or a chain of capabilities runs in a circle or out of its place.
-pub(crate) fn hardware(
+pub fn describe_hardware(
     device: &dyn PciHardware,
     manifest: DeviceManifest,
 ) -> Result<DeviceManifest, DeviceError> {
@@ -140,7 +141,10 @@ fn extended<E>(space: &Space<'_, E>, end: u16) -> Result<Vec<Capability>, E> {
         let id = u16::from_le_bytes([id_low, id_high]);
         let long = id == EXTENDED_VENDOR && end - next >= 8;
         let len = if long { u16::try_from(word(space, next + 4)? >> 20).ok() } else { None };
-        found.push(Capability { extended: true, id, offset: next, len });
+        // The null capability: VFIO leaves one where it hides the first of the chain.
+        if id != 0 {
+            found.push(Capability { extended: true, id, offset: next, len });
+        }
         next = u16::try_from(head >> 20).unwrap_or(0) & !3;
     }
     Ok(found)
@@ -202,7 +206,7 @@ mod test {
         }
 
         fn described(&self) -> Result<DeviceManifest, DeviceError> {
-            hardware(self, DeviceManifest::new(self.id.clone()))
+            describe_hardware(self, DeviceManifest::new(self.id.clone()))
         }
 
         fn chain(&self) -> Vec<(bool, u16, u16, Option<u16>)> {

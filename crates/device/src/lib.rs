@@ -19,6 +19,7 @@ pub use contract::{
     Capabilities, Device, DirtyLog, NotMigratable, Position, PrecopyProgress, Read, ResumingSession,
     SavingSession,
 };
+pub use describe::describe_hardware;
 pub use error::{DeviceError, Remedy, TransitionError};
 pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
 #[cfg(feature = "bare-space")]

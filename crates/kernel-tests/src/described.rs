@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use serde_json::Value;
+use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::host::{DevlinkError, Roots, running_versions, scan};
-use vfio_migration_device::{Device, KernelDevice, KernelOptions, KernelPath};
+use vfio_migration_device::{Device, KernelDevice, KernelOptions, KernelPath, describe_hardware};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa};
 
@@ -15,25 +16,60 @@ use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
 use crate::migdev;
 use crate::mtty::one_port;
+use crate::pci;
 
 /// All that is known of a device that nobody opened is the same of the open one: whoever compares a manifest from a file
 /// with one that a VM gives would be told of differences that are none.
 pub(crate) fn alike_open_and_not() -> Outcome {
     let kinds = [one_port()?, Instance::new("mtty", "mtty-2")?, migdev::small()?];
     for (instance, facts) in kinds.iter().zip([1, 1, 2]) {
-        let (closed, open) = (closed(instance)?, open(instance)?);
+        let (closed, open) = (closed(instance.uuid())?, open(instance)?);
         contradiction("", &closed, &open).map_or(Ok(()), Err)?;
         same("facts", closed["facts"].as_object().map(serde_json::Map::len), Some(facts))?;
     }
     // One of another kind is told from it.
-    let differs = contradiction("", &closed(&kinds[0])?, &open(&kinds[1])?).ok_or("no difference")?;
+    let differs = contradiction("", &closed(kinds[0].uuid())?, &open(&kinds[1])?).ok_or("no difference")?;
     holds(differs.contains("ports") || differs.contains("mdev_type"), &differs)
 }
 
-fn closed(instance: &Instance) -> Outcome<Value> {
+/// A function of PCI Express and one of conventional PCI: VFIO shows an owner what sysfs shows everybody.
+pub(crate) fn alike_as_pci_functions() -> Outcome {
+    let mut seen = Vec::new();
+    for (vendor, device) in [("0x8086", "0x10d3"), ("0x1234", "0x11e8")] {
+        let place = pci::find(vendor, device).ok_or_else(|| format!("no {vendor}:{device}"))?;
+        pci::bind(&place)?;
+        let both = as_function(pci::address(&place)?);
+        pci::unbind(&place)?;
+        let (closed, open) = both?;
+        contradiction("", &closed, &open).map_or(Ok(()), Err)?;
+        for part in ["pci", "regions", "irqs", "capabilities"] {
+            holds(!closed[part].is_null(), &format!("{part} is known: {closed}"))?;
+        }
+        seen.push((closed, open));
+    }
+    let capabilities = seen[0].0["capabilities"].as_array().map_or(0, Vec::len);
+    holds(capabilities >= 5, &format!("a network card has more than {capabilities} capabilities"))?;
+    holds(contradiction("", &seen[0].0, &seen[1].1).is_some(), "the other function is told from it")
+}
+
+fn as_function(address: &str) -> Outcome<(Value, Value)> {
+    let closed = closed(address)?;
+    let path: KernelPath = address.parse()?;
+    let ram = Arc::new(GuestRam::new("ktest", &[RamSpec { gpa: Gpa(0), len: 1 << 20 }])?);
+    let device = KernelDevice::open(DeviceId::new("dev0")?, &path, ram, &KernelOptions::default())?;
+    // It cannot migrate, so that it has no manifest of its own.
+    let open = describe_hardware(&device, DeviceManifest::new(DeviceId::new("dev0")?))?;
+    let mut open = serde_json::to_value(open)?;
+    for known_elsewhere in ["backend", "driver", "kernel"] {
+        open[known_elsewhere] = closed[known_elsewhere].clone();
+    }
+    Ok((closed, open))
+}
+
+fn closed(name: &str) -> Outcome<Value> {
     let roots = Roots::default();
     let found = scan(&roots);
-    let device = found.devices.iter().find(|device| device.name == instance.uuid()).ok_or("not found")?;
+    let device = found.devices.iter().find(|device| device.name == name).ok_or("not found")?;
     Ok(serde_json::to_value(device.manifest(&DeviceId::new("dev0")?, &roots))?)
 }
 
@@ -50,6 +86,10 @@ fn contradiction(place: &str, one: &Value, other: &Value) -> Option<String> {
         (Value::Object(one), Value::Object(other)) => one.iter().find_map(|(name, value)| {
             contradiction(&format!("{place}/{name}"), value, other.get(name).unwrap_or(&Value::Null))
         }),
+        (Value::Array(one), Value::Array(other)) if one.len() == other.len() => {
+            let mut pairs = one.iter().zip(other).enumerate();
+            pairs.find_map(|(index, (one, other))| contradiction(&format!("{place}/{index}"), one, other))
+        }
         (Value::Null, _) => None,
         _ => (one != other).then(|| format!("{place}: {one} and {other}")),
     }

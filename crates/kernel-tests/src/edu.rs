@@ -15,6 +15,7 @@ use vfio_migration_memory::{GuestRam, Mapping, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
 
 use crate::check::{Outcome, chain, holds, same};
+use crate::pci;
 
 const LEN: u64 = 1 << 20;
 /// Register 0: the device's version.
@@ -28,26 +29,19 @@ pub(crate) fn place() -> Option<PathBuf> {
 
 /// Where it is in sysfs.
 pub(crate) fn find() -> Option<PathBuf> {
-    let entries = fs::read_dir("/sys/bus/pci/devices").ok()?;
-    entries.flatten().map(|entry| entry.path()).find(|path| {
-        let is =
-            |file: &str, value: &str| fs::read_to_string(path.join(file)).is_ok_and(|is| is.trim() == value);
-        is("vendor", "0x1234") && is("device", "0x11e8")
-    })
+    pci::find("0x1234", "0x11e8")
 }
 
 /// Gives it to vfio-pci, where it stays; its address.
 pub(crate) fn bind() -> Outcome<String> {
     let place = place().ok_or("there is no edu")?;
-    let address = place.file_name().and_then(|name| name.to_str()).ok_or("a device without an address")?;
-    fs::write(place.join("driver_override"), "vfio-pci")?;
-    fs::write("/sys/bus/pci/drivers_probe", address)?;
-    Ok(address.to_owned())
+    pci::bind(&place)?;
+    Ok(pci::address(&place)?.to_owned())
 }
 
 pub(crate) fn does_not_migrate() -> Outcome {
     let place = place().ok_or("there is no edu")?;
-    let address = place.file_name().and_then(|name| name.to_str()).ok_or("a device without an address")?;
+    let address = pci::address(&place)?;
     let path: KernelPath = address.parse()?;
     let options = KernelOptions { prefer_group: true, ..KernelOptions::default() };
     let ram = Arc::new(GuestRam::new("ktest", &[RamSpec { gpa: Gpa(0), len: LEN }])?);

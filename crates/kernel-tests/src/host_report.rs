@@ -20,6 +20,7 @@ use crate::edu;
 use crate::instance::{Instance, Opened};
 use crate::migdev;
 use crate::mtty::one_port;
+use crate::pci;
 
 /// The command, in the image.
 const PROGRAM: &str = "/vfio-migrate";
@@ -309,8 +310,7 @@ pub(crate) fn says_how_to_bind() -> Outcome {
 /// edu, which plain vfio-pci has: asked, and still without migration.
 pub(crate) fn says_why_vfio_pci_does_not_migrate() -> Outcome {
     let edu = Edu::unbound()?;
-    fs::write(edu.place.join("driver_override"), "vfio-pci")?;
-    fs::write("/sys/bus/pci/drivers_probe", &edu.address)?;
+    pci::bind(&edu.place)?;
     let listed = device(&edu.address, &[])?;
     against(&listed, &["no-migration-in-driver"])?;
     same("driver", listed["driver"].as_str(), Some("vfio-pci"))?;
@@ -352,24 +352,15 @@ struct Edu {
 impl Edu {
     fn unbound() -> Outcome<Self> {
         let place = edu::find().ok_or("there is no edu")?;
-        let address = place.file_name().and_then(|name| name.to_str()).ok_or("no address")?.to_owned();
-        let edu = Self { place, address };
-        edu.unbind()?;
-        Ok(edu)
-    }
-
-    fn unbind(&self) -> Outcome {
-        let driver = self.place.join("driver");
-        if driver.exists() {
-            fs::write(driver.join("unbind"), &self.address)?;
-        }
-        Ok(fs::write(self.place.join("driver_override"), "\n")?)
+        pci::unbind(&place)?;
+        let address = pci::address(&place)?.to_owned();
+        Ok(Self { place, address })
     }
 }
 
 impl Drop for Edu {
     fn drop(&mut self) {
-        if let Err(error) = self.unbind() {
+        if let Err(error) = pci::unbind(&self.place) {
             eprintln!("unbinding edu: {error}");
         }
     }

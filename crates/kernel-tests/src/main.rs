@@ -19,6 +19,7 @@ mod migdev;
 mod mtty;
 mod network;
 mod pair;
+mod pci;
 mod pin;
 mod refused;
 mod table;

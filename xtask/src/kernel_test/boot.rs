@@ -15,8 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(480);
 
 /// What is plugged into a machine.
 pub(super) enum Plugged {
-    /// A device without migration behind an IOMMU, for vfio-pci.
-    Edu,
+    /// Devices without migration behind an IOMMU, for vfio-pci: edu, and a network card of PCI Express.
+    Functions,
     /// A network card, whose frames go through a socket.
     Link { socket: UnixStream, address: &'static str },
 }
@@ -48,8 +48,9 @@ pub(super) fn boot(
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit());
     match plugged {
-        Plugged::Edu => {
+        Plugged::Functions => {
             qemu.args(["-net", "none", "-device", "intel-iommu,intremap=on", "-device", "edu"])
+                .args(["-netdev", "hubport,id=nowhere,hubid=0", "-device", "e1000e,netdev=nowhere"])
                 .stdin(Stdio::null());
         }
         Plugged::Link { socket, address } => {

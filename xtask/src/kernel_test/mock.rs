@@ -93,7 +93,7 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
     let image = image::make(&cache, "mock", &programs, &config, &[], Vec::new())?;
     let report = step("booting", || {
         let alone = AtomicBool::new(false);
-        let text = boot::boot(&kernel, &image, &words(HAS, named), boot::Plugged::Edu, &alone)?;
+        let text = boot::boot(&kernel, &image, &words(HAS, named), boot::Plugged::Functions, &alone)?;
         heard(&text, named.is_empty())
     })
     .map_err(|why| format!("mock: {why}"))?;

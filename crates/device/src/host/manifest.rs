@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use vfio_migration_compat::{DeviceManifest, Driver, PciIdentity, RegionManifest};
+use vfio_migration_compat::{Capability, DeviceManifest, Driver, PciIdentity, RegionManifest};
 use vfio_migration_types::DeviceId;
 
 use super::files::{attribute, hex, read_head, read_text};
 use super::pci::PciFacts;
 use super::{HostDevice, Kind, Roots, facts, version};
-use crate::describe;
+use crate::{RegionIndex, describe};
 
 /// `resource` has a line for each of six BARs, the ROM, and what bridges and SR-IOV have
 /// (`Documentation/PCI/sysfs-pci.rst`).
@@ -18,6 +18,15 @@ const RESOURCE_MAX: u64 = 4096;
 const CONFIG_MAX: u64 = 4096;
 /// BARs 0 to 5 and the ROM: VFIO's indices are the same numbers.
 const RESOURCES: usize = 7;
+/// The capabilities that VFIO does not hide (`drivers/vfio/pci/vfio_pci_config.c` of Linux 6.12, `pci_cap_length`): power
+/// management, AGP, VPD, MSI, PCI-X, HyperTransport, vendor, PCI Express, MSI-X, SATA, advanced features.
+const STANDARD_SHOWN: [u16; 11] = [0x01, 0x02, 0x03, 0x05, 0x07, 0x08, 0x09, 0x10, 0x11, 0x12, 0x13];
+/// The same of the extended ones (`pci_ext_cap_length`): AER, VC, serial number, power budgeting, MFVC, VC with MFVC,
+/// vendor, ACS, ARI, ATS, SR-IOV, multicast, PRI, resizable BAR, DPA, TPH, LTR, DVSEC. Not so PASID, among others.
+const EXTENDED_SHOWN: [u16; 18] = [
+    0x01, 0x02, 0x03, 0x04, 0x08, 0x09, 0x0b, 0x0d, 0x0e, 0x0f, 0x10, 0x12, 0x13, 0x15, 0x16, 0x17, 0x18,
+    0x23,
+];
 
 impl HostDevice {
     /// What sysfs shows of it, under the name `id`.
@@ -39,7 +48,7 @@ impl HostDevice {
                     pci: identity(facts, &dir),
                     regions: regions(&dir),
                     irqs: irqs(facts),
-                    capabilities: whole_config(&dir).and_then(|config| describe::capabilities(&config)),
+                    capabilities: whole_config(&dir).and_then(|config| capabilities(&config)),
                     firmware: facts::firmware(&dir),
                     facts: facts::product(&dir),
                     ..known
@@ -53,6 +62,16 @@ impl HostDevice {
             Kind::Other => known,
         }
     }
+}
+
+/// Those that VFIO shows an owner of the function.
+fn capabilities(config: &[u8]) -> Option<Vec<Capability>> {
+    let mut all = describe::capabilities(config)?;
+    all.retain(|capability| {
+        let shown: &[u16] = if capability.extended { &EXTENDED_SHOWN } else { &STANDARD_SHOWN };
+        shown.contains(&capability.id)
+    });
+    Some(all)
 }
 
 /// Config space, if all of it may be read: beyond 64 bytes it takes root.
@@ -73,7 +92,7 @@ fn identity(facts: &PciFacts, dir: &Path) -> Option<PciIdentity> {
     })
 }
 
-/// BARs and ROM. Config space is not among the resources, and whether a part can be mapped only VFIO tells.
+/// BARs, ROM and config space. Whether a part can be mapped only VFIO tells.
 fn regions(dir: &Path) -> Option<Vec<RegionManifest>> {
     let text = read_text(&dir.join("resource"), RESOURCE_MAX).ok()?;
     let number = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();
@@ -83,10 +102,17 @@ fn regions(dir: &Path) -> Option<Vec<RegionManifest>> {
         let (start, end) = (number(words.next()?)?, number(words.next()?)?);
         if end > start {
             let size = end.checked_sub(start)?.checked_add(1)?;
-            found.push(RegionManifest { index, size, read: None, write: None, mmap: None });
+            found.push(region(index, size));
         }
     }
+    // Its size is known to whoever may not read it all.
+    let config = std::fs::metadata(dir.join("config")).ok()?;
+    found.push(region(RegionIndex::CONFIG.0, config.len()));
     Some(found)
+}
+
+fn region(index: u32, size: u64) -> RegionManifest {
+    RegionManifest { index, size, read: None, write: None, mmap: None }
 }
 
 /// Vectors by VFIO's index; known only if all three counts are.
@@ -94,4 +120,28 @@ fn irqs(facts: &PciFacts) -> Option<BTreeMap<u32, u32>> {
     let counts = facts.interrupts;
     let all = [(0, counts.intx?), (1, counts.msi?), (2, counts.msix?)];
     Some(all.into_iter().filter(|(_, count)| *count > 0).collect())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn capabilities_that_vfio_hides_are_left_out() {
+        let mut config = vec![0; 4096];
+        (config[0x06], config[0x34]) = (0x10, 0x40);
+        // A bridge's subsystem, then MSI-X.
+        config[0x40..0x44].copy_from_slice(&[0x0d, 0x48, 0, 0]);
+        config[0x48..0x4c].copy_from_slice(&[0x11, 0x00, 0x03, 0x00]);
+        // PASID, then ATS.
+        config[0x100..0x104].copy_from_slice(&0x1201_001bu32.to_le_bytes());
+        config[0x120..0x124].copy_from_slice(&0x0001_000fu32.to_le_bytes());
+        let shown: Vec<_> =
+            capabilities(&config).unwrap().iter().map(|it| (it.extended, it.id, it.offset)).collect();
+        assert_eq!(shown, [(false, 0x11, 0x48), (true, 0x0f, 0x120)]);
+        assert_eq!(describe::capabilities(&config).unwrap().len(), 4);
+        // VFIO leaves a null capability where it hid the first.
+        config[0x100..0x104].copy_from_slice(&0x1200_0000u32.to_le_bytes());
+        assert_eq!(describe::capabilities(&config).unwrap().len(), 3);
+    }
 }

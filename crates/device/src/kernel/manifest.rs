@@ -7,7 +7,7 @@ use vfio_migration_types::MigrationFlags;
 
 use super::{KernelDevice, TrackerKind};
 use crate::host::attribute;
-use crate::{Device, DeviceError, describe};
+use crate::{Device, DeviceError, describe_hardware};
 
 impl KernelDevice {
     /// What sysfs and its PCI function show. No kernel driver declares a model, so none is made up: equality is strict,
@@ -30,7 +30,7 @@ impl KernelDevice {
             facts: sys.map(|sys| sys.facts.clone()).unwrap_or_default(),
             ..DeviceManifest::new(self.inner.id.clone())
         };
-        describe::hardware(self, manifest)
+        describe_hardware(self, manifest)
     }
 
     /// The tracker that was chosen. Before any memory is mapped a choice would be made on nothing, and stay.

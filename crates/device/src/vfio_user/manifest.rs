@@ -4,7 +4,7 @@ use vfio_migration_compat::{DeviceManifest, DirtyTracking};
 use vfio_migration_types::MigrationFlags;
 
 use super::{Inner, VfioUserDevice};
-use crate::{Device, DeviceError, describe};
+use crate::{Device, DeviceError, describe_hardware};
 
 impl Inner {
     /// The extension's manifest document: what is only the server's to know.
@@ -40,6 +40,6 @@ impl VfioUserDevice {
             state_size: self.stop_copy_size()?,
             ..self.inner.declared()?
         };
-        describe::hardware(self, manifest)
+        describe_hardware(self, manifest)
     }
 }
