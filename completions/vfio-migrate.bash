@@ -193,7 +193,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__check)
-            opts="-v -h -V --matrix --baseline --model --policy --map --json --root --verbose --help --version"
+            opts="-v -h -V --matrix --baseline --model --policy --map --probe --json --root --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -319,7 +319,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__describe)
-            opts="-o -v -h -V --host --name --site --format --output --json --root --verbose --help --version"
+            opts="-o -v -h -V --host --probe --name --site --format --output --json --root --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

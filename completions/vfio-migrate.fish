@@ -145,6 +145,7 @@ list\t'Lines of KEY=VALUE'"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l host -d 'This host: what it has and can give'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l probe -d 'Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l json -d 'Print JSON. A manifest is JSON anyway'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -155,6 +156,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host of the pool can load'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l probe -d 'Open devices of this host that are named, if nobody uses them, which resets them, and ask them'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s h -l help -d 'Print help'

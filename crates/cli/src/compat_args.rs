@@ -16,8 +16,8 @@ Exit codes: 0 it can move, live or by a snapshot as the verdict says, 1 failed, 
 /// Options of `describe`.
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "No device of this host is opened, since that resets it: what only an open device tells is null. A \
-vfio-user server is connected to, and left as it is.\nExit codes: 0 described, 1 failed, 2 usage.",
+    after_help = "Without --probe no device of this host is opened, since that resets it: what only an open device tells is \
+null. A vfio-user server is connected to, and left as it is.\nExit codes: 0 described, 1 failed, 2 usage.",
     group = clap::ArgGroup::new("what").args(["device", "host"]).required(true)
 )]
 pub(crate) struct Describe {
@@ -27,6 +27,9 @@ pub(crate) struct Describe {
     /// This host: what it has and can give.
     #[arg(long)]
     pub(crate) host: bool,
+    /// Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them.
+    #[arg(long)]
+    pub(crate) probe: bool,
     /// Name to give it.
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
@@ -81,6 +84,9 @@ pub(crate) struct Check {
     /// A device that has another name at the destination. May be given more than once.
     #[arg(long, value_name = "NAME=NAME", value_parser = pair)]
     pub(crate) map: Vec<(String, String)>,
+    /// Open devices of this host that are named, if nobody uses them, which resets them, and ask them.
+    #[arg(long, conflicts_with_all = ["matrix", "baseline"])]
+    pub(crate) probe: bool,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

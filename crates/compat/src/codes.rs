@@ -168,32 +168,32 @@ table! {
         "Nothing, if the guest's driver does not look at the revision.";
     UNKNOWN_PCI_IDENTITY, "unknown-pci-identity", Warning, Device:
         "One side does not say what its PCI identity is.",
-        "A manifest made without the device at hand.",
-        "Describe the device where it is.";
+        "A manifest made without the device at hand, or of one that nobody opened.",
+        "Describe the device where it is, with --probe where nobody uses it.";
     DEVICE_REGIONS, "device-regions", No, Device:
         "The regions differ in number, size or access.",
         "BARs of another size: other hardware, or a resizable BAR that was set otherwise.",
         "Choose a device with the source's regions, or set its BARs to the same size.";
     UNKNOWN_REGIONS, "unknown-regions", Warning, Device:
         "One side does not say what regions it has.",
-        "A manifest made without the device at hand.",
-        "Describe the device where it is.";
+        "A manifest made without the device at hand, or of one that nobody opened.",
+        "Describe the device where it is, with --probe where nobody uses it.";
     DEVICE_IRQS, "device-irqs", No, Device:
         "The numbers of interrupt vectors differ.",
         "Another MSI-X count: the device was created with other queues, or its firmware with another limit.",
         "Create the destination's device with as many vectors.";
     UNKNOWN_IRQS, "unknown-irqs", Warning, Device:
         "One side does not say what interrupts it has.",
-        "A manifest made without the device at hand.",
-        "Describe the device where it is.";
+        "A manifest made without the device at hand, or of one that nobody opened.",
+        "Describe the device where it is, with --probe where nobody uses it.";
     DEVICE_CAPABILITIES, "device-capabilities", No, Device:
         "The destination lacks a PCI capability of the source, or has it at another place or of another length.",
         "Other firmware, or hardware of another generation.",
         "Bring the firmware of both to one version, or choose another device.";
     UNKNOWN_CAPABILITIES, "unknown-capabilities", Warning, Device:
         "One side does not say what PCI capabilities it has.",
-        "A manifest made without the device at hand.",
-        "Describe the device where it is.";
+        "A manifest made without the device at hand, or of one that nobody opened.",
+        "Describe the device where it is, with --probe where nobody uses it.";
     DEVICE_CONFIG_MASK, "device-config-mask", Warning, Device:
         "The two sides compare different bytes of config space; the destination's rules hold.",
         "Servers or site files of different versions.",
@@ -336,16 +336,16 @@ table! {
         "Give the source a dirty tracker, move by snapshot, or allow one full copy while the guest stands still.";
     UNKNOWN_DIRTY, "unknown-dirty", Warning, HostDriver:
         "The source does not say who logs the device's DMA writes.",
-        "A manifest made without the device at hand.",
-        "Describe the device where it is.";
+        "A manifest made without the device at hand, or of one that nobody opened.",
+        "Describe the device where it is, with --probe where nobody uses it.";
     P2P_MISSING, "p2p-missing", No, HostDriver:
         "The machine has several devices, and this one cannot stop its peer-to-peer DMA.",
         "The driver lacks the P2P states.",
         "Move guests with one such device each, or take another driver.";
     UNKNOWN_FLAGS, "unknown-flags", Warning, HostDriver:
-        "The machine has several devices, and the source does not say whether this one can stop its peer-to-peer DMA.",
-        "A manifest made without the device at hand.",
-        "Describe the device where it is.";
+        "One side does not say which migration states the device has, or, of several devices, whether it can stop its peer-to-peer DMA.",
+        "A manifest of a device that nobody opened.",
+        "Describe it with --probe where nobody uses it, or ask the `vm` that has it.";
     IOMMU_PAGE_SIZE, "iommu-page-size", No, Host:
         "The smallest page of the destination's IOMMU is larger than that of the source's.",
         "Another CPU architecture, or a kernel with larger pages.",

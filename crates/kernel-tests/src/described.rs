@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -17,6 +18,7 @@ use crate::instance::Instance;
 use crate::migdev;
 use crate::mtty::one_port;
 use crate::pci;
+use crate::vm::PROGRAM;
 
 /// All that is known of a device that nobody opened is the same of the open one: whoever compares a manifest from a file
 /// with one that a VM gives would be told of differences that are none.
@@ -93,6 +95,52 @@ fn contradiction(place: &str, one: &Value, other: &Value) -> Option<String> {
         (Value::Null, _) => None,
         _ => (one != other).then(|| format!("{place}: {one} and {other}")),
     }
+}
+
+/// The command opens a device that nobody uses when it may, and what it then says is what the open device says. One that
+/// somebody has is described as far as sysfs shows it, with a warning.
+pub(crate) fn probed() -> Outcome {
+    let (one, other) = (migdev::small()?, migdev::small()?);
+    let (a, b) = (format!("mdev:{}", one.uuid()), format!("mdev:{}", other.uuid()));
+    let describe = |more: &[&str]| command(&[&["describe", "--name", "dev0", &a], more].concat());
+    let (_, closed, _) = describe(&[])?;
+    for part in ["flags", "dirty", "state_size", "regions", "irqs", "pci"] {
+        holds(closed[part].is_null(), &format!("{part} is not known of a closed device: {closed}"))?;
+    }
+    let (exit, asked, said) = describe(&["--probe"])?;
+    same("exit code", exit, Some(0))?;
+    holds(said.is_empty(), &said)?;
+    let open = open(&one)?;
+    contradiction("", &open, &asked).map_or(Ok(()), Err)?;
+    // The one that was opened here has no memory yet.
+    holds(asked["dirty"]["device_log"].is_boolean(), &format!("who can log its writes was tried: {asked}"))?;
+
+    let check = |more: &[&str]| -> Outcome<bool> {
+        let (exit, report, said) = command(&[&["check", "--json", &a, &b], more].concat())?;
+        same(&said, exit, Some(0))?;
+        let reasons = report["reasons"].as_array().ok_or("no reasons")?;
+        let unknown =
+            reasons.iter().find(|reason| reason["code"] == "strict-unknown").ok_or("all is known")?;
+        Ok(unknown["field"].as_str().ok_or("of no field")?.split(',').any(|field| field == "flags"))
+    };
+    holds(check(&[])?, "the flags of closed devices are not known")?;
+    holds(!check(&["--probe"])?, "those of open ones are")?;
+
+    let held = one.open()?;
+    let (exit, asked, said) = describe(&["--probe"])?;
+    drop(held);
+    same("exit code of one in use", exit, Some(0))?;
+    same("what is said of one in use", &asked, &closed)?;
+    holds(said.contains("what only an open device tells is not known"), &said)
+}
+
+/// Runs the command: its exit code, the object that it printed, and what it said beside.
+fn command(arguments: &[&str]) -> Outcome<(Option<i32>, Value, String)> {
+    let output = Command::new(PROGRAM).args(arguments).stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let value = serde_json::from_slice(&output.stdout)
+        .map_err(|error| format!("{arguments:?}: {error}: {} {said}", output.status))?;
+    Ok((output.status.code(), value, said))
 }
 
 /// netdevsim says that its management firmware is 10.20.30 (`drivers/net/netdevsim/dev.c`).

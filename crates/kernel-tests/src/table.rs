@@ -100,6 +100,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("device_file_of_edu_is_refused", &[Need::Edu], device_file::edu_is_refused),
     test("described_alike_open_and_not", BOTH, described::alike_open_and_not),
     test("described_alike_as_pci_functions", &[Need::Edu], described::alike_as_pci_functions),
+    test("described_probed", &[Need::Migdev], described::probed),
     test("described_by_devlink", &[Need::Devlink], described::by_devlink),
     test("host_report_lists_what_is_there", BOTH, host_report::lists_what_is_there),
     test("host_report_asks_as_the_uapi_does", BOTH, host_report::asks_as_the_uapi_does),

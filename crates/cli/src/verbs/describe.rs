@@ -4,10 +4,11 @@ use std::io::Write;
 use std::path::Path;
 
 use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels};
-use vfio_migration_device::host::{Roots, read_text, scan, version};
+use vfio_migration_device::host::{read_text, scan, version};
 
 use vfio_migration_vmm::kvm::offered_features;
 
+use super::probe::Local;
 use super::subject::{self, Subject, own_id};
 use crate::compat_args::{Describe, Format};
 use crate::exit::{Exit, Failure, chain};
@@ -17,9 +18,9 @@ use crate::output::print;
 const PROC_MAX: u64 = 64 << 10;
 
 pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
-    let roots = options.root.roots();
+    let local = Local { roots: options.root.roots(), probe: options.probe };
     let mut document = match &options.device {
-        Some(text) => match subject::subject(text, options.name.as_deref(), &roots)? {
+        Some(text) => match subject::subject(text, options.name.as_deref(), &local)? {
             Subject::Known(document, _) => document,
             Subject::Receiver(uri) => {
                 let text = format!(
@@ -28,7 +29,7 @@ pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
                 return Err(Failure::new(Exit::Usage, text));
             }
         },
-        None => host(options.name.as_deref(), &roots)?.into(),
+        None => host(options.name.as_deref(), &local)?.into(),
     };
     if let Some(path) = &options.site {
         let bytes = subject::read_capped(path, SiteFacts::MAX_BYTES)?;
@@ -71,8 +72,9 @@ fn render(document: &Document, format: Format) -> Result<String, Failure> {
     }
 }
 
-/// This host, as far as it shows without any device being opened.
-fn host(name: Option<&str>, roots: &Roots) -> Result<HostManifest, Failure> {
+/// This host, with what of its devices VFIO drivers have.
+fn host(name: Option<&str>, local: &Local) -> Result<HostManifest, Failure> {
+    let roots = &local.roots;
     let found = scan(roots);
     for problem in &found.problems {
         tracing::warn!("not looked at: {problem}");
@@ -81,7 +83,7 @@ fn host(name: Option<&str>, roots: &Roots) -> Result<HostManifest, Failure> {
         .devices
         .iter()
         .filter(|device| device.vfio)
-        .map(|device| Ok(device.manifest(&own_id(None, &device.name)?, roots)))
+        .map(|device| Ok(local.manifest(device, own_id(None, &device.name)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
     let own_name = || {
         let name = read_text(&roots.proc.join("sys/kernel/hostname"), PROC_MAX).ok();

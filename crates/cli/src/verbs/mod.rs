@@ -9,6 +9,7 @@ pub(crate) mod doctor;
 pub(crate) mod explain;
 mod follow;
 pub(crate) mod migrate;
+mod probe;
 pub(crate) mod rehearse;
 pub(crate) mod save;
 pub(crate) mod status;

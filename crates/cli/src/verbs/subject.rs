@@ -9,11 +9,12 @@ use std::time::Duration;
 use serde_json::Value;
 use vfio_migration::Uri;
 use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
-use vfio_migration_device::host::{Roots, scan};
+use vfio_migration_device::host::scan;
 use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, VmId};
 
+use super::probe::Local;
 use super::{ANSWER, status};
 use crate::control::{Client, ClientError, Verb};
 use crate::exit::{Exit, Failure};
@@ -34,7 +35,7 @@ pub(crate) enum Subject {
 }
 
 /// Finds out what `text` stands for. `name`: what a device is called.
-pub(crate) fn subject(text: &str, name: Option<&str>, roots: &Roots) -> Result<Subject, Failure> {
+pub(crate) fn subject(text: &str, name: Option<&str>, local: &Local) -> Result<Subject, Failure> {
     let known = |device: DeviceManifest| Ok(Subject::Known(device.into(), None));
     if let Some(socket) = text.strip_prefix("vm:") {
         let (document, vm) = of_vm(Path::new(socket), ANSWER)?;
@@ -45,7 +46,7 @@ pub(crate) fn subject(text: &str, name: Option<&str>, roots: &Roots) -> Result<S
     }
     for prefix in ["vfio:", "mdev:"] {
         if let Some(wanted) = text.strip_prefix(prefix) {
-            return known(of_host(wanted, name, roots)?);
+            return known(of_host(wanted, name, local)?);
         }
     }
     if ["tcp:", "unix:", "fd:"].iter().any(|scheme| text.starts_with(scheme)) {
@@ -130,9 +131,9 @@ fn of_server(socket: &Path, name: Option<&str>) -> Result<DeviceManifest, Failur
         .map_err(|error| Failure::caused(&doing, &error))
 }
 
-/// A device of this host, as far as it shows without being opened.
-fn of_host(wanted: &str, name: Option<&str>, roots: &Roots) -> Result<DeviceManifest, Failure> {
-    let found = scan(roots);
+/// A device of this host.
+fn of_host(wanted: &str, name: Option<&str>, local: &Local) -> Result<DeviceManifest, Failure> {
+    let found = scan(&local.roots);
     let wanted = wanted.to_ascii_lowercase();
     let device = found.devices.iter().find(|device| device.name.to_ascii_lowercase() == wanted);
     let Some(device) = device else {
@@ -140,7 +141,7 @@ fn of_host(wanted: &str, name: Option<&str>, roots: &Roots) -> Result<DeviceMani
             format!("this host has no device {wanted}; `vfio-migrate devices --all` lists what it has");
         return Err(Failure::failed(text));
     };
-    Ok(device.manifest(&own_id(name, &device.name)?, roots))
+    Ok(local.manifest(device, own_id(name, &device.name)?))
 }
 
 /// What a device of this host is called: as it was asked for, or after its address, whose colons no name can have.

@@ -39,7 +39,10 @@ pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
     }
     if from.flags != to.flags {
         let values = (json(from.flags), json(to.flags));
-        pair.differs(findings, &codes::STRICT_FLAGS, "flags", "the set of migration flags", values);
+        // They are of the driver, whose name and version are compared, and known only of an open device.
+        let known = from.flags.is_some() && to.flags.is_some();
+        let code = if known { &codes::STRICT_FLAGS } else { &codes::UNKNOWN_FLAGS };
+        pair.differs(findings, code, "flags", "the set of migration flags", values);
     }
     for name in from.parameters.keys().chain(to.parameters.keys()).collect::<BTreeSet<_>>() {
         let value = |device: &crate::DeviceManifest| device.parameters.get(name).map(|it| it.value.json());

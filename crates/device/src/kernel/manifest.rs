@@ -5,6 +5,7 @@ use std::path::Path;
 use vfio_migration_compat::{DeviceManifest, DirtyTracking, Driver};
 use vfio_migration_types::MigrationFlags;
 
+use super::sysfs::SysDevice;
 use super::{KernelDevice, TrackerKind};
 use crate::host::attribute;
 use crate::{Device, DeviceError, describe_hardware};
@@ -27,7 +28,7 @@ impl KernelDevice {
             dirty: self.dirty(),
             state_size: self.stop_copy_size()?,
             firmware: sys.and_then(|sys| sys.firmware.clone()),
-            facts: sys.map(|sys| sys.facts.clone()).unwrap_or_default(),
+            facts: sys.map(SysDevice::facts).unwrap_or_default(),
             ..DeviceManifest::new(self.inner.id.clone())
         };
         describe_hardware(self, manifest)

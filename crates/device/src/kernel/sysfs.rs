@@ -1,7 +1,7 @@
 //! What sysfs says of a VFIO device.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use vfio_migration_compat::Scalar;
 
@@ -25,11 +25,13 @@ pub(super) struct SysDevice {
     pub(super) mdev: bool,
     /// A mediated device's type, `mtty-1`.
     pub(super) mdev_type: Option<String>,
-    /// Version of its firmware. Read once, as the facts are: a driver may ask the device for it, and vital product data
+    /// Version of its firmware. Read once, as the product is: a driver may ask the device for it, and vital product data
     /// comes slowly, which a guest that stands should not wait for.
     pub(super) firmware: Option<String>,
-    /// What its maker wrote into it, or what its driver compares.
-    pub(super) facts: BTreeMap<String, Scalar>,
+    /// What its maker wrote into it.
+    product: BTreeMap<String, Scalar>,
+    /// Its own folder.
+    folder: PathBuf,
 }
 
 /// The PCI function at `address`.
@@ -57,6 +59,13 @@ pub(super) fn cdev(sysfs: &Path, file: &Path) -> Option<SysDevice> {
 }
 
 impl SysDevice {
+    /// What its maker wrote into it, and what its driver compares: attributes, which may be set at any time.
+    pub(super) fn facts(&self) -> BTreeMap<String, Scalar> {
+        let mut facts = facts::mediated(&self.folder, self.driver.as_deref(), self.mdev_type.as_deref());
+        facts.extend(self.product.clone());
+        facts
+    }
+
     /// Makes sure that a VFIO driver has it.
     pub(super) fn check_driver(&self) -> Result<(), KernelError> {
         // Nothing but VFIO has drivers for mediated devices, whatever their names.
@@ -83,21 +92,18 @@ fn at(path: &Path) -> Option<SysDevice> {
     let vfio = std::fs::read_dir(real.join("vfio-dev")).ok().and_then(|mut entries| {
         entries.find_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
     });
-    let (driver, mdev_type) = (link("driver"), link("mdev_type"));
-    let facts = match &mdev_type {
-        Some(kind) => facts::mediated(&real, driver.as_deref(), Some(kind)),
-        None => facts::product(&real),
-    };
+    let mdev_type = link("mdev_type");
     Some(SysDevice {
         name: last(&real)?,
-        driver,
+        driver: link("driver"),
         driver_version: attribute(&real.join("driver/module/version")),
         group: link("iommu_group"),
         vfio,
         mdev: mdev_type.is_some(),
         mdev_type,
         firmware: facts::firmware(&real),
-        facts,
+        product: facts::product(&real),
+        folder: real,
     })
 }
 

@@ -15,6 +15,7 @@ use vfio_migration_types::VmId;
 pub(crate) use pool::BaselineReport;
 pub(crate) use show::{text, word};
 
+use super::probe::Local;
 use super::subject::{self, Subject, device_id};
 use crate::compat_args::Check;
 use crate::exit::{Exit, Failure};
@@ -35,8 +36,8 @@ pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
         );
         return Err(Failure::new(Exit::Usage, text));
     };
-    let roots = options.root.roots();
-    let (source, vm) = match subject::subject(source, None, &roots)? {
+    let local = Local { roots: options.root.roots(), probe: options.probe };
+    let (source, vm) = match subject::subject(source, None, &local)? {
         Subject::Known(document, vm) => (document, vm),
         Subject::Receiver(uri) => {
             let text =
@@ -45,7 +46,7 @@ pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
         }
     };
     let map = device_map(&options.map)?;
-    let report = match subject::subject(destination, None, &roots)? {
+    let report = match subject::subject(destination, None, &local)? {
         Subject::Known(destination, _) => compare(&source, &destination, &map, &policy)?,
         Subject::Receiver(uri) => ask(&source, vm, &uri, map, policy)?,
     };

@@ -6,20 +6,18 @@ use std::time::Duration;
 
 use vfio_migration_device::host::{Code, HostDevice, Obstacle, Roots};
 use vfio_migration_device::{
-    Capabilities, Device, DmaAccess, IrqIndex, KernelDevice, KernelOptions, KernelPath, NotMigratable,
-    PciHardware, RegionInfo, TrackerKind, VfioUserDevice, VfioUserOptions,
+    Capabilities, Device, IrqIndex, NotMigratable, PciHardware, RegionInfo, TrackerKind, VfioUserDevice,
+    VfioUserOptions,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+use vfio_migration_types::{DeviceId, Gpa};
 
 use super::report::{DeviceReport, DirtyTracking, InterruptCounts, Migration, RegionReport};
 use crate::exit::{Failure, chain};
+use crate::verbs::probe::Probed;
 
 /// Longest wait for a vfio-user server, for each thing it is asked.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Memory that is mapped for a device that is asked, where a guest has its own: no more than any limit on locked memory
-/// allows.
-const RAM: RamSpec = RamSpec { gpa: Gpa(1 << 20), len: 64 << 10 };
 
 /// Asks a vfio-user server. It is left in the state it is in.
 pub(super) fn socket(socket: &Path) -> Result<DeviceReport, Failure> {
@@ -57,21 +55,10 @@ pub(super) fn socket(socket: &Path) -> Result<DeviceReport, Failure> {
     Ok(report)
 }
 
-/// Opens a device of the host, which resets it, asks it, and closes it. Left as it is where it is in use: the kernel
-/// refuses to open it a second time.
+/// Opens a device of the host, asks it, and closes it. Left as it is where it is in use.
 pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceReport) -> Result<(), Failure> {
-    let refuse = |error| Failure::caused("cannot open it", &error);
-    let path: KernelPath = device.name.parse().map_err(refuse)?;
-    let options = KernelOptions {
-        sysfs: roots.sys.clone(),
-        dev: roots.dev.clone(),
-        // What it holds of a guest stays.
-        keep_state: true,
-        ..KernelOptions::default()
-    };
-    let ram = ram()?;
-    let opened = match KernelDevice::open(id()?, &path, ram.clone(), &options) {
-        Ok(opened) => opened,
+    let Probed { device: opened, mapped } = match Probed::open(device, id()?, roots) {
+        Ok(probed) => probed,
         Err(error) if error.is_in_use() => {
             let text = format!("it was not opened, somebody has it: {}", chain(&error));
             let change = "to move it, ask the VMM that has it; whose processes they are, root may see";
@@ -84,8 +71,6 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceReport
             return Ok(());
         }
     };
-    let all = Range::new(Iova(RAM.gpa.0), RAM.len).map_err(|error| Failure::caused("cannot ask", &error))?;
-    let mapped = opened.dma_map(all, DmaAccess::BOTH, Some((ram.fd(), 0)));
     match hardware(report, &opened) {
         Ok(_) => {
             // A driver that was taken for one without migration has it.
@@ -163,6 +148,7 @@ fn id() -> Result<DeviceId, Failure> {
 }
 
 fn ram() -> Result<Arc<GuestRam>, Failure> {
-    let ram = GuestRam::new("devices", &[RAM]).map_err(|error| Failure::caused("cannot ask", &error))?;
+    let ram = GuestRam::new("devices", &[RamSpec { gpa: Gpa(0), len: 4096 }])
+        .map_err(|error| Failure::caused("cannot ask", &error))?;
     Ok(Arc::new(ram))
 }

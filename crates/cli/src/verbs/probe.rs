@@ -1,0 +1,79 @@
+//! Opening a device of this host to ask it, where `--probe` allows that.
+
+use std::sync::Arc;
+
+use vfio_migration_compat::DeviceManifest;
+use vfio_migration_device::host::{HostDevice, Roots};
+use vfio_migration_device::{
+    Device, DeviceError, DmaAccess, KernelDevice, KernelError, KernelOptions, KernelPath, PciHardware,
+};
+use vfio_migration_memory::{GuestRam, RamSpec};
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+
+use crate::exit::chain;
+
+/// Memory that is mapped for a device that is asked, where a guest has its own: no more than any limit on locked memory
+/// allows.
+const RAM: RamSpec = RamSpec { gpa: Gpa(1 << 20), len: 64 << 10 };
+
+/// Where devices of this host are looked for, and whether they may be opened.
+#[derive(Debug)]
+pub(crate) struct Local {
+    pub(crate) roots: Roots,
+    pub(crate) probe: bool,
+}
+
+impl Local {
+    /// What a device is, as the device itself says if it may be opened and can be, as sysfs shows if not.
+    pub(crate) fn manifest(&self, device: &HostDevice, id: DeviceId) -> DeviceManifest {
+        let shown = device.manifest(&id, &self.roots);
+        if !self.probe {
+            return shown;
+        }
+        let unknown = |why: &str| {
+            tracing::warn!("{}: what only an open device tells is not known: {why}", device.name);
+            shown
+        };
+        if !device.openable() {
+            let obstacle = device.obstacles.first();
+            return unknown(obstacle.map_or("no VFIO driver has it", |obstacle| &obstacle.text));
+        }
+        let asked = Probed::open(device, id, &self.roots).map_err(|error| chain(&error));
+        match asked.and_then(|probed| probed.device.manifest().map_err(|error| chain(&error))) {
+            Ok(manifest) => manifest,
+            Err(why) => unknown(&why),
+        }
+    }
+}
+
+/// A device that was opened to be asked.
+#[derive(Debug)]
+pub(crate) struct Probed {
+    pub(crate) device: KernelDevice,
+    /// Whether memory can be mapped for it. Until some is, nobody knows who can log its DMA writes.
+    pub(crate) mapped: Result<(), DeviceError>,
+}
+
+impl Probed {
+    /// Opens it, which resets some devices. What it holds of a guest stays where its driver keeps that.
+    ///
+    /// # Errors
+    /// Also where somebody has it: the kernel refuses to open it a second time.
+    pub(crate) fn open(device: &HostDevice, id: DeviceId, roots: &Roots) -> Result<Self, DeviceError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
+            DeviceError::new(id.clone(), "opening it to ask it", None, source)
+        };
+        let path: KernelPath = device.name.parse().map_err(|error: KernelError| failed(error.into()))?;
+        let options = KernelOptions {
+            sysfs: roots.sys.clone(),
+            dev: roots.dev.clone(),
+            keep_state: true,
+            ..KernelOptions::default()
+        };
+        let ram = Arc::new(GuestRam::new("asked", &[RAM]).map_err(|error| failed(error.into()))?);
+        let all = Range::new(Iova(RAM.gpa.0), RAM.len).map_err(|error| failed(error.into()))?;
+        let device = KernelDevice::open(id.clone(), &path, ram.clone(), &options)?;
+        let mapped = device.dma_map(all, DmaAccess::BOTH, Some((ram.fd(), 0)));
+        Ok(Self { device, mapped })
+    }
+}
