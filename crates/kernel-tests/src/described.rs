@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -14,11 +13,11 @@ use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa};
 
 use crate::check::{Outcome, holds, same};
+use crate::command;
 use crate::instance::Instance;
 use crate::migdev;
 use crate::mtty::one_port;
 use crate::pci;
-use crate::vm::PROGRAM;
 
 /// All that is known of a device that nobody opened is the same of the open one: whoever compares a manifest from a file
 /// with one that a VM gives would be told of differences that are none.
@@ -102,23 +101,24 @@ fn contradiction(place: &str, one: &Value, other: &Value) -> Option<String> {
 pub(crate) fn probed() -> Outcome {
     let (one, other) = (migdev::small()?, migdev::small()?);
     let (a, b) = (format!("mdev:{}", one.uuid()), format!("mdev:{}", other.uuid()));
-    let describe = |more: &[&str]| command(&[&["describe", "--name", "dev0", &a], more].concat());
-    let (_, closed, _) = describe(&[])?;
+    let describe = |more: &[&str]| command::run(&[&["describe", "--name", "dev0", &a], more].concat());
+    let closed = describe(&[])?.report;
     for part in ["flags", "dirty", "state_size", "regions", "irqs", "pci"] {
         holds(closed[part].is_null(), &format!("{part} is not known of a closed device: {closed}"))?;
     }
-    let (exit, asked, said) = describe(&["--probe"])?;
-    same("exit code", exit, Some(0))?;
-    holds(said.is_empty(), &said)?;
+    let run = describe(&["--probe"])?;
+    same("exit code", run.exit, Some(0))?;
+    holds(run.stderr.is_empty(), &run.stderr)?;
+    let asked = run.report;
     let open = open(&one)?;
     contradiction("", &open, &asked).map_or(Ok(()), Err)?;
     // The one that was opened here has no memory yet.
     holds(asked["dirty"]["device_log"].is_boolean(), &format!("who can log its writes was tried: {asked}"))?;
 
     let check = |more: &[&str]| -> Outcome<bool> {
-        let (exit, report, said) = command(&[&["check", "--json", &a, &b], more].concat())?;
-        same(&said, exit, Some(0))?;
-        let reasons = report["reasons"].as_array().ok_or("no reasons")?;
+        let run = command::run(&[&["check", &a, &b], more].concat())?;
+        same(&run.stderr, run.exit, Some(0))?;
+        let reasons = run.report["reasons"].as_array().ok_or("no reasons")?;
         let unknown =
             reasons.iter().find(|reason| reason["code"] == "strict-unknown").ok_or("all is known")?;
         Ok(unknown["field"].as_str().ok_or("of no field")?.split(',').any(|field| field == "flags"))
@@ -127,20 +127,11 @@ pub(crate) fn probed() -> Outcome {
     holds(!check(&["--probe"])?, "those of open ones are")?;
 
     let held = one.open()?;
-    let (exit, asked, said) = describe(&["--probe"])?;
+    let run = describe(&["--probe"])?;
     drop(held);
-    same("exit code of one in use", exit, Some(0))?;
-    same("what is said of one in use", &asked, &closed)?;
-    holds(said.contains("what only an open device tells is not known"), &said)
-}
-
-/// Runs the command: its exit code, the object that it printed, and what it said beside.
-fn command(arguments: &[&str]) -> Outcome<(Option<i32>, Value, String)> {
-    let output = Command::new(PROGRAM).args(arguments).stdin(Stdio::null()).output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let value = serde_json::from_slice(&output.stdout)
-        .map_err(|error| format!("{arguments:?}: {error}: {} {said}", output.status))?;
-    Ok((output.status.code(), value, said))
+    same("exit code of one in use", run.exit, Some(0))?;
+    same("what is said of one in use", &run.report, &closed)?;
+    holds(run.stderr.contains("what only an open device tells is not known"), &run.stderr)
 }
 
 /// netdevsim says that its management firmware is 10.20.30 (`drivers/net/netdevsim/dev.c`).

@@ -1,42 +1,25 @@
 //! One kernel device into a file and back, by the command.
 
 use std::fs;
-use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use crate::check::{Outcome, holds, same};
+use crate::command;
 use crate::instance::Instance;
 use crate::mtty::{drain_of, fill_of, one_port};
 use crate::{edu, migdev};
 
-/// The command, in the image.
-const PROGRAM: &str = "/vfio-migrate";
 const TEXT: &[u8] = b"kept in a file";
 
-/// How a run of the command ended.
-struct Run {
-    exit: Option<i32>,
-    stderr: String,
-    report: Value,
-}
-
-fn command(arguments: &[&str]) -> Outcome<Run> {
-    let output = Command::new(PROGRAM).args(arguments).arg("--json").stdin(Stdio::null()).output()?;
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    let report = serde_json::from_slice(&output.stdout)
-        .map_err(|error| format!("{arguments:?} printed no JSON object ({error}): {stderr}"))?;
-    Ok(Run { exit: output.status.code(), stderr, report })
-}
-
 fn done(arguments: &[&str]) -> Outcome<Value> {
-    let run = command(arguments)?;
+    let run = command::run(arguments)?;
     same(&format!("{arguments:?}: {}", run.stderr), run.exit, Some(0))?;
     Ok(run.report)
 }
 
 fn refused(arguments: &[&str], says: &str) -> Outcome {
-    let run = command(arguments)?;
+    let run = command::run(arguments)?;
     same(&format!("{arguments:?}: {}", run.stderr), run.exit, Some(3))?;
     holds(run.stderr.contains(says), &format!("{arguments:?} says {says}: {}", run.stderr))
 }
@@ -107,7 +90,7 @@ pub(crate) fn migdev() -> Outcome {
     holds(!again["again"]["arcs"].to_string().contains("RUNNING"), &format!("it stood: {again}"))?;
     // A driver that stops answering half way: the device is reset, and no file is left.
     migdev::set(&from, "enodev_after", 4096)?;
-    let run = command(&["save", "--device", &device(&from), "-o", late.0])?;
+    let run = command::run(&["save", "--device", &device(&from), "-o", late.0])?;
     same(&run.stderr, run.exit, Some(1))?;
     holds(run.stderr.contains("RUNNING"), &format!("it says how the device is: {}", run.stderr))?;
     holds(!fs::exists(late.0)?, "no file is left")
@@ -121,7 +104,7 @@ pub(crate) fn edu_is_refused() -> Outcome {
     fs::write("/sys/bus/pci/drivers_probe", address)?;
     let device = format!("vfio:{address}");
     refused(&["save", "--device", &device, "-o", "/tmp/edu"], "plain vfio-pci never has")?;
-    let run = command(&["restore", "--device", &device, "/tmp/edu"])?;
+    let run = command::run(&["restore", "--device", &device, "/tmp/edu"])?;
     same(&run.stderr, run.exit, Some(1))?;
     holds(run.stderr.contains("/tmp/edu"), &format!("there is no such file: {}", run.stderr))
 }
@@ -131,7 +114,7 @@ pub(crate) fn in_use() -> Outcome {
     let instance = one_port()?;
     let opened = instance.open()?;
     opened.device()?;
-    let run = command(&["save", "--device", &device(&instance), "-o", "/tmp/none"])?;
+    let run = command::run(&["save", "--device", &device(&instance), "-o", "/tmp/none"])?;
     same(&run.stderr, run.exit, Some(1))?;
     holds(run.stderr.contains("holds it"), &run.stderr)
 }

@@ -4,7 +4,6 @@
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -16,29 +15,20 @@ use vfio_migration_uapi::{
 };
 
 use crate::check::{Outcome, holds, same};
+use crate::command::{self, PROGRAM};
 use crate::edu;
 use crate::instance::{Instance, Opened};
 use crate::migdev;
 use crate::mtty::one_port;
 use crate::pci;
 
-/// The command, in the image.
-const PROGRAM: &str = "/vfio-migrate";
 /// A user that owns nothing.
 const NOBODY: u32 = 65534;
 
-/// Runs the command with `--json`; its exit code, and what it said.
+/// Runs the command; its exit code, and what it said.
 fn report(arguments: &[&str], user: Option<u32>) -> Outcome<(i32, Value)> {
-    let mut command = Command::new(PROGRAM);
-    command.args(arguments).arg("--json").stdin(Stdio::null());
-    if let Some(user) = user {
-        command.uid(user).gid(user);
-    }
-    let output = command.output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    let value = serde_json::from_slice(&output.stdout)
-        .map_err(|error| format!("{arguments:?}: {error}: {} {said}", output.status))?;
-    Ok((output.status.code().ok_or("it was killed")?, value))
+    let run = command::run_as(arguments, user)?;
+    Ok((run.exit.ok_or("it was killed")?, run.report))
 }
 
 /// What `devices` says of one device.

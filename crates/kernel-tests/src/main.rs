@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod command;
 mod described;
 mod device_file;
 mod edu;

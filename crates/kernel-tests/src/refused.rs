@@ -1,12 +1,11 @@
 //! Guests whose device keeps them from moving, or moves them at a price: they are told why, and run on.
 
-use std::process::Command;
-
 use serde_json::{Value, json};
 
 use crate::check::{Outcome, holds, same};
+use crate::command;
 use crate::instance::Instance;
-use crate::vm::{DOWNTIME_LIMIT_MS, PROGRAM, TARGET, Vm, count, switch_over};
+use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, Vm, count, switch_over};
 use crate::{edu, migdev};
 
 /// Asks for a migration that is refused before anything is sent; what it says of itself.
@@ -41,8 +40,7 @@ pub(crate) fn vfio_pci() -> Outcome {
     }
     let report = runs_on(&mut vm)?;
     same("pages lost", count(&report, "pages-lost"), 0)?;
-    let listed = Command::new(PROGRAM).args(["devices", "--json"]).output()?;
-    let listed = String::from_utf8(listed.stdout)?;
+    let listed = command::run(&["devices"])?.report.to_string();
     holds(listed.contains(&address) && listed.contains("vfio-pci"), &format!("it is listed: {listed}"))
 }
 

@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::check::{Outcome, holds};
+use crate::command::PROGRAM;
 use crate::instance::Instance;
 
-/// The command, in the image.
-pub(crate) const PROGRAM: &str = "/vfio-migrate";
 /// Everything here runs in emulation. A guard against a hang, and no claim.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(100);
 /// The guest stands for as long as an emulated processor needs.

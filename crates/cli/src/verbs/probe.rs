@@ -38,10 +38,16 @@ impl Local {
             let obstacle = device.obstacles.first();
             return unknown(obstacle.map_or("no VFIO driver has it", |obstacle| &obstacle.text));
         }
-        let asked = Probed::open(device, id, &self.roots).map_err(|error| chain(&error));
-        match asked.and_then(|probed| probed.device.manifest().map_err(|error| chain(&error))) {
+        let asked = Probed::open(device, id, &self.roots).and_then(|probed| {
+            if let Err(error) = &probed.mapped {
+                let why = chain(error);
+                tracing::warn!("{}: who can log its writes is not known: {why}", device.name);
+            }
+            probed.device.manifest()
+        });
+        match asked {
             Ok(manifest) => manifest,
-            Err(why) => unknown(&why),
+            Err(error) => unknown(&chain(&error)),
         }
     }
 }
