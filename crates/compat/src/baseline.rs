@@ -5,7 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::{Allowed, DeviceManifest, HostManifest, ModelVersion, Parameter, Scalar, VersionRanges};
+use crate::device::DeviceManifest;
+use crate::host::HostManifest;
+use crate::parameter::{Allowed, Parameter};
+use crate::scalar::Scalar;
+use crate::version::{ModelVersion, VersionRanges};
 
 /// The newest version of a model, and the parameters, that each host of a pool loads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]

@@ -6,9 +6,12 @@ use serde_json::Value;
 use vfio_migration_types::DeviceId;
 
 use crate::codes::{self, Code};
+use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
+use crate::machine::MachineManifest;
+use crate::policy::{DeviceMap, Policy};
+use crate::report::Report;
 use crate::rules::{device, json, live, machine};
-use crate::{DeviceManifest, DeviceMap, MachineManifest, Policy, Report};
 
 /// Whether what `source` describes can run on what `destination` describes, and every reason.
 ///

@@ -5,7 +5,7 @@
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::{Severity, WhoCanFix};
+use crate::report::{Severity, WhoCanFix};
 
 /// What a code stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]

@@ -6,7 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration_types::{DeviceId, MigrationFlags};
 
-use crate::{MaskRule, Parameter, Scalar};
+use crate::mask::MaskRule;
+use crate::parameter::Parameter;
+use crate::scalar::Scalar;
 
 /// Fields that this version does not know, kept as they came.
 pub type Extra = BTreeMap<String, serde_json::Value>;

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::{DeviceManifest, MachineManifest};
+use crate::device::DeviceManifest;
+use crate::machine::MachineManifest;
 
 impl DeviceManifest {
     /// A digest of what identifies it: model, version, parameters' values, driver, layout, firmware, facts. Not of its name, its

@@ -8,8 +8,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vfio_migration_types::DeviceId;
 
+use crate::device::DeviceManifest;
+use crate::host::HostManifest;
+use crate::limits;
+use crate::machine::MachineManifest;
 use crate::tree::{self, beyond};
-use crate::{DeviceManifest, HostManifest, MachineManifest, limits};
 
 /// The schema's name, with its version.
 pub const SCHEMA: &str = "vfio-migrate.org/manifest/1";

@@ -3,8 +3,9 @@
 use serde_json::Value;
 
 use crate::codes::Code;
-use crate::report::Reason;
-use crate::{DeviceManifest, Policy, Verdict};
+use crate::device::DeviceManifest;
+use crate::policy::Policy;
+use crate::report::{Reason, Verdict};
 
 /// What rules have found, under one policy.
 pub(crate) struct Findings<'p> {
@@ -58,7 +59,7 @@ impl<'p> Findings<'p> {
                 && named(&allow.field, Some(&reason.field))
         });
         let Some(allow) = allowed else { return };
-        reason.severity = reason.severity.min(crate::Severity::Warning);
+        reason.severity = reason.severity.min(crate::report::Severity::Warning);
         let why =
             allow.reason.as_ref().map_or_else(String::new, |why| format!(": {}", crate::text::quote(why)));
         reason.text.push_str(&format!(" (allowed by policy{why})"));

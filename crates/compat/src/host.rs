@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Allowed, DeviceManifest, Extra};
+use crate::device::{DeviceManifest, Extra};
+use crate::parameter::Allowed;
 
 /// A host, as a scheduler knows it without asking it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -6,8 +6,11 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::device::DeviceManifest;
+use crate::host::HostManifest;
 use crate::placement::candidates;
-use crate::{DeviceManifest, HostManifest, ModelVersion, Scalar};
+use crate::scalar::Scalar;
+use crate::version::ModelVersion;
 
 pub use crate::pairs::{from_pairs, to_pairs};
 

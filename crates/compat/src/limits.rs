@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 
-use crate::{
-    Accept, DeviceManifest, HostManifest, MachineManifest, ManifestError, ModelVersion, Parameter,
-    VersionRanges,
-};
+use crate::device::DeviceManifest;
+use crate::document::ManifestError;
+use crate::host::{Accept, HostManifest};
+use crate::machine::MachineManifest;
+use crate::parameter::Parameter;
+use crate::version::{ModelVersion, VersionRanges};
 
 /// Most items of whatever is counted.
 const MAX_ITEMS: usize = 4096;
@@ -108,7 +110,7 @@ fn parameter(parameter: &Parameter, at: &str) -> Result<(), Breach> {
     let allowed = parameter.allowed.as_deref().unwrap_or_default();
     at_most(format!("{at}.allowed"), allowed.len(), MAX_ITEMS)?;
     for (n, allowed) in allowed.iter().enumerate() {
-        if let crate::Allowed::Range(range) = allowed
+        if let crate::parameter::Allowed::Range(range) = allowed
             && range.min > range.max
         {
             let at = format!("{at}.allowed[{n}]");

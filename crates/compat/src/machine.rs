@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration_types::Gpa;
 
-use crate::{DeviceManifest, Extra};
+use crate::device::{DeviceManifest, Extra};
 
 /// A machine: what the guest would notice if it differed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

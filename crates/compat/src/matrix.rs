@@ -9,9 +9,12 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::check::check_devices;
+use crate::device::DeviceManifest;
+use crate::host::HostManifest;
 use crate::placement::{candidates, host_reasons, nothing};
-use crate::report::Reason;
-use crate::{DeviceManifest, HostManifest, Policy, Verdict, check_devices};
+use crate::policy::Policy;
+use crate::report::{Reason, Verdict};
 
 /// Which device of which host can go to which host: for devices and hosts of one group, the same answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]

@@ -10,8 +10,8 @@
 
 use serde_json::{Map, Value};
 
+use crate::document::{Document, ManifestError};
 use crate::tree::{MAX_DEPTH, MAX_ITEMS};
-use crate::{Document, ManifestError};
 
 /// Most lines.
 const MAX_LINES: usize = 1 << 17;

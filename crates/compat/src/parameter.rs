@@ -8,7 +8,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::Scalar;
+use crate::scalar::Scalar;
 
 /// A parameter of a device's model. In JSON also its bare value, for one that is known by nothing else.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]

@@ -5,11 +5,14 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use crate::codes;
+use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
-use crate::report::Reason;
+use crate::host::HostManifest;
+use crate::machine::MachineManifest;
+use crate::policy::Policy;
+use crate::report::{Reason, Report, Verdict};
 use crate::rules::{device, json, live, machine};
 use crate::text::quote;
-use crate::{DeviceManifest, HostManifest, MachineManifest, Policy, Report, Verdict};
 
 /// Whether `host` can take `source`, and every reason. Devices are given to the host's so that as many as can be move
 /// live, then with a warning, then by snapshot; for a device that finds none, the reasons against the nearest are listed.

@@ -6,7 +6,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration_types::DeviceId;
 
-use crate::{ManifestError, MaskRule, PciIdentity, document, explain};
+use crate::codes::explain;
+use crate::device::PciIdentity;
+use crate::document;
+use crate::document::ManifestError;
+use crate::mask::MaskRule;
 
 /// A site's policy. The default allows nothing and asks for nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

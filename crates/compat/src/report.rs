@@ -94,7 +94,7 @@ impl Reason {
     /// the table is a refusal.
     pub fn new(code: impl Into<String>, text: impl Into<String>) -> Self {
         let code = code.into();
-        let entry = crate::explain(&code);
+        let entry = crate::codes::explain(&code);
         Self {
             device: None,
             field: String::new(),

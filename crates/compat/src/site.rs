@@ -15,7 +15,8 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::{Document, ManifestError, document};
+use crate::document;
+use crate::document::{Document, ManifestError};
 
 /// What a site file says.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -109,7 +110,9 @@ mod test {
     use vfio_migration_types::DeviceId;
 
     use super::*;
-    use crate::{DeviceManifest, HostManifest, Manifest};
+    use crate::device::DeviceManifest;
+    use crate::document::Manifest;
+    use crate::host::HostManifest;
 
     fn host() -> Document {
         let device = |name: &str| DeviceManifest {

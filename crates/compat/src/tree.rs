@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use crate::ManifestError;
+use crate::document::ManifestError;
 use crate::text::quote;
 
 /// How deep lists and objects may stand in each other.

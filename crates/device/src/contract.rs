@@ -6,7 +6,7 @@ use vfio_migration_compat::DeviceManifest;
 use vfio_migration_memory::DirtySource;
 use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
 
-use crate::{DeviceError, TransitionError};
+use crate::error::{DeviceError, TransitionError};
 
 /// What a device can do in a migration. Absent things are coped with, and said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

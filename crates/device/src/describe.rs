@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use vfio_migration_compat::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 
-use crate::DeviceError;
+use crate::error::DeviceError;
 use crate::hardware::{IrqIndex, PciHardware, RegionIndex, RegionInfo};
 
 /// Standard capabilities (PCI Local Bus Specification 3.0, 6.7) lie from here to 256, each of four bytes at least.

@@ -9,7 +9,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use vfio_migration_types::{DeviceId, Iova, Range};
 
-use crate::DeviceError;
+use crate::error::DeviceError;
 
 /// A region of a PCI device (`VFIO_PCI_*_REGION_INDEX`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -15,7 +15,7 @@
 //! | n × 16 | vectors: address 8, data 4, flags 4 (bit 0 masked, bit 1 pending; others 0) |
 //! | 4 | version 2 alone: pending MSI vectors, a bit each, not 0 |
 
-use crate::{MsiMessage, PciState, VectorState};
+use crate::pci::{MsiMessage, PciState, VectorState};
 
 const VERSION: u16 = 1;
 /// With pending MSI vectors.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use vfio_migration_wire::Applied;
 
-use crate::{Basis, DeviceFacts, DeviceProgress, IterationReport, Part, PartName, Time};
+use crate::api::{Basis, DeviceFacts, DeviceProgress, IterationReport, Part, PartName, Time};
 
 /// A sample shorter than this measures latency, not bandwidth.
 const SHORTEST_SAMPLE: Duration = Duration::from_millis(10);

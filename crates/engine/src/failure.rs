@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, PeerError, Ready};
 
-use crate::{DeviceFacts, Failure};
+use crate::api::{DeviceFacts, Failure};
 
 /// How many `peer_timeout`s the peer may be busy with work of its own (reserving, opening, loading). A peer that is
 /// *dead* is noticed long before by the session's pings; this bounds one that lives and does not answer.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use crate::MemoryError;
+use crate::error::MemoryError;
 use crate::ram::as_usize;
 
 const WORD: usize = size_of::<u64>();

@@ -4,7 +4,7 @@ use std::fmt;
 
 use vfio_migration_types::Bitmap;
 
-use crate::MemoryError;
+use crate::error::MemoryError;
 
 /// Something that knows which guest pages were written since it was last asked.
 ///

@@ -2,7 +2,8 @@
 
 use vfio_migration_types::Bitmap;
 
-use crate::{DirtySource, MemoryError};
+use crate::dirty::DirtySource;
+use crate::error::MemoryError;
 
 /// Starts every source, or none: when one fails, those started before it are stopped again.
 ///

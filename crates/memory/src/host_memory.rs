@@ -5,7 +5,9 @@ use std::sync::Arc;
 use vfio_migration_types::RamOffset;
 use vfio_migration_uapi::HostMemory;
 
-use crate::{GuestRam, Mapping, MemoryError};
+use crate::error::MemoryError;
+use crate::mapping::Mapping;
+use crate::ram::GuestRam;
 
 impl GuestRam {
     /// `len` bytes of guest RAM, contiguous in one region, to be mapped for DMA. RAM stays mapped in this process as
@@ -38,7 +40,7 @@ mod test {
     use vfio_migration_types::Gpa;
 
     use super::*;
-    use crate::RamSpec;
+    use crate::ram::RamSpec;
 
     #[test]
     fn ram_outlives_its_owner_while_a_device_may_reach_it() {

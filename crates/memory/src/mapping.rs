@@ -5,8 +5,8 @@ use std::ptr::NonNull;
 
 use rustix::fs::{FileType, SealFlags};
 
-use crate::MemoryError;
 use crate::area::Area;
+use crate::error::MemoryError;
 use crate::ram::as_usize;
 
 /// A part of a file that another process gave us, mapped shared: a BAR whose memory a vfio-user server offers, or a

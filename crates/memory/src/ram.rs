@@ -7,8 +7,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
 
-use crate::MemoryError;
 use crate::area::Area;
+use crate::error::MemoryError;
 use crate::transfer::{self, Piece};
 
 /// A piece of guest RAM that is wanted.
@@ -216,7 +216,7 @@ impl GuestRam {
     /// Holes are left alone. Not logged as dirty.
     pub fn zero_in_place(&self, pages: Range<RamOffset>) -> Result<(), MemoryError> {
         const ZEROS: [u8; as_usize(PAGE_SIZE)] = [0; as_usize(PAGE_SIZE)];
-        for run in self.scan(pages, crate::Holes::Possible)?.into_iter().filter(|run| !run.zero) {
+        for run in self.scan(pages, crate::scan::Holes::Possible)?.into_iter().filter(|run| !run.zero) {
             for page in (run.range.start().0..run.range.end()).step_by(as_usize(PAGE_SIZE)) {
                 self.area.write(page, &ZEROS)?;
             }

@@ -4,8 +4,8 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use vfio_migration_types::{PAGE_SIZE, RamOffset, Range};
 
-use crate::ram::as_usize;
-use crate::{GuestRam, MemoryError};
+use crate::error::MemoryError;
+use crate::ram::{GuestRam, as_usize};
 
 /// What the caller of [`GuestRam::scan`] knows of holes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags};
 
-use crate::MemoryError;
+use crate::error::MemoryError;
 
 /// Most pieces per system call: the kernel's UIO_MAXIOV (`include/uapi/linux/uio.h`).
 const MAX_PIECES: usize = 1024;

@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, RamOffset};
 
-use crate::{DirtySource, MemoryError};
+use crate::dirty::DirtySource;
+use crate::error::MemoryError;
 
 /// A log of writes that neither the hypervisor nor a device logs: DMA_WRITE served for a device, message-only
 /// regions, emulated devices.

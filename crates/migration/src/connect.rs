@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::Uri;
+use crate::uri::Uri;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]

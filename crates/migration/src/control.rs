@@ -10,7 +10,8 @@ use vfio_migration_types::DeviceId;
 
 use crate::fail;
 use crate::limiter::Limiter;
-use crate::{Progress, SourceOptions};
+use crate::options::SourceOptions;
+use crate::report::Progress;
 
 /// Steers an outgoing migration from any thread. Outlives the session without harm: it then does nothing.
 #[derive(Clone)]

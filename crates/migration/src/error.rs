@@ -8,7 +8,7 @@ use vfio_migration_compat::{Reason, Report};
 use vfio_migration_types::{DeviceId, Epoch, MigrationState, Phase};
 use vfio_migration_wire::PeerError;
 
-use crate::Machine;
+use crate::machine::Machine;
 use crate::reasons::sentences;
 
 /// What went wrong, where, and what to do about it. Both sides of a migration return the same one.

@@ -9,7 +9,7 @@ use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::PeerError;
 
 use crate::journal::JournalError;
-use crate::{LockError, MachineError};
+use crate::machine::{LockError, MachineError};
 
 /// A failure of `phase` that is nobody's in particular.
 pub(crate) fn plain(phase: Phase, text: impl Into<String>) -> PeerError {

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use vfio_migration_compat::MachineManifest;
 use vfio_migration_types::{AttemptId, Epoch, VmId};
 
-use crate::{ArrivalReport, Machine};
+use crate::machine::Machine;
+use crate::report::ArrivalReport;
 
 /// A guest that wants to come in.
 #[derive(Clone, Debug, PartialEq)]

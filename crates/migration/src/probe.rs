@@ -7,11 +7,13 @@ use vfio_migration_device::IrqRouter;
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, VmId};
 
+use crate::error::MigrateError;
 use crate::fail::{plain, sentence};
-use crate::{
-    LockError, Machine, MachineError, MigratableDevice, MigrateError, Paused, Rehearse, Section, Source,
-    SourceOptions, Uri,
-};
+use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
+use crate::options::SourceOptions;
+use crate::rehearsal::Rehearse;
+use crate::source::Source;
+use crate::uri::Uri;
 
 /// Asks the destination at `uri` whether what `manifest` describes could come, by the rules of both sides. The destination
 /// reserves all that it would need, says so, and lets go of it again.

@@ -8,8 +8,9 @@ use vfio_migration_compat::{Reason, Report};
 use vfio_migration_engine::{self as engine, PartName};
 use vfio_migration_types::DeviceId;
 
+use crate::error::Failure;
 use crate::reasons;
-use crate::{Bytes, Failure, PhaseTime};
+use crate::report::{Bytes, PhaseTime};
 
 pub use vfio_migration_engine::Rehearse;
 

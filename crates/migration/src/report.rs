@@ -145,7 +145,7 @@ pub struct Completed {
     pub devices: Vec<DeviceStatus>,
     /// What failed after the guest was the destination's (the journal's last entry, letting devices go): no harm to the
     /// guest, but work for a person.
-    pub left_undone: Vec<crate::Failure>,
+    pub left_undone: Vec<crate::error::Failure>,
     /// What both sides' rules said before anything moved.
     pub report: Report,
 }

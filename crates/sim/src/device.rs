@@ -12,11 +12,12 @@ use vfio_migration_types::MigrationState;
 use crate::dma::DmaTarget;
 use crate::engine;
 use crate::error::{SimError, invalid};
+use crate::fault::Fault;
 use crate::migrate::Migration;
+use crate::options::Options;
 use crate::pci::{self, BAR2_SIZE, CONFIG_SIZE, ConfigSpace, region};
 use crate::regs::{Effect, Facts, Registers, VECTORS, offset};
 use crate::shared::{Mode, Shared, drain, lock, signal};
-use crate::{Fault, Options};
 
 /// A sample device: a PCI function with a DMA engine, a mailbox, and state worth migrating.
 ///

@@ -6,11 +6,11 @@ use std::time::Duration;
 use rustix::io::Errno;
 use vfio_migration_types::{ArcError, Bitmap, Granule, MigrationFlags, MigrationState, PAGE_SIZE, path};
 
-use crate::Options;
 use crate::bulk::PAGE;
 use crate::device::SampleDevice;
 use crate::error::{SimError, invalid};
 use crate::fault::{Fault, Which};
+use crate::options::Options;
 use crate::pci::BAR2_SIZE;
 use crate::regs::{Registers, VECTORS};
 use crate::saving::{self, Progress, Saving};

@@ -6,7 +6,8 @@ use std::time::Duration;
 use vfio_migration_types::{MigrationFlags, PAGE_SIZE};
 
 use crate::error::{SimError, invalid};
-use crate::{Fault, MODEL};
+use crate::fault::Fault;
+use crate::stream::MODEL;
 
 /// The largest bulk state that a device may be asked to hold, in bytes.
 pub const MAX_STATE_SIZE: u64 = 64 << 30;

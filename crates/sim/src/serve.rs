@@ -11,12 +11,14 @@ use vfio_user_peer::{
     IrqRequest, IrqRequestData, MmapArea, PrecopyInfo, RegionInfo, Server, ServerError, StopHandle,
 };
 
+use crate::device::SampleDevice;
 use crate::dma::{DmaTarget, MessageDma};
 use crate::error::SimError;
+use crate::migrate::Read;
+use crate::options::Options;
 use crate::pci::{self, irq, region};
 use crate::regs::{VECTORS, offset};
 use crate::shared::lock;
-use crate::{Options, Read, SampleDevice};
 
 /// Serves a fresh device on `path`, to one client after the other, until `stop` is used. What a client did to the
 /// device, its migration state too, stays for the next; its mappings and eventfds go with it.

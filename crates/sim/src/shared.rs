@@ -13,9 +13,10 @@ use vfio_migration_types::MigrationState;
 use crate::bulk::Bulk;
 use crate::dma::Dma;
 use crate::error::{SimError, invalid};
+use crate::fault::Fault;
+use crate::options::Options;
 use crate::pci::{BAR2_SIZE, ConfigSpace};
 use crate::regs::{Registers, VECTORS};
-use crate::{Fault, Options};
 
 /// What the DMA engine may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 //! The rule is the uAPI's (`include/uapi/linux/vfio.h`, "vfio_device_mig_state"): the shortest path of single
 //! arcs, no saving state as an interior step; states that a device's flags lack are skipped over.
 
-use crate::{MigrationFlags, MigrationState};
+use crate::state::{MigrationFlags, MigrationState};
 
 /// Why a transition is refused before anything moves. The kernel answers EINVAL in each case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

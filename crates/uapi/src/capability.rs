@@ -8,7 +8,7 @@ use std::os::fd::BorrowedFd;
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater};
 
-use crate::UapiError;
+use crate::error::UapiError;
 
 /// Most bytes that an answer may have. A region of thousands of mappable parts is far below.
 const ANSWER_MAX: usize = 64 << 10;

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use rustix::ioctl::{Opcode, Updater, opcode};
 use vfio_bindings::bindings::vfio as uapi;
 
-use crate::UapiError;
+use crate::error::UapiError;
 use crate::feature::argsz;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 18)`.

@@ -6,8 +6,8 @@ use rustix::ioctl::{Opcode, Updater, opcode};
 use vfio_bindings::bindings::vfio as uapi;
 use vfio_migration_types::Range;
 
-use crate::UapiError;
 use crate::capability::{self, Chain};
+use crate::error::UapiError;
 use crate::feature::argsz;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 7)`.

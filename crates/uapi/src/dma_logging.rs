@@ -5,8 +5,9 @@ use std::os::fd::BorrowedFd;
 use vfio_bindings::bindings::vfio as uapi;
 use vfio_migration_types::{Granule, Iova, Range};
 
-use crate::feature::access;
-use crate::{Access, Feature, UapiError, report};
+use crate::error::UapiError;
+use crate::feature::{Access, Feature, access};
+use crate::report;
 
 /// Starts logging the DMA writes of `device` to `ranges`, in pages of `granule` if it can. Gives the page size that
 /// it took instead.

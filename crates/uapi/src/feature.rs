@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, opcode};
 use vfio_bindings::bindings::vfio as uapi;
 
-use crate::UapiError;
+use crate::error::UapiError;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 17)`.
 pub(crate) const DEVICE_FEATURE: Opcode = opcode::none(uapi::VFIO_TYPE, 117);

@@ -7,8 +7,9 @@ use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, NoArg, Opcode, Updater, opcode};
 use vfio_bindings::bindings::vfio as uapi;
 
+use crate::error::UapiError;
 use crate::feature::argsz;
-use crate::{Type1, UapiError};
+use crate::type1::Type1;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 3)`.
 const GROUP_GET_STATUS: Opcode = opcode::none(uapi::VFIO_TYPE, 103);

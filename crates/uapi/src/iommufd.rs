@@ -7,9 +7,11 @@ use iommufd_bindings as uapi;
 use rustix::ioctl::{Opcode, Updater, opcode};
 use vfio_migration_types::{Granule, Iova, Range};
 
+use crate::error::UapiError;
 use crate::feature::argsz;
+use crate::host_memory::{Dma, HostMemory};
 use crate::mapped::Mapped;
-use crate::{Dma, HostMemory, UapiError, report};
+use crate::report;
 
 const DESTROY: Opcode = number(uapi::IOMMUFD_CMD_DESTROY);
 const IOAS_ALLOC: Opcode = number(uapi::IOMMUFD_CMD_IOAS_ALLOC);

@@ -5,7 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vfio_migration_types::{Iova, Range};
 
-use crate::{HostMemory, UapiError};
+use crate::error::UapiError;
+use crate::host_memory::HostMemory;
 
 /// Mapped ranges, by their first address.
 #[derive(Debug, Default)]

@@ -7,8 +7,8 @@ use rustix::ioctl::{NoArg, Opcode, Updater, opcode};
 use vfio_bindings::bindings::vfio as uapi;
 use vfio_migration_types::{MigrationFlags, MigrationState};
 
-use crate::feature::{access, argsz};
-use crate::{Access, Feature, UapiError};
+use crate::error::UapiError;
+use crate::feature::{Access, Feature, access, argsz};
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 11)`.
 const DEVICE_RESET: Opcode = opcode::none(uapi::VFIO_TYPE, 111);

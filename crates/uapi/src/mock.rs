@@ -9,7 +9,7 @@ use iommufd_bindings as uapi;
 use rustix::ioctl::{Opcode, Updater, opcode};
 use vfio_migration_types::{Iova, Range};
 
-use crate::UapiError;
+use crate::error::UapiError;
 use crate::feature::argsz;
 
 /// `IOMMU_TEST_CMD`: `_IO(IOMMUFD_TYPE, IOMMUFD_CMD_BASE + 32)`.

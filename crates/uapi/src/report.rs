@@ -8,7 +8,7 @@
 
 use vfio_migration_types::{Granule, Iova, PAGE_SIZE, Range};
 
-use crate::UapiError;
+use crate::error::UapiError;
 
 const WORDS: usize = 512;
 

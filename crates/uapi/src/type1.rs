@@ -7,9 +7,11 @@ use vfio_bindings::bindings::vfio as uapi;
 use vfio_migration_types::{Granule, Iova, Range};
 
 use crate::capability::{self, Answer, Chain};
+use crate::error::UapiError;
 use crate::feature::argsz;
+use crate::host_memory::{Dma, HostMemory};
 use crate::mapped::Mapped;
-use crate::{Dma, HostMemory, UapiError, report};
+use crate::report;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + 0)`.
 const GET_API_VERSION: Opcode = opcode::none(uapi::VFIO_TYPE, 100);

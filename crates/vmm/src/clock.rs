@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::kvm::section::Section;
-use crate::{VmmError, kvm::section::Reader};
+use crate::error::VmmError;
+use crate::kvm::section::{Reader, Section};
 
 /// Name of the section that carries the latch.
 pub const SECTION: &str = "platform.clock";

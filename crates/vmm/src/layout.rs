@@ -14,7 +14,7 @@
 use vfio_migration_memory::RamSpec;
 use vfio_migration_types::Gpa;
 
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// End of the RAM below the 32-bit hole.
 pub const RAM_LOW_END: u64 = MMIO32_BASE;

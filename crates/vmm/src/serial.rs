@@ -2,8 +2,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::VmmError;
 use crate::bus::COM1;
+use crate::error::VmmError;
 use crate::kvm::section::{Reader, Section};
 
 /// Name of the section that carries the registers.

@@ -3,9 +3,12 @@
 use vfio_migration_types::PAGE_SIZE;
 
 use crate::cursor::{Cursor, Put};
+use crate::error::WireError;
+use crate::header::{FLAG_BODY, FLAG_BODY_CRC};
 use crate::kind::Kind;
+use crate::limits;
+use crate::message::{Bulk, DeviceEnd};
 use crate::message_codec::{check_device, decode_total, encode_total};
-use crate::{Bulk, DeviceEnd, FLAG_BODY, FLAG_BODY_CRC, WireError, limits};
 
 /// Bytes that [`encode`] appends at most.
 pub(crate) const LONGEST_HEAD: usize = 8 + limits::SECTION_NAME;

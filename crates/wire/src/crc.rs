@@ -1,6 +1,6 @@
 //! CRC-32C, as headers, payloads and page bodies carry it.
 
-use crate::WireError;
+use crate::error::WireError;
 
 /// A CRC-32C (Castagnoli) in the making: for a body that passes in pieces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! Bounded reading and writing of payload fields: every read names its field, nothing panics, nothing is left over.
 
-use crate::WireError;
+use crate::error::WireError;
 
 /// Reads the fields of one payload in order.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! What can be wrong with bytes from a peer, or with what we wanted to send.
 
-use crate::Foreign;
+use crate::preamble::Foreign;
 
 /// Why bytes are no frame, or a value cannot become one. The stream cannot go on after any of them.
 ///

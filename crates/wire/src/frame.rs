@@ -1,8 +1,11 @@
 //! Frames as a whole: encoding and decoding.
 
-use crate::header::seal;
+use crate::crc::Crc;
+use crate::error::WireError;
+use crate::header::{FrameHeader, HEADER_LEN, seal};
 use crate::kind::Kind;
-use crate::{Bulk, Crc, FrameHeader, HEADER_LEN, Message, WireError, bulk_codec, message_codec};
+use crate::message::{Bulk, Message};
+use crate::{bulk_codec, message_codec};
 
 /// A frame as received.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,7 +104,7 @@ fn put_header(kind: Kind, flags: u16, head: &mut [u8], tail: &[u8], sequence: u6
     let mut crc = Crc::of(fixed);
     crc.update(tail);
     let len = fixed.len() as u64 + tail.len() as u64;
-    let flags = flags | crate::FLAG_PAYLOAD_CRC;
+    let flags = flags | crate::header::FLAG_PAYLOAD_CRC;
     room.copy_from_slice(&seal(kind, flags, len, crc, sequence)?);
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! The frame header: 32 bytes, frozen over all versions.
 
+use crate::crc::Crc;
+use crate::error::WireError;
 use crate::kind::{Kind, OPTIONAL, bound};
-use crate::{Crc, WireError, limits};
+use crate::limits;
 
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 32;

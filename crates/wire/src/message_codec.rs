@@ -3,12 +3,14 @@
 use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
 
 use crate::cursor::{Cursor, Put};
+use crate::error::WireError;
 use crate::kind::Kind;
-use crate::reason_codec::{decode_reasons, encode_reasons};
-use crate::{
+use crate::limits;
+use crate::message::{
     Accept, Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease, Message, Offer,
-    PeerError, Ready, Running, VersionRange, WireError, limits,
+    PeerError, Ready, Running, VersionRange,
 };
+use crate::reason_codec::{decode_reasons, encode_reasons};
 
 /// Appends the payload to `out`; gives the frame's type.
 pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireError> {

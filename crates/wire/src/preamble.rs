@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::WireError;
+use crate::error::WireError;
 
 /// What each side sends before its first frame. The last byte is the framing: it changes only if a later version could
 /// not even keep the frame header and HELLO.

@@ -1,7 +1,9 @@
 //! The reasons of a verdict, as ACCEPT and REFUSE carry them.
 
 use crate::cursor::{Cursor, Put};
-use crate::{Reason, WireError, limits};
+use crate::error::WireError;
+use crate::limits;
+use crate::message::Reason;
 
 pub(crate) fn encode_reasons(reasons: &[Reason], out: &mut Vec<u8>) {
     let reasons = &reasons[..reasons.len().min(limits::REASONS)];

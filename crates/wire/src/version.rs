@@ -1,6 +1,6 @@
 //! Protocol versions and features, and how the two sides agree on them.
 
-use crate::VersionRange;
+use crate::message::VersionRange;
 
 /// The version of the protocol that this crate speaks.
 pub const PROTOCOL_VERSION: u16 = 1;

@@ -6,9 +6,11 @@ use serde_json::Value;
 
 use super::{Pair, drivers, json, layout, live, strict, versions};
 use crate::codes;
+use crate::device::DeviceManifest;
 use crate::findings::Findings;
+use crate::parameter::Parameter;
 use crate::text::{list, quote};
-use crate::{DeviceManifest, ModelVersion, Parameter, VersionRanges};
+use crate::version::{ModelVersion, VersionRanges};
 
 /// Compares two devices, all rules but those that need the whole machine. Returns whether equality was strict.
 pub(crate) fn compare(

@@ -5,8 +5,10 @@
 
 use super::{Pair, json};
 use crate::codes::{self, Code};
+use crate::device::DeviceManifest;
 use crate::findings::Findings;
-use crate::{DeviceManifest, ModelVersion, Scalar};
+use crate::scalar::Scalar;
+use crate::version::ModelVersion;
 
 /// A driver and what it compares.
 struct Rule {

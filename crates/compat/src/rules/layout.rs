@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::{Pair, json};
 use crate::codes::{self, Code};
+use crate::device::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 use crate::findings::Findings;
-use crate::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 
 /// Compares them.
 pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {

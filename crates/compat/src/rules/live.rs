@@ -4,8 +4,11 @@ use serde_json::Value;
 
 use super::{Pair, json};
 use crate::codes;
+use crate::device::{DeviceManifest, DirtyTracking};
 use crate::findings::{Findings, Found};
-use crate::{DeviceManifest, DirtyTracking, HostManifest, ModelVersion, Scalar, VersionRanges};
+use crate::host::HostManifest;
+use crate::scalar::Scalar;
+use crate::version::{ModelVersion, VersionRanges};
 
 /// What concerns one device.
 pub(crate) fn device(pair: Pair<'_>, findings: &mut Findings<'_>) {
@@ -149,7 +152,7 @@ pub(crate) fn host(source: &DeviceManifest, host: &HostManifest, findings: &mut 
         return refuse("model_version", json(&source.model_version), text);
     }
     let value = |name: &String| source.parameters.get(name).map(|parameter| &parameter.value);
-    let allows = |name: &String, allowed: &Vec<crate::Allowed>| {
+    let allows = |name: &String, allowed: &Vec<crate::parameter::Allowed>| {
         value(name).is_none_or(|value: &Scalar| allowed.iter().any(|one| one.contains(value)))
     };
     if taken.iter().any(|accept| accept.parameters.iter().all(|(name, allowed)| allows(name, allowed))) {

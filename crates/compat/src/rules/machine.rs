@@ -7,8 +7,9 @@ use serde_json::Value;
 use super::json;
 use crate::codes::{self, Code};
 use crate::findings::{Findings, Found};
+use crate::host::HostManifest;
+use crate::machine::{MachineManifest, RamRegion};
 use crate::text::{list, quote, show};
-use crate::{HostManifest, MachineManifest, RamRegion};
 
 /// Compares two machines.
 pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, findings: &mut Findings<'_>) {

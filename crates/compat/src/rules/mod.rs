@@ -11,8 +11,8 @@ pub(crate) mod versions;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::DeviceManifest;
 use crate::codes::Code;
+use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
 use crate::text::show;
 

@@ -17,7 +17,7 @@ pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
         pair.differs(findings, &codes::STRICT_DRIVER, "driver.name", "the driver", values);
     } else {
         let version =
-            |device: &crate::DeviceManifest| device.driver.clone().and_then(|driver| driver.version);
+            |device: &crate::device::DeviceManifest| device.driver.clone().and_then(|driver| driver.version);
         let (source, destination) = (version(from), version(to));
         if source != destination {
             let code = if drivers::versioned_stream(pair) {
@@ -45,7 +45,8 @@ pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
         pair.differs(findings, code, "flags", "the set of migration flags", values);
     }
     for name in from.parameters.keys().chain(to.parameters.keys()).collect::<BTreeSet<_>>() {
-        let value = |device: &crate::DeviceManifest| device.parameters.get(name).map(|it| it.value.json());
+        let value =
+            |device: &crate::device::DeviceManifest| device.parameters.get(name).map(|it| it.value.json());
         let (source, destination) = (value(from), value(to));
         if source != destination {
             let what = format!("parameter {}", quote(name));
@@ -68,7 +69,7 @@ pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
 fn unknown(pair: Pair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (pair.source, pair.destination);
     let version =
-        |device: &crate::DeviceManifest| device.driver.as_ref().is_none_or(|it| it.version.is_none());
+        |device: &crate::device::DeviceManifest| device.driver.as_ref().is_none_or(|it| it.version.is_none());
     let fields = [
         ("driver", from.driver.is_none() && to.driver.is_none()),
         ("driver.version", version(from) && version(to)),

@@ -9,7 +9,8 @@ use vfio_migration_types::DeviceId;
 use super::files::{attribute, hex, read_head, read_text};
 use super::pci::PciFacts;
 use super::{HostDevice, Kind, Roots, facts, version};
-use crate::{RegionIndex, describe};
+use crate::describe;
+use crate::hardware::RegionIndex;
 
 /// `resource` has a line for each of six BARs, the ROM, and what bridges and SR-IOV have
 /// (`Documentation/PCI/sysfs-pci.rst`).

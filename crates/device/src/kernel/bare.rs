@@ -16,7 +16,7 @@ use super::migrate::try_log;
 use super::open::tracking_table;
 use super::tracker::{Trial, Trials, choose};
 use super::windows::{Window, Windows};
-use crate::DirtyLog;
+use crate::contract::DirtyLog;
 
 /// An address space of an iommufd, with a page table that tracks dirty pages if the IOMMU can.
 #[derive(Debug)]

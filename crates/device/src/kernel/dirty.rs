@@ -9,7 +9,7 @@ use vfio_migration_uapi::UapiError;
 
 use super::ranges::{Logged, fit};
 use super::windows::Windows;
-use crate::DirtyLog;
+use crate::contract::DirtyLog;
 
 /// The system calls of one kind of log.
 pub(super) trait LogPort: fmt::Debug + Send + Sync {

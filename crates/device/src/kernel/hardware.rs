@@ -11,7 +11,7 @@ use vfio_migration_uapi::{self as uapi, Dma, Region, UapiError};
 
 use super::windows::Window;
 use super::{Inner, KernelDevice, KernelError};
-use crate::DeviceError;
+use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
 
 /// A region, with where it is in the device's file.

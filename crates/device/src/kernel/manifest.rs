@@ -7,8 +7,10 @@ use vfio_migration_types::MigrationFlags;
 
 use super::sysfs::SysDevice;
 use super::{KernelDevice, TrackerKind};
+use crate::contract::Device;
+use crate::describe::describe_hardware;
+use crate::error::DeviceError;
 use crate::host::attribute;
-use crate::{Device, DeviceError, describe_hardware};
 
 impl KernelDevice {
     /// What sysfs and its PCI function show. No kernel driver declares a model, so none is made up: equality is strict,

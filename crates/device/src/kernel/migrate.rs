@@ -12,10 +12,8 @@ use super::iommu::{DeviceLog, with_cause};
 use super::tracker::{Trial, Trials, choose};
 use super::windows::Windows;
 use super::{Inner, KernelDevice, TrackerChoice, TrackerKind};
-use crate::{
-    Capabilities, Device, DeviceError, DirtyLog, NotMigratable, ResumingSession, SavingSession,
-    TransitionError,
-};
+use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
+use crate::error::{DeviceError, TransitionError};
 
 /// Bytes of device state that are worth one system call.
 const CHUNK: usize = 1 << 20;

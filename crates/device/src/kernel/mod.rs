@@ -39,8 +39,9 @@ use self::open::Opened;
 use self::port::DevicePort;
 use self::sysfs::SysDevice;
 use self::windows::Windows;
+use crate::contract::NotMigratable;
+use crate::error::DeviceError;
 use crate::session::StateMachine;
-use crate::{DeviceError, NotMigratable};
 
 #[cfg(feature = "bare-space")]
 pub use self::bare::BareSpace;

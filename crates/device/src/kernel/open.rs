@@ -13,7 +13,7 @@ use vfio_migration_uapi::{self as uapi, Ioas, Type1, UapiError};
 use super::iommu::{Iommu, with_cause};
 use super::sysfs::{self, SysDevice};
 use super::{IommuHandle, KernelError, KernelOptions, KernelPath};
-use crate::DeviceError;
+use crate::error::DeviceError;
 
 /// A device that is open and attached to an address space of its own.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use rustix::io::retry_on_intr;
 use vfio_migration_types::MigrationState;
 use vfio_migration_uapi as uapi;
 
-use crate::PrecopyProgress;
+use crate::contract::PrecopyProgress;
 use crate::session::{Port, PortError, Stream};
 
 /// An open device.

@@ -9,7 +9,7 @@ use vfio_migration_types::{DeviceId, Gpa};
 use super::{KernelDevice, KernelOptions, KernelPath};
 
 /// Opens a path in an empty tree, or one that `make` has filled.
-fn refusal(path: &str, make: impl FnOnce(&std::path::Path)) -> crate::DeviceError {
+fn refusal(path: &str, make: impl FnOnce(&std::path::Path)) -> crate::error::DeviceError {
     let top = tempfile::tempdir().unwrap();
     make(top.path());
     let options = KernelOptions {
@@ -36,7 +36,7 @@ fn bound(top: &std::path::Path, parts: &[&str]) {
 
 #[test]
 fn what_cannot_be_opened_is_said_with_what_to_do() {
-    let says = |refused: &crate::DeviceError, what: &str| {
+    let says = |refused: &crate::error::DeviceError, what: &str| {
         let text = format!("{refused}: {}", refused.source);
         assert!(text.contains(what), "{text}");
     };

@@ -18,7 +18,7 @@ use vfio_migration_types::MigrationState;
 pub(crate) use self::error::PortError;
 pub use self::error::SessionError;
 pub(crate) use self::state_machine::StateMachine;
-use crate::PrecopyProgress;
+use crate::contract::PrecopyProgress;
 
 /// The migration state machine of an open device. Each method is a call, and gives the answer as it came.
 pub(crate) trait Port: fmt::Debug + Send + Sync {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use vfio_migration_types::MigrationState;
 
 use super::{SessionError, StateMachine, Stream};
-use crate::{DeviceError, ResumingSession, TransitionError};
+use crate::contract::ResumingSession;
+use crate::error::{DeviceError, TransitionError};
 
 /// An open resuming session.
 #[derive(Debug)]

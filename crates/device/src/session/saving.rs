@@ -6,7 +6,8 @@ use rustix::io::Errno;
 use vfio_migration_types::MigrationState;
 
 use super::{PortError, SessionError, StateMachine, Stream};
-use crate::{DeviceError, Position, PrecopyProgress, Read, SavingSession, TransitionError};
+use crate::contract::{Position, PrecopyProgress, Read, SavingSession};
+use crate::error::{DeviceError, TransitionError};
 
 /// An open saving session.
 #[derive(Debug)]

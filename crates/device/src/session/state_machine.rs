@@ -7,7 +7,8 @@ use vfio_migration_types::{ArcError, DeviceId, MigrationFlags, MigrationState, p
 use super::resuming::Resuming;
 use super::saving::Saving;
 use super::{Port, PortError, SessionError, Stream};
-use crate::{DeviceError, Position, TransitionError};
+use crate::contract::Position;
+use crate::error::{DeviceError, TransitionError};
 
 /// The state machine of one device.
 #[derive(Debug)]

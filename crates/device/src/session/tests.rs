@@ -7,7 +7,8 @@ use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState as S, path};
 
 use super::{Port, PortError, SessionError, StateMachine, Stream};
-use crate::{Position, PrecopyProgress, Read, Remedy, ResumingSession, SavingSession};
+use crate::contract::{Position, PrecopyProgress, Read, ResumingSession, SavingSession};
+use crate::error::Remedy;
 
 /// What a scripted device does next at read(2), write(2) and PRECOPY_INFO, and where it is.
 #[derive(Debug)]
@@ -123,12 +124,12 @@ fn saving(fake: &Fake) -> Box<dyn SavingSession> {
     Box::new(fake.machine().begin_precopy().unwrap())
 }
 
-fn read(session: &mut Box<dyn SavingSession>) -> Result<Read, crate::DeviceError> {
+fn read(session: &mut Box<dyn SavingSession>) -> Result<Read, crate::error::DeviceError> {
     session.read(&mut [0; 64])
 }
 
 #[track_caller]
-fn assert_lost(error: &crate::DeviceError) {
+fn assert_lost(error: &crate::error::DeviceError) {
     let lost = error.source.downcast_ref::<SessionError>();
     assert!(matches!(lost, Some(SessionError::Lost(_))), "{error:?}");
 }

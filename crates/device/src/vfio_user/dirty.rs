@@ -7,7 +7,7 @@ use vfio_migration_types::{Bitmap, Gpa, Granule, Iova, PAGE_SIZE, Range};
 use vfio_user_peer::IovaRange;
 
 use super::Inner;
-use crate::DirtyLog;
+use crate::contract::DirtyLog;
 
 /// What the server logs at the moment.
 #[derive(Debug, Default)]

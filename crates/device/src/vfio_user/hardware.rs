@@ -7,7 +7,7 @@ use vfio_migration_types::{DeviceId, Iova, Range};
 use vfio_user_peer::{IoFdKind, IrqAction, IrqData, Prot};
 
 use super::{Inner, VfioUserDevice};
-use crate::DeviceError;
+use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
 
 /// `KVM_IOEVENTFD_FLAG_DATAMATCH`, `include/uapi/linux/kvm.h`.

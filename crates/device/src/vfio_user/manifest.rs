@@ -4,7 +4,9 @@ use vfio_migration_compat::{DeviceManifest, DirtyTracking};
 use vfio_migration_types::MigrationFlags;
 
 use super::{Inner, VfioUserDevice};
-use crate::{Device, DeviceError, describe_hardware};
+use crate::contract::Device;
+use crate::describe::describe_hardware;
+use crate::error::DeviceError;
 
 impl Inner {
     /// The extension's manifest document: what is only the server's to know.

@@ -5,10 +5,8 @@ use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
 use vfio_user_peer::Client;
 
 use super::{Inner, VfioUserDevice};
-use crate::{
-    Capabilities, Device, DeviceError, DirtyLog, NotMigratable, ResumingSession, SavingSession,
-    TransitionError,
-};
+use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
+use crate::error::{DeviceError, TransitionError};
 
 /// Bytes of device state in one message. MMIO of the running guest waits behind each.
 const CHUNK: usize = 256 << 10;

@@ -22,9 +22,10 @@ use vfio_user_peer::{Client, ClientError, ClientOptions, OnConnect, irq_index};
 use self::dirty::ServerLog;
 use self::dma::GuestDma;
 use self::port::ServerPort;
+use crate::contract::{Capabilities, NotMigratable};
+use crate::error::DeviceError;
 use crate::hardware::RegionInfo;
 use crate::session::StateMachine;
-use crate::{Capabilities, DeviceError, NotMigratable};
 
 /// Most regions that a server may have. A PCI function has nine; a server may add its own.
 const REGIONS_MAX: u32 = 64;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vfio_migration_types::MigrationState;
 use vfio_user_peer::Client;
 
-use crate::PrecopyProgress;
+use crate::contract::PrecopyProgress;
 use crate::session::{Port, PortError, Stream};
 
 /// The connection, for states.

@@ -4,9 +4,9 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{Commit, Message, Running};
 
 use super::{Destination, State};
+use crate::api::{Attempt, DestinationAction, DestinationEvent, DestinationOutcome, Failure, Time};
 use crate::failure::failure;
 use crate::ownership::{Answer, DestinationRecord, DestinationState, DestinationStep, answer_query};
-use crate::{Attempt, DestinationAction, DestinationEvent, DestinationOutcome, Failure, Time};
 
 /// What P7 and P8 remember.
 #[derive(Debug, Default)]

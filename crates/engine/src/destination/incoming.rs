@@ -4,9 +4,9 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{Accept, Applied, Hello, HelloReply, Lease, Message, Offer, Reason, negotiate};
 
 use super::{Destination, State};
+use crate::api::{Attempt, DestinationAction, Time};
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
-use crate::{Attempt, DestinationAction, Time};
 
 use super::Owed;
 

@@ -14,11 +14,11 @@ use std::collections::VecDeque;
 use vfio_migration_types::{Epoch, Phase};
 use vfio_migration_wire::{HelloReply, Message, PeerError};
 
-use crate::failure::{failure, link_lost, protocol, silence, work_timeout};
-use crate::ownership::DestinationState;
-use crate::{
+use crate::api::{
     Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, Failure, Time,
 };
+use crate::failure::{failure, link_lost, protocol, silence, work_timeout};
+use crate::ownership::DestinationState;
 
 /// The destination of a migration: told events, it says actions. See the [crate's documentation](crate).
 #[derive(Debug)]

@@ -4,9 +4,9 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{Final, FinalEnd, Message, Ready};
 
 use super::{Destination, State};
+use crate::api::{DestinationAction, Time};
 use crate::failure::{compare, failure};
 use crate::ownership::{DestinationState, DestinationStep};
-use crate::{DestinationAction, Time};
 
 /// What P5 and P6 remember.
 #[derive(Debug, Default)]

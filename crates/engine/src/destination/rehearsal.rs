@@ -3,7 +3,7 @@
 use vfio_migration_wire::{FEATURE_REHEARSE, Message};
 
 use super::Destination;
-use crate::{DestinationOutcome, Time};
+use crate::api::{DestinationOutcome, Time};
 
 impl Destination {
     /// Whether nothing is to move.

@@ -4,9 +4,9 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{Message, PeerError, Reason};
 
 use super::{Destination, State};
+use crate::api::{DestinationAction, DestinationOutcome, Failure, Time};
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
-use crate::{DestinationAction, DestinationOutcome, Failure, Time};
 
 /// How many `peer_timeout`s an attempt that was given up after READY stays answerable. The source notices a lost link
 /// within one, and asks at once.

@@ -6,9 +6,9 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{Commit, Message, PeerError, Ready, Running};
 
 use super::{Source, State, Told};
+use crate::api::{Failure, SourceAction, SourceOutcome, SourceSummary, Time};
 use crate::failure::compare;
 use crate::ownership::{SourceState, SourceStep};
-use crate::{Failure, SourceAction, SourceOutcome, SourceSummary, Time};
 
 /// First pause between two questions; doubled each time, up to `peer_timeout`.
 const ASK_BACKOFF: Duration = Duration::from_millis(100);

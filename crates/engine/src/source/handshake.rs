@@ -6,9 +6,9 @@ use vfio_migration_wire::{
 };
 
 use super::{Owed, Source, State, Told};
+use crate::api::{Abort, Rehearse, SourceAction, SourceOutcome, Time};
 use crate::failure::{failure, silence};
 use crate::ownership::{SourceState, SourceStep};
-use crate::{Abort, Rehearse, SourceAction, SourceOutcome, Time};
 
 impl Source {
     /// Several devices stop one after the other. One that still runs may write into one that is already stopped, unless

@@ -6,9 +6,9 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::Applied;
 
 use super::{Source, State, Told};
+use crate::api::{DeviceProgress, Failure, IterationReport, SourceAction, Time};
 use crate::convergence::Prediction;
 use crate::failure::{failure, silence, work_timeout};
-use crate::{DeviceProgress, Failure, IterationReport, SourceAction, Time};
 
 /// Iterations do not begin closer to each other: reading every dirty log has its price, and so has each for the guest.
 const PACE: Duration = Duration::from_millis(10);

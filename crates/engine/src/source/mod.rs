@@ -15,12 +15,12 @@ use std::collections::VecDeque;
 use vfio_migration_types::{Epoch, Phase};
 use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
 
+use crate::api::{
+    Barrier, Failure, Progress, SourceAction, SourceConfig, SourceEvent, SourceOutcome, Time, Waiting,
+};
 use crate::convergence::Model;
 use crate::failure::{blame, failure, link_lost, protocol, work_timeout};
 use crate::ownership::{SourceState, SourceStep};
-use crate::{
-    Barrier, Failure, Progress, SourceAction, SourceConfig, SourceEvent, SourceOutcome, Time, Waiting,
-};
 
 /// The source of a migration: told events, it says actions. See the [crate's documentation](crate).
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
 use super::{Source, State, Told};
-use crate::{Basis, Failure, Part, PartName, Rehearsal, Rehearse, SourceAction, SourceOutcome, Time};
+use crate::api::{Basis, Failure, Part, PartName, Rehearsal, Rehearse, SourceAction, SourceOutcome, Time};
 
 /// What a rehearsal remembers once it is at its end.
 #[derive(Debug, Default)]

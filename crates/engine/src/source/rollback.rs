@@ -4,9 +4,9 @@ use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
 use super::{Source, State, Told};
+use crate::api::{Abort, Failure, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 use crate::ownership::{SourceState, SourceStep};
-use crate::{Abort, Failure, SourceAction, SourceOutcome, Time};
 
 /// An abort under way.
 #[derive(Debug)]

@@ -7,8 +7,8 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{Final, FinalEnd, Message};
 
 use super::{Source, State, Told};
+use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, SourceEvent, Time};
 use crate::failure::failure;
-use crate::{Barrier, DeviceProgress, Rehearse, SourceAction, SourceEvent, Time};
 
 /// How often P4 may go back to P3 because a device has declared new initial bytes.
 const RETREATS: u32 = 3;

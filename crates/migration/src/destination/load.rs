@@ -13,10 +13,10 @@ use vfio_migration_wire::{DeviceTotal, FinalEnd, PeerError, Ready};
 
 use crate::control::lock;
 use crate::fail::{self, InPhase, sentence};
+use crate::machine::{Machine, Section};
 use crate::options::IncomingSabotage;
 use crate::stop::{self, Stop};
 use crate::together::together;
-use crate::{Machine, Section};
 
 use super::device_queue::DeviceQueue;
 use super::worker::Worker;

@@ -27,8 +27,13 @@ use vfio_migration_compat::Reason;
 use vfio_migration_types::Phase;
 
 use crate::connect::{self, ConnectError, Listener};
+use crate::control::IncomingControl;
+use crate::error::IncomingError;
 use crate::fail;
-use crate::{Arrived, DestinationOptions, IncomingControl, IncomingError, Machine, Offer, Uri};
+use crate::machine::Machine;
+use crate::offer::{Arrived, Offer};
+use crate::options::DestinationOptions;
+use crate::uri::Uri;
 
 use doorstep::{Doorstep, Greeting};
 use query::Known;

@@ -9,10 +9,10 @@ use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{PAGE_SIZE, Phase, RamOffset, Range};
 use vfio_migration_wire::{Bulk, Frame, Message, PeerError, limits};
 
-use crate::Section;
 use crate::control::lock;
 use crate::fail::{self, InPhase};
 use crate::link::{Link, LinkError, Reader};
+use crate::machine::Section;
 use crate::source::MOST_SECTIONS;
 
 use super::device_queue::{DeviceQueue, Mark, Written};

@@ -11,10 +11,11 @@ use vfio_migration_wire as wire;
 
 use crate::fail::{self, InPhase, sentence};
 use crate::journal::{Journal, JournalError, Side, read_journal};
+use crate::machine::Machine;
+use crate::offer::Offer;
 use crate::reasons;
 use crate::stop::{self, Stop};
 use crate::together::together;
-use crate::{Machine, Offer};
 
 use super::device_queue::DeviceQueue;
 use super::receive::Sink;

@@ -17,18 +17,16 @@ use vfio_migration_wire::{
 };
 
 use crate::connect::Listener;
-use crate::control::lock;
-use crate::fail;
+use crate::control::{IncomingControl, lock};
+use crate::error::{Held, IncomingError, RehearsedHere};
 use crate::interrupt::Interrupt;
 use crate::link::Link;
 use crate::liveness::{self, GRACE, TICK};
+use crate::machine::Machine;
 use crate::nonce::nonce;
-use crate::reasons;
-use crate::report::StepTime;
-use crate::{
-    ArrivalReport, Arrived, Bytes, DeviceStatus, Held, IncomingControl, IncomingError, Machine, Offer,
-    Progress, RehearsedHere,
-};
+use crate::offer::{Arrived, Offer};
+use crate::report::{ArrivalReport, Bytes, DeviceStatus, Progress, StepTime};
+use crate::{fail, reasons};
 
 use super::doorstep::{Doorstep, Greeted, Greeting};
 use super::query::Known;

@@ -18,9 +18,11 @@ use crate::control::lock;
 use crate::fail::{self, InPhase, sentence};
 use crate::journal::Journal;
 use crate::link::Link;
+use crate::machine::{Machine, MigratableDevice};
+use crate::offer::Offer;
+use crate::options::DestinationOptions;
 use crate::report::StepTime;
 use crate::stop::Stop;
-use crate::{DestinationOptions, Machine, MigratableDevice, Offer};
 
 use super::run::{Events, Wires};
 

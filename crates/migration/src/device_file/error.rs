@@ -7,8 +7,9 @@ use vfio_migration_device::DeviceError;
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, MigrationState};
 
+use crate::error::Failure;
 use crate::reasons::sentences;
-use crate::{Failure, SnapshotError};
+use crate::snapshot::SnapshotError;
 
 /// A device that was not saved, or not restored.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,7 @@ use vfio_migration_device::{Device, IrqRouter, MsiMessage};
 use vfio_migration_memory::{DirtySource, GuestRam, MemoryError, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE, VmId};
 
-use crate::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
+use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 
 /// What such a machine is, in its manifest: by this a file is told from a whole VM's.
 pub(crate) const KIND: &str = "vfio-migrate/device";

@@ -11,8 +11,11 @@ use super::error::DeviceFate;
 use super::machine::LoneDevice;
 use super::watched::Watched;
 use super::{DeviceControl, DeviceFileError, DeviceReport};
+use crate::error::IncomingError;
 use crate::fail::plain;
-use crate::{DestinationOptions, IncomingError, Machine, Snapshot};
+use crate::machine::Machine;
+use crate::options::DestinationOptions;
+use crate::snapshot::Snapshot;
 
 /// How a device is restored.
 #[derive(Clone, Copy, Debug, Default)]
@@ -84,7 +87,7 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) ->
             DeviceFileError::Failed { failure: failure.into(), fate }
         }
         IncomingError::Rehearsed(_) => {
-            let failure = crate::Failure::from(plain(
+            let failure = crate::error::Failure::from(plain(
                 Phase::Run,
                 "a file was only rehearsed: a defect of this program",
             ));
@@ -92,7 +95,7 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) ->
         }
         IncomingError::Held(held) => {
             let text = format!("its state is loaded, and it does not start: {}", held.cause.text);
-            let failure = crate::Failure::from(plain(Phase::Run, text));
+            let failure = crate::error::Failure::from(plain(Phase::Run, text));
             DeviceFileError::Failed { failure: failure.into(), fate }
         }
     }

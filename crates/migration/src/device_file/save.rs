@@ -11,8 +11,10 @@ use super::error::DeviceFate;
 use super::machine::LoneDevice;
 use super::watched::Watched;
 use super::{DeviceControl, DeviceFileError, DeviceReport};
-use crate::source::draw_attempt;
-use crate::{Failure, MigrateError, SaveError, SaveOptions, Source, SourceOptions, save};
+use crate::error::{Failure, MigrateError};
+use crate::options::SourceOptions;
+use crate::snapshot::{SaveError, SaveOptions, save};
+use crate::source::{Source, draw_attempt};
 
 /// How a device is saved.
 #[derive(Clone, Copy, Debug, Default)]

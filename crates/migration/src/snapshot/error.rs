@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use vfio_migration_compat::ManifestError;
 use vfio_migration_wire::WireError;
 
-use crate::{Aborted, MigrateError};
+use crate::error::{Aborted, MigrateError};
 
 /// A file that is no whole snapshot, or could not be read or written.
 #[derive(Debug, thiserror::Error)]

@@ -16,12 +16,17 @@ use super::idle::keep_alive;
 use super::play::play;
 use super::{DeviceState, SnapshotError, states};
 use crate::credit::Credit;
+use crate::destination::Destination;
 use crate::device_file::KIND;
+use crate::error::IncomingError;
 use crate::fail::{InPhase, plain};
+use crate::journal::read_journal;
 use crate::link::Link;
-use crate::{
-    Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, Standing, read_journal, standing,
-};
+use crate::machine::Machine;
+use crate::offer::{Arrived, Offer};
+use crate::options::DestinationOptions;
+use crate::standing;
+use crate::standing::Standing;
 
 /// A file that was found to be a whole, sound snapshot.
 #[derive(Debug)]
@@ -141,8 +146,9 @@ impl Snapshot {
         let Some(dir) = &options.state_dir else { return Ok(()) };
         let vm = self.vm();
         let refuse = |text: String| Err(IncomingError::Refused(vec![Reason::new("ownership", text)]));
-        let unreadable =
-            |error: crate::JournalError| IncomingError::NotBegun(error.in_phase(Phase::Hello).into());
+        let unreadable = |error: crate::journal::JournalError| {
+            IncomingError::NotBegun(error.in_phase(Phase::Hello).into())
+        };
         match standing(dir, vm).map_err(unreadable)? {
             Standing::Unknown | Standing::Ours(_) => Ok(()),
             Standing::Elsewhere { epoch, peer } => {

@@ -9,8 +9,11 @@ use super::file::{Writer, failed};
 use super::idle::keep_alive;
 use super::record::{Recorded, Unrecorded, record};
 use super::{DeviceState, HeldBack, SaveError, states};
+use crate::error::MigrateError;
 use crate::link::Link;
-use crate::{Completed, MigrateError, Progress, Source, SourceOptions};
+use crate::options::SourceOptions;
+use crate::report::{Completed, Progress};
+use crate::source::Source;
 
 /// How long the guest may stand while its last state is written: as long as the disk takes.
 const STANDSTILL: Duration = Duration::from_secs(3600);

@@ -9,7 +9,8 @@ use vfio_migration_wire::Message;
 use crate::connect;
 use crate::fail::sentence;
 use crate::link::{Link, LinkError};
-use crate::{Uri, stop::Stop};
+use crate::stop::Stop;
+use crate::uri::Uri;
 
 use super::worker::Worker;
 

@@ -9,8 +9,8 @@ use vfio_migration_types::{PAGE_SIZE, Phase};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
 use crate::fail::{self, InPhase};
+use crate::machine::{MachineError, Section};
 use crate::stop::Stop;
-use crate::{MachineError, Section};
 
 use super::worker::Worker;
 

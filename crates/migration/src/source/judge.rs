@@ -7,9 +7,9 @@ use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Accept;
 
-use crate::SourceOptions;
 use crate::control::lock;
 use crate::fail::{self, sentence};
+use crate::options::SourceOptions;
 use crate::reasons;
 use crate::stop::Stop;
 

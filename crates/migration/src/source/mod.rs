@@ -32,9 +32,15 @@ use vfio_migration_wire::PeerError;
 pub(crate) use final_pass::MOST_SECTIONS;
 
 use crate::connect::{self, ConnectError};
+use crate::control::Control;
+use crate::error::MigrateError;
 use crate::fail;
+use crate::machine::Machine;
 use crate::nonce::nonce;
-use crate::{Completed, Control, Machine, MigrateError, Progress, Rehearsal, Rehearse, SourceOptions, Uri};
+use crate::options::SourceOptions;
+use crate::rehearsal::{Rehearsal, Rehearse};
+use crate::report::{Completed, Progress};
+use crate::uri::Uri;
 
 /// A machine about to be sent away.
 pub struct Source {

@@ -8,8 +8,11 @@ use vfio_migration_types::{AttemptId, DeviceId, Phase, VmId};
 
 use crate::clock::boot_id;
 use crate::control::lock;
+use crate::error::{Aborted, MigrateError};
 use crate::link::Link;
-use crate::{Aborted, Bytes, Completed, DeviceStatus, MigrateError, PhaseTime, Progress, Rehearsal, Uri};
+use crate::rehearsal::Rehearsal;
+use crate::report::{Bytes, Completed, DeviceStatus, PhaseTime, Progress};
+use crate::uri::Uri;
 
 use super::run::Ended;
 

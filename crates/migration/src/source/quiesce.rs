@@ -6,9 +6,9 @@ use vfio_migration_device::{Position, TransitionError};
 use vfio_migration_engine::{Barrier, DeviceProgress};
 use vfio_migration_types::{MigrationState, Phase};
 
-use crate::Paused;
 use crate::clock::monotonic_ns;
 use crate::fail::InPhase;
+use crate::machine::Paused;
 use crate::pump::Stream;
 use crate::stop::{self, Stop};
 use crate::together::together;

@@ -7,8 +7,8 @@ use vfio_migration_engine::SourceEvent;
 use vfio_migration_memory::{DirtySource, stop_all};
 use vfio_migration_types::{DeviceId, MigrationState};
 
-use crate::LockError;
 use crate::fail::sentence;
+use crate::machine::LockError;
 use crate::pump::Stream;
 use crate::together::together;
 

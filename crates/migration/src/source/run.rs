@@ -13,17 +13,20 @@ use vfio_migration_engine::{
 use vfio_migration_types::{AttemptId, Bitmap, Epoch, Granule, Phase, VmId};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Message, Offer, VERSIONS};
 
+use crate::control::Control;
 use crate::credit::Credit;
+use crate::error::MigrateError;
 use crate::fail::{self, InPhase};
 use crate::interrupt::Interrupt;
 use crate::journal::{Journal, JournalFile, Side, read_journal};
 use crate::link::{Link, LinkError, Reader};
 use crate::liveness::{self, GRACE, TICK};
+use crate::machine::{Machine, MigratableDevice};
+use crate::options::SourceOptions;
 use crate::pump::{DeviceCounters, Stream};
-use crate::{
-    Completed, Control, Machine, MigratableDevice, MigrateError, Progress, Rehearsal, Rehearse,
-    SourceOptions, Uri,
-};
+use crate::rehearsal::{Rehearsal, Rehearse};
+use crate::report::{Completed, Progress};
+use crate::uri::Uri;
 
 use super::outcome::{self, Shown};
 use super::sabotage::Saboteur;

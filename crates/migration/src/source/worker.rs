@@ -13,13 +13,15 @@ use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{AttemptId, Bitmap, Epoch, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
-use crate::control::lock;
+use crate::control::{Control, lock};
 use crate::fail::{self, InPhase};
 use crate::journal::Journal;
 use crate::link::Link;
+use crate::machine::{Machine, MigratableDevice, Paused};
+use crate::options::SourceOptions;
 use crate::pump::{DeviceCounters, Stream};
 use crate::stop::Stop;
-use crate::{Control, Machine, MigratableDevice, Paused, SourceOptions, Uri};
+use crate::uri::Uri;
 
 use super::run::{Events, Wires};
 use super::sabotage::Saboteur;

@@ -5,9 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use vfio_user_peer::{Client, IoFdKind, Prot, region_index};
 
+use crate::device::SampleDevice;
 use crate::dma::DmaTarget;
 use crate::error::SimError;
-use crate::{SampleDevice, pci, regs};
+use crate::{pci, regs};
 
 /// Why a device refused.
 pub type BoxError = Box<dyn Error + Send + Sync>;

@@ -6,8 +6,9 @@ use vfio_migration_memory::GuestRam;
 use super::map::{GDT, PAGE_TABLES, PAGE_TABLES_END, PROGRAM, PROGRAM_LIMIT, STACK_END};
 use super::report::place;
 use super::{BootInfo, image};
+use crate::error::VmmError;
 use crate::kvm::KvmVm;
-use crate::{VmmError, layout};
+use crate::layout;
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_MP: u64 = 1 << 1;

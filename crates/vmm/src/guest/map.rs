@@ -3,7 +3,8 @@
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::PAGE_SIZE;
 
-use crate::{VmmError, layout};
+use crate::error::VmmError;
+use crate::layout;
 
 /// The page the VMM writes before boot: see [`BootInfo`](super::BootInfo).
 pub const BOOT_INFO: u64 = 0x5000;

@@ -4,7 +4,7 @@ use vfio_migration_memory::GuestRam;
 use vfio_migration_types::Gpa;
 
 use super::map::{Areas, BOOT_INFO, REPORT};
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// First word of the boot page: `BOOTINFO` in ASCII.
 pub const BOOT_MAGIC: u64 = 0x4f46_4e49_544f_4f42;

@@ -7,7 +7,7 @@ use kvm_bindings::{
 
 use super::KvmVm;
 use super::section::{Reader, Section, Writer};
-use crate::VmmError;
+use crate::error::VmmError;
 
 pub(super) const IRQCHIP: (&str, u32) = ("kvm.irqchip", 1);
 pub(super) const PIT: (&str, u32) = ("kvm.pit", 1);

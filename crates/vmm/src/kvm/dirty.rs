@@ -10,7 +10,7 @@ use vfio_migration_memory::{DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, Granule};
 
 use super::KvmVm;
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// The dirty source `"kvm"`: see [`KvmVm::dirty_log`].
 #[derive(Debug)]

@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::{VmmError, layout};
+use crate::error::VmmError;
+use crate::layout;
 
 /// The registers whose bits are features, by leaf and subleaf.
 const FEATURE_LEAVES: [(u32, u32, &[Register]); 9] = [

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// Why a machine stopped by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]

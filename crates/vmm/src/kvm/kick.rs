@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
-use crate::VmmError;
+use crate::error::VmmError;
 
 thread_local! {
     /// The `immediate_exit` byte of the vCPU that this thread runs. Constant-initialised and without a destructor, so

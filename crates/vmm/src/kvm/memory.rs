@@ -7,7 +7,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
 
 use super::{KvmVm, lock};
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// Names a slot until it is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -34,7 +34,8 @@ pub use memory::SlotId;
 pub use state::section_versions;
 
 use crate::bus::IoBus;
-use crate::{VmmError, layout};
+use crate::error::VmmError;
+use crate::layout;
 use gate::Gate;
 use irq::GsiAllocator;
 use memory::Slots;

@@ -10,8 +10,8 @@ use vfio_migration_types::Gpa;
 use super::gate::{Gate, Order, StopReason};
 use super::vcpu::Vcpu;
 use super::{kick, lock};
-use crate::VmmError;
 use crate::bus::IoBus;
+use crate::error::VmmError;
 
 /// Makes the thread of vCPU `index`. It runs the guest whenever the gate is open and ends when told to quit.
 pub(super) fn spawn(

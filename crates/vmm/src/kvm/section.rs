@@ -5,7 +5,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// Longest section that is loaded, in bytes. A vCPU takes about twelve kibibytes.
 pub const SECTION_LIMIT: usize = 1 << 20;

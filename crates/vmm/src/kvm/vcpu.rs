@@ -20,7 +20,7 @@ use zerocopy::IntoBytes;
 
 use super::features;
 use super::section::{Reader, Section, Writer};
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// Layout of a vCPU's section.
 pub(super) const SECTION_VERSION: u32 = 1;

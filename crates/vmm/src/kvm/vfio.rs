@@ -12,7 +12,7 @@ use kvm_bindings::{
 };
 
 use super::{KvmVm, lock};
-use crate::VmmError;
+use crate::error::VmmError;
 
 impl KvmVm {
     /// Tells KVM of a VFIO file, a group's or a device's own, before the guest uses the device. Returns whether this KVM

@@ -10,13 +10,14 @@ use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::{IoBus, PlatformBus};
+use crate::error::VmmError;
 use crate::guest::{BootInfo, SAMPLE_DEVICE};
 use crate::kvm::KvmVm;
+use crate::layout;
 use crate::pci::{
     BarMapper, IrqBackend, PciBus, PciHost, RouteTable, Router, VfioPciFunction, Windows, map_guest_ram,
 };
 use crate::software::SoftwareVm;
-use crate::{VmmError, layout};
 
 impl ReferenceMachine {
     /// Builds a machine with everything that could be lacking: RAM, processor, and its devices, connected, reset, with

@@ -9,7 +9,7 @@ use vfio_migration_device::MsiMessage;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
-use crate::VmmError;
+use crate::error::VmmError;
 use crate::kvm::{GsiRoute, KvmVm, SlotId};
 use crate::pci::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};
 

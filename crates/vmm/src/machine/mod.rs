@@ -25,8 +25,8 @@ pub use config::{Accelerator, DeviceConfig, DeviceConfigError, DevicePath, Machi
 pub use open::open_alone;
 pub use processor::kvm_answers;
 
-use crate::VmmError;
 use crate::bus::PlatformBus;
+use crate::error::VmmError;
 use crate::guest::Report;
 use crate::pci::{PciBus, PciHost, VfioPciFunction};
 use open::Link;

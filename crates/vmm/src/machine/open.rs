@@ -11,7 +11,7 @@ use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE};
 
 use super::{DeviceConfig, DevicePath};
-use crate::VmmError;
+use crate::error::VmmError;
 
 /// A device, by its two faces.
 pub(super) struct Opened {

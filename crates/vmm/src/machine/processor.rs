@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use vfio_migration_memory::DirtySource;
 
-use crate::VmmError;
 use crate::bus::IoBus;
+use crate::error::VmmError;
 use crate::guest::{self, BootInfo};
 use crate::kvm::section::Section;
 use crate::kvm::{KvmDirtyLog, KvmVm, cpu_features, section_versions};

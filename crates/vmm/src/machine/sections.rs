@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use vfio_migration::Section;
 
 use super::ReferenceMachine;
-use crate::VmmError;
+use crate::error::VmmError;
 use crate::kvm::section::{Reader, Section as State, Writer};
 
 /// The bus's own registers: the address register of config mechanism 1.

@@ -26,8 +26,8 @@ use vfio_migration_memory::{DirtySource, GuestRam, WriteLog};
 
 pub use ties::SoftwareTies;
 
-use crate::VmmError;
 use crate::bus::IoBus;
+use crate::error::VmmError;
 use crate::guest::BootInfo;
 use crate::kvm::section::{Reader, Section, Writer};
 use cpu::Cpu;
