@@ -89,6 +89,26 @@ fn a_device_that_cannot_go_back_is_reset_and_named() {
     source.prove_restored();
 }
 
+/// No device may reach for another's memory before that one answers: on the way back as on the way there.
+#[test]
+fn the_way_back_from_stop_copy_has_the_p2p_barrier() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    *source.device(1).fault.lock().unwrap() = Some(Fault::ReadStopCopy);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+    assert!(matches!(both.source, Err(MigrateError::Aborted(_))), "{:?}", both.source);
+    let order = source.journal.lock().unwrap().clone();
+    let stopped = order.iter().rposition(|step| step.ends_with(" STOP_COPY")).expect("no device was stopped");
+    let back = &order[stopped..];
+    let at = |step: &str| back.iter().position(|noted| noted == step);
+    for first in ["toy0 RUNNING_P2P", "toy1 RUNNING_P2P"] {
+        for then in ["toy0 RUNNING", "toy1 RUNNING"] {
+            assert!(at(first).is_some() && at(first) < at(then), "{first} before {then}: {back:?}");
+        }
+    }
+    source.prove_restored();
+}
+
 #[test]
 fn a_guest_that_cannot_be_started_is_held_and_owned() {
     let plan = small();

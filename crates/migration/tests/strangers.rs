@@ -13,8 +13,8 @@ use vfio_migration::{
 };
 use vfio_migration_types::{AttemptId, Epoch};
 use vfio_migration_wire::{
-    Bulk, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN, Hello, Message, Offer, PREAMBLE,
-    VERSIONS, encode, encode_bulk,
+    Bulk, Crc, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN, Hello, Message, Offer,
+    PREAMBLE, VERSIONS, encode, encode_bulk,
 };
 
 fn incoming() -> DestinationOptions {
@@ -125,12 +125,16 @@ fn last(machine: &Toy) -> Final {
 
 /// A destination that takes in what `speak` sends.
 fn receive(speak: impl FnOnce(&Uri, &Toy)) -> (Result<Arrived, IncomingError>, Arc<Toy>) {
+    receive_into(&plan(), speak)
+}
+
+fn receive_into(plan: &Plan, speak: impl FnOnce(&Uri, &Toy)) -> (Result<Arrived, IncomingError>, Arc<Toy>) {
     let mut options = incoming();
     // An attempt that was given up after READY stays answerable for four of these.
     options.peer_timeout = Duration::from_secs(2);
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
     let to = destination.local().clone();
-    let machine = Toy::new(&plan());
+    let machine = Toy::new(plan);
     let built = machine.clone();
     let there = std::thread::scope(|scope| {
         let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
@@ -254,6 +258,47 @@ fn pages_without_the_checksum_that_is_due_are_refused() {
             assert!(text.contains("checksum"), "{text}");
         });
         assert!(aborted(there).contains("checksum"));
+    }
+}
+
+#[test]
+fn pages_whose_checksum_is_wrong_are_refused() {
+    let body = [7; 3 * 4096];
+    let right = Crc::of(&body).value();
+    for (features, behind_final) in [(0, true), (FEATURE_RAM_CRC, false)] {
+        let (there, _) = receive(|to, machine| {
+            let mut peer = Peer::new(to);
+            peer.begin(machine, features);
+            if behind_final {
+                peer.say(&Message::EndIteration { iteration: 1 });
+                assert!(matches!(peer.hear(), Message::Applied(_)));
+                peer.say(&Message::Final(last(machine)));
+            }
+            peer.bulk(&Bulk::Pages { first: 1, count: 3, crc: Some(right) }, &body);
+            peer.bulk(&Bulk::Pages { first: 1, count: 3, crc: Some(right ^ 1) }, &body);
+            let text = peer.hear_abort();
+            assert!(text.contains("CRC-32C"), "{text}");
+        });
+        assert!(aborted(there).contains("CRC-32C"));
+    }
+}
+
+/// A piece that was lost, doubled or swapped: as its first, or after one that is in its place.
+#[test]
+fn a_piece_of_device_state_that_is_out_of_place_is_refused() {
+    let bytes = [9; 4096];
+    let plan = Plan { devices: vec![ToyKind::default()], ..plan() };
+    let piece = |sequence, offset| Bulk::DeviceData { device: 0, sequence, offset, bytes: &bytes };
+    for wrong in [piece(0, 0), piece(2, 4096), piece(1, 0), piece(1, 8192)] {
+        let (there, _) = receive_into(&plan, |to, machine| {
+            let mut peer = Peer::new(to);
+            peer.begin(machine, 0);
+            peer.bulk(&piece(0, 0), &[]);
+            peer.bulk(&wrong, &[]);
+            let text = peer.hear_abort();
+            assert!(text.contains("came where piece 1 at byte 4096 was due"), "{text}");
+        });
+        assert!(aborted(there).contains("was due"), "{wrong:?}");
     }
 }
 

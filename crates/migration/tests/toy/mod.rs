@@ -57,6 +57,8 @@ pub struct Toy {
     pub lock_fault: AtomicBool,
     pub lock_tries: AtomicU64,
     pub save_panics: AtomicBool,
+    /// Where reading the machine out writes RAM, as a paravirtual clock does.
+    clock: RamOffset,
     /// How often letting the guest go on still fails.
     pub resume_faults: AtomicU64,
     /// Digest of RAM when everything had been loaded.
@@ -112,6 +114,7 @@ impl Toy {
             lock_fault: AtomicBool::new(false),
             lock_tries: AtomicU64::new(0),
             save_panics: AtomicBool::new(false),
+            clock: RamOffset(plan.hot * PAGE_SIZE + 16),
             resume_faults: AtomicU64::new(0),
             loaded_digest: Mutex::new(None),
         })
@@ -153,6 +156,11 @@ impl Toy {
         let before = self.sequence.load(Ordering::Relaxed);
         std::thread::sleep(Duration::from_millis(10));
         assert_eq!(self.sequence.load(Ordering::Relaxed), before, "the guest runs");
+    }
+
+    /// What the machine's clock page says: what was written when it was read out.
+    pub fn clock(&self) -> u64 {
+        self.ram.read_u64(self.clock).unwrap()
     }
 
     pub fn device(&self, index: usize) -> &ToyDevice {
@@ -278,7 +286,10 @@ impl Machine for Toy {
 
     fn save(&self, _: &Paused) -> Result<Vec<Section>, MachineError> {
         assert!(!self.save_panics.load(Ordering::Relaxed), "as intended");
-        let bytes = self.sequence.load(Ordering::Relaxed).to_le_bytes().to_vec();
+        let sequence = self.sequence.load(Ordering::Relaxed);
+        self.ram.write_u64(self.clock, sequence).unwrap();
+        self.log.mark(self.clock, 8);
+        let bytes = sequence.to_le_bytes().to_vec();
         Ok(vec![Section { name: "toy.vcpu".into(), version: 1, bytes }])
     }
 
