@@ -8,10 +8,10 @@ use std::time::Duration;
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::DeviceId;
 
-use crate::fail;
-use crate::limiter::Limiter;
+use crate::channel::limiter::Limiter;
 use crate::options::SourceOptions;
 use crate::report::Progress;
+use crate::session::fail;
 
 /// Steers an outgoing migration from any thread. Outlives the session without harm: it then does nothing.
 #[derive(Clone)]

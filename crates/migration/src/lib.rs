@@ -128,33 +128,23 @@
 //! device: those are behind [`Machine`] and [`Device`](vfio_migration_device::Device).
 #![forbid(unsafe_code)]
 
-mod clock;
-mod connect;
+mod channel;
 mod control;
-mod credit;
 mod destination;
+mod device;
 mod device_file;
 mod error;
-mod fail;
-mod interrupt;
-mod journal;
-mod limiter;
-mod link;
-mod liveness;
 mod machine;
-mod nonce;
 mod offer;
 mod options;
+mod ownership;
 mod probe;
-mod pump;
 mod reasons;
 mod rehearsal;
 mod report;
+mod session;
 mod snapshot;
 mod source;
-mod standing;
-mod stop;
-mod together;
 mod uri;
 
 pub use control::{Control, IncomingControl};
@@ -164,14 +154,14 @@ pub use device_file::{
     SaveDeviceOptions, restore_device, save_device,
 };
 pub use error::{Aborted, Failure, Held, IncomingError, MigrateError, RehearsedHere};
-pub use journal::{JournalError, JournalFile, read_journal};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, Offer};
 pub use options::{DestinationOptions, IncomingSabotage, Sabotage, SabotageKind, SourceOptions};
+pub use ownership::journal::{JournalError, JournalFile, read_journal};
+pub use ownership::status::{Standing, standing};
 pub use probe::probe;
 pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
 pub use snapshot::{DeviceState, HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
 pub use source::Source;
-pub use standing::{Standing, standing};
 pub use uri::{Uri, UriError};

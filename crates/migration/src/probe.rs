@@ -8,10 +8,10 @@ use vfio_migration_memory::{DirtySource, GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, VmId};
 
 use crate::error::MigrateError;
-use crate::fail::{plain, sentence};
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use crate::options::SourceOptions;
 use crate::rehearsal::Rehearse;
+use crate::session::fail::{plain, sentence};
 use crate::source::Source;
 use crate::uri::Uri;
 

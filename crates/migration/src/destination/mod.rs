@@ -4,19 +4,17 @@
 //! engine's actions into jobs; a worker does the jobs; a reader hears the source and puts pages where they belong; one
 //! thread per device writes its state into it. All of them end before `accept` returns.
 //!
-//! The code of a phase is in the file of its name: [`reserve`] (P1, P2), [`receive`] and [`device_queue`] (P3 to P5),
-//! [`load`] (P6), [`start`] (P8), [`release`] (the way out), and [`query`] for sources that lost an answer.
+//! The code of a phase is in the file of its name: [`hello`] (P1, P2), [`reader`] (P3 to P5), [`ready`] (P6), [`commit`] (P7)
+//! [`run`] (P8), [`rollback`] (the way out).
 
-mod device_queue;
-mod doorstep;
-mod load;
-mod query;
-mod receive;
-mod release;
-mod reserve;
+mod commit;
+mod hello;
+mod reader;
+mod ready;
+mod rollback;
 mod run;
-mod start;
-mod worker;
+pub(crate) mod session;
+pub(crate) mod worker;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -26,17 +24,17 @@ use std::time::{Duration, Instant};
 use vfio_migration_compat::Reason;
 use vfio_migration_types::Phase;
 
-use crate::connect::{self, ConnectError, Listener};
+use crate::channel::connect::{self, ConnectError, Listener};
 use crate::control::IncomingControl;
 use crate::error::IncomingError;
-use crate::fail;
 use crate::machine::Machine;
 use crate::offer::{Arrived, Offer};
 use crate::options::DestinationOptions;
+use crate::session::fail;
 use crate::uri::Uri;
 
-use doorstep::{Doorstep, Greeting};
-use query::Known;
+use crate::channel::greeting::{Doorstep, Greeting};
+use commit::Known;
 
 /// Longest wait for a connection's first message.
 const FIRST_WORD: Duration = Duration::from_secs(5);

@@ -14,58 +14,58 @@ use vfio_migration_engine::{Attempt, DestinationAction, DestinationEvent};
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
+use crate::channel::link::Link;
 use crate::control::lock;
-use crate::fail::{self, InPhase, sentence};
-use crate::journal::Journal;
-use crate::link::Link;
 use crate::machine::{Machine, MigratableDevice};
 use crate::offer::Offer;
 use crate::options::DestinationOptions;
+use crate::ownership::journal::Journal;
 use crate::report::StepTime;
-use crate::stop::Stop;
+use crate::session::fail::{self, InPhase, sentence};
+use crate::session::work_error::WorkError;
 
-use super::run::{Events, Wires};
+use crate::destination::session::{Events, Wires};
 
 /// Builds the machine for an offer.
-pub(super) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
+pub(crate) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
 
 /// One device at the destination, in the source's order.
-pub(super) struct Incoming {
+pub(crate) struct Incoming {
     /// Its name at the source, by which the stream knows it.
-    pub(super) name: DeviceId,
-    pub(super) moved: MigratableDevice,
+    pub(crate) name: DeviceId,
+    pub(crate) moved: MigratableDevice,
     /// Which bytes of its config space are compared.
-    pub(super) rules: ConfigRules,
+    pub(crate) rules: ConfigRules,
     /// Loaded to its end and not yet finished (RESUMING → STOP).
-    pub(super) session: Option<Box<dyn ResumingSession>>,
-    pub(super) pci_state: Option<PciState>,
+    pub(crate) session: Option<Box<dyn ResumingSession>>,
+    pub(crate) pci_state: Option<PciState>,
     /// Its resuming session was begun: a release has something to undo.
-    pub(super) touched: bool,
+    pub(crate) touched: bool,
 }
 
 /// Everything the worker holds while the attempt lasts. What a release undoes is in its fields.
-pub(super) struct Worker<'scope, 'env, 'a> {
-    pub(super) scope: &'scope Scope<'scope, 'env>,
-    pub(super) options: &'a DestinationOptions,
-    pub(super) build: Option<Build<'a>>,
-    pub(super) link: Arc<Link>,
-    pub(super) wires: &'env Wires,
-    pub(super) events: Events,
-    pub(super) local: String,
-    pub(super) journal: Option<Journal>,
-    pub(super) machine: Option<Arc<dyn Machine>>,
+pub(crate) struct Worker<'scope, 'env, 'a> {
+    pub(crate) scope: &'scope Scope<'scope, 'env>,
+    pub(crate) options: &'a DestinationOptions,
+    pub(crate) build: Option<Build<'a>>,
+    pub(crate) link: Arc<Link>,
+    pub(crate) wires: &'env Wires,
+    pub(crate) events: Events,
+    pub(crate) local: String,
+    pub(crate) journal: Option<Journal>,
+    pub(crate) machine: Option<Arc<dyn Machine>>,
     /// A kernel device of this machine pins RAM.
-    pub(super) pinned: bool,
-    pub(super) devices: Vec<Incoming>,
-    pub(super) locked: bool,
+    pub(crate) pinned: bool,
+    pub(crate) devices: Vec<Incoming>,
+    pub(crate) locked: bool,
 }
 
 /// A job: the engine's action, and the attempt it is about, once that is known.
-pub(super) type Job = (DestinationAction, Option<Attempt>);
+pub(crate) type Job = (DestinationAction, Option<Attempt>);
 
 impl Worker<'_, '_, '_> {
     /// Works until the job queue is closed.
-    pub(super) fn run(mut self, jobs: &Receiver<Job>) {
+    pub(crate) fn run(mut self, jobs: &Receiver<Job>) {
         for (action, attempt) in jobs {
             let phase = phase_of(&action);
             // The VMM's code and the devices' is called here: a panic of theirs must not leave a session without an end.
@@ -73,11 +73,11 @@ impl Worker<'_, '_, '_> {
                 .unwrap_or_else(|panic| Err(panicked(phase, panic.as_ref()).into()));
             let answer = match done {
                 Ok(answer) => answer,
-                Err(Stop::Failed(failure)) => {
+                Err(WorkError::Failed(failure)) => {
                     tracing::warn!(text = %failure.text, "an action failed");
                     Some(DestinationEvent::Failed(failure))
                 }
-                Err(Stop::Interrupted | Stop::Link) => None,
+                Err(WorkError::Interrupted | WorkError::Link) => None,
             };
             self.wires.jobs_done.fetch_add(1, Ordering::Release);
             if let Some(event) = answer {
@@ -90,13 +90,13 @@ impl Worker<'_, '_, '_> {
         &mut self,
         action: DestinationAction,
         attempt: Option<Attempt>,
-    ) -> Result<Option<DestinationEvent>, Stop> {
+    ) -> Result<Option<DestinationEvent>, WorkError> {
         Ok(Some(match action {
             DestinationAction::Send(message) => {
                 if matches!(message, Message::Abort(_) | Message::Declined(_)) {
                     self.locks_back();
                 }
-                self.link.send(&message).map_err(|error| Stop::sending(error, Phase::Hello))?;
+                self.link.send(&message).map_err(|error| WorkError::sending(error, Phase::Hello))?;
                 return Ok(None);
             }
             DestinationAction::Reserve(offer) => self.reserve(offer, attempt)?,
@@ -141,18 +141,18 @@ impl Worker<'_, '_, '_> {
         }
     }
 
-    pub(super) fn machine(&self, phase: Phase) -> Result<Arc<dyn Machine>, PeerError> {
+    pub(crate) fn machine(&self, phase: Phase) -> Result<Arc<dyn Machine>, PeerError> {
         self.machine
             .clone()
             .ok_or_else(|| fail::plain(phase, "there is no machine yet: a defect of this program"))
     }
 
     /// Notes how long a step took, for the report.
-    pub(super) fn step(&self, step: &str, took: std::time::Duration) {
+    pub(crate) fn step(&self, step: &str, took: std::time::Duration) {
         lock(&self.wires.steps).push(StepTime { step: step.to_owned(), took });
     }
 
-    fn write_journal(&self, state: DestinationState, attempt: Option<Attempt>) -> Result<(), Stop> {
+    fn write_journal(&self, state: DestinationState, attempt: Option<Attempt>) -> Result<(), WorkError> {
         let phase = Phase::Commit;
         let (Some(journal), Some(attempt)) = (&self.journal, attempt) else {
             return Err(fail::plain(phase, "there is no journal yet: a defect of this program").into());
@@ -184,7 +184,7 @@ fn phase_of(action: &DestinationAction) -> Phase {
 }
 
 /// What a panic of the embedder's code is told as.
-pub(super) fn panicked(phase: Phase, panic: &(dyn Any + Send)) -> PeerError {
+pub(crate) fn panicked(phase: Phase, panic: &(dyn Any + Send)) -> PeerError {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text");
     let remedy = "report it to whoever maintains the VMM or the device";

@@ -12,9 +12,9 @@ use super::machine::LoneDevice;
 use super::watched::Watched;
 use super::{DeviceControl, DeviceFileError, DeviceReport};
 use crate::error::IncomingError;
-use crate::fail::plain;
 use crate::machine::Machine;
 use crate::options::DestinationOptions;
+use crate::session::fail::plain;
 use crate::snapshot::Snapshot;
 
 /// How a device is restored.
@@ -58,7 +58,7 @@ pub fn restore_device(
     let arrived = snapshot.restore(DestinationOptions::default(), |offer| {
         match LoneDevice::new(offer.vm, Arc::new(watched)) {
             Ok(machine) => Ok::<Arc<dyn Machine>, _>(Arc::new(machine)),
-            Err(error) => Err(Reason::new("machine", crate::fail::sentence(&error)).into()),
+            Err(error) => Err(Reason::new("machine", crate::session::fail::sentence(&error)).into()),
         }
     });
     let report = arrived.map_err(|error| failed(device.as_ref(), control, error))?.report;

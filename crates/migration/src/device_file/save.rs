@@ -123,7 +123,7 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: SaveError) -> Dev
         }
         SaveError::Session(error) => {
             let failure: Failure =
-                crate::fail::plain(vfio_migration_types::Phase::Final, error.to_string()).into();
+                crate::session::fail::plain(vfio_migration_types::Phase::Final, error.to_string()).into();
             DeviceFileError::Failed { failure: failure.into(), fate: fate() }
         }
     }

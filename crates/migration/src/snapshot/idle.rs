@@ -3,7 +3,7 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use crate::link::Link;
+use crate::channel::link::Link;
 
 /// Nothing sent for this long: a ping.
 const KEEP_ALIVE: Duration = Duration::from_millis(250);

@@ -12,10 +12,10 @@ use vfio_migration_wire::{
 use super::SnapshotError;
 use super::check::Checked;
 use super::file::Frames;
-use crate::credit::Credit;
-use crate::fail::{plain, sentence};
-use crate::interrupt::Interrupt;
-use crate::link::{Link, LinkError, Reader};
+use crate::channel::credit::Credit;
+use crate::channel::link::{Link, LinkError, Reader};
+use crate::session::fail::{plain, sentence};
+use crate::session::interrupt::Interrupt;
 
 /// How long a device may take none of its state.
 const PATIENCE: Duration = Duration::from_secs(240);

@@ -12,9 +12,9 @@ use vfio_migration_wire::{
 
 use super::SnapshotError;
 use super::file::Writer;
-use crate::clock::{boot_id, monotonic_ns};
-use crate::fail::{plain, sentence};
-use crate::link::{Link, LinkError, Reader};
+use crate::channel::link::{Link, LinkError, Reader};
+use crate::session::fail::{plain, sentence};
+use crate::session::host::{boot_id, monotonic_ns};
 
 /// Credit for each device: the socket itself is what holds a source back here.
 const CREDIT: u64 = 1 << 62;

@@ -15,18 +15,17 @@ use super::format::{HEAD_LEN, TRAILER_LEN};
 use super::idle::keep_alive;
 use super::play::play;
 use super::{DeviceState, SnapshotError, states};
-use crate::credit::Credit;
+use crate::channel::credit::Credit;
+use crate::channel::link::Link;
 use crate::destination::Destination;
 use crate::device_file::KIND;
 use crate::error::IncomingError;
-use crate::fail::{InPhase, plain};
-use crate::journal::read_journal;
-use crate::link::Link;
 use crate::machine::Machine;
 use crate::offer::{Arrived, Offer};
 use crate::options::DestinationOptions;
-use crate::standing;
-use crate::standing::Standing;
+use crate::ownership::journal::read_journal;
+use crate::ownership::status::{Standing, standing};
+use crate::session::fail::{InPhase, plain};
 
 /// A file that was found to be a whole, sound snapshot.
 #[derive(Debug)]
@@ -114,7 +113,7 @@ impl Snapshot {
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {
-            IncomingError::NotBegun(plain(Phase::Hello, crate::fail::sentence(&error)).into())
+            IncomingError::NotBegun(plain(Phase::Hello, crate::session::fail::sentence(&error)).into())
         };
         let (here, there) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -124,7 +123,7 @@ impl Snapshot {
         let options = DestinationOptions { from_file: true, ..options };
         let mut destination = Destination::over(here, options)?;
         let link = Link::new(there).map_err(|error| {
-            IncomingError::NotBegun(plain(Phase::Hello, crate::fail::sentence(&error)).into())
+            IncomingError::NotBegun(plain(Phase::Hello, crate::session::fail::sentence(&error)).into())
         })?;
         std::thread::scope(|scope| {
             let (done, waits) = std::sync::mpsc::channel();
@@ -146,7 +145,7 @@ impl Snapshot {
         let Some(dir) = &options.state_dir else { return Ok(()) };
         let vm = self.vm();
         let refuse = |text: String| Err(IncomingError::Refused(vec![Reason::new("ownership", text)]));
-        let unreadable = |error: crate::journal::JournalError| {
+        let unreadable = |error: crate::ownership::journal::JournalError| {
             IncomingError::NotBegun(error.in_phase(Phase::Hello).into())
         };
         match standing(dir, vm).map_err(unreadable)? {

@@ -8,11 +8,11 @@ use vfio_migration_memory::Holes;
 use vfio_migration_types::{PAGE_SIZE, Phase};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
-use crate::fail::{self, InPhase};
 use crate::machine::{MachineError, Section};
-use crate::stop::Stop;
+use crate::session::fail::{self, InPhase};
+use crate::session::work_error::WorkError;
 
-use super::worker::Worker;
+use crate::source::worker::Worker;
 
 /// Most sections of one machine, so that the other side may bound what it keeps.
 pub(crate) const MOST_SECTIONS: usize = 4096;
@@ -20,7 +20,7 @@ pub(crate) const MOST_SECTIONS: usize = 4096;
 impl Worker<'_> {
     /// Sends the machine's state, the last pages and each device's state to its end. Returns the totals, and how long
     /// the digest of RAM took.
-    pub(super) fn send_final(&mut self, verify: bool) -> Result<(FinalEnd, Duration), Stop> {
+    pub(super) fn send_final(&mut self, verify: bool) -> Result<(FinalEnd, Duration), WorkError> {
         let phase = Phase::Final;
         // First, because reading a machine out may write its RAM (paravirtual clocks), and the last report sees that.
         let sections = self.read_machine()?;
@@ -36,7 +36,7 @@ impl Worker<'_> {
         self.ram_pages += self.saboteur.send_stale(&self.ram, &self.link)?;
         for section in &sections {
             let bulk = Bulk::Section { name: &section.name, version: section.version, bytes: &section.bytes };
-            self.link.send_bulk(&bulk).map_err(|error| Stop::sending(error, phase))?;
+            self.link.send_bulk(&bulk).map_err(|error| WorkError::sending(error, phase))?;
         }
         let (ram_digest, took) = if verify {
             let begun = Instant::now();
@@ -54,7 +54,7 @@ impl Worker<'_> {
 
     /// The machine's sections: first each device's PCI state, whose reading drains the interrupts of masked vectors,
     /// then the VMM's own, interrupt controller included.
-    fn read_machine(&self) -> Result<Vec<Section>, Stop> {
+    fn read_machine(&self) -> Result<Vec<Section>, WorkError> {
         let phase = Phase::Final;
         let mut sections = Vec::new();
         for moved in &self.functions {

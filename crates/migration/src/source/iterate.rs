@@ -9,15 +9,15 @@ use vfio_migration_memory::{GuestRam, Holes};
 use vfio_migration_types::{Bitmap, PAGE_SIZE, Phase, RamOffset, Range, Run};
 use vfio_migration_wire::{Bulk, Message, limits};
 
-use crate::fail::InPhase;
-use crate::limiter::Limiter;
-use crate::pump::PumpContext;
-use crate::stop::{self, Stop};
+use crate::channel::limiter::Limiter;
+use crate::device::send::PumpContext;
+use crate::session::fail::InPhase;
+use crate::session::work_error::{self, WorkError};
 
-use super::worker::{Counters, Worker};
+use crate::source::worker::{Counters, Worker};
 
 impl Worker<'_> {
-    pub(super) fn iterate(&mut self, iteration: u32) -> Result<IterationReport, Stop> {
+    pub(super) fn iterate(&mut self, iteration: u32) -> Result<IterationReport, WorkError> {
         let phase = Phase::Iterate;
         let begun = Instant::now();
         let wire_before = self.link.wire_bytes();
@@ -30,7 +30,7 @@ impl Worker<'_> {
         let sent = self.pump_all(&pages, holes, phase)?;
         self.ram_pages += sent;
         let end = Message::EndIteration { iteration };
-        self.link.send(&end).map_err(|error| Stop::sending(error, phase))?;
+        self.link.send(&end).map_err(|error| WorkError::sending(error, phase))?;
         let took = begun.elapsed();
         self.report_dirty(phase)?;
         Ok(IterationReport {
@@ -43,7 +43,7 @@ impl Worker<'_> {
     }
 
     /// Bytes of RAM that the final pass sends whatever is dirty.
-    fn ram_again(&self, phase: Phase) -> Result<u64, Stop> {
+    fn ram_again(&self, phase: Phase) -> Result<u64, WorkError> {
         if !self.writes_unlogged() {
             return Ok(0);
         }
@@ -69,7 +69,7 @@ impl Worker<'_> {
     }
 
     /// Sends `pages`, and a pass over every device, at once. Returns the pages sent.
-    pub(super) fn pump_all(&mut self, pages: &Bitmap, holes: Holes, phase: Phase) -> Result<u64, Stop> {
+    pub(super) fn pump_all(&mut self, pages: &Bitmap, holes: Holes, phase: Phase) -> Result<u64, WorkError> {
         let last = phase == Phase::Final;
         let context = PumpContext {
             link: &self.link,
@@ -107,7 +107,7 @@ impl Worker<'_> {
             );
             results
         });
-        stop::all(results)?;
+        work_error::worst_of(results)?;
         Ok(sent)
     }
 }
@@ -127,7 +127,7 @@ pub(super) struct PageSender<'a> {
 
 impl PageSender<'_> {
     /// Sends the dirty pages, ascending: zero pages as such, and never touching a hole. Returns their number.
-    pub(super) fn send(&self, pages: &Bitmap, holes: Holes) -> Result<u64, Stop> {
+    pub(super) fn send(&self, pages: &Bitmap, holes: Holes) -> Result<u64, WorkError> {
         let mut zero = Run { first: 0, count: 0 };
         let mut sent = 0;
         for run in pages.runs() {
@@ -163,7 +163,7 @@ impl PageSender<'_> {
         Ok(sent)
     }
 
-    fn data(&self, mut first: u64, count: u64) -> Result<(), Stop> {
+    fn data(&self, mut first: u64, count: u64) -> Result<(), WorkError> {
         let end = first + count;
         while first < end {
             let most = u64::from(limits::PAGES) * PAGE_SIZE;
@@ -184,17 +184,17 @@ impl PageSender<'_> {
             } else {
                 self.context.link.send_pages(self.ram, first, count)
             };
-            sent.map_err(|error| Stop::sending(error, self.phase))?;
+            sent.map_err(|error| WorkError::sending(error, self.phase))?;
             self.counters.ram_bytes.fetch_add(bytes, Ordering::Relaxed);
             first += u64::from(count);
         }
         Ok(())
     }
 
-    fn zeros(&self, run: Run) -> Result<(), Stop> {
+    fn zeros(&self, run: Run) -> Result<(), WorkError> {
         if run.count > 0 {
             let bulk = Bulk::ZeroPages { first: run.first, count: run.count };
-            self.context.link.send_bulk(&bulk).map_err(|error| Stop::sending(error, self.phase))?;
+            self.context.link.send_bulk(&bulk).map_err(|error| WorkError::sending(error, self.phase))?;
         }
         Ok(())
     }

@@ -5,21 +5,20 @@
 //! bulk; a reader, which hears the destination. An action that must not wait for the one under way (an abort) raises an
 //! [`Interrupt`] first.
 //!
-//! The code of a phase is in the file of its name: [`judge`] (P1), [`setup`] (P2), [`iterate`] (P3), [`quiesce`] (P4), [`final_pass`]
-//! (P5), [`rollback`], [`cleanup`] (P9), and [`ask`] for a COMMIT whose answer was lost.
+//! The code of a phase is in the file of its name: [`hello`] (P1), [`setup`] (P2), [`iterate`] (P3), [`quiesce`] (P4), [`final_pass`]
+//! (P5), [`rollback`], [`clean`] (P9), and [`commit`] for a COMMIT whose answer was lost.
 
-mod ask;
-mod cleanup;
+mod clean;
+mod commit;
 mod final_pass;
+mod hello;
 mod iterate;
-mod judge;
-mod outcome;
 mod quiesce;
 mod rollback;
-mod run;
 mod sabotage;
+pub(crate) mod session;
 mod setup;
-mod worker;
+pub(crate) mod worker;
 
 use std::fmt;
 use std::os::fd::{OwnedFd, RawFd};
@@ -31,15 +30,15 @@ use vfio_migration_wire::PeerError;
 
 pub(crate) use final_pass::MOST_SECTIONS;
 
-use crate::connect::{self, ConnectError};
+use crate::channel::connect::{self, ConnectError};
 use crate::control::Control;
 use crate::error::MigrateError;
-use crate::fail;
 use crate::machine::Machine;
-use crate::nonce::nonce;
 use crate::options::SourceOptions;
 use crate::rehearsal::{Rehearsal, Rehearse};
 use crate::report::{Completed, Progress};
+use crate::session::fail;
+use crate::session::host::nonce;
 use crate::uri::Uri;
 
 /// A machine about to be sent away.
@@ -91,9 +90,10 @@ impl Source {
         uri: &Uri,
         rehearse: Option<Rehearse>,
         observer: impl FnMut(&Progress),
-    ) -> Result<run::Ended, MigrateError> {
+    ) -> Result<session::Ended, MigrateError> {
         let begun = Instant::now();
-        let prepared = run::Prepared::new(self.machine, self.options, self.control, uri.clone(), rehearse)?;
+        let prepared =
+            session::Prepared::new(self.machine, self.options, self.control, uri.clone(), rehearse)?;
         let socket = connect::connect(uri, prepared.options().connect_timeout).map_err(not_connected)?;
         prepared.run(socket, begun, observer)
     }
@@ -128,11 +128,11 @@ impl Source {
         socket: OwnedFd,
         rehearse: Option<Rehearse>,
         observer: impl FnMut(&Progress),
-    ) -> Result<run::Ended, MigrateError> {
+    ) -> Result<session::Ended, MigrateError> {
         let begun = Instant::now();
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
         let prepared =
-            run::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
+            session::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
         prepared.run(socket, begun, observer)
     }

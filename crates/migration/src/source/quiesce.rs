@@ -6,18 +6,18 @@ use vfio_migration_device::{Position, TransitionError};
 use vfio_migration_engine::{Barrier, DeviceProgress};
 use vfio_migration_types::{MigrationState, Phase};
 
-use crate::clock::monotonic_ns;
-use crate::fail::InPhase;
+use crate::device::send::Stream;
 use crate::machine::Paused;
-use crate::pump::Stream;
-use crate::stop::{self, Stop};
-use crate::together::together;
+use crate::session::fail::InPhase;
+use crate::session::host::monotonic_ns;
+use crate::session::parallel::for_each_device_parallel;
+use crate::session::work_error::{self, WorkError};
 
-use super::worker::Worker;
+use crate::source::worker::Worker;
 
 impl Worker<'_> {
     /// The machine must still be what was offered and judged; asked while the guest runs.
-    pub(super) fn unchanged_identity(&self) -> Result<[u8; 32], Stop> {
+    pub(super) fn unchanged_identity(&self) -> Result<[u8; 32], WorkError> {
         let now = self.machine.manifest().map_err(|error| error.in_phase(Phase::Quiesce))?;
         let identity = now.identity_digest();
         if identity != self.manifest.identity_digest() {
@@ -26,7 +26,7 @@ impl Worker<'_> {
                 Some((device, _)) => format!("device {} is not what was offered any more", device.id),
                 None => "the machine is not what was offered any more".to_owned(),
             };
-            return Err(crate::fail::with_remedy(
+            return Err(crate::session::fail::with_remedy(
                 Phase::Quiesce,
                 text,
                 "migrate again: what it is now is compared then",
@@ -37,7 +37,7 @@ impl Worker<'_> {
     }
 
     /// Pauses the guest. The token is kept until the attempt is undone or committed.
-    pub(super) fn pause(&mut self) -> Result<bool, Stop> {
+    pub(super) fn pause(&mut self) -> Result<bool, WorkError> {
         // Before, not after: the downtime begins when the first vCPU stops.
         let now = monotonic_ns();
         let paused = Paused::pause(&self.machine).map_err(|error| error.in_phase(Phase::Quiesce))?;
@@ -48,7 +48,7 @@ impl Worker<'_> {
     }
 
     /// Lets the guest go on, on the way back to P3.
-    pub(super) fn resume(&mut self) -> Result<(), Stop> {
+    pub(super) fn resume(&mut self) -> Result<(), WorkError> {
         // The token goes only when the guest does: an attempt that fails here must still know that the guest stands.
         if let Some(paused) = &mut self.paused {
             paused.end().map_err(|error| error.in_phase(Phase::Quiesce))?;
@@ -59,7 +59,7 @@ impl Worker<'_> {
     }
 
     /// Takes every device to `barrier`; it is reached when the slowest is there.
-    pub(super) fn take_devices(&mut self, barrier: Barrier) -> Result<Vec<DeviceProgress>, Stop> {
+    pub(super) fn take_devices(&mut self, barrier: Barrier) -> Result<Vec<DeviceProgress>, WorkError> {
         if self.saboteur.breaks_p2p_order() {
             match barrier {
                 Barrier::Running => {}
@@ -70,16 +70,16 @@ impl Worker<'_> {
                 }
             }
         }
-        let results = together(self.streams.iter_mut(), |stream| {
-            take(stream, barrier).map_err(|error| Stop::from(error.in_phase(Phase::Quiesce)))
+        let results = for_each_device_parallel(self.streams.iter_mut(), |stream| {
+            take(stream, barrier).map_err(|error| WorkError::from(error.in_phase(Phase::Quiesce)))
         });
-        stop::all(results)?;
+        work_error::worst_of(results)?;
         self.device_progress(Phase::Quiesce)
     }
 
     /// A negative control: each device is stopped and read to its end while the next ones still run.
-    fn stop_one_by_one(&mut self) -> Result<(), Stop> {
-        let context = crate::pump::PumpContext {
+    fn stop_one_by_one(&mut self) -> Result<(), WorkError> {
+        let context = crate::device::send::PumpContext {
             link: &self.link,
             limiter: self.control.limiter(),
             interrupt: &self.wires.interrupt,

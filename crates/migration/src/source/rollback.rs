@@ -7,12 +7,12 @@ use vfio_migration_engine::SourceEvent;
 use vfio_migration_memory::{DirtySource, stop_all};
 use vfio_migration_types::{DeviceId, MigrationState};
 
-use crate::fail::sentence;
+use crate::device::send::Stream;
 use crate::machine::LockError;
-use crate::pump::Stream;
-use crate::together::together;
+use crate::session::fail::sentence;
+use crate::session::parallel::for_each_device_parallel;
 
-use super::worker::Worker;
+use crate::source::worker::Worker;
 
 /// How long the destination may take to let go of the storage locks, once it knows that it must.
 const LOCKS_LIMIT: Duration = Duration::from_secs(5);
@@ -90,7 +90,7 @@ impl Worker<'_> {
         let mut lost = vec![false; self.streams.len()];
         for step in [end_session, to_p2p, to_running] as [Step; 3] {
             let work = self.streams.iter_mut().zip(&mut lost).filter(|(_, lost)| !**lost);
-            together(work, |(stream, lost)| {
+            for_each_device_parallel(work, |(stream, lost)| {
                 if let Err(error) = step(stream) {
                     tracing::error!(device = %stream.id, %error, "a device cannot go back by itself and is reset");
                     stream.session = None;
@@ -100,7 +100,7 @@ impl Worker<'_> {
         }
         let resets =
             self.streams.iter().zip(&lost).filter(|(_, lost)| **lost).map(|(stream, _)| &stream.device);
-        let results = together(resets, |device| {
+        let results = for_each_device_parallel(resets, |device| {
             let done = device.reset().map_err(|error| {
                 tracing::error!(device = %device.id(), error = %sentence(&error), "the reset failed too");
             });

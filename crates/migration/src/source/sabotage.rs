@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase, RamOffset, Range};
 
-use crate::fail::InPhase;
-use crate::link::Link;
+use crate::channel::link::Link;
 use crate::options::{Sabotage, SabotageKind};
-use crate::stop::Stop;
+use crate::session::fail::InPhase;
+use crate::session::work_error::WorkError;
 
 /// Most old copies kept: 64 MiB.
 const MOST_COPIES: usize = 16_384;
@@ -67,7 +67,7 @@ impl Saboteur {
 
     /// Sends first copies of pages that have been written since, and all of which have been sent for the last time. Returns
     /// the pages sent.
-    pub(super) fn send_stale(&self, ram: &GuestRam, link: &Link) -> Result<u64, Stop> {
+    pub(super) fn send_stale(&self, ram: &GuestRam, link: &Link) -> Result<u64, WorkError> {
         if !self.does(SabotageKind::StaleAfterLast) {
             return Ok(0);
         }
@@ -87,7 +87,7 @@ impl Saboteur {
             let Ok(range) = Range::new(RamOffset(page * PAGE_SIZE), PAGE_SIZE) else { continue };
             ram.read_pages_into(range, &mut now).map_err(|error| error.in_phase(Phase::Final))?;
             if now != *old && sent < MOST_VICTIMS {
-                link.send_page_copy(page, old).map_err(|error| Stop::sending(error, Phase::Final))?;
+                link.send_page_copy(page, old).map_err(|error| WorkError::sending(error, Phase::Final))?;
                 sent += 1;
             }
         }

@@ -4,14 +4,14 @@ use vfio_migration_engine::DeviceProgress;
 use vfio_migration_memory::{DirtySource, start_all};
 use vfio_migration_types::{PAGE_SIZE, Phase};
 
-use crate::fail::{self, InPhase};
-use crate::stop::{self, Stop};
-use crate::together::together;
+use crate::session::fail::{self, InPhase};
+use crate::session::parallel::for_each_device_parallel;
+use crate::session::work_error::{self, WorkError};
 
-use super::worker::Worker;
+use crate::source::worker::Worker;
 
 impl Worker<'_> {
-    pub(super) fn set_up(&mut self) -> Result<Vec<DeviceProgress>, Stop> {
+    pub(super) fn set_up(&mut self) -> Result<Vec<DeviceProgress>, WorkError> {
         self.sources = self.machine.dirty_sources();
         // Before, not after: a start that fails half way, and cannot be taken back, is stopped with the rest. To stop a
         // log that never started succeeds.
@@ -26,12 +26,15 @@ impl Worker<'_> {
         for extent in self.ram.data_extents().map_err(|error| error.in_phase(Phase::Setup))? {
             self.dirty.set_range(extent.start().0 / PAGE_SIZE, extent.len() / PAGE_SIZE);
         }
-        let results = together(self.streams.iter_mut().filter(|stream| stream.flags().pre_copy), |stream| {
-            let session = stream.device.begin_precopy().map_err(|error| error.in_phase(Phase::Setup))?;
-            stream.session = Some(session);
-            Ok(())
-        });
-        stop::all(results)?;
+        let results = for_each_device_parallel(
+            self.streams.iter_mut().filter(|stream| stream.flags().pre_copy),
+            |stream| {
+                let session = stream.device.begin_precopy().map_err(|error| error.in_phase(Phase::Setup))?;
+                stream.session = Some(session);
+                Ok(())
+            },
+        );
+        work_error::worst_of(results)?;
         self.device_progress(Phase::Setup)
     }
 }

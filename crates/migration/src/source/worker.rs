@@ -13,77 +13,77 @@ use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{AttemptId, Bitmap, Epoch, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
+use crate::channel::link::Link;
 use crate::control::{Control, lock};
-use crate::fail::{self, InPhase};
-use crate::journal::Journal;
-use crate::link::Link;
+use crate::device::send::{DeviceCounters, Stream};
 use crate::machine::{Machine, MigratableDevice, Paused};
 use crate::options::SourceOptions;
-use crate::pump::{DeviceCounters, Stream};
-use crate::stop::Stop;
+use crate::ownership::journal::Journal;
+use crate::session::fail::{self, InPhase};
+use crate::session::work_error::WorkError;
 use crate::uri::Uri;
 
-use super::run::{Events, Wires};
-use super::sabotage::Saboteur;
+use crate::source::sabotage::Saboteur;
+use crate::source::session::{Events, Wires};
 
 /// Counts that the caller's thread shows while the worker works.
 #[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) ram_bytes: AtomicU64,
-    pub(super) ram_left: AtomicU64,
+pub(crate) struct Counters {
+    pub(crate) ram_bytes: AtomicU64,
+    pub(crate) ram_left: AtomicU64,
     /// CLOCK_MONOTONIC nanoseconds just before the vCPUs were told to stop; 0 before.
-    pub(super) paused_ns: AtomicU64,
+    pub(crate) paused_ns: AtomicU64,
     /// Jobs finished, whatever came of them.
-    pub(super) jobs_done: AtomicU64,
-    pub(super) devices: Vec<DeviceCounters>,
+    pub(crate) jobs_done: AtomicU64,
+    pub(crate) devices: Vec<DeviceCounters>,
     /// Per device, what it last said of itself.
-    pub(super) device_progress: std::sync::Mutex<Vec<DeviceProgress>>,
+    pub(crate) device_progress: std::sync::Mutex<Vec<DeviceProgress>>,
     /// What both sides' rules say.
-    pub(super) report: std::sync::Mutex<Report>,
+    pub(crate) report: std::sync::Mutex<Report>,
 }
 
 /// Everything the worker holds while the attempt lasts. What is undone in a rollback is in its fields.
-pub(super) struct Worker<'a> {
-    pub(super) machine: Arc<dyn Machine>,
-    pub(super) ram: Arc<GuestRam>,
-    pub(super) options: &'a SourceOptions,
-    pub(super) control: &'a Control,
-    pub(super) uri: &'a Uri,
-    pub(super) link: Arc<Link>,
-    pub(super) wires: &'a Wires,
-    pub(super) counters: &'a Counters,
-    pub(super) journal: &'a Journal,
-    pub(super) attempt: AttemptId,
-    pub(super) epoch: Epoch,
+pub(crate) struct Worker<'a> {
+    pub(crate) machine: Arc<dyn Machine>,
+    pub(crate) ram: Arc<GuestRam>,
+    pub(crate) options: &'a SourceOptions,
+    pub(crate) control: &'a Control,
+    pub(crate) uri: &'a Uri,
+    pub(crate) link: Arc<Link>,
+    pub(crate) wires: &'a Wires,
+    pub(crate) counters: &'a Counters,
+    pub(crate) journal: &'a Journal,
+    pub(crate) attempt: AttemptId,
+    pub(crate) epoch: Epoch,
     /// What was offered.
-    pub(super) manifest: &'a MachineManifest,
-    pub(super) functions: Vec<MigratableDevice>,
-    pub(super) streams: Vec<Stream<'a>>,
+    pub(crate) manifest: &'a MachineManifest,
+    pub(crate) functions: Vec<MigratableDevice>,
+    pub(crate) streams: Vec<Stream<'a>>,
     /// The VMM's own dirty sources.
-    pub(super) sources: Vec<Arc<dyn DirtySource>>,
-    pub(super) logging: bool,
-    pub(super) dirty: Bitmap,
+    pub(crate) sources: Vec<Arc<dyn DirtySource>>,
+    pub(crate) logging: bool,
+    pub(crate) dirty: Bitmap,
     /// Pages sent, data and zero, each time they were sent.
-    pub(super) ram_pages: u64,
-    pub(super) paused: Option<Paused>,
-    pub(super) locks_free: bool,
+    pub(crate) ram_pages: u64,
+    pub(crate) paused: Option<Paused>,
+    pub(crate) locks_free: bool,
     /// The machine panicked while it was being paused.
-    pub(super) pause_unknown: bool,
-    pub(super) saboteur: Saboteur,
+    pub(crate) pause_unknown: bool,
+    pub(crate) saboteur: Saboteur,
 }
 
 impl Worker<'_> {
     /// Works until the job queue is closed.
-    pub(super) fn run(mut self, jobs: &Receiver<SourceAction>, events: &Events) {
+    pub(crate) fn run(mut self, jobs: &Receiver<SourceAction>, events: &Events) {
         for job in jobs {
             let answer = match self.guarded(job) {
                 Ok(answer) => answer,
-                Err(Stop::Failed(failure)) => {
+                Err(WorkError::Failed(failure)) => {
                     tracing::warn!(text = %failure.text, "an action failed");
                     Some(SourceEvent::Failed(failure))
                 }
                 // Nobody waits for the answer of an interrupted action, and the reader tells of a lost link.
-                Err(Stop::Interrupted | Stop::Link) => None,
+                Err(WorkError::Interrupted | WorkError::Link) => None,
             };
             self.counters.jobs_done.fetch_add(1, Ordering::Release);
             if let Some(event) = answer {
@@ -98,7 +98,7 @@ impl Worker<'_> {
 
     /// Does a job. The VMM's code and its devices' run in it: a panic of theirs is a failure like any other, or the session
     /// would wait for an answer for ever.
-    fn guarded(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, Stop> {
+    fn guarded(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
         let (pausing, back) = (job == SourceAction::Pause, job == SourceAction::RollBack);
         std::panic::catch_unwind(AssertUnwindSafe(|| self.job(job))).unwrap_or_else(|panic| {
             let failure = panicked(self.wires.phase(), panic.as_ref());
@@ -112,11 +112,11 @@ impl Worker<'_> {
                 let (reset, not_reset, locks_lost) = (Vec::new(), Vec::new(), Vec::new());
                 return Ok(Some(SourceEvent::RolledBack { reset, not_reset, locks_lost, restored: false }));
             }
-            Err(Stop::Failed(failure))
+            Err(WorkError::Failed(failure))
         })
     }
 
-    fn job(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, Stop> {
+    fn job(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
         Ok(Some(match job {
             SourceAction::Send(message) => {
                 self.send(&message)?;
@@ -164,7 +164,7 @@ impl Worker<'_> {
     }
 
     /// Where every device stands, in manifest order.
-    pub(super) fn device_progress(&mut self, phase: Phase) -> Result<Vec<DeviceProgress>, Stop> {
+    pub(crate) fn device_progress(&mut self, phase: Phase) -> Result<Vec<DeviceProgress>, WorkError> {
         let progress =
             self.streams.iter_mut().map(|stream| stream.progress(phase)).collect::<Result<Vec<_>, _>>()?;
         lock(&self.counters.device_progress).clone_from(&progress);
@@ -172,7 +172,7 @@ impl Worker<'_> {
     }
 
     /// Adds what every dirty source saw since the last time.
-    pub(super) fn report_dirty(&mut self, phase: Phase) -> Result<(), Stop> {
+    pub(crate) fn report_dirty(&mut self, phase: Phase) -> Result<(), WorkError> {
         let mut found = Bitmap::new(self.ram.size(), self.dirty.granule());
         for source in &self.sources {
             source.report(&mut found).map_err(|error| error.in_phase(phase))?;
@@ -191,12 +191,12 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn send(&self, message: &Message) -> Result<(), Stop> {
-        self.link.send(message).map_err(|error| Stop::sending(error, self.wires.phase()))
+    fn send(&self, message: &Message) -> Result<(), WorkError> {
+        self.link.send(message).map_err(|error| WorkError::sending(error, self.wires.phase()))
     }
 
     /// What the journal says in `state`.
-    pub(super) fn record(&self, state: SourceState) -> SourceRecord {
+    pub(crate) fn record(&self, state: SourceState) -> SourceRecord {
         SourceRecord {
             vm: self.machine.id(),
             attempt: self.attempt,
@@ -206,7 +206,7 @@ impl Worker<'_> {
         }
     }
 
-    fn write_journal(&mut self, state: SourceState) -> Result<(), Stop> {
+    fn write_journal(&mut self, state: SourceState) -> Result<(), WorkError> {
         if state == SourceState::Committing {
             // Before the record is on disk, not after: from here only the engine's word lets the guest run.
             if let Some(paused) = &mut self.paused {

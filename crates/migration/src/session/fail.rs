@@ -8,8 +8,8 @@ use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::PeerError;
 
-use crate::journal::JournalError;
 use crate::machine::{LockError, MachineError};
+use crate::ownership::journal::JournalError;
 
 /// A failure of `phase` that is nobody's in particular.
 pub(crate) fn plain(phase: Phase, text: impl Into<String>) -> PeerError {

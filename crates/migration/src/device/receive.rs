@@ -14,14 +14,14 @@ use vfio_migration_engine::DestinationEvent;
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Applied, DeviceTotal, Message, PeerError};
 
+use crate::channel::link::Link;
 use crate::control::lock;
-use crate::fail::{self, InPhase};
-use crate::interrupt::Interrupt;
-use crate::link::Link;
-use crate::stop::Stop;
+use crate::session::fail::{self, InPhase};
+use crate::session::interrupt::Interrupt;
+use crate::session::work_error::WorkError;
 
-use super::run::Events;
-use super::worker::panicked;
+use crate::destination::session::Events;
+use crate::destination::worker::panicked;
 
 /// How often a waiter looks whether it was interrupted.
 const SLICE: Duration = Duration::from_millis(20);
@@ -33,31 +33,31 @@ const MOST_ITEMS: usize = 1 << 16;
 
 /// The end of an iteration, which every device's queue must pass.
 #[derive(Debug)]
-pub(super) struct Mark {
-    pub(super) iteration: u32,
+pub(crate) struct Mark {
+    pub(crate) iteration: u32,
     left: AtomicUsize,
 }
 
 impl Mark {
-    pub(super) fn new(iteration: u32, queues: usize) -> Arc<Self> {
+    pub(crate) fn new(iteration: u32, queues: usize) -> Arc<Self> {
         Arc::new(Self { iteration, left: AtomicUsize::new(queues) })
     }
 
     /// One more queue has passed; says whether it was the last.
-    pub(super) fn pass(&self) -> bool {
+    pub(crate) fn pass(&self) -> bool {
         self.left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 }
 
 /// What all devices have taken so far.
 #[derive(Debug, Default)]
-pub(super) struct Written {
-    pub(super) bytes: AtomicU64,
-    pub(super) ns: AtomicU64,
+pub(crate) struct Written {
+    pub(crate) bytes: AtomicU64,
+    pub(crate) ns: AtomicU64,
 }
 
 impl Written {
-    pub(super) fn applied(&self, iteration: u32) -> Applied {
+    pub(crate) fn applied(&self, iteration: u32) -> Applied {
         Applied {
             iteration,
             device_bytes: self.bytes.load(Ordering::Relaxed),
@@ -77,12 +77,12 @@ enum Item {
 
 /// A device's queue, between the reader and the device's own thread.
 #[derive(Debug)]
-pub(super) struct DeviceQueue {
-    pub(super) index: u16,
-    pub(super) id: DeviceId,
+pub(crate) struct DeviceQueue {
+    pub(crate) index: u16,
+    pub(crate) id: DeviceId,
     /// Bytes written while the guest ran, and while it stood.
-    pub(super) precopy: AtomicU64,
-    pub(super) stopcopy: AtomicU64,
+    pub(crate) precopy: AtomicU64,
+    pub(crate) stopcopy: AtomicU64,
     window: u64,
     inner: Mutex<Inner>,
     wake: Condvar,
@@ -105,7 +105,7 @@ struct Inner {
 
 /// What a device's thread leaves behind.
 #[derive(Debug)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     /// All of the state was written, and is what the source sent.
     Complete(Box<dyn ResumingSession>, DeviceTotal),
     /// The session was given up before its end, by a failure or by an abort.
@@ -113,7 +113,7 @@ pub(super) enum Outcome {
 }
 
 impl DeviceQueue {
-    pub(super) fn new(index: u16, id: DeviceId, window: u64) -> Self {
+    pub(crate) fn new(index: u16, id: DeviceId, window: u64) -> Self {
         let window = window.max(64 << 10);
         let inner = Inner {
             items: VecDeque::new(),
@@ -137,7 +137,7 @@ impl DeviceQueue {
     }
 
     /// Takes a piece of state from the reader. Its place in the stream is checked here.
-    pub(super) fn data(
+    pub(crate) fn data(
         &self,
         sequence: u64,
         offset: u64,
@@ -177,17 +177,17 @@ impl DeviceQueue {
     }
 
     /// Takes note that all initial bytes of `generation` lie in the queue.
-    pub(super) fn initial(&self, generation: u32) -> Result<(), PeerError> {
+    pub(crate) fn initial(&self, generation: u32) -> Result<(), PeerError> {
         self.note(Item::Initial(generation))
     }
 
     /// Puts the end of an iteration into the queue.
-    pub(super) fn mark(&self, mark: &Arc<Mark>) -> Result<(), PeerError> {
+    pub(crate) fn mark(&self, mark: &Arc<Mark>) -> Result<(), PeerError> {
         self.note(Item::Mark(Arc::clone(mark)))
     }
 
     /// Takes the end mark.
-    pub(super) fn end(&self, total: DeviceTotal) -> Result<(), PeerError> {
+    pub(crate) fn end(&self, total: DeviceTotal) -> Result<(), PeerError> {
         let mut inner = lock(&self.inner);
         if std::mem::replace(&mut inner.ended, true) {
             return Err(fail::of_device(Phase::Final, &self.id, "its state ended twice"));
@@ -197,7 +197,7 @@ impl DeviceQueue {
     }
 
     /// Ends the device's thread at its next step.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut inner = lock(&self.inner);
         inner.closed = true;
         inner.items.clear();
@@ -205,10 +205,10 @@ impl DeviceQueue {
     }
 
     /// Waits until the whole state has been written.
-    pub(super) fn complete(
+    pub(crate) fn complete(
         &self,
         interrupt: &Interrupt,
-    ) -> Result<(Box<dyn ResumingSession>, DeviceTotal), Stop> {
+    ) -> Result<(Box<dyn ResumingSession>, DeviceTotal), WorkError> {
         let mut inner = lock(&self.inner);
         loop {
             match inner.outcome.take() {
@@ -216,7 +216,7 @@ impl DeviceQueue {
                 // Its thread has told why; put back for the release.
                 Some(given_up @ Outcome::GivenUp(_)) => {
                     inner.outcome = Some(given_up);
-                    return Err(Stop::Interrupted);
+                    return Err(WorkError::Interrupted);
                 }
                 None => {}
             }
@@ -232,7 +232,7 @@ impl DeviceQueue {
 
     /// Waits for the device's thread to end, and takes its session; `None` if that was taken already. The wait is as
     /// long as the device's own time limit, if a write is under way.
-    pub(super) fn take_session(&self) -> Option<Box<dyn ResumingSession>> {
+    pub(crate) fn take_session(&self) -> Option<Box<dyn ResumingSession>> {
         self.close();
         let mut inner = lock(&self.inner);
         while !inner.left {
@@ -245,7 +245,7 @@ impl DeviceQueue {
     }
 
     /// The device's thread: writes what comes until the end of the state, a failure, or the queue's close.
-    pub(super) fn write_to(
+    pub(crate) fn write_to(
         &self,
         mut session: Box<dyn ResumingSession>,
         link: &Link,
@@ -324,9 +324,9 @@ impl DeviceQueue {
     }
 
     /// The first grant, once the device can take anything.
-    pub(super) fn open(&self, link: &Link) -> Result<(), Stop> {
+    pub(crate) fn open(&self, link: &Link) -> Result<(), WorkError> {
         let message = Message::Credit { device: self.index, bytes: self.window };
-        link.send(&message).map_err(|error| Stop::sending(error, Phase::Setup))
+        link.send(&message).map_err(|error| WorkError::sending(error, Phase::Setup))
     }
 
     fn next(&self) -> Option<Item> {

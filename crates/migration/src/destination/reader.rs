@@ -9,14 +9,14 @@ use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{PAGE_SIZE, Phase, RamOffset, Range};
 use vfio_migration_wire::{Bulk, Frame, Message, PeerError, limits};
 
+use crate::channel::link::{Link, LinkError, Reader};
 use crate::control::lock;
-use crate::fail::{self, InPhase};
-use crate::link::{Link, LinkError, Reader};
 use crate::machine::Section;
+use crate::session::fail::{self, InPhase};
 use crate::source::MOST_SECTIONS;
 
-use super::device_queue::{DeviceQueue, Mark, Written};
-use super::run::Events;
+use crate::destination::session::Events;
+use crate::device::receive::{DeviceQueue, Mark, Written};
 
 /// Where bulk goes, once the machine is there and its devices are resuming.
 #[derive(Debug)]

@@ -12,12 +12,12 @@ use vfio_migration_engine::DeviceProgress;
 use vfio_migration_types::{DeviceId, MigrationFlags, Phase};
 use vfio_migration_wire::{Bulk, DeviceEnd, DeviceTotal, Message, limits};
 
-use crate::credit::Credit;
-use crate::fail::{InPhase, of_device};
-use crate::interrupt::Interrupt;
-use crate::limiter::Limiter;
-use crate::link::Link;
-use crate::stop::Stop;
+use crate::channel::credit::Credit;
+use crate::channel::limiter::Limiter;
+use crate::channel::link::Link;
+use crate::session::fail::{InPhase, of_device};
+use crate::session::interrupt::Interrupt;
+use crate::session::work_error::WorkError;
 
 /// Longest pre-copy pass over a device that cannot say how much it has.
 const BLIND_PASS: Duration = Duration::from_secs(1);
@@ -96,7 +96,7 @@ impl<'a> Stream<'a> {
     }
 
     /// Where the device stands. Asks it, while a pre-copy session is open; notices a REINIT.
-    pub(crate) fn progress(&mut self, phase: Phase) -> Result<DeviceProgress, Stop> {
+    pub(crate) fn progress(&mut self, phase: Phase) -> Result<DeviceProgress, WorkError> {
         self.ask(phase)?;
         let stop_copy = if self.capabilities.data_size {
             self.device.stop_copy_size().map_err(|error| error.in_phase(phase))?
@@ -114,7 +114,7 @@ impl<'a> Stream<'a> {
     }
 
     /// One pre-copy pass: what the device has now, initial bytes first. What it changes meanwhile is for the next pass.
-    pub(crate) fn precopy_pass(&mut self, context: PumpContext<'_>) -> Result<(), Stop> {
+    pub(crate) fn precopy_pass(&mut self, context: PumpContext<'_>) -> Result<(), WorkError> {
         let phase = Phase::Iterate;
         if self.session.is_none() {
             return Ok(());
@@ -155,7 +155,7 @@ impl<'a> Stream<'a> {
     }
 
     /// The rest of the state, to its end, with the device standing in STOP_COPY.
-    pub(crate) fn drain(&mut self, context: PumpContext<'_>) -> Result<(), Stop> {
+    pub(crate) fn drain(&mut self, context: PumpContext<'_>) -> Result<(), WorkError> {
         let phase = Phase::Final;
         if self.end.is_some() {
             return Ok(());
@@ -174,7 +174,7 @@ impl<'a> Stream<'a> {
         }
         let total = DeviceTotal { bytes: self.offset, digest: *self.hasher.finalize().as_bytes() };
         let end = Bulk::DeviceEnd(DeviceEnd { device: self.index, total });
-        context.link.send_bulk(&end).map_err(|error| Stop::sending(error, phase))?;
+        context.link.send_bulk(&end).map_err(|error| WorkError::sending(error, phase))?;
         self.end = Some(total);
         Ok(())
     }
@@ -185,7 +185,12 @@ impl<'a> Stream<'a> {
     }
 
     /// Reads a piece and sends it.
-    fn piece(&mut self, context: PumpContext<'_>, phase: Phase, cap: Option<&Limiter>) -> Result<Read, Stop> {
+    fn piece(
+        &mut self,
+        context: PumpContext<'_>,
+        phase: Phase,
+        cap: Option<&Limiter>,
+    ) -> Result<Read, WorkError> {
         context.interrupt.check()?;
         let Some(session) = &mut self.session else {
             return Err(of_device(phase, &self.id, "the device has no saving session").into());
@@ -224,14 +229,14 @@ impl<'a> Stream<'a> {
         }
         let piece =
             Bulk::DeviceData { device: self.index, sequence: self.sequence, offset: self.offset, bytes };
-        context.link.send_bulk(&piece).map_err(|error| Stop::sending(error, phase))?;
+        context.link.send_bulk(&piece).map_err(|error| WorkError::sending(error, phase))?;
         self.sequence += 1;
         self.offset += used as u64;
         Ok(Read::Data(used))
     }
 
     /// Asks a device in pre-copy how much it has; notices a REINIT, which voids what was acknowledged.
-    fn ask(&mut self, phase: Phase) -> Result<(), Stop> {
+    fn ask(&mut self, phase: Phase) -> Result<(), WorkError> {
         let Some(session) = self.session.as_mut().filter(|session| session.position() != Position::StopCopy)
         else {
             return Ok(());
@@ -250,17 +255,17 @@ impl<'a> Stream<'a> {
         Ok(())
     }
 
-    fn announce_initial(&mut self, context: PumpContext<'_>, phase: Phase) -> Result<(), Stop> {
+    fn announce_initial(&mut self, context: PumpContext<'_>, phase: Phase) -> Result<(), WorkError> {
         if !self.initial_sent && self.last.is_some_and(|last| last.initial_bytes == 0) {
             self.send_initial(context, phase)?;
         }
         Ok(())
     }
 
-    fn send_initial(&mut self, context: PumpContext<'_>, phase: Phase) -> Result<(), Stop> {
+    fn send_initial(&mut self, context: PumpContext<'_>, phase: Phase) -> Result<(), WorkError> {
         if !self.initial_sent {
             let message = Message::InitialSent { device: self.index, generation: self.generation };
-            context.link.send(&message).map_err(|error| Stop::sending(error, phase))?;
+            context.link.send(&message).map_err(|error| WorkError::sending(error, phase))?;
             self.initial_sent = true;
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::link::Link;
+use crate::channel::link::Link;
 
 /// How often a session's loop looks at what nobody tells it: keep-alives, silence, progress.
 pub(crate) const TICK: Duration = Duration::from_millis(100);

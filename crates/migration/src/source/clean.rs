@@ -3,22 +3,23 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::PeerError;
 
-use crate::fail::InPhase;
-use crate::stop::Stop;
-use crate::together::together;
+use crate::session::fail::InPhase;
+use crate::session::parallel::for_each_device_parallel;
+use crate::session::work_error::WorkError;
 
-use super::worker::Worker;
+use crate::source::worker::Worker;
 
 impl Worker<'_> {
     /// Ends the pause for good, the saving sessions (STOP_COPY to STOP, where a driver frees what it held: kept out of
     /// the downtime), and the logs.
-    pub(super) fn clean_up(&mut self) -> Result<(), Stop> {
+    pub(super) fn clean_up(&mut self) -> Result<(), WorkError> {
         if let Some(paused) = self.paused.take() {
             paused.commit();
         }
-        let ended = together(self.streams.iter_mut().filter_map(|stream| stream.session.take()), |session| {
-            session.end().map_err(|error| error.in_phase(Phase::Clean))
-        });
+        let ended = for_each_device_parallel(
+            self.streams.iter_mut().filter_map(|stream| stream.session.take()),
+            |session| session.end().map_err(|error| error.in_phase(Phase::Clean)),
+        );
         self.stop_logging();
         let failed: Option<PeerError> = ended.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |failure| Err(failure.into()))

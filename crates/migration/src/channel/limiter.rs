@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::control::lock;
-use crate::interrupt::{Interrupt, Interrupted};
+use crate::session::interrupt::{Interrupt, Interrupted};
 
 /// Longest stretch for which unused bandwidth is saved up, and so the length of a burst.
 const BURST: Duration = Duration::from_millis(50);

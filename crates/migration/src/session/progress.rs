@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 use vfio_migration_engine::{self as engine, SourceOutcome, SourceSummary};
 use vfio_migration_types::{AttemptId, DeviceId, Phase, VmId};
 
-use crate::clock::boot_id;
+use crate::channel::link::Link;
 use crate::control::lock;
 use crate::error::{Aborted, MigrateError};
-use crate::link::Link;
 use crate::rehearsal::Rehearsal;
 use crate::report::{Bytes, Completed, DeviceStatus, PhaseTime, Progress};
+use crate::session::host::boot_id;
 use crate::uri::Uri;
 
-use super::run::Ended;
+use crate::source::session::Ended;
 
-use super::worker::Counters;
+use crate::source::worker::Counters;
 
 /// How often the observer is called while nothing but counts changes.
 const EVERY: Duration = Duration::from_millis(200);
@@ -25,7 +25,7 @@ const RATE_OVER: Duration = Duration::from_secs(1);
 
 /// Turns the engine's progress and the workers' counts into what the caller sees, a few times a second.
 #[derive(Debug)]
-pub(super) struct Shown {
+pub(crate) struct Shown {
     begun: Instant,
     ram_total: u64,
     names: Vec<DeviceId>,
@@ -38,13 +38,13 @@ pub(super) struct Shown {
 }
 
 impl Shown {
-    pub(super) fn new(begun: Instant, ram_total: u64, names: Vec<DeviceId>, precopy: Vec<bool>) -> Self {
+    pub(crate) fn new(begun: Instant, ram_total: u64, names: Vec<DeviceId>, precopy: Vec<bool>) -> Self {
         let progress = Progress::default();
         Self { begun, ram_total, names, precopy, last: None, rate: 0, rate_from: (begun, 0), progress }
     }
 
     /// A new picture, if it is time for one.
-    pub(super) fn update(
+    pub(crate) fn update(
         &mut self,
         engine: &engine::Progress,
         counters: &Counters,
@@ -123,7 +123,7 @@ impl Shown {
 }
 
 /// The caller's result.
-pub(super) fn tell(
+pub(crate) fn tell(
     outcome: SourceOutcome,
     shown: &Shown,
     counters: &Counters,
@@ -225,7 +225,8 @@ fn phases(entered: &[(Phase, Duration)], total: Duration) -> Vec<PhaseTime> {
 }
 
 fn bytes(counters: &Counters) -> Bytes {
-    let sum = |count: fn(&crate::pump::DeviceCounters) -> u64| counters.devices.iter().map(count).sum();
+    let sum =
+        |count: fn(&crate::device::send::DeviceCounters) -> u64| counters.devices.iter().map(count).sum();
     Bytes {
         ram: counters.ram_bytes.load(Ordering::Relaxed),
         device_precopy: sum(|device| device.precopy.load(Ordering::Relaxed)),

@@ -4,7 +4,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::control::lock;
-use crate::interrupt::{Interrupt, Interrupted};
+use crate::session::interrupt::{Interrupt, Interrupted};
 
 /// How often a waiter looks whether it was interrupted.
 const SLICE: Duration = Duration::from_millis(20);

@@ -8,7 +8,7 @@ use std::path::Path;
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 use vfio_migration_types::{Epoch, VmId};
 
-use crate::journal::{JournalError, JournalFile, read_journal};
+use crate::ownership::journal::{JournalError, JournalFile, read_journal};
 
 /// Who owns a VM, as far as this host's journal knows.
 #[derive(Clone, Debug, PartialEq, Eq)]

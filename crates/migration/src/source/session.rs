@@ -13,34 +13,34 @@ use vfio_migration_engine::{
 use vfio_migration_types::{AttemptId, Bitmap, Epoch, Granule, Phase, VmId};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Message, Offer, VERSIONS};
 
+use crate::channel::credit::Credit;
+use crate::channel::link::{Link, LinkError, Reader};
+use crate::channel::liveness::{self, GRACE, TICK};
 use crate::control::Control;
-use crate::credit::Credit;
+use crate::device::send::{DeviceCounters, Stream};
 use crate::error::MigrateError;
-use crate::fail::{self, InPhase};
-use crate::interrupt::Interrupt;
-use crate::journal::{Journal, JournalFile, Side, read_journal};
-use crate::link::{Link, LinkError, Reader};
-use crate::liveness::{self, GRACE, TICK};
 use crate::machine::{Machine, MigratableDevice};
 use crate::options::SourceOptions;
-use crate::pump::{DeviceCounters, Stream};
+use crate::ownership::journal::{Journal, JournalFile, Side, read_journal};
 use crate::rehearsal::{Rehearsal, Rehearse};
 use crate::report::{Completed, Progress};
+use crate::session::fail::{self, InPhase};
+use crate::session::interrupt::Interrupt;
 use crate::uri::Uri;
 
-use super::outcome::{self, Shown};
-use super::sabotage::Saboteur;
-use super::worker::{Counters, Worker};
-use super::{draw_attempt, judge, not_begun, refused_here};
+use super::{draw_attempt, hello, not_begun, refused_here};
+use crate::session::progress::{self, Shown};
+use crate::source::sabotage::Saboteur;
+use crate::source::worker::{Counters, Worker};
 
 /// Nobody is there to do what the engine asks for.
 const GONE: &str = "the session's own threads are gone: a defect of this program";
 
 /// What the threads of a session share.
 #[derive(Debug, Default)]
-pub(super) struct Wires {
-    pub(super) interrupt: Interrupt,
-    pub(super) ram_crc: AtomicBool,
+pub(crate) struct Wires {
+    pub(crate) interrupt: Interrupt,
+    pub(crate) ram_crc: AtomicBool,
     credits: Vec<Credit>,
     /// The engine's phase, by its index in [`Phase::ALL`].
     phase: AtomicUsize,
@@ -48,23 +48,23 @@ pub(super) struct Wires {
 
 /// Where a session's threads put what happened.
 #[derive(Clone, Debug)]
-pub(super) struct Events(Sender<SourceEvent>);
+pub(crate) struct Events(Sender<SourceEvent>);
 
 impl Events {
-    pub(super) fn tell(&self, event: SourceEvent) {
+    pub(crate) fn tell(&self, event: SourceEvent) {
         // Nobody listens any more: the session is at its end.
         let _ = self.0.send(event);
     }
 }
 
 /// How a session ended well.
-pub(super) enum Ended {
+pub(crate) enum Ended {
     Completed(Completed),
     Rehearsed(Rehearsal),
 }
 
 impl Ended {
-    pub(super) fn completed(self) -> Result<Completed, MigrateError> {
+    pub(crate) fn completed(self) -> Result<Completed, MigrateError> {
         match self {
             Self::Completed(completed) => Ok(completed),
             Self::Rehearsed(_) => {
@@ -73,7 +73,7 @@ impl Ended {
         }
     }
 
-    pub(super) fn rehearsed(self) -> Result<Rehearsal, MigrateError> {
+    pub(crate) fn rehearsed(self) -> Result<Rehearsal, MigrateError> {
         match self {
             Self::Rehearsed(rehearsal) => Ok(rehearsal),
             Self::Completed(_) => {
@@ -85,7 +85,7 @@ impl Ended {
 }
 
 /// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
-pub(super) struct Prepared {
+pub(crate) struct Prepared {
     machine: Arc<dyn Machine>,
     options: SourceOptions,
     control: Control,
@@ -99,7 +99,7 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    pub(super) fn new(
+    pub(crate) fn new(
         machine: Arc<dyn Machine>,
         options: SourceOptions,
         control: Control,
@@ -120,7 +120,7 @@ impl Prepared {
         let json = manifest.to_json().map_err(|error| {
             not_begun(Phase::Plan, format!("the manifest cannot be written: {}", fail::sentence(&error)))
         })?;
-        let offer = Offer { names: judge::names(&options.device_map), manifest: json };
+        let offer = Offer { names: hello::names(&options.device_map), manifest: json };
         let devices = usable_devices(machine.as_ref(), &options)?;
         let facts = devices.iter().map(|(moved, capabilities)| DeviceFacts {
             id: moved.device.id().clone(),
@@ -158,12 +158,12 @@ impl Prepared {
         Ok(Self { machine, options, control, uri, journal, attempt, epoch, manifest, devices, engine })
     }
 
-    pub(super) fn options(&self) -> &SourceOptions {
+    pub(crate) fn options(&self) -> &SourceOptions {
         &self.options
     }
 
     /// Runs the attempt over a connected socket.
-    pub(super) fn run(
+    pub(crate) fn run(
         self,
         socket: std::os::fd::OwnedFd,
         begun: Instant,
@@ -246,7 +246,7 @@ impl Prepared {
             outcome
         });
         self.control.detach();
-        outcome::tell(outcome, &shown, &counters, &link, &self.uri, self.machine.id(), self.attempt)
+        progress::tell(outcome, &shown, &counters, &link, &self.uri, self.machine.id(), self.attempt)
     }
 }
 
@@ -380,7 +380,7 @@ impl Wires {
     }
 
     /// Where the engine is: what other threads' failures name.
-    pub(super) fn phase(&self) -> Phase {
+    pub(crate) fn phase(&self) -> Phase {
         Phase::ALL.get(self.phase.load(Ordering::Relaxed)).copied().unwrap_or(Phase::Plan)
     }
 }

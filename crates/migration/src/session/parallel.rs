@@ -1,7 +1,7 @@
 //! Doing something with every device at once: a barrier is reached when the slowest device has reached it.
 
 /// Calls `work` for each item, each on a thread of its own, and returns the results in order. One item needs no thread.
-pub(crate) fn together<T: Send, R: Send>(
+pub(crate) fn for_each_device_parallel<T: Send, R: Send>(
     items: impl IntoIterator<Item = T>,
     work: impl Fn(T) -> R + Sync,
 ) -> Vec<R> {

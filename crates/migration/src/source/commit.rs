@@ -6,13 +6,13 @@ use vfio_migration_engine::SourceEvent;
 use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_wire::Message;
 
-use crate::connect;
-use crate::fail::sentence;
-use crate::link::{Link, LinkError};
-use crate::stop::Stop;
+use crate::channel::connect;
+use crate::channel::link::{Link, LinkError};
+use crate::session::fail::sentence;
+use crate::session::work_error::WorkError;
 use crate::uri::Uri;
 
-use super::worker::Worker;
+use crate::source::worker::Worker;
 
 /// Longest wait for one answer: the engine asks again.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -30,13 +30,13 @@ impl Worker<'_> {
         }
         match self.ask() {
             Ok(message) => Some(SourceEvent::Peer(message)),
-            Err(Ok(Stop::Interrupted)) => None,
+            Err(Ok(WorkError::Interrupted)) => None,
             Err(Ok(_)) => Some(SourceEvent::LinkLost("asking what became of COMMIT failed".into())),
             Err(Err(why)) => Some(SourceEvent::LinkLost(why)),
         }
     }
 
-    fn ask(&self) -> Result<Message, Result<Stop, String>> {
+    fn ask(&self) -> Result<Message, Result<WorkError, String>> {
         let limit = self.options.connect_timeout.min(PATIENCE);
         let socket = connect::connect(self.uri, limit).map_err(|error| Err(sentence(&error)))?;
         let told = |error: LinkError| Err(sentence(&error));

@@ -8,15 +8,15 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::Accept;
 
 use crate::control::lock;
-use crate::fail::{self, sentence};
 use crate::options::SourceOptions;
 use crate::reasons;
-use crate::stop::Stop;
+use crate::session::fail::{self, sentence};
+use crate::session::work_error::WorkError;
 
-use super::worker::Worker;
+use crate::source::worker::Worker;
 
 impl Worker<'_> {
-    pub(super) fn judge(&mut self, accept: Accept) -> Result<SourceEvent, Stop> {
+    pub(super) fn judge(&mut self, accept: Accept) -> Result<SourceEvent, WorkError> {
         let theirs = MachineManifest::from_json(&accept.manifest).map_err(|error| {
             let text = format!("the destination's manifest cannot be read: {}", sentence(&error));
             fail::plain(Phase::Hello, text)

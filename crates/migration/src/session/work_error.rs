@@ -3,12 +3,12 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::PeerError;
 
-use crate::interrupt::Interrupted;
-use crate::link::LinkError;
+use crate::channel::link::LinkError;
+use crate::session::interrupt::Interrupted;
 
 /// Why work ended early.
 #[derive(Debug)]
-pub(crate) enum Stop {
+pub(crate) enum WorkError {
     /// It was told to: nobody waits for an answer.
     Interrupted,
     /// The link is gone: its reader tells why, after all that the peer said before.
@@ -17,27 +17,27 @@ pub(crate) enum Stop {
     Failed(PeerError),
 }
 
-impl From<Interrupted> for Stop {
+impl From<Interrupted> for WorkError {
     fn from(_: Interrupted) -> Self {
         Self::Interrupted
     }
 }
 
-impl From<PeerError> for Stop {
+impl From<PeerError> for WorkError {
     fn from(failure: PeerError) -> Self {
         Self::Failed(failure)
     }
 }
 
-impl Stop {
+impl WorkError {
     /// A failed write. What could not even be encoded is our own fault, not the link's.
     pub(crate) fn sending(error: LinkError, phase: Phase) -> Self {
         match error {
             LinkError::Wire(error) => {
-                Self::Failed(crate::fail::plain(phase, format!("this cannot be sent: {error}")))
+                Self::Failed(crate::session::fail::plain(phase, format!("this cannot be sent: {error}")))
             }
             LinkError::Memory(error @ vfio_migration_memory::MemoryError::OutOfBounds { .. }) => {
-                Self::Failed(crate::fail::InPhase::in_phase(&error, phase))
+                Self::Failed(crate::session::fail::InPhase::in_phase(&error, phase))
             }
             _ => Self::Link,
         }
@@ -45,12 +45,12 @@ impl Stop {
 }
 
 /// The worst of several results of work done side by side: a failure explains more than an interrupt or a dead link.
-pub(crate) fn all(results: impl IntoIterator<Item = Result<(), Stop>>) -> Result<(), Stop> {
+pub(crate) fn worst_of(results: impl IntoIterator<Item = Result<(), WorkError>>) -> Result<(), WorkError> {
     let mut worst = Ok(());
     for result in results {
         worst = match (worst, result) {
-            (Err(Stop::Failed(first)), _) => Err(Stop::Failed(first)),
-            (_, Err(Stop::Failed(failure))) => Err(Stop::Failed(failure)),
+            (Err(WorkError::Failed(first)), _) => Err(WorkError::Failed(first)),
+            (_, Err(WorkError::Failed(failure))) => Err(WorkError::Failed(failure)),
             (Err(stop), _) | (Ok(()), Err(stop)) => Err(stop),
             (Ok(()), Ok(())) => Ok(()),
         };

@@ -9,17 +9,17 @@ use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire as wire;
 
-use crate::fail::{self, InPhase, sentence};
-use crate::journal::{Journal, JournalError, Side, read_journal};
 use crate::machine::Machine;
 use crate::offer::Offer;
+use crate::ownership::journal::{Journal, JournalError, Side, read_journal};
 use crate::reasons;
-use crate::stop::{self, Stop};
-use crate::together::together;
+use crate::session::fail::{self, InPhase, sentence};
+use crate::session::parallel::for_each_device_parallel;
+use crate::session::work_error::{self, WorkError};
 
-use super::device_queue::DeviceQueue;
-use super::receive::Sink;
-use super::worker::{Incoming, Worker};
+use crate::destination::reader::Sink;
+use crate::destination::worker::{Incoming, Worker};
+use crate::device::receive::DeviceQueue;
 
 impl Worker<'_, '_, '_> {
     /// Has the machine built, and judges what is offered by this side's rules.
@@ -27,7 +27,7 @@ impl Worker<'_, '_, '_> {
         &mut self,
         offer: wire::Offer,
         attempt: Option<Attempt>,
-    ) -> Result<DestinationEvent, Stop> {
+    ) -> Result<DestinationEvent, WorkError> {
         let phase = Phase::Hello;
         let refuse = |reason: Reason| DestinationEvent::Refused(reasons::to_wire(&[reason]));
         let Some(attempt) = attempt else {
@@ -130,7 +130,7 @@ impl Worker<'_, '_, '_> {
     }
 
     /// Opens the VM's journal, if it does not say that the VM is ours already. A rehearsal only reads it.
-    fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, Stop> {
+    fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, WorkError> {
         let failed = |error: JournalError| error.in_phase(Phase::Hello);
         let dir = self.options.state_dir.as_deref();
         let known = if self.wires.rehearsal.load(Ordering::Acquire) {
@@ -152,16 +152,16 @@ impl Worker<'_, '_, '_> {
     }
 
     /// Opens a resuming session on every device, all at once, and a queue before each.
-    pub(super) fn begin_resuming(&mut self) -> Result<(), Stop> {
+    pub(super) fn begin_resuming(&mut self) -> Result<(), WorkError> {
         let phase = Phase::Setup;
         let machine = self.machine(phase)?;
-        let begun = together(self.devices.iter_mut(), |incoming| {
+        let begun = for_each_device_parallel(self.devices.iter_mut(), |incoming| {
             incoming.touched = true;
             incoming.session =
                 Some(incoming.moved.device.begin_resuming().map_err(|error| error.in_phase(phase))?);
             Ok(())
         });
-        stop::all(begun)?;
+        work_error::worst_of(begun)?;
         let queues: Vec<Arc<DeviceQueue>> = (0..)
             .zip(&self.devices)
             .map(|(index, incoming)| {

@@ -5,9 +5,9 @@ use vfio_migration_engine::ownership::{Answer, DestinationRecord, DestinationSta
 use vfio_migration_types::{Epoch, Phase};
 use vfio_migration_wire::{Message, PeerError, Running};
 
-use crate::fail::{self, InPhase, sentence};
-use crate::journal::{Journal, Side, read_journal};
-use crate::link::Link;
+use crate::channel::link::Link;
+use crate::ownership::journal::{Journal, Side, read_journal};
+use crate::session::fail::{self, InPhase, sentence};
 
 use super::Destination;
 

@@ -12,20 +12,20 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{DeviceTotal, FinalEnd, PeerError, Ready};
 
 use crate::control::lock;
-use crate::fail::{self, InPhase, sentence};
 use crate::machine::{Machine, Section};
 use crate::options::IncomingSabotage;
-use crate::stop::{self, Stop};
-use crate::together::together;
+use crate::session::fail::{self, InPhase, sentence};
+use crate::session::parallel::for_each_device_parallel;
+use crate::session::work_error::{self, WorkError};
 
-use super::device_queue::DeviceQueue;
-use super::worker::Worker;
+use crate::destination::worker::Worker;
+use crate::device::receive::DeviceQueue;
 
 const PHASE: Phase = Phase::Ready;
 
 impl Worker<'_, '_, '_> {
     /// Loads and verifies. On success nothing but COMMIT is missing.
-    pub(super) fn load(&mut self, totals: &FinalEnd) -> Result<Ready, Stop> {
+    pub(super) fn load(&mut self, totals: &FinalEnd) -> Result<Ready, WorkError> {
         let machine = self.machine(PHASE)?;
         let Some(sink) = self.wires.sink.get() else {
             return Err(fail::plain(PHASE, "nothing was received: a defect of this program").into());
@@ -58,11 +58,12 @@ impl Worker<'_, '_, '_> {
         let vectors = self.put_interrupts_back(machine.as_ref())?;
 
         let begun = Instant::now();
-        let finished = together(self.devices.iter_mut(), |incoming| match incoming.session.take() {
-            Some(session) => session.finish().map_err(|error| error.in_phase(PHASE).into()),
-            None => Ok(()),
-        });
-        stop::all(finished)?;
+        let finished =
+            for_each_device_parallel(self.devices.iter_mut(), |incoming| match incoming.session.take() {
+                Some(session) => session.finish().map_err(|error| error.in_phase(PHASE).into()),
+                None => Ok(()),
+            });
+        work_error::worst_of(finished)?;
         self.step("devices RESUMING to STOP", begun.elapsed());
 
         Ok(Ready {
@@ -84,7 +85,7 @@ impl Worker<'_, '_, '_> {
         &mut self,
         queues: &[Arc<DeviceQueue>],
         totals: &FinalEnd,
-    ) -> Result<Vec<DeviceTotal>, Stop> {
+    ) -> Result<Vec<DeviceTotal>, WorkError> {
         if totals.devices.len() != queues.len() {
             let text = format!("the source sent {} devices where {} are", totals.devices.len(), queues.len());
             return Err(fail::plain(PHASE, text).into());
@@ -104,7 +105,7 @@ impl Worker<'_, '_, '_> {
     }
 
     /// Gives each device its PCI state; what is left is the machine's own.
-    fn take_pci_states(&mut self, mut sections: Vec<Section>) -> Result<Vec<Section>, Stop> {
+    fn take_pci_states(&mut self, mut sections: Vec<Section>) -> Result<Vec<Section>, WorkError> {
         for incoming in &mut self.devices {
             let Some(pci) = &incoming.moved.pci else { continue };
             let name = PciState::section_name(&incoming.name);
@@ -128,7 +129,7 @@ impl Worker<'_, '_, '_> {
         Ok(sections)
     }
 
-    fn put_interrupts_back(&mut self, machine: &dyn Machine) -> Result<u32, Stop> {
+    fn put_interrupts_back(&mut self, machine: &dyn Machine) -> Result<u32, WorkError> {
         let begun = Instant::now();
         let functions: Vec<_> = self
             .devices

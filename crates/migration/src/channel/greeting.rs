@@ -9,14 +9,14 @@ use vfio_migration_engine::Attempt;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
-use crate::fail::{self, sentence};
-use crate::link::{Link, LinkError, Reader};
+use crate::channel::link::{Link, LinkError, Reader};
+use crate::session::fail::{self, sentence};
 
 /// Connections that may wait at once. One more, and the oldest is dropped.
 const MOST: usize = 16;
 
 /// How a connection began.
-pub(super) enum Greeting {
+pub(crate) enum Greeting {
     /// With HELLO.
     Session(Box<Greeted>),
     /// With a question.
@@ -24,15 +24,15 @@ pub(super) enum Greeting {
 }
 
 /// A connection whose HELLO has been read.
-pub(super) struct Greeted {
-    pub(super) link: Arc<Link>,
-    pub(super) reader: Reader,
-    pub(super) hello: Message,
+pub(crate) struct Greeted {
+    pub(crate) link: Arc<Link>,
+    pub(crate) reader: Reader,
+    pub(crate) hello: Message,
 }
 
 impl Greeted {
     /// Says that no migration is taken in now.
-    pub(super) fn turn_away(self) {
+    pub(crate) fn turn_away(self) {
         let why = "no migration is taken in here now";
         let _ = self.link.send(&Message::Abort(fail::plain(Phase::Hello, why)));
         self.link.shutdown_write();
@@ -41,7 +41,7 @@ impl Greeted {
 
 /// The connections that have not said anything yet.
 #[derive(Debug, Default)]
-pub(super) struct Doorstep {
+pub(crate) struct Doorstep {
     waiting: Vec<Stranger>,
 }
 
@@ -55,7 +55,7 @@ struct Stranger {
 
 impl Doorstep {
     /// Takes in a connection, which has `patience` to say its first message whole.
-    pub(super) fn add(&mut self, socket: OwnedFd, patience: Duration) {
+    pub(crate) fn add(&mut self, socket: OwnedFd, patience: Duration) {
         if self.waiting.len() >= MOST {
             tracing::warn!("too many connections say nothing: the oldest is dropped");
             self.waiting.remove(0).link.shutdown();
@@ -65,17 +65,17 @@ impl Doorstep {
         self.waiting.push(Stranger { link, reader, patience, until: Instant::now() + patience });
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
 
     /// The sockets, to be waited for.
-    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.waiting.iter().map(|stranger| stranger.reader.fd())
     }
 
     /// The next that has said what it wants, or why one was dropped. Never waits.
-    pub(super) fn look(&mut self) -> Option<Result<Greeting, String>> {
+    pub(crate) fn look(&mut self) -> Option<Result<Greeting, String>> {
         for at in 0..self.waiting.len() {
             let stranger = self.waiting.get_mut(at)?;
             let first = match stranger.reader.first() {

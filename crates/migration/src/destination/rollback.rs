@@ -3,15 +3,15 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::PeerError;
 
-use crate::fail::InPhase;
-use crate::stop::Stop;
-use crate::together::together;
+use crate::session::fail::InPhase;
+use crate::session::parallel::for_each_device_parallel;
+use crate::session::work_error::WorkError;
 
-use super::worker::{Incoming, Worker};
+use crate::destination::worker::{Incoming, Worker};
 
 impl Worker<'_, '_, '_> {
     /// Undoes what was done, all of it, whatever fails on the way; the first failure is the answer.
-    pub(super) fn release(&mut self) -> Result<(), Stop> {
+    pub(super) fn release(&mut self) -> Result<(), WorkError> {
         // The action under way has ended: this one is not to be interrupted.
         self.wires.interrupt.clear();
         // First: a reset takes time, and the source may be waiting for its locks. Nothing here writes any storage.
@@ -28,7 +28,8 @@ impl Worker<'_, '_, '_> {
                 }
             }
         }
-        let mut failures = together(self.devices.iter_mut().filter(|incoming| incoming.touched), reset);
+        let mut failures =
+            for_each_device_parallel(self.devices.iter_mut().filter(|incoming| incoming.touched), reset);
         failures.push(unlocked);
         self.devices.clear();
         self.machine = None;

@@ -20,7 +20,7 @@ use vfio_migration_wire::{
 };
 
 use crate::control::lock;
-use crate::fail::sentence;
+use crate::session::fail::sentence;
 
 /// Why the link cannot go on.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,8 @@
+//! One connection between the two sides: making it, frames over it, and how much may be sent.
+
+pub(crate) mod connect;
+pub(crate) mod credit;
+pub(crate) mod greeting;
+pub(crate) mod limiter;
+pub(crate) mod link;
+pub(crate) mod liveness;

@@ -1,0 +1,4 @@
+//! One device's half of the stream, at each side.
+
+pub(crate) mod receive;
+pub(crate) mod send;

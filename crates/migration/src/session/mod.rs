@@ -1,0 +1,8 @@
+//! What the sessions of both sides share: threads, failures, progress, and what they ask of the host.
+
+pub(crate) mod fail;
+pub(crate) mod host;
+pub(crate) mod interrupt;
+pub(crate) mod parallel;
+pub(crate) mod progress;
+pub(crate) mod work_error;
