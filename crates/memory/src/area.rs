@@ -8,7 +8,6 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::error::MemoryError;
-use crate::ram::as_usize;
 
 const WORD: usize = size_of::<u64>();
 
@@ -74,19 +73,9 @@ impl Area {
     /// The caller has made sure that the mapping is writable.
     pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), MemoryError> {
         let to = self.pointer(offset, from.len() as u64)?;
-        let (head, words) = split(to, from.len());
-        let (first, rest) = from.split_at(head);
-        let (middle, last) = rest.split_at(words * WORD);
-        // SAFETY: as in `read`; the caller has made sure that the mapping is writable.
-        unsafe {
-            store_bytes(to, first);
-            let mut at = to.add(head).cast::<u64>();
-            for word in middle.as_chunks::<WORD>().0 {
-                AtomicU64::from_ptr(at.as_ptr()).store(u64::from_ne_bytes(*word), Ordering::Relaxed);
-                at = at.add(1);
-            }
-            store_bytes(at.cast(), last);
-        }
+        // SAFETY: `pointer` has checked that all of `from.len()` bytes from `to` are mapped; the caller has made sure that
+        // the mapping is writable.
+        unsafe { store(to, from) };
         Ok(())
     }
 
@@ -164,6 +153,26 @@ impl Drop for Area {
     }
 }
 
+/// Copies `from` to `to` through atomics: aligned words are written whole.
+///
+/// # Safety
+/// `to` and the `from.len()` bytes from there are mapped and writable, and no reference to them exists.
+pub(crate) unsafe fn store(to: NonNull<u8>, from: &[u8]) {
+    let (head, words) = split(to, from.len());
+    let (first, rest) = from.split_at(head);
+    let (middle, last) = rest.split_at(words * WORD);
+    // SAFETY: by this function's contract; `split` aligns the middle part to a word, and the three parts add up to the length.
+    unsafe {
+        store_bytes(to, first);
+        let mut at = to.add(head).cast::<u64>();
+        for word in middle.as_chunks::<WORD>().0 {
+            AtomicU64::from_ptr(at.as_ptr()).store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+            at = at.add(1);
+        }
+        store_bytes(at.cast(), last);
+    }
+}
+
 /// How many single bytes come before the first aligned word, and how many whole words follow.
 fn split(start: NonNull<u8>, len: usize) -> (usize, usize) {
     let head = (start.addr().get().wrapping_neg() % WORD).min(len);
@@ -186,4 +195,10 @@ unsafe fn store_bytes(to: NonNull<u8>, from: &[u8]) {
         // SAFETY: by this function's contract.
         unsafe { AtomicU8::from_ptr(to.add(index).as_ptr()) }.store(*byte, Ordering::Relaxed);
     }
+}
+
+/// Sizes of memory that exists, or that a system call then refuses.
+#[expect(clippy::cast_possible_truncation, reason = "64-bit hosts only, asserted in lib.rs")]
+pub(crate) const fn as_usize(n: u64) -> usize {
+    n as usize
 }

@@ -80,14 +80,6 @@ pub enum MemoryError {
         /// What it has to be a multiple of.
         align: u64,
     },
-    /// A buffer and the pages it goes with differ in length.
-    #[error("a buffer of {buffer} bytes for {pages} bytes of pages")]
-    LengthMismatch {
-        /// Bytes of the buffer.
-        buffer: u64,
-        /// Bytes of the pages.
-        pages: u64,
-    },
     /// A file is smaller than the part of it that was to be mapped: touching it would raise SIGBUS.
     #[error("the file has {size:#x} bytes, too few to map {len:#x} at {offset:#x}")]
     FileTooSmall {
@@ -101,12 +93,6 @@ pub enum MemoryError {
     /// A write to a mapping that was made for reading.
     #[error("the memory is mapped for reading alone")]
     ReadOnly,
-    /// The other end closed in the middle of a transfer.
-    #[error("the stream ended with {missing} bytes of guest memory missing")]
-    UnexpectedEof {
-        /// Bytes that did not come.
-        missing: u64,
-    },
 }
 
 impl MemoryError {

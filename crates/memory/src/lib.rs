@@ -8,26 +8,25 @@
 //! A hole of the memory file (a page never written) costs nothing as long as nobody reads it *through the mapping*:
 //! for a shared memory file such a read allocates the page. [`GuestRam::data_extents`], [`GuestRam::scan`],
 //! [`GuestRam::is_zero`], [`GuestRam::digest`] and [`GuestRam::zero`] leave holes alone; the plain accesses
-//! ([`GuestRam::read`], [`GuestRam::send`]) touch what they are asked to touch.
+//! ([`GuestRam::read`], [`Pieces::send`]) touch what they are asked to touch.
 //!
-//! What this crate does not do: it decides nothing about a migration, and it knows no device and no hypervisor.
+//! What this crate does not do: it decides nothing about a migration, knows no frame and no retry, no device and no hypervisor.
 //! Translation by a vIOMMU is not its business either.
 
 mod area;
 mod dirty;
-mod dirty_set;
 mod error;
 mod host_memory;
 mod mapping;
+mod pieces;
 mod ram;
 mod scan;
-mod transfer;
 mod write_log;
 
-pub use dirty::DirtySource;
-pub use dirty_set::{report_all, start_all, stop_all};
+pub use dirty::{DirtySource, report_all, start_all, stop_all};
 pub use error::MemoryError;
 pub use mapping::Mapping;
+pub use pieces::Pieces;
 pub use ram::{GuestRam, RamRegionInfo, RamSpec};
 pub use scan::{Holes, ScanRun};
 pub use write_log::WriteLog;

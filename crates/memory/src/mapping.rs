@@ -5,9 +5,8 @@ use std::ptr::NonNull;
 
 use rustix::fs::{FileType, SealFlags};
 
-use crate::area::Area;
+use crate::area::{Area, as_usize};
 use crate::error::MemoryError;
-use crate::ram::as_usize;
 
 /// A part of a file that another process gave us, mapped shared: a BAR whose memory a vfio-user server offers, or a
 /// piece of guest RAM that a client mapped for DMA.

@@ -4,12 +4,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
 
-use crate::area::Area;
+use crate::area::{Area, as_usize};
 use crate::error::MemoryError;
-use crate::transfer::{self, Piece};
+use crate::pieces::{Piece, Pieces};
 
 /// A piece of guest RAM that is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,101 +127,19 @@ impl GuestRam {
         self.area.store_u64(offset.0, value)
     }
 
-    /// Writes `header`, then `pages` straight from the mapping, and nothing in between even on a stream that takes
-    /// them in pieces. Blocks until all is written, also on a non-blocking descriptor; shut the socket down to make
-    /// it give up. SIGPIPE is not raised by sockets.
-    ///
-    /// A guest that writes meanwhile changes what is sent: its dirty log says so. Pages that are holes get allocated.
+    /// Runs of pages in this order, to be moved straight from or into the mapping.
     ///
     /// # Errors
-    /// Part may have been written: the stream is lost.
-    pub fn send(
-        &self,
-        to: BorrowedFd<'_>,
-        header: &[u8],
-        pages: Range<RamOffset>,
-    ) -> Result<(), MemoryError> {
-        self.send_vectored(to, header, &[pages])
-    }
-
-    /// [`send`](Self::send) for several runs of pages behind one header, in this order, in as few system calls as
-    /// it takes.
-    pub fn send_vectored(
-        &self,
-        to: BorrowedFd<'_>,
-        header: &[u8],
-        pages: &[Range<RamOffset>],
-    ) -> Result<(), MemoryError> {
-        let mut pieces = Vec::with_capacity(pages.len() + 1);
-        pieces.push(Piece::bytes(header));
-        self.pieces(pages, &mut pieces)?;
-        transfer::send(to, &mut pieces)
-    }
-
-    /// Reads `pages`, exactly, straight into the mapping. Blocks like [`send`](Self::send). Not logged as dirty.
-    ///
-    /// # Errors
-    /// [`MemoryError::UnexpectedEof`] when the stream ends before the pages do. Part may have been written, and the
-    /// stream is lost.
-    pub fn receive(&self, from: BorrowedFd<'_>, pages: Range<RamOffset>) -> Result<(), MemoryError> {
-        self.receive_vectored(from, &[pages])
-    }
-
-    /// [`receive`](Self::receive) for several runs of pages that follow each other in the stream.
-    pub fn receive_vectored(
-        &self,
-        from: BorrowedFd<'_>,
-        pages: &[Range<RamOffset>],
-    ) -> Result<(), MemoryError> {
-        let mut pieces = Vec::with_capacity(pages.len());
-        self.pieces(pages, &mut pieces)?;
-        // SAFETY: pieces of this mapping, which is writable, and to which no reference exists.
-        unsafe { transfer::receive(from, &mut pieces) }
-    }
-
-    /// Copies `pages` out, for a path that needs bytes which hold still: to checksum, to compress.
-    ///
-    /// # Errors
-    /// Also when `into` is not exactly as long as the pages.
-    pub fn read_pages_into(&self, pages: Range<RamOffset>, into: &mut [u8]) -> Result<(), MemoryError> {
-        self.check_copy(&pages, into.len())?;
-        self.area.read(pages.start().0, into)
-    }
-
-    /// Copies `from` into `pages`, for bytes that were received elsewhere and checked. Not logged as dirty.
-    ///
-    /// # Errors
-    /// Also when `from` is not exactly as long as the pages.
-    pub fn receive_from_slice(&self, pages: Range<RamOffset>, from: &[u8]) -> Result<(), MemoryError> {
-        self.check_copy(&pages, from.len())?;
-        self.area.write(pages.start().0, from)
-    }
-
-    /// Makes `pages` zero by giving them back to the host: what was data becomes a hole, holes are left alone. Not
-    /// logged as dirty.
-    ///
-    /// Not for pages that are pinned for a kernel device (VFIO, iommufd): the device would go on with the page that
-    /// was given back. See [`zero_in_place`](Self::zero_in_place).
-    pub fn zero(&self, pages: Range<RamOffset>) -> Result<(), MemoryError> {
-        self.check_pages(&pages)?;
-        if self.next_data(pages.start().0)?.is_none_or(|data| data >= pages.end()) {
-            return Ok(());
-        }
-        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        retry(|| rustix::fs::fallocate(&self.fd, mode, pages.start().0, pages.len()))
-            .map_err(MemoryError::system("punching a hole into guest RAM"))
-    }
-
-    /// Makes `pages` zero by writing, where they are not zero already: they stay where they are, pinned or not.
-    /// Holes are left alone. Not logged as dirty.
-    pub fn zero_in_place(&self, pages: Range<RamOffset>) -> Result<(), MemoryError> {
-        const ZEROS: [u8; as_usize(PAGE_SIZE)] = [0; as_usize(PAGE_SIZE)];
-        for run in self.scan(pages, crate::scan::Holes::Possible)?.into_iter().filter(|run| !run.zero) {
-            for page in (run.range.start().0..run.range.end()).step_by(as_usize(PAGE_SIZE)) {
-                self.area.write(page, &ZEROS)?;
-            }
-        }
-        Ok(())
+    /// [`MemoryError::Misaligned`] for runs that are not of whole pages, [`MemoryError::OutOfBounds`] for what leaves RAM.
+    pub fn pieces(&self, pages: &[Range<RamOffset>]) -> Result<Pieces<'_>, MemoryError> {
+        let piece = |run: &Range<RamOffset>| {
+            self.check_pages(run)?;
+            let base = self.area.pointer(run.start().0, run.len())?;
+            // SAFETY: the run lies in this mapping, which is writable, lives as long as the borrow of `self`, and to which no
+            // reference is ever made.
+            Ok(unsafe { Piece::new(base, as_usize(run.len())) })
+        };
+        Ok(Pieces::new(pages.iter().map(piece).collect::<Result<_, MemoryError>>()?))
     }
 
     /// Allocates every page, so that nothing can fail for want of memory later. All of RAM is data afterwards.
@@ -229,10 +147,10 @@ impl GuestRam {
     /// # Errors
     /// The host has not enough memory left.
     pub fn populate(&self) -> Result<(), MemoryError> {
-        match retry(|| self.area.populate()) {
+        match retry_on_intr(|| self.area.populate()) {
             // Before Linux 5.14 there is no MADV_POPULATE_WRITE; allocating by the file leaves the page tables empty.
             Err(Errno::INVAL) => {
-                retry(|| rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), 0, self.size()))
+                retry_on_intr(|| rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), 0, self.size()))
             }
             done => done,
         }
@@ -247,39 +165,11 @@ impl GuestRam {
         self.area.pointer(offset, len).map(drop)
     }
 
-    fn check_copy(&self, pages: &Range<RamOffset>, buffer: usize) -> Result<(), MemoryError> {
-        self.check_pages(pages)?;
-        if buffer as u64 != pages.len() {
-            return Err(MemoryError::LengthMismatch { buffer: buffer as u64, pages: pages.len() });
-        }
-        Ok(())
-    }
-
-    fn pieces<'a>(
-        &'a self,
-        pages: &[Range<RamOffset>],
-        into: &mut Vec<Piece<'a>>,
-    ) -> Result<(), MemoryError> {
-        for run in pages {
-            self.check_pages(run)?;
-            let base = self.area.pointer(run.start().0, run.len())?;
-            // SAFETY: `pointer` has checked that the bytes are inside the mapping, which lives as long as `self`.
-            into.push(unsafe { Piece::raw(base, as_usize(run.len())) });
-        }
-        Ok(())
-    }
-
     fn region_at(&self, offset: RamOffset) -> Option<&RamRegionInfo> {
         self.regions
             .iter()
             .find(|region| offset.offset_from(region.offset).is_some_and(|into| into < region.len))
     }
-}
-
-/// Sizes of memory that exists, or that a system call then refuses.
-#[expect(clippy::cast_possible_truncation, reason = "64-bit hosts only, asserted in lib.rs")]
-pub(crate) const fn as_usize(n: u64) -> usize {
-    n as usize
 }
 
 fn lay_out(specs: &[RamSpec]) -> Result<Vec<RamRegionInfo>, MemoryError> {
@@ -320,13 +210,4 @@ fn host_memory() -> Option<u64> {
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
     };
     field("MemTotal:")?.checked_add(field("SwapTotal:").unwrap_or(0))
-}
-
-fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
-    loop {
-        match call() {
-            Err(Errno::INTR) => {}
-            done => return done,
-        }
-    }
 }

@@ -1,11 +1,12 @@
 //! What is data, what is a hole, what is zero; and the digest that all of it agrees on.
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use vfio_migration_types::{PAGE_SIZE, RamOffset, Range};
 
+use crate::area::as_usize;
 use crate::error::MemoryError;
-use crate::ram::{GuestRam, as_usize};
+use crate::ram::GuestRam;
 
 /// What the caller of [`GuestRam::scan`] knows of holes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +78,33 @@ impl GuestRam {
         }
         push(start, pages.end(), kind);
         Ok(runs)
+    }
+
+    /// Makes `pages` zero by giving them back to the host: what was data becomes a hole, holes are left alone. Not
+    /// logged as dirty.
+    ///
+    /// Not for pages that are pinned for a kernel device (VFIO, iommufd): the device would go on with the page that
+    /// was given back. See [`zero_in_place`](Self::zero_in_place).
+    pub fn zero(&self, pages: Range<RamOffset>) -> Result<(), MemoryError> {
+        self.check_pages(&pages)?;
+        if self.next_data(pages.start().0)?.is_none_or(|data| data >= pages.end()) {
+            return Ok(());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, mode, pages.start().0, pages.len()))
+            .map_err(MemoryError::system("punching a hole into guest RAM"))
+    }
+
+    /// Makes `pages` zero by writing, where they are not zero already: they stay where they are, pinned or not.
+    /// Holes are left alone. Not logged as dirty.
+    pub fn zero_in_place(&self, pages: Range<RamOffset>) -> Result<(), MemoryError> {
+        const ZEROS: [u8; as_usize(PAGE_SIZE)] = [0; as_usize(PAGE_SIZE)];
+        for run in self.scan(pages, Holes::Possible)?.into_iter().filter(|run| !run.zero) {
+            for page in (run.range.start().0..run.range.end()).step_by(as_usize(PAGE_SIZE)) {
+                self.area.write(page, &ZEROS)?;
+            }
+        }
+        Ok(())
     }
 
     /// BLAKE3 over number (64 bits, little endian) and bytes of every page that is not zero, ascending: a hole and a

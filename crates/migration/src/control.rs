@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vfio_migration_engine::SourceEvent;
@@ -12,6 +12,7 @@ use crate::channel::limiter::Limiter;
 use crate::options::SourceOptions;
 use crate::report::Progress;
 use crate::session::fail;
+use crate::session::lock::lock;
 
 /// Steers an outgoing migration from any thread. Outlives the session without harm: it then does nothing.
 #[derive(Clone)]
@@ -156,9 +157,4 @@ impl IncomingControl {
     pub(crate) fn set_progress(&self, progress: Progress) {
         *lock(&self.shared.progress) = progress;
     }
-}
-
-/// Locks, also after a panic of another holder: what these locks guard is whole between any two statements.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -8,8 +8,11 @@ use vfio_migration_compat::{Reason, Report};
 use vfio_migration_types::{DeviceId, Epoch, MigrationState, Phase};
 use vfio_migration_wire::PeerError;
 
+use crate::channel::connect::ConnectError;
 use crate::machine::Machine;
 use crate::reasons::sentences;
+use crate::session::fail;
+use crate::uri::Uri;
 
 /// What went wrong, where, and what to do about it. Both sides of a migration return the same one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,4 +189,22 @@ impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Held").field("epoch", &self.epoch).field("cause", &self.cause).finish_non_exhaustive()
     }
+}
+
+pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
+    let remedy = match &error {
+        ConnectError::NotAStream(_)
+        | ConnectError::System { uri: Uri::Fd(_), .. }
+        | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
+        _ => "check the address, and that a destination listens there",
+    };
+    MigrateError::NotBegun(fail::with_remedy(Phase::Hello, fail::sentence(&error), remedy).into())
+}
+
+pub(crate) fn not_begun(phase: Phase, text: impl Into<String>) -> MigrateError {
+    MigrateError::NotBegun(fail::plain(phase, text).into())
+}
+
+pub(crate) fn refused_here(failure: PeerError) -> MigrateError {
+    MigrateError::NotBegun(failure.into())
 }

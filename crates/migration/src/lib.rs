@@ -134,11 +134,14 @@ mod destination;
 mod device;
 mod device_file;
 mod error;
+#[cfg(feature = "fault-injection")]
+mod fault_injection;
 mod machine;
 mod offer;
 mod options;
 mod ownership;
 mod probe;
+mod ram;
 mod reasons;
 mod rehearsal;
 mod report;
@@ -154,9 +157,11 @@ pub use device_file::{
     SaveDeviceOptions, restore_device, save_device,
 };
 pub use error::{Aborted, Failure, Held, IncomingError, MigrateError, RehearsedHere};
+#[cfg(feature = "fault-injection")]
+pub use fault_injection::{InjectedFault, inject};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, Offer};
-pub use options::{DestinationOptions, IncomingSabotage, Sabotage, SabotageKind, SourceOptions};
+pub use options::{DestinationOptions, SourceOptions};
 pub use ownership::journal::{JournalError, JournalFile, read_journal};
 pub use ownership::status::{Standing, standing};
 pub use probe::probe;

@@ -151,14 +151,14 @@ pub struct LockError {
 pub struct Paused {
     machine: Arc<dyn Machine>,
     ran: bool,
-    hold: bool,
+    keep: bool,
 }
 
 impl Paused {
     /// Pauses the machine.
     pub fn pause(machine: &Arc<dyn Machine>) -> Result<Self, MachineError> {
         let ran = machine.pause()?;
-        Ok(Self { machine: Arc::clone(machine), ran, hold: false })
+        Ok(Self { machine: Arc::clone(machine), ran, keep: false })
     }
 
     /// Whether the guest ran before.
@@ -172,36 +172,36 @@ impl Paused {
     /// The guest stands, and the machine's pause goes on.
     pub fn resume(mut self) -> Result<(), MachineError> {
         // What the caller is told stays true: nothing is tried again behind its back.
-        self.hold = true;
+        self.keep = true;
         self.machine.resume(self.ran)
     }
 
     /// Ends the pause. After a failure the token still stands for the pause, and this can be tried again.
     pub(crate) fn end(&mut self) -> Result<(), MachineError> {
         self.machine.resume(self.ran)?;
-        self.hold = true;
+        self.keep = true;
         Ok(())
     }
 
     /// The guest is somebody else's, or nobody's: it never runs here again.
     pub fn commit(mut self) {
-        self.hold = true;
+        self.keep = true;
     }
 
     /// Whether dropping the token leaves the guest standing.
-    pub(crate) fn is_held(&self) -> bool {
-        self.hold
+    pub(crate) fn stays_paused(&self) -> bool {
+        self.keep
     }
 
     /// From here, dropping the token no longer lets the guest run: COMMIT may have been sent.
-    pub(crate) fn hold(&mut self) {
-        self.hold = true;
+    pub(crate) fn keep_paused(&mut self) {
+        self.keep = true;
     }
 }
 
 impl Drop for Paused {
     fn drop(&mut self) {
-        if !self.hold
+        if !self.keep
             && let Err(error) = self.machine.resume(self.ran)
         {
             tracing::error!(%error, "the guest could not be resumed");
@@ -211,6 +211,6 @@ impl Drop for Paused {
 
 impl fmt::Debug for Paused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Paused").field("ran", &self.ran).field("hold", &self.hold).finish_non_exhaustive()
+        f.debug_struct("Paused").field("ran", &self.ran).field("keep", &self.keep).finish_non_exhaustive()
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use vfio_migration_compat::MachineManifest;
+use vfio_migration_compat::{DeviceMap, MachineManifest};
 use vfio_migration_types::{AttemptId, Epoch, VmId};
 
 use crate::machine::Machine;
@@ -42,4 +42,9 @@ impl fmt::Debug for Arrived {
             .field("report", &self.report)
             .finish_non_exhaustive()
     }
+}
+
+/// The names of the map, as OFFER carries them.
+pub(crate) fn names(map: &DeviceMap) -> Vec<(String, String)> {
+    map.0.iter().map(|(from, to)| (from.to_string(), to.to_string())).collect()
 }

@@ -5,17 +5,17 @@ use std::time::Duration;
 
 use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_device::ConfigRules;
-use vfio_migration_types::{Epoch, RamOffset, VmId};
+use vfio_migration_types::{Epoch, VmId};
 
 /// How a source migrates. Begin with `SourceOptions::default()` and change what matters.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SourceOptions {
-    /// Longest time the guest may stand still: a ceiling, not a target. 300 ms.
+    /// Longest time the guest may be paused: a ceiling, not a target. 300 ms.
     pub downtime_limit: Duration,
     /// Of the limit, what is kept back for everything after the decision to commit; `None` lets the library choose.
     pub commit_reserve: Option<Duration>,
-    /// Most bytes per second while the guest runs; `None`: no cap. Once the guest stands there is no cap.
+    /// Most bytes per second while the guest runs; `None`: no cap. Once the guest is paused there is no cap.
     pub bandwidth: Option<u64>,
     /// Give up when the pre-copy has lasted this long; `None`: never.
     pub give_up_after: Option<Duration>,
@@ -32,7 +32,7 @@ pub struct SourceOptions {
     /// Longest silence of the destination; a COMMIT whose answer was lost is asked after for eight times as long. 30 s.
     pub peer_timeout: Duration,
     /// Checksum RAM while the guest runs too, at the price of a copy. Off: the network's own checksums must do until the
-    /// guest stands; from then on everything is checksummed.
+    /// guest is paused; from then on everything is checksummed.
     pub ram_crc: bool,
     /// When the way back could save a device only by a reset (its guest state is gone): hold the guest paused instead of
     /// letting it run. Off.
@@ -47,9 +47,6 @@ pub struct SourceOptions {
     pub policy: Policy,
     /// Devices that have another name at the destination.
     pub device_map: DeviceMap,
-    /// Breaks one thing on purpose, to prove that the checks see it.
-    #[doc(hidden)]
-    pub sabotage: Option<Sabotage>,
     /// The machine goes into a file: what cannot move live may be saved.
     pub(crate) to_file: bool,
 }
@@ -73,7 +70,6 @@ impl Default for SourceOptions {
             epoch: Epoch(0),
             policy: Policy::default(),
             device_map: DeviceMap::default(),
-            sabotage: None,
             to_file: false,
         }
     }
@@ -99,9 +95,6 @@ pub struct DestinationOptions {
     pub lease: Duration,
     /// Bytes of one device's state that may wait in memory to be loaded. 16 MiB.
     pub device_window: u64,
-    /// Breaks one thing on purpose, to prove that the checks see it.
-    #[doc(hidden)]
-    pub sabotage: Option<IncomingSabotage>,
     /// The guest comes from a file.
     pub(crate) from_file: bool,
 }
@@ -117,48 +110,7 @@ impl Default for DestinationOptions {
             policy: Policy::default(),
             lease: Duration::from_secs(60),
             device_window: 16 << 20,
-            sabotage: None,
             from_file: false,
         }
     }
-}
-
-/// A negative control at the source, below the engine's own checks.
-#[doc(hidden)]
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sabotage {
-    /// What is broken.
-    pub kind: SabotageKind,
-    /// Only pages in this stretch of RAM (RAM offsets), so that the victim is data that the guest checks.
-    pub pages: Option<std::ops::Range<RamOffset>>,
-    /// The RAM digests do not look, so that only the guest can notice.
-    pub verify_blind: bool,
-}
-
-/// What [`Sabotage`] breaks.
-#[doc(hidden)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SabotageKind {
-    /// Bits vanish from the dirty reports while the guest still writes, and from the last one.
-    DropDirtyBit,
-    /// The devices' dirty logs are read and thrown away.
-    DropDeviceLog,
-    /// After the final pass, old copies of pages are sent again.
-    StaleAfterLast,
-    /// Devices are stopped and read one after another, without the P2P barrier.
-    P2pOrder,
-    /// A byte of the devices' STOP_COPY data is changed before it is framed and digested.
-    DeviceTail,
-}
-
-/// A negative control at the destination.
-#[doc(hidden)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum IncomingSabotage {
-    /// The first vector of every device stays as if masked: it is not armed. A device without vectors has its pin disabled.
-    SkipFirstVector,
-    /// The last one.
-    SkipLastVector,
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use toy::*;
 use vfio_migration::{
-    DestinationOptions, IncomingError, Machine, MigrateError, Sabotage, SabotageKind, Source, SourceOptions,
+    Destination, DestinationOptions, IncomingError, InjectedFault, Machine, MigrateError, Source,
+    SourceOptions, inject,
 };
 use vfio_migration_compat::Reason;
 use vfio_migration_types::{Epoch, MigrationFlags, PAGE_SIZE, Phase, RamOffset};
@@ -302,31 +303,44 @@ fn the_bandwidth_cap_holds_while_the_guest_runs() {
     assert!(completed.total > Duration::from_millis(450), "{completed:?}");
 }
 
-fn sabotaged(kind: SabotageKind, verify_blind: bool) -> (Both, Arc<Toy>) {
+/// A migration with a fault injected where it belongs.
+fn faulty(fault: impl Fn(std::ops::Range<RamOffset>) -> InjectedFault, verify: bool) -> (Both, Arc<Toy>) {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
+    let machine = Toy::new(&plan);
     let mut options = verified();
-    options.sabotage = Some(Sabotage {
-        kind,
-        // The guest's hot pages, and nothing else.
-        pages: Some(RamOffset(0)..RamOffset(64 * PAGE_SIZE)),
-        verify_blind,
+    options.verify = verify;
+    // The guest's hot pages, and nothing else.
+    let fault = fault(RamOffset(0)..RamOffset(64 * PAGE_SIZE));
+    let (mut here, mut there): (Arc<dyn Machine>, Arc<dyn Machine>) = (source.clone(), machine.clone());
+    match fault {
+        InjectedFault::StalePages(_) => there = inject(there, fault),
+        _ => here = inject(here, fault),
+    }
+    let mut destination =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+    let to = destination.local().clone();
+    let (source_ended, destination_ended) = std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(there)));
+        (Source::new(here, options).migrate_to(&to, |_| {}), arriving.join().unwrap())
     });
-    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default());
-    (both, source)
+    (Both { source: source_ended, destination: destination_ended, machine }, source)
 }
 
 #[test]
 fn the_digests_see_a_lost_page_and_a_stale_one() {
-    for kind in [SabotageKind::DropDirtyBit, SabotageKind::StaleAfterLast] {
-        let (both, source) = sabotaged(kind, false);
-        let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{kind:?}: {:?}", both.source) };
+    type Kind = fn(std::ops::Range<RamOffset>) -> InjectedFault;
+    let kinds: [(&str, Kind); 2] =
+        [("a lost page", InjectedFault::HideDirtyPages), ("a stale page", InjectedFault::StalePages)];
+    for (what, kind) in kinds {
+        let (both, source) = faulty(kind, true);
+        let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{what}: {:?}", both.source) };
         assert!(aborted.cause.text.contains("digest"), "{aborted}");
         source.prove_restored();
         // The same with the digests blind: only what is in RAM can tell.
-        let (both, source) = sabotaged(kind, true);
+        let (both, source) = faulty(kind, false);
         let (.., destination) = both.unwrap();
         let here = source.ram().digest().unwrap();
-        assert_ne!(Some(here), *destination.loaded_digest.lock().unwrap(), "{kind:?} broke nothing");
+        assert_ne!(Some(here), *destination.loaded_digest.lock().unwrap(), "{what} broke nothing");
     }
 }

@@ -3,8 +3,8 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::control::lock;
 use crate::session::interrupt::{Interrupt, Interrupted};
+use crate::session::lock::lock;
 
 /// How often a waiter looks whether it was interrupted.
 const SLICE: Duration = Duration::from_millis(20);

@@ -9,28 +9,32 @@ use vfio_migration_engine::Attempt;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
-use crate::channel::link::{Link, LinkError, Reader};
+use crate::channel::error::ChannelError;
+use crate::channel::link::Link;
+use crate::channel::reader::Reader;
 use crate::session::fail::{self, sentence};
 
 /// Connections that may wait at once. One more, and the oldest is dropped.
 const MOST: usize = 16;
+/// Longest wait for a connection's first message.
+pub(crate) const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
 /// How a connection began.
 pub(crate) enum Greeting {
     /// With HELLO.
-    Session(Box<Greeted>),
+    Session(Box<Accepted>),
     /// With a question.
     Query(Arc<Link>, Attempt),
 }
 
 /// A connection whose HELLO has been read.
-pub(crate) struct Greeted {
+pub(crate) struct Accepted {
     pub(crate) link: Arc<Link>,
     pub(crate) reader: Reader,
     pub(crate) hello: Message,
 }
 
-impl Greeted {
+impl Accepted {
     /// Says that no migration is taken in now.
     pub(crate) fn turn_away(self) {
         let why = "no migration is taken in here now";
@@ -41,19 +45,19 @@ impl Greeted {
 
 /// The connections that have not said anything yet.
 #[derive(Debug, Default)]
-pub(crate) struct Doorstep {
-    waiting: Vec<Stranger>,
+pub(crate) struct PendingConnections {
+    waiting: Vec<PendingConnection>,
 }
 
 #[derive(Debug)]
-struct Stranger {
+struct PendingConnection {
     link: Arc<Link>,
     reader: Reader,
     patience: Duration,
     until: Instant,
 }
 
-impl Doorstep {
+impl PendingConnections {
     /// Takes in a connection, which has `patience` to say its first message whole.
     pub(crate) fn add(&mut self, socket: OwnedFd, patience: Duration) {
         if self.waiting.len() >= MOST {
@@ -61,8 +65,8 @@ impl Doorstep {
             self.waiting.remove(0).link.shutdown();
         }
         let link = Link::accepted(socket);
-        let reader = link.reader();
-        self.waiting.push(Stranger { link, reader, patience, until: Instant::now() + patience });
+        let reader = Reader::new(&link);
+        self.waiting.push(PendingConnection { link, reader, patience, until: Instant::now() + patience });
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -71,40 +75,41 @@ impl Doorstep {
 
     /// The sockets, to be waited for.
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.waiting.iter().map(|stranger| stranger.reader.fd())
+        self.waiting.iter().map(|pending| pending.reader.fd())
     }
 
     /// The next that has said what it wants, or why one was dropped. Never waits.
-    pub(crate) fn look(&mut self) -> Option<Result<Greeting, String>> {
+    pub(crate) fn poll(&mut self) -> Option<Result<Greeting, String>> {
         for at in 0..self.waiting.len() {
-            let stranger = self.waiting.get_mut(at)?;
-            let first = match stranger.reader.first() {
+            let pending = self.waiting.get_mut(at)?;
+            let first = match pending.reader.first() {
                 Ok(Some(message)) => Ok(message),
-                Ok(None) if Instant::now() < stranger.until => continue,
-                Ok(None) => Err(format!("it said nothing within {:?}", stranger.patience)),
+                Ok(None) if Instant::now() < pending.until => continue,
+                Ok(None) => Err(format!("it said nothing within {:?}", pending.patience)),
                 Err(error) => Err(sentence(&error)),
             };
-            return Some(self.waiting.remove(at).greeted(first));
+            return Some(self.waiting.remove(at).accepted(first));
         }
         None
     }
 }
 
-impl Stranger {
-    fn greeted(self, first: Result<Message, String>) -> Result<Greeting, String> {
+impl PendingConnection {
+    fn accepted(self, first: Result<Message, String>) -> Result<Greeting, String> {
         let Self { link, reader, .. } = self;
         let why = match first {
             Ok(Message::Query { vm, attempt, epoch }) => {
                 return Ok(Greeting::Query(link, Attempt { vm, attempt, epoch }));
             }
             Ok(hello @ Message::Hello(_)) => {
-                return Ok(Greeting::Session(Box::new(Greeted { link, reader, hello })));
+                return Ok(Greeting::Session(Box::new(Accepted { link, reader, hello })));
             }
             Ok(_) => "it began with neither HELLO nor QUERY".to_owned(),
             Err(why) => why,
         };
         // Somebody who speaks a little of our language is told why not; to anybody else the link sends nothing.
-        let told: Result<(), LinkError> = link.send(&Message::Abort(fail::plain(Phase::Hello, why.clone())));
+        let told: Result<(), ChannelError> =
+            link.send(&Message::Abort(fail::plain(Phase::Hello, why.clone())));
         tracing::debug!(told = told.is_ok(), "a connection is dropped");
         link.shutdown();
         Err(why)

@@ -1,17 +1,28 @@
-//! The bandwidth cap: a token bucket that all writers of a session share.
+//! The bandwidth cap, a token bucket that all senders of a session share, and what else each of them needs.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::control::lock;
+use crate::channel::link::Link;
 use crate::session::interrupt::{Interrupt, Interrupted};
+use crate::session::lock::lock;
 
 /// Longest stretch for which unused bandwidth is saved up, and so the length of a burst.
 const BURST: Duration = Duration::from_millis(50);
 /// Longest sleep in one piece, so that an interrupt and a changed rate are noticed.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// Hands out leave to send. Off while the guest stands.
+/// What whoever sends needs of its session.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SendContext<'a> {
+    pub(crate) link: &'a Link,
+    pub(crate) limiter: &'a Limiter,
+    pub(crate) interrupt: &'a Interrupt,
+    /// How long the destination may grant a device nothing.
+    pub(crate) patience: Duration,
+}
+
+/// Hands out leave to send. Off while the guest is paused.
 #[derive(Debug)]
 pub(crate) struct Limiter {
     bucket: Mutex<Bucket>,

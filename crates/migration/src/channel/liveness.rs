@@ -14,11 +14,11 @@ const KEEP_ALIVE: Duration = Duration::from_millis(250);
 /// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 /// How long a last word may take to reach the peer.
-const FAREWELL: Duration = Duration::from_millis(500);
+const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
 /// Tells `peer` ("the source", "the destination") that we live, and gives the link up if it has said nothing for
 /// `peer_timeout`.
-pub(crate) fn keep(link: &Link, peer: &str, peer_timeout: Duration) {
+pub(crate) fn keep_alive(link: &Link, peer: &str, peer_timeout: Duration) {
     link.keep_alive(KEEP_ALIVE);
     let limit = peer_timeout.max(SHORTEST_SILENCE);
     if link.silence() > limit {
@@ -27,17 +27,21 @@ pub(crate) fn keep(link: &Link, peer: &str, peer_timeout: Duration) {
 }
 
 /// Ends the connection when the last word has been said and heard, or after a while without that. `working` says it,
-/// and ends with its job queue, which the caller has closed; `hearing` ends when the peer closes, which it does when
+/// and ends with its job queue, which the caller has closed; `reading` ends when the peer closes, which it does when
 /// it has read the last word. A peer that does not is not waited for.
-pub(crate) fn farewell(link: &Link, working: &ScopedJoinHandle<'_, ()>, hearing: &ScopedJoinHandle<'_, ()>) {
+pub(crate) fn close_gracefully(
+    link: &Link,
+    working: &ScopedJoinHandle<'_, ()>,
+    reading: &ScopedJoinHandle<'_, ()>,
+) {
     let begun = Instant::now();
     let ends = |thread: &ScopedJoinHandle<'_, ()>| {
-        while !thread.is_finished() && begun.elapsed() < FAREWELL {
+        while !thread.is_finished() && begun.elapsed() < CLOSE_LIMIT {
             std::thread::sleep(Duration::from_millis(1));
         }
     };
     ends(working);
     link.shutdown_write();
-    ends(hearing);
+    ends(reading);
     link.shutdown();
 }

@@ -2,7 +2,10 @@
 
 pub(crate) mod connect;
 pub(crate) mod credit;
+pub(crate) mod error;
 pub(crate) mod greeting;
 pub(crate) mod limiter;
 pub(crate) mod link;
 pub(crate) mod liveness;
+pub(crate) mod reader;
+pub(crate) mod transport;

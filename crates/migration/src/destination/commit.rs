@@ -1,4 +1,6 @@
-//! Answering a source that lost the answer to its COMMIT, from what the journal says.
+//! P7: what the journal says, and from it the answer to a source that lost the answer to its COMMIT.
+
+use std::path::Path;
 
 use vfio_migration_engine::Attempt;
 use vfio_migration_engine::ownership::{Answer, DestinationRecord, DestinationState, answer_query};
@@ -6,71 +8,93 @@ use vfio_migration_types::{Epoch, Phase};
 use vfio_migration_wire::{Message, PeerError, Running};
 
 use crate::channel::link::Link;
-use crate::ownership::journal::{Journal, Side, read_journal};
+use crate::destination::worker::Worker;
+use crate::ownership::journal::{Journal, JournalSide, read_journal};
 use crate::session::fail::{self, InPhase, sentence};
-
-use super::Destination;
+use crate::session::lock::lock;
+use crate::session::work_error::WorkError;
 
 /// What became of the latest attempt.
 #[derive(Clone, Debug)]
-pub(super) struct Known {
+pub(super) struct KnownOutcome {
     pub(super) record: DestinationRecord,
     pub(super) running: Option<Running>,
 }
 
-impl Destination {
-    /// Answers one question. What cannot be told is said to be unknown, which decides nothing.
-    pub(super) fn answer(&self, link: &Link, query: Attempt) {
-        let message = self.answer_to(query);
-        tracing::info!(vm = %query.vm, attempt = %query.attempt, ?message, "a source asked what became of its COMMIT");
-        if let Err(error) = link.send(&message) {
-            tracing::warn!(error = %sentence(&error), "the answer could not be sent");
-        }
-        link.shutdown_write();
-    }
-
-    fn answer_to(&self, query: Attempt) -> Message {
-        let unknown = |text: String| Message::Abort(fail::plain(Phase::Commit, text));
-        let own = self.known.as_ref().filter(|known| known.record.attempt == query.attempt);
-        let record = match (own, &self.options.state_dir) {
-            (Some(known), _) => Some(known.record.clone()),
-            (None, Some(dir)) => match read_journal(dir, query.vm) {
-                Ok(file) => file.and_then(|file| file.destination),
-                Err(error) => return unknown(sentence(&error)),
-            },
-            (None, None) => None,
+impl Worker<'_, '_, '_> {
+    pub(super) fn write_journal(
+        &self,
+        state: DestinationState,
+        attempt: Option<Attempt>,
+    ) -> Result<(), WorkError> {
+        let phase = Phase::Commit;
+        let (Some(journal), Some(attempt)) = (&self.journal, attempt) else {
+            return Err(fail::plain(phase, "there is no journal yet: a defect of this program").into());
         };
-        match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
-            Answer::Running { epoch } => {
-                Message::Running(own.and_then(|known| known.running).unwrap_or_else(|| untold(epoch)))
-            }
-            Answer::Decline(cause) => Message::Declined(cause),
-            Answer::AbortThenDecline(cause) => self.give_up(query, cause).unwrap_or_else(unknown),
-            Answer::Unknown(cause) => Message::Abort(cause),
-            _ => unknown("the journal says something that this version does not know".into()),
-        }
+        let record = DestinationRecord {
+            vm: attempt.vm,
+            attempt: attempt.attempt,
+            epoch: attempt.epoch,
+            state,
+            peer: self.local.clone(),
+        };
+        journal.write_destination(record.clone()).map_err(|error| error.in_phase(phase))?;
+        *lock(&self.shared.record) = Some(record);
+        Ok(())
     }
+}
 
-    /// ABORTED goes to the disk before the answer. Not while another session holds the VM's journal: it may be about to
-    /// own the VM; and not before the record has been read again with the journal held, for one may have ended since.
-    fn give_up(&self, query: Attempt, cause: PeerError) -> Result<Message, String> {
-        // Without a directory the one record is this process's own, whose session has ended.
-        let Some(dir) = &self.options.state_dir else { return Ok(Message::Declined(cause)) };
-        let journal = Journal::open(Some(dir), query.vm, Side::Destination)
-            .map_err(|error| error.in_phase(Phase::Commit).text)?;
-        let record = journal.read().map_err(|error| sentence(&error))?.destination;
-        match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
-            Answer::Running { epoch } => Ok(Message::Running(untold(epoch))),
-            Answer::Decline(cause) => Ok(Message::Declined(cause)),
-            Answer::AbortThenDecline(cause) => {
-                let Some(record) = record else { return Err("there is no record".into()) };
-                let record = DestinationRecord { state: DestinationState::Aborted, ..record };
-                journal.write_destination(record).map_err(|error| sentence(&error))?;
-                Ok(Message::Declined(cause))
-            }
-            Answer::Unknown(cause) => Ok(Message::Abort(cause)),
-            _ => Err("the journal says something that this version does not know".into()),
+/// Answers one question. What cannot be told is said to be unknown, which decides nothing.
+pub(super) fn answer(known: Option<&KnownOutcome>, state_dir: Option<&Path>, link: &Link, query: Attempt) {
+    let message = answer_to(known, state_dir, query);
+    tracing::info!(vm = %query.vm, attempt = %query.attempt, ?message, "a source asked what became of its COMMIT");
+    if let Err(error) = link.send(&message) {
+        tracing::warn!(error = %sentence(&error), "the answer could not be sent");
+    }
+    link.shutdown_write();
+}
+
+fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, query: Attempt) -> Message {
+    let unknown = |text: String| Message::Abort(fail::plain(Phase::Commit, text));
+    let own = known.filter(|known| known.record.attempt == query.attempt);
+    let record = match (own, state_dir) {
+        (Some(known), _) => Some(known.record.clone()),
+        (None, Some(dir)) => match read_journal(dir, query.vm) {
+            Ok(file) => file.and_then(|file| file.destination),
+            Err(error) => return unknown(sentence(&error)),
+        },
+        (None, None) => None,
+    };
+    match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
+        Answer::Running { epoch } => {
+            Message::Running(own.and_then(|known| known.running).unwrap_or_else(|| untold(epoch)))
         }
+        Answer::Decline(cause) => Message::Declined(cause),
+        Answer::AbortThenDecline(cause) => abort(state_dir, query, cause).unwrap_or_else(unknown),
+        Answer::Unknown(cause) => Message::Abort(cause),
+        _ => unknown("the journal says something that this version does not know".into()),
+    }
+}
+
+/// ABORTED goes to the disk before the answer. Not while another session holds the VM's journal: it may be about to
+/// own the VM; and not before the record has been read again with the journal held, for one may have ended since.
+fn abort(state_dir: Option<&Path>, query: Attempt, cause: PeerError) -> Result<Message, String> {
+    // Without a directory the one record is this process's own, whose session has ended.
+    let Some(dir) = state_dir else { return Ok(Message::Declined(cause)) };
+    let journal = Journal::open(Some(dir), query.vm, JournalSide::Destination)
+        .map_err(|error| error.in_phase(Phase::Commit).text)?;
+    let record = journal.read().map_err(|error| sentence(&error))?.destination;
+    match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
+        Answer::Running { epoch } => Ok(Message::Running(untold(epoch))),
+        Answer::Decline(cause) => Ok(Message::Declined(cause)),
+        Answer::AbortThenDecline(cause) => {
+            let Some(record) = record else { return Err("there is no record".into()) };
+            let record = DestinationRecord { state: DestinationState::Aborted, ..record };
+            journal.write_destination(record).map_err(|error| sentence(&error))?;
+            Ok(Message::Declined(cause))
+        }
+        Answer::Unknown(cause) => Ok(Message::Abort(cause)),
+        _ => Err("the journal says something that this version does not know".into()),
     }
 }
 

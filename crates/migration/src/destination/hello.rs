@@ -1,6 +1,5 @@
-//! P1 and P2: everything that can fail for lack of something fails here, with the guest still running at the source.
+//! P1: everything that can fail for lack of something fails here, with the guest still running at the source.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use vfio_migration_compat::{DeviceManifest, DeviceMap, MachineManifest, Policy, Reason, check_machines};
@@ -11,15 +10,13 @@ use vfio_migration_wire as wire;
 
 use crate::machine::Machine;
 use crate::offer::Offer;
-use crate::ownership::journal::{Journal, JournalError, Side, read_journal};
+use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
 use crate::reasons;
 use crate::session::fail::{self, InPhase, sentence};
-use crate::session::parallel::for_each_device_parallel;
-use crate::session::work_error::{self, WorkError};
+use crate::session::work_error::WorkError;
 
-use crate::destination::reader::Sink;
-use crate::destination::worker::{Incoming, Worker};
-use crate::device::receive::DeviceQueue;
+use crate::destination::attempt::ArrivingDevice;
+use crate::destination::worker::Worker;
 
 impl Worker<'_, '_, '_> {
     /// Has the machine built, and judges what is offered by this side's rules.
@@ -90,7 +87,7 @@ impl Worker<'_, '_, '_> {
             }
             let name = device.id.clone();
             let rules = self.config_rules(own.devices.iter().find(|own| own.id == *moved.device.id()));
-            self.devices.push(Incoming {
+            self.devices.push(ArrivingDevice {
                 name,
                 moved,
                 rules,
@@ -105,7 +102,7 @@ impl Worker<'_, '_, '_> {
         let manifest = own.to_json().map_err(|error| fail::plain(phase, sentence(&error)))?;
         clear(machine.as_ref()).map_err(|error| error.in_phase(phase))?;
         let total = machine.ram().size();
-        self.wires.ram_total.store(total, Ordering::Relaxed);
+        self.shared.ram_total.store(total, Ordering::Relaxed);
         self.machine = Some(machine);
         let (reasons, identity) = (reasons::to_wire(&report.reasons), offered.identity_digest());
         Ok(DestinationEvent::Reserved { manifest, reasons, identity })
@@ -133,10 +130,10 @@ impl Worker<'_, '_, '_> {
     fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, WorkError> {
         let failed = |error: JournalError| error.in_phase(Phase::Hello);
         let dir = self.options.state_dir.as_deref();
-        let known = if self.wires.rehearsal.load(Ordering::Acquire) {
+        let known = if self.shared.rehearsal.load(Ordering::Acquire) {
             dir.map_or(Ok(None), |dir| read_journal(dir, attempt.vm)).map_err(failed)?
         } else {
-            let journal = Journal::open(dir, attempt.vm, Side::Destination).map_err(failed)?;
+            let journal = Journal::open(dir, attempt.vm, JournalSide::Destination).map_err(failed)?;
             let known = journal.read().map_err(failed)?;
             self.journal = Some(journal);
             Some(known)
@@ -149,47 +146,6 @@ impl Worker<'_, '_, '_> {
             );
             Reason::new("ownership", text)
         }))
-    }
-
-    /// Opens a resuming session on every device, all at once, and a queue before each.
-    pub(super) fn begin_resuming(&mut self) -> Result<(), WorkError> {
-        let phase = Phase::Setup;
-        let machine = self.machine(phase)?;
-        let begun = for_each_device_parallel(self.devices.iter_mut(), |incoming| {
-            incoming.touched = true;
-            incoming.session =
-                Some(incoming.moved.device.begin_resuming().map_err(|error| error.in_phase(phase))?);
-            Ok(())
-        });
-        work_error::worst_of(begun)?;
-        let queues: Vec<Arc<DeviceQueue>> = (0..)
-            .zip(&self.devices)
-            .map(|(index, incoming)| {
-                Arc::new(DeviceQueue::new(
-                    index,
-                    incoming.moved.device.id().clone(),
-                    self.options.device_window,
-                ))
-            })
-            .collect();
-        let sink = Sink {
-            ram: machine.ram(),
-            pinned: self.pinned,
-            queues: queues.clone(),
-            sections: Default::default(),
-            written: Arc::default(),
-        };
-        let written = Arc::clone(&sink.written);
-        for (incoming, queue) in self.devices.iter_mut().zip(&queues) {
-            let Some(session) = incoming.session.take() else { continue };
-            let (queue, link, events) = (Arc::clone(queue), Arc::clone(&self.link), self.events.clone());
-            let written = Arc::clone(&written);
-            self.scope.spawn(move || queue.write_to(session, &link, &events, &written));
-        }
-        if self.wires.sink.set(sink).is_err() {
-            return Err(fail::plain(phase, "the sessions were opened twice: a defect of this program").into());
-        }
-        queues.iter().try_for_each(|queue| queue.open(&self.link))
     }
 }
 

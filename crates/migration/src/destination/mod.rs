@@ -4,17 +4,20 @@
 //! engine's actions into jobs; a worker does the jobs; a reader hears the source and puts pages where they belong; one
 //! thread per device writes its state into it. All of them end before `accept` returns.
 //!
-//! The code of a phase is in the file of its name: [`hello`] (P1, P2), [`reader`] (P3 to P5), [`ready`] (P6), [`commit`] (P7)
-//! [`run`] (P8), [`rollback`] (the way out).
+//! The code of a phase is in the file of its name, from [`hello`] (P1) to [`run`] (P8), and the way back in [`rollback`];
+//! P3 to P5 are heard by the [`reader`].
 
+mod attempt;
 mod commit;
 mod hello;
+mod progress;
 mod reader;
 mod ready;
 mod rollback;
 mod run;
-pub(crate) mod session;
-pub(crate) mod worker;
+mod session;
+mod setup;
+mod worker;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -22,22 +25,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_migration_compat::Reason;
+use vfio_migration_engine::Attempt;
 use vfio_migration_types::Phase;
 
 use crate::channel::connect::{self, ConnectError, Listener};
+use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections};
+use crate::channel::link::Link;
 use crate::control::IncomingControl;
+use crate::destination::commit::KnownOutcome;
+use crate::destination::session::Place;
 use crate::error::IncomingError;
 use crate::machine::Machine;
 use crate::offer::{Arrived, Offer};
 use crate::options::DestinationOptions;
 use crate::session::fail;
 use crate::uri::Uri;
-
-use crate::channel::greeting::{Doorstep, Greeting};
-use commit::Known;
-
-/// Longest wait for a connection's first message.
-const FIRST_WORD: Duration = Duration::from_secs(5);
 
 /// A place where a guest may arrive.
 pub struct Destination {
@@ -46,9 +48,9 @@ pub struct Destination {
     options: DestinationOptions,
     control: IncomingControl,
     /// What became of the latest attempt, for a source that asks.
-    known: Option<Known>,
+    known: Option<KnownOutcome>,
     /// Who connected and has said nothing yet.
-    doorstep: Doorstep,
+    pending: PendingConnections,
 }
 
 impl Destination {
@@ -74,8 +76,14 @@ impl Destination {
     }
 
     fn new(listener: Listener, local: Uri, options: DestinationOptions) -> Self {
-        let (control, doorstep) = (IncomingControl::new(), Doorstep::default());
-        Self { listener, local, options, control, known: None, doorstep }
+        Self {
+            listener,
+            local,
+            options,
+            control: IncomingControl::new(),
+            known: None,
+            pending: PendingConnections::default(),
+        }
     }
 
     /// Where it listens: with the port that was given for port 0.
@@ -142,6 +150,27 @@ impl Destination {
         }
     }
 
+    fn session(
+        &mut self,
+        accepted: Accepted,
+        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+    ) -> Result<Arrived, IncomingError> {
+        let place = Place {
+            listener: &mut self.listener,
+            pending: &mut self.pending,
+            options: &self.options,
+            control: &self.control,
+            local: self.local.to_string(),
+        };
+        let (arrived, known) = session::run(place, accepted, build);
+        self.known = known;
+        arrived
+    }
+
+    fn answer(&self, link: &Link, query: Attempt) {
+        commit::answer(self.known.as_ref(), self.options.state_dir.as_deref(), link, query);
+    }
+
     /// The next connection that says what it wants, or why one was dropped; waits for `limit` (`None`: without end), or
     /// until cancelled.
     fn greet(&mut self, limit: Option<Duration>) -> Result<Result<Greeting, String>, ConnectError> {
@@ -151,18 +180,18 @@ impl Destination {
                 return Err(ConnectError::Cancelled);
             }
             while let Some(socket) = self.listener.try_accept()? {
-                self.doorstep.add(socket, self.options.peer_timeout.min(FIRST_WORD));
+                self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE));
             }
-            if let Some(greeting) = self.doorstep.look() {
+            if let Some(greeting) = self.pending.poll() {
                 return Ok(greeting);
             }
-            if self.doorstep.is_empty() {
+            if self.pending.is_empty() {
                 self.listener.check()?;
             }
             if let Some(limit) = limit.filter(|limit| begun.elapsed() >= *limit) {
                 return Err(ConnectError::NobodyCame(limit));
             }
-            self.listener.wait(self.doorstep.fds());
+            self.listener.wait(self.pending.fds());
         }
     }
 }

@@ -11,15 +11,14 @@ use vfio_migration_device::PciState;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{DeviceTotal, FinalEnd, PeerError, Ready};
 
-use crate::control::lock;
 use crate::machine::{Machine, Section};
-use crate::options::IncomingSabotage;
 use crate::session::fail::{self, InPhase, sentence};
+use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::{self, WorkError};
 
 use crate::destination::worker::Worker;
-use crate::device::receive::DeviceQueue;
+use crate::device::receive::DeviceReceiver;
 
 const PHASE: Phase = Phase::Ready;
 
@@ -27,11 +26,11 @@ impl Worker<'_, '_, '_> {
     /// Loads and verifies. On success nothing but COMMIT is missing.
     pub(super) fn load(&mut self, totals: &FinalEnd) -> Result<Ready, WorkError> {
         let machine = self.machine(PHASE)?;
-        let Some(sink) = self.wires.sink.get() else {
+        let Some(sink) = self.shared.sink.get() else {
             return Err(fail::plain(PHASE, "nothing was received: a defect of this program").into());
         };
         let begun = Instant::now();
-        let devices = self.devices_loaded(&sink.queues, totals)?;
+        let devices = self.devices_loaded(&sink.devices, totals)?;
         self.step("device state", begun.elapsed());
 
         let begun = Instant::now();
@@ -41,7 +40,7 @@ impl Worker<'_, '_, '_> {
             None => None,
         };
         let verify = begun.elapsed();
-        self.wires.interrupt.check()?;
+        self.shared.interrupt.check()?;
 
         let begun = Instant::now();
         let sections = std::mem::take(&mut *lock(&sink.sections));
@@ -67,7 +66,7 @@ impl Worker<'_, '_, '_> {
         self.step("devices RESUMING to STOP", begun.elapsed());
 
         Ok(Ready {
-            ram_pages: self.wires.received.ram_pages.load(std::sync::atomic::Ordering::Relaxed),
+            ram_pages: sink.ram.pages(),
             ram_digest,
             verify_ns: if ram_digest.is_some() {
                 u64::try_from(verify.as_nanos()).unwrap_or(u64::MAX)
@@ -83,7 +82,7 @@ impl Worker<'_, '_, '_> {
     /// Waits for the devices' threads, and takes their sessions back.
     fn devices_loaded(
         &mut self,
-        queues: &[Arc<DeviceQueue>],
+        queues: &[Arc<DeviceReceiver>],
         totals: &FinalEnd,
     ) -> Result<Vec<DeviceTotal>, WorkError> {
         if totals.devices.len() != queues.len() {
@@ -92,7 +91,7 @@ impl Worker<'_, '_, '_> {
         }
         let mut loaded = Vec::with_capacity(queues.len());
         for ((incoming, queue), sent) in self.devices.iter_mut().zip(queues).zip(&totals.devices) {
-            let (session, total) = queue.complete(&self.wires.interrupt)?;
+            let (session, total) = queue.complete(&self.shared.interrupt)?;
             incoming.session = Some(session);
             if total != *sent {
                 let text =
@@ -136,7 +135,7 @@ impl Worker<'_, '_, '_> {
             .iter()
             .filter_map(|incoming| {
                 let state = incoming.pci_state.as_ref()?;
-                Some((incoming.moved.pci.as_ref()?, self.armed(state), &incoming.rules))
+                Some((incoming.moved.pci.as_ref()?, state, &incoming.rules))
             })
             .collect();
         for (pci, state, rules) in &functions {
@@ -164,23 +163,5 @@ impl Worker<'_, '_, '_> {
         }
         self.step("interrupts connected", begun.elapsed());
         Ok(vectors)
-    }
-
-    /// The state by which interrupts are put back: the source's own, but for a negative control.
-    fn armed(&self, state: &PciState) -> PciState {
-        // The high byte of PCI_COMMAND, and in it the bit that disables the pin.
-        const COMMAND_HIGH: usize = 5;
-        const PIN_DISABLED: u8 = 0x4;
-        let mut state = state.clone();
-        let victim = match self.options.sabotage {
-            Some(IncomingSabotage::SkipFirstVector) => state.vectors.first_mut(),
-            Some(IncomingSabotage::SkipLastVector) => state.vectors.last_mut(),
-            None => return state,
-        };
-        match victim {
-            Some(victim) => victim.masked = true,
-            None => state.config.iter_mut().skip(COMMAND_HIGH).take(1).for_each(|byte| *byte |= PIN_DISABLED),
-        }
-        state
     }
 }

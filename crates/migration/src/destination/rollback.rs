@@ -7,21 +7,22 @@ use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::WorkError;
 
-use crate::destination::worker::{Incoming, Worker};
+use crate::destination::attempt::ArrivingDevice;
+use crate::destination::worker::Worker;
 
 impl Worker<'_, '_, '_> {
     /// Undoes what was done, all of it, whatever fails on the way; the first failure is the answer.
     pub(super) fn release(&mut self) -> Result<(), WorkError> {
         // The action under way has ended: this one is not to be interrupted.
-        self.wires.interrupt.clear();
+        self.shared.interrupt.clear();
         // First: a reset takes time, and the source may be waiting for its locks. Nothing here writes any storage.
         let unlocked = match self.machine.as_ref().filter(|_| self.locked) {
             Some(machine) => machine.release_locks().map_err(|error| error.in_phase(Phase::Clean)),
             None => Ok(()),
         };
         self.locked = false;
-        if let Some(sink) = self.wires.sink.get() {
-            for (incoming, queue) in self.devices.iter_mut().zip(&sink.queues) {
+        if let Some(sink) = self.shared.sink.get() {
+            for (incoming, queue) in self.devices.iter_mut().zip(&sink.devices) {
                 // A session that was taken back from its thread is in its place already.
                 if incoming.touched && incoming.session.is_none() {
                     incoming.session = queue.take_session();
@@ -38,7 +39,7 @@ impl Worker<'_, '_, '_> {
 }
 
 /// The VMM's side first, so that nothing of the VMM reaches for a device that is being reset.
-fn reset(incoming: &mut Incoming) -> Result<(), PeerError> {
+fn reset(incoming: &mut ArrivingDevice) -> Result<(), PeerError> {
     incoming.touched = false;
     let undone = match &incoming.moved.pci {
         Some(pci) => pci.undo().map_err(|error| error.in_phase(Phase::Clean)),

@@ -1,6 +1,5 @@
 //! The worker: does one job after another, and answers each by the event that the engine's contract names.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,64 +7,73 @@ use std::sync::mpsc::Receiver;
 use std::thread::Scope;
 
 use vfio_migration_compat::Reason;
-use vfio_migration_device::{ConfigRules, PciState, ResumingSession};
-use vfio_migration_engine::ownership::{DestinationRecord, DestinationState};
 use vfio_migration_engine::{Attempt, DestinationAction, DestinationEvent};
-use vfio_migration_types::{DeviceId, Phase};
+use vfio_migration_types::Phase;
 use vfio_migration_wire::{Message, PeerError};
 
 use crate::channel::link::Link;
-use crate::control::lock;
-use crate::machine::{Machine, MigratableDevice};
+use crate::destination::attempt::{ArrivingDevice, DestinationShared};
+use crate::machine::Machine;
 use crate::offer::Offer;
 use crate::options::DestinationOptions;
 use crate::ownership::journal::Journal;
 use crate::report::StepTime;
-use crate::session::fail::{self, InPhase, sentence};
+use crate::session::events::Events;
+use crate::session::fail::{self, InPhase, panicked, sentence};
+use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
-use crate::destination::session::{Events, Wires};
-
 /// Builds the machine for an offer.
-pub(crate) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
-
-/// One device at the destination, in the source's order.
-pub(crate) struct Incoming {
-    /// Its name at the source, by which the stream knows it.
-    pub(crate) name: DeviceId,
-    pub(crate) moved: MigratableDevice,
-    /// Which bytes of its config space are compared.
-    pub(crate) rules: ConfigRules,
-    /// Loaded to its end and not yet finished (RESUMING → STOP).
-    pub(crate) session: Option<Box<dyn ResumingSession>>,
-    pub(crate) pci_state: Option<PciState>,
-    /// Its resuming session was begun: a release has something to undo.
-    pub(crate) touched: bool,
-}
+pub(super) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
 
 /// Everything the worker holds while the attempt lasts. What a release undoes is in its fields.
-pub(crate) struct Worker<'scope, 'env, 'a> {
-    pub(crate) scope: &'scope Scope<'scope, 'env>,
-    pub(crate) options: &'a DestinationOptions,
-    pub(crate) build: Option<Build<'a>>,
-    pub(crate) link: Arc<Link>,
-    pub(crate) wires: &'env Wires,
-    pub(crate) events: Events,
-    pub(crate) local: String,
-    pub(crate) journal: Option<Journal>,
-    pub(crate) machine: Option<Arc<dyn Machine>>,
+pub(super) struct Worker<'scope, 'env, 'a> {
+    pub(super) scope: &'scope Scope<'scope, 'env>,
+    pub(super) options: &'a DestinationOptions,
+    pub(super) build: Option<Build<'a>>,
+    pub(super) link: Arc<Link>,
+    pub(super) shared: &'env DestinationShared,
+    pub(super) events: Events<DestinationEvent>,
+    pub(super) local: String,
+    pub(super) journal: Option<Journal>,
+    pub(super) machine: Option<Arc<dyn Machine>>,
     /// A kernel device of this machine pins RAM.
-    pub(crate) pinned: bool,
-    pub(crate) devices: Vec<Incoming>,
-    pub(crate) locked: bool,
+    pub(super) pinned: bool,
+    pub(super) devices: Vec<ArrivingDevice>,
+    pub(super) locked: bool,
 }
 
 /// A job: the engine's action, and the attempt it is about, once that is known.
-pub(crate) type Job = (DestinationAction, Option<Attempt>);
+pub(super) type Job = (DestinationAction, Option<Attempt>);
 
-impl Worker<'_, '_, '_> {
+impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
+    pub(super) fn new(
+        scope: &'scope Scope<'scope, 'env>,
+        options: &'a DestinationOptions,
+        build: Build<'a>,
+        link: Arc<Link>,
+        shared: &'env DestinationShared,
+        events: Events<DestinationEvent>,
+        local: String,
+    ) -> Self {
+        Self {
+            scope,
+            options,
+            build: Some(build),
+            link,
+            shared,
+            events,
+            local,
+            journal: None,
+            machine: None,
+            pinned: false,
+            devices: Vec::new(),
+            locked: false,
+        }
+    }
+
     /// Works until the job queue is closed.
-    pub(crate) fn run(mut self, jobs: &Receiver<Job>) {
+    pub(super) fn run(mut self, jobs: &Receiver<Job>) {
         for (action, attempt) in jobs {
             let phase = phase_of(&action);
             // The VMM's code and the devices' is called here: a panic of theirs must not leave a session without an end.
@@ -79,9 +87,9 @@ impl Worker<'_, '_, '_> {
                 }
                 Err(WorkError::Interrupted | WorkError::Link) => None,
             };
-            self.wires.jobs_done.fetch_add(1, Ordering::Release);
+            self.shared.jobs_done.fetch_add(1, Ordering::Release);
             if let Some(event) = answer {
-                self.events.tell(event);
+                self.events.send(event);
             }
         }
     }
@@ -141,32 +149,15 @@ impl Worker<'_, '_, '_> {
         }
     }
 
-    pub(crate) fn machine(&self, phase: Phase) -> Result<Arc<dyn Machine>, PeerError> {
+    pub(super) fn machine(&self, phase: Phase) -> Result<Arc<dyn Machine>, PeerError> {
         self.machine
             .clone()
             .ok_or_else(|| fail::plain(phase, "there is no machine yet: a defect of this program"))
     }
 
     /// Notes how long a step took, for the report.
-    pub(crate) fn step(&self, step: &str, took: std::time::Duration) {
-        lock(&self.wires.steps).push(StepTime { step: step.to_owned(), took });
-    }
-
-    fn write_journal(&self, state: DestinationState, attempt: Option<Attempt>) -> Result<(), WorkError> {
-        let phase = Phase::Commit;
-        let (Some(journal), Some(attempt)) = (&self.journal, attempt) else {
-            return Err(fail::plain(phase, "there is no journal yet: a defect of this program").into());
-        };
-        let record = DestinationRecord {
-            vm: attempt.vm,
-            attempt: attempt.attempt,
-            epoch: attempt.epoch,
-            state,
-            peer: self.local.clone(),
-        };
-        journal.write_destination(record.clone()).map_err(|error| error.in_phase(phase))?;
-        *lock(&self.wires.record) = Some(record);
-        Ok(())
+    pub(super) fn step(&self, step: &str, took: std::time::Duration) {
+        lock(&self.shared.steps).push(StepTime { step: step.to_owned(), took });
     }
 }
 
@@ -181,12 +172,4 @@ fn phase_of(action: &DestinationAction) -> Phase {
         DestinationAction::Release => Phase::Clean,
         _ => Phase::Hello,
     }
-}
-
-/// What a panic of the embedder's code is told as.
-pub(crate) fn panicked(phase: Phase, panic: &(dyn Any + Send)) -> PeerError {
-    let text = panic.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text");
-    let remedy = "report it to whoever maintains the VMM or the device";
-    fail::with_remedy(phase, format!("a panic in the VMM or a device: {text}"), remedy)
 }

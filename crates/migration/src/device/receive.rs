@@ -1,4 +1,4 @@
-//! The way of one device's state from the stream into the device: a bounded queue and a thread that empties it.
+//! The way of one device's state out of the stream: a bounded queue, and a thread that writes from it into the device.
 //!
 //! The queue is bounded by credit: the source may send what was granted, and no more. So the reader never waits for a
 //! device, and memory never grows beyond the window.
@@ -15,13 +15,12 @@ use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Applied, DeviceTotal, Message, PeerError};
 
 use crate::channel::link::Link;
-use crate::control::lock;
-use crate::session::fail::{self, InPhase};
+use crate::session::fail::{self, InPhase, panicked};
 use crate::session::interrupt::Interrupt;
+use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
-use crate::destination::session::Events;
-use crate::destination::worker::panicked;
+use crate::session::events::Events;
 
 /// How often a waiter looks whether it was interrupted.
 const SLICE: Duration = Duration::from_millis(20);
@@ -75,9 +74,9 @@ enum Item {
     End(DeviceTotal),
 }
 
-/// A device's queue, between the reader and the device's own thread.
+/// One device at the destination: its queue, between the reader and the device's own thread.
 #[derive(Debug)]
-pub(crate) struct DeviceQueue {
+pub(crate) struct DeviceReceiver {
     pub(crate) index: u16,
     pub(crate) id: DeviceId,
     /// Bytes written while the guest ran, and while it stood.
@@ -112,7 +111,7 @@ pub(crate) enum Outcome {
     GivenUp(Box<dyn ResumingSession>),
 }
 
-impl DeviceQueue {
+impl DeviceReceiver {
     pub(crate) fn new(index: u16, id: DeviceId, window: u64) -> Self {
         let window = window.max(64 << 10);
         let inner = Inner {
@@ -249,7 +248,7 @@ impl DeviceQueue {
         &self,
         mut session: Box<dyn ResumingSession>,
         link: &Link,
-        events: &Events,
+        events: &Events<DestinationEvent>,
         written: &Written,
     ) {
         let mut hasher = blake3::Hasher::new();
@@ -281,12 +280,12 @@ impl DeviceQueue {
                     result
                 }
                 Item::Initial(generation) => {
-                    events.tell(DestinationEvent::InitialLoaded { device: self.index, generation });
+                    events.send(DestinationEvent::InitialLoaded { device: self.index, generation });
                     Ok(())
                 }
                 Item::Mark(mark) => {
                     if mark.pass() {
-                        events.tell(DestinationEvent::Applied(written.applied(mark.iteration)));
+                        events.send(DestinationEvent::Applied(written.applied(mark.iteration)));
                     }
                     Ok(())
                 }
@@ -307,7 +306,7 @@ impl DeviceQueue {
             };
             if let Err(failure) = step {
                 self.close();
-                events.tell(DestinationEvent::Damaged(failure));
+                events.send(DestinationEvent::Damaged(failure));
                 break Outcome::GivenUp(session);
             }
         };

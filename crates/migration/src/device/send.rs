@@ -1,7 +1,6 @@
-//! The way of one device's state into the stream.
+//! The way of one device's state into the stream: during the pre-copy within limits, in STOP_COPY to its end.
 //!
-//! One thread pumps one device; all devices and the RAM share the link, frame by frame. The same pump serves the
-//! pre-copy, within limits, and the standstill, to the end.
+//! One thread sends one device; all devices and the RAM share the link, frame by frame.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,10 +12,8 @@ use vfio_migration_types::{DeviceId, MigrationFlags, Phase};
 use vfio_migration_wire::{Bulk, DeviceEnd, DeviceTotal, Message, limits};
 
 use crate::channel::credit::Credit;
-use crate::channel::limiter::Limiter;
-use crate::channel::link::Link;
+use crate::channel::limiter::{Limiter, SendContext};
 use crate::session::fail::{InPhase, of_device};
-use crate::session::interrupt::Interrupt;
 use crate::session::work_error::WorkError;
 
 /// Longest pre-copy pass over a device that cannot say how much it has.
@@ -29,19 +26,9 @@ pub(crate) struct DeviceCounters {
     pub(crate) stopcopy: AtomicU64,
 }
 
-/// What a pump needs of its session.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PumpContext<'a> {
-    pub(crate) link: &'a Link,
-    pub(crate) limiter: &'a Limiter,
-    pub(crate) interrupt: &'a Interrupt,
-    /// How long the destination may grant a device nothing.
-    pub(crate) patience: Duration,
-}
-
 /// One device at the source: its session, and how far its stream is.
 #[derive(Debug)]
-pub(crate) struct Stream<'a> {
+pub(crate) struct DeviceSender<'a> {
     pub(crate) index: u16,
     pub(crate) id: DeviceId,
     pub(crate) device: Arc<dyn Device>,
@@ -49,8 +36,6 @@ pub(crate) struct Stream<'a> {
     pub(crate) session: Option<Box<dyn SavingSession>>,
     pub(crate) credit: &'a Credit,
     pub(crate) counters: &'a DeviceCounters,
-    /// A byte of the STOP_COPY data is to be altered (a negative control).
-    pub(crate) alter_tail: bool,
     sequence: u64,
     offset: u64,
     hasher: blake3::Hasher,
@@ -61,7 +46,7 @@ pub(crate) struct Stream<'a> {
     buffer: Vec<u8>,
 }
 
-impl<'a> Stream<'a> {
+impl<'a> DeviceSender<'a> {
     pub(crate) fn new(
         index: u16,
         device: Arc<dyn Device>,
@@ -78,7 +63,6 @@ impl<'a> Stream<'a> {
             session: None,
             credit,
             counters,
-            alter_tail: false,
             sequence: 0,
             offset: 0,
             hasher: blake3::Hasher::new(),
@@ -114,7 +98,7 @@ impl<'a> Stream<'a> {
     }
 
     /// One pre-copy pass: what the device has now, initial bytes first. What it changes meanwhile is for the next pass.
-    pub(crate) fn precopy_pass(&mut self, context: PumpContext<'_>) -> Result<(), WorkError> {
+    pub(crate) fn precopy_pass(&mut self, context: SendContext<'_>) -> Result<(), WorkError> {
         let phase = Phase::Iterate;
         if self.session.is_none() {
             return Ok(());
@@ -155,7 +139,7 @@ impl<'a> Stream<'a> {
     }
 
     /// The rest of the state, to its end, with the device standing in STOP_COPY.
-    pub(crate) fn drain(&mut self, context: PumpContext<'_>) -> Result<(), WorkError> {
+    pub(crate) fn drain(&mut self, context: SendContext<'_>) -> Result<(), WorkError> {
         let phase = Phase::Final;
         if self.end.is_some() {
             return Ok(());
@@ -187,7 +171,7 @@ impl<'a> Stream<'a> {
     /// Reads a piece and sends it.
     fn piece(
         &mut self,
-        context: PumpContext<'_>,
+        context: SendContext<'_>,
         phase: Phase,
         cap: Option<&Limiter>,
     ) -> Result<Read, WorkError> {
@@ -218,11 +202,7 @@ impl<'a> Stream<'a> {
         if used == 0 {
             return Ok(if matches!(read, Read::Data(_)) { Read::NothingNow } else { read });
         }
-        let bytes = &mut room[..used];
-        if self.alter_tail && phase == Phase::Final && used >= 4096 {
-            bytes[used / 2] ^= 0x20;
-            self.alter_tail = false;
-        }
+        let bytes = room.get(..used).unwrap_or_default();
         self.hasher.update(bytes);
         if let Some(cap) = cap {
             cap.take(used as u64, context.interrupt)?;
@@ -255,14 +235,14 @@ impl<'a> Stream<'a> {
         Ok(())
     }
 
-    fn announce_initial(&mut self, context: PumpContext<'_>, phase: Phase) -> Result<(), WorkError> {
+    fn announce_initial(&mut self, context: SendContext<'_>, phase: Phase) -> Result<(), WorkError> {
         if !self.initial_sent && self.last.is_some_and(|last| last.initial_bytes == 0) {
             self.send_initial(context, phase)?;
         }
         Ok(())
     }
 
-    fn send_initial(&mut self, context: PumpContext<'_>, phase: Phase) -> Result<(), WorkError> {
+    fn send_initial(&mut self, context: SendContext<'_>, phase: Phase) -> Result<(), WorkError> {
         if !self.initial_sent {
             let message = Message::InitialSent { device: self.index, generation: self.generation };
             context.link.send(&message).map_err(|error| WorkError::sending(error, phase))?;

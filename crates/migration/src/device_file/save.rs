@@ -14,7 +14,8 @@ use super::{DeviceControl, DeviceFileError, DeviceReport};
 use crate::error::{Failure, MigrateError};
 use crate::options::SourceOptions;
 use crate::snapshot::{SaveError, SaveOptions, save};
-use crate::source::{Source, draw_attempt};
+use crate::source::Source;
+use crate::source::plan::new_attempt_id;
 
 /// How a device is saved.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,7 +48,7 @@ pub fn save_device(
     let SaveDeviceOptions { force, stop_copy_only } = options;
     let watched = Watched { device: device.clone(), control: control.clone(), stop_copy_only, stands };
     let failed = |error| failed(device.as_ref(), control, error);
-    let name = draw_attempt().map_err(|error| failed(SaveError::Session(error)))?;
+    let name = new_attempt_id().map_err(|error| failed(SaveError::Session(error)))?;
     let machine = LoneDevice::new(VmId(name.0), Arc::new(watched))?;
     let mut session = SourceOptions::default().for_saving();
     // Nothing that the device writes is among what is saved.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, SourceRecord, SourceState};
 use vfio_migration_types::{Epoch, VmId};
 
-use crate::control::lock;
+use crate::session::lock::lock;
 
 /// What a journal file says of one VM on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +66,7 @@ pub enum JournalError {
 
 /// Which of a host's two records of a VM a session writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Side {
+pub(crate) enum JournalSide {
     Source,
     Destination,
 }
@@ -75,11 +75,11 @@ pub(crate) enum Side {
 #[derive(Debug)]
 pub(crate) struct Journal {
     vm: VmId,
-    place: Place,
+    place: JournalPlace,
 }
 
 #[derive(Debug)]
-enum Place {
+enum JournalPlace {
     Memory(Mutex<JournalFile>),
     Directory {
         dir: PathBuf,
@@ -108,14 +108,14 @@ pub fn read_journal(dir: &Path, vm: VmId) -> Result<Option<JournalFile>, Journal
 
 impl Journal {
     /// Opens the journal of `vm` in `dir`, which is made if it is not there, or one in memory alone.
-    pub(crate) fn open(dir: Option<&Path>, vm: VmId, side: Side) -> Result<Self, JournalError> {
+    pub(crate) fn open(dir: Option<&Path>, vm: VmId, side: JournalSide) -> Result<Self, JournalError> {
         let Some(dir) = dir else {
-            return Ok(Self { vm, place: Place::Memory(Mutex::new(JournalFile::empty(vm))) });
+            return Ok(Self { vm, place: JournalPlace::Memory(Mutex::new(JournalFile::empty(vm))) });
         };
         std::fs::create_dir_all(dir).map_err(failed("making", dir))?;
         let name = match side {
-            Side::Source => format!("{vm}.source.lock"),
-            Side::Destination => format!("{vm}.destination.lock"),
+            JournalSide::Source => format!("{vm}.source.lock"),
+            JournalSide::Destination => format!("{vm}.destination.lock"),
         };
         let session = open_lock(&dir.join(name))?;
         match flock(&session, FlockOperation::NonBlockingLockExclusive) {
@@ -123,14 +123,14 @@ impl Journal {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(JournalError::Busy { vm }),
             Err(errno) => return Err(failed("locking", dir)(errno.into())),
         }
-        Ok(Self { vm, place: Place::Directory { dir: dir.to_owned(), _session: session } })
+        Ok(Self { vm, place: JournalPlace::Directory { dir: dir.to_owned(), _session: session } })
     }
 
     /// What it says now.
     pub(crate) fn read(&self) -> Result<JournalFile, JournalError> {
         match &self.place {
-            Place::Memory(file) => Ok(lock(file).clone()),
-            Place::Directory { dir, .. } => {
+            JournalPlace::Memory(file) => Ok(lock(file).clone()),
+            JournalPlace::Directory { dir, .. } => {
                 Ok(read_journal(dir, self.vm)?.unwrap_or_else(|| JournalFile::empty(self.vm)))
             }
         }
@@ -148,8 +148,8 @@ impl Journal {
 
     fn change(&self, change: impl FnOnce(&mut JournalFile)) -> Result<(), JournalError> {
         match &self.place {
-            Place::Memory(file) => change(&mut lock(file)),
-            Place::Directory { dir, .. } => {
+            JournalPlace::Memory(file) => change(&mut lock(file)),
+            JournalPlace::Directory { dir, .. } => {
                 // Both sides of one VM may keep their journals here: each change reads, changes and writes alone.
                 let path = dir.join(format!("{}.lock", self.vm));
                 let alone = open_lock(&path)?;
@@ -236,8 +236,8 @@ mod test {
     #[test]
     fn records_survive_and_both_sides_share_a_file() {
         let dir = tempfile::tempdir().unwrap();
-        let source = Journal::open(Some(dir.path()), VM, Side::Source).unwrap();
-        let destination = Journal::open(Some(dir.path()), VM, Side::Destination).unwrap();
+        let source = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
+        let destination = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
         source.write_source(source_record(SourceState::Released, 3)).unwrap();
         destination.write_destination(destination_record(DestinationState::Owner, 4)).unwrap();
         let file = read_journal(dir.path(), VM).unwrap().unwrap();
@@ -249,11 +249,11 @@ mod test {
     #[test]
     fn one_session_per_vm_and_side() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Journal::open(Some(dir.path()), VM, Side::Source).unwrap();
-        let second = Journal::open(Some(dir.path()), VM, Side::Source);
+        let first = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
+        let second = Journal::open(Some(dir.path()), VM, JournalSide::Source);
         assert!(matches!(second, Err(JournalError::Busy { vm: VM })));
         drop(first);
-        Journal::open(Some(dir.path()), VM, Side::Source).unwrap();
+        Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
     }
 
     #[test]
@@ -261,7 +261,7 @@ mod test {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(format!("{VM}.json"));
         std::fs::write(&path, b"{\"version\": 1, \"vm\"").unwrap();
-        let journal = Journal::open(Some(dir.path()), VM, Side::Source).unwrap();
+        let journal = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
         assert!(matches!(journal.read(), Err(JournalError::Content { .. })));
         assert!(journal.write_source(source_record(SourceState::Sending, 0)).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"{\"version\": 1, \"vm\"");

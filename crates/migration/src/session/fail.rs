@@ -1,5 +1,6 @@
 //! Turning errors of every kind into the one that both sides return: phase, device, arc, errno, sentence, remedy.
 
+use std::any::Any;
 use std::error::Error;
 
 use rustix::io::Errno;
@@ -8,6 +9,7 @@ use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::PeerError;
 
+use crate::channel::error::ChannelError;
 use crate::machine::{LockError, MachineError};
 use crate::ownership::journal::JournalError;
 
@@ -22,13 +24,21 @@ pub(crate) fn with_remedy(phase: Phase, text: impl Into<String>, remedy: impl In
 }
 
 /// The same of `device`, whatever failed of it.
-pub(crate) fn blame(device: &DeviceId, failure: PeerError) -> PeerError {
+pub(crate) fn with_device(device: &DeviceId, failure: PeerError) -> PeerError {
     PeerError { device: Some(device.to_string()), ..failure }
 }
 
 /// A failure that is a device's.
 pub(crate) fn of_device(phase: Phase, device: &DeviceId, text: impl Into<String>) -> PeerError {
     PeerError { device: Some(device.to_string()), ..plain(phase, text) }
+}
+
+/// What a panic of the embedder's code, or of a device's, is told as.
+pub(crate) fn panicked(phase: Phase, panic: &(dyn Any + Send)) -> PeerError {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text");
+    let remedy = "report it to whoever maintains the VMM or the device";
+    with_remedy(phase, format!("a panic in the VMM or a device: {text}"), remedy)
 }
 
 /// An error, with its causes, as one sentence.
@@ -113,6 +123,12 @@ fn errno_within(error: &(dyn Error + 'static)) -> Option<Errno> {
         at = error.source();
     }
     None
+}
+
+impl InPhase for ChannelError {
+    fn in_phase(&self, phase: Phase) -> PeerError {
+        PeerError { errno: number(errno_within(self)), ..plain(phase, sentence(self)) }
+    }
 }
 
 impl InPhase for MachineError {

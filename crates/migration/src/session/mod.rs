@@ -1,8 +1,9 @@
 //! What the sessions of both sides share: threads, failures, progress, and what they ask of the host.
 
+pub(crate) mod events;
 pub(crate) mod fail;
 pub(crate) mod host;
 pub(crate) mod interrupt;
+pub(crate) mod lock;
 pub(crate) mod parallel;
-pub(crate) mod progress;
 pub(crate) mod work_error;

@@ -3,7 +3,8 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::PeerError;
 
-use crate::channel::link::LinkError;
+use crate::channel::error::ChannelError;
+use crate::session::fail::InPhase;
 use crate::session::interrupt::Interrupted;
 
 /// Why work ended early.
@@ -31,14 +32,12 @@ impl From<PeerError> for WorkError {
 
 impl WorkError {
     /// A failed write. What could not even be encoded is our own fault, not the link's.
-    pub(crate) fn sending(error: LinkError, phase: Phase) -> Self {
+    pub(crate) fn sending(error: ChannelError, phase: Phase) -> Self {
         match error {
-            LinkError::Wire(error) => {
+            ChannelError::Wire(error) => {
                 Self::Failed(crate::session::fail::plain(phase, format!("this cannot be sent: {error}")))
             }
-            LinkError::Memory(error @ vfio_migration_memory::MemoryError::OutOfBounds { .. }) => {
-                Self::Failed(crate::session::fail::InPhase::in_phase(&error, phase))
-            }
+            error @ ChannelError::Memory { .. } => Self::Failed(error.in_phase(phase)),
             _ => Self::Link,
         }
     }

@@ -13,7 +13,9 @@ use super::SnapshotError;
 use super::check::Checked;
 use super::file::Frames;
 use crate::channel::credit::Credit;
-use crate::channel::link::{Link, LinkError, Reader};
+use crate::channel::error::ChannelError;
+use crate::channel::link::Link;
+use crate::channel::reader::Reader;
 use crate::session::fail::{plain, sentence};
 use crate::session::interrupt::Interrupt;
 
@@ -32,8 +34,8 @@ impl From<SnapshotError> for Unplayed {
     }
 }
 
-impl From<LinkError> for Unplayed {
-    fn from(error: LinkError) -> Self {
+impl From<ChannelError> for Unplayed {
+    fn from(error: ChannelError) -> Self {
         tracing::debug!(error = %sentence(&error), "the destination of a snapshot ended the session");
         Self::Ended
     }
@@ -41,7 +43,7 @@ impl From<LinkError> for Unplayed {
 
 /// Says all of a checked file.
 pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits: &[Credit]) {
-    let reader = link.reader();
+    let reader = Reader::new(&link);
     std::thread::scope(|scope| {
         let (answers, answered) = std::sync::mpsc::channel();
         let interrupt = Interrupt::default();

@@ -12,7 +12,9 @@ use vfio_migration_wire::{
 
 use super::SnapshotError;
 use super::file::Writer;
-use crate::channel::link::{Link, LinkError, Reader};
+use crate::channel::error::ChannelError;
+use crate::channel::link::Link;
+use crate::channel::reader::Reader;
 use crate::session::fail::{plain, sentence};
 use crate::session::host::{boot_id, monotonic_ns};
 
@@ -40,7 +42,7 @@ pub(super) enum Unrecorded {
 
 /// Records a session. With `commit` the guest's owner is the file afterwards; without, the source is sent back.
 pub(super) fn record(link: &Arc<Link>, mut writer: Writer, commit: bool) -> Result<Recorded, Unrecorded> {
-    let mut reader = link.reader();
+    let mut reader = Reader::new(&link);
     let recorded = listen(link, &mut reader, &mut writer, commit);
     match &recorded {
         Ok(_) => {}
@@ -61,8 +63,8 @@ impl From<SnapshotError> for Unrecorded {
     }
 }
 
-impl From<LinkError> for Unrecorded {
-    fn from(error: LinkError) -> Self {
+impl From<ChannelError> for Unrecorded {
+    fn from(error: ChannelError) -> Self {
         tracing::debug!(error = %sentence(&error), "the session that was being recorded ended");
         Self::Ended
     }

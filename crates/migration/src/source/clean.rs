@@ -17,10 +17,10 @@ impl Worker<'_> {
             paused.commit();
         }
         let ended = for_each_device_parallel(
-            self.streams.iter_mut().filter_map(|stream| stream.session.take()),
+            self.devices.iter_mut().filter_map(|device| device.session.take()),
             |session| session.end().map_err(|error| error.in_phase(Phase::Clean)),
         );
-        self.stop_logging();
+        self.dirty.stop(&self.devices);
         let failed: Option<PeerError> = ended.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |failure| Err(failure.into()))
     }

@@ -1,14 +1,17 @@
-//! COMMIT was sent and its answer lost: ask again, over a new connection each time.
+//! P7: what the journal says before COMMIT is said; and asking again, over a new connection each time, when its answer was lost.
 
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_engine::ownership::SourceState;
+use vfio_migration_engine::ownership::{SourceRecord, SourceState};
+use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
 use crate::channel::connect;
-use crate::channel::link::{Link, LinkError};
-use crate::session::fail::sentence;
+use crate::channel::error::ChannelError;
+use crate::channel::link::Link;
+use crate::channel::reader::Reader;
+use crate::session::fail::{InPhase, sentence};
 use crate::session::work_error::WorkError;
 use crate::uri::Uri;
 
@@ -22,7 +25,7 @@ const SLICE: Duration = Duration::from_millis(100);
 impl Worker<'_> {
     /// Asks once. The answer is the destination's, or the loss of the connection.
     pub(super) fn ask_again(&mut self) -> Option<SourceEvent> {
-        self.wires.interrupt.clear();
+        self.shared.interrupt.clear();
         if matches!(self.uri, Uri::Fd(_)) {
             return Some(SourceEvent::LinkLost(
                 "a connection that was handed over cannot be made again".into(),
@@ -39,10 +42,10 @@ impl Worker<'_> {
     fn ask(&self) -> Result<Message, Result<WorkError, String>> {
         let limit = self.options.connect_timeout.min(PATIENCE);
         let socket = connect::connect(self.uri, limit).map_err(|error| Err(sentence(&error)))?;
-        let told = |error: LinkError| Err(sentence(&error));
+        let told = |error: ChannelError| Err(sentence(&error));
         let link = Link::new(socket).map_err(told)?;
         link.send(&self.record(SourceState::Committing).query()).map_err(told)?;
-        let mut reader = link.reader();
+        let mut reader = Reader::new(&link);
         let until = Instant::now() + PATIENCE;
         loop {
             match reader.first() {
@@ -54,8 +57,30 @@ impl Worker<'_> {
             if left.is_zero() {
                 return Err(Err(format!("the destination did not answer within {PATIENCE:?}")));
             }
-            self.wires.interrupt.check().map_err(|error| Ok(error.into()))?;
+            self.shared.interrupt.check().map_err(|error| Ok(error.into()))?;
             reader.wait(left.min(SLICE));
         }
+    }
+
+    /// What the journal says in `state`.
+    pub(super) fn record(&self, state: SourceState) -> SourceRecord {
+        SourceRecord {
+            vm: self.machine.id(),
+            attempt: self.attempt,
+            epoch: self.epoch,
+            state,
+            peer: self.uri.to_string(),
+        }
+    }
+
+    pub(super) fn write_journal(&mut self, state: SourceState) -> Result<(), WorkError> {
+        if state == SourceState::Committing {
+            // Before the record is on disk, not after: from here only the engine's word lets the guest run.
+            if let Some(paused) = &mut self.paused {
+                paused.keep_paused();
+            }
+        }
+        let record = self.record(state);
+        self.journal.write_source(record).map_err(|error| error.in_phase(Phase::Commit).into())
     }
 }

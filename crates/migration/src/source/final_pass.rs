@@ -1,11 +1,11 @@
-//! P5: the last of everything, with every writer standing.
+//! P5: the last of everything, with every writer stopped.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use vfio_migration_device::PciState;
 use vfio_migration_memory::Holes;
-use vfio_migration_types::{PAGE_SIZE, Phase};
+use vfio_migration_types::Phase;
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
 use crate::machine::{MachineError, Section};
@@ -13,9 +13,6 @@ use crate::session::fail::{self, InPhase};
 use crate::session::work_error::WorkError;
 
 use crate::source::worker::Worker;
-
-/// Most sections of one machine, so that the other side may bound what it keeps.
-pub(crate) const MOST_SECTIONS: usize = 4096;
 
 impl Worker<'_> {
     /// Sends the machine's state, the last pages and each device's state to its end. Returns the totals, and how long
@@ -27,13 +24,10 @@ impl Worker<'_> {
         self.report_dirty(phase)?;
         if self.writes_unlogged() {
             // Nobody knows what that device wrote, so everything that has ever been written counts.
-            for extent in self.ram.data_extents().map_err(|error| error.in_phase(phase))? {
-                self.dirty.set_range(extent.start().0 / PAGE_SIZE, extent.len() / PAGE_SIZE);
-            }
+            self.dirty.add_everything(&self.ram, phase)?;
         }
         let pages = self.dirty.take();
-        self.ram_pages += self.pump_all(&pages, Holes::Possible, phase)?;
-        self.ram_pages += self.saboteur.send_stale(&self.ram, &self.link)?;
+        self.ram_pages += self.send_all(&pages, Holes::Possible, phase)?;
         for section in &sections {
             let bulk = Bulk::Section { name: &section.name, version: section.version, bytes: &section.bytes };
             self.link.send_bulk(&bulk).map_err(|error| WorkError::sending(error, phase))?;
@@ -45,7 +39,7 @@ impl Worker<'_> {
         } else {
             (None, Duration::ZERO)
         };
-        let devices = self.streams.iter().map(|stream| stream.total()).collect::<Option<Vec<DeviceTotal>>>();
+        let devices = self.devices.iter().map(|device| device.total()).collect::<Option<Vec<DeviceTotal>>>();
         let devices =
             devices.ok_or_else(|| fail::plain(phase, "a device's state was not read to its end"))?;
         let sections = u32::try_from(sections.len()).unwrap_or(u32::MAX);
@@ -73,7 +67,9 @@ impl Worker<'_> {
         }
         sections.extend(own);
         let names: BTreeSet<&str> = sections.iter().map(|section| section.name.as_str()).collect();
-        if names.len() != sections.len() || sections.len() > MOST_SECTIONS {
+        if names.len() != sections.len()
+            || u32::try_from(sections.len()).is_ok_and(|count| count > limits::SECTIONS)
+        {
             let text = format!("the machine saved {} sections of {} names", sections.len(), names.len());
             return Err(fail::plain(phase, text).into());
         }

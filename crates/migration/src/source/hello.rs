@@ -1,16 +1,14 @@
 //! P1: the source's own judgement of what the destination says it is. Of two policies the stricter holds.
 
-use std::collections::BTreeMap;
-
-use vfio_migration_compat::{DeviceMap, MachineManifest, Policy, Report, check_machines, worse};
+use vfio_migration_compat::{MachineManifest, Policy, Report, check_machines, worse};
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Accept;
 
-use crate::control::lock;
 use crate::options::SourceOptions;
 use crate::reasons;
 use crate::session::fail::{self, sentence};
+use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
 use crate::source::worker::Worker;
@@ -41,10 +39,4 @@ fn policy(options: &SourceOptions) -> Policy {
         reasons::allow(&mut policy, &reasons::PEERS, "no device maps another's BAR for DMA");
     }
     policy
-}
-
-/// The names of the map, as OFFER carries them.
-pub(super) fn names(map: &DeviceMap) -> Vec<(String, String)> {
-    let names: &BTreeMap<_, _> = &map.0;
-    names.iter().map(|(from, to)| (from.to_string(), to.to_string())).collect()
 }

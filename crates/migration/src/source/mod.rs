@@ -5,40 +5,37 @@
 //! bulk; a reader, which hears the destination. An action that must not wait for the one under way (an abort) raises an
 //! [`Interrupt`] first.
 //!
-//! The code of a phase is in the file of its name: [`hello`] (P1), [`setup`] (P2), [`iterate`] (P3), [`quiesce`] (P4), [`final_pass`]
-//! (P5), [`rollback`], [`clean`] (P9), and [`commit`] for a COMMIT whose answer was lost.
+//! The code of a phase is in the file of its name, from [`plan`] (P0) to [`clean`] (P9), and the way back in [`rollback`].
 
+mod attempt;
 mod clean;
 mod commit;
 mod final_pass;
 mod hello;
 mod iterate;
+pub(crate) mod plan;
+mod progress;
 mod quiesce;
+mod reader;
 mod rollback;
-mod sabotage;
-pub(crate) mod session;
+mod session;
 mod setup;
-pub(crate) mod worker;
+mod worker;
 
 use std::fmt;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use vfio_migration_types::{AttemptId, Phase};
-use vfio_migration_wire::PeerError;
-
-pub(crate) use final_pass::MOST_SECTIONS;
-
-use crate::channel::connect::{self, ConnectError};
+use crate::channel::connect;
 use crate::control::Control;
-use crate::error::MigrateError;
+use crate::error::{MigrateError, not_connected};
 use crate::machine::Machine;
 use crate::options::SourceOptions;
 use crate::rehearsal::{Rehearsal, Rehearse};
 use crate::report::{Completed, Progress};
-use crate::session::fail;
-use crate::session::host::nonce;
+use crate::source::attempt::SourceEnd;
+use crate::source::plan::PlannedMigration;
 use crate::uri::Uri;
 
 /// A machine about to be sent away.
@@ -90,12 +87,12 @@ impl Source {
         uri: &Uri,
         rehearse: Option<Rehearse>,
         observer: impl FnMut(&Progress),
-    ) -> Result<session::Ended, MigrateError> {
+    ) -> Result<SourceEnd, MigrateError> {
         let begun = Instant::now();
-        let prepared =
-            session::Prepared::new(self.machine, self.options, self.control, uri.clone(), rehearse)?;
-        let socket = connect::connect(uri, prepared.options().connect_timeout).map_err(not_connected)?;
-        prepared.run(socket, begun, observer)
+        let (plan, engine) =
+            PlannedMigration::new(self.machine, self.options, self.control, uri.clone(), rehearse)?;
+        let socket = connect::connect(uri, plan.options.connect_timeout).map_err(not_connected)?;
+        session::run(plan, engine, socket, begun, observer)
     }
 
     /// Migrates over a stream socket that is already connected to the destination. The session takes it over.
@@ -128,13 +125,13 @@ impl Source {
         socket: OwnedFd,
         rehearse: Option<Rehearse>,
         observer: impl FnMut(&Progress),
-    ) -> Result<session::Ended, MigrateError> {
+    ) -> Result<SourceEnd, MigrateError> {
         let begun = Instant::now();
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-        let prepared =
-            session::Prepared::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
+        let (plan, engine) =
+            PlannedMigration::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
-        prepared.run(socket, begun, observer)
+        session::run(plan, engine, socket, begun, observer)
     }
 }
 
@@ -145,29 +142,4 @@ impl fmt::Debug for Source {
             .field("options", &self.options)
             .finish_non_exhaustive()
     }
-}
-
-fn not_connected(error: ConnectError) -> MigrateError {
-    let remedy = match &error {
-        ConnectError::NotAStream(_)
-        | ConnectError::System { uri: Uri::Fd(_), .. }
-        | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
-        _ => "check the address, and that a destination listens there",
-    };
-    MigrateError::NotBegun(fail::with_remedy(Phase::Hello, fail::sentence(&error), remedy).into())
-}
-
-fn not_begun(phase: Phase, text: impl Into<String>) -> MigrateError {
-    MigrateError::NotBegun(fail::plain(phase, text).into())
-}
-
-fn refused_here(failure: PeerError) -> MigrateError {
-    MigrateError::NotBegun(failure.into())
-}
-
-/// A fresh nonce.
-pub(crate) fn draw_attempt() -> Result<AttemptId, MigrateError> {
-    let drawn = nonce()
-        .map_err(|errno| not_begun(Phase::Plan, format!("no random number for the attempt: {errno}")))?;
-    Ok(AttemptId(drawn))
 }

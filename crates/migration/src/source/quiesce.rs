@@ -6,7 +6,7 @@ use vfio_migration_device::{Position, TransitionError};
 use vfio_migration_engine::{Barrier, DeviceProgress};
 use vfio_migration_types::{MigrationState, Phase};
 
-use crate::device::send::Stream;
+use crate::device::send::DeviceSender;
 use crate::machine::Paused;
 use crate::session::fail::InPhase;
 use crate::session::host::monotonic_ns;
@@ -49,7 +49,7 @@ impl Worker<'_> {
 
     /// Lets the guest go on, on the way back to P3.
     pub(super) fn resume(&mut self) -> Result<(), WorkError> {
-        // The token goes only when the guest does: an attempt that fails here must still know that the guest stands.
+        // The token goes only when the guest does: an attempt that fails here must still know that the guest is paused.
         if let Some(paused) = &mut self.paused {
             paused.end().map_err(|error| error.in_phase(Phase::Quiesce))?;
         }
@@ -60,52 +60,27 @@ impl Worker<'_> {
 
     /// Takes every device to `barrier`; it is reached when the slowest is there.
     pub(super) fn take_devices(&mut self, barrier: Barrier) -> Result<Vec<DeviceProgress>, WorkError> {
-        if self.saboteur.breaks_p2p_order() {
-            match barrier {
-                Barrier::Running => {}
-                Barrier::P2p => return self.device_progress(Phase::Quiesce),
-                Barrier::StopCopy => {
-                    self.stop_one_by_one()?;
-                    return self.device_progress(Phase::Quiesce);
-                }
-            }
-        }
-        let results = for_each_device_parallel(self.streams.iter_mut(), |stream| {
-            take(stream, barrier).map_err(|error| WorkError::from(error.in_phase(Phase::Quiesce)))
+        let results = for_each_device_parallel(self.devices.iter_mut(), |device| {
+            take(device, barrier).map_err(|error| WorkError::from(error.in_phase(Phase::Quiesce)))
         });
         work_error::worst_of(results)?;
         self.device_progress(Phase::Quiesce)
     }
-
-    /// A negative control: each device is stopped and read to its end while the next ones still run.
-    fn stop_one_by_one(&mut self) -> Result<(), WorkError> {
-        let context = crate::device::send::PumpContext {
-            link: &self.link,
-            limiter: self.control.limiter(),
-            interrupt: &self.wires.interrupt,
-            patience: self.patience(false),
-        };
-        for stream in &mut self.streams {
-            take(stream, Barrier::StopCopy).map_err(|error| error.in_phase(Phase::Quiesce))?;
-            stream.drain(context)?;
-        }
-        Ok(())
-    }
 }
 
-fn take(stream: &mut Stream<'_>, barrier: Barrier) -> Result<(), TransitionError> {
-    let p2p = stream.flags().p2p;
-    match (&mut stream.session, barrier) {
+fn take(device: &mut DeviceSender<'_>, barrier: Barrier) -> Result<(), TransitionError> {
+    let p2p = device.flags().p2p;
+    match (&mut device.session, barrier) {
         (Some(session), Barrier::Running) => session.go(Position::PreCopy),
         (Some(session), Barrier::P2p) if p2p => session.go(Position::PreCopyP2p),
         (Some(session), Barrier::StopCopy) => session.go(Position::StopCopy),
-        (None, Barrier::Running) => stream.device.set_state(MigrationState::Running),
-        (None, Barrier::P2p) if p2p => stream.device.set_state(MigrationState::RunningP2p),
+        (None, Barrier::Running) => device.device.set_state(MigrationState::Running),
+        (None, Barrier::P2p) if p2p => device.device.set_state(MigrationState::RunningP2p),
         // Without P2P states there is nothing between running and stopped.
         (_, Barrier::P2p) => Ok(()),
         (None, Barrier::StopCopy) => {
-            stream.device.set_state(MigrationState::Stop)?;
-            stream.session = Some(stream.device.begin_stop_copy()?);
+            device.device.set_state(MigrationState::Stop)?;
+            device.session = Some(device.device.begin_stop_copy()?);
             Ok(())
         }
     }

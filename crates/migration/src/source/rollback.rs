@@ -4,10 +4,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_memory::{DirtySource, stop_all};
 use vfio_migration_types::{DeviceId, MigrationState};
 
-use crate::device::send::Stream;
+use crate::device::send::DeviceSender;
 use crate::machine::LockError;
 use crate::session::fail::sentence;
 use crate::session::parallel::for_each_device_parallel;
@@ -23,7 +22,7 @@ impl Worker<'_> {
     /// Undoes what was done, as far as it can be undone: what cannot is in the answer.
     pub(super) fn roll_back(&mut self) -> SourceEvent {
         // The action under way has ended: this one is not to be interrupted.
-        self.wires.interrupt.clear();
+        self.shared.interrupt.clear();
         let mut locks_lost = Vec::new();
         if std::mem::take(&mut self.locks_free)
             && let Err(error) = self.take_locks_back()
@@ -36,20 +35,20 @@ impl Worker<'_> {
         let hold = !locks_lost.is_empty()
             || !not_reset.is_empty()
             || (self.options.hold_if_reset && !reset.is_empty());
-        // A machine that panicked while it was paused left no token: nobody knows whether its guest stands.
+        // A machine that panicked while it was paused left no token: nobody knows whether its guest is paused.
         let mut restored = !hold && !self.pause_unknown;
         if let Some(mut paused) = self.paused.take() {
             if hold {
-                paused.hold();
+                paused.keep_paused();
             } else if let Err(error) = paused.resume() {
-                // The token knew until now; with it gone, the answer must say that the guest stands.
+                // The token knew until now; with it gone, the answer must say that the guest is paused.
                 tracing::error!(error = %sentence(&error), "the guest could not be resumed");
                 restored = false;
             }
         }
         self.counters.paused_ns.store(0, Ordering::Release);
         // Last: it takes time, and the guest need not wait for it.
-        self.stop_logging();
+        self.dirty.stop(&self.devices);
         SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }
     }
 
@@ -67,39 +66,22 @@ impl Worker<'_> {
         }
     }
 
-    /// Ends every dirty log. What fails is logged: a log that goes on costs time, not correctness.
-    pub(super) fn stop_logging(&mut self) {
-        if !std::mem::take(&mut self.logging) {
-            return;
-        }
-        let mut all: Vec<&dyn DirtySource> = self.sources.iter().map(AsRef::as_ref).collect();
-        all.extend(
-            self.streams
-                .iter()
-                .filter_map(|stream| stream.device.dirty_log())
-                .map(|log| log as &dyn DirtySource),
-        );
-        if let Err(error) = stop_all(&all) {
-            tracing::warn!(error = %sentence(&error), "a dirty log could not be stopped");
-        }
-    }
-
     /// All sessions ended, all devices that can at RUNNING_P2P, then all RUNNING. Returns those that were
     /// reset, and those that needed it and could not be.
     fn devices_back(&mut self) -> (Vec<DeviceId>, Vec<DeviceId>) {
-        let mut lost = vec![false; self.streams.len()];
+        let mut lost = vec![false; self.devices.len()];
         for step in [end_session, to_p2p, to_running] as [Step; 3] {
-            let work = self.streams.iter_mut().zip(&mut lost).filter(|(_, lost)| !**lost);
-            for_each_device_parallel(work, |(stream, lost)| {
-                if let Err(error) = step(stream) {
-                    tracing::error!(device = %stream.id, %error, "a device cannot go back by itself and is reset");
-                    stream.session = None;
+            let work = self.devices.iter_mut().zip(&mut lost).filter(|(_, lost)| !**lost);
+            for_each_device_parallel(work, |(device, lost)| {
+                if let Err(error) = step(device) {
+                    tracing::error!(device = %device.id, %error, "a device cannot go back by itself and is reset");
+                    device.session = None;
                     *lost = true;
                 }
             });
         }
         let resets =
-            self.streams.iter().zip(&lost).filter(|(_, lost)| **lost).map(|(stream, _)| &stream.device);
+            self.devices.iter().zip(&lost).filter(|(_, lost)| **lost).map(|(device, _)| &device.device);
         let results = for_each_device_parallel(resets, |device| {
             let done = device.reset().map_err(|error| {
                 tracing::error!(device = %device.id(), error = %sentence(&error), "the reset failed too");
@@ -113,24 +95,24 @@ impl Worker<'_> {
 }
 
 /// One device's part of one step back.
-type Step = fn(&mut Stream<'_>) -> Result<(), String>;
+type Step = fn(&mut DeviceSender<'_>) -> Result<(), String>;
 
-fn end_session(stream: &mut Stream<'_>) -> Result<(), String> {
-    match stream.session.take() {
+fn end_session(device: &mut DeviceSender<'_>) -> Result<(), String> {
+    match device.session.take() {
         Some(session) => session.end().map(drop).map_err(|error| sentence(&error)),
         None => Ok(()),
     }
 }
 
 /// A device that never left RUNNING need not go anywhere: it is asked first.
-fn to_p2p(stream: &mut Stream<'_>) -> Result<(), String> {
-    let state = stream.device.state().map_err(|error| sentence(&error))?;
-    if state == MigrationState::Running || !stream.flags().p2p {
+fn to_p2p(device: &mut DeviceSender<'_>) -> Result<(), String> {
+    let state = device.device.state().map_err(|error| sentence(&error))?;
+    if state == MigrationState::Running || !device.flags().p2p {
         return Ok(());
     }
-    stream.device.set_state(MigrationState::RunningP2p).map_err(|error| sentence(&error))
+    device.device.set_state(MigrationState::RunningP2p).map_err(|error| sentence(&error))
 }
 
-fn to_running(stream: &mut Stream<'_>) -> Result<(), String> {
-    stream.device.set_state(MigrationState::Running).map_err(|error| sentence(&error))
+fn to_running(device: &mut DeviceSender<'_>) -> Result<(), String> {
+    device.device.set_state(MigrationState::Running).map_err(|error| sentence(&error))
 }

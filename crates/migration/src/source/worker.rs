@@ -1,80 +1,98 @@
 //! The worker: does one job after another, and answers each by the event that the engine's contract names.
 
-use std::any::Any;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
-use vfio_migration_compat::{MachineManifest, Report};
-use vfio_migration_engine::ownership::{SourceRecord, SourceState};
+use vfio_migration_compat::MachineManifest;
 use vfio_migration_engine::{DeviceProgress, SourceAction, SourceEvent};
-use vfio_migration_memory::{DirtySource, GuestRam};
-use vfio_migration_types::{AttemptId, Bitmap, Epoch, Phase};
-use vfio_migration_wire::{Message, PeerError};
+use vfio_migration_memory::GuestRam;
+use vfio_migration_types::{AttemptId, Epoch, Phase};
+use vfio_migration_wire::Message;
 
 use crate::channel::link::Link;
-use crate::control::{Control, lock};
-use crate::device::send::{DeviceCounters, Stream};
+use crate::control::Control;
+use crate::device::send::DeviceSender;
 use crate::machine::{Machine, MigratableDevice, Paused};
 use crate::options::SourceOptions;
 use crate::ownership::journal::Journal;
-use crate::session::fail::{self, InPhase};
+use crate::ram::dirty::DirtyPages;
+use crate::session::events::Events;
+use crate::session::fail::{self, InPhase, panicked};
+use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
+use crate::source::attempt::{SourceCounters, SourceShared};
+use crate::source::plan::PlannedMigration;
 use crate::uri::Uri;
 
-use crate::source::sabotage::Saboteur;
-use crate::source::session::{Events, Wires};
-
-/// Counts that the caller's thread shows while the worker works.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) ram_bytes: AtomicU64,
-    pub(crate) ram_left: AtomicU64,
-    /// CLOCK_MONOTONIC nanoseconds just before the vCPUs were told to stop; 0 before.
-    pub(crate) paused_ns: AtomicU64,
-    /// Jobs finished, whatever came of them.
-    pub(crate) jobs_done: AtomicU64,
-    pub(crate) devices: Vec<DeviceCounters>,
-    /// Per device, what it last said of itself.
-    pub(crate) device_progress: std::sync::Mutex<Vec<DeviceProgress>>,
-    /// What both sides' rules say.
-    pub(crate) report: std::sync::Mutex<Report>,
-}
-
 /// Everything the worker holds while the attempt lasts. What is undone in a rollback is in its fields.
-pub(crate) struct Worker<'a> {
-    pub(crate) machine: Arc<dyn Machine>,
-    pub(crate) ram: Arc<GuestRam>,
-    pub(crate) options: &'a SourceOptions,
-    pub(crate) control: &'a Control,
-    pub(crate) uri: &'a Uri,
-    pub(crate) link: Arc<Link>,
-    pub(crate) wires: &'a Wires,
-    pub(crate) counters: &'a Counters,
-    pub(crate) journal: &'a Journal,
-    pub(crate) attempt: AttemptId,
-    pub(crate) epoch: Epoch,
+pub(super) struct Worker<'a> {
+    pub(super) machine: Arc<dyn Machine>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) options: &'a SourceOptions,
+    pub(super) control: &'a Control,
+    pub(super) uri: &'a Uri,
+    pub(super) link: Arc<Link>,
+    pub(super) shared: &'a SourceShared,
+    pub(super) counters: &'a SourceCounters,
+    pub(super) journal: &'a Journal,
+    pub(super) attempt: AttemptId,
+    pub(super) epoch: Epoch,
     /// What was offered.
-    pub(crate) manifest: &'a MachineManifest,
-    pub(crate) functions: Vec<MigratableDevice>,
-    pub(crate) streams: Vec<Stream<'a>>,
-    /// The VMM's own dirty sources.
-    pub(crate) sources: Vec<Arc<dyn DirtySource>>,
-    pub(crate) logging: bool,
-    pub(crate) dirty: Bitmap,
+    pub(super) manifest: &'a MachineManifest,
+    pub(super) functions: Vec<MigratableDevice>,
+    pub(super) devices: Vec<DeviceSender<'a>>,
+    pub(super) dirty: DirtyPages,
     /// Pages sent, data and zero, each time they were sent.
-    pub(crate) ram_pages: u64,
-    pub(crate) paused: Option<Paused>,
-    pub(crate) locks_free: bool,
+    pub(super) ram_pages: u64,
+    pub(super) paused: Option<Paused>,
+    pub(super) locks_free: bool,
     /// The machine panicked while it was being paused.
-    pub(crate) pause_unknown: bool,
-    pub(crate) saboteur: Saboteur,
+    pub(super) pause_unknown: bool,
 }
 
-impl Worker<'_> {
+impl<'a> Worker<'a> {
+    pub(super) fn new(
+        plan: &'a PlannedMigration,
+        link: &Arc<Link>,
+        shared: &'a SourceShared,
+        counters: &'a SourceCounters,
+    ) -> Self {
+        let ram = plan.machine.ram();
+        let devices = (0..)
+            .zip(&plan.devices)
+            .zip(shared.credits.iter().zip(&counters.devices))
+            .map(|((index, (moved, capabilities)), (credit, counts))| {
+                DeviceSender::new(index, Arc::clone(&moved.device), *capabilities, credit, counts)
+            })
+            .collect();
+        Self {
+            machine: Arc::clone(&plan.machine),
+            dirty: DirtyPages::new(&ram),
+            ram,
+            options: &plan.options,
+            control: &plan.control,
+            uri: &plan.uri,
+            link: Arc::clone(link),
+            shared,
+            counters,
+            journal: &plan.journal,
+            attempt: plan.attempt,
+            epoch: plan.epoch,
+            manifest: &plan.manifest,
+            functions: plan.devices.iter().map(|(moved, _)| moved.clone()).collect(),
+            devices,
+            ram_pages: 0,
+            paused: None,
+            locks_free: false,
+            pause_unknown: false,
+        }
+    }
+
     /// Works until the job queue is closed.
-    pub(crate) fn run(mut self, jobs: &Receiver<SourceAction>, events: &Events) {
+    pub(super) fn run(mut self, jobs: &Receiver<SourceAction>, events: &Events<SourceEvent>) {
         for job in jobs {
             let answer = match self.guarded(job) {
                 Ok(answer) => answer,
@@ -87,11 +105,11 @@ impl Worker<'_> {
             };
             self.counters.jobs_done.fetch_add(1, Ordering::Release);
             if let Some(event) = answer {
-                events.tell(event);
+                events.send(event);
             }
         }
         // The session ended without an end: its observer panicked. A guest that may still be ours goes on.
-        if self.logging && !self.paused.as_ref().is_some_and(Paused::is_held) {
+        if self.dirty.is_logging() && !self.paused.as_ref().is_some_and(Paused::stays_paused) {
             let _ = self.guarded(SourceAction::RollBack);
         }
     }
@@ -100,14 +118,14 @@ impl Worker<'_> {
     /// would wait for an answer for ever.
     fn guarded(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
         let (pausing, back) = (job == SourceAction::Pause, job == SourceAction::RollBack);
-        std::panic::catch_unwind(AssertUnwindSafe(|| self.job(job))).unwrap_or_else(|panic| {
-            let failure = panicked(self.wires.phase(), panic.as_ref());
+        catch_unwind(AssertUnwindSafe(|| self.job(job))).unwrap_or_else(|panic| {
+            let failure = panicked(self.shared.phase(), panic.as_ref());
             self.pause_unknown |= pausing;
             if back {
                 tracing::error!(text = %failure.text, "the way back ended early");
-                // Standing is the safe side of not knowing.
+                // Paused is the safe side of not knowing.
                 if let Some(paused) = &mut self.paused {
-                    paused.hold();
+                    paused.keep_paused();
                 }
                 let (reset, not_reset, locks_lost) = (Vec::new(), Vec::new(), Vec::new());
                 return Ok(Some(SourceEvent::RolledBack { reset, not_reset, locks_lost, restored: false }));
@@ -163,65 +181,27 @@ impl Worker<'_> {
         }))
     }
 
-    /// Where every device stands, in manifest order.
-    pub(crate) fn device_progress(&mut self, phase: Phase) -> Result<Vec<DeviceProgress>, WorkError> {
+    /// How far each device is, in manifest order.
+    pub(super) fn device_progress(&mut self, phase: Phase) -> Result<Vec<DeviceProgress>, WorkError> {
         let progress =
-            self.streams.iter_mut().map(|stream| stream.progress(phase)).collect::<Result<Vec<_>, _>>()?;
+            self.devices.iter_mut().map(|device| device.progress(phase)).collect::<Result<Vec<_>, _>>()?;
         lock(&self.counters.device_progress).clone_from(&progress);
         Ok(progress)
     }
 
-    /// Adds what every dirty source saw since the last time.
-    pub(crate) fn report_dirty(&mut self, phase: Phase) -> Result<(), WorkError> {
-        let mut found = Bitmap::new(self.ram.size(), self.dirty.granule());
-        for source in &self.sources {
-            source.report(&mut found).map_err(|error| error.in_phase(phase))?;
+    /// How long the destination may grant a device nothing. The engine's watchdog sees to it while the guest is paused, but
+    /// not during a final pass that ends in a digest, of which it does not know how long it may take.
+    pub(super) fn patience(&self, last: bool) -> Duration {
+        let work = vfio_migration_engine::work_timeout(self.options.peer_timeout);
+        let costs_nothing = self.paused.as_ref().is_none_or(|paused| !paused.ran());
+        if last && self.options.verify && !costs_nothing {
+            work.min(self.options.downtime_limit)
+        } else {
+            work
         }
-        for stream in &self.streams {
-            let Some(log) = stream.device.dirty_log() else { continue };
-            let mut seen = Bitmap::new(self.ram.size(), self.dirty.granule());
-            log.report(&mut seen).map_err(|error| fail::blame(&stream.id, error.in_phase(phase)))?;
-            if !self.saboteur.hides_device_log() {
-                found.or(&seen);
-            }
-        }
-        self.dirty.or(&found);
-        self.saboteur.hide_dirty(&mut self.dirty);
-        self.counters.ram_left.store(self.dirty.dirty_bytes(), Ordering::Relaxed);
-        Ok(())
     }
 
     fn send(&self, message: &Message) -> Result<(), WorkError> {
-        self.link.send(message).map_err(|error| WorkError::sending(error, self.wires.phase()))
+        self.link.send(message).map_err(|error| WorkError::sending(error, self.shared.phase()))
     }
-
-    /// What the journal says in `state`.
-    pub(crate) fn record(&self, state: SourceState) -> SourceRecord {
-        SourceRecord {
-            vm: self.machine.id(),
-            attempt: self.attempt,
-            epoch: self.epoch,
-            state,
-            peer: self.uri.to_string(),
-        }
-    }
-
-    fn write_journal(&mut self, state: SourceState) -> Result<(), WorkError> {
-        if state == SourceState::Committing {
-            // Before the record is on disk, not after: from here only the engine's word lets the guest run.
-            if let Some(paused) = &mut self.paused {
-                paused.hold();
-            }
-        }
-        let record = self.record(state);
-        self.journal.write_source(record).map_err(|error| error.in_phase(Phase::Commit).into())
-    }
-}
-
-/// What a panic said, as a failure.
-fn panicked(phase: Phase, panic: &(dyn Any + Send)) -> PeerError {
-    let said = panic.downcast_ref::<&str>().copied();
-    let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("nothing");
-    let text = format!("a panic in the VMM or a device: {said}");
-    fail::with_remedy(phase, text, "see the VMM's own log")
 }

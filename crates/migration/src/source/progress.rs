@@ -1,22 +1,24 @@
-//! What the caller is shown while it runs, and told at the end.
+//! What the caller is reporter while it runs, and told at the end.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use vfio_migration_device::Capabilities;
 use vfio_migration_engine::{self as engine, SourceOutcome, SourceSummary};
 use vfio_migration_types::{AttemptId, DeviceId, Phase, VmId};
 
 use crate::channel::link::Link;
-use crate::control::lock;
 use crate::error::{Aborted, MigrateError};
+use crate::machine::MigratableDevice;
 use crate::rehearsal::Rehearsal;
 use crate::report::{Bytes, Completed, DeviceStatus, PhaseTime, Progress};
 use crate::session::host::boot_id;
+use crate::session::lock::lock;
 use crate::uri::Uri;
 
-use crate::source::session::Ended;
+use crate::source::attempt::SourceEnd;
 
-use crate::source::worker::Counters;
+use crate::source::attempt::SourceCounters;
 
 /// How often the observer is called while nothing but counts changes.
 const EVERY: Duration = Duration::from_millis(200);
@@ -25,7 +27,7 @@ const RATE_OVER: Duration = Duration::from_secs(1);
 
 /// Turns the engine's progress and the workers' counts into what the caller sees, a few times a second.
 #[derive(Debug)]
-pub(crate) struct Shown {
+pub(crate) struct ProgressReporter {
     begun: Instant,
     ram_total: u64,
     names: Vec<DeviceId>,
@@ -37,8 +39,10 @@ pub(crate) struct Shown {
     progress: Progress,
 }
 
-impl Shown {
-    pub(crate) fn new(begun: Instant, ram_total: u64, names: Vec<DeviceId>, precopy: Vec<bool>) -> Self {
+impl ProgressReporter {
+    pub(crate) fn new(begun: Instant, ram_total: u64, devices: &[(MigratableDevice, Capabilities)]) -> Self {
+        let names = devices.iter().map(|(moved, _)| moved.device.id().clone()).collect();
+        let precopy = devices.iter().map(|(_, capabilities)| capabilities.flags.pre_copy).collect();
         let progress = Progress::default();
         Self { begun, ram_total, names, precopy, last: None, rate: 0, rate_from: (begun, 0), progress }
     }
@@ -47,7 +51,7 @@ impl Shown {
     pub(crate) fn update(
         &mut self,
         engine: &engine::Progress,
-        counters: &Counters,
+        counters: &SourceCounters,
         wire_bytes: u64,
         now_or_never: bool,
     ) -> Option<Progress> {
@@ -69,7 +73,7 @@ impl Shown {
             }
         }
         let devices = self.devices(counters);
-        let ram_left = counters.ram_left.load(Ordering::Relaxed);
+        let ram_left = counters.ram.left.load(Ordering::Relaxed);
         let device_left = |device: &DeviceStatus| {
             device
                 .stop_copy_estimate
@@ -101,7 +105,7 @@ impl Shown {
         if found.iterations == 0 { Vec::new() } else { untried.map(|(name, _)| name.clone()).collect() }
     }
 
-    fn devices(&self, counters: &Counters) -> Vec<DeviceStatus> {
+    fn devices(&self, counters: &SourceCounters) -> Vec<DeviceStatus> {
         let said = lock(&counters.device_progress);
         self.names
             .iter()
@@ -123,21 +127,21 @@ impl Shown {
 }
 
 /// The caller's result.
-pub(crate) fn tell(
+pub(crate) fn into_result(
     outcome: SourceOutcome,
-    shown: &Shown,
-    counters: &Counters,
+    reporter: &ProgressReporter,
+    counters: &SourceCounters,
     link: &Link,
     uri: &Uri,
     vm: VmId,
     attempt: AttemptId,
-) -> Result<Ended, MigrateError> {
+) -> Result<SourceEnd, MigrateError> {
     match outcome {
         SourceOutcome::Completed(summary) => {
             let paused_ns = counters.paused_ns.load(Ordering::Acquire);
-            let total = shown.begun.elapsed();
+            let total = reporter.begun.elapsed();
             let (downtime, one_clock) = downtime(&summary, paused_ns);
-            Ok(Ended::Completed(Completed {
+            Ok(SourceEnd::Completed(Completed {
                 vm,
                 attempt,
                 epoch: summary.running.epoch,
@@ -161,19 +165,19 @@ pub(crate) fn tell(
                 device_digest_match: true,
                 vectors: summary.ready.vectors,
                 guest_runs: summary.running.guest_runs,
-                devices: shown.devices(counters),
+                devices: reporter.devices(counters),
                 left_undone: summary.left_undone.into_iter().map(Into::into).collect(),
                 report: lock(&counters.report).clone(),
             }))
         }
         SourceOutcome::Rehearsed(found) => {
-            let (total, report) = (shown.begun.elapsed(), lock(&counters.report).clone());
+            let (total, report) = (reporter.begun.elapsed(), lock(&counters.report).clone());
             let phases = phases(&found.phases, total);
-            let not_rehearsed = shown.not_rehearsed(&found);
-            Ok(Ended::Rehearsed(Rehearsal::new(
+            let not_rehearsed = reporter.not_rehearsed(&found);
+            Ok(SourceEnd::Rehearsed(Rehearsal::new(
                 *found,
                 report,
-                &shown.names,
+                &reporter.names,
                 not_rehearsed,
                 bytes(counters),
                 phases,
@@ -224,11 +228,11 @@ fn phases(entered: &[(Phase, Duration)], total: Duration) -> Vec<PhaseTime> {
         .collect()
 }
 
-fn bytes(counters: &Counters) -> Bytes {
+fn bytes(counters: &SourceCounters) -> Bytes {
     let sum =
         |count: fn(&crate::device::send::DeviceCounters) -> u64| counters.devices.iter().map(count).sum();
     Bytes {
-        ram: counters.ram_bytes.load(Ordering::Relaxed),
+        ram: counters.ram.bytes.load(Ordering::Relaxed),
         device_precopy: sum(|device| device.precopy.load(Ordering::Relaxed)),
         device_stopcopy: sum(|device| device.stopcopy.load(Ordering::Relaxed)),
     }

@@ -1,0 +1,40 @@
+//! Why a connection cannot go on.
+
+use rustix::io::Errno;
+use vfio_migration_wire::WireError;
+
+/// Why a connection cannot go on. The connection's own failures, and what of them is not the connection's: a stream that makes
+/// no sense, and memory that cannot be read or written where it was to be moved from or to.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ChannelError {
+    #[error("the peer closed the connection")]
+    Closed,
+    #[error("the connection ended inside a frame, with {missing} bytes missing")]
+    Cut { missing: u64 },
+    #[error("{doing} failed")]
+    System {
+        doing: &'static str,
+        #[source]
+        source: Errno,
+    },
+    #[error("guest memory could not be accessed while {doing}")]
+    Memory {
+        doing: &'static str,
+        #[source]
+        source: Errno,
+    },
+    #[error("the peer's stream is damaged")]
+    Wire(#[from] WireError),
+    #[error("bulk data came where only a control message can")]
+    Unexpected,
+}
+
+impl ChannelError {
+    /// What a failed call on a connection means.
+    pub(crate) fn of(doing: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |source| match source {
+            Errno::FAULT => Self::Memory { doing, source },
+            _ => Self::System { doing, source },
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What the caller is shown while a guest arrives, and told at the end.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vfio_migration_engine::{Attempt, DestinationOutcome};
+use vfio_migration_types::Phase;
+use vfio_migration_wire as wire;
+use vfio_migration_wire::{PeerError, Running};
+
+use crate::destination::attempt::DestinationShared;
+use crate::device::receive::DeviceReceiver;
+use crate::error::{Held, IncomingError, RehearsedHere};
+use crate::machine::Machine;
+use crate::offer::Arrived;
+use crate::reasons;
+use crate::report::{ArrivalReport, Bytes, DeviceStatus};
+use crate::session::fail;
+use crate::session::lock::lock;
+
+pub(super) fn statuses(shared: &DestinationShared) -> Vec<DeviceStatus> {
+    let devices = shared.sink.get().map(|sink| sink.devices.as_slice()).unwrap_or_default();
+    let status = |device: &Arc<DeviceReceiver>| DeviceStatus {
+        id: device.id.clone(),
+        precopy: device.precopy.load(Ordering::Relaxed),
+        stopcopy: device.stopcopy.load(Ordering::Relaxed),
+        initial_left: None,
+        dirty_left: None,
+        stop_copy_estimate: None,
+    };
+    devices.iter().map(status).collect()
+}
+
+pub(super) fn bytes(shared: &DestinationShared, devices: &[DeviceStatus]) -> Bytes {
+    Bytes {
+        ram: shared.sink.get().map_or(0, |sink| sink.ram.bytes()),
+        device_precopy: devices.iter().map(|device| device.precopy).sum(),
+        device_stopcopy: devices.iter().map(|device| device.stopcopy).sum(),
+    }
+}
+
+/// The caller's result.
+pub(super) fn into_result(
+    outcome: DestinationOutcome,
+    machine: Option<Arc<dyn Machine>>,
+    attempt: Option<Attempt>,
+    running: Option<Running>,
+    shared: &DestinationShared,
+    begun: Instant,
+) -> Result<Arrived, IncomingError> {
+    let lost =
+        || fail::plain(Phase::Run, "the session lost its own machine: a defect of this program").into();
+    let rehearsal = shared.rehearsal.load(Ordering::Acquire);
+    let rehearsed = |refused: Vec<wire::Reason>, cause: Option<PeerError>| {
+        let refused = reasons::from_wire(refused);
+        IncomingError::Rehearsed(Box::new(RehearsedHere { refused, cause: cause.map(Into::into) }))
+    };
+    match outcome {
+        DestinationOutcome::Owner { epoch, ready, guest_runs } => {
+            let (Some(machine), Some(attempt)) = (machine, attempt) else {
+                return Err(IncomingError::Aborted(lost()));
+            };
+            let devices = statuses(shared);
+            let report = ArrivalReport {
+                vm: attempt.vm,
+                attempt: attempt.attempt,
+                epoch,
+                guest_runs: running.map_or(guest_runs, |running| running.guest_runs),
+                total: begun.elapsed(),
+                ram_pages: ready.ram_pages,
+                sections: ready.sections,
+                bytes: bytes(shared, &devices),
+                vectors: ready.vectors,
+                verify: Duration::from_nanos(ready.verify_ns),
+                steps: std::mem::take(&mut *lock(&shared.steps)),
+                devices,
+            };
+            Ok(Arrived { machine, epoch, report })
+        }
+        DestinationOutcome::OwnerHeld { epoch, cause } => match machine {
+            Some(machine) => Err(IncomingError::Held(Box::new(Held { machine, epoch, cause: cause.into() }))),
+            None => Err(IncomingError::Aborted(lost())),
+        },
+        // However a rehearsal ends, nobody was to come.
+        DestinationOutcome::Refused(reasons) if rehearsal => Err(rehearsed(reasons, None)),
+        DestinationOutcome::Aborted(cause) if rehearsal => Err(rehearsed(Vec::new(), Some(cause))),
+        DestinationOutcome::Rehearsed(left_undone) => Err(rehearsed(Vec::new(), left_undone)),
+        DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
+        DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause.into())),
+        other => {
+            let text = format!("an outcome that this version does not know: {other:?}");
+            Err(IncomingError::Aborted(fail::plain(Phase::Run, text).into()))
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! What is dirty: the VMM's own sources and the devices' logs, in one bitmap.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vfio_migration_memory::{DirtySource, GuestRam, report_all, start_all, stop_all};
+use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase};
+
+use crate::device::send::DeviceSender;
+use crate::ram::send::RamCounters;
+use crate::session::fail::{self, InPhase, sentence};
+use crate::session::work_error::WorkError;
+
+/// Every dirty log of a machine, and what they have said that has not been sent.
+#[derive(Debug)]
+pub(crate) struct DirtyPages {
+    /// The VMM's own sources.
+    sources: Vec<Arc<dyn DirtySource>>,
+    logging: bool,
+    dirty: Bitmap,
+}
+
+impl DirtyPages {
+    pub(crate) fn new(ram: &GuestRam) -> Self {
+        Self { sources: Vec::new(), logging: false, dirty: Bitmap::new(ram.size(), Granule::PAGE) }
+    }
+
+    /// Whether a log may run.
+    pub(crate) fn is_logging(&self) -> bool {
+        self.logging
+    }
+
+    /// Bytes of the pages that are dirty.
+    pub(crate) fn left(&self) -> u64 {
+        self.dirty.dirty_bytes()
+    }
+
+    /// What is dirty, which is forgotten: it is about to be sent.
+    pub(crate) fn take(&mut self) -> Bitmap {
+        self.dirty.take()
+    }
+
+    /// Starts every log, then counts all of RAM that was ever written as dirty.
+    pub(crate) fn start(
+        &mut self,
+        sources: Vec<Arc<dyn DirtySource>>,
+        devices: &[DeviceSender<'_>],
+        ram: &GuestRam,
+    ) -> Result<(), WorkError> {
+        let phase = Phase::Setup;
+        self.sources = sources;
+        // Before, not after: a start that fails half way, and cannot be taken back, is stopped with the rest. To stop a
+        // log that never started succeeds.
+        self.logging = true;
+        start_all(&self.own()).map_err(|error| error.in_phase(phase))?;
+        for device in devices {
+            let Some(log) = device.device.dirty_log() else { continue };
+            log.start().map_err(|error| fail::with_device(&device.id, error.in_phase(phase)))?;
+        }
+        // Only now: what is data was found after logging began, so a hole that fills up later is logged.
+        self.add_everything(ram, phase)
+    }
+
+    /// Adds what every log saw since the last time.
+    pub(crate) fn report(
+        &mut self,
+        devices: &[DeviceSender<'_>],
+        counters: &RamCounters,
+        phase: Phase,
+    ) -> Result<(), WorkError> {
+        let sources: Vec<&dyn DirtySource> = self.sources.iter().map(AsRef::as_ref).collect();
+        report_all(&sources, &mut self.dirty).map_err(|error| error.in_phase(phase))?;
+        for device in devices {
+            let Some(log) = device.device.dirty_log() else { continue };
+            log.report(&mut self.dirty)
+                .map_err(|error| fail::with_device(&device.id, error.in_phase(phase)))?;
+        }
+        counters.left.store(self.left(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Counts all of RAM that was ever written as dirty: nobody logs what a device writes.
+    pub(crate) fn add_everything(&mut self, ram: &GuestRam, phase: Phase) -> Result<(), WorkError> {
+        for extent in ram.data_extents().map_err(|error| error.in_phase(phase))? {
+            self.dirty.set_range(extent.start().0 / PAGE_SIZE, extent.len() / PAGE_SIZE);
+        }
+        Ok(())
+    }
+
+    /// Ends every log. What fails is logged: a log that goes on costs time, not correctness.
+    pub(crate) fn stop(&mut self, devices: &[DeviceSender<'_>]) {
+        if !std::mem::take(&mut self.logging) {
+            return;
+        }
+        let mut all = self.own();
+        all.extend(
+            devices.iter().filter_map(|device| device.device.dirty_log()).map(|log| log as &dyn DirtySource),
+        );
+        if let Err(error) = stop_all(&all) {
+            tracing::warn!(error = %sentence(&error), "a dirty log could not be stopped");
+        }
+    }
+
+    fn own(&self) -> Vec<&dyn DirtySource> {
+        self.sources.iter().map(AsRef::as_ref).collect()
+    }
+}

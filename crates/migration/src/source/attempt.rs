@@ -1,0 +1,84 @@
+//! What the threads of an attempt share, and how it ends well.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use vfio_migration_compat::Report;
+use vfio_migration_engine::{self as engine, DeviceProgress};
+use vfio_migration_types::Phase;
+use vfio_migration_wire::FEATURE_RAM_CRC;
+
+use crate::channel::credit::Credit;
+use crate::device::send::DeviceCounters;
+use crate::error::{MigrateError, not_begun};
+use crate::ram::send::RamCounters;
+use crate::rehearsal::Rehearsal;
+use crate::report::Completed;
+use crate::session::interrupt::Interrupt;
+
+/// What the threads of an attempt share.
+#[derive(Debug, Default)]
+pub(crate) struct SourceShared {
+    pub(crate) interrupt: Interrupt,
+    pub(crate) ram_crc: AtomicBool,
+    pub(crate) credits: Vec<Credit>,
+    /// The engine's phase, by its index in [`Phase::ALL`].
+    pub(crate) phase: AtomicUsize,
+}
+
+impl SourceShared {
+    /// Takes note of what was negotiated.
+    pub(crate) fn note(&self, engine: &engine::Source) {
+        let phase = Phase::ALL.iter().position(|phase| *phase == engine.phase());
+        self.phase.store(phase.unwrap_or(0), Ordering::Relaxed);
+        let crc = engine.negotiated().is_some_and(|reply| reply.features & FEATURE_RAM_CRC != 0);
+        self.ram_crc.store(crc, Ordering::Relaxed);
+    }
+
+    /// Where the engine is: what other threads' failures name.
+    pub(crate) fn phase(&self) -> Phase {
+        Phase::ALL.get(self.phase.load(Ordering::Relaxed)).copied().unwrap_or(Phase::Plan)
+    }
+}
+
+/// Counts that the caller's thread shows while the worker works.
+#[derive(Debug, Default)]
+pub(crate) struct SourceCounters {
+    pub(crate) ram: RamCounters,
+    /// CLOCK_MONOTONIC nanoseconds just before the vCPUs were told to stop; 0 before.
+    pub(crate) paused_ns: AtomicU64,
+    /// Jobs finished, whatever came of them.
+    pub(crate) jobs_done: AtomicU64,
+    pub(crate) devices: Vec<DeviceCounters>,
+    /// Per device, what it last said of itself.
+    pub(crate) device_progress: Mutex<Vec<DeviceProgress>>,
+    /// What both sides' rules say.
+    pub(crate) report: Mutex<Report>,
+}
+
+/// How a session ended well.
+pub(crate) enum SourceEnd {
+    Completed(Completed),
+    Rehearsed(Rehearsal),
+}
+
+impl SourceEnd {
+    pub(crate) fn completed(self) -> Result<Completed, MigrateError> {
+        match self {
+            Self::Completed(completed) => Ok(completed),
+            Self::Rehearsed(_) => {
+                Err(not_begun(Phase::Plan, "it was only rehearsed: a defect of this program"))
+            }
+        }
+    }
+
+    pub(crate) fn rehearsed(self) -> Result<Rehearsal, MigrateError> {
+        match self {
+            Self::Rehearsed(rehearsal) => Ok(rehearsal),
+            Self::Completed(_) => {
+                let why = "the guest moved where a rehearsal was asked for: a defect of this program".into();
+                Err(MigrateError::Unresolved { why })
+            }
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! P0: the source's own preconditions, before anybody is talked to.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vfio_migration_compat::MachineManifest;
+use vfio_migration_device::Capabilities;
+use vfio_migration_engine::ownership::{SourceRecord, SourceState};
+use vfio_migration_engine::{self as engine, DeviceFacts, SourceAction, SourceConfig, SourceOutcome};
+use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
+use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Offer, VERSIONS, limits};
+
+use crate::control::Control;
+use crate::error::{MigrateError, not_begun, refused_here};
+use crate::machine::{Machine, MigratableDevice};
+use crate::offer::names;
+use crate::options::SourceOptions;
+use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
+use crate::rehearsal::Rehearse;
+use crate::session::fail::{self, InPhase};
+use crate::session::host::nonce;
+use crate::uri::Uri;
+
+/// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
+pub(super) struct PlannedMigration {
+    pub(super) machine: Arc<dyn Machine>,
+    pub(super) options: SourceOptions,
+    pub(super) control: Control,
+    pub(super) uri: Uri,
+    pub(super) journal: Journal,
+    pub(super) attempt: AttemptId,
+    pub(super) epoch: Epoch,
+    pub(super) manifest: MachineManifest,
+    pub(super) devices: Vec<(MigratableDevice, Capabilities)>,
+}
+
+impl PlannedMigration {
+    pub(super) fn new(
+        machine: Arc<dyn Machine>,
+        options: SourceOptions,
+        control: Control,
+        uri: Uri,
+        rehearse: Option<Rehearse>,
+    ) -> Result<(Self, engine::Source), MigrateError> {
+        let vm = machine.id();
+        if control.cancel_waits() {
+            return Err(not_begun(Phase::Plan, "cancelled before it began"));
+        }
+        let attempt = new_attempt_id()?;
+        // A rehearsal reads the journal and leaves no trace in it.
+        let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
+        let journal = Journal::open(dir, vm, JournalSide::Source)
+            .map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+        let epoch = owned_epoch(known(&journal, &options, vm)?, &options)?;
+        let manifest = machine.manifest().map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+        let json = manifest.to_json().map_err(|error| {
+            not_begun(Phase::Plan, format!("the manifest cannot be written: {}", fail::sentence(&error)))
+        })?;
+        let offer = Offer { names: names(&options.device_map), manifest: json };
+        let devices = usable_devices(machine.as_ref(), &options)?;
+        let facts = devices.iter().map(|(moved, capabilities)| DeviceFacts {
+            id: moved.device.id().clone(),
+            flags: capabilities.flags,
+            precopy_info: capabilities.precopy_info,
+        });
+        let limit = options.downtime_limit;
+        let verify = options.verify;
+        let features =
+            if verify { FEATURE_VERIFY } else { 0 } | if options.ram_crc { FEATURE_RAM_CRC } else { 0 };
+        let mut engine = engine::Source::new(SourceConfig {
+            vm,
+            attempt,
+            epoch,
+            versions: VERSIONS,
+            features,
+            offer,
+            devices: facts.collect(),
+            no_peer_dma: options.no_peer_dma,
+            downtime_limit: limit,
+            // COMMIT, its answer, and the start of the devices there: a tenth of the limit, within reason.
+            commit_reserve: options.commit_reserve.unwrap_or(
+                (limit / 10).clamp(Duration::from_millis(5), Duration::from_millis(100)).min(limit / 2),
+            ),
+            give_up_after: options.give_up_after,
+            pause_before_switchover: options.pause_before_switchover && rehearse.is_none(),
+            verify,
+            peer_timeout: options.peer_timeout,
+            rehearse,
+        });
+        // An engine that refuses its configuration says so before anything else.
+        if let Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) = engine.poll_action() {
+            return Err(refused_here(abort.cause));
+        }
+        let plan = Self { machine, options, control, uri, journal, attempt, epoch, manifest, devices };
+        Ok((plan, engine))
+    }
+}
+
+/// What the journal on disk says, also where none is open.
+fn known(journal: &Journal, options: &SourceOptions, vm: VmId) -> Result<JournalFile, MigrateError> {
+    let on_disk = match &options.state_dir {
+        Some(dir) => read_journal(dir, vm),
+        None => Ok(None),
+    };
+    let known = on_disk.and_then(|file| file.map_or_else(|| journal.read(), Ok));
+    known.map_err(|error| refused_here(error.in_phase(Phase::Plan)))
+}
+
+/// The epoch under which this side owns the guest, if the journal does not say that it does not.
+fn owned_epoch(file: JournalFile, options: &SourceOptions) -> Result<Epoch, MigrateError> {
+    let committing = |record: &&SourceRecord| record.state == SourceState::Committing;
+    let unanswered = file.source.as_ref().filter(committing);
+    if let Some(record) = unanswered.filter(|record| file.owned_epoch() <= Some(record.epoch)) {
+        return Err(MigrateError::Unresolved {
+            why: format!(
+                "the journal says that attempt {} to {} was committed to and never answered",
+                record.attempt, record.peer
+            ),
+        });
+    }
+    let epoch = file.owned_epoch().map_or(options.epoch, |known| known.max(options.epoch));
+    match file.released_epoch() {
+        Some(released) if released >= epoch => {
+            let text = format!(
+                "the journal says that this VM was given away under epoch {}, and nothing says that it came back",
+                released.0
+            );
+            let remedy = "if it did come back, pass the epoch under which it did";
+            Err(refused_here(fail::with_remedy(Phase::Plan, text, remedy)))
+        }
+        _ => Ok(epoch),
+    }
+}
+
+/// The machine's devices, if each of them can migrate.
+fn usable_devices(
+    machine: &dyn Machine,
+    options: &SourceOptions,
+) -> Result<Vec<(MigratableDevice, Capabilities)>, MigrateError> {
+    let devices = machine.devices();
+    if devices.len() > usize::from(limits::DEVICES) {
+        return Err(not_begun(
+            Phase::Plan,
+            format!("{} devices are more than can migrate at once", devices.len()),
+        ));
+    }
+    devices
+        .into_iter()
+        .map(|moved| {
+            let id = moved.device.id();
+            let capabilities = moved.device.capabilities().map_err(|why| {
+                refused_here(fail::of_device(
+                    Phase::Plan,
+                    id,
+                    format!("device {id} cannot migrate: {}", why.0),
+                ))
+            })?;
+            if !capabilities.dirty_log && !options.allow_all_dirty {
+                let text = format!(
+                    "device {id} has no log of its DMA writes: nobody would know which pages it wrote"
+                );
+                let mut failure = fail::of_device(Phase::Plan, id, text);
+                failure.remedy =
+                    "allow all of RAM to be sent again while the guest is paused, if its downtime may grow by \
+                                  that"
+                        .into();
+                return Err(refused_here(failure));
+            }
+            Ok((moved, capabilities))
+        })
+        .collect()
+}
+
+/// A name that no attempt had before.
+pub(crate) fn new_attempt_id() -> Result<AttemptId, MigrateError> {
+    let drawn = nonce()
+        .map_err(|errno| not_begun(Phase::Plan, format!("no random number for the attempt: {errno}")))?;
+    Ok(AttemptId(drawn))
+}
