@@ -1,13 +1,13 @@
 //! The destination's side of a migration.
 //!
-//! One concern per file: `incoming` (P1 to P3), `ready` (P5, P6), `commit` (P7, P8, and questions about it), `teardown` (the
+//! One concern per file: `hello` (P1 to P3), `ready` (P5, P6), `commit` (P7, P8, and questions about it), `rollback` (the
 //! way out), `rehearsal`. It never runs the guest but after COMMIT, with OWNER in its journal.
 
 mod commit;
-mod incoming;
+mod hello;
 mod ready;
 mod rehearsal;
-mod teardown;
+mod rollback;
 
 use std::collections::VecDeque;
 
@@ -37,10 +37,10 @@ pub struct Destination {
     negotiated: Option<HelloReply>,
     /// The source owes something until then.
     timer: Option<Owed>,
-    incoming: incoming::Incoming,
+    incoming: hello::Incoming,
     last: ready::Last,
     end: commit::End,
-    teardown: teardown::Teardown,
+    teardown: rollback::Teardown,
 }
 
 /// Where the destination is.
@@ -95,10 +95,10 @@ impl Destination {
             attempt: None,
             negotiated: None,
             timer: None,
-            incoming: incoming::Incoming::default(),
+            incoming: hello::Incoming::default(),
             last: ready::Last::default(),
             end: commit::End::default(),
-            teardown: teardown::Teardown::default(),
+            teardown: rollback::Teardown::default(),
         };
         destination.owe("HELLO", now);
         destination

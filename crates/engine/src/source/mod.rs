@@ -1,14 +1,14 @@
 //! The source's side of a migration.
 //!
-//! One concern per file: `handshake` (P1, P2), `iterate` (P3), `switchover` (P4, P5 and the watchdog), `commit` (P6 to P9),
+//! One concern per file: `hello` (P1, P2), `iterate` (P3), `quiesce` (P4, P5 and the watchdog), `commit` (P6 to P9),
 //! `rollback` (the way back from everywhere), `rehearsal` (going so far, and back).
 
 mod commit;
-mod handshake;
+mod hello;
 mod iterate;
+mod quiesce;
 mod rehearsal;
 mod rollback;
-mod switchover;
 
 use std::collections::VecDeque;
 
@@ -41,7 +41,7 @@ pub struct Source {
     timer: Option<Owed>,
     model: Model,
     rounds: iterate::Rounds,
-    pause: switchover::Pause,
+    pause: quiesce::Pause,
     end: commit::End,
     abort: Option<rollback::Undo>,
     rehearsal: rehearsal::Found,
@@ -117,7 +117,7 @@ impl Source {
             timer: None,
             model: Model::default(),
             rounds: iterate::Rounds::new(devices),
-            pause: switchover::Pause::default(),
+            pause: quiesce::Pause::default(),
             end: commit::End::default(),
             abort: None,
             rehearsal: rehearsal::Found::default(),
