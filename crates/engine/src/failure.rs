@@ -7,15 +7,6 @@ use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, PeerError, Ready};
 
 use crate::api::{DeviceFacts, Failure};
 
-/// How many `peer_timeout`s the peer may be busy with work of its own (reserving, opening, loading). A peer that is
-/// *dead* is noticed long before by the session's pings; this bounds one that lives and does not answer.
-const WORK: u32 = 12;
-
-/// The bound on a peer's work, for a peer that may be silent for `peer_timeout` where it has none.
-pub fn work_timeout(peer_timeout: Duration) -> Duration {
-    peer_timeout.saturating_mul(WORK)
-}
-
 /// A failure of no device.
 pub(crate) fn failure(phase: Phase, text: impl Into<String>, remedy: &str) -> Failure {
     PeerError { phase, device: None, arc: None, errno: None, text: text.into(), remedy: remedy.to_owned() }

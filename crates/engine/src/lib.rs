@@ -35,11 +35,12 @@
 mod api;
 mod convergence;
 mod destination;
+mod expected;
 mod failure;
 pub mod ownership;
 mod source;
 
 pub use api::*;
 pub use destination::Destination;
-pub use failure::work_timeout;
+pub use expected::work_timeout;
 pub use source::Source;

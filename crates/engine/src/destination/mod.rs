@@ -1,85 +1,29 @@
 //! The destination's side of a migration.
 //!
-//! One concern per file: `hello` (P1 to P3), `ready` (P5, P6), `commit` (P7, P8, and questions about it), `rollback` (the
-//! way out), `rehearsal`. It never runs the guest but after COMMIT, with OWNER in its journal.
+//! A file is a phase, from `hello` (P1) to `run` (P8); `rollback` is the way back from each of them before P8. They share
+//! `state`. Here events are dispatched to the phases' methods. The guest never runs here but after COMMIT, with OWNER in
+//! the journal.
 
 mod commit;
+mod final_pass;
 mod hello;
+mod iterate;
 mod ready;
-mod rehearsal;
 mod rollback;
+mod run;
+mod setup;
+mod state;
 
 use std::collections::VecDeque;
 
-use vfio_migration_types::{Epoch, Phase};
-use vfio_migration_wire::{HelloReply, Message, PeerError};
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{HelloReply, Message};
 
-use crate::api::{
-    Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, Failure, Time,
-};
-use crate::failure::{failure, link_lost, protocol, silence, work_timeout};
+pub use self::state::Destination;
+use self::state::{End, IterationCounts, Last, Reservation, State, Teardown};
+use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationEvent, Failure, Time};
+use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::DestinationState;
-
-/// The destination of a migration: told events, it says actions. See the [crate's documentation](crate).
-#[derive(Debug)]
-pub struct Destination {
-    config: DestinationConfig,
-    state: State,
-    /// What the journal on disk says, as far as it has been confirmed; `None`: nothing yet.
-    journal: Option<DestinationState>,
-    phase: Phase,
-    actions: VecDeque<DestinationAction>,
-    /// An action that will be answered is under way.
-    busy: bool,
-    /// The connection stands.
-    link: bool,
-    attempt: Option<Attempt>,
-    negotiated: Option<HelloReply>,
-    /// The source owes something until then.
-    timer: Option<Owed>,
-    incoming: hello::Incoming,
-    last: ready::Last,
-    end: commit::End,
-    teardown: rollback::Teardown,
-}
-
-/// Where the destination is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    AwaitingHello,
-    AwaitingOffer,
-    Reserving,
-    JournalReserved,
-    AwaitingBegin,
-    JournalLoading,
-    Opening,
-    /// P3: iterations come.
-    Loading,
-    /// P5: the last of everything comes; locks may be on their way.
-    Last,
-    /// P6.
-    Verifying,
-    JournalReady,
-    /// READY said.
-    Ready,
-    JournalOwner,
-    Starting,
-    /// The guest is ours; questions are still answered.
-    Owner,
-    JournalAborted,
-    Releasing,
-    /// Everything is released, but a source that may have said COMMIT can still ask what became of it.
-    Lingering,
-    Done,
-}
-
-/// What the source owes.
-#[derive(Clone, Copy, Debug)]
-struct Owed {
-    what: &'static str,
-    since: Time,
-    until: Time,
-}
 
 impl Destination {
     /// A destination on whose connection nothing has come yet; `now` is the present, on the session's clock.
@@ -95,10 +39,11 @@ impl Destination {
             attempt: None,
             negotiated: None,
             timer: None,
-            incoming: hello::Incoming::default(),
-            last: ready::Last::default(),
-            end: commit::End::default(),
-            teardown: rollback::Teardown::default(),
+            reservation: Reservation::default(),
+            counts: IterationCounts::default(),
+            last: Last::default(),
+            end: End::default(),
+            teardown: Teardown::default(),
         };
         destination.owe("HELLO", now);
         destination
@@ -268,49 +213,9 @@ impl Destination {
             State::Releasing => self.release_overdue(now),
             State::Lingering => self.finish_aborted(),
             _ => {
-                let waited = now.saturating_sub(owed.since);
+                let waited = owed.waited(now);
                 self.abort(silence(self.phase, "source", owed.what, waited), now);
             }
         }
-    }
-
-    /// Asks for something that is answered.
-    fn act(&mut self, state: State, action: DestinationAction) {
-        self.state = state;
-        self.busy = true;
-        self.actions.push_back(action);
-    }
-
-    fn send(&mut self, message: Message) {
-        if self.link {
-            self.actions.push_back(DestinationAction::Send(message));
-        }
-    }
-
-    /// The source owes `what`, soon.
-    fn owe(&mut self, what: &'static str, now: Time) {
-        let until = now.saturating_add(self.config.peer_timeout);
-        self.timer = Some(Owed { what, since: now, until });
-    }
-
-    /// The source owes `what`, for which it has work to do.
-    fn owe_work(&mut self, what: &'static str, now: Time) {
-        let until = now.saturating_add(work_timeout(self.config.peer_timeout));
-        self.timer = Some(Owed { what, since: now, until });
-    }
-
-    fn finish(&mut self, outcome: DestinationOutcome) {
-        self.timer = None;
-        self.busy = false;
-        self.actions.push_back(DestinationAction::Finish(outcome));
-    }
-
-    /// The epoch that a commit begins.
-    fn next_epoch(&self) -> Option<Epoch> {
-        self.attempt.map(|attempt| attempt.epoch.next())
-    }
-
-    fn error(&self, text: &str) -> PeerError {
-        failure(self.phase, text, "")
     }
 }

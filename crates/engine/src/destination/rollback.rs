@@ -1,37 +1,18 @@
-//! The way out, before OWNER: ABORTED to the journal, then the word to the source, then everything released.
+//! The way back, before OWNER: ABORTED to the journal, then the word to the source, then everything released. The end of a
+//! rehearsal is the same way, without the journal.
 
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Message, PeerError, Reason};
 
-use super::{Destination, State};
+use super::state::{Destination, State};
 use crate::api::{DestinationAction, DestinationOutcome, Failure, Time};
+use crate::expected::ExpectedAnswer;
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
 
 /// How many `peer_timeout`s an attempt that was given up after READY stays answerable. The source notices a lost link
 /// within one, and asks at once.
 const LINGER: u32 = 4;
-
-/// What an abort remembers.
-#[derive(Debug, Default)]
-pub(super) struct Teardown {
-    pub(super) cause: Option<Failure>,
-    refused: Option<Vec<Reason>>,
-    /// The rehearsal has come to its end.
-    pub(super) rehearsed: bool,
-    /// RESERVE was asked for: there may be something to release.
-    pub(super) something_reserved: bool,
-    /// READY was said, or COMMIT heard.
-    pub(super) source_may_have_committed: bool,
-    /// The source said that it gives up: it has not committed, and will not.
-    pub(super) source_gave_up: bool,
-    /// The source has been told.
-    told: bool,
-    /// ABORTED was asked of the journal.
-    pub(super) journal_asked: bool,
-    /// An action was under way when the abort began; its answer may still come.
-    pub(super) interrupted: bool,
-}
 
 impl Destination {
     /// Gives the attempt up. Does nothing once the guest is ours, or the abort is under way.
@@ -189,6 +170,20 @@ impl Destination {
         }
     }
 
+    pub(super) fn on_end_rehearsal(&mut self, now: Time) {
+        self.timer = None;
+        self.teardown.rehearsed = true;
+        self.teardown.source_gave_up = true;
+        self.teardown.interrupted = self.busy;
+        self.say_abort_and_release(now);
+    }
+
+    fn finish_rehearsed(&mut self) {
+        let left_undone = self.teardown.cause.take();
+        self.send(Message::Rehearsed { left_undone: left_undone.clone() });
+        self.finish(DestinationOutcome::Rehearsed(left_undone));
+    }
+
     fn linger_or_finish(&mut self, now: Time) {
         self.busy = false;
         let answerable = self.journal == Some(DestinationState::Aborted);
@@ -198,8 +193,8 @@ impl Destination {
             return self.finish_aborted();
         }
         self.state = State::Lingering;
-        let until = now.saturating_add(self.config.peer_timeout.saturating_mul(LINGER));
-        self.timer = Some(super::Owed { what: "a question", since: now, until });
+        let timeout = self.config.peer_timeout.saturating_mul(LINGER);
+        self.timer = Some(ExpectedAnswer::within(timeout, "a question", now));
     }
 
     fn cause(&self) -> PeerError {

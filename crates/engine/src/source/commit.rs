@@ -1,66 +1,20 @@
-//! P6 to P9: READY is compared, ownership moves, and a lost answer is asked for until somebody knows.
+//! P7: COMMIT is said, ownership moves, and a lost answer is asked for until somebody knows.
 
 use std::time::Duration;
 
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{Commit, Message, PeerError, Ready, Running};
+use vfio_migration_wire::{Commit, Message};
 
-use super::{Source, State, Told};
-use crate::api::{Failure, SourceAction, SourceOutcome, SourceSummary, Time};
-use crate::failure::compare;
-use crate::ownership::{SourceState, SourceStep};
+use super::state::{Early, Source, State, Told};
+use crate::api::{Failure, SourceAction, Time};
+use crate::ownership::SourceState;
 
 /// First pause between two questions; doubled each time, up to `peer_timeout`.
 const ASK_BACKOFF: Duration = Duration::from_millis(100);
 /// How many `peer_timeout`s a lost answer is asked for before a person is.
 const ASK_FOR: u32 = 8;
 
-/// What P6 to P9 remember.
-#[derive(Debug, Default)]
-pub(super) struct End {
-    pub(super) ready_at: Option<Time>,
-    running_at: Option<Time>,
-    ready: Option<Ready>,
-    running: Option<Running>,
-    left_undone: Vec<Failure>,
-    /// What came while COMMITTING was on its way to the disk.
-    early: Option<Early>,
-    committed_at: Option<Time>,
-    ask_at: Option<Time>,
-    backoff: Duration,
-}
-
-/// What the peer said before COMMIT was sent, when the decision was already made.
-#[derive(Clone, Debug)]
-enum Early {
-    /// It never will.
-    Declined(PeerError),
-    /// It gave up, or said something illegal: COMMIT is not said, the question is asked instead.
-    Doubt,
-}
-
-impl End {
-    pub(super) fn left_undone(&mut self, cause: Failure) {
-        self.left_undone.push(cause);
-    }
-}
-
 impl Source {
-    pub(super) fn on_ready(&mut self, ready: Ready, now: Time) {
-        self.timer = None;
-        let Some(totals) = &self.pause.totals else { return };
-        if let Err(cause) = compare(totals, &ready, &self.config.devices) {
-            return self.abort(cause, Told::Tell);
-        }
-        self.end.ready = Some(ready);
-        self.end.ready_at = Some(now);
-        if self.config.rehearse.is_some() {
-            return self.end_rehearsal(None, now);
-        }
-        self.enter(Phase::Commit, now);
-        self.journal_step(State::JournalCommitting, SourceStep::Commit);
-    }
-
     /// COMMIT has not been said and will not be: the abort is still ours, whatever the disk holds. (If it holds COMMITTING and
     /// this process dies before it holds OWNER, the one that restarts asks, and is told DECLINED.)
     pub(super) fn commit_not_journaled(&mut self, cause: Failure) {
@@ -108,15 +62,6 @@ impl Source {
         self.end.early.get_or_insert(Early::Doubt);
     }
 
-    fn on_running(&mut self, running: Running, now: Time) {
-        self.timer = None;
-        self.end.ask_at = None;
-        self.end.running = Some(running);
-        self.end.running_at = Some(now);
-        self.enter(Phase::Clean, now);
-        self.journal_step(State::JournalReleased, SourceStep::Running);
-    }
-
     /// Asks anew what became of COMMIT, unless it has been asked long enough.
     pub(super) fn ask(&mut self, now: Time) {
         if self.ask_bound().is_some_and(|bound| now >= bound) {
@@ -154,33 +99,5 @@ impl Source {
     fn ask_bound(&self) -> Option<Time> {
         let asked_for = self.config.peer_timeout.saturating_mul(ASK_FOR);
         self.end.committed_at.map(|at| at.saturating_add(asked_for))
-    }
-
-    pub(super) fn unresolved(&mut self, why: String) {
-        self.finish(SourceOutcome::Unresolved(why));
-    }
-
-    pub(super) fn on_released(&mut self) {
-        if self.end.left_undone.is_empty() {
-            self.journal = SourceState::Released;
-        }
-        self.act(State::CleaningUp, SourceAction::CleanUp);
-    }
-
-    pub(super) fn complete(&mut self) {
-        let (Some(ready), Some(running)) = (self.end.ready.take(), self.end.running.take()) else { return };
-        let summary = SourceSummary {
-            iterations: self.rounds.iteration(),
-            paused_at: self.pause.paused_at.unwrap_or_default(),
-            ready_at: self.end.ready_at.unwrap_or_default(),
-            running_at: self.end.running_at.unwrap_or_default(),
-            running,
-            ready,
-            verify: self.pause.verify,
-            left_undone: std::mem::take(&mut self.end.left_undone),
-            predicted: self.pause.predicted,
-            phases: std::mem::take(&mut self.phases),
-        };
-        self.finish(SourceOutcome::Completed(summary));
     }
 }

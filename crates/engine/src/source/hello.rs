@@ -1,14 +1,11 @@
-//! P1 and P2: version, manifest, reservation; dirty logging on and the devices' sessions open on both sides.
+//! P1: version, manifest, reservation, and the judgement of both sides; before it, what this side cannot migrate at all.
 
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{
-    Accept, FEATURE_REHEARSE, FEATURE_VERIFY, Hello, HelloReply, Lease, Message, Reason,
-};
+use vfio_migration_wire::{Accept, FEATURE_REHEARSE, Hello, HelloReply, Message, Reason};
 
-use super::{Owed, Source, State, Told};
+use super::state::{Source, State, Told};
 use crate::api::{Abort, Rehearse, SourceAction, SourceOutcome, Time};
-use crate::failure::{failure, silence};
-use crate::ownership::{SourceState, SourceStep};
+use crate::failure::failure;
 
 impl Source {
     /// Several devices stop one after the other. One that still runs may write into one that is already stopped, unless
@@ -82,7 +79,7 @@ impl Source {
             return self.abort(failure(self.phase, text, remedy), Told::Tell);
         }
         if let Some(owed) = self.timer {
-            self.model.round_trip(now.saturating_sub(owed.since));
+            self.model.round_trip(owed.waited(now));
         }
         self.negotiated = Some(reply);
         self.state = State::Offered;
@@ -100,57 +97,12 @@ impl Source {
         if self.config.rehearse == Some(Rehearse::Ask) {
             return self.end_rehearsal(None, now);
         }
-        self.enter(Phase::Setup, now);
-        match self.config.rehearse {
-            Some(_) => self.begin(now),
-            None => self.journal_step(State::JournalSending, SourceStep::Begin),
-        }
+        self.begin_setup(now);
     }
 
     /// This side's own rules forbid it.
     pub(super) fn refuse(&mut self, reasons: Vec<Reason>) {
         self.send(Message::Refuse(reasons.clone()));
         self.finish(SourceOutcome::Refused(reasons));
-    }
-
-    pub(super) fn on_sending(&mut self, now: Time) {
-        self.journal = SourceState::Sending;
-        self.begin(now);
-    }
-
-    fn begin(&mut self, now: Time) {
-        let Lease { id, .. } = self.lease;
-        self.send(Message::Begin { lease: id });
-        self.act(State::SettingUp { set_up: false, begun: false }, SourceAction::SetUp);
-        self.owe_work("BEGUN", now);
-    }
-
-    pub(super) fn iterate_when_set_up(&mut self, now: Time) {
-        if self.state == (State::SettingUp { set_up: true, begun: true }) {
-            self.enter(Phase::Iterate, now);
-            self.begin_iterating(now);
-        }
-    }
-
-    /// Both sides agreed to compare digests of all RAM.
-    pub(super) fn verify(&self) -> bool {
-        self.config.verify
-            && self.negotiated.is_some_and(|negotiated| negotiated.features & FEATURE_VERIFY != 0)
-    }
-
-    /// The peer did not answer in time.
-    pub(super) fn on_owed(&mut self, owed: Owed, now: Time) {
-        match self.state {
-            State::AwaitingRunning | State::Asking => self.ask(now),
-            State::AwaitingRehearsed => {
-                let waited = now.saturating_sub(owed.since);
-                self.on_rehearsed(Some(silence(self.phase, "destination", owed.what, waited)));
-            }
-            _ if self.can_cancel() => {
-                let waited = now.saturating_sub(owed.since);
-                self.abort(silence(self.phase, "destination", owed.what, waited), Told::Tell);
-            }
-            _ => {}
-        }
     }
 }

@@ -5,47 +5,16 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Applied;
 
-use super::{Source, State, Told};
+use super::state::{Rounds, Source, State, Told, Wait};
 use crate::api::{DeviceProgress, Failure, IterationReport, SourceAction, Time};
 use crate::convergence::Prediction;
-use crate::failure::{failure, silence, work_timeout};
+use crate::expected::work_timeout;
+use crate::failure::{failure, silence};
 
 /// Iterations do not begin closer to each other: reading every dirty log has its price, and so has each for the guest.
 const PACE: Duration = Duration::from_millis(10);
 /// The same while P3 only waits for somebody.
 const WAITING_PACE: Duration = Duration::from_millis(50);
-
-/// What P3 remembers.
-#[derive(Debug)]
-pub(super) struct Rounds {
-    iteration: u32,
-    wire_bytes: u64,
-    began: Time,
-    /// When the iteration under way, or the last, began.
-    round_began: Time,
-    /// When the next one begins, unless an event lets P4 begin first.
-    next: Option<Time>,
-    waiting: Option<Wait>,
-    continued: bool,
-    /// Per device: as last seen.
-    progress: Vec<DeviceProgress>,
-    /// Per device: the generation whose initial bytes were acknowledged last.
-    acknowledged: Vec<Option<u32>>,
-    applied: u32,
-    /// An iteration whose way there and back is being timed, and when it had been sent.
-    probe: Option<(u32, Time)>,
-    /// Since when the destination has owed an iteration's end without saying any.
-    applied_owed: Option<Time>,
-    /// The same for initial bytes: a destination may go on applying RAM while a device hangs.
-    initial_owed: Option<Time>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wait {
-    Initial,
-    Convergence,
-    Operator,
-}
 
 /// What the destination acknowledges in P3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

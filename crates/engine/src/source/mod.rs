@@ -1,98 +1,34 @@
 //! The source's side of a migration.
 //!
-//! One concern per file: `hello` (P1, P2), `iterate` (P3), `quiesce` (P4, P5 and the watchdog), `commit` (P6 to P9),
-//! `rollback` (the way back from everywhere), `rehearsal` (going so far, and back).
+//! A file is a phase, from `hello` (P1) to `clean` (P9); `rollback` is the way back from each of them, `rehearsal` a
+//! migration that goes so far and back. They share `state`. Here events are dispatched to the phases' methods.
 
+mod clean;
 mod commit;
+mod final_pass;
 mod hello;
 mod iterate;
 mod quiesce;
+mod ready;
 mod rehearsal;
 mod rollback;
+mod setup;
+mod state;
 
 use std::collections::VecDeque;
 
-use vfio_migration_types::{Epoch, Phase};
+use vfio_migration_types::Phase;
 use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
 
+pub use self::state::Source;
+use self::state::{End, Found, Pause, Rounds, State, Told, Wait};
 use crate::api::{
     Barrier, Failure, Progress, SourceAction, SourceConfig, SourceEvent, SourceOutcome, Time, Waiting,
 };
 use crate::convergence::Model;
-use crate::failure::{blame, failure, link_lost, protocol, work_timeout};
-use crate::ownership::{SourceState, SourceStep};
-
-/// The source of a migration: told events, it says actions. See the [crate's documentation](crate).
-#[derive(Debug)]
-pub struct Source {
-    config: SourceConfig,
-    state: State,
-    /// What the journal on disk says, as far as it has been confirmed.
-    journal: SourceState,
-    phase: Phase,
-    phases: Vec<(Phase, Time)>,
-    actions: VecDeque<SourceAction>,
-    /// The connection stands.
-    link: bool,
-    negotiated: Option<HelloReply>,
-    /// What the destination has reserved for this attempt.
-    lease: Lease,
-    /// The peer owes an answer until then.
-    timer: Option<Owed>,
-    model: Model,
-    rounds: iterate::Rounds,
-    pause: quiesce::Pause,
-    end: commit::End,
-    abort: Option<rollback::Undo>,
-    rehearsal: rehearsal::Found,
-}
-
-/// Where the source is. Each state waits for exactly one thing, but for [`State::SettingUp`], which waits for two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Idle,
-    Hello,
-    Offered,
-    Judging,
-    JournalSending,
-    SettingUp {
-        set_up: bool,
-        begun: bool,
-    },
-    Sending,
-    Resting,
-    Pausing,
-    ToP2p,
-    Retreating,
-    Resuming,
-    ToStopCopy,
-    SendingFinal,
-    ReleasingLocks,
-    AwaitingReady,
-    JournalCommitting,
-    AwaitingRunning,
-    Asking,
-    AskingLater,
-    JournalReleased,
-    CleaningUp,
-    /// DECLINED after COMMIT: the journal says OWNER before anything runs.
-    JournalDeclined,
-    RollingBack,
-    JournalOwner,
-    /// A rehearsal is at its end, and is being undone.
-    Undoing,
-    /// It is undone here; the destination has not said so yet.
-    AwaitingRehearsed,
-    Done,
-}
-
-/// What the peer owes.
-#[derive(Clone, Copy, Debug)]
-struct Owed {
-    what: &'static str,
-    since: Time,
-    until: Time,
-}
+use crate::expected::ExpectedAnswer;
+use crate::failure::{failure, link_lost, protocol, silence};
+use crate::ownership::SourceState;
 
 impl Source {
     /// A source that has not begun. A machine that cannot be migrated is refused at once: [`Source::poll_action`] is then
@@ -116,11 +52,11 @@ impl Source {
             lease: Lease::default(),
             timer: None,
             model: Model::default(),
-            rounds: iterate::Rounds::new(devices),
-            pause: quiesce::Pause::default(),
-            end: commit::End::default(),
+            rounds: Rounds::new(devices),
+            pause: Pause::default(),
+            end: End::default(),
             abort: None,
-            rehearsal: rehearsal::Found::default(),
+            rehearsal: Found::default(),
         };
         source.refuse_devices_without_p2p();
         source
@@ -181,25 +117,6 @@ impl Source {
         self.negotiated
     }
 
-    /// Whether a [`SourceEvent::Cancel`] would still be obeyed. `false`: it is too late, or already under way.
-    pub fn can_cancel(&self) -> bool {
-        !matches!(
-            self.state,
-            State::JournalCommitting
-                | State::AwaitingRunning
-                | State::Asking
-                | State::AskingLater
-                | State::JournalReleased
-                | State::CleaningUp
-                | State::JournalDeclined
-                | State::RollingBack
-                | State::JournalOwner
-                | State::Undoing
-                | State::AwaitingRehearsed
-                | State::Done
-        )
-    }
-
     /// How far it is.
     pub fn progress(&self, now: Time) -> Progress {
         let (ram_left, device_left) = self.model.left();
@@ -217,15 +134,15 @@ impl Source {
             predicted: self.model.predict(now).map(|prediction| prediction.total()),
             limit: self.config.downtime_limit,
             waiting: waiting.map(|waiting| match waiting {
-                iterate::Wait::Initial => Waiting::InitialBytes(
+                Wait::Initial => Waiting::InitialBytes(
                     self.unacknowledged()
                         .into_iter()
                         .filter_map(|index| self.config.devices.get(index))
                         .map(|device| device.id.clone())
                         .collect(),
                 ),
-                iterate::Wait::Convergence => Waiting::Convergence,
-                iterate::Wait::Operator => Waiting::Operator,
+                Wait::Convergence => Waiting::Convergence,
+                Wait::Operator => Waiting::Operator,
             }),
         }
     }
@@ -260,11 +177,7 @@ impl Source {
                 self.finish(SourceOutcome::Refused(reasons));
             }
             (State::Offered, Message::Accept(accept)) => self.on_accept(accept),
-            (State::SettingUp { set_up, begun: false }, Message::Begun) => {
-                self.state = State::SettingUp { set_up, begun: true };
-                self.timer = None;
-                self.iterate_when_set_up(now);
-            }
+            (State::SettingUp { set_up, begun: false }, Message::Begun) => self.on_begun(set_up, now),
             (state, Message::InitialLoaded { device, generation }) if state.has_iterated() => {
                 self.on_initial_loaded(device, generation, now);
             }
@@ -280,9 +193,7 @@ impl Source {
             (State::Judging, SourceEvent::Refused(reasons)) => self.refuse(reasons),
             (State::JournalSending, SourceEvent::Journaled(SourceState::Sending)) => self.on_sending(now),
             (State::SettingUp { set_up: false, begun }, SourceEvent::SetUp { devices }) => {
-                self.state = State::SettingUp { set_up: true, begun };
-                self.rounds.look(&devices);
-                self.iterate_when_set_up(now);
+                self.on_set_up(begun, &devices, now);
             }
             (State::Sending, SourceEvent::IterationSent(report)) => self.on_iteration_sent(report, now),
             (State::Pausing, SourceEvent::Paused { guest_ran, identity }) => {
@@ -389,84 +300,19 @@ impl Source {
         self.ask_tick(now);
     }
 
-    /// Asks for something that is answered.
-    fn act(&mut self, state: State, action: SourceAction) {
-        self.state = state;
-        self.actions.push_back(action);
-    }
-
-    /// Journals the state that `step` leads to; what cannot be journaled is not done.
-    fn journal_step(&mut self, state: State, step: SourceStep) {
-        match self.journal.next(step) {
-            Ok(next) => self.act(state, SourceAction::Journal(next)),
-            Err(error) => self.abort(failure(self.phase, error.to_string(), ""), Told::Tell),
+    /// The peer did not answer in time.
+    fn on_owed(&mut self, owed: ExpectedAnswer, now: Time) {
+        match self.state {
+            State::AwaitingRunning | State::Asking => self.ask(now),
+            State::AwaitingRehearsed => {
+                let waited = owed.waited(now);
+                self.on_rehearsed(Some(silence(self.phase, "destination", owed.what, waited)));
+            }
+            _ if self.can_cancel() => {
+                let waited = owed.waited(now);
+                self.abort(silence(self.phase, "destination", owed.what, waited), Told::Tell);
+            }
+            _ => {}
         }
     }
-
-    fn send(&mut self, message: Message) {
-        if self.link {
-            self.actions.push_back(SourceAction::Send(message));
-        }
-    }
-
-    /// The peer owes `what`, soon.
-    fn owe(&mut self, what: &'static str, now: Time) {
-        let until = now.saturating_add(self.config.peer_timeout);
-        self.timer = Some(Owed { what, since: now, until });
-    }
-
-    /// The peer owes `what`, for which it has work to do.
-    fn owe_work(&mut self, what: &'static str, now: Time) {
-        let until = now.saturating_add(work_timeout(self.config.peer_timeout));
-        self.timer = Some(Owed { what, since: now, until });
-    }
-
-    fn enter(&mut self, phase: Phase, now: Time) {
-        self.phase = phase;
-        self.phases.push((phase, now));
-    }
-
-    fn finish(&mut self, outcome: SourceOutcome) {
-        self.state = State::Done;
-        self.timer = None;
-        self.actions.push_back(SourceAction::Finish(outcome));
-    }
-
-    fn blame(&self, index: usize, failure: Failure) -> Failure {
-        blame(&self.config.devices, index, failure)
-    }
-
-    fn next_epoch(&self) -> Epoch {
-        self.config.epoch.next()
-    }
-}
-
-impl State {
-    /// Iterations have been sent, so their acknowledgements may come.
-    fn has_iterated(self) -> bool {
-        matches!(
-            self,
-            Self::Sending
-                | Self::Resting
-                | Self::Pausing
-                | Self::ToP2p
-                | Self::Retreating
-                | Self::Resuming
-                | Self::ToStopCopy
-                | Self::SendingFinal
-                | Self::ReleasingLocks
-                | Self::AwaitingReady
-        )
-    }
-}
-
-/// Whether the peer is told of an abort.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
-    /// It is told.
-    Tell,
-    /// It is told, and the operator wanted it.
-    Cancelled,
-    /// It knows, or cannot be reached.
-    Knows,
 }

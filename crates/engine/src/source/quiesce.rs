@@ -1,37 +1,16 @@
-//! P4 and P5: the guest stands; devices to P2P together, one last look, STOP_COPY; the last of everything. And the
-//! watchdog that keeps the downtime below its limit.
+//! P4: the guest is paused; devices to P2P together, one last look at their initial bytes, STOP_COPY. And the watchdog
+//! that keeps the downtime below its limit, to the end of P6.
 
 use std::time::Duration;
 
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{Final, FinalEnd, Message};
 
-use super::{Source, State, Told};
-use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, SourceEvent, Time};
+use super::state::{Pause, Source, State, Told};
+use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, Time};
 use crate::failure::failure;
 
 /// How often P4 may go back to P3 because a device has declared new initial bytes.
 const RETREATS: u32 = 3;
-
-/// What P4 and P5 remember.
-#[derive(Debug, Default)]
-pub(super) struct Pause {
-    /// The pause was asked for.
-    asked_at: Option<Time>,
-    /// The vCPUs stood.
-    pub(super) paused_at: Option<Time>,
-    pub(super) guest_ran: bool,
-    /// Of the manifest, just before the pause.
-    identity: [u8; 32],
-    pub(super) predicted: Duration,
-    /// Time spent on digests, which is no downtime.
-    pub(super) verify: Duration,
-    /// The digests are done, so the watchdog knows what to leave out.
-    source_digested: bool,
-    destination_digested: bool,
-    retreats: u32,
-    pub(super) totals: Option<FinalEnd>,
-}
 
 impl Source {
     /// The decision to switch over. The guest stands from here on.
@@ -94,47 +73,7 @@ impl Source {
             let cause = self.blame(index, failure(Phase::Quiesce, text, "migrate again"));
             return self.abort(cause, Told::Tell);
         }
-        self.enter(Phase::Final, now);
-        let Pause { guest_ran, identity, .. } = self.pause;
-        self.send(Message::Final(Final { guest_ran, identity }));
-        self.act(State::SendingFinal, SourceAction::SendFinal { verify: self.verify() });
-    }
-
-    pub(super) fn on_final_sent(&mut self, totals: FinalEnd, now: Time) {
-        self.pause.totals = Some(totals.clone());
-        if self.config.rehearse.is_none() {
-            return self.act(State::ReleasingLocks, SourceAction::ReleaseLocks);
-        }
-        self.end_final(totals, now);
-    }
-
-    pub(super) fn on_locks_released(&mut self, now: Time) {
-        let Some(totals) = self.pause.totals.clone() else { return };
-        self.send(Message::LocksFree);
-        self.end_final(totals, now);
-    }
-
-    fn end_final(&mut self, totals: FinalEnd, now: Time) {
-        self.send(Message::FinalEnd(totals));
-        self.enter(Phase::Ready, now);
-        self.state = State::AwaitingReady;
-        if self.verify() { self.owe_work("READY", now) } else { self.owe("READY", now) }
-    }
-
-    /// Digests take their time; it is known only when they are done, and counted before the watchdog looks.
-    pub(super) fn note_verify(&mut self, event: &SourceEvent) {
-        let verify = match (self.state, event) {
-            (State::SendingFinal, SourceEvent::FinalSent { verify, .. }) => *verify,
-            (State::AwaitingReady, SourceEvent::Peer(Message::Ready(ready))) => {
-                Duration::from_nanos(ready.verify_ns)
-            }
-            _ => return,
-        };
-        if self.verify() {
-            self.pause.verify = self.pause.verify.saturating_add(verify);
-        }
-        // From here on the watchdog may look: the digest is done.
-        self.pause.digesting_ends(self.state);
+        self.begin_final_pass(now);
     }
 
     /// The guest has stood too long for what is still to come.
@@ -180,15 +119,5 @@ impl Source {
         );
         let remedy = "raise the downtime limit, or see why this phase took so long";
         self.conclude(failure(self.phase, text, remedy), now);
-    }
-}
-
-impl Pause {
-    fn digesting_ends(&mut self, state: State) {
-        match state {
-            State::SendingFinal => self.source_digested = true,
-            State::AwaitingReady => self.destination_digested = true,
-            _ => {}
-        }
     }
 }

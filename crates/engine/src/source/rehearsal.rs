@@ -5,16 +5,8 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
-use super::{Source, State, Told};
+use super::state::{Source, State, Told};
 use crate::api::{Basis, Failure, Part, PartName, Rehearsal, Rehearse, SourceAction, SourceOutcome, Time};
-
-/// What a rehearsal remembers once it is at its end.
-#[derive(Debug, Default)]
-pub(super) struct Found {
-    found: Rehearsal,
-    /// The destination has said that it has let go; and of what it has not.
-    rehearsed: Option<Option<Failure>>,
-}
 
 impl Source {
     /// The migration would not come to its end. A rehearsal has found that out; a migration is undone.

@@ -3,18 +3,10 @@
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
-use super::{Source, State, Told};
+use super::state::{Source, State, Told, Undo};
 use crate::api::{Abort, Failure, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 use crate::ownership::{SourceState, SourceStep};
-
-/// An abort under way.
-#[derive(Debug)]
-pub(super) struct Undo {
-    outcome: Abort,
-    /// The journal says OWNER already.
-    journaled: bool,
-}
 
 impl Source {
     /// Gives the attempt up. Does nothing once it is too late, or under way.

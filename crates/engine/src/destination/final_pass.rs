@@ -1,0 +1,57 @@
+//! P5: the last pages, machine state and device data come, and the storage locks are taken.
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{Final, FinalEnd};
+
+use super::state::{Destination, Locks, State};
+use crate::api::{DestinationAction, Time};
+use crate::failure::failure;
+
+impl Destination {
+    pub(super) fn on_final(&mut self, last: Final, now: Time) {
+        if last.identity != self.reservation.identity {
+            let text = "the source's machine is not what was compared any more: its manifest has changed since the offer";
+            let remedy = "migrate again, so that what it is now is compared";
+            return self.abort(failure(Phase::Quiesce, text, remedy), now);
+        }
+        self.last.guest_ran = last.guest_ran;
+        self.phase = Phase::Final;
+        self.state = State::Last;
+    }
+
+    pub(super) fn on_locks_free(&mut self, now: Time) {
+        if self.last.locks != Locks::Theirs {
+            return self
+                .abort(failure(self.phase, "the source freed its locks twice: protocol error", ""), now);
+        }
+        self.last.locks = Locks::Taking;
+        self.act(State::Last, DestinationAction::TakeLocks);
+    }
+
+    pub(super) fn on_locks_taken(&mut self, now: Time) {
+        if self.last.locks != Locks::Taking {
+            return self.abort(self.error("the session took locks unasked: a defect of this program"), now);
+        }
+        self.busy = false;
+        self.last.locks = Locks::Ours;
+        self.load_when_complete();
+    }
+
+    pub(super) fn on_final_end(&mut self, totals: FinalEnd, now: Time) {
+        // A rehearsal leaves the locks where they are.
+        let locked = self.last.locks != Locks::Theirs || self.rehearses();
+        if self.last.totals.is_some() || !locked {
+            let text = "the source ended the final pass twice, or before it freed its locks: protocol error";
+            return self.abort(failure(self.phase, text, ""), now);
+        }
+        self.last.totals = Some(totals);
+        self.load_when_complete();
+    }
+
+    fn load_when_complete(&mut self) {
+        let locked = self.last.locks == Locks::Ours || self.rehearses();
+        let Some(totals) = self.last.totals.clone().filter(|_| locked) else { return };
+        self.phase = Phase::Ready;
+        self.act(State::Verifying, DestinationAction::Load { totals });
+    }
+}

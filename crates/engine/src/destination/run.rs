@@ -1,0 +1,42 @@
+//! P8: the guest is ours; devices and vCPUs start, and the source is told.
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::{Message, Running};
+
+use super::state::{Destination, State};
+use crate::api::{DestinationAction, DestinationOutcome, Failure};
+use crate::ownership::DestinationState;
+
+impl Destination {
+    pub(super) fn on_owner_journaled(&mut self) {
+        self.journal = Some(DestinationState::Owner);
+        self.phase = Phase::Run;
+        let Some(epoch) = self.next_epoch() else { return };
+        self.act(State::Starting, DestinationAction::Start { epoch, run_guest: self.last.guest_ran });
+    }
+
+    pub(super) fn on_started(&mut self, running: Running) {
+        self.busy = false;
+        self.say_running(running);
+        let (Some(epoch), Some(ready)) = (self.next_epoch(), self.last.ready.clone()) else { return };
+        self.state = State::Owner;
+        self.finish(DestinationOutcome::Owner { epoch, ready, guest_runs: running.guest_runs });
+    }
+
+    /// The guest is ours and stands. The source is told whose it is; it must not take back what we may have touched.
+    pub(super) fn start_failed(&mut self, cause: Failure) {
+        self.busy = false;
+        let Some(epoch) = self.next_epoch() else { return };
+        self.say_running(Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 });
+        self.state = State::Owner;
+        self.finish(DestinationOutcome::OwnerHeld { epoch, cause });
+    }
+
+    fn say_running(&mut self, running: Running) {
+        self.end.running = Some(running);
+        self.send(Message::Running(running));
+        if std::mem::take(&mut self.end.asked) {
+            self.answer(Message::Running(running));
+        }
+    }
+}

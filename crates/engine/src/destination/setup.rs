@@ -1,0 +1,36 @@
+//! P2: the devices' resuming sessions are opened.
+
+use vfio_migration_types::Phase;
+use vfio_migration_wire::Message;
+
+use super::state::{Destination, State};
+use crate::api::{DestinationAction, Time};
+use crate::failure::failure;
+use crate::ownership::{DestinationState, DestinationStep};
+
+impl Destination {
+    pub(super) fn on_begin(&mut self, lease: [u8; 16], now: Time) {
+        self.timer = None;
+        self.phase = Phase::Setup;
+        if lease != self.config.lease {
+            let text = "the source begins on a lease that was not granted to it: protocol error";
+            return self.abort(failure(self.phase, text, ""), now);
+        }
+        if self.rehearses() {
+            return self.act(State::Opening, DestinationAction::BeginResuming);
+        }
+        self.journal_step(State::JournalLoading, DestinationStep::Load, now);
+    }
+
+    pub(super) fn on_loading_journaled(&mut self) {
+        self.journal = Some(DestinationState::Loading);
+        self.act(State::Opening, DestinationAction::BeginResuming);
+    }
+
+    pub(super) fn on_resuming_begun(&mut self) {
+        self.busy = false;
+        self.send(Message::Begun);
+        self.phase = Phase::Iterate;
+        self.state = State::Loading;
+    }
+}

@@ -1,0 +1,193 @@
+//! The destination's state: where it is, what each phase remembers, and the steps that all phases share.
+
+use std::collections::VecDeque;
+
+use vfio_migration_types::{Epoch, Phase};
+use vfio_migration_wire::{
+    Accept, FEATURE_REHEARSE, FinalEnd, HelloReply, Message, PeerError, Ready, Reason, Running,
+};
+
+use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationOutcome, Failure, Time};
+use crate::expected::{ExpectedAnswer, work_timeout};
+use crate::failure::failure;
+use crate::ownership::{DestinationState, DestinationStep};
+
+/// The destination of a migration: told events, it says actions. See the [crate's documentation](crate).
+#[derive(Debug)]
+pub struct Destination {
+    pub(super) config: DestinationConfig,
+    pub(super) state: State,
+    /// What the journal on disk says, as far as it has been confirmed; `None`: nothing yet.
+    pub(super) journal: Option<DestinationState>,
+    pub(super) phase: Phase,
+    pub(super) actions: VecDeque<DestinationAction>,
+    /// An action that will be answered is under way.
+    pub(super) busy: bool,
+    /// The connection stands.
+    pub(super) link: bool,
+    pub(super) attempt: Option<Attempt>,
+    pub(super) negotiated: Option<HelloReply>,
+    /// The source owes something until then.
+    pub(super) timer: Option<ExpectedAnswer>,
+    pub(super) reservation: Reservation,
+    pub(super) counts: IterationCounts,
+    pub(super) last: Last,
+    pub(super) end: End,
+    pub(super) teardown: Teardown,
+}
+
+/// Where the destination is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    AwaitingHello,
+    AwaitingOffer,
+    Reserving,
+    JournalReserved,
+    AwaitingBegin,
+    JournalLoading,
+    Opening,
+    /// P3: iterations come.
+    Loading,
+    /// P5: the last of everything comes; locks may be on their way.
+    Last,
+    /// P6.
+    Verifying,
+    JournalReady,
+    /// READY said.
+    Ready,
+    JournalOwner,
+    Starting,
+    /// The guest is ours; questions are still answered.
+    Owner,
+    JournalAborted,
+    Releasing,
+    /// Everything is released, but a source that may have said COMMIT can still ask what became of it.
+    Lingering,
+    Done,
+}
+
+/// What P1 found out of the source.
+#[derive(Debug, Default)]
+pub(super) struct Reservation {
+    /// What ACCEPT will say.
+    pub(super) accept: Accept,
+    /// Digest of the identity that was judged.
+    pub(super) identity: [u8; 32],
+}
+
+/// How far P3 is.
+#[derive(Debug, Default)]
+pub(super) struct IterationCounts {
+    /// The last iteration whose end has come.
+    pub(super) ended: u32,
+    /// The last iteration that was applied.
+    pub(super) applied: u32,
+}
+
+/// What P5 and P6 remember.
+#[derive(Debug, Default)]
+pub(super) struct Last {
+    pub(super) guest_ran: bool,
+    pub(super) locks: Locks,
+    pub(super) totals: Option<FinalEnd>,
+    pub(super) ready: Option<Ready>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Locks {
+    #[default]
+    Theirs,
+    Taking,
+    Ours,
+}
+
+/// What P7 and P8 remember.
+#[derive(Debug, Default)]
+pub(super) struct End {
+    /// What was said, to be said again to whoever asks.
+    pub(super) running: Option<Running>,
+    /// A question came while the answer was being decided.
+    pub(super) asked: bool,
+}
+
+/// What an abort remembers.
+#[derive(Debug, Default)]
+pub(super) struct Teardown {
+    pub(super) cause: Option<Failure>,
+    pub(super) refused: Option<Vec<Reason>>,
+    /// The rehearsal has come to its end.
+    pub(super) rehearsed: bool,
+    /// RESERVE was asked for: there may be something to release.
+    pub(super) something_reserved: bool,
+    /// READY was said, or COMMIT heard.
+    pub(super) source_may_have_committed: bool,
+    /// The source said that it gives up: it has not committed, and will not.
+    pub(super) source_gave_up: bool,
+    /// The source has been told.
+    pub(super) told: bool,
+    /// ABORTED was asked of the journal.
+    pub(super) journal_asked: bool,
+    /// An action was under way when the abort began; its answer may still come.
+    pub(super) interrupted: bool,
+}
+
+impl Destination {
+    /// Asks for something that is answered.
+    pub(super) fn act(&mut self, state: State, action: DestinationAction) {
+        self.state = state;
+        self.busy = true;
+        self.actions.push_back(action);
+    }
+
+    /// Journals the state that `step` leads to; what cannot be journaled is not done.
+    pub(super) fn journal_step(&mut self, state: State, step: DestinationStep, now: Time) {
+        let Some(journal) = self.journal else {
+            return self.abort(self.error("nothing was journaled: a defect of this program"), now);
+        };
+        match journal.next(step) {
+            Ok(next) => self.act(state, DestinationAction::Journal(next)),
+            Err(error) => self.abort(self.error(&error.to_string()), now),
+        }
+    }
+
+    pub(super) fn send(&mut self, message: Message) {
+        if self.link {
+            self.actions.push_back(DestinationAction::Send(message));
+        }
+    }
+
+    pub(super) fn answer(&mut self, message: Message) {
+        self.actions.push_back(DestinationAction::Answer(message));
+    }
+
+    /// The source owes `what`, soon.
+    pub(super) fn owe(&mut self, what: &'static str, now: Time) {
+        self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
+    }
+
+    /// The source owes `what`, for which it has work to do.
+    pub(super) fn owe_work(&mut self, what: &'static str, now: Time) {
+        let timeout = work_timeout(self.config.peer_timeout);
+        self.timer = Some(ExpectedAnswer::within(timeout, what, now));
+    }
+
+    pub(super) fn finish(&mut self, outcome: DestinationOutcome) {
+        self.timer = None;
+        self.busy = false;
+        self.actions.push_back(DestinationAction::Finish(outcome));
+    }
+
+    /// Whether nothing is to move.
+    pub(super) fn rehearses(&self) -> bool {
+        self.negotiated.is_some_and(|negotiated| negotiated.features & FEATURE_REHEARSE != 0)
+    }
+
+    /// The epoch that a commit begins.
+    pub(super) fn next_epoch(&self) -> Option<Epoch> {
+        self.attempt.map(|attempt| attempt.epoch.next())
+    }
+
+    pub(super) fn error(&self, text: &str) -> PeerError {
+        failure(self.phase, text, "")
+    }
+}

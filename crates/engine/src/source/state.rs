@@ -1,0 +1,282 @@
+//! The source's state: where it is, what each phase remembers, and the steps that all phases share.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use vfio_migration_types::{Epoch, Phase};
+use vfio_migration_wire::{FEATURE_VERIFY, FinalEnd, HelloReply, Lease, Message, PeerError, Ready, Running};
+
+use crate::api::{
+    Abort, DeviceProgress, Failure, Rehearsal, SourceAction, SourceConfig, SourceOutcome, Time,
+};
+use crate::convergence::Model;
+use crate::expected::{ExpectedAnswer, work_timeout};
+use crate::failure::{blame, failure};
+use crate::ownership::{SourceState, SourceStep};
+
+/// The source of a migration: told events, it says actions. See the [crate's documentation](crate).
+#[derive(Debug)]
+pub struct Source {
+    pub(super) config: SourceConfig,
+    pub(super) state: State,
+    /// What the journal on disk says, as far as it has been confirmed.
+    pub(super) journal: SourceState,
+    pub(super) phase: Phase,
+    pub(super) phases: Vec<(Phase, Time)>,
+    pub(super) actions: VecDeque<SourceAction>,
+    /// The connection stands.
+    pub(super) link: bool,
+    pub(super) negotiated: Option<HelloReply>,
+    /// What the destination has reserved for this attempt.
+    pub(super) lease: Lease,
+    /// The peer owes an answer until then.
+    pub(super) timer: Option<ExpectedAnswer>,
+    pub(super) model: Model,
+    pub(super) rounds: Rounds,
+    pub(super) pause: Pause,
+    pub(super) end: End,
+    pub(super) abort: Option<Undo>,
+    pub(super) rehearsal: Found,
+}
+
+/// Where the source is. Each state waits for exactly one thing, but for [`State::SettingUp`], which waits for two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Idle,
+    Hello,
+    Offered,
+    Judging,
+    JournalSending,
+    SettingUp {
+        set_up: bool,
+        begun: bool,
+    },
+    Sending,
+    Resting,
+    Pausing,
+    ToP2p,
+    Retreating,
+    Resuming,
+    ToStopCopy,
+    SendingFinal,
+    ReleasingLocks,
+    AwaitingReady,
+    JournalCommitting,
+    AwaitingRunning,
+    Asking,
+    AskingLater,
+    JournalReleased,
+    CleaningUp,
+    /// DECLINED after COMMIT: the journal says OWNER before anything runs.
+    JournalDeclined,
+    RollingBack,
+    JournalOwner,
+    /// A rehearsal is at its end, and is being undone.
+    Undoing,
+    /// It is undone here; the destination has not said so yet.
+    AwaitingRehearsed,
+    Done,
+}
+
+/// What P3 remembers.
+#[derive(Debug)]
+pub(super) struct Rounds {
+    pub(super) iteration: u32,
+    pub(super) wire_bytes: u64,
+    pub(super) began: Time,
+    /// When the iteration under way, or the last, began.
+    pub(super) round_began: Time,
+    /// When the next one begins, unless an event lets P4 begin first.
+    pub(super) next: Option<Time>,
+    pub(super) waiting: Option<Wait>,
+    pub(super) continued: bool,
+    /// Per device: as last seen.
+    pub(super) progress: Vec<DeviceProgress>,
+    /// Per device: the generation whose initial bytes were acknowledged last.
+    pub(super) acknowledged: Vec<Option<u32>>,
+    pub(super) applied: u32,
+    /// An iteration whose way there and back is being timed, and when it had been sent.
+    pub(super) probe: Option<(u32, Time)>,
+    /// Since when the destination has owed an iteration's end without saying any.
+    pub(super) applied_owed: Option<Time>,
+    /// The same for initial bytes: a destination may go on applying RAM while a device hangs.
+    pub(super) initial_owed: Option<Time>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    Initial,
+    Convergence,
+    Operator,
+}
+
+/// What P4 and P5 remember.
+#[derive(Debug, Default)]
+pub(super) struct Pause {
+    /// The pause was asked for.
+    pub(super) asked_at: Option<Time>,
+    /// The vCPUs stood.
+    pub(super) paused_at: Option<Time>,
+    pub(super) guest_ran: bool,
+    /// Of the manifest, just before the pause.
+    pub(super) identity: [u8; 32],
+    pub(super) predicted: Duration,
+    /// Time spent on digests, which is no downtime.
+    pub(super) verify: Duration,
+    /// The digests are done, so the watchdog knows what to leave out.
+    pub(super) source_digested: bool,
+    pub(super) destination_digested: bool,
+    pub(super) retreats: u32,
+    pub(super) totals: Option<FinalEnd>,
+}
+
+/// What P6 to P9 remember.
+#[derive(Debug, Default)]
+pub(super) struct End {
+    pub(super) ready_at: Option<Time>,
+    pub(super) running_at: Option<Time>,
+    pub(super) ready: Option<Ready>,
+    pub(super) running: Option<Running>,
+    pub(super) left_undone: Vec<Failure>,
+    /// What came while COMMITTING was on its way to the disk.
+    pub(super) early: Option<Early>,
+    pub(super) committed_at: Option<Time>,
+    pub(super) ask_at: Option<Time>,
+    pub(super) backoff: Duration,
+}
+
+/// What the peer said before COMMIT was sent, when the decision was already made.
+#[derive(Clone, Debug)]
+pub(super) enum Early {
+    /// It never will.
+    Declined(PeerError),
+    /// It gave up, or said something illegal: COMMIT is not said, the question is asked instead.
+    Doubt,
+}
+
+/// An abort under way.
+#[derive(Debug)]
+pub(super) struct Undo {
+    pub(super) outcome: Abort,
+    /// The journal says OWNER already.
+    pub(super) journaled: bool,
+}
+
+/// What a rehearsal remembers once it is at its end.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) found: Rehearsal,
+    /// The destination has said that it has let go; and of what it has not.
+    pub(super) rehearsed: Option<Option<Failure>>,
+}
+
+/// Whether the peer is told of an abort.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// It is told.
+    Tell,
+    /// It is told, and the operator wanted it.
+    Cancelled,
+    /// It knows, or cannot be reached.
+    Knows,
+}
+
+impl Source {
+    /// Asks for something that is answered.
+    pub(super) fn act(&mut self, state: State, action: SourceAction) {
+        self.state = state;
+        self.actions.push_back(action);
+    }
+
+    /// Journals the state that `step` leads to; what cannot be journaled is not done.
+    pub(super) fn journal_step(&mut self, state: State, step: SourceStep) {
+        match self.journal.next(step) {
+            Ok(next) => self.act(state, SourceAction::Journal(next)),
+            Err(error) => self.abort(failure(self.phase, error.to_string(), ""), Told::Tell),
+        }
+    }
+
+    pub(super) fn send(&mut self, message: Message) {
+        if self.link {
+            self.actions.push_back(SourceAction::Send(message));
+        }
+    }
+
+    /// The peer owes `what`, soon.
+    pub(super) fn owe(&mut self, what: &'static str, now: Time) {
+        self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
+    }
+
+    /// The peer owes `what`, for which it has work to do.
+    pub(super) fn owe_work(&mut self, what: &'static str, now: Time) {
+        let timeout = work_timeout(self.config.peer_timeout);
+        self.timer = Some(ExpectedAnswer::within(timeout, what, now));
+    }
+
+    pub(super) fn enter(&mut self, phase: Phase, now: Time) {
+        self.phase = phase;
+        self.phases.push((phase, now));
+    }
+
+    pub(super) fn finish(&mut self, outcome: SourceOutcome) {
+        self.state = State::Done;
+        self.timer = None;
+        self.actions.push_back(SourceAction::Finish(outcome));
+    }
+
+    pub(super) fn unresolved(&mut self, why: String) {
+        self.finish(SourceOutcome::Unresolved(why));
+    }
+
+    /// Whether a [`SourceEvent::Cancel`] would still be obeyed. `false`: it is too late, or already under way.
+    pub fn can_cancel(&self) -> bool {
+        !matches!(
+            self.state,
+            State::JournalCommitting
+                | State::AwaitingRunning
+                | State::Asking
+                | State::AskingLater
+                | State::JournalReleased
+                | State::CleaningUp
+                | State::JournalDeclined
+                | State::RollingBack
+                | State::JournalOwner
+                | State::Undoing
+                | State::AwaitingRehearsed
+                | State::Done
+        )
+    }
+
+    /// Both sides agreed to compare digests of all RAM.
+    pub(super) fn verify(&self) -> bool {
+        self.config.verify
+            && self.negotiated.is_some_and(|negotiated| negotiated.features & FEATURE_VERIFY != 0)
+    }
+
+    pub(super) fn next_epoch(&self) -> Epoch {
+        self.config.epoch.next()
+    }
+
+    pub(super) fn blame(&self, index: usize, failure: Failure) -> Failure {
+        blame(&self.config.devices, index, failure)
+    }
+}
+
+impl State {
+    /// Iterations have been sent, so their acknowledgements may come.
+    pub(super) fn has_iterated(self) -> bool {
+        matches!(
+            self,
+            Self::Sending
+                | Self::Resting
+                | Self::Pausing
+                | Self::ToP2p
+                | Self::Retreating
+                | Self::Resuming
+                | Self::ToStopCopy
+                | Self::SendingFinal
+                | Self::ReleasingLocks
+                | Self::AwaitingReady
+        )
+    }
+}
