@@ -32,7 +32,7 @@ pub struct SourceConfig {
     /// Protocol versions it speaks.
     pub versions: VersionRange,
     /// Features it offers, but for [`FEATURE_REHEARSE`](vfio_migration_wire::FEATURE_REHEARSE), which follows from `rehearse`;
-    /// those in force are in [`Source::negotiated`](crate::Source::negotiated).
+    /// those in force are in [`SourceEngine::negotiated`](crate::SourceEngine::negotiated).
     pub features: u64,
     /// The machine's manifest, JSON, and what its devices are called at the destination.
     pub offer: Offer,
@@ -46,7 +46,7 @@ pub struct SourceConfig {
     pub commit_reserve: Duration,
     /// Give up when P3 has lasted this long; `None`: never.
     pub give_up_after: Option<Duration>,
-    /// Wait for [`SourceEvent::Continue`] before P4.
+    /// Wait for [`SourceEvent::ContinueSwitchover`] before P4.
     pub pause_before_switchover: bool,
     /// Compare digests of all RAM. The time it takes is kept out of the downtime.
     pub verify: bool,
@@ -64,7 +64,7 @@ pub enum Rehearse {
     /// To the end of P3: the guest never stops.
     Precopy,
     /// To READY: the guest stands for as long as it would, less the commit and the start.
-    Standstill,
+    Switchover,
 }
 
 /// What the engine must know of a device.
@@ -240,10 +240,10 @@ pub enum SourceEvent {
     /// The operator changes the limit.
     SetDowntimeLimit(Duration),
     /// The operator lets a migration that waits before its switchover go on. Ignored while it does not wait.
-    Continue,
+    ContinueSwitchover,
     /// A device lost its session by itself (guest FLR, reset): this attempt cannot go on.
     DeviceLost(Failure),
-    /// [`deadline`](crate::Source::deadline) has passed.
+    /// [`deadline`](crate::SourceEngine::deadline) has passed.
     Tick,
 }
 
@@ -258,7 +258,7 @@ pub enum SourceOutcome {
     /// The destination refused, or this side did: the guest never noticed.
     Refused(Vec<Reason>),
     /// It was a rehearsal, and all of it is undone.
-    Rehearsed(Box<Rehearsal>),
+    Rehearsed(Box<RehearsalResult>),
     /// COMMIT was sent and its outcome is not known: the guest stands here, and nothing runs by itself.
     Unresolved(String),
 }
@@ -305,7 +305,7 @@ pub struct SourceSummary {
 
 /// What a rehearsal found.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Rehearsal {
+pub struct RehearsalResult {
     /// Why the migration would not have come to its end, if so.
     pub obstacle: Option<Failure>,
     /// Iterations of P3.
@@ -334,7 +334,7 @@ pub struct Part {
     /// How long.
     pub took: Duration,
     /// How this is known.
-    pub basis: Basis,
+    pub basis: PartBasis,
 }
 
 /// What a part of the downtime is spent on.
@@ -359,7 +359,7 @@ pub enum PartName {
 
 /// How a figure is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Basis {
+pub enum PartBasis {
     /// It was measured.
     Measured,
     /// It follows from what the device says of itself, at a measured rate.
@@ -469,7 +469,7 @@ pub enum DestinationEvent {
     LinkLost(String),
     /// The operator gives this incoming migration up.
     Cancel,
-    /// [`deadline`](crate::Destination::deadline) has passed.
+    /// [`deadline`](crate::DestinationEngine::deadline) has passed.
     Tick,
 }
 
@@ -487,7 +487,7 @@ pub enum DestinationOutcome {
         guest_runs: bool,
     },
     /// We own the guest, but it could not be started: it is held paused, and nobody else may run it.
-    OwnerHeld {
+    OwnedNotStarted {
         /// Under this epoch.
         epoch: Epoch,
         /// Why.
@@ -514,7 +514,7 @@ pub struct Attempt {
 
 /// How far a source is: what a progress bar needs.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Progress {
+pub struct EngineProgress {
     /// Phase.
     pub phase: Phase,
     /// Iteration under way or ended last; 0 before the first.
@@ -532,17 +532,17 @@ pub struct Progress {
     /// The downtime limit in force.
     pub limit: Duration,
     /// What P3 waits for, if it waits.
-    pub waiting: Option<Waiting>,
+    pub waiting: Option<SwitchoverWait>,
 }
 
 /// What P3 waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Waiting {
+pub enum SwitchoverWait {
     /// The destination has not acknowledged these devices' initial bytes.
     InitialBytes(Vec<DeviceId>),
     /// The predicted downtime is above the limit.
     Convergence,
-    /// [`SourceEvent::Continue`] has not come.
+    /// [`SourceEvent::ContinueSwitchover`] has not come.
     Operator,
 }

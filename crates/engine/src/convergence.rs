@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use vfio_migration_wire::Applied;
 
-use crate::api::{Basis, DeviceFacts, DeviceProgress, IterationReport, Part, PartName, Time};
+use crate::api::{DeviceFacts, DeviceProgress, IterationReport, Part, PartBasis, PartName, Time};
 
 /// A sample shorter than this measures latency, not bandwidth.
 const SHORTEST_SAMPLE: Duration = Duration::from_millis(10);
@@ -125,14 +125,14 @@ impl Model {
     /// What `prediction` is made of, and how each part is known.
     pub(crate) fn parts(&self, prediction: &Prediction, devices: &[DeviceFacts]) -> Vec<Part> {
         let round_trips = self.round_trip.saturating_mul(2);
-        let known = |yes: bool| if yes { Basis::Measured } else { Basis::Unknown };
+        let known = |yes: bool| if yes { PartBasis::Measured } else { PartBasis::Unknown };
         let mut parts = vec![
             Part {
                 name: PartName::Quiesce,
                 took: prediction.fixed.saturating_sub(round_trips),
                 basis: known(self.quiesce.is_some()),
             },
-            Part { name: PartName::RoundTrips, took: round_trips, basis: Basis::Measured },
+            Part { name: PartName::RoundTrips, took: round_trips, basis: PartBasis::Measured },
             Part { name: PartName::Ram, took: prediction.ram, basis: known(!self.bandwidth.is_unknown()) },
         ];
         let progress = self.last.iter().flat_map(|last| &last.report.devices);
@@ -141,7 +141,7 @@ impl Model {
             parts.push(Part {
                 name: PartName::Device(facts.id.clone()),
                 took: *took,
-                basis: if says { Basis::Declared } else { Basis::Unknown },
+                basis: if says { PartBasis::Declared } else { PartBasis::Unknown },
             });
         }
         parts

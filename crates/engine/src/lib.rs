@@ -1,6 +1,6 @@
 //! The deciding half of a migration: state machines without I/O, clock or thread.
 //!
-//! [`Source`] and [`Destination`] are told what happened ([`SourceEvent`], [`DestinationEvent`]) and what time it is, and
+//! [`SourceEngine`] and [`DestinationEngine`] are told what happened ([`SourceEvent`], [`DestinationEvent`]) and what time it is, and
 //! say what to do next ([`SourceAction`], [`DestinationAction`]). A session does it, and tells the result. Bulk data never
 //! comes here: the engine says "send iteration 3", workers move the bytes and report counts.
 //!
@@ -41,6 +41,6 @@ pub mod ownership;
 mod source;
 
 pub use api::*;
-pub use destination::Destination;
+pub use destination::DestinationEngine;
 pub use expected::work_timeout;
-pub use source::Source;
+pub use source::SourceEngine;

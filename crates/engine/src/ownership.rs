@@ -231,7 +231,7 @@ impl DestinationRecord {
 /// What a destination answers to a [`Message::Query`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Answer {
+pub enum QueryAnswer {
     /// The guest is ours, under this epoch: say [`Message::Running`].
     Running {
         /// The epoch that began.
@@ -248,13 +248,13 @@ pub enum Answer {
 
 /// What a destination whose journal holds `record` (fsynced; `None`: it has none) answers to a query.
 ///
-/// For a session or a restarted process; a live [`Destination`](crate::Destination) answers by itself.
+/// For a session or a restarted process; a live [`DestinationEngine`](crate::DestinationEngine) answers by itself.
 pub fn answer_query(
     record: Option<&DestinationRecord>,
     vm: VmId,
     attempt: AttemptId,
     epoch: Epoch,
-) -> Answer {
+) -> QueryAnswer {
     let error = |text: &str| PeerError {
         phase: Phase::Commit,
         device: None,
@@ -264,16 +264,18 @@ pub fn answer_query(
         remedy: String::new(),
     };
     let Some(record) = record.filter(|record| (record.vm, record.attempt) == (vm, attempt)) else {
-        return Answer::Unknown(error("the destination's journal knows nothing of this attempt"));
+        return QueryAnswer::Unknown(error("the destination's journal knows nothing of this attempt"));
     };
     if record.epoch.next() != epoch {
-        return Answer::Unknown(error("the destination's journal knows this attempt under another epoch"));
+        return QueryAnswer::Unknown(error(
+            "the destination's journal knows this attempt under another epoch",
+        ));
     }
     match record.state {
-        DestinationState::Owner => Answer::Running { epoch },
-        DestinationState::Aborted => Answer::Decline(error("the destination had given this attempt up")),
+        DestinationState::Owner => QueryAnswer::Running { epoch },
+        DestinationState::Aborted => QueryAnswer::Decline(error("the destination had given this attempt up")),
         DestinationState::Reserved | DestinationState::Loading | DestinationState::Ready => {
-            Answer::AbortThenDecline(error("the destination had not received COMMIT"))
+            QueryAnswer::AbortThenDecline(error("the destination had not received COMMIT"))
         }
     }
 }
@@ -294,10 +296,10 @@ mod test {
     fn every_query_is_answered_from_the_journal() {
         let (vm, attempt, epoch) = (VmId([1; 16]), AttemptId([2; 16]), Epoch(8));
         let ask = |state| answer_query(Some(&record(state)), vm, attempt, epoch);
-        assert_eq!(ask(DestinationState::Owner), Answer::Running { epoch });
-        assert!(matches!(ask(DestinationState::Aborted), Answer::Decline(_)));
+        assert_eq!(ask(DestinationState::Owner), QueryAnswer::Running { epoch });
+        assert!(matches!(ask(DestinationState::Aborted), QueryAnswer::Decline(_)));
         for state in [DestinationState::Reserved, DestinationState::Loading, DestinationState::Ready] {
-            assert!(matches!(ask(state), Answer::AbortThenDecline(_)), "{state:?}");
+            assert!(matches!(ask(state), QueryAnswer::AbortThenDecline(_)), "{state:?}");
         }
     }
 
@@ -311,7 +313,7 @@ mod test {
             answer_query(Some(&ready), vm, AttemptId([9; 16]), epoch),
             answer_query(Some(&ready), vm, attempt, Epoch(7)),
         ] {
-            assert!(matches!(answer, Answer::Unknown(_)), "{answer:?}");
+            assert!(matches!(answer, QueryAnswer::Unknown(_)), "{answer:?}");
         }
     }
 

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_engine::{
-    Barrier, IterationReport, Source, SourceAction, SourceConfig, SourceEvent, SourceOutcome, Waiting,
+    Barrier, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent, SourceOutcome,
+    SwitchoverWait,
 };
 use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
 use vfio_migration_wire::{
@@ -15,12 +16,12 @@ const NOW: Duration = Duration::ZERO;
 const ATTEMPT: AttemptId = AttemptId([2; 16]);
 const COMMIT: Message = Message::Commit(Commit { epoch: Epoch(8), attempt: ATTEMPT });
 
-fn tell(source: &mut Source, event: SourceEvent) -> Vec<SourceAction> {
+fn tell(source: &mut SourceEngine, event: SourceEvent) -> Vec<SourceAction> {
     source.handle(event, NOW);
     std::iter::from_fn(|| source.poll_action()).collect()
 }
 
-fn hear(source: &mut Source, message: Message) -> Vec<SourceAction> {
+fn hear(source: &mut SourceEngine, message: Message) -> Vec<SourceAction> {
     tell(source, SourceEvent::Peer(message))
 }
 
@@ -60,8 +61,8 @@ fn config() -> SourceConfig {
 }
 
 /// A source that writes COMMITTING to its journal.
-fn deciding() -> Source {
-    let mut source = Source::new(config());
+fn deciding() -> SourceEngine {
+    let mut source = SourceEngine::new(config());
     let totals = FinalEnd { ram_pages: 1, ram_digest: None, sections: 1, devices: vec![] };
     let ready =
         Ready { ram_pages: 1, ram_digest: None, verify_ns: 0, sections: 1, devices: vec![], vectors: 0 };
@@ -91,29 +92,29 @@ fn deciding() -> Source {
 
 #[test]
 fn a_word_to_go_on_is_not_kept_for_a_wait_that_has_not_begun() {
-    let mut source = Source::new(SourceConfig { pause_before_switchover: true, ..config() });
+    let mut source = SourceEngine::new(SourceConfig { pause_before_switchover: true, ..config() });
     for event in [
         SourceEvent::Connected,
         SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
         SourceEvent::Peer(Message::Accept(Accept::default())),
         SourceEvent::Judged,
-        SourceEvent::Continue,
+        SourceEvent::ContinueSwitchover,
         SourceEvent::Journaled(SourceState::Sending),
         SourceEvent::SetUp { devices: vec![] },
         SourceEvent::Peer(Message::Begun),
-        SourceEvent::Continue,
+        SourceEvent::ContinueSwitchover,
     ] {
         tell(&mut source, event);
     }
     let report = IterationReport { wire_bytes: 1, ..IterationReport::default() };
     assert_eq!(tell(&mut source, SourceEvent::IterationSent(report)), []);
-    assert_eq!(source.progress(NOW).waiting, Some(Waiting::Operator));
-    assert_eq!(tell(&mut source, SourceEvent::Continue), [SourceAction::Pause]);
+    assert_eq!(source.progress(NOW).waiting, Some(SwitchoverWait::Operator));
+    assert_eq!(tell(&mut source, SourceEvent::ContinueSwitchover), [SourceAction::Pause]);
 }
 
 #[test]
 fn ram_that_is_sent_again_counts_against_the_downtime() {
-    let mut source = Source::new(config());
+    let mut source = SourceEngine::new(config());
     for event in [
         SourceEvent::Connected,
         SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
@@ -135,12 +136,12 @@ fn ram_that_is_sent_again_counts_against_the_downtime() {
     };
     assert_eq!(tell(&mut source, SourceEvent::IterationSent(report)), []);
     let progress = source.progress(NOW);
-    assert_eq!(progress.waiting, Some(Waiting::Convergence));
+    assert_eq!(progress.waiting, Some(SwitchoverWait::Convergence));
     assert!(progress.predicted > Some(Duration::from_secs(1)), "{progress:?}");
 }
 
 /// One that has said COMMIT.
-fn committed() -> Source {
+fn committed() -> SourceEngine {
     let mut source = deciding();
     let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
     assert_eq!(actions, [SourceAction::Send(COMMIT)]);

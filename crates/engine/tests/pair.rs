@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 use vfio_migration_engine::{
-    Abort, DestinationEvent, DestinationOutcome, Source, SourceEvent, SourceOutcome, SourceSummary,
+    Abort, DestinationEvent, DestinationOutcome, SourceEngine, SourceEvent, SourceOutcome, SourceSummary,
 };
 use vfio_migration_types::{MigrationFlags, Phase, VmId};
 use vfio_migration_wire::{Reason, VersionRange};
@@ -246,7 +246,7 @@ fn an_operator_may_hold_the_switchover() {
     let script = Script {
         pause_before_switchover: true,
         give_up_after: Some(2 * SECOND),
-        source_events: vec![(10 * SECOND, SourceEvent::Continue)],
+        source_events: vec![(10 * SECOND, SourceEvent::ContinueSwitchover)],
         ..Script::default()
     };
     let (world, end) = World::play(script.clone());
@@ -350,7 +350,9 @@ fn ready_must_agree_in_everything() {
 #[test]
 fn a_destination_that_cannot_start_holds_the_guest() {
     let (world, end) = World::play(Script { start_fails: true, ..Script::default() });
-    let Some(DestinationOutcome::OwnerHeld { epoch, cause }) = &end.destination else { panic!("{end:?}") };
+    let Some(DestinationOutcome::OwnedNotStarted { epoch, cause }) = &end.destination else {
+        panic!("{end:?}")
+    };
     assert_eq!(*epoch, world::EPOCH.next());
     assert_eq!(cause.text, "scripted failure at the destination");
     // The source learns whose the guest is, and that it stands.
@@ -448,7 +450,10 @@ fn every_action_that_fails_leads_back() {
             let script = Script { destination_fails_at: Some(index), late_answers, ..Script::default() };
             let (world, end) = World::play(script);
             if name.starts_with("Start") {
-                assert!(matches!(end.destination, Some(DestinationOutcome::OwnerHeld { .. })), "{end:?}");
+                assert!(
+                    matches!(end.destination, Some(DestinationOutcome::OwnedNotStarted { .. })),
+                    "{end:?}"
+                );
             } else {
                 let abort = aborted(&world, &end);
                 assert_eq!(abort.cause.text, "scripted failure at the destination", "{name}");
@@ -475,14 +480,14 @@ fn a_way_back_that_fails_is_reported() {
 #[test]
 fn can_cancel_says_when_it_is_too_late() {
     let mut world = World::new(Script::default());
-    assert!(world.source.as_ref().is_some_and(Source::can_cancel));
+    assert!(world.source.as_ref().is_some_and(SourceEngine::can_cancel));
     world.run();
-    assert!(!world.source.as_ref().is_some_and(Source::can_cancel));
+    assert!(!world.source.as_ref().is_some_and(SourceEngine::can_cancel));
 }
 
 #[test]
 fn progress_says_what_is_waited_for() {
-    use vfio_migration_engine::Waiting;
+    use vfio_migration_engine::SwitchoverWait;
     let mut source = World::new(Script {
         pause_before_switchover: true,
         source_events: vec![(20 * SECOND, SourceEvent::Cancel)],
@@ -493,7 +498,7 @@ fn progress_says_what_is_waited_for() {
     assert!(waited, "rounds go on while the operator thinks");
     let progress = source.source.as_ref().unwrap().progress(source.now);
     assert!(progress.iteration > 100 && progress.bandwidth.is_some() && progress.predicted.is_some());
-    assert_eq!(progress.waiting, None::<Waiting>, "it is over");
+    assert_eq!(progress.waiting, None::<SwitchoverWait>, "it is over");
 }
 
 #[test]

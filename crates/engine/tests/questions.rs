@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
-    Destination, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
+    DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome,
 };
 use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
 use vfio_migration_wire::{
@@ -22,17 +22,17 @@ fn running() -> Running {
     Running { epoch: Epoch(8), guest_runs: true, boot_id: [0; 16], at_ns: 5 }
 }
 
-fn tell(destination: &mut Destination, event: DestinationEvent) -> Vec<DestinationAction> {
+fn tell(destination: &mut DestinationEngine, event: DestinationEvent) -> Vec<DestinationAction> {
     destination.handle(event, NOW);
     std::iter::from_fn(|| destination.poll_action()).collect()
 }
 
-fn hear(destination: &mut Destination, message: Message) -> Vec<DestinationAction> {
+fn hear(destination: &mut DestinationEngine, message: Message) -> Vec<DestinationAction> {
     tell(destination, DestinationEvent::Peer(message))
 }
 
 /// A destination that has said READY.
-fn ready() -> Destination {
+fn ready() -> DestinationEngine {
     let config = DestinationConfig {
         versions: VERSIONS,
         features: FEATURES,
@@ -41,7 +41,7 @@ fn ready() -> Destination {
         lease: [5; 16],
         lease_time: Duration::from_secs(60),
     };
-    let mut destination = Destination::new(config, NOW);
+    let mut destination = DestinationEngine::new(config, NOW);
     let hello = Hello { versions: VERSIONS, features: 0, vm: VM, attempt: ATTEMPT, epoch: EPOCH };
     let totals = FinalEnd { ram_pages: 1, ram_digest: None, sections: 1, devices: vec![] };
     let verified =

@@ -6,8 +6,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 use vfio_migration_engine::{
-    Barrier, Destination, DestinationAction, DestinationConfig, DestinationEvent, DeviceFacts,
-    DeviceProgress, IterationReport, Source, SourceAction, SourceConfig, SourceEvent,
+    Barrier, DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DeviceFacts,
+    DeviceProgress, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent,
 };
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, MigrationFlags, Phase, VmId};
 use vfio_migration_wire::{
@@ -143,7 +143,7 @@ fn source_event() -> impl Strategy<Value = SourceEvent> {
         1 => Just(SourceEvent::LinkLost("random".to_owned())),
         1 => Just(SourceEvent::Cancel),
         1 => any::<u64>().prop_map(|ns| SourceEvent::SetDowntimeLimit(Duration::from_nanos(ns))),
-        1 => Just(SourceEvent::Continue),
+        1 => Just(SourceEvent::ContinueSwitchover),
         1 => Just(SourceEvent::DeviceLost(error())),
         2 => Just(SourceEvent::Tick),
     ]
@@ -227,13 +227,13 @@ fn helpful_source(action: &SourceAction) -> Vec<SourceEvent> {
     }
 }
 
-fn source() -> Source {
+fn source() -> SourceEngine {
     let device = |name: &str| DeviceFacts {
         id: DeviceId::new(name).unwrap(),
         flags: MigrationFlags { p2p: true, pre_copy: true },
         precopy_info: true,
     };
-    Source::new(SourceConfig {
+    SourceEngine::new(SourceConfig {
         vm: VM,
         attempt: ATTEMPT,
         epoch: EPOCH,
@@ -401,7 +401,7 @@ proptest! {
             peer_timeout: Duration::from_secs(5),
             expect: None,
         };
-        let mut destination = Destination::new(config, Duration::ZERO);
+        let mut destination = DestinationEngine::new(config, Duration::ZERO);
         let hello = Hello { versions: VERSIONS, features: 0, vm: VM, attempt: ATTEMPT, epoch: EPOCH };
         let mut expected = std::collections::VecDeque::from([DestinationEvent::Peer(Message::Hello(hello))]);
         let (mut confirmed, mut asked, mut committed, mut finished) = (None, None, false, false);

@@ -3,8 +3,8 @@
 mod world;
 
 use vfio_migration_engine::{
-    Basis, Destination, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, PartName,
-    Rehearsal, Rehearse, SourceOutcome, Time,
+    DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome, PartBasis,
+    PartName, RehearsalResult, Rehearse, SourceOutcome, Time,
 };
 use vfio_migration_types::{MigrationFlags, Phase};
 use vfio_migration_wire::{
@@ -19,7 +19,7 @@ fn rehearsal(rehearse: Rehearse) -> Script {
 }
 
 /// Both sides are as they were.
-fn rehearsed(world: &World, end: &End) -> Rehearsal {
+fn rehearsed(world: &World, end: &End) -> RehearsalResult {
     let Some(SourceOutcome::Rehearsed(found)) = &end.source else {
         panic!("{:?}\n{}", end.source, world.log.join("\n"))
     };
@@ -63,24 +63,26 @@ fn pre_copy_is_rehearsed_with_the_guest_running() {
     assert!(found.wire.is_some() && found.load.is_some() && found.ram_dirty.is_some(), "{found:?}");
     assert_eq!(found.devices_dirty.len(), 1);
     let basis = |name: &PartName| found.parts.iter().find(|part| part.name == *name).map(|part| part.basis);
-    assert_eq!(basis(&PartName::Quiesce), Some(Basis::Unknown), "nothing was paused");
-    assert_eq!(basis(&PartName::Ram), Some(Basis::Measured));
-    assert_eq!(basis(&PartName::Start), Some(Basis::Unknown));
+    assert_eq!(basis(&PartName::Quiesce), Some(PartBasis::Unknown), "nothing was paused");
+    assert_eq!(basis(&PartName::Ram), Some(PartBasis::Measured));
+    assert_eq!(basis(&PartName::Start), Some(PartBasis::Unknown));
     let device = found.parts.iter().find(|part| matches!(part.name, PartName::Device(_)));
-    assert_eq!(device.map(|part| part.basis), Some(Basis::Declared));
+    assert_eq!(device.map(|part| part.basis), Some(PartBasis::Declared));
 }
 
 #[test]
 fn a_standstill_is_measured_and_undone() {
     for verify in [false, true] {
-        let (world, end) = World::play(Script { verify, ..rehearsal(Rehearse::Standstill) });
+        let (world, end) = World::play(Script { verify, ..rehearsal(Rehearse::Switchover) });
         let found = rehearsed(&world, &end);
         assert_eq!(found.obstacle, None);
         assert!(world.side.paused_at.is_some());
         assert!(did(&world.other.actions, "Load"));
         assert!(!did(&world.side.actions, "ReleaseLocks") && !did(&world.other.actions, "TakeLocks"));
         let measured = found.parts.iter().filter(|part| part.name != PartName::Start);
-        assert!(measured.clone().count() == 4 && measured.clone().all(|part| part.basis == Basis::Measured));
+        assert!(
+            measured.clone().count() == 4 && measured.clone().all(|part| part.basis == PartBasis::Measured)
+        );
         let total = measured.map(|part| part.took).sum::<std::time::Duration>();
         assert!(total < 100 * MS, "digests are no downtime: {found:?}");
     }
@@ -96,7 +98,7 @@ fn what_would_stop_a_migration_is_found_and_not_suffered() {
     assert!(obstacle.text.starts_with("RAM needs"), "{obstacle:?}");
     assert!(!found.parts.is_empty());
 
-    let slow = Script { arc: 200 * MS, ..rehearsal(Rehearse::Standstill) };
+    let slow = Script { arc: 200 * MS, ..rehearsal(Rehearse::Switchover) };
     let (world, end) = World::play(slow);
     let found = rehearsed(&world, &end);
     assert!(
@@ -117,12 +119,12 @@ fn a_device_that_says_nothing_is_unknown() {
 #[test]
 fn a_rehearsal_can_be_cancelled_and_can_fail() {
     for action in 1..6 {
-        let cancelled = Script { cancel_at_action: Some(action), ..rehearsal(Rehearse::Standstill) };
+        let cancelled = Script { cancel_at_action: Some(action), ..rehearsal(Rehearse::Switchover) };
         let (world, end) = World::play(cancelled);
         no_trace(&world);
         let Some(SourceOutcome::Aborted(abort)) = &end.source else { panic!("{end:?}") };
         assert!(abort.cancelled && abort.restored);
-        let failed = Script { source_fails_at: Some(action), ..rehearsal(Rehearse::Standstill) };
+        let failed = Script { source_fails_at: Some(action), ..rehearsal(Rehearse::Switchover) };
         let (world, end) = World::play(failed);
         no_trace(&world);
         assert!(matches!(end.source, Some(SourceOutcome::Aborted(_))), "{end:?}");
@@ -186,7 +188,7 @@ fn commit_in_a_rehearsal_is_an_error() {
         lease: [5; 16],
         lease_time: SECOND,
     };
-    let mut destination = Destination::new(config, Time::ZERO);
+    let mut destination = DestinationEngine::new(config, Time::ZERO);
     let (vm, attempt, epoch) = (world::VM, world::ATTEMPT, world::EPOCH);
     let hello = Hello { versions: VERSIONS, features: FEATURE_REHEARSE, vm, attempt, epoch };
     let totals = FinalEnd { ram_pages: 1, ram_digest: None, sections: 1, devices: vec![] };

@@ -108,9 +108,9 @@ fn judge(world: &World, end: &End, what: What) -> Result<(), String> {
     }
     match &end.destination {
         None => {}
-        Some(DestinationOutcome::Owner { .. } | DestinationOutcome::OwnerHeld { .. })
+        Some(DestinationOutcome::Owner { .. } | DestinationOutcome::OwnedNotStarted { .. })
             if world.other.disk == Some(DestinationState::Owner) => {}
-        Some(DestinationOutcome::Owner { .. } | DestinationOutcome::OwnerHeld { .. }) => {
+        Some(DestinationOutcome::Owner { .. } | DestinationOutcome::OwnedNotStarted { .. }) => {
             return Err("owner without a journal".to_owned());
         }
         Some(_) if world.other.ever_started || world.other.reserved => {
@@ -207,7 +207,7 @@ fn a_destination_that_cannot_start() {
 
 #[test]
 fn rehearsals() {
-    for rehearse in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Standstill] {
+    for rehearse in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Switchover] {
         assert_clean(&Script { rehearse: Some(rehearse), ..Script::default() });
         let late = Script { late_answers: true, guest_runs: false, ..Script::default() };
         assert_clean(&Script { rehearse: Some(rehearse), ..late });

@@ -3,12 +3,12 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Commit, Message};
 
-use super::state::{Destination, State};
+use super::state::{DestinationEngine, State};
 use crate::api::{Attempt, DestinationEvent, Failure, Time};
 use crate::failure::failure;
-use crate::ownership::{Answer, DestinationRecord, DestinationStep, answer_query};
+use crate::ownership::{DestinationRecord, DestinationStep, QueryAnswer, answer_query};
 
-impl Destination {
+impl DestinationEngine {
     pub(super) fn on_commit(&mut self, commit: Commit, now: Time) {
         self.timer = None;
         let Some(attempt) = self.attempt else { return };
@@ -37,14 +37,14 @@ impl Destination {
     pub(super) fn on_query(&mut self, query: Attempt, now: Time) {
         let record = self.record();
         match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
-            Answer::Running { .. } => match self.end.running {
+            QueryAnswer::Running { .. } => match self.end.running {
                 Some(running) => self.answer(Message::Running(running)),
                 None => self.end.asked = true,
             },
-            Answer::Decline(cause) => self.answer(Message::Declined(cause)),
+            QueryAnswer::Decline(cause) => self.answer(Message::Declined(cause)),
             // OWNER is on its way to the disk: the answer is known when it is there.
-            Answer::AbortThenDecline(_) if self.state == State::JournalOwner => self.end.asked = true,
-            Answer::AbortThenDecline(cause) => {
+            QueryAnswer::AbortThenDecline(_) if self.state == State::JournalOwner => self.end.asked = true,
+            QueryAnswer::AbortThenDecline(cause) => {
                 self.teardown.source_may_have_committed = true;
                 self.end.asked = true;
                 match self.state {
@@ -57,7 +57,7 @@ impl Destination {
                     _ => self.abort(cause, now),
                 }
             }
-            Answer::Unknown(cause) => self.answer(Message::Abort(cause)),
+            QueryAnswer::Unknown(cause) => self.answer(Message::Abort(cause)),
         }
     }
 

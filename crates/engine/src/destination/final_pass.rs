@@ -3,11 +3,11 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Final, FinalEnd};
 
-use super::state::{Destination, Locks, State};
+use super::state::{DestinationEngine, Locks, State};
 use crate::api::{DestinationAction, Time};
 use crate::failure::failure;
 
-impl Destination {
+impl DestinationEngine {
     pub(super) fn on_final(&mut self, last: Final, now: Time) {
         if last.identity != self.reservation.identity {
             let text = "the source's machine is not what was compared any more: its manifest has changed since the offer";

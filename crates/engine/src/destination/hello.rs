@@ -2,12 +2,12 @@
 
 use vfio_migration_wire::{Accept, Hello, HelloReply, Lease, Message, Offer, Reason, negotiate};
 
-use super::state::{Destination, State};
+use super::state::{DestinationEngine, State};
 use crate::api::{Attempt, DestinationAction, Time};
 use crate::expected::ExpectedAnswer;
 use crate::ownership::DestinationState;
 
-impl Destination {
+impl DestinationEngine {
     pub(super) fn on_hello(&mut self, hello: &Hello, now: Time) {
         self.timer = None;
         if let Some(expected) = self.config.expect.filter(|expected| *expected != hello.vm) {

@@ -2,11 +2,11 @@
 
 use vfio_migration_wire::{Applied, Message};
 
-use super::state::Destination;
+use super::state::DestinationEngine;
 use crate::api::Time;
 use crate::failure::failure;
 
-impl Destination {
+impl DestinationEngine {
     pub(super) fn on_end_iteration(&mut self, iteration: u32, now: Time) {
         if iteration != self.counts.ended.saturating_add(1) {
             let text =

@@ -19,13 +19,13 @@ use std::collections::VecDeque;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{HelloReply, Message};
 
-pub use self::state::Destination;
+pub use self::state::DestinationEngine;
 use self::state::{End, IterationCounts, Last, Reservation, State, Teardown};
 use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationEvent, Failure, Time};
 use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::DestinationState;
 
-impl Destination {
+impl DestinationEngine {
     /// A destination on whose connection nothing has come yet; `now` is the present, on the session's clock.
     pub fn new(config: DestinationConfig, now: Time) -> Self {
         let mut destination = Self {
@@ -49,7 +49,7 @@ impl Destination {
         destination
     }
 
-    /// Tells what happened, at `now`. Never blocks. Call [`Destination::poll_action`] until it is `None` afterwards.
+    /// Tells what happened, at `now`. Never blocks. Call [`DestinationEngine::poll_action`] until it is `None` afterwards.
     ///
     /// After [`DestinationAction::Finish`], a [`Message::Query`] is still answered; everything else is ignored.
     pub fn handle(&mut self, event: DestinationEvent, now: Time) {

@@ -2,12 +2,12 @@
 
 use vfio_migration_wire::{Message, Ready};
 
-use super::state::{Destination, State};
+use super::state::{DestinationEngine, State};
 use crate::api::Time;
 use crate::failure::compare;
 use crate::ownership::{DestinationState, DestinationStep};
 
-impl Destination {
+impl DestinationEngine {
     pub(super) fn on_loaded(&mut self, ready: Ready, now: Time) {
         self.busy = false;
         let Some(totals) = &self.last.totals else { return };

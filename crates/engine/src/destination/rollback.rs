@@ -4,7 +4,7 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Message, PeerError, Reason};
 
-use super::state::{Destination, State};
+use super::state::{DestinationEngine, State};
 use crate::api::{DestinationAction, DestinationOutcome, Failure, Time};
 use crate::expected::ExpectedAnswer;
 use crate::failure::failure;
@@ -14,7 +14,7 @@ use crate::ownership::{DestinationState, DestinationStep};
 /// within one, and asks at once.
 const LINGER: u32 = 4;
 
-impl Destination {
+impl DestinationEngine {
     /// Gives the attempt up. Does nothing once the guest is ours, or the abort is under way.
     pub(super) fn abort(&mut self, cause: Failure, now: Time) {
         let too_late = matches!(

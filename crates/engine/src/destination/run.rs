@@ -3,11 +3,11 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Message, Running};
 
-use super::state::{Destination, State};
+use super::state::{DestinationEngine, State};
 use crate::api::{DestinationAction, DestinationOutcome, Failure};
 use crate::ownership::DestinationState;
 
-impl Destination {
+impl DestinationEngine {
     pub(super) fn on_owner_journaled(&mut self) {
         self.journal = Some(DestinationState::Owner);
         self.phase = Phase::Run;
@@ -29,7 +29,7 @@ impl Destination {
         let Some(epoch) = self.next_epoch() else { return };
         self.say_running(Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 });
         self.state = State::Owner;
-        self.finish(DestinationOutcome::OwnerHeld { epoch, cause });
+        self.finish(DestinationOutcome::OwnedNotStarted { epoch, cause });
     }
 
     fn say_running(&mut self, running: Running) {

@@ -3,12 +3,12 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
-use super::state::{Destination, State};
+use super::state::{DestinationEngine, State};
 use crate::api::{DestinationAction, Time};
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
 
-impl Destination {
+impl DestinationEngine {
     pub(super) fn on_begin(&mut self, lease: [u8; 16], now: Time) {
         self.timer = None;
         self.phase = Phase::Setup;

@@ -14,7 +14,7 @@ use crate::ownership::{DestinationState, DestinationStep};
 
 /// The destination of a migration: told events, it says actions. See the [crate's documentation](crate).
 #[derive(Debug)]
-pub struct Destination {
+pub struct DestinationEngine {
     pub(super) config: DestinationConfig,
     pub(super) state: State,
     /// What the journal on disk says, as far as it has been confirmed; `None`: nothing yet.
@@ -131,7 +131,7 @@ pub(super) struct Teardown {
     pub(super) interrupted: bool,
 }
 
-impl Destination {
+impl DestinationEngine {
     /// Asks for something that is answered.
     pub(super) fn act(&mut self, state: State, action: DestinationAction) {
         self.state = state;

@@ -3,11 +3,11 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Running;
 
-use super::state::{End, Source, State};
+use super::state::{End, SourceEngine, State};
 use crate::api::{Failure, SourceAction, SourceOutcome, SourceSummary, Time};
 use crate::ownership::{SourceState, SourceStep};
 
-impl Source {
+impl SourceEngine {
     pub(super) fn on_running(&mut self, running: Running, now: Time) {
         self.timer = None;
         self.end.ask_at = None;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Commit, Message};
 
-use super::state::{Early, Source, State, Told};
+use super::state::{Early, SourceEngine, State, Told};
 use crate::api::{Failure, SourceAction, Time};
 use crate::ownership::SourceState;
 
@@ -14,7 +14,7 @@ const ASK_BACKOFF: Duration = Duration::from_millis(100);
 /// How many `peer_timeout`s a lost answer is asked for before a person is.
 const ASK_FOR: u32 = 8;
 
-impl Source {
+impl SourceEngine {
     /// COMMIT has not been said and will not be: the abort is still ours, whatever the disk holds. (If it holds COMMITTING and
     /// this process dies before it holds OWNER, the one that restarts asks, and is told DECLINED.)
     pub(super) fn commit_not_journaled(&mut self, cause: Failure) {

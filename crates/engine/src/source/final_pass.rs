@@ -3,10 +3,10 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Final, FinalEnd, Message};
 
-use super::state::{Pause, Source, State};
+use super::state::{Pause, SourceEngine, State};
 use crate::api::{SourceAction, Time};
 
-impl Source {
+impl SourceEngine {
     pub(super) fn begin_final_pass(&mut self, now: Time) {
         self.enter(Phase::Final, now);
         let Pause { guest_ran, identity, .. } = self.pause;

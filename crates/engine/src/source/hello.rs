@@ -3,11 +3,11 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Accept, FEATURE_REHEARSE, Hello, HelloReply, Message, Reason};
 
-use super::state::{Source, State, Told};
+use super::state::{SourceEngine, State, Told};
 use crate::api::{Abort, Rehearse, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 
-impl Source {
+impl SourceEngine {
     /// Several devices stop one after the other. One that still runs may write into one that is already stopped, unless
     /// all can be kept from starting such writes first: that is what P2P is for (uAPI: `VFIO_MIGRATION_P2P`).
     pub(super) fn refuse_devices_without_p2p(&mut self) {

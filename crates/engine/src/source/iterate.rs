@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Applied;
 
-use super::state::{Rounds, Source, State, Told, Wait};
+use super::state::{Rounds, SourceEngine, State, Told, Wait};
 use crate::api::{DeviceProgress, Failure, IterationReport, SourceAction, Time};
 use crate::convergence::Prediction;
 use crate::expected::work_timeout;
@@ -78,7 +78,7 @@ impl Rounds {
     }
 }
 
-impl Source {
+impl SourceEngine {
     /// From P2, or back from P4.
     pub(super) fn begin_iterating(&mut self, now: Time) {
         if self.rounds.iteration == 0 {

@@ -20,18 +20,19 @@ use std::collections::VecDeque;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
 
-pub use self::state::Source;
+pub use self::state::SourceEngine;
 use self::state::{End, Found, Pause, Rounds, State, Told, Wait};
 use crate::api::{
-    Barrier, Failure, Progress, SourceAction, SourceConfig, SourceEvent, SourceOutcome, Time, Waiting,
+    Barrier, EngineProgress, Failure, SourceAction, SourceConfig, SourceEvent, SourceOutcome, SwitchoverWait,
+    Time,
 };
 use crate::convergence::Model;
 use crate::expected::ExpectedAnswer;
 use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::SourceState;
 
-impl Source {
-    /// A source that has not begun. A machine that cannot be migrated is refused at once: [`Source::poll_action`] is then
+impl SourceEngine {
+    /// A source that has not begun. A machine that cannot be migrated is refused at once: [`SourceEngine::poll_action`] is then
     /// [`SourceAction::Finish`] before anything has moved.
     pub fn new(mut config: SourceConfig) -> Self {
         // A destination that selects it takes no COMMIT: it is offered exactly when none is to come.
@@ -62,7 +63,7 @@ impl Source {
         source
     }
 
-    /// Tells what happened, at `now`. Never blocks. Call [`Source::poll_action`] until it is `None` afterwards.
+    /// Tells what happened, at `now`. Never blocks. Call [`SourceEngine::poll_action`] until it is `None` afterwards.
     pub fn handle(&mut self, event: SourceEvent, now: Time) {
         if self.state == State::Done {
             return;
@@ -80,7 +81,7 @@ impl Source {
             SourceEvent::DeviceLost(cause) => self.on_device_lost(cause),
             SourceEvent::Cancel => self.on_cancel(),
             SourceEvent::SetDowntimeLimit(limit) => self.on_limit(limit, now),
-            SourceEvent::Continue => self.on_continue(now),
+            SourceEvent::ContinueSwitchover => self.on_continue(now),
             SourceEvent::Tick => self.on_tick(now),
             answer => self.on_answer(answer, now),
         }
@@ -118,13 +119,13 @@ impl Source {
     }
 
     /// How far it is.
-    pub fn progress(&self, now: Time) -> Progress {
+    pub fn progress(&self, now: Time) -> EngineProgress {
         let (ram_left, device_left) = self.model.left();
         let waiting = match self.state {
             State::Sending | State::Resting => self.rounds.waiting(),
             _ => None,
         };
-        Progress {
+        EngineProgress {
             phase: self.phase,
             iteration: self.rounds.iteration(),
             wire_bytes: self.rounds.wire_bytes(),
@@ -134,15 +135,15 @@ impl Source {
             predicted: self.model.predict(now).map(|prediction| prediction.total()),
             limit: self.config.downtime_limit,
             waiting: waiting.map(|waiting| match waiting {
-                Wait::Initial => Waiting::InitialBytes(
+                Wait::Initial => SwitchoverWait::InitialBytes(
                     self.unacknowledged()
                         .into_iter()
                         .filter_map(|index| self.config.devices.get(index))
                         .map(|device| device.id.clone())
                         .collect(),
                 ),
-                Wait::Convergence => Waiting::Convergence,
-                Wait::Operator => Waiting::Operator,
+                Wait::Convergence => SwitchoverWait::Convergence,
+                Wait::Operator => SwitchoverWait::Operator,
             }),
         }
     }

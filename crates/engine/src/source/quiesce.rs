@@ -5,17 +5,17 @@ use std::time::Duration;
 
 use vfio_migration_types::Phase;
 
-use super::state::{Pause, Source, State, Told};
+use super::state::{Pause, SourceEngine, State, Told};
 use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, Time};
 use crate::failure::failure;
 
 /// How often P4 may go back to P3 because a device has declared new initial bytes.
 const RETREATS: u32 = 3;
 
-impl Source {
+impl SourceEngine {
     /// The decision to switch over. The guest stands from here on.
     pub(super) fn switch(&mut self, predicted: Duration, now: Time) {
-        if self.config.rehearse.is_some_and(|rehearse| rehearse < Rehearse::Standstill) {
+        if self.config.rehearse.is_some_and(|rehearse| rehearse < Rehearse::Switchover) {
             return self.end_rehearsal(None, now);
         }
         self.enter(Phase::Quiesce, now);

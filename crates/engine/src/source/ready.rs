@@ -5,12 +5,12 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Message, Ready};
 
-use super::state::{Pause, Source, State, Told};
+use super::state::{Pause, SourceEngine, State, Told};
 use crate::api::{SourceEvent, Time};
 use crate::failure::compare;
 use crate::ownership::SourceStep;
 
-impl Source {
+impl SourceEngine {
     pub(super) fn on_ready(&mut self, ready: Ready, now: Time) {
         self.timer = None;
         let Some(totals) = &self.pause.totals else { return };

@@ -5,10 +5,12 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
-use super::state::{Source, State, Told};
-use crate::api::{Basis, Failure, Part, PartName, Rehearsal, Rehearse, SourceAction, SourceOutcome, Time};
+use super::state::{SourceEngine, State, Told};
+use crate::api::{
+    Failure, Part, PartBasis, PartName, RehearsalResult, Rehearse, SourceAction, SourceOutcome, Time,
+};
 
-impl Source {
+impl SourceEngine {
     /// The migration would not come to its end. A rehearsal has found that out; a migration is undone.
     pub(super) fn conclude(&mut self, cause: Failure, now: Time) {
         if self.config.rehearse.is_some() {
@@ -22,7 +24,7 @@ impl Source {
     pub(super) fn end_rehearsal(&mut self, obstacle: Option<Failure>, now: Time) {
         self.timer = None;
         let (wire, load, ram_dirty, devices_dirty) = self.model.rates();
-        self.rehearsal.found = Rehearsal {
+        self.rehearsal.found = RehearsalResult {
             obstacle,
             iterations: self.rounds.iteration(),
             wire,
@@ -76,7 +78,7 @@ impl Source {
 
     /// What the downtime is made of: as it was, where the guest stood for it; else as it is predicted.
     fn parts(&self, now: Time) -> Vec<Part> {
-        let start = Part { name: PartName::Start, took: Duration::ZERO, basis: Basis::Unknown };
+        let start = Part { name: PartName::Start, took: Duration::ZERO, basis: PartBasis::Unknown };
         let mut parts = match self.end.ready_at {
             Some(ready_at) => self.stood(ready_at),
             None => match self.model.predict(now) {
@@ -105,7 +107,7 @@ impl Source {
             (PartName::Load, standing.saturating_sub(sending)),
             (PartName::RoundTrips, self.model.known_round_trip()),
         ]
-        .map(|(name, took)| Part { name, took, basis: Basis::Measured })
+        .map(|(name, took)| Part { name, took, basis: PartBasis::Measured })
         .into()
     }
 }

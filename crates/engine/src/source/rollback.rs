@@ -3,12 +3,12 @@
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
-use super::state::{Source, State, Told, Undo};
+use super::state::{SourceEngine, State, Told, Undo};
 use crate::api::{Abort, Failure, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 use crate::ownership::{SourceState, SourceStep};
 
-impl Source {
+impl SourceEngine {
     /// Gives the attempt up. Does nothing once it is too late, or under way.
     pub(super) fn abort(&mut self, cause: Failure, told: Told) {
         if self.can_cancel() {

@@ -3,11 +3,11 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Lease, Message};
 
-use super::state::{Source, State};
+use super::state::{SourceEngine, State};
 use crate::api::{DeviceProgress, SourceAction, Time};
 use crate::ownership::{SourceState, SourceStep};
 
-impl Source {
+impl SourceEngine {
     pub(super) fn begin_setup(&mut self, now: Time) {
         self.enter(Phase::Setup, now);
         match self.config.rehearse {

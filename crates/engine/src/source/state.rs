@@ -7,7 +7,7 @@ use vfio_migration_types::{Epoch, Phase};
 use vfio_migration_wire::{FEATURE_VERIFY, FinalEnd, HelloReply, Lease, Message, PeerError, Ready, Running};
 
 use crate::api::{
-    Abort, DeviceProgress, Failure, Rehearsal, SourceAction, SourceConfig, SourceOutcome, Time,
+    Abort, DeviceProgress, Failure, RehearsalResult, SourceAction, SourceConfig, SourceOutcome, Time,
 };
 use crate::convergence::Model;
 use crate::expected::{ExpectedAnswer, work_timeout};
@@ -16,7 +16,7 @@ use crate::ownership::{SourceState, SourceStep};
 
 /// The source of a migration: told events, it says actions. See the [crate's documentation](crate).
 #[derive(Debug)]
-pub struct Source {
+pub struct SourceEngine {
     pub(super) config: SourceConfig,
     pub(super) state: State,
     /// What the journal on disk says, as far as it has been confirmed.
@@ -165,7 +165,7 @@ pub(super) struct Undo {
 /// What a rehearsal remembers once it is at its end.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    pub(super) found: Rehearsal,
+    pub(super) found: RehearsalResult,
     /// The destination has said that it has let go; and of what it has not.
     pub(super) rehearsed: Option<Option<Failure>>,
 }
@@ -181,7 +181,7 @@ pub(super) enum Told {
     Knows,
 }
 
-impl Source {
+impl SourceEngine {
     /// Asks for something that is answered.
     pub(super) fn act(&mut self, state: State, action: SourceAction) {
         self.state = state;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use vfio_migration_engine::ownership::{
-    Answer, DestinationRecord, DestinationState, SourceState, answer_query,
+    DestinationRecord, DestinationState, QueryAnswer, SourceState, answer_query,
 };
 use vfio_migration_engine::{DestinationEvent, SourceEvent, Time};
 use vfio_migration_wire::{Message, Running};
@@ -184,15 +184,15 @@ impl World {
             peer: String::new(),
         });
         let said = match answer_query(record.as_ref(), VM, ATTEMPT, EPOCH.next()) {
-            Answer::Running { epoch } => {
+            QueryAnswer::Running { epoch } => {
                 Message::Running(Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 })
             }
-            Answer::AbortThenDecline(cause) => {
+            QueryAnswer::AbortThenDecline(cause) => {
                 self.other.disk = Some(DestinationState::Aborted);
                 Message::Declined(cause)
             }
-            Answer::Decline(cause) => Message::Declined(cause),
-            Answer::Unknown(cause) => Message::Abort(cause),
+            QueryAnswer::Decline(cause) => Message::Declined(cause),
+            QueryAnswer::Unknown(cause) => Message::Abort(cause),
             other => panic!("{other:?}"),
         };
         self.answer(question, said);

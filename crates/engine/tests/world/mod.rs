@@ -1,4 +1,4 @@
-//! A simulated world around a [`Source`] and a [`Destination`]: a clock, a link, two machines, two disks with a journal each.
+//! A simulated world around a [`SourceEngine`] and a [`DestinationEngine`]: a clock, a link, two machines, two disks with a journal each.
 //!
 //! Discrete events; nothing waits. Every rule of ownership is checked after every event, from the outside: by what runs and by
 //! what is on the disks, not by what the engines say.
@@ -17,8 +17,8 @@ use std::time::Duration;
 use script::{Fault, Script};
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 use vfio_migration_engine::{
-    Destination, DestinationConfig, DestinationEvent, DestinationOutcome, Failure, Source, SourceConfig,
-    SourceEvent, SourceOutcome, Time,
+    DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome, Failure, SourceConfig,
+    SourceEngine, SourceEvent, SourceOutcome, Time,
 };
 use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
 use vfio_migration_wire::{FEATURES, Message, Offer, PeerError};
@@ -71,8 +71,8 @@ pub struct World {
     queue: BinaryHeap<Reverse<(Time, u64)>>,
     happenings: HashMap<u64, Happening>,
     counter: u64,
-    pub source: Option<Source>,
-    pub destination: Option<Destination>,
+    pub source: Option<SourceEngine>,
+    pub destination: Option<DestinationEngine>,
     pub side: source::Side,
     pub other: destination::Side,
     pub link: link::Link,
@@ -91,7 +91,7 @@ pub struct End {
 
 impl World {
     pub fn new(script: Script) -> Self {
-        let source = Source::new(SourceConfig {
+        let source = SourceEngine::new(SourceConfig {
             vm: VM,
             attempt: ATTEMPT,
             epoch: EPOCH,
@@ -108,7 +108,7 @@ impl World {
             peer_timeout: script.peer_timeout,
             rehearse: script.rehearse,
         });
-        let destination = Destination::new(
+        let destination = DestinationEngine::new(
             DestinationConfig {
                 versions: script.destination_versions,
                 features: script.destination_features,
@@ -149,8 +149,8 @@ impl World {
             self.poll();
             self.check();
             let happens = self.queue.peek().map(|Reverse((at, _))| *at);
-            let source = self.source.as_ref().and_then(Source::deadline);
-            let destination = self.destination.as_ref().and_then(Destination::deadline);
+            let source = self.source.as_ref().and_then(SourceEngine::deadline);
+            let destination = self.destination.as_ref().and_then(DestinationEngine::deadline);
             let Some(next) = [happens, source, destination].into_iter().flatten().min() else { break };
             self.now = self.now.max(next);
             if self.now > FOREVER {
@@ -244,11 +244,11 @@ impl World {
     }
 
     fn poll(&mut self) {
-        while let Some(action) = self.source.as_mut().and_then(Source::poll_action) {
+        while let Some(action) = self.source.as_mut().and_then(SourceEngine::poll_action) {
             self.note(format!("source → {action:?}"));
             self.source_action(action);
         }
-        while let Some(action) = self.destination.as_mut().and_then(Destination::poll_action) {
+        while let Some(action) = self.destination.as_mut().and_then(DestinationEngine::poll_action) {
             self.note(format!("destination → {action:?}"));
             self.destination_action(action);
         }
