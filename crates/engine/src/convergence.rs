@@ -30,13 +30,13 @@ const REFINE_FOR: Duration = Duration::from_secs(1);
 
 /// What is known of a migration's speed.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Model {
+pub(crate) struct DowntimeModel {
     bandwidth: Rate,
     load: Rate,
     applied: Option<Applied>,
     round_trip: Duration,
     quiesce: Option<Duration>,
-    last: Option<Last>,
+    last: Option<LastIteration>,
     refine_since: Option<Time>,
     stall: Stall,
     initial: Stall,
@@ -44,7 +44,7 @@ pub(crate) struct Model {
 
 /// Where the last iteration ended.
 #[derive(Clone, Debug)]
-struct Last {
+struct LastIteration {
     report: IterationReport,
     at: Time,
     /// What became dirty, in how long.
@@ -68,7 +68,7 @@ impl Prediction {
     }
 }
 
-impl Model {
+impl DowntimeModel {
     /// A round trip, measured at the hello. A destination that was not yet waiting for anybody makes it too long.
     pub(crate) fn round_trip(&mut self, took: Duration) {
         self.round_trip = took;
@@ -100,7 +100,7 @@ impl Model {
         let ram_dirtied = Rate::new(report.ram_left, interval);
         let devices_dirtied =
             report.devices.iter().map(|device| Rate::new(device.dirty_left.unwrap_or(0), interval)).collect();
-        self.last = Some(Last { report, at: now, ram_dirtied, devices_dirtied });
+        self.last = Some(LastIteration { report, at: now, ram_dirtied, devices_dirtied });
     }
 
     /// Bytes per second, once measured.
@@ -323,7 +323,7 @@ mod test {
 
     #[test]
     fn a_slow_hello_does_not_count_for_ever() {
-        let mut model = Model::default();
+        let mut model = DowntimeModel::default();
         model.round_trip(Duration::from_millis(400));
         model.round_trip_at_most(Duration::from_millis(900));
         model.round_trip_at_most(Duration::from_millis(2));
@@ -339,7 +339,7 @@ mod test {
 
     #[test]
     fn the_prediction_is_the_sum_of_its_parts() {
-        let mut model = Model::default();
+        let mut model = DowntimeModel::default();
         model.round_trip(MS);
         // 1 MB/ms; the destination takes 2 ns per byte.
         model.iterated(
@@ -360,7 +360,7 @@ mod test {
 
     #[test]
     fn tiny_iterations_do_not_spoil_the_bandwidth() {
-        let mut model = Model::default();
+        let mut model = DowntimeModel::default();
         model.iterated(report(1_000_000_000, 1000 * MS, 0, vec![]), 1000 * MS, 1000 * MS);
         for _ in 0..20 {
             model.iterated(report(4096, MS, 0, vec![]), MS, 1000 * MS);
@@ -370,20 +370,20 @@ mod test {
 
     #[test]
     fn another_round_only_for_a_third_and_for_a_second() {
-        let mut model = Model::default();
+        let mut model = DowntimeModel::default();
         // 200 MB left that became dirty in 1 s: sending them takes 200 ms, in which 40 MB become dirty.
         model.iterated(report(1_000_000_000, 1000 * MS, 200_000_000, vec![]), 1000 * MS, Duration::ZERO);
         assert!(model.worth_another_round(Duration::ZERO));
         assert!(!model.worth_another_round(900 * MS), "it would end after more than a second");
         // The same left, but it became dirty in 250 ms: sending gains little.
-        let mut model = Model::default();
+        let mut model = DowntimeModel::default();
         model.iterated(report(1_000_000_000, 1000 * MS, 200_000_000, vec![]), 250 * MS, Duration::ZERO);
         assert!(!model.worth_another_round(Duration::ZERO));
     }
 
     #[test]
     fn a_stall_needs_time_and_rounds() {
-        let mut model = Model::default();
+        let mut model = DowntimeModel::default();
         for round in 0..100 {
             assert!(!model.stalled(900 * MS, round * MS), "100 quick rounds are no stall");
         }
@@ -394,7 +394,7 @@ mod test {
 
     #[test]
     fn absurd_figures_do_not_overflow() {
-        let mut model = Model::default();
+        let mut model = DowntimeModel::default();
         let all = device(u64::MAX, u64::MAX, u64::MAX);
         model.applied(Applied { iteration: 1, device_bytes: 1, device_ns: u64::MAX });
         model.iterated(report(1, Duration::MAX, u64::MAX, vec![all; 3]), Duration::ZERO, Duration::MAX);

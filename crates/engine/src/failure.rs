@@ -34,7 +34,7 @@ pub(crate) fn link_lost(phase: Phase, why: &str) -> Failure {
 }
 
 /// `device` named as the culprit.
-pub(crate) fn blame(devices: &[DeviceFacts], index: usize, mut failure: Failure) -> Failure {
+pub(crate) fn with_device(devices: &[DeviceFacts], index: usize, mut failure: Failure) -> Failure {
     failure.device = devices.get(index).map(|device| device.id.to_string());
     failure
 }
@@ -67,7 +67,7 @@ pub(crate) fn compare(totals: &FinalEnd, ready: &Ready, devices: &[DeviceFacts])
                 Some(device) => format!("the bytes of device {}", device.id),
                 None => format!("the bytes of device number {index}"),
             };
-            return Err(blame(devices, index, differ(&what, describe(sent), describe(got))));
+            return Err(with_device(devices, index, differ(&what, describe(sent), describe(got))));
         }
     }
     if totals.ram_digest.is_some() && totals.ram_digest != ready.ram_digest {

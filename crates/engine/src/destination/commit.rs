@@ -29,7 +29,7 @@ impl DestinationEngine {
     /// Nothing has been started, and nobody has been told: the attempt can still be declined, if the journal takes that.
     pub(super) fn owner_not_journaled(&mut self, cause: Failure, now: Time) {
         self.busy = false;
-        self.tear_down(cause, now);
+        self.roll_back(cause, now);
     }
 
     /// A source lost the answer to its COMMIT. If we do not own the guest, we never will: ABORTED goes to the journal, then
@@ -37,21 +37,21 @@ impl DestinationEngine {
     pub(super) fn on_query(&mut self, query: Attempt, now: Time) {
         let record = self.record();
         match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
-            QueryAnswer::Running { .. } => match self.end.running {
+            QueryAnswer::Running { .. } => match self.commit.running {
                 Some(running) => self.answer(Message::Running(running)),
-                None => self.end.asked = true,
+                None => self.commit.asked = true,
             },
             QueryAnswer::Decline(cause) => self.answer(Message::Declined(cause)),
             // OWNER is on its way to the disk: the answer is known when it is there.
-            QueryAnswer::AbortThenDecline(_) if self.state == State::JournalOwner => self.end.asked = true,
+            QueryAnswer::AbortThenDecline(_) if self.state == State::JournalOwner => self.commit.asked = true,
             QueryAnswer::AbortThenDecline(cause) => {
-                self.teardown.source_may_have_committed = true;
-                self.end.asked = true;
+                self.rollback.source_may_have_committed = true;
+                self.commit.asked = true;
                 match self.state {
                     // Under way already, or its journal failed: then nothing is known to be on disk.
                     State::JournalAborted => {}
                     State::Releasing | State::Lingering | State::Done => {
-                        self.end.asked = false;
+                        self.commit.asked = false;
                         self.answer(Message::Abort(cause));
                     }
                     _ => self.abort(cause, now),
@@ -66,7 +66,7 @@ impl DestinationEngine {
         match event {
             DestinationEvent::LinkLost(_) => self.link = false,
             DestinationEvent::Peer(Message::Commit(commit)) if Some(commit.epoch) == self.next_epoch() => {
-                if let Some(running) = self.end.running.filter(|_| self.state == State::Owner) {
+                if let Some(running) = self.commit.running.filter(|_| self.state == State::Owner) {
                     self.send(Message::Running(running));
                 }
             }

@@ -27,12 +27,12 @@ impl DestinationEngine {
         self.negotiated = Some(reply);
         self.send(Message::HelloReply(reply));
         self.state = State::AwaitingOffer;
-        self.owe("OFFER", now);
+        self.expect_by("OFFER", now);
     }
 
     pub(super) fn on_offer(&mut self, offer: Offer) {
         self.timer = None;
-        self.teardown.something_reserved = true;
+        self.rollback.something_reserved = true;
         self.act(State::Reserving, DestinationAction::Reserve(offer));
     }
 
@@ -47,7 +47,7 @@ impl DestinationEngine {
         let lease = Lease { id: self.config.lease, valid_ms };
         self.reservation.accept = Accept { lease, reasons, manifest };
         self.reservation.identity = identity;
-        if self.rehearses() {
+        if self.is_rehearsal() {
             return self.accept(now);
         }
         self.act(State::JournalReserved, DestinationAction::Journal(DestinationState::Reserved));

@@ -8,23 +8,25 @@ use crate::failure::failure;
 
 impl DestinationEngine {
     pub(super) fn on_end_iteration(&mut self, iteration: u32, now: Time) {
-        if iteration != self.counts.ended.saturating_add(1) {
-            let text =
-                format!("iteration {iteration} ended after iteration {}: protocol error", self.counts.ended);
-            return self.abort(failure(self.phase, text, ""), now);
-        }
-        self.counts.ended = iteration;
-    }
-
-    pub(super) fn on_applied(&mut self, applied: Applied, now: Time) {
-        if applied.iteration <= self.counts.applied || applied.iteration > self.counts.ended {
+        if iteration != self.iterations.ended.saturating_add(1) {
             let text = format!(
-                "the session applied iteration {} of {}: a defect of this program",
-                applied.iteration, self.counts.ended
+                "iteration {iteration} ended after iteration {}: protocol error",
+                self.iterations.ended
             );
             return self.abort(failure(self.phase, text, ""), now);
         }
-        self.counts.applied = applied.iteration;
+        self.iterations.ended = iteration;
+    }
+
+    pub(super) fn on_applied(&mut self, applied: Applied, now: Time) {
+        if applied.iteration <= self.iterations.applied || applied.iteration > self.iterations.ended {
+            let text = format!(
+                "the session applied iteration {} of {}: a defect of this program",
+                applied.iteration, self.iterations.ended
+            );
+            return self.abort(failure(self.phase, text, ""), now);
+        }
+        self.iterations.applied = applied.iteration;
         self.send(Message::Applied(applied));
     }
 }

@@ -20,7 +20,7 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{HelloReply, Message};
 
 pub use self::state::DestinationEngine;
-use self::state::{End, IterationCounts, Last, Reservation, State, Teardown};
+use self::state::{DestinationCommit, DestinationRollback, FinalPass, IterationCounts, Reservation, State};
 use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationEvent, Failure, Time};
 use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::DestinationState;
@@ -40,12 +40,12 @@ impl DestinationEngine {
             negotiated: None,
             timer: None,
             reservation: Reservation::default(),
-            counts: IterationCounts::default(),
-            last: Last::default(),
-            end: End::default(),
-            teardown: Teardown::default(),
+            iterations: IterationCounts::default(),
+            final_pass: FinalPass::default(),
+            commit: DestinationCommit::default(),
+            rollback: DestinationRollback::default(),
         };
-        destination.owe("HELLO", now);
+        destination.expect_by("HELLO", now);
         destination
     }
 
@@ -78,7 +78,7 @@ impl DestinationEngine {
 
     /// When a [`DestinationEvent::Tick`] is due at the latest, if nothing else happens.
     pub fn deadline(&self) -> Option<Time> {
-        self.timer.map(|owed| owed.until)
+        self.timer.map(|expected| expected.until)
     }
 
     /// The phase.
@@ -110,23 +110,23 @@ impl DestinationEngine {
             // COMMIT was accepted: nothing that the source says changes that.
             (State::JournalOwner | State::Starting, _) => {}
             (State::JournalAborted | State::Releasing | State::Lingering, message) => {
-                self.on_peer_in_teardown(&message);
+                self.on_peer_in_rollback(&message);
             }
             (_, Message::Abort(cause)) => self.aborted_by_source(cause, now),
             (State::AwaitingHello, Message::Hello(hello)) => self.on_hello(&hello, now),
-            (_, Message::EndRehearsal) if self.rehearses() => self.on_end_rehearsal(now),
+            (_, Message::EndRehearsal) if self.is_rehearsal() => self.on_end_rehearsal(now),
             (State::AwaitingOffer, Message::Offer(offer)) => self.on_offer(offer),
             (State::AwaitingBegin, Message::Refuse(reasons)) => self.refused_by_source(reasons, now),
             (State::AwaitingBegin, Message::Begin { lease }) => self.on_begin(lease, now),
             (State::Loading, Message::InitialSent { .. }) => {}
             (State::Loading, Message::EndIteration { iteration }) => self.on_end_iteration(iteration, now),
-            (State::Loading, Message::Final(last)) => self.on_final(last, now),
-            (State::Last, Message::LocksFree) => self.on_locks_free(now),
-            (State::Last, Message::FinalEnd(totals)) => self.on_final_end(totals, now),
-            (State::Ready, Message::Commit(commit)) if !self.rehearses() => self.on_commit(commit, now),
+            (State::Loading, Message::Final(message)) => self.on_final(&message, now),
+            (State::FinalPass, Message::LocksFree) => self.on_locks_free(now),
+            (State::FinalPass, Message::FinalEnd(totals)) => self.on_final_end(totals, now),
+            (State::Ready, Message::Commit(commit)) if !self.is_rehearsal() => self.on_commit(commit, now),
             (_, message) => {
                 // A source that says COMMIT has it in its journal: only DECLINED sets it free.
-                self.teardown.source_may_have_committed |= matches!(message, Message::Commit(_));
+                self.rollback.source_may_have_committed |= matches!(message, Message::Commit(_));
                 self.abort(protocol(self.phase, "source", &message), now);
             }
         }
@@ -145,10 +145,10 @@ impl DestinationEngine {
                 self.on_loading_journaled();
             }
             (State::Opening, DestinationEvent::ResumingBegun) => self.on_resuming_begun(),
-            (State::Loading | State::Last, DestinationEvent::InitialLoaded { device, generation }) => {
+            (State::Loading | State::FinalPass, DestinationEvent::InitialLoaded { device, generation }) => {
                 self.send(Message::InitialLoaded { device, generation });
             }
-            (State::Loading | State::Last, DestinationEvent::Applied(applied)) => {
+            (State::Loading | State::FinalPass, DestinationEvent::Applied(applied)) => {
                 self.on_applied(applied, now)
             }
             // What the last round brought may be in while the rest is verified; the source knows what it needs.
@@ -156,7 +156,7 @@ impl DestinationEngine {
                 State::Verifying | State::JournalReady | State::Ready | State::JournalOwner,
                 DestinationEvent::InitialLoaded { .. } | DestinationEvent::Applied(_),
             ) => {}
-            (State::Last, DestinationEvent::LocksTaken) => self.on_locks_taken(now),
+            (State::FinalPass, DestinationEvent::LocksTaken) => self.on_locks_taken(now),
             (State::Verifying, DestinationEvent::Loaded(ready)) => self.on_loaded(ready, now),
             (State::JournalReady, DestinationEvent::Journaled(DestinationState::Ready)) => {
                 self.on_ready_journaled(now);
@@ -171,12 +171,12 @@ impl DestinationEngine {
             (State::Releasing, DestinationEvent::Released) => self.on_released(now),
             // It was overdue, and came all the same.
             (State::Releasing, DestinationEvent::Journaled(DestinationState::Aborted))
-                if self.teardown.journal_asked =>
+                if self.rollback.journal_asked =>
             {
                 self.journal = Some(DestinationState::Aborted);
             }
             // A late answer of what the abort interrupted.
-            (State::JournalAborted | State::Releasing, _) => self.teardown.interrupted = false,
+            (State::JournalAborted | State::Releasing, _) => self.rollback.interrupted = false,
             (State::JournalOwner | State::Starting | State::Lingering, _) => {}
             (state, event) => {
                 let text =
@@ -206,15 +206,15 @@ impl DestinationEngine {
     }
 
     fn on_tick(&mut self, now: Time) {
-        let Some(owed) = self.timer.filter(|owed| now >= owed.until) else { return };
+        let Some(expected) = self.timer.filter(|expected| now >= expected.until) else { return };
         self.timer = None;
         match self.state {
             State::JournalAborted => self.journal_overdue(now),
             State::Releasing => self.release_overdue(now),
             State::Lingering => self.finish_aborted(),
             _ => {
-                let waited = owed.waited(now);
-                self.abort(silence(self.phase, "source", owed.what, waited), now);
+                let waited = expected.waited(now);
+                self.abort(silence(self.phase, "source", expected.what, waited), now);
             }
         }
     }

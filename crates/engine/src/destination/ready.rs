@@ -10,27 +10,27 @@ use crate::ownership::{DestinationState, DestinationStep};
 impl DestinationEngine {
     pub(super) fn on_loaded(&mut self, ready: Ready, now: Time) {
         self.busy = false;
-        let Some(totals) = &self.last.totals else { return };
+        let Some(totals) = &self.final_pass.totals else { return };
         // The source compares too. Here it is caught before READY is in the journal.
         if let Err(cause) = compare(totals, &ready, &[]) {
             return self.abort(cause, now);
         }
-        if self.rehearses() {
+        if self.is_rehearsal() {
             self.send(Message::Ready(ready));
             self.state = State::Ready;
-            return self.owe("END_REHEARSAL", now);
+            return self.expect_by("END_REHEARSAL", now);
         }
-        self.last.ready = Some(ready);
+        self.final_pass.ready = Some(ready);
         self.journal_step(State::JournalReady, DestinationStep::Ready, now);
     }
 
     pub(super) fn on_ready_journaled(&mut self, now: Time) {
         self.busy = false;
         self.journal = Some(DestinationState::Ready);
-        let Some(ready) = self.last.ready.clone() else { return };
-        self.teardown.source_may_have_committed = true;
+        let Some(ready) = self.final_pass.ready.clone() else { return };
+        self.rollback.source_may_have_committed = true;
         self.send(Message::Ready(ready));
         self.state = State::Ready;
-        self.owe("COMMIT", now);
+        self.expect_by("COMMIT", now);
     }
 }

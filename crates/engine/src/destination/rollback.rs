@@ -28,89 +28,89 @@ impl DestinationEngine {
                 | State::Done
         );
         if !too_late {
-            self.tear_down(cause, now);
+            self.roll_back(cause, now);
         }
     }
 
     pub(super) fn aborted_by_source(&mut self, cause: PeerError, now: Time) {
-        self.teardown.source_gave_up = true;
+        self.rollback.source_gave_up = true;
         self.abort(cause, now);
     }
 
-    pub(super) fn tear_down(&mut self, cause: Failure, now: Time) {
+    pub(super) fn roll_back(&mut self, cause: Failure, now: Time) {
         self.timer = None;
-        self.teardown.cause = Some(cause);
-        self.teardown.interrupted = self.busy;
+        self.rollback.cause = Some(cause);
+        self.rollback.interrupted = self.busy;
         // RESERVED may be on its way to the disk and not yet confirmed; ABORTED is written over it all the same.
         let reserved = (self.state == State::JournalReserved).then_some(DestinationState::Reserved);
         let next = self.journal.or(reserved).map(|journal| journal.next(DestinationStep::Abort));
         match next {
             Some(Ok(aborted)) => {
-                self.teardown.journal_asked = true;
+                self.rollback.journal_asked = true;
                 self.act(State::JournalAborted, DestinationAction::Journal(aborted));
-                self.owe("the journal", now);
+                self.expect_by("the journal", now);
             }
-            Some(Err(_)) => self.say_abort_and_release(now),
-            None => self.say_abort_and_release(now),
+            Some(Err(_)) => self.send_abort_and_release(now),
+            None => self.send_abort_and_release(now),
         }
     }
 
     pub(super) fn refuse(&mut self, reasons: Vec<Reason>, now: Time) {
         self.busy = false;
         self.send(Message::Refuse(reasons.clone()));
-        self.teardown.told = true;
-        self.teardown.refused = Some(reasons);
-        self.say_abort_and_release(now);
+        self.rollback.source_notified = true;
+        self.rollback.refused = Some(reasons);
+        self.send_abort_and_release(now);
     }
 
     /// The source's own rules forbid it.
     pub(super) fn refused_by_source(&mut self, reasons: Vec<Reason>, now: Time) {
-        self.teardown.source_gave_up = true;
-        self.teardown.refused = Some(reasons);
-        self.tear_down(failure(self.phase, "refused by the source", ""), now);
+        self.rollback.source_gave_up = true;
+        self.rollback.refused = Some(reasons);
+        self.roll_back(failure(self.phase, "refused by the source", ""), now);
     }
 
     pub(super) fn on_aborted_journaled(&mut self, now: Time) {
         self.journal = Some(DestinationState::Aborted);
         // Actions are done one after another: what the abort interrupted has ended too.
-        self.teardown.interrupted = false;
+        self.rollback.interrupted = false;
         let cause = self.cause();
-        if self.teardown.source_may_have_committed && !self.teardown.source_gave_up {
+        if self.rollback.source_may_have_committed && !self.rollback.source_gave_up {
             self.send(Message::Declined(cause.clone()));
-            self.teardown.told = true;
+            self.rollback.source_notified = true;
         }
-        if std::mem::take(&mut self.end.asked) {
+        if std::mem::take(&mut self.commit.asked) {
             self.answer(Message::Declined(cause));
         }
-        self.say_abort_and_release(now);
+        self.send_abort_and_release(now);
     }
 
     /// Without ABORTED on disk DECLINED must not be said: a source that has committed goes on asking.
     pub(super) fn aborted_not_journaled(&mut self, cause: &Failure, now: Time) {
-        if std::mem::take(&mut self.teardown.interrupted) {
+        if std::mem::take(&mut self.rollback.interrupted) {
             return;
         }
-        if let Some(first) = &mut self.teardown.cause {
+        if let Some(first) = &mut self.rollback.cause {
             first.text = format!("{}; then the journal could not be written: {}", first.text, cause.text);
         }
-        if std::mem::take(&mut self.end.asked) {
+        if std::mem::take(&mut self.commit.asked) {
             self.answer(Message::Abort(self.cause()));
         }
-        self.say_abort_and_release(now);
+        self.send_abort_and_release(now);
     }
 
     pub(super) fn journal_overdue(&mut self, now: Time) {
-        self.teardown.interrupted = false;
+        self.rollback.interrupted = false;
         self.aborted_not_journaled(&failure(Phase::Clean, "no answer in time", ""), now);
     }
 
-    pub(super) fn say_abort_and_release(&mut self, now: Time) {
-        if !self.teardown.told && !self.teardown.source_gave_up {
+    pub(super) fn send_abort_and_release(&mut self, now: Time) {
+        if !self.rollback.source_notified && !self.rollback.source_gave_up {
             self.send(Message::Abort(self.cause()));
         }
-        if self.teardown.something_reserved {
+        if self.rollback.something_reserved {
             self.act(State::Releasing, DestinationAction::Release);
-            self.owe_work("the release", now);
+            self.expect_work("the release", now);
         } else {
             self.linger_or_finish(now);
         }
@@ -122,35 +122,35 @@ impl DestinationEngine {
     }
 
     pub(super) fn release_failed(&mut self, cause: &Failure, now: Time) {
-        if std::mem::take(&mut self.teardown.interrupted) {
+        if std::mem::take(&mut self.rollback.interrupted) {
             return;
         }
-        match &mut self.teardown.cause {
+        match &mut self.rollback.cause {
             Some(first) => {
                 first.text = format!("{}; then not all could be released: {}", first.text, cause.text)
             }
             // A rehearsal ends without a cause.
-            None => self.teardown.cause = Some(cause.clone()),
+            None => self.rollback.cause = Some(cause.clone()),
         }
         self.on_released(now);
     }
 
     pub(super) fn release_overdue(&mut self, now: Time) {
-        self.teardown.interrupted = false;
+        self.rollback.interrupted = false;
         self.release_failed(&failure(Phase::Clean, "no answer in time", ""), now);
     }
 
     /// In the way out the source's words change nothing, but a COMMIT needs its answer.
-    pub(super) fn on_peer_in_teardown(&mut self, message: &Message) {
+    pub(super) fn on_peer_in_rollback(&mut self, message: &Message) {
         match message {
             Message::Abort(_) => {
-                self.teardown.source_gave_up = true;
+                self.rollback.source_gave_up = true;
                 if self.state == State::Lingering {
                     self.finish_aborted();
                 }
             }
             Message::Commit(_) => {
-                self.teardown.source_may_have_committed = true;
+                self.rollback.source_may_have_committed = true;
                 if self.journal == Some(DestinationState::Aborted) {
                     self.send(Message::Declined(self.cause()));
                 }
@@ -161,10 +161,10 @@ impl DestinationEngine {
 
     pub(super) fn finish_aborted(&mut self) {
         self.state = State::Done;
-        if self.teardown.rehearsed {
+        if self.rollback.rehearsed {
             return self.finish_rehearsed();
         }
-        match self.teardown.refused.take() {
+        match self.rollback.refused.take() {
             Some(reasons) => self.finish(DestinationOutcome::Refused(reasons)),
             None => self.finish(DestinationOutcome::Aborted(self.cause())),
         }
@@ -172,14 +172,14 @@ impl DestinationEngine {
 
     pub(super) fn on_end_rehearsal(&mut self, now: Time) {
         self.timer = None;
-        self.teardown.rehearsed = true;
-        self.teardown.source_gave_up = true;
-        self.teardown.interrupted = self.busy;
-        self.say_abort_and_release(now);
+        self.rollback.rehearsed = true;
+        self.rollback.source_gave_up = true;
+        self.rollback.interrupted = self.busy;
+        self.send_abort_and_release(now);
     }
 
     fn finish_rehearsed(&mut self) {
-        let left_undone = self.teardown.cause.take();
+        let left_undone = self.rollback.cause.take();
         self.send(Message::Rehearsed { left_undone: left_undone.clone() });
         self.finish(DestinationOutcome::Rehearsed(left_undone));
     }
@@ -188,7 +188,7 @@ impl DestinationEngine {
         self.busy = false;
         let answerable = self.journal == Some(DestinationState::Aborted);
         // What was said over the old connection may never have arrived.
-        let asked = self.teardown.source_may_have_committed && !self.teardown.source_gave_up;
+        let asked = self.rollback.source_may_have_committed && !self.rollback.source_gave_up;
         if !(answerable && asked) {
             return self.finish_aborted();
         }
@@ -198,6 +198,6 @@ impl DestinationEngine {
     }
 
     fn cause(&self) -> PeerError {
-        self.teardown.cause.clone().unwrap_or_else(|| self.error("given up"))
+        self.rollback.cause.clone().unwrap_or_else(|| self.error("given up"))
     }
 }

@@ -12,13 +12,13 @@ impl DestinationEngine {
         self.journal = Some(DestinationState::Owner);
         self.phase = Phase::Run;
         let Some(epoch) = self.next_epoch() else { return };
-        self.act(State::Starting, DestinationAction::Start { epoch, run_guest: self.last.guest_ran });
+        self.act(State::Starting, DestinationAction::Start { epoch, run_guest: self.final_pass.guest_ran });
     }
 
     pub(super) fn on_started(&mut self, running: Running) {
         self.busy = false;
-        self.say_running(running);
-        let (Some(epoch), Some(ready)) = (self.next_epoch(), self.last.ready.clone()) else { return };
+        self.send_running(running);
+        let (Some(epoch), Some(ready)) = (self.next_epoch(), self.final_pass.ready.clone()) else { return };
         self.state = State::Owner;
         self.finish(DestinationOutcome::Owner { epoch, ready, guest_runs: running.guest_runs });
     }
@@ -27,15 +27,15 @@ impl DestinationEngine {
     pub(super) fn start_failed(&mut self, cause: Failure) {
         self.busy = false;
         let Some(epoch) = self.next_epoch() else { return };
-        self.say_running(Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 });
+        self.send_running(Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 });
         self.state = State::Owner;
         self.finish(DestinationOutcome::OwnedNotStarted { epoch, cause });
     }
 
-    fn say_running(&mut self, running: Running) {
-        self.end.running = Some(running);
+    fn send_running(&mut self, running: Running) {
+        self.commit.running = Some(running);
         self.send(Message::Running(running));
-        if std::mem::take(&mut self.end.asked) {
+        if std::mem::take(&mut self.commit.asked) {
             self.answer(Message::Running(running));
         }
     }

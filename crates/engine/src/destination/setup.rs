@@ -16,7 +16,7 @@ impl DestinationEngine {
             let text = "the source begins on a lease that was not granted to it: protocol error";
             return self.abort(failure(self.phase, text, ""), now);
         }
-        if self.rehearses() {
+        if self.is_rehearsal() {
             return self.act(State::Opening, DestinationAction::BeginResuming);
         }
         self.journal_step(State::JournalLoading, DestinationStep::Load, now);

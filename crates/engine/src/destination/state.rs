@@ -30,10 +30,10 @@ pub struct DestinationEngine {
     /// The source owes something until then.
     pub(super) timer: Option<ExpectedAnswer>,
     pub(super) reservation: Reservation,
-    pub(super) counts: IterationCounts,
-    pub(super) last: Last,
-    pub(super) end: End,
-    pub(super) teardown: Teardown,
+    pub(super) iterations: IterationCounts,
+    pub(super) final_pass: FinalPass,
+    pub(super) commit: DestinationCommit,
+    pub(super) rollback: DestinationRollback,
 }
 
 /// Where the destination is.
@@ -49,7 +49,7 @@ pub(super) enum State {
     /// P3: iterations come.
     Loading,
     /// P5: the last of everything comes; locks may be on their way.
-    Last,
+    FinalPass,
     /// P6.
     Verifying,
     JournalReady,
@@ -86,15 +86,15 @@ pub(super) struct IterationCounts {
 
 /// What P5 and P6 remember.
 #[derive(Debug, Default)]
-pub(super) struct Last {
+pub(super) struct FinalPass {
     pub(super) guest_ran: bool,
-    pub(super) locks: Locks,
+    pub(super) locks: LockHandover,
     pub(super) totals: Option<FinalEnd>,
     pub(super) ready: Option<Ready>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Locks {
+pub(super) enum LockHandover {
     #[default]
     Theirs,
     Taking,
@@ -103,7 +103,7 @@ pub(super) enum Locks {
 
 /// What P7 and P8 remember.
 #[derive(Debug, Default)]
-pub(super) struct End {
+pub(super) struct DestinationCommit {
     /// What was said, to be said again to whoever asks.
     pub(super) running: Option<Running>,
     /// A question came while the answer was being decided.
@@ -112,7 +112,7 @@ pub(super) struct End {
 
 /// What an abort remembers.
 #[derive(Debug, Default)]
-pub(super) struct Teardown {
+pub(super) struct DestinationRollback {
     pub(super) cause: Option<Failure>,
     pub(super) refused: Option<Vec<Reason>>,
     /// The rehearsal has come to its end.
@@ -124,7 +124,7 @@ pub(super) struct Teardown {
     /// The source said that it gives up: it has not committed, and will not.
     pub(super) source_gave_up: bool,
     /// The source has been told.
-    pub(super) told: bool,
+    pub(super) source_notified: bool,
     /// ABORTED was asked of the journal.
     pub(super) journal_asked: bool,
     /// An action was under way when the abort began; its answer may still come.
@@ -161,12 +161,12 @@ impl DestinationEngine {
     }
 
     /// The source owes `what`, soon.
-    pub(super) fn owe(&mut self, what: &'static str, now: Time) {
+    pub(super) fn expect_by(&mut self, what: &'static str, now: Time) {
         self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
     }
 
     /// The source owes `what`, for which it has work to do.
-    pub(super) fn owe_work(&mut self, what: &'static str, now: Time) {
+    pub(super) fn expect_work(&mut self, what: &'static str, now: Time) {
         let timeout = work_timeout(self.config.peer_timeout);
         self.timer = Some(ExpectedAnswer::within(timeout, what, now));
     }
@@ -178,7 +178,7 @@ impl DestinationEngine {
     }
 
     /// Whether nothing is to move.
-    pub(super) fn rehearses(&self) -> bool {
+    pub(super) fn is_rehearsal(&self) -> bool {
         self.negotiated.is_some_and(|negotiated| negotiated.features & FEATURE_REHEARSE != 0)
     }
 

@@ -3,38 +3,40 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Running;
 
-use super::state::{End, SourceEngine, State};
+use super::state::{SourceCommit, SourceEngine, State};
 use crate::api::{Failure, SourceAction, SourceOutcome, SourceSummary, Time};
 use crate::ownership::{SourceState, SourceStep};
 
 impl SourceEngine {
     pub(super) fn on_running(&mut self, running: Running, now: Time) {
         self.timer = None;
-        self.end.ask_at = None;
-        self.end.running = Some(running);
-        self.end.running_at = Some(now);
+        self.commit.ask_at = None;
+        self.commit.running = Some(running);
+        self.commit.running_at = Some(now);
         self.enter(Phase::Clean, now);
         self.journal_step(State::JournalReleased, SourceStep::Running);
     }
 
     pub(super) fn on_released(&mut self) {
-        if self.end.left_undone.is_empty() {
+        if self.commit.left_undone.is_empty() {
             self.journal = SourceState::Released;
         }
         self.act(State::CleaningUp, SourceAction::CleanUp);
     }
 
     pub(super) fn complete(&mut self) {
-        let (Some(ready), Some(running)) = (self.end.ready.take(), self.end.running.take()) else { return };
+        let (Some(ready), Some(running)) = (self.commit.ready.take(), self.commit.running.take()) else {
+            return;
+        };
         let summary = SourceSummary {
             iterations: self.rounds.iteration(),
             paused_at: self.pause.paused_at.unwrap_or_default(),
-            ready_at: self.end.ready_at.unwrap_or_default(),
-            running_at: self.end.running_at.unwrap_or_default(),
+            ready_at: self.commit.ready_at.unwrap_or_default(),
+            running_at: self.commit.running_at.unwrap_or_default(),
             running,
             ready,
             verify: self.pause.verify,
-            left_undone: std::mem::take(&mut self.end.left_undone),
+            left_undone: std::mem::take(&mut self.commit.left_undone),
             predicted: self.pause.predicted,
             phases: std::mem::take(&mut self.phases),
         };
@@ -42,7 +44,7 @@ impl SourceEngine {
     }
 }
 
-impl End {
+impl SourceCommit {
     pub(super) fn left_undone(&mut self, cause: Failure) {
         self.left_undone.push(cause);
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Commit, Message};
 
-use super::state::{Early, SourceEngine, State, Told};
+use super::state::{AbortNotice, EarlyAnswer, SourceEngine, State};
 use crate::api::{Failure, SourceAction, Time};
 use crate::ownership::SourceState;
 
@@ -18,21 +18,21 @@ impl SourceEngine {
     /// COMMIT has not been said and will not be: the abort is still ours, whatever the disk holds. (If it holds COMMITTING and
     /// this process dies before it holds OWNER, the one that restarts asks, and is told DECLINED.)
     pub(super) fn commit_not_journaled(&mut self, cause: Failure) {
-        self.undo(cause, Told::Tell);
+        self.roll_back(cause, AbortNotice::Send);
     }
 
     pub(super) fn on_committing(&mut self, now: Time) {
         self.journal = SourceState::Committing;
-        self.end.committed_at = Some(now);
+        self.commit.committed_at = Some(now);
         self.enter(Phase::Run, now);
-        match self.end.early.take() {
-            Some(Early::Declined(cause)) => self.on_declined(cause),
-            Some(Early::Doubt) => self.ask(now),
+        match self.commit.early.take() {
+            Some(EarlyAnswer::Declined(cause)) => self.on_declined(cause),
+            Some(EarlyAnswer::Unclear) => self.ask(now),
             None if !self.link => self.ask(now),
             None => {
                 self.state = State::AwaitingRunning;
                 self.send(Message::Commit(Commit { epoch: self.next_epoch(), attempt: self.config.attempt }));
-                self.owe("RUNNING", now);
+                self.expect_by("RUNNING", now);
             }
         }
     }
@@ -42,10 +42,10 @@ impl SourceEngine {
         match (self.state, message) {
             (State::JournalReleased | State::CleaningUp, _) => {}
             (State::JournalCommitting, Message::Declined(cause)) => {
-                self.end.early = Some(Early::Declined(cause))
+                self.commit.early = Some(EarlyAnswer::Declined(cause))
             }
             (State::JournalCommitting, Message::InitialLoaded { .. } | Message::Applied(_)) => {}
-            (State::JournalCommitting, _) => self.doubt(),
+            (State::JournalCommitting, _) => self.ask_when_journaled(),
             (_, Message::Declined(cause)) => self.on_declined(cause),
             (_, Message::Running(running)) if running.epoch == self.next_epoch() => {
                 self.on_running(running, now)
@@ -58,8 +58,8 @@ impl SourceEngine {
     }
 
     /// While COMMITTING is on its way to the disk: the destination will be asked, unless it has declined already.
-    pub(super) fn doubt(&mut self) {
-        self.end.early.get_or_insert(Early::Doubt);
+    pub(super) fn ask_when_journaled(&mut self) {
+        self.commit.early.get_or_insert(EarlyAnswer::Unclear);
     }
 
     /// Asks anew what became of COMMIT, unless it has been asked long enough.
@@ -69,22 +69,25 @@ impl SourceEngine {
                 "the destination's answer to COMMIT was lost, and asking again brought none: it may run the guest".to_owned(),
             );
         }
-        self.end.ask_at = None;
-        self.end.backoff =
-            self.end.backoff.saturating_mul(2).clamp(ASK_BACKOFF, self.config.peer_timeout.max(ASK_BACKOFF));
+        self.commit.ask_at = None;
+        self.commit.backoff = self
+            .commit
+            .backoff
+            .saturating_mul(2)
+            .clamp(ASK_BACKOFF, self.config.peer_timeout.max(ASK_BACKOFF));
         self.act(State::Asking, SourceAction::AskAgain);
-        self.owe("what became of COMMIT", now);
+        self.expect_by("what became of COMMIT", now);
     }
 
     pub(super) fn ask_later(&mut self, now: Time) {
         self.timer = None;
         self.state = State::AskingLater;
-        self.end.ask_at = Some(now.saturating_add(self.end.backoff));
+        self.commit.ask_at = Some(now.saturating_add(self.commit.backoff));
     }
 
     pub(super) fn ask_deadline(&self) -> Option<Time> {
         match self.state {
-            State::AskingLater => [self.end.ask_at, self.ask_bound()].into_iter().flatten().min(),
+            State::AskingLater => [self.commit.ask_at, self.ask_bound()].into_iter().flatten().min(),
             State::Asking => self.ask_bound(),
             _ => None,
         }
@@ -98,6 +101,6 @@ impl SourceEngine {
 
     fn ask_bound(&self) -> Option<Time> {
         let asked_for = self.config.peer_timeout.saturating_mul(ASK_FOR);
-        self.end.committed_at.map(|at| at.saturating_add(asked_for))
+        self.commit.committed_at.map(|at| at.saturating_add(asked_for))
     }
 }

@@ -32,6 +32,6 @@ impl SourceEngine {
         self.send(Message::FinalEnd(totals));
         self.enter(Phase::Ready, now);
         self.state = State::AwaitingReady;
-        if self.verify() { self.owe_work("READY", now) } else { self.owe("READY", now) }
+        if self.verify() { self.expect_work("READY", now) } else { self.expect_by("READY", now) }
     }
 }

@@ -3,7 +3,7 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Accept, FEATURE_REHEARSE, Hello, HelloReply, Message, Reason};
 
-use super::state::{SourceEngine, State, Told};
+use super::state::{AbortNotice, SourceEngine, State};
 use crate::api::{Abort, Rehearse, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 
@@ -30,7 +30,7 @@ impl SourceEngine {
             names.join(", "),
         );
         let remedy = "state that no device maps another's BAR for DMA, if that is so; or migrate without these devices";
-        let cause = self.blame(*first, failure(Phase::Plan, text, remedy));
+        let cause = self.with_device(*first, failure(Phase::Plan, text, remedy));
         self.finish(SourceOutcome::Aborted(Abort {
             cause,
             cancelled: false,
@@ -54,7 +54,7 @@ impl SourceEngine {
             attempt: self.config.attempt,
             epoch: self.config.epoch,
         }));
-        self.owe("HELLO_REPLY", now);
+        self.expect_by("HELLO_REPLY", now);
     }
 
     pub(super) fn on_hello_reply(&mut self, reply: HelloReply, now: Time) {
@@ -64,27 +64,27 @@ impl SourceEngine {
                 "the destination selected protocol version {}, but {} to {} were offered",
                 reply.version, versions.min, versions.max
             );
-            return self.abort(failure(self.phase, text, ""), Told::Tell);
+            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
         }
         if reply.features & !self.config.features != 0 {
             let text = format!(
                 "the destination selected features {:#x}, but only {:#x} were offered",
                 reply.features, self.config.features
             );
-            return self.abort(failure(self.phase, text, ""), Told::Tell);
+            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
         }
         if self.config.rehearse.is_some() && reply.features & FEATURE_REHEARSE == 0 {
             let text = "the destination does not know how to rehearse";
             let remedy = "run a release there that does, or compare manifests instead";
-            return self.abort(failure(self.phase, text, remedy), Told::Tell);
+            return self.abort(failure(self.phase, text, remedy), AbortNotice::Send);
         }
-        if let Some(owed) = self.timer {
-            self.model.round_trip(owed.waited(now));
+        if let Some(expected) = self.timer {
+            self.model.round_trip(expected.waited(now));
         }
         self.negotiated = Some(reply);
         self.state = State::Offered;
         self.send(Message::Offer(self.config.offer.clone()));
-        self.owe_work("ACCEPT", now);
+        self.expect_work("ACCEPT", now);
     }
 
     pub(super) fn on_accept(&mut self, accept: Accept) {

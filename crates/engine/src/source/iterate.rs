@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Applied;
 
-use super::state::{Rounds, SourceEngine, State, Told, Wait};
+use super::state::{AbortNotice, Rounds, SourceEngine, State, WaitKind};
 use crate::api::{DeviceProgress, Failure, IterationReport, SourceAction, Time};
 use crate::convergence::Prediction;
 use crate::expected::work_timeout;
@@ -37,8 +37,8 @@ impl Rounds {
             acknowledged: vec![None; devices],
             applied: 0,
             probe: None,
-            applied_owed: None,
-            initial_owed: None,
+            applied_expected: None,
+            initial_expected: None,
         }
     }
 
@@ -50,7 +50,7 @@ impl Rounds {
         self.wire_bytes
     }
 
-    pub(super) fn waiting(&self) -> Option<Wait> {
+    pub(super) fn waiting(&self) -> Option<WaitKind> {
         self.waiting
     }
 
@@ -59,7 +59,7 @@ impl Rounds {
     }
 
     /// Takes a look at the devices' progress. Devices that a session does not mention are as they were.
-    pub(super) fn look(&mut self, devices: &[DeviceProgress]) {
+    pub(super) fn update_progress(&mut self, devices: &[DeviceProgress]) {
         for (known, seen) in self.progress.iter_mut().zip(devices) {
             *known = *seen;
         }
@@ -96,15 +96,15 @@ impl SourceEngine {
     }
 
     pub(super) fn on_iteration_sent(&mut self, report: IterationReport, now: Time) {
-        self.state = State::Resting;
+        self.state = State::Waiting;
         self.rounds.wire_bytes = self.rounds.wire_bytes.saturating_add(report.wire_bytes);
-        self.rounds.look(&report.devices);
+        self.rounds.update_progress(&report.devices);
         let interval = now.saturating_sub(self.rounds.round_began).max(report.took);
         self.model.iterated(report, interval, now);
         if self.rounds.applied < self.rounds.iteration {
             self.rounds.probe.get_or_insert((self.rounds.iteration, now));
         }
-        self.settle_owed(None, now);
+        self.update_expected(None, now);
         self.decide(now);
     }
 
@@ -113,11 +113,11 @@ impl SourceEngine {
             let text = format!(
                 "the destination acknowledged initial bytes of device number {device}, which is none"
             );
-            return self.abort(failure(self.phase, text, ""), Told::Tell);
+            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
         };
         *acknowledged = Some(generation);
-        self.settle_owed(Some(Acknowledged::InitialBytes), now);
-        if self.state == State::Resting {
+        self.update_expected(Some(Acknowledged::InitialBytes), now);
+        if self.state == State::Waiting {
             self.decide(now);
         }
     }
@@ -129,16 +129,16 @@ impl SourceEngine {
                 "the destination says it applied iteration {} after {}, of {} begun: protocol error",
                 applied.iteration, self.rounds.applied, self.rounds.iteration
             );
-            return self.abort(failure(self.phase, text, ""), Told::Tell);
+            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
         }
         let first = self.rounds.applied == 0;
         self.rounds.applied = applied.iteration;
         if let Some((_, sent)) = self.rounds.probe.take_if(|(iteration, _)| *iteration <= applied.iteration) {
             self.model.round_trip_at_most(now.saturating_sub(sent));
         }
-        self.settle_owed(Some(Acknowledged::Iteration), now);
+        self.update_expected(Some(Acknowledged::Iteration), now);
         self.model.applied(applied);
-        if first && self.config.rehearse.is_some() && self.state == State::Resting {
+        if first && self.config.rehearse.is_some() && self.state == State::Waiting {
             self.decide(now);
         }
     }
@@ -146,48 +146,48 @@ impl SourceEngine {
     pub(super) fn on_limit(&mut self, limit: Duration, now: Time) {
         self.config.downtime_limit = limit;
         self.model.forget_stall();
-        if self.state == State::Resting {
+        if self.state == State::Waiting {
             self.decide(now);
         }
     }
 
     /// A word given before it is waited for is not kept: it may have been meant for another wait.
     pub(super) fn on_continue(&mut self, now: Time) {
-        if self.rounds.waiting != Some(Wait::Operator) {
+        if self.rounds.waiting != Some(WaitKind::Operator) {
             return;
         }
         self.rounds.continued();
-        if self.state == State::Resting {
+        if self.state == State::Waiting {
             self.decide(now);
         }
     }
 
     pub(super) fn iterate_deadline(&self) -> Option<Time> {
-        if !matches!(self.state, State::Sending | State::Resting) {
+        if !matches!(self.state, State::Sending | State::Waiting) {
             return None;
         }
-        [self.rounds.next, self.give_up_at(), self.owed_until()].into_iter().flatten().min()
+        [self.rounds.next, self.give_up_at(), self.acknowledgement_deadline()].into_iter().flatten().min()
     }
 
     pub(super) fn iterate_tick(&mut self, now: Time) {
-        if !matches!(self.state, State::Sending | State::Resting) {
+        if !matches!(self.state, State::Sending | State::Waiting) {
             return;
         }
         if self.give_up_at().is_some_and(|at| now >= at) {
             return self.give_up("was not met in the time given", now);
         }
-        if self.owed_until().is_some_and(|at| now >= at) {
+        if self.acknowledgement_deadline().is_some_and(|at| now >= at) {
             let waited = work_timeout(self.config.peer_timeout);
-            let initial_is_late = self.rounds.initial_owed.is_some()
-                && (self.rounds.applied_owed.is_none()
-                    || self.rounds.initial_owed < self.rounds.applied_owed);
+            let initial_is_late = self.rounds.initial_expected.is_some()
+                && (self.rounds.applied_expected.is_none()
+                    || self.rounds.initial_expected < self.rounds.applied_expected);
             let late = self.unacknowledged().first().copied().filter(|_| initial_is_late);
             let what = if late.is_some() { "INITIAL_LOADED" } else { "APPLIED" };
             let cause = silence(self.phase, "destination", what, waited);
-            let cause = late.map_or(cause.clone(), |index| self.blame(index, cause));
-            return self.abort(cause, Told::Tell);
+            let cause = late.map_or(cause.clone(), |index| self.with_device(index, cause));
+            return self.abort(cause, AbortNotice::Send);
         }
-        if self.state == State::Resting && self.rounds.next.is_some_and(|at| now >= at) {
+        if self.state == State::Waiting && self.rounds.next.is_some_and(|at| now >= at) {
             self.next_round(now);
         }
     }
@@ -228,35 +228,36 @@ impl SourceEngine {
                 && self.model.initial_stalled(unsent, now)
             {
                 let text = "the device does not come to the end of its initial pre-copy data";
-                let cause = self.blame(*first, failure(Phase::Iterate, text, "see the device's own log"));
+                let cause =
+                    self.with_device(*first, failure(Phase::Iterate, text, "see the device's own log"));
                 return self.conclude(cause, now);
             }
             let sending =
                 self.rounds.progress.iter().any(|device| device.initial_left.is_some_and(|left| left > 0));
-            return self.rest(Wait::Initial, if sending { PACE } else { WAITING_PACE }, now);
+            return self.wait(WaitKind::Initial, if sending { PACE } else { WAITING_PACE }, now);
         }
         let budget = self.config.downtime_limit.saturating_sub(self.config.commit_reserve);
         if prediction.total() > budget {
             if self.model.stalled(prediction.total(), now) {
                 return self.give_up("cannot be met: the downtime does not get shorter", now);
             }
-            return self.rest(Wait::Convergence, PACE, now);
+            return self.wait(WaitKind::Convergence, PACE, now);
         }
         if self.config.pause_before_switchover && !self.rounds.continued {
-            return self.rest(Wait::Operator, WAITING_PACE, now);
+            return self.wait(WaitKind::Operator, WAITING_PACE, now);
         }
         // A rehearsal has the time to hear how fast the destination loads.
         let unheard = self.config.rehearse.is_some() && self.rounds.applied == 0;
         if unheard || self.model.worth_another_round(now) {
-            return self.rest(Wait::Convergence, PACE, now);
+            return self.wait(WaitKind::Convergence, PACE, now);
         }
         self.rounds.waiting = None;
         self.rounds.next = None;
-        self.switch(prediction.total(), now);
+        self.begin_switchover(prediction.total(), now);
     }
 
     /// Lets `pace` pass since the last iteration began; an event may decide otherwise meanwhile.
-    fn rest(&mut self, waiting: Wait, pace: Duration, now: Time) {
+    fn wait(&mut self, waiting: WaitKind, pace: Duration, now: Time) {
         let next = self.rounds.round_began.saturating_add(pace);
         self.rounds.waiting = Some(waiting);
         if next <= now {
@@ -267,19 +268,19 @@ impl SourceEngine {
 
     fn give_up_at(&self) -> Option<Time> {
         // The operator's own delay does not count.
-        if self.rounds.waiting == Some(Wait::Operator) {
+        if self.rounds.waiting == Some(WaitKind::Operator) {
             return None;
         }
         self.config.give_up_after.map(|after| self.rounds.began.saturating_add(after))
     }
 
-    fn owed_until(&self) -> Option<Time> {
-        let since = [self.rounds.applied_owed, self.rounds.initial_owed].into_iter().flatten().min();
+    fn acknowledgement_deadline(&self) -> Option<Time> {
+        let since = [self.rounds.applied_expected, self.rounds.initial_expected].into_iter().flatten().min();
         since.map(|since| since.saturating_add(work_timeout(self.config.peer_timeout)))
     }
 
     /// Keeps the times since which the destination has owed an acknowledgement; what it `gave` just now starts one anew.
-    fn settle_owed(&mut self, gave: Option<Acknowledged>, now: Time) {
+    fn update_expected(&mut self, gave: Option<Acknowledged>, now: Time) {
         // The iteration under way is not owed yet.
         let sent = self.rounds.iteration.saturating_sub(u32::from(self.state == State::Sending));
         let missing = |(device, acknowledged): (&DeviceProgress, &Option<u32>)| {
@@ -293,9 +294,9 @@ impl SourceEngine {
         };
         let applied = self.rounds.applied < sent;
         let gave_applied = gave == Some(Acknowledged::Iteration);
-        self.rounds.applied_owed = since(applied, self.rounds.applied_owed, gave_applied);
+        self.rounds.applied_expected = since(applied, self.rounds.applied_expected, gave_applied);
         let gave_initial = gave == Some(Acknowledged::InitialBytes);
-        self.rounds.initial_owed = since(initial, self.rounds.initial_owed, gave_initial);
+        self.rounds.initial_expected = since(initial, self.rounds.initial_expected, gave_initial);
     }
 
     fn give_up(&mut self, why: &str, now: Time) {
@@ -310,7 +311,7 @@ impl SourceEngine {
             Some(first) if prediction.total() <= budget => {
                 let text =
                     "the destination has not loaded the device's initial pre-copy data in the time given";
-                self.blame(*first, failure(Phase::Iterate, text, "allow more time"))
+                self.with_device(*first, failure(Phase::Iterate, text, "allow more time"))
             }
             _ => self.too_big(why, &prediction),
         };
@@ -344,7 +345,7 @@ impl SourceEngine {
         };
         let cause = failure(Phase::Iterate, text, &remedy);
         match index {
-            Some(index) => self.blame(index, cause),
+            Some(index) => self.with_device(index, cause),
             None => cause,
         }
     }

@@ -21,12 +21,12 @@ use vfio_migration_types::Phase;
 use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
 
 pub use self::state::SourceEngine;
-use self::state::{End, Found, Pause, Rounds, State, Told, Wait};
+use self::state::{AbortNotice, Pause, RehearsalState, Rounds, SourceCommit, State, WaitKind};
 use crate::api::{
     Barrier, EngineProgress, Failure, SourceAction, SourceConfig, SourceEvent, SourceOutcome, SwitchoverWait,
     Time,
 };
-use crate::convergence::Model;
+use crate::convergence::DowntimeModel;
 use crate::expected::ExpectedAnswer;
 use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::SourceState;
@@ -52,12 +52,12 @@ impl SourceEngine {
             negotiated: None,
             lease: Lease::default(),
             timer: None,
-            model: Model::default(),
+            model: DowntimeModel::default(),
             rounds: Rounds::new(devices),
             pause: Pause::default(),
-            end: End::default(),
-            abort: None,
-            rehearsal: Found::default(),
+            commit: SourceCommit::default(),
+            rollback: None,
+            rehearsal: RehearsalState::default(),
         };
         source.refuse_devices_without_p2p();
         source
@@ -69,7 +69,7 @@ impl SourceEngine {
             return;
         }
         self.note_verify(&event);
-        if self.watchdog_bites(now) {
+        if self.watchdog_expired(now) {
             self.abort_over_limit(now);
         }
         match event {
@@ -95,7 +95,7 @@ impl SourceEngine {
     /// When a [`SourceEvent::Tick`] is due at the latest, if nothing else happens.
     pub fn deadline(&self) -> Option<Time> {
         let own = [
-            self.timer.map(|owed| owed.until),
+            self.timer.map(|expected| expected.until),
             self.watchdog_deadline(),
             self.iterate_deadline(),
             self.ask_deadline(),
@@ -122,7 +122,7 @@ impl SourceEngine {
     pub fn progress(&self, now: Time) -> EngineProgress {
         let (ram_left, device_left) = self.model.left();
         let waiting = match self.state {
-            State::Sending | State::Resting => self.rounds.waiting(),
+            State::Sending | State::Waiting => self.rounds.waiting(),
             _ => None,
         };
         EngineProgress {
@@ -135,15 +135,15 @@ impl SourceEngine {
             predicted: self.model.predict(now).map(|prediction| prediction.total()),
             limit: self.config.downtime_limit,
             waiting: waiting.map(|waiting| match waiting {
-                Wait::Initial => SwitchoverWait::InitialBytes(
+                WaitKind::Initial => SwitchoverWait::InitialBytes(
                     self.unacknowledged()
                         .into_iter()
                         .filter_map(|index| self.config.devices.get(index))
                         .map(|device| device.id.clone())
                         .collect(),
                 ),
-                Wait::Convergence => SwitchoverWait::Convergence,
-                Wait::Operator => SwitchoverWait::Operator,
+                WaitKind::Convergence => SwitchoverWait::Convergence,
+                WaitKind::Operator => SwitchoverWait::Operator,
             }),
         }
     }
@@ -154,7 +154,7 @@ impl SourceEngine {
             return;
         }
         match self.state {
-            State::Idle => self.abort(protocol(self.phase, "destination", &message), Told::Tell),
+            State::Idle => self.abort(protocol(self.phase, "destination", &message), AbortNotice::Send),
             State::JournalCommitting
             | State::AwaitingRunning
             | State::Asking
@@ -170,9 +170,9 @@ impl SourceEngine {
 
     fn on_peer_before_commit(&mut self, message: Message, now: Time) {
         match (self.state, message) {
-            (_, Message::Abort(cause)) => self.abort(cause, Told::Knows),
+            (_, Message::Abort(cause)) => self.abort(cause, AbortNotice::Omit),
             // It waits for a source that may have committed; this one says that it has not.
-            (_, Message::Declined(cause)) => self.abort(cause, Told::Tell),
+            (_, Message::Declined(cause)) => self.abort(cause, AbortNotice::Send),
             (State::Hello, Message::HelloReply(reply)) => self.on_hello_reply(reply, now),
             (State::Hello | State::Offered, Message::Refuse(reasons)) => {
                 self.finish(SourceOutcome::Refused(reasons));
@@ -184,7 +184,7 @@ impl SourceEngine {
             }
             (state, Message::Applied(applied)) if state.has_iterated() => self.on_applied(applied, now),
             (State::AwaitingReady, Message::Ready(ready)) => self.on_ready(ready, now),
-            (_, message) => self.abort(protocol(self.phase, "destination", &message), Told::Tell),
+            (_, message) => self.abort(protocol(self.phase, "destination", &message), AbortNotice::Send),
         }
     }
 
@@ -232,7 +232,7 @@ impl SourceEngine {
             (state, event) => {
                 let text =
                     format!("the session reported {event:?} in state {state:?}: a defect of this program");
-                self.abort(failure(self.phase, text, ""), Told::Tell);
+                self.abort(failure(self.phase, text, ""), AbortNotice::Send);
             }
         }
     }
@@ -243,11 +243,11 @@ impl SourceEngine {
             State::AwaitingRunning | State::AskingLater => {}
             State::JournalCommitting => self.commit_not_journaled(cause),
             State::JournalReleased => {
-                self.end.left_undone(cause);
+                self.commit.left_undone(cause);
                 self.on_released();
             }
             State::CleaningUp => {
-                self.end.left_undone(cause);
+                self.commit.left_undone(cause);
                 self.complete();
             }
             State::JournalDeclined => self.declined_not_journaled(&cause),
@@ -256,7 +256,7 @@ impl SourceEngine {
             State::JournalOwner => self.owner_not_journaled(&cause),
             State::Done => {}
             _ => {
-                self.abort(cause, Told::Tell);
+                self.abort(cause, AbortNotice::Send);
             }
         }
     }
@@ -264,9 +264,9 @@ impl SourceEngine {
     /// The reader's failure, not the action's: COMMITTING may still reach the disk, and an undo must not run behind it.
     fn on_damaged(&mut self, cause: Failure) {
         if self.state == State::JournalCommitting {
-            return self.doubt();
+            return self.ask_when_journaled();
         }
-        self.abort(cause, Told::Tell);
+        self.abort(cause, AbortNotice::Send);
     }
 
     fn on_link_lost(&mut self, why: &str, now: Time) {
@@ -275,43 +275,43 @@ impl SourceEngine {
             State::AwaitingRunning => self.ask(now),
             State::Asking => self.ask_later(now),
             State::AwaitingRehearsed => self.on_rehearsed(Some(link_lost(self.phase, why))),
-            _ if self.can_cancel() => self.abort(link_lost(self.phase, why), Told::Knows),
+            _ if self.can_cancel() => self.abort(link_lost(self.phase, why), AbortNotice::Omit),
             _ => {}
         }
     }
 
     fn on_device_lost(&mut self, cause: Failure) {
         if self.can_cancel() {
-            self.abort(cause, Told::Tell);
+            self.abort(cause, AbortNotice::Send);
         }
     }
 
     fn on_cancel(&mut self) {
         if self.can_cancel() {
-            self.abort(failure(self.phase, "cancelled by the operator", ""), Told::Cancelled);
+            self.abort(failure(self.phase, "cancelled by the operator", ""), AbortNotice::SendCancelled);
         }
     }
 
     fn on_tick(&mut self, now: Time) {
-        if let Some(owed) = self.timer.filter(|owed| now >= owed.until) {
+        if let Some(expected) = self.timer.filter(|expected| now >= expected.until) {
             self.timer = None;
-            self.on_owed(owed, now);
+            self.on_overdue(expected, now);
         }
         self.iterate_tick(now);
         self.ask_tick(now);
     }
 
     /// The peer did not answer in time.
-    fn on_owed(&mut self, owed: ExpectedAnswer, now: Time) {
+    fn on_overdue(&mut self, expected: ExpectedAnswer, now: Time) {
         match self.state {
             State::AwaitingRunning | State::Asking => self.ask(now),
             State::AwaitingRehearsed => {
-                let waited = owed.waited(now);
-                self.on_rehearsed(Some(silence(self.phase, "destination", owed.what, waited)));
+                let waited = expected.waited(now);
+                self.on_rehearsed(Some(silence(self.phase, "destination", expected.what, waited)));
             }
             _ if self.can_cancel() => {
-                let waited = owed.waited(now);
-                self.abort(silence(self.phase, "destination", owed.what, waited), Told::Tell);
+                let waited = expected.waited(now);
+                self.abort(silence(self.phase, "destination", expected.what, waited), AbortNotice::Send);
             }
             _ => {}
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use vfio_migration_types::Phase;
 
-use super::state::{Pause, SourceEngine, State, Told};
+use super::state::{AbortNotice, Pause, SourceEngine, State};
 use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, Time};
 use crate::failure::failure;
 
@@ -14,7 +14,7 @@ const RETREATS: u32 = 3;
 
 impl SourceEngine {
     /// The decision to switch over. The guest stands from here on.
-    pub(super) fn switch(&mut self, predicted: Duration, now: Time) {
+    pub(super) fn begin_switchover(&mut self, predicted: Duration, now: Time) {
         if self.config.rehearse.is_some_and(|rehearse| rehearse < Rehearse::Switchover) {
             return self.end_rehearsal(None, now);
         }
@@ -38,7 +38,7 @@ impl SourceEngine {
         // uAPI: a saving session cannot go back from STOP_COPY to PRE_COPY, so this is the last chance to load new initial
         // bytes with the guest running.
         let Some(index) = self.rounds.new_initial_bytes(devices) else {
-            self.rounds.look(devices);
+            self.rounds.update_progress(devices);
             return self.act(State::ToStopCopy, SourceAction::Devices(Barrier::StopCopy));
         };
         if self.pause.retreats >= RETREATS {
@@ -47,16 +47,16 @@ impl SourceEngine {
                 self.pause.retreats + 1
             );
             let remedy = "migrate when the guest uses the device less, or disable its pre-copy";
-            let cause = self.blame(index, failure(Phase::Quiesce, text, remedy));
-            return self.abort(cause, Told::Tell);
+            let cause = self.with_device(index, failure(Phase::Quiesce, text, remedy));
+            return self.abort(cause, AbortNotice::Send);
         }
         self.pause.retreats += 1;
-        self.rounds.look(devices);
+        self.rounds.update_progress(devices);
         self.act(State::Retreating, SourceAction::Devices(Barrier::Running));
     }
 
     pub(super) fn on_retreated(&mut self, devices: &[DeviceProgress]) {
-        self.rounds.look(devices);
+        self.rounds.update_progress(devices);
         self.act(State::Resuming, SourceAction::Resume);
     }
 
@@ -70,14 +70,14 @@ impl SourceEngine {
     pub(super) fn on_stop_copy(&mut self, devices: &[DeviceProgress], now: Time) {
         if let Some(index) = self.rounds.new_generation(devices) {
             let text = "the device declared new initial pre-copy data on its way to STOP_COPY";
-            let cause = self.blame(index, failure(Phase::Quiesce, text, "migrate again"));
-            return self.abort(cause, Told::Tell);
+            let cause = self.with_device(index, failure(Phase::Quiesce, text, "migrate again"));
+            return self.abort(cause, AbortNotice::Send);
         }
         self.begin_final_pass(now);
     }
 
     /// The guest has stood too long for what is still to come.
-    pub(super) fn watchdog_bites(&self, now: Time) -> bool {
+    pub(super) fn watchdog_expired(&self, now: Time) -> bool {
         self.watchdog_deadline().is_some_and(|deadline| now >= deadline)
     }
 
@@ -94,7 +94,7 @@ impl SourceEngine {
             State::AwaitingReady => !self.verify() || self.pause.destination_digested,
             _ => false,
         };
-        // A guest that its operator had paused loses nothing by standing.
+        // A guest that its operator had paused loses nothing by staying so.
         if !watched || !self.pause.guest_ran {
             return None;
         }

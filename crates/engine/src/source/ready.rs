@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::{Message, Ready};
 
-use super::state::{Pause, SourceEngine, State, Told};
+use super::state::{AbortNotice, Pause, SourceEngine, State};
 use crate::api::{SourceEvent, Time};
 use crate::failure::compare;
 use crate::ownership::SourceStep;
@@ -15,10 +15,10 @@ impl SourceEngine {
         self.timer = None;
         let Some(totals) = &self.pause.totals else { return };
         if let Err(cause) = compare(totals, &ready, &self.config.devices) {
-            return self.abort(cause, Told::Tell);
+            return self.abort(cause, AbortNotice::Send);
         }
-        self.end.ready = Some(ready);
-        self.end.ready_at = Some(now);
+        self.commit.ready = Some(ready);
+        self.commit.ready_at = Some(now);
         if self.config.rehearse.is_some() {
             return self.end_rehearsal(None, now);
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Message;
 
-use super::state::{SourceEngine, State, Told};
+use super::state::{AbortNotice, SourceEngine, State};
 use crate::api::{
     Failure, Part, PartBasis, PartName, RehearsalResult, Rehearse, SourceAction, SourceOutcome, Time,
 };
@@ -16,7 +16,7 @@ impl SourceEngine {
         if self.config.rehearse.is_some() {
             self.end_rehearsal(Some(cause), now);
         } else {
-            self.abort(cause, Told::Tell);
+            self.abort(cause, AbortNotice::Send);
         }
     }
 
@@ -24,7 +24,7 @@ impl SourceEngine {
     pub(super) fn end_rehearsal(&mut self, obstacle: Option<Failure>, now: Time) {
         self.timer = None;
         let (wire, load, ram_dirty, devices_dirty) = self.model.rates();
-        self.rehearsal.found = RehearsalResult {
+        self.rehearsal.result = RehearsalResult {
             obstacle,
             iterations: self.rounds.iteration(),
             wire,
@@ -53,7 +53,7 @@ impl SourceEngine {
                 crate::failure::link_lost(self.phase, "before the destination said that it has let go");
             return self.on_rehearsed(Some(lost));
         }
-        self.owe_work("REHEARSED", now);
+        self.expect_work("REHEARSED", now);
     }
 
     /// The destination may let go before this side has.
@@ -71,16 +71,16 @@ impl SourceEngine {
     }
 
     pub(super) fn on_rehearsed(&mut self, left_undone: Option<Failure>) {
-        let mut found = std::mem::take(&mut self.rehearsal.found);
-        found.left_undone = left_undone;
-        self.finish(SourceOutcome::Rehearsed(Box::new(found)));
+        let mut result = std::mem::take(&mut self.rehearsal.result);
+        result.left_undone = left_undone;
+        self.finish(SourceOutcome::Rehearsed(Box::new(result)));
     }
 
     /// What the downtime is made of: as it was, where the guest stood for it; else as it is predicted.
     fn parts(&self, now: Time) -> Vec<Part> {
         let start = Part { name: PartName::Start, took: Duration::ZERO, basis: PartBasis::Unknown };
-        let mut parts = match self.end.ready_at {
-            Some(ready_at) => self.stood(ready_at),
+        let mut parts = match self.commit.ready_at {
+            Some(ready_at) => self.measured_parts(ready_at),
             None => match self.model.predict(now) {
                 Some(prediction) => self.model.parts(&prediction, &self.config.devices),
                 None => return Vec::new(),
@@ -90,7 +90,7 @@ impl SourceEngine {
         parts
     }
 
-    fn stood(&self, ready_at: Time) -> Vec<Part> {
+    fn measured_parts(&self, ready_at: Time) -> Vec<Part> {
         let entered =
             |phase| self.phases.iter().rev().find(|(entered, _)| *entered == phase).map(|(_, at)| *at);
         let (Some(quiesce), Some(last), Some(ready)) =
@@ -99,12 +99,12 @@ impl SourceEngine {
             return Vec::new();
         };
         // Digests are no downtime; they are in the last two.
-        let standing = ready_at.saturating_sub(last).saturating_sub(self.pause.verify);
-        let sending = ready.saturating_sub(last).min(standing);
+        let paused = ready_at.saturating_sub(last).saturating_sub(self.pause.verify);
+        let sending = ready.saturating_sub(last).min(paused);
         [
             (PartName::Quiesce, last.saturating_sub(quiesce)),
             (PartName::Final, sending),
-            (PartName::Load, standing.saturating_sub(sending)),
+            (PartName::Load, paused.saturating_sub(sending)),
             (PartName::RoundTrips, self.model.known_round_trip()),
         ]
         .map(|(name, took)| Part { name, took, basis: PartBasis::Measured })

@@ -3,34 +3,34 @@
 use vfio_migration_types::{DeviceId, Phase};
 use vfio_migration_wire::{Message, PeerError};
 
-use super::state::{SourceEngine, State, Told, Undo};
+use super::state::{AbortNotice, SourceEngine, SourceRollback, State};
 use crate::api::{Abort, Failure, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 use crate::ownership::{SourceState, SourceStep};
 
 impl SourceEngine {
     /// Gives the attempt up. Does nothing once it is too late, or under way.
-    pub(super) fn abort(&mut self, cause: Failure, told: Told) {
+    pub(super) fn abort(&mut self, cause: Failure, notice: AbortNotice) {
         if self.can_cancel() {
-            self.undo(cause, told);
+            self.roll_back(cause, notice);
         }
     }
 
     /// Undoes what was done, and no more.
-    pub(super) fn undo(&mut self, cause: Failure, told: Told) {
-        if told != Told::Knows {
+    pub(super) fn roll_back(&mut self, cause: Failure, notice: AbortNotice) {
+        if notice != AbortNotice::Omit {
             self.send(Message::Abort(cause.clone()));
         }
         self.timer = None;
         let outcome = Abort {
             cause,
-            cancelled: told == Told::Cancelled,
+            cancelled: notice == AbortNotice::SendCancelled,
             reset: Vec::new(),
             locks_lost: Vec::new(),
             restored: true,
         };
         let state = self.state;
-        self.abort = Some(Undo { outcome, journaled: false });
+        self.rollback = Some(SourceRollback { outcome, journaled: false });
         match state {
             State::Idle | State::Hello | State::Offered | State::Judging => self.finish_aborted(),
             State::JournalSending => self.journal_owner(),
@@ -43,16 +43,16 @@ impl SourceEngine {
         self.timer = None;
         let outcome =
             Abort { cause, cancelled: false, reset: Vec::new(), locks_lost: Vec::new(), restored: true };
-        self.abort = Some(Undo { outcome, journaled: false });
+        self.rollback = Some(SourceRollback { outcome, journaled: false });
         self.journal_step(State::JournalDeclined, SourceStep::Declined);
     }
 
     pub(super) fn on_declined_journaled(&mut self) {
         self.journal = SourceState::Owner;
-        if let Some(undo) = &mut self.abort {
-            undo.journaled = true;
+        if let Some(rollback) = &mut self.rollback {
+            rollback.journaled = true;
             // The destination need not wait for the question any more.
-            let heard = Message::Abort(undo.outcome.cause.clone());
+            let heard = Message::Abort(rollback.outcome.cause.clone());
             self.send(heard);
         }
         self.act(State::RollingBack, SourceAction::RollBack);
@@ -73,14 +73,14 @@ impl SourceEngine {
         locks_lost: Vec<String>,
         restored: bool,
     ) {
-        let Some(undo) = &mut self.abort else { return };
-        undo.outcome.reset = reset;
+        let Some(rollback) = &mut self.rollback else { return };
+        rollback.outcome.reset = reset;
         for device in not_reset {
-            let text = &undo.outcome.cause.text;
-            undo.outcome.cause.text = held_by(text, device);
+            let text = &rollback.outcome.cause.text;
+            rollback.outcome.cause.text = append_not_reset(text, device);
         }
-        undo.outcome.locks_lost = locks_lost;
-        undo.outcome.restored = restored;
+        rollback.outcome.locks_lost = locks_lost;
+        rollback.outcome.restored = restored;
         self.after_rollback();
     }
 
@@ -91,9 +91,11 @@ impl SourceEngine {
 
     /// The guest is ours and runs; a journal left at SENDING says the same. It is reported all the same.
     pub(super) fn owner_not_journaled(&mut self, cause: &Failure) {
-        if let Some(undo) = &mut self.abort {
-            undo.outcome.cause.text =
-                format!("{}; then the journal could not be written: {}", undo.outcome.cause.text, cause.text);
+        if let Some(rollback) = &mut self.rollback {
+            rollback.outcome.cause.text = format!(
+                "{}; then the journal could not be written: {}",
+                rollback.outcome.cause.text, cause.text
+            );
         }
         self.finish_aborted();
     }
@@ -110,16 +112,17 @@ impl SourceEngine {
         if reset.is_empty() && not_reset.is_empty() && locks_lost.is_empty() && restored {
             return self.await_rehearsed(now);
         }
-        let text = not_reset
-            .iter()
-            .fold("the rehearsal could not be undone".to_owned(), |text, device| held_by(&text, device));
+        let text = not_reset.iter().fold("the rehearsal could not be undone".to_owned(), |text, device| {
+            append_not_reset(&text, device)
+        });
         let cause = failure(Phase::Clean, text, "see the source's log");
         self.finish(SourceOutcome::Aborted(Abort { cause, cancelled: false, reset, locks_lost, restored }));
     }
 
     fn after_rollback(&mut self) {
         // A rehearsal has journaled nothing.
-        if self.config.rehearse.is_some() || self.abort.as_ref().is_some_and(|undo| undo.journaled) {
+        if self.config.rehearse.is_some() || self.rollback.as_ref().is_some_and(|rollback| rollback.journaled)
+        {
             return self.finish_aborted();
         }
         self.journal_owner();
@@ -138,12 +141,12 @@ impl SourceEngine {
     }
 
     fn finish_aborted(&mut self) {
-        if let Some(undo) = self.abort.take() {
-            self.finish(SourceOutcome::Aborted(undo.outcome));
+        if let Some(rollback) = self.rollback.take() {
+            self.finish(SourceOutcome::Aborted(rollback.outcome));
         }
     }
 }
 
-fn held_by(text: &str, device: &DeviceId) -> String {
+fn append_not_reset(text: &str, device: &DeviceId) -> String {
     format!("{text}; then device {device} could neither go back nor be reset, so the guest is held paused")
 }

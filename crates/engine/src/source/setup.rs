@@ -25,7 +25,7 @@ impl SourceEngine {
         let Lease { id, .. } = self.lease;
         self.send(Message::Begin { lease: id });
         self.act(State::SettingUp { set_up: false, begun: false }, SourceAction::SetUp);
-        self.owe_work("BEGUN", now);
+        self.expect_work("BEGUN", now);
     }
 
     pub(super) fn on_begun(&mut self, set_up: bool, now: Time) {
@@ -36,7 +36,7 @@ impl SourceEngine {
 
     pub(super) fn on_set_up(&mut self, begun: bool, devices: &[DeviceProgress], now: Time) {
         self.state = State::SettingUp { set_up: true, begun };
-        self.rounds.look(devices);
+        self.rounds.update_progress(devices);
         self.iterate_when_set_up(now);
     }
 

@@ -9,9 +9,9 @@ use vfio_migration_wire::{FEATURE_VERIFY, FinalEnd, HelloReply, Lease, Message, 
 use crate::api::{
     Abort, DeviceProgress, Failure, RehearsalResult, SourceAction, SourceConfig, SourceOutcome, Time,
 };
-use crate::convergence::Model;
+use crate::convergence::DowntimeModel;
 use crate::expected::{ExpectedAnswer, work_timeout};
-use crate::failure::{blame, failure};
+use crate::failure::{failure, with_device};
 use crate::ownership::{SourceState, SourceStep};
 
 /// The source of a migration: told events, it says actions. See the [crate's documentation](crate).
@@ -31,12 +31,12 @@ pub struct SourceEngine {
     pub(super) lease: Lease,
     /// The peer owes an answer until then.
     pub(super) timer: Option<ExpectedAnswer>,
-    pub(super) model: Model,
+    pub(super) model: DowntimeModel,
     pub(super) rounds: Rounds,
     pub(super) pause: Pause,
-    pub(super) end: End,
-    pub(super) abort: Option<Undo>,
-    pub(super) rehearsal: Found,
+    pub(super) commit: SourceCommit,
+    pub(super) rollback: Option<SourceRollback>,
+    pub(super) rehearsal: RehearsalState,
 }
 
 /// Where the source is. Each state waits for exactly one thing, but for [`State::SettingUp`], which waits for two.
@@ -52,7 +52,7 @@ pub(super) enum State {
         begun: bool,
     },
     Sending,
-    Resting,
+    Waiting,
     Pausing,
     ToP2p,
     Retreating,
@@ -88,7 +88,7 @@ pub(super) struct Rounds {
     pub(super) round_began: Time,
     /// When the next one begins, unless an event lets P4 begin first.
     pub(super) next: Option<Time>,
-    pub(super) waiting: Option<Wait>,
+    pub(super) waiting: Option<WaitKind>,
     pub(super) continued: bool,
     /// Per device: as last seen.
     pub(super) progress: Vec<DeviceProgress>,
@@ -98,13 +98,13 @@ pub(super) struct Rounds {
     /// An iteration whose way there and back is being timed, and when it had been sent.
     pub(super) probe: Option<(u32, Time)>,
     /// Since when the destination has owed an iteration's end without saying any.
-    pub(super) applied_owed: Option<Time>,
+    pub(super) applied_expected: Option<Time>,
     /// The same for initial bytes: a destination may go on applying RAM while a device hangs.
-    pub(super) initial_owed: Option<Time>,
+    pub(super) initial_expected: Option<Time>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wait {
+pub(super) enum WaitKind {
     Initial,
     Convergence,
     Operator,
@@ -132,14 +132,14 @@ pub(super) struct Pause {
 
 /// What P6 to P9 remember.
 #[derive(Debug, Default)]
-pub(super) struct End {
+pub(super) struct SourceCommit {
     pub(super) ready_at: Option<Time>,
     pub(super) running_at: Option<Time>,
     pub(super) ready: Option<Ready>,
     pub(super) running: Option<Running>,
     pub(super) left_undone: Vec<Failure>,
     /// What came while COMMITTING was on its way to the disk.
-    pub(super) early: Option<Early>,
+    pub(super) early: Option<EarlyAnswer>,
     pub(super) committed_at: Option<Time>,
     pub(super) ask_at: Option<Time>,
     pub(super) backoff: Duration,
@@ -147,16 +147,16 @@ pub(super) struct End {
 
 /// What the peer said before COMMIT was sent, when the decision was already made.
 #[derive(Clone, Debug)]
-pub(super) enum Early {
+pub(super) enum EarlyAnswer {
     /// It never will.
     Declined(PeerError),
     /// It gave up, or said something illegal: COMMIT is not said, the question is asked instead.
-    Doubt,
+    Unclear,
 }
 
 /// An abort under way.
 #[derive(Debug)]
-pub(super) struct Undo {
+pub(super) struct SourceRollback {
     pub(super) outcome: Abort,
     /// The journal says OWNER already.
     pub(super) journaled: bool,
@@ -164,21 +164,21 @@ pub(super) struct Undo {
 
 /// What a rehearsal remembers once it is at its end.
 #[derive(Debug, Default)]
-pub(super) struct Found {
-    pub(super) found: RehearsalResult,
+pub(super) struct RehearsalState {
+    pub(super) result: RehearsalResult,
     /// The destination has said that it has let go; and of what it has not.
     pub(super) rehearsed: Option<Option<Failure>>,
 }
 
 /// Whether the peer is told of an abort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Told {
+pub(super) enum AbortNotice {
     /// It is told.
-    Tell,
+    Send,
     /// It is told, and the operator wanted it.
-    Cancelled,
+    SendCancelled,
     /// It knows, or cannot be reached.
-    Knows,
+    Omit,
 }
 
 impl SourceEngine {
@@ -192,7 +192,7 @@ impl SourceEngine {
     pub(super) fn journal_step(&mut self, state: State, step: SourceStep) {
         match self.journal.next(step) {
             Ok(next) => self.act(state, SourceAction::Journal(next)),
-            Err(error) => self.abort(failure(self.phase, error.to_string(), ""), Told::Tell),
+            Err(error) => self.abort(failure(self.phase, error.to_string(), ""), AbortNotice::Send),
         }
     }
 
@@ -203,12 +203,12 @@ impl SourceEngine {
     }
 
     /// The peer owes `what`, soon.
-    pub(super) fn owe(&mut self, what: &'static str, now: Time) {
+    pub(super) fn expect_by(&mut self, what: &'static str, now: Time) {
         self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
     }
 
     /// The peer owes `what`, for which it has work to do.
-    pub(super) fn owe_work(&mut self, what: &'static str, now: Time) {
+    pub(super) fn expect_work(&mut self, what: &'static str, now: Time) {
         let timeout = work_timeout(self.config.peer_timeout);
         self.timer = Some(ExpectedAnswer::within(timeout, what, now));
     }
@@ -257,8 +257,8 @@ impl SourceEngine {
         self.config.epoch.next()
     }
 
-    pub(super) fn blame(&self, index: usize, failure: Failure) -> Failure {
-        blame(&self.config.devices, index, failure)
+    pub(super) fn with_device(&self, index: usize, failure: Failure) -> Failure {
+        with_device(&self.config.devices, index, failure)
     }
 }
 
@@ -268,7 +268,7 @@ impl State {
         matches!(
             self,
             Self::Sending
-                | Self::Resting
+                | Self::Waiting
                 | Self::Pausing
                 | Self::ToP2p
                 | Self::Retreating
