@@ -23,13 +23,13 @@ pub type Time = Duration;
 /// What the source's engine is told before it starts.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
-    /// The VM.
+    /// The VM that is migrated.
     pub vm: VmId,
-    /// This attempt's nonce.
+    /// Nonce of this attempt.
     pub attempt: AttemptId,
     /// The epoch under which this side owns the VM.
     pub epoch: Epoch,
-    /// Protocol versions it speaks.
+    /// Protocol versions that this side speaks.
     pub versions: VersionRange,
     /// Features it offers, but for [`FEATURE_REHEARSE`](vfio_migration_wire::FEATURE_REHEARSE), which follows from `rehearse`;
     /// those in force are in [`SourceEngine::negotiated`](crate::SourceEngine::negotiated).
@@ -40,7 +40,7 @@ pub struct SourceConfig {
     pub devices: Vec<DeviceFacts>,
     /// Several devices may go without P2P, because none maps another's BAR.
     pub no_peer_dma: bool,
-    /// Longest time the guest may stand still. A ceiling, not a target.
+    /// Longest time the guest may be paused. A ceiling, not a target.
     pub downtime_limit: Duration,
     /// Of the limit, what is kept back for everything after the decision to commit.
     pub commit_reserve: Duration,
@@ -50,7 +50,7 @@ pub struct SourceConfig {
     pub pause_before_switchover: bool,
     /// Compare digests of all RAM. The time it takes is kept out of the downtime.
     pub verify: bool,
-    /// Longest silence of the peer, where it owes an answer.
+    /// Longest silence of the destination where it has no work to do before its answer.
     pub peer_timeout: Duration,
     /// Move nothing: go so far, find out, and undo it all.
     pub rehearse: Option<Rehearse>,
@@ -63,16 +63,16 @@ pub enum Rehearse {
     Ask,
     /// To the end of P3: the guest never stops.
     Precopy,
-    /// To READY: the guest stands for as long as it would, less the commit and the start.
+    /// To READY: the guest is paused for as long as it would be, less the commit and the start.
     Switchover,
 }
 
 /// What the engine must know of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceFacts {
-    /// Name.
+    /// Its name in the manifest.
     pub id: DeviceId,
-    /// Migration flags.
+    /// Its migration capabilities: STOP_COPY, P2P, PRE_COPY.
     pub flags: MigrationFlags,
     /// Pre-copy progress is known.
     pub precopy_info: bool,
@@ -90,13 +90,13 @@ pub struct IterationReport {
     pub took: Duration,
     /// RAM bytes dirty now, not yet sent.
     pub ram_left: u64,
-    /// RAM bytes that are sent again while the guest stands, dirty or not, because nobody knows what a device wrote.
+    /// RAM bytes that are sent again while the guest is paused, dirty or not, because nobody knows what a device wrote.
     pub ram_again: u64,
     /// Per device, in manifest order.
     pub devices: Vec<DeviceProgress>,
 }
 
-/// Where a device stands.
+/// A device's progress, as it says of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceProgress {
     /// Initial bytes not yet sent; `None` when the device cannot say.
@@ -136,7 +136,7 @@ pub enum SourceAction {
     /// P3: send what is dirty (everything, in iteration 1) and what the devices have, then END_ITERATION.
     /// Answer: [`SourceEvent::IterationSent`].
     SendIteration {
-        /// Counts from 1.
+        /// Number of the iteration, from 1.
         iteration: u32,
     },
     /// P4: read the manifest's identity once more, then pause the vCPUs and gate every BAR access. Answer: [`SourceEvent::Paused`].
@@ -148,7 +148,7 @@ pub enum SourceAction {
     /// P5: read every dirty source a last time, send the pages, the machine state, and each device's state to its end;
     /// with `verify`, digest RAM. Answer: [`SourceEvent::FinalSent`].
     SendFinal {
-        /// Digest RAM too.
+        /// Whether RAM is digested too.
         verify: bool,
     },
     /// P5: release the storage locks. Answer: [`SourceEvent::LocksReleased`].
@@ -173,7 +173,7 @@ pub enum SourceAction {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum SourceEvent {
-    /// The connection stands. First event.
+    /// The connection is up. First event.
     Connected,
     /// A message came. Credit, Ping and Pong are the session's own.
     Peer(Message),
@@ -197,7 +197,7 @@ pub enum SourceEvent {
     },
     /// Answers [`SourceAction::Devices`].
     Reached {
-        /// Where they are.
+        /// The position that all devices have taken.
         barrier: Barrier,
         /// Per device, one last look at the pre-copy progress.
         devices: Vec<DeviceProgress>,
@@ -223,7 +223,7 @@ pub enum SourceEvent {
         not_reset: Vec<DeviceId>,
         /// Storage locks that could not be taken back: the guest stays paused.
         locks_lost: Vec<String>,
-        /// Whether the guest runs again (or stands because its operator had paused it).
+        /// Whether the guest runs again (or stays paused, as its operator had left it).
         restored: bool,
     },
     /// Answers [`SourceAction::CleanUp`].
@@ -235,11 +235,11 @@ pub enum SourceEvent {
     Damaged(Failure),
     /// The connection ended or broke.
     LinkLost(String),
-    /// The operator cancels.
+    /// The operator cancels the migration.
     Cancel,
     /// The operator changes the limit.
     SetDowntimeLimit(Duration),
-    /// The operator lets a migration that waits before its switchover go on. Ignored while it does not wait.
+    /// The operator lets a migration that waits before its switchover begin it. Ignored while it does not wait.
     ContinueSwitchover,
     /// A device lost its session by itself (guest FLR, reset): this attempt cannot go on.
     DeviceLost(Failure),
@@ -253,20 +253,20 @@ pub enum SourceEvent {
 pub enum SourceOutcome {
     /// The guest is the destination's.
     Completed(SourceSummary),
-    /// The guest runs here (or stands here, if its operator had paused it).
+    /// The guest runs here (or is paused here, if its operator had paused it).
     Aborted(Abort),
     /// The destination refused, or this side did: the guest never noticed.
     Refused(Vec<Reason>),
     /// It was a rehearsal, and all of it is undone.
     Rehearsed(Box<RehearsalResult>),
-    /// COMMIT was sent and its outcome is not known: the guest stands here, and nothing runs by itself.
+    /// COMMIT was sent and its outcome is not known: the guest stays paused here, and nothing runs by itself.
     Unresolved(String),
 }
 
 /// Why an attempt was undone, and what is left of the machine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Abort {
-    /// The cause.
+    /// The failure that ended the attempt, or the cancellation.
     pub cause: Failure,
     /// Cancelled by the operator, not failed.
     pub cancelled: bool,
@@ -281,19 +281,19 @@ pub struct Abort {
 /// What a completed migration was like, as far as the engine knows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourceSummary {
-    /// Iterations of P3.
+    /// Number of iterations in P3.
     pub iterations: u32,
-    /// vCPUs paused here.
+    /// When the vCPUs were paused here.
     pub paused_at: Time,
-    /// READY received.
+    /// When READY came.
     pub ready_at: Time,
-    /// RUNNING received.
+    /// When RUNNING came.
     pub running_at: Time,
-    /// What RUNNING said.
+    /// RUNNING, which says whether the guest runs at the destination.
     pub running: Running,
-    /// What READY said.
+    /// READY, whose counts and digests agree with those of the source.
     pub ready: Ready,
-    /// Time spent on digests while the guest stood.
+    /// Time spent on digests while the guest was paused.
     pub verify: Duration,
     /// What failed after ownership had moved (journalling RELEASED, cleaning up): no harm to the guest, work for a person.
     pub left_undone: Vec<Failure>,
@@ -308,7 +308,7 @@ pub struct SourceSummary {
 pub struct RehearsalResult {
     /// Why the migration would not have come to its end, if so.
     pub obstacle: Option<Failure>,
-    /// Iterations of P3.
+    /// Number of iterations in P3.
     pub iterations: u32,
     /// Bytes per second on the wire, as measured.
     pub wire: Option<u64>,
@@ -320,7 +320,7 @@ pub struct RehearsalResult {
     pub devices_dirty: Vec<Option<u64>>,
     /// What the downtime would be made of; empty when nothing was measured.
     pub parts: Vec<Part>,
-    /// What the destination could not let go, or that it did not say so.
+    /// What the destination could not release, or that it has not said so.
     pub left_undone: Option<Failure>,
     /// When each phase was entered.
     pub phases: Vec<(Phase, Time)>,
@@ -329,9 +329,9 @@ pub struct RehearsalResult {
 /// A part of a downtime that is predicted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// What it is spent on: `"pause"`, `"round trips"`, `"ram"`, `"start"`, …
+    /// What the time is spent on.
     pub name: PartName,
-    /// How long.
+    /// How long it takes, as predicted or measured.
     pub took: Duration,
     /// How this is known.
     pub basis: PartBasis,
@@ -345,11 +345,11 @@ pub enum PartName {
     Quiesce,
     /// Round trips to the destination.
     RoundTrips,
-    /// The last pages.
+    /// Sending the last dirty pages.
     Ram,
     /// A device's last bytes, sent and loaded.
     Device(DeviceId),
-    /// Everything that is sent while the guest stands.
+    /// Sending everything that is sent while the guest is paused.
     Final,
     /// Loading and verifying at the destination.
     Load,
@@ -360,7 +360,7 @@ pub enum PartName {
 /// How a figure is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartBasis {
-    /// It was measured.
+    /// It was measured in this session.
     Measured,
     /// It follows from what the device says of itself, at a measured rate.
     Declared,
@@ -371,11 +371,11 @@ pub enum PartBasis {
 /// What the destination's engine is told before it starts.
 #[derive(Clone, Debug)]
 pub struct DestinationConfig {
-    /// Protocol versions it speaks.
+    /// Protocol versions that this side speaks.
     pub versions: VersionRange,
-    /// Features it knows.
+    /// Features that this side knows.
     pub features: u64,
-    /// Longest silence of the source, where it owes something.
+    /// Longest silence of the source where something must come from it.
     pub peer_timeout: Duration,
     /// Only this VM is let in; `None`: any.
     pub expect: Option<VmId>,
@@ -412,7 +412,7 @@ pub enum DestinationAction {
     Start {
         /// The epoch under which this side owns the guest now.
         epoch: Epoch,
-        /// Whether vCPUs run.
+        /// Whether the vCPUs run: `false` if they were paused at the source already.
         run_guest: bool,
     },
     /// Reset and release every device, free what was reserved. Answer: [`DestinationEvent::Released`].
@@ -445,7 +445,7 @@ pub enum DestinationEvent {
     InitialLoaded {
         /// Index of the device in the manifest.
         device: u16,
-        /// As announced.
+        /// The generation that was announced.
         generation: u32,
     },
     /// All of an iteration has been applied (after [`Message::EndIteration`]).
@@ -479,18 +479,18 @@ pub enum DestinationEvent {
 pub enum DestinationOutcome {
     /// The guest is ours.
     Owner {
-        /// Under this epoch.
+        /// The epoch under which this side owns it.
         epoch: Epoch,
-        /// What was verified.
+        /// READY, as it was sent.
         ready: Ready,
         /// Whether its vCPUs run.
         guest_runs: bool,
     },
-    /// We own the guest, but it could not be started: it is held paused, and nobody else may run it.
+    /// The guest is ours, but it could not be started: it stays paused, and nobody else may run it.
     OwnedNotStarted {
-        /// Under this epoch.
+        /// The epoch under which this side owns it.
         epoch: Epoch,
-        /// Why.
+        /// Why it could not be started.
         cause: Failure,
     },
     /// Nothing ran here; every device is reset and released.
@@ -504,18 +504,18 @@ pub enum DestinationOutcome {
 /// Identity of the attempt a destination is in, once it knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attempt {
-    /// The VM.
+    /// The VM that is migrated.
     pub vm: VmId,
-    /// The nonce.
+    /// Nonce that the source gave the attempt.
     pub attempt: AttemptId,
-    /// The source's epoch.
+    /// The epoch under which the source owns the VM.
     pub epoch: Epoch,
 }
 
 /// How far a source is: what a progress bar needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineProgress {
-    /// Phase.
+    /// The phase under way.
     pub phase: Phase,
     /// Iteration under way or ended last; 0 before the first.
     pub iteration: u32,

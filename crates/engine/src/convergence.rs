@@ -1,4 +1,4 @@
-//! The downtime model: how long the guest would stand still, were it paused now, and whether waiting makes it less.
+//! The downtime model: how long the guest would be paused, were the switchover begun now, and whether waiting makes it less.
 //!
 //! ```text
 //! downtime = fixed                                  pausing, transitions, round trips: measured where known
@@ -302,7 +302,7 @@ impl Stall {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);

@@ -18,13 +18,13 @@ pub(crate) fn protocol(phase: Phase, peer: &str, message: &Message) -> Failure {
     failure(phase, text, "check that both sides run a release that speaks this protocol")
 }
 
-/// The peer owes an answer and is silent.
+/// The answer that the peer must give has not come in time.
 pub(crate) fn silence(phase: Phase, peer: &str, what: &str, waited: Duration) -> Failure {
     let text = format!("the {peer} has not said {what} within {} ms", waited.as_millis());
     failure(phase, text, "check the network and the other side, then migrate again")
 }
 
-/// The connection broke.
+/// The connection broke, or ended early.
 pub(crate) fn link_lost(phase: Phase, why: &str) -> Failure {
     failure(
         phase,
@@ -33,7 +33,7 @@ pub(crate) fn link_lost(phase: Phase, why: &str) -> Failure {
     )
 }
 
-/// `device` named as the culprit.
+/// `failure`, as one of the device with this index in the manifest.
 pub(crate) fn with_device(devices: &[DeviceFacts], index: usize, mut failure: Failure) -> Failure {
     failure.device = devices.get(index).map(|device| device.id.to_string());
     failure

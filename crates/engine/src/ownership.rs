@@ -33,7 +33,7 @@ pub enum SourceState {
 /// What moves a source from one journal state to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceStep {
-    /// An attempt begins.
+    /// An attempt begins: the destination is about to hear BEGIN.
     Begin,
     /// It is given up, for any reason; COMMIT has not been said.
     Abort,
@@ -78,10 +78,10 @@ pub enum DestinationStep {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OwnershipError {
-    /// At the source.
+    /// The source's state does not allow the step.
     #[error("a source in state {0:?} cannot take the step {1:?}")]
     Source(SourceState, SourceStep),
-    /// At the destination.
+    /// The destination's state does not allow the step.
     #[error("a destination in state {0:?} cannot take the step {1:?}")]
     Destination(DestinationState, DestinationStep),
 }
@@ -176,13 +176,13 @@ pub enum DestinationRestart {
 /// A source's journal, as written to disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceRecord {
-    /// The VM.
+    /// The VM that the attempt migrates.
     pub vm: VmId,
-    /// The attempt.
+    /// Nonce of the attempt.
     pub attempt: AttemptId,
     /// The epoch under which this side owned the VM when the attempt began.
     pub epoch: Epoch,
-    /// The state.
+    /// How far the attempt is.
     pub state: SourceState,
     /// Where the destination was reached: a URI.
     pub peer: String,
@@ -206,13 +206,13 @@ impl SourceRecord {
 /// A destination's journal, as written to disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DestinationRecord {
-    /// The VM.
+    /// The VM that the attempt migrates.
     pub vm: VmId,
-    /// The attempt.
+    /// Nonce of the attempt.
     pub attempt: AttemptId,
     /// The *source's* epoch; the one that a commit begins is the next.
     pub epoch: Epoch,
-    /// The state.
+    /// How far the attempt is.
     pub state: DestinationState,
     /// Where the source came from, for a person to read.
     pub peer: String,
@@ -240,7 +240,7 @@ pub enum QueryAnswer {
     /// Journal ABORTED and fsync it; only then say [`Message::Declined`]. If the journal cannot be written, say [`Message::Abort`],
     /// which decides nothing.
     AbortThenDecline(PeerError),
-    /// Say [`Message::Declined`].
+    /// ABORTED is in the journal already: say [`Message::Declined`].
     Decline(PeerError),
     /// This journal knows nothing of that attempt, so it cannot say what became of it: say [`Message::Abort`], never DECLINED.
     Unknown(PeerError),
@@ -284,7 +284,7 @@ pub fn answer_query(
 mod model;
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn record(state: DestinationState) -> DestinationRecord {

@@ -235,7 +235,7 @@ fn only_running_and_declined_decide() {
 fn declined_runs_nothing_before_owner_is_on_disk() {
     let mut source = committed();
     assert_eq!(hear(&mut source, Message::Declined(error())), [SourceAction::Journal(SourceState::Owner)]);
-    // The disk is full: the guest stands, and a person is told.
+    // The disk is full: the guest stays paused, and a person is told.
     let actions = tell(&mut source, SourceEvent::Failed(error()));
     assert!(
         matches!(&actions[..], [SourceAction::Finish(SourceOutcome::Unresolved(why))] if why.contains("declined")),

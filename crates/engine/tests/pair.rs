@@ -37,7 +37,7 @@ fn aborted(world: &World, end: &End) -> Abort {
 }
 
 fn source_is_back(world: &World) {
-    let guest = if world.script.guest_runs { Guest::Runs } else { Guest::Stands };
+    let guest = if world.script.guest_runs { Guest::Runs } else { Guest::Paused };
     assert_eq!(world.side.guest, guest, "{}", world.log.join("\n"));
     assert_eq!(world.side.disk, SourceState::Owner);
     assert!(!world.side.dirty_logging, "dirty logging is left on");
@@ -129,7 +129,7 @@ fn a_paused_guest_arrives_paused() {
     let (world, end) = World::play(Script { guest_runs: false, ..Script::default() });
     let summary = completed(&world, &end);
     assert!(!summary.running.guest_runs);
-    assert_eq!(world.other.guest, Guest::Stands);
+    assert_eq!(world.other.guest, Guest::Paused);
     assert!(world.link.to_destination.iter().any(|sent| sent.starts_with("Final(Final { guest_ran: false")));
 }
 
@@ -355,7 +355,7 @@ fn a_destination_that_cannot_start_holds_the_guest() {
     };
     assert_eq!(*epoch, world::EPOCH.next());
     assert_eq!(cause.text, "scripted failure at the destination");
-    // The source learns whose the guest is, and that it stands.
+    // The source learns whose the guest is, and that it is paused.
     let Some(SourceOutcome::Completed(summary)) = &end.source else { panic!("{end:?}") };
     assert!(!summary.running.guest_runs);
     assert_eq!(world.side.disk, SourceState::Released);
@@ -474,7 +474,7 @@ fn a_way_back_that_fails_is_reported() {
     let Some(SourceOutcome::Aborted(abort)) = &end.source else { panic!("{end:?}") };
     assert!(!abort.restored);
     assert_eq!(abort.locks_lost, ["disk0"]);
-    assert_eq!(world.side.guest, Guest::Stands);
+    assert_eq!(world.side.guest, Guest::Paused);
 }
 
 #[test]

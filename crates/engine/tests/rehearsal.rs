@@ -30,7 +30,7 @@ fn rehearsed(world: &World, end: &End) -> RehearsalResult {
 }
 
 fn no_trace(world: &World) {
-    let guest = if world.script.guest_runs { Guest::Runs } else { Guest::Stands };
+    let guest = if world.script.guest_runs { Guest::Runs } else { Guest::Paused };
     assert_eq!(world.side.guest, guest, "{}", world.log.join("\n"));
     assert!(!world.side.dirty_logging, "dirty logging is left on");
     assert!(world.side.holds_locks, "locks are lost");
@@ -102,7 +102,7 @@ fn what_would_stop_a_migration_is_found_and_not_suffered() {
     let (world, end) = World::play(slow);
     let found = rehearsed(&world, &end);
     assert!(
-        found.obstacle.expect("the watchdog bit").text.contains("would stand above"),
+        found.obstacle.expect("the watchdog bit").text.contains("would stay paused above the downtime limit"),
         "{world:?}",
         world = world.log
     );

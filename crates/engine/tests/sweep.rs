@@ -66,7 +66,7 @@ fn judge(world: &World, end: &End, what: What) -> Result<(), String> {
     if !destination_killed && end.destination.is_none() {
         return Err("the destination has not ended".to_owned());
     }
-    let as_before = if world.script.guest_runs { Guest::Runs } else { Guest::Stands };
+    let as_before = if world.script.guest_runs { Guest::Runs } else { Guest::Paused };
     match &end.source {
         None => {}
         Some(SourceOutcome::Completed(_)) => {
@@ -261,7 +261,7 @@ fn broken_rules_are_found() {
         (Sabotage::DestinationRunsOnSilence, "two guests run"),
         (Sabotage::DeclinesUnread, "DECLINED without ABORTED"),
         (Sabotage::JournalLies, "without"),
-        (Sabotage::RollbackForgetsTheGuest, "the source's guest is Stands"),
+        (Sabotage::RollbackForgetsTheGuest, "the source's guest is Paused"),
     ] {
         let (failures, runs) = sweep_sabotaged(sabotage);
         let found = failures.iter().any(|failure| failure.contains(finds));

@@ -81,7 +81,7 @@ impl DestinationEngine {
         self.timer.map(|expected| expected.until)
     }
 
-    /// The phase.
+    /// The phase under way.
     pub fn phase(&self) -> Phase {
         self.phase
     }

@@ -140,7 +140,7 @@ impl DestinationEngine {
         self.release_failed(&failure(Phase::Clean, "no answer in time", ""), now);
     }
 
-    /// In the way out the source's words change nothing, but a COMMIT needs its answer.
+    /// On the way back the source's words change nothing, but a COMMIT needs its answer.
     pub(super) fn on_peer_in_rollback(&mut self, message: &Message) {
         match message {
             Message::Abort(_) => {

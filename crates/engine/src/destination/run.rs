@@ -23,7 +23,7 @@ impl DestinationEngine {
         self.finish(DestinationOutcome::Owner { epoch, ready, guest_runs: running.guest_runs });
     }
 
-    /// The guest is ours and stands. The source is told whose it is; it must not take back what we may have touched.
+    /// The guest is ours and stays paused. The source is told whose it is; it must not take back what we may have touched.
     pub(super) fn start_failed(&mut self, cause: Failure) {
         self.busy = false;
         let Some(epoch) = self.next_epoch() else { return };

@@ -23,11 +23,11 @@ pub struct DestinationEngine {
     pub(super) actions: VecDeque<DestinationAction>,
     /// An action that will be answered is under way.
     pub(super) busy: bool,
-    /// The connection stands.
+    /// Whether the connection is up: without it nothing is sent.
     pub(super) link: bool,
     pub(super) attempt: Option<Attempt>,
     pub(super) negotiated: Option<HelloReply>,
-    /// The source owes something until then.
+    /// What must come next, and by when.
     pub(super) timer: Option<ExpectedAnswer>,
     pub(super) reservation: Reservation,
     pub(super) iterations: IterationCounts,
@@ -46,14 +46,13 @@ pub(super) enum State {
     AwaitingBegin,
     JournalLoading,
     Opening,
-    /// P3: iterations come.
+    /// P3: iterations are received.
     Loading,
-    /// P5: the last of everything comes; locks may be on their way.
+    /// P5: the final pass is received; the storage locks may be on their way.
     FinalPass,
-    /// P6.
     Verifying,
     JournalReady,
-    /// READY said.
+    /// READY is sent; COMMIT is waited for.
     Ready,
     JournalOwner,
     Starting,
@@ -66,7 +65,7 @@ pub(super) enum State {
     Done,
 }
 
-/// What P1 found out of the source.
+/// P1: the answer to the offer, and which machine it was given for.
 #[derive(Debug, Default)]
 pub(super) struct Reservation {
     /// What ACCEPT will say.
@@ -75,7 +74,7 @@ pub(super) struct Reservation {
     pub(super) identity: [u8; 32],
 }
 
-/// How far P3 is.
+/// P3: how many iterations have ended and have been applied.
 #[derive(Debug, Default)]
 pub(super) struct IterationCounts {
     /// The last iteration whose end has come.
@@ -84,7 +83,7 @@ pub(super) struct IterationCounts {
     pub(super) applied: u32,
 }
 
-/// What P5 and P6 remember.
+/// P5 and P6: the storage locks, what the source sent and what was loaded of it.
 #[derive(Debug, Default)]
 pub(super) struct FinalPass {
     pub(super) guest_ran: bool,
@@ -93,6 +92,7 @@ pub(super) struct FinalPass {
     pub(super) ready: Option<Ready>,
 }
 
+/// Whose the storage locks are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum LockHandover {
     #[default]
@@ -101,16 +101,16 @@ pub(super) enum LockHandover {
     Ours,
 }
 
-/// What P7 and P8 remember.
+/// P7 and P8: RUNNING, and the question that waits for the decision.
 #[derive(Debug, Default)]
 pub(super) struct DestinationCommit {
-    /// What was said, to be said again to whoever asks.
+    /// RUNNING as it was sent, to be sent again to a source that asks.
     pub(super) running: Option<Running>,
     /// A question came while the answer was being decided.
     pub(super) asked: bool,
 }
 
-/// What an abort remembers.
+/// An abort: its cause, and what the source knows of it.
 #[derive(Debug, Default)]
 pub(super) struct DestinationRollback {
     pub(super) cause: Option<Failure>,
@@ -123,7 +123,7 @@ pub(super) struct DestinationRollback {
     pub(super) source_may_have_committed: bool,
     /// The source said that it gives up: it has not committed, and will not.
     pub(super) source_gave_up: bool,
-    /// The source has been told.
+    /// REFUSE or DECLINED was sent: no ABORT follows.
     pub(super) source_notified: bool,
     /// ABORTED was asked of the journal.
     pub(super) journal_asked: bool,
@@ -132,7 +132,7 @@ pub(super) struct DestinationRollback {
 }
 
 impl DestinationEngine {
-    /// Asks for something that is answered.
+    /// Asks for an action whose answer `state` waits for.
     pub(super) fn act(&mut self, state: State, action: DestinationAction) {
         self.state = state;
         self.busy = true;
@@ -160,12 +160,12 @@ impl DestinationEngine {
         self.actions.push_back(DestinationAction::Answer(message));
     }
 
-    /// The source owes `what`, soon.
+    /// The source must say `what` within `peer_timeout`.
     pub(super) fn expect_by(&mut self, what: &'static str, now: Time) {
         self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
     }
 
-    /// The source owes `what`, for which it has work to do.
+    /// `what` must come, and there is work to do before it can.
     pub(super) fn expect_work(&mut self, what: &'static str, now: Time) {
         let timeout = work_timeout(self.config.peer_timeout);
         self.timer = Some(ExpectedAnswer::within(timeout, what, now));
@@ -177,7 +177,7 @@ impl DestinationEngine {
         self.actions.push_back(DestinationAction::Finish(outcome));
     }
 
-    /// Whether nothing is to move.
+    /// Whether this is a rehearsal: nothing is journaled, no COMMIT is taken.
     pub(super) fn is_rehearsal(&self) -> bool {
         self.negotiated.is_some_and(|negotiated| negotiated.features & FEATURE_REHEARSE != 0)
     }

@@ -1,4 +1,4 @@
-//! The model check of the table as it stands: every reachable state of both sides, their journals, and a channel that
+//! The model check of the table: every reachable state of both sides, their journals, and a channel that
 //! loses, doubles, delays and reorders.
 //!
 //! The channel is the set of everything ever sent: a message in it may be received never, once or often, in any order.

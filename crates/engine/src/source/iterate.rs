@@ -58,7 +58,7 @@ impl Rounds {
         self.continued = true;
     }
 
-    /// Takes a look at the devices' progress. Devices that a session does not mention are as they were.
+    /// Takes in the devices' progress. Devices that a session does not mention are as they were.
     pub(super) fn update_progress(&mut self, devices: &[DeviceProgress]) {
         for (known, seen) in self.progress.iter_mut().zip(devices) {
             *known = *seen;
@@ -279,24 +279,24 @@ impl SourceEngine {
         since.map(|since| since.saturating_add(work_timeout(self.config.peer_timeout)))
     }
 
-    /// Keeps the times since which the destination has owed an acknowledgement; what it `gave` just now starts one anew.
-    fn update_expected(&mut self, gave: Option<Acknowledged>, now: Time) {
-        // The iteration under way is not owed yet.
+    /// Keeps the times since which acknowledgements have been due; the one that came just now starts its time anew.
+    fn update_expected(&mut self, came: Option<Acknowledged>, now: Time) {
+        // The acknowledgement of the iteration under way is not due yet.
         let sent = self.rounds.iteration.saturating_sub(u32::from(self.state == State::Sending));
         let missing = |(device, acknowledged): (&DeviceProgress, &Option<u32>)| {
             device.initial_sent && *acknowledged != Some(device.generation)
         };
         let initial = self.rounds.progress.iter().zip(&self.rounds.acknowledged).any(missing);
-        let since = |owes: bool, before: Option<Time>, progressed: bool| match before {
-            _ if !owes => None,
+        let since = |due: bool, before: Option<Time>, progressed: bool| match before {
+            _ if !due => None,
             Some(since) if !progressed => Some(since),
             _ => Some(now),
         };
         let applied = self.rounds.applied < sent;
-        let gave_applied = gave == Some(Acknowledged::Iteration);
-        self.rounds.applied_expected = since(applied, self.rounds.applied_expected, gave_applied);
-        let gave_initial = gave == Some(Acknowledged::InitialBytes);
-        self.rounds.initial_expected = since(initial, self.rounds.initial_expected, gave_initial);
+        let applied_came = came == Some(Acknowledged::Iteration);
+        self.rounds.applied_expected = since(applied, self.rounds.applied_expected, applied_came);
+        let initial_came = came == Some(Acknowledged::InitialBytes);
+        self.rounds.initial_expected = since(initial, self.rounds.initial_expected, initial_came);
     }
 
     fn give_up(&mut self, why: &str, now: Time) {

@@ -103,7 +103,7 @@ impl SourceEngine {
         if self.state == State::Done { None } else { own.into_iter().flatten().min() }
     }
 
-    /// The phase.
+    /// The phase under way.
     pub fn phase(&self) -> Phase {
         self.phase
     }
@@ -118,7 +118,7 @@ impl SourceEngine {
         self.negotiated
     }
 
-    /// How far it is.
+    /// How far the migration is, for a person to see.
     pub fn progress(&self, now: Time) -> EngineProgress {
         let (ram_left, device_left) = self.model.left();
         let waiting = match self.state {
@@ -261,7 +261,7 @@ impl SourceEngine {
         }
     }
 
-    /// The reader's failure, not the action's: COMMITTING may still reach the disk, and an undo must not run behind it.
+    /// The reader's failure, not the action's: COMMITTING may still reach the disk, and a rollback must not run behind it.
     fn on_damaged(&mut self, cause: Failure) {
         if self.state == State::JournalCommitting {
             return self.ask_when_journaled();

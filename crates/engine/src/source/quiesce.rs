@@ -13,7 +13,7 @@ use crate::failure::failure;
 const RETREATS: u32 = 3;
 
 impl SourceEngine {
-    /// The decision to switch over. The guest stands from here on.
+    /// P3 has decided to switch over. The guest is paused from here on.
     pub(super) fn begin_switchover(&mut self, predicted: Duration, now: Time) {
         if self.config.rehearse.is_some_and(|rehearse| rehearse < Rehearse::Switchover) {
             return self.end_rehearsal(None, now);
@@ -76,12 +76,12 @@ impl SourceEngine {
         self.begin_final_pass(now);
     }
 
-    /// The guest has stood too long for what is still to come.
+    /// Whether the guest has been paused too long for what is still to come.
     pub(super) fn watchdog_expired(&self, now: Time) -> bool {
         self.watchdog_deadline().is_some_and(|deadline| now >= deadline)
     }
 
-    /// The first moment at which `stood + reserve > limit`.
+    /// The first moment at which `paused + reserve > limit`.
     pub(super) fn watchdog_deadline(&self) -> Option<Time> {
         let watched = match self.state {
             State::Pausing
@@ -110,10 +110,10 @@ impl SourceEngine {
 
     pub(super) fn abort_over_limit(&mut self, now: Time) {
         let since = self.pause.paused_at.or(self.pause.asked_at).unwrap_or(now);
-        let stood = now.saturating_sub(since).saturating_sub(self.pause.verify);
+        let paused = now.saturating_sub(since).saturating_sub(self.pause.verify);
         let text = format!(
-            "the guest has stood for {} ms and would stand above the downtime limit of {} ms ({} ms were predicted)",
-            stood.as_millis(),
+            "the guest has been paused for {} ms and would stay paused above the downtime limit of {} ms ({} ms were predicted)",
+            paused.as_millis(),
             self.config.downtime_limit.as_millis(),
             self.pause.predicted.as_millis(),
         );

@@ -9,6 +9,7 @@ use super::state::{AbortNotice, SourceEngine, State};
 use crate::api::{
     Failure, Part, PartBasis, PartName, RehearsalResult, Rehearse, SourceAction, SourceOutcome, Time,
 };
+use crate::failure::link_lost;
 
 impl SourceEngine {
     /// The migration would not come to its end. A rehearsal has found that out; a migration is undone.
@@ -20,7 +21,7 @@ impl SourceEngine {
         }
     }
 
-    /// So far and no further.
+    /// Keeps what was found, and has both sides undone.
     pub(super) fn end_rehearsal(&mut self, obstacle: Option<Failure>, now: Time) {
         self.timer = None;
         let (wire, load, ram_dirty, devices_dirty) = self.model.rates();
@@ -49,14 +50,13 @@ impl SourceEngine {
             return self.on_rehearsed(left_undone);
         }
         if !self.link {
-            let lost =
-                crate::failure::link_lost(self.phase, "before the destination said that it has let go");
+            let lost = link_lost(self.phase, "before the destination said that it has released everything");
             return self.on_rehearsed(Some(lost));
         }
         self.expect_work("REHEARSED", now);
     }
 
-    /// The destination may let go before this side has.
+    /// The destination may have released everything before this side is undone.
     pub(super) fn on_peer_rehearsed(&mut self, message: Message) {
         let left_undone = match message {
             Message::Rehearsed { left_undone } => left_undone,
@@ -76,7 +76,7 @@ impl SourceEngine {
         self.finish(SourceOutcome::Rehearsed(Box::new(result)));
     }
 
-    /// What the downtime is made of: as it was, where the guest stood for it; else as it is predicted.
+    /// What the downtime is made of: as measured, if the guest was paused for it; else as predicted.
     fn parts(&self, now: Time) -> Vec<Part> {
         let start = Part { name: PartName::Start, took: Duration::ZERO, basis: PartBasis::Unknown };
         let mut parts = match self.commit.ready_at {

@@ -24,12 +24,12 @@ pub struct SourceEngine {
     pub(super) phase: Phase,
     pub(super) phases: Vec<(Phase, Time)>,
     pub(super) actions: VecDeque<SourceAction>,
-    /// The connection stands.
+    /// Whether the connection is up: without it nothing is sent.
     pub(super) link: bool,
     pub(super) negotiated: Option<HelloReply>,
     /// What the destination has reserved for this attempt.
     pub(super) lease: Lease,
-    /// The peer owes an answer until then.
+    /// The answer that the destination must give next, and by when.
     pub(super) timer: Option<ExpectedAnswer>,
     pub(super) model: DowntimeModel,
     pub(super) rounds: Rounds,
@@ -78,7 +78,7 @@ pub(super) enum State {
     Done,
 }
 
-/// What P3 remembers.
+/// P3: the iterations sent and acknowledged, and each device's progress.
 #[derive(Debug)]
 pub(super) struct Rounds {
     pub(super) iteration: u32,
@@ -97,12 +97,13 @@ pub(super) struct Rounds {
     pub(super) applied: u32,
     /// An iteration whose way there and back is being timed, and when it had been sent.
     pub(super) probe: Option<(u32, Time)>,
-    /// Since when the destination has owed an iteration's end without saying any.
+    /// Since when an APPLIED has been due; `None`: none is.
     pub(super) applied_expected: Option<Time>,
-    /// The same for initial bytes: a destination may go on applying RAM while a device hangs.
+    /// The same for INITIAL_LOADED: a destination may go on applying RAM while a device hangs.
     pub(super) initial_expected: Option<Time>,
 }
 
+/// Why P3 does not end yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WaitKind {
     Initial,
@@ -110,12 +111,12 @@ pub(super) enum WaitKind {
     Operator,
 }
 
-/// What P4 and P5 remember.
+/// P4 and P5: the pause of the guest, up to the totals of the final pass.
 #[derive(Debug, Default)]
 pub(super) struct Pause {
-    /// The pause was asked for.
+    /// When the pause was ordered.
     pub(super) asked_at: Option<Time>,
-    /// The vCPUs stood.
+    /// When the vCPUs were paused.
     pub(super) paused_at: Option<Time>,
     pub(super) guest_ran: bool,
     /// Of the manifest, just before the pause.
@@ -130,7 +131,7 @@ pub(super) struct Pause {
     pub(super) totals: Option<FinalEnd>,
 }
 
-/// What P6 to P9 remember.
+/// P6 to P9: READY, COMMIT, the questions about it, and RUNNING.
 #[derive(Debug, Default)]
 pub(super) struct SourceCommit {
     pub(super) ready_at: Option<Time>,
@@ -145,12 +146,12 @@ pub(super) struct SourceCommit {
     pub(super) backoff: Duration,
 }
 
-/// What the peer said before COMMIT was sent, when the decision was already made.
+/// The destination's word while COMMITTING is on its way to the disk: no COMMIT is sent after it.
 #[derive(Clone, Debug)]
 pub(super) enum EarlyAnswer {
-    /// It never will.
+    /// The destination will never run the guest.
     Declined(PeerError),
-    /// It gave up, or said something illegal: COMMIT is not said, the question is asked instead.
+    /// It gave up, or said something illegal: the question is asked instead of saying COMMIT.
     Unclear,
 }
 
@@ -162,27 +163,26 @@ pub(super) struct SourceRollback {
     pub(super) journaled: bool,
 }
 
-/// What a rehearsal remembers once it is at its end.
+/// The end of a rehearsal.
 #[derive(Debug, Default)]
 pub(super) struct RehearsalState {
     pub(super) result: RehearsalResult,
-    /// The destination has said that it has let go; and of what it has not.
+    /// REHEARSED, if it came before this side was undone: what the destination could not release.
     pub(super) rehearsed: Option<Option<Failure>>,
 }
 
-/// Whether the peer is told of an abort.
+/// Whether an abort is said to the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AbortNotice {
-    /// It is told.
     Send,
-    /// It is told, and the operator wanted it.
+    /// Said, and the operator wanted it.
     SendCancelled,
-    /// It knows, or cannot be reached.
+    /// Not said: the destination knows, or cannot be reached.
     Omit,
 }
 
 impl SourceEngine {
-    /// Asks for something that is answered.
+    /// Asks for an action whose answer `state` waits for.
     pub(super) fn act(&mut self, state: State, action: SourceAction) {
         self.state = state;
         self.actions.push_back(action);
@@ -202,12 +202,12 @@ impl SourceEngine {
         }
     }
 
-    /// The peer owes `what`, soon.
+    /// The destination must say `what` within `peer_timeout`.
     pub(super) fn expect_by(&mut self, what: &'static str, now: Time) {
         self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
     }
 
-    /// The peer owes `what`, for which it has work to do.
+    /// The destination must say `what`, and has work to do before it can.
     pub(super) fn expect_work(&mut self, what: &'static str, now: Time) {
         let timeout = work_timeout(self.config.peer_timeout);
         self.timer = Some(ExpectedAnswer::within(timeout, what, now));

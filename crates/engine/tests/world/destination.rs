@@ -193,7 +193,7 @@ impl World {
                 }
             }
             DestinationEvent::Started(running) => {
-                self.other.guest = if running.guest_runs { Guest::Runs } else { Guest::Stands };
+                self.other.guest = if running.guest_runs { Guest::Runs } else { Guest::Paused };
                 self.other.started_at = Some(self.now);
             }
             DestinationEvent::Released => self.other.reserved = false,

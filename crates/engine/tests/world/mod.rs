@@ -62,7 +62,7 @@ pub enum Guest {
     /// There is none.
     None,
     Runs,
-    Stands,
+    Paused,
 }
 
 pub struct World {
@@ -265,7 +265,7 @@ impl World {
             broken.push("the source runs what the destination has run");
         }
         if source_runs && !self.side.disk.may_run() {
-            // The disk may be ahead of the process: COMMITTING written, not yet confirmed, the guest stands then anyway.
+            // The disk may be ahead of the process: COMMITTING written, not yet confirmed, the guest is paused then anyway.
             broken.push("the source runs against its journal");
         }
         if self.other.guest == Guest::Runs && self.other.disk != Some(DestinationState::Owner) {

@@ -183,7 +183,7 @@ pub enum Sabotage {
     DeclinesUnread,
     /// The journal answers, but writes nothing.
     JournalLies,
-    /// The source's cause is lost: RollBack leaves the guest standing.
+    /// The source's cause is lost: RollBack leaves the guest paused.
     RollbackForgetsTheGuest,
 }
 

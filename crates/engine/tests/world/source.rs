@@ -44,7 +44,7 @@ impl Side {
             initial_sent: false,
         });
         Self {
-            guest: if script.guest_runs { Guest::Runs } else { Guest::Stands },
+            guest: if script.guest_runs { Guest::Runs } else { Guest::Paused },
             guest_ran: script.guest_runs,
             disk: SourceState::Owner,
             writing: None,
@@ -222,7 +222,7 @@ impl World {
             SourceEvent::IterationSent(report) => self.iteration_ends(report),
             SourceEvent::Paused { .. } => {
                 self.side.dirty(&script, self.now);
-                self.side.guest = Guest::Stands;
+                self.side.guest = Guest::Paused;
                 self.side.paused_at = Some(self.now);
             }
             SourceEvent::Resumed => self.source_runs(),
