@@ -189,14 +189,6 @@ pub struct SourceRecord {
 }
 
 impl SourceRecord {
-    /// The record after `step`.
-    ///
-    /// # Errors
-    /// The step is not allowed here.
-    pub fn next(&self, step: SourceStep) -> Result<Self, OwnershipError> {
-        Ok(Self { state: self.state.next(step)?, ..self.clone() })
-    }
-
     /// The question of a source that lost the answer to its COMMIT.
     pub fn query(&self) -> Message {
         Message::Query { vm: self.vm, attempt: self.attempt, epoch: self.epoch.next() }
@@ -216,16 +208,6 @@ pub struct DestinationRecord {
     pub state: DestinationState,
     /// Where the source came from, for a person to read.
     pub peer: String,
-}
-
-impl DestinationRecord {
-    /// The record after `step`.
-    ///
-    /// # Errors
-    /// The step is not allowed here.
-    pub fn next(&self, step: DestinationStep) -> Result<Self, OwnershipError> {
-        Ok(Self { state: self.state.next(step)?, ..self.clone() })
-    }
 }
 
 /// What a destination answers to a [`Message::Query`].
@@ -334,9 +316,9 @@ mod tests {
         };
         let json = serde_json::to_string(&source).unwrap();
         assert_eq!(serde_json::from_str::<SourceRecord>(&json).unwrap(), source);
-        assert!(source.next(SourceStep::Abort).is_err());
-        assert_eq!(source.next(SourceStep::Running).unwrap().state, SourceState::Released);
-        assert_eq!(ready.next(DestinationStep::Commit).unwrap().state, DestinationState::Owner);
+        assert!(source.state.next(SourceStep::Abort).is_err());
+        assert_eq!(source.state.next(SourceStep::Running), Ok(SourceState::Released));
+        assert_eq!(ready.state.next(DestinationStep::Commit), Ok(DestinationState::Owner));
     }
 
     #[test]

@@ -86,7 +86,7 @@ fn deciding() -> SourceEngine {
         last = tell(&mut source, event);
     }
     assert_eq!(last, [SourceAction::Journal(SourceState::Committing)]);
-    assert!(!source.can_cancel());
+    assert_eq!(tell(&mut source, SourceEvent::Cancel), [], "it is too late");
     source
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 use vfio_migration_engine::{
-    Abort, DestinationEvent, DestinationOutcome, SourceEngine, SourceEvent, SourceOutcome, SourceSummary,
+    Abort, DestinationEvent, DestinationOutcome, SourceAction, SourceEngine, SourceEvent, SourceOutcome,
+    SourceSummary,
 };
 use vfio_migration_types::{MigrationFlags, Phase, VmId};
 use vfio_migration_wire::{Reason, VersionRange};
@@ -478,11 +479,20 @@ fn a_way_back_that_fails_is_reported() {
 }
 
 #[test]
-fn can_cancel_says_when_it_is_too_late() {
+fn a_cancel_is_obeyed_until_it_is_too_late() {
+    let cancelled = |source: &mut Option<SourceEngine>, now| {
+        let source = source.as_mut().unwrap();
+        source.handle(SourceEvent::Cancel, now);
+        source.poll_action()
+    };
     let mut world = World::new(Script::default());
-    assert!(world.source.as_ref().is_some_and(SourceEngine::can_cancel));
+    let finished = cancelled(&mut world.source, world.now);
+    assert!(
+        matches!(&finished, Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) if abort.cancelled)
+    );
+    let mut world = World::new(Script::default());
     world.run();
-    assert!(!world.source.as_ref().is_some_and(SourceEngine::can_cancel));
+    assert_eq!(cancelled(&mut world.source, world.now), None);
 }
 
 #[test]

@@ -17,7 +17,7 @@ mod state;
 use std::collections::VecDeque;
 
 use vfio_migration_types::Phase;
-use vfio_migration_wire::{HelloReply, Message};
+use vfio_migration_wire::Message;
 
 pub use self::state::DestinationEngine;
 use self::state::{DestinationCommit, DestinationRollback, FinalPass, IterationCounts, Reservation, State};
@@ -86,19 +86,9 @@ impl DestinationEngine {
         self.phase
     }
 
-    /// What the journal says, as far as it has been confirmed; `None` before RESERVED.
-    pub fn journal(&self) -> Option<DestinationState> {
-        self.journal
-    }
-
     /// Which attempt this is, once the source has said it: what the journal's record needs.
     pub fn attempt(&self) -> Option<Attempt> {
         self.attempt
-    }
-
-    /// Version and features in force, once selected.
-    pub fn negotiated(&self) -> Option<HelloReply> {
-        self.negotiated
     }
 
     fn on_peer(&mut self, message: Message, now: Time) {

@@ -3,8 +3,8 @@
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Running;
 
-use super::state::{SourceCommit, SourceEngine, State};
-use crate::api::{Failure, SourceAction, SourceOutcome, SourceSummary, Time};
+use super::state::{SourceEngine, State};
+use crate::api::{SourceAction, SourceOutcome, SourceSummary, Time};
 use crate::ownership::{SourceState, SourceStep};
 
 impl SourceEngine {
@@ -29,7 +29,7 @@ impl SourceEngine {
             return;
         };
         let summary = SourceSummary {
-            iterations: self.rounds.iteration(),
+            iterations: self.rounds.iteration,
             paused_at: self.pause.paused_at.unwrap_or_default(),
             ready_at: self.commit.ready_at.unwrap_or_default(),
             running_at: self.commit.running_at.unwrap_or_default(),
@@ -41,11 +41,5 @@ impl SourceEngine {
             phases: std::mem::take(&mut self.phases),
         };
         self.finish(SourceOutcome::Completed(summary));
-    }
-}
-
-impl SourceCommit {
-    pub(super) fn left_undone(&mut self, cause: Failure) {
-        self.left_undone.push(cause);
     }
 }

@@ -42,22 +42,6 @@ impl Rounds {
         }
     }
 
-    pub(super) fn iteration(&self) -> u32 {
-        self.iteration
-    }
-
-    pub(super) fn wire_bytes(&self) -> u64 {
-        self.wire_bytes
-    }
-
-    pub(super) fn waiting(&self) -> Option<WaitKind> {
-        self.waiting
-    }
-
-    pub(super) fn continued(&mut self) {
-        self.continued = true;
-    }
-
     /// Takes in the devices' progress. Devices that a session does not mention are as they were.
     pub(super) fn update_progress(&mut self, devices: &[DeviceProgress]) {
         for (known, seen) in self.progress.iter_mut().zip(devices) {
@@ -156,7 +140,7 @@ impl SourceEngine {
         if self.rounds.waiting != Some(WaitKind::Operator) {
             return;
         }
-        self.rounds.continued();
+        self.rounds.continued = true;
         if self.state == State::Waiting {
             self.decide(now);
         }

@@ -108,11 +108,6 @@ impl SourceEngine {
         self.phase
     }
 
-    /// What the journal says, as far as it has been confirmed.
-    pub fn journal(&self) -> SourceState {
-        self.journal
-    }
-
     /// Version and features in force, once the destination has answered.
     pub fn negotiated(&self) -> Option<HelloReply> {
         self.negotiated
@@ -122,13 +117,13 @@ impl SourceEngine {
     pub fn progress(&self, now: Time) -> EngineProgress {
         let (ram_left, device_left) = self.model.left();
         let waiting = match self.state {
-            State::Sending | State::Waiting => self.rounds.waiting(),
+            State::Sending | State::Waiting => self.rounds.waiting,
             _ => None,
         };
         EngineProgress {
             phase: self.phase,
-            iteration: self.rounds.iteration(),
-            wire_bytes: self.rounds.wire_bytes(),
+            iteration: self.rounds.iteration,
+            wire_bytes: self.rounds.wire_bytes,
             ram_left,
             device_left,
             bandwidth: self.model.bandwidth(),
@@ -243,11 +238,11 @@ impl SourceEngine {
             State::AwaitingRunning | State::AskingLater => {}
             State::JournalCommitting => self.commit_not_journaled(cause),
             State::JournalReleased => {
-                self.commit.left_undone(cause);
+                self.commit.left_undone.push(cause);
                 self.on_released();
             }
             State::CleaningUp => {
-                self.commit.left_undone(cause);
+                self.commit.left_undone.push(cause);
                 self.complete();
             }
             State::JournalDeclined => self.declined_not_journaled(&cause),

@@ -27,7 +27,7 @@ impl SourceEngine {
         let (wire, load, ram_dirty, devices_dirty) = self.model.rates();
         self.rehearsal.result = RehearsalResult {
             obstacle,
-            iterations: self.rounds.iteration(),
+            iterations: self.rounds.iteration,
             wire,
             load,
             ram_dirty,

@@ -229,7 +229,7 @@ impl SourceEngine {
     }
 
     /// Whether a [`SourceEvent::Cancel`] would still be obeyed. `false`: it is too late, or already under way.
-    pub fn can_cancel(&self) -> bool {
+    pub(super) fn can_cancel(&self) -> bool {
         !matches!(
             self.state,
             State::JournalCommitting
