@@ -135,7 +135,7 @@ impl SourceEngine {
         }
     }
 
-    /// A word given before it is waited for is not kept: it may have been meant for another wait.
+    /// Dropped if the operator is not waited for: it may have been meant for another wait.
     pub(super) fn on_continue(&mut self, now: Time) {
         if self.rounds.waiting != Some(WaitKind::Operator) {
             return;

@@ -228,7 +228,7 @@ impl SourceEngine {
         self.finish(SourceOutcome::Unresolved(why));
     }
 
-    /// Whether a [`SourceEvent::Cancel`] would still be obeyed. `false`: it is too late, or already under way.
+    /// Whether the attempt can still be given up. `false`: it is too late, or already under way.
     pub(super) fn can_cancel(&self) -> bool {
         !matches!(
             self.state,
