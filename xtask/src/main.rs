@@ -18,7 +18,7 @@ cargo xtask kernel-test --iommufd-mock [PART OF A NAME…]
                            pages; no part of the kernel ring
 cargo xtask soak [N]       run the demo N times in a row (20 when not given); every run must verify
 cargo xtask generate       write man pages, completions and schemas again
-cargo xtask rules          check the house rules alone (file length, floors, unsafe)
+cargo xtask rules          check the house rules alone (length and names of files, floors, circles, unsafe)
 
 Rings: rules, lint, test, kernel, docs
 A ring that this machine cannot run is skipped with a loud line; with CI set that is a failure.";

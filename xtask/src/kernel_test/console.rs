@@ -70,7 +70,7 @@ impl Report {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     const GOOD: &str = "\u{1b}[2JKTEST-PLAN one\r\nKTEST-PLAN two\r\nKTEST-OK one 12\r\n[ 1.2] noise\r\n\

@@ -89,7 +89,7 @@ fn linked(listed: &str) -> impl Iterator<Item = PathBuf> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

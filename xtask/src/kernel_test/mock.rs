@@ -159,7 +159,7 @@ fn left_out<'a>(wanted: &'a str, taken: &str) -> Vec<&'a str> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

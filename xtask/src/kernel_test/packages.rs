@@ -182,7 +182,7 @@ fn backports(cache: &Path) -> Result<Option<String>, String> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -57,7 +57,7 @@ fn both(source: Option<String>, destination: Option<String>) -> Option<String> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     const GOOD: &str = "KTEST-PLAN one\nKTEST-PLAN two\nKTEST-OK one 1\nKTEST-OK two 2\nKTEST-END 2\n";

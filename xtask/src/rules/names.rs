@@ -1,0 +1,86 @@
+//! A file of the four rooms where a migration runs is named by the phase that it holds.
+
+use std::collections::BTreeSet;
+
+use super::tree::{Tree, inside};
+
+/// The rooms: the source's and the destination's half of the engine and of the session.
+const ROOMS: [&str; 4] = [
+    "crates/engine/src/source",
+    "crates/engine/src/destination",
+    "crates/migration/src/source",
+    "crates/migration/src/destination",
+];
+
+/// The phases in their order and the way back. P5 is `final_pass`, since `final` is a keyword.
+const PHASES: [&str; 11] = [
+    "plan",
+    "hello",
+    "setup",
+    "iterate",
+    "quiesce",
+    "final_pass",
+    "ready",
+    "commit",
+    "run",
+    "clean",
+    "rollback",
+];
+
+/// Files that are no phase's, and why each is there. At most eight.
+const OTHER_FILES: [(&str, &str); 6] = [
+    ("mod", "the state of one side, and who handles what"),
+    ("session", "the loop that carries out the engine's actions, in every phase"),
+    ("worker", "the machine and its devices, which each phase works on"),
+    ("attempt", "what the threads of one attempt share"),
+    ("progress", "what observers are shown, in every phase"),
+    ("rehearsal", "where a session that is a rehearsal ends"),
+];
+
+const _: () = assert!(OTHER_FILES.len() <= 8, "a file of a room is named by its phase");
+
+/// Checks the names of the files and folders of every room.
+pub(crate) fn check(tree: &Tree, breaches: &mut Vec<String>) {
+    for room in ROOMS {
+        let names: BTreeSet<&str> = tree
+            .below(room)
+            .filter_map(|(path, _)| inside(path, room)?.split('/').next())
+            .map(|name| name.trim_end_matches(".rs"))
+            .collect();
+        for name in names {
+            let known = PHASES.contains(&name)
+                || OTHER_FILES.iter().any(|(other, _)| *other == name)
+                || name == "tests";
+            if !known {
+                breaches.push(format!("{room}/{name} is named by no phase, nor in xtask/src/rules/names.rs"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Tree, check};
+
+    fn breaches(path: &str) -> Vec<String> {
+        let mut breaches = Vec::new();
+        check(&Tree::of(&[(path, "")]), &mut breaches);
+        breaches
+    }
+
+    #[test]
+    fn phases_and_listed_files_stand_in_a_room() {
+        for name in ["final_pass.rs", "mod.rs", "ready/mod.rs", "tests/world.rs"] {
+            assert_eq!(breaches(&format!("crates/engine/src/source/{name}")), [""; 0], "{name}");
+        }
+        assert_eq!(breaches("crates/engine/src/limits.rs"), [""; 0]);
+    }
+
+    #[test]
+    fn a_planted_name_that_is_no_phase_s_is_reported() {
+        for name in ["judge.rs", "judge/mod.rs"] {
+            let expected = "crates/migration/src/destination/judge is named by no phase, nor in xtask/src/rules/names.rs";
+            assert_eq!(breaches(&format!("crates/migration/src/destination/{name}")), [expected]);
+        }
+    }
+}
