@@ -148,6 +148,14 @@ void engine_kick(struct migdev *dev)
 	wake_up_interruptible(&dev->wake);
 }
 
+/* When this returns the descriptor in hand is complete and nothing in the device changes. */
+void engine_quiesce(struct migdev *dev)
+{
+	mutex_lock(&dev->lock);
+	dev->mode = STOPPED;
+	mutex_unlock(&dev->lock);
+}
+
 int engine_start(struct migdev *dev)
 {
 	struct task_struct *task = kthread_run(engine_run, dev, "migdev");

@@ -14,7 +14,7 @@ static int migdev_open(struct vfio_device *vdev)
 	int ret;
 
 	mutex_lock(&dev->mig);
-	migrate_reset(dev);
+	session_reset(dev);
 	ret = engine_start(dev);
 	dev->open = !ret;
 	mutex_unlock(&dev->mig);
@@ -27,7 +27,7 @@ static void migdev_close(struct vfio_device *vdev)
 
 	engine_stop(dev);
 	mutex_lock(&dev->mig);
-	migrate_reset(dev);
+	session_reset(dev);
 	mutex_lock(&dev->lock);
 	interrupts_disconnect(dev);
 	mutex_unlock(&dev->lock);
@@ -82,7 +82,7 @@ static long migdev_ioctl(struct vfio_device *vdev, unsigned int cmd, unsigned lo
 		return interrupts_set(dev, arg);
 	case VFIO_DEVICE_RESET:
 		mutex_lock(&dev->mig);
-		migrate_reset(dev);
+		session_reset(dev);
 		mutex_unlock(&dev->mig);
 		return 0;
 	default:

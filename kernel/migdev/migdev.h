@@ -169,6 +169,7 @@ long interrupts_set(struct migdev *dev, unsigned long arg);
 int engine_start(struct migdev *dev);
 void engine_stop(struct migdev *dev);
 void engine_kick(struct migdev *dev);
+void engine_quiesce(struct migdev *dev);
 
 /* bulk.c */
 int bulk_resize(struct migdev *dev, u64 size);
@@ -185,9 +186,12 @@ void log_end(struct migdev *dev);
 
 /* migrate.c */
 extern const struct vfio_migration_ops migdev_mig_ops;
-void migrate_reset(struct migdev *dev);
-bool enodev_due(struct session *s, size_t *count);
+
+/* session.c */
 void session_put(struct session *s);
+void session_end(struct migdev *dev);
+void session_reset(struct migdev *dev);
+bool enodev_due(struct session *s, size_t *count);
 
 /* saving.c */
 extern const struct file_operations saving_fops;

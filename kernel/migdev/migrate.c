@@ -9,20 +9,6 @@
 
 #include "migdev.h"
 
-static void session_free(struct kref *kref)
-{
-	struct session *s = container_of(kref, struct session, kref);
-
-	bitmap_free(s->pages);
-	vfio_put_device(&s->dev->vdev);
-	kfree(s);
-}
-
-void session_put(struct session *s)
-{
-	kref_put(&s->kref, session_free);
-}
-
 static struct file *session_open(struct migdev *dev, bool saving)
 {
 	struct session *s = kzalloc(sizeof(*s), GFP_KERNEL);
@@ -53,28 +39,6 @@ static struct file *session_open(struct migdev *dev, bool saving)
 	return file;
 }
 
-/* Ends the session: its file answers ENODEV from now on. */
-static void session_end(struct migdev *dev)
-{
-	struct session *s = dev->session;
-
-	if (!s)
-		return;
-	mutex_lock(&dev->lock);
-	dev->session = NULL;
-	mutex_unlock(&dev->lock);
-	s->dead = true;
-	session_put(s);
-}
-
-/* When this returns the descriptor in hand is complete and nothing in the device changes. */
-static void stand_still(struct migdev *dev)
-{
-	mutex_lock(&dev->lock);
-	dev->mode = STOPPED;
-	mutex_unlock(&dev->lock);
-}
-
 static void start(struct migdev *dev, enum mode mode)
 {
 	unsigned int vector;
@@ -89,39 +53,6 @@ static void start(struct migdev *dev, enum mode mode)
 	}
 	mutex_unlock(&dev->lock);
 	engine_kick(dev);
-}
-
-/* The function's reset: RUNNING, nothing enabled, no session. Connected vectors and a log stay. */
-void migrate_reset(struct migdev *dev)
-{
-	stand_still(dev);
-	session_end(dev);
-	mutex_lock(&dev->lock);
-	front_reset(dev);
-	if (dev->foreign || dev->set[INTEGRITY] || dev->sweep < bulk_pages(dev))
-		bulk_renew(dev);
-	dev->foreign = false;
-	dev->mode = RUN;
-	mutex_unlock(&dev->lock);
-	engine_kick(dev);
-	WRITE_ONCE(dev->state, VFIO_DEVICE_STATE_RUNNING);
-}
-
-/* The fault enodev_after: once, after so many bytes, the session is gone as by a reset that the guest asked for. */
-bool enodev_due(struct session *s, size_t *count)
-{
-	struct migdev *dev = s->dev;
-	u64 after = dev->set[ENODEV_AFTER];
-
-	if (!after || dev->struck)
-		return false;
-	if (s->moved >= after) {
-		dev->struck = true;
-		migrate_reset(dev);
-		return true;
-	}
-	*count = min_t(u64, *count, after - s->moved);
-	return false;
 }
 
 static struct file *take_arc(struct migdev *dev, u32 from, u32 to)
@@ -150,11 +81,11 @@ static struct file *take_arc(struct migdev *dev, u32 from, u32 to)
 		return NULL;
 	case ARC(VFIO_DEVICE_STATE_RUNNING, VFIO_DEVICE_STATE_STOP):
 	case ARC(VFIO_DEVICE_STATE_RUNNING_P2P, VFIO_DEVICE_STATE_STOP):
-		stand_still(dev);
+		engine_quiesce(dev);
 		return NULL;
 	case ARC(VFIO_DEVICE_STATE_PRE_COPY, VFIO_DEVICE_STATE_STOP_COPY):
 	case ARC(VFIO_DEVICE_STATE_PRE_COPY_P2P, VFIO_DEVICE_STATE_STOP_COPY):
-		stand_still(dev);
+		engine_quiesce(dev);
 		dev->session->stopped = true;
 		return NULL;
 	case ARC(VFIO_DEVICE_STATE_STOP, VFIO_DEVICE_STATE_STOP_COPY):
@@ -201,7 +132,7 @@ static int scripted(struct migdev *dev)
 	if (arc == dev->set[FAIL_ARC])
 		return -(int)dev->set[FAIL_ERRNO];
 	if (arc == dev->set[ERROR_ARC]) {
-		stand_still(dev);
+		engine_quiesce(dev);
 		session_end(dev);
 		WRITE_ONCE(dev->state, VFIO_DEVICE_STATE_ERROR);
 		return -EIO;
