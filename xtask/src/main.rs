@@ -4,6 +4,7 @@
 mod kernel_test;
 mod rings;
 mod rules;
+mod run;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -58,10 +59,10 @@ fn main() -> ExitCode {
 }
 
 /// A ring that was asked for by itself has to run.
-fn ran(outcome: rings::Outcome) -> Result<(), String> {
+fn ran(outcome: run::Outcome) -> Result<(), String> {
     match outcome {
-        rings::Outcome::Skipped(why) => Err(format!("the kernel ring cannot run here: {why}")),
-        rings::Outcome::Passed(_) => Ok(()),
+        run::Outcome::Skipped(why) => Err(format!("the kernel ring cannot run here: {why}")),
+        run::Outcome::Passed(_) => Ok(()),
     }
 }
 

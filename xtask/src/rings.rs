@@ -4,21 +4,15 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{kernel_test, rules};
+use crate::kernel_test;
+use crate::rules;
+use crate::run::{BUILT, Outcome, cargo, finish};
 
 /// One ring.
 struct Ring {
     name: &'static str,
     what: &'static str,
     run: fn(&Path) -> Result<Outcome, String>,
-}
-
-/// How a ring that did not fail ended.
-pub(crate) enum Outcome {
-    /// It ran; this many tests passed, where tests are counted.
-    Passed(Option<u64>),
-    /// It could not run here, for this reason.
-    Skipped(String),
 }
 
 const RINGS: [Ring; 5] = [
@@ -36,10 +30,6 @@ const RINGS: [Ring; 5] = [
     },
     Ring { name: "docs", what: "documentation and its examples", run: docs },
 ];
-
-/// What the tests are built of, in the profile that README's reader runs. Every ring builds in this profile, and what it
-/// runs in this choice of packages: another would compile everything again.
-pub(crate) const BUILT: &[&str] = &["--release", "--workspace", "--lib", "--bins", "--tests"];
 
 /// Runs the wanted rings, all when none is named, and prints a table.
 pub(crate) fn run(top: &Path, wanted: &[&str]) -> Result<(), String> {
@@ -151,32 +141,6 @@ fn quiet(command: &mut Command) -> bool {
 
 fn kvm_answers() -> bool {
     std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
-}
-
-/// Runs cargo, output shown as it comes and returned.
-pub(crate) fn cargo(top: &Path, arguments: &[&str]) -> Result<String, String> {
-    let mut command = Command::new(env!("CARGO"));
-    command.current_dir(top).args(arguments);
-    finish(command, &format!("cargo {}", arguments.join(" ")))
-}
-
-fn finish(mut command: Command, what: &str) -> Result<String, String> {
-    use std::io::{BufRead, BufReader};
-    let mut child = command
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .map_err(|error| format!("cannot start {what}: {error}"))?;
-    let mut text = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            println!("{line}");
-            text.push_str(&line);
-            text.push('\n');
-        }
-    }
-    let status = child.wait().map_err(|error| format!("{what}: {error}"))?;
-    if status.success() { Ok(text) } else { Err(format!("{what}: {status}")) }
 }
 
 /// Sums cargo's `test result: ok. N passed` lines.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::{command, failed, text};
-use crate::rings;
+use crate::run::{BUILT, cargo};
 
 /// The programs that go into the image, and under which names.
 const PROGRAMS: [(&str, &str); 2] =
@@ -14,7 +14,7 @@ const PROGRAMS: [(&str, &str); 2] =
 pub(super) fn programs(top: &Path) -> Result<PathBuf, String> {
     // All that the ring of tests builds: a choice of packages may choose features of what they use, too, and then much would
     // be compiled for this ring alone.
-    rings::cargo(top, &[&["build", "--quiet"], rings::BUILT].concat())?;
+    cargo(top, &[&["build", "--quiet"], BUILT].concat())?;
     Ok(top.join("target/release"))
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::packages::Packages;
 use super::{boot, command, failed, finish, heard, image, packages, step, text, words};
-use crate::rings::Outcome;
+use crate::run::Outcome;
 
 /// What the machine has. Everything is in the kernel: there are no modules.
 const HAS: &str = "mtty,cdev,iommufd-mock";

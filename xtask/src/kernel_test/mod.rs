@@ -16,7 +16,7 @@ use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use crate::rings::Outcome;
+use crate::run::Outcome;
 
 pub(crate) use self::mock::run as run_mock;
 
