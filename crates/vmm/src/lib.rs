@@ -15,6 +15,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod pci;
+pub mod section;
 pub mod serial;
 pub mod software;
 

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::bus::COM1;
 use crate::error::VmmError;
-use crate::kvm::section::{Reader, Section};
+use crate::section::{Reader, Section};
 
 /// Name of the section that carries the registers.
 pub const SECTION: &str = "platform.serial";

@@ -6,8 +6,8 @@ use kvm_bindings::{
 };
 
 use super::KvmVm;
-use super::section::{Reader, Section, Writer};
 use crate::error::VmmError;
+use crate::section::{Reader, Section, Writer};
 
 pub(super) const IRQCHIP: (&str, u32) = ("kvm.irqchip", 1);
 pub(super) const PIT: (&str, u32) = ("kvm.pit", 1);

@@ -12,7 +12,6 @@ mod irq;
 mod kick;
 mod memory;
 mod run;
-pub mod section;
 mod state;
 mod vcpu;
 mod vfio;

@@ -13,9 +13,9 @@
 
 use std::collections::BTreeMap;
 
-use super::section::Section;
 use super::{KvmVm, chips, lock, vcpu};
 use crate::error::VmmError;
+use crate::section::Section;
 
 /// Names and versions of the sections of a machine with `vcpus` vCPUs, for its manifest.
 pub fn section_versions(vcpus: usize) -> BTreeMap<String, u32> {

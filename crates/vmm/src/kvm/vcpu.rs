@@ -19,8 +19,8 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use zerocopy::IntoBytes;
 
 use super::features;
-use super::section::{Reader, Section, Writer};
 use crate::error::VmmError;
+use crate::section::{Reader, Section, Writer};
 
 /// Layout of a vCPU's section.
 pub(super) const SECTION_VERSION: u32 = 1;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_memory::GuestRam;
 
-use super::kvm_ties::KvmTies;
+use super::kvm_backend::KvmTies;
 use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};

@@ -6,7 +6,7 @@
 
 mod build;
 mod config;
-mod kvm_ties;
+mod kvm_backend;
 mod open;
 mod processor;
 mod sections;

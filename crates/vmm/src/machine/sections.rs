@@ -6,7 +6,7 @@ use vfio_migration::Section;
 
 use super::ReferenceMachine;
 use crate::error::VmmError;
-use crate::kvm::section::{Reader, Section as State, Writer};
+use crate::section::{Reader, Section as State, Writer};
 
 /// The bus's own registers: the address register of config mechanism 1.
 const BUS: (&str, u32) = ("bus", 1);

@@ -178,7 +178,7 @@ impl AddressMap {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::pci::testing::{sample_config, windows};
+    use crate::pci::tests::fakes::{sample_config, windows};
 
     fn bars() -> Vec<Bar> {
         Bar::discover(&sample_config(), |index| match index {

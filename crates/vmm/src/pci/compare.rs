@@ -123,7 +123,7 @@ mod test {
     use vfio_migration_device::ConfigRule;
 
     use super::*;
-    use crate::pci::testing::sample_config;
+    use crate::pci::tests::fakes::sample_config;
 
     fn check(change: impl FnOnce(&mut Vec<u8>), rules: &[ConfigRule]) -> Result<(), PciError> {
         let own = ConfigSpace::new(sample_config());

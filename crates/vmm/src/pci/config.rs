@@ -213,7 +213,7 @@ impl ConfigSpace {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::pci::testing::sample_config;
+    use crate::pci::tests::fakes::sample_config;
 
     #[test]
     fn the_capability_list_is_walked_and_loops_end() {

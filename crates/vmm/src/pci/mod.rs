@@ -25,11 +25,7 @@ mod placing;
 mod registers;
 mod router;
 #[cfg(test)]
-pub(crate) mod testing;
-#[cfg(test)]
-mod tests;
-#[cfg(test)]
-mod tests_pin_msi;
+pub(crate) mod tests;
 mod vectors;
 mod vfio;
 

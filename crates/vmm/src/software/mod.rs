@@ -8,12 +8,12 @@
 //! What it does not do: it runs no machine code, so it proves the migration of memory, devices and interrupts, and
 //! nothing of vCPU state. It leaves a serial card alone, and reports no bytes of one.
 
+mod backend;
 mod cpu;
 mod driver;
 mod program;
 #[cfg(test)]
 mod tests;
-mod ties;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,12 +24,12 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_memory::{DirtySource, GuestRam, WriteLog};
 
-pub use ties::SoftwareTies;
+pub use backend::SoftwareTies;
 
 use crate::bus::IoBus;
 use crate::error::VmmError;
 use crate::guest::BootInfo;
-use crate::kvm::section::{Reader, Section, Writer};
+use crate::section::{Reader, Section, Writer};
 use cpu::Cpu;
 use program::{Pc, Program};
 

@@ -15,7 +15,7 @@ use super::*;
 use crate::bus::PlatformBus;
 use crate::guest::{Areas, Report, Stage, map};
 use crate::layout;
-use crate::pci::testing::FakeHardware;
+use crate::pci::tests::fakes::FakeHardware;
 use crate::pci::{PciBus, PciHost, Router, VfioPciFunction, Windows};
 
 const MEMORY: u64 = 16 << 20;

@@ -9,10 +9,10 @@ use vfio_migration_device::{
 };
 use vfio_migration_types::{Gpa, Range};
 
-use super::testing::{FakeHardware, FakeIrq, FakeMapper, fake_host, mailbox};
-use super::*;
+use super::fakes::{FakeHardware, FakeIrq, FakeMapper, fake_host, mailbox};
 use crate::bus::IoBus;
 use crate::layout;
+use crate::pci::*;
 
 const LOW: u64 = 0xc000_0000;
 const HIGH: u64 = 1 << 38;

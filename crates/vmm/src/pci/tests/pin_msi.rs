@@ -5,10 +5,10 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vfio_migration_device::{IrqIndex, MsiMessage, PciError, PciFunction, PciState, RegionInfo};
 
-use super::VfioPciFunction;
-use super::testing::{FakeHardware, fake_host, mailbox};
-use super::tests::{Machine, message};
+use super::fakes::{FakeHardware, fake_host, mailbox};
+use super::functions::{Machine, message};
 use crate::bus::IoBus;
+use crate::pci::VfioPciFunction;
 
 /// The IOAPIC pin of slot 1.
 const LINE: u32 = 17;

@@ -15,7 +15,7 @@ use vfio_migration_device::{
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
 
-use super::{BarDoorbell, BarMapper, Event, IrqBackend, PciHost, RouteTable, Router, Windows};
+use crate::pci::{BarDoorbell, BarMapper, Event, IrqBackend, PciHost, RouteTable, Router, Windows};
 
 const BAR0_SIZE: u64 = 0x4000;
 const BAR2_SIZE: u64 = 0x10_0000;
