@@ -13,7 +13,7 @@ use crate::dma::DmaTarget;
 use crate::engine;
 use crate::error::{SimError, invalid};
 use crate::fault::Fault;
-use crate::migrate::Migration;
+use crate::migration::SampleMigration;
 use crate::options::Options;
 use crate::pci::{self, BAR2_SIZE, CONFIG_SIZE, ConfigSpace, region};
 use crate::regs::{Effect, Facts, Registers, VECTORS, offset};
@@ -24,7 +24,7 @@ use crate::shared::{Mode, Shared, drain, lock, signal};
 /// It works on threads of its own, which end when it is dropped. Every method may be called from any thread.
 pub struct SampleDevice {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) migration: Mutex<Migration>,
+    pub(crate) migration: Mutex<SampleMigration>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -235,7 +235,7 @@ impl SampleDevice {
         self.reset_with(&mut lock(&self.migration))
     }
 
-    pub(crate) fn reset_with(&self, migration: &mut Migration) -> Result<(), SimError> {
+    pub(crate) fn reset_with(&self, migration: &mut SampleMigration) -> Result<(), SimError> {
         let shared = &self.shared;
         shared.order(Some(Mode::Stopped));
         let foreign = migration.forget();

@@ -19,6 +19,7 @@ mod engine;
 mod error;
 mod fault;
 mod migrate;
+mod migration;
 mod options;
 pub mod pci;
 pub mod regs;

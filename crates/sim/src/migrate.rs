@@ -10,6 +10,7 @@ use crate::bulk::PAGE;
 use crate::device::SampleDevice;
 use crate::error::{SimError, invalid};
 use crate::fault::{Fault, Which};
+use crate::migration::{Resuming, SampleMigration, SampleSession, no_session, strikes};
 use crate::options::Options;
 use crate::pci::BAR2_SIZE;
 use crate::regs::{Registers, VECTORS};
@@ -26,47 +27,6 @@ pub enum Read {
     NothingNow,
     /// The end of the STOP_COPY data.
     End,
-}
-
-/// The open session, and what the scripted faults have done so far.
-#[derive(Debug, Default)]
-pub(crate) struct Migration {
-    session: Session,
-    /// Arcs taken or tried.
-    arcs: u64,
-    /// How often each fault, by its place in the script, has struck.
-    struck: Vec<u32>,
-    /// Bytes read or written in the session.
-    moved: u64,
-    /// The bulk state is partly of another device.
-    foreign: bool,
-}
-
-#[derive(Debug, Default)]
-enum Session {
-    #[default]
-    None,
-    Saving(Box<Saving>),
-    Resuming(Box<Resuming>),
-    /// Ended under its user, as by a reset that the guest asked for.
-    Lost,
-}
-
-#[derive(Debug)]
-struct Resuming {
-    parser: Parser,
-    /// Pages of the bulk state that came.
-    came: Bitmap,
-    registers: Option<(Registers, u64)>,
-}
-
-impl Migration {
-    /// Drops the session. Returns whether the bulk state has to be made anew.
-    pub(crate) fn forget(&mut self) -> bool {
-        self.session = Session::None;
-        self.moved = 0;
-        std::mem::take(&mut self.foreign)
-    }
 }
 
 impl SampleDevice {
@@ -104,11 +64,11 @@ impl SampleDevice {
     /// EINVAL in a state that is not saving; ENODEV when the session was lost.
     pub fn read_data(&self, into: &mut [u8]) -> Result<Read, SimError> {
         let mut migration = lock(&self.migration);
-        let Migration { session: Session::Saving(_), .. } = &*migration else {
+        let SampleMigration { session: SampleSession::Saving(_), .. } = &*migration else {
             return Err(no_session(&migration, "no saving session is open"));
         };
         let allowed = self.fault_limit(&mut migration, into.len())?;
-        let Session::Saving(saving) = &mut migration.session else {
+        let SampleSession::Saving(saving) = &mut migration.session else {
             return Err(invalid("no saving session is open"));
         };
         let count = saving.read(&mut lock(&self.shared.bulk), into.get_mut(..allowed).unwrap_or_default());
@@ -129,11 +89,11 @@ impl SampleDevice {
     /// ENODEV when the session was lost.
     pub fn write_data(&self, from: &[u8]) -> Result<(), SimError> {
         let mut migration = lock(&self.migration);
-        let Migration { session: Session::Resuming(_), .. } = &*migration else {
+        let SampleMigration { session: SampleSession::Resuming(_), .. } = &*migration else {
             return Err(no_session(&migration, "no resuming session is open"));
         };
         self.fault_limit(&mut migration, usize::MAX)?;
-        let Session::Resuming(resuming) = &mut migration.session else {
+        let SampleSession::Resuming(resuming) = &mut migration.session else {
             return Err(invalid("no resuming session is open"));
         };
         let Resuming { parser, came, registers } = &mut **resuming;
@@ -149,7 +109,9 @@ impl SampleDevice {
     pub fn progress(&self) -> Result<Progress, SimError> {
         let mut migration = lock(&self.migration);
         match &mut migration.session {
-            Session::Saving(saving) if !saving.stopped() => Ok(saving.progress(&mut lock(&self.shared.bulk))),
+            SampleSession::Saving(saving) if !saving.stopped() => {
+                Ok(saving.progress(&mut lock(&self.shared.bulk)))
+            }
             _ => Err(no_session(&migration, "no pre-copy is under way")),
         }
     }
@@ -161,7 +123,7 @@ impl SampleDevice {
         let mailbox_pages = mailbox.chunks(PAGE).filter(|page| used(page)).count() as u64;
         let migration = lock(&self.migration);
         let size = match &migration.session {
-            Session::Saving(saving) => saving.left(&lock(&self.shared.bulk), mailbox_pages),
+            SampleSession::Saving(saving) => saving.left(&lock(&self.shared.bulk), mailbox_pages),
             _ => saving::whole(self.options().state_size, mailbox_pages),
         };
         let percent = self.options().fault(|fault| match fault {
@@ -173,7 +135,7 @@ impl SampleDevice {
 
     fn take_arc(
         &self,
-        migration: &mut Migration,
+        migration: &mut SampleMigration,
         from: MigrationState,
         to: MigrationState,
     ) -> Result<(), SimError> {
@@ -230,40 +192,40 @@ impl SampleDevice {
         self.shared.order(Some(mode));
     }
 
-    fn open_saving(&self, migration: &mut Migration) {
+    fn open_saving(&self, migration: &mut SampleMigration) {
         let corrupt = self.options().faults.contains(&Fault::CorruptTail);
         let Options { version, state_size, model, .. } = self.options();
         let header = Header { version: *version, state_size: *state_size, model: model_hash(model) };
         let saving = Saving::open(&mut lock(&self.shared.bulk), header, corrupt);
-        migration.session = Session::Saving(Box::new(saving));
+        migration.session = SampleSession::Saving(Box::new(saving));
         migration.moved = 0;
     }
 
-    fn enter_stop_copy(&self, migration: &mut Migration) -> Result<(), SimError> {
+    fn enter_stop_copy(&self, migration: &mut SampleMigration) -> Result<(), SimError> {
         let mailbox = self.shared.mailbox.copy()?;
         let registers = lock(&self.shared.front).registers.clone();
         let mut bulk = lock(&self.shared.bulk);
         let registers = registers.encode(bulk.integrity);
         match &mut migration.session {
-            Session::Saving(saving) => saving.stop(&mut bulk, mailbox, registers),
+            SampleSession::Saving(saving) => saving.stop(&mut bulk, mailbox, registers),
             _ => return Err(SimError::new(Errno::NODEV, "the saving session was lost")),
         }
         Ok(())
     }
 
-    fn close_session(&self, migration: &mut Migration) {
+    fn close_session(&self, migration: &mut SampleMigration) {
         Saving::close(&mut lock(&self.shared.bulk));
-        migration.session = Session::None;
+        migration.session = SampleSession::None;
     }
 
-    fn open_resuming(&self, migration: &mut Migration) -> Result<(), SimError> {
+    fn open_resuming(&self, migration: &mut SampleMigration) -> Result<(), SimError> {
         self.shared.mailbox.clear()?;
         let resuming = Resuming {
             parser: Parser::default(),
             came: Bitmap::new(self.options().state_size, Granule::PAGE),
             registers: None,
         };
-        migration.session = Session::Resuming(Box::new(resuming));
+        migration.session = SampleSession::Resuming(Box::new(resuming));
         migration.moved = 0;
         migration.foreign = true;
         Ok(())
@@ -319,8 +281,8 @@ impl SampleDevice {
         Ok(())
     }
 
-    fn finish_resuming(&self, migration: &mut Migration) -> Result<(), SimError> {
-        let Session::Resuming(resuming) = &mut migration.session else {
+    fn finish_resuming(&self, migration: &mut SampleMigration) -> Result<(), SimError> {
+        let SampleSession::Resuming(resuming) = &mut migration.session else {
             return Err(SimError::new(Errno::NODEV, "the resuming session was lost"));
         };
         if !resuming.parser.ended() {
@@ -333,7 +295,7 @@ impl SampleDevice {
         let mut bulk = lock(&self.shared.bulk);
         bulk.integrity = integrity;
         bulk.sweep = (bulk.pages() > 0).then_some(0);
-        migration.session = Session::None;
+        migration.session = SampleSession::None;
         migration.foreign = false;
         Ok(())
     }
@@ -341,7 +303,7 @@ impl SampleDevice {
     /// Lets the faults strike that are about the arc `from` → `to`.
     fn scripted(
         &self,
-        migration: &mut Migration,
+        migration: &mut SampleMigration,
         from: MigrationState,
         to: MigrationState,
     ) -> Result<(), SimError> {
@@ -360,7 +322,7 @@ impl SampleDevice {
                 }
                 Fault::ErrorArc(which) if is(which) => {
                     self.halt();
-                    migration.session = Session::Lost;
+                    migration.session = SampleSession::Lost;
                     Saving::close(&mut lock(&self.shared.bulk));
                     self.shared.set_state(MigrationState::Error);
                     return Err(SimError::new(Errno::IO, format!("scripted: {from} to {to} ends in ERROR")));
@@ -403,7 +365,7 @@ impl SampleDevice {
     }
 
     /// How many of `wanted` bytes the faults let through in the open session.
-    fn fault_limit(&self, migration: &mut Migration, wanted: usize) -> Result<usize, SimError> {
+    fn fault_limit(&self, migration: &mut SampleMigration, wanted: usize) -> Result<usize, SimError> {
         let mut allowed = wanted;
         let faults = &self.options().faults;
         for (n, fault) in faults.iter().enumerate() {
@@ -411,7 +373,7 @@ impl SampleDevice {
                 |after: u64| usize::try_from(after.saturating_sub(migration.moved)).unwrap_or(usize::MAX);
             match fault {
                 Fault::ShortRead(most) => allowed = allowed.min(*most),
-                Fault::DieInRead(after) if matches!(migration.session, Session::Saving(_)) => {
+                Fault::DieInRead(after) if matches!(migration.session, SampleSession::Saving(_)) => {
                     if left(*after) == 0 {
                         return Err(SimError::death("scripted: the device dies in a read"));
                     }
@@ -423,7 +385,7 @@ impl SampleDevice {
                     if left(*after) == 0 {
                         strikes(&mut migration.struck, n, 1);
                         self.reset_with(migration)?;
-                        migration.session = Session::Lost;
+                        migration.session = SampleSession::Lost;
                         return Err(SimError::new(Errno::NODEV, "scripted: the session is gone"));
                     }
                     allowed = allowed.min(left(*after));
@@ -432,24 +394,5 @@ impl SampleDevice {
             }
         }
         Ok(allowed)
-    }
-}
-
-/// Counts a strike of fault `n`, as long as it has struck less than `times`. Returns whether it strikes.
-fn strikes(struck: &mut Vec<u32>, n: usize, times: u32) -> bool {
-    if struck.len() <= n {
-        struck.resize(n + 1, 0);
-    }
-    struck.get_mut(n).is_some_and(|struck| {
-        let strikes = *struck < times;
-        *struck += u32::from(strikes);
-        strikes
-    })
-}
-
-fn no_session(migration: &Migration, what: &'static str) -> SimError {
-    match migration.session {
-        Session::Lost => SimError::new(Errno::NODEV, "the session was lost"),
-        _ => invalid(what),
     }
 }

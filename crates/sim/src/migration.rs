@@ -1,0 +1,72 @@
+//! The session of the device's migration, and what the scripted faults have done so far.
+
+use rustix::io::Errno;
+use vfio_migration_types::Bitmap;
+
+use crate::error::{SimError, invalid};
+use crate::regs::Registers;
+use crate::saving::Saving;
+use crate::stream::Parser;
+
+/// The open session, and what the scripted faults have done so far.
+#[derive(Debug, Default)]
+pub(crate) struct SampleMigration {
+    pub(crate) session: SampleSession,
+    /// Arcs taken or tried.
+    pub(crate) arcs: u64,
+    /// How often each fault, by its place in the script, has struck.
+    pub(crate) struck: Vec<u32>,
+    /// Bytes read or written in the session.
+    pub(crate) moved: u64,
+    /// The bulk state is partly of another device.
+    pub(crate) foreign: bool,
+}
+
+/// The data session that is open.
+#[derive(Debug, Default)]
+pub(crate) enum SampleSession {
+    #[default]
+    None,
+    Saving(Box<Saving>),
+    Resuming(Box<Resuming>),
+    /// Ended under its user, as by a reset that the guest asked for.
+    Lost,
+}
+
+/// What has come of the state in a resuming session.
+#[derive(Debug)]
+pub(crate) struct Resuming {
+    pub(crate) parser: Parser,
+    /// Pages of the bulk state that came.
+    pub(crate) came: Bitmap,
+    pub(crate) registers: Option<(Registers, u64)>,
+}
+
+impl SampleMigration {
+    /// Drops the session. Returns whether the bulk state has to be made anew.
+    pub(crate) fn forget(&mut self) -> bool {
+        self.session = SampleSession::None;
+        self.moved = 0;
+        std::mem::take(&mut self.foreign)
+    }
+}
+
+/// Counts a strike of fault `n`, as long as it has struck less than `times`. Returns whether it strikes.
+pub(crate) fn strikes(struck: &mut Vec<u32>, n: usize, times: u32) -> bool {
+    if struck.len() <= n {
+        struck.resize(n + 1, 0);
+    }
+    struck.get_mut(n).is_some_and(|struck| {
+        let strikes = *struck < times;
+        *struck += u32::from(strikes);
+        strikes
+    })
+}
+
+/// The error of a call that needs a session.
+pub(crate) fn no_session(migration: &SampleMigration, what: &'static str) -> SimError {
+    match migration.session {
+        SampleSession::Lost => SimError::new(Errno::NODEV, "the session was lost"),
+        _ => invalid(what),
+    }
+}
