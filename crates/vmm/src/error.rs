@@ -1,9 +1,9 @@
 //! What can fail in the reference VMM.
 
+use std::fmt;
+
 use vfio_migration_memory::MemoryError;
 use vmm_sys_util::errno;
-
-use crate::kvm::StopReason;
 
 /// An error of the reference VMM.
 #[derive(Debug, thiserror::Error)]
@@ -70,5 +70,54 @@ impl VmmError {
 
     pub(crate) fn section(section: &str, reason: impl Into<String>) -> Self {
         Self::Section { section: section.to_owned(), reason: reason.into() }
+    }
+}
+
+/// Why a machine stopped by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// The guest faulted thrice, or asked for a shutdown.
+    Shutdown {
+        /// Which vCPU.
+        vcpu: usize,
+        /// Its instruction pointer, when it could be read.
+        rip: Option<u64>,
+    },
+    /// KVM gave the vCPU up.
+    InternalError {
+        /// Which vCPU.
+        vcpu: usize,
+        /// KVM's suberror (`KVM_INTERNAL_ERROR_*`), and the instruction pointer when it could be read.
+        suberror: u32,
+        /// Its instruction pointer, when it could be read.
+        rip: Option<u64>,
+    },
+    /// KVM came back with something that this machine does not know.
+    Unknown {
+        /// Which vCPU.
+        vcpu: usize,
+        /// What it was.
+        exit: String,
+    },
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = |f: &mut fmt::Formatter<'_>, rip: &Option<u64>| match rip {
+            Some(rip) => write!(f, " at {rip:#x}"),
+            None => Ok(()),
+        };
+        match self {
+            Self::Shutdown { vcpu, rip } => {
+                write!(f, "vCPU {vcpu} faulted thrice or shut down")?;
+                at(f, rip)
+            }
+            Self::InternalError { vcpu, suberror, rip } => {
+                write!(f, "KVM gave vCPU {vcpu} up with internal error {suberror}")?;
+                at(f, rip)
+            }
+            Self::Unknown { vcpu, exit } => write!(f, "vCPU {vcpu} came out of KVM with {exit}"),
+        }
     }
 }

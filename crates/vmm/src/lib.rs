@@ -1,7 +1,7 @@
 //! The reference VMM: a small machine on KVM that proves the migration engine and shows a VMM author how to embed it.
 //!
 //! - [`kvm`]: vCPUs, memory slots, interrupts, dirty log, machine state — the hypervisor's side.
-//! - [`bus`], [`serial`], [`clock`], [`layout`]: the machine around the vCPUs.
+//! - [`bus`], [`platform`], [`serial`], [`clock`], [`layout`]: the machine around the vCPUs.
 //! - [`pci`]: the PCI bus, VFIO functions on it, MSI-X.
 //! - [`guest`]: the bare-metal program that runs inside and checks that nothing is lost.
 //! - [`software`]: the same program for hosts without KVM.
@@ -15,8 +15,9 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod pci;
+pub mod platform;
 pub mod section;
 pub mod serial;
 pub mod software;
 
-pub use error::VmmError;
+pub use error::{StopReason, VmmError};

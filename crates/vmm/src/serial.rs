@@ -2,10 +2,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::bus::COM1;
 use crate::error::VmmError;
 use crate::section::{Reader, Section};
 
+/// First port of the first serial line.
+pub const COM1: u16 = 0x3F8;
 /// Name of the section that carries the registers.
 pub const SECTION: &str = "platform.serial";
 /// Its layout: the eight bytes of `Registers`.

@@ -7,56 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::error::VmmError;
-
-/// Why a machine stopped by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum StopReason {
-    /// The guest faulted thrice, or asked for a shutdown.
-    Shutdown {
-        /// Which vCPU.
-        vcpu: usize,
-        /// Its instruction pointer, when it could be read.
-        rip: Option<u64>,
-    },
-    /// KVM gave the vCPU up.
-    InternalError {
-        /// Which vCPU.
-        vcpu: usize,
-        /// KVM's suberror (`KVM_INTERNAL_ERROR_*`), and the instruction pointer when it could be read.
-        suberror: u32,
-        /// Its instruction pointer, when it could be read.
-        rip: Option<u64>,
-    },
-    /// KVM came back with something that this machine does not know.
-    Unknown {
-        /// Which vCPU.
-        vcpu: usize,
-        /// What it was.
-        exit: String,
-    },
-}
-
-impl fmt::Display for StopReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let at = |f: &mut fmt::Formatter<'_>, rip: &Option<u64>| match rip {
-            Some(rip) => write!(f, " at {rip:#x}"),
-            None => Ok(()),
-        };
-        match self {
-            Self::Shutdown { vcpu, rip } => {
-                write!(f, "vCPU {vcpu} faulted thrice or shut down")?;
-                at(f, rip)
-            }
-            Self::InternalError { vcpu, suberror, rip } => {
-                write!(f, "KVM gave vCPU {vcpu} up with internal error {suberror}")?;
-                at(f, rip)
-            }
-            Self::Unknown { vcpu, exit } => write!(f, "vCPU {vcpu} came out of KVM with {exit}"),
-        }
-    }
-}
+use crate::error::{StopReason, VmmError};
 
 /// What a vCPU thread is to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -27,13 +27,12 @@ use vfio_migration_memory::GuestRam;
 
 pub use dirty::KvmDirtyLog;
 pub use features::{check_features, cpu_features, offered_features};
-pub use gate::StopReason;
 pub use irq::{GsiRoute, PINS};
 pub use memory::SlotId;
 pub use state::section_versions;
 
 use crate::bus::IoBus;
-use crate::error::VmmError;
+use crate::error::{StopReason, VmmError};
 use crate::layout;
 use gate::Gate;
 use irq::GsiAllocator;

@@ -7,11 +7,11 @@ use kvm_ioctls::VcpuExit;
 use rustix::io::Errno;
 use vfio_migration_types::Gpa;
 
-use super::gate::{Gate, Order, StopReason};
+use super::gate::{Gate, Order};
 use super::vcpu::Vcpu;
 use super::{kick, lock};
 use crate::bus::IoBus;
-use crate::error::VmmError;
+use crate::error::{StopReason, VmmError};
 
 /// Makes the thread of vCPU `index`. It runs the guest whenever the gate is open and ends when told to quit.
 pub(super) fn spawn(

@@ -7,7 +7,7 @@
 //! | TSC | goes on from the value it had when it was saved: the gap is not counted |
 //! | kvmclock | the same |
 //! | local APIC timer, PIT | keep what was left of their period |
-//! | host-monotonic ports ([`crate::bus::CLOCK_LOW`]) | the host's `CLOCK_MONOTONIC`: the gap is visible in full on one host |
+//! | host-monotonic ports ([`crate::platform::CLOCK_LOW`]) | the host's `CLOCK_MONOTONIC`: the gap is visible in full on one host |
 //!
 //! A machine that is paused and resumed in place was never saved: its TSC and kvmclock counted on meanwhile.
 

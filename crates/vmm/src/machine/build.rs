@@ -9,7 +9,7 @@ use super::kvm_backend::KvmTies;
 use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
-use crate::bus::{IoBus, PlatformBus};
+use crate::bus::IoBus;
 use crate::error::VmmError;
 use crate::guest::{BootInfo, SAMPLE_DEVICE};
 use crate::kvm::KvmVm;
@@ -17,6 +17,7 @@ use crate::layout;
 use crate::pci::{
     BarMapper, IrqBackend, PciBus, PciHost, RouteTable, Router, VfioPciFunction, Windows, map_guest_ram,
 };
+use crate::platform::PlatformBus;
 use crate::software::SoftwareVm;
 
 impl ReferenceMachine {

@@ -25,10 +25,10 @@ pub use config::{Accelerator, DeviceConfig, DeviceConfigError, DevicePath, Machi
 pub use open::open_alone;
 pub use processor::kvm_answers;
 
-use crate::bus::PlatformBus;
 use crate::error::VmmError;
 use crate::guest::Report;
 use crate::pci::{PciBus, PciHost, VfioPciFunction};
+use crate::platform::PlatformBus;
 use open::Link;
 use processor::Processor;
 
@@ -319,7 +319,8 @@ fn failed<E: std::error::Error + Send + Sync + 'static>(
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::bus::{FAILURE, IoBus};
+    use crate::bus::IoBus;
+    use crate::platform::FAILURE;
 
     fn machine() -> Arc<ReferenceMachine> {
         let config = MachineConfig {

@@ -5,9 +5,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use vfio_migration_types::Gpa;
 
-use super::bars::{AddressMap, Bar, Hit};
-use super::peers::Peers;
-use super::{BarGate, BarMapper, IrqBackend, Router, VfioPciFunction, Windows};
+use super::bars::{Bar, Hit, Windows};
+use super::host::PciHost;
+use super::vfio::VfioPciFunction;
 use crate::bus::{IoBus, unclaimed};
 use crate::layout;
 
@@ -18,43 +18,6 @@ const CONFIG_ENABLE: u32 = 0x8000_0000;
 
 /// Config space of the host bridge at 00:00.0: vendor and device of our own, class 06 00 00.
 const HOST_BRIDGE: [u8; 16] = [0x46, 0x56, 0x42, 0x48, 0, 0, 0, 0, 0, 0, 0x00, 0x06, 0, 0, 0, 0];
-
-/// What all functions of a machine share: the way to the guest.
-#[derive(Debug)]
-pub struct PciHost {
-    pub(super) irq: Arc<dyn IrqBackend>,
-    pub(super) mapper: Arc<dyn BarMapper>,
-    pub(super) router: Arc<Router>,
-    pub(super) gate: Arc<BarGate>,
-    pub(super) windows: Windows,
-    pub(super) addresses: AddressMap,
-    pub(super) ports: AddressMap,
-    pub(super) peers: Peers,
-}
-
-impl PciHost {
-    /// A host whose BARs lie in `windows`.
-    pub fn new(
-        irq: Arc<dyn IrqBackend>,
-        mapper: Arc<dyn BarMapper>,
-        router: Arc<Router>,
-        windows: Windows,
-    ) -> Arc<Self> {
-        let (gate, peers) = (Arc::default(), Peers::default());
-        let (addresses, ports) = (AddressMap::default(), AddressMap::default());
-        Arc::new(Self { irq, mapper, router, gate, windows, addresses, ports, peers })
-    }
-
-    /// The gate between the guest and its devices.
-    pub fn gate(&self) -> &Arc<BarGate> {
-        &self.gate
-    }
-
-    /// The interrupt routes of all functions.
-    pub fn router(&self) -> &Arc<Router> {
-        &self.router
-    }
-}
 
 /// BARs found no place.
 #[derive(Debug, thiserror::Error)]

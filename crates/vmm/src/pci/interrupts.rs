@@ -4,15 +4,13 @@ use std::sync::Arc;
 
 use vfio_migration_device::{IrqIndex, IrqRouter, PciHardware, PciState, VectorState};
 
-use super::Router;
-use super::config::{ConfigSpace, MsixLayout};
+use super::config::{ConfigSpace, MsiLayout, MsixLayout};
 use super::intx::{Intx, Wanted};
-use super::msi::MsiLayout;
 use super::registers::{
     COMMAND, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_PIN, MSIX_CONTROL,
     MSIX_ENABLE, MSIX_MASK_ALL,
 };
-use super::router::pin_of;
+use super::router::{Router, pin_of};
 use super::vectors::{Failure, Vectors, Wires, failure};
 
 /// The interrupts of a function.

@@ -17,13 +17,14 @@ mod compare;
 mod config;
 mod flr;
 mod gate;
+mod host;
 mod interrupts;
 mod intx;
-mod msi;
 mod peers;
 mod placing;
 mod registers;
 mod router;
+mod state;
 #[cfg(test)]
 pub(crate) mod tests;
 mod vectors;
@@ -31,8 +32,9 @@ mod vfio;
 
 pub use backend::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};
 pub use bars::Windows;
-pub use bus::{PciBus, PciHost, PlaceError};
+pub use bus::{PciBus, PlaceError};
 pub use gate::BarGate;
+pub use host::PciHost;
 pub use peers::{map_guest_ram, unmap_guest_ram};
 pub use router::{FIRST_MSI_GSI, Router};
 pub use vfio::VfioPciFunction;

@@ -4,23 +4,13 @@ use std::io;
 use std::sync::Arc;
 
 use vfio_migration_device::PciError;
-use vfio_migration_memory::Mapping;
 use vfio_migration_types::{Gpa, Range};
 
+use super::backend::BarDoorbell;
 use super::bars::{AddressMap, Bar};
+use super::state::{Placed, State};
 use super::vectors::Failure;
-use super::vfio::State;
-use super::{BarDoorbell, VfioPciFunction};
-
-/// What was done to put a BAR before the guest, to be undone.
-#[derive(Debug)]
-pub(super) struct Placed {
-    range: Range<u64>,
-    io: bool,
-    mapped: Vec<(Gpa, Arc<Mapping>)>,
-    shared: Vec<Gpa>,
-    doorbells: Vec<BarDoorbell>,
-}
+use super::vfio::VfioPciFunction;
 
 impl VfioPciFunction {
     /// Brings the BARs before the guest to where config space says: those that leave first, so that two may swap.

@@ -8,16 +8,17 @@ use vfio_migration_device::{
 };
 use vfio_migration_types::{DeviceId, Gpa};
 
-use super::areas::{Piece, map_memory};
+use super::areas::map_memory;
+use super::backend::{BarDoorbell, Event};
 use super::bars::{BARS, Bar, register};
 use super::compare::compare;
 use super::config::{ConfigSpace, MsixLayout};
 use super::flr::ResetRegisters;
+use super::host::PciHost;
 use super::interrupts::Interrupts;
-use super::placing::Placed;
 use super::registers::{COMMAND, HEADER_END, INTERRUPT_LINE};
+use super::state::State;
 use super::vectors::{ENTRY, Failure, Wires};
-use super::{BarDoorbell, Event, PciHost};
 
 /// Bytes of config space that every function has: its header.
 const HEADER: usize = HEADER_END as usize;
@@ -36,16 +37,6 @@ pub struct VfioPciFunction {
     pristine: ConfigSpace,
     state: Mutex<State>,
     errors: AtomicU64,
-}
-
-#[derive(Debug)]
-pub(super) struct State {
-    pub(super) config: ConfigSpace,
-    interrupts: Interrupts,
-    /// What can be mapped of each BAR, mapped into this process once.
-    pub(super) memory: [Vec<Piece>; BARS],
-    pub(super) doorbells: [Vec<(u64, BarDoorbell)>; BARS],
-    pub(super) placed: [Option<Placed>; BARS],
 }
 
 impl VfioPciFunction {

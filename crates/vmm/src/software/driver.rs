@@ -1,19 +1,12 @@
 //! The driver of the sample device, and the checker of what it does.
 
 use super::cpu::Cpu;
-use super::program::{Orders, word};
+use super::orders::{Failure, Orders, word};
 use crate::guest::SAMPLE_DEVICE;
 use crate::guest::map::{
     DATA, DEVICE_DONE, DEVICE_RING, DEVICE_SLOTS, DEVICE_SOURCES, DEVICE_STRIDE, DEVICE_TAIL, DEVICE_TARGETS,
     DEVICES, DEVICES_MAX, REPORT, RING_SIZE, SLOTS,
 };
-
-/// Failure codes are those of the assembler source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Failure {
-    pub(super) code: u32,
-    pub(super) detail: u64,
-}
 
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;

@@ -11,6 +11,7 @@
 mod backend;
 mod cpu;
 mod driver;
+mod orders;
 mod program;
 #[cfg(test)]
 mod tests;

@@ -3,33 +3,11 @@
 use std::time::Duration;
 
 use super::cpu::Cpu;
-use super::driver::{self, Failure};
-use crate::bus::{CLOCK_HIGH, CLOCK_LOW, FAILURE};
+use super::driver;
+use super::orders::{Failure, Orders, word};
 use crate::guest::map::{Areas, BOOT_INFO, DATA, REPORT, STAMPS};
 use crate::guest::{BOOT_MAGIC, GAP_WORD, REPORT_MAGIC, REQUEST_WORD};
-
-/// Words of the report page, by index.
-pub(super) mod word {
-    pub(super) const STAGE: u64 = 1;
-    pub(super) const LOOPS: u64 = 2;
-    pub(super) const PAGES_WRITTEN: u64 = 3;
-    pub(super) const PAGES_CHECKED: u64 = 4;
-    pub(super) const PAGES_LOST: u64 = 5;
-    pub(super) const PAGE_PASSES: u64 = 6;
-    pub(in super::super) const DMA_BLOCKS: u64 = 7;
-    pub(in super::super) const BLOCKS_CHECKED: u64 = 8;
-    pub(in super::super) const BLOCKS_LOST: u64 = 9;
-    pub(in super::super) const BLOCK_PASSES: u64 = 10;
-    pub(in super::super) const INTERRUPTS: u64 = 11;
-    pub(in super::super) const INTERRUPTS_LOST: u64 = 12;
-    pub(in super::super) const SPURIOUS: u64 = 13;
-    pub(super) const LAST_CLOCK: u64 = 15;
-    pub(super) const FAILURE: u64 = 16;
-    pub(super) const DETAIL: u64 = 17;
-    pub(super) const TICKS: u64 = 18;
-    pub(in super::super) const P2P_BLOCKS: u64 = 19;
-    pub(in super::super) const INTEGRITY: u64 = 20;
-}
+use crate::platform::{CLOCK_HIGH, CLOCK_LOW, FAILURE};
 
 /// Variables.
 const STAMP: u64 = DATA;
@@ -71,18 +49,6 @@ impl Pc {
     pub(super) fn of(number: u32) -> Option<Self> {
         [Self::Off, Self::Boot, Self::Loop, Self::Failed].into_iter().find(|pc| pc.number() == number)
     }
-}
-
-/// What the boot page says.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Orders {
-    pub(super) pages_per_second: u64,
-    pub(super) areas: Areas,
-    pub(super) devices: u64,
-    pub(super) block_len: u64,
-    pub(super) in_flight: u64,
-    pub(super) p2p: bool,
-    pub(super) tick_us: u64,
 }
 
 #[derive(Debug)]

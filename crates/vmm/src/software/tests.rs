@@ -12,11 +12,11 @@ use vfio_migration_memory::{DirtySource, GuestRam, Mapping, WriteLog};
 use vfio_migration_types::{Bitmap, Gpa, Granule, RamOffset};
 
 use super::*;
-use crate::bus::PlatformBus;
 use crate::guest::{Areas, Report, Stage, map};
 use crate::layout;
 use crate::pci::tests::fakes::FakeHardware;
 use crate::pci::{PciBus, PciHost, Router, VfioPciFunction, Windows};
+use crate::platform::PlatformBus;
 
 const MEMORY: u64 = 16 << 20;
 const MAILBOX_LEN: u64 = 1 << 20;

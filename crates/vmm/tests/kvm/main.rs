@@ -12,8 +12,9 @@ use fake::FakeBus;
 use ring::{Rig, kvm_answers};
 use vfio_migration_memory::DirtySource;
 use vfio_migration_types::{Bitmap, Granule, RamOffset};
+use vfio_migration_vmm::StopReason;
 use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage};
-use vfio_migration_vmm::kvm::{KvmVm, StopReason, check_features, cpu_features, section_versions};
+use vfio_migration_vmm::kvm::{KvmVm, check_features, cpu_features, section_versions};
 
 const PACE: Duration = Duration::from_millis(4);
 

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{Gpa, RamOffset};
-use vfio_migration_vmm::bus::{EmptyBus, IoBus, PlatformBus};
+use vfio_migration_vmm::bus::{EmptyBus, IoBus};
 use vfio_migration_vmm::guest::{self, BootInfo, Report, Stage};
 use vfio_migration_vmm::kvm::KvmVm;
 use vfio_migration_vmm::layout;
+use vfio_migration_vmm::platform::PlatformBus;
 
 /// Long enough for a machine that shares its processors with a whole build.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);

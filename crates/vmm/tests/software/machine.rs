@@ -7,10 +7,11 @@ use vfio_migration_device::{ConfigRules, IrqRouter, PciFunction};
 use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_sim::{Options, Read};
 use vfio_migration_types::{Bitmap, Gpa, Granule, MigrationState, PAGE_SIZE, RamOffset};
-use vfio_migration_vmm::bus::{IoBus, PlatformBus};
+use vfio_migration_vmm::bus::IoBus;
 use vfio_migration_vmm::guest::{BootInfo, Report};
 use vfio_migration_vmm::layout;
 use vfio_migration_vmm::pci::{PciBus, PciHost, Router, VfioPciFunction, Windows, map_guest_ram};
+use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::software::SoftwareVm;
 
 use crate::hardware::Hardware;
