@@ -44,6 +44,10 @@ pub const MMIO64_LEN: u64 = 1 << 30;
 pub const PCI_PORTS_BASE: u64 = 0x1000;
 /// Number of ports for I/O BARs: all the rest.
 pub const PCI_PORTS_LEN: u64 = 0xF000;
+/// Pins of the IOAPIC: interrupts 0 to 23. Message-signalled interrupts have the numbers from here on.
+pub const IOAPIC_PINS: u32 = 24;
+/// Interrupt numbers there are: Linux's `KVM_MAX_IRQ_ROUTES`.
+pub const GSIS: u32 = 4096;
 /// Guest-physical address bits that the map above needs.
 pub const PHYSICAL_BITS: u8 = 39;
 

@@ -1,6 +1,5 @@
 //! Interrupts and doorbells: routes, irqfds, messages, ioeventfds.
 
-use std::collections::BTreeSet;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
@@ -16,20 +15,16 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::{KvmVm, lock};
+use super::KvmVm;
 use crate::error::VmmError;
+use crate::layout::{GSIS, IOAPIC_PINS};
 
 ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
-
-/// Interrupts 0 to 23 are the pins of the interrupt controllers; messages begin here.
-pub const PINS: u32 = 24;
-/// KVM's `KVM_MAX_IRQ_ROUTES`.
-const GSI_LIMIT: u32 = 4096;
 
 /// One message-signalled interrupt: what KVM raises when the irqfd of `gsi` is signalled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GsiRoute {
-    /// Number, from [`KvmVm::allocate_gsi`].
+    /// Interrupt number, from [`IOAPIC_PINS`] to below [`GSIS`].
     pub gsi: u32,
     /// Message address.
     pub address: u64,
@@ -37,28 +32,7 @@ pub struct GsiRoute {
     pub data: u32,
 }
 
-/// Which interrupt numbers are taken.
-#[derive(Debug, Default)]
-pub(super) struct GsiAllocator(BTreeSet<u32>);
-
 impl KvmVm {
-    /// Takes an interrupt number for a message-signalled interrupt, [`PINS`] or above.
-    ///
-    /// # Errors
-    /// All are taken.
-    pub fn allocate_gsi(&self) -> Result<u32, VmmError> {
-        let mut taken = lock(&self.gsis);
-        let free = (PINS..GSI_LIMIT).find(|gsi| !taken.0.contains(gsi));
-        let gsi = free.ok_or_else(|| VmmError::Refused("all interrupt numbers are taken".to_owned()))?;
-        taken.0.insert(gsi);
-        Ok(gsi)
-    }
-
-    /// Gives one back. Its irqfd must be gone.
-    pub fn free_gsi(&self, gsi: u32) {
-        lock(&self.gsis).0.remove(&gsi);
-    }
-
     /// Makes `routes` the whole table of message-signalled interrupts. The pins of the interrupt controllers keep theirs.
     ///
     /// When this returns, an irqfd that is signalled goes by the new table.
@@ -66,7 +40,7 @@ impl KvmVm {
     /// # Errors
     /// A route has the number of a pin, or KVM refuses the table.
     pub fn set_gsi_routes(&self, routes: &[GsiRoute]) -> Result<(), VmmError> {
-        if let Some(route) = routes.iter().find(|route| !(PINS..GSI_LIMIT).contains(&route.gsi)) {
+        if let Some(route) = routes.iter().find(|route| !(IOAPIC_PINS..GSIS).contains(&route.gsi)) {
             return Err(VmmError::Refused(format!("interrupt {} cannot be a message", route.gsi)));
         }
         let entries: Vec<_> = pin_routes().chain(routes.iter().map(message_route)).collect();
@@ -192,7 +166,7 @@ fn pin_routes() -> impl Iterator<Item = kvm_irq_routing_entry> {
         0..8 => (gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
         _ => (gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
     });
-    let ioapic = (0..PINS).map(|gsi| (gsi, KVM_IRQCHIP_IOAPIC, gsi));
+    let ioapic = (0..IOAPIC_PINS).map(|gsi| (gsi, KVM_IRQCHIP_IOAPIC, gsi));
     pic.chain(ioapic).map(|(gsi, irqchip, pin)| kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,

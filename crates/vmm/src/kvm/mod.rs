@@ -27,7 +27,7 @@ use vfio_migration_memory::GuestRam;
 
 pub use dirty::KvmDirtyLog;
 pub use features::{check_features, cpu_features, offered_features};
-pub use irq::{GsiRoute, PINS};
+pub use irq::GsiRoute;
 pub use memory::SlotId;
 pub use state::section_versions;
 
@@ -35,7 +35,6 @@ use crate::bus::IoBus;
 use crate::error::{StopReason, VmmError};
 use crate::layout;
 use gate::Gate;
-use irq::GsiAllocator;
 use memory::Slots;
 use vcpu::Vcpu;
 
@@ -54,7 +53,6 @@ pub struct KvmVm {
     vcpus: Vec<Arc<Mutex<Vcpu>>>,
     threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
     slots: Mutex<Slots>,
-    gsis: Mutex<GsiAllocator>,
     dirty: OnceLock<()>,
     /// Made when a device of the kernel's VFIO comes.
     vfio: Mutex<Option<DeviceFd>>,
@@ -136,7 +134,6 @@ impl KvmVm {
             vcpus,
             threads: Arc::default(),
             slots,
-            gsis: Mutex::default(),
             dirty: OnceLock::new(),
             vfio: Mutex::default(),
         };

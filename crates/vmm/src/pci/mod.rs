@@ -36,5 +36,5 @@ pub use bus::{PciBus, PlaceError};
 pub use gate::BarGate;
 pub use host::PciHost;
 pub use peers::{map_guest_ram, unmap_guest_ram};
-pub use router::{FIRST_MSI_GSI, Router};
+pub use router::Router;
 pub use vfio::VfioPciFunction;

@@ -6,18 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio_migration_device::{IrqRouter, MsiMessage};
 
-use super::RouteTable;
+use super::backend::RouteTable;
+use crate::layout::{GSIS, IOAPIC_PINS};
 
-/// First interrupt number of message-signalled interrupts: below it are the pins of the IOAPIC.
-pub const FIRST_MSI_GSI: u32 = 24;
 /// First pin of the IOAPIC that is a PCI function's: 16 to 23 are, and no chip has any of them.
 const FIRST_PCI_PIN: u32 = 16;
-/// Interrupt numbers there are (Linux `KVM_MAX_IRQ_ROUTES`).
-const GSIS: u32 = 4096;
-
 /// The IOAPIC pin that pin `pin` (1 to 4) of the function in `slot` is wired to. Functions share pins.
 pub(super) fn pin_of(slot: u8, pin: u8) -> u32 {
-    let pins = FIRST_MSI_GSI - FIRST_PCI_PIN;
+    let pins = IOAPIC_PINS - FIRST_PCI_PIN;
     FIRST_PCI_PIN + (u32::from(slot) + u32::from(pin.saturating_sub(1))) % pins
 }
 
@@ -39,7 +35,7 @@ struct State {
 impl Router {
     /// A router without routes over the machine's `table`.
     pub fn new(table: Arc<dyn RouteTable>) -> Self {
-        let state = State { routes: BTreeMap::new(), staged: false, next_gsi: FIRST_MSI_GSI };
+        let state = State { routes: BTreeMap::new(), staged: false, next_gsi: IOAPIC_PINS };
         Self { table, state: Mutex::new(state) }
     }
 
@@ -54,7 +50,7 @@ impl Router {
 
 impl IrqRouter for Router {
     fn set(&self, gsi: u32, message: Option<MsiMessage>) -> Result<(), Box<dyn Error + Send + Sync>> {
-        if !(FIRST_MSI_GSI..GSIS).contains(&gsi) {
+        if !(IOAPIC_PINS..GSIS).contains(&gsi) {
             return Err(format!("interrupt {gsi} is not one for messages").into());
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -12,7 +12,7 @@ use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, RamOffset};
 use vfio_migration_vmm::bus::{IoBus, unclaimed};
 use vfio_migration_vmm::kvm::{GsiRoute, KvmVm, SlotId};
-use vfio_migration_vmm::layout::{MMIO32_BASE, MMIO64_BASE};
+use vfio_migration_vmm::layout::{IOAPIC_PINS, MMIO32_BASE, MMIO64_BASE};
 
 const MAILBOX_LEN: u64 = 1 << 20;
 const BAR0_LEN: u64 = 0x4000;
@@ -180,7 +180,7 @@ impl Device {
     fn new(index: u64, vm: &Arc<KvmVm>) -> Arc<Self> {
         let mailbox = GuestRam::new("mailbox", &[RamSpec { gpa: Gpa(0), len: MAILBOX_LEN }]).unwrap();
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-        let (doorbell, irqfd, gsi) = (event(), event(), vm.allocate_gsi().unwrap());
+        let (doorbell, irqfd, gsi) = (event(), event(), IOAPIC_PINS + u32::try_from(index).unwrap());
         vm.register_irqfd(irqfd.as_fd(), gsi).unwrap();
         let place = Gpa(MMIO32_BASE + index * BAR0_LEN + 0x1000);
         vm.register_ioeventfd(doorbell.as_fd(), place, 4, None).unwrap();
@@ -358,7 +358,6 @@ pub(crate) fn detach(bus: &FakeBus) {
         let place = Gpa(MMIO32_BASE + device.index * BAR0_LEN + 0x1000);
         bus.vm.unregister_ioeventfd(device.doorbell.as_fd(), place, 4, None).unwrap();
         bus.vm.remove_memory_slot(*device.slot.get().unwrap()).unwrap();
-        bus.vm.free_gsi(device.gsi);
     }
 }
 
