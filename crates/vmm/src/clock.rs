@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::VmmError;
-use crate::section::{Reader, Section};
+use crate::section::Reader;
+use vfio_migration::Section;
 
 /// Name of the section that carries the latch.
 pub const SECTION: &str = "platform.clock";

@@ -16,7 +16,7 @@ pub mod layout;
 pub mod machine;
 pub mod pci;
 pub mod platform;
-pub mod section;
+mod section;
 pub mod serial;
 pub mod software;
 

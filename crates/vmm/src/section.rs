@@ -1,25 +1,15 @@
-//! Machine state as named, versioned sections of bytes, and the one way in which they are written and read.
+//! The one way in which the sections of machine state are written and read.
 //!
 //! Numbers are little-endian. A blob is a `u32` length and that many bytes; a structure of the KVM ABI is a blob of
 //! exactly its size, so that a kernel whose structure has another size is refused instead of misread.
 
+use vfio_migration::Section;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::VmmError;
 
 /// Longest section that is loaded, in bytes. A vCPU takes about twelve kibibytes.
-pub const SECTION_LIMIT: usize = 1 << 20;
-
-/// One piece of machine state.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Section {
-    /// Unique in a machine, for example `"kvm.vcpu.0"`.
-    pub name: String,
-    /// Layout of `bytes`; loaded only by a VMM that knows it.
-    pub version: u32,
-    /// The state.
-    pub bytes: Vec<u8>,
-}
+const SECTION_LIMIT: usize = 1 << 20;
 
 /// Writes a section's bytes.
 #[derive(Debug, Default)]

@@ -7,7 +7,8 @@ use kvm_bindings::{
 
 use super::KvmVm;
 use crate::error::VmmError;
-use crate::section::{Reader, Section, Writer};
+use crate::section::{Reader, Writer};
+use vfio_migration::Section;
 
 pub(super) const IRQCHIP: (&str, u32) = ("kvm.irqchip", 1);
 pub(super) const PIT: (&str, u32) = ("kvm.pit", 1);

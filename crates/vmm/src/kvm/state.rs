@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 
 use super::{KvmVm, chips, lock, vcpu};
 use crate::error::VmmError;
-use crate::section::Section;
+use vfio_migration::Section;
 
 /// Names and versions of the sections of a machine with `vcpus` vCPUs, for its manifest.
 pub fn section_versions(vcpus: usize) -> BTreeMap<String, u32> {

@@ -16,11 +16,12 @@ use kvm_bindings::{
     kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vfio_migration::Section;
 use zerocopy::IntoBytes;
 
 use super::features;
 use crate::error::VmmError;
-use crate::section::{Reader, Section, Writer};
+use crate::section::{Reader, Writer};
 
 /// Layout of a vCPU's section.
 pub(super) const SECTION_VERSION: u32 = 1;

@@ -6,13 +6,13 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vfio_migration::Section;
 use vfio_migration_memory::DirtySource;
 
 use crate::bus::IoBus;
 use crate::error::VmmError;
 use crate::guest::{self, BootInfo};
 use crate::kvm::{KvmDirtyLog, KvmVm, cpu_features, section_versions};
-use crate::section::Section;
 use crate::software::SoftwareVm;
 
 /// Longest wait for vCPUs to come back when the guest is paused. They come within a millisecond, unless a device

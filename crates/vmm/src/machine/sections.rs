@@ -6,7 +6,7 @@ use vfio_migration::Section;
 
 use super::ReferenceMachine;
 use crate::error::VmmError;
-use crate::section::{Reader, Section as State, Writer};
+use crate::section::{Reader, Writer};
 
 /// The bus's own registers: the address register of config mechanism 1.
 const BUS: (&str, u32) = ("bus", 1);
@@ -23,18 +23,11 @@ impl ReferenceMachine {
     pub(super) fn save_sections(&self) -> Result<Vec<Section>, VmmError> {
         let mut sections = self.processor.save()?;
         sections.extend(self.platform_sections());
-        Ok(sections
-            .into_iter()
-            .map(|State { name, version, bytes }| Section { name, version, bytes })
-            .collect())
+        Ok(sections)
     }
 
     /// Loads all of them; one too many or too few is an error.
-    pub(super) fn load_sections(&self, sections: Vec<Section>) -> Result<(), VmmError> {
-        let sections: Vec<State> = sections
-            .into_iter()
-            .map(|Section { name, version, bytes }| State { name, version, bytes })
-            .collect();
+    pub(super) fn load_sections(&self, sections: &[Section]) -> Result<(), VmmError> {
         let known = self.section_versions();
         for (index, section) in sections.iter().enumerate() {
             if !known.contains_key(&section.name) {
@@ -49,7 +42,7 @@ impl ReferenceMachine {
         {
             return Err(VmmError::section(missing, "it did not come"));
         }
-        self.processor.load(&sections)?;
+        self.processor.load(sections)?;
         let find = |name: &str| sections.iter().find(|section| section.name == name);
         let [bus, serial, clock] = self.platform_sections();
         if let Some(section) = find(&bus.name) {
@@ -67,7 +60,7 @@ impl ReferenceMachine {
         Ok(())
     }
 
-    fn platform_sections(&self) -> [State; 3] {
+    fn platform_sections(&self) -> [Section; 3] {
         let mut writer = Writer::default();
         writer.u32(self.pci.config_address());
         let bus = writer.finish(BUS.0.to_owned(), BUS.1);

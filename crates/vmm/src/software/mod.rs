@@ -23,6 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use vfio_migration::Section;
 use vfio_migration_memory::{DirtySource, GuestRam, WriteLog};
 
 pub use backend::SoftwareTies;
@@ -30,7 +31,7 @@ pub use backend::SoftwareTies;
 use crate::bus::IoBus;
 use crate::error::VmmError;
 use crate::guest::BootInfo;
-use crate::section::{Reader, Section, Writer};
+use crate::section::{Reader, Writer};
 use cpu::Cpu;
 use program::{Pc, Program};
 
