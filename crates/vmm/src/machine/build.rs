@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_memory::GuestRam;
 
-use super::kvm_backend::KvmTies;
+use super::kvm_backend::KvmBackend;
 use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
@@ -15,7 +15,7 @@ use crate::guest::{BootInfo, SAMPLE_DEVICE};
 use crate::kvm::KvmVm;
 use crate::layout;
 use crate::pci::{
-    BarMapper, IrqBackend, PciBus, PciHost, RouteTable, Router, VfioPciFunction, Windows, map_guest_ram,
+    BarMapper, Irqfds, MsiRouteTable, MsiRouter, PciBus, PciHost, VfioPciFunction, Windows, map_guest_ram,
 };
 use crate::platform::PlatformBus;
 use crate::software::SoftwareVm;
@@ -29,7 +29,7 @@ impl ReferenceMachine {
     pub fn build(config: MachineConfig) -> Result<Arc<Self>, VmmError> {
         let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
-        let router = Arc::new(Router::new(routes));
+        let router = Arc::new(MsiRouter::new(routes));
         let host = PciHost::new(irq, mapper, router, Windows::default());
         let pci = Arc::new(PciBus::new(host.clone()));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
@@ -89,8 +89,8 @@ impl ReferenceMachine {
 /// What depends on the accelerator.
 struct Parts {
     processor: Box<dyn Processor>,
-    irq: Arc<dyn IrqBackend>,
-    routes: Arc<dyn RouteTable>,
+    irq: Arc<dyn Irqfds>,
+    routes: Arc<dyn MsiRouteTable>,
     mapper: Arc<dyn BarMapper>,
 }
 
@@ -99,15 +99,15 @@ impl Parts {
         match config.accelerator {
             Accelerator::Kvm => {
                 let vm = KvmVm::new(ram.clone(), config.vcpus)?;
-                let ties = Arc::new(KvmTies::new(vm.clone()));
+                let backend = Arc::new(KvmBackend::new(vm.clone()));
                 let processor = Box::new(KvmProcessor::new(vm)?);
-                Ok(Self { processor, irq: ties.clone(), routes: ties.clone(), mapper: ties })
+                Ok(Self { processor, irq: backend.clone(), routes: backend.clone(), mapper: backend })
             }
             Accelerator::Software if config.vcpus == 1 => {
                 let vm = SoftwareVm::new(ram.clone())?;
-                let ties = Arc::clone(vm.ties());
+                let backend = Arc::clone(vm.backend());
                 let processor = Box::new(SoftwareProcessor(vm));
-                Ok(Self { processor, irq: ties.clone(), routes: ties.clone(), mapper: ties })
+                Ok(Self { processor, irq: backend.clone(), routes: backend.clone(), mapper: backend })
             }
             Accelerator::Software => Err(VmmError::Refused(format!(
                 "the software guest has one vCPU, and {} are wanted",

@@ -11,17 +11,17 @@ use vfio_migration_types::Gpa;
 
 use crate::error::VmmError;
 use crate::kvm::{GsiRoute, KvmVm, SlotId};
-use crate::pci::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};
+use crate::pci::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable};
 
-/// The three ties of one machine.
+/// The way between PCI functions and a guest on KVM: [`Irqfds`], [`MsiRouteTable`] and [`BarMapper`] in one.
 #[derive(Debug)]
-pub(super) struct KvmTies {
+pub(super) struct KvmBackend {
     vm: Arc<KvmVm>,
     /// Mapped BARs: each keeps its memory mapped for as long as the guest has it.
     slots: Mutex<BTreeMap<Gpa, (SlotId, Arc<Mapping>)>>,
 }
 
-impl KvmTies {
+impl KvmBackend {
     pub(super) fn new(vm: Arc<KvmVm>) -> Self {
         Self { vm, slots: Mutex::default() }
     }
@@ -39,7 +39,7 @@ fn width(doorbell: &BarDoorbell) -> io::Result<u32> {
     u32::try_from(doorbell.size).map_err(io::Error::other)
 }
 
-impl IrqBackend for KvmTies {
+impl Irqfds for KvmBackend {
     fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
         self.vm.register_irqfd(event.as_fd(), gsi).map_err(other)
     }
@@ -59,7 +59,7 @@ impl IrqBackend for KvmTies {
     }
 }
 
-impl RouteTable for KvmTies {
+impl MsiRouteTable for KvmBackend {
     fn replace(&self, routes: &BTreeMap<u32, MsiMessage>) -> io::Result<()> {
         let routes: Vec<GsiRoute> = routes
             .iter()
@@ -69,7 +69,7 @@ impl RouteTable for KvmTies {
     }
 }
 
-impl BarMapper for KvmTies {
+impl BarMapper for KvmBackend {
     fn map(&self, gpa: Gpa, memory: &Arc<Mapping>) -> io::Result<()> {
         let mut slots = self.slots();
         // SAFETY: the mapping stays as long as its Arc lives; `slots` holds one until the slot is removed, and is
@@ -101,7 +101,7 @@ impl BarMapper for KvmTies {
     }
 }
 
-impl Drop for KvmTies {
+impl Drop for KvmBackend {
     fn drop(&mut self) {
         // The vCPUs may still be there for others who hold the machine; BAR memory must not be unmapped under them.
         for (slot, _) in self.slots().values() {

@@ -271,7 +271,7 @@ impl Machine for ReferenceMachine {
 
     fn load(&self, sections: Vec<Section>) -> Result<(), MachineError> {
         self.run().held = true;
-        self.load_sections(sections).map_err(failed("loading the machine's state"))
+        self.load_sections(&sections).map_err(failed("loading the machine's state"))
     }
 
     // The reference machine has no storage, so there is nothing to lock.

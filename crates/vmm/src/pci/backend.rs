@@ -63,7 +63,7 @@ impl AsFd for Event {
 }
 
 /// Takes eventfds as interrupts of the guest (KVM: irqfd).
-pub trait IrqBackend: fmt::Debug + Send + Sync {
+pub trait Irqfds: fmt::Debug + Send + Sync {
     /// From now on a signal on `event` raises `gsi`; one that it holds already does so at once.
     fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()>;
 
@@ -81,7 +81,7 @@ pub trait IrqBackend: fmt::Debug + Send + Sync {
 }
 
 /// Where interrupts go: the whole table of message-signalled routes, replaced at once (KVM: `KVM_SET_GSI_ROUTING`).
-pub trait RouteTable: fmt::Debug + Send + Sync {
+pub trait MsiRouteTable: fmt::Debug + Send + Sync {
     /// Makes `routes` all the routes of message-signalled interrupts there are. Pins keep theirs.
     fn replace(&self, routes: &BTreeMap<u32, MsiMessage>) -> io::Result<()>;
 }

@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use super::backend::{BarMapper, IrqBackend};
+use super::backend::{BarMapper, Irqfds};
 use super::bars::{AddressMap, Windows};
 use super::gate::BarGate;
 use super::peers::Peers;
-use super::router::Router;
+use super::router::MsiRouter;
 
 /// What all functions of a machine share: the way to the guest.
 #[derive(Debug)]
 pub struct PciHost {
-    pub(super) irq: Arc<dyn IrqBackend>,
+    pub(super) irq: Arc<dyn Irqfds>,
     pub(super) mapper: Arc<dyn BarMapper>,
-    pub(super) router: Arc<Router>,
+    pub(super) router: Arc<MsiRouter>,
     pub(super) gate: Arc<BarGate>,
     pub(super) windows: Windows,
     pub(super) addresses: AddressMap,
@@ -24,9 +24,9 @@ pub struct PciHost {
 impl PciHost {
     /// A host whose BARs lie in `windows`.
     pub fn new(
-        irq: Arc<dyn IrqBackend>,
+        irq: Arc<dyn Irqfds>,
         mapper: Arc<dyn BarMapper>,
-        router: Arc<Router>,
+        router: Arc<MsiRouter>,
         windows: Windows,
     ) -> Arc<Self> {
         let (gate, peers) = (Arc::default(), Peers::default());
@@ -40,7 +40,7 @@ impl PciHost {
     }
 
     /// The interrupt routes of all functions.
-    pub fn router(&self) -> &Arc<Router> {
+    pub fn router(&self) -> &Arc<MsiRouter> {
         &self.router
     }
 }

@@ -10,8 +10,8 @@ use super::registers::{
     COMMAND, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_PIN, MSIX_CONTROL,
     MSIX_ENABLE, MSIX_MASK_ALL,
 };
-use super::router::{Router, pin_of};
-use super::vectors::{Failure, Vectors, Wires, failure};
+use super::router::{MsiRouter, pin_of};
+use super::vectors::{Failure, IrqPath, Vectors, failure};
 
 /// The interrupts of a function.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ impl Interrupts {
         hardware: &Arc<dyn PciHardware>,
         config: &ConfigSpace,
         msix: Option<MsixLayout>,
-        router: &Router,
+        router: &MsiRouter,
     ) -> Result<Self, Failure> {
         let making = failure("making eventfds");
         let vectors = |kind: IrqIndex, count: u16| {
@@ -71,30 +71,30 @@ impl Interrupts {
     }
 
     /// Brings all of them to what config space says: first what is to go, since a device has one kind at a time.
-    pub(super) fn settle(&mut self, config: &ConfigSpace, wires: Wires<'_>) -> Result<(), Failure> {
+    pub(super) fn settle(&mut self, config: &ConfigSpace, irq_path: IrqPath<'_>) -> Result<(), Failure> {
         let (msix_on, all_masked) = self.msix_control(config);
         let msi_on = self.msi_enabled(config);
         let wanted = self.wanted_pin(config);
         let mut result = Ok(());
         if !msix_on {
-            result = result.and(self.msix.set_control(false, all_masked, wires));
+            result = result.and(self.msix.set_control(false, all_masked, irq_path));
         }
         if let Some((layout, vectors)) = self.msi.as_mut().filter(|_| !msi_on) {
             let (_, targets) = layout.targets(config);
-            result = result.and(vectors.set_targets(false, &targets, wires));
+            result = result.and(vectors.set_targets(false, &targets, irq_path));
         }
         if let Some(intx) = self.intx.as_mut().filter(|_| wanted == Wanted::Off) {
-            result = result.and(intx.settle(Wanted::Off, wires.irq));
+            result = result.and(intx.settle(Wanted::Off, irq_path.irq));
         }
         if msix_on {
-            result = result.and(self.msix.set_control(true, all_masked, wires));
+            result = result.and(self.msix.set_control(true, all_masked, irq_path));
         }
         if let Some((layout, vectors)) = self.msi.as_mut().filter(|_| msi_on) {
             let (_, targets) = layout.targets(config);
-            result = result.and(vectors.set_targets(true, &targets, wires));
+            result = result.and(vectors.set_targets(true, &targets, irq_path));
         }
         if let Some(intx) = self.intx.as_mut().filter(|_| wanted != Wanted::Off) {
-            result = result.and(intx.settle(wanted, wires.irq));
+            result = result.and(intx.settle(wanted, irq_path.irq));
         }
         result
     }
@@ -107,11 +107,11 @@ impl Interrupts {
     }
 
     /// What is to be saved of them: MSI-X vectors, pending MSI vectors, whether the pin is raised. Nothing changes.
-    pub(super) fn save(&mut self, wires: Wires<'_>) -> Result<(Vec<VectorState>, u32, bool), Failure> {
-        let table = self.msix.save(wires)?;
+    pub(super) fn save(&mut self, irq_path: IrqPath<'_>) -> Result<(Vec<VectorState>, u32, bool), Failure> {
+        let table = self.msix.save(irq_path)?;
         let mut pending = 0;
         if let Some((_, vectors)) = &mut self.msi {
-            for (n, vector) in vectors.save(wires)?.iter().enumerate().take(32) {
+            for (n, vector) in vectors.save(irq_path)?.iter().enumerate().take(32) {
                 pending |= u32::from(vector.pending) << n;
             }
         }
@@ -175,33 +175,33 @@ impl Interrupts {
         &mut self,
         saved: &PciState,
         config: &ConfigSpace,
-        wires: Wires<'_>,
+        irq_path: IrqPath<'_>,
     ) -> Result<u32, Failure> {
         let wanted = self.wanted_pin(config);
-        let mut connected = self.msix.restore(wires)?;
+        let mut connected = self.msix.restore(irq_path)?;
         if let Some((_, vectors)) = &mut self.msi {
-            connected += vectors.restore(wires)?;
+            connected += vectors.restore(irq_path)?;
         }
         if let Some(intx) = &mut self.intx {
-            connected += u32::from(intx.restore(wanted, saved.intx_pending, wires.irq)?);
+            connected += u32::from(intx.restore(wanted, saved.intx_pending, irq_path.irq)?);
         }
         Ok(connected)
     }
 
     /// The guest goes on where it was saved: what was collected is raised.
-    pub(super) fn go_on(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
-        let msix = self.msix.go_on(wires.irq);
-        msix.and(self.msi.as_mut().map_or(Ok(()), |(_, vectors)| vectors.go_on(wires.irq)))
+    pub(super) fn go_on(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+        let msix = self.msix.go_on(irq_path.irq);
+        msix.and(self.msi.as_mut().map_or(Ok(()), |(_, vectors)| vectors.go_on(irq_path.irq)))
     }
 
     /// Takes all of it back: as after a reset. Goes on after a failure, and says the first.
-    pub(super) fn reset(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
-        let mut result = self.msix.reset(wires);
+    pub(super) fn reset(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+        let mut result = self.msix.reset(irq_path);
         if let Some((_, vectors)) = &mut self.msi {
-            result = result.and(vectors.reset(wires));
+            result = result.and(vectors.reset(irq_path));
         }
         if let Some(intx) = &mut self.intx {
-            result = result.and(intx.settle(Wanted::Off, wires.irq));
+            result = result.and(intx.settle(Wanted::Off, irq_path.irq));
         }
         result
     }

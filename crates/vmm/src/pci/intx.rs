@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use vfio_migration_device::{IrqIndex, PciHardware};
 
 use super::vectors::{Failure, failure};
-use super::{Event, IrqBackend};
+use super::{Event, Irqfds};
 
 /// How the guest has the pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl Intx {
     }
 
     /// Brings it to what the guest wants.
-    pub(super) fn settle(&mut self, wanted: Wanted, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    pub(super) fn settle(&mut self, wanted: Wanted, irq: &dyn Irqfds) -> Result<(), Failure> {
         match wanted {
             Wanted::Off => self.disconnect(irq),
             Wanted::Masked => {
@@ -94,7 +94,7 @@ impl Intx {
         &mut self,
         wanted: Wanted,
         pending: bool,
-        irq: &dyn IrqBackend,
+        irq: &dyn Irqfds,
     ) -> Result<bool, Failure> {
         if wanted != Wanted::On {
             // The interrupt controller came with the level that it had. Nobody would lower it for a pin that is not in use,
@@ -114,7 +114,7 @@ impl Intx {
         self.event.signal().map_err(failure("raising the pin"))
     }
 
-    fn attach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    fn attach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         if !self.attached {
             let attached = irq.attach_level(self.gsi, &self.event, &self.resample);
             attached.map_err(failure("attaching the pin"))?;
@@ -123,7 +123,7 @@ impl Intx {
         Ok(())
     }
 
-    fn detach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    fn detach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         if self.attached {
             let detached = irq.detach_level(self.gsi, &self.event, &self.resample);
             detached.map_err(failure("detaching the pin"))?;
@@ -151,7 +151,7 @@ impl Intx {
     }
 
     /// Goes on after a failure, and says the first.
-    fn disconnect(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    fn disconnect(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         let mut first = Ok(());
         self.unmasker = None;
         if self.connected {

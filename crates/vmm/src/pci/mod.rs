@@ -3,8 +3,8 @@
 //! - [`PciBus`]: bus 0 with a host bridge, config mechanism 1 and ECAM; an [`IoBus`](crate::bus::IoBus).
 //! - [`VfioPciFunction`]: a VFIO device before the guest, and the stock
 //!   [`PciFunction`](vfio_migration_device::PciFunction) of a migration.
-//! - [`Router`]: the stock [`IrqRouter`](vfio_migration_device::IrqRouter).
-//! - [`IrqBackend`], [`RouteTable`], [`BarMapper`]: what they ask of KVM, or of the software guest.
+//! - [`MsiRouter`]: the stock [`IrqRouter`](vfio_migration_device::IrqRouter).
+//! - [`Irqfds`], [`MsiRouteTable`], [`BarMapper`]: what they ask of KVM, or of the software guest.
 //! - [`BarGate`]: keeps a paused guest away from its devices.
 //!
 //! What it does not do: expansion ROMs, bridges, hot plug.
@@ -30,11 +30,11 @@ pub(crate) mod tests;
 mod vectors;
 mod vfio;
 
-pub use backend::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};
+pub use backend::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable};
 pub use bars::Windows;
 pub use bus::{PciBus, PlaceError};
 pub use gate::BarGate;
 pub use host::PciHost;
 pub use peers::{map_guest_ram, unmap_guest_ram};
-pub use router::Router;
+pub use router::MsiRouter;
 pub use vfio::VfioPciFunction;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio_migration_device::{IrqRouter, MsiMessage};
 
-use super::backend::RouteTable;
+use super::backend::MsiRouteTable;
 use crate::layout::{GSIS, IOAPIC_PINS};
 
 /// First pin of the IOAPIC that is a PCI function's: 16 to 23 are, and no chip has any of them.
@@ -19,8 +19,8 @@ pub(super) fn pin_of(slot: u8, pin: u8) -> u32 {
 
 /// The stock [`IrqRouter`]: keeps the whole table, and replaces the machine's by it with one call per commit.
 #[derive(Debug)]
-pub struct Router {
-    table: Arc<dyn RouteTable>,
+pub struct MsiRouter {
+    table: Arc<dyn MsiRouteTable>,
     state: Mutex<State>,
 }
 
@@ -32,9 +32,9 @@ struct State {
     next_gsi: u32,
 }
 
-impl Router {
+impl MsiRouter {
     /// A router without routes over the machine's `table`.
-    pub fn new(table: Arc<dyn RouteTable>) -> Self {
+    pub fn new(table: Arc<dyn MsiRouteTable>) -> Self {
         let state = State { routes: BTreeMap::new(), staged: false, next_gsi: IOAPIC_PINS };
         Self { table, state: Mutex::new(state) }
     }
@@ -48,7 +48,7 @@ impl Router {
     }
 }
 
-impl IrqRouter for Router {
+impl IrqRouter for MsiRouter {
     fn set(&self, gsi: u32, message: Option<MsiMessage>) -> Result<(), Box<dyn Error + Send + Sync>> {
         if !(IOAPIC_PINS..GSIS).contains(&gsi) {
             return Err(format!("interrupt {gsi} is not one for messages").into());

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use vfio_migration_device::{IrqIndex, IrqRouter, MsiMessage, PciHardware, VectorState};
 
-use super::{Event, IrqBackend};
+use super::{Event, Irqfds};
 
 /// Bytes of a table entry: address low and high, data, control.
 pub(super) const ENTRY: u64 = 16;
@@ -22,9 +22,9 @@ pub(super) type Failure = (String, Box<dyn std::error::Error + Send + Sync>);
 
 /// The way from a vector to the guest.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wires<'a> {
+pub(super) struct IrqPath<'a> {
     pub(super) hardware: &'a dyn PciHardware,
-    pub(super) irq: &'a dyn IrqBackend,
+    pub(super) irq: &'a dyn Irqfds,
     pub(super) router: &'a dyn IrqRouter,
 }
 
@@ -87,16 +87,16 @@ impl Vectors {
         &mut self,
         enabled: bool,
         targets: &[Target],
-        wires: Wires<'_>,
+        irq_path: IrqPath<'_>,
     ) -> Result<(), Failure> {
         // The device learns how many there are when it gets their eventfds, all at once.
         let recount = self.enabled && enabled && targets.len() != self.in_use;
-        let off = if recount { self.set_control(false, false, wires) } else { Ok(()) };
+        let off = if recount { self.set_control(false, false, irq_path) } else { Ok(()) };
         self.in_use = targets.len().min(self.vectors.len());
         for (vector, target) in self.vectors.iter_mut().zip(targets) {
             (vector.message, vector.masked) = (target.message, target.masked);
         }
-        off.and(self.set_control(enabled, false, wires))
+        off.and(self.set_control(enabled, false, irq_path))
     }
 
     /// The guest wrote the message control register.
@@ -104,19 +104,19 @@ impl Vectors {
         &mut self,
         enabled: bool,
         all_masked: bool,
-        wires: Wires<'_>,
+        irq_path: IrqPath<'_>,
     ) -> Result<(), Failure> {
         self.all_masked = all_masked;
         if enabled == self.enabled {
-            return self.settle(wires);
+            return self.settle(irq_path);
         }
         self.enabled = enabled;
         if enabled {
             // The way to the guest is ready before the device can raise.
-            self.settle(wires)?;
-            self.connect(wires)
+            self.settle(irq_path)?;
+            self.connect(irq_path)
         } else {
-            self.disconnect(wires)
+            self.disconnect(irq_path)
         }
     }
 
@@ -134,7 +134,12 @@ impl Vectors {
     }
 
     /// The guest wrote the dword at `offset` of the table.
-    pub(super) fn set_table(&mut self, offset: u64, value: u32, wires: Wires<'_>) -> Result<(), Failure> {
+    pub(super) fn set_table(
+        &mut self,
+        offset: u64,
+        value: u32,
+        irq_path: IrqPath<'_>,
+    ) -> Result<(), Failure> {
         let Some(vector) = self.vectors.get_mut(usize::try_from(offset / ENTRY).unwrap_or(usize::MAX)) else {
             return Ok(());
         };
@@ -147,7 +152,7 @@ impl Vectors {
             _ => vector.masked = value & CONTROL_MASKED != 0,
         }
         // A vector that is and stays masked goes nowhere: the usual case while a driver fills its table.
-        if was_masked && vector.masked { Ok(()) } else { self.settle(wires) }
+        if was_masked && vector.masked { Ok(()) } else { self.settle(irq_path) }
     }
 
     /// The 32 pending bits from vector `32 * index`.
@@ -162,10 +167,10 @@ impl Vectors {
     ///
     /// # Errors
     /// Nothing is lost: what is detached then is attached again by a later call, or by [`go_on`](Self::go_on).
-    pub(super) fn save(&mut self, wires: Wires<'_>) -> Result<Vec<VectorState>, Failure> {
+    pub(super) fn save(&mut self, irq_path: IrqPath<'_>) -> Result<Vec<VectorState>, Failure> {
         self.drain()?;
-        let collected = self.collect(wires.irq);
-        self.attach(wires.irq)?;
+        let collected = self.collect(irq_path.irq);
+        self.attach(irq_path.irq)?;
         collected?;
         let state = |vector: &Vector| VectorState {
             message: vector.message,
@@ -176,7 +181,7 @@ impl Vectors {
     }
 
     /// The guest goes on: whatever a failed save left detached is attached, and what is pending is raised.
-    pub(super) fn go_on(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    pub(super) fn go_on(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         self.attach(irq)?;
         self.deliver()
     }
@@ -216,20 +221,20 @@ impl Vectors {
 
     /// After [`stage`](Self::stage) and the commit of its routes: attaches, gives the device its eventfds, and raises
     /// what was pending. Returns the number of vectors connected.
-    pub(super) fn restore(&mut self, wires: Wires<'_>) -> Result<u32, Failure> {
+    pub(super) fn restore(&mut self, irq_path: IrqPath<'_>) -> Result<u32, Failure> {
         if !self.enabled {
             return Ok(0);
         }
-        self.attach(wires.irq)?;
-        self.connect(wires)?;
+        self.attach(irq_path.irq)?;
+        self.connect(irq_path)?;
         self.deliver()?;
         Ok(u32::try_from(self.in_use).unwrap_or(u32::MAX))
     }
 
     /// Takes all of it back: as after a reset. Goes on after a failure, and says the first.
-    pub(super) fn reset(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
+    pub(super) fn reset(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
         self.enabled = false;
-        let disconnected = self.disconnect(wires);
+        let disconnected = self.disconnect(irq_path);
         for vector in &mut self.vectors {
             (vector.message, vector.masked, vector.pending) = (MsiMessage::default(), true, false);
         }
@@ -243,23 +248,23 @@ impl Vectors {
     }
 
     /// Brings routes and attachments to what the registers say, and delivers what became deliverable.
-    fn settle(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
-        self.detach(wires.irq)?;
+    fn settle(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+        self.detach(irq_path.irq)?;
         for (index, vector) in self.vectors.iter().enumerate() {
             let route = self.unmasked(index).then_some(vector.message);
-            wires
+            irq_path
                 .router
                 .set(vector.gsi, route)
                 .map_err(|source| ("setting an interrupt route".to_owned(), source))?;
         }
-        wires.router.commit().map_err(|source| ("committing interrupt routes".to_owned(), source))?;
+        irq_path.router.commit().map_err(|source| ("committing interrupt routes".to_owned(), source))?;
         self.drain()?;
-        self.attach(wires.irq)?;
+        self.attach(irq_path.irq)?;
         self.deliver()
     }
 
     /// Detaches all vectors, and takes what has not reached the interrupt controller into their pending bits.
-    fn collect(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    fn collect(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         let fail = failure("settling an interrupt");
         for vector in self.vectors.iter_mut().filter(|vector| vector.attached) {
             // Detaching waits until what was raised has reached the interrupt controller; what has not is in the eventfd.
@@ -271,7 +276,7 @@ impl Vectors {
     }
 
     /// Detaches vectors that are not unmasked any more.
-    fn detach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    fn detach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         for index in 0..self.vectors.len() {
             let masked = !self.unmasked(index);
             let vector = &mut self.vectors[index];
@@ -284,7 +289,7 @@ impl Vectors {
     }
 
     /// Attaches vectors that are unmasked now.
-    fn attach(&mut self, irq: &dyn IrqBackend) -> Result<(), Failure> {
+    fn attach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         for index in 0..self.vectors.len() {
             let unmasked = self.unmasked(index);
             let vector = &mut self.vectors[index];
@@ -304,24 +309,24 @@ impl Vectors {
         Ok(())
     }
 
-    fn connect(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
+    fn connect(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
         let used = self.vectors.iter().take(self.in_use);
         let events: Vec<_> = used.map(|vector| Some(vector.event.as_fd())).collect();
-        let connected = wires.hardware.set_irq_eventfds(self.kind, 0, &events);
+        let connected = irq_path.hardware.set_irq_eventfds(self.kind, 0, &events);
         connected.map_err(failure("connecting message-signalled interrupts"))?;
         self.connected = true;
         Ok(())
     }
 
-    fn disconnect(&mut self, wires: Wires<'_>) -> Result<(), Failure> {
+    fn disconnect(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
         let mut first = Ok(());
         if self.connected {
             // The device first: afterwards nothing is raised any more.
-            let disabled = wires.hardware.disable_irqs(self.kind);
+            let disabled = irq_path.hardware.disable_irqs(self.kind);
             first = disabled.map_err(failure("disabling message-signalled interrupts"));
             self.connected = false;
         }
-        let settled = self.settle(wires);
+        let settled = self.settle(irq_path);
         for vector in &mut self.vectors {
             // What is disabled has no pending bits: what was raised before does not outlive it.
             let _ = vector.event.drain();

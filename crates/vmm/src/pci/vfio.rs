@@ -18,7 +18,7 @@ use super::host::PciHost;
 use super::interrupts::Interrupts;
 use super::registers::{COMMAND, HEADER_END, INTERRUPT_LINE};
 use super::state::State;
-use super::vectors::{ENTRY, Failure, Wires};
+use super::vectors::{ENTRY, Failure, IrqPath};
 
 /// Bytes of config space that every function has: its header.
 const HEADER: usize = HEADER_END as usize;
@@ -147,7 +147,7 @@ impl VfioPciFunction {
 
     /// Raises what is pending on unmasked vectors: for a guest that goes on here after its state was saved.
     pub fn deliver_pending(&self) -> Result<(), PciError> {
-        self.lock().interrupts.go_on(self.wires()).map_err(|failure| self.failed(failure))
+        self.lock().interrupts.go_on(self.irq_path()).map_err(|failure| self.failed(failure))
     }
 
     /// Takes everything back, and leaves the other devices' reach: before the device is closed. Goes on after a
@@ -236,7 +236,7 @@ impl VfioPciFunction {
         }
         if state.interrupts.concerned(offset, from.len()) {
             let State { config, interrupts, .. } = state;
-            if let Err(failure) = interrupts.settle(config, self.wires()) {
+            if let Err(failure) = interrupts.settle(config, self.irq_path()) {
                 self.note(&self.failed(failure), "switching interrupts");
             }
         }
@@ -284,7 +284,7 @@ impl VfioPciFunction {
                 for (index, part) in from.chunks_exact(4).enumerate() {
                     let value = part.try_into().map_or(0, u32::from_le_bytes);
                     if let Err(failure) =
-                        state.interrupts.msix.set_table(at + 4 * index as u64, value, self.wires())
+                        state.interrupts.msix.set_table(at + 4 * index as u64, value, self.irq_path())
                     {
                         self.note(&self.failed(failure), "changing an interrupt");
                     }
@@ -309,8 +309,8 @@ impl VfioPciFunction {
         table.or_else(|| inside(layout.pba, vectors.div_ceil(64) * 8).map(Emulated::Pending))
     }
 
-    fn wires(&self) -> Wires<'_> {
-        Wires { hardware: &*self.hardware, irq: &*self.host.irq, router: &*self.host.router }
+    fn irq_path(&self) -> IrqPath<'_> {
+        IrqPath { hardware: &*self.hardware, irq: &*self.host.irq, router: &*self.host.router }
     }
 
     fn write_command(&self, state: &State) -> Result<(), DeviceError> {
@@ -321,7 +321,7 @@ impl VfioPciFunction {
     /// Back to what it was after a reset: no interrupts, no BARs before the guest. Goes on after a failure, and says the
     /// first.
     fn forget(&self, state: &mut State) -> Result<(), PciError> {
-        let mut result = state.interrupts.reset(self.wires()).map_err(|failure| self.failed(failure));
+        let mut result = state.interrupts.reset(self.irq_path()).map_err(|failure| self.failed(failure));
         for placed in 0..BARS {
             if let Some(placed) = state.placed[placed].take() {
                 result = result.and(self.take_away(placed));
@@ -375,7 +375,7 @@ impl PciFunction for VfioPciFunction {
 
     fn save(&self) -> Result<PciState, PciError> {
         let mut state = self.lock();
-        let saved = state.interrupts.save(self.wires()).map_err(|failure| self.failed(failure))?;
+        let saved = state.interrupts.save(self.irq_path()).map_err(|failure| self.failed(failure))?;
         let (vectors, msi_pending, intx_pending) = saved;
         let mut bars = [0; BARS];
         for bar in &self.bars {
@@ -417,7 +417,7 @@ impl PciFunction for VfioPciFunction {
         self.check_interrupts(saved)?;
         let mut state = self.lock();
         let State { config, interrupts, .. } = &mut *state;
-        interrupts.restore(saved, config, self.wires()).map_err(|failure| self.failed(failure))
+        interrupts.restore(saved, config, self.irq_path()).map_err(|failure| self.failed(failure))
     }
 
     fn undo(&self) -> Result<(), PciError> {

@@ -13,11 +13,11 @@ use vfio_migration_device::MsiMessage;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
-use crate::pci::{BarDoorbell, BarMapper, Event, IrqBackend, RouteTable};
+use crate::pci::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable};
 
-/// The ties between the functions of a machine and its software guest.
+/// The way between PCI functions and the software guest: [`Irqfds`], [`MsiRouteTable`] and [`BarMapper`] in one.
 #[derive(Debug)]
-pub struct SoftwareTies {
+pub struct SoftwareBackend {
     state: Mutex<State>,
     /// Ends a wait.
     kick: Event,
@@ -31,8 +31,8 @@ struct State {
     doorbells: Vec<BarDoorbell>,
 }
 
-impl SoftwareTies {
-    /// Ties to nothing.
+impl SoftwareBackend {
+    /// A guest that nothing is attached to.
     pub fn new() -> io::Result<Self> {
         Ok(Self { state: Mutex::default(), kick: Event::new()? })
     }
@@ -99,7 +99,7 @@ impl SoftwareTies {
     }
 }
 
-impl IrqBackend for SoftwareTies {
+impl Irqfds for SoftwareBackend {
     fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
         if self.lock().attached.insert(gsi, Arc::clone(event)).is_some() {
             return Err(io::Error::other(format!("interrupt {gsi} has an eventfd already")));
@@ -127,14 +127,14 @@ impl IrqBackend for SoftwareTies {
     }
 }
 
-impl RouteTable for SoftwareTies {
+impl MsiRouteTable for SoftwareBackend {
     fn replace(&self, routes: &BTreeMap<u32, MsiMessage>) -> io::Result<()> {
         self.lock().routes.clone_from(routes);
         Ok(())
     }
 }
 
-impl BarMapper for SoftwareTies {
+impl BarMapper for SoftwareBackend {
     fn map(&self, gpa: Gpa, memory: &Arc<Mapping>) -> io::Result<()> {
         self.lock().mapped.insert(gpa, Arc::clone(memory));
         Ok(())

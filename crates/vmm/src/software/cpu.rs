@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vfio_migration_memory::{GuestRam, WriteLog};
 use vfio_migration_types::Gpa;
 
-use super::SoftwareTies;
+use super::SoftwareBackend;
 use crate::bus::IoBus;
 
 /// The guest's side of RAM, mapped BARs, doorbells and the bus. Every store to RAM is logged.
@@ -13,7 +13,7 @@ use crate::bus::IoBus;
 pub(super) struct Cpu {
     pub(super) ram: Arc<GuestRam>,
     pub(super) log: Arc<WriteLog>,
-    pub(super) ties: Arc<SoftwareTies>,
+    pub(super) backend: Arc<SoftwareBackend>,
     pub(super) bus: Arc<dyn IoBus>,
 }
 
@@ -52,7 +52,7 @@ impl Cpu {
             if self.ram.read(offset, into).is_err() {
                 into.fill(0xff);
             }
-        } else if let Some((memory, offset)) = self.ties.memory(Gpa(gpa), len) {
+        } else if let Some((memory, offset)) = self.backend.memory(Gpa(gpa), len) {
             if memory.read(offset, into).is_err() {
                 into.fill(0xff);
             }
@@ -71,11 +71,11 @@ impl Cpu {
             if self.ram.write(offset, from).is_ok() {
                 self.log.mark(offset, len);
             }
-        } else if let Some((memory, offset)) = self.ties.memory(Gpa(gpa), len) {
+        } else if let Some((memory, offset)) = self.backend.memory(Gpa(gpa), len) {
             if let Err(error) = memory.write(offset, from) {
                 tracing::error!(gpa, %error, "a store to a BAR failed");
             }
-        } else if !self.ties.ring(Gpa(gpa), from) {
+        } else if !self.backend.ring(Gpa(gpa), from) {
             self.bus.mmio_write(Gpa(gpa), from);
         }
     }

@@ -68,7 +68,7 @@ pub(super) fn start(cpu: &Cpu, orders: &Orders) -> Result<(), Failure> {
 
 /// A turn: takes interrupts, looks for lost ones, takes what is done, posts anew, and compares some of what was done.
 pub(super) fn serve(cpu: &Cpu, orders: &Orders, run_clock: u64) -> Result<(), Failure> {
-    for message in cpu.ties.take_interrupts() {
+    for message in cpu.backend.take_interrupts() {
         let target = message.data.checked_sub(FIRST_VECTOR).map(u64::from);
         match target.filter(|target| message.address == LAPIC && *target < 2 * orders.devices) {
             Some(target) => Flow { device: Device { cpu, index: target / 2 }, flow: target % 2 }.interrupt(),

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use vfio_migration::Section;
 use vfio_migration_memory::{DirtySource, GuestRam, WriteLog};
 
-pub use backend::SoftwareTies;
+pub use backend::SoftwareBackend;
 
 use crate::bus::IoBus;
 use crate::error::VmmError;
@@ -43,7 +43,7 @@ const SECTION: (&str, u32) = ("software.vcpu", 1);
 pub struct SoftwareVm {
     ram: Arc<GuestRam>,
     log: Arc<WriteLog>,
-    ties: Arc<SoftwareTies>,
+    backend: Arc<SoftwareBackend>,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -71,16 +71,16 @@ impl SoftwareVm {
     /// # Errors
     /// No eventfd is to be had.
     pub fn new(ram: Arc<GuestRam>) -> Result<Self, VmmError> {
-        let ties = SoftwareTies::new().map_err(io_error("making an eventfd"))?;
+        let backend = SoftwareBackend::new().map_err(io_error("making an eventfd"))?;
         let log = Arc::new(WriteLog::new("software", ram.size()));
         let control = Control { run: false, busy: false, quit: false, pc: Pc::Off };
         let shared = Arc::new(Shared { control: Mutex::new(control), changed: Condvar::new() });
-        Ok(Self { ram, log, ties: Arc::new(ties), shared, thread: Mutex::new(None) })
+        Ok(Self { ram, log, backend: Arc::new(backend), shared, thread: Mutex::new(None) })
     }
 
-    /// What ties PCI functions to this guest.
-    pub fn ties(&self) -> &Arc<SoftwareTies> {
-        &self.ties
+    /// The way from PCI functions to this guest, and back.
+    pub fn backend(&self) -> &Arc<SoftwareBackend> {
+        &self.backend
     }
 
     /// Writes the boot page; the program begins with the first [`resume`](Self::resume).
@@ -102,8 +102,8 @@ impl SoftwareVm {
         if thread.is_some() {
             return Err(VmmError::Refused("the software guest has its thread already".into()));
         }
-        let (ram, log, ties) = (Arc::clone(&self.ram), Arc::clone(&self.log), Arc::clone(&self.ties));
-        let cpu = Cpu { ram, log, ties, bus: Arc::clone(bus) };
+        let (ram, log, backend) = (Arc::clone(&self.ram), Arc::clone(&self.log), Arc::clone(&self.backend));
+        let cpu = Cpu { ram, log, backend, bus: Arc::clone(bus) };
         let shared = Arc::clone(&self.shared);
         let builder = std::thread::Builder::new().name("software vcpu".into());
         let made = builder.spawn(move || shared.work(cpu)).map_err(io_error("making the guest's thread"))?;
@@ -120,7 +120,7 @@ impl SoftwareVm {
         let mut control = self.control();
         let ran = control.run;
         control.run = false;
-        self.ties.kick();
+        self.backend.kick();
         while control.busy {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -155,7 +155,7 @@ impl SoftwareVm {
             (control.run, control.quit) = (false, true);
             self.shared.changed.notify_all();
         }
-        self.ties.kick();
+        self.backend.kick();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread
             && thread.join().is_err()

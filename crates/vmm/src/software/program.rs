@@ -83,7 +83,7 @@ impl Program {
     /// Waits for an interrupt, for a tick at most.
     pub(super) fn idle(&self) {
         let micros = self.orders().map_or(1000, |orders| orders.tick_us);
-        self.cpu.ties.wait(Duration::from_micros(micros.clamp(100, 1_000_000)));
+        self.cpu.backend.wait(Duration::from_micros(micros.clamp(100, 1_000_000)));
     }
 
     fn boot(&self) -> Result<(), Failure> {

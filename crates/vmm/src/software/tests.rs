@@ -15,7 +15,7 @@ use super::*;
 use crate::guest::{Areas, Report, Stage, map};
 use crate::layout;
 use crate::pci::tests::fakes::FakeHardware;
-use crate::pci::{PciBus, PciHost, Router, VfioPciFunction, Windows};
+use crate::pci::{MsiRouter, PciBus, PciHost, VfioPciFunction, Windows};
 use crate::platform::PlatformBus;
 
 const MEMORY: u64 = 16 << 20;
@@ -132,8 +132,8 @@ impl Machine {
     fn new(devices: usize) -> Self {
         let ram = Arc::new(GuestRam::new("test", &layout::ram_regions(MEMORY).unwrap()).unwrap());
         let vm = SoftwareVm::new(ram.clone()).unwrap();
-        let router = Arc::new(Router::new(vm.ties().clone()));
-        let host = PciHost::new(vm.ties().clone(), vm.ties().clone(), router, Windows::default());
+        let router = Arc::new(MsiRouter::new(vm.backend().clone()));
+        let host = PciHost::new(vm.backend().clone(), vm.backend().clone(), router, Windows::default());
         let bus = Arc::new(PciBus::new(host.clone()));
         let samples: Vec<Sample> = (0..devices).map(Sample::new).collect();
         for (slot, sample) in (1..).zip(&samples) {

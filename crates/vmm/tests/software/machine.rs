@@ -10,7 +10,7 @@ use vfio_migration_types::{Bitmap, Gpa, Granule, MigrationState, PAGE_SIZE, RamO
 use vfio_migration_vmm::bus::IoBus;
 use vfio_migration_vmm::guest::{BootInfo, Report};
 use vfio_migration_vmm::layout;
-use vfio_migration_vmm::pci::{PciBus, PciHost, Router, VfioPciFunction, Windows, map_guest_ram};
+use vfio_migration_vmm::pci::{MsiRouter, PciBus, PciHost, VfioPciFunction, Windows, map_guest_ram};
 use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::software::SoftwareVm;
 
@@ -32,8 +32,8 @@ impl Machine {
     pub(crate) fn new(memory: u64, devices: usize, options: &Options) -> Self {
         let ram = Arc::new(GuestRam::new("software", &layout::ram_regions(memory).unwrap()).unwrap());
         let vm = SoftwareVm::new(ram.clone()).unwrap();
-        let (irq, mapper) = (vm.ties().clone(), vm.ties().clone());
-        let router = Arc::new(Router::new(vm.ties().clone()));
+        let (irq, mapper) = (vm.backend().clone(), vm.backend().clone());
+        let router = Arc::new(MsiRouter::new(vm.backend().clone()));
         let host = PciHost::new(irq, mapper, router, Windows::default());
         let bus = Arc::new(PciBus::new(host.clone()));
         let mut hardware = Vec::new();

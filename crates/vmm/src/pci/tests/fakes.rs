@@ -15,7 +15,7 @@ use vfio_migration_device::{
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
 
-use crate::pci::{BarDoorbell, BarMapper, Event, IrqBackend, PciHost, RouteTable, Router, Windows};
+use crate::pci::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable, MsiRouter, PciHost, Windows};
 
 const BAR0_SIZE: u64 = 0x4000;
 const BAR2_SIZE: u64 = 0x10_0000;
@@ -405,7 +405,7 @@ impl FakeIrq {
     }
 }
 
-impl IrqBackend for FakeIrq {
+impl Irqfds for FakeIrq {
     fn attach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()> {
         let mut pins = self.pins.lock().unwrap();
         assert!(pins.iter().all(|pin| !Arc::ptr_eq(&pin.event, event)), "attached twice");
@@ -437,7 +437,7 @@ impl IrqBackend for FakeIrq {
     }
 }
 
-impl RouteTable for FakeIrq {
+impl MsiRouteTable for FakeIrq {
     fn replace(&self, routes: &BTreeMap<u32, MsiMessage>) -> io::Result<()> {
         *self.routes.lock().unwrap() = routes.clone();
         *self.commits.lock().unwrap() += 1;
@@ -487,6 +487,6 @@ impl BarMapper for FakeMapper {
 /// A host over both.
 pub(crate) fn fake_host() -> (Arc<PciHost>, Arc<FakeIrq>, Arc<FakeMapper>) {
     let (irq, mapper) = (Arc::new(FakeIrq::default()), Arc::new(FakeMapper::default()));
-    let router = Arc::new(Router::new(irq.clone()));
+    let router = Arc::new(MsiRouter::new(irq.clone()));
     (PciHost::new(irq.clone(), mapper.clone(), router, windows()), irq, mapper)
 }
