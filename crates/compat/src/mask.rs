@@ -85,7 +85,7 @@ impl JsonSchema for MaskRule {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -106,7 +106,7 @@ fn fill(tree: &mut Value, facts: &Map<String, Value>, at: &str) -> Result<(), Ma
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use vfio_migration_types::DeviceId;
 
     use super::*;

@@ -102,7 +102,7 @@ fn ranges(text: &str) -> Option<Vec<(ModelVersion, Option<ModelVersion>)>> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn v(text: &str) -> ModelVersion {

@@ -208,7 +208,7 @@ fn index(n: u64) -> usize {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

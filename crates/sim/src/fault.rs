@@ -242,7 +242,7 @@ impl<'a> Words<'a> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -137,7 +137,7 @@ const fn byte(offset: usize) -> u8 {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn word(config: &ConfigSpace, at: usize) -> u32 {

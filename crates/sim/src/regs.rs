@@ -306,7 +306,7 @@ impl Registers {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     const FACTS: Facts = Facts { version: (1, 2), state_size: 0x1_0000_2000, integrity: 1 };

@@ -256,7 +256,7 @@ fn half(bytes: &[u8], at: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use proptest::prelude::*;
 
     use super::*;

@@ -176,7 +176,7 @@ impl Iterator for Chain<'_> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     /// A kernel that answers with `bytes`, as far as there is room.

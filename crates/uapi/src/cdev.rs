@@ -70,7 +70,7 @@ struct Attach {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -131,7 +131,7 @@ fn parse(index: u32, bytes: &capability::Answer) -> Result<Region, UapiError> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
     use crate::capability::Answer;
 

@@ -123,7 +123,7 @@ pub(crate) const fn argsz(size: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -96,7 +96,7 @@ unsafe impl Ioctl for GetDevice<'_> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

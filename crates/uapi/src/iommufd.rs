@@ -253,7 +253,7 @@ unsafe fn call<const OPCODE: Opcode, T>(
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -159,7 +159,7 @@ fn set_irqs(
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

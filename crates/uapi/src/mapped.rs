@@ -66,7 +66,7 @@ impl Mapped {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use std::sync::Arc;
 
     use rustix::io::Errno;

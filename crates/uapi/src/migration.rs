@@ -116,7 +116,7 @@ pub fn reset(device: BorrowedFd<'_>) -> Result<(), UapiError> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

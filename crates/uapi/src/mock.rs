@@ -130,7 +130,7 @@ fn high(word: u64) -> u32 {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use std::os::fd::AsFd;
 
     use super::*;

@@ -60,7 +60,7 @@ pub(crate) fn check(range: Range<Iova>, granule: Granule, bitmap: &[u64]) -> Res
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn pages(count: u64) -> Range<Iova> {

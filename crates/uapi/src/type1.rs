@@ -363,7 +363,7 @@ fn parse(answer: &Answer) -> Result<Type1Info, UapiError> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -95,7 +95,7 @@ pub fn in_bar_window(gpa: Gpa, len: u64) -> bool {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -85,7 +85,7 @@ impl IoBus for PlatformBus {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
     use crate::bus::EmptyBus;
 

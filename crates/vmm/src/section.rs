@@ -118,7 +118,7 @@ impl<'a> Reader<'a> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn section() -> Section {

@@ -149,7 +149,7 @@ impl State {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

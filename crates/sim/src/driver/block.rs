@@ -72,7 +72,7 @@ pub fn check_block(block: &[u8], number: u64, cookie: u64, flags: u32, source_su
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn good() -> Vec<u64> {

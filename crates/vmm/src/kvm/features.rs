@@ -171,7 +171,7 @@ impl Register {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {

@@ -157,7 +157,7 @@ impl fmt::Debug for Gate {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

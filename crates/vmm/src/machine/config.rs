@@ -126,7 +126,7 @@ impl Default for Workload {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

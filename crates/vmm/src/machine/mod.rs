@@ -317,7 +317,7 @@ fn failed<E: std::error::Error + Send + Sync + 'static>(
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
     use crate::bus::IoBus;
     use crate::platform::FAILURE;

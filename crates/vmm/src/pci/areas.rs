@@ -94,7 +94,7 @@ fn map_area(
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn range(start: u64, len: u64) -> Range<u64> {

@@ -176,7 +176,7 @@ impl AddressMap {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
     use crate::pci::tests::fakes::{sample_config, windows};
 

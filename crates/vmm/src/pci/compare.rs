@@ -119,7 +119,7 @@ fn capability_mask(own: &ConfigSpace, capability: Capability, room: usize) -> Ve
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use vfio_migration_device::ConfigRule;
 
     use super::*;

@@ -301,7 +301,7 @@ impl MsiLayout {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
     use crate::pci::tests::fakes::sample_config;
 
