@@ -81,11 +81,6 @@ impl ClientError {
             Self::NotNegotiated(_) => Some(Errno::OPNOTSUPP),
         }
     }
-
-    /// Whether the connection is of no further use.
-    pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Io { .. } | Self::Timeout { .. } | Self::ConnectionLost { .. })
-    }
 }
 
 /// Why a server could not be set up, or stopped serving.

@@ -28,8 +28,6 @@ pub const MMIO32_LEN: u64 = 0x2000_0000;
 pub const ECAM_BASE: u64 = 0xE000_0000;
 /// Bytes of the memory-mapped configuration space: 32 devices of 8 functions of 4 KiB.
 pub const ECAM_LEN: u64 = 1 << 20;
-/// The IOAPIC's page.
-pub const IOAPIC_BASE: u64 = 0xFEC0_0000;
 /// The local APIC's page, and where MSIs are written to.
 pub const LAPIC_BASE: u64 = 0xFEE0_0000;
 /// One page that KVM on VMX needs for guests without paging.
@@ -86,14 +84,6 @@ pub fn ram_regions(memory: u64) -> Result<Vec<RamSpec>, VmmError> {
     Ok(regions)
 }
 
-/// Whether `gpa .. gpa + len` lies in a window for BARs.
-pub fn in_bar_window(gpa: Gpa, len: u64) -> bool {
-    let Some(end) = gpa.0.checked_add(len) else { return false };
-    [(MMIO32_BASE, MMIO32_LEN), (MMIO64_BASE, MMIO64_LEN)]
-        .into_iter()
-        .any(|(base, size)| gpa.0 >= base && end <= base + size)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,14 +107,5 @@ mod tests {
         for bytes in [0, 1, 4096, RAM_MIN - LARGE_PAGE, RAM_MIN + 4096, RAM_MAX + LARGE_PAGE, u64::MAX] {
             assert!(ram_regions(bytes).is_err(), "{bytes}");
         }
-    }
-
-    #[test]
-    fn bar_windows_have_ends() {
-        assert!(in_bar_window(Gpa(MMIO32_BASE), MMIO32_LEN));
-        assert!(!in_bar_window(Gpa(MMIO32_BASE), MMIO32_LEN + 1));
-        assert!(in_bar_window(Gpa(MMIO64_BASE + 4096), 1 << 20));
-        assert!(!in_bar_window(Gpa(u64::MAX), 2));
-        assert!(!in_bar_window(Gpa(0), 4096));
     }
 }

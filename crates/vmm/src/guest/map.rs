@@ -18,10 +18,8 @@ pub const STACK_END: u64 = 0x1_0000;
 pub const PROGRAM: u64 = 0x1_0000;
 /// Most bytes of the program.
 pub const PROGRAM_LIMIT: u64 = 0x1_0000;
-/// The program's variables: up to 0x3_0000.
+/// The program's variables: up to 0x3_0000, where its interrupt descriptor table is.
 pub const DATA: u64 = 0x2_0000;
-/// The program's interrupt descriptor table.
-pub const IDT: u64 = 0x3_0000;
 /// Page tables, written by the VMM.
 pub const PAGE_TABLES: u64 = 0x10_0000;
 /// End of the page tables.

@@ -26,7 +26,7 @@ use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
 use vfio_migration_memory::GuestRam;
 
 pub use dirty::KvmDirtyLog;
-pub use features::{check_features, cpu_features, offered_features};
+pub use features::{cpu_features, offered_features};
 pub use irq::GsiRoute;
 pub use memory::SlotId;
 pub use state::section_versions;

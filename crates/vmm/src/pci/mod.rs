@@ -35,6 +35,6 @@ pub use bars::Windows;
 pub use bus::{PciBus, PlaceError};
 pub use gate::BarGate;
 pub use host::PciHost;
-pub use peers::{map_guest_ram, unmap_guest_ram};
+pub use peers::map_guest_ram;
 pub use router::MsiRouter;
 pub use vfio::VfioPciFunction;

@@ -23,12 +23,6 @@ pub fn map_guest_ram(hardware: &dyn PciHardware, ram: &GuestRam) -> Result<(), D
     Ok(())
 }
 
-/// Takes guest RAM away from the device. Goes on after a failure, and says the first.
-pub fn unmap_guest_ram(hardware: &dyn PciHardware, ram: &GuestRam) -> Result<(), DeviceError> {
-    let ranges = ram.regions().iter().filter_map(|region| Range::new(Iova(region.gpa.0), region.len).ok());
-    ranges.map(|range| hardware.dma_unmap(range)).fold(Ok(()), Result::and)
-}
-
 /// The functions of a machine as targets of each other's DMA: a BAR that is placed and can be mapped is mapped into
 /// every other device at its guest address, for as long as it is there. Where the IOMMU of a device takes no BAR of
 /// another, the two go on without peer-to-peer DMA.

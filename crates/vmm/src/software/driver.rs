@@ -7,13 +7,13 @@ use crate::guest::map::{
     DATA, DEVICE_DONE, DEVICE_RING, DEVICE_SLOTS, DEVICE_SOURCES, DEVICE_STRIDE, DEVICE_TAIL, DEVICE_TARGETS,
     DEVICES, DEVICES_MAX, REPORT, RING_SIZE, SLOTS,
 };
+use crate::layout::LAPIC_BASE;
 
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
 const MAGIC: u32 = 0x4c50_4d53;
 const BLOCK_MAGIC: u64 = 0x4b43_4f4c_4253_4d56;
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-const LAPIC: u64 = 0xfee0_0000;
 /// Vector of the first device's first flow; two per device.
 const FIRST_VECTOR: u32 = 0x40;
 /// A completed block whose interrupt has not come after so long, in nanoseconds of running, has lost it.
@@ -70,7 +70,7 @@ pub(super) fn start(cpu: &Cpu, orders: &Orders) -> Result<(), Failure> {
 pub(super) fn serve(cpu: &Cpu, orders: &Orders, run_clock: u64) -> Result<(), Failure> {
     for message in cpu.backend.take_interrupts() {
         let target = message.data.checked_sub(FIRST_VECTOR).map(u64::from);
-        match target.filter(|target| message.address == LAPIC && *target < 2 * orders.devices) {
+        match target.filter(|target| message.address == LAPIC_BASE && *target < 2 * orders.devices) {
             Some(target) => Flow { device: Device { cpu, index: target / 2 }, flow: target % 2 }.interrupt(),
             None => return Err(Failure { code: 0x200, detail: message.data.into() }),
         }

@@ -14,7 +14,7 @@ use vfio_migration_memory::DirtySource;
 use vfio_migration_types::{Bitmap, Granule, RamOffset};
 use vfio_migration_vmm::StopReason;
 use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage};
-use vfio_migration_vmm::kvm::{KvmVm, check_features, cpu_features, section_versions};
+use vfio_migration_vmm::kvm::{KvmVm, cpu_features, section_versions};
 
 const PACE: Duration = Duration::from_millis(4);
 
@@ -383,16 +383,13 @@ fn damaged_state_is_refused() {
 }
 
 #[test]
-fn features_are_offered_to_ourselves() {
+fn every_machine_of_a_host_is_offered_the_same_features() {
     if !kvm_answers() {
         return;
     }
     let offered = cpu_features(&KvmVm::open().unwrap()).unwrap();
-    check_features(&offered, &cpu_features(&KvmVm::open().unwrap()).unwrap()).unwrap();
-    let mut less = offered.clone();
-    let gone = less.pop().unwrap();
-    let error = check_features(&offered, &less).unwrap_err();
-    assert!(error.to_string().contains(&gone));
+    assert!(!offered.is_empty());
+    assert_eq!(cpu_features(&KvmVm::open().unwrap()).unwrap(), offered);
 }
 
 #[test]
