@@ -4,7 +4,6 @@
 //! [`start`](KvmVm::start) followed by [`resume`](KvmVm::resume), and can be paused, saved, loaded and resumed as often
 //! as one likes. Dropping the last handle ends the vCPU threads.
 
-mod chips;
 mod dirty;
 mod features;
 mod gate;

@@ -1,10 +1,10 @@
 //! What the functions of one machine share: the way to the guest, and to one another.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use super::backend::{BarMapper, Irqfds};
 use super::bars::{AddressMap, Windows};
-use super::gate::BarGate;
 use super::peers::Peers;
 use super::router::MsiRouter;
 
@@ -42,5 +42,57 @@ impl PciHost {
     /// The interrupt routes of all functions.
     pub fn router(&self) -> &Arc<MsiRouter> {
         &self.router
+    }
+}
+
+/// Open while the guest runs. Closed, no access of a guest to a BAR or to a device's config space can reach a device:
+/// it reads all ones, writes go nowhere, and the access is counted as an error of the VMM, since paused vCPUs make none.
+///
+/// What the VMM does on its own behalf (putting config space back, connecting interrupts) does not pass it.
+#[derive(Debug, Default)]
+pub struct BarGate {
+    closed: RwLock<bool>,
+    violations: AtomicU64,
+}
+
+/// An access under way: while it lives, [`BarGate::close`] waits.
+#[derive(Debug)]
+pub(crate) struct Passage<'a>(#[expect(dead_code, reason = "held for its drop")] RwLockReadGuard<'a, bool>);
+
+impl BarGate {
+    /// An open gate.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Closes it. When it returns, no access is under way and none will begin.
+    pub fn close(&self) {
+        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Opens it.
+    pub fn open(&self) {
+        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+
+    /// Whether it is closed.
+    pub fn is_closed(&self) -> bool {
+        *self.closed.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Accesses that came while it was closed: 0, unless the VMM has a bug.
+    pub fn violations(&self) -> u64 {
+        self.violations.load(Ordering::Relaxed)
+    }
+
+    /// Lets one access pass, or counts it and gives `None`.
+    pub(crate) fn pass(&self) -> Option<Passage<'_>> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            self.violations.fetch_add(1, Ordering::Relaxed);
+            tracing::error!("a device access by a paused guest was held back");
+            return None;
+        }
+        Some(Passage(closed))
     }
 }
