@@ -7,10 +7,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::time::{ClockId, clock_gettime};
+use vfio_migration::Section;
 
 use crate::error::VmmError;
 use crate::section::Reader;
-use vfio_migration::Section;
 
 /// Name of the section that carries the latch.
 pub const SECTION: &str = "platform.clock";

@@ -2,9 +2,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use vfio_migration::Section;
+
 use crate::error::VmmError;
 use crate::section::Reader;
-use vfio_migration::Section;
 
 /// First port of the first serial line.
 pub const COM1: u16 = 0x3F8;
