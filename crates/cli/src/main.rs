@@ -3,17 +3,21 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod compat_args;
 mod control;
 mod demo;
 mod exit;
+mod follow;
 mod interrupt;
 mod manual;
 mod output;
+mod probe;
 mod progress;
 mod schema;
+mod subject;
 mod units;
 mod verbs;
+mod verdict;
+mod vm;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -46,7 +50,7 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
     match verb {
         Verb::Demo(options) => demo::run(&options, &Interrupt::listen()?),
         Verb::Device(options) => verbs::device::run(&options),
-        Verb::Vm(options) => verbs::vm::run(&options, &Interrupt::listen()?),
+        Verb::Vm(options) => vm::run(&options, &Interrupt::listen()?),
         Verb::Migrate(options) => verbs::migrate::run(&options, &Interrupt::listen()?),
         Verb::Rehearse(options) => verbs::rehearse::run(&options, &Interrupt::listen()?),
         Verb::Describe(options) => verbs::describe::run(&options),

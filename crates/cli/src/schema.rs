@@ -5,11 +5,12 @@ use vfio_migration_compat::{
     DeviceManifest, Explanation, HostManifest, MachineManifest, Matrix, Policy, Report,
 };
 
+use crate::control::GuestInfo;
 use crate::control::{
     Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, Refused,
     RehearseArguments, SaveArguments, StatusInfo,
 };
-use crate::demo::{DemoReport, GuestInfo};
+use crate::demo::DemoReport;
 use crate::exit::FailureReport;
 use crate::verbs::check::BaselineReport;
 use crate::verbs::device_file::DeviceFileReport;

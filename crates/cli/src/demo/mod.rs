@@ -1,6 +1,5 @@
 //! `demo`: a running guest and its devices move live between processes, and the guest judges.
 
-mod guest;
 mod processes;
 mod report;
 
@@ -10,10 +9,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vfio_migration_vmm::machine::kvm_answers;
 
-pub(crate) use guest::{GuestInfo, STAGE_RUNNING};
+use crate::control::{GuestInfo, STAGE_RUNNING};
 use processes::Process;
-pub(crate) use report::DemoReport;
 use report::{Bytes, CaughtBy, Outcome, Pids};
+pub(crate) use report::{Counts, DemoReport};
 
 use crate::args::{Break, Demo, Transport};
 use crate::control::{Client, ClientError, MigrationInfo, MigrationState, StatusInfo, Verb};
@@ -60,7 +59,7 @@ pub(crate) fn run(options: &Demo, interrupt: &Interrupt) -> Result<Exit, Failure
 
 /// Refuses sizes that cannot be, before anything is started.
 fn check(options: &Demo) -> Result<(), Failure> {
-    crate::verbs::vm::check_memory(options.memory)?;
+    crate::vm::check_memory(options.memory)?;
     let device = vfio_migration_sim::Options {
         state_size: options.device_state,
         state_dirty_rate: options.device_dirty_rate,

@@ -8,11 +8,11 @@ use vfio_migration_device::host::{read_text, scan, version};
 
 use vfio_migration_vmm::kvm::offered_features;
 
-use super::probe::Local;
-use super::subject::{self, Subject, own_id};
-use crate::compat_args::{Describe, Format};
+use crate::args::ask::{Describe, Format};
 use crate::exit::{Exit, Failure, chain};
 use crate::output::print;
+use crate::probe::Local;
+use crate::subject::{self, Subject, own_id};
 
 /// Longest file of procfs that is read here, in bytes.
 const PROC_MAX: u64 = 64 << 10;

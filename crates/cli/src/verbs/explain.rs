@@ -2,9 +2,10 @@
 
 use vfio_migration_compat::{Explanation, codes, explain};
 
-use crate::compat_args::Explain;
+use crate::args::ask::Explain;
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
+use crate::verdict::word;
 
 pub(crate) fn run(options: &Explain) -> Result<Exit, Failure> {
     let Some(code) = &options.code else {
@@ -33,7 +34,7 @@ pub(crate) fn run(options: &Explain) -> Result<Exit, Failure> {
 
 fn text(entry: &Explanation) -> String {
     let Explanation { code, meaning, cause, remedy, .. } = entry;
-    let (severity, fix) = (super::check::word(&entry.severity), super::check::word(&entry.fix));
+    let (severity, fix) = (word(&entry.severity), word(&entry.fix));
     format!(
         "{code}: {meaning}\n  verdict: {severity}\n  usually: {cause}\n  remedy:  {remedy} (who: {fix})\n"
     )

@@ -2,18 +2,18 @@
 
 use serde_json::json;
 
-use super::follow::follow;
 use super::status;
 use crate::args::Migrate;
 use crate::control::{MigrateArguments, MigrationState, Verb};
 use crate::exit::{Exit, Failure};
+use crate::follow::follow;
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 use crate::units::milliseconds;
 
 pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Failure> {
     // A word that is no address is a usage error, whether or not the `vm` can be reached.
-    super::vm::uri(&options.uri)?;
+    crate::vm::uri(&options.uri)?;
     let arguments = MigrateArguments {
         uri: options.uri.clone(),
         downtime_limit: Some(milliseconds(options.downtime_limit)),

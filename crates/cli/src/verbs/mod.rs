@@ -7,15 +7,11 @@ pub(crate) mod device_file;
 pub(crate) mod devices;
 pub(crate) mod doctor;
 pub(crate) mod explain;
-mod follow;
 pub(crate) mod migrate;
-mod probe;
 pub(crate) mod rehearse;
 pub(crate) mod save;
 pub(crate) mod status;
 pub(crate) mod steer;
-pub(crate) mod subject;
-pub(crate) mod vm;
 
 use std::time::Duration;
 
@@ -27,7 +23,7 @@ use crate::control::{Client, MigrationInfo, StatusInfo};
 use crate::exit::Failure;
 
 /// Longest wait for an answer over the control socket.
-const ANSWER: Duration = Duration::from_secs(30);
+pub(crate) const ANSWER: Duration = Duration::from_secs(30);
 
 /// What `status --json` and `migrate --json` print.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -46,7 +42,7 @@ pub(crate) struct Acknowledged {
 }
 
 impl Target {
-    fn connect(&self) -> Result<Client, Failure> {
+    pub(crate) fn connect(&self) -> Result<Client, Failure> {
         Client::connect(&self.control, ANSWER).map_err(|error| Failure::caused("no contact", &error))
     }
 }

@@ -6,13 +6,14 @@ use serde_json::json;
 use vfio_migration_compat::Verdict;
 
 use super::check;
-use super::follow::follow;
-use crate::compat_args::Rehearse;
+use crate::args::ask::Rehearse;
 use crate::control::{MigrationState, RehearsalInfo, RehearseArguments, Verb};
 use crate::exit::{Exit, Failure};
+use crate::follow::follow;
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 use crate::units::{milliseconds, show_size};
+use crate::verdict;
 
 /// What `rehearse --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -22,7 +23,7 @@ pub(crate) struct RehearseReport {
 }
 
 pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Failure> {
-    super::vm::uri(&options.to)?;
+    crate::vm::uri(&options.to)?;
     check::device_map(&options.map)?;
     let arguments = RehearseArguments {
         uri: options.to.clone(),
@@ -52,11 +53,16 @@ pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Fai
 }
 
 fn text(found: &RehearsalInfo) -> String {
-    let mut text = check::text(&found.report());
+    let mut text = verdict::text(&found.report());
     if let Some(predicted) = found.predicted_downtime_ms {
         text.push_str(&format!("the guest would stand for about {predicted:.1} ms:\n"));
         for part in &found.parts {
-            text.push_str(&format!("  {:24} {:9.1} ms  {}\n", part.name, part.ms, check::word(&part.basis)));
+            text.push_str(&format!(
+                "  {:24} {:9.1} ms  {}\n",
+                part.name,
+                part.ms,
+                verdict::word(&part.basis)
+            ));
         }
     }
     let rate =

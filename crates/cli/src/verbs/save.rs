@@ -2,11 +2,11 @@
 
 use serde_json::json;
 
-use super::follow::follow;
 use super::{device_file, status};
 use crate::args::{Save, Target};
 use crate::control::{MigrationState, SaveArguments, Verb};
 use crate::exit::{Exit, Failure};
+use crate::follow::follow;
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 

@@ -38,7 +38,7 @@ pub(crate) fn run(options: &Status, interrupt: &Interrupt) -> Result<Exit, Failu
 
 /// Asks for both halves of the report. They are two answers: the first is asked for again until it is the same before
 /// and after the second, so that the halves do not contradict each other.
-pub(super) fn ask(client: &mut Client) -> Result<StatusReport, Failure> {
+pub(crate) fn ask(client: &mut Client) -> Result<StatusReport, Failure> {
     let mut vm: StatusInfo = query(client, Verb::QueryStatus)?;
     let mut attempts = 0;
     loop {

@@ -38,7 +38,7 @@ pub(crate) fn quit(target: &Target) -> Result<Exit, Failure> {
 }
 
 pub(crate) fn incoming(options: &Incoming) -> Result<Exit, Failure> {
-    super::vm::uri(&options.uri)?;
+    crate::vm::uri(&options.uri)?;
     let arguments = IncomingArguments { uri: options.uri.clone() };
     request(&options.target, Verb::MigrateIncoming, json!(arguments), "it waits for a guest")
 }

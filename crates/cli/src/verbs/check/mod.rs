@@ -1,7 +1,6 @@
 //! `check`: whether something can move, and every reason.
 
 mod pool;
-mod show;
 
 use std::path::Path;
 
@@ -13,13 +12,13 @@ use vfio_migration_compat::{
 use vfio_migration_types::VmId;
 
 pub(crate) use pool::BaselineReport;
-pub(crate) use show::{text, word};
 
-use super::probe::Local;
-use super::subject::{self, Subject, device_id};
-use crate::compat_args::Check;
+use crate::args::ask::Check;
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
+use crate::probe::Local;
+use crate::subject::{self, Subject, device_id};
+use crate::verdict::text;
 
 pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
     let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;

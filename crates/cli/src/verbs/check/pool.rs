@@ -7,11 +7,11 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use vfio_migration_compat::{Baseline, HostManifest, Manifest, Matrix, Policy, Verdict};
 
-use super::super::subject;
-use super::word;
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
 use crate::progress::Waiting;
+use crate::subject;
+use crate::verdict::word;
 
 /// Which devices can go where.
 pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Exit, Failure> {

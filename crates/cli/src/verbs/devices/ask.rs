@@ -14,7 +14,7 @@ use vfio_migration_types::{DeviceId, Gpa};
 
 use super::report::{DeviceReport, DirtyTracking, InterruptCounts, Migration, RegionReport};
 use crate::exit::{Failure, chain};
-use crate::verbs::probe::Probed;
+use crate::probe::Probed;
 
 /// Longest wait for a vfio-user server, for each thing it is asked.
 const PATIENCE: Duration = Duration::from_secs(3);

@@ -141,7 +141,7 @@ pub(crate) fn check_memory(memory: u64) -> Result<(), Failure> {
 }
 
 /// Everything that outlives one guest in this process.
-pub(super) struct RunningVm {
+pub(crate) struct RunningVm {
     pub(super) config: MachineConfig,
     pub(super) workload: Workload,
     pub(super) options: Vm,

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{StatusReport, status};
 use crate::control::{Client, MigrationState, Verb};
 use crate::exit::Failure;
 use crate::interrupt::Interrupt;
 use crate::output::say;
 use crate::progress::Progress;
+use crate::verbs::{StatusReport, status};
 
 /// How long nothing happens before the `vm` is asked again.
 const PATIENCE: Duration = Duration::from_millis(200);

@@ -14,10 +14,10 @@ use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, VmId};
 
-use super::probe::Local;
-use super::{ANSWER, status};
 use crate::control::{Client, ClientError, Verb};
 use crate::exit::{Exit, Failure};
+use crate::probe::Local;
+use crate::verbs::{ANSWER, status};
 
 /// How long a device server may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,7 +50,7 @@ pub(crate) fn subject(text: &str, name: Option<&str>, local: &Local) -> Result<S
         }
     }
     if ["tcp:", "unix:", "fd:"].iter().any(|scheme| text.starts_with(scheme)) {
-        return Ok(Subject::Receiver(super::vm::uri(text)?));
+        return Ok(Subject::Receiver(crate::vm::uri(text)?));
     }
     let path = Path::new(text);
     let kind = std::fs::metadata(path).map_err(|error| Failure::caused(text, &error))?.file_type();

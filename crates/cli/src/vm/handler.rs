@@ -11,11 +11,11 @@ use vfio_migration_vmm::machine::Accelerator;
 
 use super::slot::{Slot, Steering};
 use super::{RunningVm, incoming, outgoing, rehearsing, saving};
+use crate::control::GuestInfo;
 use crate::control::{
     Event, Handler, IncomingArguments, MigrateArguments, MigrationInfo, NoArguments, ParameterArguments,
     Refused, RehearseArguments, SaveArguments, StatusInfo, Verb,
 };
-use crate::demo::GuestInfo;
 use crate::exit::chain;
 
 /// Answers the control socket of one `vm`.

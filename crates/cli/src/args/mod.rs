@@ -1,12 +1,14 @@
 //! The command line.
 
+pub(crate) mod ask;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vfio_migration_device::host::Roots;
 
-use crate::compat_args::{Check, Describe, Explain, Rehearse, pair};
+use self::ask::{Check, Describe, Explain, Rehearse, pair};
 use crate::units;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved.";
