@@ -5,7 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::control::{ClientError, Refused};
+use crate::control::refused::Refused;
 
 /// How a run of the command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +42,9 @@ impl Failure {
         Self::new(Exit::Failed, text)
     }
 
-    /// A request over the control socket failed; a refusal keeps its class.
-    pub(crate) fn asked(doing: &str, error: &ClientError) -> Self {
-        let class = match error {
-            ClientError::Refused(refused) => refused.class.clone(),
-            _ => "GenericError".into(),
-        };
-        Self { class, ..Self::caused(doing, error) }
+    /// The same, classed as the control socket classes it.
+    pub(crate) fn of_class(self, class: &str) -> Self {
+        Self { class: class.into(), ..self }
     }
 
     /// The same for programs.

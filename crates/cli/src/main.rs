@@ -7,17 +7,18 @@ mod control;
 mod demo;
 mod exit;
 mod follow;
+mod generated;
 mod interrupt;
-mod manual;
 mod output;
 mod probe;
 mod progress;
-mod schema;
 mod subject;
+mod target;
 mod units;
 mod verbs;
 mod verdict;
 mod vm;
+mod words;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -56,7 +57,11 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         Verb::Describe(options) => verbs::describe::run(&options),
         Verb::Check(options) => verbs::check::run(&options),
         Verb::Explain(options) => verbs::explain::run(&options),
-        Verb::Save(options) => verbs::save::run(&options, &Interrupt::listen()?),
+        Verb::Save(options) => match (&options.control, &options.device) {
+            (Some(control), None) => verbs::save::run(&options, control, &Interrupt::listen()?),
+            (None, Some(device)) => verbs::device_file::save(&options, device, &Interrupt::listen()?),
+            _ => Err(Failure::new(Exit::Usage, "one of --control and --device says what is to be saved")),
+        },
         Verb::Restore(options) => verbs::device_file::restore(&options, &Interrupt::listen()?),
         Verb::Status(options) => verbs::status::run(&options, &Interrupt::listen()?),
         Verb::Cancel(target) => verbs::steer::cancel(&target),
@@ -74,7 +79,7 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
             output::print(script)?;
             Ok(Exit::Done)
         }
-        Verb::Generate { dir } => manual::generate(&dir),
+        Verb::Generate { dir } => generated::generate(&dir),
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::control::MigrationInfo;
+use crate::control::protocol::MigrationInfo;
 use crate::output::say;
 use crate::units::show_size;
 

@@ -1,6 +1,5 @@
 //! What a word of the command line stands for: a manifest, wherever it comes from, or the address of a receiver.
 
-use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,10 +13,13 @@ use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, VmId};
 
-use crate::control::{Client, ClientError, Verb};
-use crate::exit::{Exit, Failure};
+use crate::control::client::{Client, ClientError};
+use crate::control::protocol::Verb;
+use crate::exit::Failure;
+use crate::follow;
 use crate::probe::Local;
-use crate::verbs::{ANSWER, status};
+use crate::target::ANSWER;
+use crate::words::{device_id, read_capped, uri};
 
 /// How long a device server may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,7 +52,7 @@ pub(crate) fn subject(text: &str, name: Option<&str>, local: &Local) -> Result<S
         }
     }
     if ["tcp:", "unix:", "fd:"].iter().any(|scheme| text.starts_with(scheme)) {
-        return Ok(Subject::Receiver(crate::vm::uri(text)?));
+        return Ok(Subject::Receiver(uri(text)?));
     }
     let path = Path::new(text);
     let kind = std::fs::metadata(path).map_err(|error| Failure::caused(text, &error))?.file_type();
@@ -80,15 +82,6 @@ pub(crate) fn read(path: &Path) -> Result<Document, Failure> {
     document.map_err(|error| Failure::caused("no manifest", &error))
 }
 
-/// A file's bytes, at most one more than `most`.
-pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
-    let failed = |error: std::io::Error| Failure::caused(&path.display().to_string(), &error);
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).map_err(failed)?;
-    file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-    Ok(bytes)
-}
-
 /// A socket that says nothing of itself: a device server's, or else a `vm`'s.
 fn of_socket(path: &Path, name: Option<&str>) -> Result<Subject, Failure> {
     match of_server(path, name) {
@@ -103,11 +96,11 @@ fn of_socket(path: &Path, name: Option<&str>) -> Result<Subject, Failure> {
 fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), Failure> {
     let mut client =
         Client::connect(socket, patience).map_err(|error| Failure::caused("no contact", &error))?;
-    let asked = |error: ClientError| Failure::asked("no manifest", &error);
+    let asked = |error: ClientError| error.failure("no manifest");
     let manifest = client.call(Verb::QueryManifest, Value::Null).map_err(asked)?;
     let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())
         .map_err(|error| Failure::caused("no manifest", &error))?;
-    let vm = status::ask(&mut client)?.vm.uuid;
+    let vm = follow::ask(&mut client)?.vm.uuid;
     let vm = vm
         .parse()
         .map_err(|_| Failure::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
@@ -147,11 +140,6 @@ fn of_host(wanted: &str, name: Option<&str>, local: &Local) -> Result<DeviceMani
 /// What a device of this host is called: as it was asked for, or after its address, whose colons no name can have.
 pub(crate) fn own_id(name: Option<&str>, address: &str) -> Result<DeviceId, Failure> {
     name.map_or_else(|| device_id(&address.replace(':', "-")), device_id)
-}
-
-pub(crate) fn device_id(name: &str) -> Result<DeviceId, Failure> {
-    DeviceId::new(name)
-        .map_err(|error| Failure::new(Exit::Usage, format!("'{name}' is no name of a device: {error}")))
 }
 
 /// What kind of thing a manifest is of, with an article.

@@ -1,12 +1,11 @@
-//! The command line of what asks whether something can move: `describe`, `check`, `explain`, `rehearse`.
+//! The command line of what asks whether something can move: `describe`, `check`, `explain`, `devices`, `doctor`.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::args::{Root, Target};
 use crate::units;
+use crate::words::{Root, pair};
 
 const SIDES: &str = "A side is a file (a manifest of `describe`, or a list of KEY=VALUE), the socket of a vfio-user server, \
 vm:SOCKET for the control socket of a running `vm`, vfio:ADDRESS or mdev:UUID for a device of this host, or, as DST, the \
@@ -106,43 +105,46 @@ pub(crate) struct Explain {
     pub(crate) json: bool,
 }
 
-/// Options of `rehearse`.
+/// Options of `devices`.
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "Everything up to the switchover is done for real, and undone: nothing moves, and the guest does not \
-notice, but with --pause, where it stands for as long as it would.\nSizes take K, M, G (powers of two); times take us, \
-ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not."
+    after_help = "No device of the host is opened without --probe: opening one resets it. Whether a driver has migration \
+is then unknown, unless the driver is known to have none. A vfio-user server that is named is connected to, and left as \
+it is.\n\
+Exit codes: 0 listed, 1 failed, 2 usage."
 )]
-pub(crate) struct Rehearse {
+pub(crate) struct Devices {
+    /// Devices of the host to look at alone, by PCI address, mdev UUID or file under /dev/vfio; and sockets of vfio-user
+    /// servers to ask.
+    #[arg(value_name = "DEVICE|SOCKET")]
+    pub(crate) targets: Vec<PathBuf>,
+    /// Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it;
+    /// one that is in use is left alone.
+    #[arg(long)]
+    pub(crate) probe: bool,
+    /// Every PCI function, also one that has nothing to do with VFIO.
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) target: Target,
-    /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`.
-    #[arg(long, value_name = "URI")]
-    pub(crate) to: String,
-    /// Let the guest stand too, for as long as it would, so that all of it is measured.
-    #[arg(long)]
-    pub(crate) pause: bool,
-    /// Longest time the guest may stand still.
-    #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
-    pub(crate) downtime_limit: Duration,
-    /// Bytes each second at most.
-    #[arg(long, value_parser = units::size, value_name = "SIZE")]
-    pub(crate) bandwidth: Option<u64>,
-    /// End after this time, whatever has been found.
-    #[arg(long, value_parser = units::time, value_name = "TIME")]
-    pub(crate) give_up: Option<Duration>,
-    /// A device that has another name at the destination. May be given more than once.
-    #[arg(long, value_name = "NAME=NAME", value_parser = pair)]
-    pub(crate) map: Vec<(String, String)>,
-    /// As `migrate` takes it.
-    #[arg(long)]
-    pub(crate) allow_all_dirty: bool,
+    pub(crate) root: Root,
 }
 
-/// `A=B`.
-pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok((from.into(), to.into())),
-        _ => Err("it is not of the form NAME=NAME".into()),
-    }
+/// Options of `doctor`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Exit codes: 0 a device of kernel VFIO can migrate in principle, 1 something needed is missing \
+(vfio-user alone needs only memfd; see its line), 2 usage."
+)]
+pub(crate) struct Doctor {
+    /// RAM of the guest that is meant: the limit on locked memory must have room for it.
+    #[arg(long, value_parser = units::size, value_name = "SIZE")]
+    pub(crate) memory: Option<u64>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) root: Root,
 }

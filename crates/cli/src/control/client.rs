@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::protocol::{Event, Refused, Request, Verb};
+use super::protocol::{Event, Request, Verb};
+use super::refused::Refused;
+use crate::exit::Failure;
 
 /// A request that got no good answer.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +33,17 @@ pub(crate) enum ClientError {
     /// It refused.
     #[error("{}", .0.desc)]
     Refused(Refused),
+}
+
+impl ClientError {
+    /// The failure of a verb that asked for something; a refusal keeps its class.
+    pub(crate) fn failure(&self, doing: &str) -> Failure {
+        let failure = Failure::caused(doing, self);
+        match self {
+            Self::Refused(refused) => failure.of_class(&refused.class),
+            _ => failure,
+        }
+    }
 }
 
 /// A connection to a control socket.

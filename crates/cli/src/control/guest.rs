@@ -3,8 +3,6 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::demo::Counts;
-
 /// The guest's report page. Counters run from boot and move with the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -59,13 +57,3 @@ pub(crate) struct GuestInfo {
 
 /// Stage of a guest whose driver runs and whose checks go on.
 pub(crate) const STAGE_RUNNING: u64 = 3;
-
-impl GuestInfo {
-    pub(crate) fn checked(&self) -> Counts {
-        Counts { pages: self.pages_checked, dma_blocks: self.blocks_checked, interrupts: self.interrupts }
-    }
-
-    pub(crate) fn lost(&self) -> Counts {
-        Counts { pages: self.pages_lost, dma_blocks: self.blocks_lost, interrupts: self.interrupts_lost }
-    }
-}

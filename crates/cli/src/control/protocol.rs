@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vfio_migration_compat::Reason;
 
-use super::RehearsalInfo;
+use super::rehearsal::RehearsalInfo;
 
 /// The verbs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -21,7 +21,7 @@ pub(crate) enum Verb {
     QueryMigrate,
     /// Move the guest. Arguments: [`MigrateArguments`]. Returns when it has begun.
     Migrate,
-    /// Find out what a migration would come to. Arguments: [`RehearseArguments`](super::RehearseArguments). Returns when it
+    /// Find out what a migration would come to. Arguments: [`RehearseArguments`](super::rehearsal::RehearseArguments). Returns when it
     /// has begun.
     Rehearse,
     /// What the machine is. Returns a manifest's document.
@@ -51,21 +51,6 @@ pub(crate) struct Request {
     pub(crate) execute: Verb,
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub(crate) arguments: Value,
-}
-
-/// A refused request.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub(crate) struct Refused {
-    /// `"GenericError"`, `"CommandNotFound"`, `"MigrationActive"`, `"NoMigration"`, `"TooLate"`.
-    pub(crate) class: String,
-    /// A sentence.
-    pub(crate) desc: String,
-}
-
-impl Refused {
-    pub(crate) fn new(class: &str, desc: impl Into<String>) -> Self {
-        Self { class: class.into(), desc: desc.into() }
-    }
 }
 
 /// Arguments of the verbs that take none.
@@ -260,6 +245,15 @@ impl MigrationInfo {
             rehearsal: None,
         }
     }
+}
+
+/// What `status --json` and `migrate --json` print.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct StatusReport {
+    /// The VM.
+    pub(crate) vm: StatusInfo,
+    /// Its migration.
+    pub(crate) migration: MigrationInfo,
 }
 
 /// Bytes moved, payload only.

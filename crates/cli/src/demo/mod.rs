@@ -1,26 +1,28 @@
 //! `demo`: a running guest and its devices move live between processes, and the guest judges.
 
 mod processes;
-mod report;
+pub(crate) mod report;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use report::{Bytes, CaughtBy, Outcome, Pids};
 use serde_json::{Value, json};
 use vfio_migration_vmm::machine::kvm_answers;
 
-use crate::control::{GuestInfo, STAGE_RUNNING};
-use processes::Process;
-use report::{Bytes, CaughtBy, Outcome, Pids};
+use self::processes::Process;
 pub(crate) use report::{Counts, DemoReport};
 
-use crate::args::{Break, Demo, Transport};
-use crate::control::{Client, ClientError, MigrationInfo, MigrationState, StatusInfo, Verb};
+use crate::args::serve::{Break, Demo, Transport};
+use crate::control::client::{Client, ClientError};
+use crate::control::guest::{GuestInfo, STAGE_RUNNING};
+use crate::control::protocol::{MigrationInfo, MigrationState, StatusInfo, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json, say};
 use crate::progress::{Progress, Waiting};
 use crate::units::milliseconds;
+use crate::words::check_memory;
 
 /// Longest wait for the guest to boot and to have something worth moving.
 const WARM_UP: Duration = Duration::from_secs(60);
@@ -59,7 +61,7 @@ pub(crate) fn run(options: &Demo, interrupt: &Interrupt) -> Result<Exit, Failure
 
 /// Refuses sizes that cannot be, before anything is started.
 fn check(options: &Demo) -> Result<(), Failure> {
-    crate::vm::check_memory(options.memory)?;
+    check_memory(options.memory)?;
     let device = vfio_migration_sim::Options {
         state_size: options.device_state,
         state_dirty_rate: options.device_dirty_rate,
@@ -251,15 +253,15 @@ impl<'a> Stage<'a> {
                     && now.dma_blocks >= arrived.dma_blocks + 64 * u64::from(devices);
                 let enough = pages && blocks && began.elapsed() >= INTERRUPT_PATIENCE;
                 // A guest that has lost something may well be stuck with it.
-                Ok(enough || (now.lost().any() && began.elapsed() >= 3 * INTERRUPT_PATIENCE))
+                Ok(enough || (Counts::lost(&now).any() && began.elapsed() >= 3 * INTERRUPT_PATIENCE))
             });
         drop(waiting);
         let after = guest(&mut self.destination.1)?;
-        report.checked = after.checked();
-        report.lost = after.lost();
+        report.checked = Counts::checked(&after);
+        report.lost = Counts::lost(&after);
         report.spurious_interrupts = after.spurious;
         report.guest_gap_ms = Some(Duration::from_nanos(after.longest_gap_ns).as_secs_f64() * 1e3);
-        if after.lost().any() && !before.lost().any() {
+        if Counts::lost(&after).any() && !Counts::lost(&before).any() {
             report.caught_by = Some(CaughtBy::Guest);
         }
         if let Err(failure) = verdict
@@ -271,7 +273,7 @@ impl<'a> Stage<'a> {
         if after.stage != STAGE_RUNNING || after.failure != 0 {
             report.error = Some(format!("the guest failed after the move (code {:#x})", after.failure));
         }
-        if before.lost().any() {
+        if Counts::lost(&before).any() {
             report.error = Some("the guest had lost something before the move began".into());
         }
         Ok(())
@@ -286,8 +288,8 @@ impl<'a> Stage<'a> {
             });
         let now = guest(&mut self.source.1)?;
         report.outcome = if goes_on.is_ok() { Outcome::Aborted } else { Outcome::Failed };
-        report.checked = now.checked();
-        report.lost = now.lost();
+        report.checked = Counts::checked(&now);
+        report.lost = Counts::lost(&now);
         report.spurious_interrupts = now.spurious;
         if self.options.sabotage.is_some() && outgoing.status == MigrationState::Failed {
             report.caught_by = Some(CaughtBy::Engine);

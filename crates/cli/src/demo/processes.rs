@@ -6,7 +6,7 @@ use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::control::Client;
+use crate::control::client::Client;
 use crate::exit::{Exit, Failure};
 use crate::output::say;
 

@@ -3,7 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::control::PhaseInfo;
+use crate::control::guest::GuestInfo;
+use crate::control::protocol::PhaseInfo;
 use crate::units::show_size;
 
 /// How a demo went.
@@ -106,6 +107,16 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
+    /// What the guest checked.
+    pub(crate) fn checked(guest: &GuestInfo) -> Self {
+        Self { pages: guest.pages_checked, dma_blocks: guest.blocks_checked, interrupts: guest.interrupts }
+    }
+
+    /// What the guest found lost.
+    pub(crate) fn lost(guest: &GuestInfo) -> Self {
+        Self { pages: guest.pages_lost, dma_blocks: guest.blocks_lost, interrupts: guest.interrupts_lost }
+    }
+
     /// Whether anything was counted.
     pub(crate) fn any(&self) -> bool {
         *self != Self::default()

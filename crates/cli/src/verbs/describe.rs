@@ -5,7 +5,6 @@ use std::path::Path;
 
 use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels};
 use vfio_migration_device::host::{read_text, scan, version};
-
 use vfio_migration_vmm::kvm::offered_features;
 
 use crate::args::ask::{Describe, Format};
@@ -13,6 +12,7 @@ use crate::exit::{Exit, Failure, chain};
 use crate::output::print;
 use crate::probe::Local;
 use crate::subject::{self, Subject, own_id};
+use crate::words::read_capped;
 
 /// Longest file of procfs that is read here, in bytes.
 const PROC_MAX: u64 = 64 << 10;
@@ -32,7 +32,7 @@ pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
         None => host(options.name.as_deref(), &local)?.into(),
     };
     if let Some(path) = &options.site {
-        let bytes = subject::read_capped(path, SiteFacts::MAX_BYTES)?;
+        let bytes = read_capped(path, SiteFacts::MAX_BYTES)?;
         let shown = path.display().to_string();
         let facts =
             SiteFacts::parse(&bytes, &shown).map_err(|error| Failure::caused("no site file", &error))?;

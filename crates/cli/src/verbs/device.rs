@@ -2,7 +2,7 @@
 
 use vfio_migration_sim::{Fault, Options, serve};
 
-use crate::args::Device;
+use crate::args::serve::Device;
 use crate::exit::{Exit, Failure};
 use crate::interrupt;
 

@@ -15,7 +15,7 @@ use vfio_migration_device::Device;
 use vfio_migration_types::{DeviceId, MigrationState};
 use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
 
-use crate::args::{Restore, Save};
+use crate::args::moves::{Restore, Save};
 use crate::exit::{Exit, Failure, chain};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};

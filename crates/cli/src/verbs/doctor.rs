@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 
-use crate::args::Doctor;
+use crate::args::ask::Doctor;
 use crate::exit::{Exit, Failure, chain};
 use crate::output::{print, print_json};
 use crate::units::show_size;

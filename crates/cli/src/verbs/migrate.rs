@@ -2,18 +2,18 @@
 
 use serde_json::json;
 
-use super::status;
-use crate::args::Migrate;
-use crate::control::{MigrateArguments, MigrationState, Verb};
+use crate::args::moves::Migrate;
+use crate::control::protocol::{MigrateArguments, MigrationState, Verb};
 use crate::exit::{Exit, Failure};
-use crate::follow::follow;
+use crate::follow::{follow, text};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 use crate::units::milliseconds;
+use crate::words::uri;
 
 pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Failure> {
     // A word that is no address is a usage error, whether or not the `vm` can be reached.
-    crate::vm::uri(&options.uri)?;
+    uri(&options.uri)?;
     let arguments = MigrateArguments {
         uri: options.uri.clone(),
         downtime_limit: Some(milliseconds(options.downtime_limit)),
@@ -26,14 +26,14 @@ pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Fail
         post_copy: options.post_copy,
     };
     let mut client = options.target.connect()?;
-    client.call(Verb::Migrate, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
+    client.call(Verb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on =
         |state| !options.detach && matches!(state, MigrationState::Active | MigrationState::PreSwitchover);
     let report = follow(&mut client, goes_on, options.target.json, interrupt)?;
     if options.target.json {
         print_json(&report)?;
     } else {
-        print(status::text(&report))?;
+        print(text(&report))?;
     }
     Ok(match report.migration.status {
         MigrationState::Completed | MigrationState::Active | MigrationState::PreSwitchover => Exit::Done,

@@ -5,15 +5,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vfio_migration_compat::Verdict;
 
-use super::check;
-use crate::args::ask::Rehearse;
-use crate::control::{MigrationState, RehearsalInfo, RehearseArguments, Verb};
+use crate::args::moves::Rehearse;
+use crate::control::protocol::{MigrationState, Verb};
+use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
 use crate::exit::{Exit, Failure};
 use crate::follow::follow;
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 use crate::units::{milliseconds, show_size};
 use crate::verdict;
+use crate::words::{device_map, uri};
 
 /// What `rehearse --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -23,8 +24,8 @@ pub(crate) struct RehearseReport {
 }
 
 pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Failure> {
-    crate::vm::uri(&options.to)?;
-    check::device_map(&options.map)?;
+    uri(&options.to)?;
+    device_map(&options.map)?;
     let arguments = RehearseArguments {
         uri: options.to.clone(),
         downtime_limit: Some(milliseconds(options.downtime_limit)),
@@ -35,7 +36,7 @@ pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Fai
         allow_all_dirty: options.allow_all_dirty,
     };
     let mut client = options.target.connect()?;
-    client.call(Verb::Rehearse, json!(arguments)).map_err(|error| Failure::asked("refused", &error))?;
+    client.call(Verb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on = |state| state == MigrationState::Active;
     let report = follow(&mut client, goes_on, options.target.json, interrupt)?;
     let Some(found) = report.migration.rehearsal else {

@@ -1,13 +1,24 @@
 //! Verbs that are one request each: `cancel`, `continue`, `set`, `stop`, `cont`, `quit`, `incoming`.
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Acknowledged;
-use crate::args::{Incoming, Set, Target};
-use crate::control::{ClientError, IncomingArguments, ParameterArguments, Verb};
+use crate::args::moves::{Incoming, Set};
+use crate::control::client::ClientError;
+use crate::control::protocol::{IncomingArguments, ParameterArguments, Verb};
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
+use crate::target::Target;
 use crate::units::milliseconds;
+use crate::words::uri;
+
+/// What the verbs that only ask a `vm` for something print with `--json`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Acknowledged {
+    /// The request was taken.
+    pub(crate) ok: bool,
+}
 
 pub(crate) fn cancel(target: &Target) -> Result<Exit, Failure> {
     request(target, Verb::MigrateCancel, Value::Null, "cancelling; the guest goes on where it is")
@@ -38,7 +49,7 @@ pub(crate) fn quit(target: &Target) -> Result<Exit, Failure> {
 }
 
 pub(crate) fn incoming(options: &Incoming) -> Result<Exit, Failure> {
-    crate::vm::uri(&options.uri)?;
+    uri(&options.uri)?;
     let arguments = IncomingArguments { uri: options.uri.clone() };
     request(&options.target, Verb::MigrateIncoming, json!(arguments), "it waits for a guest")
 }
@@ -48,7 +59,7 @@ fn request(target: &Target, verb: Verb, arguments: Value, done: &str) -> Result<
         Ok(_) => {}
         // The process may be gone before its answer is read.
         Err(ClientError::Closed) if verb == Verb::Quit => {}
-        Err(error) => return Err(Failure::asked("refused", &error)),
+        Err(error) => return Err(error.failure("refused")),
     }
     if target.json {
         print_json(&Acknowledged { ok: true })?;

@@ -6,16 +6,20 @@ use std::sync::mpsc::Sender;
 use serde_json::{Value, json};
 use vfio_migration::Machine;
 use vfio_migration_compat::Document;
-use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::Accelerator;
 
+use super::info::{guest_info, info};
+use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use super::{RunningVm, incoming, outgoing, rehearsing, saving};
-use crate::control::GuestInfo;
-use crate::control::{
-    Event, Handler, IncomingArguments, MigrateArguments, MigrationInfo, NoArguments, ParameterArguments,
-    Refused, RehearseArguments, SaveArguments, StatusInfo, Verb,
+use super::{incoming, outgoing, rehearsing, saving};
+use crate::control::guest::GuestInfo;
+use crate::control::protocol::{
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, NoArguments, ParameterArguments,
+    SaveArguments, StatusInfo, Verb,
 };
+use crate::control::refused::Refused;
+use crate::control::rehearsal::RehearseArguments;
+use crate::control::server::Handler;
 use crate::exit::chain;
 
 /// Answers the control socket of one `vm`.
@@ -113,8 +117,8 @@ impl VmHandler {
     fn migration(&self) -> MigrationInfo {
         let now = self.vm.state.snapshot();
         match now.steering {
-            Some(Steering::Outgoing(control)) => outgoing::info(&control.progress(), "outgoing"),
-            Some(Steering::Incoming(control)) => outgoing::info(&control.progress(), "incoming"),
+            Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
+            Some(Steering::Incoming(control)) => info(&control.progress(), "incoming"),
             None => now.ended.unwrap_or_else(MigrationInfo::none),
         }
     }
@@ -199,42 +203,6 @@ impl VmHandler {
         if changed {
             self.vm.publisher.publish(&Event::new(event, Value::Null));
         }
-    }
-}
-
-fn guest_info(report: &Report) -> GuestInfo {
-    GuestInfo {
-        stage: match report.stage {
-            Stage::Off => 0,
-            Stage::Booting => 1,
-            Stage::DriverReady => 2,
-            Stage::Running => 3,
-            Stage::Failed => 0xDEAD,
-            Stage::Unknown(other) => other,
-            _ => u64::MAX,
-        },
-        loops: report.loops,
-        pages_written: report.pages_written,
-        pages_checked: report.pages_checked,
-        pages_lost: report.pages_lost,
-        page_passes: report.page_passes,
-        dma_blocks: report.dma_blocks,
-        p2p_blocks: report.p2p_blocks,
-        blocks_checked: report.blocks_checked,
-        blocks_lost: report.blocks_lost,
-        block_passes: report.block_passes,
-        interrupts: report.interrupts,
-        interrupts_lost: report.interrupts_lost,
-        spurious: report.spurious,
-        longest_gap_ns: report.longest_gap_ns,
-        last_clock_ns: report.last_clock_ns,
-        integrity_failures: report.integrity_failures,
-        serial_bytes: report.serial_bytes,
-        serial_bytes_lost: report.serial_bytes_lost,
-        serial_interrupts: report.serial_interrupts,
-        serial_interrupts_lost: report.serial_interrupts_lost,
-        failure: report.failure_code,
-        failure_detail: report.failure_detail,
     }
 }
 

@@ -9,11 +9,14 @@ use vfio_migration::{
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
+use super::info::info;
+use super::running::RunningVm;
 use super::slot::{BeginError, Slot, Steering};
-use super::{RunningVm, outgoing, uri};
-use crate::args::Break;
-use crate::control::{MigrationInfo, MigrationState, Refused, TransferInfo};
+use crate::args::serve::Break;
+use crate::control::protocol::{MigrationInfo, MigrationState, TransferInfo};
+use crate::control::refused::Refused;
 use crate::exit::chain;
+use crate::words::uri;
 
 /// How long a source that lost the answer to its COMMIT finds somebody to ask.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
@@ -132,7 +135,7 @@ fn generic(text: String) -> Refused {
 
 fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result<Arrived, IncomingError>) {
     let before = match vm.state.steering() {
-        Some(Steering::Incoming(control)) => outgoing::info(&control.progress(), "incoming"),
+        Some(Steering::Incoming(control)) => info(&control.progress(), "incoming"),
         _ => MigrationInfo::none(),
     };
     let (ended, slot) = match (result, machine) {

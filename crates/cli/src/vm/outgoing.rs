@@ -3,19 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_migration::{Completed, MigrateError, Progress, Sabotage, SabotageKind, Source, SourceOptions};
+use vfio_migration::{Completed, MigrateError, Sabotage, SabotageKind, Source, SourceOptions};
 use vfio_migration_types::RamOffset;
 use vfio_migration_vmm::guest::Areas;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
+use super::info::{completed_info, info};
+use super::running::RunningVm;
 use super::slot::{BeginError, Slot, Steering};
-use super::{RunningVm, uri};
-use crate::args::Break;
-use crate::control::{
-    Event, MigrateArguments, MigrationInfo, MigrationState, PhaseInfo, Refused, TransferInfo,
-};
+use crate::args::serve::Break;
+use crate::control::protocol::{Event, MigrateArguments, MigrationInfo, MigrationState};
+use crate::control::refused::Refused;
 use crate::exit::chain;
-use crate::verbs::check;
+use crate::words::{device_map, uri};
 
 /// Begins to migrate; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
@@ -45,7 +45,7 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result
     options.allow_all_dirty = arguments.allow_all_dirty;
     options.policy = vm.policy.clone();
     let pairs: Vec<_> = arguments.device_map.clone().into_iter().collect();
-    options.device_map = check::device_map(&pairs).map_err(|failure| refuse(failure.text))?;
+    options.device_map = device_map(&pairs).map_err(|failure| refuse(failure.text))?;
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     options.sabotage = sabotage(vm.options.sabotage, &machine, !arguments.verify).map_err(refuse)?;
@@ -134,59 +134,6 @@ pub(super) fn finish(
     let status = ended.status;
     vm.state.end(ended, slot);
     vm.announce(status);
-}
-
-/// How a session that goes on stands.
-pub(super) fn info(progress: &Progress, direction: &str) -> MigrationInfo {
-    MigrationInfo {
-        status: if progress.waiting { MigrationState::PreSwitchover } else { MigrationState::Active },
-        direction: Some(direction.into()),
-        phase: Some(progress.phase.code().into()),
-        total_ms: ms(progress.elapsed),
-        downtime_ms: None,
-        verify_ms: 0.0,
-        expected_downtime_ms: progress.predicted_downtime.map(ms),
-        iterations: progress.iteration,
-        transferred: TransferInfo {
-            ram: progress.bytes.ram,
-            device_precopy: progress.bytes.device_precopy,
-            device_stopcopy: progress.bytes.device_stopcopy,
-        },
-        remaining: progress.remaining,
-        rate: progress.rate,
-        ..MigrationInfo::none()
-    }
-}
-
-fn completed_info(completed: &Completed) -> MigrationInfo {
-    MigrationInfo {
-        status: MigrationState::Completed,
-        direction: Some("outgoing".into()),
-        total_ms: ms(completed.total),
-        downtime_ms: Some(ms(completed.downtime)),
-        verify_ms: ms(completed.verify),
-        expected_downtime_ms: Some(ms(completed.predicted)),
-        iterations: completed.iterations,
-        transferred: TransferInfo {
-            ram: completed.bytes.ram,
-            device_precopy: completed.bytes.device_precopy,
-            device_stopcopy: completed.bytes.device_stopcopy,
-        },
-        phases: completed
-            .phases
-            .iter()
-            .filter(|time| time.phase != vfio_migration_types::Phase::Plan)
-            .map(|time| PhaseInfo { name: time.phase.code().into(), ms: ms(time.took) })
-            .collect(),
-        ram_digest_match: completed.ram_digest_match,
-        device_digest_match: Some(completed.device_digest_match),
-        reasons: completed.report.reasons.clone(),
-        ..MigrationInfo::none()
-    }
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }
 
 /// What the demo breaks on this side.

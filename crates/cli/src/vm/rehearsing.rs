@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use vfio_migration::{MigrateError, Rehearsal, Rehearse, Source, SourceOptions};
 
+use super::info::info;
+use super::running::RunningVm;
 use super::slot::{BeginError, Slot, Steering};
-use super::{RunningVm, outgoing, uri};
-use crate::control::{MigrationInfo, MigrationState, Refused, RehearsalInfo, RehearseArguments};
+use crate::control::protocol::{MigrationInfo, MigrationState};
+use crate::control::refused::Refused;
+use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
 use crate::exit::chain;
-use crate::verbs::check;
+use crate::words::{device_map, uri};
 
 /// Begins to rehearse; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Result<(), Refused> {
@@ -28,7 +31,7 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Resul
     options.state_dir = vm.options.state_dir.clone();
     options.policy = vm.policy.clone();
     let pairs: Vec<_> = arguments.device_map.clone().into_iter().collect();
-    options.device_map = check::device_map(&pairs).map_err(|failure| refuse(failure.text))?;
+    options.device_map = device_map(&pairs).map_err(|failure| refuse(failure.text))?;
     options.epoch = epoch;
     let how = if arguments.pause { Rehearse::Standstill } else { Rehearse::Precopy };
     let source = Source::new(machine.clone(), options);
@@ -53,7 +56,7 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Resul
 fn finish(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
     let before = vm.state.snapshot();
     let steered = match before.steering {
-        Some(Steering::Outgoing(control)) => outgoing::info(&control.progress(), "outgoing"),
+        Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
         _ => MigrationInfo::none(),
     };
     // A guest that could not go on is held, as after any migration that was undone.

@@ -10,9 +10,12 @@ use vfio_migration::{
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
+use super::info::info;
+use super::outgoing;
+use super::running::{RunningVm, build};
 use super::slot::{BeginError, Slot, Steering};
-use super::{RunningVm, outgoing};
-use crate::control::{MigrationInfo, MigrationState, Refused, SaveArguments};
+use crate::control::protocol::{MigrationInfo, MigrationState, SaveArguments};
+use crate::control::refused::Refused;
 use crate::exit::{Exit, Failure, chain};
 
 /// Begins to save; returns once the session has its thread.
@@ -56,7 +59,7 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
 
 fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, SaveError>) {
     let before = match vm.state.steering() {
-        Some(Steering::Outgoing(control)) => outgoing::info(&control.progress(), "outgoing"),
+        Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
         _ => MigrationInfo::none(),
     };
     let ended = |status, error| MigrationInfo {
@@ -124,7 +127,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, Failur
     options.config_rules = vm.rules.clone();
     let mut machine = None;
     let mut not_built = None;
-    let restored = snapshot.restore(options, |_| match super::build(vm) {
+    let restored = snapshot.restore(options, |_| match build(vm) {
         Ok(built) => {
             built.adopt(id);
             machine = Some(built.clone());

@@ -7,7 +7,7 @@ use vfio_migration::{Control, IncomingControl, Uri};
 use vfio_migration_types::Epoch;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
-use crate::control::MigrationInfo;
+use crate::control::protocol::MigrationInfo;
 
 /// Where the guest is.
 #[derive(Clone, Debug, Default)]

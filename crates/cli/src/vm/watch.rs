@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde_json::json;
 use vfio_migration_types::DeviceId;
 
-use super::RunningVm;
-use crate::control::Event;
+use super::running::RunningVm;
+use crate::control::protocol::Event;
 use crate::output::say;
 
 /// How often it is looked.

@@ -1,8 +1,6 @@
 //! `check`: whether something can move, and every reason.
 
-mod pool;
-
-use std::path::Path;
+pub(crate) mod pool;
 
 use vfio_migration::{SourceOptions, Uri, probe};
 use vfio_migration_compat::{
@@ -11,14 +9,13 @@ use vfio_migration_compat::{
 };
 use vfio_migration_types::VmId;
 
-pub(crate) use pool::BaselineReport;
-
 use crate::args::ask::Check;
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
 use crate::probe::Local;
-use crate::subject::{self, Subject, device_id};
+use crate::subject::{self, Subject};
 use crate::verdict::text;
+use crate::words::{device_map, policy};
 
 pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
     let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
@@ -60,17 +57,6 @@ pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
 /// How a verdict exits: what can be saved and restored is not refused, it moves in another way.
 fn exit(verdict: Verdict) -> Exit {
     if verdict == Verdict::No { Exit::Incompatible } else { Exit::Done }
-}
-
-/// Reads a policy's file.
-pub(crate) fn policy(path: &Path) -> Result<Policy, Failure> {
-    let bytes = subject::read_capped(path, Policy::MAX_BYTES)?;
-    Policy::parse(&bytes, &path.display().to_string()).map_err(|error| Failure::caused("no policy", &error))
-}
-
-/// Names at the source, and at the destination.
-pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, Failure> {
-    pairs.iter().map(|(from, to)| Ok((device_id(from)?, device_id(to)?))).collect()
 }
 
 fn compare(

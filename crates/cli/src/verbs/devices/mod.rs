@@ -1,7 +1,7 @@
 //! `devices`: what VFIO devices the host has, and why each can or cannot migrate.
 
 mod ask;
-mod report;
+pub(crate) mod report;
 mod text;
 
 use std::path::{Path, PathBuf};
@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 use vfio_migration_device::KernelPath;
 use vfio_migration_device::host::{self, HostDevice, Kind, Roots, Scan};
 
-pub(crate) use self::report::DevicesReport;
-use self::report::{DeviceReport, FileReport, InterruptCounts, Migration, UserReport, reason};
-use crate::args::Devices;
+use self::report::{DeviceReport, DevicesReport, FileReport, InterruptCounts, Migration, UserReport, reason};
+use crate::args::ask::Devices;
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
 

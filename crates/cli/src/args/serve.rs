@@ -1,0 +1,195 @@
+//! The command line of what runs on after it was started: `demo`, `device`, `vm`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use vfio_migration_types::VmId;
+
+use crate::units;
+use crate::words::{UNITS_AND_EXIT_CODES, pair};
+
+/// Options of `demo`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "The source VM, the destination VM and every device server run as processes of their own on this \
+host. Sizes take K, M, G (powers of two); times take us, ms, s.\nExit codes: 0 verified, 1 not, 2 usage, 3 incompatible, \
+4 ownership unresolved."
+)]
+pub(crate) struct Demo {
+    /// Guest RAM.
+    #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) memory: u64,
+    /// RAM that the guest dirties each second.
+    #[arg(long, default_value = "50M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) dirty_rate: u64,
+    /// Internal state of each device.
+    #[arg(long, default_value = "64M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) device_state: u64,
+    /// Internal state that each device changes each second.
+    #[arg(long, default_value = "1M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) device_dirty_rate: u64,
+    /// Number of devices.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8), value_name = "N")]
+    pub(crate) devices: u8,
+    /// How the two VMs talk.
+    #[arg(long, default_value = "tcp", value_enum)]
+    pub(crate) transport: Transport,
+    /// Longest time the guest may stand still. A ceiling, not a target.
+    #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
+    pub(crate) downtime_limit: Duration,
+    /// Devices that can only be saved while stopped.
+    #[arg(long)]
+    pub(crate) no_precopy: bool,
+    /// Use the software guest even where KVM answers.
+    #[arg(long)]
+    pub(crate) software: bool,
+    /// Sabotage one thing on purpose, to see that the guest notices.
+    #[arg(long = "break", value_enum, value_name = "WHAT")]
+    pub(crate) sabotage: Option<Break>,
+    /// With --break: leave the engine's own check on, where there is one, to see that it notices first.
+    #[arg(long, requires = "sabotage")]
+    pub(crate) strict: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Transports of the demo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Transport {
+    /// TCP on loopback.
+    Tcp,
+    /// A unix socket.
+    Unix,
+}
+
+impl Transport {
+    /// As reports name it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Unix => "unix",
+        }
+    }
+}
+
+/// What `demo --break` sabotages, below the engine's own checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Break {
+    /// Dirty bits of pages that the guest wrote are dropped from the last report.
+    DirtyLog,
+    /// The device's own dirty log leaves pages out.
+    DeviceLog,
+    /// Device bytes are altered late in the stream, framing and digests made to match.
+    DeviceTail,
+    /// One interrupt is not connected again at the destination.
+    Interrupt,
+    /// A stale copy of a page is applied after its last.
+    PageOrder,
+    /// A device is stopped before its peer stopped writing to it.
+    P2pOrder,
+}
+
+/// What the sample device can do wrong, and what ends every help text.
+fn device_help() -> String {
+    let lines = vfio_migration_sim::FAULT_FORMS.iter().map(|(form, what)| format!("  {form:<40}{what}\n"));
+    format!("Faults:\n{}\n{UNITS_AND_EXIT_CODES}", lines.collect::<String>())
+}
+
+/// Options of `device`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = device_help())]
+pub(crate) struct Device {
+    /// Where to listen.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// Internal state.
+    #[arg(long, default_value = "64M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) state_size: u64,
+    /// Internal state changed each second.
+    #[arg(long, default_value = "1M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) state_dirty_rate: u64,
+    /// Pace of the DMA engine: one descriptor each.
+    #[arg(long, default_value = "500us", value_parser = units::time, value_name = "TIME")]
+    pub(crate) dma_interval: Duration,
+    /// No PRE_COPY: the state can only be saved while the device is stopped.
+    #[arg(long)]
+    pub(crate) no_precopy: bool,
+    /// No peer-to-peer states.
+    #[arg(long)]
+    pub(crate) no_p2p: bool,
+    /// No log of DMA writes.
+    #[arg(long)]
+    pub(crate) no_dirty_log: bool,
+    /// Plain vfio-user, without the x-vfio-migrate extension.
+    #[arg(long)]
+    pub(crate) no_extension: bool,
+    /// Model it claims to be.
+    #[arg(long, default_value = vfio_migration_sim::MODEL, value_name = "NAME")]
+    pub(crate) model: String,
+    /// Version of the model it claims, MAJOR.MINOR.PATCH.
+    #[arg(long = "model-version", default_value = "1.0.0", value_name = "X.Y.Z")]
+    pub(crate) model_version: String,
+    /// A parameter of the model that it claims to have. May be given more than once.
+    #[arg(long = "param", value_name = "NAME=VALUE", value_parser = pair)]
+    pub(crate) parameters: Vec<(String, String)>,
+    /// Misbehave on purpose; may be given more than once. All are listed below.
+    #[arg(long, value_name = "FAULT")]
+    pub(crate) fault: Vec<String>,
+    /// Leave when stdin reaches its end.
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_stdin: bool,
+}
+
+/// Options of `vm`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = UNITS_AND_EXIT_CODES)]
+pub(crate) struct Vm {
+    /// Guest RAM.
+    #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) memory: u64,
+    /// A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or
+    /// mdev:UUID,id=NAME. May be given more than once.
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Vec<String>,
+    /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.
+    #[arg(long, value_name = "URI")]
+    pub(crate) incoming: Option<String>,
+    /// Bring back the guest that `save` wrote into this file, instead of starting one.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["incoming", "paused"])]
+    pub(crate) restore: Option<PathBuf>,
+    /// Control socket.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// Identity of the VM. Without it a guest that starts gets a random one, and a guest that arrives keeps its own.
+    #[arg(long, value_name = "UUID")]
+    pub(crate) uuid: Option<VmId>,
+    /// Where the ownership journal lives. Without it a lost commit cannot be told from a lost answer after a crash.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// RAM that the guest dirties each second.
+    #[arg(long, default_value = "50M", value_parser = units::size, value_name = "SIZE")]
+    pub(crate) dirty_rate: u64,
+    /// Start the guest standing still.
+    #[arg(long)]
+    pub(crate) paused: bool,
+    /// Use the software guest even where KVM answers.
+    #[arg(long)]
+    pub(crate) software: bool,
+    /// Refuse to run without KVM, instead of falling back to the software guest.
+    #[arg(long, conflicts_with = "software")]
+    pub(crate) require_kvm: bool,
+    /// File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) policy: Option<PathBuf>,
+    /// Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once.
+    #[arg(long, value_name = "RULE")]
+    pub(crate) config_rule: Vec<String>,
+    /// Sabotage, for the demo.
+    #[arg(long, hide = true, value_enum)]
+    pub(crate) sabotage: Option<Break>,
+    /// Leave when stdin reaches its end.
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_stdin: bool,
+}

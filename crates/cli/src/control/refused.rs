@@ -1,0 +1,19 @@
+//! The answer to a request that is not carried out.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A refused request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Refused {
+    /// `"GenericError"`, `"CommandNotFound"`, `"MigrationActive"`, `"NoMigration"`, `"TooLate"`.
+    pub(crate) class: String,
+    /// A sentence.
+    pub(crate) desc: String,
+}
+
+impl Refused {
+    pub(crate) fn new(class: &str, desc: impl Into<String>) -> Self {
+        Self { class: class.into(), desc: desc.into() }
+    }
+}

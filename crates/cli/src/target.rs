@@ -1,0 +1,31 @@
+//! Which running `vm` a verb is about, and the way to it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::control::client::Client;
+use crate::exit::Failure;
+use crate::words::EXIT_CODES;
+
+/// Longest wait for an answer over the control socket.
+pub(crate) const ANSWER: Duration = Duration::from_secs(30);
+
+/// Which `vm`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct Target {
+    /// Control socket of the `vm`.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: PathBuf,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl Target {
+    pub(crate) fn connect(&self) -> Result<Client, Failure> {
+        Client::connect(&self.control, ANSWER).map_err(|error| Failure::caused("no contact", &error))
+    }
+}

@@ -1,0 +1,150 @@
+//! What outlives one guest in a process that serves guests.
+
+use std::sync::Arc;
+
+use serde_json::json;
+use vfio_migration::{Standing, standing};
+use vfio_migration_compat::Policy;
+use vfio_migration_device::ConfigRules;
+use vfio_migration_memory::MemoryError;
+use vfio_migration_types::{Epoch, VmId};
+use vfio_migration_vmm::VmmError;
+use vfio_migration_vmm::machine::{
+    Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, kvm_answers,
+};
+
+use super::presence::{self, Presence};
+use super::slot::{Slot, StateCell};
+use crate::args::serve::Vm;
+use crate::control::protocol::{Event, MigrationState};
+use crate::control::server::Publisher;
+use crate::exit::{Exit, Failure, chain};
+use crate::output::say;
+use crate::units::show_size;
+use crate::words::{check_memory, config_rule, policy, uri};
+
+/// Everything that outlives one guest in this process.
+pub(crate) struct RunningVm {
+    pub(super) config: MachineConfig,
+    pub(super) workload: Workload,
+    pub(super) options: Vm,
+    pub(super) rules: ConfigRules,
+    pub(super) policy: Policy,
+    pub(super) publisher: Publisher,
+    pub(super) state: StateCell,
+    pub(super) presence: Presence,
+}
+
+impl RunningVm {
+    pub(super) fn new(options: &Vm) -> Result<Self, Failure> {
+        let usage = |text: String| Failure::new(Exit::Usage, text);
+        let id = options.uuid.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
+        let mut devices: Vec<DeviceConfig> = Vec::new();
+        for text in &options.device {
+            let device: DeviceConfig = text.parse().map_err(|error| usage(format!("--device: {error}")))?;
+            if devices.iter().any(|other| other.id == device.id) {
+                return Err(usage(format!("--device: the id {} is there twice", device.id)));
+            }
+            devices.push(device);
+        }
+        check_memory(options.memory)?;
+        if let Some(text) = &options.incoming {
+            uri(text)?;
+        }
+        let rules = options.config_rule.iter().map(|text| {
+            config_rule(text).ok_or_else(|| {
+                usage(format!(
+                    "--config-rule: '{text}' is no rule (want OFFSET+LEN=compare or OFFSET+LEN=ignore)"
+                ))
+            })
+        });
+        let rules = ConfigRules { rules: rules.collect::<Result<_, _>>()? };
+        if let Some(dir) = &options.state_dir {
+            presence::prepare(dir).map_err(Failure::failed)?;
+        }
+        let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
+        let accelerator = accelerator(options)?;
+        let workload = Workload { dirty_rate: options.dirty_rate, ..Workload::default() };
+        Ok(Self {
+            config: MachineConfig { id, memory: options.memory, vcpus: 1, accelerator, devices },
+            workload,
+            options: options.clone(),
+            rules,
+            policy,
+            publisher: Publisher::default(),
+            state: StateCell::default(),
+            presence: Presence::default(),
+        })
+    }
+
+    /// Tells every client how the migration stands now.
+    pub(super) fn announce(&self, status: MigrationState) {
+        self.publisher.publish(&Event::new("MIGRATION", json!({"status": status})));
+    }
+
+    /// Ends whatever goes on: a session is cancelled and waited for, so that no guest is left without an owner.
+    pub(super) fn end(&self) {
+        self.state.cancel();
+        self.state.join();
+        drop(self.state.put_if(|_| true, Slot::Left));
+    }
+}
+
+/// Makes the machine, and opens its devices.
+pub(super) fn build(vm: &RunningVm) -> Result<Arc<ReferenceMachine>, Failure> {
+    ReferenceMachine::build(vm.config.clone()).map_err(|error| cannot_build(&error))
+}
+
+fn cannot_build(error: &VmmError) -> Failure {
+    match error {
+        VmmError::Memory(MemoryError::TooLarge { wanted, available }) => Failure::new(
+            Exit::Usage,
+            format!(
+                "--memory: {} do not fit this host, which has {} of memory and swap",
+                show_size(*wanted),
+                show_size(*available)
+            ),
+        ),
+        error => Failure::caused("cannot build the VM", error),
+    }
+}
+
+/// The epoch under which the VM may be started here, by its journal. From here on no other process may start it.
+pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, Failure> {
+    let Some(dir) = &vm.options.state_dir else { return Ok(Epoch(0)) };
+    let id = vm.config.id;
+    vm.presence.start(dir, id).map_err(Failure::failed)?;
+    let file = dir.join(format!("{id}.json"));
+    let remedy = format!("if you are sure that it runs nowhere else, remove {}", file.display());
+    match standing(dir, id) {
+        Ok(Standing::Unknown) => Ok(Epoch(0)),
+        Ok(Standing::Ours(epoch)) => Ok(epoch),
+        Ok(Standing::Elsewhere { epoch, peer }) => Err(Failure::failed(format!(
+            "VM {id} belongs to another host (epoch {}, {peer}) and is not started here; {remedy}",
+            epoch.0
+        ))),
+        Ok(Standing::Undecided { epoch, peer }) => Err(Failure::new(
+            Exit::Unresolved,
+            format!(
+                "the commit of VM {id} to {peer} (epoch {}) is undecided: it may run there, so it is not started here; {remedy}",
+                epoch.0
+            ),
+        )),
+        Ok(other) => Err(Failure::failed(format!("VM {id} is not started here: {other:?}"))),
+        Err(error) => Err(Failure::caused("the ownership journal cannot be believed", &error)),
+    }
+}
+
+fn accelerator(options: &Vm) -> Result<Accelerator, Failure> {
+    if options.software {
+        return Ok(Accelerator::Software);
+    }
+    match kvm_answers() {
+        Ok(()) => Ok(Accelerator::Kvm),
+        Err(error) if options.require_kvm => Err(Failure::caused("no KVM", &error)),
+        Err(error) => {
+            say(format_args!("vfio-migrate: NO KVM ({}); running the software guest instead", chain(&error)));
+            Ok(Accelerator::Software)
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Words of the command line that several verbs take: what they may be, and what they stand for.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use vfio_migration::{Uri, UriError};
+use vfio_migration_compat::{DeviceMap, Policy};
+use vfio_migration_device::ConfigRule;
+use vfio_migration_device::host::Roots;
+use vfio_migration_types::DeviceId;
+use vfio_migration_vmm::layout::{RAM_MAX, RAM_MIN};
+
+use crate::exit::{Exit, Failure};
+use crate::units::show_size;
+
+pub(crate) const EXIT_CODES: &str =
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved.";
+pub(crate) const UNITS_AND_EXIT_CODES: &str = "Sizes take K, M, G (powers of two); times take us, ms, s.\n\
+Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved.";
+
+/// RAM comes in steps of this size.
+const RAM_STEP: u64 = 2 << 20;
+
+/// Which host is looked at.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Root {
+    /// Folder that has another host's sys, dev, proc, boot and lib/modules, for tests.
+    #[arg(long = "root", hide = true, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+impl Root {
+    /// The host's trees.
+    pub(crate) fn roots(&self) -> Roots {
+        self.dir.as_deref().map_or_else(Roots::default, Roots::under)
+    }
+}
+
+/// `A=B`.
+pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok((from.into(), to.into())),
+        _ => Err("it is not of the form NAME=NAME".into()),
+    }
+}
+
+pub(crate) fn uri(text: &str) -> Result<Uri, Failure> {
+    text.parse().map_err(|error: UriError| Failure::new(Exit::Usage, error.to_string()))
+}
+
+/// Refuses a size of RAM that the machine cannot have on any host.
+pub(crate) fn check_memory(memory: u64) -> Result<(), Failure> {
+    let usage = |text: String| Err(Failure::new(Exit::Usage, format!("--memory: {text}")));
+    if !(RAM_MIN..=RAM_MAX).contains(&memory) {
+        let (min, max) = (show_size(RAM_MIN), show_size(RAM_MAX));
+        return usage(format!("the machine takes {min} to {max}, not {}", show_size(memory)));
+    }
+    if !memory.is_multiple_of(RAM_STEP) {
+        return usage(format!("{memory} bytes are no multiple of {}", show_size(RAM_STEP)));
+    }
+    Ok(())
+}
+
+/// `OFFSET+LEN=compare|ignore`, numbers decimal or 0x.
+pub(crate) fn config_rule(text: &str) -> Option<ConfigRule> {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => u16::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    };
+    let (place, what) = text.split_once('=')?;
+    let (offset, len) = place.split_once('+')?;
+    let compare = match what {
+        "compare" => true,
+        "ignore" => false,
+        _ => return None,
+    };
+    Some(ConfigRule { offset: number(offset)?, len: number(len)?, compare })
+}
+
+/// Reads a policy's file.
+pub(crate) fn policy(path: &Path) -> Result<Policy, Failure> {
+    let bytes = read_capped(path, Policy::MAX_BYTES)?;
+    Policy::parse(&bytes, &path.display().to_string()).map_err(|error| Failure::caused("no policy", &error))
+}
+
+/// Names at the source, and at the destination.
+pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, Failure> {
+    pairs.iter().map(|(from, to)| Ok((device_id(from)?, device_id(to)?))).collect()
+}
+
+/// A file's bytes, at most one more than `most`.
+pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
+    let failed = |error: std::io::Error| Failure::caused(&path.display().to_string(), &error);
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+pub(crate) fn device_id(name: &str) -> Result<DeviceId, Failure> {
+    DeviceId::new(name)
+        .map_err(|error| Failure::new(Exit::Usage, format!("'{name}' is no name of a device: {error}")))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn rules_of_config_space() {
+        assert_eq!(config_rule("0x40+8=ignore"), Some(ConfigRule { offset: 0x40, len: 8, compare: false }));
+        assert_eq!(config_rule("16+1=compare"), Some(ConfigRule { offset: 16, len: 1, compare: true }));
+        for bad in ["", "40", "40+8", "40=ignore", "x+1=ignore", "0+1=maybe", "70000+1=ignore"] {
+            assert_eq!(config_rule(bad), None, "{bad}");
+        }
+    }
+}
