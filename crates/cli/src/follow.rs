@@ -5,15 +5,24 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::control::client::Client;
-use crate::control::protocol::{MigrationInfo, MigrationState, StatusInfo, StatusReport, Verb};
+use crate::control::protocol::{MigrationState, StatusReport, Verb};
 use crate::exit::Failure;
 use crate::interrupt::Interrupt;
 use crate::output::say;
 use crate::progress::Progress;
 use crate::units::show_size;
 
-/// How long nothing happens before the `vm` is asked again.
+/// How often Ctrl-C is looked for while nothing happens.
 const PATIENCE: Duration = Duration::from_millis(200);
+
+/// What Ctrl-C does to what is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnInterrupt {
+    /// It is cancelled, and followed to its end.
+    Cancel,
+    /// It goes on unseen.
+    Leave,
+}
 
 /// Waits while the migration, rehearsal or save `goes_on`, and returns how things stand then. Progress is not shown where
 /// `json` is to be printed.
@@ -22,44 +31,37 @@ pub(crate) fn follow(
     goes_on: impl Fn(MigrationState) -> bool,
     json: bool,
     interrupt: &Interrupt,
+    on_interrupt: OnInterrupt,
 ) -> Result<StatusReport, Failure> {
-    let mut report = ask(client)?;
+    let mut report = query(client)?;
     let mut progress = Progress::new(!json);
     let mut cancelled = false;
     while goes_on(report.migration.status) {
         progress.show(&report.migration);
-        client.next_event(PATIENCE).map_err(|error| Failure::caused("lost the vm", &error))?;
-        if interrupt.requested() && !cancelled {
+        let news = client.next_migration(PATIENCE);
+        let news = news.map_err(|error| Failure::caused("lost the vm", &error))?;
+        if on_interrupt == OnInterrupt::Leave {
+            interrupt.check()?;
+        } else if interrupt.requested() && !cancelled {
             cancelled = true;
             // Too late to cancel is not a failure: the loop then sees how it ended.
             if let Err(error) = client.call(Verb::MigrateCancel, Value::Null) {
                 say(format_args!("vfio-migrate: {error}"));
             }
         }
-        report = ask(client)?;
+        match news {
+            Some(migration) if goes_on(migration.status) => report.migration = migration,
+            // The event says how it ended, but not where the guest is now. What is asked for may go on all the same: an end
+            // that is told late can be that of the one before.
+            Some(_) => report = query(client)?,
+            None => {}
+        }
     }
     Ok(report)
 }
 
-/// Asks for both halves of the report. They are two answers: the first is asked for again until it is the same before
-/// and after the second, so that the halves do not contradict each other.
-pub(crate) fn ask(client: &mut Client) -> Result<StatusReport, Failure> {
-    let mut vm: StatusInfo = query(client, Verb::QueryStatus)?;
-    let mut attempts = 0;
-    loop {
-        let migration: MigrationInfo = query(client, Verb::QueryMigrate)?;
-        let after: StatusInfo = query(client, Verb::QueryStatus)?;
-        attempts += 1;
-        if after == vm || attempts == 8 {
-            return Ok(StatusReport { vm: after, migration });
-        }
-        vm = after;
-    }
-}
-
-fn query<T: serde::de::DeserializeOwned>(client: &mut Client, verb: Verb) -> Result<T, Failure> {
-    let value = client.call(verb, Value::Null).map_err(|error| error.failure("no answer"))?;
-    serde_json::from_value(value).map_err(|error| Failure::caused("the answer makes no sense", &error))
+fn query(client: &mut Client) -> Result<StatusReport, Failure> {
+    client.query().map_err(|error| error.failure("no answer"))
 }
 
 /// The report for people.

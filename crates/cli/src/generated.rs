@@ -12,7 +12,7 @@ use vfio_migration_compat::{
 use crate::args::Cli;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments, StatusInfo,
+    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments,
     StatusReport,
 };
 use crate::control::refused::Refused;
@@ -58,9 +58,9 @@ fn schemas_by_name() -> Vec<(&'static str, Schema)> {
         ("doctor", schema_for!(DoctorReport)),
         ("failure", schema_for!(FailureReport)),
         ("acknowledged", schema_for!(Acknowledged)),
-        ("query-status", schema_for!(StatusInfo)),
+        ("query", schema_for!(StatusReport)),
         ("query-guest", schema_for!(GuestInfo)),
-        ("query-migrate", schema_for!(MigrationInfo)),
+        ("migration", schema_for!(MigrationInfo)),
         ("migrate-arguments", schema_for!(MigrateArguments)),
         ("rehearse", schema_for!(RehearseReport)),
         ("rehearse-arguments", schema_for!(RehearseArguments)),

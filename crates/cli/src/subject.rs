@@ -16,7 +16,6 @@ use vfio_migration_types::{DeviceId, Gpa, VmId};
 use crate::control::client::{Client, ClientError};
 use crate::control::protocol::Verb;
 use crate::exit::Failure;
-use crate::follow;
 use crate::probe::Local;
 use crate::target::ANSWER;
 use crate::words::{device_id, read_capped, uri};
@@ -100,7 +99,7 @@ fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), Failure>
     let manifest = client.call(Verb::QueryManifest, Value::Null).map_err(asked)?;
     let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())
         .map_err(|error| Failure::caused("no manifest", &error))?;
-    let vm = follow::ask(&mut client)?.vm.uuid;
+    let vm = client.query().map_err(asked)?.vm.uuid;
     let vm = vm
         .parse()
         .map_err(|_| Failure::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;

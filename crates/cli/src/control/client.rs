@@ -8,9 +8,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::protocol::{Event, Request, Verb};
+use super::protocol::{Event, MigrationInfo, Request, StatusReport, Verb};
 use super::refused::Refused;
 use crate::exit::Failure;
+
+/// How long events may say nothing of a migration that is followed before its `vm` is asked: within an iteration there are
+/// none, and what is left goes down all the same.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// A request that got no good answer.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +57,8 @@ pub(crate) struct Client {
     timeout: Duration,
     events: VecDeque<Event>,
     partial: Vec<u8>,
+    /// When it was last known how the migration stands.
+    news: Instant,
 }
 
 impl Client {
@@ -61,8 +67,13 @@ impl Client {
         let stream = UnixStream::connect(path)
             .map_err(|error| ClientError::Connect(path.display().to_string(), error))?;
         stream.set_write_timeout(Some(timeout)).map_err(ClientError::Io)?;
-        let mut client =
-            Self { reader: BufReader::new(stream), timeout, events: VecDeque::new(), partial: Vec::new() };
+        let mut client = Self {
+            reader: BufReader::new(stream),
+            timeout,
+            events: VecDeque::new(),
+            partial: Vec::new(),
+            news: Instant::now(),
+        };
         let greeting = client.line(Instant::now() + timeout)?.ok_or(ClientError::Timeout)?;
         if greeting.get("vfio-migrate").is_none() {
             return Err(ClientError::Garbled(greeting.to_string()));
@@ -93,6 +104,29 @@ impl Client {
             }
             self.keep_event(answer)?;
         }
+    }
+
+    /// How the VM and its migration stand.
+    pub(crate) fn query(&mut self) -> Result<StatusReport, ClientError> {
+        let answer = self.call(Verb::Query, Value::Null)?;
+        self.news = Instant::now();
+        serde_json::from_value(answer).map_err(|error| ClientError::Garbled(error.to_string()))
+    }
+
+    /// How the migration stands now, as the next event says, or an answer where events say nothing for a second; `None`
+    /// when nothing is new within `patience`.
+    pub(crate) fn next_migration(
+        &mut self,
+        patience: Duration,
+    ) -> Result<Option<MigrationInfo>, ClientError> {
+        if let Some(info) = self.next_event(patience)?.and_then(|event| event.migration()) {
+            self.news = Instant::now();
+            return Ok(Some(info));
+        }
+        if self.news.elapsed() < QUIET {
+            return Ok(None);
+        }
+        Ok(Some(self.query()?.migration))
     }
 
     /// The next event, kept or new; `None` when none comes within `patience`.

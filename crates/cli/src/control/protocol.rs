@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use vfio_migration_compat::Reason;
 
 use super::rehearsal::RehearsalInfo;
@@ -13,12 +13,10 @@ use super::rehearsal::RehearsalInfo;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Verb {
-    /// How the VM stands. Returns a [`StatusInfo`].
-    QueryStatus,
+    /// How the VM and its migration stand, at one moment. Returns a [`StatusReport`].
+    Query,
     /// What the guest says of itself: its report page.
     QueryGuest,
-    /// How the migration stands. Returns a [`MigrationInfo`].
-    QueryMigrate,
     /// Move the guest. Arguments: [`MigrateArguments`]. Returns when it has begun.
     Migrate,
     /// Find out what a migration would come to. Arguments: [`RehearseArguments`](super::rehearsal::RehearseArguments). Returns when it
@@ -158,10 +156,11 @@ pub(crate) struct StatusInfo {
 }
 
 /// States of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum MigrationState {
     /// There was none.
+    #[default]
     None,
     /// Under way.
     Active,
@@ -180,7 +179,7 @@ pub(crate) enum MigrationState {
 }
 
 /// How a migration stands: the same document on both sides.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct MigrationInfo {
     /// Its state.
@@ -221,33 +220,7 @@ pub(crate) struct MigrationInfo {
     pub(crate) rehearsal: Option<RehearsalInfo>,
 }
 
-impl MigrationInfo {
-    /// No migration.
-    pub(crate) fn none() -> Self {
-        Self {
-            status: MigrationState::None,
-            direction: None,
-            phase: None,
-            total_ms: 0.0,
-            downtime_ms: None,
-            verify_ms: 0.0,
-            expected_downtime_ms: None,
-            iterations: 0,
-            transferred: TransferInfo::default(),
-            remaining: 0,
-            rate: 0,
-            phases: Vec::new(),
-            ram_digest_match: None,
-            device_digest_match: None,
-            error: None,
-            incompatible: false,
-            reasons: Vec::new(),
-            rehearsal: None,
-        }
-    }
-}
-
-/// What `status --json` and `migrate --json` print.
+/// What `query` returns, and `status --json` and `migrate --json` print.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct StatusReport {
     /// The VM.
@@ -278,6 +251,9 @@ pub(crate) struct PhaseInfo {
     pub(crate) ms: f64,
 }
 
+const MIGRATION: &str = "MIGRATION";
+const MIGRATION_PASS: &str = "MIGRATION_PASS";
+
 /// Something that happened.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Event {
@@ -306,6 +282,26 @@ impl Event {
             event: event.into(),
             data,
             timestamp: Timestamp { seconds: now.as_secs(), microseconds: now.subsec_micros() },
+        }
+    }
+
+    /// `MIGRATION`: the state of the migration changed.
+    pub(crate) fn of_migration(info: &MigrationInfo) -> Self {
+        Self::new(MIGRATION, json!(info))
+    }
+
+    /// `MIGRATION_PASS`: an iteration begins.
+    pub(crate) fn of_pass(info: &MigrationInfo) -> Self {
+        let mut data = json!(info);
+        data["pass"] = info.iterations.into();
+        Self::new(MIGRATION_PASS, data)
+    }
+
+    /// How the migration stands, of an event that says so.
+    pub(crate) fn migration(&self) -> Option<MigrationInfo> {
+        match self.event.as_str() {
+            MIGRATION | MIGRATION_PASS => serde_json::from_value(self.data.clone()).ok(),
+            _ => None,
         }
     }
 }

@@ -238,7 +238,7 @@ mod test {
     impl Handler for Echo {
         fn call(&self, verb: Verb, arguments: Value) -> Result<Value, Refused> {
             match verb {
-                Verb::QueryStatus => Ok(arguments),
+                Verb::Query => Ok(arguments),
                 _ => Err(Refused::new("GenericError", "no")),
             }
         }
@@ -260,7 +260,7 @@ mod test {
     fn answers_refuses_and_publishes() {
         let (_dir, path, _server, publisher) = served();
         let mut client = Client::connect(&path, Duration::from_secs(5)).unwrap();
-        assert_eq!(client.call(Verb::QueryStatus, json!({"a": 1})).unwrap(), json!({"a": 1}));
+        assert_eq!(client.call(Verb::Query, json!({"a": 1})).unwrap(), json!({"a": 1}));
         assert!(client.call(Verb::Quit, Value::Null).unwrap_err().to_string().contains("no"));
         publisher.publish(&Event::new("STOP", Value::Null));
         assert_eq!(client.next_event(Duration::from_secs(5)).unwrap().unwrap().event, "STOP");
@@ -272,9 +272,7 @@ mod test {
         let mut stream = UnixStream::connect(&path).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         stream
-            .write_all(
-                b"garbage\n{\"execute\":\"fly\",\"id\":null}\n{\"execute\":\"query-status\",\"id\":7}\n",
-            )
+            .write_all(b"garbage\n{\"execute\":\"fly\",\"id\":null}\n{\"execute\":\"query\",\"id\":7}\n")
             .unwrap();
         let lines: Vec<String> = BufReader::new(stream).lines().take(4).map(Result::unwrap).collect();
         assert!(lines[1].contains("CommandNotFound") && lines[2].contains("CommandNotFound"), "{lines:?}");

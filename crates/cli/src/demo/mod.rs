@@ -16,7 +16,7 @@ pub(crate) use report::{Counts, DemoReport};
 use crate::args::serve::{Break, Demo, Transport};
 use crate::control::client::{Client, ClientError};
 use crate::control::guest::{GuestInfo, STAGE_RUNNING};
-use crate::control::protocol::{MigrationInfo, MigrationState, StatusInfo, Verb};
+use crate::control::protocol::{MigrationInfo, MigrationState, StatusReport, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json, say};
@@ -119,7 +119,7 @@ impl<'a> Stage<'a> {
     }
 
     fn play(mut self, report: &mut DemoReport) -> Result<Exit, Failure> {
-        let status: StatusInfo = ask(&mut self.source.1, Verb::QueryStatus)?;
+        let status = query(&mut self.source.1)?.vm;
         report.guest.clone_from(&status.guest);
         if status.guest == "software" && !self.options.software {
             say(
@@ -129,8 +129,8 @@ impl<'a> Stage<'a> {
         }
         self.warm_up()?;
         let before = guest(&mut self.source.1)?;
-        let destination: StatusInfo = ask(&mut self.destination.1, Verb::QueryStatus)?;
-        let uri = destination
+        let uri = query(&mut self.destination.1)?
+            .vm
             .incoming
             .ok_or_else(|| Failure::failed("the destination VM does not wait for a guest"))?;
         let began = Instant::now();
@@ -203,13 +203,8 @@ impl<'a> Stage<'a> {
             .map_err(|error| Failure::caused("the source VM refused to migrate", &error))?;
         let mut progress = Progress::new(!self.options.json);
         let mut copied: Option<GuestInfo> = None;
+        let mut info = query(&mut self.source.1)?.migration;
         loop {
-            // The event only saves waiting: the state is always asked for.
-            self.source
-                .1
-                .next_event(Duration::from_millis(100))
-                .map_err(|error| Failure::caused("lost the source VM", &error))?;
-            let info: MigrationInfo = ask(&mut self.source.1, Verb::QueryMigrate)?;
             progress.show(&info);
             if !matches!(info.status, MigrationState::Active | MigrationState::PreSwitchover) {
                 return Ok(info);
@@ -226,6 +221,10 @@ impl<'a> Stage<'a> {
                 }
             }
             self.interrupt.check()?;
+            let news = self.source.1.next_migration(Duration::from_millis(100));
+            if let Some(news) = news.map_err(|error| Failure::caused("lost the source VM", &error))? {
+                info = news;
+            }
         }
     }
 
@@ -261,7 +260,7 @@ impl<'a> Stage<'a> {
         report.lost = Counts::lost(&after);
         report.spurious_interrupts = after.spurious;
         report.guest_gap_ms = Some(Duration::from_nanos(after.longest_gap_ns).as_secs_f64() * 1e3);
-        if Counts::lost(&after).any() && !Counts::lost(&before).any() {
+        if Counts::lost(&after).any() && !Counts::lost(before).any() {
             report.caught_by = Some(CaughtBy::Guest);
         }
         if let Err(failure) = verdict
@@ -273,7 +272,7 @@ impl<'a> Stage<'a> {
         if after.stage != STAGE_RUNNING || after.failure != 0 {
             report.error = Some(format!("the guest failed after the move (code {:#x})", after.failure));
         }
-        if Counts::lost(&before).any() {
+        if Counts::lost(before).any() {
             report.error = Some("the guest had lost something before the move began".into());
         }
         Ok(())
@@ -393,16 +392,16 @@ fn strings(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_string()).collect()
 }
 
-fn ask<T: serde::de::DeserializeOwned>(client: &mut Client, verb: Verb) -> Result<T, Failure> {
-    let value = client
-        .call(verb, Value::Null)
-        .map_err(|error| Failure::caused("a VM of the demo is lost", &error))?;
-    serde_json::from_value(value)
-        .map_err(|error| Failure::caused("a VM of the demo answers nonsense", &error))
+/// What a VM of the demo says of itself and of its migration.
+fn query(client: &mut Client) -> Result<StatusReport, Failure> {
+    client.query().map_err(|error| Failure::caused("a VM of the demo is lost", &error))
 }
 
 fn guest(client: &mut Client) -> Result<GuestInfo, Failure> {
-    ask(client, Verb::QueryGuest)
+    let report = client.call(Verb::QueryGuest, Value::Null);
+    let report = report.map_err(|error| Failure::caused("a VM of the demo is lost", &error))?;
+    serde_json::from_value(report)
+        .map_err(|error| Failure::caused("a VM of the demo answers nonsense", &error))
 }
 
 /// Polls `done` until it holds.

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::args::moves::Migrate;
 use crate::control::protocol::{MigrateArguments, MigrationState, Verb};
 use crate::exit::{Exit, Failure};
-use crate::follow::{follow, text};
+use crate::follow::{OnInterrupt, follow, text};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 use crate::units::milliseconds;
@@ -29,7 +29,7 @@ pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Fail
     client.call(Verb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on =
         |state| !options.detach && matches!(state, MigrationState::Active | MigrationState::PreSwitchover);
-    let report = follow(&mut client, goes_on, options.target.json, interrupt)?;
+    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
     if options.target.json {
         print_json(&report)?;
     } else {

@@ -9,7 +9,7 @@ use crate::args::moves::Rehearse;
 use crate::control::protocol::{MigrationState, Verb};
 use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
 use crate::exit::{Exit, Failure};
-use crate::follow::follow;
+use crate::follow::{OnInterrupt, follow};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 use crate::units::{milliseconds, show_size};
@@ -38,7 +38,7 @@ pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Fai
     let mut client = options.target.connect()?;
     client.call(Verb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on = |state| state == MigrationState::Active;
-    let report = follow(&mut client, goes_on, options.target.json, interrupt)?;
+    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
     let Some(found) = report.migration.rehearsal else {
         let why = report.migration.error.unwrap_or_else(|| "it did not say why".into());
         return Err(Failure::failed(format!("the rehearsal failed: {why}")));

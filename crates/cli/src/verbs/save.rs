@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::args::moves::Save;
 use crate::control::protocol::{MigrationState, SaveArguments, Verb};
 use crate::exit::{Exit, Failure};
-use crate::follow::{follow, text};
+use crate::follow::{OnInterrupt, follow, text};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
 use crate::target::Target;
@@ -29,7 +29,7 @@ pub(crate) fn run(options: &Save, control: &Path, interrupt: &Interrupt) -> Resu
     let mut client = target.connect()?;
     client.call(Verb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on = |state| state == MigrationState::Active;
-    let report = follow(&mut client, goes_on, options.json, interrupt)?;
+    let report = follow(&mut client, goes_on, options.json, interrupt, OnInterrupt::Cancel)?;
     if options.json {
         print_json(&report)?;
     } else {

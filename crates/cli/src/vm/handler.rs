@@ -6,16 +6,13 @@ use std::sync::mpsc::Sender;
 use serde_json::{Value, json};
 use vfio_migration::Machine;
 use vfio_migration_compat::Document;
-use vfio_migration_vmm::machine::Accelerator;
 
-use super::info::{guest_info, info};
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use super::{incoming, outgoing, rehearsing, saving};
+use super::{incoming, info, outgoing, rehearsing, saving};
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    Event, IncomingArguments, MigrateArguments, MigrationInfo, NoArguments, ParameterArguments,
-    SaveArguments, StatusInfo, Verb,
+    Event, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments, SaveArguments, Verb,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
@@ -38,9 +35,8 @@ impl Handler for VmHandler {
             let NoArguments {} = parse(arguments.clone())?;
         }
         match verb {
-            Verb::QueryStatus => return to_json(&self.status()),
+            Verb::Query => return to_json(&info::report(&self.vm)),
             Verb::QueryGuest => return to_json(&self.guest()?),
-            Verb::QueryMigrate => return to_json(&self.migration()),
             Verb::Migrate => outgoing::begin(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
             Verb::Rehearse => rehearsing::begin(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
             Verb::QueryManifest => return self.manifest(),
@@ -61,43 +57,6 @@ impl Handler for VmHandler {
 }
 
 impl VmHandler {
-    fn status(&self) -> StatusInfo {
-        let slot = self.vm.state.slot();
-        let word = match &slot {
-            Slot::Here { machine, .. } if machine.failure().is_some() => "failed",
-            Slot::Here { machine, .. } if machine.is_running() => "running",
-            Slot::Here { .. } | Slot::Held { .. } | Slot::Leaving { .. } => "paused",
-            Slot::Preparing | Slot::Awaited { .. } => "inmigrate",
-            Slot::Left => "postmigrate",
-            Slot::Unresolved { .. } => "unresolved",
-            Slot::Failed => "failed",
-        };
-        let config = &self.vm.config;
-        StatusInfo {
-            uuid: slot.machine().map_or(config.id, |machine| machine.id()).to_string(),
-            status: word.into(),
-            guest: match config.accelerator {
-                Accelerator::Kvm => "kvm".into(),
-                Accelerator::Software => "software".into(),
-            },
-            pid: std::process::id(),
-            incoming: match &slot {
-                Slot::Awaited { at, .. } => Some(at.to_string()),
-                _ => None,
-            },
-            memory: config.memory,
-            devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
-            lost_devices: slot
-                .machine()
-                .map(|machine| machine.lost_devices())
-                .unwrap_or_default()
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
-            epoch: slot.epoch().0,
-        }
-    }
-
     /// What the machine is, also of one that waits for its guest.
     fn manifest(&self) -> Result<Value, Refused> {
         let slot = self.vm.state.slot();
@@ -111,16 +70,7 @@ impl VmHandler {
         let slot = self.vm.state.slot();
         let machine = slot.machine().ok_or_else(|| generic("there is no guest here"))?;
         let report = machine.report().map_err(|error| generic(chain(&error)))?;
-        Ok(guest_info(&report))
-    }
-
-    fn migration(&self) -> MigrationInfo {
-        let now = self.vm.state.snapshot();
-        match now.steering {
-            Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
-            Some(Steering::Incoming(control)) => info(&control.progress(), "incoming"),
-            None => now.ended.unwrap_or_else(MigrationInfo::none),
-        }
+        Ok(info::guest_info(&report))
     }
 
     fn set(&self, arguments: &ParameterArguments) -> Result<(), Refused> {

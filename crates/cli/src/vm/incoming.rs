@@ -9,11 +9,10 @@ use vfio_migration::{
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
-use super::info::info;
+use super::info;
 use super::running::RunningVm;
 use super::slot::{BeginError, Slot, Steering};
 use crate::args::serve::Break;
-use crate::control::protocol::{MigrationInfo, MigrationState, TransferInfo};
 use crate::control::refused::Refused;
 use crate::exit::chain;
 use crate::words::uri;
@@ -37,9 +36,9 @@ pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
 
 /// Takes the place of the guest, if there is none; gives what was there. Then [`listen`] can follow.
 pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
-    let now = vm.state.snapshot();
-    if now.steering.is_some() {
-        let waits = matches!(now.slot, Slot::Awaited { .. });
+    let (under_way, waits) =
+        vm.state.read(|slot, steering, _| (steering.is_some(), matches!(slot, Slot::Awaited { .. })));
+    if under_way {
         let text = if waits { "it already waits for a guest" } else { "a migration is under way" };
         return Err(Refused::new("MigrationActive", text));
     }
@@ -134,36 +133,15 @@ fn generic(text: String) -> Refused {
 }
 
 fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result<Arrived, IncomingError>) {
-    let before = match vm.state.steering() {
-        Some(Steering::Incoming(control)) => info(&control.progress(), "incoming"),
-        _ => MigrationInfo::none(),
-    };
-    let (ended, slot) = match (result, machine) {
+    match (result, machine) {
         (Ok(arrived), Some(machine)) => {
             machine.let_go();
-            let bytes = arrived.report.bytes;
-            let ended = MigrationInfo {
-                status: MigrationState::Completed,
-                verify_ms: arrived.report.verify.as_secs_f64() * 1e3,
-                total_ms: arrived.report.total.as_secs_f64() * 1e3,
-                transferred: TransferInfo {
-                    ram: bytes.ram,
-                    device_precopy: bytes.device_precopy,
-                    device_stopcopy: bytes.device_stopcopy,
-                },
-                remaining: 0,
-                rate: 0,
-                expected_downtime_ms: None,
-                ..before
-            };
-            (ended, Slot::Here { machine, epoch: arrived.epoch })
+            let slot = Slot::Here { machine, epoch: arrived.epoch };
+            vm.end_session(info::arrived(vm, &arrived), Some(slot));
         }
-        (Ok(_), None) => return,
+        (Ok(_), None) => {}
         (Err(error), machine) => {
-            let reasons = match &error {
-                IncomingError::Refused(reasons) => reasons.clone(),
-                _ => Vec::new(),
-            };
+            let ended = info::not_arrived(vm, &error);
             let slot = match (&error, machine) {
                 (IncomingError::Held(held), Some(machine)) => Slot::Held { machine, epoch: held.epoch },
                 (_, machine) => {
@@ -174,20 +152,7 @@ fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result
                     Slot::Failed
                 }
             };
-            let ended = MigrationInfo {
-                status: MigrationState::Failed,
-                incompatible: matches!(error, IncomingError::Refused(_)),
-                remaining: 0,
-                rate: 0,
-                expected_downtime_ms: None,
-                error: Some(chain(&error)),
-                reasons,
-                ..before
-            };
-            (ended, slot)
+            vm.end_session(ended, Some(slot));
         }
-    };
-    let status = ended.status;
-    vm.state.end(ended, Some(slot));
-    vm.announce(status);
+    }
 }

@@ -1,37 +1,106 @@
-//! What is said of a migration and of the guest, as the control socket has it.
+//! What the control socket says of a VM, its guest and its migration. A [`MigrationInfo`] is made here and nowhere else.
 
 use std::time::Duration;
 
-use vfio_migration::{Completed, Progress};
+use vfio_migration::{
+    Arrived, Bytes, Completed, IncomingError, MigrateError, Progress, Rehearsal, SaveError,
+};
 use vfio_migration_types::Phase;
 use vfio_migration_vmm::guest::{Report, Stage};
+use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
 
+use super::running::RunningVm;
+use super::slot::{Slot, Steering};
 use crate::control::guest::GuestInfo;
-use crate::control::protocol::{MigrationInfo, MigrationState, PhaseInfo, TransferInfo};
+use crate::control::protocol::{
+    MigrationInfo, MigrationState, PhaseInfo, StatusInfo, StatusReport, TransferInfo,
+};
+use crate::control::rehearsal::RehearsalInfo;
+use crate::exit::chain;
 
-/// How a session that goes on stands.
-pub(super) fn info(progress: &Progress, direction: &str) -> MigrationInfo {
+/// The VM and its migration at one moment: the two never contradict each other.
+pub(super) fn report(vm: &RunningVm) -> StatusReport {
+    vm.state.read(|slot, steering, ended| StatusReport {
+        vm: status(&vm.config, slot),
+        migration: match (steering, ended) {
+            (Some(steering), _) => of_steering(steering),
+            (None, Some(ended)) => ended.clone(),
+            (None, None) => MigrationInfo::default(),
+        },
+    })
+}
+
+fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
+    let word = match slot {
+        Slot::Here { machine, .. } if machine.failure().is_some() => "failed",
+        Slot::Here { machine, .. } if machine.is_running() => "running",
+        Slot::Here { .. } | Slot::Held { .. } | Slot::Leaving { .. } => "paused",
+        Slot::Preparing | Slot::Awaited { .. } => "inmigrate",
+        Slot::Left => "postmigrate",
+        Slot::Unresolved { .. } => "unresolved",
+        Slot::Failed => "failed",
+    };
+    let machine = slot.machine();
+    StatusInfo {
+        uuid: machine.map_or(config.id, |machine| machine.id()).to_string(),
+        status: word.into(),
+        guest: match config.accelerator {
+            Accelerator::Kvm => "kvm".into(),
+            Accelerator::Software => "software".into(),
+        },
+        pid: std::process::id(),
+        incoming: match slot {
+            Slot::Awaited { at, .. } => Some(at.to_string()),
+            _ => None,
+        },
+        memory: config.memory,
+        devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
+        lost_devices: machine
+            .map(|machine| machine.lost_devices())
+            .unwrap_or_default()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        epoch: slot.epoch().0,
+    }
+}
+
+fn of_steering(steering: &Steering) -> MigrationInfo {
+    match steering {
+        Steering::Outgoing(control) => outgoing(&control.progress()),
+        Steering::Incoming(control) => under_way(&control.progress(), "incoming"),
+    }
+}
+
+/// A session of the source that goes on.
+pub(super) fn outgoing(progress: &Progress) -> MigrationInfo {
+    under_way(progress, "outgoing")
+}
+
+fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
     MigrationInfo {
         status: if progress.waiting { MigrationState::PreSwitchover } else { MigrationState::Active },
         direction: Some(direction.into()),
         phase: Some(progress.phase.code().into()),
         total_ms: ms(progress.elapsed),
-        downtime_ms: None,
-        verify_ms: 0.0,
         expected_downtime_ms: progress.predicted_downtime.map(ms),
         iterations: progress.iteration,
-        transferred: TransferInfo {
-            ram: progress.bytes.ram,
-            device_precopy: progress.bytes.device_precopy,
-            device_stopcopy: progress.bytes.device_stopcopy,
-        },
+        transferred: transferred(progress.bytes),
         remaining: progress.remaining,
         rate: progress.rate,
-        ..MigrationInfo::none()
+        ..MigrationInfo::default()
     }
 }
 
-pub(super) fn completed_info(completed: &Completed) -> MigrationInfo {
+/// What a session that ends had come to. Its end is filled into it.
+fn at_end(vm: &RunningVm) -> MigrationInfo {
+    let last = vm.state.steering().map_or_else(MigrationInfo::default, |steering| of_steering(&steering));
+    MigrationInfo { remaining: 0, rate: 0, expected_downtime_ms: None, ..last }
+}
+
+/// The guest has moved.
+pub(super) fn completed(completed: &Completed) -> MigrationInfo {
+    let phases = completed.phases.iter().filter(|time| time.phase != Phase::Plan);
     MigrationInfo {
         status: MigrationState::Completed,
         direction: Some("outgoing".into()),
@@ -40,21 +109,100 @@ pub(super) fn completed_info(completed: &Completed) -> MigrationInfo {
         verify_ms: ms(completed.verify),
         expected_downtime_ms: Some(ms(completed.predicted)),
         iterations: completed.iterations,
-        transferred: TransferInfo {
-            ram: completed.bytes.ram,
-            device_precopy: completed.bytes.device_precopy,
-            device_stopcopy: completed.bytes.device_stopcopy,
-        },
-        phases: completed
-            .phases
-            .iter()
-            .filter(|time| time.phase != Phase::Plan)
-            .map(|time| PhaseInfo { name: time.phase.code().into(), ms: ms(time.took) })
-            .collect(),
+        transferred: transferred(completed.bytes),
+        phases: phases.map(|time| PhaseInfo { name: time.phase.code().into(), ms: ms(time.took) }).collect(),
         ram_digest_match: completed.ram_digest_match,
         device_digest_match: Some(completed.device_digest_match),
         reasons: completed.report.reasons.clone(),
-        ..MigrationInfo::none()
+        ..MigrationInfo::default()
+    }
+}
+
+/// The guest has not moved, or nobody knows.
+pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
+    let status = match error {
+        MigrateError::Unresolved { .. } => MigrationState::Unresolved,
+        MigrateError::Aborted(aborted) if aborted.cancelled => MigrationState::Cancelled,
+        _ => MigrationState::Failed,
+    };
+    MigrationInfo {
+        status,
+        incompatible: matches!(error, MigrateError::Refused(_)),
+        reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
+        error: Some(chain(error)),
+        ..at_end(vm)
+    }
+}
+
+/// The guest was saved, and goes on here.
+pub(super) fn saved(vm: &RunningVm) -> MigrationInfo {
+    MigrationInfo { status: MigrationState::Completed, ..at_end(vm) }
+}
+
+/// The file could not be written.
+pub(super) fn not_saved(vm: &RunningVm, error: &SaveError) -> MigrationInfo {
+    MigrationInfo { status: MigrationState::Failed, error: Some(chain(error)), ..at_end(vm) }
+}
+
+/// A guest has arrived.
+pub(super) fn arrived(vm: &RunningVm, arrived: &Arrived) -> MigrationInfo {
+    MigrationInfo {
+        status: MigrationState::Completed,
+        verify_ms: ms(arrived.report.verify),
+        total_ms: ms(arrived.report.total),
+        transferred: transferred(arrived.report.bytes),
+        ..at_end(vm)
+    }
+}
+
+/// No guest has arrived, or one that could not be started.
+pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError) -> MigrationInfo {
+    let refused = match error {
+        IncomingError::Refused(reasons) => Some(reasons),
+        _ => None,
+    };
+    MigrationInfo {
+        status: MigrationState::Failed,
+        incompatible: refused.is_some(),
+        error: Some(chain(error)),
+        reasons: refused.cloned().unwrap_or_default(),
+        ..at_end(vm)
+    }
+}
+
+/// A rehearsal came to its end.
+pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
+    MigrationInfo {
+        status: MigrationState::Rehearsed,
+        total_ms: ms(found.total),
+        error: found.left_undone.as_ref().map(ToString::to_string),
+        rehearsal: Some(RehearsalInfo::of(found)),
+        ..at_end(vm)
+    }
+}
+
+/// A rehearsal ended early, be it because it found that nothing would move.
+pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
+    let cancelled = matches!(error, MigrateError::Aborted(aborted) if aborted.cancelled);
+    let rehearsal = RehearsalInfo::of_error(error).filter(|_| !cancelled);
+    MigrationInfo {
+        status: match (&rehearsal, cancelled) {
+            (Some(_), _) => MigrationState::Rehearsed,
+            (None, true) => MigrationState::Cancelled,
+            (None, false) => MigrationState::Failed,
+        },
+        incompatible: rehearsal.is_some(),
+        error: Some(chain(error)),
+        rehearsal,
+        ..at_end(vm)
+    }
+}
+
+fn transferred(bytes: Bytes) -> TransferInfo {
+    TransferInfo {
+        ram: bytes.ram,
+        device_precopy: bytes.device_precopy,
+        device_stopcopy: bytes.device_stopcopy,
     }
 }
 
@@ -62,6 +210,7 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
+/// The report page of the guest.
 pub(super) fn guest_info(report: &Report) -> GuestInfo {
     GuestInfo {
         stage: match report.stage {

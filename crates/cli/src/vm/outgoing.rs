@@ -8,13 +8,12 @@ use vfio_migration_types::RamOffset;
 use vfio_migration_vmm::guest::Areas;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
-use super::info::{completed_info, info};
+use super::info;
 use super::running::RunningVm;
 use super::slot::{BeginError, Slot, Steering};
 use crate::args::serve::Break;
-use crate::control::protocol::{Event, MigrateArguments, MigrationInfo, MigrationState};
+use crate::control::protocol::{Event, MigrateArguments};
 use crate::control::refused::Refused;
-use crate::exit::chain;
 use crate::words::{device_map, uri};
 
 /// Begins to migrate; returns once the session has its thread.
@@ -50,7 +49,8 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result
     options.epoch = epoch;
     options.sabotage = sabotage(vm.options.sabotage, &machine, !arguments.verify).map_err(refuse)?;
     let source = Source::new(machine.clone(), options);
-    let steering = Steering::Outgoing(source.control());
+    let control = source.control();
+    let steering = Steering::Outgoing(control.clone());
     let of_thread = vm.clone();
     let expected = machine.clone();
     let still_here =
@@ -58,15 +58,15 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result
     let begun = vm.state.begin(steering, still_here, None, || {
         std::thread::Builder::new().name("migration".into()).spawn(move || {
             let vm = of_thread;
-            vm.announce(MigrationState::Active);
+            vm.publisher.publish(&Event::of_migration(&info::outgoing(&control.progress())));
             let mut last = (0, false);
             let result = source.migrate_to(&target, |progress| {
+                let info = info::outgoing(progress);
                 if progress.iteration != last.0 {
-                    let pass = serde_json::json!({"pass": progress.iteration});
-                    vm.publisher.publish(&Event::new("MIGRATION_PASS", pass));
+                    vm.publisher.publish(&Event::of_pass(&info));
                 }
-                if progress.waiting && !last.1 {
-                    vm.announce(MigrationState::PreSwitchover);
+                if progress.waiting != last.1 {
+                    vm.publisher.publish(&Event::of_migration(&info));
                 }
                 last = (progress.iteration, progress.waiting);
             });
@@ -80,33 +80,23 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result
     })
 }
 
+/// Ends a session that was to send the guest away.
 pub(super) fn finish(
     vm: &RunningVm,
     machine: Arc<ReferenceMachine>,
     result: Result<Completed, MigrateError>,
 ) {
-    let before = vm.state.snapshot();
-    let epoch = before.slot.epoch();
-    let steered = match before.steering {
-        Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
-        _ => MigrationInfo::none(),
-    };
-    drop(before.slot);
-    let (ended, slot) = match result {
+    let epoch = vm.state.slot().epoch();
+    match result {
         Ok(completed) => {
             // Before the end can be seen: who then looks finds the guest gone and the devices free.
             drop(vm.state.put_if(|_| true, Slot::Leaving { epoch }));
             drop(machine);
             vm.presence.end();
-            (completed_info(&completed), Some(Slot::Left))
+            vm.end_session(info::completed(&completed), Some(Slot::Left));
         }
         Err(error) => {
-            let (status, incompatible) = match &error {
-                MigrateError::Unresolved { .. } => (MigrationState::Unresolved, false),
-                MigrateError::Refused(_) => (MigrationState::Failed, true),
-                MigrateError::Aborted(aborted) if aborted.cancelled => (MigrationState::Cancelled, false),
-                _ => (MigrationState::Failed, false),
-            };
+            let ended = info::not_completed(vm, &error);
             let slot = match &error {
                 MigrateError::Unresolved { .. } => Some(Slot::Unresolved { machine, epoch }),
                 // Its storage may be in use elsewhere: `cont` tries again to lock it.
@@ -118,22 +108,9 @@ pub(super) fn finish(
                     None
                 }
             };
-            let ended = MigrationInfo {
-                status,
-                incompatible,
-                reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
-                remaining: 0,
-                rate: 0,
-                expected_downtime_ms: None,
-                error: Some(chain(&error)),
-                ..steered
-            };
-            (ended, slot)
+            vm.end_session(ended, slot);
         }
-    };
-    let status = ended.status;
-    vm.state.end(ended, slot);
-    vm.announce(status);
+    }
 }
 
 /// What the demo breaks on this side.

@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use vfio_migration::{MigrateError, Rehearsal, Rehearse, Source, SourceOptions};
 
-use super::info::info;
+use super::info;
 use super::running::RunningVm;
 use super::slot::{BeginError, Slot, Steering};
-use crate::control::protocol::{MigrationInfo, MigrationState};
+use crate::control::protocol::Event;
 use crate::control::refused::Refused;
-use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
-use crate::exit::chain;
+use crate::control::rehearsal::RehearseArguments;
 use crate::words::{device_map, uri};
 
 /// Begins to rehearse; returns once the session has its thread.
@@ -35,14 +34,15 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Resul
     options.epoch = epoch;
     let how = if arguments.pause { Rehearse::Standstill } else { Rehearse::Precopy };
     let source = Source::new(machine.clone(), options);
-    let steering = Steering::Outgoing(source.control());
+    let control = source.control();
+    let steering = Steering::Outgoing(control.clone());
     let of_thread = vm.clone();
     let still_here =
         |slot: &Slot| matches!(slot, Slot::Here { machine: now, .. } if Arc::ptr_eq(now, &machine));
     let begun = vm.state.begin(steering, still_here, None, || {
         std::thread::Builder::new().name("rehearsal".into()).spawn(move || {
             let vm = of_thread;
-            vm.announce(MigrationState::Active);
+            vm.publisher.publish(&Event::of_migration(&info::outgoing(&control.progress())));
             finish(&vm, source.rehearse_to(&target, how, |_| {}));
         })
     });
@@ -54,45 +54,18 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Resul
 }
 
 fn finish(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
-    let before = vm.state.snapshot();
-    let steered = match before.steering {
-        Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
-        _ => MigrationInfo::none(),
-    };
-    // A guest that could not go on is held, as after any migration that was undone.
-    let held = match &result {
-        Err(MigrateError::Aborted(aborted)) if !aborted.locks_lost.is_empty() => match before.slot {
-            Slot::Here { machine, epoch } => Some(Slot::Held { machine, epoch }),
-            _ => None,
-        },
+    // A guest that could not go on is kept, as after any migration that was undone.
+    let slot = match (&result, vm.state.slot()) {
+        (Err(MigrateError::Aborted(aborted)), Slot::Here { machine, epoch })
+            if !aborted.locks_lost.is_empty() =>
+        {
+            Some(Slot::Held { machine, epoch })
+        }
         _ => None,
     };
-    let ended = MigrationInfo { remaining: 0, rate: 0, expected_downtime_ms: None, ..steered };
     let ended = match result {
-        Ok(found) => MigrationInfo {
-            status: MigrationState::Rehearsed,
-            total_ms: found.total.as_secs_f64() * 1e3,
-            error: found.left_undone.as_ref().map(ToString::to_string),
-            rehearsal: Some(RehearsalInfo::of(found)),
-            ..ended
-        },
-        Err(error) => {
-            let cancelled = matches!(&error, MigrateError::Aborted(aborted) if aborted.cancelled);
-            let rehearsal = RehearsalInfo::of_error(&error).filter(|_| !cancelled);
-            MigrationInfo {
-                status: match (&rehearsal, cancelled) {
-                    (Some(_), _) => MigrationState::Rehearsed,
-                    (None, true) => MigrationState::Cancelled,
-                    (None, false) => MigrationState::Failed,
-                },
-                incompatible: rehearsal.is_some(),
-                error: Some(chain(&error)),
-                rehearsal,
-                ..ended
-            }
-        }
+        Ok(found) => info::rehearsed(vm, found),
+        Err(error) => info::not_rehearsed(vm, &error),
     };
-    let status = ended.status;
-    vm.state.end(ended, held);
-    vm.announce(status);
+    vm.end_session(ended, slot);
 }

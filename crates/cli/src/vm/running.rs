@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use serde_json::json;
 use vfio_migration::{Standing, standing};
 use vfio_migration_compat::Policy;
 use vfio_migration_device::ConfigRules;
@@ -16,7 +15,7 @@ use vfio_migration_vmm::machine::{
 use super::presence::{self, Presence};
 use super::slot::{Slot, StateCell};
 use crate::args::serve::Vm;
-use crate::control::protocol::{Event, MigrationState};
+use crate::control::protocol::{Event, MigrationInfo};
 use crate::control::server::Publisher;
 use crate::exit::{Exit, Failure, chain};
 use crate::output::say;
@@ -77,9 +76,11 @@ impl RunningVm {
         })
     }
 
-    /// Tells every client how the migration stands now.
-    pub(super) fn announce(&self, status: MigrationState) {
-        self.publisher.publish(&Event::new("MIGRATION", json!({"status": status})));
+    /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed. Every client gets it.
+    pub(super) fn end_session(&self, info: MigrationInfo, slot: Option<Slot>) {
+        let event = Event::of_migration(&info);
+        self.state.end(info, slot);
+        self.publisher.publish(&event);
     }
 
     /// Ends whatever goes on: a session is cancelled and waited for, so that no guest is left without an owner.

@@ -10,11 +10,10 @@ use vfio_migration::{
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
-use super::info::info;
-use super::outgoing;
 use super::running::{RunningVm, build};
 use super::slot::{BeginError, Slot, Steering};
-use crate::control::protocol::{MigrationInfo, MigrationState, SaveArguments};
+use super::{info, outgoing};
+use crate::control::protocol::{Event, SaveArguments};
 use crate::control::refused::Refused;
 use crate::exit::{Exit, Failure, chain};
 
@@ -39,13 +38,14 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
     let mut how = SaveOptions::default();
     (how.force, how.stop) = (arguments.force, arguments.stop);
     let source = Source::new(machine.clone(), options);
-    let steering = Steering::Outgoing(source.control());
+    let control = source.control();
+    let steering = Steering::Outgoing(control.clone());
     let (of_thread, expected) = (vm.clone(), machine.clone());
     let still_here =
         |slot: &Slot| matches!(slot, Slot::Here { machine, .. } if Arc::ptr_eq(machine, &expected));
     let begun = vm.state.begin(steering, still_here, None, || {
         std::thread::Builder::new().name("migration".into()).spawn(move || {
-            of_thread.announce(MigrationState::Active);
+            of_thread.publisher.publish(&Event::of_migration(&info::outgoing(&control.progress())));
             let result = save(source, &path, how, |_| {});
             finish(&of_thread, machine, result);
         })
@@ -58,38 +58,21 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
 }
 
 fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, SaveError>) {
-    let before = match vm.state.steering() {
-        Some(Steering::Outgoing(control)) => info(&control.progress(), "outgoing"),
-        _ => MigrationInfo::none(),
-    };
-    let ended = |status, error| MigrationInfo {
-        status,
-        remaining: 0,
-        rate: 0,
-        expected_downtime_ms: None,
-        error,
-        ..before
-    };
-    let (ended, slot) = match result {
-        Ok(Saved { completed: Some(completed), .. }) => {
-            return outgoing::finish(vm, machine, Ok(completed));
-        }
+    match result {
+        Ok(Saved { completed: Some(completed), .. }) => outgoing::finish(vm, machine, Ok(completed)),
         Ok(_) => {
             machine.let_go();
-            (ended(MigrationState::Completed, None), None)
+            vm.end_session(info::saved(vm), None);
         }
-        Err(SaveError::Session(error)) => return outgoing::finish(vm, machine, Err(error)),
+        Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error)),
         Err(SaveError::Held(held)) => {
-            return outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)));
+            outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)));
         }
         Err(error) => {
             machine.let_go();
-            (ended(MigrationState::Failed, Some(chain(&error))), None)
+            vm.end_session(info::not_saved(vm, &error), None);
         }
-    };
-    let status = ended.status;
-    vm.state.end(ended, slot);
-    vm.announce(status);
+    }
 }
 
 /// Opens and checks a file before anything is built for it.

@@ -77,18 +77,14 @@ struct State {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Both at one moment.
-#[derive(Clone, Debug)]
-pub(super) struct Snapshot {
-    pub(super) slot: Slot,
-    pub(super) steering: Option<Steering>,
-    pub(super) ended: Option<MigrationInfo>,
-}
-
 impl StateCell {
-    pub(super) fn snapshot(&self) -> Snapshot {
+    /// Reads where the guest is, what steers its session, and how the last one ended: all of one moment.
+    pub(super) fn read<T>(
+        &self,
+        read: impl FnOnce(&Slot, Option<&Steering>, Option<&MigrationInfo>) -> T,
+    ) -> T {
         let state = lock(&self.0);
-        Snapshot { slot: state.slot.clone(), steering: state.steering.clone(), ended: state.ended.clone() }
+        read(&state.slot, state.steering.as_ref(), state.ended.as_ref())
     }
 
     pub(super) fn slot(&self) -> Slot {

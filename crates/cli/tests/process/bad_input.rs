@@ -125,7 +125,7 @@ fn verbs_refuse_what_makes_no_sense_now() {
     let dir = tempfile::tempdir().unwrap();
     let vm = Setup { vm_arguments: &["--software"], devices: 0, ..Setup::new(dir.path(), "a") }.start();
     let control = vm.control.display().to_string();
-    assert!(vm.call("query-status", json!({"colour": "red"})).unwrap_err().contains("colour"));
+    assert!(vm.call("query", json!({"colour": "red"})).unwrap_err().contains("colour"));
     let output = run(&["continue", "--control", &control, "--json"]);
     let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["error"]["class"], "NoMigration", "{document}");

@@ -255,7 +255,7 @@ fn a_pair_that_does_not_fit_is_refused_and_the_guest_never_notices() {
     assert_eq!(info["downtime-ms"], Value::Null);
     assert!(!events.try_iter().any(|event| event["event"] == "STOP"), "the guest was stopped");
     let theirs = until("the destination's end", || {
-        let info = destination.query("query-migrate");
+        let info = destination.migration();
         (info["status"] == "failed").then_some(info)
     });
     assert_eq!(codes(&theirs), codes(&info), "both users hear the same");
@@ -304,7 +304,7 @@ fn a_rehearsal_says_what_a_migration_would_and_leaves_no_trace() {
         found["parts"].as_array().unwrap().iter().filter(|part| part["basis"] != "measured").collect();
     assert_eq!(unmeasured.len(), 1, "all but the start is measured: {found}");
     source.assert_whole();
-    assert_eq!(source.query("query-migrate")["status"], "rehearsed");
+    assert_eq!(source.migration()["status"], "rehearsed");
     until("as few descriptors, threads and mappings as before", || {
         let after = holdings();
         (0..2)

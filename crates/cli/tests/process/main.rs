@@ -10,3 +10,4 @@ mod moves;
 mod sabotage;
 mod snapshots;
 mod support;
+mod watch;

@@ -20,7 +20,7 @@ fn moves_to_and_fro_ten_times_and_leaves_nothing_behind() {
         let info = here.migrate(&there.incoming(), json!({"verify": true}));
         assert_eq!(info["status"], "completed", "turn {turn}: {info}");
         assert_eq!(here.status(), "postmigrate");
-        assert_eq!(there.query("query-status")["epoch"], turn, "each commit begins an epoch");
+        assert_eq!(there.info()["epoch"], turn, "each commit begins an epoch");
         there.assert_runs();
         here.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
         here.incoming();
@@ -69,9 +69,7 @@ fn a_guest_paused_and_resumed_in_mid_migration_arrives_whole() {
     let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
     source.warm();
     source.begin(&destination.incoming(), json!({"pause-before-switchover": true, "verify": true}));
-    until("the switchover to wait", || {
-        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
-    });
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
     for _ in 0..3 {
         source.call("stop", Value::Null).unwrap();
         assert_eq!(source.status(), "paused");
@@ -92,9 +90,7 @@ fn a_cancelled_migration_leaves_the_guest_and_can_be_tried_again() {
     let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
     source.warm();
     source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
-    until("the switchover to wait", || {
-        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
-    });
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
     assert!(source.call("migrate", json!({"uri": "tcp:127.0.0.1:1"})).unwrap_err().contains("migrat"));
     source.call("migrate-cancel", Value::Null).unwrap();
     let info = source.ended();
@@ -116,9 +112,7 @@ fn a_killed_destination_leaves_the_guest_running_at_the_source() {
     let mut destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
     source.warm();
     source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
-    until("the switchover to wait", || {
-        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
-    });
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
     destination.process.kill();
     let info = source.ended();
     assert_eq!(info["status"], "failed", "{info}");
@@ -134,9 +128,7 @@ fn a_killed_device_server_at_the_destination_leaves_the_guest_at_the_source() {
     let mut destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
     source.warm();
     source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
-    until("the switchover to wait", || {
-        (source.query("query-migrate")["status"] == "pre-switchover").then_some(())
-    });
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
     destination.devices[0].kill();
     source.call("migrate-continue", Value::Null).ok();
     let info = source.ended();
@@ -153,7 +145,7 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
     let destination = Setup { vm_arguments: &incoming(), devices: 2, ..Setup::new(dir.path(), "b") }.start();
     source.warm();
     let events = source.events();
-    assert_eq!(source.query("query-status")["lost-devices"], json!([]));
+    assert_eq!(source.info()["lost-devices"], json!([]));
     source.devices[1].kill();
     let event = events.recv_timeout(crate::support::PATIENCE).expect("an event");
     assert_eq!(
@@ -161,7 +153,7 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
         (&json!("DEVICE_LOST"), &json!({"device": "dev1"})),
         "{event}"
     );
-    let status = source.query("query-status");
+    let status = source.info();
     assert_eq!(status["lost-devices"], json!(["dev1"]), "{status}");
     assert_eq!(status["status"], "running", "{status}");
     source.assert_runs();
@@ -169,7 +161,7 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
     let info = source.ended();
     assert_eq!(info["status"], "failed", "{info}");
     assert!(info["error"].as_str().unwrap().contains("dev1"), "it names the device: {info}");
-    assert_eq!(destination.query("query-status")["lost-devices"], json!([]));
+    assert_eq!(destination.info()["lost-devices"], json!([]));
 }
 
 #[test]
@@ -191,7 +183,7 @@ fn limits_can_be_changed_while_it_runs() {
     source.warm();
     // Slower than the guest dirties: it cannot converge.
     source.begin(&destination.incoming(), json!({"max-bandwidth": 1 << 20, "downtime-limit": 300}));
-    until("pre-copy", || (source.query("query-migrate")["phase"] == "P3").then_some(()));
+    until("pre-copy", || (source.migration()["phase"] == "P3").then_some(()));
     let refused = source.call("migrate-continue", Value::Null).unwrap_err();
     assert!(refused.contains("does not wait"), "{refused}");
     source.call("migrate-set-parameters", json!({"max-bandwidth": 0, "downtime-limit": 10_000})).unwrap();
@@ -235,19 +227,19 @@ fn two_vms_without_an_identity_move_as_readme_says() {
     let destination =
         Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") }.start();
     let source = Setup::new(dir.path(), "a").start();
-    let id = source.query("query-status")["uuid"].clone();
-    assert_ne!(destination.query("query-status")["uuid"], id);
+    let id = source.info()["uuid"].clone();
+    assert_ne!(destination.info()["uuid"], id);
     source.warm();
     let control = source.control.display().to_string();
     let moved = run(&["migrate", "--control", &control, "--downtime-limit", "10s", &destination.incoming()]);
     assert_eq!(moved.status.code(), Some(0), "{}", String::from_utf8_lossy(&moved.stderr));
-    assert_eq!(destination.query("query-status")["uuid"], id, "it took the guest's identity");
+    assert_eq!(destination.info()["uuid"], id, "it took the guest's identity");
     destination.assert_whole();
     // And back, with the identity that it has.
     let control = source.control.display().to_string();
     assert_eq!(run(&["incoming", "--control", &control, "tcp:127.0.0.1:0"]).status.code(), Some(0));
     let info = destination.migrate(&source.incoming(), json!({}));
     assert_eq!(info["status"], "completed", "{info}");
-    assert_eq!(source.query("query-status")["uuid"], id);
+    assert_eq!(source.info()["uuid"], id);
     source.assert_whole();
 }

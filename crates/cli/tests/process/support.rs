@@ -181,7 +181,7 @@ impl<'a> Setup<'a> {
         let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let process = Process::start(&words);
         let vm = Vm { process, devices, control };
-        until("the control socket", || vm.try_call("query-status", Value::Null)).expect("query-status");
+        until("the control socket", || vm.try_call("query", Value::Null)).expect("query");
         vm
     }
 }
@@ -244,15 +244,23 @@ impl Vm {
         self.guest()[name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
     }
 
+    /// The VM as `query` has it.
+    pub(crate) fn info(&self) -> Value {
+        self.query("query")["vm"].take()
+    }
+
+    /// Its migration as `query` has it.
+    pub(crate) fn migration(&self) -> Value {
+        self.query("query")["migration"].take()
+    }
+
     pub(crate) fn status(&self) -> String {
-        self.query("query-status")["status"].as_str().expect("a word").to_string()
+        self.info()["status"].as_str().expect("a word").to_string()
     }
 
     /// The address it waits at.
     pub(crate) fn incoming(&self) -> String {
-        until("the address it waits at", || {
-            self.query("query-status")["incoming"].as_str().map(ToString::to_string)
-        })
+        until("the address it waits at", || self.info()["incoming"].as_str().map(ToString::to_string))
     }
 
     /// Waits until the guest works.
@@ -270,7 +278,7 @@ impl Vm {
     /// What there is to say of a VM that does not do what it should: twice, so that it is seen what still moves.
     fn state(&self) -> String {
         let look = || {
-            let mut text = format!("{}\n{}\n", self.query("query-status"), self.guest());
+            let mut text = format!("{}\n{}\n", self.info(), self.guest());
             for process in std::iter::once(&self.process).chain(&self.devices) {
                 text += &process.threads();
             }
@@ -299,7 +307,7 @@ impl Vm {
     /// Waits for the end of the migration.
     pub(crate) fn ended(&self) -> Value {
         until("the migration to end", || {
-            let info = self.query("query-migrate");
+            let info = self.migration();
             (info["status"] != "active" && info["status"] != "pre-switchover").then_some(info)
         })
     }
