@@ -111,14 +111,14 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s v -l ve
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l control -d 'Control socket of the `vm`' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l downtime-limit -d 'Longest time the guest may stand still. A ceiling, not a target' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest stands still meanwhile'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest stands still'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest is paused meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l post-copy -d 'Post-copy is not possible for VFIO devices, and refused with the reason'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l detach -d 'Return once the migration has begun'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -126,13 +126,13 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s h 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l to -d 'Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l downtime-limit -d 'Longest time the guest may stand still' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'End after this time, whatever has been found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Let the guest stand too, for as long as it would, so that all of it is measured'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'As `migrate` takes it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s V -l version -d 'Print version'
@@ -171,8 +171,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s o -l 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-copy-only -d 'With --device: read all of its state while it stands, as if it had no PRE_COPY'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a file that is there'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop -d 'End the guest here: from then on it lives in the file. Otherwise it goes on'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l verify -d 'Write a digest of all RAM too, which the restore compares; the guest stands still meanwhile'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l allow-all-dirty -d 'Save even a device that logs no DMA: all of RAM is written while the guest stands still'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l verify -d 'Write a digest of all RAM too, which the restore compares; the guest is paused meanwhile'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l allow-all-dirty -d 'Save even a device that logs no DMA: all of RAM is written while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s h -l help -d 'Print help'

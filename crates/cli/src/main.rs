@@ -9,6 +9,7 @@ mod exit;
 mod follow;
 mod generated;
 mod interrupt;
+mod move_options;
 mod output;
 mod probe;
 mod progress;

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 use crate::target::Target;
 use crate::units;
-use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES, pair};
+use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES};
 
 /// Options of `incoming`.
 #[derive(Args, Clone, Debug)]
@@ -40,30 +41,10 @@ pub(crate) struct Migrate {
     /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`.
     #[arg(value_name = "URI")]
     pub(crate) uri: String,
-    /// Longest time the guest may stand still. A ceiling, not a target.
-    #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
-    pub(crate) downtime_limit: Duration,
-    /// Bytes each second at most, while the guest runs.
-    #[arg(long, value_parser = units::size, value_name = "SIZE")]
-    pub(crate) bandwidth: Option<u64>,
-    /// Give up when the guest is still running here after this time.
-    #[arg(long, value_parser = units::time, value_name = "TIME")]
-    pub(crate) give_up: Option<Duration>,
-    /// Stop before the switchover and wait for `continue`; the guest keeps running meanwhile.
-    #[arg(long)]
-    pub(crate) pause_before_switchover: bool,
-    /// Compare digests of all RAM before the guest runs at the destination; the guest stands still meanwhile.
-    #[arg(long)]
-    pub(crate) verify: bool,
-    /// Move even a device that logs no DMA: all of RAM is sent while the guest stands still.
-    #[arg(long)]
-    pub(crate) allow_all_dirty: bool,
-    /// A device that has another name at the destination. May be given more than once.
-    #[arg(long, value_name = "NAME=NAME", value_parser = pair)]
-    pub(crate) map: Vec<(String, String)>,
-    /// Post-copy is not possible for VFIO devices, and refused with the reason.
-    #[arg(long, hide = true)]
-    pub(crate) post_copy: bool,
+    #[command(flatten)]
+    pub(crate) options: MoveOptions,
+    #[command(flatten)]
+    pub(crate) switchover: SwitchoverOptions,
     /// Return once the migration has begun.
     #[arg(long)]
     pub(crate) detach: bool,
@@ -90,18 +71,8 @@ pub(crate) struct Save {
     /// File to write. It appears whole or not at all.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
-    /// Replace a file that is there.
-    #[arg(long)]
-    pub(crate) force: bool,
-    /// End the guest here: from then on it lives in the file. Otherwise it goes on.
-    #[arg(long)]
-    pub(crate) stop: bool,
-    /// Write a digest of all RAM too, which the restore compares; the guest stands still meanwhile.
-    #[arg(long)]
-    pub(crate) verify: bool,
-    /// Save even a device that logs no DMA: all of RAM is written while the guest stands still.
-    #[arg(long)]
-    pub(crate) allow_all_dirty: bool,
+    #[command(flatten)]
+    pub(crate) options: FileOptions,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,
@@ -162,19 +133,6 @@ pub(crate) struct Rehearse {
     /// Let the guest stand too, for as long as it would, so that all of it is measured.
     #[arg(long)]
     pub(crate) pause: bool,
-    /// Longest time the guest may stand still.
-    #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
-    pub(crate) downtime_limit: Duration,
-    /// Bytes each second at most.
-    #[arg(long, value_parser = units::size, value_name = "SIZE")]
-    pub(crate) bandwidth: Option<u64>,
-    /// End after this time, whatever has been found.
-    #[arg(long, value_parser = units::time, value_name = "TIME")]
-    pub(crate) give_up: Option<Duration>,
-    /// A device that has another name at the destination. May be given more than once.
-    #[arg(long, value_name = "NAME=NAME", value_parser = pair)]
-    pub(crate) map: Vec<(String, String)>,
-    /// As `migrate` takes it.
-    #[arg(long)]
-    pub(crate) allow_all_dirty: bool,
+    #[command(flatten)]
+    pub(crate) options: MoveOptions,
 }

@@ -1,13 +1,12 @@
 //! What is said over the control socket.
 
-use std::collections::BTreeMap;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vfio_migration_compat::Reason;
 
 use super::rehearsal::RehearsalInfo;
+use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 
 /// The verbs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -62,30 +61,10 @@ pub(crate) struct NoArguments {}
 pub(crate) struct MigrateArguments {
     /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
     pub(crate) uri: String,
-    /// Longest time the guest may stand still, in milliseconds. Default 300.
-    #[serde(default)]
-    pub(crate) downtime_limit: Option<u64>,
-    /// Bytes each second at most while the guest runs; absent or 0: no cap.
-    #[serde(default)]
-    pub(crate) max_bandwidth: Option<u64>,
-    /// Give up when the guest still runs here after this many milliseconds.
-    #[serde(default)]
-    pub(crate) give_up_after: Option<u64>,
-    /// Wait for `migrate-continue` before the guest is paused.
-    #[serde(default)]
-    pub(crate) pause_before_switchover: bool,
-    /// Compare digests of all RAM.
-    #[serde(default)]
-    pub(crate) verify: bool,
-    /// Move devices that log no DMA too.
-    #[serde(default)]
-    pub(crate) allow_all_dirty: bool,
-    /// Devices that have another name at the destination.
-    #[serde(default)]
-    pub(crate) device_map: BTreeMap<String, String>,
-    /// Refused: post-copy is not possible for VFIO devices.
-    #[serde(default)]
-    pub(crate) post_copy: bool,
+    #[serde(flatten)]
+    pub(crate) options: MoveOptions,
+    #[serde(flatten)]
+    pub(crate) switchover: SwitchoverOptions,
 }
 
 /// Arguments of `save`.
@@ -94,18 +73,8 @@ pub(crate) struct MigrateArguments {
 pub(crate) struct SaveArguments {
     /// Absolute path of the file.
     pub(crate) path: String,
-    /// Replace a file that is there.
-    #[serde(default)]
-    pub(crate) force: bool,
-    /// End the guest here; otherwise it goes on.
-    #[serde(default)]
-    pub(crate) stop: bool,
-    /// Write a digest of all RAM too.
-    #[serde(default)]
-    pub(crate) verify: bool,
-    /// Save devices that log no DMA too.
-    #[serde(default)]
-    pub(crate) allow_all_dirty: bool,
+    #[serde(flatten)]
+    pub(crate) options: FileOptions,
 }
 
 /// Arguments of `migrate-incoming`.

@@ -7,30 +7,19 @@ use serde::{Deserialize, Serialize};
 use vfio_migration::{Basis, MigrateError, Rehearsal};
 use vfio_migration_compat::{Reason, Report, Verdict};
 
+use crate::move_options::MoveOptions;
+
 /// Arguments of `rehearse`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct RehearseArguments {
     /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
     pub(crate) uri: String,
-    /// Longest time the guest may stand still, in milliseconds. Default 300.
-    #[serde(default)]
-    pub(crate) downtime_limit: Option<u64>,
-    /// Bytes each second at most; absent or 0: no cap.
-    #[serde(default)]
-    pub(crate) max_bandwidth: Option<u64>,
-    /// End after this many milliseconds.
-    #[serde(default)]
-    pub(crate) give_up_after: Option<u64>,
-    /// Devices that have another name at the destination.
-    #[serde(default)]
-    pub(crate) device_map: BTreeMap<String, String>,
+    #[serde(flatten)]
+    pub(crate) options: MoveOptions,
     /// Let the guest stand, for as long as it would.
     #[serde(default)]
     pub(crate) pause: bool,
-    /// As for `migrate`.
-    #[serde(default)]
-    pub(crate) allow_all_dirty: bool,
 }
 
 /// What a rehearsal found.

@@ -16,12 +16,12 @@ pub(crate) use report::{Counts, DemoReport};
 use crate::args::serve::{Break, Demo, Transport};
 use crate::control::client::{Client, ClientError};
 use crate::control::guest::{GuestInfo, STAGE_RUNNING};
-use crate::control::protocol::{MigrationInfo, MigrationState, StatusReport, Verb};
+use crate::control::protocol::{MigrateArguments, MigrationInfo, MigrationState, StatusReport, Verb};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
+use crate::move_options::{MoveOptions, SwitchoverOptions};
 use crate::output::{print, print_json, say};
 use crate::progress::{Progress, Waiting};
-use crate::units::milliseconds;
 use crate::words::check_memory;
 
 /// Longest wait for the guest to boot and to have something worth moving.
@@ -191,15 +191,23 @@ impl<'a> Stage<'a> {
     fn migrate(&mut self, uri: &str) -> Result<MigrationInfo, Failure> {
         // Digests would notice a sabotage before the guest can: it is to act below them, unless asked otherwise.
         let verify = self.options.sabotage.is_none() || self.options.strict;
-        let limit = milliseconds(self.options.downtime_limit);
         // A sabotage needs something to spoil: the guest is to write what the first copy cannot have held.
         let spoil = self.options.sabotage.is_some();
-        let arguments = json!({
-            "uri": uri, "downtime-limit": limit, "verify": verify, "pause-before-switchover": spoil,
-        });
+        let arguments = MigrateArguments {
+            uri: uri.to_owned(),
+            options: MoveOptions {
+                downtime_limit: Some(self.options.downtime_limit),
+                ..MoveOptions::default()
+            },
+            switchover: SwitchoverOptions {
+                verify,
+                pause_before_switchover: spoil,
+                ..SwitchoverOptions::default()
+            },
+        };
         self.source
             .1
-            .call(Verb::Migrate, arguments)
+            .call(Verb::Migrate, json!(arguments))
             .map_err(|error| Failure::caused("the source VM refused to migrate", &error))?;
         let mut progress = Progress::new(!self.options.json);
         let mut copied: Option<GuestInfo> = None;

@@ -88,7 +88,7 @@ pub(crate) struct ArcReport {
 pub(crate) fn save(options: &Save, device: &str, interrupt: &Interrupt) -> Result<Exit, Failure> {
     let config = parse(device, None)?;
     let mut how = SaveDeviceOptions::default();
-    (how.force, how.stop_copy_only) = (options.force, options.stop_copy_only);
+    (how.force, how.stop_copy_only) = (options.options.force, options.stop_copy_only);
     let doing = format!("cannot save {device}");
     let report = watch(interrupt, !options.json, "saved", |control| {
         let device = open_alone(&config).map_err(|error| Failure::caused(&doing, &error))?;

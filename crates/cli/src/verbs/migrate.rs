@@ -8,7 +8,6 @@ use crate::exit::{Exit, Failure};
 use crate::follow::{OnInterrupt, follow, text};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
-use crate::units::milliseconds;
 use crate::words::uri;
 
 pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Failure> {
@@ -16,14 +15,8 @@ pub(crate) fn run(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Fail
     uri(&options.uri)?;
     let arguments = MigrateArguments {
         uri: options.uri.clone(),
-        downtime_limit: Some(milliseconds(options.downtime_limit)),
-        max_bandwidth: options.bandwidth,
-        give_up_after: options.give_up.map(milliseconds),
-        pause_before_switchover: options.pause_before_switchover,
-        verify: options.verify,
-        allow_all_dirty: options.allow_all_dirty,
-        device_map: options.map.iter().cloned().collect(),
-        post_copy: options.post_copy,
+        options: options.options.clone(),
+        switchover: options.switchover.clone(),
     };
     let mut client = options.target.connect()?;
     client.call(Verb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;

@@ -12,7 +12,7 @@ use crate::exit::{Exit, Failure};
 use crate::follow::{OnInterrupt, follow};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_json};
-use crate::units::{milliseconds, show_size};
+use crate::units::show_size;
 use crate::verdict;
 use crate::words::{device_map, uri};
 
@@ -25,16 +25,9 @@ pub(crate) struct RehearseReport {
 
 pub(crate) fn run(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Failure> {
     uri(&options.to)?;
-    device_map(&options.map)?;
-    let arguments = RehearseArguments {
-        uri: options.to.clone(),
-        downtime_limit: Some(milliseconds(options.downtime_limit)),
-        max_bandwidth: options.bandwidth,
-        give_up_after: options.give_up.map(milliseconds),
-        device_map: options.map.iter().cloned().collect(),
-        pause: options.pause,
-        allow_all_dirty: options.allow_all_dirty,
-    };
+    device_map(&options.options.device_map)?;
+    let arguments =
+        RehearseArguments { uri: options.to.clone(), options: options.options.clone(), pause: options.pause };
     let mut client = options.target.connect()?;
     client.call(Verb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on = |state| state == MigrationState::Active;

@@ -19,13 +19,7 @@ pub(crate) fn run(options: &Save, control: &Path, interrupt: &Interrupt) -> Resu
         .map_err(|error| Failure::caused(&format!("{}", options.output.display()), &error))?;
     let path =
         path.to_str().ok_or_else(|| Failure::new(Exit::Usage, format!("{} is not UTF-8", path.display())))?;
-    let arguments = SaveArguments {
-        path: path.into(),
-        force: options.force,
-        stop: options.stop,
-        verify: options.verify,
-        allow_all_dirty: options.allow_all_dirty,
-    };
+    let arguments = SaveArguments { path: path.into(), options: options.options.clone() };
     let mut client = target.connect()?;
     client.call(Verb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on = |state| state == MigrationState::Active;

@@ -1,9 +1,8 @@
 //! The guest of this `vm` moves away.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use vfio_migration::{Completed, MigrateError, Sabotage, SabotageKind, Source, SourceOptions};
+use vfio_migration::{Completed, MigrateError, Sabotage, SabotageKind, Source};
 use vfio_migration_types::RamOffset;
 use vfio_migration_vmm::guest::Areas;
 use vfio_migration_vmm::machine::ReferenceMachine;
@@ -14,40 +13,26 @@ use super::slot::{BeginError, Slot, Steering};
 use crate::args::serve::Break;
 use crate::control::protocol::{Event, MigrateArguments};
 use crate::control::refused::Refused;
-use crate::words::{device_map, uri};
+use crate::exit::Failure;
+use crate::words::uri;
 
 /// Begins to migrate; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
     let refuse = |text: String| Refused::new("GenericError", text);
-    if arguments.post_copy {
-        return Err(refuse(
-            "post-copy is not possible with VFIO devices: a device may touch any page at any time and cannot wait for \
-             one that is still on its way"
-                .into(),
-        ));
-    }
-    let target = uri(&arguments.uri).map_err(|failure| refuse(failure.text))?;
+    let refused = |failure: Failure| refuse(failure.text);
+    let options = arguments.options.clone().into_source_options().map_err(refused)?;
+    let mut options = arguments.switchover.clone().into_source_options(options).map_err(refused)?;
+    let target = uri(&arguments.uri).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
         return Err(refuse("there is no guest here that could move".into()));
     };
     if let Some(why) = machine.failure() {
         return Err(refuse(format!("the guest has stopped by itself and cannot move: {why}")));
     }
-    let mut options = SourceOptions::default();
-    if let Some(limit) = arguments.downtime_limit {
-        options.downtime_limit = Duration::from_millis(limit);
-    }
-    options.bandwidth = arguments.max_bandwidth.filter(|cap| *cap > 0);
-    options.give_up_after = arguments.give_up_after.map(Duration::from_millis);
-    options.pause_before_switchover = arguments.pause_before_switchover;
-    options.verify = arguments.verify;
-    options.allow_all_dirty = arguments.allow_all_dirty;
     options.policy = vm.policy.clone();
-    let pairs: Vec<_> = arguments.device_map.clone().into_iter().collect();
-    options.device_map = device_map(&pairs).map_err(|failure| refuse(failure.text))?;
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
-    options.sabotage = sabotage(vm.options.sabotage, &machine, !arguments.verify).map_err(refuse)?;
+    options.sabotage = sabotage(vm.options.sabotage, &machine, !options.verify).map_err(refuse)?;
     let source = Source::new(machine.clone(), options);
     let control = source.control();
     let steering = Steering::Outgoing(control.clone());

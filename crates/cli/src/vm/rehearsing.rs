@@ -1,9 +1,8 @@
 //! The guest of this `vm` stays, and it is found out how it would move.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use vfio_migration::{MigrateError, Rehearsal, Rehearse, Source, SourceOptions};
+use vfio_migration::{MigrateError, Rehearsal, Rehearse, Source};
 
 use super::info;
 use super::running::RunningVm;
@@ -11,26 +10,20 @@ use super::slot::{BeginError, Slot, Steering};
 use crate::control::protocol::Event;
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
-use crate::words::{device_map, uri};
+use crate::exit::Failure;
+use crate::words::uri;
 
 /// Begins to rehearse; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Result<(), Refused> {
     let refuse = |text: String| Refused::new("GenericError", text);
-    let target = uri(&arguments.uri).map_err(|failure| refuse(failure.text))?;
+    let refused = |failure: Failure| refuse(failure.text);
+    let target = uri(&arguments.uri).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
         return Err(refuse("there is no guest here that could move".into()));
     };
-    let mut options = SourceOptions::default();
-    if let Some(limit) = arguments.downtime_limit {
-        options.downtime_limit = Duration::from_millis(limit);
-    }
-    options.bandwidth = arguments.max_bandwidth.filter(|cap| *cap > 0);
-    options.give_up_after = arguments.give_up_after.map(Duration::from_millis);
-    options.allow_all_dirty = arguments.allow_all_dirty;
+    let mut options = arguments.options.clone().into_source_options().map_err(refused)?;
     options.state_dir = vm.options.state_dir.clone();
     options.policy = vm.policy.clone();
-    let pairs: Vec<_> = arguments.device_map.clone().into_iter().collect();
-    options.device_map = device_map(&pairs).map_err(|failure| refuse(failure.text))?;
     options.epoch = epoch;
     let how = if arguments.pause { Rehearse::Standstill } else { Rehearse::Precopy };
     let source = Source::new(machine.clone(), options);

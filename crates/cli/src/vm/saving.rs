@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vfio_migration::{
-    DestinationOptions, IncomingError, Machine, MigrateError, SaveError, SaveOptions, Saved, Snapshot,
-    Source, SourceOptions, save,
+    DestinationOptions, IncomingError, Machine, MigrateError, SaveError, Saved, Snapshot, Source, save,
 };
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
@@ -30,13 +29,9 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
     if let Some(why) = machine.failure() {
         return Err(refuse(format!("the guest has stopped by itself and cannot be saved: {why}")));
     }
-    let mut options = SourceOptions::default().for_saving();
-    options.verify = arguments.verify;
-    options.allow_all_dirty = arguments.allow_all_dirty;
+    let (mut options, how) = arguments.options.clone().into_source_options();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
-    let mut how = SaveOptions::default();
-    (how.force, how.stop) = (arguments.force, arguments.stop);
     let source = Source::new(machine.clone(), options);
     let control = source.control();
     let steering = Steering::Outgoing(control.clone());

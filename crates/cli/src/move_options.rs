@@ -1,0 +1,237 @@
+//! Options of sessions that send a guest: each of them stands here once, for the command line, for the control socket and
+//! its schemas, and for the session itself.
+
+use std::time::Duration;
+
+use clap::Args;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vfio_migration::{SaveOptions, SourceOptions};
+
+use crate::exit::Failure;
+use crate::units;
+use crate::words::{device_map, pair};
+
+/// Limits and permissions of `migrate` and `rehearse`.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct MoveOptions {
+    /// Longest time the guest may stand still, in milliseconds. Default 300.
+    #[arg(
+        long,
+        default_value = "300ms",
+        value_parser = units::time,
+        value_name = "TIME",
+        help = "Longest time the guest may be paused. A ceiling, not a target"
+    )]
+    #[serde(default, with = "units::whole_milliseconds")]
+    #[schemars(with = "Option<u64>")]
+    pub(crate) downtime_limit: Option<Duration>,
+    /// Bytes each second at most while the guest runs; absent or 0: no cap.
+    #[arg(
+        long = "bandwidth",
+        value_parser = units::size,
+        value_name = "SIZE",
+        help = "Bytes each second at most, while the guest runs"
+    )]
+    #[serde(default)]
+    pub(crate) max_bandwidth: Option<u64>,
+    /// Give up when the guest still runs here after this many milliseconds.
+    #[arg(
+        long = "give-up",
+        value_parser = units::time,
+        value_name = "TIME",
+        help = "Give up when the guest is still running here after this time; a rehearsal ends with what it has found"
+    )]
+    #[serde(default, with = "units::whole_milliseconds")]
+    #[schemars(with = "Option<u64>")]
+    pub(crate) give_up_after: Option<Duration>,
+    /// Devices that have another name at the destination.
+    #[arg(
+        long = "map",
+        value_parser = pair,
+        value_name = "NAME=NAME",
+        help = "A device that has another name at the destination. May be given more than once"
+    )]
+    #[serde(default, with = "name_pairs")]
+    #[schemars(with = "std::collections::BTreeMap<String, String>")]
+    pub(crate) device_map: Vec<(String, String)>,
+    /// Move devices that log no DMA too.
+    #[arg(long, help = "Move even a device that logs no DMA: all of RAM is sent while the guest is paused")]
+    #[serde(default)]
+    pub(crate) allow_all_dirty: bool,
+}
+
+impl MoveOptions {
+    pub(crate) fn into_source_options(self) -> Result<SourceOptions, Failure> {
+        let mut options = SourceOptions::default();
+        if let Some(limit) = self.downtime_limit {
+            options.downtime_limit = limit;
+        }
+        options.bandwidth = self.max_bandwidth.filter(|cap| *cap > 0);
+        options.give_up_after = self.give_up_after;
+        options.device_map = device_map(&self.device_map)?;
+        options.allow_all_dirty = self.allow_all_dirty;
+        Ok(options)
+    }
+}
+
+/// Options of `migrate` alone: how the guest is handed over.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct SwitchoverOptions {
+    /// Wait for `migrate-continue` before the guest is paused.
+    #[arg(
+        long,
+        help = "Stop before the switchover and wait for `continue`; the guest keeps running meanwhile"
+    )]
+    #[serde(default)]
+    pub(crate) pause_before_switchover: bool,
+    /// Compare digests of all RAM.
+    #[arg(
+        long,
+        help = "Compare digests of all RAM before the guest runs at the destination; the guest is paused meanwhile"
+    )]
+    #[serde(default)]
+    pub(crate) verify: bool,
+    /// Refused: post-copy is not possible for VFIO devices.
+    #[arg(
+        long,
+        hide = true,
+        help = "Post-copy is not possible for VFIO devices, and refused with the reason"
+    )]
+    #[serde(default)]
+    pub(crate) post_copy: bool,
+}
+
+impl SwitchoverOptions {
+    /// Adds them to `options`.
+    pub(crate) fn into_source_options(self, mut options: SourceOptions) -> Result<SourceOptions, Failure> {
+        if self.post_copy {
+            return Err(Failure::failed(
+                "post-copy is not possible with VFIO devices: a device may touch any page at any time and cannot wait for \
+                 one that is still on its way",
+            ));
+        }
+        options.pause_before_switchover = self.pause_before_switchover;
+        options.verify = self.verify;
+        Ok(options)
+    }
+}
+
+/// Options of `save`, of a guest.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct FileOptions {
+    /// Replace a file that is there.
+    #[arg(long, help = "Replace a file that is there")]
+    #[serde(default)]
+    pub(crate) force: bool,
+    /// End the guest here; otherwise it goes on.
+    #[arg(long, help = "End the guest here: from then on it lives in the file. Otherwise it goes on")]
+    #[serde(default)]
+    pub(crate) stop: bool,
+    /// Write a digest of all RAM too.
+    #[arg(
+        long,
+        help = "Write a digest of all RAM too, which the restore compares; the guest is paused meanwhile"
+    )]
+    #[serde(default)]
+    pub(crate) verify: bool,
+    /// Save devices that log no DMA too.
+    #[arg(
+        long,
+        help = "Save even a device that logs no DMA: all of RAM is written while the guest is paused"
+    )]
+    #[serde(default)]
+    pub(crate) allow_all_dirty: bool,
+}
+
+impl FileOptions {
+    pub(crate) fn into_source_options(self) -> (SourceOptions, SaveOptions) {
+        let mut options = SourceOptions::default().for_saving();
+        options.verify = self.verify;
+        options.allow_all_dirty = self.allow_all_dirty;
+        let mut how = SaveOptions::default();
+        (how.force, how.stop) = (self.force, self.stop);
+        (options, how)
+    }
+}
+
+/// Pairs of names as a JSON object.
+mod name_pairs {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        pairs: &[(String, String)],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let map: BTreeMap<&String, &String> = pairs.iter().map(|(from, to)| (from, to)).collect();
+        map.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<(String, String)>, D::Error> {
+        BTreeMap::deserialize(deserializer).map(|map: BTreeMap<_, _>| map.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use clap::Parser;
+    use serde_json::json;
+
+    use super::*;
+    use crate::args::{Cli, Verb};
+    use crate::control::protocol::MigrateArguments;
+    use crate::control::rehearsal::RehearseArguments;
+
+    fn parsed(words: &[&str]) -> Verb {
+        Cli::try_parse_from([&["vfio-migrate"], words].concat()).unwrap().verb
+    }
+
+    #[test]
+    fn the_command_line_and_the_control_socket_say_the_same() {
+        let words = "migrate --control c tcp:h:1 --downtime-limit 1.5ms --bandwidth 1K --give-up 2s --map a=b \
+                     --allow-all-dirty --verify";
+        let Verb::Migrate(command) = parsed(&words.split(' ').collect::<Vec<_>>()) else {
+            panic!("no migrate")
+        };
+        let asked =
+            MigrateArguments { uri: command.uri, options: command.options, switchover: command.switchover };
+        let document = json!(asked);
+        assert_eq!(
+            document,
+            json!({
+                "uri": "tcp:h:1", "downtime-limit": 2, "max-bandwidth": 1024, "give-up-after": 2000,
+                "device-map": {"a": "b"}, "allow-all-dirty": true, "verify": true,
+                "pause-before-switchover": false, "post-copy": false,
+            })
+        );
+        let heard: MigrateArguments = serde_json::from_value(document).unwrap();
+        assert_eq!(heard.options.downtime_limit, Some(Duration::from_millis(2)), "rounded up");
+        let options = heard.options.into_source_options().unwrap();
+        let options = heard.switchover.into_source_options(options).unwrap();
+        assert_eq!(options.bandwidth, Some(1024));
+        assert_eq!((options.verify, options.allow_all_dirty, options.device_map.0.len()), (true, true, 1));
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_default_and_what_is_not_known_is_refused() {
+        let heard: RehearseArguments =
+            serde_json::from_value(json!({"uri": "u", "downtime-limit": null})).unwrap();
+        assert_eq!(heard.options, MoveOptions::default());
+        let options = heard.options.into_source_options().unwrap();
+        assert_eq!(options.downtime_limit, Duration::from_millis(300));
+        // A rehearsal compares no digests, and has no switchover to wait before.
+        for unknown in ["verify", "colour"] {
+            let heard = serde_json::from_value::<RehearseArguments>(json!({"uri": "u", unknown: true}));
+            assert!(heard.unwrap_err().to_string().contains(unknown));
+        }
+        let post_copy = SwitchoverOptions { post_copy: true, ..SwitchoverOptions::default() };
+        assert!(post_copy.into_source_options(SourceOptions::default()).is_err());
+    }
+}
