@@ -8,8 +8,7 @@ use crate::control::client::Client;
 use crate::control::protocol::{MigrationState, StatusReport, Verb};
 use crate::exit::Failure;
 use crate::interrupt::Interrupt;
-use crate::output::say;
-use crate::progress::Progress;
+use crate::output::{Progress, say};
 use crate::units::show_size;
 
 /// How often Ctrl-C is looked for while nothing happens.

@@ -23,8 +23,7 @@ use crate::verbs::check::pool::BaselineReport;
 use crate::verbs::device_file::DeviceFileReport;
 use crate::verbs::devices::report::DevicesReport;
 use crate::verbs::doctor::DoctorReport;
-use crate::verbs::rehearse::RehearseReport;
-use crate::verbs::steer::Acknowledged;
+use crate::verbs::moves::{Acknowledged, RehearseReport};
 
 /// Writes `man/`, `completions/` and `docs/schemas/` under `top`.
 pub(crate) fn generate(top: &Path) -> Result<Exit, Failure> {

@@ -12,7 +12,6 @@ mod interrupt;
 mod move_options;
 mod output;
 mod probe;
-mod progress;
 mod subject;
 mod target;
 mod units;
@@ -53,25 +52,25 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         Verb::Demo(options) => demo::run(&options, &Interrupt::listen()?),
         Verb::Device(options) => verbs::device::run(&options),
         Verb::Vm(options) => vm::run(&options, &Interrupt::listen()?),
-        Verb::Migrate(options) => verbs::migrate::run(&options, &Interrupt::listen()?),
-        Verb::Rehearse(options) => verbs::rehearse::run(&options, &Interrupt::listen()?),
+        Verb::Migrate(options) => verbs::moves::migrate(&options, &Interrupt::listen()?),
+        Verb::Rehearse(options) => verbs::moves::rehearse(&options, &Interrupt::listen()?),
         Verb::Describe(options) => verbs::describe::run(&options),
         Verb::Check(options) => verbs::check::run(&options),
         Verb::Explain(options) => verbs::explain::run(&options),
         Verb::Save(options) => match (&options.control, &options.device) {
-            (Some(control), None) => verbs::save::run(&options, control, &Interrupt::listen()?),
+            (Some(control), None) => verbs::moves::save(&options, control, &Interrupt::listen()?),
             (None, Some(device)) => verbs::device_file::save(&options, device, &Interrupt::listen()?),
             _ => Err(Failure::new(Exit::Usage, "one of --control and --device says what is to be saved")),
         },
         Verb::Restore(options) => verbs::device_file::restore(&options, &Interrupt::listen()?),
-        Verb::Status(options) => verbs::status::run(&options, &Interrupt::listen()?),
-        Verb::Cancel(target) => verbs::steer::cancel(&target),
-        Verb::Continue(target) => verbs::steer::go_on(&target),
-        Verb::Stop(target) => verbs::steer::stop(&target),
-        Verb::Cont(target) => verbs::steer::cont(&target),
-        Verb::Quit(target) => verbs::steer::quit(&target),
-        Verb::Incoming(options) => verbs::steer::incoming(&options),
-        Verb::Set(options) => verbs::steer::set(&options),
+        Verb::Status(options) => verbs::moves::status(&options, &Interrupt::listen()?),
+        Verb::Cancel(target) => verbs::moves::cancel(&target),
+        Verb::Continue(target) => verbs::moves::go_on(&target),
+        Verb::Stop(target) => verbs::moves::stop(&target),
+        Verb::Cont(target) => verbs::moves::cont(&target),
+        Verb::Quit(target) => verbs::moves::quit(&target),
+        Verb::Incoming(options) => verbs::moves::incoming(&options),
+        Verb::Set(options) => verbs::moves::set(&options),
         Verb::Devices(options) => verbs::devices::run(&options),
         Verb::Doctor(options) => verbs::doctor::run(&options),
         Verb::Completions { shell } => {

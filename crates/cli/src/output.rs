@@ -1,12 +1,16 @@
-//! What the command says. A print that panics when nobody reads is no way to end: stdout that cannot be written is a
-//! failure like any other, and stderr that cannot be written has nobody left to tell.
+//! What the command prints: answers on stdout, messages and progress on stderr. A print that panics when nobody reads is no
+//! way to end: stdout that cannot be written is a failure like any other, and stderr that cannot be written has nobody left.
 
 use std::fmt::Display;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::time::{Duration, Instant};
 
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use crate::control::protocol::MigrationInfo;
 use crate::exit::Failure;
+use crate::units::show_size;
 
 /// Writes `text` to stdout. A reader that has left (`vfio-migrate … | head`) is no failure: the verb's own exit code
 /// stands.
@@ -30,4 +34,117 @@ pub(crate) fn print_json<T: Serialize>(document: &T) -> Result<(), Failure> {
 /// Says one line on stderr, if anybody listens.
 pub(crate) fn say(line: impl Display) {
     let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// How often a plain line is printed.
+const LINE_EVERY: Duration = Duration::from_secs(2);
+
+/// Shows a migration as it goes, on stderr.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    lines: Option<Instant>,
+}
+
+impl Progress {
+    /// Shows something if `wanted`.
+    pub(crate) fn new(wanted: bool) -> Self {
+        if !wanted {
+            return Self { bar: None, lines: None };
+        }
+        if !std::io::stderr().is_terminal() {
+            return Self { bar: None, lines: Some(Instant::now() + LINE_EVERY) };
+        }
+        let bar = ProgressBar::new(0);
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3}%  {msg}") {
+            bar.set_style(style);
+        }
+        Self { bar: Some(bar), lines: None }
+    }
+
+    /// Shows how it stands.
+    pub(crate) fn show(&mut self, info: &MigrationInfo) {
+        let done = info.transferred.ram + info.transferred.device_precopy + info.transferred.device_stopcopy;
+        if let Some(bar) = &self.bar {
+            bar.set_length(done + info.remaining);
+            bar.set_position(done);
+            bar.set_message(line(info, done));
+        } else if let Some(due) = self.lines.filter(|due| Instant::now() >= *due) {
+            say(line(info, done));
+            self.lines = Some(due + LINE_EVERY);
+        }
+    }
+
+    /// Shows how it stands with one device: what was `done`, and what is left as far as is known.
+    pub(crate) fn show_bytes(&mut self, done: &str, moved: u64, left: u64) {
+        let line = || match (moved, left) {
+            (0, 0) => format!("nothing {done} yet"),
+            _ => format!("{} {done}, {} left", show_size(moved), show_size(left)),
+        };
+        if let Some(bar) = &self.bar {
+            bar.set_length(moved + left);
+            bar.set_position(moved);
+            bar.set_message(line());
+        } else if let Some(due) = self.lines.filter(|due| Instant::now() >= *due) {
+            say(line());
+            self.lines = Some(due + LINE_EVERY);
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Says what is being waited for: a spinner on a terminal, otherwise a line once it takes more than two seconds.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    spinner: Option<ProgressBar>,
+    line: std::cell::Cell<Option<(Instant, &'static str)>>,
+}
+
+impl Waiting {
+    /// Says `what` if `wanted`.
+    pub(crate) fn new(wanted: bool, what: &'static str) -> Self {
+        let terminal = wanted && std::io::stderr().is_terminal();
+        let spinner = terminal.then(|| ProgressBar::new_spinner().with_message(what));
+        let line = (wanted && !terminal).then(|| (Instant::now() + LINE_EVERY, what));
+        Self { spinner, line: line.into() }
+    }
+
+    /// Still waiting.
+    pub(crate) fn tick(&self) {
+        if let Some(spinner) = &self.spinner {
+            spinner.tick();
+        } else if let Some((due, what)) = self.line.get()
+            && Instant::now() >= due
+        {
+            say(what);
+            self.line.set(None);
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(spinner) = &self.spinner {
+            spinner.finish_and_clear();
+        }
+    }
+}
+
+fn line(info: &MigrationInfo, done: u64) -> String {
+    let phase = info.phase.as_deref().unwrap_or("-");
+    let expected = info.expected_downtime_ms.map_or(String::new(), |ms| format!(", downtime now {ms:.0} ms"));
+    format!(
+        "{phase} iteration {}: {} moved, {} left, {}/s{expected}",
+        info.iterations,
+        show_size(done),
+        show_size(info.remaining),
+        show_size(info.rate)
+    )
 }

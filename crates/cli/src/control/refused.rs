@@ -16,4 +16,9 @@ impl Refused {
     pub(crate) fn new(class: &str, desc: impl Into<String>) -> Self {
         Self { class: class.into(), desc: desc.into() }
     }
+
+    /// A refusal of no class of its own.
+    pub(crate) fn generic(desc: impl Into<String>) -> Self {
+        Self::new("GenericError", desc)
+    }
 }

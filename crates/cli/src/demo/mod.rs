@@ -20,8 +20,8 @@ use crate::control::protocol::{MigrateArguments, MigrationInfo, MigrationState, 
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
 use crate::move_options::{MoveOptions, SwitchoverOptions};
+use crate::output::{Progress, Waiting};
 use crate::output::{print, print_json, say};
-use crate::progress::{Progress, Waiting};
 use crate::words::check_memory;
 
 /// Longest wait for the guest to boot and to have something worth moving.

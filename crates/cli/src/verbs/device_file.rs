@@ -18,8 +18,7 @@ use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
 use crate::args::moves::{Restore, Save};
 use crate::exit::{Exit, Failure, chain};
 use crate::interrupt::Interrupt;
-use crate::output::{print, print_json};
-use crate::progress::Progress;
+use crate::output::{Progress, print, print_json};
 use crate::units::show_size;
 
 /// How often progress is looked at, and Ctrl-C.

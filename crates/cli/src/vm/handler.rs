@@ -9,7 +9,7 @@ use vfio_migration_compat::Document;
 
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use super::{incoming, info, outgoing, rehearsing, saving};
+use super::{incoming, info, outgoing, saving};
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
     Event, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments, SaveArguments, Verb,
@@ -37,8 +37,8 @@ impl Handler for VmHandler {
         match verb {
             Verb::Query => return to_json(&info::report(&self.vm)),
             Verb::QueryGuest => return to_json(&self.guest()?),
-            Verb::Migrate => outgoing::begin(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
-            Verb::Rehearse => rehearsing::begin(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
+            Verb::Migrate => outgoing::migrate(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
+            Verb::Rehearse => outgoing::rehearse(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
             Verb::QueryManifest => return self.manifest(),
             Verb::Save => saving::begin(&self.vm, &parse::<SaveArguments>(arguments)?)?,
             Verb::MigrateIncoming => {
@@ -60,16 +60,16 @@ impl VmHandler {
     /// What the machine is, also of one that waits for its guest.
     fn manifest(&self) -> Result<Value, Refused> {
         let slot = self.vm.state.slot();
-        let machine = slot.machine().ok_or_else(|| generic("there is no machine here"))?;
-        let manifest = machine.manifest().map_err(|error| generic(chain(&error)))?;
+        let machine = slot.machine().ok_or_else(|| Refused::generic("there is no machine here"))?;
+        let manifest = machine.manifest().map_err(|error| Refused::generic(chain(&error)))?;
         let text = Document::from(manifest).to_json();
-        serde_json::from_str(&text).map_err(|error| generic(chain(&error)))
+        serde_json::from_str(&text).map_err(|error| Refused::generic(chain(&error)))
     }
 
     fn guest(&self) -> Result<GuestInfo, Refused> {
         let slot = self.vm.state.slot();
-        let machine = slot.machine().ok_or_else(|| generic("there is no guest here"))?;
-        let report = machine.report().map_err(|error| generic(chain(&error)))?;
+        let machine = slot.machine().ok_or_else(|| Refused::generic("there is no guest here"))?;
+        let report = machine.report().map_err(|error| Refused::generic(chain(&error)))?;
         Ok(info::guest_info(&report))
     }
 
@@ -109,9 +109,11 @@ impl VmHandler {
                 control.go_on();
                 Ok(())
             }
-            Some(Steering::Outgoing(_)) => Err(generic("the migration does not wait to be continued")),
+            Some(Steering::Outgoing(_)) => {
+                Err(Refused::generic("the migration does not wait to be continued"))
+            }
             Some(Steering::Incoming(_)) => {
-                Err(generic("an incoming migration is continued at its source, not here"))
+                Err(Refused::generic("an incoming migration is continued at its source, not here"))
             }
             None => Err(no_migration()),
         }
@@ -119,10 +121,10 @@ impl VmHandler {
 
     fn stop(&self) -> Result<(), Refused> {
         let Slot::Here { machine, .. } = self.vm.state.slot() else {
-            return Err(generic("there is no running guest here that could be paused"));
+            return Err(Refused::generic("there is no running guest here that could be paused"));
         };
         let ran = machine.is_running();
-        machine.stop().map_err(|error| generic(chain(&error)))?;
+        machine.stop().map_err(|error| Refused::generic(chain(&error)))?;
         self.tell_if(ran, "STOP");
         Ok(())
     }
@@ -131,15 +133,15 @@ impl VmHandler {
         let (machine, held) = match self.vm.state.slot() {
             Slot::Here { machine, .. } => (machine, None),
             Slot::Held { machine, epoch } => (machine, Some(epoch)),
-            _ => return Err(generic("there is no guest here that could run")),
+            _ => return Err(Refused::generic("there is no guest here that could run")),
         };
         if held.is_some() {
             // It is ours and could not be started, or its storage could not be locked: both are tried again.
-            machine.take_locks().map_err(|error| generic(chain(&error)))?;
+            machine.take_locks().map_err(|error| Refused::generic(chain(&error)))?;
             machine.let_go();
         }
         let ran = machine.is_running();
-        machine.cont().map_err(|error| generic(chain(&error)))?;
+        machine.cont().map_err(|error| Refused::generic(chain(&error)))?;
         if let Some(epoch) = held {
             let same =
                 |slot: &Slot| matches!(slot, Slot::Held { machine: now, .. } if Arc::ptr_eq(now, &machine));
@@ -156,20 +158,15 @@ impl VmHandler {
     }
 }
 
-fn generic(text: impl Into<String>) -> Refused {
-    Refused::new("GenericError", text)
-}
-
 fn no_migration() -> Refused {
     Refused::new("NoMigration", "no migration is under way")
 }
 
 fn parse<T: serde::de::DeserializeOwned>(arguments: Value) -> Result<T, Refused> {
     let arguments = if arguments.is_null() { json!({}) } else { arguments };
-    serde_json::from_value(arguments)
-        .map_err(|error| Refused::new("GenericError", format!("bad arguments: {error}")))
+    serde_json::from_value(arguments).map_err(|error| Refused::generic(format!("bad arguments: {error}")))
 }
 
 fn to_json<T: serde::Serialize>(document: &T) -> Result<Value, Refused> {
-    serde_json::to_value(document).map_err(|error| Refused::new("GenericError", error.to_string()))
+    serde_json::to_value(document).map_err(|error| Refused::generic(error.to_string()))
 }

@@ -11,7 +11,7 @@ use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::info;
 use super::running::RunningVm;
-use super::slot::{BeginError, Slot, Steering};
+use super::slot::{Slot, Steering};
 use crate::args::serve::Break;
 use crate::control::refused::Refused;
 use crate::exit::chain;
@@ -22,10 +22,10 @@ const ANSWER_FOR: Duration = Duration::from_secs(60);
 
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.
 pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
-    let uri = uri(text).map_err(|failure| generic(failure.text))?;
+    let uri = uri(text).map_err(|failure| Refused::generic(failure.text))?;
     let before = reserve(vm)?;
     let begun = ReferenceMachine::build(vm.config.clone())
-        .map_err(|error| generic(chain(&error)))
+        .map_err(|error| Refused::generic(chain(&error)))
         .and_then(|machine| listen(vm, &uri, machine));
     if begun.is_err() {
         // Only what we reserved ourselves is given back.
@@ -47,7 +47,7 @@ pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
         Slot::Preparing | Slot::Awaited { .. } => {
             Refused::new("MigrationActive", "it already waits for a guest")
         }
-        _ => generic("there is a guest here".into()),
+        _ => Refused::generic("there is a guest here"),
     })
 }
 
@@ -61,7 +61,8 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.policy = vm.policy.clone();
     options.sabotage =
         (vm.options.sabotage == Some(Break::Interrupt)).then_some(IncomingSabotage::SkipFirstVector);
-    let mut destination = Destination::listen(uri, options).map_err(|error| generic(chain(&error)))?;
+    let mut destination =
+        Destination::listen(uri, options).map_err(|error| Refused::generic(chain(&error)))?;
     let at = destination.local().clone();
     let steering = Steering::Incoming(destination.control());
     let awaited = Slot::Awaited { machine: machine.clone(), at };
@@ -78,11 +79,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
             }
         })
     });
-    begun.map_err(|error| match error {
-        BeginError::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
-        BeginError::Changed => generic("there is a guest here".into()),
-        BeginError::Thread(error) => generic(format!("cannot make a thread: {error}")),
-    })
+    begun.map_err(|error| error.refused("there is a guest here"))
 }
 
 /// Receives a guest. What is only rehearsed, or asked, leaves a machine behind that is built anew for the next.
@@ -126,10 +123,6 @@ fn admit(
         vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new("state-dir", text))?;
     }
     Ok(machine.clone())
-}
-
-fn generic(text: String) -> Refused {
-    Refused::new("GenericError", text)
 }
 
 fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result<Arrived, IncomingError>) {

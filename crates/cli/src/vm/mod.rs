@@ -5,11 +5,9 @@ mod incoming;
 mod info;
 mod outgoing;
 mod presence;
-mod rehearsing;
 mod running;
 mod saving;
 mod slot;
-mod watch;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,9 +17,8 @@ use serde_json::Value;
 use vfio_migration_types::Epoch;
 
 use self::handler::VmHandler;
-use self::running::{RunningVm, build, owned_epoch};
+use self::running::{LOOK_EVERY, RunningVm, Watch, build, owned_epoch};
 use self::slot::Slot;
-use self::watch::Watch;
 use crate::args::serve::Vm;
 use crate::control::protocol::Event;
 use crate::control::server::Bound;
@@ -84,7 +81,7 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
     };
     // Signals come through `quit`; the flag of a second one ends the process at once.
     let mut watch = Watch::default();
-    while quitted.recv_timeout(watch::EVERY) == Err(RecvTimeoutError::Timeout) {
+    while quitted.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
         watch.look(&vm);
     }
     drop(interrupt.clone());

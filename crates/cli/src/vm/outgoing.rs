@@ -1,68 +1,97 @@
-//! The guest of this `vm` moves away.
+//! The guest of this `vm` moves away, or is found to be able to.
 
 use std::sync::Arc;
 
-use vfio_migration::{Completed, MigrateError, Sabotage, SabotageKind, Source};
+use vfio_migration::{Completed, MigrateError, Rehearsal, Rehearse, Sabotage, SabotageKind, Source};
 use vfio_migration_types::RamOffset;
 use vfio_migration_vmm::guest::Areas;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::info;
 use super::running::RunningVm;
-use super::slot::{BeginError, Slot, Steering};
+use super::slot::{Slot, Steering};
 use crate::args::serve::Break;
 use crate::control::protocol::{Event, MigrateArguments};
 use crate::control::refused::Refused;
+use crate::control::rehearsal::RehearseArguments;
 use crate::exit::Failure;
 use crate::words::uri;
 
 /// Begins to migrate; returns once the session has its thread.
-pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
-    let refuse = |text: String| Refused::new("GenericError", text);
-    let refused = |failure: Failure| refuse(failure.text);
+pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
+    let refused = |failure: Failure| Refused::generic(failure.text);
     let options = arguments.options.clone().into_source_options().map_err(refused)?;
     let mut options = arguments.switchover.clone().into_source_options(options).map_err(refused)?;
     let target = uri(&arguments.uri).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
-        return Err(refuse("there is no guest here that could move".into()));
+        return Err(Refused::generic("there is no guest here that could move"));
     };
     if let Some(why) = machine.failure() {
-        return Err(refuse(format!("the guest has stopped by itself and cannot move: {why}")));
+        let text = format!("the guest has stopped by itself and cannot move: {why}");
+        return Err(Refused::generic(text));
     }
     options.policy = vm.policy.clone();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
-    options.sabotage = sabotage(vm.options.sabotage, &machine, !options.verify).map_err(refuse)?;
+    options.sabotage = sabotage(vm.options.sabotage, &machine, !options.verify).map_err(Refused::generic)?;
     let source = Source::new(machine.clone(), options);
+    begin(vm, machine, source, "migration", move |vm, machine, source| {
+        let mut last = (0, false);
+        let result = source.migrate_to(&target, |progress| {
+            let info = info::outgoing(progress);
+            if progress.iteration != last.0 {
+                vm.publisher.publish(&Event::of_pass(&info));
+            }
+            if progress.waiting != last.1 {
+                vm.publisher.publish(&Event::of_migration(&info));
+            }
+            last = (progress.iteration, progress.waiting);
+        });
+        finish(vm, machine, result);
+    })
+}
+
+/// Begins to rehearse; returns once the session has its thread.
+pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Result<(), Refused> {
+    let refused = |failure: Failure| Refused::generic(failure.text);
+    let mut options = arguments.options.clone().into_source_options().map_err(refused)?;
+    let target = uri(&arguments.uri).map_err(refused)?;
+    let Slot::Here { machine, epoch } = vm.state.slot() else {
+        return Err(Refused::generic("there is no guest here that could move"));
+    };
+    options.policy = vm.policy.clone();
+    options.state_dir = vm.options.state_dir.clone();
+    options.epoch = epoch;
+    let how = if arguments.pause { Rehearse::Standstill } else { Rehearse::Precopy };
+    let source = Source::new(machine.clone(), options);
+    begin(vm, machine, source, "rehearsal", move |vm, machine, source| {
+        drop(machine);
+        finish_rehearsal(vm, source.rehearse_to(&target, how, |_| {}));
+    })
+}
+
+/// Begins a session that sends the guest in `machine`, on a thread of its own: unless one is under way, or the guest is no
+/// longer here.
+pub(super) fn begin(
+    vm: &Arc<RunningVm>,
+    machine: Arc<ReferenceMachine>,
+    source: Source,
+    thread: &str,
+    session: impl FnOnce(&RunningVm, Arc<ReferenceMachine>, Source) + Send + 'static,
+) -> Result<(), Refused> {
     let control = source.control();
     let steering = Steering::Outgoing(control.clone());
-    let of_thread = vm.clone();
     let expected = machine.clone();
     let still_here =
         |slot: &Slot| matches!(slot, Slot::Here { machine, .. } if Arc::ptr_eq(machine, &expected));
+    let of_thread = vm.clone();
     let begun = vm.state.begin(steering, still_here, None, || {
-        std::thread::Builder::new().name("migration".into()).spawn(move || {
-            let vm = of_thread;
-            vm.publisher.publish(&Event::of_migration(&info::outgoing(&control.progress())));
-            let mut last = (0, false);
-            let result = source.migrate_to(&target, |progress| {
-                let info = info::outgoing(progress);
-                if progress.iteration != last.0 {
-                    vm.publisher.publish(&Event::of_pass(&info));
-                }
-                if progress.waiting != last.1 {
-                    vm.publisher.publish(&Event::of_migration(&info));
-                }
-                last = (progress.iteration, progress.waiting);
-            });
-            finish(&vm, machine, result);
+        std::thread::Builder::new().name(thread.into()).spawn(move || {
+            of_thread.publisher.publish(&Event::of_migration(&info::outgoing(&control.progress())));
+            session(&of_thread, machine, source);
         })
     });
-    begun.map_err(|error| match error {
-        BeginError::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
-        BeginError::Changed => refuse("the guest is no longer here".into()),
-        BeginError::Thread(error) => refuse(format!("cannot make a thread: {error}")),
-    })
+    begun.map_err(|error| error.refused("the guest is no longer here"))
 }
 
 /// Ends a session that was to send the guest away.
@@ -96,6 +125,23 @@ pub(super) fn finish(
             vm.end_session(ended, slot);
         }
     }
+}
+
+fn finish_rehearsal(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
+    // A guest that could not go on is kept, as after any migration that was undone.
+    let slot = match (&result, vm.state.slot()) {
+        (Err(MigrateError::Aborted(aborted)), Slot::Here { machine, epoch })
+            if !aborted.locks_lost.is_empty() =>
+        {
+            Some(Slot::Held { machine, epoch })
+        }
+        _ => None,
+    };
+    let ended = match result {
+        Ok(found) => info::rehearsed(vm, found),
+        Err(error) => info::not_rehearsed(vm, &error),
+    };
+    vm.end_session(ended, slot);
 }
 
 /// What the demo breaks on this side.

@@ -10,45 +10,30 @@ use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::running::{RunningVm, build};
-use super::slot::{BeginError, Slot, Steering};
+use super::slot::Slot;
 use super::{info, outgoing};
-use crate::control::protocol::{Event, SaveArguments};
+use crate::control::protocol::SaveArguments;
 use crate::control::refused::Refused;
 use crate::exit::{Exit, Failure, chain};
 
 /// Begins to save; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<(), Refused> {
-    let refuse = |text: String| Refused::new("GenericError", text);
     let path = PathBuf::from(&arguments.path);
     if !path.is_absolute() || path.file_name().is_none() {
-        return Err(refuse(format!("{} is no absolute path of a file", path.display())));
+        return Err(Refused::generic(format!("{} is no absolute path of a file", path.display())));
     }
     let Slot::Here { machine, epoch } = vm.state.slot() else {
-        return Err(refuse("there is no guest here that could be saved".into()));
+        return Err(Refused::generic("there is no guest here that could be saved"));
     };
     if let Some(why) = machine.failure() {
-        return Err(refuse(format!("the guest has stopped by itself and cannot be saved: {why}")));
+        return Err(Refused::generic(format!("the guest has stopped by itself and cannot be saved: {why}")));
     }
     let (mut options, how) = arguments.options.clone().into_source_options();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     let source = Source::new(machine.clone(), options);
-    let control = source.control();
-    let steering = Steering::Outgoing(control.clone());
-    let (of_thread, expected) = (vm.clone(), machine.clone());
-    let still_here =
-        |slot: &Slot| matches!(slot, Slot::Here { machine, .. } if Arc::ptr_eq(machine, &expected));
-    let begun = vm.state.begin(steering, still_here, None, || {
-        std::thread::Builder::new().name("migration".into()).spawn(move || {
-            of_thread.publisher.publish(&Event::of_migration(&info::outgoing(&control.progress())));
-            let result = save(source, &path, how, |_| {});
-            finish(&of_thread, machine, result);
-        })
-    });
-    begun.map_err(|error| match error {
-        BeginError::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
-        BeginError::Changed => refuse("the guest is no longer here".into()),
-        BeginError::Thread(error) => refuse(format!("cannot make a thread: {error}")),
+    outgoing::begin(vm, machine, source, "migration", move |vm, machine, source| {
+        finish(vm, machine, save(source, &path, how, |_| {}));
     })
 }
 

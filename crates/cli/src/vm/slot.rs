@@ -8,6 +8,7 @@ use vfio_migration_types::Epoch;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use crate::control::protocol::MigrationInfo;
+use crate::control::refused::Refused;
 
 /// Where the guest is.
 #[derive(Clone, Debug, Default)]
@@ -172,6 +173,17 @@ pub(super) enum BeginError {
     /// The guest is no longer where it was.
     Changed,
     Thread(std::io::Error),
+}
+
+impl BeginError {
+    /// The answer to who asked; `changed` is said where the guest is no longer where it was.
+    pub(super) fn refused(self, changed: &str) -> Refused {
+        match self {
+            Self::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
+            Self::Changed => Refused::generic(changed),
+            Self::Thread(error) => Refused::generic(format!("cannot make a thread: {error}")),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

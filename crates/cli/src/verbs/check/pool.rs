@@ -8,8 +8,7 @@ use serde::Serialize;
 use vfio_migration_compat::{Baseline, HostManifest, Manifest, Matrix, Policy, Verdict};
 
 use crate::exit::{Exit, Failure};
-use crate::output::{print, print_json};
-use crate::progress::Waiting;
+use crate::output::{Waiting, print, print_json};
 use crate::subject;
 use crate::verdict::word;
 

@@ -1,0 +1,210 @@
+//! The verbs that ask a running `vm` over its control socket: those that are followed to an end, and those of one request.
+
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use vfio_migration_compat::Verdict;
+
+use crate::args::moves::{Incoming, Migrate, Rehearse, Save, Set, Status};
+use crate::control::client::ClientError;
+use crate::control::protocol::{
+    IncomingArguments, MigrateArguments, MigrationState, ParameterArguments, SaveArguments, Verb,
+};
+use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
+use crate::exit::{Exit, Failure};
+use crate::follow::{OnInterrupt, follow, text};
+use crate::interrupt::Interrupt;
+use crate::output::{print, print_json};
+use crate::target::Target;
+use crate::units::{milliseconds, show_size};
+use crate::verdict;
+use crate::words::{device_map, uri};
+
+/// What `rehearse --json` prints.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct RehearseReport {
+    #[serde(flatten)]
+    pub(crate) found: RehearsalInfo,
+}
+
+/// What the verbs that only ask a `vm` for something print with `--json`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Acknowledged {
+    /// The request was taken.
+    pub(crate) ok: bool,
+}
+
+/// `migrate`: asks a running `vm` to move its guest, and waits for the end.
+pub(crate) fn migrate(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    // A word that is no address is a usage error, whether or not the `vm` can be reached.
+    uri(&options.uri)?;
+    let arguments = MigrateArguments {
+        uri: options.uri.clone(),
+        options: options.options.clone(),
+        switchover: options.switchover.clone(),
+    };
+    let mut client = options.target.connect()?;
+    client.call(Verb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let goes_on =
+        |state| !options.detach && matches!(state, MigrationState::Active | MigrationState::PreSwitchover);
+    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
+    if options.target.json {
+        print_json(&report)?;
+    } else {
+        print(text(&report))?;
+    }
+    Ok(match report.migration.status {
+        MigrationState::Completed | MigrationState::Active | MigrationState::PreSwitchover => Exit::Done,
+        MigrationState::Unresolved => Exit::Unresolved,
+        _ if report.migration.incompatible => Exit::Incompatible,
+        _ => Exit::Failed,
+    })
+}
+
+/// `rehearse`: everything up to the switchover for real, and undone.
+pub(crate) fn rehearse(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    uri(&options.to)?;
+    device_map(&options.options.device_map)?;
+    let arguments =
+        RehearseArguments { uri: options.to.clone(), options: options.options.clone(), pause: options.pause };
+    let mut client = options.target.connect()?;
+    client.call(Verb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let goes_on = |state| state == MigrationState::Active;
+    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
+    let Some(found) = report.migration.rehearsal else {
+        let why = report.migration.error.unwrap_or_else(|| "it did not say why".into());
+        return Err(Failure::failed(format!("the rehearsal failed: {why}")));
+    };
+    let verdict = found.verdict;
+    if options.target.json {
+        print_json(&RehearseReport { found })?;
+    } else {
+        print(rehearsal_text(&found))?;
+    }
+    // A rehearsal is of a live migration.
+    Ok(if verdict <= Verdict::LiveWithWarning { Exit::Done } else { Exit::Incompatible })
+}
+
+/// `save --control`: asks a running `vm` to write its guest into a file, and waits for the end.
+pub(crate) fn save(options: &Save, control: &Path, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    let target = Target { control: control.to_owned(), json: options.json };
+    // The `vm` may have another working directory.
+    let path = std::path::absolute(&options.output)
+        .map_err(|error| Failure::caused(&format!("{}", options.output.display()), &error))?;
+    let path =
+        path.to_str().ok_or_else(|| Failure::new(Exit::Usage, format!("{} is not UTF-8", path.display())))?;
+    let arguments = SaveArguments { path: path.into(), options: options.options.clone() };
+    let mut client = target.connect()?;
+    client.call(Verb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let goes_on = |state| state == MigrationState::Active;
+    let report = follow(&mut client, goes_on, options.json, interrupt, OnInterrupt::Cancel)?;
+    if options.json {
+        print_json(&report)?;
+    } else {
+        print(text(&report))?;
+    }
+    Ok(match report.migration.status {
+        MigrationState::Completed => Exit::Done,
+        MigrationState::Unresolved => Exit::Unresolved,
+        _ => Exit::Failed,
+    })
+}
+
+/// `status`: how a `vm` and its migration stand.
+pub(crate) fn status(options: &Status, interrupt: &Interrupt) -> Result<Exit, Failure> {
+    let mut client = options.target.connect()?;
+    let goes_on =
+        |state| options.watch && matches!(state, MigrationState::Active | MigrationState::PreSwitchover);
+    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Leave)?;
+    if options.target.json {
+        print_json(&report)?;
+    } else {
+        print(text(&report))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// `cancel`: the migration is given up.
+pub(crate) fn cancel(target: &Target) -> Result<Exit, Failure> {
+    request(target, Verb::MigrateCancel, Value::Null, "cancelling; the guest goes on where it is")
+}
+
+/// `continue`: a migration that waits before its switchover goes on.
+pub(crate) fn go_on(target: &Target) -> Result<Exit, Failure> {
+    request(target, Verb::MigrateContinue, Value::Null, "the migration goes on")
+}
+
+/// `set`: other limits for the migration under way.
+pub(crate) fn set(options: &Set) -> Result<Exit, Failure> {
+    let arguments = ParameterArguments {
+        downtime_limit: options.downtime_limit.map(milliseconds),
+        max_bandwidth: options.bandwidth,
+    };
+    request(&options.target, Verb::MigrateSetParameters, json!(arguments), "set")
+}
+
+/// `stop`: the guest is paused.
+pub(crate) fn stop(target: &Target) -> Result<Exit, Failure> {
+    request(target, Verb::Stop, Value::Null, "the guest stands still")
+}
+
+/// `cont`: the guest runs.
+pub(crate) fn cont(target: &Target) -> Result<Exit, Failure> {
+    request(target, Verb::Cont, Value::Null, "the guest runs")
+}
+
+/// `quit`: the process ends.
+pub(crate) fn quit(target: &Target) -> Result<Exit, Failure> {
+    request(target, Verb::Quit, Value::Null, "the process ends")
+}
+
+/// `incoming`: a `vm` whose guest has left waits for one again.
+pub(crate) fn incoming(options: &Incoming) -> Result<Exit, Failure> {
+    uri(&options.uri)?;
+    let arguments = IncomingArguments { uri: options.uri.clone() };
+    request(&options.target, Verb::MigrateIncoming, json!(arguments), "it waits for a guest")
+}
+
+fn request(target: &Target, verb: Verb, arguments: Value, done: &str) -> Result<Exit, Failure> {
+    match target.connect()?.call(verb, arguments) {
+        Ok(_) => {}
+        // The process may be gone before its answer is read.
+        Err(ClientError::Closed) if verb == Verb::Quit => {}
+        Err(error) => return Err(error.failure("refused")),
+    }
+    if target.json {
+        print_json(&Acknowledged { ok: true })?;
+    } else {
+        print(format!("{done}\n"))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn rehearsal_text(found: &RehearsalInfo) -> String {
+    let mut text = verdict::text(&found.report());
+    if let Some(predicted) = found.predicted_downtime_ms {
+        text.push_str(&format!("the guest would stand for about {predicted:.1} ms:\n"));
+        for part in &found.parts {
+            text.push_str(&format!(
+                "  {:24} {:9.1} ms  {}\n",
+                part.name,
+                part.ms,
+                verdict::word(&part.basis)
+            ));
+        }
+    }
+    let rate =
+        |rate: Option<u64>| rate.map_or("not measured".into(), |rate| format!("{}/s", show_size(rate)));
+    text.push_str(&format!(
+        "on the wire {}, loaded there {}\n",
+        rate(found.rates.wire),
+        rate(found.rates.load)
+    ));
+    text.push_str(&format!("the guest dirties {}\n", rate(found.rates.ram_dirty)));
+    for (device, dirty) in &found.rates.devices {
+        text.push_str(&format!("device {device} dirties {}\n", rate(*dirty)));
+    }
+    text
+}
