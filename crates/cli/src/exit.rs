@@ -25,14 +25,14 @@ pub(crate) enum Exit {
 
 /// A failed run: what to say, and how to exit.
 #[derive(Debug)]
-pub(crate) struct Failure {
+pub(crate) struct CliError {
     pub(crate) exit: Exit,
     pub(crate) text: String,
     /// As the control socket classes refusals.
     class: String,
 }
 
-impl Failure {
+impl CliError {
     pub(crate) fn new(exit: Exit, text: impl Into<String>) -> Self {
         Self { exit, text: text.into(), class: "GenericError".into() }
     }
@@ -70,13 +70,13 @@ pub(crate) struct FailureReport {
     pub(crate) exit: u8,
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
     }
 }
 
-impl std::error::Error for Failure {}
+impl std::error::Error for CliError {}
 
 /// An error and its causes, joined by colons.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::control::client::Client;
-use crate::control::protocol::{MigrationState, StatusReport, Verb};
-use crate::exit::Failure;
-use crate::interrupt::Interrupt;
-use crate::output::{Progress, say};
-use crate::units::show_size;
+use crate::control::client::ControlClient;
+use crate::control::protocol::{ControlVerb, MigrationStatus, StatusReport};
+use crate::exit::CliError;
+use crate::interrupt::UserInterrupt;
+use crate::output::{ProgressDisplay, eprintln_line};
+use crate::units::format_size;
 
 /// How often Ctrl-C is looked for while nothing happens.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -23,29 +23,29 @@ pub(crate) enum OnInterrupt {
     Leave,
 }
 
-/// Waits while the migration, rehearsal or save `goes_on`, and returns how things stand then. Progress is not shown where
+/// Waits while the migration, rehearsal or save `goes_on`, and returns how things stand then. ProgressDisplay is not shown where
 /// `json` is to be printed.
 pub(crate) fn follow(
-    client: &mut Client,
-    goes_on: impl Fn(MigrationState) -> bool,
+    client: &mut ControlClient,
+    goes_on: impl Fn(MigrationStatus) -> bool,
     json: bool,
-    interrupt: &Interrupt,
+    interrupt: &UserInterrupt,
     on_interrupt: OnInterrupt,
-) -> Result<StatusReport, Failure> {
+) -> Result<StatusReport, CliError> {
     let mut report = query(client)?;
-    let mut progress = Progress::new(!json);
+    let mut progress = ProgressDisplay::new(!json);
     let mut cancelled = false;
     while goes_on(report.migration.status) {
-        progress.show(&report.migration);
+        progress.update(&report.migration);
         let news = client.next_migration(PATIENCE);
-        let news = news.map_err(|error| Failure::caused("lost the vm", &error))?;
+        let news = news.map_err(|error| CliError::caused("lost the vm", &error))?;
         if on_interrupt == OnInterrupt::Leave {
             interrupt.check()?;
         } else if interrupt.requested() && !cancelled {
             cancelled = true;
             // Too late to cancel is not a failure: the loop then sees how it ended.
-            if let Err(error) = client.call(Verb::MigrateCancel, Value::Null) {
-                say(format_args!("vfio-migrate: {error}"));
+            if let Err(error) = client.call(ControlVerb::MigrateCancel, Value::Null) {
+                eprintln_line(format_args!("vfio-migrate: {error}"));
             }
         }
         match news {
@@ -59,7 +59,7 @@ pub(crate) fn follow(
     Ok(report)
 }
 
-fn query(client: &mut Client) -> Result<StatusReport, Failure> {
+fn query(client: &mut ControlClient) -> Result<StatusReport, CliError> {
     client.query().map_err(|error| error.failure("no answer"))
 }
 
@@ -72,7 +72,7 @@ pub(crate) fn text(report: &StatusReport) -> String {
         vm.pid,
         vm.status,
         vm.guest,
-        show_size(vm.memory),
+        format_size(vm.memory),
         vm.epoch
     );
     if !vm.devices.is_empty() {
@@ -87,7 +87,7 @@ pub(crate) fn text(report: &StatusReport) -> String {
     if let Some(incoming) = &vm.incoming {
         text.push_str(&format!("waits for a guest at {incoming}\n"));
     }
-    if migration.status == MigrationState::None {
+    if migration.status == MigrationStatus::None {
         return text;
     }
     let moved = migration.transferred;
@@ -97,10 +97,10 @@ pub(crate) fn text(report: &StatusReport) -> String {
         migration.phase.as_ref().map_or(String::new(), |phase| format!(" in {phase}")),
         migration.total_ms,
         migration.iterations,
-        show_size(moved.ram),
-        show_size(moved.device_precopy),
-        show_size(moved.device_stopcopy),
-        show_size(migration.remaining)
+        format_size(moved.ram),
+        format_size(moved.device_precopy),
+        format_size(moved.device_stopcopy),
+        format_size(migration.remaining)
     ));
     if let Some(ms) = migration.downtime_ms {
         text.push_str(&format!("downtime: {ms:.1} ms\n"));

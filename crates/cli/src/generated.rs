@@ -12,13 +12,13 @@ use vfio_migration_compat::{
 use crate::args::Cli;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    Event, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments,
+    ControlEvent, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments,
     StatusReport,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::demo::report::DemoReport;
-use crate::exit::{Exit, Failure, FailureReport};
+use crate::exit::{CliError, Exit, FailureReport};
 use crate::verbs::check::pool::BaselineReport;
 use crate::verbs::device_file::DeviceFileReport;
 use crate::verbs::devices::report::DevicesReport;
@@ -26,9 +26,9 @@ use crate::verbs::doctor::DoctorReport;
 use crate::verbs::moves::{Acknowledged, RehearseReport};
 
 /// Writes `man/`, `completions/` and `docs/schemas/` under `top`.
-pub(crate) fn generate(top: &Path) -> Result<Exit, Failure> {
+pub(crate) fn generate(top: &Path) -> Result<Exit, CliError> {
     let doing =
-        |error: std::io::Error| Failure::caused(&format!("cannot write under {}", top.display()), &error);
+        |error: std::io::Error| CliError::caused(&format!("cannot write under {}", top.display()), &error);
     let (man, completions, schemas) = (top.join("man"), top.join("completions"), top.join("docs/schemas"));
     for dir in [&man, &completions, &schemas] {
         std::fs::create_dir_all(dir).map_err(doing)?;
@@ -40,7 +40,7 @@ pub(crate) fn generate(top: &Path) -> Result<Exit, Failure> {
     }
     for (name, schema) in schemas_by_name() {
         let mut text = serde_json::to_string_pretty(&schema)
-            .map_err(|error| Failure::caused(&format!("cannot write the schema of {name}"), &error))?;
+            .map_err(|error| CliError::caused(&format!("cannot write the schema of {name}"), &error))?;
         text.push('\n');
         std::fs::write(schemas.join(format!("{name}.json")), text).map_err(doing)?;
     }
@@ -66,7 +66,7 @@ fn schemas_by_name() -> Vec<(&'static str, Schema)> {
         ("save-arguments", schema_for!(SaveArguments)),
         ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),
-        ("event", schema_for!(Event)),
+        ("event", schema_for!(ControlEvent)),
         ("error", schema_for!(Refused)),
         ("manifest-device", schema_for!(DeviceManifest)),
         ("manifest-machine", schema_for!(MachineManifest)),

@@ -3,20 +3,20 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::exit::Failure;
+use crate::exit::CliError;
 
 /// Whether the user wants out.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Interrupt(Arc<AtomicBool>);
+pub(crate) struct UserInterrupt(Arc<AtomicBool>);
 
-impl Interrupt {
+impl UserInterrupt {
     /// Begins to listen for SIGINT and SIGTERM. The second one ends the process at once.
-    pub(crate) fn listen() -> Result<Self, Failure> {
+    pub(crate) fn listen() -> Result<Self, CliError> {
         let this = Self::default();
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
             signal_hook::flag::register_conditional_shutdown(signal, 1, this.0.clone())
                 .and_then(|_| signal_hook::flag::register(signal, this.0.clone()))
-                .map_err(|error| Failure::caused("cannot listen for signals", &error))?;
+                .map_err(|error| CliError::caused("cannot listen for signals", &error))?;
         }
         Ok(this)
     }
@@ -27,20 +27,20 @@ impl Interrupt {
     }
 
     /// Fails when a signal came.
-    pub(crate) fn check(&self) -> Result<(), Failure> {
-        if self.requested() { Err(Failure::failed("interrupted")) } else { Ok(()) }
+    pub(crate) fn check(&self) -> Result<(), CliError> {
+        if self.requested() { Err(CliError::failed("interrupted")) } else { Ok(()) }
     }
 }
 
 /// Calls `end` once, from a thread of its own, when SIGINT or SIGTERM comes, or when stdin ends if `with_stdin`.
-pub(crate) fn on_end(with_stdin: bool, end: impl Fn() + Send + Sync + 'static) -> Result<(), Failure> {
+pub(crate) fn on_end(with_stdin: bool, end: impl Fn() + Send + Sync + 'static) -> Result<(), CliError> {
     let end = Arc::new(end);
     let mut signals =
         signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
-            .map_err(|error| Failure::caused("cannot listen for signals", &error))?;
+            .map_err(|error| CliError::caused("cannot listen for signals", &error))?;
     let on_signal = end.clone();
     let thread = |name: &str| std::thread::Builder::new().name(name.into());
-    let cannot = |error: std::io::Error| Failure::caused("cannot make a thread", &error);
+    let cannot = |error: std::io::Error| CliError::caused("cannot make a thread", &error);
     thread("signals")
         .spawn(move || {
             if signals.forever().next().is_some() {

@@ -12,7 +12,7 @@ mod interrupt;
 mod move_options;
 mod output;
 mod probe;
-mod subject;
+mod side;
 mod target;
 mod units;
 mod verbs;
@@ -25,18 +25,18 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use args::{Cli, Verb};
-use exit::{Exit, Failure};
-use interrupt::Interrupt;
+use args::{Cli, CliVerb};
+use exit::{CliError, Exit};
+use interrupt::UserInterrupt;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    listen_to_log(cli.verbose);
+    init_logging(cli.verbose);
     let json = cli.verb.json();
     let exit = match run(cli.verb) {
         Ok(exit) => exit,
         Err(failure) => {
-            output::say(format_args!("vfio-migrate: {failure}"));
+            output::eprintln_line(format_args!("vfio-migrate: {failure}"));
             if json {
                 // If stdout is what failed, the exit code has to do.
                 let _ = output::print_json(&failure.report());
@@ -47,43 +47,43 @@ fn main() -> ExitCode {
     ExitCode::from(exit as u8)
 }
 
-fn run(verb: Verb) -> Result<Exit, Failure> {
+fn run(verb: CliVerb) -> Result<Exit, CliError> {
     match verb {
-        Verb::Demo(options) => demo::run(&options, &Interrupt::listen()?),
-        Verb::Device(options) => verbs::device::run(&options),
-        Verb::Vm(options) => vm::run(&options, &Interrupt::listen()?),
-        Verb::Migrate(options) => verbs::moves::migrate(&options, &Interrupt::listen()?),
-        Verb::Rehearse(options) => verbs::moves::rehearse(&options, &Interrupt::listen()?),
-        Verb::Describe(options) => verbs::describe::run(&options),
-        Verb::Check(options) => verbs::check::run(&options),
-        Verb::Explain(options) => verbs::explain::run(&options),
-        Verb::Save(options) => match (&options.control, &options.device) {
-            (Some(control), None) => verbs::moves::save(&options, control, &Interrupt::listen()?),
-            (None, Some(device)) => verbs::device_file::save(&options, device, &Interrupt::listen()?),
-            _ => Err(Failure::new(Exit::Usage, "one of --control and --device says what is to be saved")),
+        CliVerb::Demo(options) => demo::run(&options, &UserInterrupt::listen()?),
+        CliVerb::Device(options) => verbs::device::run(&options),
+        CliVerb::Vm(options) => vm::run(&options, &UserInterrupt::listen()?),
+        CliVerb::Migrate(options) => verbs::moves::migrate(&options, &UserInterrupt::listen()?),
+        CliVerb::Rehearse(options) => verbs::moves::rehearse(&options, &UserInterrupt::listen()?),
+        CliVerb::Describe(options) => verbs::describe::run(&options),
+        CliVerb::Check(options) => verbs::check::run(&options),
+        CliVerb::Explain(options) => verbs::explain::run(&options),
+        CliVerb::Save(options) => match (&options.control, &options.device) {
+            (Some(control), None) => verbs::moves::save(&options, control, &UserInterrupt::listen()?),
+            (None, Some(device)) => verbs::device_file::save(&options, device, &UserInterrupt::listen()?),
+            _ => Err(CliError::new(Exit::Usage, "one of --control and --device says what is to be saved")),
         },
-        Verb::Restore(options) => verbs::device_file::restore(&options, &Interrupt::listen()?),
-        Verb::Status(options) => verbs::moves::status(&options, &Interrupt::listen()?),
-        Verb::Cancel(target) => verbs::moves::cancel(&target),
-        Verb::Continue(target) => verbs::moves::go_on(&target),
-        Verb::Stop(target) => verbs::moves::stop(&target),
-        Verb::Cont(target) => verbs::moves::cont(&target),
-        Verb::Quit(target) => verbs::moves::quit(&target),
-        Verb::Incoming(options) => verbs::moves::incoming(&options),
-        Verb::Set(options) => verbs::moves::set(&options),
-        Verb::Devices(options) => verbs::devices::run(&options),
-        Verb::Doctor(options) => verbs::doctor::run(&options),
-        Verb::Completions { shell } => {
+        CliVerb::Restore(options) => verbs::device_file::restore(&options, &UserInterrupt::listen()?),
+        CliVerb::Status(options) => verbs::moves::status(&options, &UserInterrupt::listen()?),
+        CliVerb::Cancel(target) => verbs::moves::cancel(&target),
+        CliVerb::Continue(target) => verbs::moves::continue_migration(&target),
+        CliVerb::Stop(target) => verbs::moves::stop(&target),
+        CliVerb::Cont(target) => verbs::moves::cont(&target),
+        CliVerb::Quit(target) => verbs::moves::quit(&target),
+        CliVerb::Incoming(options) => verbs::moves::incoming(&options),
+        CliVerb::Set(options) => verbs::moves::set(&options),
+        CliVerb::Devices(options) => verbs::devices::run(&options),
+        CliVerb::Doctor(options) => verbs::doctor::run(&options),
+        CliVerb::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "vfio-migrate", &mut script);
             output::print(script)?;
             Ok(Exit::Done)
         }
-        Verb::Generate { dir } => generated::generate(&dir),
+        CliVerb::Generate { dir } => generated::generate(&dir),
     }
 }
 
-fn listen_to_log(verbose: u8) {
+fn init_logging(verbose: u8) {
     let default = match verbose {
         0 => "warn",
         1 => "info",

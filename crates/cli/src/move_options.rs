@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{SaveOptions, SourceOptions};
 
-use crate::exit::Failure;
+use crate::exit::CliError;
 use crate::units;
 use crate::words::{device_map, pair};
 
@@ -63,7 +63,7 @@ pub(crate) struct MoveOptions {
 }
 
 impl MoveOptions {
-    pub(crate) fn into_source_options(self) -> Result<SourceOptions, Failure> {
+    pub(crate) fn into_source_options(self) -> Result<SourceOptions, CliError> {
         let mut options = SourceOptions::default();
         if let Some(limit) = self.downtime_limit {
             options.downtime_limit = limit;
@@ -106,9 +106,9 @@ pub(crate) struct SwitchoverOptions {
 
 impl SwitchoverOptions {
     /// Adds them to `options`.
-    pub(crate) fn into_source_options(self, mut options: SourceOptions) -> Result<SourceOptions, Failure> {
+    pub(crate) fn into_source_options(self, mut options: SourceOptions) -> Result<SourceOptions, CliError> {
         if self.post_copy {
-            return Err(Failure::failed(
+            return Err(CliError::failed(
                 "post-copy is not possible with VFIO devices: a device may touch any page at any time and cannot wait for \
                  one that is still on its way",
             ));
@@ -185,11 +185,11 @@ mod test {
     use serde_json::json;
 
     use super::*;
-    use crate::args::{Cli, Verb};
+    use crate::args::{Cli, CliVerb};
     use crate::control::protocol::MigrateArguments;
     use crate::control::rehearsal::RehearseArguments;
 
-    fn parsed(words: &[&str]) -> Verb {
+    fn parsed(words: &[&str]) -> CliVerb {
         Cli::try_parse_from([&["vfio-migrate"], words].concat()).unwrap().verb
     }
 
@@ -197,7 +197,7 @@ mod test {
     fn the_command_line_and_the_control_socket_say_the_same() {
         let words = "migrate --control c tcp:h:1 --downtime-limit 1.5ms --bandwidth 1K --give-up 2s --map a=b \
                      --allow-all-dirty --verify";
-        let Verb::Migrate(command) = parsed(&words.split(' ').collect::<Vec<_>>()) else {
+        let CliVerb::Migrate(command) = parsed(&words.split(' ').collect::<Vec<_>>()) else {
             panic!("no migrate")
         };
         let asked =

@@ -9,30 +9,30 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::control::protocol::MigrationInfo;
-use crate::exit::Failure;
-use crate::units::show_size;
+use crate::exit::CliError;
+use crate::units::format_size;
 
 /// Writes `text` to stdout. A reader that has left (`vfio-migrate … | head`) is no failure: the verb's own exit code
 /// stands.
-pub(crate) fn print(text: impl AsRef<[u8]>) -> Result<(), Failure> {
+pub(crate) fn print(text: impl AsRef<[u8]>) -> Result<(), CliError> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_ref()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::caused("cannot write to stdout", &error))
+            Err(CliError::caused("cannot write to stdout", &error))
         }
         _ => Ok(()),
     }
 }
 
 /// Writes one line of JSON to stdout.
-pub(crate) fn print_json<T: Serialize>(document: &T) -> Result<(), Failure> {
+pub(crate) fn print_json<T: Serialize>(document: &T) -> Result<(), CliError> {
     let text =
-        serde_json::to_string(document).map_err(|error| Failure::caused("cannot write JSON", &error))?;
+        serde_json::to_string(document).map_err(|error| CliError::caused("cannot write JSON", &error))?;
     print(format!("{text}\n"))
 }
 
 /// Says one line on stderr, if anybody listens.
-pub(crate) fn say(line: impl Display) {
+pub(crate) fn eprintln_line(line: impl Display) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
@@ -41,12 +41,12 @@ const LINE_EVERY: Duration = Duration::from_secs(2);
 
 /// Shows a migration as it goes, on stderr.
 #[derive(Debug)]
-pub(crate) struct Progress {
+pub(crate) struct ProgressDisplay {
     bar: Option<ProgressBar>,
     lines: Option<Instant>,
 }
 
-impl Progress {
+impl ProgressDisplay {
     /// Shows something if `wanted`.
     pub(crate) fn new(wanted: bool) -> Self {
         if !wanted {
@@ -63,36 +63,36 @@ impl Progress {
     }
 
     /// Shows how it stands.
-    pub(crate) fn show(&mut self, info: &MigrationInfo) {
+    pub(crate) fn update(&mut self, info: &MigrationInfo) {
         let done = info.transferred.ram + info.transferred.device_precopy + info.transferred.device_stopcopy;
         if let Some(bar) = &self.bar {
             bar.set_length(done + info.remaining);
             bar.set_position(done);
             bar.set_message(line(info, done));
         } else if let Some(due) = self.lines.filter(|due| Instant::now() >= *due) {
-            say(line(info, done));
+            eprintln_line(line(info, done));
             self.lines = Some(due + LINE_EVERY);
         }
     }
 
     /// Shows how it stands with one device: what was `done`, and what is left as far as is known.
-    pub(crate) fn show_bytes(&mut self, done: &str, moved: u64, left: u64) {
+    pub(crate) fn update_bytes(&mut self, done: &str, moved: u64, left: u64) {
         let line = || match (moved, left) {
             (0, 0) => format!("nothing {done} yet"),
-            _ => format!("{} {done}, {} left", show_size(moved), show_size(left)),
+            _ => format!("{} {done}, {} left", format_size(moved), format_size(left)),
         };
         if let Some(bar) = &self.bar {
             bar.set_length(moved + left);
             bar.set_position(moved);
             bar.set_message(line());
         } else if let Some(due) = self.lines.filter(|due| Instant::now() >= *due) {
-            say(line());
+            eprintln_line(line());
             self.lines = Some(due + LINE_EVERY);
         }
     }
 }
 
-impl Drop for Progress {
+impl Drop for ProgressDisplay {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -102,12 +102,12 @@ impl Drop for Progress {
 
 /// Says what is being waited for: a spinner on a terminal, otherwise a line once it takes more than two seconds.
 #[derive(Debug)]
-pub(crate) struct Waiting {
+pub(crate) struct WaitingDisplay {
     spinner: Option<ProgressBar>,
     line: std::cell::Cell<Option<(Instant, &'static str)>>,
 }
 
-impl Waiting {
+impl WaitingDisplay {
     /// Says `what` if `wanted`.
     pub(crate) fn new(wanted: bool, what: &'static str) -> Self {
         let terminal = wanted && std::io::stderr().is_terminal();
@@ -123,13 +123,13 @@ impl Waiting {
         } else if let Some((due, what)) = self.line.get()
             && Instant::now() >= due
         {
-            say(what);
+            eprintln_line(what);
             self.line.set(None);
         }
     }
 }
 
-impl Drop for Waiting {
+impl Drop for WaitingDisplay {
     fn drop(&mut self) {
         if let Some(spinner) = &self.spinner {
             spinner.finish_and_clear();
@@ -143,8 +143,8 @@ fn line(info: &MigrationInfo, done: u64) -> String {
     format!(
         "{phase} iteration {}: {} moved, {} left, {}/s{expected}",
         info.iterations,
-        show_size(done),
-        show_size(info.remaining),
-        show_size(info.rate)
+        format_size(done),
+        format_size(info.remaining),
+        format_size(info.rate)
     )
 }

@@ -18,12 +18,12 @@ const RAM: RamSpec = RamSpec { gpa: Gpa(1 << 20), len: 64 << 10 };
 
 /// Where devices of this host are looked for, and whether they may be opened.
 #[derive(Debug)]
-pub(crate) struct Local {
+pub(crate) struct HostAccess {
     pub(crate) roots: Roots,
     pub(crate) probe: bool,
 }
 
-impl Local {
+impl HostAccess {
     /// What a device is, as the device itself says if it may be opened and can be, as sysfs shows if not.
     pub(crate) fn manifest(&self, device: &HostDevice, id: DeviceId) -> DeviceManifest {
         let shown = device.manifest(&id, &self.roots);
@@ -38,7 +38,7 @@ impl Local {
             let obstacle = device.obstacles.first();
             return unknown(obstacle.map_or("no VFIO driver has it", |obstacle| &obstacle.text));
         }
-        let asked = Probed::open(device, id, &self.roots).and_then(|probed| {
+        let asked = ProbedDevice::open(device, id, &self.roots).and_then(|probed| {
             if let Err(error) = &probed.mapped {
                 let why = chain(error);
                 tracing::warn!("{}: who can log its writes is not known: {why}", device.name);
@@ -54,13 +54,13 @@ impl Local {
 
 /// A device that was opened to be asked.
 #[derive(Debug)]
-pub(crate) struct Probed {
+pub(crate) struct ProbedDevice {
     pub(crate) device: KernelDevice,
     /// Whether memory can be mapped for it. Until some is, nobody knows who can log its DMA writes.
     pub(crate) mapped: Result<(), DeviceError>,
 }
 
-impl Probed {
+impl ProbedDevice {
     /// Opens it, which resets some devices. What it holds of a guest stays where its driver keeps that.
     ///
     /// # Errors

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::control::client::Client;
-use crate::exit::Failure;
+use crate::control::client::ControlClient;
+use crate::exit::CliError;
 use crate::words::EXIT_CODES;
 
 /// Longest wait for an answer over the control socket.
@@ -15,7 +15,7 @@ pub(crate) const ANSWER: Duration = Duration::from_secs(30);
 /// Which `vm`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXIT_CODES)]
-pub(crate) struct Target {
+pub(crate) struct VmTarget {
     /// Control socket of the `vm`.
     #[arg(long, value_name = "PATH")]
     pub(crate) control: PathBuf,
@@ -24,8 +24,8 @@ pub(crate) struct Target {
     pub(crate) json: bool,
 }
 
-impl Target {
-    pub(crate) fn connect(&self) -> Result<Client, Failure> {
-        Client::connect(&self.control, ANSWER).map_err(|error| Failure::caused("no contact", &error))
+impl VmTarget {
+    pub(crate) fn connect(&self) -> Result<ControlClient, CliError> {
+        ControlClient::connect(&self.control, ANSWER).map_err(|error| CliError::caused("no contact", &error))
     }
 }

@@ -82,7 +82,7 @@ fn scaled(number: &str, unit: u64) -> Option<u64> {
 }
 
 /// Bytes for people: `1.5 GiB`.
-pub(crate) fn show_size(bytes: u64) -> String {
+pub(crate) fn format_size(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
 }
 

@@ -6,7 +6,7 @@ use vfio_migration_compat::{Reason, Report, Severity};
 
 /// The verdict first, then what stands against it, then what should be known.
 pub(crate) fn text(report: &Report) -> String {
-    let mut text = word(&report.verdict);
+    let mut text = json_word(&report.verdict);
     if report.strict {
         text.push_str(
             " (strict: a device declares no model, so everything that identifies it must be equal)",
@@ -28,14 +28,14 @@ pub(crate) fn text(report: &Report) -> String {
 }
 
 fn line(reason: &Reason) -> String {
-    let mut line = format!("  {:13} {} [{}]\n", word(&reason.severity), reason.text, reason.code);
+    let mut line = format!("  {:13} {} [{}]\n", json_word(&reason.severity), reason.text, reason.code);
     if !(reason.source.is_null() && reason.destination.is_null()) {
         let (source, destination) = (value(&reason.source), value(&reason.destination));
         line.push_str(&format!("                {}: {source} here, {destination} there; ", reason.field));
     } else {
         line.push_str("                ");
     }
-    line.push_str(&format!("who can fix it: {}\n", word(&reason.fix)));
+    line.push_str(&format!("who can fix it: {}\n", json_word(&reason.fix)));
     line
 }
 
@@ -47,7 +47,7 @@ fn value(value: &Value) -> String {
 }
 
 /// A word as JSON has it.
-pub(crate) fn word(value: &impl Serialize) -> String {
+pub(crate) fn json_word(value: &impl Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(Value::String(word)) => word,
         _ => "?".into(),

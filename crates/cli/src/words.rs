@@ -11,8 +11,8 @@ use vfio_migration_device::host::Roots;
 use vfio_migration_types::DeviceId;
 use vfio_migration_vmm::layout::{RAM_MAX, RAM_MIN};
 
-use crate::exit::{Exit, Failure};
-use crate::units::show_size;
+use crate::exit::{CliError, Exit};
+use crate::units::format_size;
 
 pub(crate) const EXIT_CODES: &str =
     "Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved.";
@@ -24,13 +24,13 @@ const RAM_STEP: u64 = 2 << 20;
 
 /// Which host is looked at.
 #[derive(Args, Clone, Debug)]
-pub(crate) struct Root {
+pub(crate) struct HostRoot {
     /// Folder that has another host's sys, dev, proc, boot and lib/modules, for tests.
     #[arg(long = "root", hide = true, value_name = "DIR")]
     dir: Option<PathBuf>,
 }
 
-impl Root {
+impl HostRoot {
     /// The host's trees.
     pub(crate) fn roots(&self) -> Roots {
         self.dir.as_deref().map_or_else(Roots::default, Roots::under)
@@ -45,19 +45,19 @@ pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-pub(crate) fn uri(text: &str) -> Result<Uri, Failure> {
-    text.parse().map_err(|error: UriError| Failure::new(Exit::Usage, error.to_string()))
+pub(crate) fn uri(text: &str) -> Result<Uri, CliError> {
+    text.parse().map_err(|error: UriError| CliError::new(Exit::Usage, error.to_string()))
 }
 
 /// Refuses a size of RAM that the machine cannot have on any host.
-pub(crate) fn check_memory(memory: u64) -> Result<(), Failure> {
-    let usage = |text: String| Err(Failure::new(Exit::Usage, format!("--memory: {text}")));
+pub(crate) fn check_memory(memory: u64) -> Result<(), CliError> {
+    let usage = |text: String| Err(CliError::new(Exit::Usage, format!("--memory: {text}")));
     if !(RAM_MIN..=RAM_MAX).contains(&memory) {
-        let (min, max) = (show_size(RAM_MIN), show_size(RAM_MAX));
-        return usage(format!("the machine takes {min} to {max}, not {}", show_size(memory)));
+        let (min, max) = (format_size(RAM_MIN), format_size(RAM_MAX));
+        return usage(format!("the machine takes {min} to {max}, not {}", format_size(memory)));
     }
     if !memory.is_multiple_of(RAM_STEP) {
-        return usage(format!("{memory} bytes are no multiple of {}", show_size(RAM_STEP)));
+        return usage(format!("{memory} bytes are no multiple of {}", format_size(RAM_STEP)));
     }
     Ok(())
 }
@@ -79,28 +79,28 @@ pub(crate) fn config_rule(text: &str) -> Option<ConfigRule> {
 }
 
 /// Reads a policy's file.
-pub(crate) fn policy(path: &Path) -> Result<Policy, Failure> {
+pub(crate) fn policy(path: &Path) -> Result<Policy, CliError> {
     let bytes = read_capped(path, Policy::MAX_BYTES)?;
-    Policy::parse(&bytes, &path.display().to_string()).map_err(|error| Failure::caused("no policy", &error))
+    Policy::parse(&bytes, &path.display().to_string()).map_err(|error| CliError::caused("no policy", &error))
 }
 
 /// Names at the source, and at the destination.
-pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, Failure> {
+pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, CliError> {
     pairs.iter().map(|(from, to)| Ok((device_id(from)?, device_id(to)?))).collect()
 }
 
 /// A file's bytes, at most one more than `most`.
-pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
-    let failed = |error: std::io::Error| Failure::caused(&path.display().to_string(), &error);
+pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, CliError> {
+    let failed = |error: std::io::Error| CliError::caused(&path.display().to_string(), &error);
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(failed)?;
     file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
     Ok(bytes)
 }
 
-pub(crate) fn device_id(name: &str) -> Result<DeviceId, Failure> {
+pub(crate) fn device_id(name: &str) -> Result<DeviceId, CliError> {
     DeviceId::new(name)
-        .map_err(|error| Failure::new(Exit::Usage, format!("'{name}' is no name of a device: {error}")))
+        .map_err(|error| CliError::new(Exit::Usage, format!("'{name}' is no name of a device: {error}")))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::units;
-use crate::words::{Root, pair};
+use crate::words::{HostRoot, pair};
 
 const SIDES: &str = "A side is a file (a manifest of `describe`, or a list of KEY=VALUE), the socket of a vfio-user server, \
 vm:SOCKET for the control socket of a running `vm`, vfio:ADDRESS or mdev:UUID for a device of this host, or, as DST, the \
@@ -19,7 +19,7 @@ Exit codes: 0 it can move, live or by a snapshot as the verdict says, 1 failed, 
 null. A vfio-user server is connected to, and left as it is.\nExit codes: 0 described, 1 failed, 2 usage.",
     group = clap::ArgGroup::new("what").args(["device", "host"]).required(true)
 )]
-pub(crate) struct Describe {
+pub(crate) struct DescribeCommand {
     /// The socket of a vfio-user server, vm:SOCKET for a running `vm`, vfio:ADDRESS, mdev:UUID, or a manifest's file.
     #[arg(value_name = "DEVICE")]
     pub(crate) device: Option<String>,
@@ -45,7 +45,7 @@ pub(crate) struct Describe {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) root: Root,
+    pub(crate) root: HostRoot,
 }
 
 /// How `describe` writes.
@@ -64,7 +64,7 @@ pub(crate) enum Format {
 /// Options of `check`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = SIDES)]
-pub(crate) struct Check {
+pub(crate) struct CheckCommand {
     /// Two sides: what is to move, and where to. With --matrix or --baseline: a pool, as files of host manifests or folders of them.
     #[arg(value_name = "SRC DST", required = true, num_args = 1..)]
     pub(crate) sides: Vec<String>,
@@ -90,13 +90,13 @@ pub(crate) struct Check {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) root: Root,
+    pub(crate) root: HostRoot,
 }
 
 /// Options of `explain`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "Exit codes: 0 explained, 1 there is no such code, 2 usage.")]
-pub(crate) struct Explain {
+pub(crate) struct ExplainCommand {
     /// Code of a reason. Without it: all of them.
     #[arg(value_name = "CODE")]
     pub(crate) code: Option<String>,
@@ -113,7 +113,7 @@ is then unknown, unless the driver is known to have none. A vfio-user server tha
 it is.\n\
 Exit codes: 0 listed, 1 failed, 2 usage."
 )]
-pub(crate) struct Devices {
+pub(crate) struct DevicesCommand {
     /// Devices of the host to look at alone, by PCI address, mdev UUID or file under /dev/vfio; and sockets of vfio-user
     /// servers to ask.
     #[arg(value_name = "DEVICE|SOCKET")]
@@ -129,7 +129,7 @@ pub(crate) struct Devices {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) root: Root,
+    pub(crate) root: HostRoot,
 }
 
 /// Options of `doctor`.
@@ -138,7 +138,7 @@ pub(crate) struct Devices {
     after_help = "Exit codes: 0 a device of kernel VFIO can migrate in principle, 1 something needed is missing \
 (vfio-user alone needs only memfd; see its line), 2 usage."
 )]
-pub(crate) struct Doctor {
+pub(crate) struct DoctorCommand {
     /// RAM of the guest that is meant: the limit on locked memory must have room for it.
     #[arg(long, value_parser = units::size, value_name = "SIZE")]
     pub(crate) memory: Option<u64>,
@@ -146,5 +146,5 @@ pub(crate) struct Doctor {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) root: Root,
+    pub(crate) root: HostRoot,
 }

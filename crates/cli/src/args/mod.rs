@@ -8,10 +8,12 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use self::ask::{Check, Describe, Devices, Doctor, Explain};
-use self::moves::{Incoming, Migrate, Rehearse, Restore, Save, Set, Status};
-use self::serve::{Demo, Device, Vm};
-use crate::target::Target;
+use self::ask::{CheckCommand, DescribeCommand, DevicesCommand, DoctorCommand, ExplainCommand};
+use self::moves::{
+    IncomingCommand, MigrateCommand, RehearseCommand, RestoreCommand, SaveCommand, SetCommand, StatusCommand,
+};
+use self::serve::{DemoCommand, DeviceCommand, VmCommand};
+use crate::target::VmTarget;
 use crate::words::EXIT_CODES;
 
 /// Live migration for guests that own VFIO devices.
@@ -22,52 +24,52 @@ pub(crate) struct Cli {
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
     #[command(subcommand)]
-    pub(crate) verb: Verb,
+    pub(crate) verb: CliVerb,
 }
 
 /// What to do.
 #[derive(Debug, Subcommand)]
-pub(crate) enum Verb {
+pub(crate) enum CliVerb {
     /// Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost.
-    Demo(Demo),
+    Demo(DemoCommand),
     /// Serve a sample PCI device over vfio-user.
-    Device(Device),
+    Device(DeviceCommand),
     /// Run a guest, or wait for one to arrive.
-    Vm(Vm),
+    Vm(VmCommand),
     /// Ask a running `vm` to move to another.
-    Migrate(Migrate),
+    Migrate(MigrateCommand),
     /// Find out what a migration of a running `vm` would come to, without moving anything.
-    Rehearse(Rehearse),
+    Rehearse(RehearseCommand),
     /// Say what a device, a `vm` or this host is, as a manifest that `check` compares.
-    Describe(Describe),
+    Describe(DescribeCommand),
     /// Ask whether something can move, and get every reason why not.
-    Check(Check),
+    Check(CheckCommand),
     /// Say what a reason's code means, and what to do about it.
-    Explain(Explain),
+    Explain(ExplainCommand),
     /// Save the guest of a running `vm`, or a device alone, into a file.
-    Save(Save),
+    Save(SaveCommand),
     /// Load what `save --device` wrote into a device. For a whole guest: `vm --restore`.
-    Restore(Restore),
+    Restore(RestoreCommand),
     /// Show how a `vm` and its migration stand.
-    Status(Status),
+    Status(StatusCommand),
     /// Cancel the migration of a running `vm`: its guest goes on where it is.
-    Cancel(Target),
+    Cancel(VmTarget),
     /// Let a migration go on that waits before its switchover.
-    Continue(Target),
+    Continue(VmTarget),
     /// Change the limits of a migration while it runs.
-    Set(Set),
+    Set(SetCommand),
     /// Pause the guest of a running `vm`.
-    Stop(Target),
+    Stop(VmTarget),
     /// Let the guest of a running `vm` run.
-    Cont(Target),
+    Cont(VmTarget),
     /// End a running `vm`, and a guest that is there with it.
-    Quit(Target),
+    Quit(VmTarget),
     /// Let a running `vm`, whose guest has left, wait for a guest again.
-    Incoming(Incoming),
+    Incoming(IncomingCommand),
     /// List the VFIO devices of this host, and why each can or cannot migrate.
-    Devices(Devices),
+    Devices(DevicesCommand),
     /// Examine this host: what it lacks for migrating VFIO devices, and what fixes it.
-    Doctor(Doctor),
+    Doctor(DoctorCommand),
     /// Print a shell completion script.
     Completions {
         /// For which shell.
@@ -81,15 +83,15 @@ pub(crate) enum Verb {
     },
 }
 
-impl Verb {
+impl CliVerb {
     /// Whether a program reads the answer. The demo has a report for failures too, and is not asked here.
     pub(crate) fn json(&self) -> bool {
         match self {
-            Self::Migrate(Migrate { target, .. })
-            | Self::Status(Status { target, .. })
-            | Self::Set(Set { target, .. })
-            | Self::Incoming(Incoming { target, .. })
-            | Self::Rehearse(Rehearse { target, .. })
+            Self::Migrate(MigrateCommand { target, .. })
+            | Self::Status(StatusCommand { target, .. })
+            | Self::Set(SetCommand { target, .. })
+            | Self::Incoming(IncomingCommand { target, .. })
+            | Self::Rehearse(RehearseCommand { target, .. })
             | Self::Cancel(target)
             | Self::Continue(target)
             | Self::Stop(target)

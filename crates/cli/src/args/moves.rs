@@ -6,16 +6,16 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
-use crate::target::Target;
+use crate::target::VmTarget;
 use crate::units;
 use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES};
 
 /// Options of `incoming`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXIT_CODES)]
-pub(crate) struct Incoming {
+pub(crate) struct IncomingCommand {
     #[command(flatten)]
-    pub(crate) target: Target,
+    pub(crate) target: VmTarget,
     /// Where to listen: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`.
     #[arg(value_name = "URI")]
     pub(crate) uri: String,
@@ -24,9 +24,9 @@ pub(crate) struct Incoming {
 /// Options of `status`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXIT_CODES)]
-pub(crate) struct Status {
+pub(crate) struct StatusCommand {
     #[command(flatten)]
-    pub(crate) target: Target,
+    pub(crate) target: VmTarget,
     /// Keep showing it until the migration ends.
     #[arg(long)]
     pub(crate) watch: bool,
@@ -35,9 +35,9 @@ pub(crate) struct Status {
 /// Options of `migrate`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = UNITS_AND_EXIT_CODES)]
-pub(crate) struct Migrate {
+pub(crate) struct MigrateCommand {
     #[command(flatten)]
-    pub(crate) target: Target,
+    pub(crate) target: VmTarget,
     /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`.
     #[arg(value_name = "URI")]
     pub(crate) uri: String,
@@ -57,7 +57,7 @@ pub(crate) struct Migrate {
 Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible (also: the device has no migration), 4 ownership unresolved.",
     group = clap::ArgGroup::new("what").args(["control", "device"]).required(true)
 )]
-pub(crate) struct Save {
+pub(crate) struct SaveCommand {
     /// Control socket of the `vm` whose guest is saved.
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
@@ -81,7 +81,7 @@ pub(crate) struct Save {
 /// Options of `restore`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 the file and the device do not fit.")]
-pub(crate) struct Restore {
+pub(crate) struct RestoreCommand {
     /// The device: as for `save --device`. Without an id it takes the name that the file gives it.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: String,
@@ -106,9 +106,9 @@ pub(crate) struct Restore {
     after_help = UNITS_AND_EXIT_CODES,
     group = clap::ArgGroup::new("limits").args(["downtime_limit", "bandwidth"]).required(true).multiple(true)
 )]
-pub(crate) struct Set {
+pub(crate) struct SetCommand {
     #[command(flatten)]
-    pub(crate) target: Target,
+    pub(crate) target: VmTarget,
     /// New limit on the downtime.
     #[arg(long, value_parser = units::time, value_name = "TIME")]
     pub(crate) downtime_limit: Option<Duration>,
@@ -124,9 +124,9 @@ pub(crate) struct Set {
 notice, but with --pause, where it stands for as long as it would.\nSizes take K, M, G (powers of two); times take us, \
 ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not."
 )]
-pub(crate) struct Rehearse {
+pub(crate) struct RehearseCommand {
     #[command(flatten)]
-    pub(crate) target: Target,
+    pub(crate) target: VmTarget,
     /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`.
     #[arg(long, value_name = "URI")]
     pub(crate) to: String,

@@ -16,7 +16,7 @@ use crate::words::{UNITS_AND_EXIT_CODES, pair};
 host. Sizes take K, M, G (powers of two); times take us, ms, s.\nExit codes: 0 verified, 1 not, 2 usage, 3 incompatible, \
 4 ownership unresolved."
 )]
-pub(crate) struct Demo {
+pub(crate) struct DemoCommand {
     /// Guest RAM.
     #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) memory: u64,
@@ -34,7 +34,7 @@ pub(crate) struct Demo {
     pub(crate) devices: u8,
     /// How the two VMs talk.
     #[arg(long, default_value = "tcp", value_enum)]
-    pub(crate) transport: Transport,
+    pub(crate) transport: DemoTransport,
     /// Longest time the guest may stand still. A ceiling, not a target.
     #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
     pub(crate) downtime_limit: Duration,
@@ -57,14 +57,14 @@ pub(crate) struct Demo {
 
 /// Transports of the demo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Transport {
+pub(crate) enum DemoTransport {
     /// TCP on loopback.
     Tcp,
     /// A unix socket.
     Unix,
 }
 
-impl Transport {
+impl DemoTransport {
     /// As reports name it.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -100,7 +100,7 @@ fn device_help() -> String {
 /// Options of `device`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = device_help())]
-pub(crate) struct Device {
+pub(crate) struct DeviceCommand {
     /// Where to listen.
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
@@ -145,7 +145,7 @@ pub(crate) struct Device {
 /// Options of `vm`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = UNITS_AND_EXIT_CODES)]
-pub(crate) struct Vm {
+pub(crate) struct VmCommand {
     /// Guest RAM.
     #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) memory: u64,

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::protocol::{Event, MigrationInfo, Request, StatusReport, Verb};
+use super::protocol::{ControlEvent, ControlRequest, ControlVerb, MigrationInfo, StatusReport};
 use super::refused::Refused;
-use crate::exit::Failure;
+use crate::exit::CliError;
 
 /// How long events may say nothing of a migration that is followed before its `vm` is asked: within an iteration there are
 /// none, and what is left goes down all the same.
@@ -18,7 +18,7 @@ const QUIET: Duration = Duration::from_secs(1);
 
 /// A request that got no good answer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ClientError {
+pub(crate) enum ControlError {
     /// No connection.
     #[error("cannot reach the control socket {0}; is that `vm` running?")]
     Connect(String, #[source] std::io::Error),
@@ -39,10 +39,10 @@ pub(crate) enum ClientError {
     Refused(Refused),
 }
 
-impl ClientError {
+impl ControlError {
     /// The failure of a verb that asked for something; a refusal keeps its class.
-    pub(crate) fn failure(&self, doing: &str) -> Failure {
-        let failure = Failure::caused(doing, self);
+    pub(crate) fn failure(&self, doing: &str) -> CliError {
+        let failure = CliError::caused(doing, self);
         match self {
             Self::Refused(refused) => failure.of_class(&refused.class),
             _ => failure,
@@ -52,21 +52,21 @@ impl ClientError {
 
 /// A connection to a control socket.
 #[derive(Debug)]
-pub(crate) struct Client {
+pub(crate) struct ControlClient {
     reader: BufReader<UnixStream>,
     timeout: Duration,
-    events: VecDeque<Event>,
+    events: VecDeque<ControlEvent>,
     partial: Vec<u8>,
     /// When it was last known how the migration stands.
     news: Instant,
 }
 
-impl Client {
+impl ControlClient {
     /// Connects to `path`; an answer may take `timeout`.
-    pub(crate) fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
+    pub(crate) fn connect(path: &Path, timeout: Duration) -> Result<Self, ControlError> {
         let stream = UnixStream::connect(path)
-            .map_err(|error| ClientError::Connect(path.display().to_string(), error))?;
-        stream.set_write_timeout(Some(timeout)).map_err(ClientError::Io)?;
+            .map_err(|error| ControlError::Connect(path.display().to_string(), error))?;
+        stream.set_write_timeout(Some(timeout)).map_err(ControlError::Io)?;
         let mut client = Self {
             reader: BufReader::new(stream),
             timeout,
@@ -74,43 +74,43 @@ impl Client {
             partial: Vec::new(),
             news: Instant::now(),
         };
-        let greeting = client.line(Instant::now() + timeout)?.ok_or(ClientError::Timeout)?;
+        let greeting = client.line(Instant::now() + timeout)?.ok_or(ControlError::Timeout)?;
         if greeting.get("vfio-migrate").is_none() {
-            return Err(ClientError::Garbled(greeting.to_string()));
+            return Err(ControlError::Garbled(greeting.to_string()));
         }
         Ok(client)
     }
 
     /// Asks for `verb` and waits for the answer; events that come in between are kept.
-    pub(crate) fn call(&mut self, verb: Verb, arguments: Value) -> Result<Value, ClientError> {
-        let request = Request { execute: verb, arguments };
+    pub(crate) fn call(&mut self, verb: ControlVerb, arguments: Value) -> Result<Value, ControlError> {
+        let request = ControlRequest { execute: verb, arguments };
         let mut line =
-            serde_json::to_string(&request).map_err(|error| ClientError::Garbled(error.to_string()))?;
+            serde_json::to_string(&request).map_err(|error| ControlError::Garbled(error.to_string()))?;
         line.push('\n');
         self.reader.get_mut().write_all(line.as_bytes()).map_err(|error| match error.kind() {
-            std::io::ErrorKind::BrokenPipe => ClientError::Closed,
-            _ => ClientError::Io(error),
+            std::io::ErrorKind::BrokenPipe => ControlError::Closed,
+            _ => ControlError::Io(error),
         })?;
         let deadline = Instant::now() + self.timeout;
         loop {
-            let mut answer = self.line(deadline)?.ok_or(ClientError::Timeout)?;
+            let mut answer = self.line(deadline)?.ok_or(ControlError::Timeout)?;
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }
             if let Some(error) = answer.get("error") {
                 let refused = serde_json::from_value(error.clone())
-                    .map_err(|_| ClientError::Garbled(answer.to_string()))?;
-                return Err(ClientError::Refused(refused));
+                    .map_err(|_| ControlError::Garbled(answer.to_string()))?;
+                return Err(ControlError::Refused(refused));
             }
             self.keep_event(answer)?;
         }
     }
 
     /// How the VM and its migration stand.
-    pub(crate) fn query(&mut self) -> Result<StatusReport, ClientError> {
-        let answer = self.call(Verb::Query, Value::Null)?;
+    pub(crate) fn query(&mut self) -> Result<StatusReport, ControlError> {
+        let answer = self.call(ControlVerb::Query, Value::Null)?;
         self.news = Instant::now();
-        serde_json::from_value(answer).map_err(|error| ClientError::Garbled(error.to_string()))
+        serde_json::from_value(answer).map_err(|error| ControlError::Garbled(error.to_string()))
     }
 
     /// How the migration stands now, as the next event says, or an answer where events say nothing for a second; `None`
@@ -118,7 +118,7 @@ impl Client {
     pub(crate) fn next_migration(
         &mut self,
         patience: Duration,
-    ) -> Result<Option<MigrationInfo>, ClientError> {
+    ) -> Result<Option<MigrationInfo>, ControlError> {
         if let Some(info) = self.next_event(patience)?.and_then(|event| event.migration()) {
             self.news = Instant::now();
             return Ok(Some(info));
@@ -130,7 +130,7 @@ impl Client {
     }
 
     /// The next event, kept or new; `None` when none comes within `patience`.
-    pub(crate) fn next_event(&mut self, patience: Duration) -> Result<Option<Event>, ClientError> {
+    pub(crate) fn next_event(&mut self, patience: Duration) -> Result<Option<ControlEvent>, ControlError> {
         if self.events.is_empty()
             && let Some(line) = self.line(Instant::now() + patience)?
         {
@@ -139,34 +139,34 @@ impl Client {
         Ok(self.events.pop_front())
     }
 
-    fn keep_event(&mut self, line: Value) -> Result<(), ClientError> {
+    fn keep_event(&mut self, line: Value) -> Result<(), ControlError> {
         let text = line.to_string();
-        self.events.push_back(serde_json::from_value(line).map_err(|_| ClientError::Garbled(text))?);
+        self.events.push_back(serde_json::from_value(line).map_err(|_| ControlError::Garbled(text))?);
         Ok(())
     }
 
     /// One line of JSON, or `None` when the deadline passes first; what came of a line is kept for the next call.
-    fn line(&mut self, deadline: Instant) -> Result<Option<Value>, ClientError> {
+    fn line(&mut self, deadline: Instant) -> Result<Option<Value>, ControlError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
             }
-            self.reader.get_ref().set_read_timeout(Some(left)).map_err(ClientError::Io)?;
+            self.reader.get_ref().set_read_timeout(Some(left)).map_err(ControlError::Io)?;
             match self.reader.read_until(b'\n', &mut self.partial) {
-                Ok(0) => return Err(ClientError::Closed),
+                Ok(0) => return Err(ControlError::Closed),
                 Ok(_) if self.partial.last() == Some(&b'\n') => {
                     let line = std::mem::take(&mut self.partial);
                     return serde_json::from_slice(&line).map(Some).map_err(|_| {
-                        ClientError::Garbled(String::from_utf8_lossy(&line).trim_end().to_string())
+                        ControlError::Garbled(String::from_utf8_lossy(&line).trim_end().to_string())
                     });
                 }
-                Ok(_) => return Err(ClientError::Closed),
+                Ok(_) => return Err(ControlError::Closed),
                 Err(error) => match error.kind() {
                     std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => return Ok(None),
                     std::io::ErrorKind::Interrupted => {}
-                    std::io::ErrorKind::ConnectionReset => return Err(ClientError::Closed),
-                    _ => return Err(ClientError::Io(error)),
+                    std::io::ErrorKind::ConnectionReset => return Err(ControlError::Closed),
+                    _ => return Err(ControlError::Io(error)),
                 },
             }
         }

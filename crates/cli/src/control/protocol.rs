@@ -11,7 +11,8 @@ use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 /// The verbs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Verb {
+#[schemars(rename = "Verb")]
+pub(crate) enum ControlVerb {
     /// How the VM and its migration stand, at one moment. Returns a [`StatusReport`].
     Query,
     /// What the guest says of itself: its report page.
@@ -44,8 +45,8 @@ pub(crate) enum Verb {
 /// A request: one line, without its `id`, which the server takes off first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Request {
-    pub(crate) execute: Verb,
+pub(crate) struct ControlRequest {
+    pub(crate) execute: ControlVerb,
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub(crate) arguments: Value,
 }
@@ -127,7 +128,8 @@ pub(crate) struct StatusInfo {
 /// States of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum MigrationState {
+#[schemars(rename = "MigrationState")]
+pub(crate) enum MigrationStatus {
     /// There was none.
     #[default]
     None,
@@ -152,7 +154,7 @@ pub(crate) enum MigrationState {
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct MigrationInfo {
     /// Its state.
-    pub(crate) status: MigrationState,
+    pub(crate) status: MigrationStatus,
     /// `"outgoing"` or `"incoming"`.
     pub(crate) direction: Option<String>,
     /// Phase, `"P1"` to `"P9"`.
@@ -225,7 +227,8 @@ const MIGRATION_PASS: &str = "MIGRATION_PASS";
 
 /// Something that happened.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-pub(crate) struct Event {
+#[schemars(rename = "Event")]
+pub(crate) struct ControlEvent {
     /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`.
     pub(crate) event: String,
     /// What it is about.
@@ -244,7 +247,7 @@ pub(crate) struct Timestamp {
     pub(crate) microseconds: u32,
 }
 
-impl Event {
+impl ControlEvent {
     pub(crate) fn new(event: &str, data: Value) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Self {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::protocol::{Event, Request, Verb};
+use super::protocol::{ControlEvent, ControlRequest, ControlVerb};
 use super::refused::Refused;
 
 /// Longest request line: a client that sends more is told so and dropped.
@@ -22,7 +22,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Who answers requests.
 pub(crate) trait Handler: Send + Sync {
     /// Answers `verb`.
-    fn call(&self, verb: Verb, arguments: Value) -> Result<Value, Refused>;
+    fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused>;
 }
 
 /// Hands events to every client.
@@ -33,7 +33,7 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     /// Sends `event` to every client; one that cannot take it is dropped.
-    pub(crate) fn publish(&self, event: &Event) {
+    pub(crate) fn publish(&self, event: &ControlEvent) {
         let Ok(line) = serde_json::to_string(event) else { return };
         let clients = lock(&self.clients).clone();
         for client in clients {
@@ -50,7 +50,7 @@ impl Publisher {
 
 /// A control socket being served. Dropping it removes the socket file and ends its clients.
 #[derive(Debug)]
-pub(crate) struct Server {
+pub(crate) struct ControlServer {
     _place: Place,
     publisher: Publisher,
 }
@@ -70,9 +70,13 @@ impl Bound {
     }
 
     /// Serves it.
-    pub(crate) fn serve(self, handler: Arc<dyn Handler>, publisher: Publisher) -> std::io::Result<Server> {
+    pub(crate) fn serve(
+        self,
+        handler: Arc<dyn Handler>,
+        publisher: Publisher,
+    ) -> std::io::Result<ControlServer> {
         let Self { place, listener } = self;
-        let server = Server { _place: place, publisher: publisher.clone() };
+        let server = ControlServer { _place: place, publisher: publisher.clone() };
         std::thread::Builder::new().name("control".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
                 admit(stream, &handler, &publisher);
@@ -82,7 +86,7 @@ impl Bound {
     }
 }
 
-impl Drop for Server {
+impl Drop for ControlServer {
     fn drop(&mut self) {
         for client in lock(&self.publisher.clients).drain(..) {
             let _ = lock(&client).shutdown(std::net::Shutdown::Both);
@@ -148,7 +152,7 @@ fn answer(line: &[u8], handler: &dyn Handler) -> Value {
     };
     // The id comes back whatever it is and whatever the rest of the line is worth.
     let id = line.as_object_mut().and_then(|members| members.remove("id"));
-    let request: Request = match serde_json::from_value(line) {
+    let request: ControlRequest = match serde_json::from_value(line) {
         Ok(request) => request,
         Err(error) => return not_a_request(&error, id.as_ref()),
     };
@@ -231,24 +235,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::control::client::Client;
+    use crate::control::client::ControlClient;
 
     struct Echo;
 
     impl Handler for Echo {
-        fn call(&self, verb: Verb, arguments: Value) -> Result<Value, Refused> {
+        fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused> {
             match verb {
-                Verb::Query => Ok(arguments),
+                ControlVerb::Query => Ok(arguments),
                 _ => Err(Refused::new("GenericError", "no")),
             }
         }
     }
 
-    fn bind(path: &Path, publisher: Publisher) -> std::io::Result<Server> {
+    fn bind(path: &Path, publisher: Publisher) -> std::io::Result<ControlServer> {
         Bound::at(path)?.serve(Arc::new(Echo), publisher)
     }
 
-    fn served() -> (tempfile::TempDir, std::path::PathBuf, Server, Publisher) {
+    fn served() -> (tempfile::TempDir, std::path::PathBuf, ControlServer, Publisher) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control");
         let publisher = Publisher::default();
@@ -259,10 +263,10 @@ mod test {
     #[test]
     fn answers_refuses_and_publishes() {
         let (_dir, path, _server, publisher) = served();
-        let mut client = Client::connect(&path, Duration::from_secs(5)).unwrap();
-        assert_eq!(client.call(Verb::Query, json!({"a": 1})).unwrap(), json!({"a": 1}));
-        assert!(client.call(Verb::Quit, Value::Null).unwrap_err().to_string().contains("no"));
-        publisher.publish(&Event::new("STOP", Value::Null));
+        let mut client = ControlClient::connect(&path, Duration::from_secs(5)).unwrap();
+        assert_eq!(client.call(ControlVerb::Query, json!({"a": 1})).unwrap(), json!({"a": 1}));
+        assert!(client.call(ControlVerb::Quit, Value::Null).unwrap_err().to_string().contains("no"));
+        publisher.publish(&ControlEvent::new("STOP", Value::Null));
         assert_eq!(client.next_event(Duration::from_secs(5)).unwrap().unwrap().event, "STOP");
     }
 

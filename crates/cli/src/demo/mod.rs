@@ -6,22 +6,22 @@ pub(crate) mod report;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use report::{Bytes, CaughtBy, Outcome, Pids};
+use report::{CaughtBy, DemoBytes, DemoOutcome, Pids};
 use serde_json::{Value, json};
 use vfio_migration_vmm::machine::kvm_answers;
 
 use self::processes::Process;
 pub(crate) use report::{Counts, DemoReport};
 
-use crate::args::serve::{Break, Demo, Transport};
-use crate::control::client::{Client, ClientError};
+use crate::args::serve::{Break, DemoCommand, DemoTransport};
+use crate::control::client::{ControlClient, ControlError};
 use crate::control::guest::{GuestInfo, STAGE_RUNNING};
-use crate::control::protocol::{MigrateArguments, MigrationInfo, MigrationState, StatusReport, Verb};
-use crate::exit::{Exit, Failure};
-use crate::interrupt::Interrupt;
+use crate::control::protocol::{ControlVerb, MigrateArguments, MigrationInfo, MigrationStatus, StatusReport};
+use crate::exit::{CliError, Exit};
+use crate::interrupt::UserInterrupt;
 use crate::move_options::{MoveOptions, SwitchoverOptions};
-use crate::output::{Progress, Waiting};
-use crate::output::{print, print_json, say};
+use crate::output::{ProgressDisplay, WaitingDisplay};
+use crate::output::{eprintln_line, print, print_json};
 use crate::words::check_memory;
 
 /// Longest wait for the guest to boot and to have something worth moving.
@@ -32,7 +32,7 @@ const JUDGEMENT: Duration = Duration::from_secs(120);
 const INTERRUPT_PATIENCE: Duration = Duration::from_millis(1600);
 
 /// Runs the demo and prints its report.
-pub(crate) fn run(options: &Demo, interrupt: &Interrupt) -> Result<Exit, Failure> {
+pub(crate) fn run(options: &DemoCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let kvm = !options.software && kvm_answers().is_ok();
     let guest = if kvm { "kvm" } else { "software" };
     let mut report = DemoReport::begun(options.transport.name(), guest);
@@ -43,8 +43,8 @@ pub(crate) fn run(options: &Demo, interrupt: &Interrupt) -> Result<Exit, Failure
         Ok(exit) => exit,
         // A program that asked for JSON gets JSON, whatever happened.
         Err(failure) if options.json => {
-            say(format_args!("vfio-migrate: {failure}"));
-            report.outcome = Outcome::Failed;
+            eprintln_line(format_args!("vfio-migrate: {failure}"));
+            report.outcome = DemoOutcome::Failed;
             report.verified = false;
             report.error = Some(failure.text);
             failure.exit
@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Demo, interrupt: &Interrupt) -> Result<Exit, Failure
 }
 
 /// Refuses sizes that cannot be, before anything is started.
-fn check(options: &Demo) -> Result<(), Failure> {
+fn check(options: &DemoCommand) -> Result<(), CliError> {
     check_memory(options.memory)?;
     let device = vfio_migration_sim::Options {
         state_size: options.device_state,
@@ -68,15 +68,15 @@ fn check(options: &Demo) -> Result<(), Failure> {
         precopy: !options.no_precopy,
         ..Default::default()
     };
-    device.check().map_err(|error| Failure::new(Exit::Usage, format!("--device-state: {error}")))
+    device.check().map_err(|error| CliError::new(Exit::Usage, format!("--device-state: {error}")))
 }
 
 /// Everything that a demo set up.
 struct Stage<'a> {
-    options: &'a Demo,
-    interrupt: &'a Interrupt,
-    source: (Process, Client),
-    destination: (Process, Client),
+    options: &'a DemoCommand,
+    interrupt: &'a UserInterrupt,
+    source: (Process, ControlClient),
+    destination: (Process, ControlClient),
     _devices: Vec<Process>,
     // Last, so that the processes have left before their sockets go.
     _dir: tempfile::TempDir,
@@ -84,11 +84,15 @@ struct Stage<'a> {
 
 impl<'a> Stage<'a> {
     /// Starts everything. `pids` gets each process as it starts.
-    fn set(options: &'a Demo, interrupt: &'a Interrupt, pids: &mut Pids) -> Result<Self, Failure> {
+    fn set(
+        options: &'a DemoCommand,
+        interrupt: &'a UserInterrupt,
+        pids: &mut Pids,
+    ) -> Result<Self, CliError> {
         let dir = tempfile::Builder::new()
             .prefix("vfio-migrate-demo-")
             .tempdir()
-            .map_err(|error| Failure::caused("cannot make a folder for the sockets", &error))?;
+            .map_err(|error| CliError::caused("cannot make a folder for the sockets", &error))?;
         let sides = [Side::new(options, dir.path(), "source"), Side::new(options, dir.path(), "destination")];
         let mut devices = Vec::new();
         for side in &sides {
@@ -101,7 +105,7 @@ impl<'a> Stage<'a> {
             }
         }
         let uuid = uuid::Uuid::new_v4().to_string();
-        let [source, destination] = sides.map(|side| -> Result<_, Failure> {
+        let [source, destination] = sides.map(|side| -> Result<_, CliError> {
             let mut process = Process::start(&format!("{} VM", side.name), &side.vm(&uuid))?;
             let pid = if side.is_source() { &mut pids.source } else { &mut pids.destination };
             *pid = process.pid();
@@ -118,11 +122,11 @@ impl<'a> Stage<'a> {
         })
     }
 
-    fn play(mut self, report: &mut DemoReport) -> Result<Exit, Failure> {
+    fn play(mut self, report: &mut DemoReport) -> Result<Exit, CliError> {
         let status = query(&mut self.source.1)?.vm;
         report.guest.clone_from(&status.guest);
         if status.guest == "software" && !self.options.software {
-            say(
+            eprintln_line(
                 "NO KVM: /dev/kvm does not answer on this host, so the software guest runs the same driver and the same \
                  checks instead.",
             );
@@ -132,7 +136,7 @@ impl<'a> Stage<'a> {
         let uri = query(&mut self.destination.1)?
             .vm
             .incoming
-            .ok_or_else(|| Failure::failed("the destination VM does not wait for a guest"))?;
+            .ok_or_else(|| CliError::failed("the destination VM does not wait for a guest"))?;
         let began = Instant::now();
         let outgoing = self.migrate(&uri)?;
         let total_ms = began.elapsed().as_secs_f64() * 1e3;
@@ -140,7 +144,7 @@ impl<'a> Stage<'a> {
         report.downtime_ms = outgoing.downtime_ms;
         report.verify_ms = outgoing.verify_ms;
         report.iterations = outgoing.iterations;
-        report.bytes = Bytes {
+        report.bytes = DemoBytes {
             ram: outgoing.transferred.ram,
             device_precopy: outgoing.transferred.device_precopy,
             device_stopcopy: outgoing.transferred.device_stopcopy,
@@ -150,12 +154,12 @@ impl<'a> Stage<'a> {
         report.phases.clone_from(&outgoing.phases);
         report.error.clone_from(&outgoing.error);
         match outgoing.status {
-            MigrationState::Completed => self.judge_arrival(&before, report)?,
-            MigrationState::Cancelled | MigrationState::Failed => self.judge_return(&outgoing, report)?,
+            MigrationStatus::Completed => self.judge_arrival(&before, report)?,
+            MigrationStatus::Cancelled | MigrationStatus::Failed => self.judge_return(&outgoing, report)?,
             _ => {}
         }
         // A VM that dies afterwards, or a digest that differs, is no success whatever the guest says.
-        report.verified = report.outcome == Outcome::Completed
+        report.verified = report.outcome == DemoOutcome::Completed
             && !report.lost.any()
             && report.error.is_none()
             && report.ram_digest_match != Some(false)
@@ -163,7 +167,7 @@ impl<'a> Stage<'a> {
             && self.destination.0.alive();
         let exit = match outgoing.status {
             _ if report.verified => Exit::Done,
-            MigrationState::Unresolved => Exit::Unresolved,
+            MigrationStatus::Unresolved => Exit::Unresolved,
             _ if outgoing.incompatible => Exit::Incompatible,
             _ => Exit::Failed,
         };
@@ -171,14 +175,14 @@ impl<'a> Stage<'a> {
     }
 
     /// Until the driver runs, every page area has been walked once, and blocks flow.
-    fn warm_up(&mut self) -> Result<(), Failure> {
+    fn warm_up(&mut self) -> Result<(), CliError> {
         let options = self.options;
-        let waiting = Waiting::new(!options.json, "the guest boots and starts its work");
+        let waiting = WaitingDisplay::new(!options.json, "the guest boots and starts its work");
         until(self.interrupt, WARM_UP, "the guest to start its work", || {
             waiting.tick();
             let info = guest(&mut self.source.1)?;
             if info.stage > STAGE_RUNNING || info.failure != 0 {
-                return Err(Failure::failed(format!(
+                return Err(CliError::failed(format!(
                     "the guest failed to start (code {:#x}, detail {:#x})",
                     info.failure, info.failure_detail
                 )));
@@ -188,7 +192,7 @@ impl<'a> Stage<'a> {
         })
     }
 
-    fn migrate(&mut self, uri: &str) -> Result<MigrationInfo, Failure> {
+    fn migrate(&mut self, uri: &str) -> Result<MigrationInfo, CliError> {
         // Digests would notice a sabotage before the guest can: it is to act below them, unless asked otherwise.
         let verify = self.options.sabotage.is_none() || self.options.strict;
         // A sabotage needs something to spoil: the guest is to write what the first copy cannot have held.
@@ -207,30 +211,30 @@ impl<'a> Stage<'a> {
         };
         self.source
             .1
-            .call(Verb::Migrate, json!(arguments))
-            .map_err(|error| Failure::caused("the source VM refused to migrate", &error))?;
-        let mut progress = Progress::new(!self.options.json);
+            .call(ControlVerb::Migrate, json!(arguments))
+            .map_err(|error| CliError::caused("the source VM refused to migrate", &error))?;
+        let mut progress = ProgressDisplay::new(!self.options.json);
         let mut copied: Option<GuestInfo> = None;
         let mut info = query(&mut self.source.1)?.migration;
         loop {
-            progress.show(&info);
-            if !matches!(info.status, MigrationState::Active | MigrationState::PreSwitchover) {
+            progress.update(&info);
+            if !matches!(info.status, MigrationStatus::Active | MigrationStatus::PreSwitchover) {
                 return Ok(info);
             }
-            if spoil && info.status == MigrationState::PreSwitchover {
+            if spoil && info.status == MigrationStatus::PreSwitchover {
                 let now = guest(&mut self.source.1)?;
                 let then = copied.get_or_insert(now);
                 // A refusal says that it does not wait this very moment: asked again if it does once more.
                 if self.has_worked(then, &now)
-                    && let Err(error) = self.source.1.call(Verb::MigrateContinue, Value::Null)
-                    && !matches!(error, ClientError::Refused(_))
+                    && let Err(error) = self.source.1.call(ControlVerb::MigrateContinue, Value::Null)
+                    && !matches!(error, ControlError::Refused(_))
                 {
-                    return Err(Failure::caused("lost the source VM", &error));
+                    return Err(CliError::caused("lost the source VM", &error));
                 }
             }
             self.interrupt.check()?;
             let news = self.source.1.next_migration(Duration::from_millis(100));
-            if let Some(news) = news.map_err(|error| Failure::caused("lost the source VM", &error))? {
+            if let Some(news) = news.map_err(|error| CliError::caused("lost the source VM", &error))? {
                 info = news;
             }
         }
@@ -244,12 +248,13 @@ impl<'a> Stage<'a> {
     }
 
     /// The guest has moved: let it look at everything, then hear what it found.
-    fn judge_arrival(&mut self, before: &GuestInfo, report: &mut DemoReport) -> Result<(), Failure> {
-        report.outcome = Outcome::Completed;
+    fn judge_arrival(&mut self, before: &GuestInfo, report: &mut DemoReport) -> Result<(), CliError> {
+        report.outcome = DemoOutcome::Completed;
         let arrived = guest(&mut self.destination.1)?;
         let began = Instant::now();
         let devices = self.options.devices;
-        let waiting = Waiting::new(!self.options.json, "the guest, moved, checks everything it ever wrote");
+        let waiting =
+            WaitingDisplay::new(!self.options.json, "the guest, moved, checks everything it ever wrote");
         let verdict =
             until(self.interrupt, JUDGEMENT, "the guest to check everything after the move", || {
                 waiting.tick();
@@ -287,18 +292,18 @@ impl<'a> Stage<'a> {
     }
 
     /// The migration did not complete: the guest must go on at the source, with nothing lost.
-    fn judge_return(&mut self, outgoing: &MigrationInfo, report: &mut DemoReport) -> Result<(), Failure> {
+    fn judge_return(&mut self, outgoing: &MigrationInfo, report: &mut DemoReport) -> Result<(), CliError> {
         let back = guest(&mut self.source.1)?;
         let goes_on =
             until(self.interrupt, Duration::from_secs(10), "the guest to go on at the source", || {
                 Ok(guest(&mut self.source.1)?.loops > back.loops + 10)
             });
         let now = guest(&mut self.source.1)?;
-        report.outcome = if goes_on.is_ok() { Outcome::Aborted } else { Outcome::Failed };
+        report.outcome = if goes_on.is_ok() { DemoOutcome::Aborted } else { DemoOutcome::Failed };
         report.checked = Counts::checked(&now);
         report.lost = Counts::lost(&now);
         report.spurious_interrupts = now.spurious;
-        if self.options.sabotage.is_some() && outgoing.status == MigrationState::Failed {
+        if self.options.sabotage.is_some() && outgoing.status == MigrationStatus::Failed {
             report.caught_by = Some(CaughtBy::Engine);
         }
         Ok(())
@@ -307,7 +312,7 @@ impl<'a> Stage<'a> {
 
 /// One side of the demo: where its sockets are and how its processes are called.
 struct Side<'a> {
-    options: &'a Demo,
+    options: &'a DemoCommand,
     name: &'static str,
     control: PathBuf,
     listen: PathBuf,
@@ -316,7 +321,7 @@ struct Side<'a> {
 }
 
 impl<'a> Side<'a> {
-    fn new(options: &'a Demo, dir: &Path, name: &'static str) -> Self {
+    fn new(options: &'a DemoCommand, dir: &Path, name: &'static str) -> Self {
         // The order of two devices can only be got wrong with two devices.
         let count =
             if options.sabotage == Some(Break::P2pOrder) { options.devices.max(2) } else { options.devices };
@@ -377,8 +382,8 @@ impl<'a> Side<'a> {
         }
         if !self.is_source() {
             let uri = match options.transport {
-                Transport::Tcp => "tcp:127.0.0.1:0".into(),
-                Transport::Unix => format!("unix:{}", self.listen.display()),
+                DemoTransport::Tcp => "tcp:127.0.0.1:0".into(),
+                DemoTransport::Unix => format!("unix:{}", self.listen.display()),
             };
             arguments.extend(["--incoming".into(), uri]);
         }
@@ -401,29 +406,29 @@ fn strings(words: &[&str]) -> Vec<String> {
 }
 
 /// What a VM of the demo says of itself and of its migration.
-fn query(client: &mut Client) -> Result<StatusReport, Failure> {
-    client.query().map_err(|error| Failure::caused("a VM of the demo is lost", &error))
+fn query(client: &mut ControlClient) -> Result<StatusReport, CliError> {
+    client.query().map_err(|error| CliError::caused("a VM of the demo is lost", &error))
 }
 
-fn guest(client: &mut Client) -> Result<GuestInfo, Failure> {
-    let report = client.call(Verb::QueryGuest, Value::Null);
-    let report = report.map_err(|error| Failure::caused("a VM of the demo is lost", &error))?;
+fn guest(client: &mut ControlClient) -> Result<GuestInfo, CliError> {
+    let report = client.call(ControlVerb::QueryGuest, Value::Null);
+    let report = report.map_err(|error| CliError::caused("a VM of the demo is lost", &error))?;
     serde_json::from_value(report)
-        .map_err(|error| Failure::caused("a VM of the demo answers nonsense", &error))
+        .map_err(|error| CliError::caused("a VM of the demo answers nonsense", &error))
 }
 
 /// Polls `done` until it holds.
 fn until(
-    interrupt: &Interrupt,
+    interrupt: &UserInterrupt,
     patience: Duration,
     what: &str,
-    mut done: impl FnMut() -> Result<bool, Failure>,
-) -> Result<(), Failure> {
+    mut done: impl FnMut() -> Result<bool, CliError>,
+) -> Result<(), CliError> {
     let deadline = Instant::now() + patience;
     while !done()? {
         interrupt.check()?;
         if Instant::now() > deadline {
-            return Err(Failure::failed(format!("waited {} s in vain for {what}", patience.as_secs())));
+            return Err(CliError::failed(format!("waited {} s in vain for {what}", patience.as_secs())));
         }
         std::thread::sleep(Duration::from_millis(10));
     }

@@ -6,9 +6,9 @@ use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::control::client::Client;
-use crate::exit::{Exit, Failure};
-use crate::output::say;
+use crate::control::client::ControlClient;
+use crate::exit::{CliError, Exit};
+use crate::output::eprintln_line;
 
 /// Longest wait for a child to come up, or to leave.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -26,23 +26,23 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts `vfio-migrate ARGUMENTS`, whose messages go to our stderr.
-    pub(crate) fn start(name: &str, arguments: &[String]) -> Result<Self, Failure> {
+    pub(crate) fn start(name: &str, arguments: &[String]) -> Result<Self, CliError> {
         let program =
-            std::env::current_exe().map_err(|error| Failure::caused("cannot find this program", &error))?;
+            std::env::current_exe().map_err(|error| CliError::caused("cannot find this program", &error))?;
         let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|error| Failure::caused(&format!("cannot start the {name}"), &error))?;
+            .map_err(|error| CliError::caused(&format!("cannot start the {name}"), &error))?;
         let stdin = child.stdin.take();
         let mut process = Self { name: name.into(), child, stdin, messages: None };
         if let Some(stderr) = process.child.stderr.take() {
             let thread = std::thread::Builder::new().name("messages".into());
             let spawned = thread.spawn(move || pass_on(stderr));
             process.messages =
-                Some(spawned.map_err(|error| Failure::caused("cannot make a thread", &error))?);
+                Some(spawned.map_err(|error| CliError::caused("cannot make a thread", &error))?);
         }
         Ok(process)
     }
@@ -53,16 +53,16 @@ impl Process {
     }
 
     /// Waits until the process listens at `socket` and answers, and connects to its control socket.
-    pub(crate) fn control(&mut self, socket: &Path) -> Result<Client, Failure> {
-        self.until(socket, || Client::connect(socket, PATIENCE).ok())
+    pub(crate) fn control(&mut self, socket: &Path) -> Result<ControlClient, CliError> {
+        self.until(socket, || ControlClient::connect(socket, PATIENCE).ok())
     }
 
     /// Waits until a socket file is there.
-    pub(crate) fn listening(&mut self, socket: &Path) -> Result<(), Failure> {
+    pub(crate) fn listening(&mut self, socket: &Path) -> Result<(), CliError> {
         self.until(socket, || socket.exists().then_some(()))
     }
 
-    fn until<T>(&mut self, socket: &Path, mut ready: impl FnMut() -> Option<T>) -> Result<T, Failure> {
+    fn until<T>(&mut self, socket: &Path, mut ready: impl FnMut() -> Option<T>) -> Result<T, CliError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(value) = ready() {
@@ -72,7 +72,7 @@ impl Process {
                 return Err(self.ended(status));
             }
             if Instant::now() > deadline {
-                return Err(Failure::failed(format!(
+                return Err(CliError::failed(format!(
                     "the {} does not listen at {}",
                     self.name,
                     socket.display()
@@ -83,7 +83,7 @@ impl Process {
     }
 
     /// Why it ended before it was ready: in its own words, and with its own exit code.
-    fn ended(&mut self, status: ExitStatus) -> Failure {
+    fn ended(&mut self, status: ExitStatus) -> CliError {
         let last = self.messages.take().and_then(|thread| thread.join().ok()).unwrap_or_default();
         let reason = match last.strip_prefix("vfio-migrate: ").unwrap_or(&last) {
             "" => status.to_string(),
@@ -95,7 +95,7 @@ impl Process {
             Some(4) => Exit::Unresolved,
             _ => Exit::Failed,
         };
-        Failure::new(exit, format!("the {} ended at once: {reason}", self.name))
+        CliError::new(exit, format!("the {} ended at once: {reason}", self.name))
     }
 
     /// Whether it still runs.
@@ -131,7 +131,7 @@ fn pass_on(stderr: ChildStderr) -> String {
     // What is no text is shown as well as it can be; an error is an end.
     while reader.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
         last = String::from_utf8_lossy(&line).trim_end().to_owned();
-        say(&last);
+        eprintln_line(&last);
         line.clear();
     }
     last

@@ -5,13 +5,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::PhaseInfo;
-use crate::units::show_size;
+use crate::units::format_size;
 
 /// How a demo went.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct DemoReport {
     /// `"completed"`, `"aborted"` (the guest went on at the source) or `"failed"`.
-    pub(crate) outcome: Outcome,
+    pub(crate) outcome: DemoOutcome,
     /// The guest moved and lost nothing, and every check that was asked for agrees.
     pub(crate) verified: bool,
     /// `"kvm"` or `"software"`.
@@ -32,7 +32,7 @@ pub(crate) struct DemoReport {
     /// Iterations of pre-copy.
     pub(crate) iterations: u32,
     /// Payload bytes on the wire.
-    pub(crate) bytes: Bytes,
+    pub(crate) bytes: DemoBytes,
     /// What the guest checked after it had moved, and before, all in all.
     pub(crate) checked: Counts,
     /// What it found lost.
@@ -54,7 +54,8 @@ pub(crate) struct DemoReport {
 /// How the migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Outcome {
+#[schemars(rename = "Outcome")]
+pub(crate) enum DemoOutcome {
     /// The guest runs at the destination.
     Completed,
     /// It goes on at the source.
@@ -86,7 +87,8 @@ pub(crate) struct Pids {
 
 /// Payload bytes.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
-pub(crate) struct Bytes {
+#[schemars(rename = "Bytes")]
+pub(crate) struct DemoBytes {
     /// RAM; zero pages not counted.
     pub(crate) ram: u64,
     /// Device state while the guest ran.
@@ -127,7 +129,7 @@ impl DemoReport {
     /// A run that has come to nothing yet.
     pub(crate) fn begun(transport: &str, guest: &str) -> Self {
         Self {
-            outcome: Outcome::Failed,
+            outcome: DemoOutcome::Failed,
             verified: false,
             guest: guest.into(),
             transport: transport.into(),
@@ -137,7 +139,7 @@ impl DemoReport {
             guest_gap_ms: None,
             verify_ms: 0.0,
             iterations: 0,
-            bytes: Bytes::default(),
+            bytes: DemoBytes::default(),
             checked: Counts::default(),
             lost: Counts::default(),
             spurious_interrupts: 0,
@@ -170,9 +172,9 @@ impl DemoReport {
             "moved",
             format!(
                 "{} RAM, {} device state live, {} stopped",
-                show_size(self.bytes.ram),
-                show_size(self.bytes.device_precopy),
-                show_size(self.bytes.device_stopcopy)
+                format_size(self.bytes.ram),
+                format_size(self.bytes.device_precopy),
+                format_size(self.bytes.device_stopcopy)
             ),
         );
         for (name, counts) in [("checked", &self.checked), ("lost", &self.lost)] {
@@ -197,9 +199,9 @@ impl DemoReport {
         }
         let verdict = match (self.verified, self.outcome) {
             (true, _) => "VERIFIED: the guest moved live and lost nothing",
-            (false, Outcome::Completed) => "NOT VERIFIED: the guest moved, and something was lost",
-            (false, Outcome::Aborted) => "ABORTED: the guest goes on at the source",
-            (false, Outcome::Failed) => "FAILED",
+            (false, DemoOutcome::Completed) => "NOT VERIFIED: the guest moved, and something was lost",
+            (false, DemoOutcome::Aborted) => "ABORTED: the guest goes on at the source",
+            (false, DemoOutcome::Failed) => "FAILED",
         };
         format!("{verdict}\n{text}")
     }

@@ -7,26 +7,26 @@ use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels}
 use vfio_migration_device::host::{read_text, scan, version};
 use vfio_migration_vmm::kvm::offered_features;
 
-use crate::args::ask::{Describe, Format};
-use crate::exit::{Exit, Failure, chain};
+use crate::args::ask::{DescribeCommand, Format};
+use crate::exit::{CliError, Exit, chain};
 use crate::output::print;
-use crate::probe::Local;
-use crate::subject::{self, Subject, own_id};
+use crate::probe::HostAccess;
+use crate::side::{self, CheckSide, own_id};
 use crate::words::read_capped;
 
 /// Longest file of procfs that is read here, in bytes.
 const PROC_MAX: u64 = 64 << 10;
 
-pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
-    let local = Local { roots: options.root.roots(), probe: options.probe };
+pub(crate) fn run(options: &DescribeCommand) -> Result<Exit, CliError> {
+    let local = HostAccess { roots: options.root.roots(), probe: options.probe };
     let mut document = match &options.device {
-        Some(text) => match subject::subject(text, options.name.as_deref(), &local)? {
-            Subject::Known(document, _) => document,
-            Subject::Receiver(uri) => {
+        Some(text) => match side::resolve(text, options.name.as_deref(), &local)? {
+            CheckSide::Known(document, _) => document,
+            CheckSide::Receiver(uri) => {
                 let text = format!(
                     "{uri} is the address of a receiver: `check` asks it; its `vm:SOCKET` can be described"
                 );
-                return Err(Failure::new(Exit::Usage, text));
+                return Err(CliError::new(Exit::Usage, text));
             }
         },
         None => host(options.name.as_deref(), &local)?.into(),
@@ -35,8 +35,8 @@ pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
         let bytes = read_capped(path, SiteFacts::MAX_BYTES)?;
         let shown = path.display().to_string();
         let facts =
-            SiteFacts::parse(&bytes, &shown).map_err(|error| Failure::caused("no site file", &error))?;
-        document = facts.fill(&document).map_err(|error| Failure::caused(&shown, &error))?;
+            SiteFacts::parse(&bytes, &shown).map_err(|error| CliError::caused("no site file", &error))?;
+        document = facts.fill(&document).map_err(|error| CliError::caused(&shown, &error))?;
     }
     let text = render(&document, options.format)?;
     match &options.output {
@@ -46,13 +46,13 @@ pub(crate) fn run(options: &Describe) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-fn render(document: &Document, format: Format) -> Result<String, Failure> {
+fn render(document: &Document, format: Format) -> Result<String, CliError> {
     let json = |value: serde_json::Result<String>| {
-        value.map(|text| text + "\n").map_err(|error| Failure::caused("cannot write JSON", &error))
+        value.map(|text| text + "\n").map_err(|error| CliError::caused("cannot write JSON", &error))
     };
     let needs = |what: &str| {
-        let text = format!("this format is of {what}, and this is {}", subject::kind(&document.manifest));
-        Failure::new(Exit::Usage, text)
+        let text = format!("this format is of {what}, and this is {}", side::kind(&document.manifest));
+        CliError::new(Exit::Usage, text)
     };
     match (format, &document.manifest) {
         (Format::Manifest, _) => Ok(document.to_json()),
@@ -73,7 +73,7 @@ fn render(document: &Document, format: Format) -> Result<String, Failure> {
 }
 
 /// This host, with what of its devices VFIO drivers have.
-fn host(name: Option<&str>, local: &Local) -> Result<HostManifest, Failure> {
+fn host(name: Option<&str>, local: &HostAccess) -> Result<HostManifest, CliError> {
     let roots = &local.roots;
     let found = scan(roots);
     for problem in &found.problems {
@@ -84,7 +84,7 @@ fn host(name: Option<&str>, local: &Local) -> Result<HostManifest, Failure> {
         .iter()
         .filter(|device| device.vfio)
         .map(|device| Ok(local.manifest(device, own_id(None, &device.name)?)))
-        .collect::<Result<Vec<_>, Failure>>()?;
+        .collect::<Result<Vec<_>, CliError>>()?;
     let own_name = || {
         let name = read_text(&roots.proc.join("sys/kernel/hostname"), PROC_MAX).ok();
         name.filter(|name| !name.is_empty()).unwrap_or_else(|| "host".into())
@@ -113,9 +113,9 @@ fn memory(proc: &Path) -> Option<u64> {
 }
 
 /// Writes the file whole, or not at all.
-fn write(path: &Path, text: &str) -> Result<(), Failure> {
+fn write(path: &Path, text: &str) -> Result<(), CliError> {
     let failed =
-        |error: &(dyn std::error::Error + 'static)| Failure::caused(&path.display().to_string(), error);
+        |error: &(dyn std::error::Error + 'static)| CliError::caused(&path.display().to_string(), error);
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(|error| failed(&error))?;
     file.write_all(text.as_bytes()).map_err(|error| failed(&error))?;

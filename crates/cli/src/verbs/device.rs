@@ -2,12 +2,12 @@
 
 use vfio_migration_sim::{Fault, Options, serve};
 
-use crate::args::serve::Device;
-use crate::exit::{Exit, Failure};
+use crate::args::serve::DeviceCommand;
+use crate::exit::{CliError, Exit};
 use crate::interrupt;
 
-pub(crate) fn run(options: &Device) -> Result<Exit, Failure> {
-    let usage = |text: String| Failure::new(Exit::Usage, text);
+pub(crate) fn run(options: &DeviceCommand) -> Result<Exit, CliError> {
+    let usage = |text: String| CliError::new(Exit::Usage, text);
     let faults = options
         .fault
         .iter()
@@ -38,11 +38,11 @@ pub(crate) fn run(options: &Device) -> Result<Exit, Failure> {
         ..Options::default()
     };
     device.check().map_err(|error| usage(error.to_string()))?;
-    let stop = vfio_user_peer::StopHandle::new().map_err(|error| Failure::caused("cannot begin", &error))?;
+    let stop = vfio_user_peer::StopHandle::new().map_err(|error| CliError::caused("cannot begin", &error))?;
     let ended = stop.clone();
     interrupt::on_end(options.exit_with_stdin, move || ended.stop())?;
     serve(&options.socket, device, &stop)
-        .map_err(|error| Failure::caused(&format!("cannot serve {}", options.socket.display()), &error))?;
+        .map_err(|error| CliError::caused(&format!("cannot serve {}", options.socket.display()), &error))?;
     Ok(Exit::Done)
 }
 

@@ -15,11 +15,11 @@ use vfio_migration_device::Device;
 use vfio_migration_types::{DeviceId, MigrationState};
 use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
 
-use crate::args::moves::{Restore, Save};
-use crate::exit::{Exit, Failure, chain};
-use crate::interrupt::Interrupt;
-use crate::output::{Progress, print, print_json};
-use crate::units::show_size;
+use crate::args::moves::{RestoreCommand, SaveCommand};
+use crate::exit::{CliError, Exit, chain};
+use crate::interrupt::UserInterrupt;
+use crate::output::{ProgressDisplay, print, print_json};
+use crate::units::format_size;
 
 /// How often progress is looked at, and Ctrl-C.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -84,30 +84,30 @@ pub(crate) struct ArcReport {
 }
 
 /// `save --device`.
-pub(crate) fn save(options: &Save, device: &str, interrupt: &Interrupt) -> Result<Exit, Failure> {
+pub(crate) fn save(options: &SaveCommand, device: &str, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let config = parse(device, None)?;
     let mut how = SaveDeviceOptions::default();
     (how.force, how.stop_copy_only) = (options.options.force, options.stop_copy_only);
     let doing = format!("cannot save {device}");
     let report = watch(interrupt, !options.json, "saved", |control| {
-        let device = open_alone(&config).map_err(|error| Failure::caused(&doing, &error))?;
+        let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
         interrupt.check()?;
         let report = save_device(&device, &options.output, how, control);
         Ok(report.map_err(|error| failed(&doing, &error))?.into())
     })?;
-    show(&report, options.json, "saved into")
+    print_report(&report, options.json, "saved into")
 }
 
 /// `restore`.
-pub(crate) fn restore(options: &Restore, interrupt: &Interrupt) -> Result<Exit, Failure> {
+pub(crate) fn restore(options: &RestoreCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     // Nonsense is said before a file is read.
     parse(&options.device, None)?;
     let doing = format!("cannot restore {} into {}", options.file.display(), options.device);
     let report = watch(interrupt, !options.json, "loaded", |control| {
-        let snapshot = Snapshot::open(&options.file).map_err(|error| Failure::caused(&doing, &error))?;
+        let snapshot = Snapshot::open(&options.file).map_err(|error| CliError::caused(&doing, &error))?;
         let config = fitting(&snapshot, options)?;
         interrupt.check()?;
-        let device = open_alone(&config).map_err(|error| Failure::caused(&doing, &error))?;
+        let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
         interrupt.check()?;
         match &options.save_again {
             None => {
@@ -121,7 +121,7 @@ pub(crate) fn restore(options: &Restore, interrupt: &Interrupt) -> Result<Exit, 
             }
         }
     })?;
-    show(&report, options.json, "restored from")
+    print_report(&report, options.json, "restored from")
 }
 
 fn stopped(leave_stopped: bool) -> RestoreDeviceOptions {
@@ -137,7 +137,7 @@ fn save_again(
     file: &Path,
     leave_stopped: bool,
     control: &DeviceControl,
-) -> Result<DeviceFileReport, Failure> {
+) -> Result<DeviceFileReport, CliError> {
     let doing = format!("cannot save it again into {}", file.display());
     let mut again = save_device(device, file, SaveDeviceOptions::default(), control)
         .map_err(|error| failed(&doing, &error))?;
@@ -150,16 +150,16 @@ fn save_again(
     if !leave_stopped {
         device
             .set_state(MigrationState::Running)
-            .map_err(|error| Failure::caused("it is loaded and saved again, and does not start", &error))?;
+            .map_err(|error| CliError::caused("it is loaded and saved again, and does not start", &error))?;
         report.left_in = MigrationState::Running.to_string();
     }
     Ok(report)
 }
 
 /// The device, by the name that the file gives it.
-fn fitting(snapshot: &Snapshot, options: &Restore) -> Result<DeviceConfig, Failure> {
+fn fitting(snapshot: &Snapshot, options: &RestoreCommand) -> Result<DeviceConfig, CliError> {
     let file = options.file.display();
-    let unfit = |text: String| Failure::new(Exit::Incompatible, text);
+    let unfit = |text: String| CliError::new(Exit::Incompatible, text);
     let Some(device) = snapshot.device() else {
         return Err(unfit(format!(
             "{file} holds the guest of a whole VM: `vfio-migrate vm --restore {file} …` brings it back"
@@ -175,8 +175,8 @@ fn fitting(snapshot: &Snapshot, options: &Restore) -> Result<DeviceConfig, Failu
     Ok(config)
 }
 
-fn parse(text: &str, name: Option<&DeviceId>) -> Result<DeviceConfig, Failure> {
-    let usage = |text: String| Failure::new(Exit::Usage, format!("--device: {text}"));
+fn parse(text: &str, name: Option<&DeviceId>) -> Result<DeviceConfig, CliError> {
+    let usage = |text: String| CliError::new(Exit::Usage, format!("--device: {text}"));
     let otherwise = match name {
         Some(name) => name.clone(),
         None => DeviceId::new(NAME).map_err(|error| usage(error.to_string()))?,
@@ -186,13 +186,13 @@ fn parse(text: &str, name: Option<&DeviceId>) -> Result<DeviceConfig, Failure> {
 
 /// Does `work` on a thread of its own, shows how far it is, and cancels it on Ctrl-C.
 fn watch(
-    interrupt: &Interrupt,
+    interrupt: &UserInterrupt,
     shown: bool,
     done: &str,
-    work: impl FnOnce(&DeviceControl) -> Result<DeviceFileReport, Failure> + Send,
-) -> Result<DeviceFileReport, Failure> {
+    work: impl FnOnce(&DeviceControl) -> Result<DeviceFileReport, CliError> + Send,
+) -> Result<DeviceFileReport, CliError> {
     let control = DeviceControl::default();
-    let mut progress = Progress::new(shown);
+    let mut progress = ProgressDisplay::new(shown);
     std::thread::scope(|scope| {
         let (ended, end) = channel::<()>();
         let of_thread = control.clone();
@@ -203,7 +203,7 @@ fn watch(
         });
         while end.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
             let (moved, left) = control.progress();
-            progress.show_bytes(done, moved, left);
+            progress.update_bytes(done, moved, left);
             if interrupt.requested() {
                 control.cancel();
             }
@@ -212,19 +212,19 @@ fn watch(
     })
 }
 
-fn failed(doing: &str, error: &DeviceFileError) -> Failure {
+fn failed(doing: &str, error: &DeviceFileError) -> CliError {
     match error {
-        DeviceFileError::Cancelled(fate) => Failure::failed(format!("interrupted; {fate}")),
+        DeviceFileError::Cancelled(fate) => CliError::failed(format!("interrupted; {fate}")),
         DeviceFileError::NotMigratable(_)
         | DeviceFileError::OtherDevice(_)
         | DeviceFileError::OfMachine { .. } => {
-            Failure::new(Exit::Incompatible, format!("{doing}: {}", chain(error)))
+            CliError::new(Exit::Incompatible, format!("{doing}: {}", chain(error)))
         }
-        error => Failure::caused(doing, error),
+        error => CliError::caused(doing, error),
     }
 }
 
-fn show(report: &DeviceFileReport, json: bool, how: &str) -> Result<Exit, Failure> {
+fn print_report(report: &DeviceFileReport, json: bool, how: &str) -> Result<Exit, CliError> {
     if json { print_json(report) } else { print(text(report, how)) }?;
     Ok(Exit::Done)
 }
@@ -281,11 +281,11 @@ fn text(report: &DeviceFileReport, how: &str) -> String {
         report.device,
         report.backend,
         report.file,
-        show_size(report.file_bytes),
+        format_size(report.file_bytes),
         report.left_in,
-        show_size(report.state_bytes),
-        show_size(report.precopy_bytes),
-        show_size(report.stopcopy_bytes),
+        format_size(report.state_bytes),
+        format_size(report.precopy_bytes),
+        format_size(report.stopcopy_bytes),
         report.total_ms
     );
     for arc in &report.arcs {

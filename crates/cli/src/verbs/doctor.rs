@@ -8,10 +8,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 
-use crate::args::ask::Doctor;
-use crate::exit::{Exit, Failure, chain};
+use crate::args::ask::DoctorCommand;
+use crate::exit::{CliError, Exit, chain};
 use crate::output::{print, print_json};
-use crate::units::show_size;
+use crate::units::format_size;
 
 /// CAP_IPC_LOCK (`include/uapi/linux/capability.h`): pins without limit.
 const CAP_IPC_LOCK: u32 = 14;
@@ -27,13 +27,14 @@ pub(crate) struct DoctorReport {
     /// A device served over vfio-user can.
     pub(crate) vfio_user: bool,
     /// The checks.
-    pub(crate) checks: Vec<Check>,
+    pub(crate) checks: Vec<HostCheck>,
 }
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Status {
+#[schemars(rename = "Status")]
+pub(crate) enum CheckStatus {
     /// As it should be.
     Ok,
     /// Migration works, but less well, or not for every device.
@@ -46,11 +47,12 @@ pub(crate) enum Status {
 
 /// A check.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-pub(crate) struct Check {
+#[schemars(rename = "Check")]
+pub(crate) struct HostCheck {
     /// Stable.
     pub(crate) id: String,
     /// How it ended.
-    pub(crate) status: Status,
+    pub(crate) status: CheckStatus,
     /// What was found.
     pub(crate) found: String,
     /// What it means for migration.
@@ -59,7 +61,7 @@ pub(crate) struct Check {
     pub(crate) fix: Option<String>,
 }
 
-pub(crate) fn run(options: &Doctor) -> Result<Exit, Failure> {
+pub(crate) fn run(options: &DoctorCommand) -> Result<Exit, CliError> {
     let roots = options.root.roots();
     let report = examine(&roots, options.memory);
     if options.json {
@@ -87,53 +89,61 @@ fn examine(roots: &Roots, memory: Option<u64>) -> DoctorReport {
     checks.push(hugepages(roots));
     checks.push(memlock(roots, memory));
     let memfd = memfd();
-    let vfio_user = memfd.status == Status::Ok;
+    let vfio_user = memfd.status == CheckStatus::Ok;
     checks.push(memfd);
-    let missing = checks.iter().any(|check| check.status == Status::Missing);
+    let missing = checks.iter().any(|check| check.status == CheckStatus::Missing);
     DoctorReport { kernel: release, kernel_devices: !missing, vfio_user, checks }
 }
 
-fn check(id: &str, status: Status, found: impl Into<String>, means: &str, fix: Option<&str>) -> Check {
-    let fix = fix.filter(|_| status != Status::Ok).map(Into::into);
-    Check { id: id.into(), status, found: found.into(), means: means.into(), fix }
+fn check(
+    id: &str,
+    status: CheckStatus,
+    found: impl Into<String>,
+    means: &str,
+    fix: Option<&str>,
+) -> HostCheck {
+    let fix = fix.filter(|_| status != CheckStatus::Ok).map(Into::into);
+    HostCheck { id: id.into(), status, found: found.into(), means: means.into(), fix }
 }
 
 /// The v2 migration uAPI came with 5.18, PRE_COPY and the size estimate with 6.2.
-fn kernel(release: Option<&str>, number: Option<(u32, u32)>) -> Check {
+fn kernel(release: Option<&str>, number: Option<(u32, u32)>) -> HostCheck {
     let status = match number {
-        None => Status::Unknown,
-        Some(number) if number < (5, 18) => Status::Missing,
-        Some(number) if number < (6, 2) => Status::Warn,
-        Some(_) => Status::Ok,
+        None => CheckStatus::Unknown,
+        Some(number) if number < (5, 18) => CheckStatus::Missing,
+        Some(number) if number < (6, 2) => CheckStatus::Warn,
+        Some(_) => CheckStatus::Ok,
     };
     let means = "device migration needs 5.18; pre-copy of device state needs 6.2";
     check("kernel-version", status, release.unwrap_or("not said"), means, Some("install a newer kernel"))
 }
 
-fn config_file(config: &KernelConfig) -> Check {
+fn config_file(config: &KernelConfig) -> HostCheck {
     let (status, found) = match &config.source {
-        Some(source) => (Status::Ok, source.display().to_string()),
-        None => (Status::Unknown, "neither /proc/config.gz nor /boot/config-RELEASE can be read".into()),
+        Some(source) => (CheckStatus::Ok, source.display().to_string()),
+        None => (CheckStatus::Unknown, "neither /proc/config.gz nor /boot/config-RELEASE can be read".into()),
     };
     let means = "without it the options below are unknown, and what is loaded decides";
     check("kernel-config", status, found, means, Some("install the kernel's package, or modprobe configs"))
 }
 
-fn vfio(roots: &Roots, config: &KernelConfig) -> Check {
+fn vfio(roots: &Roots, config: &KernelConfig) -> HostCheck {
     let option = config.option("VFIO");
     let (status, found) = match (host::has_module(roots, "vfio"), option, host::module_file(roots, "vfio")) {
-        (true, ..) => (Status::Ok, "loaded"),
-        (false, ConfigOption::BuiltIn, _) => (Status::Ok, "built in"),
-        (false, ConfigOption::Off, _) => (Status::Missing, "the kernel is built without it"),
-        (false, _, Some(true)) => (Status::Warn, "a module, not loaded"),
-        (false, ConfigOption::Module, None) => (Status::Warn, "a module, not loaded"),
-        (false, ConfigOption::Module, Some(false)) => (Status::Missing, "a module that is not installed"),
+        (true, ..) => (CheckStatus::Ok, "loaded"),
+        (false, ConfigOption::BuiltIn, _) => (CheckStatus::Ok, "built in"),
+        (false, ConfigOption::Off, _) => (CheckStatus::Missing, "the kernel is built without it"),
+        (false, _, Some(true)) => (CheckStatus::Warn, "a module, not loaded"),
+        (false, ConfigOption::Module, None) => (CheckStatus::Warn, "a module, not loaded"),
+        (false, ConfigOption::Module, Some(false)) => {
+            (CheckStatus::Missing, "a module that is not installed")
+        }
         (false, ConfigOption::Unknown, Some(false) | None) => {
-            (Status::Missing, "not loaded, and no module of it")
+            (CheckStatus::Missing, "not loaded, and no module of it")
         }
     };
     let fix = match status {
-        Status::Warn => "modprobe vfio-pci",
+        CheckStatus::Warn => "modprobe vfio-pci",
         _ => "install a kernel with CONFIG_VFIO, and its modules",
     };
     check("vfio", status, found, "VFIO itself: without it no device of the kernel migrates", Some(fix))
@@ -178,7 +188,7 @@ const OPTIONS: [Wanted; 6] = [
 ];
 
 impl Wanted {
-    fn check(&self, roots: &Roots, config: &KernelConfig) -> Check {
+    fn check(&self, roots: &Roots, config: &KernelConfig) -> HostCheck {
         let option = config.option(self.option);
         let there = if self.module.is_empty() {
             // Only a kernel with it makes them (VFIO_DEVICE_CDEV).
@@ -191,12 +201,12 @@ impl Wanted {
                 ConfigOption::Off => "there, though the kernel's configuration has it off",
                 _ => "there",
             };
-            return check(self.id, Status::Ok, found, self.means, None);
+            return check(self.id, CheckStatus::Ok, found, self.means, None);
         }
         let status = match option {
-            ConfigOption::BuiltIn | ConfigOption::Module => Status::Ok,
-            ConfigOption::Off => Status::Warn,
-            ConfigOption::Unknown => Status::Unknown,
+            ConfigOption::BuiltIn | ConfigOption::Module => CheckStatus::Ok,
+            ConfigOption::Off => CheckStatus::Warn,
+            ConfigOption::Unknown => CheckStatus::Unknown,
         };
         let fix = format!("use a kernel with CONFIG_{}", self.option);
         check(self.id, status, option.to_string(), self.means, Some(&fix))
@@ -207,19 +217,19 @@ impl Wanted {
 const VARIANTS: [&str; 6] =
     ["MLX5_VFIO_PCI", "HISI_ACC_VFIO_PCI", "PDS_VFIO_PCI", "QAT_VFIO_PCI", "VIRTIO_VFIO_PCI", "XE_VFIO_PCI"];
 
-fn variants(config: &KernelConfig) -> Check {
+fn variants(config: &KernelConfig) -> HostCheck {
     let here: Vec<&str> = VARIANTS
         .into_iter()
         .filter(|name| matches!(config.option(name), ConfigOption::BuiltIn | ConfigOption::Module))
         .collect();
     let status = match (&config.source, here.is_empty()) {
-        (None, _) => Status::Unknown,
-        (_, true) => Status::Warn,
-        (_, false) => Status::Ok,
+        (None, _) => CheckStatus::Unknown,
+        (_, true) => CheckStatus::Warn,
+        (_, false) => CheckStatus::Ok,
     };
     let found = match status {
-        Status::Unknown => "unknown".into(),
-        Status::Warn => format!("none of {}", VARIANTS.join(", ")),
+        CheckStatus::Unknown => "unknown".into(),
+        CheckStatus::Warn => format!("none of {}", VARIANTS.join(", ")),
         _ => here.join(", "),
     };
     let means = "plain vfio-pci has no migration: a PCI function needs a variant driver made for it";
@@ -232,15 +242,15 @@ fn variants(config: &KernelConfig) -> Check {
     )
 }
 
-fn iommu(roots: &Roots, config: &KernelConfig) -> Check {
+fn iommu(roots: &Roots, config: &KernelConfig) -> HostCheck {
     let groups = host::list(&roots.sys.join("kernel/iommu_groups"));
     let mdev = host::has_module(roots, "mdev")
         || matches!(config.option("VFIO_MDEV"), ConfigOption::BuiltIn | ConfigOption::Module);
     let (status, found) = match groups {
-        Ok(groups) if !groups.is_empty() => (Status::Ok, format!("{} groups", groups.len())),
-        Ok(_) if mdev => (Status::Warn, "no groups".into()),
-        Ok(_) => (Status::Missing, "no groups".into()),
-        Err(error) => (Status::Unknown, chain(&error)),
+        Ok(groups) if !groups.is_empty() => (CheckStatus::Ok, format!("{} groups", groups.len())),
+        Ok(_) if mdev => (CheckStatus::Warn, "no groups".into()),
+        Ok(_) => (CheckStatus::Missing, "no groups".into()),
+        Err(error) => (CheckStatus::Unknown, chain(&error)),
     };
     let means = "without an IOMMU no PCI function is given to a guest; mediated devices may be";
     let fix = "turn VT-d or AMD-Vi on in the firmware, add intel_iommu=on to the kernel's command line, and restart; in a virtual machine, \
@@ -248,22 +258,22 @@ fn iommu(roots: &Roots, config: &KernelConfig) -> Check {
     check("iommu-groups", status, found, means, Some(fix))
 }
 
-fn node(id: &str, path: &Path, means: &str, load: &str) -> Check {
+fn node(id: &str, path: &Path, means: &str, load: &str) -> HostCheck {
     let shown = path.display();
     match host::access_both_ways(path) {
-        Ok(()) => check(id, Status::Ok, format!("{shown} may be opened"), means, None),
+        Ok(()) => check(id, CheckStatus::Ok, format!("{shown} may be opened"), means, None),
         Err(errno) if errno == rustix::io::Errno::NOENT => {
-            check(id, Status::Warn, format!("there is no {shown}"), means, Some(load))
+            check(id, CheckStatus::Warn, format!("there is no {shown}"), means, Some(load))
         }
         Err(errno) => {
             let fix = format!("setfacl -m u:{}:rw {shown}", user());
-            check(id, Status::Warn, format!("{shown}: {errno}"), means, Some(&fix))
+            check(id, CheckStatus::Warn, format!("{shown}: {errno}"), means, Some(&fix))
         }
     }
 }
 
 /// The two ways to memory, of which one is enough.
-fn ways(roots: &Roots, config: &KernelConfig) -> [Check; 2] {
+fn ways(roots: &Roots, config: &KernelConfig) -> [HostCheck; 2] {
     let load = |name: &str, module: &str| match (config.option(name), host::module_file(roots, module)) {
         (ConfigOption::Off, _) | (ConfigOption::Unknown, Some(false)) => {
             format!("use a kernel with CONFIG_{name}: this one has none")
@@ -278,9 +288,9 @@ fn ways(roots: &Roots, config: &KernelConfig) -> [Check; 2] {
     let means = "iommufd, and dirty tracking by the IOMMU";
     let iommufd = node("dev-iommu", &roots.dev.join("iommu"), means, &load("IOMMUFD", "iommufd"));
     let mut both = [container, iommufd];
-    if host::has_module(roots, "vfio") && both.iter().all(|check| check.status != Status::Ok) {
+    if host::has_module(roots, "vfio") && both.iter().all(|check| check.status != CheckStatus::Ok) {
         for check in &mut both {
-            check.status = Status::Missing;
+            check.status = CheckStatus::Missing;
             check.means.push_str("; one of the two is needed");
         }
     }
@@ -288,7 +298,7 @@ fn ways(roots: &Roots, config: &KernelConfig) -> [Check; 2] {
 }
 
 /// The files that the devices are opened by, and whether the caller may.
-fn device_files(roots: &Roots) -> Check {
+fn device_files(roots: &Roots) -> HostCheck {
     let devices = host::scan(roots).devices;
     let bound = devices.iter().filter(|device| device.vfio);
     // What comes after the first has a line of its own.
@@ -303,14 +313,14 @@ fn device_files(roots: &Roots) -> Check {
     match (files.len(), refused.is_empty()) {
         (0, _) => {
             let fix = "bind a device to VFIO: vfio-migrate devices says how";
-            check("device-files", Status::Warn, "no device is bound to VFIO", means, Some(fix))
+            check("device-files", CheckStatus::Warn, "no device is bound to VFIO", means, Some(fix))
         }
-        (n, true) => check("device-files", Status::Ok, format!("{n}, all may be opened"), means, None),
+        (n, true) => check("device-files", CheckStatus::Ok, format!("{n}, all may be opened"), means, None),
         (_, false) => {
             let fix = format!("setfacl -m u:{}:rw {}", user(), refused.join(" "));
             check(
                 "device-files",
-                if refused.len() == files.len() { Status::Missing } else { Status::Warn },
+                if refused.len() == files.len() { CheckStatus::Missing } else { CheckStatus::Warn },
                 format!("may not be opened: {}", refused.join(", ")),
                 means,
                 Some(&fix),
@@ -324,16 +334,16 @@ fn user() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-fn kvm(roots: &Roots) -> Check {
+fn kvm(roots: &Roots) -> HostCheck {
     let path = roots.dev.join("kvm");
     let means = "guests on KVM; without it there is only the software guest of the reference VMM";
     // Only the file of this very host can be asked.
     if path == Path::new("/dev/kvm") {
         return match vfio_migration_vmm::machine::kvm_answers() {
-            Ok(()) => check("dev-kvm", Status::Ok, "/dev/kvm answers", means, None),
+            Ok(()) => check("dev-kvm", CheckStatus::Ok, "/dev/kvm answers", means, None),
             Err(error) => check(
                 "dev-kvm",
-                Status::Warn,
+                CheckStatus::Warn,
                 chain(&error),
                 means,
                 Some("modprobe kvm_intel or kvm_amd; setfacl -m u:USER:rw /dev/kvm"),
@@ -343,25 +353,27 @@ fn kvm(roots: &Roots) -> Check {
     node("dev-kvm", &path, means, "modprobe kvm_intel or kvm_amd")
 }
 
-fn nested(roots: &Roots) -> Check {
+fn nested(roots: &Roots) -> HostCheck {
     let setting = |module: &str| {
         host::read_text(&roots.sys.join(format!("module/{module}/parameters/nested")), 16).ok()
     };
     let means = "guests that run KVM themselves; the tests on a booted kernel do not need it";
     match ["kvm_intel", "kvm_amd"].into_iter().find_map(setting).as_deref() {
-        Some("Y" | "1") => check("kvm-nested", Status::Ok, "on", means, None),
+        Some("Y" | "1") => check("kvm-nested", CheckStatus::Ok, "on", means, None),
         Some(_) => check(
             "kvm-nested",
-            Status::Warn,
+            CheckStatus::Warn,
             "off",
             means,
             Some("modprobe -r kvm_amd; modprobe kvm_amd nested=1"),
         ),
-        None => check("kvm-nested", Status::Unknown, "neither kvm_intel nor kvm_amd is loaded", means, None),
+        None => {
+            check("kvm-nested", CheckStatus::Unknown, "neither kvm_intel nor kvm_amd is loaded", means, None)
+        }
     }
 }
 
-fn hugepages(roots: &Roots) -> Check {
+fn hugepages(roots: &Roots) -> HostCheck {
     let dir = roots.sys.join("kernel/mm/hugepages");
     let mut reserved = Vec::new();
     for size in host::list(&dir).unwrap_or_default() {
@@ -375,14 +387,18 @@ fn hugepages(roots: &Roots) -> Check {
     let on = transparent.is_some_and(|text| !text.contains("[never]") && !text.contains("[deny]"));
     let means = "mapping guest RAM for a device takes a call per page: with large pages it is much faster";
     match (reserved.is_empty(), on) {
-        (false, _) => check("hugepages", Status::Ok, reserved.join(", "), means, None),
-        (true, true) => check("hugepages", Status::Ok, "transparent ones for shared memory", means, None),
-        (true, false) => check("hugepages", Status::Warn, "none", means, Some("sysctl vm.nr_hugepages=N")),
+        (false, _) => check("hugepages", CheckStatus::Ok, reserved.join(", "), means, None),
+        (true, true) => {
+            check("hugepages", CheckStatus::Ok, "transparent ones for shared memory", means, None)
+        }
+        (true, false) => {
+            check("hugepages", CheckStatus::Warn, "none", means, Some("sysctl vm.nr_hugepages=N"))
+        }
     }
 }
 
 /// The limit on locked memory against a guest's RAM, or, where no guest is named, against the host's.
-fn memlock(roots: &Roots, guest: Option<u64>) -> Check {
+fn memlock(roots: &Roots, guest: Option<u64>) -> HostCheck {
     let means = "guest RAM is pinned while a device of PCI is attached, and counted against this limit";
     let read = |name: &str| host::read_text(&roots.proc.join(name), 1 << 16).unwrap_or_default();
     let status = read("self/status");
@@ -392,7 +408,7 @@ fn memlock(roots: &Roots, guest: Option<u64>) -> Check {
     let map = read("self/uid_map");
     let initial = map.is_empty() || map.split_whitespace().eq(["0", "0", "4294967295"]);
     if capabilities >> CAP_IPC_LOCK & 1 == 1 && initial {
-        return check("memlock", Status::Ok, "no limit for this caller (CAP_IPC_LOCK)", means, None);
+        return check("memlock", CheckStatus::Ok, "no limit for this caller (CAP_IPC_LOCK)", means, None);
     }
     let total = read("meminfo");
     let total = total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
@@ -413,28 +429,30 @@ fn memlock(roots: &Roots, guest: Option<u64>) -> Check {
     let limit = limit.and_then(|line| line.split_whitespace().next());
     let bytes = limit.and_then(|bytes| bytes.parse::<u64>().ok());
     match (limit, bytes.zip(wanted)) {
-        (Some("unlimited"), _) => check("memlock", Status::Ok, "unlimited", means, None),
+        (Some("unlimited"), _) => check("memlock", CheckStatus::Ok, "unlimited", means, None),
         (_, Some((limit, wanted))) => {
-            let found = format!("{} for {whose} of {}", show_size(limit), show_size(wanted));
+            let found = format!("{} for {whose} of {}", format_size(limit), format_size(wanted));
             let status = match guest {
-                _ if limit >= wanted => Status::Ok,
-                Some(_) => Status::Missing,
-                None => Status::Warn,
+                _ if limit >= wanted => CheckStatus::Ok,
+                Some(_) => CheckStatus::Missing,
+                None => CheckStatus::Warn,
             };
             check("memlock", status, found, means, Some(&fix))
         }
-        (Some(limit), None) => check("memlock", Status::Warn, format!("{limit} bytes"), means, Some(&fix)),
-        (None, None) => check("memlock", Status::Unknown, "not said", means, Some(&fix)),
+        (Some(limit), None) => {
+            check("memlock", CheckStatus::Warn, format!("{limit} bytes"), means, Some(&fix))
+        }
+        (None, None) => check("memlock", CheckStatus::Unknown, "not said", means, Some(&fix)),
     }
 }
 
-fn memfd() -> Check {
+fn memfd() -> HostCheck {
     let means = "all that a device served over vfio-user needs";
     match memfd_create("vfio-migrate-doctor", MemfdFlags::CLOEXEC) {
-        Ok(_) => check("memfd", Status::Ok, "works", means, None),
+        Ok(_) => check("memfd", CheckStatus::Ok, "works", means, None),
         Err(errno) => check(
             "memfd",
-            Status::Missing,
+            CheckStatus::Missing,
             format!("refused: {errno}"),
             means,
             Some("use Linux 3.17 or later, and allow memfd_create"),
@@ -448,13 +466,13 @@ fn text(report: &DoctorReport) -> String {
     let width = report.checks.iter().map(|check| check.id.len()).max().unwrap_or(0);
     for check in &report.checks {
         let status = match check.status {
-            Status::Ok => "ok",
-            Status::Warn => "warn",
-            Status::Missing => "missing",
-            Status::Unknown => "unknown",
+            CheckStatus::Ok => "ok",
+            CheckStatus::Warn => "warn",
+            CheckStatus::Missing => "missing",
+            CheckStatus::Unknown => "unknown",
         };
         text.push_str(&format!("{status:7}  {:width$}  {}\n", check.id, check.found));
-        if check.status != Status::Ok {
+        if check.status != CheckStatus::Ok {
             text.push_str(&format!("{:7}  {:width$}  {}\n", "", "", check.means));
             if let Some(fix) = &check.fix {
                 text.push_str(&format!("{:7}  {:width$}  fix: {fix}\n", "", ""));

@@ -2,12 +2,12 @@
 
 use vfio_migration_compat::{Explanation, codes, explain};
 
-use crate::args::ask::Explain;
-use crate::exit::{Exit, Failure};
+use crate::args::ask::ExplainCommand;
+use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
-use crate::verdict::word;
+use crate::verdict::json_word;
 
-pub(crate) fn run(options: &Explain) -> Result<Exit, Failure> {
+pub(crate) fn run(options: &ExplainCommand) -> Result<Exit, CliError> {
     let Some(code) = &options.code else {
         let all: Vec<Explanation> = codes().filter_map(explain).collect();
         if options.json {
@@ -20,7 +20,7 @@ pub(crate) fn run(options: &Explain) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     };
     let Some(entry) = explain(code) else {
-        return Err(Failure::failed(format!(
+        return Err(CliError::failed(format!(
             "there is no reason of code '{code}'; `vfio-migrate explain` lists all of them"
         )));
     };
@@ -34,7 +34,7 @@ pub(crate) fn run(options: &Explain) -> Result<Exit, Failure> {
 
 fn text(entry: &Explanation) -> String {
     let Explanation { code, meaning, cause, remedy, .. } = entry;
-    let (severity, fix) = (word(&entry.severity), word(&entry.fix));
+    let (severity, fix) = (json_word(&entry.severity), json_word(&entry.fix));
     format!(
         "{code}: {meaning}\n  verdict: {severity}\n  usually: {cause}\n  remedy:  {remedy} (who: {fix})\n"
     )

@@ -7,18 +7,20 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vfio_migration_compat::Verdict;
 
-use crate::args::moves::{Incoming, Migrate, Rehearse, Save, Set, Status};
-use crate::control::client::ClientError;
+use crate::args::moves::{
+    IncomingCommand, MigrateCommand, RehearseCommand, SaveCommand, SetCommand, StatusCommand,
+};
+use crate::control::client::ControlError;
 use crate::control::protocol::{
-    IncomingArguments, MigrateArguments, MigrationState, ParameterArguments, SaveArguments, Verb,
+    ControlVerb, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments, SaveArguments,
 };
 use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
-use crate::exit::{Exit, Failure};
+use crate::exit::{CliError, Exit};
 use crate::follow::{OnInterrupt, follow, text};
-use crate::interrupt::Interrupt;
+use crate::interrupt::UserInterrupt;
 use crate::output::{print, print_json};
-use crate::target::Target;
-use crate::units::{milliseconds, show_size};
+use crate::target::VmTarget;
+use crate::units::{format_size, milliseconds};
 use crate::verdict;
 use crate::words::{device_map, uri};
 
@@ -37,7 +39,7 @@ pub(crate) struct Acknowledged {
 }
 
 /// `migrate`: asks a running `vm` to move its guest, and waits for the end.
-pub(crate) fn migrate(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, Failure> {
+pub(crate) fn migrate(options: &MigrateCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     // A word that is no address is a usage error, whether or not the `vm` can be reached.
     uri(&options.uri)?;
     let arguments = MigrateArguments {
@@ -46,9 +48,9 @@ pub(crate) fn migrate(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, 
         switchover: options.switchover.clone(),
     };
     let mut client = options.target.connect()?;
-    client.call(Verb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    client.call(ControlVerb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on =
-        |state| !options.detach && matches!(state, MigrationState::Active | MigrationState::PreSwitchover);
+        |state| !options.detach && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
     let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
     if options.target.json {
         print_json(&report)?;
@@ -56,26 +58,26 @@ pub(crate) fn migrate(options: &Migrate, interrupt: &Interrupt) -> Result<Exit, 
         print(text(&report))?;
     }
     Ok(match report.migration.status {
-        MigrationState::Completed | MigrationState::Active | MigrationState::PreSwitchover => Exit::Done,
-        MigrationState::Unresolved => Exit::Unresolved,
+        MigrationStatus::Completed | MigrationStatus::Active | MigrationStatus::PreSwitchover => Exit::Done,
+        MigrationStatus::Unresolved => Exit::Unresolved,
         _ if report.migration.incompatible => Exit::Incompatible,
         _ => Exit::Failed,
     })
 }
 
 /// `rehearse`: everything up to the switchover for real, and undone.
-pub(crate) fn rehearse(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit, Failure> {
+pub(crate) fn rehearse(options: &RehearseCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     uri(&options.to)?;
     device_map(&options.options.device_map)?;
     let arguments =
         RehearseArguments { uri: options.to.clone(), options: options.options.clone(), pause: options.pause };
     let mut client = options.target.connect()?;
-    client.call(Verb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
-    let goes_on = |state| state == MigrationState::Active;
+    client.call(ControlVerb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let goes_on = |state| state == MigrationStatus::Active;
     let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
     let Some(found) = report.migration.rehearsal else {
         let why = report.migration.error.unwrap_or_else(|| "it did not say why".into());
-        return Err(Failure::failed(format!("the rehearsal failed: {why}")));
+        return Err(CliError::failed(format!("the rehearsal failed: {why}")));
     };
     let verdict = found.verdict;
     if options.target.json {
@@ -88,17 +90,22 @@ pub(crate) fn rehearse(options: &Rehearse, interrupt: &Interrupt) -> Result<Exit
 }
 
 /// `save --control`: asks a running `vm` to write its guest into a file, and waits for the end.
-pub(crate) fn save(options: &Save, control: &Path, interrupt: &Interrupt) -> Result<Exit, Failure> {
-    let target = Target { control: control.to_owned(), json: options.json };
+pub(crate) fn save(
+    options: &SaveCommand,
+    control: &Path,
+    interrupt: &UserInterrupt,
+) -> Result<Exit, CliError> {
+    let target = VmTarget { control: control.to_owned(), json: options.json };
     // The `vm` may have another working directory.
     let path = std::path::absolute(&options.output)
-        .map_err(|error| Failure::caused(&format!("{}", options.output.display()), &error))?;
-    let path =
-        path.to_str().ok_or_else(|| Failure::new(Exit::Usage, format!("{} is not UTF-8", path.display())))?;
+        .map_err(|error| CliError::caused(&format!("{}", options.output.display()), &error))?;
+    let path = path
+        .to_str()
+        .ok_or_else(|| CliError::new(Exit::Usage, format!("{} is not UTF-8", path.display())))?;
     let arguments = SaveArguments { path: path.into(), options: options.options.clone() };
     let mut client = target.connect()?;
-    client.call(Verb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
-    let goes_on = |state| state == MigrationState::Active;
+    client.call(ControlVerb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let goes_on = |state| state == MigrationStatus::Active;
     let report = follow(&mut client, goes_on, options.json, interrupt, OnInterrupt::Cancel)?;
     if options.json {
         print_json(&report)?;
@@ -106,17 +113,17 @@ pub(crate) fn save(options: &Save, control: &Path, interrupt: &Interrupt) -> Res
         print(text(&report))?;
     }
     Ok(match report.migration.status {
-        MigrationState::Completed => Exit::Done,
-        MigrationState::Unresolved => Exit::Unresolved,
+        MigrationStatus::Completed => Exit::Done,
+        MigrationStatus::Unresolved => Exit::Unresolved,
         _ => Exit::Failed,
     })
 }
 
 /// `status`: how a `vm` and its migration stand.
-pub(crate) fn status(options: &Status, interrupt: &Interrupt) -> Result<Exit, Failure> {
+pub(crate) fn status(options: &StatusCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let mut client = options.target.connect()?;
     let goes_on =
-        |state| options.watch && matches!(state, MigrationState::Active | MigrationState::PreSwitchover);
+        |state| options.watch && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
     let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Leave)?;
     if options.target.json {
         print_json(&report)?;
@@ -127,51 +134,51 @@ pub(crate) fn status(options: &Status, interrupt: &Interrupt) -> Result<Exit, Fa
 }
 
 /// `cancel`: the migration is given up.
-pub(crate) fn cancel(target: &Target) -> Result<Exit, Failure> {
-    request(target, Verb::MigrateCancel, Value::Null, "cancelling; the guest goes on where it is")
+pub(crate) fn cancel(target: &VmTarget) -> Result<Exit, CliError> {
+    request(target, ControlVerb::MigrateCancel, Value::Null, "cancelling; the guest goes on where it is")
 }
 
 /// `continue`: a migration that waits before its switchover goes on.
-pub(crate) fn go_on(target: &Target) -> Result<Exit, Failure> {
-    request(target, Verb::MigrateContinue, Value::Null, "the migration goes on")
+pub(crate) fn continue_migration(target: &VmTarget) -> Result<Exit, CliError> {
+    request(target, ControlVerb::MigrateContinue, Value::Null, "the migration goes on")
 }
 
 /// `set`: other limits for the migration under way.
-pub(crate) fn set(options: &Set) -> Result<Exit, Failure> {
+pub(crate) fn set(options: &SetCommand) -> Result<Exit, CliError> {
     let arguments = ParameterArguments {
         downtime_limit: options.downtime_limit.map(milliseconds),
         max_bandwidth: options.bandwidth,
     };
-    request(&options.target, Verb::MigrateSetParameters, json!(arguments), "set")
+    request(&options.target, ControlVerb::MigrateSetParameters, json!(arguments), "set")
 }
 
 /// `stop`: the guest is paused.
-pub(crate) fn stop(target: &Target) -> Result<Exit, Failure> {
-    request(target, Verb::Stop, Value::Null, "the guest stands still")
+pub(crate) fn stop(target: &VmTarget) -> Result<Exit, CliError> {
+    request(target, ControlVerb::Stop, Value::Null, "the guest stands still")
 }
 
 /// `cont`: the guest runs.
-pub(crate) fn cont(target: &Target) -> Result<Exit, Failure> {
-    request(target, Verb::Cont, Value::Null, "the guest runs")
+pub(crate) fn cont(target: &VmTarget) -> Result<Exit, CliError> {
+    request(target, ControlVerb::Cont, Value::Null, "the guest runs")
 }
 
 /// `quit`: the process ends.
-pub(crate) fn quit(target: &Target) -> Result<Exit, Failure> {
-    request(target, Verb::Quit, Value::Null, "the process ends")
+pub(crate) fn quit(target: &VmTarget) -> Result<Exit, CliError> {
+    request(target, ControlVerb::Quit, Value::Null, "the process ends")
 }
 
 /// `incoming`: a `vm` whose guest has left waits for one again.
-pub(crate) fn incoming(options: &Incoming) -> Result<Exit, Failure> {
+pub(crate) fn incoming(options: &IncomingCommand) -> Result<Exit, CliError> {
     uri(&options.uri)?;
     let arguments = IncomingArguments { uri: options.uri.clone() };
-    request(&options.target, Verb::MigrateIncoming, json!(arguments), "it waits for a guest")
+    request(&options.target, ControlVerb::MigrateIncoming, json!(arguments), "it waits for a guest")
 }
 
-fn request(target: &Target, verb: Verb, arguments: Value, done: &str) -> Result<Exit, Failure> {
+fn request(target: &VmTarget, verb: ControlVerb, arguments: Value, done: &str) -> Result<Exit, CliError> {
     match target.connect()?.call(verb, arguments) {
         Ok(_) => {}
         // The process may be gone before its answer is read.
-        Err(ClientError::Closed) if verb == Verb::Quit => {}
+        Err(ControlError::Closed) if verb == ControlVerb::Quit => {}
         Err(error) => return Err(error.failure("refused")),
     }
     if target.json {
@@ -191,12 +198,12 @@ fn rehearsal_text(found: &RehearsalInfo) -> String {
                 "  {:24} {:9.1} ms  {}\n",
                 part.name,
                 part.ms,
-                verdict::word(&part.basis)
+                verdict::json_word(&part.basis)
             ));
         }
     }
     let rate =
-        |rate: Option<u64>| rate.map_or("not measured".into(), |rate| format!("{}/s", show_size(rate)));
+        |rate: Option<u64>| rate.map_or("not measured".into(), |rate| format!("{}/s", format_size(rate)));
     text.push_str(&format!(
         "on the wire {}, loaded there {}\n",
         rate(found.rates.wire),

@@ -12,7 +12,8 @@ use super::slot::{Slot, Steering};
 use super::{incoming, info, outgoing, saving};
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    Event, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments, SaveArguments, Verb,
+    ControlEvent, ControlVerb, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments,
+    SaveArguments,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
@@ -26,31 +27,35 @@ pub(super) struct VmHandler {
 }
 
 impl Handler for VmHandler {
-    fn call(&self, verb: Verb, arguments: Value) -> Result<Value, Refused> {
+    fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused> {
         let takes_some = matches!(
             verb,
-            Verb::Migrate | Verb::Rehearse | Verb::Save | Verb::MigrateIncoming | Verb::MigrateSetParameters
+            ControlVerb::Migrate
+                | ControlVerb::Rehearse
+                | ControlVerb::Save
+                | ControlVerb::MigrateIncoming
+                | ControlVerb::MigrateSetParameters
         );
         if !takes_some {
             let NoArguments {} = parse(arguments.clone())?;
         }
         match verb {
-            Verb::Query => return to_json(&info::report(&self.vm)),
-            Verb::QueryGuest => return to_json(&self.guest()?),
-            Verb::Migrate => outgoing::migrate(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
-            Verb::Rehearse => outgoing::rehearse(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
-            Verb::QueryManifest => return self.manifest(),
-            Verb::Save => saving::begin(&self.vm, &parse::<SaveArguments>(arguments)?)?,
-            Verb::MigrateIncoming => {
+            ControlVerb::Query => return to_json(&info::report(&self.vm)),
+            ControlVerb::QueryGuest => return to_json(&self.guest()?),
+            ControlVerb::Migrate => outgoing::migrate(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
+            ControlVerb::Rehearse => outgoing::rehearse(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
+            ControlVerb::QueryManifest => return self.manifest(),
+            ControlVerb::Save => saving::begin(&self.vm, &parse::<SaveArguments>(arguments)?)?,
+            ControlVerb::MigrateIncoming => {
                 incoming::again(&self.vm, &parse::<IncomingArguments>(arguments)?.uri)?;
             }
-            Verb::MigrateSetParameters => self.set(&parse(arguments)?)?,
-            Verb::MigrateCancel => self.cancel()?,
-            Verb::MigrateContinue => self.go_on()?,
-            Verb::Stop => self.stop()?,
-            Verb::Cont => self.cont()?,
+            ControlVerb::MigrateSetParameters => self.set(&parse(arguments)?)?,
+            ControlVerb::MigrateCancel => self.cancel()?,
+            ControlVerb::MigrateContinue => self.continue_switchover()?,
+            ControlVerb::Stop => self.stop()?,
+            ControlVerb::Cont => self.cont()?,
             // The receiver is gone only when the process ends anyway.
-            Verb::Quit => drop(self.quit.send(())),
+            ControlVerb::Quit => drop(self.quit.send(())),
         }
         Ok(json!({}))
     }
@@ -103,7 +108,7 @@ impl VmHandler {
         Ok(())
     }
 
-    fn go_on(&self) -> Result<(), Refused> {
+    fn continue_switchover(&self) -> Result<(), Refused> {
         match self.vm.state.steering() {
             Some(Steering::Outgoing(control)) if control.progress().waiting => {
                 control.go_on();
@@ -125,14 +130,14 @@ impl VmHandler {
         };
         let ran = machine.is_running();
         machine.stop().map_err(|error| Refused::generic(chain(&error)))?;
-        self.tell_if(ran, "STOP");
+        self.publish_if(ran, "STOP");
         Ok(())
     }
 
     fn cont(&self) -> Result<(), Refused> {
         let (machine, held) = match self.vm.state.slot() {
             Slot::Here { machine, .. } => (machine, None),
-            Slot::Held { machine, epoch } => (machine, Some(epoch)),
+            Slot::OwnedNotStarted { machine, epoch } => (machine, Some(epoch)),
             _ => return Err(Refused::generic("there is no guest here that could run")),
         };
         if held.is_some() {
@@ -143,17 +148,16 @@ impl VmHandler {
         let ran = machine.is_running();
         machine.cont().map_err(|error| Refused::generic(chain(&error)))?;
         if let Some(epoch) = held {
-            let same =
-                |slot: &Slot| matches!(slot, Slot::Held { machine: now, .. } if Arc::ptr_eq(now, &machine));
+            let same = |slot: &Slot| matches!(slot, Slot::OwnedNotStarted { machine: now, .. } if Arc::ptr_eq(now, &machine));
             drop(self.vm.state.put_if(same, Slot::Here { machine: machine.clone(), epoch }));
         }
-        self.tell_if(!ran, "RESUME");
+        self.publish_if(!ran, "RESUME");
         Ok(())
     }
 
-    fn tell_if(&self, changed: bool, event: &str) {
+    fn publish_if(&self, changed: bool, event: &str) {
         if changed {
-            self.vm.publisher.publish(&Event::new(event, Value::Null));
+            self.vm.publisher.publish(&ControlEvent::new(event, Value::Null));
         }
     }
 }

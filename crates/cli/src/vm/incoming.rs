@@ -136,7 +136,9 @@ fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result
         (Err(error), machine) => {
             let ended = info::not_arrived(vm, &error);
             let slot = match (&error, machine) {
-                (IncomingError::Held(held), Some(machine)) => Slot::Held { machine, epoch: held.epoch },
+                (IncomingError::Held(held), Some(machine)) => {
+                    Slot::OwnedNotStarted { machine, epoch: held.epoch }
+                }
                 (_, machine) => {
                     // Before the end can be seen: who then looks finds the devices free.
                     drop(vm.state.put_if(|_| true, Slot::Preparing));

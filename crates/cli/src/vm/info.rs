@@ -13,7 +13,7 @@ use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    MigrationInfo, MigrationState, PhaseInfo, StatusInfo, StatusReport, TransferInfo,
+    MigrationInfo, MigrationStatus, PhaseInfo, StatusInfo, StatusReport, TransferInfo,
 };
 use crate::control::rehearsal::RehearsalInfo;
 use crate::exit::chain;
@@ -34,7 +34,7 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
     let word = match slot {
         Slot::Here { machine, .. } if machine.failure().is_some() => "failed",
         Slot::Here { machine, .. } if machine.is_running() => "running",
-        Slot::Here { .. } | Slot::Held { .. } | Slot::Leaving { .. } => "paused",
+        Slot::Here { .. } | Slot::OwnedNotStarted { .. } | Slot::Leaving { .. } => "paused",
         Slot::Preparing | Slot::Awaited { .. } => "inmigrate",
         Slot::Left => "postmigrate",
         Slot::Unresolved { .. } => "unresolved",
@@ -79,7 +79,7 @@ pub(super) fn outgoing(progress: &Progress) -> MigrationInfo {
 
 fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
     MigrationInfo {
-        status: if progress.waiting { MigrationState::PreSwitchover } else { MigrationState::Active },
+        status: if progress.waiting { MigrationStatus::PreSwitchover } else { MigrationStatus::Active },
         direction: Some(direction.into()),
         phase: Some(progress.phase.code().into()),
         total_ms: ms(progress.elapsed),
@@ -102,7 +102,7 @@ fn at_end(vm: &RunningVm) -> MigrationInfo {
 pub(super) fn completed(completed: &Completed) -> MigrationInfo {
     let phases = completed.phases.iter().filter(|time| time.phase != Phase::Plan);
     MigrationInfo {
-        status: MigrationState::Completed,
+        status: MigrationStatus::Completed,
         direction: Some("outgoing".into()),
         total_ms: ms(completed.total),
         downtime_ms: Some(ms(completed.downtime)),
@@ -121,9 +121,9 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
 /// The guest has not moved, or nobody knows.
 pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
     let status = match error {
-        MigrateError::Unresolved { .. } => MigrationState::Unresolved,
-        MigrateError::Aborted(aborted) if aborted.cancelled => MigrationState::Cancelled,
-        _ => MigrationState::Failed,
+        MigrateError::Unresolved { .. } => MigrationStatus::Unresolved,
+        MigrateError::Aborted(aborted) if aborted.cancelled => MigrationStatus::Cancelled,
+        _ => MigrationStatus::Failed,
     };
     MigrationInfo {
         status,
@@ -136,18 +136,18 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
 
 /// The guest was saved, and goes on here.
 pub(super) fn saved(vm: &RunningVm) -> MigrationInfo {
-    MigrationInfo { status: MigrationState::Completed, ..at_end(vm) }
+    MigrationInfo { status: MigrationStatus::Completed, ..at_end(vm) }
 }
 
 /// The file could not be written.
 pub(super) fn not_saved(vm: &RunningVm, error: &SaveError) -> MigrationInfo {
-    MigrationInfo { status: MigrationState::Failed, error: Some(chain(error)), ..at_end(vm) }
+    MigrationInfo { status: MigrationStatus::Failed, error: Some(chain(error)), ..at_end(vm) }
 }
 
 /// A guest has arrived.
 pub(super) fn arrived(vm: &RunningVm, arrived: &Arrived) -> MigrationInfo {
     MigrationInfo {
-        status: MigrationState::Completed,
+        status: MigrationStatus::Completed,
         verify_ms: ms(arrived.report.verify),
         total_ms: ms(arrived.report.total),
         transferred: transferred(arrived.report.bytes),
@@ -162,7 +162,7 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError) -> MigrationInf
         _ => None,
     };
     MigrationInfo {
-        status: MigrationState::Failed,
+        status: MigrationStatus::Failed,
         incompatible: refused.is_some(),
         error: Some(chain(error)),
         reasons: refused.cloned().unwrap_or_default(),
@@ -173,7 +173,7 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError) -> MigrationInf
 /// A rehearsal came to its end.
 pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
     MigrationInfo {
-        status: MigrationState::Rehearsed,
+        status: MigrationStatus::Rehearsed,
         total_ms: ms(found.total),
         error: found.left_undone.as_ref().map(ToString::to_string),
         rehearsal: Some(RehearsalInfo::of(found)),
@@ -187,9 +187,9 @@ pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
     let rehearsal = RehearsalInfo::of_error(error).filter(|_| !cancelled);
     MigrationInfo {
         status: match (&rehearsal, cancelled) {
-            (Some(_), _) => MigrationState::Rehearsed,
-            (None, true) => MigrationState::Cancelled,
-            (None, false) => MigrationState::Failed,
+            (Some(_), _) => MigrationStatus::Rehearsed,
+            (None, true) => MigrationStatus::Cancelled,
+            (None, false) => MigrationStatus::Failed,
         },
         incompatible: rehearsal.is_some(),
         error: Some(chain(error)),

@@ -17,16 +17,16 @@ use serde_json::Value;
 use vfio_migration_types::Epoch;
 
 use self::handler::VmHandler;
-use self::running::{LOOK_EVERY, RunningVm, Watch, build, owned_epoch};
+use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
-use crate::args::serve::Vm;
-use crate::control::protocol::Event;
+use crate::args::serve::VmCommand;
+use crate::control::protocol::ControlEvent;
 use crate::control::server::Bound;
-use crate::exit::{Exit, Failure};
-use crate::interrupt::{self, Interrupt};
+use crate::exit::{CliError, Exit};
+use crate::interrupt::{self, UserInterrupt};
 use crate::words::uri;
 
-pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> {
+pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let vm = Arc::new(RunningVm::new(options)?);
     let uri = match &options.incoming {
         Some(text) => Some(uri(text)?),
@@ -56,11 +56,11 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
             let machine = build(&vm)?;
             incoming::reserve(&vm)
                 .and_then(|_| incoming::listen(&vm, &uri, machine))
-                .map_err(|refused| Failure::failed(refused.desc))?;
+                .map_err(|refused| CliError::failed(refused.desc))?;
         }
         (None, None) => {
             let machine = build(&vm)?;
-            let doing = |error| Failure::caused("cannot start the guest", &error);
+            let doing = |error| CliError::caused("cannot start the guest", &error);
             machine.boot(&vm.workload).map_err(doing)?;
             if !options.paused {
                 machine.cont().map_err(doing)?;
@@ -80,16 +80,16 @@ pub(crate) fn run(options: &Vm, interrupt: &Interrupt) -> Result<Exit, Failure> 
         None => None,
     };
     // Signals come through `quit`; the flag of a second one ends the process at once.
-    let mut watch = Watch::default();
+    let mut watch = LostDeviceWatch::default();
     while quitted.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
-        watch.look(&vm);
+        watch.report_new(&vm);
     }
     drop(interrupt.clone());
-    vm.publisher.publish(&Event::new("SHUTDOWN", Value::Null));
+    vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
     vm.end();
     Ok(Exit::Done)
 }
 
-fn cannot_listen(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::caused(&format!("cannot listen at {}", path.display()), error)
+fn cannot_listen(path: &Path, error: &std::io::Error) -> CliError {
+    CliError::caused(&format!("cannot listen at {}", path.display()), error)
 }

@@ -11,15 +11,15 @@ use super::info;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use crate::args::serve::Break;
-use crate::control::protocol::{Event, MigrateArguments};
+use crate::control::protocol::{ControlEvent, MigrateArguments};
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
-use crate::exit::Failure;
+use crate::exit::CliError;
 use crate::words::uri;
 
 /// Begins to migrate; returns once the session has its thread.
 pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
-    let refused = |failure: Failure| Refused::generic(failure.text);
+    let refused = |failure: CliError| Refused::generic(failure.text);
     let options = arguments.options.clone().into_source_options().map_err(refused)?;
     let mut options = arguments.switchover.clone().into_source_options(options).map_err(refused)?;
     let target = uri(&arguments.uri).map_err(refused)?;
@@ -40,10 +40,10 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
         let result = source.migrate_to(&target, |progress| {
             let info = info::outgoing(progress);
             if progress.iteration != last.0 {
-                vm.publisher.publish(&Event::of_pass(&info));
+                vm.publisher.publish(&ControlEvent::of_pass(&info));
             }
             if progress.waiting != last.1 {
-                vm.publisher.publish(&Event::of_migration(&info));
+                vm.publisher.publish(&ControlEvent::of_migration(&info));
             }
             last = (progress.iteration, progress.waiting);
         });
@@ -53,7 +53,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
 
 /// Begins to rehearse; returns once the session has its thread.
 pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Result<(), Refused> {
-    let refused = |failure: Failure| Refused::generic(failure.text);
+    let refused = |failure: CliError| Refused::generic(failure.text);
     let mut options = arguments.options.clone().into_source_options().map_err(refused)?;
     let target = uri(&arguments.uri).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
@@ -87,7 +87,7 @@ pub(super) fn begin(
     let of_thread = vm.clone();
     let begun = vm.state.begin(steering, still_here, None, || {
         std::thread::Builder::new().name(thread.into()).spawn(move || {
-            of_thread.publisher.publish(&Event::of_migration(&info::outgoing(&control.progress())));
+            of_thread.publisher.publish(&ControlEvent::of_migration(&info::outgoing(&control.progress())));
             session(&of_thread, machine, source);
         })
     });
@@ -115,7 +115,7 @@ pub(super) fn finish(
                 MigrateError::Unresolved { .. } => Some(Slot::Unresolved { machine, epoch }),
                 // Its storage may be in use elsewhere: `cont` tries again to lock it.
                 MigrateError::Aborted(aborted) if !aborted.locks_lost.is_empty() => {
-                    Some(Slot::Held { machine, epoch })
+                    Some(Slot::OwnedNotStarted { machine, epoch })
                 }
                 _ => {
                     machine.let_go();
@@ -133,7 +133,7 @@ fn finish_rehearsal(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
         (Err(MigrateError::Aborted(aborted)), Slot::Here { machine, epoch })
             if !aborted.locks_lost.is_empty() =>
         {
-            Some(Slot::Held { machine, epoch })
+            Some(Slot::OwnedNotStarted { machine, epoch })
         }
         _ => None,
     };

@@ -16,30 +16,30 @@ use vfio_migration_vmm::machine::{
 };
 
 use super::presence::{self, Presence};
-use super::slot::{Slot, StateCell};
-use crate::args::serve::Vm;
-use crate::control::protocol::{Event, MigrationInfo};
+use super::slot::{Slot, VmState};
+use crate::args::serve::VmCommand;
+use crate::control::protocol::{ControlEvent, MigrationInfo};
 use crate::control::server::Publisher;
-use crate::exit::{Exit, Failure, chain};
-use crate::output::say;
-use crate::units::show_size;
+use crate::exit::{CliError, Exit, chain};
+use crate::output::eprintln_line;
+use crate::units::format_size;
 use crate::words::{check_memory, config_rule, policy, uri};
 
 /// Everything that outlives one guest in this process.
 pub(crate) struct RunningVm {
     pub(super) config: MachineConfig,
     pub(super) workload: Workload,
-    pub(super) options: Vm,
+    pub(super) options: VmCommand,
     pub(super) rules: ConfigRules,
     pub(super) policy: Policy,
     pub(super) publisher: Publisher,
-    pub(super) state: StateCell,
+    pub(super) state: VmState,
     pub(super) presence: Presence,
 }
 
 impl RunningVm {
-    pub(super) fn new(options: &Vm) -> Result<Self, Failure> {
-        let usage = |text: String| Failure::new(Exit::Usage, text);
+    pub(super) fn new(options: &VmCommand) -> Result<Self, CliError> {
+        let usage = |text: String| CliError::new(Exit::Usage, text);
         let id = options.uuid.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
         let mut devices: Vec<DeviceConfig> = Vec::new();
         for text in &options.device {
@@ -62,7 +62,7 @@ impl RunningVm {
         });
         let rules = ConfigRules { rules: rules.collect::<Result<_, _>>()? };
         if let Some(dir) = &options.state_dir {
-            presence::prepare(dir).map_err(Failure::failed)?;
+            presence::prepare(dir).map_err(CliError::failed)?;
         }
         let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
         let accelerator = accelerator(options)?;
@@ -74,14 +74,14 @@ impl RunningVm {
             rules,
             policy,
             publisher: Publisher::default(),
-            state: StateCell::default(),
+            state: VmState::default(),
             presence: Presence::default(),
         })
     }
 
     /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed. Every client gets it.
     pub(super) fn end_session(&self, info: MigrationInfo, slot: Option<Slot>) {
-        let event = Event::of_migration(&info);
+        let event = ControlEvent::of_migration(&info);
         self.state.end(info, slot);
         self.publisher.publish(&event);
     }
@@ -95,59 +95,62 @@ impl RunningVm {
 }
 
 /// Makes the machine, and opens its devices.
-pub(super) fn build(vm: &RunningVm) -> Result<Arc<ReferenceMachine>, Failure> {
+pub(super) fn build(vm: &RunningVm) -> Result<Arc<ReferenceMachine>, CliError> {
     ReferenceMachine::build(vm.config.clone()).map_err(|error| cannot_build(&error))
 }
 
-fn cannot_build(error: &VmmError) -> Failure {
+fn cannot_build(error: &VmmError) -> CliError {
     match error {
-        VmmError::Memory(MemoryError::TooLarge { wanted, available }) => Failure::new(
+        VmmError::Memory(MemoryError::TooLarge { wanted, available }) => CliError::new(
             Exit::Usage,
             format!(
                 "--memory: {} do not fit this host, which has {} of memory and swap",
-                show_size(*wanted),
-                show_size(*available)
+                format_size(*wanted),
+                format_size(*available)
             ),
         ),
-        error => Failure::caused("cannot build the VM", error),
+        error => CliError::caused("cannot build the VM", error),
     }
 }
 
 /// The epoch under which the VM may be started here, by its journal. From here on no other process may start it.
-pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, Failure> {
+pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, CliError> {
     let Some(dir) = &vm.options.state_dir else { return Ok(Epoch(0)) };
     let id = vm.config.id;
-    vm.presence.start(dir, id).map_err(Failure::failed)?;
+    vm.presence.start(dir, id).map_err(CliError::failed)?;
     let file = dir.join(format!("{id}.json"));
     let remedy = format!("if you are sure that it runs nowhere else, remove {}", file.display());
     match standing(dir, id) {
         Ok(Standing::Unknown) => Ok(Epoch(0)),
         Ok(Standing::Ours(epoch)) => Ok(epoch),
-        Ok(Standing::Elsewhere { epoch, peer }) => Err(Failure::failed(format!(
+        Ok(Standing::Elsewhere { epoch, peer }) => Err(CliError::failed(format!(
             "VM {id} belongs to another host (epoch {}, {peer}) and is not started here; {remedy}",
             epoch.0
         ))),
-        Ok(Standing::Undecided { epoch, peer }) => Err(Failure::new(
+        Ok(Standing::Undecided { epoch, peer }) => Err(CliError::new(
             Exit::Unresolved,
             format!(
                 "the commit of VM {id} to {peer} (epoch {}) is undecided: it may run there, so it is not started here; {remedy}",
                 epoch.0
             ),
         )),
-        Ok(other) => Err(Failure::failed(format!("VM {id} is not started here: {other:?}"))),
-        Err(error) => Err(Failure::caused("the ownership journal cannot be believed", &error)),
+        Ok(other) => Err(CliError::failed(format!("VM {id} is not started here: {other:?}"))),
+        Err(error) => Err(CliError::caused("the ownership journal cannot be believed", &error)),
     }
 }
 
-fn accelerator(options: &Vm) -> Result<Accelerator, Failure> {
+fn accelerator(options: &VmCommand) -> Result<Accelerator, CliError> {
     if options.software {
         return Ok(Accelerator::Software);
     }
     match kvm_answers() {
         Ok(()) => Ok(Accelerator::Kvm),
-        Err(error) if options.require_kvm => Err(Failure::caused("no KVM", &error)),
+        Err(error) if options.require_kvm => Err(CliError::caused("no KVM", &error)),
         Err(error) => {
-            say(format_args!("vfio-migrate: NO KVM ({}); running the software guest instead", chain(&error)));
+            eprintln_line(format_args!(
+                "vfio-migrate: NO KVM ({}); running the software guest instead",
+                chain(&error)
+            ));
             Ok(Accelerator::Software)
         }
     }
@@ -158,19 +161,19 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// The devices that are known to be lost.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+pub(super) struct LostDeviceWatch {
     lost: BTreeSet<DeviceId>,
 }
 
-impl Watch {
+impl LostDeviceWatch {
     /// Says of each device that is lost since the last look that it is. The guest is left as it is.
-    pub(super) fn look(&mut self, vm: &RunningVm) {
+    pub(super) fn report_new(&mut self, vm: &RunningVm) {
         let lost = vm.state.slot().machine().map(|machine| machine.lost_devices()).unwrap_or_default();
         for device in self.new_among(lost) {
-            say(format_args!(
+            eprintln_line(format_args!(
                 "vfio-migrate: device {device} is lost: its server is gone; the guest cannot be moved any more"
             ));
-            vm.publisher.publish(&Event::new("DEVICE_LOST", json!({"device": device.to_string()})));
+            vm.publisher.publish(&ControlEvent::new("DEVICE_LOST", json!({"device": device.to_string()})));
         }
     }
 
@@ -190,7 +193,7 @@ mod test {
     #[test]
     fn each_loss_is_said_once() {
         let id = |name: &str| DeviceId::new(name).unwrap();
-        let mut watch = Watch::default();
+        let mut watch = LostDeviceWatch::default();
         assert_eq!(watch.new_among(vec![]), []);
         assert_eq!(watch.new_among(vec![id("b")]), [id("b")]);
         assert_eq!(watch.new_among(vec![id("a"), id("b")]), [id("a")]);

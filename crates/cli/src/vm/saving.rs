@@ -14,7 +14,7 @@ use super::slot::Slot;
 use super::{info, outgoing};
 use crate::control::protocol::SaveArguments;
 use crate::control::refused::Refused;
-use crate::exit::{Exit, Failure, chain};
+use crate::exit::{CliError, Exit, chain};
 
 /// Begins to save; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<(), Refused> {
@@ -56,12 +56,12 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, 
 }
 
 /// Opens and checks a file before anything is built for it.
-pub(super) fn open(path: &Path) -> Result<Snapshot, Failure> {
+pub(super) fn open(path: &Path) -> Result<Snapshot, CliError> {
     let snapshot = Snapshot::open(path)
-        .map_err(|error| Failure::caused(&format!("cannot restore {}", path.display()), &error))?;
+        .map_err(|error| CliError::caused(&format!("cannot restore {}", path.display()), &error))?;
     match snapshot.device() {
         None => Ok(snapshot),
-        Some(device) => Err(Failure::new(
+        Some(device) => Err(CliError::new(
             Exit::Incompatible,
             format!(
                 "{} holds the device {} alone, and no guest: `vfio-migrate restore --device … {0}` loads it into a device",
@@ -74,16 +74,16 @@ pub(super) fn open(path: &Path) -> Result<Snapshot, Failure> {
 
 /// Puts a guest back into a machine that is built once it is known that the guest may be put back: building opens the
 /// devices, and opening resets them.
-pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, Failure> {
+pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliError> {
     let id = snapshot.vm();
     if let Some(other) = vm.options.uuid.filter(|other| *other != id) {
-        return Err(Failure::new(
+        return Err(CliError::new(
             Exit::Incompatible,
             format!("the snapshot is of VM {id}, and --uuid says {other}"),
         ));
     }
     if let Some(dir) = &vm.options.state_dir {
-        vm.presence.start(dir, id).map_err(Failure::failed)?;
+        vm.presence.start(dir, id).map_err(CliError::failed)?;
     }
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
@@ -108,13 +108,13 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, Failur
             machine.let_go();
             Ok(Slot::Here { machine, epoch: arrived.epoch })
         }
-        (Ok(_), None, None) => Err(Failure::failed("a guest was restored into no machine")),
+        (Ok(_), None, None) => Err(CliError::failed("a guest was restored into no machine")),
         (Err(error), _, None) => {
             let exit = match &error {
                 IncomingError::Refused(_) => Exit::Incompatible,
                 _ => Exit::Failed,
             };
-            Err(Failure::new(exit, format!("the snapshot was not restored: {}", chain(&error))))
+            Err(CliError::new(exit, format!("the snapshot was not restored: {}", chain(&error))))
         }
     }
 }

@@ -27,7 +27,7 @@ pub(super) enum Slot {
     /// Nobody knows whose it is: it stands here.
     Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// It is ours and stands here: it could not be started, or its storage locks could not be taken back.
-    Held { machine: Arc<ReferenceMachine>, epoch: Epoch },
+    OwnedNotStarted { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// An incoming migration failed.
     Failed,
 }
@@ -39,7 +39,7 @@ impl Slot {
             Self::Here { machine, .. }
             | Self::Awaited { machine, .. }
             | Self::Unresolved { machine, .. }
-            | Self::Held { machine, .. } => Some(machine),
+            | Self::OwnedNotStarted { machine, .. } => Some(machine),
             Self::Preparing | Self::Leaving { .. } | Self::Left | Self::Failed => None,
         }
     }
@@ -49,7 +49,7 @@ impl Slot {
         match self {
             Self::Here { epoch, .. }
             | Self::Unresolved { epoch, .. }
-            | Self::Held { epoch, .. }
+            | Self::OwnedNotStarted { epoch, .. }
             | Self::Leaving { epoch } => *epoch,
             _ => Epoch(0),
         }
@@ -65,7 +65,7 @@ pub(super) enum Steering {
 
 /// Where the guest is and how its migration stands: under one lock, so that the two never contradict each other.
 #[derive(Debug, Default)]
-pub(crate) struct StateCell(Mutex<State>);
+pub(crate) struct VmState(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
@@ -78,7 +78,7 @@ struct State {
     thread: Option<JoinHandle<()>>,
 }
 
-impl StateCell {
+impl VmState {
     /// Reads where the guest is, what steers its session, and how the last one ended: all of one moment.
     pub(super) fn read<T>(
         &self,
@@ -196,7 +196,7 @@ mod test {
 
     #[test]
     fn only_one_of_two_gets_the_place() {
-        let state = StateCell::default();
+        let state = VmState::default();
         let free = |slot: &Slot| matches!(slot, Slot::Left | Slot::Failed);
         assert!(matches!(state.put_if(free, Slot::Preparing), Ok(Slot::Left)));
         assert!(matches!(state.put_if(free, Slot::Preparing), Err(Slot::Preparing)));

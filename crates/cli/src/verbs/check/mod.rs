@@ -9,15 +9,15 @@ use vfio_migration_compat::{
 };
 use vfio_migration_types::VmId;
 
-use crate::args::ask::Check;
-use crate::exit::{Exit, Failure};
+use crate::args::ask::CheckCommand;
+use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
-use crate::probe::Local;
-use crate::subject::{self, Subject};
+use crate::probe::HostAccess;
+use crate::side::{self, CheckSide};
 use crate::verdict::text;
 use crate::words::{device_map, policy};
 
-pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
+pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
     let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
     if options.matrix {
         return pool::matrix(&options.sides, &policy, options.json);
@@ -30,21 +30,21 @@ pub(crate) fn run(options: &Check) -> Result<Exit, Failure> {
             "check takes two sides, what is to move and where to; {} were given",
             options.sides.len()
         );
-        return Err(Failure::new(Exit::Usage, text));
+        return Err(CliError::new(Exit::Usage, text));
     };
-    let local = Local { roots: options.root.roots(), probe: options.probe };
-    let (source, vm) = match subject::subject(source, None, &local)? {
-        Subject::Known(document, vm) => (document, vm),
-        Subject::Receiver(uri) => {
+    let local = HostAccess { roots: options.root.roots(), probe: options.probe };
+    let (source, vm) = match side::resolve(source, None, &local)? {
+        CheckSide::Known(document, vm) => (document, vm),
+        CheckSide::Receiver(uri) => {
             let text =
                 format!("nothing moves from {uri}, which waits for a guest: name it as the second side");
-            return Err(Failure::new(Exit::Usage, text));
+            return Err(CliError::new(Exit::Usage, text));
         }
     };
     let map = device_map(&options.map)?;
-    let report = match subject::subject(destination, None, &local)? {
-        Subject::Known(destination, _) => compare(&source, &destination, &map, &policy)?,
-        Subject::Receiver(uri) => ask(&source, vm, &uri, map, policy)?,
+    let report = match side::resolve(destination, None, &local)? {
+        CheckSide::Known(destination, _) => compare(&source, &destination, &map, &policy)?,
+        CheckSide::Receiver(uri) => ask(&source, vm, &uri, map, policy)?,
     };
     if options.json {
         print_json(&report)?;
@@ -64,7 +64,7 @@ fn compare(
     destination: &Document,
     map: &DeviceMap,
     policy: &Policy,
-) -> Result<Report, Failure> {
+) -> Result<Report, CliError> {
     Ok(match (&source.manifest, &destination.manifest) {
         (Manifest::Device(source), Manifest::Device(destination)) => {
             check_devices(source, destination, policy)
@@ -75,12 +75,12 @@ fn compare(
         }
         (Manifest::Machine(source), Manifest::Host(host)) => check_placement(source, host, policy),
         (source, destination) => {
-            let (source, destination) = (subject::kind(source), subject::kind(destination));
+            let (source, destination) = (side::kind(source), side::kind(destination));
             let text = format!(
                 "{source} does not go to {destination}: a device goes to a device or a host, a machine to a machine or a \
                  host; hosts among each other are a --matrix"
             );
-            return Err(Failure::new(Exit::Usage, text));
+            return Err(CliError::new(Exit::Usage, text));
         }
     })
 }
@@ -92,10 +92,10 @@ fn ask(
     uri: &Uri,
     map: DeviceMap,
     policy: Policy,
-) -> Result<Report, Failure> {
+) -> Result<Report, CliError> {
     let Manifest::Machine(machine) = &source.manifest else {
-        let text = format!("a receiver takes machines, and this is {}", subject::kind(&source.manifest));
-        return Err(Failure::new(Exit::Usage, text));
+        let text = format!("a receiver takes machines, and this is {}", side::kind(&source.manifest));
+        return Err(CliError::new(Exit::Usage, text));
     };
     let machine: MachineManifest = (**machine).clone();
     let mut options = SourceOptions::default();
@@ -103,5 +103,5 @@ fn ask(
     options.policy = policy;
     // A manifest's file names no VM; a receiver that expects a certain one will say so.
     let vm = vm.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
-    probe(machine, vm, uri, options).map_err(|error| Failure::caused(&format!("cannot ask {uri}"), &error))
+    probe(machine, vm, uri, options).map_err(|error| CliError::caused(&format!("cannot ask {uri}"), &error))
 }

@@ -7,13 +7,13 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use vfio_migration_compat::{Baseline, HostManifest, Manifest, Matrix, Policy, Verdict};
 
-use crate::exit::{Exit, Failure};
-use crate::output::{Waiting, print, print_json};
-use crate::subject;
-use crate::verdict::word;
+use crate::exit::{CliError, Exit};
+use crate::output::{WaitingDisplay, print, print_json};
+use crate::side;
+use crate::verdict::json_word;
 
 /// Which devices can go where.
-pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Exit, Failure> {
+pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Exit, CliError> {
     let hosts = hosts(files, json)?;
     let matrix = vfio_migration_compat::matrix(&hosts, policy);
     if json {
@@ -43,7 +43,7 @@ pub(crate) struct WithoutBaseline {
 }
 
 /// What all of them load: of one model, or of each that a host has or offers.
-pub(super) fn baseline(files: &[String], model: Option<&str>, json: bool) -> Result<Exit, Failure> {
+pub(super) fn baseline(files: &[String], model: Option<&str>, json: bool) -> Result<Exit, CliError> {
     let hosts = hosts(files, json)?;
     let devices = hosts
         .iter()
@@ -87,7 +87,7 @@ fn baselines(report: &BaselineReport) -> String {
 }
 
 /// The files of a pool: those named, and those that end in `.json` in folders that are named.
-fn pool(named: &[String]) -> Result<Vec<PathBuf>, Failure> {
+fn pool(named: &[String]) -> Result<Vec<PathBuf>, CliError> {
     let mut files = Vec::new();
     for name in named {
         let path = Path::new(name);
@@ -95,7 +95,7 @@ fn pool(named: &[String]) -> Result<Vec<PathBuf>, Failure> {
             files.push(path.to_owned());
             continue;
         }
-        let failed = |error: std::io::Error| Failure::caused(name, &error);
+        let failed = |error: std::io::Error| CliError::caused(name, &error);
         let mut inside = Vec::new();
         for entry in std::fs::read_dir(path).map_err(failed)? {
             let file = entry.map_err(failed)?.path();
@@ -104,7 +104,7 @@ fn pool(named: &[String]) -> Result<Vec<PathBuf>, Failure> {
             }
         }
         if inside.is_empty() {
-            return Err(Failure::failed(format!(
+            return Err(CliError::failed(format!(
                 "{name}: there is no host manifest (*.json) in this folder"
             )));
         }
@@ -114,21 +114,21 @@ fn pool(named: &[String]) -> Result<Vec<PathBuf>, Failure> {
     Ok(files)
 }
 
-fn hosts(files: &[String], json: bool) -> Result<Vec<HostManifest>, Failure> {
-    let waiting = Waiting::new(!json, "reading the hosts' manifests");
+fn hosts(files: &[String], json: bool) -> Result<Vec<HostManifest>, CliError> {
+    let waiting = WaitingDisplay::new(!json, "reading the hosts' manifests");
     pool(files)?
         .iter()
         .map(|path| {
             waiting.tick();
             let file = path.display();
-            match subject::read(path)?.manifest {
+            match side::read(path)?.manifest {
                 Manifest::Host(host) => Ok(*host),
                 other => {
                     let text = format!(
                         "{file} is the manifest of {}, and hosts are wanted here",
-                        subject::kind(&other)
+                        side::kind(&other)
                     );
-                    Err(Failure::new(Exit::Usage, text))
+                    Err(CliError::new(Exit::Usage, text))
                 }
             }
         })
@@ -142,7 +142,7 @@ fn table(matrix: &Matrix) -> String {
     for group in 0..groups {
         let names: Vec<&str> =
             matrix.hosts.iter().filter(|host| host.group == group).map(|host| host.name.as_str()).collect();
-        text.push_str(&format!("hosts {}: {}\n", letter(group), some(&names)));
+        text.push_str(&format!("hosts {}: {}\n", letter(group), first_few(&names)));
     }
     let rows: Vec<(String, Vec<String>)> = (0..matrix.cells.len())
         .map(|group| {
@@ -154,7 +154,7 @@ fn table(matrix: &Matrix) -> String {
                 .collect();
             let cells = matrix.cells.get(group).into_iter().flatten();
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            (some(&names), cells.map(cell).collect())
+            (first_few(&names), cells.map(cell).collect())
         })
         .collect();
     let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).max(6);
@@ -180,7 +180,7 @@ fn table(matrix: &Matrix) -> String {
 }
 
 fn cell(cell: &vfio_migration_compat::Cell) -> String {
-    let verdict = word(&cell.verdict);
+    let verdict = json_word(&cell.verdict);
     match (cell.verdict, cell.codes.split_first()) {
         (Verdict::Live, _) | (_, None) => verdict,
         (_, Some((code, []))) => format!("{verdict} ({code})"),
@@ -189,7 +189,7 @@ fn cell(cell: &vfio_migration_compat::Cell) -> String {
 }
 
 /// The first few of many names.
-fn some(names: &[&str]) -> String {
+fn first_few(names: &[&str]) -> String {
     const SHOWN: usize = 3;
     let shown = names.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
     if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }

@@ -12,16 +12,16 @@ use vfio_migration_device::{
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa};
 
-use super::report::{DeviceReport, DirtyTracking, InterruptCounts, Migration, RegionReport};
-use crate::exit::{Failure, chain};
-use crate::probe::Probed;
+use super::report::{CanMigrate, DeviceEntry, DirtyTrackingKind, InterruptCounts, RegionReport};
+use crate::exit::{CliError, chain};
+use crate::probe::ProbedDevice;
 
 /// Longest wait for a vfio-user server, for each thing it is asked.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Asks a vfio-user server. It is left in the state it is in.
-pub(super) fn socket(socket: &Path) -> Result<DeviceReport, Failure> {
-    let mut report = DeviceReport::blank(socket.display().to_string(), "vfio-user");
+pub(super) fn socket(socket: &Path) -> Result<DeviceEntry, CliError> {
+    let mut report = DeviceEntry::blank(socket.display().to_string(), "vfio-user");
     let options = VfioUserOptions {
         timeout: PATIENCE,
         connect_timeout: Duration::ZERO,
@@ -32,9 +32,9 @@ pub(super) fn socket(socket: &Path) -> Result<DeviceReport, Failure> {
         Ok(device) => match hardware(&mut report, &device) {
             Ok(capabilities) => {
                 let (tracking, why) = match capabilities.dirty_log {
-                    true => (DirtyTracking::DeviceLog, "its server logs its DMA writes"),
+                    true => (DirtyTrackingKind::DeviceLog, "its server logs its DMA writes"),
                     false => (
-                        DirtyTracking::None,
+                        DirtyTrackingKind::None,
                         "its server logs no DMA writes, so all memory counts as dirty: one full copy while the \
                          guest is stopped, refused unless --allow-all-dirty is given",
                     ),
@@ -44,30 +44,30 @@ pub(super) fn socket(socket: &Path) -> Result<DeviceReport, Failure> {
             }
             Err(NotMigratable(why)) => {
                 let change = "a server that implements migration";
-                report.against(&Obstacle::new(Code::NoMigrationInServer, why, change, vec![]));
+                report.add_obstacle(&Obstacle::new(Code::NoMigrationInServer, why, change, vec![]));
             }
         },
         Err(error) => {
             let change = "start its server; a server that another VMM uses answers nobody else";
-            report.against(&Obstacle::new(Code::NoAnswer, chain(&error), change, vec![]));
+            report.add_obstacle(&Obstacle::new(Code::NoAnswer, chain(&error), change, vec![]));
         }
     }
     Ok(report)
 }
 
 /// Opens a device of the host, asks it, and closes it. Left as it is where it is in use.
-pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceReport) -> Result<(), Failure> {
-    let Probed { device: opened, mapped } = match Probed::open(device, id()?, roots) {
+pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry) -> Result<(), CliError> {
+    let ProbedDevice { device: opened, mapped } = match ProbedDevice::open(device, id()?, roots) {
         Ok(probed) => probed,
         Err(error) if error.is_in_use() => {
             let text = format!("it was not opened, somebody has it: {}", chain(&error));
             let change = "to move it, ask the VMM that has it; whose processes they are, root may see";
-            report.against(&Obstacle::new(Code::InUse, text, change, vec![]));
+            report.add_obstacle(&Obstacle::new(Code::InUse, text, change, vec![]));
             return Ok(());
         }
         Err(error) => {
             let change = "what the text says, and the kernel's log";
-            report.against(&Obstacle::new(Code::OpenFailed, chain(&error), change, vec![]));
+            report.add_obstacle(&Obstacle::new(Code::OpenFailed, chain(&error), change, vec![]));
             return Ok(());
         }
     };
@@ -77,34 +77,34 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceReport
             report.why_not.retain(|why| why.code != Code::NoMigrationInDriver.name());
             let tracker = opened.tracker();
             report.dirty_tracking = match tracker.kind {
-                TrackerKind::DeviceLog => DirtyTracking::DeviceLog,
-                TrackerKind::Iommufd => DirtyTracking::Iommufd,
-                TrackerKind::Type1 => DirtyTracking::Type1,
-                TrackerKind::Everything => DirtyTracking::None,
-                _ => DirtyTracking::Unknown,
+                TrackerKind::DeviceLog => DirtyTrackingKind::DeviceLog,
+                TrackerKind::Iommufd => DirtyTrackingKind::Iommufd,
+                TrackerKind::Type1 => DirtyTrackingKind::Type1,
+                TrackerKind::Everything => DirtyTrackingKind::None,
+                _ => DirtyTrackingKind::Unknown,
             };
             report.dirty_tracking_why = Some(tracker.why.clone());
         }
         Err(_) if report.why_not.iter().any(|why| why.code == Code::NoMigrationInDriver.name()) => {
-            report.migration = Migration::No;
+            report.migration = CanMigrate::No;
         }
         Err(NotMigratable(why)) => {
             let change = "the vendor's variant driver, and migration turned on in the device's firmware or by its \
                           physical function's driver";
-            report.against(&Obstacle::new(Code::NoMigrationInDriver, why, change, vec![]));
+            report.add_obstacle(&Obstacle::new(Code::NoMigrationInDriver, why, change, vec![]));
         }
     }
     if let Err(error) = mapped {
         let change = "raise this user's limit on locked memory (ulimit -l), and see the kernel's log";
         let text = format!("no memory can be mapped for it: {}", chain(&error));
-        report.against(&Obstacle::new(Code::MappingRefused, text, change, vec![]));
+        report.add_obstacle(&Obstacle::new(Code::MappingRefused, text, change, vec![]));
     }
     Ok(())
 }
 
 /// What either kind of device says of itself, and whether it migrates.
 fn hardware<D: Device + PciHardware>(
-    report: &mut DeviceReport,
+    report: &mut DeviceEntry,
     device: &D,
 ) -> Result<Capabilities, NotMigratable> {
     report.probed = true;
@@ -119,7 +119,7 @@ fn hardware<D: Device + PciHardware>(
     let flags =
         [(true, "STOP_COPY"), (capabilities.flags.p2p, "P2P"), (capabilities.flags.pre_copy, "PRE_COPY")];
     report.flags = Some(flags.iter().filter(|(has, _)| *has).map(|(_, name)| (*name).into()).collect());
-    report.migration = Migration::Yes;
+    report.migration = CanMigrate::Yes;
     let name = report.name.clone();
     let unknown = |error| tracing::warn!("{name}: {}", chain(&error));
     report.state = device.state().map_err(unknown).ok().map(|state| state.to_string());
@@ -143,12 +143,12 @@ fn region(region: &RegionInfo) -> RegionReport {
     RegionReport { index: region.index.0, name, size: region.size, mappable }
 }
 
-fn id() -> Result<DeviceId, Failure> {
-    DeviceId::new("asked").map_err(|error| Failure::caused("cannot ask", &error))
+fn id() -> Result<DeviceId, CliError> {
+    DeviceId::new("asked").map_err(|error| CliError::caused("cannot ask", &error))
 }
 
-fn ram() -> Result<Arc<GuestRam>, Failure> {
+fn ram() -> Result<Arc<GuestRam>, CliError> {
     let ram = GuestRam::new("devices", &[RamSpec { gpa: Gpa(0), len: 4096 }])
-        .map_err(|error| Failure::caused("cannot ask", &error))?;
+        .map_err(|error| CliError::caused("cannot ask", &error))?;
     Ok(Arc::new(ram))
 }

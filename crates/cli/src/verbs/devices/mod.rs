@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use vfio_migration_device::KernelPath;
 use vfio_migration_device::host::{self, HostDevice, Kind, Roots, Scan};
 
-use self::report::{DeviceReport, DevicesReport, FileReport, InterruptCounts, Migration, UserReport, reason};
-use crate::args::ask::Devices;
-use crate::exit::{Exit, Failure};
+use self::report::{CanMigrate, DeviceEntry, DevicesReport, FileReport, InterruptCounts, UserReport, reason};
+use crate::args::ask::DevicesCommand;
+use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
 
-pub(crate) fn run(options: &Devices) -> Result<Exit, Failure> {
+pub(crate) fn run(options: &DevicesCommand) -> Result<Exit, CliError> {
     let roots = options.root.roots();
     let scan = host::scan(&roots);
     let (named, sockets) = named(&options.targets, &roots, &scan)?;
@@ -46,7 +46,7 @@ fn named<'a>(
     targets: &'a [PathBuf],
     roots: &Roots,
     scan: &Scan,
-) -> Result<(Vec<String>, Vec<&'a Path>), Failure> {
+) -> Result<(Vec<String>, Vec<&'a Path>), CliError> {
     let (mut names, mut sockets) = (Vec::new(), Vec::new());
     let vfio = roots.dev.join("vfio");
     for target in targets {
@@ -68,16 +68,18 @@ fn named<'a>(
         };
         let found = scan.devices.iter().find(|device| is(device)).ok_or_else(|| {
             let shown = target.display();
-            Failure::failed(format!("there is no device {shown}; `vfio-migrate devices --all` lists what is"))
+            CliError::failed(format!(
+                "there is no device {shown}; `vfio-migrate devices --all` lists what is"
+            ))
         })?;
         names.push(found.name.clone());
     }
     Ok((names, sockets))
 }
 
-fn of_host(device: &HostDevice) -> DeviceReport {
+fn of_host(device: &HostDevice) -> DeviceEntry {
     let shown = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
-    let mut report = DeviceReport {
+    let mut report = DeviceEntry {
         driver: device.driver.clone(),
         variant_driver: device.variant.clone(),
         iommu_group: device.iommu_group,
@@ -91,14 +93,14 @@ fn of_host(device: &HostDevice) -> DeviceReport {
                 refusal: file.refusal.map(|errno| errno.to_string()),
             })
             .collect(),
-        migration: if device.obstacles.is_empty() { Migration::Unknown } else { Migration::No },
+        migration: if device.obstacles.is_empty() { CanMigrate::Unknown } else { CanMigrate::No },
         users: device
             .users
             .iter()
             .map(|user| UserReport { pid: user.pid, command: user.command.clone() })
             .collect(),
         why_not: device.obstacles.iter().map(reason).collect(),
-        ..DeviceReport::blank(device.name.clone(), "other")
+        ..DeviceEntry::blank(device.name.clone(), "other")
     };
     match &device.kind {
         Kind::Pci(facts) => {

@@ -8,7 +8,7 @@ use vfio_migration_device::host::Obstacle;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct DevicesReport {
     /// The devices.
-    pub(crate) devices: Vec<DeviceReport>,
+    pub(crate) devices: Vec<DeviceEntry>,
     /// What could not be looked at.
     pub(crate) problems: Vec<String>,
 }
@@ -16,7 +16,8 @@ pub(crate) struct DevicesReport {
 /// Whether a device can migrate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Migration {
+#[schemars(rename = "Migration")]
+pub(crate) enum CanMigrate {
     /// The device says so.
     Yes,
     /// Not as it stands; `why-not` has the reasons.
@@ -28,7 +29,8 @@ pub(crate) enum Migration {
 /// How DMA writes of a device are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum DirtyTracking {
+#[schemars(rename = "DirtyTracking")]
+pub(crate) enum DirtyTrackingKind {
     /// The device logs them.
     DeviceLog,
     /// The IOMMU does, through iommufd.
@@ -44,7 +46,8 @@ pub(crate) enum DirtyTracking {
 /// A device.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct DeviceReport {
+#[schemars(rename = "DeviceReport")]
+pub(crate) struct DeviceEntry {
     /// PCI address, UUID of an mdev, name on another bus, or socket.
     pub(crate) name: String,
     /// `pci`, `mdev`, `other` or `vfio-user`.
@@ -68,13 +71,13 @@ pub(crate) struct DeviceReport {
     /// It was opened and asked: what follows is its own word.
     pub(crate) probed: bool,
     /// Whether it can migrate.
-    pub(crate) migration: Migration,
+    pub(crate) migration: CanMigrate,
     /// `STOP_COPY`, `P2P`, `PRE_COPY`; absent when it was not asked.
     pub(crate) flags: Option<Vec<String>>,
     /// Its migration state (`RUNNING`, `STOP`, …); absent when it was not asked.
     pub(crate) state: Option<String>,
     /// How its DMA writes are known.
-    pub(crate) dirty_tracking: DirtyTracking,
+    pub(crate) dirty_tracking: DirtyTrackingKind,
     /// Why by that and nothing better, and what follows; absent when it was not asked.
     pub(crate) dirty_tracking_why: Option<String>,
     /// Estimated bytes of its state while stopped.
@@ -86,7 +89,7 @@ pub(crate) struct DeviceReport {
     /// Who has it open.
     pub(crate) users: Vec<UserReport>,
     /// Why it cannot migrate as it stands.
-    pub(crate) why_not: Vec<Reason>,
+    pub(crate) why_not: Vec<WhyNot>,
 }
 
 /// Numbers of interrupts; absent where they could not be read.
@@ -133,7 +136,8 @@ pub(crate) struct UserReport {
 
 /// A reason.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-pub(crate) struct Reason {
+#[schemars(rename = "Reason")]
+pub(crate) struct WhyNot {
     /// Stable.
     pub(crate) code: String,
     /// In a sentence.
@@ -144,7 +148,7 @@ pub(crate) struct Reason {
     pub(crate) commands: Vec<String>,
 }
 
-impl DeviceReport {
+impl DeviceEntry {
     /// Of a device of which no more is known.
     pub(super) fn blank(name: String, kind: &str) -> Self {
         Self {
@@ -159,10 +163,10 @@ impl DeviceReport {
             cdev: None,
             files: Vec::new(),
             probed: false,
-            migration: Migration::Unknown,
+            migration: CanMigrate::Unknown,
             flags: None,
             state: None,
-            dirty_tracking: DirtyTracking::Unknown,
+            dirty_tracking: DirtyTrackingKind::Unknown,
             dirty_tracking_why: None,
             stop_copy_size: None,
             interrupts: InterruptCounts::default(),
@@ -173,14 +177,14 @@ impl DeviceReport {
     }
 
     /// Adds a reason why it cannot migrate.
-    pub(super) fn against(&mut self, obstacle: &Obstacle) {
-        self.migration = Migration::No;
+    pub(super) fn add_obstacle(&mut self, obstacle: &Obstacle) {
+        self.migration = CanMigrate::No;
         self.why_not.push(reason(obstacle));
     }
 }
 
-pub(super) fn reason(obstacle: &Obstacle) -> Reason {
-    Reason {
+pub(super) fn reason(obstacle: &Obstacle) -> WhyNot {
+    WhyNot {
         code: obstacle.code.name().into(),
         text: obstacle.text.clone(),
         change: obstacle.change.clone(),

@@ -1,7 +1,7 @@
 //! The report for people.
 
-use super::report::{DeviceReport, DevicesReport, DirtyTracking, Migration, RegionReport};
-use crate::units::show_size;
+use super::report::{CanMigrate, DeviceEntry, DevicesReport, DirtyTrackingKind, RegionReport};
+use crate::units::format_size;
 
 /// The report for people.
 pub(super) fn text(report: &DevicesReport) -> String {
@@ -12,13 +12,13 @@ pub(super) fn text(report: &DevicesReport) -> String {
         let or_dash = |word: &Option<String>| word.clone().unwrap_or_else(|| "-".into());
         let irqs = device.interrupts;
         let migration = match (device.migration, &device.flags) {
-            (Migration::Yes, Some(flags)) => flags.join(" "),
-            (Migration::Yes, None) => "yes".into(),
-            (Migration::No, _) => "no".into(),
-            (Migration::Unknown, _) if device.kind == "other" => {
+            (CanMigrate::Yes, Some(flags)) => flags.join(" "),
+            (CanMigrate::Yes, None) => "yes".into(),
+            (CanMigrate::No, _) => "no".into(),
+            (CanMigrate::Unknown, _) if device.kind == "other" => {
                 "unknown (only PCI devices can be asked)".into()
             }
-            (Migration::Unknown, _) => "unknown (the device was not opened; --probe does)".into(),
+            (CanMigrate::Unknown, _) => "unknown (the device was not opened; --probe does)".into(),
         };
         text.push_str(&format!(
             "{:width$}  {:9}  {:20}  {:9}  group {:4}  intx {} msi {} msix {}  migration: {migration}\n",
@@ -55,28 +55,28 @@ pub(super) fn text(report: &DevicesReport) -> String {
 }
 
 /// What a device said when it was asked.
-fn asked(device: &DeviceReport) -> String {
+fn asked(device: &DeviceEntry) -> String {
     let mut text = String::new();
     if let Some(regions) = &device.regions {
         let shown = |region: &RegionReport| {
             let name = region.name.clone().unwrap_or_else(|| format!("region {}", region.index));
-            format!("{name} {}", show_size(region.size))
+            format!("{name} {}", format_size(region.size))
         };
         let regions: Vec<String> = regions.iter().map(shown).collect();
         text.push_str(&format!("    regions: {}\n", regions.join(", ")));
     }
-    if device.migration != Migration::Yes {
+    if device.migration != CanMigrate::Yes {
         return text;
     }
-    let size = device.stop_copy_size.map_or("not said".into(), show_size);
+    let size = device.stop_copy_size.map_or("not said".into(), format_size);
     let now = device.state.as_deref().unwrap_or("?");
     text.push_str(&format!("    state: {now}, {size} to save while stopped\n"));
     let log = match device.dirty_tracking {
-        DirtyTracking::DeviceLog => "by the device",
-        DirtyTracking::Iommufd => "by the IOMMU",
-        DirtyTracking::Type1 => "by the container",
-        DirtyTracking::None => "none",
-        DirtyTracking::Unknown => "unknown",
+        DirtyTrackingKind::DeviceLog => "by the device",
+        DirtyTrackingKind::Iommufd => "by the IOMMU",
+        DirtyTrackingKind::Type1 => "by the container",
+        DirtyTrackingKind::None => "none",
+        DirtyTrackingKind::Unknown => "unknown",
     };
     let why = device.dirty_tracking_why.as_deref().unwrap_or("not said");
     text.push_str(&format!("    dirty tracking: {log}: {why}\n"));

@@ -13,10 +13,10 @@ use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, VmId};
 
-use crate::control::client::{Client, ClientError};
-use crate::control::protocol::Verb;
-use crate::exit::Failure;
-use crate::probe::Local;
+use crate::control::client::{ControlClient, ControlError};
+use crate::control::protocol::ControlVerb;
+use crate::exit::CliError;
+use crate::probe::HostAccess;
 use crate::target::ANSWER;
 use crate::words::{device_id, read_capped, uri};
 
@@ -28,7 +28,7 @@ const GREETING: Duration = Duration::from_secs(2);
 
 /// What was named.
 #[derive(Debug)]
-pub(crate) enum Subject {
+pub(crate) enum CheckSide {
     /// Something with a manifest. A running `vm` has its identity too.
     Known(Document, Option<VmId>),
     /// Somewhere a `vm` waits for a guest.
@@ -36,11 +36,11 @@ pub(crate) enum Subject {
 }
 
 /// Finds out what `text` stands for. `name`: what a device is called.
-pub(crate) fn subject(text: &str, name: Option<&str>, local: &Local) -> Result<Subject, Failure> {
-    let known = |device: DeviceManifest| Ok(Subject::Known(device.into(), None));
+pub(crate) fn resolve(text: &str, name: Option<&str>, local: &HostAccess) -> Result<CheckSide, CliError> {
+    let known = |device: DeviceManifest| Ok(CheckSide::Known(device.into(), None));
     if let Some(socket) = text.strip_prefix("vm:") {
         let (document, vm) = of_vm(Path::new(socket), ANSWER)?;
-        return Ok(Subject::Known(document, Some(vm)));
+        return Ok(CheckSide::Known(document, Some(vm)));
     }
     if let Some(socket) = text.strip_prefix("vfio-user:") {
         return known(of_server(Path::new(socket), name)?);
@@ -51,10 +51,10 @@ pub(crate) fn subject(text: &str, name: Option<&str>, local: &Local) -> Result<S
         }
     }
     if ["tcp:", "unix:", "fd:"].iter().any(|scheme| text.starts_with(scheme)) {
-        return Ok(Subject::Receiver(uri(text)?));
+        return Ok(CheckSide::Receiver(uri(text)?));
     }
     let path = Path::new(text);
-    let kind = std::fs::metadata(path).map_err(|error| Failure::caused(text, &error))?.file_type();
+    let kind = std::fs::metadata(path).map_err(|error| CliError::caused(text, &error))?.file_type();
     if kind.is_socket() {
         return of_socket(path, name);
     }
@@ -62,11 +62,11 @@ pub(crate) fn subject(text: &str, name: Option<&str>, local: &Local) -> Result<S
     for unknown in document.unknown() {
         tracing::warn!("{text}: {unknown} is not known to this version, and is not compared");
     }
-    Ok(Subject::Known(document, None))
+    Ok(CheckSide::Known(document, None))
 }
 
 /// Reads a manifest, or a list of KEY=VALUE, from a file.
-pub(crate) fn read(path: &Path) -> Result<Document, Failure> {
+pub(crate) fn read(path: &Path) -> Result<Document, CliError> {
     let shown = path.display().to_string();
     let bytes = read_capped(path, Document::MAX_BYTES)?;
     let begins = bytes.iter().copied().find(|byte| !byte.is_ascii_whitespace());
@@ -74,44 +74,44 @@ pub(crate) fn read(path: &Path) -> Result<Document, Failure> {
         Some(b'{') => Document::parse(&bytes, &shown),
         _ => {
             let text =
-                String::from_utf8(bytes).map_err(|_| Failure::failed(format!("{shown}: it is no text")))?;
+                String::from_utf8(bytes).map_err(|_| CliError::failed(format!("{shown}: it is no text")))?;
             labels::from_pairs(&text, &shown)
         }
     };
-    document.map_err(|error| Failure::caused("no manifest", &error))
+    document.map_err(|error| CliError::caused("no manifest", &error))
 }
 
 /// A socket that says nothing of itself: a device server's, or else a `vm`'s.
-fn of_socket(path: &Path, name: Option<&str>) -> Result<Subject, Failure> {
+fn of_socket(path: &Path, name: Option<&str>) -> Result<CheckSide, CliError> {
     match of_server(path, name) {
-        Ok(device) => Ok(Subject::Known(device.into(), None)),
+        Ok(device) => Ok(CheckSide::Known(device.into(), None)),
         Err(server) => match of_vm(path, GREETING) {
-            Ok((document, vm)) => Ok(Subject::Known(document, Some(vm))),
-            Err(vm) => Err(Failure::failed(format!("{server}; and it is no `vm` either: {vm}"))),
+            Ok((document, vm)) => Ok(CheckSide::Known(document, Some(vm))),
+            Err(vm) => Err(CliError::failed(format!("{server}; and it is no `vm` either: {vm}"))),
         },
     }
 }
 
-fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), Failure> {
+fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError> {
     let mut client =
-        Client::connect(socket, patience).map_err(|error| Failure::caused("no contact", &error))?;
-    let asked = |error: ClientError| error.failure("no manifest");
-    let manifest = client.call(Verb::QueryManifest, Value::Null).map_err(asked)?;
+        ControlClient::connect(socket, patience).map_err(|error| CliError::caused("no contact", &error))?;
+    let asked = |error: ControlError| error.failure("no manifest");
+    let manifest = client.call(ControlVerb::QueryManifest, Value::Null).map_err(asked)?;
     let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())
-        .map_err(|error| Failure::caused("no manifest", &error))?;
+        .map_err(|error| CliError::caused("no manifest", &error))?;
     let vm = client.query().map_err(asked)?.vm.uuid;
     let vm = vm
         .parse()
-        .map_err(|_| Failure::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
+        .map_err(|_| CliError::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
     Ok((document, vm))
 }
 
 /// Asks a vfio-user server. It is left in the state it is in.
-fn of_server(socket: &Path, name: Option<&str>) -> Result<DeviceManifest, Failure> {
+fn of_server(socket: &Path, name: Option<&str>) -> Result<DeviceManifest, CliError> {
     let doing = format!("cannot ask {}", socket.display());
     let id = device_id(name.unwrap_or("dev0"))?;
     let ram = GuestRam::new("asked", &[RamSpec { gpa: Gpa(0), len: 4096 }])
-        .map_err(|error| Failure::caused(&doing, &error))?;
+        .map_err(|error| CliError::caused(&doing, &error))?;
     let options = VfioUserOptions {
         timeout: PATIENCE,
         connect_timeout: Duration::ZERO,
@@ -120,24 +120,24 @@ fn of_server(socket: &Path, name: Option<&str>) -> Result<DeviceManifest, Failur
     };
     VfioUserDevice::open(id, socket, Arc::new(ram), &options)
         .and_then(|device| device.manifest())
-        .map_err(|error| Failure::caused(&doing, &error))
+        .map_err(|error| CliError::caused(&doing, &error))
 }
 
 /// A device of this host.
-fn of_host(wanted: &str, name: Option<&str>, local: &Local) -> Result<DeviceManifest, Failure> {
+fn of_host(wanted: &str, name: Option<&str>, local: &HostAccess) -> Result<DeviceManifest, CliError> {
     let found = scan(&local.roots);
     let wanted = wanted.to_ascii_lowercase();
     let device = found.devices.iter().find(|device| device.name.to_ascii_lowercase() == wanted);
     let Some(device) = device else {
         let text =
             format!("this host has no device {wanted}; `vfio-migrate devices --all` lists what it has");
-        return Err(Failure::failed(text));
+        return Err(CliError::failed(text));
     };
     Ok(local.manifest(device, own_id(name, &device.name)?))
 }
 
 /// What a device of this host is called: as it was asked for, or after its address, whose colons no name can have.
-pub(crate) fn own_id(name: Option<&str>, address: &str) -> Result<DeviceId, Failure> {
+pub(crate) fn own_id(name: Option<&str>, address: &str) -> Result<DeviceId, CliError> {
     name.map_or_else(|| device_id(&address.replace(':', "-")), device_id)
 }
 
