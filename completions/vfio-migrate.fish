@@ -37,7 +37,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "check" -d
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "status" -d 'Show how a `vm` and its migration stand'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "status" -d 'Show a `vm` and its migration'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "set" -d 'Change the limits of a migration while it runs'
@@ -57,7 +57,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devic
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devices -d 'Number of devices' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l transport -d 'How the two VMs talk' -r -f -a "tcp\t'TCP on loopback'
 unix\t'A unix socket'"
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l downtime-limit -d 'Longest time the guest may stand still. A ceiling, not a target' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l break -d 'Sabotage one thing on purpose, to see that the guest notices' -r -f -a "dirty-log\t'Dirty bits of pages that the guest wrote are dropped from the last report'
 device-log\t'The device\'s own dirty log leaves pages out'
 device-tail\t'Device bytes are altered late in the stream, framing and digests made to match'
@@ -103,7 +103,7 @@ device-tail\t'Device bytes are altered late in the stream, framing and digests m
 interrupt\t'One interrupt is not connected again at the destination'
 page-order\t'A stale copy of a page is applied after its last'
 p2p-order\t'A device is stopped before its peer stopped writing to it'"
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest standing still'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l exit-with-stdin -d 'Leave when stdin reaches its end'
@@ -131,7 +131,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l b
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Let the guest stand too, for as long as it would, so that all of it is measured'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Pause the guest too, for as long as it would be paused, so that all of it is measured'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s h -l help -d 'Print help'
@@ -168,7 +168,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s V 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l control -d 'Control socket of the `vm` whose guest is saved' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l device -d 'The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s o -l output -d 'File to write. It appears whole or not at all' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-copy-only -d 'With --device: read all of its state while it stands, as if it had no PRE_COPY'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-copy-only -d 'With --device: read all of its state while it is stopped, as if it had no PRE_COPY'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a file that is there'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop -d 'End the guest here: from then on it lives in the file. Otherwise it goes on'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l verify -d 'Write a digest of all RAM too, which the restore compares; the guest is paused meanwhile'
@@ -256,7 +256,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "status" -d 'Show how a `vm` and its migration stand'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "status" -d 'Show a `vm` and its migration'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "set" -d 'Change the limits of a migration while it runs'

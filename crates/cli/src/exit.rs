@@ -19,7 +19,7 @@ pub(crate) enum Exit {
     Usage = 2,
     /// The two sides do not fit; nothing was begun.
     Incompatible = 3,
-    /// It is not known which side owns the guest: it stands still on both until somebody decides.
+    /// It is not known which side owns the guest: it is paused on both until somebody decides.
     Unresolved = 4,
 }
 
@@ -28,7 +28,7 @@ pub(crate) enum Exit {
 pub(crate) struct CliError {
     pub(crate) exit: Exit,
     pub(crate) text: String,
-    /// As the control socket classes refusals.
+    /// Class of the refusal, as on the control socket.
     class: String,
 }
 
@@ -42,12 +42,12 @@ impl CliError {
         Self::new(Exit::Failed, text)
     }
 
-    /// The same, classed as the control socket classes it.
+    /// The same error with the class of a refusal.
     pub(crate) fn of_class(self, class: &str) -> Self {
         Self { class: class.into(), ..self }
     }
 
-    /// The same for programs.
+    /// The document that `--json` prints.
     pub(crate) fn report(&self) -> FailureReport {
         FailureReport {
             error: Refused { class: self.class.clone(), desc: self.text.clone() },

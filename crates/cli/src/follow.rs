@@ -1,4 +1,4 @@
-//! Follows what a running `vm` was asked for to its end, and reports how it stands then.
+//! Follows a migration, rehearsal or save of a running `vm` to its end, and reports how it ended.
 
 use std::time::Duration;
 
@@ -14,16 +14,16 @@ use crate::units::format_size;
 /// How often Ctrl-C is looked for while nothing happens.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// What Ctrl-C does to what is followed.
+/// Effect of Ctrl-C on the migration that is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OnInterrupt {
-    /// It is cancelled, and followed to its end.
+    /// The migration is cancelled, and followed to its end.
     Cancel,
-    /// It goes on unseen.
+    /// The migration goes on, and the command ends.
     Leave,
 }
 
-/// Waits while the migration, rehearsal or save `goes_on`, and returns how things stand then. ProgressDisplay is not shown where
+/// Waits while the migration `goes_on`, and returns the VM and its migration as they are then. Progress is shown unless
 /// `json` is to be printed.
 pub(crate) fn follow(
     client: &mut ControlClient,
@@ -43,15 +43,15 @@ pub(crate) fn follow(
             interrupt.check()?;
         } else if interrupt.requested() && !cancelled {
             cancelled = true;
-            // Too late to cancel is not a failure: the loop then sees how it ended.
+            // Too late to cancel is not a failure: the loop goes on to the end.
             if let Err(error) = client.call(ControlVerb::MigrateCancel, Value::Null) {
                 eprintln_line(format_args!("vfio-migrate: {error}"));
             }
         }
         match news {
             Some(migration) if goes_on(migration.status) => report.migration = migration,
-            // The event says how it ended, but not where the guest is now. What is asked for may go on all the same: an end
-            // that is told late can be that of the one before.
+            // The event says how it ended, but not where the guest is now. Nor need this migration have ended: an event that
+            // comes late can be of the one before.
             Some(_) => report = query(client)?,
             None => {}
         }
@@ -63,7 +63,7 @@ fn query(client: &mut ControlClient) -> Result<StatusReport, CliError> {
     client.query().map_err(|error| error.failure("no answer"))
 }
 
-/// The report for people.
+/// The VM and its migration for people.
 pub(crate) fn text(report: &StatusReport) -> String {
     let StatusReport { vm, migration } = report;
     let mut text = format!(

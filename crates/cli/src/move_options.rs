@@ -1,4 +1,4 @@
-//! Options of sessions that send a guest: each of them stands here once, for the command line, for the control socket and
+//! Options of sessions that send a guest: each of them is declared here once, for the command line, for the control socket and
 //! its schemas, and for the session itself.
 
 use std::time::Duration;

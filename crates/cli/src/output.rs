@@ -31,7 +31,7 @@ pub(crate) fn print_json<T: Serialize>(document: &T) -> Result<(), CliError> {
     print(format!("{text}\n"))
 }
 
-/// Says one line on stderr, if anybody listens.
+/// Writes one line to stderr, if anybody listens.
 pub(crate) fn eprintln_line(line: impl Display) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
@@ -62,7 +62,7 @@ impl ProgressDisplay {
         Self { bar: Some(bar), lines: None }
     }
 
-    /// Shows how it stands.
+    /// Shows the migration as it is now.
     pub(crate) fn update(&mut self, info: &MigrationInfo) {
         let done = info.transferred.ram + info.transferred.device_precopy + info.transferred.device_stopcopy;
         if let Some(bar) = &self.bar {
@@ -75,7 +75,7 @@ impl ProgressDisplay {
         }
     }
 
-    /// Shows how it stands with one device: what was `done`, and what is left as far as is known.
+    /// Shows how far one device is: what was `done`, and what is left as far as is known.
     pub(crate) fn update_bytes(&mut self, done: &str, moved: u64, left: u64) {
         let line = || match (moved, left) {
             (0, 0) => format!("nothing {done} yet"),
@@ -100,7 +100,7 @@ impl Drop for ProgressDisplay {
     }
 }
 
-/// Says what is being waited for: a spinner on a terminal, otherwise a line once it takes more than two seconds.
+/// Shows what is waited for: a spinner on a terminal, otherwise a line once it takes more than two seconds.
 #[derive(Debug)]
 pub(crate) struct WaitingDisplay {
     spinner: Option<ProgressBar>,
@@ -108,7 +108,7 @@ pub(crate) struct WaitingDisplay {
 }
 
 impl WaitingDisplay {
-    /// Says `what` if `wanted`.
+    /// Shows `what` if `wanted`.
     pub(crate) fn new(wanted: bool, what: &'static str) -> Self {
         let terminal = wanted && std::io::stderr().is_terminal();
         let spinner = terminal.then(|| ProgressBar::new_spinner().with_message(what));
@@ -116,7 +116,7 @@ impl WaitingDisplay {
         Self { spinner, line: line.into() }
     }
 
-    /// Still waiting.
+    /// Turns the spinner, or prints the line when it is due.
     pub(crate) fn tick(&self) {
         if let Some(spinner) = &self.spinner {
             spinner.tick();

@@ -1,4 +1,4 @@
-//! Opening a device of this host to ask it, where `--probe` allows that.
+//! Devices of this host, opened to be asked where `--probe` allows that.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ pub(crate) struct HostAccess {
 }
 
 impl HostAccess {
-    /// What a device is, as the device itself says if it may be opened and can be, as sysfs shows if not.
+    /// The manifest of a device: its own if it may be opened and can be, else what sysfs shows.
     pub(crate) fn manifest(&self, device: &HostDevice, id: DeviceId) -> DeviceManifest {
         let shown = device.manifest(&id, &self.roots);
         if !self.probe {

@@ -1,4 +1,4 @@
-//! What a word of the command line stands for: a manifest, wherever it comes from, or the address of a receiver.
+//! The sides of `check`, and what `describe` describes: a manifest, wherever it comes from, or the address of a receiver.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -26,16 +26,16 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a socket that is no device server's may take to greet as a `vm` does, which it does at once.
 const GREETING: Duration = Duration::from_secs(2);
 
-/// What was named.
+/// A side of `check`, by what its word on the command line names.
 #[derive(Debug)]
 pub(crate) enum CheckSide {
-    /// Something with a manifest. A running `vm` has its identity too.
+    /// A device, machine or host with a manifest. A running `vm` has its identity too.
     Known(Document, Option<VmId>),
-    /// Somewhere a `vm` waits for a guest.
+    /// The address at which a `vm` waits for a guest.
     Receiver(Uri),
 }
 
-/// Finds out what `text` stands for. `name`: what a device is called.
+/// Finds the side that `text` names. `name` is that of a device.
 pub(crate) fn resolve(text: &str, name: Option<&str>, local: &HostAccess) -> Result<CheckSide, CliError> {
     let known = |device: DeviceManifest| Ok(CheckSide::Known(device.into(), None));
     if let Some(socket) = text.strip_prefix("vm:") {
@@ -81,7 +81,7 @@ pub(crate) fn read(path: &Path) -> Result<Document, CliError> {
     document.map_err(|error| CliError::caused("no manifest", &error))
 }
 
-/// A socket that says nothing of itself: a device server's, or else a `vm`'s.
+/// The side behind a socket of unknown kind: a device server's, or else a `vm`'s.
 fn of_socket(path: &Path, name: Option<&str>) -> Result<CheckSide, CliError> {
     match of_server(path, name) {
         Ok(device) => Ok(CheckSide::Known(device.into(), None)),
@@ -136,12 +136,12 @@ fn of_host(wanted: &str, name: Option<&str>, local: &HostAccess) -> Result<Devic
     Ok(local.manifest(device, own_id(name, &device.name)?))
 }
 
-/// What a device of this host is called: as it was asked for, or after its address, whose colons no name can have.
+/// The name of a device of this host: the one asked for, or its address without the colons, which no name can have.
 pub(crate) fn own_id(name: Option<&str>, address: &str) -> Result<DeviceId, CliError> {
     name.map_or_else(|| device_id(&address.replace(':', "-")), device_id)
 }
 
-/// What kind of thing a manifest is of, with an article.
+/// The kind of a manifest, with an article.
 pub(crate) fn kind(manifest: &Manifest) -> &'static str {
     match manifest {
         Manifest::Device(_) => "a device",

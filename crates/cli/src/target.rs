@@ -1,4 +1,4 @@
-//! Which running `vm` a verb is about, and the way to it.
+//! The running `vm` that a verb asks.
 
 use std::path::PathBuf;
 use std::time::Duration;

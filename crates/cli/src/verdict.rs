@@ -1,10 +1,10 @@
-//! A report for people.
+//! The report of `check` and `rehearse` for people.
 
 use serde::Serialize;
 use serde_json::Value;
 use vfio_migration_compat::{Reason, Report, Severity};
 
-/// The verdict first, then what stands against it, then what should be known.
+/// The report: the verdict, then the reasons against it, then notes.
 pub(crate) fn text(report: &Report) -> String {
     let mut text = json_word(&report.verdict);
     if report.strict {
@@ -46,7 +46,7 @@ fn value(value: &Value) -> String {
     if text.chars().count() <= SHOWN { text } else { text.chars().take(SHOWN).chain(['…']).collect() }
 }
 
-/// A word as JSON has it.
+/// The name of an enum's value, as JSON has it.
 pub(crate) fn json_word(value: &impl Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(Value::String(word)) => word,

@@ -1,4 +1,4 @@
-//! Words of the command line that several verbs take: what they may be, and what they stand for.
+//! Words of the command line that several verbs take: their syntax, and what they name.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -31,13 +31,12 @@ pub(crate) struct HostRoot {
 }
 
 impl HostRoot {
-    /// The host's trees.
     pub(crate) fn roots(&self) -> Roots {
         self.dir.as_deref().map_or_else(Roots::default, Roots::under)
     }
 }
 
-/// `A=B`.
+/// Parses `A=B`, two names or a name and a value.
 pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok((from.into(), to.into())),
@@ -62,7 +61,7 @@ pub(crate) fn check_memory(memory: u64) -> Result<(), CliError> {
     Ok(())
 }
 
-/// `OFFSET+LEN=compare|ignore`, numbers decimal or 0x.
+/// Parses `OFFSET+LEN=compare|ignore`, numbers decimal or 0x.
 pub(crate) fn config_rule(text: &str) -> Option<ConfigRule> {
     let number = |text: &str| match text.strip_prefix("0x") {
         Some(digits) => u16::from_str_radix(digits, 16).ok(),
@@ -84,7 +83,7 @@ pub(crate) fn policy(path: &Path) -> Result<Policy, CliError> {
     Policy::parse(&bytes, &path.display().to_string()).map_err(|error| CliError::caused("no policy", &error))
 }
 
-/// Names at the source, and at the destination.
+/// Checks pairs of names, at the source and at the destination.
 pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, CliError> {
     pairs.iter().map(|(from, to)| Ok((device_id(from)?, device_id(to)?))).collect()
 }

@@ -50,7 +50,7 @@ pub(crate) enum CliVerb {
     Save(SaveCommand),
     /// Load what `save --device` wrote into a device. For a whole guest: `vm --restore`.
     Restore(RestoreCommand),
-    /// Show how a `vm` and its migration stand.
+    /// Show a `vm` and its migration.
     Status(StatusCommand),
     /// Cancel the migration of a running `vm`: its guest goes on where it is.
     Cancel(VmTarget),

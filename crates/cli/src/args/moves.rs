@@ -65,7 +65,7 @@ pub(crate) struct SaveCommand {
     /// mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`.
     #[arg(long, value_name = "DEVICE", conflicts_with_all = ["stop", "verify", "allow_all_dirty"])]
     pub(crate) device: Option<String>,
-    /// With --device: read all of its state while it stands, as if it had no PRE_COPY.
+    /// With --device: read all of its state while it is stopped, as if it had no PRE_COPY.
     #[arg(long, conflicts_with = "control")]
     pub(crate) stop_copy_only: bool,
     /// File to write. It appears whole or not at all.
@@ -121,7 +121,7 @@ pub(crate) struct SetCommand {
 #[derive(Args, Clone, Debug)]
 #[command(
     after_help = "Everything up to the switchover is done for real, and undone: nothing moves, and the guest does not \
-notice, but with --pause, where it stands for as long as it would.\nSizes take K, M, G (powers of two); times take us, \
+notice, but with --pause, where it is paused for as long as it would be.\nSizes take K, M, G (powers of two); times take us, \
 ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not."
 )]
 pub(crate) struct RehearseCommand {
@@ -130,7 +130,7 @@ pub(crate) struct RehearseCommand {
     /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`.
     #[arg(long, value_name = "URI")]
     pub(crate) to: String,
-    /// Let the guest stand too, for as long as it would, so that all of it is measured.
+    /// Pause the guest too, for as long as it would be paused, so that all of it is measured.
     #[arg(long)]
     pub(crate) pause: bool,
     #[command(flatten)]

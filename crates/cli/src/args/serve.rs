@@ -35,7 +35,7 @@ pub(crate) struct DemoCommand {
     /// How the two VMs talk.
     #[arg(long, default_value = "tcp", value_enum)]
     pub(crate) transport: DemoTransport,
-    /// Longest time the guest may stand still. A ceiling, not a target.
+    /// Longest time the guest may be paused. A ceiling, not a target.
     #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
     pub(crate) downtime_limit: Duration,
     /// Devices that can only be saved while stopped.
@@ -171,7 +171,7 @@ pub(crate) struct VmCommand {
     /// RAM that the guest dirties each second.
     #[arg(long, default_value = "50M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) dirty_rate: u64,
-    /// Start the guest standing still.
+    /// Start the guest paused.
     #[arg(long)]
     pub(crate) paused: bool,
     /// Use the software guest even where KVM answers.

@@ -1,4 +1,4 @@
-//! The asking side of the control socket.
+//! The client of the control socket.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
@@ -12,29 +12,23 @@ use super::protocol::{ControlEvent, ControlRequest, ControlVerb, MigrationInfo, 
 use super::refused::Refused;
 use crate::exit::CliError;
 
-/// How long events may say nothing of a migration that is followed before its `vm` is asked: within an iteration there are
-/// none, and what is left goes down all the same.
+/// Longest silence of a migration that is followed, before its `vm` is asked: there are no events within an iteration, where
+/// what is left changes all the same.
 const QUIET: Duration = Duration::from_secs(1);
 
 /// A request that got no good answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ControlError {
-    /// No connection.
     #[error("cannot reach the control socket {0}; is that `vm` running?")]
     Connect(String, #[source] std::io::Error),
-    /// The connection failed.
     #[error("the control socket failed")]
     Io(#[source] std::io::Error),
-    /// The other side left.
     #[error("the `vm` closed its control socket")]
     Closed,
-    /// No answer in time.
     #[error("the `vm` did not answer in time")]
     Timeout,
-    /// It said something else than JSON.
     #[error("the control socket speaks something else: {0}")]
     Garbled(String),
-    /// It refused.
     #[error("{}", .0.desc)]
     Refused(Refused),
 }
@@ -57,7 +51,7 @@ pub(crate) struct ControlClient {
     timeout: Duration,
     events: VecDeque<ControlEvent>,
     partial: Vec<u8>,
-    /// When it was last known how the migration stands.
+    /// When the state of the migration last came, by event or answer.
     news: Instant,
 }
 
@@ -106,15 +100,15 @@ impl ControlClient {
         }
     }
 
-    /// How the VM and its migration stand.
+    /// Asks for the VM and its migration.
     pub(crate) fn query(&mut self) -> Result<StatusReport, ControlError> {
         let answer = self.call(ControlVerb::Query, Value::Null)?;
         self.news = Instant::now();
         serde_json::from_value(answer).map_err(|error| ControlError::Garbled(error.to_string()))
     }
 
-    /// How the migration stands now, as the next event says, or an answer where events say nothing for a second; `None`
-    /// when nothing is new within `patience`.
+    /// The state of the migration by the next event, or, where none has come for a second, by an answer; `None` when
+    /// `patience` ends first.
     pub(crate) fn next_migration(
         &mut self,
         patience: Duration,

@@ -1,4 +1,4 @@
-//! What the guest says of itself, as `query-guest` returns it.
+//! The report page of the guest, as `query-guest` returns it.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! What is said over the control socket.
+//! The verbs, documents and events of the control socket.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -269,7 +269,7 @@ impl ControlEvent {
         Self::new(MIGRATION_PASS, data)
     }
 
-    /// How the migration stands, of an event that says so.
+    /// The migration that the event is about, if it is about one.
     pub(crate) fn migration(&self) -> Option<MigrationInfo> {
         match self.event.as_str() {
             MIGRATION | MIGRATION_PASS => serde_json::from_value(self.data.clone()).ok(),

@@ -1,4 +1,4 @@
-//! The serving side of the control socket: one thread per client, events to all of them.
+//! The server of the control socket: one thread per client, events to all of them.
 
 use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -19,9 +19,8 @@ const CLIENTS_MAX: usize = 32;
 /// A client that does not read for this long loses its connection rather than hold up an event.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Who answers requests.
+/// The answers to requests.
 pub(crate) trait Handler: Send + Sync {
-    /// Answers `verb`.
     fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused>;
 }
 
@@ -69,7 +68,6 @@ impl Bound {
         Ok(Self { place, listener })
     }
 
-    /// Serves it.
     pub(crate) fn serve(
         self,
         handler: Arc<dyn Handler>,
@@ -182,7 +180,7 @@ fn write_line(client: &Mutex<UnixStream>, line: &str) -> std::io::Result<()> {
 #[derive(Debug)]
 struct Place {
     path: PathBuf,
-    /// Device and inode.
+    /// Device and inode of the file, by which it is known to be ours.
     identity: (u64, u64),
 }
 

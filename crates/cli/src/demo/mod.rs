@@ -247,7 +247,7 @@ impl<'a> Stage<'a> {
         now.pages_written >= then.pages_written + pages && now.dma_blocks >= then.dma_blocks + blocks
     }
 
-    /// The guest has moved: let it look at everything, then hear what it found.
+    /// The guest has moved: let it look at everything, then read what it found.
     fn judge_arrival(&mut self, before: &GuestInfo, report: &mut DemoReport) -> Result<(), CliError> {
         report.outcome = DemoOutcome::Completed;
         let arrived = guest(&mut self.destination.1)?;

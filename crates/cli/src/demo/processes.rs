@@ -47,7 +47,6 @@ impl Process {
         Ok(process)
     }
 
-    /// Process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }

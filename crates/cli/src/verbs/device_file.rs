@@ -100,7 +100,7 @@ pub(crate) fn save(options: &SaveCommand, device: &str, interrupt: &UserInterrup
 
 /// `restore`.
 pub(crate) fn restore(options: &RestoreCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
-    // Nonsense is said before a file is read.
+    // A usage error comes before any file is read.
     parse(&options.device, None)?;
     let doing = format!("cannot restore {} into {}", options.file.display(), options.device);
     let report = watch(interrupt, !options.json, "loaded", |control| {
@@ -130,7 +130,7 @@ fn stopped(leave_stopped: bool) -> RestoreDeviceOptions {
     how
 }
 
-/// Saves a device that was just loaded and stands, and lets it run unless it is to stand.
+/// Saves a device that was just loaded and is stopped, and lets it run unless `leave_stopped`.
 fn save_again(
     device: &Arc<dyn Device>,
     loaded: DeviceReport,
@@ -277,7 +277,7 @@ fn text(report: &DeviceFileReport, how: &str) -> String {
     };
     let mut text = format!(
         "device {} ({}, {what}) {how} {} ({}), and is in {}\n\
-         state: {}, of which {} before it stood and {} while it stood; {:.1} ms\n",
+         state: {}, of which {} before it was stopped and {} while it was; {:.1} ms\n",
         report.device,
         report.backend,
         report.file,

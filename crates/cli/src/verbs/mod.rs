@@ -1,4 +1,4 @@
-//! The verbs, one file each.
+//! The verbs, but for `demo` and `vm`, which have folders of their own.
 
 pub(crate) mod check;
 pub(crate) mod describe;

@@ -119,7 +119,7 @@ pub(crate) fn save(
     })
 }
 
-/// `status`: how a `vm` and its migration stand.
+/// `status`: shows a `vm` and its migration.
 pub(crate) fn status(options: &StatusCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let mut client = options.target.connect()?;
     let goes_on =
@@ -154,7 +154,7 @@ pub(crate) fn set(options: &SetCommand) -> Result<Exit, CliError> {
 
 /// `stop`: the guest is paused.
 pub(crate) fn stop(target: &VmTarget) -> Result<Exit, CliError> {
-    request(target, ControlVerb::Stop, Value::Null, "the guest stands still")
+    request(target, ControlVerb::Stop, Value::Null, "the guest is paused")
 }
 
 /// `cont`: the guest runs.
@@ -192,7 +192,7 @@ fn request(target: &VmTarget, verb: ControlVerb, arguments: Value, done: &str) -
 fn rehearsal_text(found: &RehearsalInfo) -> String {
     let mut text = verdict::text(&found.report());
     if let Some(predicted) = found.predicted_downtime_ms {
-        text.push_str(&format!("the guest would stand for about {predicted:.1} ms:\n"));
+        text.push_str(&format!("the guest would be paused for about {predicted:.1} ms:\n"));
         for part in &found.parts {
             text.push_str(&format!(
                 "  {:24} {:9.1} ms  {}\n",

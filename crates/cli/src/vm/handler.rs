@@ -1,4 +1,4 @@
-//! What the control socket's verbs do.
+//! The verbs of the control socket, as a `vm` answers them.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -62,7 +62,7 @@ impl Handler for VmHandler {
 }
 
 impl VmHandler {
-    /// What the machine is, also of one that waits for its guest.
+    /// The manifest of the machine, also of one that waits for its guest.
     fn manifest(&self) -> Result<Value, Refused> {
         let slot = self.vm.state.slot();
         let machine = slot.machine().ok_or_else(|| Refused::generic("there is no machine here"))?;
@@ -141,7 +141,7 @@ impl VmHandler {
             _ => return Err(Refused::generic("there is no guest here that could run")),
         };
         if held.is_some() {
-            // It is ours and could not be started, or its storage could not be locked: both are tried again.
+            // This side owns a guest that could not be started, or whose storage could not be locked: both are tried again.
             machine.take_locks().map_err(|error| Refused::generic(chain(&error)))?;
             machine.let_go();
         }

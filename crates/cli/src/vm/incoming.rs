@@ -1,4 +1,4 @@
-//! A guest arrives at this `vm`.
+//! An incoming migration: waiting for a guest, receiving it, and what is left when none came.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::control::refused::Refused;
 use crate::exit::chain;
 use crate::words::uri;
 
-/// How long a source that lost the answer to its COMMIT finds somebody to ask.
+/// How long the destination still answers a source that lost the answer to its COMMIT.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
 
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.
@@ -34,7 +34,7 @@ pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
     begun
 }
 
-/// Takes the place of the guest, if there is none; gives what was there. Then [`listen`] can follow.
+/// Reserves the slot for a guest, unless one is here or awaited, and returns what was in it. [`listen`] may follow.
 pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
     let (under_way, waits) =
         vm.state.read(|slot, steering, _| (steering.is_some(), matches!(slot, Slot::Awaited { .. })));
@@ -82,7 +82,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     begun.map_err(|error| error.refused("there is a guest here"))
 }
 
-/// Receives a guest. What is only rehearsed, or asked, leaves a machine behind that is built anew for the next.
+/// Receives a guest. After a rehearsal or a question the machine is built anew, and the address waited at on.
 fn receive(
     vm: &RunningVm,
     destination: &mut Destination,
@@ -110,7 +110,7 @@ fn receive(
     }
 }
 
-/// A guest is offered: a VM that was given no identity takes the guest's.
+/// Accepts the guest on offer; a VM that was given no identity takes the guest's.
 fn admit(
     vm: &RunningVm,
     machine: &Arc<ReferenceMachine>,
@@ -140,7 +140,7 @@ fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result
                     Slot::OwnedNotStarted { machine, epoch: held.epoch }
                 }
                 (_, machine) => {
-                    // Before the end can be seen: who then looks finds the devices free.
+                    // Before the end is published: a client that reacts to it must find the devices free.
                     drop(vm.state.put_if(|_| true, Slot::Preparing));
                     drop(machine);
                     vm.presence.end();

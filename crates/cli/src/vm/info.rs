@@ -1,4 +1,4 @@
-//! What the control socket says of a VM, its guest and its migration. A [`MigrationInfo`] is made here and nowhere else.
+//! The documents that the control socket has of a VM, its guest and its migration. [`MigrationInfo`] is made here alone.
 
 use std::time::Duration;
 
@@ -72,7 +72,7 @@ fn of_steering(steering: &Steering) -> MigrationInfo {
     }
 }
 
-/// A session of the source that goes on.
+/// The migration of a source whose session is under way.
 pub(super) fn outgoing(progress: &Progress) -> MigrationInfo {
     under_way(progress, "outgoing")
 }
@@ -92,13 +92,13 @@ fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
     }
 }
 
-/// What a session that ends had come to. Its end is filled into it.
+/// The migration as its session leaves it: the functions below add how it ended.
 fn at_end(vm: &RunningVm) -> MigrationInfo {
     let last = vm.state.steering().map_or_else(MigrationInfo::default, |steering| of_steering(&steering));
     MigrationInfo { remaining: 0, rate: 0, expected_downtime_ms: None, ..last }
 }
 
-/// The guest has moved.
+/// The migration of a source whose guest has moved.
 pub(super) fn completed(completed: &Completed) -> MigrationInfo {
     let phases = completed.phases.iter().filter(|time| time.phase != Phase::Plan);
     MigrationInfo {
@@ -118,7 +118,7 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
     }
 }
 
-/// The guest has not moved, or nobody knows.
+/// The migration of a source whose guest has not moved, or of which nobody knows.
 pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
     let status = match error {
         MigrateError::Unresolved { .. } => MigrationStatus::Unresolved,
@@ -134,17 +134,17 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
     }
 }
 
-/// The guest was saved, and goes on here.
+/// A save after which the guest runs on here.
 pub(super) fn saved(vm: &RunningVm) -> MigrationInfo {
     MigrationInfo { status: MigrationStatus::Completed, ..at_end(vm) }
 }
 
-/// The file could not be written.
+/// A save whose file could not be written.
 pub(super) fn not_saved(vm: &RunningVm, error: &SaveError) -> MigrationInfo {
     MigrationInfo { status: MigrationStatus::Failed, error: Some(chain(error)), ..at_end(vm) }
 }
 
-/// A guest has arrived.
+/// The migration of a destination whose guest has arrived.
 pub(super) fn arrived(vm: &RunningVm, arrived: &Arrived) -> MigrationInfo {
     MigrationInfo {
         status: MigrationStatus::Completed,
@@ -155,7 +155,7 @@ pub(super) fn arrived(vm: &RunningVm, arrived: &Arrived) -> MigrationInfo {
     }
 }
 
-/// No guest has arrived, or one that could not be started.
+/// The migration of a destination whose guest has not arrived, or could not be started.
 pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError) -> MigrationInfo {
     let refused = match error {
         IncomingError::Refused(reasons) => Some(reasons),
@@ -170,7 +170,7 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError) -> MigrationInf
     }
 }
 
-/// A rehearsal came to its end.
+/// A rehearsal that came to its end.
 pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
     MigrationInfo {
         status: MigrationStatus::Rehearsed,
@@ -181,7 +181,7 @@ pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
     }
 }
 
-/// A rehearsal ended early, be it because it found that nothing would move.
+/// A rehearsal that ended early, be it because it found that nothing would move.
 pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
     let cancelled = matches!(error, MigrateError::Aborted(aborted) if aborted.cancelled);
     let rehearsal = RehearsalInfo::of_error(error).filter(|_| !cancelled);
@@ -210,7 +210,7 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// The report page of the guest.
+/// The report page of the guest as `query-guest` returns it.
 pub(super) fn guest_info(report: &Report) -> GuestInfo {
     GuestInfo {
         stage: match report.stage {

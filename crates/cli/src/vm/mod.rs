@@ -1,4 +1,4 @@
-//! `vm`: runs a guest, or waits for one; then does what its control socket asks.
+//! `vm`: the process that runs a guest, or waits for one, and serves its control socket.
 
 mod handler;
 mod incoming;

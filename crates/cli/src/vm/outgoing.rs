@@ -1,4 +1,4 @@
-//! The guest of this `vm` moves away, or is found to be able to.
+//! Outgoing sessions: `migrate`, `rehearse`, and what they share with `save`.
 
 use std::sync::Arc;
 
@@ -103,7 +103,7 @@ pub(super) fn finish(
     let epoch = vm.state.slot().epoch();
     match result {
         Ok(completed) => {
-            // Before the end can be seen: who then looks finds the guest gone and the devices free.
+            // Before the end is published: a client that reacts to it must find the devices free.
             drop(vm.state.put_if(|_| true, Slot::Leaving { epoch }));
             drop(machine);
             vm.presence.end();
@@ -113,7 +113,7 @@ pub(super) fn finish(
             let ended = info::not_completed(vm, &error);
             let slot = match &error {
                 MigrateError::Unresolved { .. } => Some(Slot::Unresolved { machine, epoch }),
-                // Its storage may be in use elsewhere: `cont` tries again to lock it.
+                // The storage may be in use elsewhere: `cont` tries again to lock it.
                 MigrateError::Aborted(aborted) if !aborted.locks_lost.is_empty() => {
                     Some(Slot::OwnedNotStarted { machine, epoch })
                 }
@@ -128,7 +128,7 @@ pub(super) fn finish(
 }
 
 fn finish_rehearsal(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
-    // A guest that could not go on is kept, as after any migration that was undone.
+    // Without its storage locks the guest stays paused, as after any migration that was undone.
     let slot = match (&result, vm.state.slot()) {
         (Err(MigrateError::Aborted(aborted)), Slot::Here { machine, epoch })
             if !aborted.locks_lost.is_empty() =>
@@ -144,7 +144,7 @@ fn finish_rehearsal(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
     vm.end_session(ended, slot);
 }
 
-/// What the demo breaks on this side.
+/// The sabotage of the source that `demo --break` asks for.
 fn sabotage(
     what: Option<Break>,
     machine: &ReferenceMachine,

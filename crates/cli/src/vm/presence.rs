@@ -1,4 +1,4 @@
-//! Keeps a second process from starting a VM that has a process already.
+//! The lock that keeps a second process from starting a VM that has a process already.
 //!
 //! The ownership journal tells what a dead process left. That the process is not dead it cannot tell; a lock can, which
 //! the kernel takes back with the process. It is shared while a guest is here or on its way here, since both sides of
@@ -17,31 +17,31 @@ use vfio_migration_types::VmId;
 pub(crate) struct Presence(Mutex<Option<File>>);
 
 impl Presence {
-    /// A guest is about to be started: nobody else may have it.
+    /// Takes the lock to start a guest: alone for a moment, so that nobody else has it.
     pub(super) fn start(&self, dir: &Path, vm: VmId) -> Result<(), String> {
         let file = open(dir, vm)?;
         // Not in one step: between the two another process may come first, and then the second fails.
         for operation in [FlockOperation::NonBlockingLockExclusive, FlockOperation::NonBlockingLockShared] {
             lock(&file, operation, dir, vm)?;
         }
-        self.hold(Some(file));
+        self.replace(Some(file));
         Ok(())
     }
 
-    /// A guest is about to come in.
+    /// Takes the lock for a guest that comes in.
     pub(super) fn receive(&self, dir: &Path, vm: VmId) -> Result<(), String> {
         let file = open(dir, vm)?;
         lock(&file, FlockOperation::NonBlockingLockShared, dir, vm)?;
-        self.hold(Some(file));
+        self.replace(Some(file));
         Ok(())
     }
 
-    /// The guest has left, or did not come.
+    /// Gives the lock back: the guest has left, or did not come.
     pub(super) fn end(&self) {
-        self.hold(None);
+        self.replace(None);
     }
 
-    fn hold(&self, file: Option<File>) {
+    fn replace(&self, file: Option<File>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = file;
     }
 }

@@ -1,4 +1,4 @@
-//! What outlives one guest in a process that serves guests.
+//! The state of a `vm` process, which outlives each guest that it serves.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crate::output::eprintln_line;
 use crate::units::format_size;
 use crate::words::{check_memory, config_rule, policy, uri};
 
-/// Everything that outlives one guest in this process.
+/// A `vm` process: its configuration, and the guest and migration that it has just now.
 pub(crate) struct RunningVm {
     pub(super) config: MachineConfig,
     pub(super) workload: Workload,
@@ -86,7 +86,7 @@ impl RunningVm {
         self.publisher.publish(&event);
     }
 
-    /// Ends whatever goes on: a session is cancelled and waited for, so that no guest is left without an owner.
+    /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner.
     pub(super) fn end(&self) {
         self.state.cancel();
         self.state.join();
@@ -156,17 +156,17 @@ fn accelerator(options: &VmCommand) -> Result<Accelerator, CliError> {
     }
 }
 
-/// How often it is looked.
+/// Interval at which lost devices are looked for.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// The devices that are known to be lost.
+/// The devices whose loss was published.
 #[derive(Debug, Default)]
 pub(super) struct LostDeviceWatch {
     lost: BTreeSet<DeviceId>,
 }
 
 impl LostDeviceWatch {
-    /// Says of each device that is lost since the last look that it is. The guest is left as it is.
+    /// Publishes each device that was lost since the last call. The guest is left as it is.
     pub(super) fn report_new(&mut self, vm: &RunningVm) {
         let lost = vm.state.slot().machine().map(|machine| machine.lost_devices()).unwrap_or_default();
         for device in self.new_among(lost) {
@@ -177,7 +177,7 @@ impl LostDeviceWatch {
         }
     }
 
-    /// Which of `lost` were not. Those of a guest that has left are forgotten.
+    /// Those of `lost` that are new. Those of a guest that has left are forgotten.
     fn new_among(&mut self, lost: Vec<DeviceId>) -> Vec<DeviceId> {
         let lost: BTreeSet<DeviceId> = lost.into_iter().collect();
         let new = lost.difference(&self.lost).cloned().collect();

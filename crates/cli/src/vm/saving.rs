@@ -1,4 +1,4 @@
-//! The guest of this `vm` into a file, and out of one.
+//! Snapshots: the guest of this `vm` goes into a file, or comes out of one.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

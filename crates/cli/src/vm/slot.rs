@@ -1,4 +1,4 @@
-//! Where the guest is, and the migration that may be under way.
+//! The slot for the guest and the session that may be under way, under one lock.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -13,27 +13,27 @@ use crate::control::refused::Refused;
 /// Where the guest is.
 #[derive(Clone, Debug, Default)]
 pub(super) enum Slot {
-    /// Here, running or paused.
+    /// The guest is here, running or paused.
     Here { machine: Arc<ReferenceMachine>, epoch: Epoch },
-    /// Not here yet: what it will come into is being made.
+    /// No guest yet: its machine is being built.
     Preparing,
-    /// Not here yet: this address waits for it.
+    /// No guest yet: this address waits for it.
     Awaited { machine: Arc<ReferenceMachine>, at: Uri },
-    /// It has moved on, and what it leaves is being put away: the migration has not ended for those who ask.
+    /// The guest has left, and its devices are being closed: for those who ask the migration is still under way.
     Leaving { epoch: Epoch },
-    /// It was here, and has moved on; or it never was.
+    /// The guest has left, or there never was one.
     #[default]
     Left,
-    /// Nobody knows whose it is: it stands here.
+    /// Nobody knows which side owns the guest: it is paused here.
     Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch },
-    /// It is ours and stands here: it could not be started, or its storage locks could not be taken back.
+    /// This side owns the guest, which is paused: it could not be started, or its storage could not be locked again.
     OwnedNotStarted { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// An incoming migration failed.
     Failed,
 }
 
 impl Slot {
-    /// The machine, wherever it stands.
+    /// The machine, in whichever state its guest is.
     pub(super) fn machine(&self) -> Option<&Arc<ReferenceMachine>> {
         match self {
             Self::Here { machine, .. }
@@ -44,7 +44,7 @@ impl Slot {
         }
     }
 
-    /// Under which epoch it is ours.
+    /// The epoch under which this side owns the guest.
     pub(super) fn epoch(&self) -> Epoch {
         match self {
             Self::Here { epoch, .. }
@@ -56,14 +56,14 @@ impl Slot {
     }
 }
 
-/// What steers the session under way.
+/// The handle that steers a session, whichever way the guest goes.
 #[derive(Clone, Debug)]
 pub(super) enum Steering {
     Outgoing(Control),
     Incoming(IncomingControl),
 }
 
-/// Where the guest is and how its migration stands: under one lock, so that the two never contradict each other.
+/// The guest and its migration, under one lock, so that the two never contradict each other.
 #[derive(Debug, Default)]
 pub(crate) struct VmState(Mutex<State>);
 
@@ -73,13 +73,14 @@ struct State {
     steering: Option<Steering>,
     /// How the last migration ended.
     ended: Option<MigrationInfo>,
-    /// What steers the thread: also after the end, while it still answers a source that lost our answer.
+    /// The handle of the session that `thread` runs. It outlives `steering`: after a guest has arrived, the thread answers for a
+    /// while a source that lost the answer to its COMMIT, and is stopped by this.
     last: Option<Steering>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl VmState {
-    /// Reads where the guest is, what steers its session, and how the last one ended: all of one moment.
+    /// Reads the slot, the session under way, and how the last one ended, all of one moment.
     pub(super) fn read<T>(
         &self,
         read: impl FnOnce(&Slot, Option<&Steering>, Option<&MigrationInfo>) -> T,
@@ -96,7 +97,7 @@ impl VmState {
         lock(&self.0).steering.clone()
     }
 
-    /// Puts `slot` if what is there `fits`, and says what was there.
+    /// Replaces the slot if it `fits`; returns what was in it, or else what is in it.
     pub(super) fn put_if(&self, fits: impl FnOnce(&Slot) -> bool, slot: Slot) -> Result<Slot, Slot> {
         let mut state = lock(&self.0);
         if fits(&state.slot) {
@@ -122,7 +123,7 @@ impl VmState {
         if !fits(&state.slot) {
             return Err(BeginError::Changed);
         }
-        // The last one's thread has at most a late question to answer, which its journal can answer too.
+        // The thread of the last session has at most a late question to answer, which its journal answers too.
         if let Some(Steering::Incoming(control)) = state.last.take() {
             control.cancel();
         }
@@ -140,7 +141,7 @@ impl VmState {
         Ok(())
     }
 
-    /// Notes how it ended, and where the guest is now if that changed.
+    /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed.
     pub(super) fn end(&self, info: MigrationInfo, slot: Option<Slot>) {
         let mut state = lock(&self.0);
         state.steering = None;
@@ -176,7 +177,7 @@ pub(super) enum BeginError {
 }
 
 impl BeginError {
-    /// The answer to who asked; `changed` is said where the guest is no longer where it was.
+    /// The refusal of the request; `changed` is its text where the guest is no longer where it was.
     pub(super) fn refused(self, changed: &str) -> Refused {
         match self {
             Self::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),

@@ -54,7 +54,7 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
     Ok(exit(report.verdict))
 }
 
-/// How a verdict exits: what can be saved and restored is not refused, it moves in another way.
+/// The exit code of a verdict. A machine that can be saved and restored is not refused: it moves in another way.
 fn exit(verdict: Verdict) -> Exit {
     if verdict == Verdict::No { Exit::Incompatible } else { Exit::Done }
 }

@@ -1,9 +1,8 @@
-//! The report for people.
+//! The report of `devices` for people.
 
 use super::report::{CanMigrate, DeviceEntry, DevicesReport, DirtyTrackingKind, RegionReport};
 use crate::units::format_size;
 
-/// The report for people.
 pub(super) fn text(report: &DevicesReport) -> String {
     let mut text = String::new();
     let width = report.devices.iter().map(|device| device.name.chars().count()).max().unwrap_or(0);
