@@ -64,7 +64,7 @@ impl Control {
     /// ([`SourceOptions::pause_before_switchover`]) go on. Does nothing while it does not wait
     /// ([`Progress::waiting`]).
     pub fn go_on(&self) {
-        self.tell(SourceEvent::Continue);
+        self.tell(SourceEvent::ContinueSwitchover);
     }
 
     /// Says that a device lost its migration session by itself (the guest reset it, its server died): the attempt

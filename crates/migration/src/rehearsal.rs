@@ -83,7 +83,7 @@ pub enum Basis {
 
 impl Rehearsal {
     pub(crate) fn new(
-        found: engine::Rehearsal,
+        found: engine::RehearsalResult,
         report: Report,
         devices: &[DeviceId],
         not_rehearsed: Vec<DeviceId>,
@@ -147,9 +147,9 @@ impl From<engine::Part> for PredictedPart {
             other => format!("{other:?}"),
         };
         let basis = match part.basis {
-            engine::Basis::Measured => Basis::Measured,
-            engine::Basis::Declared => Basis::Declared,
-            engine::Basis::Unknown => Basis::Unknown,
+            engine::PartBasis::Measured => Basis::Measured,
+            engine::PartBasis::Declared => Basis::Declared,
+            engine::PartBasis::Unknown => Basis::Unknown,
         };
         Self { name, took: part.took, basis }
     }

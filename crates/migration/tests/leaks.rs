@@ -44,7 +44,7 @@ fn nothing_is_left_behind() {
         assert!(failed.source.is_err() && failed.destination.is_err());
         drop((failed, wire));
         here.prove_restored();
-        for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Standstill] {
+        for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Switchover] {
             rehearse(&here, &plan, how, options.clone());
             here.prove_restored();
         }

@@ -59,7 +59,7 @@ fn no_trace(source: &Toy, destination: &Toy) {
 fn a_rehearsal_leaves_no_trace() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
-    for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Standstill] {
+    for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Switchover] {
         let touched = source.journal.lock().unwrap().len();
         let both = rehearse(&source, &plan, how, slow(), DestinationOptions::default());
         let found = both.source.unwrap();
@@ -69,7 +69,7 @@ fn a_rehearsal_leaves_no_trace() {
         assert_eq!(found.report.verdict, Verdict::Live, "{:?}", found.report);
         no_trace(&source, &both.machine);
         let paused = source.journal.lock().unwrap()[touched..].iter().any(|step| step == "pause");
-        assert_eq!(paused, how == Rehearse::Standstill, "{how:?}");
+        assert_eq!(paused, how == Rehearse::Switchover, "{how:?}");
     }
 }
 
@@ -88,7 +88,7 @@ fn what_is_measured_is_told_from_what_is_not() {
     assert_eq!((basis("quiesce"), basis("start")), (Some(Basis::Unknown), Some(Basis::Unknown)));
     assert!(found.rates.wire.is_some() && found.rates.load.is_some() && found.bytes.ram > 0, "{found:?}");
 
-    let stood = rehearse(&source, &plan, Rehearse::Standstill, slow(), DestinationOptions::default());
+    let stood = rehearse(&source, &plan, Rehearse::Switchover, slow(), DestinationOptions::default());
     let found = stood.source.unwrap();
     let names: Vec<&str> = found.parts.iter().map(|part| part.name.as_str()).collect();
     assert_eq!(names, ["quiesce", "final", "load", "round-trips", "start"]);
@@ -105,7 +105,7 @@ fn a_rehearsal_is_in_no_journal() {
     let (mut options, mut incoming) = (slow(), DestinationOptions::default());
     options.state_dir = Some(here.clone());
     incoming.state_dir = Some(there.clone());
-    rehearse(&source, &plan, Rehearse::Standstill, options, incoming).source.unwrap();
+    rehearse(&source, &plan, Rehearse::Switchover, options, incoming).source.unwrap();
     assert!(!here.exists() && !there.exists(), "a rehearsal wrote into a state directory");
 }
 

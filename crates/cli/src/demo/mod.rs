@@ -389,7 +389,7 @@ impl<'a> Side<'a> {
         }
         let word = match (options.sabotage, self.is_source()) {
             (Some(Break::DirtyLog), true) => Some("dirty-log"),
-            (Some(Break::PageOrder), true) => Some("page-order"),
+            (Some(Break::PageOrder), false) => Some("page-order"),
             (Some(Break::P2pOrder), true) => Some("p2p-order"),
             (Some(Break::Interrupt), false) => Some("interrupt"),
             _ => None,

@@ -3,16 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_migration::{
-    Arrived, Destination, DestinationOptions, IncomingError, IncomingSabotage, Machine, Offer, Uri,
-};
+use vfio_migration::{Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, Uri};
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
+use super::faults::inject_at_destination;
 use super::info;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use crate::args::serve::Break;
 use crate::control::refused::Refused;
 use crate::exit::chain;
 use crate::words::uri;
@@ -59,8 +57,6 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.config_rules = vm.rules.clone();
     options.expect = vm.options.uuid;
     options.policy = vm.policy.clone();
-    options.sabotage =
-        (vm.options.sabotage == Some(Break::Interrupt)).then_some(IncomingSabotage::SkipFirstVector);
     let mut destination =
         Destination::listen(uri, options).map_err(|error| Refused::generic(chain(&error)))?;
     let at = destination.local().clone();
@@ -122,7 +118,8 @@ fn admit(
     if let Some(dir) = &vm.options.state_dir {
         vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new("state-dir", text))?;
     }
-    Ok(machine.clone())
+    inject_at_destination(vm.options.sabotage, machine.clone())
+        .map_err(|text| Box::new(Reason::new("machine", text)))
 }
 
 fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result<Arrived, IncomingError>) {

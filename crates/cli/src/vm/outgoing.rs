@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use vfio_migration::{Completed, MigrateError, Rehearsal, Rehearse, Sabotage, SabotageKind, Source};
-use vfio_migration_types::RamOffset;
-use vfio_migration_vmm::guest::Areas;
+use vfio_migration::{Completed, MigrateError, Rehearsal, Rehearse, Source};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
+use super::faults::inject_at_source;
 use super::info;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use crate::args::serve::Break;
 use crate::control::protocol::{ControlEvent, MigrateArguments};
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
@@ -33,8 +31,8 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     options.policy = vm.policy.clone();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
-    options.sabotage = sabotage(vm.options.sabotage, &machine, !options.verify).map_err(Refused::generic)?;
-    let source = Source::new(machine.clone(), options);
+    let faulty = inject_at_source(vm.options.sabotage, machine.clone()).map_err(Refused::generic)?;
+    let source = Source::new(faulty, options);
     begin(vm, machine, source, "migration", move |vm, machine, source| {
         let mut last = (0, false);
         let result = source.migrate_to(&target, |progress| {
@@ -62,7 +60,7 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     options.policy = vm.policy.clone();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
-    let how = if arguments.pause { Rehearse::Standstill } else { Rehearse::Precopy };
+    let how = if arguments.pause { Rehearse::Switchover } else { Rehearse::Precopy };
     let source = Source::new(machine.clone(), options);
     begin(vm, machine, source, "rehearsal", move |vm, machine, source| {
         drop(machine);
@@ -142,27 +140,4 @@ fn finish_rehearsal(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
         Err(error) => info::not_rehearsed(vm, &error),
     };
     vm.end_session(ended, slot);
-}
-
-/// The sabotage of the source that `demo --break` asks for.
-fn sabotage(
-    what: Option<Break>,
-    machine: &ReferenceMachine,
-    blind: bool,
-) -> Result<Option<Sabotage>, String> {
-    let kind = match what {
-        Some(Break::DirtyLog) => SabotageKind::DropDirtyBit,
-        Some(Break::PageOrder) => SabotageKind::StaleAfterLast,
-        Some(Break::P2pOrder) => SabotageKind::P2pOrder,
-        _ => return Ok(None),
-    };
-    // The victim is a page that the guest numbers: others it might not notice.
-    let ram = vfio_migration::Machine::ram(machine);
-    let areas = Areas::of(&ram).map_err(|error| error.to_string())?;
-    let first = ram
-        .offset_of(vfio_migration_types::Gpa(areas.low_start), 4096)
-        .ok_or("the guest's pages are not in its RAM")?;
-    // From there on nothing but numbered pages, below the hole and above it.
-    let pages = Some(first..RamOffset(ram.size()));
-    Ok(Some(Sabotage { kind, pages, verify_blind: blind }))
 }

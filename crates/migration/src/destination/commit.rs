@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vfio_migration_engine::Attempt;
-use vfio_migration_engine::ownership::{Answer, DestinationRecord, DestinationState, answer_query};
+use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, QueryAnswer, answer_query};
 use vfio_migration_types::{Epoch, Phase};
 use vfio_migration_wire::{Message, PeerError, Running};
 
@@ -66,12 +66,12 @@ fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, query: Atte
         (None, None) => None,
     };
     match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
-        Answer::Running { epoch } => {
+        QueryAnswer::Running { epoch } => {
             Message::Running(own.and_then(|known| known.running).unwrap_or_else(|| untold(epoch)))
         }
-        Answer::Decline(cause) => Message::Declined(cause),
-        Answer::AbortThenDecline(cause) => abort(state_dir, query, cause).unwrap_or_else(unknown),
-        Answer::Unknown(cause) => Message::Abort(cause),
+        QueryAnswer::Decline(cause) => Message::Declined(cause),
+        QueryAnswer::AbortThenDecline(cause) => abort(state_dir, query, cause).unwrap_or_else(unknown),
+        QueryAnswer::Unknown(cause) => Message::Abort(cause),
         _ => unknown("the journal says something that this version does not know".into()),
     }
 }
@@ -85,15 +85,15 @@ fn abort(state_dir: Option<&Path>, query: Attempt, cause: PeerError) -> Result<M
         .map_err(|error| error.in_phase(Phase::Commit).text)?;
     let record = journal.read().map_err(|error| sentence(&error))?.destination;
     match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
-        Answer::Running { epoch } => Ok(Message::Running(untold(epoch))),
-        Answer::Decline(cause) => Ok(Message::Declined(cause)),
-        Answer::AbortThenDecline(cause) => {
+        QueryAnswer::Running { epoch } => Ok(Message::Running(untold(epoch))),
+        QueryAnswer::Decline(cause) => Ok(Message::Declined(cause)),
+        QueryAnswer::AbortThenDecline(cause) => {
             let Some(record) = record else { return Err("there is no record".into()) };
             let record = DestinationRecord { state: DestinationState::Aborted, ..record };
             journal.write_destination(record).map_err(|error| sentence(&error))?;
             Ok(Message::Declined(cause))
         }
-        Answer::Unknown(cause) => Ok(Message::Abort(cause)),
+        QueryAnswer::Unknown(cause) => Ok(Message::Abort(cause)),
         _ => Err("the journal says something that this version does not know".into()),
     }
 }

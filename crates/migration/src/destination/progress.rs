@@ -78,7 +78,7 @@ pub(super) fn into_result(
             };
             Ok(Arrived { machine, epoch, report })
         }
-        DestinationOutcome::OwnerHeld { epoch, cause } => match machine {
+        DestinationOutcome::OwnedNotStarted { epoch, cause } => match machine {
             Some(machine) => Err(IncomingError::Held(Box::new(Held { machine, epoch, cause: cause.into() }))),
             None => Err(IncomingError::Aborted(lost())),
         },

@@ -94,7 +94,7 @@ pub(super) fn run(
         });
         events.send(DestinationEvent::Peer(hello));
         let session = Session {
-            engine: engine::Destination::new(config, Duration::ZERO),
+            engine: engine::DestinationEngine::new(config, Duration::ZERO),
             link: &link,
             shared,
             jobs,
@@ -126,7 +126,7 @@ pub(super) fn run(
 
 /// The loop, on the caller's thread.
 struct Session<'a> {
-    engine: engine::Destination,
+    engine: engine::DestinationEngine,
     link: &'a Link,
     shared: &'a DestinationShared,
     jobs: Sender<Job>,
@@ -224,7 +224,7 @@ impl Session<'_> {
         let cause = fail::plain(Phase::Run, "the session's worker is gone: a defect of this program");
         match &*lock(&self.shared.record) {
             Some(record) if record.state == DestinationState::Owner => {
-                DestinationOutcome::OwnerHeld { epoch: record.epoch.next(), cause }
+                DestinationOutcome::OwnedNotStarted { epoch: record.epoch.next(), cause }
             }
             _ => DestinationOutcome::Aborted(cause),
         }

@@ -28,7 +28,7 @@ pub(crate) struct SourceShared {
 
 impl SourceShared {
     /// Takes note of what was negotiated.
-    pub(crate) fn note(&self, engine: &engine::Source) {
+    pub(crate) fn note(&self, engine: &engine::SourceEngine) {
         let phase = Phase::ALL.iter().position(|phase| *phase == engine.phase());
         self.phase.store(phase.unwrap_or(0), Ordering::Relaxed);
         let crc = engine.negotiated().is_some_and(|reply| reply.features & FEATURE_RAM_CRC != 0);

@@ -41,7 +41,7 @@ impl PlannedMigration {
         control: Control,
         uri: Uri,
         rehearse: Option<Rehearse>,
-    ) -> Result<(Self, engine::Source), MigrateError> {
+    ) -> Result<(Self, engine::SourceEngine), MigrateError> {
         let vm = machine.id();
         if control.cancel_waits() {
             return Err(not_begun(Phase::Plan, "cancelled before it began"));
@@ -67,7 +67,7 @@ impl PlannedMigration {
         let verify = options.verify;
         let features =
             if verify { FEATURE_VERIFY } else { 0 } | if options.ram_crc { FEATURE_RAM_CRC } else { 0 };
-        let mut engine = engine::Source::new(SourceConfig {
+        let mut engine = engine::SourceEngine::new(SourceConfig {
             vm,
             attempt,
             epoch,

@@ -50,7 +50,7 @@ impl ProgressReporter {
     /// A new picture, if it is time for one.
     pub(crate) fn update(
         &mut self,
-        engine: &engine::Progress,
+        engine: &engine::EngineProgress,
         counters: &SourceCounters,
         wire_bytes: u64,
         now_or_never: bool,
@@ -85,7 +85,7 @@ impl ProgressReporter {
             iteration: engine.iteration,
             elapsed: self.begun.elapsed(),
             paused: counters.paused_ns.load(Ordering::Relaxed) != 0,
-            waiting: engine.waiting == Some(engine::Waiting::Operator),
+            waiting: engine.waiting == Some(engine::SwitchoverWait::Operator),
             ram_total: self.ram_total,
             bytes: bytes(counters),
             ram_left,
@@ -99,7 +99,7 @@ impl ProgressReporter {
     }
 
     /// Devices without pre-copy, where only pre-copy was tried.
-    fn not_rehearsed(&self, found: &engine::Rehearsal) -> Vec<DeviceId> {
+    fn not_rehearsed(&self, found: &engine::RehearsalResult) -> Vec<DeviceId> {
         let stood = found.parts.iter().any(|part| part.name == engine::PartName::Final);
         let untried = self.names.iter().zip(&self.precopy).filter(|(_, precopy)| !stood && !**precopy);
         if found.iterations == 0 { Vec::new() } else { untried.map(|(name, _)| name.clone()).collect() }

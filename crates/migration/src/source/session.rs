@@ -31,7 +31,7 @@ const GONE: &str = "the session's own threads are gone: a defect of this program
 /// Runs a planned migration over a connected socket, to its end.
 pub(super) fn run(
     plan: PlannedMigration,
-    engine: engine::Source,
+    engine: engine::SourceEngine,
     socket: OwnedFd,
     begun: Instant,
     mut observer: impl FnMut(&Progress),
@@ -79,7 +79,7 @@ pub(super) fn run(
 
 /// The loop, on the caller's thread.
 struct Session<'a> {
-    engine: engine::Source,
+    engine: engine::SourceEngine,
     link: &'a Link,
     shared: &'a SourceShared,
     counters: &'a SourceCounters,
