@@ -81,7 +81,7 @@ pub trait DirtyLog: DirtySource {
 
 /// What a read of device state gave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Read {
+pub enum Chunk {
     /// This many bytes, at least one, are in the buffer.
     Data(usize),
     /// Nothing for now; more may come. In pre-copy alone (the kernel's ENOMSG, and 0, which several drivers give).
@@ -154,7 +154,7 @@ pub trait SavingSession: fmt::Debug + Send {
     ///
     /// # Errors
     /// The stream is lost; the session can only be ended.
-    fn read(&mut self, buf: &mut [u8]) -> Result<Read, DeviceError>;
+    fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError>;
 
     /// Pre-copy estimates; asking is also what makes some drivers produce the next piece. `None` where the device
     /// cannot say, and in STOP_COPY.

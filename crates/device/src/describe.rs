@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use vfio_migration_compat::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 
 use crate::error::DeviceError;
-use crate::hardware::{IrqIndex, PciHardware, RegionIndex, RegionInfo};
+use crate::hardware::{IrqIndex, PciHardware, PciRegion, RegionIndex};
 
 /// Standard capabilities (PCI Local Bus Specification 3.0, 6.7) lie from here to 256, each of four bytes at least.
 const STANDARD: u16 = 0x40;
@@ -93,7 +93,7 @@ fn identity(header: &[u8; 64]) -> PciIdentity {
     }
 }
 
-fn region(region: &RegionInfo) -> RegionManifest {
+fn region(region: &PciRegion) -> RegionManifest {
     RegionManifest {
         index: region.index.0,
         size: region.size,
@@ -169,7 +169,7 @@ fn check<E>(space: &Space<'_, E>, at: u16, first: u16, end: u16, seen: &mut BTre
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use std::os::fd::BorrowedFd;
 
     use vfio_migration_types::{DeviceId, Iova, Range};
@@ -182,7 +182,7 @@ mod test {
     struct Config {
         id: DeviceId,
         bytes: Vec<u8>,
-        regions: Vec<RegionInfo>,
+        regions: Vec<PciRegion>,
     }
 
     impl Config {
@@ -190,7 +190,7 @@ mod test {
             let mut bytes = vec![0; len];
             bytes[..4].copy_from_slice(&[0x46, 0x56, 0x53, 0x4d]);
             bytes[usize::from(STATUS)] = STATUS_CAPABILITIES;
-            let region = RegionInfo {
+            let region = PciRegion {
                 index: RegionIndex::CONFIG,
                 size: len as u64,
                 readable: true,
@@ -220,7 +220,7 @@ mod test {
             &self.id
         }
 
-        fn regions(&self) -> &[RegionInfo] {
+        fn regions(&self) -> &[PciRegion] {
             &self.regions
         }
 

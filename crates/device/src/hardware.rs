@@ -48,7 +48,7 @@ impl IrqIndex {
 
 /// What a region is like (`VFIO_DEVICE_GET_REGION_INFO`).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RegionInfo {
+pub struct PciRegion {
     /// Which one.
     pub index: RegionIndex,
     /// Bytes; 0 where the region is absent.
@@ -108,9 +108,9 @@ pub trait PciHardware: fmt::Debug + Send + Sync {
     fn id(&self) -> &DeviceId;
 
     /// All regions that exist, in the order of their index. Known since the device was opened: no I/O.
-    fn regions(&self) -> &[RegionInfo];
+    fn regions(&self) -> &[PciRegion];
 
-    /// The file to map `index` from, when any part of it is [mappable](RegionInfo::mappable).
+    /// The file to map `index` from, when any part of it is [mappable](PciRegion::mappable).
     fn region_file(&self, index: RegionIndex) -> Option<RegionFile<'_>>;
 
     /// Reads `into.len()` bytes at `offset` of a region. One access of the guest is one call (1, 2, 4 or 8 bytes);

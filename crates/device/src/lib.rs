@@ -16,12 +16,12 @@ mod session;
 mod vfio_user;
 
 pub use contract::{
-    Capabilities, Device, DirtyLog, NotMigratable, Position, PrecopyProgress, Read, ResumingSession,
+    Capabilities, Chunk, Device, DirtyLog, NotMigratable, Position, PrecopyProgress, ResumingSession,
     SavingSession,
 };
 pub use describe::describe_hardware;
 pub use error::{DeviceError, Remedy, TransitionError};
-pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
+pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 #[cfg(feature = "bare-space")]
 pub use kernel::BareSpace;
 pub use kernel::{

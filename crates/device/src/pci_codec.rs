@@ -185,7 +185,7 @@ impl<'a> Reader<'a> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn state() -> PciState {

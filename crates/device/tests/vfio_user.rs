@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vfio_migration_compat::Scalar;
 use vfio_migration_device::{
-    Device, DmaAccess, PciHardware, Position, Read, RegionIndex, Remedy, SavingSession, VfioUserDevice,
+    Chunk, Device, DmaAccess, PciHardware, Position, RegionIndex, Remedy, SavingSession, VfioUserDevice,
     VfioUserOptions,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
@@ -111,8 +111,8 @@ fn drain(session: &mut dyn SavingSession, chunk: usize) -> Vec<u8> {
     let (mut all, mut buf) = (Vec::new(), vec![0; chunk]);
     loop {
         match session.read(&mut buf).unwrap() {
-            Read::Data(n) => all.extend_from_slice(&buf[..n]),
-            Read::NothingNow | Read::End => return all,
+            Chunk::Data(n) => all.extend_from_slice(&buf[..n]),
+            Chunk::NothingNow | Chunk::End => return all,
         }
     }
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use vfio_migration_device::{
-    Device, DeviceError, DmaAccess, IommuHandle, IrqIndex, KernelDevice, KernelOptions, KernelPath,
-    PciHardware, Position, Read, RegionIndex, ResumingSession, SavingSession, SessionError, TrackerKind,
+    Chunk, Device, DeviceError, DmaAccess, IommuHandle, IrqIndex, KernelDevice, KernelOptions, KernelPath,
+    PciHardware, Position, RegionIndex, ResumingSession, SavingSession, SessionError, TrackerKind,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, Range};
@@ -76,12 +76,12 @@ pub(crate) fn drain(device: &KernelDevice) -> Outcome<Vec<u8>> {
 }
 
 /// Moves what there is; how many bytes, and what ended it.
-fn pump(from: &mut dyn SavingSession, to: &mut dyn ResumingSession) -> Outcome<(usize, Read)> {
+fn pump(from: &mut dyn SavingSession, to: &mut dyn ResumingSession) -> Outcome<(usize, Chunk)> {
     let mut total = 0;
     loop {
         let mut bytes = [0; 7];
         match from.read(&mut bytes)? {
-            Read::Data(len) => {
+            Chunk::Data(len) => {
                 to.write(&bytes[..len])?;
                 total += len;
             }
@@ -95,11 +95,11 @@ fn moves(source: &KernelDevice, destination: &KernelDevice) -> Outcome {
     let mut saving = source.begin_precopy()?;
     let mut resuming = destination.begin_resuming()?;
     same("initial bytes", saving.progress()?.map(|progress| progress.initial_bytes), Some(24))?;
-    same("pre-copy", pump(&mut *saving, &mut *resuming)?, (24, Read::NothingNow))?;
+    same("pre-copy", pump(&mut *saving, &mut *resuming)?, (24, Chunk::NothingNow))?;
     fill(source, b"!")?;
     saving.go(Position::PreCopyP2p)?;
     saving.go(Position::StopCopy)?;
-    same("stop-copy", pump(&mut *saving, &mut *resuming)?, (36, Read::End))?;
+    same("stop-copy", pump(&mut *saving, &mut *resuming)?, (36, Chunk::End))?;
     resuming.finish()?;
     same("destination", destination.state()?, MigrationState::Stop)?;
     destination.set_state(MigrationState::RunningP2p)?;

@@ -37,7 +37,7 @@ proptest! {
     ) {
         let (major, minor, max_msg_fds, max_data_xfer_size, max_dma_maps, pgsizes) = numbers;
         let twin_socket = TwinSocket { supported: twin.is_some(), fd_index: twin };
-        let capabilities = Capabilities {
+        let capabilities = VersionCapabilities {
             max_msg_fds, max_data_xfer_size, max_dma_maps, pgsizes, twin_socket, write_multiple, extension,
         };
         let version = VersionPayload { major, minor, capabilities };
@@ -108,10 +108,10 @@ proptest! {
     #[test]
     fn mangled_versions_never_panic(mangle in prop::collection::vec((0usize..400, any::<u8>()), 0..6), cut in 0usize..400) {
         let mut bytes = Vec::new();
-        let capabilities = Capabilities {
+        let capabilities = VersionCapabilities {
             extension: Extension::ALL,
             twin_socket: TwinSocket { supported: true, fd_index: Some(0) },
-            ..Capabilities::default()
+            ..VersionCapabilities::default()
         };
         VersionPayload { major: 0, minor: 2, capabilities }.encode(&mut bytes);
         for (at, byte) in mangle {
@@ -152,7 +152,10 @@ fn golden_bytes() {
     let json = br#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576,"migration":{"pgsize":4096},"x":[]}}"#;
     let bytes = [&[0, 0, 2, 0][..], json, &[0]].concat();
     let version = VersionPayload::decode(&bytes).unwrap();
-    assert_eq!(version.capabilities, Capabilities { max_msg_fds: 8, ..Capabilities::default() });
+    assert_eq!(
+        version.capabilities,
+        VersionCapabilities { max_msg_fds: 8, ..VersionCapabilities::default() }
+    );
     // The extension of another version counts as absent.
     let other = br#"{"capabilities":{"x-vfio-migrate":{"version":2,"p2p":true}}}"#;
     let version = VersionPayload::decode(&[&[0, 0, 2, 0][..], other, &[0]].concat()).unwrap();

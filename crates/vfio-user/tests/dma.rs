@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use rig::{Device, INLINE_DMA, Memory, Served, quick, quick_server, untouched};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use vfio_user_peer::codec::{Capabilities, Command, DmaAccess, Header, Kind, TwinSocket, VersionPayload};
+use vfio_user_peer::codec::{
+    Command, DmaAccess, Header, Kind, TwinSocket, VersionCapabilities, VersionPayload,
+};
 use vfio_user_peer::{Client, ClientOptions, DmaHandler, Errno, ServerOptions};
 
 fn connect(served: &Served, memory: &Arc<Memory>, twin: bool) -> Client {
@@ -150,7 +152,7 @@ fn posting_server(mut main: UnixStream, twin: bool) {
     let (near, mut far) = UnixStream::pair().unwrap();
     let (header, _) = read_message(&mut main).unwrap();
     let twin_socket = TwinSocket { supported: twin, fd_index: twin.then_some(0) };
-    let capabilities = Capabilities { twin_socket, max_msg_fds: 4, ..Capabilities::default() };
+    let capabilities = VersionCapabilities { twin_socket, max_msg_fds: 4, ..VersionCapabilities::default() };
     let mut body = Vec::new();
     VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
     let reply = message(header.id, header.command, Kind::Reply, &body);

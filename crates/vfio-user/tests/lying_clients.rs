@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rig::{Device, Served, quick, quick_server, untouched};
-use vfio_user_peer::codec::{Capabilities, Command, Header, Kind, VersionPayload};
+use vfio_user_peer::codec::{Command, Header, Kind, VersionCapabilities, VersionPayload};
 use vfio_user_peer::{ClientOptions, Errno, ServerOptions};
 
 struct Raw(UnixStream);
@@ -23,7 +23,7 @@ impl Raw {
     fn negotiated(served: &Served) -> Self {
         let mut raw = Self::connect(served);
         let mut body = Vec::new();
-        let capabilities = Capabilities { max_msg_fds: 1, ..Capabilities::default() };
+        let capabilities = VersionCapabilities { max_msg_fds: 1, ..VersionCapabilities::default() };
         VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
         assert!(matches!(raw.ask(Command::VERSION, &body), (Kind::Reply, _)));
         raw

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rig::untouched;
-use vfio_user_peer::codec::{Capabilities, Command, Header, Kind, VersionPayload};
+use vfio_user_peer::codec::{Command, Header, Kind, VersionCapabilities, VersionPayload};
 use vfio_user_peer::{
     Client, ClientError, ClientOptions, Errno, Feature, FeatureOp, IovaRange, MigrationState, OnConnect,
 };
@@ -39,7 +39,7 @@ fn message(header: Header, kind: Kind, body: &[u8]) -> Vec<u8> {
 fn answer_version(stream: &mut UnixStream) {
     let (header, _) = read_message(stream).unwrap();
     let mut body = Vec::new();
-    let capabilities = Capabilities { max_msg_fds: 4, ..Capabilities::default() };
+    let capabilities = VersionCapabilities { max_msg_fds: 4, ..VersionCapabilities::default() };
     VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
     stream.write_all(&message(header, Kind::Reply, &body)).unwrap();
 }

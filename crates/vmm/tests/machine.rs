@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vfio_migration::{Machine, Paused};
-use vfio_migration_device::{ConfigRules, Read};
+use vfio_migration_device::{Chunk, ConfigRules};
 use vfio_migration_sim::{Options, StopHandle};
 use vfio_migration_types::{DeviceId, MigrationState, RamOffset, VmId};
 use vfio_migration_vmm::guest::Report;
@@ -148,9 +148,9 @@ fn move_by_hand(from: Arc<ReferenceMachine>, to: &Arc<ReferenceMachine>) {
         let mut buf = vec![0; 64 << 10];
         loop {
             match saving.read(&mut buf).unwrap() {
-                Read::Data(len) => session.write(&buf[..len]).unwrap(),
-                Read::NothingNow => panic!("in STOP_COPY there is always more, or an end"),
-                Read::End => break,
+                Chunk::Data(len) => session.write(&buf[..len]).unwrap(),
+                Chunk::NothingNow => panic!("in STOP_COPY there is always more, or an end"),
+                Chunk::End => break,
             }
         }
         assert_eq!(saving.end().unwrap(), MigrationState::Stop);

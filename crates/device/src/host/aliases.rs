@@ -55,7 +55,7 @@ fn matches(pattern: &str, name: &str) -> bool {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -185,7 +185,7 @@ fn strings(attributes: &[(u16, &str)]) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn version(kind: u16, parts: &[(u16, &str)]) -> Vec<u8> {

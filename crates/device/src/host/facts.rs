@@ -92,7 +92,7 @@ pub(crate) fn mediated(
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

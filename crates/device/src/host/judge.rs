@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use super::{Code, HostDevice, Kind, NeededFile, Obstacle};
+use super::{HostDevice, HostDeviceKind, NeededFile, Obstacle, ObstacleCode};
 
 /// VFIO drivers in Linux 7.3 that have no migration, by the name of the driver: `drivers/vfio/pci/vfio_pci.c`,
 /// `nvgrace-gpu`, `ism`, `platform`, `fsl-mc`, `cdx`, and s390's.
@@ -22,7 +22,7 @@ const WITHOUT_MIGRATION: [&str; 10] = [
 ];
 
 /// What surrounds a device.
-pub(super) struct Place<'a> {
+pub(super) struct Surroundings<'a> {
     pub(super) sys: &'a Path,
     /// VFIO is loaded.
     pub(super) vfio: bool,
@@ -35,12 +35,17 @@ pub(super) struct Place<'a> {
 }
 
 /// Everything that speaks against `device`.
-pub(super) fn obstacles(device: &HostDevice, place: &Place<'_>) -> Vec<Obstacle> {
+pub(super) fn obstacles(device: &HostDevice, place: &Surroundings<'_>) -> Vec<Obstacle> {
     let mut found = Vec::new();
-    if let Kind::Pci(facts) = &device.kind {
+    if let HostDeviceKind::Pci(facts) = &device.kind {
         if facts.vendor.is_none() {
             let change = "look at what sysfs holds for it, and at the kernel log";
-            found.push(Obstacle::new(Code::Unreadable, "sysfs does not say what it is", change, vec![]));
+            found.push(Obstacle::new(
+                ObstacleCode::Unreadable,
+                "sysfs does not say what it is",
+                change,
+                vec![],
+            ));
             return found;
         }
         let sriov = facts.sriov.filter(|_| facts.physical.is_none() && !device.vfio);
@@ -51,21 +56,21 @@ pub(super) fn obstacles(device: &HostDevice, place: &Place<'_>) -> Vec<Obstacle>
     }
     if !place.vfio && !device.vfio && place.built_without {
         let change = "a kernel with CONFIG_VFIO";
-        found.push(Obstacle::new(Code::NoVfio, "the kernel is built without VFIO", change, vec![]));
+        found.push(Obstacle::new(ObstacleCode::NoVfio, "the kernel is built without VFIO", change, vec![]));
     } else if !place.vfio && !device.vfio {
         let commands = vec!["modprobe vfio-pci".to_owned()];
         let change = "load VFIO; see `vfio-migrate doctor`";
-        found.push(Obstacle::new(Code::NoVfio, "the kernel has no VFIO loaded", change, commands));
+        found.push(Obstacle::new(ObstacleCode::NoVfio, "the kernel has no VFIO loaded", change, commands));
     }
-    let pci = matches!(device.kind, Kind::Pci(_));
+    let pci = matches!(device.kind, HostDeviceKind::Pci(_));
     if pci && device.iommu_group.is_none() {
         let change = "turn the IOMMU on in the firmware (VT-d, AMD-Vi) and in the kernel (intel_iommu=on), and restart";
-        found.push(Obstacle::new(Code::NoIommuGroup, "it is in no IOMMU group", change, vec![]));
+        found.push(Obstacle::new(ObstacleCode::NoIommuGroup, "it is in no IOMMU group", change, vec![]));
     }
     if place.noiommu {
         let change = "use an IOMMU, and load vfio without enable_unsafe_noiommu_mode";
         let text = "VFIO runs without an IOMMU here, and maps no guest memory";
-        found.push(Obstacle::new(Code::NoIommu, text, change, vec![]));
+        found.push(Obstacle::new(ObstacleCode::NoIommu, text, change, vec![]));
     }
     if device.vfio {
         bound(device, place, &mut found)
@@ -91,39 +96,42 @@ fn physical(device: &HostDevice, total: u32, now: u32) -> Obstacle {
             ("make virtual functions", vec![format!("echo 1 > /sys/bus/pci/devices/{name}/sriov_numvfs")])
         }
     };
-    Obstacle::new(Code::PhysicalFunction, text, change, commands)
+    Obstacle::new(ObstacleCode::PhysicalFunction, text, change, commands)
 }
 
-fn not_bound(device: &HostDevice, place: &Place<'_>) -> Obstacle {
+fn not_bound(device: &HostDevice, place: &Surroundings<'_>) -> Obstacle {
     let mut commands = Vec::new();
     let binds = device.driver.is_none() && device.iommu_group.is_some() && !place.built_without;
     let change = match (&device.kind, &device.variant) {
-        (Kind::Pci(_), Some(variant)) => {
+        (HostDeviceKind::Pci(_), Some(variant)) => {
             commands = rebind(device, variant, place);
             format!("bind it to its VFIO variant driver {variant}")
         }
-        (Kind::Pci(_), None) if binds => {
+        (HostDeviceKind::Pci(_), None) if binds => {
             commands = rebind(device, "vfio-pci", place);
             "bind it to vfio-pci: a guest can have it then, but cannot migrate with it, since no VFIO variant driver of \
              this kernel is made for it"
                 .into()
         }
         // No command that takes a device from the host for so little.
-        (Kind::Pci(_), None) => {
+        (HostDeviceKind::Pci(_), None) => {
             "no VFIO variant driver of this kernel is made for it; vfio-pci would take it, without migration"
                 .into()
         }
         _ => "load the VFIO driver of its parent".into(),
     };
     match &device.driver {
-        None => Obstacle::new(Code::Unbound, "no driver has it", change, commands),
-        Some(driver) => {
-            Obstacle::new(Code::HostDriver, format!("the host's driver {driver} has it"), change, commands)
-        }
+        None => Obstacle::new(ObstacleCode::Unbound, "no driver has it", change, commands),
+        Some(driver) => Obstacle::new(
+            ObstacleCode::HostDriver,
+            format!("the host's driver {driver} has it"),
+            change,
+            commands,
+        ),
     }
 }
 
-fn bound(device: &HostDevice, place: &Place<'_>, found: &mut Vec<Obstacle>) {
+fn bound(device: &HostDevice, place: &Surroundings<'_>, found: &mut Vec<Obstacle>) {
     let driver = device.driver.as_deref().unwrap_or("?");
     if WITHOUT_MIGRATION.contains(&driver) {
         let (change, commands) = match &device.variant {
@@ -133,7 +141,7 @@ fn bound(device: &HostDevice, place: &Place<'_>, found: &mut Vec<Obstacle>) {
             None => ("a VFIO variant driver for it; no module of this kernel is one".into(), vec![]),
         };
         let text = format!("its driver {driver} has no migration");
-        found.push(Obstacle::new(Code::NoMigrationInDriver, text, change, commands));
+        found.push(Obstacle::new(ObstacleCode::NoMigrationInDriver, text, change, commands));
     }
     if !place.strangers.is_empty() {
         let text = format!("others in its IOMMU group belong to the host: {}", place.strangers.join(", "));
@@ -143,7 +151,7 @@ fn bound(device: &HostDevice, place: &Place<'_>, found: &mut Vec<Obstacle>) {
         };
         let change = "take them from their drivers, if the host can do without them";
         found.push(Obstacle::new(
-            Code::GroupNotViable,
+            ObstacleCode::GroupNotViable,
             text,
             change,
             place.strangers.iter().map(unbind).collect(),
@@ -158,7 +166,7 @@ fn bound(device: &HostDevice, place: &Place<'_>, found: &mut Vec<Obstacle>) {
         let command = user.command.as_deref().unwrap_or("unknown");
         let text = format!("process {} ({command}){more} has it, or its group, open", user.pid);
         let change = "to move it, ask the VMM that has it; to look into it, end that VMM first";
-        found.push(Obstacle::new(Code::InUse, text, change, vec![]));
+        found.push(Obstacle::new(ObstacleCode::InUse, text, change, vec![]));
     }
 }
 
@@ -167,7 +175,7 @@ fn files(device: &HostDevice, found: &mut Vec<Obstacle>) {
     if device.needs.is_empty() {
         let text = "it has neither a file under /dev/vfio/devices nor a group's under /dev/vfio";
         let change = "let udev make it, or, in a container, pass it in";
-        found.push(Obstacle::new(Code::NoDeviceFile, text, change, vec![]));
+        found.push(Obstacle::new(ObstacleCode::NoDeviceFile, text, change, vec![]));
     }
     let refused = |file: &NeededFile| file.refusal.map(|errno| (file.path.clone(), errno));
     let (gone, closed): (Vec<_>, Vec<_>) =
@@ -178,7 +186,12 @@ fn files(device: &HostDevice, found: &mut Vec<Obstacle>) {
             Some("iommu") => ("load iommufd, on a kernel with CONFIG_IOMMUFD", "iommufd"),
             _ => ("load VFIO's containers, or, in a container, pass the file in", "vfio_iommu_type1"),
         };
-        found.push(Obstacle::new(Code::NoDeviceFile, text, change, vec![format!("modprobe {module}")]));
+        found.push(Obstacle::new(
+            ObstacleCode::NoDeviceFile,
+            text,
+            change,
+            vec![format!("modprobe {module}")],
+        ));
     }
     if !closed.is_empty() {
         let text = |(path, errno): &(PathBuf, Errno)| format!("{}: {errno}", path.display());
@@ -190,12 +203,12 @@ fn files(device: &HostDevice, found: &mut Vec<Obstacle>) {
         let commands =
             closed.iter().map(|(path, _)| format!("setfacl -m u:{user}:rw {}", path.display())).collect();
         let change = format!("let the VMM's user (this one: {user}) open it");
-        found.push(Obstacle::new(Code::NoPermission, text, change, commands));
+        found.push(Obstacle::new(ObstacleCode::NoPermission, text, change, commands));
     }
 }
 
 /// Commands that give a PCI function to `driver`.
-fn rebind(device: &HostDevice, driver: &str, place: &Place<'_>) -> Vec<String> {
+fn rebind(device: &HostDevice, driver: &str, place: &Surroundings<'_>) -> Vec<String> {
     let name = &device.name;
     // A PCI driver's name is mostly its module's, but not always in its dashes: the folder of the bus knows, once it is
     // loaded.

@@ -8,7 +8,7 @@ use vfio_migration_types::DeviceId;
 
 use super::files::{attribute, hex, read_head, read_text};
 use super::pci::PciFacts;
-use super::{HostDevice, Kind, Roots, facts, version};
+use super::{HostDevice, HostDeviceKind, Roots, facts, version};
 use crate::describe;
 use crate::hardware::RegionIndex;
 
@@ -43,7 +43,7 @@ impl HostDevice {
             ..DeviceManifest::new(id.clone())
         };
         match &self.kind {
-            Kind::Pci(facts) => {
+            HostDeviceKind::Pci(facts) => {
                 let dir = roots.sys.join("bus/pci/devices").join(&self.name);
                 DeviceManifest {
                     pci: identity(facts, &dir),
@@ -55,12 +55,12 @@ impl HostDevice {
                     ..known
                 }
             }
-            Kind::Mdev { mdev_type, .. } => {
+            HostDeviceKind::Mdev { mdev_type, .. } => {
                 let dir = roots.sys.join("bus/mdev/devices").join(&self.name);
                 let facts = facts::mediated(&dir, self.driver.as_deref(), mdev_type.as_deref());
                 DeviceManifest { mdev_type: mdev_type.clone(), facts, ..known }
             }
-            Kind::Other => known,
+            HostDeviceKind::Other => known,
         }
     }
 }
@@ -124,7 +124,7 @@ fn irqs(facts: &PciFacts) -> Option<BTreeMap<u32, u32>> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

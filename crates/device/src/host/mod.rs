@@ -27,10 +27,10 @@ pub use devlink::{DevlinkError, running_versions};
 pub(crate) use files::attribute;
 pub use files::{ReadFailure, access_both_ways, list, read_text};
 pub use kernel::{ConfigOption, KernelConfig, KernelVersion, config, has_module, module_file, version};
-pub use obstacle::{Code, Obstacle};
-pub use pci::{Interrupts, PciAddress, PciFacts, Sriov};
+pub use obstacle::{Obstacle, ObstacleCode};
+pub use pci::{PciAddress, PciFacts, PciInterrupts, Sriov};
 pub use route::NeededFile;
-pub use scan::{HostDevice, Kind, Scan, scan};
+pub use scan::{HostDevice, HostDeviceKind, Scan, scan};
 pub use users::User;
 
 /// Where a host's trees are. [`Default`] is this host's.

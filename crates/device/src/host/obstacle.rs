@@ -5,7 +5,7 @@ use std::fmt;
 /// A stable code for a reason. The text beside it may change, the code does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
-pub enum Code {
+pub enum ObstacleCode {
     /// What sysfs says of it cannot be read.
     Unreadable,
     /// The kernel has no VFIO, or it is not loaded.
@@ -40,7 +40,7 @@ pub enum Code {
     NoMigrationInServer,
 }
 
-impl Code {
+impl ObstacleCode {
     /// Every code.
     pub const ALL: [Self; 16] = [
         Self::Unreadable,
@@ -84,7 +84,7 @@ impl Code {
     }
 }
 
-impl fmt::Display for Code {
+impl fmt::Display for ObstacleCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
@@ -94,7 +94,7 @@ impl fmt::Display for Code {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
     /// Which.
-    pub code: Code,
+    pub code: ObstacleCode,
     /// In a sentence.
     pub text: String,
     /// What would change it, in a sentence.
@@ -106,7 +106,7 @@ pub struct Obstacle {
 impl Obstacle {
     /// A reason.
     pub fn new(
-        code: Code,
+        code: ObstacleCode,
         text: impl Into<String>,
         change: impl Into<String>,
         commands: Vec<String>,

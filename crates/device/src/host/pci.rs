@@ -54,7 +54,7 @@ impl FromStr for PciAddress {
 
 /// Numbers of interrupts; `None` where config space could not be read far enough (beyond 64 bytes it takes root).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Interrupts {
+pub struct PciInterrupts {
     /// 1 with a pin, 0 without.
     pub intx: Option<u32>,
     /// MSI vectors.
@@ -88,7 +88,7 @@ pub struct PciFacts {
     /// Set where it can have virtual functions.
     pub sriov: Option<Sriov>,
     /// Its interrupts.
-    pub interrupts: Interrupts,
+    pub interrupts: PciInterrupts,
 }
 
 /// Reads the facts in `dir`, the function's folder in sysfs.
@@ -108,13 +108,13 @@ pub(super) fn facts(dir: &Path) -> PciFacts {
 }
 
 /// Reads a config space, of which less than all may be there (PCI Local Bus Specification 3.0, 6.2 and 6.8).
-fn interrupts(config: &[u8]) -> Interrupts {
+fn interrupts(config: &[u8]) -> PciInterrupts {
     let byte = |at: usize| config.get(at).copied();
     let word = |at: usize| Some(u16::from_le_bytes([byte(at)?, byte(at + 1)?]));
     let intx = byte(0x3d).map(|pin| u32::from((1..=4).contains(&pin)));
-    let none = Interrupts { intx, msi: Some(0), msix: Some(0) };
+    let none = PciInterrupts { intx, msi: Some(0), msix: Some(0) };
     match word(0x06) {
-        None => return Interrupts::default(),
+        None => return PciInterrupts::default(),
         // Status bit 4: there is a list of capabilities.
         Some(status) if status & 0x10 == 0 => return none,
         Some(_) => {}
@@ -136,11 +136,11 @@ fn interrupts(config: &[u8]) -> Interrupts {
         at = usize::from(next & 0xfc);
     }
     // The rest of the list is out of reach, or it is a loop: what was found is true, the rest is unknown.
-    Interrupts { intx, msi: found.msi.filter(|n| *n > 0), msix: found.msix.filter(|n| *n > 0) }
+    PciInterrupts { intx, msi: found.msi.filter(|n| *n > 0), msix: found.msix.filter(|n| *n > 0) }
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn space(len: usize) -> Vec<u8> {
@@ -154,18 +154,18 @@ mod test {
         let mut config = space(256);
         config[0x40..0x44].copy_from_slice(&[0x05, 0x50, 0x04, 0]);
         config[0x50..0x54].copy_from_slice(&[0x11, 0x00, 0x07, 0x80]);
-        assert_eq!(interrupts(&config), Interrupts { intx: Some(1), msi: Some(4), msix: Some(8) });
+        assert_eq!(interrupts(&config), PciInterrupts { intx: Some(1), msi: Some(4), msix: Some(8) });
         config[0x06] = 0;
-        assert_eq!(interrupts(&config), Interrupts { intx: Some(1), msi: Some(0), msix: Some(0) });
-        assert_eq!(interrupts(&space(64)), Interrupts { intx: Some(1), msi: None, msix: None });
-        assert_eq!(interrupts(&[]), Interrupts::default());
+        assert_eq!(interrupts(&config), PciInterrupts { intx: Some(1), msi: Some(0), msix: Some(0) });
+        assert_eq!(interrupts(&space(64)), PciInterrupts { intx: Some(1), msi: None, msix: None });
+        assert_eq!(interrupts(&[]), PciInterrupts::default());
     }
 
     #[test]
     fn a_list_that_loops_ends() {
         let mut config = space(256);
         config[0x40..0x44].copy_from_slice(&[0x11, 0x40, 0x00, 0]);
-        assert_eq!(interrupts(&config), Interrupts { intx: Some(1), msi: None, msix: Some(1) });
+        assert_eq!(interrupts(&config), PciInterrupts { intx: Some(1), msi: None, msix: Some(1) });
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub(super) fn needed(dev: &Path, cdev: Option<&Path>, group: Option<&Path>) -> V
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn names(dev: &Path, cdev: bool, group: bool) -> Vec<(String, bool)> {

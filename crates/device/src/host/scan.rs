@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 
 use super::aliases::Variants;
 use super::files::{link_name, link_parent, list};
-use super::judge::{Place, obstacles};
+use super::judge::{Surroundings, obstacles};
 use super::pci::{PciAddress, PciFacts, facts};
 use super::route::{NeededFile, needed};
 use super::users::{self, User};
-use super::{Code, ConfigOption, Obstacle, Roots, kernel};
+use super::{ConfigOption, Obstacle, ObstacleCode, Roots, kernel};
 
 /// What kind of device it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Kind {
+pub enum HostDeviceKind {
     /// A PCI function.
     Pci(Box<PciFacts>),
     /// A mediated device: by name the device that it is made of, and its type.
@@ -35,7 +35,7 @@ pub struct HostDevice {
     /// PCI address, UUID, or the name that its bus gives it.
     pub name: String,
     /// What it is.
-    pub kind: Kind,
+    pub kind: HostDeviceKind,
     /// Driver that has it.
     pub driver: Option<String>,
     /// It is a VFIO driver.
@@ -61,8 +61,10 @@ impl HostDevice {
     /// that are. What cannot be read may have.
     pub fn is_candidate(&self) -> bool {
         let pci = match &self.kind {
-            Kind::Pci(facts) => facts.sriov.is_some() || facts.physical.is_some() || facts.vendor.is_none(),
-            Kind::Mdev { .. } | Kind::Other => true,
+            HostDeviceKind::Pci(facts) => {
+                facts.sriov.is_some() || facts.physical.is_some() || facts.vendor.is_none()
+            }
+            HostDeviceKind::Mdev { .. } | HostDeviceKind::Other => true,
         };
         self.vfio || self.variant.is_some() || pci
     }
@@ -70,8 +72,8 @@ impl HostDevice {
     /// Whether it can be opened to ask it: a VFIO driver has it, nobody known uses it, and nothing stands in the way. A
     /// driver that is known to have no migration does not.
     pub fn openable(&self) -> bool {
-        let asks = matches!(self.kind, Kind::Pci(_) | Kind::Mdev { .. });
-        let in_the_way = |obstacle: &Obstacle| obstacle.code != Code::NoMigrationInDriver;
+        let asks = matches!(self.kind, HostDeviceKind::Pci(_) | HostDeviceKind::Mdev { .. });
+        let in_the_way = |obstacle: &Obstacle| obstacle.code != ObstacleCode::NoMigrationInDriver;
         asks && self.vfio && !self.obstacles.iter().any(in_the_way)
     }
 }
@@ -126,7 +128,7 @@ impl Scanner<'_> {
             let place = dir.join(&name);
             let facts = facts(&place);
             let variant = facts.modalias.as_deref().and_then(|alias| self.variants.of(alias)).map(Into::into);
-            self.add(address.to_string(), &place, Kind::Pci(Box::new(facts)), variant);
+            self.add(address.to_string(), &place, HostDeviceKind::Pci(Box::new(facts)), variant);
         }
     }
 
@@ -134,8 +136,10 @@ impl Scanner<'_> {
         let dir = self.roots.sys.join("bus/mdev/devices");
         for name in self.names(&dir) {
             let place = dir.join(&name);
-            let kind =
-                Kind::Mdev { parent: link_parent(&place), mdev_type: link_name(&place.join("mdev_type")) };
+            let kind = HostDeviceKind::Mdev {
+                parent: link_parent(&place),
+                mdev_type: link_name(&place.join("mdev_type")),
+            };
             self.add(name, &place, kind, None);
         }
     }
@@ -148,18 +152,18 @@ impl Scanner<'_> {
             let device = dir.join(&name).join("device");
             match link_name(&device) {
                 Some(of) if known.contains(&of) => {}
-                of => self.add(of.unwrap_or(name), &device, Kind::Other, None),
+                of => self.add(of.unwrap_or(name), &device, HostDeviceKind::Other, None),
             }
         }
     }
 
-    fn add(&mut self, name: String, place: &Path, kind: Kind, variant: Option<String>) {
+    fn add(&mut self, name: String, place: &Path, kind: HostDeviceKind, variant: Option<String>) {
         let driver = link_name(&place.join("driver"));
         let vfio_devs = list(&place.join("vfio-dev")).unwrap_or_default();
         let vfio = !vfio_devs.is_empty()
-            || matches!(kind, Kind::Other)
+            || matches!(kind, HostDeviceKind::Other)
             // Nothing but VFIO has drivers for that bus.
-            || (matches!(kind, Kind::Mdev { .. }) && driver.is_some())
+            || (matches!(kind, HostDeviceKind::Mdev { .. }) && driver.is_some())
             || driver.as_deref().is_some_and(is_vfio_driver);
         let iommu_group: Option<u32> =
             link_name(&place.join("iommu_group")).and_then(|group| group.parse().ok());
@@ -190,9 +194,9 @@ impl Scanner<'_> {
             device.needs = needed(&self.roots.dev, device.cdev.as_deref(), device.group_file.as_deref());
         }
         // A mediated device has its group to itself.
-        let shares = device.vfio && !matches!(device.kind, Kind::Mdev { .. });
+        let shares = device.vfio && !matches!(device.kind, HostDeviceKind::Mdev { .. });
         let strangers = iommu_group.filter(|_| shares).map(|group| self.strangers(group)).unwrap_or_default();
-        let place = Place {
+        let place = Surroundings {
             sys: &self.roots.sys,
             vfio: self.vfio,
             built_without: self.built_without,

@@ -55,7 +55,7 @@ fn keywords(mut bytes: &[u8], found: &mut Vpd) {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn sample() -> Vec<u8> {

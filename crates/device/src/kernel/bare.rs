@@ -15,7 +15,7 @@ use super::iommu::Iommu;
 use super::migrate::try_log;
 use super::open::tracking_table;
 use super::tracker::{Trial, Trials, choose};
-use super::windows::{Window, Windows};
+use super::windows::{DmaWindow, DmaWindows};
 use crate::contract::DirtyLog;
 
 /// An address space of an iommufd, with a page table that tracks dirty pages if the IOMMU can.
@@ -24,7 +24,7 @@ pub struct BareSpace {
     id: DeviceId,
     space: Arc<Ioas>,
     iommu: Option<Iommu>,
-    windows: Arc<Windows>,
+    windows: Arc<DmaWindows>,
 }
 
 impl BareSpace {
@@ -47,7 +47,7 @@ impl BareSpace {
 
     /// Maps memory that begins at `ram` of the guest's RAM.
     pub fn map(&self, iova: Range<Iova>, memory: &HostMemory, ram: RamOffset) -> Result<(), UapiError> {
-        self.windows.add(Window { iova, write: true, ram: Some(ram) });
+        self.windows.add(DmaWindow { iova, write: true, ram: Some(ram) });
         self.space.map(iova, memory, Dma::BOTH).inspect_err(|_| {
             self.windows.remove(iova);
         })

@@ -8,7 +8,7 @@ use vfio_migration_types::{Bitmap, Granule, Iova, PAGE_SIZE, RamOffset, Range};
 use vfio_migration_uapi::UapiError;
 
 use super::ranges::{Logged, fit};
-use super::windows::Windows;
+use super::windows::DmaWindows;
 use crate::contract::DirtyLog;
 
 /// The system calls of one kind of log.
@@ -27,10 +27,10 @@ pub(super) trait LogPort: fmt::Debug + Send + Sync {
 
 /// The log of one device.
 #[derive(Debug)]
-pub(super) struct Log {
+pub(super) struct TrackerLog {
     name: String,
     port: Box<dyn LogPort>,
-    windows: Arc<Windows>,
+    windows: Arc<DmaWindows>,
     active: Mutex<Option<Active>>,
 }
 
@@ -50,8 +50,8 @@ pub(super) struct Tried {
     pub(super) all_dirty: bool,
 }
 
-impl Log {
-    pub(super) fn new(name: String, port: Box<dyn LogPort>, windows: Arc<Windows>) -> Self {
+impl TrackerLog {
+    pub(super) fn new(name: String, port: Box<dyn LogPort>, windows: Arc<DmaWindows>) -> Self {
         Self { name, port, windows, active: Mutex::new(None) }
     }
 
@@ -135,7 +135,7 @@ impl Log {
     }
 }
 
-impl DirtySource for Log {
+impl DirtySource for TrackerLog {
     fn name(&self) -> String {
         self.name.clone()
     }
@@ -178,7 +178,7 @@ impl DirtySource for Log {
     }
 }
 
-impl DirtyLog for Log {
+impl DirtyLog for TrackerLog {
     fn granule(&self) -> Granule {
         self.lock().as_ref().map_or(Granule::PAGE, |active| active.granule)
     }
@@ -193,10 +193,10 @@ fn whole(granule: Granule, ranges: &[Range<Iova>]) -> Granule {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use rustix::io::Errno;
 
-    use super::super::windows::Window;
+    use super::super::windows::DmaWindow;
     use super::*;
 
     /// A log whose pages are set by the test.
@@ -274,20 +274,20 @@ mod test {
         }
     }
 
-    fn window(start: u64, pages: u64, ram: u64) -> Window {
+    fn window(start: u64, pages: u64, ram: u64) -> DmaWindow {
         let iova = Range::new(Iova(start), pages * PAGE_SIZE).unwrap();
-        Window { iova, write: true, ram: Some(RamOffset(ram * PAGE_SIZE)) }
+        DmaWindow { iova, write: true, ram: Some(RamOffset(ram * PAGE_SIZE)) }
     }
 
-    fn rig(fake: Fake) -> (Arc<Fake>, Arc<Windows>, Log) {
+    fn rig(fake: Fake) -> (Arc<Fake>, Arc<DmaWindows>, TrackerLog) {
         let fake = Arc::new(fake);
-        let windows = Arc::new(Windows::default());
+        let windows = Arc::new(DmaWindows::default());
         // RAM pages 0..16 at 0, 16..32 above a hole, and a BAR that no log is to hold.
         windows.add(window(0, 16, 0));
         windows.add(window(0x10_0000, 16, 16));
         let bar = Range::new(Iova(0xfe00_0000), PAGE_SIZE).unwrap();
-        windows.add(Window { iova: bar, write: true, ram: None });
-        let log = Log::new("device t0".into(), Box::new(fake.clone()), windows.clone());
+        windows.add(DmaWindow { iova: bar, write: true, ram: None });
+        let log = TrackerLog::new("device t0".into(), Box::new(fake.clone()), windows.clone());
         (fake, windows, log)
     }
 
@@ -295,7 +295,7 @@ mod test {
         Fake { granule: PAGE_SIZE, most: 256, ..Fake::default() }
     }
 
-    fn dirty(log: &Log) -> Vec<u64> {
+    fn dirty(log: &TrackerLog) -> Vec<u64> {
         let mut into = Bitmap::new(64 * PAGE_SIZE, Granule::PAGE);
         log.report(&mut into).unwrap();
         (0..64).filter(|page| into.test(*page)).collect()
@@ -372,7 +372,7 @@ mod test {
     #[test]
     fn a_device_that_reaches_nothing_dirties_nothing() {
         let fake = Arc::new(exact());
-        let log = Log::new("device t0".into(), Box::new(fake.clone()), Arc::default());
+        let log = TrackerLog::new("device t0".into(), Box::new(fake.clone()), Arc::default());
         log.start().unwrap();
         assert!(dirty(&log).is_empty());
         log.stop().unwrap();

@@ -9,15 +9,15 @@ use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
 use vfio_migration_uapi::{self as uapi, Dma, Region, UapiError};
 
-use super::windows::Window;
+use super::windows::DmaWindow;
 use super::{Inner, KernelDevice, KernelError};
 use crate::error::DeviceError;
-use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
+use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 
 /// A region, with where it is in the device's file.
 #[derive(Debug)]
 pub(super) struct Regions {
-    pub(super) infos: Vec<RegionInfo>,
+    pub(super) infos: Vec<PciRegion>,
     pub(super) offsets: Vec<u64>,
 }
 
@@ -40,7 +40,7 @@ pub(super) fn find_regions(
             continue;
         }
         regions.offsets.push(region.offset);
-        regions.infos.push(RegionInfo {
+        regions.infos.push(PciRegion {
             index: RegionIndex(index),
             size: region.size,
             readable: region.readable,
@@ -130,7 +130,7 @@ impl PciHardware for KernelDevice {
         &self.inner.id
     }
 
-    fn regions(&self) -> &[RegionInfo] {
+    fn regions(&self) -> &[PciRegion] {
         &self.inner.regions.infos
     }
 
@@ -230,7 +230,7 @@ impl PciHardware for KernelDevice {
             .ram_offset(fd, offset)
             .map_err(|errno| DeviceError::new(inner.id.clone(), doing.clone(), Some(errno), errno))?;
         // Noted before: a log that starts in between must not miss it.
-        inner.windows.add(Window { iova, write: access.write, ram });
+        inner.windows.add(DmaWindow { iova, write: access.write, ram });
         let mapped = match ram {
             Some(ram) => match inner.ram.host_memory(ram, iova.len()) {
                 Ok(memory) => inner.iommu.map(iova, &memory, dma).map_err(inner.refused(doing.clone())),

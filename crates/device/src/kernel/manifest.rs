@@ -56,7 +56,7 @@ fn tracking(kind: TrackerKind) -> DirtyTracking {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -7,10 +7,10 @@ use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Gpa, Iova, MigrationState, RamOffset, Range};
 use vfio_migration_uapi as uapi;
 
-use super::dirty::{Log, LogPort, Tried};
+use super::dirty::{LogPort, TrackerLog, Tried};
 use super::iommu::{DeviceLog, with_cause};
 use super::tracker::{Trial, Trials, choose};
-use super::windows::Windows;
+use super::windows::DmaWindows;
 use super::{Inner, KernelDevice, TrackerChoice, TrackerKind};
 use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
 use crate::error::{DeviceError, TransitionError};
@@ -85,13 +85,14 @@ impl Device for KernelDevice {
 
 impl Inner {
     /// The tracker, chosen by trial when it is first asked for.
-    pub(super) fn tracked(&self) -> &(TrackerChoice, Option<Log>) {
+    pub(super) fn tracked(&self) -> &(TrackerChoice, Option<TrackerLog>) {
         self.tracker.get_or_init(|| {
             let device_port = Ok(Box::new(DeviceLog(self.device.clone())) as Box<dyn LogPort>);
             // It can be tried on memory that is not mapped.
             let (device, device_log) =
                 try_log(&self.id, &self.windows, device_port, &self.all_ram(), |_| None);
-            let skip = |better: &Option<Log>| better.is_some().then(|| "a better one works".to_owned());
+            let skip =
+                |better: &Option<TrackerLog>| better.is_some().then(|| "a better one works".to_owned());
             let port = match skip(&device_log) {
                 Some(why) => Err(why),
                 None => self.iommu.hardware_log().map(|log| Box::new(log) as Box<dyn LogPort>),
@@ -139,13 +140,13 @@ impl Inner {
 /// Tries a log, on `otherwise` where nothing is mapped.
 pub(super) fn try_log(
     id: &DeviceId,
-    windows: &Arc<Windows>,
+    windows: &Arc<DmaWindows>,
     port: Result<Box<dyn LogPort>, String>,
     otherwise: &[(Range<Iova>, RamOffset)],
     spoilt: impl FnOnce(Tried) -> Option<String>,
-) -> (Trial, Option<Log>) {
+) -> (Trial, Option<TrackerLog>) {
     let log = match port {
-        Ok(port) => Log::new(format!("device {id}"), port, windows.clone()),
+        Ok(port) => TrackerLog::new(format!("device {id}"), port, windows.clone()),
         Err(why) => return (Trial::Fails(why), None),
     };
     match log.trial(otherwise) {

@@ -35,10 +35,10 @@ use vfio_migration_uapi as uapi;
 use self::dirty::Log;
 use self::hardware::Regions;
 use self::iommu::Iommu;
-use self::open::Opened;
+use self::open::AttachedDevice;
 use self::port::DevicePort;
 use self::sysfs::SysDevice;
-use self::windows::Windows;
+use self::windows::DmaWindows;
 use crate::contract::NotMigratable;
 use crate::error::DeviceError;
 use crate::session::StateMachine;
@@ -101,9 +101,9 @@ pub struct KernelDevice {
 #[derive(Debug)]
 struct Inner {
     id: DeviceId,
-    tracker: OnceLock<(TrackerChoice, Option<Log>)>,
+    tracker: OnceLock<(TrackerChoice, Option<TrackerLog>)>,
     iommu: Iommu,
-    windows: Arc<Windows>,
+    windows: Arc<DmaWindows>,
     machine: Arc<StateMachine>,
     device: Arc<OwnedFd>,
     group: Option<OwnedFd>,
@@ -190,9 +190,9 @@ impl KernelDevice {
         self.inner.reinit
     }
 
-    fn new(id: DeviceId, opened: Opened, ram: Arc<GuestRam>) -> Result<Self, DeviceError> {
+    fn new(id: DeviceId, opened: AttachedDevice, ram: Arc<GuestRam>) -> Result<Self, DeviceError> {
         const DOING: &str = "asking what the device is made of";
-        let Opened { device, group, iommu, sys } = opened;
+        let AttachedDevice { device, group, iommu, sys } = opened;
         let fd = (*device).as_fd();
         let refused = |error: uapi::UapiError| DeviceError::new(id.clone(), DOING, error.errno(), error);
         let info = uapi::device_info(fd).map_err(refused)?;

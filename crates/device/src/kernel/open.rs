@@ -17,7 +17,7 @@ use crate::error::DeviceError;
 
 /// A device that is open and attached to an address space of its own.
 #[derive(Debug)]
-pub(super) struct Opened {
+pub(super) struct AttachedDevice {
     pub(super) device: Arc<OwnedFd>,
     /// The group that it was opened by; `None` for a device that was opened by its own file.
     pub(super) group: Option<OwnedFd>,
@@ -26,7 +26,11 @@ pub(super) struct Opened {
 }
 
 /// Opens the device at `path`: by its own file where the kernel has one and iommufd, by its group otherwise.
-pub(super) fn open(id: &DeviceId, path: &KernelPath, options: &KernelOptions) -> Result<Opened, DeviceError> {
+pub(super) fn open(
+    id: &DeviceId,
+    path: &KernelPath,
+    options: &KernelOptions,
+) -> Result<AttachedDevice, DeviceError> {
     let opener = Opener { id, doing: format!("opening {path}"), options };
     match path {
         KernelPath::Pci(address) => {
@@ -48,17 +52,22 @@ pub(super) fn adopt(
     device: OwnedFd,
     handle: IommuHandle,
     options: &KernelOptions,
-) -> Result<Opened, DeviceError> {
+) -> Result<AttachedDevice, DeviceError> {
     let opener = Opener { id, doing: "taking over the device's descriptor".into(), options };
     let device = Arc::new(device);
     match handle {
         IommuHandle::Type1 { container, group } => {
             let container = Type1::new(container).map_err(|error| opener.refused(error))?;
-            Ok(Opened { device, group: Some(group), iommu: Iommu::Type1(Arc::new(container)), sys: None })
+            Ok(AttachedDevice {
+                device,
+                group: Some(group),
+                iommu: Iommu::Type1(Arc::new(container)),
+                sys: None,
+            })
         }
         IommuHandle::Iommufd { iommufd, bound } => {
             let iommu = opener.attach(&device, Arc::new(iommufd), bound)?;
-            Ok(Opened { device, group: None, iommu, sys: None })
+            Ok(AttachedDevice { device, group: None, iommu, sys: None })
         }
     }
 }
@@ -70,7 +79,7 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
-    fn found(&self, sys: SysDevice) -> Result<Opened, DeviceError> {
+    fn found(&self, sys: SysDevice) -> Result<AttachedDevice, DeviceError> {
         sys.check_driver().map_err(|error| self.failed(error))?;
         let dev = &self.options.dev;
         if !self.options.prefer_group
@@ -89,11 +98,11 @@ impl Opener<'_> {
         self.group(&group, &name, Some(sys))
     }
 
-    fn cdev(&self, file: &Path, sys: Option<SysDevice>) -> Result<Opened, DeviceError> {
+    fn cdev(&self, file: &Path, sys: Option<SysDevice>) -> Result<AttachedDevice, DeviceError> {
         let device = Arc::new(self.file(file)?);
         let iommufd = Arc::new(self.file(&self.options.dev.join("iommu"))?);
         let iommu = self.attach(&device, iommufd, None)?;
-        Ok(Opened { device, group: None, iommu, sys })
+        Ok(AttachedDevice { device, group: None, iommu, sys })
     }
 
     /// Binds the device to `iommufd` unless it is, and attaches it to a new address space of it, by a page table that
@@ -125,7 +134,7 @@ impl Opener<'_> {
         Ok(Iommu::Iommufd { space: Arc::new(space), table })
     }
 
-    fn group(&self, file: &Path, name: &str, sys: Option<SysDevice>) -> Result<Opened, DeviceError> {
+    fn group(&self, file: &Path, name: &str, sys: Option<SysDevice>) -> Result<AttachedDevice, DeviceError> {
         let group = self.file(file)?;
         let status = uapi::group_status(group.as_fd()).map_err(|error| self.refused(error))?;
         if !status.viable {
@@ -147,7 +156,7 @@ impl Opener<'_> {
             _ => self.refused(error),
         })?;
         let iommu = Iommu::Type1(Arc::new(container));
-        Ok(Opened { device: Arc::new(device), group: Some(group), iommu, sys })
+        Ok(AttachedDevice { device: Arc::new(device), group: Some(group), iommu, sys })
     }
 
     fn file(&self, path: &Path) -> Result<OwnedFd, DeviceError> {

@@ -8,7 +8,7 @@ use vfio_migration_types::MigrationState;
 use vfio_migration_uapi as uapi;
 
 use crate::contract::PrecopyProgress;
-use crate::session::{Port, PortError, Stream};
+use crate::session::{Port, PortError, PortStream};
 
 /// An open device.
 #[derive(Debug)]
@@ -34,9 +34,9 @@ impl Port for DevicePort {
         &self,
         _from: MigrationState,
         to: MigrationState,
-    ) -> Result<Option<Box<dyn Stream>>, PortError> {
+    ) -> Result<Option<Box<dyn PortStream>>, PortError> {
         let data = uapi::set_device_state((*self.device).as_fd(), to)?;
-        Ok(data.map(|data| Box::new(DataFd { data, reinit: self.reinit }) as Box<dyn Stream>))
+        Ok(data.map(|data| Box::new(DataFd { data, reinit: self.reinit }) as Box<dyn PortStream>))
     }
 
     fn reset(&self) -> Result<(), PortError> {
@@ -44,7 +44,7 @@ impl Port for DevicePort {
     }
 }
 
-impl Stream for DataFd {
+impl PortStream for DataFd {
     fn read(&self, buf: &mut [u8]) -> Result<usize, PortError> {
         Ok(retry_on_intr(|| rustix::io::read(&self.data, &mut *buf))?)
     }

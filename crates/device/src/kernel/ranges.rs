@@ -42,7 +42,7 @@ pub(super) fn fit(mut mapped: Vec<(Range<Iova>, RamOffset)>, most: usize) -> Vec
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn range(start: u64, len: u64) -> Range<Iova> {

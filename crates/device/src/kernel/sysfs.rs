@@ -112,7 +112,7 @@ fn last(path: &Path) -> Option<String> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;

@@ -75,7 +75,7 @@ pub(super) fn choose(trials: Trials) -> TrackerChoice {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     fn no(why: &str) -> Trial {

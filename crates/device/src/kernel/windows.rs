@@ -6,7 +6,7 @@ use vfio_migration_types::{Iova, RamOffset, Range};
 
 /// One DMA mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Window {
+pub(super) struct DmaWindow {
     pub(super) iova: Range<Iova>,
     /// The device may write.
     pub(super) write: bool,
@@ -16,25 +16,25 @@ pub(super) struct Window {
 
 /// The DMA mappings of a device.
 #[derive(Debug, Default)]
-pub(super) struct Windows {
+pub(super) struct DmaWindows {
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    windows: Vec<Window>,
+    windows: Vec<DmaWindow>,
     /// Guest RAM that was mapped or unmapped since a log last started: no log is sure to hold its writes.
     moved: Vec<(RamOffset, u64)>,
 }
 
-impl Windows {
-    pub(super) fn add(&self, window: Window) {
+impl DmaWindows {
+    pub(super) fn add(&self, window: DmaWindow) {
         let mut state = self.lock();
         state.note(window);
         state.windows.push(window);
     }
 
-    pub(super) fn remove(&self, iova: Range<Iova>) -> Option<Window> {
+    pub(super) fn remove(&self, iova: Range<Iova>) -> Option<DmaWindow> {
         let mut state = self.lock();
         let at = state.windows.iter().position(|window| window.iova == iova)?;
         let window = state.windows.swap_remove(at);
@@ -78,7 +78,7 @@ impl State {
         windows.filter_map(|window| Some((window.iova, window.ram?)))
     }
 
-    fn note(&mut self, window: Window) {
+    fn note(&mut self, window: DmaWindow) {
         if let Some(ram) = window.ram.filter(|_| window.write)
             && !self.moved.contains(&(ram, window.iova.len()))
         {

@@ -1,7 +1,7 @@
 //! Migration sessions over whatever serves the device: its state machine, and the stream of a session, with what each
 //! answer means.
 //!
-//! A back end brings the calls alone ([`Port`], [`Stream`]); the rules are here, so that a device of the kernel and one of a
+//! A back end brings the calls alone ([`Port`], [`PortStream`]); the rules are here, so that a device of the kernel and one of a
 //! vfio-user server are treated alike, and the rules can be tested without either.
 
 mod error;
@@ -30,14 +30,14 @@ pub(crate) trait Port: fmt::Debug + Send + Sync {
         &self,
         from: MigrationState,
         to: MigrationState,
-    ) -> Result<Option<Box<dyn Stream>>, PortError>;
+    ) -> Result<Option<Box<dyn PortStream>>, PortError>;
 
     /// Resets it, and does what else it takes to have it RUNNING.
     fn reset(&self) -> Result<(), PortError>;
 }
 
 /// The data of a session.
-pub(crate) trait Stream: fmt::Debug + Send {
+pub(crate) trait PortStream: fmt::Debug + Send {
     /// Reads at most `buf`. 0: nothing more, or nothing for now.
     fn read(&self, buf: &mut [u8]) -> Result<usize, PortError>;
 

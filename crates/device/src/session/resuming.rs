@@ -4,25 +4,25 @@ use std::sync::Arc;
 
 use vfio_migration_types::MigrationState;
 
-use super::{SessionError, StateMachine, Stream};
+use super::{PortStream, SessionError, StateMachine};
 use crate::contract::ResumingSession;
 use crate::error::{DeviceError, TransitionError};
 
 /// An open resuming session.
 #[derive(Debug)]
-pub(crate) struct Resuming {
+pub(crate) struct PortResuming {
     machine: Arc<StateMachine>,
-    stream: Box<dyn Stream>,
+    stream: Box<dyn PortStream>,
     open: bool,
 }
 
-impl Resuming {
-    pub(super) fn new(machine: Arc<StateMachine>, stream: Box<dyn Stream>) -> Self {
+impl PortResuming {
+    pub(super) fn new(machine: Arc<StateMachine>, stream: Box<dyn PortStream>) -> Self {
         Self { machine, stream, open: true }
     }
 }
 
-impl ResumingSession for Resuming {
+impl ResumingSession for PortResuming {
     fn write(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
         const DOING: &str = "writing its state";
         let id = || self.machine.id.clone();
@@ -64,7 +64,7 @@ impl ResumingSession for Resuming {
     }
 }
 
-impl Drop for Resuming {
+impl Drop for PortResuming {
     fn drop(&mut self) {
         if self.open
             && let Err(error) = self.machine.reset()

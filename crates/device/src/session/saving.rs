@@ -5,21 +5,21 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use vfio_migration_types::MigrationState;
 
-use super::{PortError, SessionError, StateMachine, Stream};
-use crate::contract::{Position, PrecopyProgress, Read, SavingSession};
+use super::{PortError, PortStream, SessionError, StateMachine};
+use crate::contract::{Chunk, Position, PrecopyProgress, SavingSession};
 use crate::error::{DeviceError, TransitionError};
 
 /// An open saving session.
 #[derive(Debug)]
-pub(crate) struct Saving {
+pub(crate) struct PortSaving {
     machine: Arc<StateMachine>,
-    stream: Box<dyn Stream>,
+    stream: Box<dyn PortStream>,
     position: Position,
     open: bool,
 }
 
-impl Saving {
-    pub(super) fn new(machine: Arc<StateMachine>, stream: Box<dyn Stream>, position: Position) -> Self {
+impl PortSaving {
+    pub(super) fn new(machine: Arc<StateMachine>, stream: Box<dyn PortStream>, position: Position) -> Self {
         Self { machine, stream, position, open: true }
     }
 
@@ -64,12 +64,12 @@ impl Saving {
     }
 }
 
-impl SavingSession for Saving {
+impl SavingSession for PortSaving {
     fn position(&self) -> Position {
         self.position
     }
 
-    fn read(&mut self, buf: &mut [u8]) -> Result<Read, DeviceError> {
+    fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError> {
         const DOING: &str = "reading its state";
         if buf.is_empty() {
             // The answer would be 0, which means the end.
@@ -77,12 +77,12 @@ impl SavingSession for Saving {
         }
         let stopped = self.position == Position::StopCopy;
         match self.stream.read(buf) {
-            Ok(0) if stopped => self.check(DOING).map(|()| Read::End),
-            Ok(0) => self.check(DOING).map(|()| Read::NothingNow),
-            Ok(n) => Ok(Read::Data(n)),
+            Ok(0) if stopped => self.check(DOING).map(|()| Chunk::End),
+            Ok(0) => self.check(DOING).map(|()| Chunk::NothingNow),
+            Ok(n) => Ok(Chunk::Data(n)),
             // ENOMSG by the uAPI; mtty, hisi_acc and qat give the 0 above, which looks like an end.
             Err(PortError { errno: Some(Errno::NOMSG), .. }) if !stopped => {
-                self.check(DOING).map(|()| Read::NothingNow)
+                self.check(DOING).map(|()| Chunk::NothingNow)
             }
             // ENOMSG in STOP_COPY too: a driver's error, and the stream is lost.
             Err(error) => Err(self.failed(DOING, error)),
@@ -126,7 +126,7 @@ impl SavingSession for Saving {
     }
 }
 
-impl Drop for Saving {
+impl Drop for PortSaving {
     fn drop(&mut self) {
         if self.open
             && let Err(error) = self.leave()

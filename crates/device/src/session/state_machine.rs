@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use vfio_migration_types::{ArcError, DeviceId, MigrationFlags, MigrationState, path};
 
-use super::resuming::Resuming;
-use super::saving::Saving;
-use super::{Port, PortError, SessionError, Stream};
+use super::resuming::PortResuming;
+use super::saving::PortSaving;
+use super::{Port, PortError, PortStream, SessionError};
 use crate::contract::Position;
 use crate::error::{DeviceError, TransitionError};
 
@@ -44,7 +44,7 @@ impl StateMachine {
     }
 
     /// Opens a saving session at RUNNING → PRE_COPY, or RUNNING_P2P → PRE_COPY_P2P.
-    pub(crate) fn begin_precopy(self: &Arc<Self>) -> Result<Saving, TransitionError> {
+    pub(crate) fn begin_precopy(self: &Arc<Self>) -> Result<PortSaving, TransitionError> {
         let from = self.state_before(MigrationState::PreCopy)?;
         let position = match from {
             MigrationState::RunningP2p => Position::PreCopyP2p,
@@ -54,13 +54,13 @@ impl StateMachine {
     }
 
     /// Opens a saving session at STOP → STOP_COPY.
-    pub(crate) fn begin_stop_copy(self: &Arc<Self>) -> Result<Saving, TransitionError> {
+    pub(crate) fn begin_stop_copy(self: &Arc<Self>) -> Result<PortSaving, TransitionError> {
         let from = self.state_before(MigrationState::StopCopy)?;
         self.begin_saving(from, Position::StopCopy)
     }
 
     /// Opens a resuming session, from whatever state the device is in.
-    pub(crate) fn begin_resuming(self: &Arc<Self>) -> Result<Resuming, TransitionError> {
+    pub(crate) fn begin_resuming(self: &Arc<Self>) -> Result<PortResuming, TransitionError> {
         const TO: MigrationState = MigrationState::Resuming;
         let mut from = self.state_before(TO)?;
         if from == TO {
@@ -70,7 +70,7 @@ impl StateMachine {
             })?;
             from = self.state_before(TO)?;
         }
-        Ok(Resuming::new(self.clone(), self.open(from, TO)?))
+        Ok(PortResuming::new(self.clone(), self.open(from, TO)?))
     }
 
     /// Resets it; afterwards it is RUNNING, or of no use.
@@ -88,11 +88,15 @@ impl StateMachine {
         }
     }
 
-    fn begin_saving(self: &Arc<Self>, from: MigrationState, at: Position) -> Result<Saving, TransitionError> {
+    fn begin_saving(
+        self: &Arc<Self>,
+        from: MigrationState,
+        at: Position,
+    ) -> Result<PortSaving, TransitionError> {
         if from.is_saving() || from == MigrationState::Resuming {
             return Err(self.refused(from, at.state(), SessionError::Open));
         }
-        Ok(Saving::new(self.clone(), self.open(from, at.state())?, at))
+        Ok(PortSaving::new(self.clone(), self.open(from, at.state())?, at))
     }
 
     /// A failure of the device outside of a transition.
@@ -129,7 +133,7 @@ impl StateMachine {
         &self,
         from: MigrationState,
         to: MigrationState,
-    ) -> Result<Option<Box<dyn Stream>>, TransitionError> {
+    ) -> Result<Option<Box<dyn PortStream>>, TransitionError> {
         // What would be refused with a bare EINVAL is refused here with its reason.
         if let Some(flags) = self.flags
             && let Err(why) = path(from, to, flags)
@@ -145,7 +149,7 @@ impl StateMachine {
     }
 
     /// SETs `to`, which opens a session, and gives its stream.
-    fn open(&self, from: MigrationState, to: MigrationState) -> Result<Box<dyn Stream>, TransitionError> {
+    fn open(&self, from: MigrationState, to: MigrationState) -> Result<Box<dyn PortStream>, TransitionError> {
         let now = || self.port.state().ok();
         self.go(from, to)?.ok_or_else(|| {
             TransitionError::new(self.id.clone(), from, to, now(), None, SessionError::NoStream)

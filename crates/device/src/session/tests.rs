@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState as S, path};
 
-use super::{Port, PortError, SessionError, StateMachine, Stream};
-use crate::contract::{Position, PrecopyProgress, Read, ResumingSession, SavingSession};
+use super::{Port, PortError, PortStream, SessionError, StateMachine};
+use crate::contract::{Chunk, Position, PrecopyProgress, ResumingSession, SavingSession};
 use crate::error::Remedy;
 
 /// What a scripted device does next at read(2), write(2) and PRECOPY_INFO, and where it is.
@@ -72,7 +72,7 @@ impl Port for Fake {
         Ok(self.with(|state| state.now))
     }
 
-    fn set_state(&self, _from: S, to: S) -> Result<Option<Box<dyn Stream>>, PortError> {
+    fn set_state(&self, _from: S, to: S) -> Result<Option<Box<dyn PortStream>>, PortError> {
         let flags = self.flags;
         self.with(|state| {
             assert_ne!(state.now, S::Error, "nothing is SET in ERROR");
@@ -89,7 +89,7 @@ impl Port for Fake {
             state.now = to;
             Ok((opens && !state.no_stream) || state.always_stream)
         })
-        .map(|opens| opens.then(|| Box::new(self.clone()) as Box<dyn Stream>))
+        .map(|opens| opens.then(|| Box::new(self.clone()) as Box<dyn PortStream>))
     }
 
     fn reset(&self) -> Result<(), PortError> {
@@ -101,7 +101,7 @@ impl Port for Fake {
     }
 }
 
-impl Stream for Fake {
+impl PortStream for Fake {
     fn read(&self, buf: &mut [u8]) -> Result<usize, PortError> {
         let next = self.with(|state| state.reads.pop_front()).expect("a read that the test did not foresee");
         Ok(next.inspect(|n| assert!(*n <= buf.len()))?)
@@ -124,7 +124,7 @@ fn saving(fake: &Fake) -> Box<dyn SavingSession> {
     Box::new(fake.machine().begin_precopy().unwrap())
 }
 
-fn read(session: &mut Box<dyn SavingSession>) -> Result<Read, crate::error::DeviceError> {
+fn read(session: &mut Box<dyn SavingSession>) -> Result<Chunk, crate::error::DeviceError> {
     session.read(&mut [0; 64])
 }
 
@@ -139,10 +139,10 @@ fn in_precopy_both_zero_and_enomsg_are_nothing_now() {
     let fake = Fake::new();
     let mut session = saving(&fake);
     fake.with(|state| state.reads = [Ok(5), Ok(0), Err(Errno::NOMSG), Ok(64)].into());
-    assert_eq!(read(&mut session).unwrap(), Read::Data(5));
-    assert_eq!(read(&mut session).unwrap(), Read::NothingNow);
-    assert_eq!(read(&mut session).unwrap(), Read::NothingNow);
-    assert_eq!(read(&mut session).unwrap(), Read::Data(64));
+    assert_eq!(read(&mut session).unwrap(), Chunk::Data(5));
+    assert_eq!(read(&mut session).unwrap(), Chunk::NothingNow);
+    assert_eq!(read(&mut session).unwrap(), Chunk::NothingNow);
+    assert_eq!(read(&mut session).unwrap(), Chunk::Data(64));
     assert!(session.read(&mut []).is_err(), "an empty read would look like an end");
 }
 
@@ -153,9 +153,9 @@ fn in_stop_copy_zero_is_the_end_and_enomsg_an_error() {
     session.go(Position::PreCopyP2p).unwrap();
     session.go(Position::StopCopy).unwrap();
     fake.with(|state| state.reads = [Ok(7), Ok(0), Ok(0), Err(Errno::NOMSG)].into());
-    assert_eq!(read(&mut session).unwrap(), Read::Data(7));
-    assert_eq!(read(&mut session).unwrap(), Read::End);
-    assert_eq!(read(&mut session).unwrap(), Read::End);
+    assert_eq!(read(&mut session).unwrap(), Chunk::Data(7));
+    assert_eq!(read(&mut session).unwrap(), Chunk::End);
+    assert_eq!(read(&mut session).unwrap(), Chunk::End);
     assert_eq!(read(&mut session).unwrap_err().errno, Some(Errno::NOMSG));
     assert_eq!(session.progress().unwrap(), None);
     assert_eq!(session.end().unwrap(), S::Stop);
@@ -168,7 +168,7 @@ fn moves_inside_the_session_keep_its_descriptor() {
     for position in [Position::PreCopyP2p, Position::PreCopy, Position::StopCopy] {
         session.go(position).unwrap();
         fake.with(|state| state.reads.push_back(Ok(1)));
-        assert_eq!(read(&mut session).unwrap(), Read::Data(1));
+        assert_eq!(read(&mut session).unwrap(), Chunk::Data(1));
     }
     let refused = session.go(Position::PreCopy).unwrap_err();
     assert_eq!((refused.now, session.position()), (Some(S::StopCopy), Position::StopCopy));
@@ -305,7 +305,7 @@ fn a_device_without_p2p_or_precopy_refuses_them_with_the_reason() {
     assert!(fake.with(|state| state.sets.is_empty()));
     let mut session: Box<dyn SavingSession> = Box::new(machine.begin_stop_copy().unwrap());
     fake.with(|state| state.reads = [Ok(0)].into());
-    assert_eq!(read(&mut session).unwrap(), Read::End);
+    assert_eq!(read(&mut session).unwrap(), Chunk::End);
 }
 
 #[test]

@@ -14,14 +14,14 @@ use crate::hardware::DmaAccess;
 #[derive(Debug)]
 pub(super) struct GuestDma {
     ram: Arc<GuestRam>,
-    windows: Mutex<Vec<Window>>,
+    windows: Mutex<Vec<ServedWindow>>,
     /// Guest pages written on the server's behalf.
     pub(super) writes: WriteLog,
 }
 
 /// One DMA mapping.
 #[derive(Debug)]
-pub(super) struct Window {
+pub(super) struct ServedWindow {
     pub(super) iova: Range<Iova>,
     pub(super) access: DmaAccess,
     /// The server maps it by itself, and logs what it writes.
@@ -51,7 +51,7 @@ impl GuestDma {
     pub(super) fn map(&self, iova: Range<Iova>, access: DmaAccess, shared: bool, file: Option<Mapping>) {
         let ram = self.ram.offset_of(Gpa(iova.start().0), iova.len()).is_some();
         let target = if ram { Target::Ram } else { Target::Elsewhere(file) };
-        self.windows().push(Window { iova, access, shared, target });
+        self.windows().push(ServedWindow { iova, access, shared, target });
     }
 
     pub(super) fn unmap(&self, iova: Range<Iova>) {
@@ -60,14 +60,15 @@ impl GuestDma {
 
     /// Mapped guest RAM that the server reaches by itself, so that its own log holds what it writes.
     pub(super) fn shared_ram(&self) -> Vec<Range<Iova>> {
-        let logged =
-            |window: &&Window| window.shared && window.access.write && matches!(window.target, Target::Ram);
+        let logged = |window: &&ServedWindow| {
+            window.shared && window.access.write && matches!(window.target, Target::Ram)
+        };
         self.windows().iter().filter(logged).map(|window| window.iova).collect()
     }
 
     /// Whether every mapping of guest RAM that may be written is served here, so that this side's log is exact alone.
     pub(super) fn serves_all(&self) -> bool {
-        let ram = |window: &&Window| matches!(window.target, Target::Ram) && window.access.write;
+        let ram = |window: &&ServedWindow| matches!(window.target, Target::Ram) && window.access.write;
         let windows = self.windows();
         windows.iter().any(|window| ram(&window)) && !windows.iter().filter(ram).any(|window| window.shared)
     }
@@ -96,7 +97,7 @@ impl GuestDma {
         act(place).map_err(|_| Errno::FAULT)
     }
 
-    fn windows(&self) -> MutexGuard<'_, Vec<Window>> {
+    fn windows(&self) -> MutexGuard<'_, Vec<ServedWindow>> {
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

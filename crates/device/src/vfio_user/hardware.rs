@@ -8,7 +8,7 @@ use vfio_user_peer::{IoFdKind, IrqAction, IrqData, Prot};
 
 use super::{Inner, VfioUserDevice};
 use crate::error::DeviceError;
-use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo};
+use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 
 /// `KVM_IOEVENTFD_FLAG_DATAMATCH`, `include/uapi/linux/kvm.h`.
 const DATAMATCH: u32 = 1 << 0;
@@ -46,7 +46,7 @@ impl Inner {
             mappable.clear();
         }
         self.files.push(info.fd.map(|fd| (fd, info.offset)));
-        self.regions.push(RegionInfo {
+        self.regions.push(PciRegion {
             index: RegionIndex(index),
             size: info.size,
             readable: info.read,
@@ -62,7 +62,7 @@ impl PciHardware for VfioUserDevice {
         &self.inner.id
     }
 
-    fn regions(&self) -> &[RegionInfo] {
+    fn regions(&self) -> &[PciRegion] {
         &self.inner.regions
     }
 

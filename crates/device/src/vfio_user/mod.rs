@@ -24,7 +24,7 @@ use self::dma::GuestDma;
 use self::port::ServerPort;
 use crate::contract::{Capabilities, NotMigratable};
 use crate::error::DeviceError;
-use crate::hardware::RegionInfo;
+use crate::hardware::PciRegion;
 use crate::session::StateMachine;
 
 /// Most regions that a server may have. A PCI function has nine; a server may add its own.
@@ -69,7 +69,7 @@ struct Inner {
     machine: Arc<StateMachine>,
     dma: Arc<GuestDma>,
     message_dma: bool,
-    regions: Vec<RegionInfo>,
+    regions: Vec<PciRegion>,
     files: Vec<Option<(Arc<OwnedFd>, u64)>>,
     irqs: [u32; 3],
     log: ServerLog,

@@ -6,7 +6,7 @@ use vfio_migration_types::MigrationState;
 use vfio_user_peer::Client;
 
 use crate::contract::PrecopyProgress;
-use crate::session::{Port, PortError, Stream};
+use crate::session::{Port, PortError, PortStream};
 
 /// The connection, for states.
 #[derive(Debug)]
@@ -25,10 +25,10 @@ impl Port for ServerPort {
         &self,
         from: MigrationState,
         to: MigrationState,
-    ) -> Result<Option<Box<dyn Stream>>, PortError> {
+    ) -> Result<Option<Box<dyn PortStream>>, PortError> {
         self.0.set_mig_state(to)?;
         let opens = (to.is_saving() && !from.is_saving()) || to == MigrationState::Resuming;
-        Ok(opens.then(|| Box::new(ServerStream(self.0.clone())) as Box<dyn Stream>))
+        Ok(opens.then(|| Box::new(ServerStream(self.0.clone())) as Box<dyn PortStream>))
     }
 
     fn reset(&self) -> Result<(), PortError> {
@@ -36,7 +36,7 @@ impl Port for ServerPort {
     }
 }
 
-impl Stream for ServerStream {
+impl PortStream for ServerStream {
     fn read(&self, buf: &mut [u8]) -> Result<usize, PortError> {
         Ok(self.0.mig_data_read(buf)?)
     }

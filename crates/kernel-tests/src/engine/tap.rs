@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, Device, DeviceError, DirtyLog, KernelDevice, NotMigratable, Position, PrecopyProgress,
-    Read, ResumingSession, SavingSession, TransitionError,
+    Capabilities, Chunk, Device, DeviceError, DirtyLog, KernelDevice, NotMigratable, Position,
+    PrecopyProgress, ResumingSession, SavingSession, TransitionError,
 };
 use vfio_migration_types::{DeviceId, MigrationState};
 
@@ -115,7 +115,7 @@ impl SavingSession for Saving {
         self.session.position()
     }
 
-    fn read(&mut self, buf: &mut [u8]) -> Result<Read, DeviceError> {
+    fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError> {
         self.session.read(buf)
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use vfio_migration_device::{Capabilities, Device, Position, PrecopyProgress, Read, SavingSession};
+use vfio_migration_device::{Capabilities, Chunk, Device, Position, PrecopyProgress, SavingSession};
 use vfio_migration_engine::DeviceProgress;
 use vfio_migration_types::{DeviceId, MigrationFlags, Phase};
 use vfio_migration_wire::{Bulk, DeviceEnd, DeviceTotal, Message, limits};
@@ -116,14 +116,14 @@ impl<'a> DeviceSender<'a> {
                 return Ok(());
             }
             match self.piece(context, phase, Some(context.limiter))? {
-                Read::Data(read) => {
+                Chunk::Data(read) => {
                     self.counters.precopy.fetch_add(read as u64, Ordering::Relaxed);
                     left = left.map(|left| left.saturating_sub(read as u64));
                     if !self.initial_sent && self.capabilities.precopy_info {
                         self.ask(phase)?;
                     }
                 }
-                Read::NothingNow | Read::End => {
+                Chunk::NothingNow | Chunk::End => {
                     // What a device without progress calls "nothing" for the first time ends its initial data.
                     if !self.capabilities.precopy_info {
                         self.last = None;
@@ -146,11 +146,11 @@ impl<'a> DeviceSender<'a> {
         }
         loop {
             match self.piece(context, phase, None)? {
-                Read::Data(read) => {
+                Chunk::Data(read) => {
                     self.counters.stopcopy.fetch_add(read as u64, Ordering::Relaxed);
                 }
-                Read::End => break,
-                Read::NothingNow => {
+                Chunk::End => break,
+                Chunk::NothingNow => {
                     let text = "the device says in STOP_COPY that more state may come later";
                     return Err(of_device(phase, &self.id, text).into());
                 }
@@ -174,7 +174,7 @@ impl<'a> DeviceSender<'a> {
         context: SendContext<'_>,
         phase: Phase,
         cap: Option<&Limiter>,
-    ) -> Result<Read, WorkError> {
+    ) -> Result<Chunk, WorkError> {
         context.interrupt.check()?;
         let Some(session) = &mut self.session else {
             return Err(of_device(phase, &self.id, "the device has no saving session").into());
@@ -194,13 +194,13 @@ impl<'a> DeviceSender<'a> {
         let room = self.buffer.get_mut(..usize::try_from(most).unwrap_or(0)).unwrap_or_default();
         let read = session.read(room);
         let used = match &read {
-            Ok(Read::Data(used)) => (*used).min(room.len()),
+            Ok(Chunk::Data(used)) => (*used).min(room.len()),
             _ => 0,
         };
         self.credit.grant(most - used as u64);
         let read = read.map_err(|error| error.in_phase(phase))?;
         if used == 0 {
-            return Ok(if matches!(read, Read::Data(_)) { Read::NothingNow } else { read });
+            return Ok(if matches!(read, Chunk::Data(_)) { Chunk::NothingNow } else { read });
         }
         let bytes = room.get(..used).unwrap_or_default();
         self.hasher.update(bytes);
@@ -212,7 +212,7 @@ impl<'a> DeviceSender<'a> {
         context.link.send_bulk(&piece).map_err(|error| WorkError::sending(error, phase))?;
         self.sequence += 1;
         self.offset += used as u64;
-        Ok(Read::Data(used))
+        Ok(Chunk::Data(used))
     }
 
     /// Asks a device in pre-copy how much it has; notices a REINIT, which voids what was acknowledged.

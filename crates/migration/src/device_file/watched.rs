@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress, Read,
+    Capabilities, Chunk, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress,
     ResumingSession, SavingSession, TransitionError,
 };
 use vfio_migration_types::{DeviceId, MigrationState};
@@ -115,9 +115,9 @@ impl SavingSession for Saving {
         self.session.position()
     }
 
-    fn read(&mut self, buf: &mut [u8]) -> Result<Read, DeviceError> {
+    fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError> {
         let read = self.session.read(buf)?;
-        if let Read::Data(bytes) = read {
+        if let Chunk::Data(bytes) = read {
             self.control.add_moved(bytes);
             if self.position() != Position::StopCopy {
                 self.control.add_precopy(bytes);

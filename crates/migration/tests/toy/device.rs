@@ -9,8 +9,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use vfio_migration_compat::{DeviceManifest, DirtyTracking, Parameter};
 use vfio_migration_device::{
-    Capabilities, ConfigRules, Device, DeviceError, DirtyLog, IrqRouter, NotMigratable, PciError,
-    PciFunction, PciState, Position, PrecopyProgress, Read, ResumingSession, SavingSession, TransitionError,
+    Capabilities, Chunk, ConfigRules, Device, DeviceError, DirtyLog, IrqRouter, NotMigratable, PciError,
+    PciFunction, PciState, Position, PrecopyProgress, ResumingSession, SavingSession, TransitionError,
     VectorState,
 };
 use vfio_migration_memory::{DirtySource, GuestRam, MemoryError, WriteLog};
@@ -393,7 +393,7 @@ impl SavingSession for Saving {
         })
     }
 
-    fn read(&mut self, buf: &mut [u8]) -> Result<Read, DeviceError> {
+    fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError> {
         let standing = self.position() == Position::StopCopy;
         let fault = if standing { Fault::ReadStopCopy } else { Fault::ReadPrecopy };
         if self.device.fails(fault) {
@@ -416,14 +416,14 @@ impl SavingSession for Saving {
                     drop(guts);
                     std::thread::sleep(self.device.kind.slow_stop);
                 }
-                None if standing => return Ok(Read::End),
-                None => return Ok(Read::NothingNow),
+                None if standing => return Ok(Chunk::End),
+                None => return Ok(Chunk::NothingNow),
             }
         }
         let take = buf.len().min(self.queue.len());
         buf[..take].copy_from_slice(&self.queue[..take]);
         self.queue.drain(..take);
-        Ok(Read::Data(take))
+        Ok(Chunk::Data(take))
     }
 
     fn progress(&mut self) -> Result<Option<PrecopyProgress>, DeviceError> {

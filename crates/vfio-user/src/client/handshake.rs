@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{Client, ClientOptions, Negotiated, OnConnect, dma};
 use crate::codec::{
-    Capabilities, Command, Kind, MAX_DATA_XFER_SIZE, MAX_MSG_FDS, MAX_VERSION_DATA, TwinSocket,
+    Command, Kind, MAX_DATA_XFER_SIZE, MAX_MSG_FDS, MAX_VERSION_DATA, TwinSocket, VersionCapabilities,
     VersionPayload,
 };
 use crate::conn::{Conn, ConnError, Message, Request, deadline};
@@ -85,13 +85,13 @@ fn from_parts(
     let conn = Conn::new(stream, max_body, max_fds, Some(Arc::clone(&stop)));
     let conn = Arc::new(conn.map_err(|errno| io("cannot set up the connection")(errno.into()))?);
 
-    let ours = Capabilities {
+    let ours = VersionCapabilities {
         max_msg_fds: max_fds,
         max_data_xfer_size: max_xfer,
         twin_socket: TwinSocket { supported: options.twin_socket, fd_index: None },
         write_multiple: true,
         extension: options.extension,
-        ..Capabilities::default()
+        ..VersionCapabilities::default()
     };
     let (theirs, twin) = negotiate(&conn, &ours, options)?;
     let negotiated = Negotiated {
@@ -138,7 +138,7 @@ fn from_parts(
 
 fn negotiate(
     conn: &Conn,
-    ours: &Capabilities,
+    ours: &VersionCapabilities,
     options: &ClientOptions,
 ) -> Result<(VersionPayload, Option<std::os::fd::OwnedFd>), ClientError> {
     let mut body = Vec::new();
@@ -174,7 +174,7 @@ fn negotiate(
 fn twin_socket(
     mut reply: Message,
     theirs: &VersionPayload,
-    ours: &Capabilities,
+    ours: &VersionCapabilities,
 ) -> Result<Option<std::os::fd::OwnedFd>, ClientError> {
     let twin = theirs.capabilities.twin_socket;
     if !twin.supported || !ours.twin_socket.supported {

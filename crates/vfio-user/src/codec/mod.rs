@@ -25,7 +25,7 @@ pub use migration::{
     LoggingReport, MigDataHead, MigStatePayload, PRECOPY_REINIT, PrecopyPayload, after_feature_head,
     decode_ranges, decode_u64, encode_ranges, or_bitmap, pages,
 };
-pub use version::{Capabilities, Extension, TwinSocket, VersionPayload};
+pub use version::{Extension, TwinSocket, VersionCapabilities, VersionPayload};
 
 /// `max_data_xfer_size` where a peer announces none, in bytes.
 pub const DEFAULT_MAX_DATA_XFER_SIZE: u32 = 1 << 20;

@@ -56,7 +56,7 @@ pub struct TwinSocket {
 
 /// What one end announces. Values that are absent have their defaults filled in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capabilities {
+pub struct VersionCapabilities {
     /// Most descriptors that the sender takes in one message.
     pub max_msg_fds: u32,
     /// Most data in one message that the sender takes, in bytes.
@@ -73,7 +73,7 @@ pub struct Capabilities {
     pub extension: Extension,
 }
 
-impl Default for Capabilities {
+impl Default for VersionCapabilities {
     fn default() -> Self {
         Self {
             max_msg_fds: DEFAULT_MAX_MSG_FDS,
@@ -95,7 +95,7 @@ pub struct VersionPayload {
     /// At most what the client proposed, in the reply.
     pub minor: u16,
     /// What the sender announces.
-    pub capabilities: Capabilities,
+    pub capabilities: VersionCapabilities,
 }
 
 impl VersionPayload {
@@ -113,7 +113,7 @@ impl VersionPayload {
         let end = json.iter().position(|byte| *byte == 0).unwrap_or(json.len());
         let json = json.get(..end).unwrap_or_default();
         let capabilities = if json.iter().all(u8::is_ascii_whitespace) {
-            Capabilities::default()
+            VersionCapabilities::default()
         } else {
             let value: Value = serde_json::from_slice(json).map_err(|error| invalid(error.to_string()))?;
             capabilities(&value)?
@@ -157,21 +157,21 @@ fn invalid(what: impl Into<String>) -> CodecError {
     CodecError::Invalid(what.into())
 }
 
-fn capabilities(version: &Value) -> Result<Capabilities, CodecError> {
+fn capabilities(version: &Value) -> Result<VersionCapabilities, CodecError> {
     let version = version.as_object().ok_or_else(|| invalid("version data that is no object"))?;
     let empty = Map::new();
     let caps = match version.get("capabilities") {
         None | Some(Value::Null) => &empty,
         Some(caps) => caps.as_object().ok_or_else(|| invalid("capabilities that are no object"))?,
     };
-    let default = Capabilities::default();
+    let default = VersionCapabilities::default();
     let twin_socket = match caps.get("twin_socket") {
         None | Some(Value::Null) => TwinSocket::default(),
         Some(value) => {
             TwinSocket::deserialize(value).map_err(|error| invalid(format!("twin_socket: {error}")))?
         }
     };
-    Ok(Capabilities {
+    Ok(VersionCapabilities {
         max_msg_fds: number(caps, "max_msg_fds", default.max_msg_fds)?,
         max_data_xfer_size: number(caps, "max_data_xfer_size", default.max_data_xfer_size)?,
         max_dma_maps: number(caps, "max_dma_maps", default.max_dma_maps)?,

@@ -10,8 +10,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::{Backend, DmaChannel, IrqRequest, IrqRequestData, ServerOptions, StopHandle};
 use crate::codec::{
-    Capabilities, Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_MSG_FDS,
-    MAX_VERSION_DATA, TwinSocket, VersionPayload,
+    Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_MSG_FDS, MAX_VERSION_DATA,
+    TwinSocket, VersionCapabilities, VersionPayload,
 };
 use crate::conn::{Conn, ConnError, Message};
 use crate::model::{IovaRange, IrqAction};
@@ -132,7 +132,7 @@ fn negotiate(
     } else {
         None
     };
-    let ours = Capabilities {
+    let ours = VersionCapabilities {
         max_msg_fds: options.max_msg_fds.min(MAX_MSG_FDS),
         max_data_xfer_size: options.max_data_xfer_size.clamp(1, MAX_DATA_XFER_SIZE),
         max_dma_maps: options.max_dma_maps,

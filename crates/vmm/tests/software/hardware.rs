@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vfio_migration_device::{
-    DeviceError, DmaAccess, Doorbell, IrqIndex, PciHardware, RegionFile, RegionIndex, RegionInfo,
+    DeviceError, DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex,
 };
 use vfio_migration_sim::{DmaTarget, Options, SampleDevice, SimError, pci};
 use vfio_migration_types::{DeviceId, Iova, Range};
@@ -13,14 +13,14 @@ use vfio_migration_types::{DeviceId, Iova, Range};
 /// A sample device, and the eventfds that its vectors are connected to.
 pub(crate) struct Hardware {
     id: DeviceId,
-    regions: Vec<RegionInfo>,
+    regions: Vec<PciRegion>,
     vectors: Mutex<[Option<OwnedFd>; 2]>,
     pub(crate) device: SampleDevice,
 }
 
 impl Hardware {
     pub(crate) fn new(name: &str, options: Options) -> Arc<Self> {
-        let region = |index, mappable: &[(u64, u64)]| RegionInfo {
+        let region = |index, mappable: &[(u64, u64)]| PciRegion {
             index: RegionIndex(index),
             size: pci::region_size(index),
             readable: true,
@@ -65,7 +65,7 @@ impl PciHardware for Hardware {
         &self.id
     }
 
-    fn regions(&self) -> &[RegionInfo] {
+    fn regions(&self) -> &[PciRegion] {
         &self.regions
     }
 

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_migration_device::host::{Code, HostDevice, Obstacle, Roots};
+use vfio_migration_device::host::{HostDevice, Obstacle, ObstacleCode, Roots};
 use vfio_migration_device::{
-    Capabilities, Device, IrqIndex, NotMigratable, PciHardware, RegionInfo, TrackerKind, VfioUserDevice,
+    Capabilities, Device, IrqIndex, NotMigratable, PciHardware, PciRegion, TrackerKind, VfioUserDevice,
     VfioUserOptions,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
@@ -44,12 +44,12 @@ pub(super) fn socket(socket: &Path) -> Result<DeviceEntry, CliError> {
             }
             Err(NotMigratable(why)) => {
                 let change = "a server that implements migration";
-                report.add_obstacle(&Obstacle::new(Code::NoMigrationInServer, why, change, vec![]));
+                report.add_obstacle(&Obstacle::new(ObstacleCode::NoMigrationInServer, why, change, vec![]));
             }
         },
         Err(error) => {
             let change = "start its server; a server that another VMM uses answers nobody else";
-            report.add_obstacle(&Obstacle::new(Code::NoAnswer, chain(&error), change, vec![]));
+            report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, chain(&error), change, vec![]));
         }
     }
     Ok(report)
@@ -62,19 +62,19 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry)
         Err(error) if error.is_in_use() => {
             let text = format!("it was not opened, somebody has it: {}", chain(&error));
             let change = "to move it, ask the VMM that has it; whose processes they are, root may see";
-            report.add_obstacle(&Obstacle::new(Code::InUse, text, change, vec![]));
+            report.add_obstacle(&Obstacle::new(ObstacleCode::InUse, text, change, vec![]));
             return Ok(());
         }
         Err(error) => {
             let change = "what the text says, and the kernel's log";
-            report.add_obstacle(&Obstacle::new(Code::OpenFailed, chain(&error), change, vec![]));
+            report.add_obstacle(&Obstacle::new(ObstacleCode::OpenFailed, chain(&error), change, vec![]));
             return Ok(());
         }
     };
     match hardware(report, &opened) {
         Ok(_) => {
             // A driver that was taken for one without migration has it.
-            report.why_not.retain(|why| why.code != Code::NoMigrationInDriver.name());
+            report.why_not.retain(|why| why.code != ObstacleCode::NoMigrationInDriver.name());
             let tracker = opened.tracker();
             report.dirty_tracking = match tracker.kind {
                 TrackerKind::DeviceLog => DirtyTrackingKind::DeviceLog,
@@ -85,19 +85,19 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry)
             };
             report.dirty_tracking_why = Some(tracker.why.clone());
         }
-        Err(_) if report.why_not.iter().any(|why| why.code == Code::NoMigrationInDriver.name()) => {
+        Err(_) if report.why_not.iter().any(|why| why.code == ObstacleCode::NoMigrationInDriver.name()) => {
             report.migration = CanMigrate::No;
         }
         Err(NotMigratable(why)) => {
             let change = "the vendor's variant driver, and migration turned on in the device's firmware or by its \
                           physical function's driver";
-            report.add_obstacle(&Obstacle::new(Code::NoMigrationInDriver, why, change, vec![]));
+            report.add_obstacle(&Obstacle::new(ObstacleCode::NoMigrationInDriver, why, change, vec![]));
         }
     }
     if let Err(error) = mapped {
         let change = "raise this user's limit on locked memory (ulimit -l), and see the kernel's log";
         let text = format!("no memory can be mapped for it: {}", chain(&error));
-        report.add_obstacle(&Obstacle::new(Code::MappingRefused, text, change, vec![]));
+        report.add_obstacle(&Obstacle::new(ObstacleCode::MappingRefused, text, change, vec![]));
     }
     Ok(())
 }
@@ -131,7 +131,7 @@ fn hardware<D: Device + PciHardware>(
     Ok(capabilities)
 }
 
-fn region(region: &RegionInfo) -> RegionReport {
+fn region(region: &PciRegion) -> RegionReport {
     let name = match region.index.0 {
         bar @ 0..=5 => Some(format!("bar{bar}")),
         6 => Some("rom".into()),

@@ -7,7 +7,7 @@ mod text;
 use std::path::{Path, PathBuf};
 
 use vfio_migration_device::KernelPath;
-use vfio_migration_device::host::{self, HostDevice, Kind, Roots, Scan};
+use vfio_migration_device::host::{self, HostDevice, HostDeviceKind, Roots, Scan};
 
 use self::report::{CanMigrate, DeviceEntry, DevicesReport, FileReport, InterruptCounts, UserReport, reason};
 use crate::args::ask::DevicesCommand;
@@ -103,14 +103,14 @@ fn of_host(device: &HostDevice) -> DeviceEntry {
         ..DeviceEntry::blank(device.name.clone(), "other")
     };
     match &device.kind {
-        Kind::Pci(facts) => {
+        HostDeviceKind::Pci(facts) => {
             report.kind = "pci".into();
             report.id = facts.vendor.zip(facts.device).map(|(vendor, id)| format!("{vendor:04x}:{id:04x}"));
             report.parent = facts.physical.clone();
             let irqs = facts.interrupts;
             report.interrupts = InterruptCounts { intx: irqs.intx, msi: irqs.msi, msix: irqs.msix };
         }
-        Kind::Mdev { parent, .. } => {
+        HostDeviceKind::Mdev { parent, .. } => {
             report.kind = "mdev".into();
             report.parent = parent.clone();
         }

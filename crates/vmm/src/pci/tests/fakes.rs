@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_migration_device::{
-    DeviceError, DmaAccess, Doorbell, IrqIndex, KernelError, MsiMessage, PciHardware, RegionFile,
-    RegionIndex, RegionInfo,
+    DeviceError, DmaAccess, Doorbell, IrqIndex, KernelError, MsiMessage, PciHardware, PciRegion, RegionFile,
+    RegionIndex,
 };
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
@@ -62,7 +62,7 @@ pub(crate) fn mailbox() -> OwnedFd {
 #[derive(Debug)]
 pub(crate) struct FakeHardware {
     id: DeviceId,
-    regions: Vec<RegionInfo>,
+    regions: Vec<PciRegion>,
     mailbox: OwnedFd,
     offset: u64,
     doorbell: Event,
@@ -106,9 +106,9 @@ impl FakeHardware {
         name: &str,
         mailbox: OwnedFd,
         offset: u64,
-        change: &dyn Fn(&mut Vec<RegionInfo>),
+        change: &dyn Fn(&mut Vec<PciRegion>),
     ) -> Self {
-        let region = |index, size, mappable: &[(u64, u64)]| RegionInfo {
+        let region = |index, size, mappable: &[(u64, u64)]| PciRegion {
             index: RegionIndex(index),
             size,
             readable: true,
@@ -148,9 +148,9 @@ impl FakeHardware {
     pub(crate) fn legacy(name: &str, resamples: bool) -> Arc<Self> {
         let mailbox = mailbox();
         rustix::fs::fcntl_add_seals(&mailbox, rustix::fs::SealFlags::SHRINK).unwrap();
-        let ports = |regions: &mut Vec<RegionInfo>| {
+        let ports = |regions: &mut Vec<PciRegion>| {
             let ports =
-                RegionInfo { index: RegionIndex(4), size: 8, mappable: Vec::new(), ..regions[0].clone() };
+                PciRegion { index: RegionIndex(4), size: 8, mappable: Vec::new(), ..regions[0].clone() };
             regions.insert(2, ports);
         };
         let device = Self { irqs: [1, 4, 2], resamples, ..Self::with(name, mailbox, 0, &ports) };
@@ -229,7 +229,7 @@ impl PciHardware for FakeHardware {
         &self.id
     }
 
-    fn regions(&self) -> &[RegionInfo] {
+    fn regions(&self) -> &[PciRegion] {
         &self.regions
     }
 

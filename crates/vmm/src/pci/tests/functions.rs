@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
-use vfio_migration_device::{
-    ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciState, RegionInfo,
-};
+use vfio_migration_device::{ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciRegion, PciState};
 use vfio_migration_types::{Gpa, Range};
 
 use super::fakes::{FakeHardware, FakeIrq, FakeMapper, fake_host, mailbox};
@@ -258,7 +256,7 @@ fn memory_that_is_not_safe_to_map_is_trapped() {
         rustix::fs::fcntl_add_seals(&mailbox, rustix::fs::SealFlags::SHRINK).unwrap();
         mailbox
     };
-    let one = |mailbox, offset, change: &dyn Fn(&mut Vec<RegionInfo>)| {
+    let one = |mailbox, offset, change: &dyn Fn(&mut Vec<PciRegion>)| {
         let device = Arc::new(FakeHardware::with("dev1", mailbox, offset, change));
         let machine = Machine::of(vec![device, FakeHardware::new("dev2")]);
         machine.config_write(1, 4, &[2, 0]);
@@ -269,7 +267,7 @@ fn memory_that_is_not_safe_to_map_is_trapped() {
         assert_eq!(mapped.len(), shared, "its peers reach as much as the guest");
         mapped.into_iter().collect::<Vec<_>>()
     };
-    let same = |_: &mut Vec<RegionInfo>| {};
+    let same = |_: &mut Vec<PciRegion>| {};
     assert_eq!(one(sealed(), 0, &same), [(Gpa(HIGH), 0x10_0000)]);
     assert_eq!(one(sealed(), 0x1000, &same), [(Gpa(HIGH), 0x10_0000)]);
     assert_eq!(one(sealed(), 0x800, &same), [], "not at a page of its file");
@@ -277,7 +275,7 @@ fn memory_that_is_not_safe_to_map_is_trapped() {
     assert_eq!(one(mailbox(), 0, &same), [], "it may be made shorter");
     assert_eq!(one(sealed(), 0, &|regions| regions[1].writable = false), []);
     assert_eq!(one(sealed(), 0, &|regions| regions[1].readable = false), []);
-    let two = |regions: &mut Vec<RegionInfo>| {
+    let two = |regions: &mut Vec<PciRegion>| {
         let range = |start, len| Range::new(start, len).unwrap();
         regions[1].mappable = vec![range(0, 0x1000), range(0x10_0000, 0x4000)];
     };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vfio_migration_device::{IrqIndex, MsiMessage, PciError, PciFunction, PciState, RegionInfo};
+use vfio_migration_device::{IrqIndex, MsiMessage, PciError, PciFunction, PciRegion, PciState};
 
 use super::fakes::{FakeHardware, fake_host, mailbox};
 use super::functions::{Machine, message};
@@ -318,7 +318,7 @@ fn functions_share_a_pin() {
 #[test]
 fn a_config_space_that_ends_early_is_read_no_further() {
     let with = |size: u64| {
-        let short = |regions: &mut Vec<RegionInfo>| regions[2].size = size;
+        let short = |regions: &mut Vec<PciRegion>| regions[2].size = size;
         let device = FakeHardware::with("dev1", mailbox(), 0, &short);
         device.state.lock().unwrap().config[0xfe..].copy_from_slice(&[7, 9]);
         device
