@@ -5,7 +5,7 @@ use std::fmt;
 use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationState};
 
-use crate::kernel::KernelError;
+use crate::kernel::error::KernelError;
 
 /// An operation on a device failed.
 #[derive(Debug, thiserror::Error)]

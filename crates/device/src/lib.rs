@@ -23,11 +23,13 @@ pub use describe::describe_hardware;
 pub use error::{DeviceError, Remedy, TransitionError};
 pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 #[cfg(feature = "bare-space")]
-pub use kernel::BareSpace;
-pub use kernel::{
-    IommuHandle, KernelDevice, KernelError, KernelOptions, KernelPath, TrackerChoice, TrackerKind,
-};
+pub use kernel::bare::BareSpace;
+pub use kernel::device::KernelDevice;
+pub use kernel::error::KernelError;
+pub use kernel::open::{IommuHandle, KernelOptions};
+pub use kernel::path::KernelPath;
+pub use kernel::tracker::{TrackerChoice, TrackerKind};
 pub use pci::{ConfigRule, ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciState, VectorState};
 pub use pci_codec::PciCodecError;
-pub use session::SessionError;
-pub use vfio_user::{VfioUserDevice, VfioUserOptions};
+pub use session::error::SessionError;
+pub use vfio_user::device::{VfioUserDevice, VfioUserOptions};

@@ -1,8 +1,8 @@
 //! Which VFIO variant driver is made for a function: `alias vfio_pci:v… MODULE` lines in `modules.alias`, which
 //! `drivers/vfio/pci` drivers have by `PCI_DRIVER_OVERRIDE_DEVICE_VFIO`.
 
-use super::files::read_text;
-use super::{Roots, kernel};
+use super::files::{Roots, read_text};
+use super::kernel;
 
 /// Longest `modules.alias`.
 const ALIASES_MAX: u64 = 32 << 20;

@@ -1,11 +1,45 @@
-//! Reading small files of trees that are not trusted: capped, never blocking, regular files alone.
+//! A host's trees, which are not trusted, and reading small files of them: capped, never blocking, regular files alone.
 
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
+
+/// Where a host's trees are. [`Default`] is this host's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Roots {
+    /// sysfs: `/sys`.
+    pub sys: PathBuf,
+    /// Device nodes: `/dev`.
+    pub dev: PathBuf,
+    /// procfs: `/proc`.
+    pub proc: PathBuf,
+    /// Kernel configurations: `/boot`.
+    pub boot: PathBuf,
+    /// Kernel modules, a folder per release: `/lib/modules`.
+    pub modules: PathBuf,
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Self::under(Path::new("/"))
+    }
+}
+
+impl Roots {
+    /// The trees of a host whose root is `top`.
+    pub fn under(top: &Path) -> Self {
+        Self {
+            sys: top.join("sys"),
+            dev: top.join("dev"),
+            proc: top.join("proc"),
+            boot: top.join("boot"),
+            modules: top.join("lib/modules"),
+        }
+    }
+}
 
 /// Most entries that are taken from one folder.
 const ENTRIES_MAX: usize = 1 << 16;

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use super::{HostDevice, HostDeviceKind, NeededFile, Obstacle, ObstacleCode};
+use super::device::{HostDevice, HostDeviceKind};
+use super::obstacle::{Obstacle, ObstacleCode};
+use super::opening::NeededFile;
 
 /// VFIO drivers in Linux 7.3 that have no migration, by the name of the driver: `drivers/vfio/pci/vfio_pci.c`,
 /// `nvgrace-gpu`, `ism`, `platform`, `fsl-mc`, `cdx`, and s390's.

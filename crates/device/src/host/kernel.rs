@@ -5,8 +5,7 @@ use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::Roots;
-use super::files::{ReadFailure, attribute, read_bytes, read_text};
+use super::files::{ReadFailure, Roots, attribute, read_bytes, read_text};
 
 /// Longest configuration, unpacked.
 const CONFIG_MAX: u64 = 4 << 20;

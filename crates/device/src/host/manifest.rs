@@ -6,9 +6,11 @@ use std::path::Path;
 use vfio_migration_compat::{Capability, DeviceManifest, Driver, PciIdentity, RegionManifest};
 use vfio_migration_types::DeviceId;
 
-use super::files::{attribute, hex, read_head, read_text};
+use super::device::{HostDevice, HostDeviceKind};
+use super::facts;
+use super::files::{Roots, attribute, hex, read_head, read_text};
+use super::kernel::version;
 use super::pci::PciFacts;
-use super::{HostDevice, HostDeviceKind, Roots, facts, version};
 use crate::describe;
 use crate::hardware::RegionIndex;
 

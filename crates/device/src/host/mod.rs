@@ -8,61 +8,24 @@
 //! and of `drivers/vfio/vfio_main.c` (`vfio-dev`).
 
 mod aliases;
+mod device;
 mod devlink;
 pub(crate) mod facts;
-mod files;
+pub(crate) mod files;
 mod judge;
 mod kernel;
 mod manifest;
 mod obstacle;
+mod opening;
 mod pci;
-mod route;
 mod scan;
-mod users;
 mod vpd;
 
-use std::path::{Path, PathBuf};
-
+pub use device::{HostDevice, HostDeviceKind};
 pub use devlink::{DevlinkError, running_versions};
-pub(crate) use files::attribute;
-pub use files::{ReadFailure, access_both_ways, list, read_text};
+pub use files::{ReadFailure, Roots, access_both_ways, list, read_text};
 pub use kernel::{ConfigOption, KernelConfig, KernelVersion, config, has_module, module_file, version};
 pub use obstacle::{Obstacle, ObstacleCode};
-pub use pci::{PciAddress, PciFacts, PciInterrupts, Sriov};
-pub use route::NeededFile;
-pub use scan::{HostDevice, HostDeviceKind, Scan, scan};
-pub use users::User;
-
-/// Where a host's trees are. [`Default`] is this host's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Roots {
-    /// sysfs: `/sys`.
-    pub sys: PathBuf,
-    /// Device nodes: `/dev`.
-    pub dev: PathBuf,
-    /// procfs: `/proc`.
-    pub proc: PathBuf,
-    /// Kernel configurations: `/boot`.
-    pub boot: PathBuf,
-    /// Kernel modules, a folder per release: `/lib/modules`.
-    pub modules: PathBuf,
-}
-
-impl Default for Roots {
-    fn default() -> Self {
-        Self::under(Path::new("/"))
-    }
-}
-
-impl Roots {
-    /// The trees of a host whose root is `top`.
-    pub fn under(top: &Path) -> Self {
-        Self {
-            sys: top.join("sys"),
-            dev: top.join("dev"),
-            proc: top.join("proc"),
-            boot: top.join("boot"),
-            modules: top.join("lib/modules"),
-        }
-    }
-}
+pub use opening::{NeededFile, User};
+pub use pci::{PciInterrupts, PciAddress, PciFacts, Sriov};
+pub use scan::{Scan, scan};

@@ -1,7 +1,7 @@
 //! An address space without a VFIO device before it, and the IOMMU's log of it: for tests against the kernel's mock
 //! IOMMU, whose devices are no VFIO devices. All but the opening and the attaching is what a [`KernelDevice`] does.
 //!
-//! [`KernelDevice`]: super::KernelDevice
+//! [`KernelDevice`]: super::device::KernelDevice
 
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
@@ -10,11 +10,9 @@ use std::sync::Arc;
 use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
 use vfio_migration_uapi::{self as uapi, Dma, HostMemory, Ioas, UapiError};
 
-use super::TrackerChoice;
 use super::iommu::Iommu;
-use super::migrate::try_log;
 use super::open::tracking_table;
-use super::tracker::{Trial, Trials, choose};
+use super::tracker::{TrackerChoice, Trial, Trials, choose, try_log};
 use super::windows::{DmaWindow, DmaWindows};
 use crate::contract::DirtyLog;
 

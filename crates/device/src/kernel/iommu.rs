@@ -7,6 +7,7 @@ use vfio_migration_types::{Granule, Iova, Range};
 use vfio_migration_uapi::{self as uapi, Dma, HostMemory, Ioas, Type1, UapiError};
 
 use super::dirty::LogPort;
+use super::error::with_cause;
 
 /// Ranges that DMA logging takes on a host with pages of 4 KiB (`vfio_main.c`: a page of descriptions).
 const DEVICE_RANGES: usize = 256;
@@ -165,15 +166,4 @@ impl LogPort for ContainerLog {
     fn goes_with_mapping(&self) -> bool {
         true
     }
-}
-
-/// An error and its causes, in one line.
-pub(super) fn with_cause(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

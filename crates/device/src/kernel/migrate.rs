@@ -1,19 +1,21 @@
 //! The Device contract over the kernel's uAPI.
 
-use std::sync::Arc;
+use std::os::fd::AsFd;
+use std::path::Path;
 
-use vfio_migration_compat::DeviceManifest;
-use vfio_migration_memory::MemoryError;
-use vfio_migration_types::{DeviceId, Gpa, Iova, MigrationState, RamOffset, Range};
+use vfio_migration_compat::{DeviceManifest, DirtyTracking, Driver};
+use vfio_migration_types::{DeviceId, Gpa, Iova, MigrationFlags, MigrationState, RamOffset, Range};
 use vfio_migration_uapi as uapi;
 
-use super::dirty::{LogPort, TrackerLog, Tried};
-use super::iommu::{DeviceLog, with_cause};
-use super::tracker::{Trial, Trials, choose};
-use super::windows::DmaWindows;
-use super::{Inner, KernelDevice, TrackerChoice, TrackerKind};
+use super::device::{KernelDevice, OpenDevice};
+use super::dirty::{LogPort, TrackerLog};
+use super::iommu::DeviceLog;
+use super::sysfs::SysDevice;
+use super::tracker::{TrackerChoice, TrackerKind, Trials, choose, try_log};
 use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
+use crate::describe::describe_hardware;
 use crate::error::{DeviceError, TransitionError};
+use crate::host::files::attribute;
 
 /// Bytes of device state that are worth one system call.
 const CHUNK: usize = 1 << 20;
@@ -62,7 +64,7 @@ impl Device for KernelDevice {
     }
 
     fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError> {
-        match uapi::stop_copy_size(std::os::fd::AsFd::as_fd(&*self.inner.device)) {
+        match uapi::stop_copy_size((*self.inner.device).as_fd()) {
             Ok(size) => Ok(Some(size)),
             // A kernel before 6.2.
             Err(error) if error.is_unsupported() => Ok(None),
@@ -83,7 +85,7 @@ impl Device for KernelDevice {
     }
 }
 
-impl Inner {
+impl OpenDevice {
     /// The tracker, chosen by trial when it is first asked for.
     pub(super) fn tracked(&self) -> &(TrackerChoice, Option<TrackerLog>) {
         self.tracker.get_or_init(|| {
@@ -137,44 +139,65 @@ impl Inner {
     }
 }
 
-/// Tries a log, on `otherwise` where nothing is mapped.
-pub(super) fn try_log(
-    id: &DeviceId,
-    windows: &Arc<DmaWindows>,
-    port: Result<Box<dyn LogPort>, String>,
-    otherwise: &[(Range<Iova>, RamOffset)],
-    spoilt: impl FnOnce(Tried) -> Option<String>,
-) -> (Trial, Option<TrackerLog>) {
-    let log = match port {
-        Ok(port) => TrackerLog::new(format!("device {id}"), port, windows.clone()),
-        Err(why) => return (Trial::Fails(why), None),
-    };
-    match log.trial(otherwise) {
-        Ok(tried) => match spoilt(tried) {
-            Some(why) => (Trial::Fails(why), None),
-            None => (Trial::Works, Some(log)),
-        },
-        Err(MemoryError::DirtyLog { doing, source, .. }) => {
-            (Trial::Fails(format!("{doing}: {}", with_cause(&*source))), None)
-        }
-        Err(error) => (Trial::Fails(with_cause(&error)), None),
+impl KernelDevice {
+    /// Who logs its DMA writes, and what follows from that. Chosen by trial when it is first asked for, best after the
+    /// guest's RAM was mapped.
+    pub fn tracker(&self) -> &TrackerChoice {
+        &self.inner.tracked().0
+    }
+
+    /// What sysfs and its PCI function show. No kernel driver declares a model, so none is made up: equality is strict,
+    /// the driver included, where sysfs is there to say it.
+    fn describe(&self, flags: MigrationFlags) -> Result<DeviceManifest, DeviceError> {
+        let sys = self.inner.sys.as_ref();
+        let driver = sys.and_then(|sys| {
+            let version = sys.driver_version.clone();
+            Some(Driver { version, ..Driver::new(sys.driver.clone()?) })
+        });
+        let manifest = DeviceManifest {
+            backend: "kernel".into(),
+            driver,
+            kernel: attribute(Path::new("/proc/sys/kernel/osrelease")),
+            mdev_type: sys.and_then(|sys| sys.mdev_type.clone()),
+            flags: Some(flags),
+            dirty: self.dirty(),
+            state_size: self.stop_copy_size()?,
+            firmware: sys.and_then(|sys| sys.firmware.clone()),
+            facts: sys.map(SysDevice::facts).unwrap_or_default(),
+            ..DeviceManifest::new(self.inner.id.clone())
+        };
+        describe_hardware(self, manifest)
+    }
+
+    /// The tracker that was chosen. Before any memory is mapped a choice would be made on nothing, and stay.
+    fn dirty(&self) -> Option<DirtyTracking> {
+        let inner = &self.inner;
+        let known = inner.tracker.get().is_some() || !inner.windows.ram().is_empty();
+        known.then(|| tracking(self.tracker().kind))
     }
 }
 
-/// Its flags, or why it has none.
-pub(super) fn find_flags(
-    id: &DeviceId,
-    device: &Arc<std::os::fd::OwnedFd>,
-    driver: Option<&str>,
-) -> Result<vfio_migration_types::MigrationFlags, NotMigratable> {
-    uapi::migration_flags(std::os::fd::AsFd::as_fd(&**device)).map_err(|error| {
-        if !error.is_unsupported() {
-            return NotMigratable(format!("device {id}: {}", with_cause(&error)));
-        }
-        let driver = driver.unwrap_or("not known");
-        NotMigratable(format!(
-            "device {id}: its driver ({driver}) has no migration; plain vfio-pci never has, the vendor's variant driver \
-             may, if the device's firmware has it enabled"
-        ))
-    })
+/// What is better than the tracker that was chosen was tried before it, and failed; what is worse was not tried.
+fn tracking(kind: TrackerKind) -> DirtyTracking {
+    let none = DirtyTracking { device_log: Some(false), iommu: Some(false), ..DirtyTracking::default() };
+    match kind {
+        TrackerKind::DeviceLog => DirtyTracking { device_log: Some(true), ..DirtyTracking::default() },
+        TrackerKind::Iommufd => DirtyTracking { iommu: Some(true), ..none },
+        TrackerKind::Type1 => DirtyTracking { container: Some(true), ..none },
+        TrackerKind::Everything => DirtyTracking { container: Some(false), all_dirty: Some(true), ..none },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tracker_says_nothing_of_those_that_were_not_tried() {
+        let log = tracking(TrackerKind::DeviceLog);
+        assert_eq!((log.device_log, log.iommu, log.container, log.all_dirty), (Some(true), None, None, None));
+        let all = tracking(TrackerKind::Everything);
+        assert_eq!((all.device_log, all.iommu, all.container), (Some(false), Some(false), Some(false)));
+        assert_eq!(all.all_dirty, Some(true));
+    }
 }

@@ -10,10 +10,50 @@ use rustix::io::Errno;
 use vfio_migration_types::DeviceId;
 use vfio_migration_uapi::{self as uapi, Ioas, Type1, UapiError};
 
-use super::iommu::{Iommu, with_cause};
+use super::error::{KernelError, with_cause};
+use super::iommu::Iommu;
+use super::path::KernelPath;
 use super::sysfs::{self, SysDevice};
-use super::{IommuHandle, KernelError, KernelOptions, KernelPath};
 use crate::error::DeviceError;
+
+/// How a kernel device is opened. [`Default`] suits a VMM.
+#[derive(Clone, Debug)]
+pub struct KernelOptions {
+    /// Where sysfs is mounted: `/sys`.
+    pub sysfs: PathBuf,
+    /// Where device files are: `/dev`.
+    pub dev: PathBuf,
+    /// Open by the group also where the device has a file of its own.
+    pub prefer_group: bool,
+    /// Leave a device that is not RUNNING as it was found, because it holds a guest's state that a journal names.
+    pub keep_state: bool,
+}
+
+impl Default for KernelOptions {
+    fn default() -> Self {
+        Self { sysfs: "/sys".into(), dev: "/dev".into(), prefer_group: false, keep_state: false }
+    }
+}
+
+/// What stands between memory and a device whose descriptor was handed over.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum IommuHandle {
+    /// A type1 container with its IOMMU set, and the device's group, which is in it.
+    Type1 {
+        /// The container, `/dev/vfio/vfio`.
+        container: OwnedFd,
+        /// The group, `/dev/vfio/N`.
+        group: OwnedFd,
+    },
+    /// An iommufd. The device is attached to a new address space of it.
+    Iommufd {
+        /// `/dev/iommu`.
+        iommufd: OwnedFd,
+        /// The device's id there, when it is bound already.
+        bound: Option<u32>,
+    },
+}
 
 /// A device that is open and attached to an address space of its own.
 #[derive(Debug)]

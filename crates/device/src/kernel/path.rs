@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use vfio_migration_types::VmId;
 
-use super::KernelError;
+use super::error::KernelError;
 
 /// Where a kernel VFIO device is found.
 #[derive(Clone, Debug, PartialEq, Eq)]

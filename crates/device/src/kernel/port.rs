@@ -8,7 +8,7 @@ use vfio_migration_types::MigrationState;
 use vfio_migration_uapi as uapi;
 
 use crate::contract::PrecopyProgress;
-use crate::session::{Port, PortError, PortStream};
+use crate::session::port::{Port, PortError, PortStream};
 
 /// An open device.
 #[derive(Debug)]

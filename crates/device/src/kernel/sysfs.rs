@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use vfio_migration_compat::Scalar;
 
-use super::KernelError;
-use crate::host::{attribute, facts};
+use super::error::KernelError;
+use crate::host::facts;
+use crate::host::files::attribute;
 
 /// A device below sysfs.
 #[derive(Clone, Debug, PartialEq, Eq)]

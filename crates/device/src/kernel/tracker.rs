@@ -1,5 +1,14 @@
 //! Which dirty tracker a kernel device gets, and what follows from it.
 
+use std::sync::Arc;
+
+use vfio_migration_memory::MemoryError;
+use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
+
+use super::dirty::{LogPort, TrackerLog, Tried};
+use super::error::with_cause;
+use super::windows::DmaWindows;
+
 /// Who keeps the log of a device's DMA writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -72,6 +81,30 @@ pub(super) fn choose(trials: Trials) -> TrackerChoice {
          --allow-all-dirty is given"
     );
     TrackerChoice { kind: TrackerKind::Everything, why }
+}
+
+/// Tries a log, on `otherwise` where nothing is mapped.
+pub(super) fn try_log(
+    id: &DeviceId,
+    windows: &Arc<DmaWindows>,
+    port: Result<Box<dyn LogPort>, String>,
+    otherwise: &[(Range<Iova>, RamOffset)],
+    spoilt: impl FnOnce(Tried) -> Option<String>,
+) -> (Trial, Option<TrackerLog>) {
+    let log = match port {
+        Ok(port) => TrackerLog::new(format!("device {id}"), port, windows.clone()),
+        Err(why) => return (Trial::Fails(why), None),
+    };
+    match log.trial(otherwise) {
+        Ok(tried) => match spoilt(tried) {
+            Some(why) => (Trial::Fails(why), None),
+            None => (Trial::Works, Some(log)),
+        },
+        Err(MemoryError::DirtyLog { doing, source, .. }) => {
+            (Trial::Fails(format!("{doing}: {}", with_cause(&*source))), None)
+        }
+        Err(error) => (Trial::Fails(with_cause(&error)), None),
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,6 @@
 //! What goes wrong with a session.
 
-use rustix::io::Errno;
 use vfio_migration_types::MigrationState;
-use vfio_migration_uapi::UapiError;
-use vfio_user_peer::ClientError;
 
 /// A cause that the session found itself; the source of a [`DeviceError`](crate::DeviceError) or of a
 /// [`TransitionError`](crate::TransitionError).
@@ -44,29 +41,4 @@ pub enum SessionError {
     /// After a reset the device is not RUNNING.
     #[error("it is in {0} even after a reset")]
     ResetLeft(MigrationState),
-}
-
-/// A call that failed, whatever it went through.
-#[derive(Debug)]
-pub(crate) struct PortError {
-    pub(crate) errno: Option<Errno>,
-    pub(crate) source: Box<dyn std::error::Error + Send + Sync>,
-}
-
-impl From<Errno> for PortError {
-    fn from(errno: Errno) -> Self {
-        Self { errno: Some(errno), source: errno.into() }
-    }
-}
-
-impl From<UapiError> for PortError {
-    fn from(error: UapiError) -> Self {
-        Self { errno: error.errno(), source: error.into() }
-    }
-}
-
-impl From<ClientError> for PortError {
-    fn from(error: ClientError) -> Self {
-        Self { errno: error.errno(), source: error.into() }
-    }
 }

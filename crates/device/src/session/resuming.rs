@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use vfio_migration_types::MigrationState;
 
-use super::{PortStream, SessionError, StateMachine};
+use super::error::SessionError;
+use super::port::PortStream;
+use super::state_machine::StateMachine;
 use crate::contract::ResumingSession;
 use crate::error::{DeviceError, TransitionError};
 
@@ -16,8 +18,24 @@ pub(crate) struct PortResuming {
     open: bool,
 }
 
+impl StateMachine {
+    /// Opens a resuming session, from whatever state the device is in.
+    pub(crate) fn begin_resuming(self: &Arc<Self>) -> Result<PortResuming, TransitionError> {
+        const TO: MigrationState = MigrationState::Resuming;
+        let mut from = self.state_before(TO)?;
+        if from == TO {
+            // Somebody's session that was not finished: its stream cannot be had again, and the way out is a reset.
+            self.reset().map_err(|error| {
+                TransitionError::new(self.id.clone(), from, TO, self.port.state().ok(), error.errno, error)
+            })?;
+            from = self.state_before(TO)?;
+        }
+        Ok(PortResuming::new(self.clone(), self.open(from, TO)?))
+    }
+}
+
 impl PortResuming {
-    pub(super) fn new(machine: Arc<StateMachine>, stream: Box<dyn PortStream>) -> Self {
+    fn new(machine: Arc<StateMachine>, stream: Box<dyn PortStream>) -> Self {
         Self { machine, stream, open: true }
     }
 }

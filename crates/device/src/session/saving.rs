@@ -5,7 +5,9 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use vfio_migration_types::MigrationState;
 
-use super::{PortError, PortStream, SessionError, StateMachine};
+use super::error::SessionError;
+use super::port::{PortError, PortStream};
+use super::state_machine::StateMachine;
 use crate::contract::{Chunk, Position, PrecopyProgress, SavingSession};
 use crate::error::{DeviceError, TransitionError};
 
@@ -18,8 +20,37 @@ pub(crate) struct PortSaving {
     open: bool,
 }
 
+impl StateMachine {
+    /// Opens a saving session at RUNNING → PRE_COPY, or RUNNING_P2P → PRE_COPY_P2P.
+    pub(crate) fn begin_precopy(self: &Arc<Self>) -> Result<PortSaving, TransitionError> {
+        let from = self.state_before(MigrationState::PreCopy)?;
+        let position = match from {
+            MigrationState::RunningP2p => Position::PreCopyP2p,
+            _ => Position::PreCopy,
+        };
+        self.begin_saving(from, position)
+    }
+
+    /// Opens a saving session at STOP → STOP_COPY.
+    pub(crate) fn begin_stop_copy(self: &Arc<Self>) -> Result<PortSaving, TransitionError> {
+        let from = self.state_before(MigrationState::StopCopy)?;
+        self.begin_saving(from, Position::StopCopy)
+    }
+
+    fn begin_saving(
+        self: &Arc<Self>,
+        from: MigrationState,
+        at: Position,
+    ) -> Result<PortSaving, TransitionError> {
+        if from.is_saving() || from == MigrationState::Resuming {
+            return Err(self.refused(from, at.state(), SessionError::Open));
+        }
+        Ok(PortSaving::new(self.clone(), self.open(from, at.state())?, at))
+    }
+}
+
 impl PortSaving {
-    pub(super) fn new(machine: Arc<StateMachine>, stream: Box<dyn PortStream>, position: Position) -> Self {
+    fn new(machine: Arc<StateMachine>, stream: Box<dyn PortStream>, position: Position) -> Self {
         Self { machine, stream, position, open: true }
     }
 

@@ -1,20 +1,16 @@
 //! A device's migration state machine: what is asked of it, and what its answers mean.
 
-use std::sync::Arc;
-
 use vfio_migration_types::{ArcError, DeviceId, MigrationFlags, MigrationState, path};
 
-use super::resuming::PortResuming;
-use super::saving::PortSaving;
-use super::{Port, PortError, PortStream, SessionError};
-use crate::contract::Position;
+use super::error::SessionError;
+use super::port::{Port, PortError, PortStream};
 use crate::error::{DeviceError, TransitionError};
 
 /// The state machine of one device.
 #[derive(Debug)]
 pub(crate) struct StateMachine {
     pub(super) id: DeviceId,
-    port: Box<dyn Port>,
+    pub(super) port: Box<dyn Port>,
     /// `None` for a device that does not migrate.
     flags: Option<MigrationFlags>,
 }
@@ -43,36 +39,6 @@ impl StateMachine {
         self.go(from, to).map(drop)
     }
 
-    /// Opens a saving session at RUNNING → PRE_COPY, or RUNNING_P2P → PRE_COPY_P2P.
-    pub(crate) fn begin_precopy(self: &Arc<Self>) -> Result<PortSaving, TransitionError> {
-        let from = self.state_before(MigrationState::PreCopy)?;
-        let position = match from {
-            MigrationState::RunningP2p => Position::PreCopyP2p,
-            _ => Position::PreCopy,
-        };
-        self.begin_saving(from, position)
-    }
-
-    /// Opens a saving session at STOP → STOP_COPY.
-    pub(crate) fn begin_stop_copy(self: &Arc<Self>) -> Result<PortSaving, TransitionError> {
-        let from = self.state_before(MigrationState::StopCopy)?;
-        self.begin_saving(from, Position::StopCopy)
-    }
-
-    /// Opens a resuming session, from whatever state the device is in.
-    pub(crate) fn begin_resuming(self: &Arc<Self>) -> Result<PortResuming, TransitionError> {
-        const TO: MigrationState = MigrationState::Resuming;
-        let mut from = self.state_before(TO)?;
-        if from == TO {
-            // Somebody's session that was not finished: its stream cannot be had again, and the way out is a reset.
-            self.reset().map_err(|error| {
-                TransitionError::new(self.id.clone(), from, TO, self.port.state().ok(), error.errno, error)
-            })?;
-            from = self.state_before(TO)?;
-        }
-        Ok(PortResuming::new(self.clone(), self.open(from, TO)?))
-    }
-
     /// Resets it; afterwards it is RUNNING, or of no use.
     pub(crate) fn reset(&self) -> Result<(), DeviceError> {
         const DOING: &str = "resetting";
@@ -86,17 +52,6 @@ impl StateMachine {
             Ok(other) => Err(DeviceError::new(self.id.clone(), DOING, None, SessionError::ResetLeft(other))),
             Err(error) => Err(self.failed(DOING, error)),
         }
-    }
-
-    fn begin_saving(
-        self: &Arc<Self>,
-        from: MigrationState,
-        at: Position,
-    ) -> Result<PortSaving, TransitionError> {
-        if from.is_saving() || from == MigrationState::Resuming {
-            return Err(self.refused(from, at.state(), SessionError::Open));
-        }
-        Ok(PortSaving::new(self.clone(), self.open(from, at.state())?, at))
     }
 
     /// A failure of the device outside of a transition.
@@ -149,7 +104,11 @@ impl StateMachine {
     }
 
     /// SETs `to`, which opens a session, and gives its stream.
-    fn open(&self, from: MigrationState, to: MigrationState) -> Result<Box<dyn PortStream>, TransitionError> {
+    pub(super) fn open(
+        &self,
+        from: MigrationState,
+        to: MigrationState,
+    ) -> Result<Box<dyn PortStream>, TransitionError> {
         let now = || self.port.state().ok();
         self.go(from, to)?.ok_or_else(|| {
             TransitionError::new(self.id.clone(), from, to, now(), None, SessionError::NoStream)

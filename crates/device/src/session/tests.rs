@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState as S, path};
 
-use super::{Port, PortError, PortStream, SessionError, StateMachine};
+use super::error::SessionError;
+use super::port::{Port, PortError, PortStream};
+use super::state_machine::StateMachine;
 use crate::contract::{Chunk, Position, PrecopyProgress, ResumingSession, SavingSession};
 use crate::error::Remedy;
 

@@ -1,17 +1,20 @@
 //! The log of a vfio-user device's DMA writes: the server's own, for what it maps, and ours, for what it asks us to write.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration_memory::{DirtySource, MemoryError};
-use vfio_migration_types::{Bitmap, Gpa, Granule, Iova, PAGE_SIZE, Range};
-use vfio_user_peer::IovaRange;
+use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, PAGE_SIZE, Range};
+use vfio_user_peer::{Client, Feature, FeatureOp, IovaRange};
 
-use super::Inner;
+use super::dma::GuestDma;
 use crate::contract::DirtyLog;
 
-/// What the server logs at the moment.
-#[derive(Debug, Default)]
+/// The log of one device: the server's own and [`GuestDma`]'s, told as one.
+#[derive(Debug)]
 pub(super) struct ServerLog {
+    id: DeviceId,
+    client: Arc<Client>,
+    dma: Arc<GuestDma>,
     active: Mutex<Option<Active>>,
 }
 
@@ -23,77 +26,12 @@ struct Active {
 }
 
 impl ServerLog {
-    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl DirtySource for Inner {
-    fn name(&self) -> String {
-        format!("device {}", self.id)
+    pub(super) fn new(id: DeviceId, client: Arc<Client>, dma: Arc<GuestDma>) -> Self {
+        Self { id, client, dma, active: Mutex::default() }
     }
 
-    fn start(&self) -> Result<(), MemoryError> {
-        let mut active = self.log.lock();
-        if active.is_some() {
-            return Err(self.log_failed("starting a log that already runs", "it was started before"));
-        }
-        self.dma.writes.start()?;
-        let ranges = self.dma.shared_ram();
-        match self.start_server(&ranges) {
-            Ok(granule) => {
-                *active = Some(Active { ranges, granule });
-                Ok(())
-            }
-            Err(error) => {
-                // The cause is what matters; the write log stops in any case.
-                let _ = self.dma.writes.stop();
-                Err(self.log_failed("starting", error))
-            }
-        }
-    }
-
-    fn report(&self, into: &mut Bitmap) -> Result<(), MemoryError> {
-        let active = self.log.lock();
-        let Some(Active { ranges, granule }) = active.as_ref() else {
-            return Err(self.log_failed("reporting", "it was not started"));
-        };
-        // What the server wrote by message before it said that it has stopped may still wait in the other socket.
-        self.client.dma_settled().map_err(|error| self.log_failed("waiting for writes under way", error))?;
-        self.dma.writes.report(into)?;
-        for range in ranges {
-            let pages = granule.count(range.len());
-            let mut words = vec![0; usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX)];
-            self.client
-                .dma_logging_report(wire_range(range), granule.bytes(), &mut words)
-                .map_err(|error| self.log_failed("reporting", error))?;
-            // Mapped guest RAM lies in one region of it, or it would not have been logged.
-            let start = self.dma.ram().offset_of(Gpa(range.start().0), range.len());
-            let start = start.ok_or_else(|| self.log_failed("reporting", "guest RAM has moved"))?;
-            into.or_scaled(start.0, &words, *granule);
-        }
-        Ok(())
-    }
-
-    fn stop(&self) -> Result<(), MemoryError> {
-        let Some(active) = self.log.lock().take() else { return Ok(()) };
-        let ours = self.dma.writes.stop();
-        if !active.ranges.is_empty() {
-            self.client.dma_logging_stop().map_err(|error| self.log_failed("stopping", error))?;
-        }
-        ours
-    }
-}
-
-impl DirtyLog for Inner {
-    fn granule(&self) -> Granule {
-        self.log.lock().as_ref().map_or(Granule::PAGE, |active| active.granule)
-    }
-}
-
-impl Inner {
     /// A START, REPORT, STOP trial: START can succeed where REPORT is not supported.
-    pub(super) fn try_log(&self) -> bool {
+    pub(super) fn trial(&self) -> bool {
         if self.dma.serves_all() {
             return true;
         }
@@ -101,10 +39,7 @@ impl Inner {
         let ranges = self.dma.shared_ram();
         // With nothing mapped there is nothing to report on: the probe is all there is to go by.
         if ranges.is_empty() {
-            return self
-                .client
-                .probe_feature(vfio_user_peer::Feature::DMA_LOGGING_START, vfio_user_peer::FeatureOp::Set)
-                .unwrap_or(false);
+            return self.client.probe_feature(Feature::DMA_LOGGING_START, FeatureOp::Set).unwrap_or(false);
         }
         let reported = self.start().and_then(|()| self.report(&mut scratch));
         let stopped = self.stop();
@@ -137,7 +72,7 @@ impl Inner {
         }
     }
 
-    fn log_failed(
+    fn failed(
         &self,
         doing: &str,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -147,6 +82,73 @@ impl Inner {
             doing: doing.into(),
             source: source.into(),
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DirtySource for ServerLog {
+    fn name(&self) -> String {
+        format!("device {}", self.id)
+    }
+
+    fn start(&self) -> Result<(), MemoryError> {
+        let mut active = self.lock();
+        if active.is_some() {
+            return Err(self.failed("starting a log that already runs", "it was started before"));
+        }
+        self.dma.writes.start()?;
+        let ranges = self.dma.shared_ram();
+        match self.start_server(&ranges) {
+            Ok(granule) => {
+                *active = Some(Active { ranges, granule });
+                Ok(())
+            }
+            Err(error) => {
+                // The cause is what matters; the write log stops in any case.
+                let _ = self.dma.writes.stop();
+                Err(self.failed("starting", error))
+            }
+        }
+    }
+
+    fn report(&self, into: &mut Bitmap) -> Result<(), MemoryError> {
+        let active = self.lock();
+        let Some(Active { ranges, granule }) = active.as_ref() else {
+            return Err(self.failed("reporting", "it was not started"));
+        };
+        // What the server wrote by message before it said that it has stopped may still wait in the other socket.
+        self.client.dma_settled().map_err(|error| self.failed("waiting for writes under way", error))?;
+        self.dma.writes.report(into)?;
+        for range in ranges {
+            let pages = granule.count(range.len());
+            let mut words = vec![0; usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX)];
+            self.client
+                .dma_logging_report(wire_range(range), granule.bytes(), &mut words)
+                .map_err(|error| self.failed("reporting", error))?;
+            // Mapped guest RAM lies in one region of it, or it would not have been logged.
+            let start = self.dma.ram().offset_of(Gpa(range.start().0), range.len());
+            let start = start.ok_or_else(|| self.failed("reporting", "guest RAM has moved"))?;
+            into.or_scaled(start.0, &words, *granule);
+        }
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), MemoryError> {
+        let Some(active) = self.lock().take() else { return Ok(()) };
+        let ours = self.dma.writes.stop();
+        if !active.ranges.is_empty() {
+            self.client.dma_logging_stop().map_err(|error| self.failed("stopping", error))?;
+        }
+        ours
+    }
+}
+
+impl DirtyLog for ServerLog {
+    fn granule(&self) -> Granule {
+        self.lock().as_ref().map_or(Granule::PAGE, |active| active.granule)
     }
 }
 

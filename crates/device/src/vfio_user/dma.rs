@@ -21,11 +21,11 @@ pub(super) struct GuestDma {
 
 /// One DMA mapping.
 #[derive(Debug)]
-pub(super) struct ServedWindow {
-    pub(super) iova: Range<Iova>,
-    pub(super) access: DmaAccess,
+struct ServedWindow {
+    iova: Range<Iova>,
+    access: DmaAccess,
     /// The server maps it by itself, and logs what it writes.
-    pub(super) shared: bool,
+    shared: bool,
     target: Target,
 }
 

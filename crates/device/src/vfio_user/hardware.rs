@@ -6,56 +6,12 @@ use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Iova, Range};
 use vfio_user_peer::{IoFdKind, IrqAction, IrqData, Prot};
 
-use super::{Inner, VfioUserDevice};
+use super::device::VfioUserDevice;
 use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 
 /// `KVM_IOEVENTFD_FLAG_DATAMATCH`, `include/uapi/linux/kvm.h`.
 const DATAMATCH: u32 = 1 << 0;
-
-impl Inner {
-    /// Asks for a region and keeps what it is like.
-    pub(super) fn add_region(&mut self, index: u32) -> Result<(), DeviceError> {
-        let asked = self.client.region_info(index);
-        let info = asked.map_err(|error| self.failed(format!("asking for region {index}"), error))?;
-        if info.size == 0 {
-            return Ok(());
-        }
-        let mut mappable = Vec::new();
-        for area in info.mmap_areas() {
-            let inside = area.offset.checked_add(area.size).is_some_and(|end| end <= info.size);
-            match Range::new(area.offset, area.size) {
-                Ok(range) if inside && !mappable.iter().any(|other: &Range<u64>| other.overlaps(&range)) => {
-                    mappable.push(range);
-                }
-                _ => {
-                    let what = format!(
-                        "mappable area {:#x}+{:#x} of {:#x} bytes",
-                        area.offset, area.size, info.size
-                    );
-                    return Err(DeviceError::new(
-                        self.id.clone(),
-                        format!("asking for region {index}"),
-                        None,
-                        what,
-                    ));
-                }
-            }
-        }
-        if info.fd.is_none() {
-            mappable.clear();
-        }
-        self.files.push(info.fd.map(|fd| (fd, info.offset)));
-        self.regions.push(PciRegion {
-            index: RegionIndex(index),
-            size: info.size,
-            readable: info.read,
-            writable: info.write,
-            mappable,
-        });
-        Ok(())
-    }
-}
 
 impl PciHardware for VfioUserDevice {
     fn id(&self) -> &DeviceId {

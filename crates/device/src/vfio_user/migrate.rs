@@ -1,11 +1,11 @@
 //! The Device contract over vfio-user.
 
-use vfio_migration_compat::DeviceManifest;
+use vfio_migration_compat::{DeviceManifest, DirtyTracking};
 use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
-use vfio_user_peer::Client;
 
-use super::{Inner, VfioUserDevice};
+use super::device::{ServedDevice, VfioUserDevice};
 use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
+use crate::describe::describe_hardware;
 use crate::error::{DeviceError, TransitionError};
 
 /// Bytes of device state in one message. MMIO of the running guest waits behind each.
@@ -57,7 +57,7 @@ impl Device for VfioUserDevice {
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
         let there = self.capabilities().is_ok_and(|capabilities| capabilities.dirty_log);
-        there.then_some(&*self.inner as &dyn DirtyLog)
+        there.then_some(&self.inner.log as &dyn DirtyLog)
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
@@ -65,7 +65,28 @@ impl Device for VfioUserDevice {
     }
 }
 
-impl Inner {
+impl VfioUserDevice {
+    /// Puts together what the server declares and what its PCI function shows.
+    fn describe(&self, flags: MigrationFlags, dirty_log: bool) -> Result<DeviceManifest, DeviceError> {
+        // No IOMMU and no container is before a process.
+        let dirty = DirtyTracking {
+            device_log: Some(dirty_log),
+            iommu: Some(false),
+            container: Some(false),
+            ..DirtyTracking::default()
+        };
+        let manifest = DeviceManifest {
+            backend: "vfio-user".into(),
+            flags: Some(flags),
+            dirty: Some(dirty),
+            state_size: self.stop_copy_size()?,
+            ..self.inner.declared()?
+        };
+        describe_hardware(self, manifest)
+    }
+}
+
+impl ServedDevice {
     fn find_capabilities(&self) -> Result<Capabilities, NotMigratable> {
         let flags = self.flags.clone()?;
         let extension = self.client.negotiated().extension;
@@ -73,17 +94,19 @@ impl Inner {
             flags,
             precopy_info: extension.precopy_info && flags.pre_copy,
             data_size: extension.data_size,
-            dirty_log: self.try_log(),
+            dirty_log: self.log.trial(),
             chunk: CHUNK.min(self.client.negotiated().max_data_xfer_size as usize),
         })
     }
-}
 
-/// Its flags, or why it has none.
-pub(super) fn find_flags(id: &DeviceId, client: &Client) -> Result<MigrationFlags, NotMigratable> {
-    let none = |why: String| NotMigratable(format!("device {id}: {why}"));
-    client
-        .migration_flags()
-        .map_err(|error| none(format!("its server does not say whether it can: {error}")))?
-        .ok_or_else(|| none("its server does not implement migration".into()))
+    /// The extension's manifest document: what is only the server's to know.
+    fn declared(&self) -> Result<DeviceManifest, DeviceError> {
+        if !self.client.negotiated().extension.manifest {
+            return Ok(DeviceManifest::new(self.id.clone()));
+        }
+        let doing = "reading the device's manifest";
+        let bytes = self.client.device_manifest().map_err(|error| self.failed(doing, error))?;
+        DeviceManifest::declared(&bytes, self.id.clone(), "its server's manifest")
+            .map_err(|error| DeviceError::new(self.id.clone(), doing, None, error))
+    }
 }

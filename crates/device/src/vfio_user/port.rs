@@ -6,7 +6,7 @@ use vfio_migration_types::MigrationState;
 use vfio_user_peer::Client;
 
 use crate::contract::PrecopyProgress;
-use crate::session::{Port, PortError, PortStream};
+use crate::session::port::{Port, PortError, PortStream};
 
 /// The connection, for states.
 #[derive(Debug)]
