@@ -1,7 +1,5 @@
 //! Errors of devices, with what an operator can do about each.
 
-use std::fmt;
-
 use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationState};
 
@@ -12,13 +10,13 @@ use crate::kernel::error::KernelError;
 #[error("device {device}: {doing} failed")]
 #[non_exhaustive]
 pub struct DeviceError {
-    /// Which device.
+    /// The device that failed.
     pub device: DeviceId,
     /// What was attempted, as a noun phrase: `"reading pre-copy data"`.
     pub doing: String,
     /// The errno the driver or server gave, where one is known.
     pub errno: Option<Errno>,
-    /// The cause.
+    /// The cause of the failure.
     #[source]
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }
@@ -62,38 +60,28 @@ pub enum Remedy {
     Lost,
 }
 
-impl fmt::Display for Remedy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::TryAnotherState => "another transition may be tried",
-            Self::Reset => "only a reset helps",
-            Self::Lost => "it does not answer any more",
-        })
-    }
-}
-
-/// A transition failed; says where the device really is (asked after the failure) and what is left to do.
+/// A transition failed. Says where the device really is, as asked after the failure; the errno is told by the cause, and
+/// what is left to do by `remedy`.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "device {device}: {from} to {to} failed{}; it is in {}; {remedy}",
-    errno.map(|errno| format!(" ({errno})")).unwrap_or_default(),
+    "device {device}: {from} to {to} failed; it is in {}",
     now.map_or("an unknown state".into(), |state| state.to_string())
 )]
 #[non_exhaustive]
 pub struct TransitionError {
-    /// Which device.
+    /// The device that failed.
     pub device: DeviceId,
-    /// Where it was thought to be.
+    /// The state that it was in, as far as was known.
     pub from: MigrationState,
-    /// Where it was asked to go.
+    /// The state that it was asked to go to.
     pub to: MigrationState,
-    /// Where it really is now, when it still says.
+    /// The state that it is in now; `None` where it does not say.
     pub now: Option<MigrationState>,
     /// The errno of the failed transition, where one is known.
     pub errno: Option<Errno>,
-    /// What is left to do.
+    /// What is left to do with the device.
     pub remedy: Remedy,
-    /// The cause.
+    /// The cause of the failure.
     #[source]
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }

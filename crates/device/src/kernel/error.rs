@@ -38,13 +38,13 @@ pub enum KernelError {
     )]
     NotViable(String),
     /// A file of VFIO or iommufd could not be opened.
-    #[error("{} cannot be opened; {remedy}", path.display())]
+    #[error("{} cannot be opened{}", path.display(), remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default())]
     Open {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What to do.
-        remedy: &'static str,
-        /// errno.
+        /// What its operator can do, where the errno tells.
+        remedy: Option<&'static str>,
+        /// Why it was not opened.
         #[source]
         source: Errno,
     },
@@ -132,9 +132,9 @@ impl KernelError {
             }
             Errno::BUSY => Self::remedy(source),
             Errno::MFILE | Errno::NFILE => "raise the limit on open files",
-            _ => "see the cause",
+            _ => return Self::Open { path, remedy: None, source },
         };
-        Self::Open { path, remedy, source }
+        Self::Open { path, remedy: Some(remedy), source }
     }
 
     /// What an errno of opening suggests.
