@@ -14,6 +14,7 @@ mod pci;
 mod pci_codec;
 mod session;
 mod vfio_user;
+mod watch;
 
 pub use contract::{
     Capabilities, Chunk, Device, DirtyLog, NotMigratable, Position, PrecopyProgress, ResumingSession,
@@ -33,3 +34,4 @@ pub use pci::{ConfigRule, ConfigRules, IrqRouter, MsiMessage, PciError, PciFunct
 pub use pci_codec::PciCodecError;
 pub use session::error::SessionError;
 pub use vfio_user::device::{VfioUserDevice, VfioUserOptions};
+pub use watch::{DeviceObserver, WatchedDevice};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vfio_migration_types::MigrationState;
 
-use super::DeviceArc;
+use super::report::DeviceArc;
 use crate::session::lock::lock;
 
 /// Watches and stops, from any thread, what is done with one device. Clones are the same. Given to several

@@ -1,13 +1,19 @@
 //! A machine that is one device: no vCPUs, no interrupts, and a page of RAM that nobody writes.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vfio_migration_compat::{MachineManifest, RamRegion};
-use vfio_migration_device::{Device, IrqRouter, MsiMessage};
+use vfio_migration_device::{
+    Capabilities, Device, DeviceError, DeviceObserver, IrqRouter, MsiMessage, Position, TransitionError,
+    WatchedDevice,
+};
 use vfio_migration_memory::{DirtySource, GuestRam, MemoryError, RamSpec};
-use vfio_migration_types::{Gpa, PAGE_SIZE, VmId};
+use vfio_migration_types::{DeviceId, Gpa, MigrationState, PAGE_SIZE, VmId};
 
+use super::control::DeviceControl;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 
 /// What such a machine is, in its manifest: by this a file is told from a whole VM's.
@@ -22,8 +28,13 @@ pub(super) struct LoneDevice {
 }
 
 impl LoneDevice {
-    pub(super) fn new(id: VmId, device: Arc<dyn Device>) -> Result<Self, MemoryError> {
+    pub(super) fn new(
+        id: VmId,
+        device: Arc<dyn Device>,
+        observer: LoneObserver,
+    ) -> Result<Self, MemoryError> {
         let ram = GuestRam::new("device", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }])?;
+        let device = Arc::new(WatchedDevice::new(device, Arc::new(observer)));
         Ok(Self { id, device, ram: Arc::new(ram) })
     }
 }
@@ -111,5 +122,60 @@ impl IrqRouter for NoRoutes {
 
     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         Ok(())
+    }
+}
+
+/// Notes in a [`DeviceControl`] what is done with the device, and hides what a lone device is not to use.
+#[derive(Debug)]
+pub(super) struct LoneObserver {
+    pub(super) control: DeviceControl,
+    /// Without its PRE_COPY.
+    pub(super) stop_copy_only: bool,
+    /// The device is stopped, and is never let run.
+    pub(super) stays_stopped: bool,
+}
+
+impl DeviceObserver for LoneObserver {
+    /// Not what runs, if it is not to run, nor its DMA log: it reaches no memory.
+    fn shown(&self, mut found: Capabilities) -> Capabilities {
+        found.flags.pre_copy &= !self.stop_copy_only && !self.stays_stopped;
+        found.precopy_info &= found.flags.pre_copy;
+        found.dirty_log = false;
+        found
+    }
+
+    fn lets_move(&self) -> bool {
+        !self.stays_stopped
+    }
+
+    /// What somebody left half done in it ends in a reset first.
+    fn resets_before_resuming(&self) -> bool {
+        !matches!(self.control.at(), MigrationState::Running | MigrationState::Stop)
+    }
+
+    fn went(&self, _device: &DeviceId, to: MigrationState, reset: bool, took: Duration) {
+        self.control.went(to, reset, took);
+    }
+
+    fn failed(&self, error: &TransitionError) {
+        self.control.found(error.now.unwrap_or(MigrationState::Error));
+    }
+
+    fn read(&self, _device: &DeviceId, position: Position, bytes: &mut [u8]) {
+        self.control.add_moved(bytes.len());
+        if position != Position::StopCopy {
+            self.control.add_precopy(bytes.len());
+        }
+    }
+
+    fn writing<'a>(&self, device: &DeviceId, bytes: &'a [u8]) -> Result<Cow<'a, [u8]>, DeviceError> {
+        if self.control.is_cancelled() {
+            return Err(DeviceError::new(device.clone(), "loading its state", None, "it was cancelled"));
+        }
+        Ok(Cow::Borrowed(bytes))
+    }
+
+    fn written(&self, _device: &DeviceId, bytes: usize) {
+        self.control.add_moved(bytes);
     }
 }

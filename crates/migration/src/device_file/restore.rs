@@ -7,10 +7,10 @@ use vfio_migration_compat::Reason;
 use vfio_migration_device::{Device, NotMigratable};
 use vfio_migration_types::Phase;
 
-use super::error::DeviceFate;
-use super::machine::LoneDevice;
-use super::watched::Watched;
-use super::{DeviceControl, DeviceFileError, DeviceReport};
+use super::control::DeviceControl;
+use super::error::{DeviceFate, DeviceFileError};
+use super::machine::{LoneDevice, LoneObserver};
+use super::report::DeviceReport;
 use crate::error::IncomingError;
 use crate::machine::Machine;
 use crate::options::DestinationOptions;
@@ -49,14 +49,13 @@ pub fn restore_device(
         (snapshot.path().to_path_buf(), snapshot.bytes(), snapshot.digest());
     let state = snapshot.device_states().first().copied().unwrap_or_default();
     control.set_left(state.bytes);
-    let watched = Watched {
-        device: device.clone(),
+    let observer = LoneObserver {
         control: control.clone(),
         stop_copy_only: false,
-        stands: options.leave_stopped,
+        stays_stopped: options.leave_stopped,
     };
     let arrived = snapshot.restore(DestinationOptions::default(), |offer| {
-        match LoneDevice::new(offer.vm, Arc::new(watched)) {
+        match LoneDevice::new(offer.vm, device.clone(), observer) {
             Ok(machine) => Ok::<Arc<dyn Machine>, _>(Arc::new(machine)),
             Err(error) => Err(Reason::new("machine", crate::session::fail::sentence(&error)).into()),
         }

@@ -7,10 +7,10 @@ use std::time::Instant;
 use vfio_migration_device::{Device, DeviceError, NotMigratable};
 use vfio_migration_types::{MigrationState, VmId};
 
-use super::error::DeviceFate;
-use super::machine::LoneDevice;
-use super::watched::Watched;
-use super::{DeviceControl, DeviceFileError, DeviceReport};
+use super::control::DeviceControl;
+use super::error::{DeviceFate, DeviceFileError};
+use super::machine::{LoneDevice, LoneObserver};
+use super::report::DeviceReport;
 use crate::error::{Failure, MigrateError};
 use crate::options::SourceOptions;
 use crate::snapshot::{SaveError, SaveOptions, save};
@@ -23,12 +23,12 @@ use crate::source::plan::new_attempt_id;
 pub struct SaveDeviceOptions {
     /// Replace a file that is there.
     pub force: bool,
-    /// As if it had no PRE_COPY: all of its state is read while it stands.
+    /// As if it had no PRE_COPY: all of its state is read while it is stopped.
     pub stop_copy_only: bool,
 }
 
-/// Saves `device` into the file `path`, whole or not at all. A device that runs goes on running; one that stands, because
-/// somebody left its state in it, is never let run.
+/// Saves `device` into the file `path`, whole or not at all. A device that runs goes on running; one that is stopped,
+/// because somebody left its state in it, is never let run.
 ///
 /// A saving session that somebody left open is ended first, which takes nothing from the device.
 ///
@@ -43,13 +43,13 @@ pub fn save_device(
     let begun = Instant::now();
     device.capabilities().map_err(|NotMigratable(why)| DeviceFileError::NotMigratable(why))?;
     let manifest = device.manifest()?;
-    let stands = settle(device.as_ref())?;
-    control.found(if stands { MigrationState::Stop } else { MigrationState::Running });
+    let stopped = settle(device.as_ref())?;
+    control.found(if stopped { MigrationState::Stop } else { MigrationState::Running });
     let SaveDeviceOptions { force, stop_copy_only } = options;
-    let watched = Watched { device: device.clone(), control: control.clone(), stop_copy_only, stands };
+    let observer = LoneObserver { control: control.clone(), stop_copy_only, stays_stopped: stopped };
     let failed = |error| failed(device.as_ref(), control, error);
     let name = new_attempt_id().map_err(|error| failed(SaveError::Session(error)))?;
-    let machine = LoneDevice::new(VmId(name.0), Arc::new(watched))?;
+    let machine = LoneDevice::new(VmId(name.0), device.clone(), observer)?;
     let mut session = SourceOptions::default().for_saving();
     // Nothing that the device writes is among what is saved.
     session.allow_all_dirty = true;
@@ -80,7 +80,7 @@ pub fn save_device(
     })
 }
 
-/// Brings the device to where its state is whole, and says whether it stands there.
+/// Brings the device to where its state is whole, and says whether it is stopped there.
 fn settle(device: &dyn Device) -> Result<bool, DeviceFileError> {
     let go = |to| {
         device.set_state(to).map_err(|error| {
