@@ -170,132 +170,52 @@ fn check<E>(space: &Space<'_, E>, at: u16, first: u16, end: u16, seen: &mut BTre
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::BorrowedFd;
-
-    use vfio_migration_types::{DeviceId, Iova, Range};
-
     use super::*;
-    use crate::hardware::{DmaAccess, Doorbell, RegionFile};
+    use crate::testing::FakeHardware;
 
-    /// Nothing but a config space.
-    #[derive(Debug)]
-    struct Config {
-        id: DeviceId,
-        bytes: Vec<u8>,
-        regions: Vec<PciRegion>,
-    }
+    /// A config space.
+    struct Config(Vec<u8>);
 
     impl Config {
         fn new(len: usize) -> Self {
             let mut bytes = vec![0; len];
             bytes[..4].copy_from_slice(&[0x46, 0x56, 0x53, 0x4d]);
             bytes[usize::from(STATUS)] = STATUS_CAPABILITIES;
-            let region = PciRegion {
-                index: RegionIndex::CONFIG,
-                size: len as u64,
-                readable: true,
-                writable: false,
-                mappable: vec![],
-            };
-            Self { id: DeviceId::new("d").unwrap(), bytes, regions: vec![region] }
+            Self(bytes)
         }
 
         fn put(mut self, at: usize, bytes: &[u8]) -> Self {
-            self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+            self.0[at..at + bytes.len()].copy_from_slice(bytes);
             self
         }
 
-        fn described(&self) -> Result<DeviceManifest, DeviceError> {
-            describe_hardware(self, DeviceManifest::new(self.id.clone()))
+        fn described(self) -> Result<DeviceManifest, DeviceError> {
+            described(&FakeHardware::of_config("d", self.0))
         }
 
-        fn chain(&self) -> Vec<(bool, u16, u16, Option<u16>)> {
+        fn chain(self) -> Vec<(bool, u16, u16, Option<u16>)> {
             let all = self.described().unwrap().capabilities.unwrap();
             all.into_iter().map(|one| (one.extended, one.id, one.offset, one.len)).collect()
         }
     }
 
-    impl PciHardware for Config {
-        fn id(&self) -> &DeviceId {
-            &self.id
-        }
-
-        fn regions(&self) -> &[PciRegion] {
-            &self.regions
-        }
-
-        fn region_file(&self, _: RegionIndex) -> Option<RegionFile<'_>> {
-            None
-        }
-
-        fn region_read(&self, _: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
-            let at = usize::try_from(offset).unwrap();
-            into.copy_from_slice(&self.bytes[at..at + into.len()]);
-            Ok(())
-        }
-
-        fn region_write(&self, _: RegionIndex, _: u64, _: &[u8]) -> Result<(), DeviceError> {
-            unreachable!()
-        }
-
-        fn doorbells(&self, _: RegionIndex) -> Result<Vec<Doorbell>, DeviceError> {
-            unreachable!()
-        }
-
-        fn irq_count(&self, index: IrqIndex) -> u32 {
-            if index == IrqIndex::Msix { 3 } else { 0 }
-        }
-
-        fn set_irq_eventfds(
-            &self,
-            _: IrqIndex,
-            _: u32,
-            _: &[Option<BorrowedFd<'_>>],
-        ) -> Result<(), DeviceError> {
-            unreachable!()
-        }
-
-        fn disable_irqs(&self, _: IrqIndex) -> Result<(), DeviceError> {
-            unreachable!()
-        }
-
-        fn trigger_irq(&self, _: IrqIndex, _: u32) -> Result<(), DeviceError> {
-            unreachable!()
-        }
-
-        fn mask_irq(&self, _: IrqIndex, _: u32, _: bool) -> Result<(), DeviceError> {
-            unreachable!()
-        }
-
-        fn set_intx_resample(&self, _: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
-            unreachable!()
-        }
-
-        fn dma_map(
-            &self,
-            _: Range<Iova>,
-            _: DmaAccess,
-            _: Option<(BorrowedFd<'_>, u64)>,
-        ) -> Result<(), DeviceError> {
-            unreachable!()
-        }
-
-        fn dma_unmap(&self, _: Range<Iova>) -> Result<(), DeviceError> {
-            unreachable!()
-        }
+    fn described(hardware: &FakeHardware) -> Result<DeviceManifest, DeviceError> {
+        describe_hardware(hardware, DeviceManifest::new(hardware.id().clone()))
     }
 
     #[test]
     fn both_chains_are_walked() {
-        let config = Config::new(4096)
-            .put(0x34, &[0x43])
-            .put(0x40, &[MSIX, 0x50])
-            .put(0x50, &[VENDOR, 0, 8])
-            .put(0x100, &0x1401_0001u32.to_le_bytes())
-            .put(0x140, &0x0001_000bu32.to_le_bytes())
-            .put(0x144, &0x0180_0000u32.to_le_bytes());
+        let config = || {
+            Config::new(4096)
+                .put(0x34, &[0x43])
+                .put(0x40, &[MSIX, 0x50])
+                .put(0x50, &[VENDOR, 0, 8])
+                .put(0x100, &0x1401_0001u32.to_le_bytes())
+                .put(0x140, &0x0001_000bu32.to_le_bytes())
+                .put(0x144, &0x0180_0000u32.to_le_bytes())
+        };
         assert_eq!(
-            config.chain(),
+            config().chain(),
             [
                 (false, 0x11, 0x40, Some(12)),
                 (false, 0x09, 0x50, Some(8)),
@@ -303,7 +223,7 @@ mod tests {
                 (true, 0xb, 0x140, Some(24)),
             ]
         );
-        let manifest = config.described().unwrap();
+        let manifest = config().described().unwrap();
         assert_eq!((manifest.pci.unwrap().device, manifest.irqs.unwrap()), (0x4d53, [(2, 3)].into()));
     }
 
@@ -311,9 +231,9 @@ mod tests {
     fn without_capabilities_the_list_is_empty_and_without_config_space_unknown() {
         assert_eq!(Config::new(256).put(usize::from(STATUS), &[0]).put(0x34, &[0x40]).chain(), []);
         assert_eq!(Config::new(4096).put(0x100, &[0xff; 4]).chain(), []);
-        let mut config = Config::new(256);
-        config.regions.clear();
-        let manifest = config.described().unwrap();
+        let mut hardware = FakeHardware::of_config("d", Config::new(256).0);
+        hardware.regions_mut().clear();
+        let manifest = described(&hardware).unwrap();
         assert_eq!((manifest.pci, manifest.capabilities), (None, None));
     }
 

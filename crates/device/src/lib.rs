@@ -13,6 +13,8 @@ mod kernel;
 mod pci;
 mod pci_codec;
 mod session;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod vfio_user;
 mod watch;
 

@@ -1,0 +1,398 @@
+//! A PCI device made of nothing: it answers from memory, remembers what was done to it, and fails where it is told to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::event::{EventfdFlags, eventfd};
+use vfio_migration_memory::Mapping;
+use vfio_migration_types::{DeviceId, Iova, Range};
+
+use crate::error::DeviceError;
+use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
+use crate::kernel::error::KernelError;
+
+const BAR0_SIZE: u64 = 0x4000;
+const BAR2_SIZE: u64 = 0x10_0000;
+
+/// The sample device's config space: MSI-X at 0x40 (2 vectors), a vendor-specific capability at 0x50.
+pub fn sample_config() -> Vec<u8> {
+    let mut config = vec![0; 256];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x00, &[0x46, 0x56, 0x53, 0x4d]);
+    put(0x06, &[0x10, 0]);
+    put(0x08, &[1, 0, 0, 0xff]);
+    put(0x18, &[0x0c]);
+    put(0x2c, &[0x46, 0x56, 1, 0]);
+    put(0x34, &[0x40]);
+    put(0x40, &[0x11, 0x50, 1, 0, 0, 0x20, 0, 0, 0, 0x30, 0, 0]);
+    put(0x50, &[0x09, 0, 8, 0xa1, 0xa2, 0xa3, 0xa4, 0xa5]);
+    config
+}
+
+/// That of a device with everything else: besides MSI-X a pin, MSI with 4 maskable vectors at 0x60, and 8 ports in BAR 4.
+pub fn legacy_config() -> Vec<u8> {
+    let mut config = sample_config();
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x20, &[1]);
+    put(0x3d, &[1]);
+    put(0x51, &[0x60]);
+    put(0x60, &[0x05, 0, 0x84, 0x01]);
+    config
+}
+
+/// Memory for a BAR 2, and a page beyond it. Not sealed.
+pub fn mailbox() -> OwnedFd {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+    let mailbox = rustix::fs::memfd_create("mailbox", flags).unwrap();
+    rustix::fs::ftruncate(&mailbox, BAR2_SIZE + 0x1000).unwrap();
+    mailbox
+}
+
+/// An eventfd.
+#[derive(Debug)]
+pub struct FakeEvent(OwnedFd);
+
+impl Default for FakeEvent {
+    fn default() -> Self {
+        Self(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap())
+    }
+}
+
+impl FakeEvent {
+    fn signal(&self) {
+        rustix::io::write(&self.0, &1u64.to_ne_bytes()).unwrap();
+    }
+
+    /// Whether it was signalled since last asked.
+    pub fn drain(&self) -> bool {
+        rustix::io::read(&self.0, &mut [0; 8]).is_ok()
+    }
+}
+
+impl AsFd for FakeEvent {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A device that remembers what was done to it.
+#[derive(Debug)]
+pub struct FakeHardware {
+    id: DeviceId,
+    regions: Vec<PciRegion>,
+    mailbox: OwnedFd,
+    offset: u64,
+    doorbell: FakeEvent,
+    /// How many interrupts of each kind it has.
+    irqs: [u32; 3],
+    /// It takes an eventfd that unmasks its pin.
+    resamples: bool,
+    /// Signalled whenever its pin is unmasked by a call.
+    pub unmasked: FakeEvent,
+    /// What was done to it, and what it is to do.
+    pub state: Mutex<FakeHardwareState>,
+}
+
+/// What was done to a [`FakeHardware`], and what it is to do.
+#[derive(Debug)]
+pub struct FakeHardwareState {
+    /// Its config space.
+    pub config: Vec<u8>,
+    /// Its registers.
+    pub bar0: Vec<u8>,
+    ports: Vec<u8>,
+    /// The eventfds that are connected, by kind and number of the interrupt.
+    pub events: BTreeMap<(u32, u32), OwnedFd>,
+    /// The level of its pin, and whether that is masked at the device, as it is by each signal.
+    pin: bool,
+    masked: bool,
+    resample: Option<OwnedFd>,
+    /// What was done since [`FakeHardware::log`] was last asked.
+    pub log: Vec<String>,
+    /// What it may reach by DMA.
+    pub dma: BTreeSet<Range<Iova>>,
+    /// The next call that changes something fails.
+    pub fail: bool,
+    /// Its IOMMU takes no BAR of another device.
+    pub no_peer_dma: bool,
+}
+
+impl FakeHardware {
+    /// One with [the sample device's config space](sample_config), and a BAR 2 that cannot shrink.
+    pub fn new(name: &str) -> Arc<Self> {
+        let mailbox = mailbox();
+        rustix::fs::fcntl_add_seals(&mailbox, rustix::fs::SealFlags::SHRINK).unwrap();
+        Arc::new(Self::with(name, mailbox, 0, &|_| {}))
+    }
+
+    /// One whose BAR 2 lies at `offset` of `mailbox`, and whose regions are as `change` makes them.
+    pub fn with(name: &str, mailbox: OwnedFd, offset: u64, change: &dyn Fn(&mut Vec<PciRegion>)) -> Self {
+        let region = |index, size, mappable: &[(u64, u64)]| PciRegion {
+            index: RegionIndex(index),
+            size,
+            readable: true,
+            writable: true,
+            mappable: mappable.iter().map(|(start, len)| Range::new(*start, *len).unwrap()).collect(),
+        };
+        let mut regions =
+            vec![region(0, BAR0_SIZE, &[]), region(2, BAR2_SIZE, &[(0, BAR2_SIZE)]), region(7, 256, &[])];
+        change(&mut regions);
+        let state = FakeHardwareState {
+            config: sample_config(),
+            bar0: vec![0; 0x4000],
+            ports: vec![0; 8],
+            events: BTreeMap::new(),
+            pin: false,
+            masked: false,
+            resample: None,
+            log: Vec::new(),
+            dma: BTreeSet::new(),
+            fail: false,
+            no_peer_dma: false,
+        };
+        Self {
+            id: DeviceId::new(name).unwrap(),
+            regions,
+            mailbox,
+            offset,
+            doorbell: FakeEvent::default(),
+            irqs: [0, 0, 2],
+            resamples: true,
+            unmasked: FakeEvent::default(),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// One with [everything else](legacy_config) too. Without `resamples` its pin is to be unmasked by calls.
+    pub fn legacy(name: &str, resamples: bool) -> Arc<Self> {
+        let mailbox = mailbox();
+        rustix::fs::fcntl_add_seals(&mailbox, rustix::fs::SealFlags::SHRINK).unwrap();
+        let ports = |regions: &mut Vec<PciRegion>| {
+            let ports =
+                PciRegion { index: RegionIndex(4), size: 8, mappable: Vec::new(), ..regions[0].clone() };
+            regions.insert(2, ports);
+        };
+        let device = Self { irqs: [1, 4, 2], resamples, ..Self::with(name, mailbox, 0, &ports) };
+        device.state.lock().unwrap().config = legacy_config();
+        Arc::new(device)
+    }
+
+    /// One that has nothing but this config space, and three MSI-X vectors.
+    pub fn of_config(name: &str, config: Vec<u8>) -> Self {
+        let size = config.len() as u64;
+        let only = |regions: &mut Vec<PciRegion>| {
+            regions.retain(|region| region.index == RegionIndex::CONFIG);
+            regions.iter_mut().for_each(|region| region.size = size);
+        };
+        let mut device = Self { irqs: [0, 0, 3], ..Self::with(name, mailbox(), 0, &only) };
+        device.state.get_mut().unwrap().config = config;
+        device
+    }
+
+    /// The regions that it says it has.
+    pub fn regions_mut(&mut self) -> &mut Vec<PciRegion> {
+        &mut self.regions
+    }
+
+    /// Raises an MSI-X vector, as the device does: nothing happens where no eventfd is connected. Returns whether one was.
+    pub fn raise(&self, vector: u32) -> bool {
+        self.raise_as(IrqIndex::Msix, vector)
+    }
+
+    /// The same for any kind.
+    pub fn raise_as(&self, kind: IrqIndex, vector: u32) -> bool {
+        let state = self.state.lock().unwrap();
+        let event = state.events.get(&(kind.number(), vector));
+        event.is_some_and(|fd| rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok())
+    }
+
+    /// The device drives its pin.
+    pub fn drive(&self, pin: bool) {
+        let mut state = self.state.lock().unwrap();
+        state.pin = pin;
+        state.pin_changed();
+    }
+
+    /// The device looks at its resample eventfd: whether its pin was unmasked by it.
+    pub fn resampled(&self) -> bool {
+        let mut state = self.state.lock().unwrap();
+        let Some(fd) = &state.resample else { return false };
+        let event = FakeEvent(fd.try_clone().unwrap());
+        let unmasked = event.drain();
+        if unmasked {
+            state.masked = false;
+            state.pin_changed();
+        }
+        unmasked
+    }
+
+    /// What was done since last asked.
+    pub fn log(&self) -> Vec<String> {
+        std::mem::take(&mut self.state.lock().unwrap().log)
+    }
+
+    /// Whether its doorbell was rung since last asked.
+    pub fn rung(&self) -> bool {
+        self.doorbell.drain()
+    }
+
+    /// Its BAR 2.
+    pub fn mailbox(&self) -> Mapping {
+        Mapping::new(self.mailbox.as_fd(), 0, BAR2_SIZE, true).unwrap()
+    }
+
+    fn doing(&self, what: String) -> Result<MutexGuard<'_, FakeHardwareState>, DeviceError> {
+        let mut state = self.state.lock().unwrap();
+        if std::mem::take(&mut state.fail) {
+            return Err(DeviceError::new(self.id.clone(), what, None, "made to fail"));
+        }
+        state.log.push(what);
+        Ok(state)
+    }
+}
+
+impl FakeHardwareState {
+    fn pin_changed(&mut self) {
+        if let Some(event) = self.events.get(&(0, 0))
+            && self.pin
+            && !std::mem::replace(&mut self.masked, true)
+        {
+            rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
+        }
+    }
+}
+
+impl PciHardware for FakeHardware {
+    fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
+    fn regions(&self) -> &[PciRegion] {
+        &self.regions
+    }
+
+    fn region_file(&self, index: RegionIndex) -> Option<RegionFile<'_>> {
+        (index.0 == 2).then(|| RegionFile { fd: self.mailbox.as_fd(), offset: self.offset })
+    }
+
+    fn region_read(&self, index: RegionIndex, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+        let size = self.regions.iter().find(|region| region.index == index).map_or(0, |region| region.size);
+        assert!(offset + into.len() as u64 <= size, "an access outside of region {}", index.0);
+        let state = self.state.lock().unwrap();
+        let from = match index.0 {
+            7 => &state.config,
+            4 => &state.ports,
+            _ => &state.bar0,
+        };
+        into.copy_from_slice(&from[offset as usize..][..into.len()]);
+        Ok(())
+    }
+
+    fn region_write(&self, index: RegionIndex, offset: u64, from: &[u8]) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("write {} {offset:#x} {from:x?}", index.0))?;
+        if index == RegionIndex::CONFIG {
+            if (0x53..0x58).contains(&offset) {
+                state.config[offset as usize..][..from.len()].copy_from_slice(from);
+            }
+        } else if index.0 == 4 {
+            state.ports[offset as usize..][..from.len()].copy_from_slice(from);
+        } else {
+            state.bar0[offset as usize..][..from.len()].copy_from_slice(from);
+        }
+        Ok(())
+    }
+
+    fn doorbells(&self, index: RegionIndex) -> Result<Vec<Doorbell>, DeviceError> {
+        let fd = self.doorbell.as_fd().try_clone_to_owned().unwrap();
+        let doorbell = Doorbell { offset: 0x1000, size: 4, datamatch: None, fd };
+        Ok(if index.0 == 0 { vec![doorbell] } else { vec![] })
+    }
+
+    fn irq_count(&self, index: IrqIndex) -> u32 {
+        self.irqs[index.number() as usize]
+    }
+
+    fn set_irq_eventfds(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        eventfds: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("irqs {} {start}+{}", index.number(), eventfds.len()))?;
+        let kind = index.number();
+        // As the kernel's vfio-pci: one kind at a time.
+        assert!(state.events.keys().all(|(other, _)| *other == kind), "another kind is connected");
+        for (vector, fd) in (start..).zip(eventfds) {
+            match fd {
+                Some(fd) => drop(state.events.insert((kind, vector), fd.try_clone_to_owned().unwrap())),
+                None => drop(state.events.remove(&(kind, vector))),
+            }
+        }
+        if index == IrqIndex::Intx {
+            state.masked = false;
+            state.pin_changed();
+        }
+        Ok(())
+    }
+
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("irqs {} off", index.number()))?;
+        state.events.retain(|(kind, _), _| *kind != index.number());
+        if index == IrqIndex::Intx {
+            state.resample = None;
+        }
+        Ok(())
+    }
+
+    fn trigger_irq(&self, _index: IrqIndex, vector: u32) -> Result<(), DeviceError> {
+        self.raise(vector);
+        Ok(())
+    }
+
+    fn mask_irq(&self, index: IrqIndex, _vector: u32, masked: bool) -> Result<(), DeviceError> {
+        if index == IrqIndex::Intx {
+            let mut state = self.state.lock().unwrap();
+            state.masked = masked;
+            state.pin_changed();
+            drop(state);
+            self.unmasked.signal();
+            return Ok(());
+        }
+        Err(DeviceError::new(self.id.clone(), "masking", Some(rustix::io::Errno::INVAL), "not maskable"))
+    }
+
+    fn set_intx_resample(&self, resample: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
+        if !self.resamples {
+            let errno = Some(rustix::io::Errno::NOTTY);
+            return Err(DeviceError::new(self.id.clone(), "connecting the resample", errno, "not supported"));
+        }
+        let mut state = self.state.lock().unwrap();
+        assert!(state.events.contains_key(&(0, 0)), "the pin is not connected");
+        state.resample = resample.map(|fd| fd.try_clone_to_owned().unwrap());
+        Ok(())
+    }
+
+    fn dma_map(
+        &self,
+        iova: Range<Iova>,
+        _access: DmaAccess,
+        file: Option<(BorrowedFd<'_>, u64)>,
+    ) -> Result<(), DeviceError> {
+        assert!(file.is_some());
+        let mut state = self.doing(format!("map {:#x}+{:#x}", iova.start().0, iova.len()))?;
+        assert!(state.dma.iter().all(|other| !other.overlaps(&iova)), "overlap");
+        if state.no_peer_dma {
+            let why = KernelError::NoPeerDma("made so".into());
+            return Err(DeviceError::new(self.id.clone(), "mapping", None, why));
+        }
+        state.dma.insert(iova);
+        Ok(())
+    }
+
+    fn dma_unmap(&self, iova: Range<Iova>) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("unmap {:#x}+{:#x}", iova.start().0, iova.len()))?;
+        assert!(state.dma.remove(&iova), "was not mapped");
+        Ok(())
+    }
+}
