@@ -1,21 +1,24 @@
 //! The reference VMM on real KVM: the guest program boots, runs, checks, is paused, saved and loaded.
 #![expect(clippy::cast_possible_truncation, reason = "the numbers of the tests are small")]
 
-mod fake;
 mod ring;
+#[path = "../sample/mod.rs"]
+mod sample;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use fake::FakeBus;
 use ring::{Rig, kvm_answers};
+use sample::SampleBus;
 use vfio_migration_memory::DirtySource;
-use vfio_migration_types::{Bitmap, Granule, RamOffset};
+use vfio_migration_sim::Options;
+use vfio_migration_types::{Bitmap, Granule, MigrationState, PAGE_SIZE, RamOffset};
+use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage, map};
 use vfio_migration_vmm::StopReason;
-use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage};
-use vfio_migration_vmm::kvm::{KvmVm, cpu_features, section_versions};
+use vfio_migration_vmm::kvm::{KvmTies, KvmVm, check_features, cpu_features, section_versions};
+use vfio_migration_vmm::pci::{PciHost, MsiRouter, Windows};
 
+/// Time that a device takes for a block.
 const PACE: Duration = Duration::from_millis(4);
 
 #[test]
@@ -171,16 +174,25 @@ fn differs(old: &[u8], new: &[u8], page: u64) -> bool {
     old[bytes.clone()] != new[bytes]
 }
 
-/// A machine with `count` fake devices that is up and running.
-fn with_devices(count: u64, p2p: bool) -> (Rig, Arc<FakeBus>) {
-    let mut fake = None;
+/// A machine with `count` sample devices, on which nothing runs yet.
+fn with_devices(count: usize) -> (Rig, SampleBus) {
+    let mut sample = None;
     let rig = Rig::with_bus(64, |ram, vm| {
-        let bus = FakeBus::new(ram, vm, count, PACE);
-        fake = Some(Arc::clone(&bus));
-        bus
+        let ties = Arc::new(KvmTies::new(vm.clone()));
+        let router = Arc::new(MsiRouter::new(ties.clone()));
+        let host = PciHost::new(ties.clone(), ties, router, Windows::default());
+        let options = Options { state_size: 1 << 20, dma_interval: PACE, ..Options::default() };
+        sample.insert(SampleBus::new(ram, host, count, &options)).bus.clone()
     });
-    rig.boot(10 << 20, count, p2p);
-    (rig, fake.unwrap())
+    (rig, sample.unwrap())
+}
+
+/// The same, with a guest that is up.
+fn driven_devices(count: usize, p2p: bool) -> (Rig, SampleBus) {
+    let (rig, sample) = with_devices(count);
+    sample.bus.place_bars().unwrap();
+    rig.boot(10 << 20, count as u64, p2p);
+    (rig, sample)
 }
 
 #[test]
@@ -188,13 +200,12 @@ fn devices_are_driven() {
     if !kvm_answers() {
         return;
     }
-    let (rig, bus) = with_devices(3, true);
+    let (rig, _sample) = driven_devices(3, true);
     let report = rig.wait("blocks", |report| {
         report.dma_blocks > 1000 && report.p2p_blocks > 300 && report.block_passes >= 1
     });
     assert_eq!((report.lost(), report.integrity_failures), (0, 0), "{report:?}");
     assert!(report.interrupts > 0 && report.blocks_checked > report.dma_blocks);
-    bus.stop();
 }
 
 #[test]
@@ -202,14 +213,50 @@ fn a_lost_interrupt_is_counted_and_survived() {
     if !kvm_answers() {
         return;
     }
-    let (rig, bus) = with_devices(1, false);
+    let (rig, sample) = driven_devices(1, false);
     let before = rig.wait("blocks", |report| report.dma_blocks > 100);
     assert_eq!(before.lost(), 0);
-    bus.faults(0).interrupt.store(true, Ordering::SeqCst);
+    sample.hardware[0].swallow(0);
     let lost = rig.wait("the loss", |report| report.interrupts_lost > 0);
     let after = rig.wait("it to go on", |report| report.dma_blocks > lost.dma_blocks + 100);
     assert_eq!((after.interrupts_lost, after.blocks_lost, after.pages_lost), (1, 0, 0), "{after:?}");
-    bus.stop();
+}
+
+/// Where the first device writes block after block.
+fn targets(rig: &Rig) -> Vec<Vec<u8>> {
+    let slot = |slot| {
+        let mut block = vec![0; 4096];
+        rig.ram.read(target(rig, slot), &mut block).unwrap();
+        block
+    };
+    (0..map::SLOTS).map(slot).collect()
+}
+
+fn target(rig: &Rig, slot: u64) -> RamOffset {
+    rig.offset(map::DEVICES + map::DEVICE_TARGETS + slot * PAGE_SIZE, PAGE_SIZE)
+}
+
+/// Pauses the guest until its device has written all blocks that it was asked for. Gives a slot with one that the guest
+/// has not seen, and what it held before.
+fn unseen_block(rig: &Rig) -> (u64, Vec<u8>) {
+    let word = |at| rig.ram.read_u64(rig.offset(map::DEVICES + at, 8)).unwrap();
+    for _ in 0..1000 {
+        rig.pause();
+        let before = targets(rig);
+        let deadline = std::time::Instant::now() + ring::PATIENCE;
+        while word(map::DEVICE_DONE) < word(map::DEVICE_TAIL) {
+            assert!(std::time::Instant::now() < deadline, "the device does not go on");
+            std::thread::yield_now();
+        }
+        let written = targets(rig);
+        let changed = (0..).zip(before).zip(&written).find(|((_, before), now)| before != *now);
+        if let Some(((slot, before), _)) = changed {
+            return (slot, before);
+        }
+        rig.vm.resume().unwrap();
+        rig.wait("it to go on", |report| report.stage == Stage::Running);
+    }
+    panic!("the guest is always ahead of its device");
 }
 
 #[test]
@@ -217,15 +264,24 @@ fn a_stale_block_is_counted() {
     if !kvm_answers() {
         return;
     }
-    let (rig, bus) = with_devices(1, false);
+    let (rig, _sample) = driven_devices(1, false);
     rig.wait("blocks", |report| report.dma_blocks > 100);
-    bus.faults(0).stale_block.store(true, Ordering::SeqCst);
+    // A block that is announced, and was not written.
+    let (slot, stale) = unseen_block(&rig);
+    rig.ram.write(target(&rig, slot), &stale).unwrap();
+    rig.vm.resume().unwrap();
     let lost = rig.wait("the loss", |report| report.blocks_lost > 0);
-    bus.faults(0).integrity.store(3, Ordering::SeqCst);
+    // One that says that three pages of the device's state are damaged, which its sum covers.
+    let (slot, _) = unseen_block(&rig);
+    let at = |word: u64| RamOffset(target(&rig, slot).0 + word * 8);
+    let sum = rig.ram.read_u64(at(7)).unwrap();
+    assert_eq!(rig.ram.read_u64(at(5)).unwrap(), 0);
+    rig.ram.write_u64(at(5), 3).unwrap();
+    rig.ram.write_u64(at(7), sum.wrapping_add(3)).unwrap();
+    rig.vm.resume().unwrap();
     rig.wait("the damage", |report| report.integrity_failures > 0);
     let after = rig.wait("it to go on", |report| report.dma_blocks > lost.dma_blocks + 100);
     assert_eq!((after.interrupts_lost, after.blocks_lost, after.integrity_failures), (0, 2, 1), "{after:?}");
-    bus.stop();
 }
 
 #[test]
@@ -233,20 +289,21 @@ fn a_damaged_old_block_is_found() {
     if !kvm_answers() {
         return;
     }
-    let (rig, bus) = with_devices(1, false);
+    let (rig, sample) = driven_devices(1, false);
     rig.wait("blocks", |report| report.dma_blocks > 100);
-    bus.faults(0).hold.store(true, Ordering::SeqCst);
+    // A device that is stopped uses no slot again.
+    let device = &sample.hardware[0].device;
+    device.set_state(MigrationState::Stop).unwrap();
     rig.pause();
-    let slots = rig.offset(guest::map::DEVICES + guest::map::DEVICE_SLOTS, 512);
-    // The newest block: it is the last whose slot is used again. Its last word is compared only through the sum.
+    let slots = rig.offset(map::DEVICES + map::DEVICE_SLOTS, 512);
+    // The newest block of those that the guest knows. Its last word is compared only through the sum.
     let number = |slot: &u64| rig.ram.read_u64(RamOffset(slots.0 + slot * 8)).unwrap();
-    let full = (0..64).max_by_key(number).unwrap();
-    let word = guest::map::DEVICES + guest::map::DEVICE_TARGETS + full * 4096 + 504;
+    let full = (0..map::SLOTS).max_by_key(number).unwrap();
+    let word = map::DEVICES + map::DEVICE_TARGETS + full * 4096 + 504;
     rig.ram.write_u64(rig.offset(word, 8), 1).unwrap();
     rig.vm.resume().unwrap();
     rig.wait("the damage", |report| report.blocks_lost == 1);
-    bus.faults(0).hold.store(false, Ordering::SeqCst);
-    bus.stop();
+    device.set_state(MigrationState::Running).unwrap();
 }
 
 #[test]
@@ -254,33 +311,26 @@ fn a_machine_with_devices_moves_with_its_interrupts() {
     if !kvm_answers() {
         return;
     }
-    let (mut rig, mut bus) = with_devices(2, true);
+    let (mut rig, mut sample) = driven_devices(2, true);
     for _ in 0..5 {
         let before = rig.report();
         rig.wait("blocks", |report| report.dma_blocks > before.dma_blocks + 200);
         rig.pause();
-        let devices = bus.stop();
-        // Before the state is saved: what KVM still had under way reaches the interrupt controllers by this.
-        fake::detach(&bus);
-        let mut fake = None;
-        let to = Rig::with_bus(64, |ram, vm| {
-            let bus = FakeBus::new(ram, vm, 2, PACE);
-            fake = Some(Arc::clone(&bus));
-            bus
-        });
-        let to_bus = fake.unwrap();
+        // Before the machine's state is saved: what KVM still had under way reaches the interrupt controllers by this.
+        let states = sample.stop();
+        let (to, to_sample) = with_devices(2);
         rig.copy_into(&to);
-        to_bus.load(devices);
-        (rig, bus) = (to, to_bus);
+        sample.move_devices(&to_sample);
+        to_sample.start(&sample, &states);
+        assert_eq!(sample.host.gate().violations(), 0, "a paused guest reached for its devices");
+        (rig, sample) = (to, to_sample);
         rig.vm.resume().unwrap();
-        bus.wake();
     }
     let before = rig.report();
     let after = rig.wait("blocks", |report| {
         report.dma_blocks > before.dma_blocks + 500 && report.block_passes > before.block_passes + 1
     });
     assert_eq!((after.blocks_lost, after.pages_lost, after.interrupts_lost), (0, 0, 0), "{after:?}");
-    bus.stop();
 }
 
 #[test]
@@ -316,7 +366,7 @@ fn a_triple_fault_stops_the_machine_with_a_reason() {
     let info = BootInfo::new(&rig.ram, 0, 0, false).unwrap();
     guest::load(&rig.vm, &info).unwrap();
     // No interrupt table is there yet, so the first instruction's fault cannot be served.
-    rig.ram.write(rig.offset(guest::map::PROGRAM, 2), &[0x0F, 0x0B]).unwrap();
+    rig.ram.write(rig.offset(map::PROGRAM, 2), &[0x0F, 0x0B]).unwrap();
     rig.vm.resume().unwrap();
     let reason = rig.vm.wait_for_stop(ring::PATIENCE);
     let stopped = matches!(reason, Some(StopReason::Shutdown { .. } | StopReason::InternalError { .. }));

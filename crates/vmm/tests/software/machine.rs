@@ -3,27 +3,24 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_migration_device::{ConfigRules, IrqRouter, PciFunction};
 use vfio_migration_memory::{DirtySource, GuestRam};
-use vfio_migration_sim::{Options, Read};
-use vfio_migration_types::{Bitmap, Gpa, Granule, MigrationState, PAGE_SIZE, RamOffset};
+use vfio_migration_sim::Options;
+use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::bus::IoBus;
+use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::guest::{BootInfo, Report};
 use vfio_migration_vmm::layout;
-use vfio_migration_vmm::pci::{MsiRouter, PciBus, PciHost, VfioPciFunction, Windows, map_guest_ram};
-use vfio_migration_vmm::platform::PlatformBus;
+use vfio_migration_vmm::pci::{PciHost, MsiRouter, Windows};
 use vfio_migration_vmm::software::SoftwareVm;
 
-use crate::hardware::Hardware;
+use crate::sample::SampleBus;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Machine {
     pub(crate) vm: SoftwareVm,
     pub(crate) ram: Arc<GuestRam>,
-    pub(crate) host: Arc<PciHost>,
-    pub(crate) bus: Arc<PciBus>,
-    pub(crate) hardware: Vec<Arc<Hardware>>,
+    pub(crate) sample: SampleBus,
     memory: u64,
     options: Options,
 }
@@ -35,23 +32,16 @@ impl Machine {
         let (irq, mapper) = (vm.backend().clone(), vm.backend().clone());
         let router = Arc::new(MsiRouter::new(vm.backend().clone()));
         let host = PciHost::new(irq, mapper, router, Windows::default());
-        let bus = Arc::new(PciBus::new(host.clone()));
-        let mut hardware = Vec::new();
-        for slot in 1..=u8::try_from(devices).unwrap() {
-            let device = Hardware::new(&format!("dev{slot}"), options.clone());
-            map_guest_ram(&*device, &ram).unwrap();
-            bus.add(Arc::new(VfioPciFunction::new(slot, device.clone(), host.clone()).unwrap()));
-            hardware.push(device);
-        }
-        let platform: Arc<dyn IoBus> = Arc::new(PlatformBus::new(bus.clone()));
+        let sample = SampleBus::new(&ram, host, devices, options);
+        let platform: Arc<dyn IoBus> = Arc::new(PlatformBus::new(sample.bus.clone()));
         vm.start(&platform).unwrap();
-        Self { vm, ram, host, bus, hardware, memory, options: options.clone() }
+        Self { vm, ram, sample, memory, options: options.clone() }
     }
 
     /// Booted and running, with `rate` pages numbered a second.
     pub(crate) fn boot(memory: u64, devices: usize, rate: u64, options: &Options) -> Self {
         let machine = Self::new(memory, devices, options);
-        machine.bus.place_bars().unwrap();
+        machine.sample.bus.place_bars().unwrap();
         let info = BootInfo::new(&machine.ram, rate * PAGE_SIZE, devices as u64, devices > 1).unwrap();
         machine.vm.boot(&info).unwrap();
         machine.vm.resume().unwrap();
@@ -80,7 +70,7 @@ impl Machine {
         let then = self.report();
         self.wait("comparing everything", |now| {
             now.page_passes >= then.page_passes + 2
-                && (self.hardware.is_empty() || now.block_passes >= then.block_passes + 2)
+                && (self.sample.hardware.is_empty() || now.block_passes >= then.block_passes + 2)
         })
     }
 
@@ -108,7 +98,7 @@ impl Machine {
 
     fn report_dirty(&self, log: &dyn DirtySource, into: &mut Bitmap) {
         log.report(into).unwrap();
-        for hardware in &self.hardware {
+        for hardware in &self.sample.hardware {
             for region in self.ram.regions() {
                 let mut words = vec![0; usize::try_from((region.len / PAGE_SIZE).div_ceil(64)).unwrap()];
                 hardware.device.report_dma_log(region.gpa.0, region.len, PAGE_SIZE, &mut words).unwrap();
@@ -120,10 +110,10 @@ impl Machine {
     /// Moves guest and devices to a machine built anew; memory goes over while the guest runs, then once more what
     /// the logs name.
     pub(crate) fn migrate(self) -> Self {
-        let next = Self::new(self.memory, self.hardware.len(), &self.options);
+        let next = Self::new(self.memory, self.sample.hardware.len(), &self.options);
         let log = self.vm.dirty_source();
         log.start().unwrap();
-        self.hardware.iter().for_each(|hardware| {
+        self.sample.hardware.iter().for_each(|hardware| {
             hardware.device.start_dma_log(PAGE_SIZE, &[]).unwrap();
         });
         (0..self.pages()).for_each(|page| self.copy(page, &next.ram));
@@ -136,11 +126,7 @@ impl Machine {
         }
 
         self.vm.pause(PATIENCE).unwrap();
-        self.host.gate().close();
-        for state in [MigrationState::RunningP2p, MigrationState::Stop] {
-            self.hardware.iter().for_each(|hardware| hardware.device.set_state(state).unwrap());
-        }
-        let states: Vec<_> = self.bus.functions().iter().map(|function| function.save().unwrap()).collect();
+        let states = self.sample.stop();
         let mut dirty = Bitmap::new(self.memory, Granule::PAGE);
         self.report_dirty(&*log, &mut dirty);
         (0..self.pages()).filter(|page| dirty.test(*page)).for_each(|page| self.copy(page, &next.ram));
@@ -150,36 +136,11 @@ impl Machine {
             "the logs did not name everything"
         );
 
-        for (from, to) in self.hardware.iter().zip(&next.hardware) {
-            from.device.set_state(MigrationState::StopCopy).unwrap();
-            to.device.set_state(MigrationState::Resuming).unwrap();
-            let mut bytes = vec![0; 1 << 20];
-            loop {
-                match from.device.read_data(&mut bytes).unwrap() {
-                    Read::Data(len) => to.device.write_data(&bytes[..len]).unwrap(),
-                    Read::NothingNow => panic!("a stopped device has nothing for now"),
-                    Read::End => break,
-                }
-            }
-        }
+        self.sample.move_devices(&next.sample);
         next.vm.load(&self.vm.save().unwrap()).unwrap();
-        next.bus.set_config_address(self.bus.config_address());
-        let functions = next.bus.functions();
-        for (function, state) in functions.iter().zip(&states) {
-            function.restore_config(state, &ConfigRules::default()).unwrap();
-        }
-        for (function, state) in functions.iter().zip(&states) {
-            function.stage_interrupts(state, &**next.host.router()).unwrap();
-        }
-        next.host.router().commit().unwrap();
-        for (function, state) in functions.iter().zip(&states) {
-            assert_eq!(function.connect_interrupts(state).unwrap(), 2);
-        }
-        for state in [MigrationState::Stop, MigrationState::RunningP2p, MigrationState::Running] {
-            next.hardware.iter().for_each(|hardware| hardware.device.set_state(state).unwrap());
-        }
+        next.sample.start(&self.sample, &states);
         next.vm.resume().unwrap();
-        assert_eq!(self.host.gate().violations(), 0, "a paused guest reached for its devices");
+        assert_eq!(self.sample.host.gate().violations(), 0, "a paused guest reached for its devices");
         next
     }
 }

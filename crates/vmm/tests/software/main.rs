@@ -1,8 +1,9 @@
 //! The software guest from outside, with sample devices: it works, it stands still when paused, its dirty log is
 //! exact, it can be moved; and its checks find what is put wrong on purpose.
 
-mod hardware;
 mod machine;
+#[path = "../sample/mod.rs"]
+mod sample;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,7 +41,7 @@ fn it_drives_real_devices_and_loses_nothing() {
     let report = machine.wait("working", |report| report.dma_blocks > 1000 && report.p2p_blocks > 300);
     assert_eq!((report.lost(), report.spurious), (0, 0), "{report:?}");
     assert!(report.interrupts > 100, "{report:?}");
-    assert_eq!(machine.bus.functions().iter().map(|function| function.errors()).sum::<u64>(), 0);
+    assert_eq!(machine.sample.bus.functions().iter().map(|function| function.errors()).sum::<u64>(), 0);
 }
 
 #[test]
@@ -86,17 +87,17 @@ fn many_pauses_among_interrupts_lose_none() {
     let began = machine.report();
     for _ in 0..200 {
         machine.vm.pause(PATIENCE).unwrap();
-        machine.host.gate().close();
+        machine.sample.host.gate().close();
         // What the devices raise now comes to nobody who could take it.
         std::thread::yield_now();
-        machine.host.gate().open();
+        machine.sample.host.gate().open();
         machine.vm.resume().unwrap();
         let loops = machine.report().loops;
         machine.wait("going on", |report| report.loops > loops);
     }
     let report = machine.wait("going on after all", |report| report.dma_blocks > began.dma_blocks + 200);
     assert_eq!(report.lost(), 0, "{report:?}");
-    assert_eq!(machine.host.gate().violations(), 0, "a paused guest reached for its devices");
+    assert_eq!(machine.sample.host.gate().violations(), 0, "a paused guest reached for its devices");
 }
 
 #[test]
@@ -161,7 +162,7 @@ fn it_moves_five_times_with_two_devices() {
         let report = machine.wait_for_all_checks();
         assert_eq!((report.lost(), report.integrity_failures), (0, 0), "{report:?}");
     }
-    assert!(machine.hardware.iter().all(|hardware| hardware.device.integrity() == 0));
+    assert!(machine.sample.hardware.iter().all(|hardware| hardware.device.integrity() == 0));
 }
 
 #[test]
@@ -169,7 +170,7 @@ fn an_interrupt_withheld_is_missed_after_a_second_and_made_good() {
     for flow in [0, 1] {
         let machine = Machine::boot(SMALL, 2, 1000, &options());
         machine.wait("working", |report| report.p2p_blocks > 50);
-        machine.hardware[0].swallow(flow);
+        machine.sample.hardware[0].swallow(flow);
         let withheld = Instant::now();
         let report = machine.wait("missing it", |report| report.interrupts_lost > 0);
         assert!(withheld.elapsed() > Duration::from_millis(900), "too soon: {:?}", withheld.elapsed());
