@@ -5,7 +5,7 @@ mod toy;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use toy::{Fault, Plan, Toy, ToyDevice, ToyKind};
+use toy::{FakeDevice, FakeDeviceKind, FakeFault, Plan, Toy};
 use vfio_migration::{
     DeviceControl, DeviceFileError, DeviceReport, RestoreDeviceOptions, SaveDeviceOptions, SaveOptions,
     Snapshot, SnapshotError, Source, SourceOptions, restore_device, save, save_device,
@@ -15,7 +15,7 @@ use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, MigrationState};
 
 struct Bench {
-    toy: Arc<ToyDevice>,
+    toy: Arc<FakeDevice>,
     device: Arc<dyn Device>,
     journal: Arc<Mutex<Vec<String>>>,
 }
@@ -24,7 +24,8 @@ impl Bench {
     fn new() -> Self {
         let ram = Arc::new(GuestRam::new("toy", &[RamSpec { gpa: Gpa(0), len: 1 << 20 }]).unwrap());
         let journal = Arc::default();
-        let toy = ToyDevice::new(0, ToyKind { pieces: 40, ..ToyKind::default() }, &ram, &journal);
+        let toy =
+            FakeDevice::new(0, FakeDeviceKind { pieces: 40, ..FakeDeviceKind::default() }, &ram, &journal);
         let device: Arc<dyn Device> = toy.clone();
         Self { toy, device, journal }
     }
@@ -52,8 +53,8 @@ impl Bench {
         self.restore_by(path, &DeviceControl::default())
     }
 
-    fn fails_at(&self, fault: Fault) {
-        *self.toy.fault.lock().unwrap() = Some(fault);
+    fn fails_at(&self, fault: FakeFault) {
+        self.toy.fail_at(fault);
     }
 
     fn untouched(&self) -> bool {
@@ -133,7 +134,9 @@ fn cancelled_before_its_first_byte() {
 fn failures_say_what_became_of_the_device() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("file");
-    for fault in [Fault::BeginPrecopy, Fault::ReadPrecopy, Fault::GoStopCopy, Fault::ReadStopCopy] {
+    for fault in
+        [FakeFault::BeginPrecopy, FakeFault::ReadPrecopy, FakeFault::GoStopCopy, FakeFault::ReadStopCopy]
+    {
         let from = Bench::filled();
         from.fails_at(fault);
         let error = from.save(&path).unwrap_err();
@@ -142,10 +145,10 @@ fn failures_say_what_became_of_the_device() {
         assert!(!path.exists(), "{fault:?}");
     }
     let from = Bench::filled();
-    from.fails_at(Fault::BackToRunning);
+    from.fails_at(FakeFault::BackToRunning);
     let error = from.save(&path).unwrap_err();
     assert!(matches!(&error, DeviceFileError::WholeFile { fate, .. } if fate.reset), "{error}");
-    for fault in [Fault::BeginResuming, Fault::Write, Fault::Finish] {
+    for fault in [FakeFault::BeginResuming, FakeFault::Write, FakeFault::Finish] {
         let to = Bench::new();
         to.fails_at(fault);
         let error = to.restore(&path).unwrap_err();
@@ -153,7 +156,7 @@ fn failures_say_what_became_of_the_device() {
         assert_eq!((fate.reset, fate.now), (true, Some(MigrationState::Running)), "{fault:?}");
     }
     let to = Bench::new();
-    to.fails_at(Fault::BackToRunning);
+    to.fails_at(FakeFault::BackToRunning);
     let error = to.restore(&path).unwrap_err();
     assert!(error.to_string().contains("its state is loaded, and it does not start"), "{error}");
 }
@@ -168,7 +171,7 @@ fn nothing_is_touched_for_a_file_that_cannot_be() {
     assert!(matches!(error, DeviceFileError::File(SnapshotError::Exists(_))), "{error}");
     assert!(bench.untouched());
     std::fs::remove_file(&path).unwrap();
-    let plan = Plan { pages: 8, hot: 2, devices: vec![ToyKind::default()] };
+    let plan = Plan { pages: 8, hot: 2, devices: vec![FakeDeviceKind::default()] };
     let options = SourceOptions::default().for_saving();
     save(Source::new(Toy::booted(&plan), options), &path, SaveOptions::default(), |_| {}).unwrap();
     let error = bench.restore(&path).unwrap_err();

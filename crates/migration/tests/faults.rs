@@ -30,17 +30,21 @@ fn incoming() -> DestinationOptions {
 }
 
 fn small() -> Plan {
-    Plan { pages: 256, hot: 16, devices: vec![ToyKind { pieces: 40, ..ToyKind::default() }; 2] }
+    Plan { pages: 256, hot: 16, devices: vec![FakeDeviceKind { pieces: 40, ..FakeDeviceKind::default() }; 2] }
 }
 
 #[test]
 fn a_device_that_fails_at_the_source_is_named_and_the_guest_goes_on() {
     let plan = small();
-    for fault in
-        [Fault::BeginPrecopy, Fault::ReadPrecopy, Fault::GoP2p, Fault::GoStopCopy, Fault::ReadStopCopy]
-    {
+    for fault in [
+        FakeFault::BeginPrecopy,
+        FakeFault::ReadPrecopy,
+        FakeFault::GoP2p,
+        FakeFault::GoStopCopy,
+        FakeFault::ReadStopCopy,
+    ] {
         let source = Toy::booted(&plan);
-        *source.device(1).fault.lock().unwrap() = Some(fault);
+        source.device(1).fail_at(fault);
         let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
         let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{fault:?}: {:?}", both.source) };
         assert_eq!(aborted.cause.device.as_deref(), Some("toy1"), "{fault:?}: {aborted:?}");
@@ -54,12 +58,12 @@ fn a_device_that_fails_at_the_source_is_named_and_the_guest_goes_on() {
 #[test]
 fn a_device_that_fails_at_the_destination_is_named_and_the_guest_goes_on() {
     let plan = small();
-    for fault in [Fault::BeginResuming, Fault::Write, Fault::Finish] {
+    for fault in [FakeFault::BeginResuming, FakeFault::Write, FakeFault::Finish] {
         let source = Toy::booted(&plan);
         let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
         let to = destination.local().clone();
         let machine = Toy::new(&plan);
-        *machine.device(0).fault.lock().unwrap() = Some(fault);
+        machine.device(0).fail_at(fault);
         let built = machine.clone();
         let (here, there) = std::thread::scope(|scope| {
             let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
@@ -81,8 +85,8 @@ fn a_device_that_fails_at_the_destination_is_named_and_the_guest_goes_on() {
 fn a_device_that_cannot_go_back_is_reset_and_named() {
     let plan = small();
     let source = Toy::booted(&plan);
-    *source.device(0).fault.lock().unwrap() = Some(Fault::BackToRunning);
-    *source.device(1).fault.lock().unwrap() = Some(Fault::ReadStopCopy);
+    source.device(0).fail_at(FakeFault::BackToRunning);
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
     assert_eq!(aborted.reset.iter().map(|id| id.as_str()).collect::<Vec<_>>(), ["toy0"]);
@@ -94,7 +98,7 @@ fn a_device_that_cannot_go_back_is_reset_and_named() {
 fn the_way_back_from_stop_copy_has_the_p2p_barrier() {
     let plan = small();
     let source = Toy::booted(&plan);
-    *source.device(1).fault.lock().unwrap() = Some(Fault::ReadStopCopy);
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
     assert!(matches!(both.source, Err(MigrateError::Aborted(_))), "{:?}", both.source);
     let order = source.journal.lock().unwrap().clone();
@@ -116,7 +120,7 @@ fn a_guest_that_cannot_be_started_is_held_and_owned() {
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
     let to = destination.local().clone();
     let machine = Toy::new(&plan);
-    *machine.device(0).fault.lock().unwrap() = Some(Fault::BackToRunning);
+    machine.device(0).fail_at(FakeFault::BackToRunning);
     let built = machine.clone();
     let (here, there) = std::thread::scope(|scope| {
         let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
@@ -157,7 +161,7 @@ fn a_storage_lock_that_is_still_held_is_waited_for() {
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
     let to = destination.local().clone();
     let machine = Toy::new(&plan);
-    *machine.device(0).fault.lock().unwrap() = Some(Fault::Finish);
+    machine.device(0).fail_at(FakeFault::Finish);
     source.lock_fault.store(true, Ordering::Relaxed);
     let built = machine.clone();
     let here = std::thread::scope(|scope| {
@@ -177,9 +181,9 @@ fn a_storage_lock_that_is_still_held_is_waited_for() {
 fn a_device_that_cannot_even_be_reset_holds_the_guest_and_is_named() {
     let plan = small();
     let source = Toy::booted(&plan);
-    *source.device(0).fault.lock().unwrap() = Some(Fault::BackToRunning);
-    source.device(0).reset_fault.store(true, Ordering::Relaxed);
-    *source.device(1).fault.lock().unwrap() = Some(Fault::ReadStopCopy);
+    source.device(0).fail_at(FakeFault::BackToRunning);
+    source.device(0).fail_resets();
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
     assert!(!aborted.restored && aborted.reset.is_empty(), "{aborted:?}");
@@ -191,7 +195,7 @@ fn a_device_that_cannot_even_be_reset_holds_the_guest_and_is_named() {
 fn a_guest_that_cannot_be_resumed_is_not_called_restored() {
     let plan = small();
     let source = Toy::booted(&plan);
-    *source.device(1).fault.lock().unwrap() = Some(Fault::ReadStopCopy);
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
     source.resume_faults.store(1, Ordering::Relaxed);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
@@ -204,7 +208,7 @@ fn a_machine_is_told_that_its_pause_ended_though_its_guest_stood_before() {
     let plan = small();
     let source = Toy::booted(&plan);
     source.pause().unwrap();
-    *source.device(1).fault.lock().unwrap() = Some(Fault::ReadStopCopy);
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
     assert!(aborted.restored, "{aborted:?}");

@@ -15,7 +15,7 @@ use vfio_migration_types::Epoch;
 
 #[test]
 fn nothing_is_left_behind() {
-    let plan = Plan { devices: vec![ToyKind::default(); 2], ..Plan::default() };
+    let plan = Plan { devices: vec![FakeDeviceKind::default(); 2], ..Plan::default() };
     let mut options = SourceOptions::default();
     options.verify = true;
     options.downtime_limit = Duration::from_secs(2);

@@ -108,10 +108,10 @@ fn what_reading_the_machine_out_writes_arrives() {
 
 #[test]
 fn several_devices_of_every_kind_move_together() {
-    let kind = |p2p, pre_copy, precopy_info| ToyKind {
+    let kind = |p2p, pre_copy, precopy_info| FakeDeviceKind {
         flags: MigrationFlags { p2p, pre_copy },
         precopy_info,
-        ..ToyKind::default()
+        ..FakeDeviceKind::default()
     };
     let devices = vec![kind(true, true, true), kind(true, false, false), kind(true, true, false)];
     let plan = Plan { devices, ..Plan::default() };
@@ -129,8 +129,9 @@ fn several_devices_of_every_kind_move_together() {
 
 #[test]
 fn several_devices_without_p2p_are_refused_by_name() {
-    let bare = ToyKind { flags: MigrationFlags { p2p: false, pre_copy: true }, ..ToyKind::default() };
-    let plan = Plan { devices: vec![ToyKind::default(), bare], ..Plan::default() };
+    let bare =
+        FakeDeviceKind { flags: MigrationFlags { p2p: false, pre_copy: true }, ..FakeDeviceKind::default() };
+    let plan = Plan { devices: vec![FakeDeviceKind::default(), bare], ..Plan::default() };
     let source = Toy::booted(&plan);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
     let Err(MigrateError::NotBegun(failure)) = both.source else { panic!("{:?}", both.source) };
@@ -143,7 +144,10 @@ fn several_devices_without_p2p_are_refused_by_name() {
 
 #[test]
 fn a_device_without_a_dirty_log_is_refused_unless_allowed() {
-    let plan = Plan { devices: vec![ToyKind { dirty_log: false, ..ToyKind::default() }], ..Plan::default() };
+    let plan = Plan {
+        devices: vec![FakeDeviceKind { dirty_log: false, ..FakeDeviceKind::default() }],
+        ..Plan::default()
+    };
     let source = Toy::booted(&plan);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
     let Err(MigrateError::NotBegun(failure)) = both.source else { panic!("{:?}", both.source) };
@@ -210,7 +214,7 @@ fn a_paused_guest_arrives_paused() {
 fn new_initial_bytes_are_loaded_before_the_switchover() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
-    source.device(0).reinit.store(true, std::sync::atomic::Ordering::Relaxed);
+    source.device(0).begin_anew();
     let (completed, _, destination) =
         migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default()).unwrap();
     prove_moved(&source, &destination);
@@ -279,7 +283,7 @@ fn it_waits_before_the_switchover_when_asked() {
 
 #[test]
 fn above_the_downtime_limit_the_guest_goes_on_here() {
-    let slow = ToyKind { slow_stop: Duration::from_millis(600), ..ToyKind::default() };
+    let slow = FakeDeviceKind { slow_stop: Duration::from_millis(600), ..FakeDeviceKind::default() };
     let plan = Plan { devices: vec![slow], ..Plan::default() };
     let source = Toy::booted(&plan);
     let mut options = SourceOptions::default();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use toy::{Plan, Toy, ToyKind};
+use toy::{FakeDeviceKind, Plan, Toy};
 use vfio_migration::{
     Basis, Destination, DestinationOptions, IncomingError, Machine, MigrateError, Rehearsal, Rehearse,
     Source, SourceOptions, probe,
@@ -158,8 +158,9 @@ fn a_policy_of_either_side_is_heard_by_both() {
 
 #[test]
 fn what_a_policy_allows_is_a_warning() {
-    let plan = Plan { devices: vec![ToyKind::default()], ..Plan::default() };
-    let other = Plan { devices: vec![ToyKind { vectors: 9, ..ToyKind::default() }], ..Plan::default() };
+    let plan = Plan { devices: vec![FakeDeviceKind::default()], ..Plan::default() };
+    let other =
+        Plan { devices: vec![FakeDeviceKind { vectors: 9, ..FakeDeviceKind::default() }], ..Plan::default() };
     let source = Toy::booted(&plan);
     let refused =
         rehearse(&source, &other, Rehearse::Ask, slow(), DestinationOptions::default()).source.unwrap_err();
@@ -179,7 +180,7 @@ fn what_a_policy_allows_is_a_warning() {
 #[test]
 fn devices_may_have_other_names() {
     let named = |name: &str| Plan {
-        devices: vec![ToyKind { name: Some(name.into()), ..ToyKind::default() }],
+        devices: vec![FakeDeviceKind { name: Some(name.into()), ..FakeDeviceKind::default() }],
         ..Plan::default()
     };
     let source = Toy::booted(&named("net0"));

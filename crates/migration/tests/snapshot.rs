@@ -17,7 +17,7 @@ use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_b
 const TRAILER: usize = 48;
 
 fn small() -> Plan {
-    Plan { pages: 8, hot: 2, devices: vec![ToyKind { pieces: 2, ..ToyKind::default() }] }
+    Plan { pages: 8, hot: 2, devices: vec![FakeDeviceKind { pieces: 2, ..FakeDeviceKind::default() }] }
 }
 
 fn saving(toy: &Arc<Toy>, path: &Path, state: Option<&Path>, how: SaveOptions) -> Result<Saved, SaveError> {
@@ -42,7 +42,8 @@ fn files(dir: &Path) -> usize {
 fn a_guest_goes_on_and_its_snapshot_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("snapshot");
-    let plan = Plan { devices: vec![ToyKind::default(), ToyKind::default()], ..Plan::default() };
+    let plan =
+        Plan { devices: vec![FakeDeviceKind::default(), FakeDeviceKind::default()], ..Plan::default() };
     let toy = Toy::booted(&plan);
     toy.prove_running();
     let saved = saving(&toy, &path, None, SaveOptions::default()).unwrap();
@@ -108,7 +109,7 @@ fn another_layout_is_refused() {
     for other in [
         Plan { pages: 16, ..small() },
         Plan { devices: vec![], ..small() },
-        Plan { pages: 64, devices: vec![ToyKind::default(), ToyKind::default()], ..small() },
+        Plan { pages: 64, devices: vec![FakeDeviceKind::default(), FakeDeviceKind::default()], ..small() },
     ] {
         let error = restoring(&path, &Toy::new(&other), None).unwrap_err();
         assert!(matches!(error, IncomingError::Refused(_)), "{error:?}");
@@ -175,7 +176,7 @@ fn no_damaged_file_passes() {
 fn swapped_device_streams_are_found() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("snapshot");
-    let kind = ToyKind { pieces: 2, ..ToyKind::default() };
+    let kind = FakeDeviceKind { pieces: 2, ..FakeDeviceKind::default() };
     let plan = Plan { pages: 64, devices: vec![kind.clone(), kind], ..small() };
     saving(&Toy::booted(&plan), &path, None, SaveOptions::default()).unwrap();
     let sound = std::fs::read(&path).unwrap();

@@ -287,7 +287,7 @@ fn pages_whose_checksum_is_wrong_are_refused() {
 #[test]
 fn a_piece_of_device_state_that_is_out_of_place_is_refused() {
     let bytes = [9; 4096];
-    let plan = Plan { devices: vec![ToyKind::default()], ..plan() };
+    let plan = Plan { devices: vec![FakeDeviceKind::default()], ..plan() };
     let piece = |sequence, offset| Bulk::DeviceData { device: 0, sequence, offset, bytes: &bytes };
     for wrong in [piece(0, 0), piece(2, 4096), piece(1, 0), piece(1, 8192)] {
         let (there, _) = receive_into(&plan, |to, machine| {

@@ -27,5 +27,5 @@ pub use files::{ReadFailure, Roots, access_both_ways, list, read_text};
 pub use kernel::{ConfigOption, KernelConfig, KernelVersion, config, has_module, module_file, version};
 pub use obstacle::{Obstacle, ObstacleCode};
 pub use opening::{NeededFile, User};
-pub use pci::{PciInterrupts, PciAddress, PciFacts, Sriov};
+pub use pci::{PciAddress, PciFacts, PciInterrupts, Sriov};
 pub use scan::{Scan, scan};

@@ -7,7 +7,6 @@
     reason = "shared by several test programs, each of which uses a part"
 )]
 
-pub mod device;
 pub mod proxy;
 
 use std::collections::BTreeMap;
@@ -25,7 +24,7 @@ use vfio_migration_device::{Device, IrqRouter, MsiMessage};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, VmId};
 
-pub use device::{Fault, ToyDevice, ToyKind};
+pub use vfio_migration_device::testing::{FakeDevice, FakeDeviceKind, FakeFault, FakeFunction};
 
 pub const VM: VmId = VmId([0x42; 16]);
 
@@ -35,19 +34,19 @@ pub struct Plan {
     pub pages: u64,
     /// Pages that the guest keeps writing: the first ones.
     pub hot: u64,
-    pub devices: Vec<ToyKind>,
+    pub devices: Vec<FakeDeviceKind>,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { pages: 2048, hot: 64, devices: vec![ToyKind::default()] }
+        Self { pages: 2048, hot: 64, devices: vec![FakeDeviceKind::default()] }
     }
 }
 
 pub struct Toy {
     ram: Arc<GuestRam>,
     log: Arc<WriteLog>,
-    devices: Vec<Arc<ToyDevice>>,
+    devices: Vec<Arc<FakeDevice>>,
     gate: Arc<Gate>,
     vcpu: Mutex<Option<JoinHandle<()>>>,
     /// What the guest has written so far: its own register.
@@ -85,7 +84,7 @@ impl Toy {
         let journal = Arc::new(Mutex::new(Vec::new()));
         let devices: Vec<_> = (0..)
             .zip(&plan.devices)
-            .map(|(index, kind)| ToyDevice::new(index, kind.clone(), &ram, &journal))
+            .map(|(index, kind)| FakeDevice::new(index, kind.clone(), &ram, &journal))
             .collect();
         let gate = Arc::new(Gate::default());
         let sequence = Arc::new(AtomicU64::new(0));
@@ -163,7 +162,7 @@ impl Toy {
         self.ram.read_u64(self.clock).unwrap()
     }
 
-    pub fn device(&self, index: usize) -> &ToyDevice {
+    pub fn device(&self, index: usize) -> &FakeDevice {
         &self.devices[index]
     }
 
@@ -253,7 +252,7 @@ impl Machine for Toy {
     }
 
     fn devices(&self) -> Vec<MigratableDevice> {
-        let pci = |device: &Arc<ToyDevice>| Arc::new(device::ToyFunction(device.clone())) as Arc<_>;
+        let pci = |device: &Arc<FakeDevice>| Arc::new(FakeFunction(device.clone())) as Arc<_>;
         self.devices
             .iter()
             .map(|device| MigratableDevice { device: device.clone(), pci: Some(pci(device)) })
