@@ -9,6 +9,8 @@ mod run;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::run::Outcome;
+
 const HELP: &str = "\
 cargo xtask test [RING…]   run the rings of tests (all when none is named); ends with a table
 cargo xtask kernel-test [PART OF A NAME…]
@@ -59,10 +61,10 @@ fn main() -> ExitCode {
 }
 
 /// A ring that was asked for by itself has to run.
-fn ran(outcome: run::Outcome) -> Result<(), String> {
+fn ran(outcome: Outcome) -> Result<(), String> {
     match outcome {
-        run::Outcome::Skipped(why) => Err(format!("the kernel ring cannot run here: {why}")),
-        run::Outcome::Passed(_) => Ok(()),
+        Outcome::Skipped(why) => Err(format!("the kernel ring cannot run here: {why}")),
+        Outcome::Passed(_) => Ok(()),
     }
 }
 

@@ -4,9 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::kernel_test;
-use crate::rules;
 use crate::run::{BUILT, Outcome, cargo, finish};
+use crate::{kernel_test, rules};
 
 /// One ring.
 struct Ring {

@@ -1,4 +1,4 @@
-//! How a ring runs cargo, and how it ends.
+//! Running cargo and other programs, and how a ring that ran them ended.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -23,7 +23,7 @@ pub(crate) fn cargo(top: &Path, arguments: &[&str]) -> Result<String, String> {
     finish(command, &format!("cargo {}", arguments.join(" ")))
 }
 
-/// Runs a command, output shown as it comes and returned. `what`: its name in an error.
+/// Runs a command to its end, as [`cargo`] does.
 pub(crate) fn finish(mut command: Command, what: &str) -> Result<String, String> {
     let mut child = command
         .stdin(Stdio::null())
