@@ -1,0 +1,7 @@
+//! Manifests and their rules from outside, a file per subject.
+
+mod bases;
+mod documents;
+mod pairs;
+mod pools;
+mod properties;

@@ -1,0 +1,9 @@
+//! Both sides of the engine, alone, as a pair, and in a simulated world.
+
+mod decision;
+mod pair;
+mod questions;
+mod random;
+mod rehearsal;
+mod sweep;
+mod world;

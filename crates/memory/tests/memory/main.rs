@@ -1,0 +1,6 @@
+//! Guest RAM from outside, a file per subject.
+
+mod dirty;
+mod mapping;
+mod ram;
+mod transfer;

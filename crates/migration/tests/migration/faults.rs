@@ -1,0 +1,538 @@
+//! Everything that can break: devices, wires, peers, disks. The guest always ends up somewhere, and exactly once.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::toy::proxy::{self, Cut};
+use crate::toy::*;
+use vfio_migration::{
+    Destination, DestinationOptions, IncomingError, Machine, MigrateError, Source, SourceOptions, Uri,
+    read_journal,
+};
+use vfio_migration_engine::ownership::{DestinationState, SourceState};
+
+fn options() -> SourceOptions {
+    let mut options = SourceOptions::default();
+    options.downtime_limit = Duration::from_secs(2);
+    options.peer_timeout = Duration::from_secs(5);
+    options
+}
+
+fn incoming() -> DestinationOptions {
+    let mut options = DestinationOptions::default();
+    options.peer_timeout = Duration::from_secs(5);
+    options
+}
+
+fn small() -> Plan {
+    Plan { pages: 256, hot: 16, devices: vec![FakeDeviceKind { pieces: 40, ..FakeDeviceKind::default() }; 2] }
+}
+
+#[test]
+fn a_device_that_fails_at_the_source_is_named_and_the_guest_goes_on() {
+    let plan = small();
+    for fault in [
+        FakeFault::BeginPrecopy,
+        FakeFault::ReadPrecopy,
+        FakeFault::GoP2p,
+        FakeFault::GoStopCopy,
+        FakeFault::ReadStopCopy,
+    ] {
+        let source = Toy::booted(&plan);
+        source.device(1).fail_at(fault);
+        let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+        let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{fault:?}: {:?}", both.source) };
+        assert_eq!(aborted.cause.device.as_deref(), Some("toy1"), "{fault:?}: {aborted:?}");
+        assert!(aborted.restored && aborted.reset.is_empty() && aborted.cause.errno.is_some(), "{aborted:?}");
+        source.prove_restored();
+        let Err(IncomingError::Aborted(theirs)) = both.destination else { panic!("{:?}", both.destination) };
+        assert_eq!(theirs, aborted.cause, "{fault:?}: both sides return one error");
+    }
+}
+
+#[test]
+fn a_device_that_fails_at_the_destination_is_named_and_the_guest_goes_on() {
+    let plan = small();
+    for fault in [FakeFault::BeginResuming, FakeFault::Write, FakeFault::Finish] {
+        let source = Toy::booted(&plan);
+        let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+        let to = destination.local().clone();
+        let machine = Toy::new(&plan);
+        machine.device(0).fail_at(fault);
+        let built = machine.clone();
+        let (here, there) = std::thread::scope(|scope| {
+            let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
+            let here = Source::new(source.clone(), options()).migrate_to(&to, |_| {});
+            (here, arriving.join().unwrap())
+        });
+        let Err(MigrateError::Aborted(aborted)) = here else { panic!("{fault:?}: {here:?}") };
+        assert_eq!(aborted.cause.device.as_deref(), Some("toy0"), "{fault:?}: {aborted:?}");
+        source.prove_restored();
+        assert!(matches!(there, Err(IncomingError::Aborted(_))), "{fault:?}: {there:?}");
+        let order = machine.journal.lock().unwrap().clone();
+        for device in ["toy0 reset", "toy1 reset", "toy0 undo", "toy1 undo"] {
+            assert!(order.iter().any(|line| line == device), "{fault:?}: {device} is missing in {order:?}");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_cannot_go_back_is_reset_and_named() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    source.device(0).fail_at(FakeFault::BackToRunning);
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert_eq!(aborted.reset.iter().map(|id| id.as_str()).collect::<Vec<_>>(), ["toy0"]);
+    source.prove_restored();
+}
+
+/// No device may reach for another's memory before that one answers: on the way back as on the way there.
+#[test]
+fn the_way_back_from_stop_copy_has_the_p2p_barrier() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+    assert!(matches!(both.source, Err(MigrateError::Aborted(_))), "{:?}", both.source);
+    let order = source.journal.lock().unwrap().clone();
+    let stopped = order.iter().rposition(|step| step.ends_with(" STOP_COPY")).expect("no device was stopped");
+    let back = &order[stopped..];
+    let at = |step: &str| back.iter().position(|noted| noted == step);
+    for first in ["toy0 RUNNING_P2P", "toy1 RUNNING_P2P"] {
+        for then in ["toy0 RUNNING", "toy1 RUNNING"] {
+            assert!(at(first).is_some() && at(first) < at(then), "{first} before {then}: {back:?}");
+        }
+    }
+    source.prove_restored();
+}
+
+#[test]
+fn a_guest_that_cannot_be_started_is_held_and_owned() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    let to = destination.local().clone();
+    let machine = Toy::new(&plan);
+    machine.device(0).fail_at(FakeFault::BackToRunning);
+    let built = machine.clone();
+    let (here, there) = std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
+        let here = Source::new(source.clone(), options()).migrate_to(&to, |_| {});
+        (here, arriving.join().unwrap())
+    });
+    assert!(matches!(&here, Ok(completed) if !completed.guest_runs), "{here:?}");
+    let Err(IncomingError::Held(held)) = there else { panic!("{there:?}") };
+    assert_eq!(held.cause.device.as_deref(), Some("toy0"));
+    source.prove_standing();
+    machine.prove_standing();
+}
+
+#[test]
+fn a_lost_storage_lock_is_named_and_the_guest_held() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    let to = destination.local().clone();
+    let machine = Toy::new(&plan);
+    machine.lock_fault.store(true, Ordering::Relaxed);
+    source.lock_fault.store(true, Ordering::Relaxed);
+    let built = machine.clone();
+    let here = std::thread::scope(|scope| {
+        scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)).unwrap_err());
+        Source::new(source.clone(), options()).migrate_to(&to, |_| {})
+    });
+    let Err(MigrateError::Aborted(aborted)) = here else { panic!("{here:?}") };
+    assert!(!aborted.restored && aborted.locks_lost == ["/disk"], "{aborted:?}");
+    source.prove_standing();
+}
+
+/// The destination fails after the source's locks were given away, and holds them a while longer.
+#[test]
+fn a_storage_lock_that_is_still_held_is_waited_for() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    let to = destination.local().clone();
+    let machine = Toy::new(&plan);
+    machine.device(0).fail_at(FakeFault::Finish);
+    source.lock_fault.store(true, Ordering::Relaxed);
+    let built = machine.clone();
+    let here = std::thread::scope(|scope| {
+        scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)).unwrap_err());
+        scope.spawn(|| {
+            wait_for("a second try", || source.lock_tries.load(Ordering::Relaxed) > 1);
+            source.lock_fault.store(false, Ordering::Relaxed);
+        });
+        Source::new(source.clone(), options()).migrate_to(&to, |_| {})
+    });
+    let Err(MigrateError::Aborted(aborted)) = here else { panic!("{here:?}") };
+    assert!(aborted.restored && aborted.locks_lost.is_empty(), "{aborted:?}");
+    source.prove_restored();
+}
+
+#[test]
+fn a_device_that_cannot_even_be_reset_holds_the_guest_and_is_named() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    source.device(0).fail_at(FakeFault::BackToRunning);
+    source.device(0).fail_resets();
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(!aborted.restored && aborted.reset.is_empty(), "{aborted:?}");
+    assert!(aborted.cause.text.contains("device toy0"), "{aborted:?}");
+    source.prove_standing();
+}
+
+#[test]
+fn a_guest_that_cannot_be_resumed_is_not_called_restored() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
+    source.resume_faults.store(1, Ordering::Relaxed);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(!aborted.restored, "{aborted:?}");
+    source.prove_standing();
+}
+
+#[test]
+fn a_machine_is_told_that_its_pause_ended_though_its_guest_stood_before() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    source.pause().unwrap();
+    source.device(1).fail_at(FakeFault::ReadStopCopy);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(aborted.restored, "{aborted:?}");
+    let journal = source.journal.lock().unwrap().clone();
+    assert_eq!(journal.iter().filter(|line| *line == "stand").count(), 1, "{journal:?}");
+    assert!(!journal.iter().any(|line| line == "resume"), "{journal:?}");
+    source.prove_standing();
+}
+
+#[test]
+fn a_machine_that_panics_costs_nothing_but_the_attempt() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    source.save_panics.store(true, Ordering::Relaxed);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(aborted.restored && aborted.cause.text.contains("a panic in the VMM"), "{aborted:?}");
+    source.prove_restored();
+    assert!(matches!(both.destination, Err(IncomingError::Aborted(_))), "{:?}", both.destination);
+}
+
+/// Wherever the wire is cut: never two owners, and the source's guest runs unless it was committed away.
+#[test]
+fn a_cut_wire_leaves_one_owner() {
+    let plan = small();
+    // How long the stream is, to cut it everywhere.
+    let source = Toy::booted(&plan);
+    let mut wire = None;
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        options(),
+        incoming(),
+        |_, to| {
+            let proxy = proxy::start(to, Cut::Never);
+            let at = proxy.at.clone();
+            wire = Some(proxy);
+            at
+        },
+        |_| {},
+    );
+    both.unwrap();
+    let total = wire.unwrap().moved.load(Ordering::Relaxed);
+    assert!(total > 1 << 18, "{total}");
+    let cuts: Vec<Cut> = (0..24)
+        .map(|n| Cut::ToDestination(total * n / 24 + n * 37))
+        .chain((0..12).map(|n| Cut::ToSource(n * 61)))
+        .chain([Cut::BeforeFrameToSource(0x001c)])
+        .collect();
+    for cut in cuts {
+        let source = Toy::booted(&plan);
+        let mut wire = None;
+        let begun = Instant::now();
+        let mut quick = incoming();
+        quick.peer_timeout = Duration::from_millis(500);
+        // A connection that never became a session leaves the destination waiting.
+        quick.accept_timeout = Some(Duration::from_millis(500));
+        let both = migrate_by(
+            &source,
+            &plan,
+            "tcp:127.0.0.1:0",
+            options(),
+            quick,
+            |_, to| {
+                let proxy = proxy::start(to, cut);
+                let at = proxy.at.clone();
+                wire = Some(proxy);
+                at
+            },
+            |_| {},
+        );
+        drop(wire);
+        match (&both.source, &both.destination) {
+            (Ok(_), Ok(_)) => prove_moved(&source, &both.machine),
+            (Err(MigrateError::Aborted(aborted)), Err(_)) => {
+                assert!(aborted.restored, "{cut:?}: {aborted:?}");
+                source.prove_restored();
+                assert!(!both.machine.runs(), "{cut:?}: two owners");
+            }
+            (source, destination) => panic!("{cut:?}: {source:?} {destination:?}"),
+        }
+        assert!(begun.elapsed() < Duration::from_secs(15), "{cut:?} took {:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn a_lost_answer_to_commit_is_asked_for_again() {
+    let plan = small();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Toy::booted(&plan);
+    let mut wire = None;
+    let (mut ours, mut theirs) = (options(), incoming());
+    ours.state_dir = Some(dir.path().join("source"));
+    theirs.state_dir = Some(dir.path().join("destination"));
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        ours,
+        theirs,
+        |_, to| {
+            // RUNNING never arrives.
+            let proxy = proxy::start(to, Cut::BeforeFrameToSource(0x0006));
+            let at = proxy.at.clone();
+            wire = Some(proxy);
+            at
+        },
+        |_| {},
+    );
+    drop(wire);
+    let (_, arrived, destination) = both.unwrap();
+    prove_moved(&source, &destination);
+    destination.prove_running();
+    assert_eq!(arrived.epoch.0, 1);
+    let here = read_journal(&dir.path().join("source"), VM).unwrap().unwrap();
+    assert_eq!(here.source.unwrap().state, SourceState::Released);
+    let there = read_journal(&dir.path().join("destination"), VM).unwrap().unwrap();
+    assert_eq!(there.destination.unwrap().state, DestinationState::Owner);
+}
+
+#[test]
+fn an_answer_that_never_comes_leaves_the_guest_standing() {
+    let plan = small();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Toy::booted(&plan);
+    let mut ours = options();
+    ours.peer_timeout = Duration::from_millis(300);
+    ours.connect_timeout = Duration::from_millis(200);
+    ours.state_dir = Some(dir.path().to_owned());
+    let machine = Toy::new(&plan);
+    let built = machine.clone();
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    let wire = proxy::start(destination.local(), Cut::BeforeFrameToSource(0x0006));
+    let at = wire.at.clone();
+    let here = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // And its socket is gone with it.
+            destination.accept(|_| Ok(built as Arc<dyn Machine>)).unwrap();
+            drop(destination);
+        });
+        Source::new(source.clone(), ours.clone()).migrate_to(&at, |_| {})
+    });
+    drop(wire);
+    assert!(matches!(here, Err(MigrateError::Unresolved { .. })), "{here:?}");
+    source.prove_standing();
+    machine.prove_running();
+    // And it cannot be migrated again by mistake.
+    let again = Source::new(source.clone(), ours).migrate_to(&at, |_| {});
+    assert!(matches!(again, Err(MigrateError::Unresolved { .. })), "{again:?}");
+}
+
+#[test]
+fn the_journal_keeps_a_vm_that_was_given_away_from_being_given_twice() {
+    let plan = small();
+    let dir = tempfile::tempdir().unwrap();
+    let source = Toy::booted(&plan);
+    let mut ours = options();
+    ours.state_dir = Some(dir.path().to_owned());
+    migrate(&source, &plan, "tcp:127.0.0.1:0", ours.clone(), incoming()).unwrap();
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", ours, incoming());
+    let Err(MigrateError::NotBegun(failure)) = both.source else { panic!("{:?}", both.source) };
+    assert!(failure.text.contains("given away"), "{failure}");
+}
+
+/// What a destination must not be trusted with: it answers with anything, at any time.
+#[test]
+fn a_peer_that_speaks_garbage_costs_nothing_but_the_attempt() {
+    let plan = small();
+    let huge = {
+        let mut frame = vfio_migration_wire::PREAMBLE.to_vec();
+        let mut header = [0xff; 32];
+        header[..4].copy_from_slice(b"VMIG");
+        frame.extend_from_slice(&header);
+        frame
+    };
+    let answers: Vec<(&str, Vec<u8>)> = vec![
+        ("nothing", vec![]),
+        ("http", b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()),
+        ("half a preamble", vfio_migration_wire::PREAMBLE[..4].to_vec()),
+        ("a preamble alone", vfio_migration_wire::PREAMBLE.to_vec()),
+        ("lengths without end", huge),
+        ("noise", (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0]).collect()),
+    ];
+    for (name, answer) in answers {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let source = Toy::booted(&plan);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let (mut peer, _) = listener.accept().unwrap();
+                let _ = peer.write_all(&answer);
+                let _ = peer.shutdown(std::net::Shutdown::Write);
+                let _ = peer.read_to_end(&mut Vec::new());
+            });
+            let to = Uri::Tcp { host: "127.0.0.1".into(), port };
+            let begun = Instant::now();
+            let error = Source::new(source.clone(), options()).migrate_to(&to, |_| {}).unwrap_err();
+            assert!(matches!(error, MigrateError::Aborted(_)), "{name}: {error:?}");
+            assert!(begun.elapsed() < Duration::from_secs(3), "{name}");
+        });
+        source.prove_running();
+        assert_eq!(source.journal.lock().unwrap().len(), 0, "{name}: the guest was touched");
+    }
+}
+
+#[test]
+fn a_peer_that_says_nothing_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = Uri::Tcp { host: "127.0.0.1".into(), port: listener.local_addr().unwrap().port() };
+    let source = Toy::booted(&small());
+    let mut ours = options();
+    ours.peer_timeout = Duration::from_millis(300);
+    let begun = Instant::now();
+    let error = Source::new(source.clone(), ours).migrate_to(&to, |_| {}).unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(3));
+    assert!(matches!(error, MigrateError::Aborted(_)), "{error:?}");
+    source.prove_running();
+}
+
+#[test]
+fn nobody_at_the_address_is_said_at_once() {
+    let source = Toy::booted(&small());
+    let dir = tempfile::tempdir().unwrap();
+    for to in [format!("unix:{}/none", dir.path().display()), "tcp:127.0.0.1:1".into(), "fd:987".into()] {
+        let error =
+            Source::new(source.clone(), options()).migrate_to(&to.parse().unwrap(), |_| {}).unwrap_err();
+        assert!(matches!(error, MigrateError::NotBegun(_)), "{to}: {error:?}");
+    }
+    source.prove_running();
+}
+
+#[test]
+fn strangers_at_the_door_do_not_keep_a_migration_out() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        options(),
+        incoming(),
+        |_, to| {
+            let Uri::Tcp { host, port } = to else { panic!() };
+            for noise in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"", b"VFIOMIG\x01", b"\0\0\0\0\0\0\0\0\0\0\0\0"] {
+                let mut stranger = std::net::TcpStream::connect((host.as_str(), *port)).unwrap();
+                stranger.write_all(noise).unwrap();
+            }
+            to.clone()
+        },
+        |_| {},
+    );
+    both.unwrap();
+}
+
+#[test]
+fn a_destination_stops_waiting_when_told() {
+    let mut theirs = incoming();
+    theirs.accept_timeout = Some(Duration::from_millis(50));
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), theirs).unwrap();
+    let error = destination.accept(|_| panic!("nobody came")).unwrap_err();
+    assert!(matches!(error, IncomingError::NotBegun(_)), "{error:?}");
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    destination.control().cancel();
+    assert!(destination.accept(|_| panic!("nobody came")).is_err());
+}
+
+#[test]
+fn an_observer_that_panics_costs_nothing_but_the_attempt() {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    let to = destination.local().clone();
+    let built = Toy::new(&plan);
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
+        let here = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            Source::new(source.clone(), options()).migrate_to(&to, |progress| {
+                assert!(progress.iteration == 0, "as intended");
+            })
+        }));
+        assert!(here.is_err());
+        assert!(matches!(arriving.join().unwrap(), Err(IncomingError::Aborted(_))));
+    });
+    source.prove_restored();
+}
+
+/// A wire that takes nothing more, with a peer that lives: only the operator ends that.
+#[test]
+fn a_stalled_wire_does_not_hold_a_cancel_up() {
+    let plan = Plan { pages: 16_384, ..small() };
+    let source = Toy::booted(&plan);
+    let mut wire = None;
+    let cancelled = Arc::new(std::sync::Mutex::new(None));
+    let at = cancelled.clone();
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        options(),
+        incoming(),
+        |_, to| {
+            let proxy = proxy::start(to, Cut::StallToDestination(1 << 20));
+            let at = proxy.at.clone();
+            wire = Some(proxy);
+            at
+        },
+        |control| {
+            std::thread::spawn(move || {
+                let mut last = (0, Instant::now());
+                wait_for("the stall", || {
+                    let sent = control.progress().bytes.ram;
+                    if sent != last.0 {
+                        last = (sent, Instant::now());
+                    }
+                    sent > 1 << 20 && last.1.elapsed() > Duration::from_millis(600)
+                });
+                *at.lock().unwrap() = Some(Instant::now());
+                control.cancel();
+            });
+        },
+    );
+    let took = cancelled.lock().unwrap().unwrap().elapsed();
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(aborted.cancelled && aborted.restored, "{aborted:?}");
+    assert!(took < Duration::from_millis(2500), "{took:?}");
+    source.prove_restored();
+    assert!(matches!(both.destination, Err(IncomingError::Aborted(_))), "{:?}", both.destination);
+}

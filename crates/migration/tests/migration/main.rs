@@ -1,0 +1,9 @@
+//! Migrations between two machines in one process, a file per subject.
+
+mod device_file;
+mod faults;
+mod migrate;
+mod rehearsal;
+mod snapshot;
+mod strangers;
+mod toy;

@@ -1,0 +1,348 @@
+//! Whole migrations of a toy machine: every transport, every kind of device, what arrives and what is left behind.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::toy::*;
+use vfio_migration::{
+    Destination, DestinationOptions, IncomingError, InjectedFault, Machine, MigrateError, Source,
+    SourceOptions, inject,
+};
+use vfio_migration_compat::Reason;
+use vfio_migration_types::{Epoch, MigrationFlags, PAGE_SIZE, Phase, RamOffset};
+
+fn verified() -> SourceOptions {
+    let mut options = SourceOptions::default();
+    options.verify = true;
+    options.downtime_limit = Duration::from_secs(2);
+    options
+}
+
+fn moves_over(uri: &str, plan: &Plan) -> (vfio_migration::Completed, Arc<Toy>) {
+    let source = Toy::booted(plan);
+    source.prove_running();
+    let (completed, arrived, destination) =
+        migrate(&source, plan, uri, verified(), DestinationOptions::default()).unwrap();
+    prove_moved(&source, &destination);
+    destination.prove_running();
+    assert!(completed.guest_runs && arrived.report.guest_runs);
+    assert_eq!(completed.ram_digest_match, Some(true));
+    assert_eq!((completed.epoch, arrived.epoch), (Epoch(1), Epoch(1)));
+    assert!(
+        completed.one_clock && completed.downtime > Duration::ZERO && completed.downtime < completed.total
+    );
+    assert_eq!(completed.bytes, arrived.report.bytes);
+    (completed, destination)
+}
+
+#[test]
+fn it_moves_over_tcp() {
+    let (completed, destination) = moves_over("tcp:127.0.0.1:0", &Plan::default());
+    assert_eq!(completed.transport, "tcp");
+    assert!(completed.bytes.device_precopy > 0 && completed.bytes.device_stopcopy > 0);
+    assert_eq!(completed.vectors, 2);
+    let phases: Vec<Phase> = completed.phases.iter().map(|phase| phase.phase).collect();
+    assert_eq!(phases, Phase::ALL[1..].to_vec());
+    // The order of P6 and P8: the interrupt controller, config space, routes, interrupts, RESUMING to STOP, P2P, vCPUs.
+    let order = destination.journal.lock().unwrap().clone();
+    let expected = [
+        "toy0 RESUMING",
+        "load",
+        "toy0 config",
+        "toy0 stage",
+        "commit",
+        "toy0 connect",
+        "toy0 STOP",
+        "toy0 RUNNING_P2P",
+        "toy0 RUNNING",
+        "resume",
+    ];
+    assert_eq!(order, expected);
+}
+
+#[test]
+fn it_moves_over_ipv6_and_unix() {
+    moves_over("tcp:[::1]:0", &Plan::default());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let (completed, _) = moves_over(&format!("unix:{}", path.display()), &Plan::default());
+    assert_eq!(completed.transport, "unix");
+    assert!(!path.exists(), "the socket file was left behind");
+}
+
+#[test]
+fn it_moves_over_descriptors_that_were_handed_over() {
+    let plan = Plan::default();
+    let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+    let number = std::os::fd::AsRawFd::as_raw_fd(&there);
+    let source = Toy::booted(&plan);
+    let destination = Toy::new(&plan);
+    let built = destination.clone();
+    let mut incoming =
+        vfio_migration::Destination::listen(&vfio_migration::Uri::Fd(number), DestinationOptions::default())
+            .unwrap();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || incoming.accept(|_| Ok(built as Arc<dyn Machine>)));
+        let completed = Source::new(source.clone(), verified()).migrate_over(here.into(), |_| {}).unwrap();
+        assert_eq!(completed.transport, "fd");
+        arriving.join().unwrap().unwrap();
+    });
+    prove_moved(&source, &destination);
+}
+
+/// Paravirtual clocks are written into RAM when a machine is read out, with the guest paused: the last report comes after.
+#[test]
+fn what_reading_the_machine_out_writes_arrives() {
+    let plan = Plan { devices: vec![], ..Plan::default() };
+    let source = Toy::booted(&plan);
+    let mut options = verified();
+    // No digest is compared: a page that was left out would arrive as it was.
+    options.verify = false;
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let (_, _, destination) = both.unwrap();
+    assert!(source.clock() > 0);
+    assert_eq!(destination.clock(), source.clock());
+}
+
+#[test]
+fn several_devices_of_every_kind_move_together() {
+    let kind = |p2p, pre_copy, precopy_info| FakeDeviceKind {
+        flags: MigrationFlags { p2p, pre_copy },
+        precopy_info,
+        ..FakeDeviceKind::default()
+    };
+    let devices = vec![kind(true, true, true), kind(true, false, false), kind(true, true, false)];
+    let plan = Plan { devices, ..Plan::default() };
+    let (completed, destination) = moves_over("tcp:127.0.0.1:0", &plan);
+    assert_eq!(completed.vectors, 6);
+    assert!(completed.devices[0].precopy > 0 && completed.devices[2].precopy > 0);
+    assert_eq!(completed.devices[1].precopy, 0);
+    // Both barriers: no device runs before all have reached RUNNING_P2P.
+    let order = destination.journal.lock().unwrap().clone();
+    let last_p2p = order.iter().rposition(|line| line.ends_with("RUNNING_P2P")).unwrap();
+    let first_running = order.iter().position(|line| line.ends_with(" RUNNING")).unwrap();
+    assert!(last_p2p < first_running, "{order:?}");
+    assert_eq!(order.iter().filter(|line| *line == "commit").count(), 1);
+}
+
+#[test]
+fn several_devices_without_p2p_are_refused_by_name() {
+    let bare =
+        FakeDeviceKind { flags: MigrationFlags { p2p: false, pre_copy: true }, ..FakeDeviceKind::default() };
+    let plan = Plan { devices: vec![FakeDeviceKind::default(), bare], ..Plan::default() };
+    let source = Toy::booted(&plan);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
+    let Err(MigrateError::NotBegun(failure)) = both.source else { panic!("{:?}", both.source) };
+    assert_eq!(failure.device.as_deref(), Some("toy1"), "{failure}");
+    source.prove_running();
+    let mut options = verified();
+    options.no_peer_dma = true;
+    migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+}
+
+#[test]
+fn a_device_without_a_dirty_log_is_refused_unless_allowed() {
+    let plan = Plan {
+        devices: vec![FakeDeviceKind { dirty_log: false, ..FakeDeviceKind::default() }],
+        ..Plan::default()
+    };
+    let source = Toy::booted(&plan);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
+    let Err(MigrateError::NotBegun(failure)) = both.source else { panic!("{:?}", both.source) };
+    assert!(failure.text.contains("toy0") && failure.text.contains("log"), "{failure}");
+    let mut options = verified();
+    options.allow_all_dirty = true;
+    let (_, _, destination) =
+        migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+    prove_moved(&source, &destination);
+}
+
+#[test]
+fn another_layout_of_ram_is_refused_and_the_guest_never_notices() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let other = Plan { pages: 1024, ..Plan::default() };
+    let both = migrate(&source, &other, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
+    assert!(
+        matches!(&both.source, Err(MigrateError::Refused(reasons)) if !reasons.is_empty()),
+        "{:?}",
+        both.source
+    );
+    assert!(matches!(both.destination, Err(IncomingError::Refused(_))));
+    assert_eq!(source.journal.lock().unwrap().len(), 0, "the guest was touched");
+    source.prove_running();
+}
+
+#[test]
+fn a_builder_that_refuses_is_heard() {
+    let source = Toy::booted(&Plan::default());
+    let mut destination = vfio_migration::Destination::listen(
+        &"tcp:127.0.0.1:0".parse().unwrap(),
+        DestinationOptions::default(),
+    )
+    .unwrap();
+    let to = destination.local().clone();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let full = Box::new(Reason::new("full", "this host is full"));
+            destination.accept(|_| Err(full)).unwrap_err()
+        });
+        let error = Source::new(source.clone(), verified()).migrate_to(&to, |_| {}).unwrap_err();
+        assert!(error.to_string().contains("this host is full"), "{error}");
+    });
+    source.prove_running();
+}
+
+#[test]
+fn a_paused_guest_arrives_paused() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    source.pause().unwrap();
+    let (completed, arrived, destination) =
+        migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default()).unwrap();
+    assert!(!completed.guest_runs && !arrived.report.guest_runs);
+    prove_moved(&source, &destination);
+    destination.prove_standing();
+    assert_eq!(destination.journal.lock().unwrap().last().map(String::as_str), Some("stand"));
+    destination.resume(true).unwrap();
+    destination.prove_running();
+}
+
+#[test]
+fn new_initial_bytes_are_loaded_before_the_switchover() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    source.device(0).begin_anew();
+    let (completed, _, destination) =
+        migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default()).unwrap();
+    prove_moved(&source, &destination);
+    // The whole state was sent twice in pre-copy.
+    assert!(completed.bytes.device_precopy > 2 * 300 * 512, "{completed:?}");
+}
+
+#[test]
+fn cancelled_while_it_iterates_the_guest_goes_on() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let mut options = verified();
+    options.bandwidth = Some(1 << 20);
+    let cancelled = Arc::new(std::sync::Mutex::new(None));
+    let at = cancelled.clone();
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        options,
+        DestinationOptions::default(),
+        |_, to| to.clone(),
+        |control| {
+            std::thread::spawn(move || {
+                wait_for("some RAM to have been sent", || control.progress().bytes.ram > 200 << 10);
+                *at.lock().unwrap() = Some(Instant::now());
+                control.cancel();
+                control.cancel();
+            });
+        },
+    );
+    let took = cancelled.lock().unwrap().unwrap().elapsed();
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(aborted.cancelled && aborted.restored && aborted.reset.is_empty(), "{aborted:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    source.prove_restored();
+    let Err(IncomingError::Aborted(cause)) = both.destination else { panic!("{:?}", both.destination) };
+    assert!(cause.text.contains("cancelled"), "{cause}");
+    assert!(both.machine.journal.lock().unwrap().contains(&"toy0 reset".to_owned()));
+}
+
+#[test]
+fn it_waits_before_the_switchover_when_asked() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let mut options = verified();
+    options.pause_before_switchover = true;
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        options,
+        DestinationOptions::default(),
+        |_, to| to.clone(),
+        |control| {
+            let source = source.clone();
+            std::thread::spawn(move || {
+                wait_for("the wait", || control.progress().waiting);
+                source.prove_running();
+                control.go_on();
+            });
+        },
+    );
+    both.unwrap();
+}
+
+#[test]
+fn above_the_downtime_limit_the_guest_goes_on_here() {
+    let slow = FakeDeviceKind { slow_stop: Duration::from_millis(600), ..FakeDeviceKind::default() };
+    let plan = Plan { devices: vec![slow], ..Plan::default() };
+    let source = Toy::booted(&plan);
+    let mut options = SourceOptions::default();
+    options.downtime_limit = Duration::from_millis(200);
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(aborted.restored && aborted.cause.text.contains("limit"), "{aborted}");
+    source.prove_restored();
+    assert!(both.destination.is_err());
+}
+
+#[test]
+fn the_bandwidth_cap_holds_while_the_guest_runs() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let mut options = verified();
+    options.bandwidth = Some(8 << 20);
+    let (completed, ..) =
+        migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+    // Five megabytes of RAM at 8 MiB/s.
+    assert!(completed.total > Duration::from_millis(450), "{completed:?}");
+}
+
+/// A migration with a fault injected where it belongs.
+fn faulty(fault: impl Fn(std::ops::Range<RamOffset>) -> InjectedFault, verify: bool) -> (Both, Arc<Toy>) {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let machine = Toy::new(&plan);
+    let mut options = verified();
+    options.verify = verify;
+    // The guest's hot pages, and nothing else.
+    let fault = fault(RamOffset(0)..RamOffset(64 * PAGE_SIZE));
+    let (mut here, mut there): (Arc<dyn Machine>, Arc<dyn Machine>) = (source.clone(), machine.clone());
+    match fault {
+        InjectedFault::StalePages(_) => there = inject(there, fault),
+        _ => here = inject(here, fault),
+    }
+    let mut destination =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+    let to = destination.local().clone();
+    let (source_ended, destination_ended) = std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(there)));
+        (Source::new(here, options).migrate_to(&to, |_| {}), arriving.join().unwrap())
+    });
+    (Both { source: source_ended, destination: destination_ended, machine }, source)
+}
+
+#[test]
+fn the_digests_see_a_lost_page_and_a_stale_one() {
+    type Kind = fn(std::ops::Range<RamOffset>) -> InjectedFault;
+    let kinds: [(&str, Kind); 2] =
+        [("a lost page", InjectedFault::HideDirtyPages), ("a stale page", InjectedFault::StalePages)];
+    for (what, kind) in kinds {
+        let (both, source) = faulty(kind, true);
+        let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{what}: {:?}", both.source) };
+        assert!(aborted.cause.text.contains("digest"), "{aborted}");
+        source.prove_restored();
+        // The same with the digests blind: only what is in RAM can tell.
+        let (both, source) = faulty(kind, false);
+        let (.., destination) = both.unwrap();
+        let here = source.ram().digest().unwrap();
+        assert_ne!(Some(here), *destination.loaded_digest.lock().unwrap(), "{what} broke nothing");
+    }
+}

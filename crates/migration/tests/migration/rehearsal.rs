@@ -1,0 +1,252 @@
+//! Rehearsals, probes, refusals and maps over real sockets: after each, both sides are as they were.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::toy::{self, FakeDeviceKind, Plan, Toy};
+use vfio_migration::{
+    Basis, Destination, DestinationOptions, IncomingError, Machine, MigrateError, Rehearsal, Rehearse,
+    Source, SourceOptions, probe,
+};
+use vfio_migration_compat::{Allow, DeviceMap, Policy, Severity, Verdict};
+use vfio_migration_types::{DeviceId, MigrationState};
+
+fn slow() -> SourceOptions {
+    let mut options = SourceOptions::default();
+    // Shared machines stall: the limit has tests of its own.
+    options.downtime_limit = Duration::from_secs(10);
+    options
+}
+
+struct Rehearsed {
+    source: Result<Rehearsal, MigrateError>,
+    destination: IncomingError,
+    machine: Arc<Toy>,
+}
+
+/// Rehearses `source` to a new toy of `plan`.
+fn rehearse(
+    source: &Arc<Toy>,
+    plan: &Plan,
+    how: Rehearse,
+    options: SourceOptions,
+    incoming: DestinationOptions,
+) -> Rehearsed {
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
+    let to = destination.local().clone();
+    let machine = Toy::new(plan);
+    let built: Arc<dyn Machine> = machine.clone();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
+        let source = Source::new(source.clone(), options).rehearse_to(&to, how, |_| {});
+        Rehearsed { source, destination: arriving.join().unwrap(), machine }
+    })
+}
+
+/// The guest runs as before, nothing is logged, and the destination's machine is as it was built.
+fn no_trace(source: &Toy, destination: &Toy) {
+    source.prove_restored();
+    destination.prove_standing();
+    assert!(!destination.locked.load(Ordering::Relaxed), "the destination took the storage lock");
+    let device = destination.device(0);
+    assert!(device.log_is_off() && device.at() == MigrationState::Running, "{}", device.at());
+}
+
+#[test]
+fn a_rehearsal_leaves_no_trace() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Switchover] {
+        let touched = source.journal.lock().unwrap().len();
+        let both = rehearse(&source, &plan, how, slow(), DestinationOptions::default());
+        let found = both.source.unwrap();
+        let IncomingError::Rehearsed(here) = both.destination else { panic!("{:?}", both.destination) };
+        assert!(here.refused.is_empty() && here.cause.is_none(), "{here}");
+        assert_eq!((found.obstacle.clone(), found.left_undone.clone()), (None, None), "{found:?}");
+        assert_eq!(found.report.verdict, Verdict::Live, "{:?}", found.report);
+        no_trace(&source, &both.machine);
+        let paused = source.journal.lock().unwrap()[touched..].iter().any(|step| step == "pause");
+        assert_eq!(paused, how == Rehearse::Switchover, "{how:?}");
+    }
+}
+
+#[test]
+fn what_is_measured_is_told_from_what_is_not() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let ask = rehearse(&source, &plan, Rehearse::Ask, slow(), DestinationOptions::default());
+    let asked = ask.source.unwrap();
+    assert_eq!((asked.predicted_downtime, asked.parts.len(), asked.bytes.ram), (None, 0, 0));
+
+    let pre = rehearse(&source, &plan, Rehearse::Precopy, slow(), DestinationOptions::default());
+    let found = pre.source.unwrap();
+    let basis = |name: &str| found.parts.iter().find(|part| part.name == name).map(|part| part.basis);
+    assert_eq!(basis("ram"), Some(Basis::Measured));
+    assert_eq!((basis("quiesce"), basis("start")), (Some(Basis::Unknown), Some(Basis::Unknown)));
+    assert!(found.rates.wire.is_some() && found.rates.load.is_some() && found.bytes.ram > 0, "{found:?}");
+
+    let stood = rehearse(&source, &plan, Rehearse::Switchover, slow(), DestinationOptions::default());
+    let found = stood.source.unwrap();
+    let names: Vec<&str> = found.parts.iter().map(|part| part.name.as_str()).collect();
+    assert_eq!(names, ["quiesce", "final", "load", "round-trips", "start"]);
+    assert!(found.parts[..4].iter().all(|part| part.basis == Basis::Measured));
+    source.prove_running();
+}
+
+#[test]
+fn a_rehearsal_is_in_no_journal() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+    options.state_dir = Some(here.clone());
+    incoming.state_dir = Some(there.clone());
+    rehearse(&source, &plan, Rehearse::Switchover, options, incoming).source.unwrap();
+    assert!(!here.exists() && !there.exists(), "a rehearsal wrote into a state directory");
+}
+
+#[test]
+fn a_rehearsal_can_be_cancelled() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let mut destination =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+    let to = destination.local().clone();
+    let machine = Toy::new(&plan);
+    let built: Arc<dyn Machine> = machine.clone();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
+        let session = Source::new(source.clone(), slow());
+        let control = session.control();
+        let result = session.rehearse_to(&to, Rehearse::Precopy, |progress| {
+            if progress.iteration > 0 {
+                control.cancel();
+            }
+        });
+        let Err(MigrateError::Aborted(aborted)) = result else { panic!("{result:?}") };
+        assert!(aborted.cancelled && aborted.restored, "{aborted}");
+        assert!(matches!(arriving.join().unwrap(), IncomingError::Rehearsed(_)));
+    });
+    no_trace(&source, &machine);
+}
+
+#[test]
+fn a_policy_of_either_side_is_heard_by_both() {
+    let plan = Plan::default();
+    let strict = Policy { max_state_size: Some(1000), ..Policy::default() };
+    for here in [true, false] {
+        let source = Toy::booted(&plan);
+        let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+        if here {
+            options.policy = strict.clone();
+        } else {
+            incoming.policy = strict.clone();
+        }
+        let both = rehearse(&source, &plan, Rehearse::Precopy, options, incoming);
+        let Err(MigrateError::Refused(ours)) = &both.source else { panic!("{:?}", both.source) };
+        let IncomingError::Rehearsed(theirs) = &both.destination else { panic!("{:?}", both.destination) };
+        assert!(ours.iter().any(|reason| reason.code == "policy-state-size"), "{ours:?}");
+        assert_eq!(*ours, theirs.refused, "both users hear the same");
+        assert_eq!(source.journal.lock().unwrap().len(), 0, "the guest was touched");
+        source.prove_running();
+    }
+}
+
+#[test]
+fn what_a_policy_allows_is_a_warning() {
+    let plan = Plan { devices: vec![FakeDeviceKind::default()], ..Plan::default() };
+    let other =
+        Plan { devices: vec![FakeDeviceKind { vectors: 9, ..FakeDeviceKind::default() }], ..Plan::default() };
+    let source = Toy::booted(&plan);
+    let refused =
+        rehearse(&source, &other, Rehearse::Ask, slow(), DestinationOptions::default()).source.unwrap_err();
+    let report = refused.report().expect("it is a refusal");
+    assert_eq!((report.verdict, report.reasons[0].code.as_str()), (Verdict::No, "device-irqs"), "{report:?}");
+
+    let allow = Allow { code: "device-irqs".into(), reason: Some("tried".into()), ..Allow::default() };
+    let policy = Policy { allow: vec![allow], ..Policy::default() };
+    let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+    options.policy = policy.clone();
+    incoming.policy = policy;
+    let found = rehearse(&source, &other, Rehearse::Ask, options, incoming).source.unwrap();
+    assert_eq!(found.report.verdict, Verdict::LiveWithWarning);
+    assert_eq!(found.report.reasons[0].severity, Severity::Warning);
+}
+
+#[test]
+fn devices_may_have_other_names() {
+    let named = |name: &str| Plan {
+        devices: vec![FakeDeviceKind { name: Some(name.into()), ..FakeDeviceKind::default() }],
+        ..Plan::default()
+    };
+    let source = Toy::booted(&named("net0"));
+    let id = |name: &str| DeviceId::new(name).unwrap();
+    let mut options = slow();
+    options.device_map = DeviceMap::from_iter([(id("net0"), id("nic7"))]);
+    options.verify = true;
+    let both =
+        toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let (completed, _, destination) = both.unwrap();
+    assert_eq!(completed.report.map.get("net0").map(String::as_str), Some("nic7"));
+    toy::prove_moved(&source, &destination);
+
+    let source = Toy::booted(&named("net0"));
+    let both =
+        toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", slow(), DestinationOptions::default());
+    let Err(MigrateError::Refused(reasons)) = &both.source else { panic!("{:?}", both.source) };
+    assert!(reasons.iter().any(|reason| reason.code == "device-missing"), "{reasons:?}");
+}
+
+#[test]
+fn a_manifest_alone_can_ask() {
+    let plan = Plan::default();
+    let paper = Toy::new(&plan);
+    for (other, verdict) in
+        [(plan.clone(), Verdict::Live), (Plan { pages: 1024, ..plan.clone() }, Verdict::No)]
+    {
+        let incoming = DestinationOptions::default();
+        let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
+        let to = destination.local().clone();
+        let built: Arc<dyn Machine> = Toy::new(&other);
+        let arriving = std::thread::spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
+        let report = probe(paper.manifest().unwrap(), paper.id(), &to, slow()).unwrap();
+        assert_eq!(report.verdict, verdict, "{report:?}");
+        let there = arriving.join().unwrap();
+        assert!(matches!(there, IncomingError::Rehearsed(_)), "{there:?}");
+    }
+}
+
+#[test]
+fn a_machine_that_changes_under_way_stays() {
+    let plan = Plan::default();
+    let source = Toy::booted(&plan);
+    let toy = source.clone();
+    let mut options = slow();
+    options.pause_before_switchover = true;
+    let mut destination =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+    let to = destination.local().clone();
+    let built: Arc<dyn Machine> = Toy::new(&plan);
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
+        let session = Source::new(source.clone(), options);
+        let control = session.control();
+        let error = session
+            .migrate_to(&to, |progress| {
+                if progress.waiting {
+                    toy.device(0).become_another();
+                    control.go_on();
+                }
+            })
+            .unwrap_err();
+        assert!(error.to_string().contains("is not what was offered any more"), "{error}");
+        assert!(matches!(arriving.join().unwrap(), IncomingError::Aborted(_)));
+    });
+    assert!(
+        !source.journal.lock().unwrap().iter().any(|step| step == "pause"),
+        "it cost the guest something"
+    );
+    source.prove_running();
+}

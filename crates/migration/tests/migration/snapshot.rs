@@ -1,0 +1,224 @@
+//! A machine to and from a file: what comes back, and every way in which a file can be wrong.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::toy::*;
+use vfio_migration::{
+    Arrived, DestinationOptions, IncomingError, Machine, SaveError, SaveOptions, Saved, Snapshot,
+    SnapshotError, Source, SourceOptions, save,
+};
+use vfio_migration_types::{Epoch, MigrationState, PAGE_SIZE, RamOffset};
+use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_bulk};
+
+const TRAILER: usize = 48;
+
+fn small() -> Plan {
+    Plan { pages: 8, hot: 2, devices: vec![FakeDeviceKind { pieces: 2, ..FakeDeviceKind::default() }] }
+}
+
+fn saving(toy: &Arc<Toy>, path: &Path, state: Option<&Path>, how: SaveOptions) -> Result<Saved, SaveError> {
+    let mut options = SourceOptions::default().for_saving();
+    options.verify = true;
+    options.state_dir = state.map(Into::into);
+    save(Source::new(toy.clone(), options), path, how, |_| {})
+}
+
+fn restoring(path: &Path, toy: &Arc<Toy>, state: Option<&Path>) -> Result<Arrived, IncomingError> {
+    let mut options = DestinationOptions::default();
+    options.state_dir = state.map(Into::into);
+    let built: Arc<dyn Machine> = toy.clone();
+    Snapshot::open(path).unwrap().restore(options, |_| Ok(built))
+}
+
+fn files(dir: &Path) -> usize {
+    std::fs::read_dir(dir).unwrap().count()
+}
+
+#[test]
+fn a_guest_goes_on_and_its_snapshot_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snapshot");
+    let plan =
+        Plan { devices: vec![FakeDeviceKind::default(), FakeDeviceKind::default()], ..Plan::default() };
+    let toy = Toy::booted(&plan);
+    toy.prove_running();
+    let saved = saving(&toy, &path, None, SaveOptions::default()).unwrap();
+    toy.prove_restored();
+    assert_eq!(saved.bytes, path.metadata().unwrap().len());
+    assert_eq!(files(dir.path()), 1, "a temporary file is left");
+    let snapshot = Snapshot::open(&path).unwrap();
+    assert_eq!((snapshot.vm(), snapshot.epoch(), snapshot.guest_ran()), (VM, Epoch(0), true));
+    for device in snapshot.device_bytes() {
+        assert!(device > 0);
+    }
+    let back = Toy::new(&plan);
+    let arrived = restoring(&path, &back, None).unwrap();
+    assert_eq!(arrived.epoch, Epoch(1));
+    back.prove_running();
+    // Each third page was never written: neither in the file nor in RAM.
+    assert_eq!(back.ram().read_u64(RamOffset(PAGE_SIZE * 1000 + 8)).unwrap(), 0);
+    assert_eq!(back.ram().read_u64(RamOffset(PAGE_SIZE * 1001 + 8)).unwrap(), 1002);
+    assert!(saved.bytes < 2048 * PAGE_SIZE * 5 / 6, "holes are in the file");
+}
+
+#[test]
+fn a_guest_ends_in_its_file_and_comes_back_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, state) = (dir.path().join("snapshot"), dir.path().join("state"));
+    let toy = Toy::booted(&small());
+    toy.prove_running();
+    let mut how = SaveOptions::default();
+    how.stop = true;
+    let saved = saving(&toy, &path, Some(&state), how).unwrap();
+    assert!(saved.completed.is_some());
+    toy.prove_standing();
+    let back = Toy::new(&small());
+    assert_eq!(restoring(&path, &back, Some(&state)).unwrap().epoch, Epoch(1));
+    prove_moved(&toy, &back);
+    back.prove_running();
+    // By the journal it is ours under a later epoch: the same file again would be a second guest.
+    let again = Toy::new(&small());
+    let error = restoring(&path, &again, Some(&state)).unwrap_err();
+    assert!(matches!(&error, IncomingError::Refused(why) if why[0].code == "ownership"), "{error:?}");
+    again.prove_standing();
+    assert_eq!(again.device(0).at(), MigrationState::Running, "never touched");
+}
+
+#[test]
+fn what_was_saved_before_it_moved_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, state) = (dir.path().join("snapshot"), dir.path().join("state"));
+    let toy = Toy::booted(&small());
+    saving(&toy, &path, Some(&state), SaveOptions::default()).unwrap();
+    let mut options = SourceOptions::default();
+    options.state_dir = Some(state.clone());
+    migrate(&toy, &small(), "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+    let error = restoring(&path, &Toy::new(&small()), Some(&state)).unwrap_err();
+    assert!(error.to_string().contains("belongs to another host"), "{error}");
+}
+
+#[test]
+fn another_layout_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snapshot");
+    saving(&Toy::booted(&small()), &path, None, SaveOptions::default()).unwrap();
+    for other in [
+        Plan { pages: 16, ..small() },
+        Plan { devices: vec![], ..small() },
+        Plan { pages: 64, devices: vec![FakeDeviceKind::default(), FakeDeviceKind::default()], ..small() },
+    ] {
+        let error = restoring(&path, &Toy::new(&other), None).unwrap_err();
+        assert!(matches!(error, IncomingError::Refused(_)), "{error:?}");
+    }
+}
+
+#[test]
+fn nothing_is_overwritten_and_a_failure_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snapshot");
+    std::fs::write(&path, "precious").unwrap();
+    let toy = Toy::booted(&small());
+    let error = saving(&toy, &path, None, SaveOptions::default()).unwrap_err();
+    assert!(matches!(error, SaveError::File(SnapshotError::Exists(_))), "{error:?}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    let mut how = SaveOptions::default();
+    how.force = true;
+    saving(&toy, &path, None, how).unwrap();
+    Snapshot::open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    toy.save_panics.store(true, Ordering::Relaxed);
+    let error = saving(&toy, &path, None, SaveOptions::default()).unwrap_err();
+    assert!(matches!(error, SaveError::Session(_)), "{error:?}");
+    assert_eq!(files(dir.path()), 0);
+    toy.prove_restored();
+}
+
+/// Every byte flipped, as found and with the digest made to fit; every length; and bytes behind the end.
+#[test]
+fn no_damaged_file_passes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, bad) = (dir.path().join("snapshot"), dir.path().join("bad"));
+    saving(&Toy::booted(&small()), &path, None, SaveOptions::default()).unwrap();
+    let sound = std::fs::read(&path).unwrap();
+    let refuse = |bytes: &[u8], what: &str| {
+        std::fs::write(&bad, bytes).unwrap();
+        assert!(Snapshot::open(&bad).is_err(), "{what} passed");
+    };
+    for at in 0..sound.len() {
+        let mut bytes = sound.clone();
+        bytes[at] ^= 1 << (at % 8);
+        refuse(&bytes, &format!("byte {at} flipped"));
+        if at < sound.len() - 40 {
+            seal(&mut bytes);
+            refuse(&bytes, &format!("byte {at} flipped and sealed"));
+        }
+        refuse(&sound[..at], &format!("{at} bytes"));
+        if at % 97 == 0 && at > 8 + TRAILER {
+            let mut bytes = [&sound[..at], &[0; TRAILER]].concat();
+            bytes[at..at + 8].copy_from_slice(b"VFIOSEND");
+            seal(&mut bytes);
+            refuse(&bytes, &format!("{at} bytes, sealed"));
+        }
+    }
+    refuse(&[sound.as_slice(), &[0]].concat(), "a byte too many");
+    // The control of all this: resealing alone is no damage.
+    let mut bytes = sound;
+    seal(&mut bytes);
+    std::fs::write(&bad, &bytes).unwrap();
+    Snapshot::open(&bad).unwrap();
+}
+
+#[test]
+fn swapped_device_streams_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snapshot");
+    let kind = FakeDeviceKind { pieces: 2, ..FakeDeviceKind::default() };
+    let plan = Plan { pages: 64, devices: vec![kind.clone(), kind], ..small() };
+    saving(&Toy::booted(&plan), &path, None, SaveOptions::default()).unwrap();
+    let sound = std::fs::read(&path).unwrap();
+    for swap in [false, true] {
+        let mut bytes = rewrite(&sound, swap);
+        seal(&mut bytes);
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(Snapshot::open(&path).is_err(), swap);
+    }
+}
+
+/// Makes length and digest fit again.
+fn seal(bytes: &mut [u8]) {
+    let len = bytes.len();
+    bytes[len - 40..len - 32].copy_from_slice(&(len as u64).to_le_bytes());
+    let digest = blake3::hash(&bytes[..len - 32]);
+    bytes[len - 32..].copy_from_slice(digest.as_bytes());
+}
+
+/// Writes every frame anew, with the data of devices 0 and 1 exchanged if `swap`.
+fn rewrite(sound: &[u8], swap: bool) -> Vec<u8> {
+    let mut out = sound[..8].to_vec();
+    let mut rest = &sound[8..sound.len() - TRAILER];
+    let mut sequence = 0;
+    while let Some((head, behind)) = rest.split_first_chunk::<HEADER_LEN>() {
+        let header = FrameHeader::parse(head, sequence).unwrap();
+        let (payload, behind) = behind.split_at(header.payload_len());
+        let mut body: &[u8] = &[];
+        rest = behind;
+        match Frame::decode(&header, payload).unwrap() {
+            Frame::Message(message) => out.extend(encode(&message, sequence).unwrap()),
+            Frame::Bulk(mut bulk) => {
+                (body, rest) = rest.split_at(usize::try_from(bulk.body_len()).unwrap());
+                if let Bulk::DeviceData { device, .. } = &mut bulk {
+                    *device ^= u16::from(swap);
+                }
+                let frame = encode_bulk(&bulk, sequence).unwrap();
+                out.extend(frame.parts().concat());
+            }
+            other => panic!("{other:?}"),
+        }
+        out.extend(body);
+        sequence += 1;
+    }
+    out.extend(&sound[sound.len() - TRAILER..]);
+    out
+}

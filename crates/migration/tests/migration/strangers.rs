@@ -1,0 +1,335 @@
+//! Peers that are no source of ours: strangers who say nothing or something else, and sources that break the rules.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::toy::*;
+use vfio_migration::{
+    Arrived, Destination, DestinationOptions, IncomingError, Machine, Source, SourceOptions, Uri,
+};
+use vfio_migration_types::{AttemptId, Epoch};
+use vfio_migration_wire::{
+    Bulk, Crc, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN, Hello, Message, Offer,
+    PREAMBLE, VERSIONS, encode, encode_bulk,
+};
+
+fn incoming() -> DestinationOptions {
+    let mut options = DestinationOptions::default();
+    options.peer_timeout = Duration::from_secs(5);
+    options
+}
+
+fn plan() -> Plan {
+    Plan { pages: 64, hot: 8, devices: vec![] }
+}
+
+fn connect(to: &Uri) -> TcpStream {
+    let Uri::Tcp { host, port } = to else { panic!("{to}") };
+    let stream = TcpStream::connect((host.as_str(), *port)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+}
+
+/// Everything that comes until the other side hangs up.
+fn all(mut stream: &TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Ok(_) => {}
+        Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}"),
+    }
+    bytes
+}
+
+/// A source by hand.
+struct Peer {
+    stream: TcpStream,
+    sent: u64,
+    heard: u64,
+}
+
+impl Peer {
+    fn new(to: &Uri) -> Self {
+        let mut stream = connect(to);
+        stream.write_all(&PREAMBLE).unwrap();
+        Self { stream, sent: 0, heard: 0 }
+    }
+
+    fn say(&mut self, message: &Message) {
+        self.stream.write_all(&encode(message, self.sent).unwrap()).unwrap();
+        self.sent += 1;
+    }
+
+    /// Bulk, and the body behind it. The other side may have hung up on us.
+    fn bulk(&mut self, bulk: &Bulk<'_>, body: &[u8]) {
+        let frame = encode_bulk(bulk, self.sent).unwrap();
+        self.sent += 1;
+        for part in [frame.parts()[0], frame.parts()[1], body] {
+            let _ = self.stream.write_all(part);
+        }
+    }
+
+    fn hear(&mut self) -> Message {
+        if self.heard == 0 {
+            let mut preamble = [0; PREAMBLE.len()];
+            self.stream.read_exact(&mut preamble).unwrap();
+            assert_eq!(preamble, PREAMBLE);
+        }
+        loop {
+            let mut head = [0; HEADER_LEN];
+            self.stream.read_exact(&mut head).unwrap();
+            let header = FrameHeader::parse(&head, self.heard).unwrap();
+            self.heard += 1;
+            let mut payload = vec![0; header.payload_len()];
+            self.stream.read_exact(&mut payload).unwrap();
+            match Frame::decode(&header, &payload).unwrap() {
+                Frame::Message(Message::Ping { .. } | Message::Pong { .. } | Message::Credit { .. }) => {}
+                Frame::Message(message) => return message,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn hear_abort(&mut self) -> String {
+        loop {
+            if let Message::Abort(cause) | Message::Declined(cause) = self.hear() {
+                return cause.text;
+            }
+        }
+    }
+
+    /// Up to where bulk may come.
+    fn begin(&mut self, machine: &Toy, features: u64) {
+        self.say(&Message::Hello(Hello {
+            versions: VERSIONS,
+            features,
+            vm: VM,
+            attempt: AttemptId([3; 16]),
+            epoch: Epoch(0),
+        }));
+        assert!(matches!(self.hear(), Message::HelloReply(_)));
+        let manifest = machine.manifest().unwrap().to_json().unwrap();
+        self.say(&Message::Offer(Offer { names: vec![], manifest }));
+        let Message::Accept(accept) = self.hear() else { panic!("it did not accept") };
+        self.say(&Message::Begin { lease: accept.lease.id });
+        assert_eq!(self.hear(), Message::Begun);
+    }
+}
+
+fn last(machine: &Toy) -> Final {
+    Final { guest_ran: true, identity: machine.manifest().unwrap().identity_digest() }
+}
+
+/// A destination that takes in what `speak` sends.
+fn receive(speak: impl FnOnce(&Uri, &Toy)) -> (Result<Arrived, IncomingError>, Arc<Toy>) {
+    receive_into(&plan(), speak)
+}
+
+fn receive_into(plan: &Plan, speak: impl FnOnce(&Uri, &Toy)) -> (Result<Arrived, IncomingError>, Arc<Toy>) {
+    let mut options = incoming();
+    // An attempt that was given up after READY stays answerable for four of these.
+    options.peer_timeout = Duration::from_secs(2);
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
+    let to = destination.local().clone();
+    let machine = Toy::new(plan);
+    let built = machine.clone();
+    let there = std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
+        speak(&to, &machine);
+        arriving.join().unwrap()
+    });
+    (there, machine)
+}
+
+fn aborted(there: Result<Arrived, IncomingError>) -> String {
+    match there {
+        Err(IncomingError::Aborted(cause)) => cause.text.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn strangers_read_nothing_and_hold_nobody_up() {
+    let mut options = incoming();
+    // Whoever says nothing is given this long.
+    options.peer_timeout = Duration::from_secs(3);
+    let plan = plan();
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
+    let to = destination.local().clone();
+    let source = Toy::booted(&plan);
+    let built = Toy::new(&plan);
+    // They come first, and stay.
+    let silent: Vec<_> = (0..4).map(|_| connect(&to)).collect();
+    let mut half = connect(&to);
+    half.write_all(&PREAMBLE[..5]).unwrap();
+    let mut http = connect(&to);
+    http.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || {
+            let arrived = destination.accept(|_| Ok(built as Arc<dyn Machine>));
+            (arrived, destination)
+        });
+        assert_eq!(all(&http), b"", "an HTTP client was answered");
+        let begun = Instant::now();
+        Source::new(source.clone(), SourceOptions::default()).migrate_to(&to, |_| {}).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(2), "strangers held a source up");
+        let (arrived, mut destination) = arriving.join().unwrap();
+        arrived.unwrap();
+        // Their time comes to its end, whoever looks.
+        destination.answer_queries(Duration::from_secs(4)).unwrap();
+    });
+    for stranger in silent.iter().chain([&half]) {
+        assert_eq!(all(stranger), b"", "a stranger was answered");
+    }
+}
+
+#[test]
+fn strangers_and_dribble_do_not_hold_up_a_session() {
+    let (there, _) = receive(|to, machine| {
+        let mut peer = Peer::new(to);
+        peer.begin(machine, 0);
+        let silent: Vec<_> = (0..30).map(|_| connect(to)).collect();
+        let mut slow = connect(to);
+        let begun = Instant::now();
+        for round in 1..=20u32 {
+            if let Some(byte) = PREAMBLE.get(round as usize) {
+                let _ = slow.write_all(&[*byte]);
+            }
+            peer.say(&Message::EndIteration { iteration: round });
+            let Message::Applied(applied) = peer.hear() else { panic!("no APPLIED") };
+            assert_eq!(applied.iteration, round);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        drop(silent);
+        peer.stream.shutdown(Shutdown::Both).unwrap();
+    });
+    aborted(there);
+}
+
+#[test]
+fn bulk_behind_final_end_is_refused() {
+    let (there, machine) = receive(|to, machine| {
+        let mut peer = Peer::new(to);
+        peer.begin(machine, 0);
+        peer.say(&Message::EndIteration { iteration: 1 });
+        assert!(matches!(peer.hear(), Message::Applied(_)));
+        peer.say(&Message::Final(last(machine)));
+        peer.bulk(&Bulk::Section { name: "toy.vcpu", version: 1, bytes: &[0; 8] }, &[]);
+        peer.say(&Message::LocksFree);
+        peer.say(&Message::FinalEnd(FinalEnd {
+            ram_pages: 0,
+            ram_digest: None,
+            sections: 1,
+            devices: vec![],
+        }));
+        assert!(matches!(peer.hear(), Message::Ready(_)));
+        peer.bulk(&Bulk::ZeroPages { first: 0, count: 1 }, &[]);
+        let text = peer.hear_abort();
+        assert!(text.contains("after FINAL_END"), "{text}");
+        assert!(
+            !machine.locked.load(std::sync::atomic::Ordering::Relaxed),
+            "DECLINED came before the locks went"
+        );
+    });
+    assert!(aborted(there).contains("after FINAL_END"));
+    machine.prove_standing();
+}
+
+#[test]
+fn pages_without_the_checksum_that_is_due_are_refused() {
+    let page = [7; 4096];
+    let bare = Bulk::Pages { first: 1, count: 1, crc: None };
+    for (features, behind_final) in [(0, true), (FEATURE_RAM_CRC, false)] {
+        let (there, _) = receive(|to, machine| {
+            let mut peer = Peer::new(to);
+            peer.begin(machine, features);
+            if behind_final {
+                // Before FINAL it is as it should be.
+                peer.bulk(&bare, &page);
+                peer.say(&Message::EndIteration { iteration: 1 });
+                assert!(matches!(peer.hear(), Message::Applied(_)));
+                peer.say(&Message::Final(last(machine)));
+            }
+            peer.bulk(&bare, &page);
+            let text = peer.hear_abort();
+            assert!(text.contains("checksum"), "{text}");
+        });
+        assert!(aborted(there).contains("checksum"));
+    }
+}
+
+#[test]
+fn pages_whose_checksum_is_wrong_are_refused() {
+    let body = [7; 3 * 4096];
+    let right = Crc::of(&body).value();
+    for (features, behind_final) in [(0, true), (FEATURE_RAM_CRC, false)] {
+        let (there, _) = receive(|to, machine| {
+            let mut peer = Peer::new(to);
+            peer.begin(machine, features);
+            if behind_final {
+                peer.say(&Message::EndIteration { iteration: 1 });
+                assert!(matches!(peer.hear(), Message::Applied(_)));
+                peer.say(&Message::Final(last(machine)));
+            }
+            peer.bulk(&Bulk::Pages { first: 1, count: 3, crc: Some(right) }, &body);
+            peer.bulk(&Bulk::Pages { first: 1, count: 3, crc: Some(right ^ 1) }, &body);
+            let text = peer.hear_abort();
+            assert!(text.contains("CRC-32C"), "{text}");
+        });
+        assert!(aborted(there).contains("CRC-32C"));
+    }
+}
+
+/// A piece that was lost, doubled or swapped: as its first, or after one that is in its place.
+#[test]
+fn a_piece_of_device_state_that_is_out_of_place_is_refused() {
+    let bytes = [9; 4096];
+    let plan = Plan { devices: vec![FakeDeviceKind::default()], ..plan() };
+    let piece = |sequence, offset| Bulk::DeviceData { device: 0, sequence, offset, bytes: &bytes };
+    for wrong in [piece(0, 0), piece(2, 4096), piece(1, 0), piece(1, 8192)] {
+        let (there, _) = receive_into(&plan, |to, machine| {
+            let mut peer = Peer::new(to);
+            peer.begin(machine, 0);
+            peer.bulk(&piece(0, 0), &[]);
+            peer.bulk(&wrong, &[]);
+            let text = peer.hear_abort();
+            assert!(text.contains("came where piece 1 at byte 4096 was due"), "{text}");
+        });
+        assert!(aborted(there).contains("was due"), "{wrong:?}");
+    }
+}
+
+#[test]
+fn a_source_that_asks_and_never_reads_is_given_up() {
+    let (there, _) = receive(|to, machine| {
+        let mut peer = Peer::new(to);
+        peer.begin(machine, 0);
+        // Its answers fill the sockets, and then wait.
+        for round in 1..u32::MAX {
+            let frame = encode(&Message::EndIteration { iteration: round }, peer.sent).unwrap();
+            peer.sent += 1;
+            if peer.stream.write_all(&frame).is_err() {
+                break;
+            }
+        }
+    });
+    assert!(aborted(there).contains("does not read"), "another reason");
+}
+
+#[test]
+fn a_panic_of_the_vmm_ends_the_attempt() {
+    let plan = plan();
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    let to = destination.local().clone();
+    let source = Toy::booted(&plan);
+    let (here, there) = std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| panic!("no machine today")));
+        let here = Source::new(source.clone(), SourceOptions::default()).migrate_to(&to, |_| {});
+        (here, arriving.join().unwrap())
+    });
+    assert!(here.is_err());
+    let text = aborted(there);
+    assert!(text.contains("panic") && text.contains("no machine today"), "{text}");
+    source.prove_restored();
+}

@@ -1,0 +1,4 @@
+//! The crate from outside, a file per subject.
+
+mod arcs;
+mod bitmap;

@@ -1,0 +1,10 @@
+//! Clients and servers against each other, against liars, and against another implementation.
+
+mod codec;
+mod commands;
+mod dma;
+mod interop;
+mod lifecycle;
+mod lying_clients;
+mod lying_servers;
+mod rig;
