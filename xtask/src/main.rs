@@ -1,7 +1,9 @@
 //! House keeping. `cargo xtask test` installs what the tests need and passes every one of them.
 #![forbid(unsafe_code)]
 
+mod change;
 mod kernel_test;
+mod programs;
 mod rings;
 mod rules;
 mod run;
@@ -12,7 +14,9 @@ use std::process::ExitCode;
 use crate::run::Outcome;
 
 const HELP: &str = "\
-cargo xtask test [RING…]   run the rings of tests (all when none is named); ends with a table
+cargo xtask test [RING…]   run the rings of tests (all when none is named); ends with the longest tests and a table
+cargo xtask test --quick   run what is over in minutes: rules, lint, and of the tests those of the pure crates, of the
+                           crates that differ from upstream's main branch, and the short ones of those built on them
 cargo xtask kernel-test [PART OF A NAME…]
                            run the kernel ring alone, tests in a booted kernel with real VFIO: all of them, or those
                            that are named so
@@ -35,6 +39,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let outcome = match words.as_slice() {
+        ["test", "--quick"] => rings::run_quick(&top),
         ["test", wanted @ ..] => rings::run(&top, wanted),
         ["kernel-test"] => rings::run(&top, &["kernel"]),
         ["kernel-test", "--iommufd-mock", named @ ..] => kernel_test::run_mock(&top, named).and_then(ran),

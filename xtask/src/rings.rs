@@ -2,32 +2,49 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::run::{BUILT, Outcome, cargo, finish};
-use crate::{kernel_test, rules};
+use crate::change::Change;
+use crate::run::{Outcome, cargo, finish};
+use crate::{kernel_test, programs, rules};
 
 /// One ring.
 struct Ring {
     name: &'static str,
     what: &'static str,
-    run: fn(&Path) -> Result<Outcome, String>,
+    run: fn(&mut Session) -> Result<Outcome, String>,
+    /// It is over in minutes whatever changed: part of a quick run.
+    quick: bool,
 }
 
+/// One run of rings.
+struct Session<'a> {
+    top: &'a Path,
+    /// What is tested of all, in a quick run.
+    change: Option<Change>,
+    /// How long each test took.
+    took: Vec<(Duration, String)>,
+}
+
+/// How many of the longest tests are named at the end.
+const LONGEST: usize = 10;
+
 const RINGS: [Ring; 5] = [
-    Ring { name: "rules", what: "house rules", run: rules_ring },
-    Ring { name: "lint", what: "formatting and lints", run: lint },
+    Ring { name: "rules", what: "house rules", run: rules_ring, quick: true },
+    Ring { name: "lint", what: "formatting and lints", run: lint, quick: true },
     Ring {
         name: "test",
         what: "pure tests, sockets, KVM, device servers, and the command's processes",
         run: test,
+        quick: true,
     },
     Ring {
         name: "kernel",
         what: "a booted kernel with real VFIO, in software emulation",
-        run: |top| kernel_test::run(top, &[]),
+        run: |session| kernel_test::run(session.top, &[]),
+        quick: false,
     },
-    Ring { name: "docs", what: "documentation and its examples", run: docs },
+    Ring { name: "docs", what: "documentation and its examples", run: docs, quick: false },
 ];
 
 /// Runs the wanted rings, all when none is named, and prints a table.
@@ -35,12 +52,27 @@ pub(crate) fn run(top: &Path, wanted: &[&str]) -> Result<(), String> {
     if let Some(unknown) = wanted.iter().find(|name| RINGS.iter().all(|ring| ring.name != **name)) {
         return Err(format!("there is no ring '{unknown}'"));
     }
+    let wanted = RINGS.iter().filter(|ring| wanted.is_empty() || wanted.contains(&ring.name));
+    run_all(Session { top, change: None, took: Vec::new() }, wanted)
+}
+
+/// Runs what is over in minutes: the quick rings, and of the tests those of the pure crates and what the change touches.
+pub(crate) fn run_quick(top: &Path) -> Result<(), String> {
+    let change = Change::find(top)?;
+    eprintln!("{}", change.text());
+    let session = Session { top, change: Some(change), took: Vec::new() };
+    run_all(session, RINGS.iter().filter(|ring| ring.quick))?;
+    eprintln!("This was a quick run; `cargo xtask test` runs the rest.");
+    Ok(())
+}
+
+fn run_all<'a>(mut session: Session, rings: impl Iterator<Item = &'a Ring>) -> Result<(), String> {
     let strict = std::env::var_os("CI").is_some();
     let (mut rows, mut bad, mut passed, mut failed, mut skipped) = (Vec::new(), false, 0, 0, 0);
-    for ring in RINGS.iter().filter(|ring| wanted.is_empty() || wanted.contains(&ring.name)) {
+    for ring in rings {
         eprintln!("== {}: {}", ring.name, ring.what);
         let began = Instant::now();
-        let result = (ring.run)(top);
+        let result = (ring.run)(&mut session);
         let took = began.elapsed();
         let row = match result {
             Ok(Outcome::Passed(tests)) => {
@@ -62,6 +94,13 @@ pub(crate) fn run(top: &Path, wanted: &[&str]) -> Result<(), String> {
         };
         rows.push((ring.name, took, row));
     }
+    session.took.sort_by(|one, other| other.cmp(one));
+    if !session.took.is_empty() {
+        println!("\nThe longest tests:");
+    }
+    for (took, title) in session.took.iter().take(LONGEST) {
+        println!("{:>8.1} s  {title}", took.as_secs_f64());
+    }
     println!();
     for (name, took, row) in rows {
         println!("{name:<10}{:>7.1} s  {row}", took.as_secs_f64());
@@ -76,12 +115,12 @@ pub(crate) fn generate(top: &Path) -> Result<(), String> {
         .map(|_| ())
 }
 
-fn rules_ring(top: &Path) -> Result<Outcome, String> {
-    rules::check(top)?;
+fn rules_ring(session: &mut Session) -> Result<Outcome, String> {
+    rules::check(session.top)?;
     Ok(Outcome::Passed(None))
 }
 
-fn lint(top: &Path) -> Result<Outcome, String> {
+fn lint(session: &mut Session) -> Result<Outcome, String> {
     let there =
         || ["fmt", "clippy"].iter().all(|tool| quiet(Command::new(env!("CARGO")).args([*tool, "--version"])));
     let add = || quiet(Command::new("rustup").args(["component", "add", "rustfmt", "clippy"]));
@@ -91,25 +130,44 @@ fn lint(top: &Path) -> Result<Outcome, String> {
             "rustfmt and clippy are not there, and rustup could not add them".into(),
         ));
     }
-    cargo(top, &["fmt", "--all", "--check"])?;
+    cargo(session.top, &["fmt", "--all", "--check"])?;
     let all = ["--release", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"];
-    cargo(top, &[&["clippy"], &all[..]].concat())?;
+    cargo(session.top, &[&["clippy"], &all[..]].concat())?;
     Ok(Outcome::Passed(None))
 }
 
-fn test(top: &Path) -> Result<Outcome, String> {
-    let text = cargo(top, &[&["test", "--no-fail-fast"], BUILT].concat())?;
+fn test(session: &mut Session) -> Result<Outcome, String> {
+    let began = Instant::now();
+    let all = programs::build(session.top)?;
+    eprintln!("built in {:.1} s", began.elapsed().as_secs_f64());
+    let found = all.len();
+    let tests: Vec<_> = match &session.change {
+        Some(change) => all.into_iter().filter(|test| change.wants(&test.home, test.last)).collect(),
+        None => all,
+    };
+    let left_out = found - tests.len();
+    let ended = programs::run(session.top, tests)?;
+    session.took.extend(ended.took);
+    println!(
+        "{} passed, {} failed, {} ignored, {left_out} left out",
+        ended.passed,
+        ended.failed.len(),
+        ended.ignored
+    );
+    if !ended.failed.is_empty() {
+        return Err(format!("{} tests failed:\n  {}", ended.failed.len(), ended.failed.join("\n  ")));
+    }
     if !kvm_answers() {
         let why = "/dev/kvm does not answer, so the KVM tests in it did nothing; the others passed";
         return Ok(Outcome::Skipped(why.into()));
     }
-    Ok(Outcome::Passed(Some(count(&text))))
+    Ok(Outcome::Passed(Some(ended.passed)))
 }
 
-fn docs(top: &Path) -> Result<Outcome, String> {
-    let text = cargo(top, &["test", "--release", "--workspace", "--doc"])?;
+fn docs(session: &mut Session) -> Result<Outcome, String> {
+    let text = cargo(session.top, &["test", "--release", "--workspace", "--doc"])?;
     let mut command = Command::new(env!("CARGO"));
-    command.current_dir(top).args(["doc", "--release", "--quiet", "--workspace", "--no-deps"]);
+    command.current_dir(session.top).args(["doc", "--release", "--quiet", "--workspace", "--no-deps"]);
     command.env("RUSTDOCFLAGS", "--deny warnings");
     finish(command, "cargo doc")?;
     Ok(Outcome::Passed(Some(count(&text))))
