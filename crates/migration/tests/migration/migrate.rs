@@ -1,6 +1,7 @@
 //! Whole migrations of a toy machine: every transport, every kind of device, what arrives and what is left behind.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::toy::*;
@@ -312,6 +313,9 @@ fn faulty(fault: impl Fn(std::ops::Range<RamOffset>) -> InjectedFault, verify: b
     let machine = Toy::new(&plan);
     let mut options = verified();
     options.verify = verify;
+    // On a busy machine a whole migration may pass before the guest's thread writes once, and what was kept of a page, or
+    // hidden, would still be what it holds. So the switchover waits until each hot page was written after its first copy.
+    options.pause_before_switchover = true;
     // The guest's hot pages, and nothing else.
     let fault = fault(RamOffset(0)..RamOffset(64 * PAGE_SIZE));
     let (mut here, mut there): (Arc<dyn Machine>, Arc<dyn Machine>) = (source.clone(), machine.clone());
@@ -324,7 +328,18 @@ fn faulty(fault: impl Fn(std::ops::Range<RamOffset>) -> InjectedFault, verify: b
     let to = destination.local().clone();
     let (source_ended, destination_ended) = std::thread::scope(|scope| {
         let arriving = scope.spawn(move || destination.accept(|_| Ok(there)));
-        (Source::new(here, options).migrate_to(&to, |_| {}), arriving.join().unwrap())
+        let session = Source::new(here, options);
+        let control = session.control();
+        let written = &source.sequence;
+        scope.spawn(move || {
+            wait_for("the first copies to have been sent", || control.progress().waiting);
+            let then = written.load(Ordering::Relaxed);
+            wait_for("each hot page to be written again", || {
+                written.load(Ordering::Relaxed) > then + plan.hot
+            });
+            control.continue_switchover();
+        });
+        (session.migrate_to(&to, |_| {}), arriving.join().unwrap())
     });
     (Both { source: source_ended, destination: destination_ended, machine }, source)
 }
