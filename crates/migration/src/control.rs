@@ -63,7 +63,7 @@ impl Control {
     /// Lets a migration that waits before its switchover
     /// ([`SourceOptions::pause_before_switchover`]) go on. Does nothing while it does not wait
     /// ([`Progress::waiting`]).
-    pub fn go_on(&self) {
+    pub fn continue_switchover(&self) {
         self.tell(SourceEvent::ContinueSwitchover);
     }
 

@@ -19,7 +19,7 @@ pub struct SourceOptions {
     pub bandwidth: Option<u64>,
     /// Give up when the pre-copy has lasted this long; `None`: never.
     pub give_up_after: Option<Duration>,
-    /// Wait for [`Control::go_on`](crate::Control::go_on) before the guest is paused.
+    /// Wait for [`Control::continue_switchover`](crate::Control::continue_switchover) before the guest is paused.
     pub pause_before_switchover: bool,
     /// Compare digests of all RAM, and abort on a difference. The time it takes is kept out of the downtime. Off.
     pub verify: bool,

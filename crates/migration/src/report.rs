@@ -19,7 +19,7 @@ pub struct Progress {
     pub elapsed: Duration,
     /// The guest stands because of this session.
     pub paused: bool,
-    /// The session waits for [`Control::go_on`](crate::Control::go_on) before it pauses the guest.
+    /// The session waits for [`Control::continue_switchover`](crate::Control::continue_switchover) before it pauses the guest.
     pub waiting: bool,
     /// RAM in all, bytes.
     pub ram_total: u64,

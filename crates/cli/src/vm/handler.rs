@@ -111,7 +111,7 @@ impl VmHandler {
     fn continue_switchover(&self) -> Result<(), Refused> {
         match self.vm.state.steering() {
             Some(Steering::Outgoing(control)) if control.progress().waiting => {
-                control.go_on();
+                control.continue_switchover();
                 Ok(())
             }
             Some(Steering::Outgoing(_)) => {

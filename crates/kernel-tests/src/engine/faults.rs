@@ -134,7 +134,7 @@ pub(crate) fn too_slow() -> Outcome {
                 if progress.waiting && !armed.load(Ordering::Acquire) {
                     let _ = set(slow, "arc_delay_ms", TOO_SLOW_MS);
                     armed.store(true, Ordering::Release);
-                    control.go_on();
+                    control.continue_switchover();
                 }
             });
             ended.store(true, Ordering::Release);
@@ -201,7 +201,7 @@ pub(crate) fn log_lost() -> Outcome {
     let ended = pair.migrate_seen(options, |control, progress| {
         if progress.waiting {
             let _ = stop_dma_logging(card.kvm_file());
-            control.go_on();
+            control.continue_switchover();
         }
     })?;
     // Noticed by the pass that is made while the operator is waited for, or by the last one.

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vfio_migration::{IncomingError, MigrateError, Sabotage, SabotageKind};
+use vfio_migration::{IncomingError, InjectedFault, MigrateError};
 use vfio_migration_device::Position;
 use vfio_migration_types::Phase;
 
@@ -32,9 +32,9 @@ pub(crate) fn there_and_back() -> Outcome {
 
 /// With what the device logged thrown away, the guest finds itself that its writes are lost: it is awake here.
 pub(crate) fn a_lost_log_is_noticed() -> Outcome {
-    let pair = Pair::new(|_| Ok(()))?;
+    let pair = Pair::new(|_| Ok(()))?.with_fault(InjectedFault::HideDeviceLogs);
     let mut options = options();
-    options.sabotage = Some(Sabotage { kind: SabotageKind::DropDeviceLog, pages: None, verify_blind: true });
+    options.verify = false;
     let (ended, _) = pair.migrate_at_work(options)?;
     let why = pair.moved(ended).err().ok_or("a guest arrived whole whose device's writes were not sent")?;
     holds(why.to_string().contains("the guest found that"), &why.to_string())
@@ -57,9 +57,7 @@ pub(crate) fn two_devices() -> Outcome {
 /// Stopped one by one, they are found out: the check above is awake.
 pub(crate) fn two_devices_one_by_one() -> Outcome {
     let (pair, tap) = two(|_| Ok(()))?;
-    let mut options = options();
-    options.sabotage = Some(Sabotage { kind: SabotageKind::P2pOrder, pages: None, verify_blind: false });
-    pair.migrate(options)?.source?;
+    pair.with_fault(InjectedFault::StopOneByOne).migrate(options())?.source?;
     holds(quiesced_together(&tap.heard()).is_err(), &format!("out of order: {:?}", tap.heard()))
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use vfio_migration::{
     Aborted, Arrived, Completed, Control, Destination, DestinationOptions, Failure, IncomingError,
-    MigrateError, Progress, Source, SourceOptions,
+    InjectedFault, Machine, MigrateError, Progress, Source, SourceOptions, inject,
 };
 use vfio_migration_device::Device;
 use vfio_migration_memory::{start_all, stop_all};
@@ -35,6 +35,8 @@ pub(crate) struct Pair {
     pub(crate) from: Vec<Instance>,
     pub(crate) to: Vec<Instance>,
     before: Held,
+    /// What of the source is broken on purpose.
+    fault: Option<InjectedFault>,
 }
 
 /// How both sides ended.
@@ -98,13 +100,18 @@ impl Pair {
     ) -> Outcome<Self> {
         let before = Held::now()?;
         let (source, destination) = (here(&from)?, there(&to)?);
-        Ok(Self { source, destination, from, to, before })
+        Ok(Self { source, destination, from, to, before, fault: None })
     }
 
     /// The way back.
     pub(crate) fn turned(self) -> Self {
-        let Self { source, destination, from, to, before } = self;
-        Self { source: destination, destination: source, from: to, to: from, before }
+        let Self { source, destination, from, to, before, fault } = self;
+        Self { source: destination, destination: source, from: to, to: from, before, fault }
+    }
+
+    /// The same pair, with a fault at the source.
+    pub(crate) fn with_fault(self, fault: InjectedFault) -> Self {
+        Self { fault: Some(fault), ..self }
     }
 
     /// Migrates from the one to the other.
@@ -130,7 +137,7 @@ impl Pair {
         let ended = self.migrate_seen(options, |control, progress| {
             if progress.waiting && worked.is_none() {
                 worked = Some((self.source.guest.goes_on().is_ok(), progress.bytes.ram));
-                control.go_on();
+                control.continue_switchover();
             }
         })?;
         match worked {
@@ -155,7 +162,11 @@ impl Pair {
                 let mut destination = Destination::over(there, incoming)?;
                 destination.accept(|_| Ok(self.destination.clone()))
             });
-            let source = Source::new(self.source.clone(), options);
+            let machine: Arc<dyn Machine> = match &self.fault {
+                Some(fault) => inject(self.source.clone(), fault.clone()),
+                None => self.source.clone(),
+            };
+            let source = Source::new(machine, options);
             let control = source.control();
             let source = source.migrate_over(here, |progress| observe(&control, progress));
             let destination = arriving.join().map_err(|_| "the destination panicked")?;
@@ -232,7 +243,7 @@ impl Pair {
 
     /// The same, with less patience.
     pub(crate) fn close_within(self, patience: Duration) -> Outcome {
-        let Self { source, destination, from, to, before } = self;
+        let Self { source, destination, from, to, before, .. } = self;
         drop((source, destination));
         before.comes_back(patience)?;
         drop((Toy::new(&from)?, Toy::new(&to)?));

@@ -35,7 +35,7 @@ fn waiting(_: &Control, progress: &Progress) -> bool {
 /// The same, and on it goes.
 fn going_on(control: &Control, progress: &Progress) -> bool {
     if progress.waiting {
-        control.go_on();
+        control.continue_switchover();
     }
     progress.waiting
 }

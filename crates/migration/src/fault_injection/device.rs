@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress, Read,
+    Capabilities, Chunk, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress,
     ResumingSession, SavingSession, TransitionError,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
@@ -174,12 +174,12 @@ impl SavingSession for OneByOneSession {
         self.session.position()
     }
 
-    fn read(&mut self, buf: &mut [u8]) -> Result<Read, DeviceError> {
+    fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError> {
         let Some(drained) = &mut self.drained else { return self.session.read(buf) };
         // Reading from memory does not fail.
         Ok(match drained.read(buf).unwrap_or(0) {
-            0 => Read::End,
-            read => Read::Data(read),
+            0 => Chunk::End,
+            read => Chunk::Data(read),
         })
     }
 
@@ -196,7 +196,7 @@ impl SavingSession for OneByOneSession {
                 self.session.go(to)?;
                 let (mut all, mut chunk) = (Vec::new(), vec![0; CHUNK]);
                 // What cannot be read now cannot be read later either, where it is told.
-                while let Ok(Read::Data(read)) = self.session.read(&mut chunk) {
+                while let Ok(Chunk::Data(read)) = self.session.read(&mut chunk) {
                     all.extend_from_slice(chunk.get(..read).unwrap_or_default());
                 }
                 self.drained = Some(std::io::Cursor::new(all));

@@ -273,7 +273,7 @@ fn it_waits_before_the_switchover_when_asked() {
             std::thread::spawn(move || {
                 wait_for("the wait", || control.progress().waiting);
                 source.prove_running();
-                control.go_on();
+                control.continue_switchover();
             });
         },
     );

@@ -237,7 +237,7 @@ fn a_machine_that_changes_under_way_stays() {
             .migrate_to(&to, |progress| {
                 if progress.waiting {
                     toy.device(0).become_another();
-                    control.go_on();
+                    control.continue_switchover();
                 }
             })
             .unwrap_err();

@@ -4,6 +4,7 @@
 //! [`start`](KvmVm::start) followed by [`resume`](KvmVm::resume), and can be paused, saved, loaded and resumed as often
 //! as one likes. Dropping the last handle ends the vCPU threads.
 
+mod backend;
 mod dirty;
 mod features;
 mod gate;
@@ -24,6 +25,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
 use vfio_migration_memory::GuestRam;
 
+pub use backend::KvmBackend;
 pub use dirty::KvmDirtyLog;
 pub use features::{cpu_features, offered_features};
 pub use irq::GsiRoute;

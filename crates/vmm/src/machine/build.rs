@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_memory::GuestRam;
 
-use super::kvm_backend::KvmBackend;
 use super::open::{Opened, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::IoBus;
 use crate::error::VmmError;
 use crate::guest::{BootInfo, SAMPLE_DEVICE};
+use crate::kvm::KvmBackend;
 use crate::kvm::KvmVm;
 use crate::layout;
 use crate::pci::{

@@ -6,7 +6,6 @@
 
 mod build;
 mod config;
-mod kvm_backend;
 mod open;
 mod processor;
 mod sections;

@@ -189,9 +189,9 @@ impl Interrupts {
     }
 
     /// The guest goes on where it was saved: what was collected is raised.
-    pub(super) fn go_on(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
-        let msix = self.msix.go_on(irq_path.irq);
-        msix.and(self.msi.as_mut().map_or(Ok(()), |(_, vectors)| vectors.go_on(irq_path.irq)))
+    pub(super) fn resume(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+        let msix = self.msix.resume(irq_path.irq);
+        msix.and(self.msi.as_mut().map_or(Ok(()), |(_, vectors)| vectors.resume(irq_path.irq)))
     }
 
     /// Takes all of it back: as after a reset. Goes on after a failure, and says the first.

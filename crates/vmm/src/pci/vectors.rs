@@ -163,10 +163,10 @@ impl Vectors {
     }
 
     /// The vectors for a save, with everything raised and not yet delivered in their pending bits. The device has
-    /// stopped. What is pending on an unmasked vector stays so until [`go_on`](Self::go_on).
+    /// stopped. What is pending on an unmasked vector stays so until [`resume`](Self::resume).
     ///
     /// # Errors
-    /// Nothing is lost: what is detached then is attached again by a later call, or by [`go_on`](Self::go_on).
+    /// Nothing is lost: what is detached then is attached again by a later call, or by [`resume`](Self::resume).
     pub(super) fn save(&mut self, irq_path: IrqPath<'_>) -> Result<Vec<VectorState>, Failure> {
         self.drain()?;
         let collected = self.collect(irq_path.irq);
@@ -181,7 +181,7 @@ impl Vectors {
     }
 
     /// The guest goes on: whatever a failed save left detached is attached, and what is pending is raised.
-    pub(super) fn go_on(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    pub(super) fn resume(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
         self.attach(irq)?;
         self.deliver()
     }

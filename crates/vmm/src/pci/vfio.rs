@@ -147,7 +147,7 @@ impl VfioPciFunction {
 
     /// Raises what is pending on unmasked vectors: for a guest that goes on here after its state was saved.
     pub fn deliver_pending(&self) -> Result<(), PciError> {
-        self.lock().interrupts.go_on(self.irq_path()).map_err(|failure| self.failed(failure))
+        self.lock().interrupts.resume(self.irq_path()).map_err(|failure| self.failed(failure))
     }
 
     /// Takes everything back, and leaves the other devices' reach: before the device is closed. Goes on after a

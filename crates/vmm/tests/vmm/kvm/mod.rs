@@ -11,10 +11,10 @@ use crate::sample::SampleBus;
 use vfio_migration_memory::DirtySource;
 use vfio_migration_sim::Options;
 use vfio_migration_types::{Bitmap, Granule, MigrationState, PAGE_SIZE, RamOffset};
-use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage, map};
 use vfio_migration_vmm::StopReason;
-use vfio_migration_vmm::kvm::{KvmTies, KvmVm, check_features, cpu_features, section_versions};
-use vfio_migration_vmm::pci::{PciHost, MsiRouter, Windows};
+use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage, map};
+use vfio_migration_vmm::kvm::{KvmBackend, KvmVm, cpu_features, section_versions};
+use vfio_migration_vmm::pci::{MsiRouter, PciHost, Windows};
 
 /// Time that a device takes for a block.
 const PACE: Duration = Duration::from_millis(4);
@@ -176,9 +176,9 @@ fn differs(old: &[u8], new: &[u8], page: u64) -> bool {
 fn with_devices(count: usize) -> (Rig, SampleBus) {
     let mut sample = None;
     let rig = Rig::with_bus(64, |ram, vm| {
-        let ties = Arc::new(KvmTies::new(vm.clone()));
-        let router = Arc::new(MsiRouter::new(ties.clone()));
-        let host = PciHost::new(ties.clone(), ties, router, Windows::default());
+        let backend = Arc::new(KvmBackend::new(vm.clone()));
+        let router = Arc::new(MsiRouter::new(backend.clone()));
+        let host = PciHost::new(backend.clone(), backend, router, Windows::default());
         let options = Options { state_size: 1 << 20, dma_interval: PACE, ..Options::default() };
         sample.insert(SampleBus::new(ram, host, count, &options)).bus.clone()
     });

@@ -7,10 +7,10 @@ use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_sim::Options;
 use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::bus::IoBus;
-use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::guest::{BootInfo, Report};
 use vfio_migration_vmm::layout;
-use vfio_migration_vmm::pci::{PciHost, MsiRouter, Windows};
+use vfio_migration_vmm::pci::{MsiRouter, PciHost, Windows};
+use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::software::SoftwareVm;
 
 use crate::sample::SampleBus;

@@ -9,20 +9,23 @@ use vfio_migration_device::MsiMessage;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
+use super::KvmVm;
+use super::irq::GsiRoute;
+use super::memory::SlotId;
 use crate::error::VmmError;
-use crate::kvm::{GsiRoute, KvmVm, SlotId};
 use crate::pci::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable};
 
 /// The way between PCI functions and a guest on KVM: [`Irqfds`], [`MsiRouteTable`] and [`BarMapper`] in one.
 #[derive(Debug)]
-pub(super) struct KvmBackend {
+pub struct KvmBackend {
     vm: Arc<KvmVm>,
     /// Mapped BARs: each keeps its memory mapped for as long as the guest has it.
     slots: Mutex<BTreeMap<Gpa, (SlotId, Arc<Mapping>)>>,
 }
 
 impl KvmBackend {
-    pub(super) fn new(vm: Arc<KvmVm>) -> Self {
+    /// A way to the guest of `vm`, over which nothing goes yet.
+    pub fn new(vm: Arc<KvmVm>) -> Self {
         Self { vm, slots: Mutex::default() }
     }
 
