@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use vfio_migration_types::DeviceId;
 
-use crate::codes::{self, Code};
+use crate::codes::{self, ReasonCode};
 use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
 use crate::machine::MachineManifest;
@@ -98,7 +98,7 @@ fn match_devices<'m>(
     for (id, device) in from {
         let mapped = map.destination(id).or_else(|| policy.map.destination(id));
         let Some((other, _)) = to.get_key_value(mapped.unwrap_or(id)) else {
-            let (code, text): (Code, _) = match mapped {
+            let (code, text): (ReasonCode, _) = match mapped {
                 None => (&codes::DEVICE_MISSING, "the destination has no device of this name".to_owned()),
                 Some(name) => (
                     &codes::MAP_DESTINATION,
@@ -123,7 +123,7 @@ fn match_devices<'m>(
 
 fn of_device(
     findings: &mut Findings<'_>,
-    code: Code,
+    code: ReasonCode,
     device: &DeviceManifest,
     (source, destination): (Value, Value),
     text: String,

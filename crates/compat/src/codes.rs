@@ -25,7 +25,7 @@ pub struct Explanation {
 }
 
 /// A code of the table.
-pub(crate) type Code = &'static Explanation;
+pub(crate) type ReasonCode = &'static Explanation;
 
 /// What `code` stands for.
 pub fn explain(code: &str) -> Option<Explanation> {
@@ -66,7 +66,7 @@ macro_rules! table {
             cause: $cause,
             remedy: $remedy,
         };)*
-        static TABLE: &[Code] = &[$(&$name),*];
+        static TABLE: &[ReasonCode] = &[$(&$name),*];
     };
 }
 

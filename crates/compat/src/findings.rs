@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::codes::Code;
+use crate::codes::ReasonCode;
 use crate::device::DeviceManifest;
 use crate::policy::Policy;
 use crate::report::{Reason, Verdict};
@@ -31,7 +31,7 @@ impl<'p> Findings<'p> {
     }
 
     /// A reason of the machine, or of a device of the source.
-    pub(crate) fn add(&mut self, code: Code, device: Option<&DeviceManifest>, found: Found) {
+    pub(crate) fn add(&mut self, code: ReasonCode, device: Option<&DeviceManifest>, found: Found) {
         let mut reason = Reason {
             code: code.code.to_owned(),
             device: device.map(|device| device.id.to_string()),

@@ -11,7 +11,7 @@ use crate::check::Outcome;
 pub(crate) const PROGRAM: &str = "/vfio-migrate";
 
 /// How a run ended.
-pub(crate) struct Run {
+pub(crate) struct CommandRun {
     /// `None`: a signal ended it.
     pub(crate) exit: Option<i32>,
     pub(crate) stderr: String,
@@ -20,12 +20,12 @@ pub(crate) struct Run {
 }
 
 /// Runs it with `--json`.
-pub(crate) fn run(arguments: &[&str]) -> Outcome<Run> {
+pub(crate) fn run(arguments: &[&str]) -> Outcome<CommandRun> {
     run_as(arguments, None)
 }
 
 /// Runs it with `--json`, as another user if one is named.
-pub(crate) fn run_as(arguments: &[&str], user: Option<u32>) -> Outcome<Run> {
+pub(crate) fn run_as(arguments: &[&str], user: Option<u32>) -> Outcome<CommandRun> {
     let mut command = Command::new(PROGRAM);
     command.args(arguments).arg("--json").stdin(Stdio::null());
     if let Some(user) = user {
@@ -36,5 +36,5 @@ pub(crate) fn run_as(arguments: &[&str], user: Option<u32>) -> Outcome<Run> {
     let report = serde_json::from_slice(&output.stdout).map_err(|error| {
         format!("{arguments:?} printed no JSON object ({error}), {}: {stderr}", output.status)
     })?;
-    Ok(Run { exit: output.status.code(), stderr, report })
+    Ok(CommandRun { exit: output.status.code(), stderr, report })
 }

@@ -4,13 +4,17 @@
 use serde_json::{Value, json};
 
 use crate::check::{Outcome, holds, same};
-use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, Vm, count, switch_over};
+use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, VmProcess, count, switch_over};
 
 /// Has a source drop bits of its dirty log.
 pub(crate) const SABOTAGE: &[&str] = &["--sabotage", "dirty-log"];
 
 /// Lets a guest work, and moves it to where `ready` says that it is waited for.
-pub(crate) fn leaves(source: &mut Vm, sabotaged: bool, ready: impl FnOnce() -> Outcome<String>) -> Outcome {
+pub(crate) fn leaves(
+    source: &mut VmProcess,
+    sabotaged: bool,
+    ready: impl FnOnce() -> Outcome<String>,
+) -> Outcome {
     let before = source.until("the guest to work", "query-guest", |report| {
         count(report, "dma-blocks") >= 64
             && count(report, "interrupts") >= 16
@@ -32,14 +36,14 @@ pub(crate) fn leaves(source: &mut Vm, sabotaged: bool, ready: impl FnOnce() -> O
 }
 
 /// The URI at which a VM waits for a guest.
-pub(crate) fn waits(destination: &mut Vm) -> Outcome<String> {
+pub(crate) fn waits(destination: &mut VmProcess) -> Outcome<String> {
     let status = destination
         .until("the destination to wait", "query-status", |status| status["incoming"].is_string())?;
     Ok(status["incoming"].as_str().unwrap_or_default().to_owned())
 }
 
 /// The report of a guest that arrived and has since gone over everything, with DMA and interrupts going on.
-pub(crate) fn arrives(destination: &mut Vm) -> Outcome<Value> {
+pub(crate) fn arrives(destination: &mut VmProcess) -> Outcome<Value> {
     let arrived =
         destination.until("the guest to arrive", "query-guest", |report| count(report, "loops") > 0)?;
     destination.until("the guest to check everything", "query-guest", |report| {
@@ -53,8 +57,8 @@ pub(crate) fn arrives(destination: &mut Vm) -> Outcome<Value> {
 
 /// Moves a guest at work from one instance of migdev to another; its report from where it arrived.
 fn moved(sabotage: &[&str]) -> Outcome<Value> {
-    let mut destination = Vm::with_migdev("b", &["--incoming", TARGET])?;
-    let mut source = Vm::with_migdev("a", sabotage)?;
+    let mut destination = VmProcess::with_migdev("b", &["--incoming", TARGET])?;
+    let mut source = VmProcess::with_migdev("a", sabotage)?;
     leaves(&mut source, !sabotage.is_empty(), || waits(&mut destination))?;
     arrives(&mut destination)
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::check::{Outcome, holds};
 use crate::guest::{SABOTAGE, arrives, is_whole, leaves, misses_pages, waits};
-use crate::vm::{PATIENCE, Vm};
+use crate::vm::{PATIENCE, VmProcess};
 
 /// Word of the kernel's command line that says which of two machines this is.
 const ROLE: &str = "ktest.role=";
@@ -116,7 +116,7 @@ fn half(test: &str, sabotage: &[&str], judge: fn(&serde_json::Value) -> Outcome)
     let mut other = Other::meet(role, test)?;
     match role {
         Role::Source => {
-            let mut source = Vm::with_migdev("a", sabotage)?;
+            let mut source = VmProcess::with_migdev("a", sabotage)?;
             leaves(&mut source, !sabotage.is_empty(), || other.hear("waiting"))?;
             other.tell("moved")?;
             other.hear("judged").map(|_| ())
@@ -124,7 +124,7 @@ fn half(test: &str, sabotage: &[&str], judge: fn(&serde_json::Value) -> Outcome)
         Role::Destination => {
             // The port is the system's choice; the source is told.
             let uri = format!("tcp:{}:0", role.address());
-            let mut destination = Vm::with_migdev("b", &["--incoming", &uri])?;
+            let mut destination = VmProcess::with_migdev("b", &["--incoming", &uri])?;
             let uri = waits(&mut destination)?;
             other.tell(&format!("waiting {uri}"))?;
             other.hear("moved")?;

@@ -5,14 +5,14 @@ use serde_json::{Value, json};
 
 use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
-use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, Vm, count, switch_over};
+use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, VmProcess, count, switch_over};
 
 /// Moves a guest that drives mtty; its report from where it arrived, once it has seen enough or lost something.
 fn moved(at_destination: &[&str]) -> Outcome<Value> {
     let instances = [Instance::new("mtty", "mtty-2")?, Instance::new("mtty", "mtty-2")?];
     let [from, to] = instances.each_ref().map(|instance| format!("mdev:{},id=tty0", instance.uuid()));
-    let mut destination = Vm::start("b", &to, &[&["--incoming", TARGET], at_destination].concat())?;
-    let mut source = Vm::start("a", &from, &[])?;
+    let mut destination = VmProcess::start("b", &to, &[&["--incoming", TARGET], at_destination].concat())?;
+    let mut source = VmProcess::start("a", &from, &[])?;
     let before = source.until("the card to be heard", "query-guest", |report| {
         count(report, "serial-interrupts") >= 4 && count(report, "serial-bytes") >= 32
     })?;

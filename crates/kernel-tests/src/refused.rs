@@ -5,11 +5,11 @@ use serde_json::{Value, json};
 use crate::check::{Outcome, holds, same};
 use crate::command;
 use crate::instance::Instance;
-use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, Vm, count, switch_over};
+use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, VmProcess, count, switch_over};
 use crate::{edu, migdev};
 
 /// Asks for a migration that is refused before anything is sent; what it says of itself.
-fn refused(vm: &mut Vm) -> Outcome<Value> {
+fn refused(vm: &mut VmProcess) -> Outcome<Value> {
     vm.call("migrate", &json!({"uri": TARGET}))?;
     let ended = vm.until("the refusal", "query-migrate", |info| info["status"] != "active")?;
     same("status", ended["status"].as_str(), Some("failed"))?;
@@ -17,7 +17,7 @@ fn refused(vm: &mut Vm) -> Outcome<Value> {
 }
 
 /// The guest writes more than it had when it was refused.
-fn runs_on(vm: &mut Vm) -> Outcome<Value> {
+fn runs_on(vm: &mut VmProcess) -> Outcome<Value> {
     same("status", vm.call("query-status", &Value::Null)?["status"].as_str(), Some("running"))?;
     let then = vm.call("query-guest", &Value::Null)?;
     vm.until("the guest to go on", "query-guest", |report| {
@@ -30,7 +30,7 @@ fn runs_on(vm: &mut Vm) -> Outcome<Value> {
 pub(crate) fn vfio_pci() -> Outcome {
     let address = edu::bind()?;
     let device = format!("vfio:{address},id=edu0");
-    let mut vm = Vm::start("a", &device, &[])?;
+    let mut vm = VmProcess::start("a", &device, &[])?;
     vm.until("the guest to work", "query-guest", |report| count(report, "page-passes") >= 1)?;
     let status = vm.call("query-status", &Value::Null)?;
     same("devices", &status["devices"], &json!(["edu0"]))?;
@@ -51,8 +51,8 @@ pub(crate) fn all_dirty() -> Outcome {
         migdev::set(instance, "dma_log", 0)?;
     }
     let [from, to] = instances.each_ref().map(|instance| format!("mdev:{},id=net0", instance.uuid()));
-    let mut destination = Vm::start("b", &to, &["--incoming", TARGET])?;
-    let mut source = Vm::start("a", &from, &[])?;
+    let mut destination = VmProcess::start("b", &to, &["--incoming", TARGET])?;
+    let mut source = VmProcess::start("a", &from, &[])?;
     source.until("the guest to work", "query-guest", |report| count(report, "dma-blocks") >= 16)?;
     destination.until("the destination to wait", "query-status", |_| true)?;
     let ended = refused(&mut source)?.to_string();

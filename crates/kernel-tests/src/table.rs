@@ -51,21 +51,21 @@ impl Need {
 
 /// One test.
 #[derive(Debug)]
-pub(crate) struct Test {
+pub(crate) struct KernelTest {
     pub(crate) name: &'static str,
     pub(crate) needs: &'static [Need],
     run: fn() -> Outcome,
 }
 
-const fn test(name: &'static str, needs: &'static [Need], run: fn() -> Outcome) -> Test {
-    Test { name, needs, run }
+const fn test(name: &'static str, needs: &'static [Need], run: fn() -> Outcome) -> KernelTest {
+    KernelTest { name, needs, run }
 }
 
 /// What every machine has.
 const BOTH: &[Need] = &[Need::Mtty, Need::Migdev];
 
 /// All of them. Each runs in a process of its own, and leaves nothing behind.
-pub(crate) const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[KernelTest] = &[
     test("mtty_describes_itself", &[Need::Mtty], mtty::info::describes_itself),
     test("mtty_raises_its_interrupt", &[Need::Mtty], mtty::info::raises_its_interrupt),
     test("mtty_takes_every_arc_and_refuses_the_others", &[Need::Mtty], mtty::arcs::every_arc),

@@ -19,14 +19,14 @@ pub(crate) const DOWNTIME_LIMIT_MS: u64 = 20_000;
 
 /// A VM in a process of its own.
 #[derive(Debug)]
-pub(crate) struct Vm {
+pub(crate) struct VmProcess {
     child: Child,
     control: String,
     /// A device that was made for it outlives the process that has it.
     device: Option<Instance>,
 }
 
-impl Vm {
+impl VmProcess {
     /// A VM with a device of the host's kernel.
     pub(crate) fn start(name: &str, device: &str, more: &[&str]) -> Outcome<Self> {
         let control = format!("/tmp/{name}.ctl");
@@ -102,7 +102,7 @@ impl Vm {
     }
 }
 
-impl Drop for Vm {
+impl Drop for VmProcess {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -114,7 +114,7 @@ impl Drop for Vm {
 pub(crate) const TARGET: &str = "unix:/tmp/b.sock";
 
 /// Lets a migration that was to wait before its switchover go on to its end.
-pub(crate) fn switch_over(source: &mut Vm) -> Outcome {
+pub(crate) fn switch_over(source: &mut VmProcess) -> Outcome {
     let waiting =
         source.until("the switchover to be asked for", "query-migrate", |info| info["status"] != "active")?;
     holds(waiting["status"] == "pre-switchover", &format!("the migration waits: {waiting}"))?;

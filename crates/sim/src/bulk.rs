@@ -12,7 +12,7 @@ const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
 /// The pages, what is wrong with them, and which of them a saving session has still to send.
 #[derive(Debug)]
-pub(crate) struct Bulk {
+pub(crate) struct BulkState {
     bytes: Vec<u8>,
     /// Sum over all pages of `mix(i, generation)`.
     generations: u64,
@@ -32,7 +32,7 @@ pub(crate) struct Bulk {
     random: u64,
 }
 
-impl Bulk {
+impl BulkState {
     /// Fresh state of `size` bytes, a multiple of the page size.
     pub(crate) fn new(size: u64) -> Self {
         let len = usize::try_from(size).unwrap_or(usize::MAX);
@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn fresh_and_changed_pages_are_whole() {
-        let mut bulk = Bulk::new(64 * PAGE_SIZE);
+        let mut bulk = BulkState::new(64 * PAGE_SIZE);
         bulk.tracking = Some(Bitmap::new(64 * PAGE_SIZE, Granule::PAGE));
         let before = bulk.digest();
         bulk.churn(20);
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn each_damaged_page_is_counted_once_and_never_painted_over() {
-        let mut bulk = Bulk::new(4 * PAGE_SIZE);
+        let mut bulk = BulkState::new(4 * PAGE_SIZE);
         bulk.bytes[2 * PAGE + 999] ^= 1;
         bulk.check_some(8);
         assert_eq!(bulk.integrity, 1);
@@ -241,7 +241,7 @@ mod tests {
         assert!(bulk.sweep_some(3));
         assert!(!bulk.sweep_some(3));
         assert_eq!(bulk.integrity, 2, "both were rewritten whole");
-        let other = Bulk::new(4 * PAGE_SIZE);
+        let other = BulkState::new(4 * PAGE_SIZE);
         assert!(bulk.load(0, other.run(1, 1)), "a page in another's place");
         bulk.check_some(4);
         assert_eq!(bulk.integrity, 3);
@@ -249,9 +249,9 @@ mod tests {
 
     #[test]
     fn loading_keeps_the_sum_of_generations_and_bounds() {
-        let mut source = Bulk::new(8 * PAGE_SIZE);
+        let mut source = BulkState::new(8 * PAGE_SIZE);
         source.churn(50);
-        let mut copy = Bulk::new(8 * PAGE_SIZE);
+        let mut copy = BulkState::new(8 * PAGE_SIZE);
         assert_ne!(copy.generations(), source.generations());
         assert!(copy.load(0, source.run(0, 8)));
         assert_eq!(copy.generations(), source.generations());
@@ -259,7 +259,7 @@ mod tests {
         assert!(!copy.load(8, source.run(0, 1)));
         assert!(!copy.load(u64::MAX, source.run(0, 1)));
         assert!(!copy.load(0, &[0; 100]));
-        let mut none = Bulk::new(0);
+        let mut none = BulkState::new(0);
         none.churn(3);
         none.check_some(3);
         assert_eq!((none.pages(), none.generations()), (0, 0));

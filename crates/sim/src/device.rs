@@ -15,7 +15,7 @@ use crate::error::{SimError, invalid};
 use crate::fault::Fault;
 use crate::migration::SampleMigration;
 use crate::options::Options;
-use crate::pci::{self, BAR2_SIZE, CONFIG_SIZE, ConfigSpace, region};
+use crate::pci::{self, BAR2_SIZE, CONFIG_SIZE, SampleConfigSpace, region};
 use crate::regs::{Effect, Facts, Registers, VECTORS, offset};
 use crate::shared::{Mode, Shared, drain, lock, signal};
 
@@ -242,7 +242,7 @@ impl SampleDevice {
         {
             let mut front = lock(&shared.front);
             front.registers = Registers::default();
-            front.config = ConfigSpace::new(self.options().vsc_bytes);
+            front.config = SampleConfigSpace::new(self.options().vsc_bytes);
             front.active = true;
         }
         {

@@ -43,7 +43,7 @@ pub enum DmaTarget<'a> {
 
 /// The device's view of DMA space.
 #[derive(Debug, Default)]
-pub(crate) struct Dma {
+pub(crate) struct DmaTable {
     table: RwLock<Table>,
     /// Pages whose number is a multiple of this are left out of the log, by a scripted fault.
     omit_every: Option<u64>,
@@ -81,7 +81,7 @@ struct Log {
     ranges: Vec<(u64, u64)>,
 }
 
-impl Dma {
+impl DmaTable {
     pub(crate) fn new(omit_every: Option<u64>) -> Self {
         Self { table: RwLock::default(), omit_every }
     }
@@ -369,15 +369,15 @@ mod tests {
         fd
     }
 
-    fn mapped(omit_every: Option<u64>) -> Dma {
-        let dma = Dma::new(omit_every);
+    fn mapped(omit_every: Option<u64>) -> DmaTable {
+        let dma = DmaTable::new(omit_every);
         let fd = memory(0x20000);
         dma.map(0x10000, 0x10000, true, true, DmaTarget::File(fd.as_fd(), 0)).unwrap();
         dma.map(0x20000, 0x10000, true, true, DmaTarget::File(fd.as_fd(), 0x10000)).unwrap();
         dma
     }
 
-    fn report(dma: &Dma, iova: u64, len: u64, page: u64) -> u64 {
+    fn report(dma: &DmaTable, iova: u64, len: u64, page: u64) -> u64 {
         let mut words = [0];
         dma.report(iova, len, page, &mut words).unwrap();
         words[0]

@@ -33,9 +33,9 @@ pub use dma::{DmaTarget, MAX_LOG_PAGE, MAX_LOG_RANGES, MAX_MAPPINGS, MessageDma}
 pub use engine::{BLOCK_HEAD, BLOCK_MAGIC, DESCRIPTOR, MAX_BLOCK, MIN_BLOCK, P2P};
 pub use error::SimError;
 pub use fault::{FAULT_FORMS, Fault, FaultError, Which};
-pub use migrate::Read;
+pub use migrate::StateRead;
 pub use options::{MAX_STATE_SIZE, Options};
-pub use saving::Progress;
+pub use saving::PrecopyProgress;
 pub use serve::{SampleBackend, ServeError, serve};
 pub use stream::MODEL;
 pub use vfio_user_peer::StopHandle;

@@ -10,17 +10,17 @@ use crate::bulk::PAGE;
 use crate::device::SampleDevice;
 use crate::error::{SimError, invalid};
 use crate::fault::{Fault, Which};
-use crate::migration::{Resuming, SampleMigration, SampleSession, no_session, strikes};
+use crate::migration::{ResumingSession, SampleMigration, SampleSession, no_session, strikes};
 use crate::options::Options;
 use crate::pci::BAR2_SIZE;
 use crate::regs::{Registers, VECTORS};
-use crate::saving::{self, Progress, Saving};
+use crate::saving::{self, PrecopyProgress, SavingSession};
 use crate::shared::{Mode, lock};
-use crate::stream::{Header, Item, Parser, model_hash};
+use crate::stream::{Item, Parser, StreamHeader, model_hash};
 
 /// What a read of device state gave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Read {
+pub enum StateRead {
     /// So many bytes, at least one, are at the front of the buffer.
     Data(usize),
     /// Nothing for now: in pre-copy alone.
@@ -62,7 +62,7 @@ impl SampleDevice {
     ///
     /// # Errors
     /// EINVAL in a state that is not saving; ENODEV when the session was lost.
-    pub fn read_data(&self, into: &mut [u8]) -> Result<Read, SimError> {
+    pub fn read_data(&self, into: &mut [u8]) -> Result<StateRead, SimError> {
         let mut migration = lock(&self.migration);
         let SampleMigration { session: SampleSession::Saving(_), .. } = &*migration else {
             return Err(no_session(&migration, "no saving session is open"));
@@ -75,10 +75,10 @@ impl SampleDevice {
         let stopped = saving.stopped();
         migration.moved += count as u64;
         Ok(match (count, stopped) {
-            (0, _) if into.is_empty() => Read::NothingNow,
-            (0, true) => Read::End,
-            (0, false) => Read::NothingNow,
-            _ => Read::Data(count),
+            (0, _) if into.is_empty() => StateRead::NothingNow,
+            (0, true) => StateRead::End,
+            (0, false) => StateRead::NothingNow,
+            _ => StateRead::Data(count),
         })
     }
 
@@ -96,7 +96,7 @@ impl SampleDevice {
         let SampleSession::Resuming(resuming) = &mut migration.session else {
             return Err(invalid("no resuming session is open"));
         };
-        let Resuming { parser, came, registers } = &mut **resuming;
+        let ResumingSession { parser, came, registers } = &mut **resuming;
         parser.push(from, |item| self.load(came, registers, item))?;
         migration.moved += from.len() as u64;
         Ok(())
@@ -106,7 +106,7 @@ impl SampleDevice {
     ///
     /// # Errors
     /// EINVAL outside of PRE_COPY and PRE_COPY_P2P.
-    pub fn progress(&self) -> Result<Progress, SimError> {
+    pub fn progress(&self) -> Result<PrecopyProgress, SimError> {
         let mut migration = lock(&self.migration);
         match &mut migration.session {
             SampleSession::Saving(saving) if !saving.stopped() => {
@@ -195,8 +195,8 @@ impl SampleDevice {
     fn open_saving(&self, migration: &mut SampleMigration) {
         let corrupt = self.options().faults.contains(&Fault::CorruptTail);
         let Options { version, state_size, model, .. } = self.options();
-        let header = Header { version: *version, state_size: *state_size, model: model_hash(model) };
-        let saving = Saving::open(&mut lock(&self.shared.bulk), header, corrupt);
+        let header = StreamHeader { version: *version, state_size: *state_size, model: model_hash(model) };
+        let saving = SavingSession::open(&mut lock(&self.shared.bulk), header, corrupt);
         migration.session = SampleSession::Saving(Box::new(saving));
         migration.moved = 0;
     }
@@ -214,13 +214,13 @@ impl SampleDevice {
     }
 
     fn close_session(&self, migration: &mut SampleMigration) {
-        Saving::close(&mut lock(&self.shared.bulk));
+        SavingSession::close(&mut lock(&self.shared.bulk));
         migration.session = SampleSession::None;
     }
 
     fn open_resuming(&self, migration: &mut SampleMigration) -> Result<(), SimError> {
         self.shared.mailbox.clear()?;
-        let resuming = Resuming {
+        let resuming = ResumingSession {
             parser: Parser::default(),
             came: Bitmap::new(self.options().state_size, Granule::PAGE),
             registers: None,
@@ -323,7 +323,7 @@ impl SampleDevice {
                 Fault::ErrorArc(which) if is(which) => {
                     self.halt();
                     migration.session = SampleSession::Lost;
-                    Saving::close(&mut lock(&self.shared.bulk));
+                    SavingSession::close(&mut lock(&self.shared.bulk));
                     self.shared.set_state(MigrationState::Error);
                     return Err(SimError::new(Errno::IO, format!("scripted: {from} to {to} ends in ERROR")));
                 }

@@ -5,7 +5,7 @@ use vfio_migration_types::Bitmap;
 
 use crate::error::{SimError, invalid};
 use crate::regs::Registers;
-use crate::saving::Saving;
+use crate::saving::SavingSession;
 use crate::stream::Parser;
 
 /// The open session, and what the scripted faults have done so far.
@@ -27,15 +27,15 @@ pub(crate) struct SampleMigration {
 pub(crate) enum SampleSession {
     #[default]
     None,
-    Saving(Box<Saving>),
-    Resuming(Box<Resuming>),
+    Saving(Box<SavingSession>),
+    Resuming(Box<ResumingSession>),
     /// Ended under its user, as by a reset that the guest asked for.
     Lost,
 }
 
 /// What has come of the state in a resuming session.
 #[derive(Debug)]
-pub(crate) struct Resuming {
+pub(crate) struct ResumingSession {
     pub(crate) parser: Parser,
     /// Pages of the bulk state that came.
     pub(crate) came: Bitmap,

@@ -63,12 +63,12 @@ pub fn region_size(index: u32) -> u64 {
 
 /// Configuration space: bytes, and which of their bits software may write.
 #[derive(Clone, Debug)]
-pub(crate) struct ConfigSpace {
+pub(crate) struct SampleConfigSpace {
     bytes: [u8; CONFIG_SIZE],
     writable: [u8; CONFIG_SIZE],
 }
 
-impl ConfigSpace {
+impl SampleConfigSpace {
     pub(crate) fn new(vsc_bytes: [u8; 5]) -> Self {
         let mut config = Self { bytes: [0; CONFIG_SIZE], writable: [0; CONFIG_SIZE] };
         config.put(0x00, &VENDOR.to_le_bytes(), &[]);
@@ -140,7 +140,7 @@ const fn byte(offset: usize) -> u8 {
 mod tests {
     use super::*;
 
-    fn word(config: &ConfigSpace, at: usize) -> u32 {
+    fn word(config: &SampleConfigSpace, at: usize) -> u32 {
         let mut bytes = [0; 4];
         config.read(at, &mut bytes);
         u32::from_le_bytes(bytes)
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_bar_answers_its_size_and_keeps_its_kind() {
-        let mut config = ConfigSpace::new([1, 2, 3, 4, 5]);
+        let mut config = SampleConfigSpace::new([1, 2, 3, 4, 5]);
         for at in [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24, 0x30] {
             config.write(at, &[0xff; 4]);
         }
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_capabilities_are_linked_and_only_what_may_be_written_is() {
-        let mut config = ConfigSpace::new([1, 2, 3, 4, 5]);
+        let mut config = SampleConfigSpace::new([1, 2, 3, 4, 5]);
         let before = config.bytes;
         for at in 0..CONFIG_SIZE {
             if !(0x10..0x28).contains(&at) {

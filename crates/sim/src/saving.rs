@@ -2,17 +2,17 @@
 
 use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE};
 
-use crate::bulk::{Bulk, PAGE};
+use crate::bulk::{BulkState, PAGE};
 use crate::pci::BAR2_SIZE;
 use crate::regs::ENCODED;
-use crate::stream::{self, HEADER, Header, Kind, RECORD, TRAILER};
+use crate::stream::{self, HEADER, RECORD, RecordKind, StreamHeader, TRAILER};
 
 /// Pages per record.
 const RUN: u64 = (stream::MAX_PAYLOAD / PAGE) as u64;
 
 /// Pre-copy estimates, in bytes, as `struct vfio_precopy_info` has them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
+pub struct PrecopyProgress {
     /// Left of the initial data.
     pub initial_bytes: u64,
     /// Changed since it was read.
@@ -23,8 +23,8 @@ pub struct Progress {
 
 /// An open saving session, in pre-copy until [`stop`](Self::stop).
 #[derive(Debug)]
-pub(crate) struct Saving {
-    header: Option<Header>,
+pub(crate) struct SavingSession {
+    header: Option<StreamHeader>,
     /// Bytes made and not yet read, from `staged[at..]`.
     staged: Vec<u8>,
     at: usize,
@@ -50,9 +50,9 @@ struct Rest {
     trailer: bool,
 }
 
-impl Saving {
+impl SavingSession {
     /// Opens a session: from now on `bulk` tracks what changes.
-    pub(crate) fn open(bulk: &mut Bulk, header: Header, corrupt: bool) -> Self {
+    pub(crate) fn open(bulk: &mut BulkState, header: StreamHeader, corrupt: bool) -> Self {
         bulk.tracking = Some(Bitmap::new(bulk.pages() * PAGE_SIZE, Granule::PAGE));
         bulk.reinit = false;
         Self {
@@ -70,7 +70,7 @@ impl Saving {
     }
 
     /// Ends tracking.
-    pub(crate) fn close(bulk: &mut Bulk) {
+    pub(crate) fn close(bulk: &mut BulkState) {
         bulk.tracking = None;
         bulk.reinit = false;
     }
@@ -81,7 +81,7 @@ impl Saving {
     }
 
     /// Enters STOP_COPY with what the device has besides its bulk state.
-    pub(crate) fn stop(&mut self, bulk: &mut Bulk, mailbox: Vec<u8>, registers: [u8; ENCODED]) {
+    pub(crate) fn stop(&mut self, bulk: &mut BulkState, mailbox: Vec<u8>, registers: [u8; ENCODED]) {
         self.take_reinit(bulk);
         if self.corrupt
             && self.cursor == self.pages
@@ -93,7 +93,7 @@ impl Saving {
     }
 
     /// Fills the front of `into`; 0 when there is nothing (left).
-    pub(crate) fn read(&mut self, bulk: &mut Bulk, into: &mut [u8]) -> usize {
+    pub(crate) fn read(&mut self, bulk: &mut BulkState, into: &mut [u8]) -> usize {
         let mut filled = 0;
         while filled < into.len() {
             if self.at == self.staged.len() {
@@ -113,13 +113,13 @@ impl Saving {
         filled
     }
 
-    pub(crate) fn progress(&mut self, bulk: &mut Bulk) -> Progress {
+    pub(crate) fn progress(&mut self, bulk: &mut BulkState) -> PrecopyProgress {
         self.take_reinit(bulk);
         let header = if self.header.is_some() { HEADER as u64 } else { 0 };
         let left = self.pages - self.cursor;
         let staged = (self.staged.len() - self.at) as u64;
         let (initial, dirty) = if self.staged_initial { (staged, 0) } else { (0, staged) };
-        Progress {
+        PrecopyProgress {
             initial_bytes: header + initial + left * PAGE_SIZE + left.div_ceil(RUN) * RECORD as u64,
             dirty_bytes: dirty + dirty_pages(bulk) * (PAGE + RECORD) as u64,
             reinit: std::mem::take(&mut self.reinit),
@@ -127,7 +127,7 @@ impl Saving {
     }
 
     /// Bytes that are left, if the device stopped now with so many pages in its mailbox.
-    pub(crate) fn left(&self, bulk: &Bulk, mailbox_pages: u64) -> u64 {
+    pub(crate) fn left(&self, bulk: &BulkState, mailbox_pages: u64) -> u64 {
         let initial = if bulk.reinit { self.pages } else { self.pages - self.cursor };
         let header = if self.header.is_some() { HEADER as u64 } else { 0 };
         let staged = (self.staged.len() - self.at) as u64;
@@ -143,7 +143,7 @@ impl Saving {
             + rest
     }
 
-    fn take_reinit(&mut self, bulk: &mut Bulk) {
+    fn take_reinit(&mut self, bulk: &mut BulkState) {
         if std::mem::take(&mut bulk.reinit) && self.rest.is_none() {
             self.reinit = true;
             self.cursor = 0;
@@ -154,7 +154,7 @@ impl Saving {
     }
 
     /// Stages the next piece of the stream. Returns whether there was one.
-    fn make(&mut self, bulk: &mut Bulk) -> bool {
+    fn make(&mut self, bulk: &mut BulkState) -> bool {
         self.take_reinit(bulk);
         self.staged_initial = true;
         if let Some(header) = self.header.take() {
@@ -181,12 +181,12 @@ impl Saving {
                 if std::mem::take(&mut self.corrupt) {
                     page[PAGE / 2] ^= 1;
                 }
-                stream::put_record(&mut self.staged, Kind::Mailbox, (n * PAGE) as u64, &page);
+                stream::put_record(&mut self.staged, RecordKind::Mailbox, (n * PAGE) as u64, &page);
                 return true;
             }
         }
         if let Some(registers) = rest.registers.take() {
-            stream::put_record(&mut self.staged, Kind::Registers, 0, &registers);
+            stream::put_record(&mut self.staged, RecordKind::Registers, 0, &registers);
             return true;
         }
         if std::mem::take(&mut rest.trailer) {
@@ -196,7 +196,7 @@ impl Saving {
         false
     }
 
-    fn make_pages(&mut self, bulk: &mut Bulk, first: u64, count: u64) {
+    fn make_pages(&mut self, bulk: &mut BulkState, first: u64, count: u64) {
         if let Some(tracking) = &mut bulk.tracking {
             tracking.clear_range(first, count);
         }
@@ -206,9 +206,9 @@ impl Saving {
             let mut altered = pages.to_vec();
             let at = altered.len() - PAGE / 2;
             altered[at] ^= 1;
-            stream::put_record(&mut self.staged, Kind::Pages, first, &altered);
+            stream::put_record(&mut self.staged, RecordKind::Pages, first, &altered);
         } else {
-            stream::put_record(&mut self.staged, Kind::Pages, first, pages);
+            stream::put_record(&mut self.staged, RecordKind::Pages, first, pages);
         }
     }
 }
@@ -225,6 +225,6 @@ fn tail_bytes(mailbox_pages: u64) -> u64 {
     pages * (PAGE + RECORD) as u64 + (2 * RECORD + ENCODED + TRAILER) as u64
 }
 
-fn dirty_pages(bulk: &Bulk) -> u64 {
+fn dirty_pages(bulk: &BulkState) -> u64 {
     bulk.tracking.as_ref().map_or(0, Bitmap::count)
 }

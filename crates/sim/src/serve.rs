@@ -14,7 +14,7 @@ use vfio_user_peer::{
 use crate::device::SampleDevice;
 use crate::dma::{DmaTarget, MessageDma};
 use crate::error::SimError;
-use crate::migrate::Read;
+use crate::migrate::StateRead;
 use crate::options::Options;
 use crate::pci::{self, irq, region};
 use crate::regs::{VECTORS, offset};
@@ -212,8 +212,8 @@ impl Backend for SampleBackend {
 
     fn mig_data_read(&self, into: &mut [u8]) -> Result<usize, Errno> {
         Ok(match self.answer(self.device.read_data(into))? {
-            Read::Data(count) => count,
-            Read::NothingNow | Read::End => 0,
+            StateRead::Data(count) => count,
+            StateRead::NothingNow | StateRead::End => 0,
         })
     }
 

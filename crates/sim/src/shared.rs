@@ -10,12 +10,12 @@ use rustix::io::Errno;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::MigrationState;
 
-use crate::bulk::Bulk;
-use crate::dma::Dma;
+use crate::bulk::BulkState;
+use crate::dma::DmaTable;
 use crate::error::{SimError, invalid};
 use crate::fault::Fault;
 use crate::options::Options;
-use crate::pci::{BAR2_SIZE, ConfigSpace};
+use crate::pci::{BAR2_SIZE, SampleConfigSpace};
 use crate::regs::{Registers, VECTORS};
 
 /// What the DMA engine may do.
@@ -33,14 +33,14 @@ pub(crate) enum Mode {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) options: Options,
-    pub(crate) orders: Mutex<Orders>,
+    pub(crate) orders: Mutex<EngineOrders>,
     /// The engine has acknowledged orders, or there are new ones.
     pub(crate) orders_changed: Condvar,
     pub(crate) front: Mutex<Front>,
-    pub(crate) bulk: Mutex<Bulk>,
+    pub(crate) bulk: Mutex<BulkState>,
     /// The bulk state may change again, or the device ends.
     pub(crate) bulk_changed: Condvar,
-    pub(crate) dma: Dma,
+    pub(crate) dma: DmaTable,
     pub(crate) mailbox: Mailbox,
     /// Signalled by whoever rings the doorbell without a message.
     pub(crate) doorbell: Arc<OwnedFd>,
@@ -54,7 +54,7 @@ pub(crate) struct Shared {
 
 /// Orders to the DMA engine, and how far it has followed.
 #[derive(Debug)]
-pub(crate) struct Orders {
+pub(crate) struct EngineOrders {
     mode: Mode,
     /// The last mode that the engine took up.
     following: Mode,
@@ -68,7 +68,7 @@ pub(crate) struct Orders {
 #[derive(Debug)]
 pub(crate) struct Front {
     pub(crate) registers: Registers,
-    pub(crate) config: ConfigSpace,
+    pub(crate) config: SampleConfigSpace,
     pub(crate) eventfds: [Option<OwnedFd>; VECTORS],
     /// The device may raise interrupts.
     pub(crate) active: bool,
@@ -92,7 +92,7 @@ impl Shared {
         });
         let front = Front {
             registers: Registers::default(),
-            config: ConfigSpace::new(options.vsc_bytes),
+            config: SampleConfigSpace::new(options.vsc_bytes),
             eventfds: [const { None }; VECTORS],
             active: true,
             lose: lose.collect(),
@@ -102,7 +102,7 @@ impl Shared {
             _ => None,
         });
         Ok(Self {
-            orders: Mutex::new(Orders {
+            orders: Mutex::new(EngineOrders {
                 mode: Mode::Running,
                 following: Mode::Running,
                 given: 1,
@@ -110,9 +110,9 @@ impl Shared {
             }),
             orders_changed: Condvar::new(),
             front: Mutex::new(front),
-            bulk: Mutex::new(Bulk::new(options.state_size)),
+            bulk: Mutex::new(BulkState::new(options.state_size)),
             bulk_changed: Condvar::new(),
-            dma: Dma::new(omit_every),
+            dma: DmaTable::new(omit_every),
             mailbox: Mailbox::new()?,
             doorbell: Arc::new(event()?),
             kick: event()?,

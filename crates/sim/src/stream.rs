@@ -27,7 +27,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"SMPLSTA1");
 
 /// What a header says of the device that wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct StreamHeader {
     pub(crate) version: (u16, u16),
     pub(crate) state_size: u64,
     /// [`model_hash`] of the model.
@@ -37,7 +37,7 @@ pub(crate) struct Header {
 /// What a record is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub(crate) enum Kind {
+pub(crate) enum RecordKind {
     /// Pages of the bulk state, from page number `at`.
     Pages = 1,
     /// A piece of the mailbox, from byte `at`.
@@ -51,7 +51,7 @@ pub(crate) enum Kind {
 /// A piece of the stream, whole and with its checksum checked.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Item<'a> {
-    Header(Header),
+    Header(StreamHeader),
     Pages { first: u64, bytes: &'a [u8] },
     Mailbox { at: u64, bytes: &'a [u8] },
     Registers(&'a [u8]),
@@ -59,7 +59,7 @@ pub(crate) enum Item<'a> {
 }
 
 /// Appends the header.
-pub(crate) fn put_header(out: &mut Vec<u8>, header: Header) {
+pub(crate) fn put_header(out: &mut Vec<u8>, header: StreamHeader) {
     let at = out.len();
     out.extend(MAGIC.to_le_bytes());
     out.extend(u32::from(header.version.0).to_le_bytes());
@@ -72,7 +72,7 @@ pub(crate) fn put_header(out: &mut Vec<u8>, header: Header) {
 }
 
 /// Appends a record. The payload must not be longer than [`MAX_PAYLOAD`].
-pub(crate) fn put_record(out: &mut Vec<u8>, kind: Kind, at: u64, payload: &[u8]) {
+pub(crate) fn put_record(out: &mut Vec<u8>, kind: RecordKind, at: u64, payload: &[u8]) {
     debug_assert!(payload.len() <= MAX_PAYLOAD);
     let start = out.len();
     out.extend((kind as u32).to_le_bytes());
@@ -89,7 +89,7 @@ pub(crate) fn put_trailer(out: &mut Vec<u8>, before: u64, generations: u64) {
     let mut payload = [0; TRAILER];
     payload[..8].copy_from_slice(&before.to_le_bytes());
     payload[8..].copy_from_slice(&generations.to_le_bytes());
-    put_record(out, Kind::Trailer, 0, &payload);
+    put_record(out, RecordKind::Trailer, 0, &payload);
 }
 
 /// Reads a stream as it comes, cut anywhere, holding back at most one record.
@@ -107,7 +107,7 @@ pub(crate) struct Parser {
 
 #[derive(Clone, Copy, Debug)]
 struct RecordHead {
-    kind: Kind,
+    kind: RecordKind,
     len: usize,
     at: u64,
     crc: u32,
@@ -180,7 +180,7 @@ impl Parser {
         }
         let Some(record) = self.record.take() else {
             let record = parse_record(piece)?;
-            if self.registers_seen && record.kind != Kind::Trailer {
+            if self.registers_seen && record.kind != RecordKind::Trailer {
                 return Err(invalid("records after the registers"));
             }
             self.record = Some(record);
@@ -190,13 +190,13 @@ impl Parser {
             return Err(invalid("a record's checksum does not match"));
         }
         match record.kind {
-            Kind::Pages => sink(Item::Pages { first: record.at, bytes: piece })?,
-            Kind::Mailbox => sink(Item::Mailbox { at: record.at, bytes: piece })?,
-            Kind::Registers => {
+            RecordKind::Pages => sink(Item::Pages { first: record.at, bytes: piece })?,
+            RecordKind::Mailbox => sink(Item::Mailbox { at: record.at, bytes: piece })?,
+            RecordKind::Registers => {
                 self.registers_seen = true;
                 sink(Item::Registers(piece))?;
             }
-            Kind::Trailer => {
+            RecordKind::Trailer => {
                 if !self.registers_seen {
                     return Err(invalid("the stream ends without registers"));
                 }
@@ -212,7 +212,7 @@ impl Parser {
     }
 }
 
-fn parse_header(bytes: &[u8]) -> Result<Header, SimError> {
+fn parse_header(bytes: &[u8]) -> Result<StreamHeader, SimError> {
     if word(bytes, 0) != MAGIC {
         return Err(invalid("this is no state of a sample device"));
     }
@@ -221,7 +221,7 @@ fn parse_header(bytes: &[u8]) -> Result<Header, SimError> {
     }
     let part =
         |at| u16::try_from(half(bytes, at)).map_err(|_| invalid("the header's version is out of range"));
-    Ok(Header { version: (part(8)?, part(12)?), state_size: word(bytes, 16), model: word(bytes, 24) })
+    Ok(StreamHeader { version: (part(8)?, part(12)?), state_size: word(bytes, 16), model: word(bytes, 24) })
 }
 
 fn parse_record(bytes: &[u8]) -> Result<RecordHead, SimError> {
@@ -230,10 +230,10 @@ fn parse_record(bytes: &[u8]) -> Result<RecordHead, SimError> {
     }
     let len = half(bytes, 4) as usize;
     let (kind, fits) = match half(bytes, 0) {
-        1 => (Kind::Pages, (1..=MAX_PAYLOAD).contains(&len)),
-        2 => (Kind::Mailbox, (1..=MAX_PAYLOAD).contains(&len)),
-        3 => (Kind::Registers, len == regs::ENCODED),
-        4 => (Kind::Trailer, len == TRAILER),
+        1 => (RecordKind::Pages, (1..=MAX_PAYLOAD).contains(&len)),
+        2 => (RecordKind::Mailbox, (1..=MAX_PAYLOAD).contains(&len)),
+        3 => (RecordKind::Registers, len == regs::ENCODED),
+        4 => (RecordKind::Trailer, len == TRAILER),
         _ => return Err(invalid("a record of an unknown kind")),
     };
     match fits {
@@ -261,14 +261,14 @@ mod tests {
 
     use super::*;
 
-    const SAMPLE: Header = Header { version: (1, 0), state_size: 8192, model: 7 };
+    const SAMPLE: StreamHeader = StreamHeader { version: (1, 0), state_size: 8192, model: 7 };
 
     fn sample() -> Vec<u8> {
         let mut out = Vec::new();
         put_header(&mut out, SAMPLE);
-        put_record(&mut out, Kind::Pages, 1, &[7; 4096]);
-        put_record(&mut out, Kind::Mailbox, 4096, &[8; 100]);
-        put_record(&mut out, Kind::Registers, 0, &[9; regs::ENCODED]);
+        put_record(&mut out, RecordKind::Pages, 1, &[7; 4096]);
+        put_record(&mut out, RecordKind::Mailbox, 4096, &[8; 100]);
+        put_record(&mut out, RecordKind::Registers, 0, &[9; regs::ENCODED]);
         let before = out.len() as u64;
         put_trailer(&mut out, before, 0x1234);
         out

@@ -51,11 +51,11 @@ impl Buffer {
 
 /// What the kernel answered: `argsz` bytes.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct InfoAnswer {
     bytes: Vec<u8>,
 }
 
-impl Answer {
+impl InfoAnswer {
     pub(crate) fn new(bytes: Vec<u8>) -> Self {
         Self { bytes }
     }
@@ -81,7 +81,7 @@ pub(crate) fn ask(
     size: usize,
     doing: &'static str,
     mut ioctl: impl FnMut(&mut Buffer) -> Result<(), Errno>,
-) -> Result<Answer, UapiError> {
+) -> Result<InfoAnswer, UapiError> {
     let mut room = size;
     // What a device has may grow between two questions, but not for ever.
     for _ in 0..ATTEMPTS {
@@ -98,7 +98,7 @@ pub(crate) fn ask(
             continue;
         }
         let bytes = buffer.words.iter().flat_map(|word| word.to_ne_bytes()).take(len.max(size)).collect();
-        return Ok(Answer::new(bytes));
+        return Ok(InfoAnswer::new(bytes));
     }
     Err(UapiError::BadCapability("the answer grows each time it is asked for"))
 }
@@ -108,9 +108,9 @@ fn low(word: u64) -> usize {
     usize::try_from(word & u64::from(u32::MAX)).unwrap_or(usize::MAX)
 }
 
-/// A capability in an [`Answer`].
+/// A capability in an [`InfoAnswer`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Capability {
+pub(crate) struct InfoCapability {
     pub(crate) id: u16,
     /// Where its header begins.
     pub(crate) at: u64,
@@ -118,7 +118,7 @@ pub(crate) struct Capability {
     end: u64,
 }
 
-impl Capability {
+impl InfoCapability {
     /// Where element `index` of `size` bytes is, of an array that begins `first` bytes into the capability.
     pub(crate) fn element(&self, first: u64, index: u64, size: u64) -> Result<u64, UapiError> {
         let at = index.checked_mul(size).and_then(|into| (self.at + first).checked_add(into));
@@ -130,7 +130,7 @@ impl Capability {
 /// Walks the capabilities. The kernel puts them one after the other behind the structure: a chain that goes back, or out
 /// of the answer, ends in an error.
 pub(crate) struct Chain<'a> {
-    answer: &'a Answer,
+    answer: &'a InfoAnswer,
     next: u32,
     /// Where the next header may begin at the earliest.
     earliest: u32,
@@ -138,14 +138,14 @@ pub(crate) struct Chain<'a> {
 
 impl<'a> Chain<'a> {
     /// `first` is the offset of the first header behind a structure of `size` bytes.
-    pub(crate) fn new(answer: &'a Answer, size: u32, first: u32) -> Result<Self, UapiError> {
+    pub(crate) fn new(answer: &'a InfoAnswer, size: u32, first: u32) -> Result<Self, UapiError> {
         if first == 0 {
             return Err(UapiError::BadCapability("there are capabilities, and no first one"));
         }
         Ok(Self { answer, next: first, earliest: size })
     }
 
-    fn step(&mut self) -> Result<Capability, UapiError> {
+    fn step(&mut self) -> Result<InfoCapability, UapiError> {
         let at = self.next;
         if at < self.earliest || !at.is_multiple_of(4) {
             return Err(UapiError::BadCapability("the chain of capabilities goes back, or astray"));
@@ -156,12 +156,12 @@ impl<'a> Chain<'a> {
         let [low, high, ..] = self.answer.u32(at)?.to_ne_bytes();
         self.next = self.answer.u32(at + 4)?;
         let end = if self.next == 0 { self.answer.bytes.len() as u64 } else { u64::from(self.next) };
-        Ok(Capability { id: u16::from_ne_bytes([low, high]), at, end })
+        Ok(InfoCapability { id: u16::from_ne_bytes([low, high]), at, end })
     }
 }
 
 impl Iterator for Chain<'_> {
-    type Item = Result<Capability, UapiError>;
+    type Item = Result<InfoCapability, UapiError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.next == 0 {
@@ -234,7 +234,7 @@ mod tests {
     }
 
     fn chain(words: &[u32], first: u32) -> Result<Vec<u16>, UapiError> {
-        let answer = Answer::new(words.iter().flat_map(|word| word.to_ne_bytes()).collect());
+        let answer = InfoAnswer::new(words.iter().flat_map(|word| word.to_ne_bytes()).collect());
         Chain::new(&answer, 8, first)?.map(|step| step.map(|found| found.id)).collect()
     }
 
@@ -260,7 +260,7 @@ mod tests {
         /// Whatever the words are, the walk ends after no more steps than there are headers.
         #[test]
         fn no_chain_is_walked_for_ever(words in proptest::collection::vec(0_u32..64, 0..24), first in 0_u32..128) {
-            let answer = Answer::new(words.iter().flat_map(|word| word.to_ne_bytes()).collect());
+            let answer = InfoAnswer::new(words.iter().flat_map(|word| word.to_ne_bytes()).collect());
             if let Ok(chain) = Chain::new(&answer, 8, first) {
                 proptest::prop_assert!(chain.count() <= words.len() / 2 + 1);
             }

@@ -86,7 +86,7 @@ pub fn region_info(device: BorrowedFd<'_>, index: u32) -> Result<Region, UapiErr
 }
 
 /// Reads what the kernel answered. Offsets in it are not believed.
-fn parse(index: u32, bytes: &capability::Answer) -> Result<Region, UapiError> {
+fn parse(index: u32, bytes: &capability::InfoAnswer) -> Result<Region, UapiError> {
     let flags = bytes.u32(4)?;
     let size = bytes.u64(16)?;
     let mut region = Region {
@@ -133,12 +133,12 @@ fn parse(index: u32, bytes: &capability::Answer) -> Result<Region, UapiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capability::Answer;
+    use crate::capability::InfoAnswer;
 
-    fn answer(words: &[u32], rest: &[u64]) -> Answer {
+    fn answer(words: &[u32], rest: &[u64]) -> InfoAnswer {
         let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.extend(rest.iter().flat_map(|word| word.to_le_bytes()));
-        Answer::new(bytes)
+        InfoAnswer::new(bytes)
     }
 
     #[test]

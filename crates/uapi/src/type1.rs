@@ -6,7 +6,7 @@ use rustix::ioctl::{IntegerSetter, Opcode, Updater, opcode};
 use vfio_bindings::bindings::vfio as uapi;
 use vfio_migration_types::{Granule, Iova, Range};
 
-use crate::capability::{self, Answer, Chain};
+use crate::capability::{self, Chain, InfoAnswer};
 use crate::error::UapiError;
 use crate::feature::argsz;
 use crate::host_memory::{Dma, HostMemory};
@@ -325,7 +325,7 @@ fn describe(granule: Granule, bitmap: &mut [u64]) -> uapi::vfio_bitmap {
     }
 }
 
-fn parse(answer: &Answer) -> Result<Type1Info, UapiError> {
+fn parse(answer: &InfoAnswer) -> Result<Type1Info, UapiError> {
     let flags = answer.u32(4)?;
     let page_sizes = if flags & uapi::VFIO_IOMMU_INFO_PGSIZES != 0 { answer.u64(8)? } else { 0 };
     let mut info = Type1Info { page_sizes, dirty_pages: None, usable: Vec::new(), mappings_left: None };
@@ -400,7 +400,7 @@ mod tests {
         ];
         let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         bytes.extend(65_535_u64.to_ne_bytes());
-        let info = parse(&Answer::new(bytes)).unwrap();
+        let info = parse(&InfoAnswer::new(bytes)).unwrap();
         assert_eq!(info.page_sizes, 0x4000_1000);
         assert_eq!(info.dirty_pages, Some(Type1Dirty { page_sizes: 0x1000, max_bitmap_size: 1 << 28 }));
         assert_eq!((info.usable, info.mappings_left), (vec![(0x1000, 0xffff_ffff)], Some(65_535)));

@@ -10,7 +10,7 @@ use rustix::time::{ClockId, clock_gettime};
 use vfio_migration::Section;
 
 use crate::error::VmmError;
-use crate::section::Reader;
+use crate::section::SectionReader;
 
 /// Name of the section that carries the latch.
 pub const SECTION: &str = "platform.clock";
@@ -47,7 +47,7 @@ impl HostClock {
     /// # Errors
     /// The section is of another version or length.
     pub fn load(&self, section: &Section) -> Result<(), VmmError> {
-        let mut reader = Reader::open(section, SECTION_VERSION)?;
+        let mut reader = SectionReader::open(section, SECTION_VERSION)?;
         let latch = reader.u64()?;
         reader.end()?;
         self.latch.store(latch, Ordering::Relaxed);

@@ -13,9 +13,9 @@ const SECTION_LIMIT: usize = 1 << 20;
 
 /// Writes a section's bytes.
 #[derive(Debug, Default)]
-pub(crate) struct Writer(Vec<u8>);
+pub(crate) struct SectionWriter(Vec<u8>);
 
-impl Writer {
+impl SectionWriter {
     pub(crate) fn u32(&mut self, value: u32) {
         self.0.extend_from_slice(&value.to_le_bytes());
     }
@@ -42,12 +42,12 @@ impl Writer {
 
 /// Reads a section's bytes; every error names the section.
 #[derive(Debug)]
-pub(crate) struct Reader<'a> {
+pub(crate) struct SectionReader<'a> {
     name: &'a str,
     rest: &'a [u8],
 }
 
-impl<'a> Reader<'a> {
+impl<'a> SectionReader<'a> {
     pub(crate) fn open(section: &'a Section, version: u32) -> Result<Self, VmmError> {
         let reader = Self { name: &section.name, rest: &section.bytes };
         if section.version != version {
@@ -122,14 +122,14 @@ mod tests {
     use super::*;
 
     fn section() -> Section {
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         writer.u32(1);
         writer.abi(&7u64);
         writer.finish("x".to_owned(), 3)
     }
 
     fn read(section: &Section) -> Result<(), VmmError> {
-        let mut reader = Reader::open(section, 3)?;
+        let mut reader = SectionReader::open(section, 3)?;
         assert_eq!(reader.count(8)?, 1);
         assert_eq!(reader.abi::<u64>("seven")?, 7);
         reader.end()
@@ -153,10 +153,10 @@ mod tests {
 
     #[test]
     fn lengths_are_checked_before_they_are_used() {
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         writer.u32(u32::MAX);
         let section = writer.finish("x".to_owned(), 1);
-        Reader::open(&section, 1).unwrap().count(1).unwrap_err();
-        Reader::open(&section, 1).unwrap().abi::<u64>("x").unwrap_err();
+        SectionReader::open(&section, 1).unwrap().count(1).unwrap_err();
+        SectionReader::open(&section, 1).unwrap().abi::<u64>("x").unwrap_err();
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use vfio_migration::Section;
 
 use crate::error::VmmError;
-use crate::section::Reader;
+use crate::section::SectionReader;
 
 /// First port of the first serial line.
 pub const COM1: u16 = 0x3F8;
@@ -116,7 +116,7 @@ impl Serial {
     /// # Errors
     /// The section is of another version or length.
     pub fn load(&self, section: &Section) -> Result<(), VmmError> {
-        let mut reader = Reader::open(section, SECTION_VERSION)?;
+        let mut reader = SectionReader::open(section, SECTION_VERSION)?;
         let [low, high, interrupt_enable, line_control, modem_control, scratch, _, _] =
             reader.array::<8>()?;
         reader.end()?;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{Pair, drivers, json, layout, live, strict, versions};
+use super::{DevicePair, drivers, json, layout, live, strict, versions};
 use crate::codes;
 use crate::device::DeviceManifest;
 use crate::findings::Findings;
@@ -19,7 +19,7 @@ pub(crate) fn compare(
     findings: &mut Findings<'_>,
 ) -> bool {
     let strict = source.model.is_none() && destination.model.is_none();
-    let pair = Pair { source, destination, strict };
+    let pair = DevicePair { source, destination, strict };
     if source.model != destination.model {
         let values = (json(&source.model), json(&destination.model));
         let undeclared =
@@ -43,7 +43,7 @@ pub(crate) fn compare(
 }
 
 /// Major, then minor, or a range that the destination declares.
-fn version(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn version(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (&pair.source.model_version, &pair.destination.model_version);
     let values = (json(from), json(to));
     let (Some(from), Some(to)) = (from, to) else {
@@ -73,7 +73,7 @@ fn version(pair: Pair<'_>, findings: &mut Findings<'_>) {
 }
 
 /// Each parameter that is on must be known and its value taken.
-fn parameters(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn parameters(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (&pair.source.parameters, &pair.destination.parameters);
     let names: BTreeSet<&String> = from.keys().chain(to.keys()).collect();
     for name in names {

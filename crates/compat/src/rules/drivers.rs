@@ -3,8 +3,8 @@
 //! A driver with a rule here needs no strict equality of what its rule covers: where its stream carries a version of
 //! its own, another version of the module is a warning; where the firmware judges the state, so is other firmware.
 
-use super::{Pair, json};
-use crate::codes::{self, Code};
+use super::{DevicePair, json};
+use crate::codes::{self, ReasonCode};
 use crate::device::DeviceManifest;
 use crate::findings::Findings;
 use crate::scalar::Scalar;
@@ -22,12 +22,12 @@ struct Rule {
 
 /// How a fact of the source must stand to that of the destination.
 enum Compare {
-    Equal(Code),
-    SameMajor(Code),
+    Equal(ReasonCode),
+    SameMajor(ReasonCode),
     /// The destination's is at least the source's.
-    AtMost(Code),
+    AtMost(ReasonCode),
     /// The destination has all bits of the source, and more of them are a warning.
-    Superset(Code, Code),
+    Superset(ReasonCode, ReasonCode),
 }
 
 /// Where each is checked, in Linux 7.3.
@@ -93,7 +93,7 @@ static RULES: &[Rule] = &[
 ];
 
 /// Applies the rule of the driver that both have.
-pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
+pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let Some(rule) = rule(pair) else { return };
     for (name, how) in rule.facts {
         let (from, to) = (fact(pair.source, name), fact(pair.destination, name));
@@ -109,27 +109,27 @@ pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
         let what = if *name == "ports" { what } else { format!("{}'s {name}", rule.driver) };
         let values = (json(from), json(to));
         // The rule is the driver's own, whatever else is strict.
-        Pair { strict: false, ..pair }.differs(findings, code, format!("facts.{name}"), &what, values);
+        DevicePair { strict: false, ..pair }.differs(findings, code, format!("facts.{name}"), &what, values);
     }
 }
 
 /// Whether the driver of both judges versions of its stream by itself.
-pub(crate) fn versioned_stream(pair: Pair<'_>) -> bool {
+pub(crate) fn versioned_stream(pair: DevicePair<'_>) -> bool {
     rule(pair).is_some_and(|rule| rule.versioned)
 }
 
 /// Whether the firmware of both judges the state when it is loaded.
-pub(crate) fn firmware_decides(pair: Pair<'_>) -> bool {
+pub(crate) fn firmware_decides(pair: DevicePair<'_>) -> bool {
     rule(pair).is_some_and(|rule| rule.firmware)
 }
 
 /// Whether the rule of the driver of both covers a fact.
-pub(crate) fn knows_fact(pair: Pair<'_>, name: &str) -> bool {
+pub(crate) fn knows_fact(pair: DevicePair<'_>, name: &str) -> bool {
     rule(pair).is_some_and(|rule| rule.facts.iter().any(|(known, _)| *known == name))
 }
 
 /// The rule for the driver that both have. Some drivers call themselves with dashes.
-fn rule(pair: Pair<'_>) -> Option<&'static Rule> {
+fn rule(pair: DevicePair<'_>) -> Option<&'static Rule> {
     let name = pair.source.driver_name()?;
     let same = pair.destination.driver_name() == Some(name);
     RULES.iter().find(|rule| same && rule.driver == name.replace('-', "_"))
@@ -147,7 +147,7 @@ fn fact(device: &DeviceManifest, name: &str) -> Option<Scalar> {
 
 impl Compare {
     /// The code of the reason when the two do not stand as they must.
-    fn breach(&self, from: &Scalar, to: &Scalar) -> Option<Code> {
+    fn breach(&self, from: &Scalar, to: &Scalar) -> Option<ReasonCode> {
         if from == to {
             return None;
         }

@@ -4,20 +4,20 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::{Pair, json};
-use crate::codes::{self, Code};
+use super::{DevicePair, json};
+use crate::codes::{self, ReasonCode};
 use crate::device::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 use crate::findings::Findings;
 
 /// Compares them.
-pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
+pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     identity(pair, findings);
     regions(pair, findings);
     irqs(pair, findings);
     capabilities(pair, findings);
 }
 
-fn identity(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (pair.source.pci, pair.destination.pci);
     if from == to {
         return;
@@ -42,7 +42,7 @@ fn show_pci(pci: PciIdentity) -> String {
     )
 }
 
-fn regions(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn regions(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     // A region of no bytes is a region that is not there: back ends differ in whether they list those.
     let by_index = |device: &DeviceManifest| -> Option<BTreeMap<u32, RegionManifest>> {
         let there = device.regions.as_ref()?.iter().filter(|region| region.size != 0);
@@ -80,7 +80,7 @@ fn regions(pair: Pair<'_>, findings: &mut Findings<'_>) {
     }
 }
 
-fn irqs(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn irqs(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let counts = |device: &DeviceManifest| -> Option<BTreeMap<u32, u32>> {
         let there = device.irqs.as_ref()?.iter().filter(|(_, count)| **count != 0);
         Some(there.map(|(index, count)| (*index, *count)).collect())
@@ -107,7 +107,7 @@ fn irqs(pair: Pair<'_>, findings: &mut Findings<'_>) {
     }
 }
 
-fn capabilities(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn capabilities(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let codes = (&codes::DEVICE_CAPABILITIES, &codes::UNKNOWN_CAPABILITIES);
     let lists = (pair.source.capabilities.clone(), pair.destination.capabilities.clone());
     let name = "the list of PCI capabilities";
@@ -139,7 +139,7 @@ fn kind(capability: &Capability) -> (bool, u16) {
     (capability.extended, capability.id)
 }
 
-fn fits(pair: Pair<'_>, own: Capability, other: Capability) -> bool {
+fn fits(pair: DevicePair<'_>, own: Capability, other: Capability) -> bool {
     let len = if pair.strict {
         own.len == other.len
     } else {
@@ -161,9 +161,9 @@ fn capability_field(capability: &Capability) -> String {
 
 /// Both sides' values, when both are known; a reason when only one is.
 fn both<T>(
-    pair: Pair<'_>,
+    pair: DevicePair<'_>,
     findings: &mut Findings<'_>,
-    (strict, unknown): (Code, Code),
+    (strict, unknown): (ReasonCode, ReasonCode),
     field: &str,
     what: &str,
     values: (Option<T>, Option<T>),

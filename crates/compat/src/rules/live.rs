@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Pair, json};
+use super::{DevicePair, json};
 use crate::codes;
 use crate::device::{DeviceManifest, DirtyTracking};
 use crate::findings::{Findings, Found};
@@ -11,16 +11,16 @@ use crate::scalar::Scalar;
 use crate::version::{ModelVersion, VersionRanges};
 
 /// What concerns one device.
-pub(crate) fn device(pair: Pair<'_>, findings: &mut Findings<'_>) {
+pub(crate) fn device(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     dirty(pair, findings);
     page_size(pair, findings);
     policy(pair.source, findings);
 }
 
 /// The source's tracker: the destination's is of no matter until the way back.
-fn dirty(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn dirty(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (pair.source.dirty, pair.destination.dirty);
-    let pair = Pair { strict: false, ..pair };
+    let pair = DevicePair { strict: false, ..pair };
     let (code, text) = match tracked(from) {
         Some(Tracked::Exactly) => return,
         Some(Tracked::Nothing) => (&codes::DIRTY_NONE, "nothing logs its DMA writes"),
@@ -54,7 +54,7 @@ fn tracked(dirty: Option<DirtyTracking>) -> Option<Tracked> {
 }
 
 /// What was mapped in small pages must be mapped again.
-fn page_size(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn page_size(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let smallest = |device: &DeviceManifest| {
         device.iommu_page_sizes.filter(|sizes| *sizes != 0).map(|sizes| 1u64 << sizes.trailing_zeros())
     };
@@ -62,7 +62,7 @@ fn page_size(pair: Pair<'_>, findings: &mut Findings<'_>) {
         && from < to
     {
         let what = "the smallest page of the IOMMU";
-        let pair = Pair { strict: false, ..pair };
+        let pair = DevicePair { strict: false, ..pair };
         pair.differs(findings, &codes::IOMMU_PAGE_SIZE, "iommu_page_sizes", what, (json(from), json(to)));
     }
 }
@@ -86,7 +86,7 @@ pub(crate) fn state(source: &DeviceManifest, findings: &mut Findings<'_>) {
 
 fn state_size(
     source: &DeviceManifest,
-    (limit, whose, code): (Option<u64>, &str, codes::Code),
+    (limit, whose, code): (Option<u64>, &str, codes::ReasonCode),
     findings: &mut Findings<'_>,
 ) {
     let Some(limit) = limit else { return };

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::json;
-use crate::codes::{self, Code};
+use crate::codes::{self, ReasonCode};
 use crate::findings::{Findings, Found};
 use crate::host::HostManifest;
 use crate::machine::{MachineManifest, RamRegion};
@@ -13,7 +13,7 @@ use crate::text::{list, quote, show};
 
 /// Compares two machines.
 pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, findings: &mut Findings<'_>) {
-    let mut add = |code: Code, field: &str, values: (Value, Value), text: String| {
+    let mut add = |code: ReasonCode, field: &str, values: (Value, Value), text: String| {
         let (source, destination) = values;
         findings.add(code, None, Found { field: field.to_owned(), source, destination, text });
     };
@@ -65,7 +65,7 @@ pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, f
 
 /// Whether a host can give what the machine needs besides devices.
 pub(crate) fn place(source: &MachineManifest, host: &HostManifest, findings: &mut Findings<'_>) {
-    let mut add = |code: Code, field: &str, source: Value, destination: Value, what: &str| {
+    let mut add = |code: ReasonCode, field: &str, source: Value, destination: Value, what: &str| {
         let text = format!(
             "{what}: the machine has {}, host {} gives {}",
             show(&source),

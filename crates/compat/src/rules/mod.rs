@@ -11,26 +11,26 @@ pub(crate) mod versions;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::codes::Code;
+use crate::codes::ReasonCode;
 use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
 use crate::text::show;
 
 /// Two devices that are compared.
 #[derive(Clone, Copy)]
-pub(crate) struct Pair<'m> {
+pub(crate) struct DevicePair<'m> {
     pub(crate) source: &'m DeviceManifest,
     pub(crate) destination: &'m DeviceManifest,
     /// Neither declares a model.
     pub(crate) strict: bool,
 }
 
-impl Pair<'_> {
+impl DevicePair<'_> {
     /// Adds a reason about a field: what both sides have there goes into its sentence.
     pub(crate) fn differs(
         self,
         findings: &mut Findings<'_>,
-        code: Code,
+        code: ReasonCode,
         field: impl Into<String>,
         what: &str,
         values: (Value, Value),
@@ -49,7 +49,7 @@ impl Pair<'_> {
     pub(crate) fn say(
         self,
         findings: &mut Findings<'_>,
-        code: Code,
+        code: ReasonCode,
         field: impl Into<String>,
         (source, destination): (Value, Value),
         mut text: String,

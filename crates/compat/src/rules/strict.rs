@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{Pair, drivers, json};
+use super::{DevicePair, drivers, json};
 use crate::codes;
 use crate::findings::Findings;
 use crate::text::quote;
 
 /// Compares what [`layout`](super::layout) and [`versions`](super::versions) do not.
-pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
+pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (pair.source, pair.destination);
     if from.driver_name() != to.driver_name() {
         let values = (json(from.driver_name()), json(to.driver_name()));
@@ -66,7 +66,7 @@ pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
 }
 
 /// Says what neither side knows. It does not count against them, as there is nothing that differs.
-fn unknown(pair: Pair<'_>, findings: &mut Findings<'_>) {
+fn unknown(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (pair.source, pair.destination);
     let version =
         |device: &crate::device::DeviceManifest| device.driver.as_ref().is_none_or(|it| it.version.is_none());

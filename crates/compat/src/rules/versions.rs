@@ -1,11 +1,11 @@
 //! What is behind a device and changes with a host's updates: firmware and the host's driver.
 
-use super::{Pair, drivers, json};
-use crate::codes::{self, Code};
+use super::{DevicePair, drivers, json};
+use crate::codes::{self, ReasonCode};
 use crate::findings::Findings;
 
 /// Compares them, and the rules for config space.
-pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
+pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let decides = drivers::firmware_decides(pair);
     let (from, to) = (pair.source, pair.destination);
     let firmware = Codes {
@@ -30,13 +30,13 @@ pub(crate) fn compare(pair: Pair<'_>, findings: &mut Findings<'_>) {
 
 struct Codes {
     /// Where equality is strict, unless the driver's own rule knows better.
-    strict: Option<Code>,
-    differs: Code,
-    unknown: Code,
+    strict: Option<ReasonCode>,
+    differs: ReasonCode,
+    unknown: ReasonCode,
 }
 
 fn one(
-    pair: Pair<'_>,
+    pair: DevicePair<'_>,
     findings: &mut Findings<'_>,
     codes: Codes,
     field: &str,

@@ -10,13 +10,15 @@ use vfio_migration_uapi::{
     stop_dma_logging, trigger_irq,
 };
 
-use super::driver::{ACK0, BLOCKS0, BLOCKS1, CONTROL, DONE, Driver, Handle, Job, LEN, MSIX, STATUS, all};
+use super::driver::{
+    ACK0, BLOCKS0, BLOCKS1, CONTROL, DONE, Handle, Job, LEN, MSIX, MigdevDriver, STATUS, all,
+};
 use super::{go, set, small};
 use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
 
-pub(super) fn by_group(instance: &Instance) -> Outcome<Driver> {
-    Driver::new(Handle::Group(instance.open()?))
+pub(super) fn by_group(instance: &Instance) -> Outcome<MigdevDriver> {
+    MigdevDriver::new(Handle::Group(instance.open()?))
 }
 
 pub(crate) fn describes_itself() -> Outcome {
@@ -51,11 +53,11 @@ pub(crate) fn exact() -> Outcome {
 
 pub(crate) fn exact_by_cdev() -> Outcome {
     let instance = small()?;
-    writes_and_logs(Driver::new(Handle::Cdev(instance.open_cdev()?))?)
+    writes_and_logs(MigdevDriver::new(Handle::Cdev(instance.open_cdev()?))?)
 }
 
 /// Blocks land where they should, nothing else changes, and the log has just those pages.
-fn writes_and_logs(mut driver: Driver) -> Outcome {
+fn writes_and_logs(mut driver: MigdevDriver) -> Outcome {
     let granule = start_dma_logging(driver.fd()?, Granule::PAGE, &[all()?])?;
     let again = start_dma_logging(driver.fd()?, Granule::PAGE, &[all()?]);
     same("a second START", again.err().and_then(|error| error.errno()), Some(Errno::INVAL))?;
@@ -97,7 +99,7 @@ fn writes_and_logs(mut driver: Driver) -> Outcome {
 }
 
 /// The log's pages; none where this kernel's reports are not supported.
-pub(super) fn report(driver: &Driver, granule: Granule) -> Outcome<Option<BTreeSet<u64>>> {
+pub(super) fn report(driver: &MigdevDriver, granule: Granule) -> Outcome<Option<BTreeSet<u64>>> {
     let mut bits = vec![0u64; usize::try_from(LEN / 4096 / 64)?];
     match report_dma_logging(driver.fd()?, all()?, granule, &mut bits) {
         Ok(()) => {
@@ -128,7 +130,7 @@ pub(crate) fn interrupts() -> Outcome {
     let instance = small()?;
     let mut driver = by_group(&instance)?;
     let device = driver.fd()?;
-    let pending = |driver: &Driver| rustix::io::read(&driver.events[0], &mut [0; 8]);
+    let pending = |driver: &MigdevDriver| rustix::io::read(&driver.events[0], &mut [0; 8]);
     trigger_irq(device, MSIX, 0)?;
     same("triggered", pending(&driver), Ok(8))?;
     mask_irq(device, MSIX, 0, true)?;

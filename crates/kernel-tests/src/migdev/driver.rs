@@ -53,7 +53,7 @@ impl Handle {
 
 /// The device, its memory and its vectors.
 #[derive(Debug)]
-pub(crate) struct Driver {
+pub(crate) struct MigdevDriver {
     pub(crate) handle: Handle,
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) events: [OwnedFd; 2],
@@ -68,7 +68,7 @@ pub(crate) struct Job {
     pub(crate) flags: u32,
 }
 
-impl Driver {
+impl MigdevDriver {
     /// Maps memory, fills all of it, connects the vectors; the engine is not enabled.
     pub(crate) fn new(handle: Handle) -> Outcome<Self> {
         let ram = Arc::new(GuestRam::new("ktest", &[RamSpec { gpa: Gpa(0), len: LEN }])?);

@@ -60,7 +60,7 @@ impl Default for DriverConfig {
 
 /// What was seen so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Findings {
+pub struct BlockFindings {
     /// Blocks handled, both flows.
     pub blocks: u64,
     /// Those of them that came by peer-to-peer DMA.
@@ -126,7 +126,7 @@ pub struct TestDriver {
     /// Descriptors posted, both flows.
     tail: u64,
     flows: [Flow; VECTORS],
-    found: Findings,
+    found: BlockFindings,
 }
 
 #[derive(Debug)]
@@ -167,7 +167,7 @@ impl TestDriver {
             doorbell: None,
             tail: 0,
             flows: [flow(), flow()],
-            found: Findings::default(),
+            found: BlockFindings::default(),
         })
     }
 
@@ -337,7 +337,7 @@ impl TestDriver {
     }
 
     /// What was seen so far.
-    pub fn findings(&self) -> Findings {
+    pub fn findings(&self) -> BlockFindings {
         self.found
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::support::{self, LIMIT, busy, device, options, read_all, resume, until};
 use rustix::io::Errno;
 use vfio_migration_sim::driver::{DriverConfig, P2pTarget, RAM_SIZE, TestDriver};
-use vfio_migration_sim::{Options, Read, SampleDevice};
+use vfio_migration_sim::{Options, SampleDevice, StateRead};
 use vfio_migration_types::MigrationState::{
     Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy,
 };
@@ -92,7 +92,7 @@ fn reads_are_short_and_the_stream_is_whole_all_the_same() {
     source.set_state(StopCopy).unwrap();
     let mut piece = [0; 1000];
     let mut stream = Vec::new();
-    while let Read::Data(count) = source.read_data(&mut piece).unwrap() {
+    while let StateRead::Data(count) = source.read_data(&mut piece).unwrap() {
         assert!(count <= 7);
         stream.extend(&piece[..count]);
     }
@@ -111,8 +111,8 @@ fn it_dies_in_a_read_after_so_many_bytes() {
     let device = device(faulty("die-in-read:100000"));
     device.set_state(PreCopy).unwrap();
     let mut piece = vec![0; 70_000];
-    assert_eq!(device.read_data(&mut piece), Ok(Read::Data(70_000)));
-    assert_eq!(device.read_data(&mut piece), Ok(Read::Data(30_000)));
+    assert_eq!(device.read_data(&mut piece), Ok(StateRead::Data(70_000)));
+    assert_eq!(device.read_data(&mut piece), Ok(StateRead::Data(30_000)));
     assert!(device.read_data(&mut piece).unwrap_err().is_death());
 }
 
@@ -121,7 +121,7 @@ fn the_session_vanishes_in_mid_stream_and_a_second_one_works() {
     let device = device(faulty("enodev-mid-stream:1000"));
     device.set_state(PreCopy).unwrap();
     let mut piece = vec![0; 5000];
-    assert_eq!(device.read_data(&mut piece), Ok(Read::Data(1000)));
+    assert_eq!(device.read_data(&mut piece), Ok(StateRead::Data(1000)));
     for _ in 0..2 {
         assert_eq!(device.read_data(&mut piece).unwrap_err().errno(), Errno::NODEV);
     }

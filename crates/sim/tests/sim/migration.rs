@@ -7,7 +7,7 @@ use crate::support::{LIMIT, bit, busy, device, options, read_all, resume, until}
 use rustix::io::Errno;
 use vfio_migration_sim::driver::{DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
 use vfio_migration_sim::regs::offset;
-use vfio_migration_sim::{Options, Read, SampleDevice};
+use vfio_migration_sim::{Options, SampleDevice, StateRead};
 use vfio_migration_types::MigrationState::{
     self, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy,
 };
@@ -80,7 +80,7 @@ fn migrate_live(states: &[MigrationState], options: Options) {
         }
     }
     assert_eq!(source.state(), StopCopy);
-    assert_eq!(source.read_data(&mut [0; 9]), Ok(Read::End));
+    assert_eq!(source.read_data(&mut [0; 9]), Ok(StateRead::End));
     source.set_state(Stop).unwrap();
 
     let destination = device(options);
@@ -227,12 +227,12 @@ fn pre_copy_tells_how_far_it_is_and_reinit_begins_anew() {
     assert!(start.initial_bytes >= 1 << 20);
     assert_eq!((start.dirty_bytes, start.reinit), (0, false));
     let mut piece = vec![0; 300_000];
-    assert_eq!(device.read_data(&mut piece), Ok(Read::Data(300_000)));
+    assert_eq!(device.read_data(&mut piece), Ok(StateRead::Data(300_000)));
     assert_eq!(device.progress().unwrap().initial_bytes, start.initial_bytes - 300_000);
     let first = read_all(&device);
     assert_eq!(first.len() as u64 + 300_000, start.initial_bytes);
     assert_eq!(device.progress().unwrap().initial_bytes, 0);
-    assert_eq!(device.read_data(&mut piece), Ok(Read::NothingNow));
+    assert_eq!(device.read_data(&mut piece), Ok(StateRead::NothingNow));
 
     device.region_write(0, offset::REINIT, &1u32.to_le_bytes()).unwrap();
     let again = device.progress().unwrap();
@@ -249,7 +249,7 @@ fn a_stream_with_reinit_in_the_middle_of_a_record_loads() {
     let source = device(Options { state_dirty_rate: 8 << 20, ..options() });
     source.set_state(PreCopy).unwrap();
     let mut stream = vec![0; 100_001];
-    assert_eq!(source.read_data(&mut stream), Ok(Read::Data(100_001)));
+    assert_eq!(source.read_data(&mut stream), Ok(StateRead::Data(100_001)));
     source.region_write(0, offset::REINIT, &1u32.to_le_bytes()).unwrap();
     source.set_state(StopCopy).unwrap();
     stream.extend(read_all(&source));

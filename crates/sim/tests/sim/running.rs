@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::support::{self, LIMIT, busy, device, options, until};
 use rustix::io::Errno;
 use vfio_migration_memory::Mapping;
-use vfio_migration_sim::driver::{DriverConfig, Findings, Hardware, P2pTarget, RAM_SIZE, TestDriver};
+use vfio_migration_sim::driver::{BlockFindings, DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
 use vfio_migration_sim::regs::{RING_ERROR, offset};
 use vfio_migration_sim::{DmaTarget, MessageDma, SampleDevice};
 use vfio_migration_types::MigrationState::{Running, RunningP2p, Stop, StopCopy};
@@ -59,7 +59,7 @@ fn a_vector_is_not_raised_again_before_it_is_acknowledged() {
     assert_eq!(driver.service(&device).unwrap(), 16);
     assert_eq!(driver.findings().interrupts, 1);
     assert_eq!(driver.service(&device).unwrap(), 0);
-    assert_eq!(driver.findings(), Findings { blocks: 16, interrupts: 1, ..Findings::default() });
+    assert_eq!(driver.findings(), BlockFindings { blocks: 16, interrupts: 1, ..BlockFindings::default() });
     // An acknowledgement of less than is done raises at once.
     Hardware::write(&device, offset::ACK0, &3u64.to_le_bytes()).unwrap();
     driver.service(&device).unwrap();

@@ -9,7 +9,7 @@ use crate::codec::{
     self, Command, DmaMapPayload, DmaUnmapPayload, InfoPayload, IoFdsPayload, IrqSetPayload, RegionAccess,
     RegionInfoPayload, irq_flags,
 };
-use crate::conn::Message;
+use crate::conn::SocketMessage;
 use crate::error::ClientError;
 use crate::model::{DeviceInfo, IoFd, IoFdKind, IrqAction, IrqData, IrqInfo, Prot, RegionInfo, RegionWrite};
 
@@ -313,7 +313,7 @@ impl Client {
         self.request_parts(Command::DEVICE_SET_IRQS, &[&ask.to_vec(), data], fds, 0).map(drop)
     }
 
-    fn io_fds(&self, reply: Message) -> Result<Vec<IoFd>, ClientError> {
+    fn io_fds(&self, reply: SocketMessage) -> Result<Vec<IoFd>, ClientError> {
         let entries = self.parse(&reply, codec::decode_io_fds)?;
         let command = reply.header.command;
         let fds: Vec<Arc<_>> = reply.fds.into_iter().map(Arc::new).collect();

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::{Client, DmaHandler};
 use crate::codec::{Command, DmaAccess, HEADER_SIZE, Header, Kind};
-use crate::conn::{Conn, ConnError, Message, deadline};
+use crate::conn::{Conn, ConnError, SocketMessage, deadline};
 use crate::error::ClientError;
 
 /// Bytes of payload that a DMA request may have beside its data.
@@ -35,7 +35,7 @@ impl Client {
 }
 
 /// The whole reply to a command of the server; empty if it wants none.
-pub(super) fn answer(message: &Message, handler: Option<&dyn DmaHandler>, max: u32) -> Vec<u8> {
+pub(super) fn answer(message: &SocketMessage, handler: Option<&dyn DmaHandler>, max: u32) -> Vec<u8> {
     let Header { id, command, kind, .. } = message.header;
     let (kind_out, body) = match perform(message, handler, max) {
         Ok(body) => (Kind::Reply, body),
@@ -51,7 +51,7 @@ pub(super) fn answer(message: &Message, handler: Option<&dyn DmaHandler>, max: u
     reply
 }
 
-fn perform(message: &Message, handler: Option<&dyn DmaHandler>, max: u32) -> Result<Vec<u8>, Errno> {
+fn perform(message: &SocketMessage, handler: Option<&dyn DmaHandler>, max: u32) -> Result<Vec<u8>, Errno> {
     let command = message.header.command;
     if !matches!(command, Command::DMA_READ | Command::DMA_WRITE) {
         return Err(Errno::OPNOTSUPP);

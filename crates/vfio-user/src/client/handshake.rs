@@ -13,7 +13,7 @@ use crate::codec::{
     Command, Kind, MAX_DATA_XFER_SIZE, MAX_MSG_FDS, MAX_VERSION_DATA, TwinSocket, VersionCapabilities,
     VersionPayload,
 };
-use crate::conn::{Conn, ConnError, Message, Request, deadline};
+use crate::conn::{Conn, ConnError, SocketMessage, SocketRequest, deadline};
 use crate::error::ClientError;
 
 /// The version of the protocol that is proposed. libvfio-user is at 0.2; nothing here depends on the minor number.
@@ -143,7 +143,7 @@ fn negotiate(
 ) -> Result<(VersionPayload, Option<std::os::fd::OwnedFd>), ClientError> {
     let mut body = Vec::new();
     VersionPayload { major: VERSION.0, minor: VERSION.1, capabilities: *ours }.encode(&mut body);
-    let request = Request {
+    let request = SocketRequest {
         command: Command::VERSION,
         parts: &[&body],
         fds: &[],
@@ -172,7 +172,7 @@ fn negotiate(
 
 /// The descriptor of the twin socket, if there is one.
 fn twin_socket(
-    mut reply: Message,
+    mut reply: SocketMessage,
     theirs: &VersionPayload,
     ours: &VersionCapabilities,
 ) -> Result<Option<std::os::fd::OwnedFd>, ClientError> {

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::Client;
 use super::dma::answer;
 use crate::codec::{CodecError, Command, Feature, FeatureHead, Kind};
-use crate::conn::{ConnError, Message, Request, deadline};
+use crate::conn::{ConnError, SocketMessage, SocketRequest, deadline};
 use crate::error::ClientError;
 
 impl Client {
@@ -18,7 +18,7 @@ impl Client {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
         max_reply: usize,
-    ) -> Result<Message, ClientError> {
+    ) -> Result<SocketMessage, ClientError> {
         self.request_parts(command, &[body], fds, max_reply)
     }
 
@@ -29,11 +29,11 @@ impl Client {
         parts: &[&[u8]],
         fds: &[BorrowedFd<'_>],
         max_reply: usize,
-    ) -> Result<Message, ClientError> {
+    ) -> Result<SocketMessage, ClientError> {
         if let Some(why) = self.conn.death() {
             return Err(ClientError::ConnectionLost { why });
         }
-        let request = Request { command, parts, fds, max_reply, deadline: deadline(self.timeout) };
+        let request = SocketRequest { command, parts, fds, max_reply, deadline: deadline(self.timeout) };
         let handler = self.dma.as_deref();
         let max = self.announced_xfer;
         // With a twin socket the server has no business sending commands on this one; it is told so by a refusal.
@@ -53,7 +53,7 @@ impl Client {
         op: u32,
         data: &[u8],
         room: usize,
-    ) -> Result<Message, ClientError> {
+    ) -> Result<SocketMessage, ClientError> {
         let room = FeatureHead::SIZE + room.max(data.len());
         let ask = FeatureHead { argsz: super::device::size_u32(room), flags: u32::from(feature.0) | op };
         let command = Command::DEVICE_FEATURE;
@@ -79,7 +79,7 @@ impl Client {
     /// Reads a reply's payload.
     pub(super) fn parse<'m, T>(
         &self,
-        reply: &'m Message,
+        reply: &'m SocketMessage,
         decode: impl FnOnce(&'m [u8]) -> Result<T, CodecError>,
     ) -> Result<T, ClientError> {
         decode(&reply.body).map_err(|error| self.lie(reply, error.to_string()))
@@ -87,7 +87,7 @@ impl Client {
 
     /// The error for a reply in a sound frame that makes no sense.
     #[expect(clippy::unused_self, reason = "reads as the others at its many places of use")]
-    pub(super) fn lie(&self, reply: &Message, what: impl Into<String>) -> ClientError {
+    pub(super) fn lie(&self, reply: &SocketMessage, what: impl Into<String>) -> ClientError {
         ClientError::Protocol { command: reply.header.command, what: what.into() }
     }
 

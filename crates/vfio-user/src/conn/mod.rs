@@ -39,7 +39,7 @@ const MAX_QUEUE_BYTES: usize = 16 << 20;
 
 /// A message, whole.
 #[derive(Debug)]
-pub(crate) struct Message {
+pub(crate) struct SocketMessage {
     pub(crate) header: Header,
     pub(crate) body: Vec<u8>,
     pub(crate) fds: Vec<OwnedFd>,
@@ -78,7 +78,7 @@ impl ConnError {
 
 /// A request to be sent.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Request<'a> {
+pub(crate) struct SocketRequest<'a> {
     pub(crate) command: Command,
     /// The payload, in pieces.
     pub(crate) parts: &'a [&'a [u8]],
@@ -89,7 +89,7 @@ pub(crate) struct Request<'a> {
 }
 
 /// What to do with a command of the peer that arrives during an exchange.
-pub(crate) type OnCommand<'a> = Option<&'a dyn Fn(&Message) -> Vec<u8>>;
+pub(crate) type OnCommand<'a> = Option<&'a dyn Fn(&SocketMessage) -> Vec<u8>>;
 
 /// A socket and the state of its two directions.
 #[derive(Debug)]
@@ -109,7 +109,7 @@ pub(crate) struct Conn {
 
 #[derive(Debug)]
 struct Rx {
-    queue: VecDeque<Message>,
+    queue: VecDeque<SocketMessage>,
     queue_bytes: usize,
     max_body: usize,
     max_fds: usize,
@@ -202,7 +202,11 @@ impl Conn {
     }
 
     /// Sends a request and waits for its reply, refusals included. Any error means that the connection is dead.
-    pub(crate) fn exchange(&self, request: &Request<'_>, serve: OnCommand<'_>) -> Result<Message, ConnError> {
+    pub(crate) fn exchange(
+        &self,
+        request: &SocketRequest<'_>,
+        serve: OnCommand<'_>,
+    ) -> Result<SocketMessage, ConnError> {
         let mut rx = lock(&self.rx);
         self.check_alive()?;
         let result = self.exchange_locked(&mut rx, request, serve);
@@ -217,7 +221,7 @@ impl Conn {
 
     /// Waits, without limit, for a command of the peer; once one begins it must be whole within `limit`.
     /// Any error means that the connection is dead.
-    pub(crate) fn next_command(&self, limit: Duration) -> Result<Message, ConnError> {
+    pub(crate) fn next_command(&self, limit: Duration) -> Result<SocketMessage, ConnError> {
         loop {
             let result = self.try_command(limit);
             match result {
@@ -263,7 +267,7 @@ impl Conn {
     }
 
     /// Gives a message's buffer back for the next.
-    pub(crate) fn recycle(&self, message: Message) {
+    pub(crate) fn recycle(&self, message: SocketMessage) {
         if let Ok(mut rx) = self.rx.try_lock() {
             rx.keep_spare(message.body);
         }
@@ -276,12 +280,12 @@ impl Conn {
     fn exchange_locked(
         &self,
         rx: &mut Rx,
-        request: &Request<'_>,
+        request: &SocketRequest<'_>,
         serve: OnCommand<'_>,
-    ) -> Result<Message, ConnError> {
+    ) -> Result<SocketMessage, ConnError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let kind = Kind::Command { no_reply: false };
-        let Request { command, parts, fds, deadline, .. } = *request;
+        let SocketRequest { command, parts, fds, deadline, .. } = *request;
         let tx = lock(&self.tx);
         self.send(Some(rx), id, command, kind, parts, fds, deadline)?;
         drop(tx);
@@ -303,8 +307,8 @@ impl Conn {
     fn serve_locked(
         &self,
         rx: &mut Rx,
-        message: &Message,
-        serve: &dyn Fn(&Message) -> Vec<u8>,
+        message: &SocketMessage,
+        serve: &dyn Fn(&SocketMessage) -> Vec<u8>,
         deadline: Instant,
     ) -> Result<(), ConnError> {
         let reply = serve(message);
@@ -315,7 +319,12 @@ impl Conn {
         self.send_bytes(Some(rx), &mut [IoSlice::new(&reply)], &[], deadline)
     }
 
-    fn matched(&self, message: Message, id: u16, request: &Request<'_>) -> Result<Message, ConnError> {
+    fn matched(
+        &self,
+        message: SocketMessage,
+        id: u16,
+        request: &SocketRequest<'_>,
+    ) -> Result<SocketMessage, ConnError> {
         let Header { id: got, command, .. } = message.header;
         if got != id || command != request.command {
             return Err(ConnError::Violation(format!(
@@ -338,7 +347,7 @@ impl Conn {
     }
 
     /// A command from the queue or the socket, without waiting for one to begin.
-    fn try_command(&self, limit: Duration) -> Result<Option<Message>, ConnError> {
+    fn try_command(&self, limit: Duration) -> Result<Option<SocketMessage>, ConnError> {
         let mut rx = lock(&self.rx);
         rx.serving = false;
         self.served.notify_all();
@@ -386,7 +395,7 @@ impl Conn {
     }
 
     /// Reads one message. A payload over the limits is dropped and the message marked unfit.
-    fn read(&self, rx: &mut Rx, max_reply: usize, deadline: Instant) -> Result<Message, ConnError> {
+    fn read(&self, rx: &mut Rx, max_reply: usize, deadline: Instant) -> Result<SocketMessage, ConnError> {
         let interrupt = self.interrupt.as_ref().map(|fd| fd.as_fd());
         let mut received = Received::default();
         let mut raw = [0; HEADER_SIZE];
@@ -401,7 +410,7 @@ impl Conn {
             // A refusal has no payload. One that has is read past, and its payload is of no interest.
             Kind::Error(_) => 0,
         };
-        let mut message = Message { header, body: Vec::new(), fds: Vec::new(), unfit: None };
+        let mut message = SocketMessage { header, body: Vec::new(), fds: Vec::new(), unfit: None };
         if len > limit {
             if len > MAX_DRAIN {
                 let command = header.command;
@@ -501,7 +510,7 @@ impl Conn {
 }
 
 impl Rx {
-    fn push_command(&mut self, message: Message) -> Result<(), ConnError> {
+    fn push_command(&mut self, message: SocketMessage) -> Result<(), ConnError> {
         match message.header.kind {
             Kind::Command { .. } => self.push(message),
             _ => {
@@ -510,7 +519,7 @@ impl Rx {
         }
     }
 
-    fn push(&mut self, message: Message) -> Result<(), ConnError> {
+    fn push(&mut self, message: SocketMessage) -> Result<(), ConnError> {
         self.queue_bytes += message.body.len();
         self.queue.push_back(message);
         if self.queue.len() > MAX_QUEUE || self.queue_bytes > MAX_QUEUE_BYTES {
@@ -519,7 +528,7 @@ impl Rx {
         Ok(())
     }
 
-    fn pop(&mut self) -> Option<Message> {
+    fn pop(&mut self) -> Option<SocketMessage> {
         let message = self.queue.pop_front()?;
         self.queue_bytes = self.queue_bytes.saturating_sub(message.body.len());
         Some(message)

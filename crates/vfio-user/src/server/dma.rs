@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::codec::{Command, DmaAccess, Kind};
-use crate::conn::{Conn, Message, Request, deadline};
+use crate::conn::{Conn, SocketMessage, SocketRequest, deadline};
 
 /// Reads and writes the client's memory by DMA_READ and DMA_WRITE.
 ///
@@ -68,11 +68,11 @@ impl DmaChannel {
         Ok(())
     }
 
-    fn request(&self, command: Command, parts: &[&[u8]], max_reply: usize) -> Result<Message, Errno> {
+    fn request(&self, command: Command, parts: &[&[u8]], max_reply: usize) -> Result<SocketMessage, Errno> {
         if self.conn.death().is_some() {
             return Err(Errno::NOTCONN);
         }
-        let request = Request { command, parts, fds: &[], max_reply, deadline: deadline(self.limit) };
+        let request = SocketRequest { command, parts, fds: &[], max_reply, deadline: deadline(self.limit) };
         let reply = self.conn.exchange(&request, None).map_err(|error| match error {
             crate::conn::ConnError::Timeout => Errno::TIMEDOUT,
             crate::conn::ConnError::Violation(_) => Errno::PROTO,

@@ -13,7 +13,7 @@ use crate::codec::{
     Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_MSG_FDS, MAX_VERSION_DATA,
     TwinSocket, VersionCapabilities, VersionPayload,
 };
-use crate::conn::{Conn, ConnError, Message};
+use crate::conn::{Conn, ConnError, SocketMessage};
 use crate::model::{IovaRange, IrqAction};
 
 /// The version that is spoken, see the client.
@@ -189,7 +189,7 @@ impl Session<'_> {
         }
     }
 
-    fn execute(&mut self, message: &mut Message) -> Result<Reply, Errno> {
+    fn execute(&mut self, message: &mut SocketMessage) -> Result<Reply, Errno> {
         if message.unfit.is_some() {
             return Err(Errno::INVAL);
         }

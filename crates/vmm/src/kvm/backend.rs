@@ -13,7 +13,7 @@ use super::KvmVm;
 use super::irq::GsiRoute;
 use super::memory::SlotId;
 use crate::error::VmmError;
-use crate::pci::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable};
+use crate::pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
 
 /// The way between PCI functions and a guest on KVM: [`Irqfds`], [`MsiRouteTable`] and [`BarMapper`] in one.
 #[derive(Debug)]
@@ -43,21 +43,21 @@ fn width(doorbell: &BarDoorbell) -> io::Result<u32> {
 }
 
 impl Irqfds for KvmBackend {
-    fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
+    fn attach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()> {
         self.vm.register_irqfd(event.as_fd(), gsi).map_err(other)
     }
 
-    fn detach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
+    fn detach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()> {
         self.vm.unregister_irqfd(event.as_fd(), gsi).map_err(other)
     }
 
-    fn attach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()> {
+    fn attach_level(&self, gsi: u32, event: &Arc<Eventfd>, resample: &Arc<Eventfd>) -> io::Result<()> {
         self.vm.register_level_irqfd(event.as_fd(), resample.as_fd(), gsi).map_err(other)
     }
 
     // KVM lowers the level with the last irqfd of the pin; where another function shares it, that one's next end of
     // interrupt does.
-    fn detach_level(&self, gsi: u32, event: &Arc<Event>, _resample: &Arc<Event>) -> io::Result<()> {
+    fn detach_level(&self, gsi: u32, event: &Arc<Eventfd>, _resample: &Arc<Eventfd>) -> io::Result<()> {
         self.vm.unregister_irqfd(event.as_fd(), gsi).map_err(other)
     }
 }

@@ -20,9 +20,9 @@ thread_local! {
 
 /// Which byte a kick of the calling thread sets, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Target(());
+pub(super) struct KickTarget(());
 
-impl Target {
+impl KickTarget {
     /// # Safety
     /// `byte` must stay valid for writes by this thread until the value is dropped, on this thread.
     pub(super) unsafe fn new(byte: *mut u8) -> Self {
@@ -31,7 +31,7 @@ impl Target {
     }
 }
 
-impl Drop for Target {
+impl Drop for KickTarget {
     fn drop(&mut self) {
         IMMEDIATE_EXIT.set(ptr::null_mut());
     }

@@ -47,7 +47,7 @@ pub(super) fn spawn(
 fn run(index: usize, vcpu: &mut Vcpu, gate: &Gate, bus: &dyn IoBus) -> Option<StopReason> {
     let byte = &raw mut vcpu.fd.get_kvm_run().immediate_exit;
     // SAFETY: the byte lies in the vCPU's shared page, which lives as long as `vcpu`, longer than this value.
-    let _target = unsafe { kick::Target::new(byte) };
+    let _target = unsafe { kick::KickTarget::new(byte) };
     loop {
         // First the byte, then the order: a kick between the two finds the order changed already.
         vcpu.fd.set_kvm_immediate_exit(0);

@@ -21,7 +21,7 @@ use vfio_migration::Section;
 
 use super::{KvmVm, lock, vcpu};
 use crate::error::VmmError;
-use crate::section::{Reader, Writer};
+use crate::section::{SectionReader, SectionWriter};
 
 const IRQCHIP: (&str, u32) = ("kvm.irqchip", 1);
 const PIT: (&str, u32) = ("kvm.pit", 1);
@@ -103,7 +103,7 @@ fn find<'a>(sections: &'a [Section], name: &str) -> Result<&'a Section, VmmError
 impl KvmVm {
     /// Both PICs and the IOAPIC, in this order, each as KVM gives it.
     fn save_irqchip(&self) -> Result<Section, VmmError> {
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         for chip_id in CHIPS {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             self.fd.get_irqchip(&mut chip).map_err(VmmError::kvm("read an interrupt controller"))?;
@@ -113,7 +113,7 @@ impl KvmVm {
     }
 
     fn load_irqchip(&self, section: &Section) -> Result<(), VmmError> {
-        let mut reader = Reader::open(section, IRQCHIP.1)?;
+        let mut reader = SectionReader::open(section, IRQCHIP.1)?;
         let chips = CHIPS.map(|id| (id, reader.abi::<kvm_irqchip>("irqchip")));
         let mut parsed = Vec::with_capacity(CHIPS.len());
         for (id, chip) in chips {
@@ -132,13 +132,13 @@ impl KvmVm {
 
     /// The 8254.
     fn save_pit(&self) -> Result<Section, VmmError> {
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         writer.abi(&self.fd.get_pit2().map_err(VmmError::kvm("read the timer"))?);
         Ok(writer.finish(PIT.0.to_owned(), PIT.1))
     }
 
     fn load_pit(&self, section: &Section) -> Result<(), VmmError> {
-        let mut reader = Reader::open(section, PIT.1)?;
+        let mut reader = SectionReader::open(section, PIT.1)?;
         let pit: kvm_pit_state2 = reader.abi("pit")?;
         reader.end()?;
         self.fd.set_pit2(&pit).map_err(VmmError::kvm("load the timer"))
@@ -147,14 +147,14 @@ impl KvmVm {
     /// kvmclock: nanoseconds since the guest began, as one `u64`.
     fn save_clock(&self) -> Result<Section, VmmError> {
         let clock = self.fd.get_clock().map_err(VmmError::kvm("read the guest's clock"))?;
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         writer.u64(clock.clock);
         Ok(writer.finish(CLOCK.0.to_owned(), CLOCK.1))
     }
 
     /// Without `KVM_CLOCK_REALTIME`: the clock goes on where it was, see `docs/guest-clock.md`.
     fn load_clock(&self, section: &Section) -> Result<(), VmmError> {
-        let mut reader = Reader::open(section, CLOCK.1)?;
+        let mut reader = SectionReader::open(section, CLOCK.1)?;
         let clock = kvm_clock_data { clock: reader.u64()?, ..Default::default() };
         reader.end()?;
         self.fd.set_clock(&clock).map_err(VmmError::kvm("load the guest's clock"))

@@ -21,7 +21,7 @@ use zerocopy::IntoBytes;
 
 use super::features;
 use crate::error::VmmError;
-use crate::section::{Reader, Writer};
+use crate::section::{SectionReader, SectionWriter};
 
 /// Layout of a vCPU's section.
 pub(super) const SECTION_VERSION: u32 = 1;
@@ -71,7 +71,7 @@ impl Vcpu {
     pub(super) fn save(&self) -> Result<Section, VmmError> {
         let what = |what: &str| VmmError::kvm(format!("read the {what} of vCPU {}", self.index));
         let fd = &self.fd;
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         writer.u32(u32::try_from(self.cpuid.len()).unwrap_or(u32::MAX));
         for entry in &self.cpuid {
             let kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, .. } = *entry;
@@ -251,7 +251,7 @@ struct State {
 
 impl State {
     fn parse(section: &Section) -> Result<Self, VmmError> {
-        let mut reader = Reader::open(section, SECTION_VERSION)?;
+        let mut reader = SectionReader::open(section, SECTION_VERSION)?;
         let cpuid = (0..reader.count(28)?).map(|_| read_cpuid(&mut reader)).collect::<Result<_, _>>()?;
         let tsc_khz = reader.u32()?;
         let mp_state = reader.abi("mp_state")?;
@@ -282,7 +282,7 @@ pub(super) fn migratable_msrs(kvm: &Kvm) -> Result<Vec<u32>, VmmError> {
     Ok(list.as_slice().iter().copied().filter(|index| !MSR_HYPERV.contains(index)).collect())
 }
 
-fn read_cpuid(reader: &mut Reader<'_>) -> Result<kvm_cpuid_entry2, VmmError> {
+fn read_cpuid(reader: &mut SectionReader<'_>) -> Result<kvm_cpuid_entry2, VmmError> {
     let mut word = || reader.u32();
     let (function, index, flags) = (word()?, word()?, word()?);
     let (eax, ebx, ecx, edx) = (word()?, word()?, word()?, word()?);

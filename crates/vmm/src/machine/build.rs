@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_memory::GuestRam;
 
-use super::open::{Opened, open};
+use super::open::{OpenedDevice, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::IoBus;
@@ -15,7 +15,7 @@ use crate::kvm::KvmBackend;
 use crate::kvm::KvmVm;
 use crate::layout;
 use crate::pci::{
-    BarMapper, Irqfds, MsiRouteTable, MsiRouter, PciBus, PciHost, VfioPciFunction, Windows, map_guest_ram,
+    BarMapper, BarWindows, Irqfds, MsiRouteTable, MsiRouter, PciBus, PciHost, VfioPciFunction, map_guest_ram,
 };
 use crate::platform::PlatformBus;
 use crate::software::SoftwareVm;
@@ -30,7 +30,7 @@ impl ReferenceMachine {
         let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
         let router = Arc::new(MsiRouter::new(routes));
-        let host = PciHost::new(irq, mapper, router, Windows::default());
+        let host = PciHost::new(irq, mapper, router, BarWindows::default());
         let pci = Arc::new(PciBus::new(host.clone()));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let mut devices = Vec::new();
@@ -43,7 +43,7 @@ impl ReferenceMachine {
             }
             let opened = open(device, &ram)?;
             opened.reset()?;
-            let Opened { device, hardware, link, vfio_file, .. } = opened;
+            let OpenedDevice { device, hardware, link, vfio_file, .. } = opened;
             let vfio_file = match vfio_file {
                 Some(file) => processor.add_vfio_file(file.as_fd())?.then_some(file),
                 None => None,

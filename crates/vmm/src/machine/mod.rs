@@ -28,7 +28,7 @@ use crate::error::VmmError;
 use crate::guest::Report;
 use crate::pci::{PciBus, PciHost, VfioPciFunction};
 use crate::platform::PlatformBus;
-use open::Link;
+use open::DeviceLink;
 use processor::Processor;
 
 /// What kind of machine this is, in its manifest.
@@ -56,7 +56,7 @@ pub struct ReferenceMachine {
 struct Attached {
     device: Arc<dyn Device>,
     function: Arc<VfioPciFunction>,
-    link: Link,
+    link: DeviceLink,
     /// Its VFIO file, which the processor was told of.
     vfio_file: Option<OwnedFd>,
 }

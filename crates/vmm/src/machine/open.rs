@@ -14,17 +14,17 @@ use super::{DeviceConfig, DevicePath};
 use crate::error::VmmError;
 
 /// A device, by its two faces.
-pub(super) struct Opened {
+pub(super) struct OpenedDevice {
     pub(super) device: Arc<dyn Device>,
     pub(super) hardware: Arc<dyn PciHardware>,
-    pub(super) link: Link,
+    pub(super) link: DeviceLink,
     /// The VFIO file that KVM is to know, of a device that has one.
     pub(super) vfio_file: Option<OwnedFd>,
     /// It may have no reset at all: what its driver says is that it has none.
     no_reset: bool,
 }
 
-impl Opened {
+impl OpenedDevice {
     /// Resets it. A device that has no reset, and could not migrate anyway, is taken as it is.
     ///
     /// # Errors
@@ -46,9 +46,9 @@ impl Opened {
 }
 
 /// What stands between this process and a device.
-pub(super) struct Link(Box<dyn Fn() -> bool + Send + Sync>);
+pub(super) struct DeviceLink(Box<dyn Fn() -> bool + Send + Sync>);
 
-impl Link {
+impl DeviceLink {
     /// Whether whoever serves the device is gone.
     pub(super) fn is_lost(&self) -> bool {
         (self.0)()
@@ -79,15 +79,21 @@ pub fn open_alone(config: &DeviceConfig) -> Result<Arc<dyn Device>, VmmError> {
 ///
 /// # Errors
 /// It is not there, or does not answer as its kind should.
-pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<Opened, VmmError> {
+pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<OpenedDevice, VmmError> {
     match &config.path {
         DevicePath::VfioUser(socket) => {
             let options = VfioUserOptions::default();
             let device = VfioUserDevice::open(config.id.clone(), socket, ram.clone(), &options);
             let device = Arc::new(device.map_err(VmmError::device)?);
             let served = device.clone();
-            let link = Link(Box::new(move || !served.is_alive()));
-            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: None, no_reset: false })
+            let link = DeviceLink(Box::new(move || !served.is_alive()));
+            Ok(OpenedDevice {
+                device: device.clone(),
+                hardware: device,
+                link,
+                vfio_file: None,
+                no_reset: false,
+            })
         }
         DevicePath::Kernel(path) => {
             let options = KernelOptions::default();
@@ -97,9 +103,15 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<Opened,
             let file =
                 file.map_err(|source| VmmError::Io { doing: "keeping a VFIO file for KVM".into(), source })?;
             // A kernel device that is unbound tells its user so by the errors of its calls.
-            let link = Link(Box::new(|| false));
+            let link = DeviceLink(Box::new(|| false));
             let no_reset = !device.says_resettable();
-            Ok(Opened { device: device.clone(), hardware: device, link, vfio_file: Some(file), no_reset })
+            Ok(OpenedDevice {
+                device: device.clone(),
+                hardware: device,
+                link,
+                vfio_file: Some(file),
+                no_reset,
+            })
         }
     }
 }

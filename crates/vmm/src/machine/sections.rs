@@ -6,7 +6,7 @@ use vfio_migration::Section;
 
 use super::ReferenceMachine;
 use crate::error::VmmError;
-use crate::section::{Reader, Writer};
+use crate::section::{SectionReader, SectionWriter};
 
 /// The bus's own registers: the address register of config mechanism 1.
 const BUS: (&str, u32) = ("bus", 1);
@@ -46,7 +46,7 @@ impl ReferenceMachine {
         let find = |name: &str| sections.iter().find(|section| section.name == name);
         let [bus, serial, clock] = self.platform_sections();
         if let Some(section) = find(&bus.name) {
-            let mut reader = Reader::open(section, BUS.1)?;
+            let mut reader = SectionReader::open(section, BUS.1)?;
             let address = reader.u32()?;
             reader.end()?;
             self.pci.set_config_address(address);
@@ -61,7 +61,7 @@ impl ReferenceMachine {
     }
 
     fn platform_sections(&self) -> [Section; 3] {
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         writer.u32(self.pci.config_address());
         let bus = writer.finish(BUS.0.to_owned(), BUS.1);
         [bus, self.platform.serial().save(), self.platform.clock().save()]

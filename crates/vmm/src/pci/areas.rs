@@ -14,7 +14,7 @@ use super::vectors::ENTRY;
 const PAGE: u64 = 4096;
 
 /// A mapped piece of a BAR, by its offset.
-pub(super) type Piece = (u64, Arc<Mapping>);
+pub(super) type MappedPiece = (u64, Arc<Mapping>);
 
 /// The parts of `mappable` that can be mapped: whole pages, without those that `trapped` touches. In rising order.
 fn whole_pages(mappable: &[Range<u64>], trapped: &[Range<u64>]) -> Vec<Range<u64>> {
@@ -43,7 +43,11 @@ fn whole_pages(mappable: &[Range<u64>], trapped: &[Range<u64>]) -> Vec<Range<u64
 
 /// Maps what the guest may have of a BAR. The pages of the MSI-X structures stay trapped, and so does what cannot be
 /// mapped, or not safely.
-pub(super) fn map_memory(hardware: &dyn PciHardware, bar: &Bar, layout: Option<&MsixLayout>) -> Vec<Piece> {
+pub(super) fn map_memory(
+    hardware: &dyn PciHardware,
+    bar: &Bar,
+    layout: Option<&MsixLayout>,
+) -> Vec<MappedPiece> {
     let index = RegionIndex(bar.index.into());
     let region = hardware.regions().iter().find(|region| region.index == index);
     let (Some(region), Some(file)) = (region, hardware.region_file(index)) else { return Vec::new() };

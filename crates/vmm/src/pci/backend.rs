@@ -17,9 +17,9 @@ use vfio_migration_memory::Mapping;
 
 /// An eventfd: a counter in the kernel that remembers that it was signalled until it is drained.
 #[derive(Debug)]
-pub struct Event(OwnedFd);
+pub struct Eventfd(OwnedFd);
 
-impl Event {
+impl Eventfd {
     /// A new one, not signalled.
     pub fn new() -> io::Result<Self> {
         Ok(Self(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?))
@@ -50,13 +50,13 @@ impl Event {
     }
 }
 
-impl From<OwnedFd> for Event {
+impl From<OwnedFd> for Eventfd {
     fn from(fd: OwnedFd) -> Self {
         Self(fd)
     }
 }
 
-impl AsFd for Event {
+impl AsFd for Eventfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -65,19 +65,19 @@ impl AsFd for Event {
 /// Takes eventfds as interrupts of the guest (KVM: irqfd).
 pub trait Irqfds: fmt::Debug + Send + Sync {
     /// From now on a signal on `event` raises `gsi`; one that it holds already does so at once.
-    fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()>;
+    fn attach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()>;
 
     /// Undoes [`attach`](Self::attach). When it returns, each signal either has reached the interrupt controller's
     /// state, or is still in `event`.
-    fn detach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()>;
+    fn detach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()>;
 
     /// From now on a signal on `event` raises the level of `gsi`, a pin of the IOAPIC. When the guest ends the interrupt
     /// the level is lowered and `resample` signalled. Several functions may share a pin.
-    fn attach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()>;
+    fn attach_level(&self, gsi: u32, event: &Arc<Eventfd>, resample: &Arc<Eventfd>) -> io::Result<()>;
 
     /// Undoes [`attach_level`](Self::attach_level), and lowers the level as far as it came from here. A signal that did
     /// not raise it is still in `event`; one that did is forgotten.
-    fn detach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()>;
+    fn detach_level(&self, gsi: u32, event: &Arc<Eventfd>, resample: &Arc<Eventfd>) -> io::Result<()>;
 }
 
 /// Where interrupts go: the whole table of message-signalled routes, replaced at once (KVM: `KVM_SET_GSI_ROUTING`).
@@ -96,7 +96,7 @@ pub struct BarDoorbell {
     /// The value that rings it; `None` for any value.
     pub datamatch: Option<u64>,
     /// What to signal.
-    pub event: Arc<Event>,
+    pub event: Arc<Eventfd>,
 }
 
 /// Puts mapped BARs and doorbells into the guest's address space.

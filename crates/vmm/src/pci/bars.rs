@@ -20,7 +20,7 @@ const PORTS: u64 = 1 << 16;
 /// Where BARs may lie: two windows of guest physical addresses, which have no RAM in them, and one of ports, which has
 /// none of the machine's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Windows {
+pub struct BarWindows {
     /// Below 4 GiB.
     pub low: Range<Gpa>,
     /// Above: for 64-bit prefetchable BARs.
@@ -29,7 +29,7 @@ pub struct Windows {
     pub ports: Range<u64>,
 }
 
-impl Default for Windows {
+impl Default for BarWindows {
     /// Those of the machine's [`layout`].
     fn default() -> Self {
         let window = |start, len| Range::new(Gpa(start), len);
@@ -45,7 +45,7 @@ impl Default for Windows {
     }
 }
 
-impl Windows {
+impl BarWindows {
     fn hold(&self, range: &Range<u64>, io: bool) -> bool {
         let inside = |start: u64, end: u64| range.start() >= start && range.end() <= end;
         match io {
@@ -116,7 +116,7 @@ impl Bar {
 
     /// Where the guest sees it, as an address or a port: `None` while its decode is off or the address is no place for a BAR (0, or one that
     /// a guest leaves there in the middle of sizing).
-    pub(super) fn place(&self, config: &ConfigSpace, windows: &Windows) -> Option<Range<u64>> {
+    pub(super) fn place(&self, config: &ConfigSpace, windows: &BarWindows) -> Option<Range<u64>> {
         let range = Range::new(self.address(config), self.size).ok()?;
         let decoded = config.u16(COMMAND) & if self.io { COMMAND_IO } else { COMMAND_MEMORY } != 0;
         (decoded && windows.hold(&range, self.io)).then_some(range)

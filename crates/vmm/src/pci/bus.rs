@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use vfio_migration_types::Gpa;
 
-use super::bars::{Bar, Hit, Windows};
+use super::bars::{Bar, BarWindows, Hit};
 use super::host::PciHost;
 use super::vfio::VfioPciFunction;
 use crate::bus::{IoBus, unclaimed};
@@ -83,7 +83,7 @@ impl PciBus {
             .flat_map(|function| function.bars().iter().map(|bar| (&**function, *bar)))
             .collect();
         bars.sort_by_key(|(_, bar)| std::cmp::Reverse(bar.size));
-        let Windows { low, high, ports } = self.host.windows;
+        let BarWindows { low, high, ports } = self.host.windows;
         // What is free of each: first, and past the last.
         let mut low = (low.start().0, low.end());
         let mut high = (high.start().0, high.end());

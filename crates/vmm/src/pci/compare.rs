@@ -8,7 +8,7 @@
 use vfio_migration_device::{ConfigRules, PciError};
 use vfio_migration_types::DeviceId;
 
-use super::config::{Capability, ConfigSpace};
+use super::config::{ConfigCapability, ConfigSpace};
 use super::registers::{
     CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_PM, CAP_VENDOR, CAP_VPD, CAPABILITY_LIST, EXTENDED, HEADER_TYPE,
 };
@@ -87,7 +87,7 @@ fn default_mask(own: &ConfigSpace) -> Vec<u8> {
 }
 
 /// The bits of a capability that must agree, from its first byte.
-fn capability_mask(own: &ConfigSpace, capability: Capability, room: usize) -> Vec<u8> {
+fn capability_mask(own: &ConfigSpace, capability: ConfigCapability, room: usize) -> Vec<u8> {
     let header = [0xff, 0xff];
     let rest: &[u8] = match capability.id {
         // Capabilities are compared; control and status are the guest's.

@@ -11,11 +11,11 @@ use super::registers::{
     MSI_WRITABLE, MSIX_CAP_LEN, MSIX_CONTROL, MSIX_ENABLE, MSIX_MASK_ALL, MSIX_PBA, MSIX_TABLE, ROM_ADDRESS,
     STATUS, STATUS_CAP_LIST,
 };
-use super::vectors::Target;
+use super::vectors::VectorTarget;
 
 /// A capability in the list of the first 256 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Capability {
+pub(super) struct ConfigCapability {
     pub(super) id: u8,
     pub(super) offset: u16,
 }
@@ -183,15 +183,15 @@ impl ConfigSpace {
     }
 
     /// The capability list, as far as it is sane: within bounds, and without a loop.
-    pub(super) fn capabilities(&self) -> Vec<Capability> {
-        let mut out: Vec<Capability> = Vec::new();
+    pub(super) fn capabilities(&self) -> Vec<ConfigCapability> {
+        let mut out: Vec<ConfigCapability> = Vec::new();
         if self.u16(STATUS) & STATUS_CAP_LIST == 0 {
             return out;
         }
         let mut next = self.bytes.get(usize::from(CAPABILITY_LIST)).copied().unwrap_or(0) & !3;
         while u16::from(next) >= HEADER_END && out.iter().all(|cap| cap.offset != u16::from(next)) {
             let [id, following] = self.array(next.into()).unwrap_or_default();
-            out.push(Capability { id, offset: next.into() });
+            out.push(ConfigCapability { id, offset: next.into() });
             next = following & !3;
         }
         out
@@ -271,7 +271,7 @@ impl MsiLayout {
     }
 
     /// Whether the guest has it enabled, and what it says of the vectors that it uses.
-    pub(super) fn targets(&self, config: &ConfigSpace) -> (bool, Vec<Target>) {
+    pub(super) fn targets(&self, config: &ConfigSpace) -> (bool, Vec<VectorTarget>) {
         let control = config.u16(self.capability + MSI_CONTROL);
         let used = (1 << (control >> 4 & 7).min(5)).min(self.vectors);
         let low = u64::from(config.u32(self.capability + MSI_ADDRESS));
@@ -282,7 +282,7 @@ impl MsiLayout {
             // The function changes the low bits of the data to tell its vectors apart.
             let message =
                 MsiMessage { address: high | low, data: data & !u32::from(used - 1) | u32::from(n) };
-            Target { message, masked: masks >> n & 1 != 0 }
+            VectorTarget { message, masked: masks >> n & 1 != 0 }
         };
         (control & MSI_ENABLE != 0, (0..used).map(target).collect())
     }

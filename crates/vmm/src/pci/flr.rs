@@ -24,7 +24,7 @@ pub(super) struct ResetRegisters(Vec<(u16, u8)>);
 impl ResetRegisters {
     /// Those of a function that says it can.
     pub(super) fn find(config: &ConfigSpace) -> Self {
-        let asked = |cap: super::config::Capability| {
+        let asked = |cap: super::config::ConfigCapability| {
             let has = |offset: u16, bit: u32| config.u32(cap.offset + offset) & bit != 0;
             match cap.id {
                 CAP_EXPRESS if has(EXPRESS_CAN, EXPRESS_CAN_FLR) => {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use super::backend::{BarMapper, Irqfds};
-use super::bars::{AddressMap, Windows};
+use super::bars::{AddressMap, BarWindows};
 use super::peers::Peers;
 use super::router::MsiRouter;
 
@@ -15,7 +15,7 @@ pub struct PciHost {
     pub(super) mapper: Arc<dyn BarMapper>,
     pub(super) router: Arc<MsiRouter>,
     pub(super) gate: Arc<BarGate>,
-    pub(super) windows: Windows,
+    pub(super) windows: BarWindows,
     pub(super) addresses: AddressMap,
     pub(super) ports: AddressMap,
     pub(super) peers: Peers,
@@ -27,7 +27,7 @@ impl PciHost {
         irq: Arc<dyn Irqfds>,
         mapper: Arc<dyn BarMapper>,
         router: Arc<MsiRouter>,
-        windows: Windows,
+        windows: BarWindows,
     ) -> Arc<Self> {
         let (gate, peers) = (Arc::default(), Peers::default());
         let (addresses, ports) = (AddressMap::default(), AddressMap::default());

@@ -11,18 +11,18 @@ use super::registers::{
     MSIX_ENABLE, MSIX_MASK_ALL,
 };
 use super::router::{MsiRouter, pin_of};
-use super::vectors::{Failure, IrqPath, Vectors, failure};
+use super::vectors::{IrqPath, PciFailure, Vectors, failure};
 
 /// The interrupts of a function.
 #[derive(Debug)]
-pub(super) struct Interrupts {
+pub(super) struct FunctionInterrupts {
     intx: Option<Intx>,
     msi: Option<(MsiLayout, Vectors)>,
     msix_layout: Option<MsixLayout>,
     pub(super) msix: Vectors,
 }
 
-impl Interrupts {
+impl FunctionInterrupts {
     /// Those that the device has, as after a reset. `msix` is where MSI-X is, if it makes sense.
     pub(super) fn new(
         slot: u8,
@@ -30,7 +30,7 @@ impl Interrupts {
         config: &ConfigSpace,
         msix: Option<MsixLayout>,
         router: &MsiRouter,
-    ) -> Result<Self, Failure> {
+    ) -> Result<Self, PciFailure> {
         let making = failure("making eventfds");
         let vectors = |kind: IrqIndex, count: u16| {
             let first = router.allocate(count.into()).ok_or_else(|| {
@@ -71,7 +71,7 @@ impl Interrupts {
     }
 
     /// Brings all of them to what config space says: first what is to go, since a device has one kind at a time.
-    pub(super) fn settle(&mut self, config: &ConfigSpace, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+    pub(super) fn settle(&mut self, config: &ConfigSpace, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         let (msix_on, all_masked) = self.msix_control(config);
         let msi_on = self.msi_enabled(config);
         let wanted = self.wanted_pin(config);
@@ -100,14 +100,17 @@ impl Interrupts {
     }
 
     /// Where MSI's pending bits are, and what they say.
-    pub(super) fn msi_pending(&mut self) -> Result<Option<(u16, u32)>, Failure> {
+    pub(super) fn msi_pending(&mut self) -> Result<Option<(u16, u32)>, PciFailure> {
         let Some((layout, vectors)) = &mut self.msi else { return Ok(None) };
         let Some(register) = layout.pending() else { return Ok(None) };
         Ok(Some((register, vectors.pending_bits(0)?)))
     }
 
     /// What is to be saved of them: MSI-X vectors, pending MSI vectors, whether the pin is raised. Nothing changes.
-    pub(super) fn save(&mut self, irq_path: IrqPath<'_>) -> Result<(Vec<VectorState>, u32, bool), Failure> {
+    pub(super) fn save(
+        &mut self,
+        irq_path: IrqPath<'_>,
+    ) -> Result<(Vec<VectorState>, u32, bool), PciFailure> {
         let table = self.msix.save(irq_path)?;
         let mut pending = 0;
         if let Some((_, vectors)) = &mut self.msi {
@@ -148,7 +151,7 @@ impl Interrupts {
         saved: &PciState,
         config: &ConfigSpace,
         router: &dyn IrqRouter,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), PciFailure> {
         let (enabled, all_masked) = self.msix_control(config);
         self.msix.stage(enabled, all_masked, &saved.vectors, router)?;
         let enabled = self.msi_enabled(config);
@@ -176,7 +179,7 @@ impl Interrupts {
         saved: &PciState,
         config: &ConfigSpace,
         irq_path: IrqPath<'_>,
-    ) -> Result<u32, Failure> {
+    ) -> Result<u32, PciFailure> {
         let wanted = self.wanted_pin(config);
         let mut connected = self.msix.restore(irq_path)?;
         if let Some((_, vectors)) = &mut self.msi {
@@ -189,13 +192,13 @@ impl Interrupts {
     }
 
     /// The guest goes on where it was saved: what was collected is raised.
-    pub(super) fn resume(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+    pub(super) fn resume(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         let msix = self.msix.resume(irq_path.irq);
         msix.and(self.msi.as_mut().map_or(Ok(()), |(_, vectors)| vectors.resume(irq_path.irq)))
     }
 
     /// Takes all of it back: as after a reset. Goes on after a failure, and says the first.
-    pub(super) fn reset(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+    pub(super) fn reset(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         let mut result = self.msix.reset(irq_path);
         if let Some((_, vectors)) = &mut self.msi {
             result = result.and(vectors.reset(irq_path));

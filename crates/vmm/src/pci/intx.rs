@@ -15,8 +15,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vfio_migration_device::{IrqIndex, PciHardware};
 
-use super::vectors::{Failure, failure};
-use super::{Event, Irqfds};
+use super::vectors::{PciFailure, failure};
+use super::{Eventfd, Irqfds};
 
 /// How the guest has the pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +34,8 @@ pub(super) enum Wanted {
 pub(super) struct Intx {
     hardware: Arc<dyn PciHardware>,
     gsi: u32,
-    event: Arc<Event>,
-    resample: Arc<Event>,
+    event: Arc<Eventfd>,
+    resample: Arc<Eventfd>,
     /// The device has the eventfds.
     connected: bool,
     attached: bool,
@@ -45,7 +45,7 @@ pub(super) struct Intx {
 impl Intx {
     /// The pin as after a reset, as interrupt `gsi` of the machine.
     pub(super) fn new(hardware: Arc<dyn PciHardware>, gsi: u32) -> std::io::Result<Self> {
-        let (event, resample) = (Arc::new(Event::new()?), Arc::new(Event::new()?));
+        let (event, resample) = (Arc::new(Eventfd::new()?), Arc::new(Eventfd::new()?));
         Ok(Self { hardware, gsi, event, resample, connected: false, attached: false, unmasker: None })
     }
 
@@ -55,7 +55,7 @@ impl Intx {
     }
 
     /// Brings it to what the guest wants.
-    pub(super) fn settle(&mut self, wanted: Wanted, irq: &dyn Irqfds) -> Result<(), Failure> {
+    pub(super) fn settle(&mut self, wanted: Wanted, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         match wanted {
             Wanted::Off => self.disconnect(irq),
             Wanted::Masked => {
@@ -75,7 +75,7 @@ impl Intx {
     /// Whether the guest has ended an interrupt that it was given cannot be seen, so one that may be open counts as
     /// raised: at the destination it comes once more. A driver finds its device idle then, as with every shared pin;
     /// one that is not told would wait forever for a pin that nobody unmasks.
-    pub(super) fn save(&self) -> Result<bool, Failure> {
+    pub(super) fn save(&self) -> Result<bool, PciFailure> {
         if !self.connected {
             return Ok(false);
         }
@@ -95,7 +95,7 @@ impl Intx {
         wanted: Wanted,
         pending: bool,
         irq: &dyn Irqfds,
-    ) -> Result<bool, Failure> {
+    ) -> Result<bool, PciFailure> {
         if wanted != Wanted::On {
             // The interrupt controller came with the level that it had. Nobody would lower it for a pin that is not in use,
             // and a guest that ends the interrupt would be given it again at once, for ever.
@@ -110,11 +110,11 @@ impl Intx {
         Ok(self.connected)
     }
 
-    fn raise(&self) -> Result<(), Failure> {
+    fn raise(&self) -> Result<(), PciFailure> {
         self.event.signal().map_err(failure("raising the pin"))
     }
 
-    fn attach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    fn attach(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         if !self.attached {
             let attached = irq.attach_level(self.gsi, &self.event, &self.resample);
             attached.map_err(failure("attaching the pin"))?;
@@ -123,7 +123,7 @@ impl Intx {
         Ok(())
     }
 
-    fn detach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    fn detach(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         if self.attached {
             let detached = irq.detach_level(self.gsi, &self.event, &self.resample);
             detached.map_err(failure("detaching the pin"))?;
@@ -135,7 +135,7 @@ impl Intx {
         Ok(())
     }
 
-    fn connect(&mut self) -> Result<(), Failure> {
+    fn connect(&mut self) -> Result<(), PciFailure> {
         if self.connected {
             return Ok(());
         }
@@ -151,7 +151,7 @@ impl Intx {
     }
 
     /// Goes on after a failure, and says the first.
-    fn disconnect(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    fn disconnect(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         let mut first = Ok(());
         self.unmasker = None;
         if self.connected {
@@ -168,13 +168,13 @@ impl Intx {
 /// A thread that unmasks the pin at a device whenever the guest has ended an interrupt.
 #[derive(Debug)]
 struct Unmasker {
-    stop: Arc<Event>,
+    stop: Arc<Eventfd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Unmasker {
-    fn new(hardware: Arc<dyn PciHardware>, resample: Arc<Event>) -> std::io::Result<Self> {
-        let stop = Arc::new(Event::new()?);
+    fn new(hardware: Arc<dyn PciHardware>, resample: Arc<Eventfd>) -> std::io::Result<Self> {
+        let stop = Arc::new(Eventfd::new()?);
         let stopped = Arc::clone(&stop);
         let run = move || {
             while wait(&stopped, &resample) {
@@ -200,7 +200,7 @@ impl Drop for Unmasker {
 }
 
 /// Waits for a resample: `false` when it is to end instead.
-fn wait(stop: &Event, resample: &Event) -> bool {
+fn wait(stop: &Eventfd, resample: &Eventfd) -> bool {
     loop {
         let mut fds = [PollFd::new(stop, PollFlags::IN), PollFd::new(resample, PollFlags::IN)];
         match poll(&mut fds, None) {

@@ -29,8 +29,8 @@ pub(crate) mod tests;
 mod vectors;
 mod vfio;
 
-pub use backend::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable};
-pub use bars::Windows;
+pub use backend::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
+pub use bars::BarWindows;
 pub use bus::{PciBus, PlaceError};
 pub use host::{BarGate, PciHost};
 pub use peers::map_guest_ram;

@@ -9,7 +9,7 @@ use vfio_migration_types::{Gpa, Range};
 use super::backend::BarDoorbell;
 use super::bars::{AddressMap, Bar};
 use super::state::{Placed, State};
-use super::vectors::Failure;
+use super::vectors::PciFailure;
 use super::vfio::VfioPciFunction;
 
 impl VfioPciFunction {
@@ -54,7 +54,7 @@ impl VfioPciFunction {
         Ok(placed)
     }
 
-    fn fill(&self, state: &State, bar: Bar, placed: &mut Placed) -> Result<(), Failure> {
+    fn fill(&self, state: &State, bar: Bar, placed: &mut Placed) -> Result<(), PciFailure> {
         if bar.io {
             return Ok(());
         }
@@ -111,6 +111,6 @@ impl VfioPciFunction {
     }
 }
 
-fn doing(doing: &'static str) -> impl Fn(io::Error) -> Failure {
+fn doing(doing: &'static str) -> impl Fn(io::Error) -> PciFailure {
     move |source| (doing.to_owned(), Box::new(source))
 }

@@ -5,19 +5,19 @@ use std::sync::Arc;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{Gpa, Range};
 
-use super::areas::Piece;
+use super::areas::MappedPiece;
 use super::backend::BarDoorbell;
 use super::bars::BARS;
 use super::config::ConfigSpace;
-use super::interrupts::Interrupts;
+use super::interrupts::FunctionInterrupts;
 
 /// What the guest can change of a function.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) config: ConfigSpace,
-    pub(super) interrupts: Interrupts,
+    pub(super) interrupts: FunctionInterrupts,
     /// What can be mapped of each BAR, mapped into this process once.
-    pub(super) memory: [Vec<Piece>; BARS],
+    pub(super) memory: [Vec<MappedPiece>; BARS],
     pub(super) doorbells: [Vec<(u64, BarDoorbell)>; BARS],
     pub(super) placed: [Option<Placed>; BARS],
 }

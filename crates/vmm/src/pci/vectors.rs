@@ -11,14 +11,14 @@ use std::sync::Arc;
 
 use vfio_migration_device::{IrqIndex, IrqRouter, MsiMessage, PciHardware, VectorState};
 
-use super::{Event, Irqfds};
+use super::{Eventfd, Irqfds};
 
 /// Bytes of a table entry: address low and high, data, control.
 pub(super) const ENTRY: u64 = 16;
 const CONTROL_MASKED: u32 = 1;
 
 /// What failed, for whoever knows the device.
-pub(super) type Failure = (String, Box<dyn std::error::Error + Send + Sync>);
+pub(super) type PciFailure = (String, Box<dyn std::error::Error + Send + Sync>);
 
 /// The way from a vector to the guest.
 #[derive(Clone, Copy, Debug)]
@@ -35,14 +35,14 @@ struct Vector {
     /// Raised while masked; or, after a save, raised and not yet delivered.
     pending: bool,
     gsi: u32,
-    event: Arc<Event>,
+    event: Arc<Eventfd>,
     /// Its eventfd is attached to the interrupt controller.
     attached: bool,
 }
 
 /// What the guest says of one vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Target {
+pub(super) struct VectorTarget {
     pub(super) message: MsiMessage,
     pub(super) masked: bool,
 }
@@ -69,7 +69,7 @@ impl Vectors {
                 masked: true,
                 pending: false,
                 gsi: first_gsi + u32::from(n),
-                event: Arc::new(Event::new()?),
+                event: Arc::new(Eventfd::new()?),
                 attached: false,
             })
         };
@@ -86,9 +86,9 @@ impl Vectors {
     pub(super) fn set_targets(
         &mut self,
         enabled: bool,
-        targets: &[Target],
+        targets: &[VectorTarget],
         irq_path: IrqPath<'_>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), PciFailure> {
         // The device learns how many there are when it gets their eventfds, all at once.
         let recount = self.enabled && enabled && targets.len() != self.in_use;
         let off = if recount { self.set_control(false, false, irq_path) } else { Ok(()) };
@@ -105,7 +105,7 @@ impl Vectors {
         enabled: bool,
         all_masked: bool,
         irq_path: IrqPath<'_>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), PciFailure> {
         self.all_masked = all_masked;
         if enabled == self.enabled {
             return self.settle(irq_path);
@@ -139,7 +139,7 @@ impl Vectors {
         offset: u64,
         value: u32,
         irq_path: IrqPath<'_>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), PciFailure> {
         let Some(vector) = self.vectors.get_mut(usize::try_from(offset / ENTRY).unwrap_or(usize::MAX)) else {
             return Ok(());
         };
@@ -156,7 +156,7 @@ impl Vectors {
     }
 
     /// The 32 pending bits from vector `32 * index`.
-    pub(super) fn pending_bits(&mut self, index: usize) -> Result<u32, Failure> {
+    pub(super) fn pending_bits(&mut self, index: usize) -> Result<u32, PciFailure> {
         self.drain()?;
         let vectors = self.vectors.iter().skip(index.saturating_mul(32)).take(32);
         Ok(vectors.enumerate().fold(0, |bits, (bit, vector)| bits | u32::from(vector.pending) << bit))
@@ -167,7 +167,7 @@ impl Vectors {
     ///
     /// # Errors
     /// Nothing is lost: what is detached then is attached again by a later call, or by [`resume`](Self::resume).
-    pub(super) fn save(&mut self, irq_path: IrqPath<'_>) -> Result<Vec<VectorState>, Failure> {
+    pub(super) fn save(&mut self, irq_path: IrqPath<'_>) -> Result<Vec<VectorState>, PciFailure> {
         self.drain()?;
         let collected = self.collect(irq_path.irq);
         self.attach(irq_path.irq)?;
@@ -181,13 +181,13 @@ impl Vectors {
     }
 
     /// The guest goes on: whatever a failed save left detached is attached, and what is pending is raised.
-    pub(super) fn resume(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    pub(super) fn resume(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         self.attach(irq)?;
         self.deliver()
     }
 
     /// Raises what is pending on unmasked vectors.
-    fn deliver(&mut self) -> Result<(), Failure> {
+    fn deliver(&mut self) -> Result<(), PciFailure> {
         for vector in self.vectors.iter_mut().filter(|vector| vector.attached && vector.pending) {
             vector.event.signal().map_err(failure("raising a pending interrupt"))?;
             vector.pending = false;
@@ -203,7 +203,7 @@ impl Vectors {
         all_masked: bool,
         vectors: &[VectorState],
         router: &dyn IrqRouter,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), PciFailure> {
         (self.enabled, self.all_masked) = (enabled, all_masked);
         self.in_use = vectors.len().min(self.vectors.len());
         for (vector, state) in self.vectors.iter_mut().zip(vectors) {
@@ -221,7 +221,7 @@ impl Vectors {
 
     /// After [`stage`](Self::stage) and the commit of its routes: attaches, gives the device its eventfds, and raises
     /// what was pending. Returns the number of vectors connected.
-    pub(super) fn restore(&mut self, irq_path: IrqPath<'_>) -> Result<u32, Failure> {
+    pub(super) fn restore(&mut self, irq_path: IrqPath<'_>) -> Result<u32, PciFailure> {
         if !self.enabled {
             return Ok(0);
         }
@@ -232,7 +232,7 @@ impl Vectors {
     }
 
     /// Takes all of it back: as after a reset. Goes on after a failure, and says the first.
-    pub(super) fn reset(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+    pub(super) fn reset(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         self.enabled = false;
         let disconnected = self.disconnect(irq_path);
         for vector in &mut self.vectors {
@@ -248,7 +248,7 @@ impl Vectors {
     }
 
     /// Brings routes and attachments to what the registers say, and delivers what became deliverable.
-    fn settle(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+    fn settle(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         self.detach(irq_path.irq)?;
         for (index, vector) in self.vectors.iter().enumerate() {
             let route = self.unmasked(index).then_some(vector.message);
@@ -264,7 +264,7 @@ impl Vectors {
     }
 
     /// Detaches all vectors, and takes what has not reached the interrupt controller into their pending bits.
-    fn collect(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    fn collect(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         let fail = failure("settling an interrupt");
         for vector in self.vectors.iter_mut().filter(|vector| vector.attached) {
             // Detaching waits until what was raised has reached the interrupt controller; what has not is in the eventfd.
@@ -276,7 +276,7 @@ impl Vectors {
     }
 
     /// Detaches vectors that are not unmasked any more.
-    fn detach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    fn detach(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         for index in 0..self.vectors.len() {
             let masked = !self.unmasked(index);
             let vector = &mut self.vectors[index];
@@ -289,7 +289,7 @@ impl Vectors {
     }
 
     /// Attaches vectors that are unmasked now.
-    fn attach(&mut self, irq: &dyn Irqfds) -> Result<(), Failure> {
+    fn attach(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         for index in 0..self.vectors.len() {
             let unmasked = self.unmasked(index);
             let vector = &mut self.vectors[index];
@@ -302,14 +302,14 @@ impl Vectors {
     }
 
     /// Takes what the device raised on detached vectors into their pending bits.
-    fn drain(&mut self) -> Result<(), Failure> {
+    fn drain(&mut self) -> Result<(), PciFailure> {
         for vector in self.vectors.iter_mut().filter(|vector| !vector.attached) {
             vector.pending |= vector.event.drain().map_err(failure("draining a masked interrupt"))?;
         }
         Ok(())
     }
 
-    fn connect(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+    fn connect(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         let used = self.vectors.iter().take(self.in_use);
         let events: Vec<_> = used.map(|vector| Some(vector.event.as_fd())).collect();
         let connected = irq_path.hardware.set_irq_eventfds(self.kind, 0, &events);
@@ -318,7 +318,7 @@ impl Vectors {
         Ok(())
     }
 
-    fn disconnect(&mut self, irq_path: IrqPath<'_>) -> Result<(), Failure> {
+    fn disconnect(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         let mut first = Ok(());
         if self.connected {
             // The device first: afterwards nothing is raised any more.
@@ -338,7 +338,7 @@ impl Vectors {
 
 pub(super) fn failure<E: std::error::Error + Send + Sync + 'static>(
     doing: &'static str,
-) -> impl Fn(E) -> Failure + Copy {
+) -> impl Fn(E) -> PciFailure + Copy {
     move |source| (doing.to_owned(), Box::new(source))
 }
 

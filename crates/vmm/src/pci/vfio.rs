@@ -9,16 +9,16 @@ use vfio_migration_device::{
 use vfio_migration_types::{DeviceId, Gpa};
 
 use super::areas::map_memory;
-use super::backend::{BarDoorbell, Event};
+use super::backend::{BarDoorbell, Eventfd};
 use super::bars::{BARS, Bar, register};
 use super::compare::compare;
 use super::config::{ConfigSpace, MsixLayout};
 use super::flr::ResetRegisters;
 use super::host::PciHost;
-use super::interrupts::Interrupts;
+use super::interrupts::FunctionInterrupts;
 use super::registers::{COMMAND, HEADER_END, INTERRUPT_LINE};
 use super::state::State;
-use super::vectors::{ENTRY, Failure, IrqPath};
+use super::vectors::{ENTRY, IrqPath, PciFailure};
 
 /// Bytes of config space that every function has: its header.
 const HEADER: usize = HEADER_END as usize;
@@ -84,7 +84,7 @@ impl VfioPciFunction {
             }
             sane && u32::from(layout.vectors) <= hardware.irq_count(IrqIndex::Msix)
         });
-        let interrupts = Interrupts::new(slot, &hardware, &config, layout, &host.router)
+        let interrupts = FunctionInterrupts::new(slot, &hardware, &config, layout, &host.router)
             .map_err(|(doing, source)| failed(&doing, source))?;
 
         let (mut memory, mut doorbells): ([Vec<_>; BARS], [Vec<_>; BARS]) = Default::default();
@@ -102,7 +102,7 @@ impl VfioPciFunction {
                 .into_iter()
                 .filter(known)
                 .map(|doorbell| {
-                    let event = Arc::new(Event::from(doorbell.fd));
+                    let event = Arc::new(Eventfd::from(doorbell.fd));
                     let (size, datamatch) = (doorbell.size, doorbell.datamatch);
                     (doorbell.offset, BarDoorbell { gpa: Gpa(0), size, datamatch, event })
                 })
@@ -337,7 +337,7 @@ impl VfioPciFunction {
         result
     }
 
-    pub(super) fn failed(&self, (doing, source): Failure) -> PciError {
+    pub(super) fn failed(&self, (doing, source): PciFailure) -> PciError {
         PciError::Failed { device: self.hardware.id().clone(), doing, source }
     }
 

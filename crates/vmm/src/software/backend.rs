@@ -13,19 +13,19 @@ use vfio_migration_device::MsiMessage;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
-use crate::pci::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable};
+use crate::pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
 
 /// The way between PCI functions and the software guest: [`Irqfds`], [`MsiRouteTable`] and [`BarMapper`] in one.
 #[derive(Debug)]
 pub struct SoftwareBackend {
     state: Mutex<State>,
     /// Ends a wait.
-    kick: Event,
+    kick: Eventfd,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    attached: BTreeMap<u32, Arc<Event>>,
+    attached: BTreeMap<u32, Arc<Eventfd>>,
     routes: BTreeMap<u32, MsiMessage>,
     mapped: BTreeMap<Gpa, Arc<Mapping>>,
     doorbells: Vec<BarDoorbell>,
@@ -34,7 +34,7 @@ struct State {
 impl SoftwareBackend {
     /// A guest that nothing is attached to.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { state: Mutex::default(), kick: Event::new()? })
+        Ok(Self { state: Mutex::default(), kick: Eventfd::new()? })
     }
 
     /// The messages of all interrupts that were raised since last asked. One without a route goes nowhere, as it
@@ -52,7 +52,7 @@ impl SoftwareBackend {
 
     /// Waits for an interrupt, a [`kick`](Self::kick), or the end of `patience`.
     pub(super) fn wait(&self, patience: Duration) {
-        let events: Vec<Arc<Event>> = self.lock().attached.values().cloned().collect();
+        let events: Vec<Arc<Eventfd>> = self.lock().attached.values().cloned().collect();
         let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(events.len() + 1);
         fds.push(PollFd::from_borrowed_fd(self.kick.as_fd(), PollFlags::IN));
         fds.extend(events.iter().map(|event| PollFd::from_borrowed_fd(event.as_fd(), PollFlags::IN)));
@@ -100,7 +100,7 @@ impl SoftwareBackend {
 }
 
 impl Irqfds for SoftwareBackend {
-    fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
+    fn attach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()> {
         if self.lock().attached.insert(gsi, Arc::clone(event)).is_some() {
             return Err(io::Error::other(format!("interrupt {gsi} has an eventfd already")));
         }
@@ -109,7 +109,7 @@ impl Irqfds for SoftwareBackend {
     }
 
     // The guest handles what it takes before it can be paused, so what it has not taken is in the eventfd.
-    fn detach(&self, gsi: u32, _event: &Arc<Event>) -> io::Result<()> {
+    fn detach(&self, gsi: u32, _event: &Arc<Eventfd>) -> io::Result<()> {
         match self.lock().attached.remove(&gsi) {
             Some(_) => Ok(()),
             None => Err(io::Error::other(format!("interrupt {gsi} has no eventfd"))),
@@ -118,11 +118,11 @@ impl Irqfds for SoftwareBackend {
 
     // The program takes message-signalled interrupts alone, as a guest does that leaves all pins masked: what is raised
     // on one waits in its eventfd.
-    fn attach_level(&self, _gsi: u32, _event: &Arc<Event>, _resample: &Arc<Event>) -> io::Result<()> {
+    fn attach_level(&self, _gsi: u32, _event: &Arc<Eventfd>, _resample: &Arc<Eventfd>) -> io::Result<()> {
         Ok(())
     }
 
-    fn detach_level(&self, _gsi: u32, _event: &Arc<Event>, _resample: &Arc<Event>) -> io::Result<()> {
+    fn detach_level(&self, _gsi: u32, _event: &Arc<Eventfd>, _resample: &Arc<Eventfd>) -> io::Result<()> {
         Ok(())
     }
 }

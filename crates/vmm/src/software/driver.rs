@@ -1,7 +1,7 @@
 //! The driver of the sample device, and the checker of what it does.
 
 use super::cpu::Cpu;
-use super::orders::{Failure, Orders, word};
+use super::orders::{BootOrders, ProgramFailure, word};
 use crate::guest::SAMPLE_DEVICE;
 use crate::guest::map::{
     DATA, DEVICE_DONE, DEVICE_RING, DEVICE_SLOTS, DEVICE_SOURCES, DEVICE_STRIDE, DEVICE_TAIL, DEVICE_TARGETS,
@@ -51,7 +51,7 @@ struct Flow<'a> {
 }
 
 /// Finds the devices and starts them.
-pub(super) fn start(cpu: &Cpu, orders: &Orders) -> Result<(), Failure> {
+pub(super) fn start(cpu: &Cpu, orders: &BootOrders) -> Result<(), ProgramFailure> {
     let mut found = 0;
     for slot in 0..32u32 {
         let config = 0x8000_0000 | slot << 11;
@@ -61,18 +61,18 @@ pub(super) fn start(cpu: &Cpu, orders: &Orders) -> Result<(), Failure> {
         }
     }
     if found != orders.devices {
-        return Err(Failure { code: 2, detail: found });
+        return Err(ProgramFailure { code: 2, detail: found });
     }
     (0..found).try_for_each(|index| Device { cpu, index }.start(orders))
 }
 
 /// A turn: takes interrupts, looks for lost ones, takes what is done, posts anew, and compares some of what was done.
-pub(super) fn serve(cpu: &Cpu, orders: &Orders, run_clock: u64) -> Result<(), Failure> {
+pub(super) fn serve(cpu: &Cpu, orders: &BootOrders, run_clock: u64) -> Result<(), ProgramFailure> {
     for message in cpu.backend.take_interrupts() {
         let target = message.data.checked_sub(FIRST_VECTOR).map(u64::from);
         match target.filter(|target| message.address == LAPIC_BASE && *target < 2 * orders.devices) {
             Some(target) => Flow { device: Device { cpu, index: target / 2 }, flow: target % 2 }.interrupt(),
-            None => return Err(Failure { code: 0x200, detail: message.data.into() }),
+            None => return Err(ProgramFailure { code: 0x200, detail: message.data.into() }),
         }
     }
     for index in 0..orders.devices {
@@ -100,7 +100,7 @@ fn config_write(cpu: &Cpu, config: u32, register: u32, value: u32) {
 }
 
 /// Compares the block of the next slot, if it holds one.
-fn check_next(cpu: &Cpu, orders: &Orders) {
+fn check_next(cpu: &Cpu, orders: &BootOrders) {
     let number = cpu.load64(SLOT);
     let next = (number + 1) % (orders.devices * 2 * SLOTS);
     cpu.store64(SLOT, next);
@@ -142,13 +142,13 @@ impl<'a> Device<'a> {
     }
 
     /// BARs, and memory decode on.
-    fn prepare(self, config: u32) -> Result<(), Failure> {
+    fn prepare(self, config: u32) -> Result<(), ProgramFailure> {
         let cpu = self.cpu;
         let bar0 = u64::from(config_read(cpu, config, 0x10) & !0xf);
         let low = u64::from(config_read(cpu, config, 0x18) & !0xf);
         let mailbox = u64::from(config_read(cpu, config, 0x1c)) << 32 | low;
         if bar0 == 0 || mailbox == 0 {
-            return Err(Failure { code: 3, detail: self.index });
+            return Err(ProgramFailure { code: 3, detail: self.index });
         }
         cpu.store64(self.variable(0), bar0);
         cpu.store64(self.variable(1), mailbox);
@@ -158,14 +158,14 @@ impl<'a> Device<'a> {
     }
 
     /// Interrupts, registers, go.
-    fn start(self, orders: &Orders) -> Result<(), Failure> {
+    fn start(self, orders: &BootOrders) -> Result<(), ProgramFailure> {
         let cpu = self.cpu;
         let config = u32::try_from(cpu.load64(self.variable(3))).unwrap_or(0);
         let mut capability = config_read(cpu, config, 0x34) & 0xfc;
         let mut left = 48;
         let msix = loop {
             if capability == 0 || left == 0 {
-                return Err(Failure { code: 4, detail: self.index });
+                return Err(ProgramFailure { code: 4, detail: self.index });
             }
             left -= 1;
             let header = config_read(cpu, config, capability);
@@ -176,7 +176,7 @@ impl<'a> Device<'a> {
         };
         let table = config_read(cpu, config, msix + 4);
         if table & 7 != 0 {
-            return Err(Failure { code: 5, detail: self.index });
+            return Err(ProgramFailure { code: 5, detail: self.index });
         }
         let bar0 = self.bar0();
         let vector = FIRST_VECTOR + 2 * u32::try_from(self.index).unwrap_or(0);
@@ -192,7 +192,7 @@ impl<'a> Device<'a> {
 
         let magic = cpu.load32(bar0);
         if magic != MAGIC {
-            return Err(Failure { code: 6, detail: magic.into() });
+            return Err(ProgramFailure { code: 6, detail: magic.into() });
         }
         for source in 0..RING_SIZE {
             for index in 1..orders.block_len / 8 {
@@ -207,13 +207,13 @@ impl<'a> Device<'a> {
         cpu.store32(bar0 + REG_CONTROL, 1);
         let status = cpu.load32(bar0 + REG_STATUS);
         if status & 1 == 0 {
-            return Err(Failure { code: 8, detail: status.into() });
+            return Err(ProgramFailure { code: 8, detail: status.into() });
         }
         Ok(())
     }
 
     /// Posts descriptors until enough are in flight, and rings the doorbell.
-    fn post(self, orders: &Orders) {
+    fn post(self, orders: &BootOrders) {
         let cpu = self.cpu;
         let before = cpu.load64(self.posted());
         let handled: u64 = self.flows().map(|flow| cpu.load64(flow.handled())).iter().sum();
@@ -274,7 +274,7 @@ impl Flow<'_> {
         self.device.memory() + DEVICE_SLOTS + 8 * SLOTS * self.flow + 8 * slot
     }
 
-    fn target(self, orders: &Orders, slot: u64) -> u64 {
+    fn target(self, orders: &BootOrders, slot: u64) -> u64 {
         let base = if self.flow == 0 {
             self.device.memory() + DEVICE_TARGETS
         } else {
@@ -284,7 +284,7 @@ impl Flow<'_> {
         base + slot * 4096
     }
 
-    fn len_and_flags(self, orders: &Orders) -> u64 {
+    fn len_and_flags(self, orders: &BootOrders) -> u64 {
         orders.block_len | self.flow << 32
     }
 
@@ -332,11 +332,11 @@ impl Flow<'_> {
     }
 
     /// Takes completed blocks.
-    fn take(self, orders: &Orders) -> Result<(), Failure> {
+    fn take(self, orders: &BootOrders) -> Result<(), ProgramFailure> {
         let cpu = self.device.cpu;
         let (handled, seen) = (cpu.load64(self.handled()), cpu.load64(self.seen()));
         if seen > cpu.load64(self.issued()) || seen < handled || seen - handled > RING_SIZE {
-            return Err(Failure { code: 7, detail: self.device.index });
+            return Err(ProgramFailure { code: 7, detail: self.device.index });
         }
         for number in handled + 1..=seen {
             cpu.store64(self.slot_entry(number % SLOTS), number);
@@ -351,7 +351,7 @@ impl Flow<'_> {
     }
 
     /// Compares block `number` with what it must be. A wrong one counts once: its slot is given up.
-    fn check(self, orders: &Orders, number: u64) {
+    fn check(self, orders: &BootOrders, number: u64) {
         let cpu = self.device.cpu;
         let mut bytes = vec![0; usize::try_from(orders.block_len.min(4096)).unwrap_or(4096)];
         cpu.load(self.target(orders, number % SLOTS), &mut bytes);

@@ -31,7 +31,7 @@ pub use backend::SoftwareBackend;
 use crate::bus::IoBus;
 use crate::error::VmmError;
 use crate::guest::BootInfo;
-use crate::section::{Reader, Writer};
+use crate::section::{SectionReader, SectionWriter};
 use cpu::Cpu;
 use program::{Pc, Program};
 
@@ -170,7 +170,7 @@ impl SoftwareVm {
     /// It is not paused.
     pub fn save(&self) -> Result<Vec<Section>, VmmError> {
         let control = self.paused()?;
-        let mut writer = Writer::default();
+        let mut writer = SectionWriter::default();
         writer.u32(control.pc.number());
         Ok(vec![writer.finish(SECTION.0.to_owned(), SECTION.1)])
     }
@@ -182,7 +182,7 @@ impl SoftwareVm {
     pub fn load(&self, sections: &[Section]) -> Result<(), VmmError> {
         let section = sections.iter().find(|section| section.name == SECTION.0);
         let section = section.ok_or_else(|| VmmError::section(SECTION.0, "it did not come"))?;
-        let mut reader = Reader::open(section, SECTION.1)?;
+        let mut reader = SectionReader::open(section, SECTION.1)?;
         let number = reader.u32()?;
         reader.end()?;
         let pc =

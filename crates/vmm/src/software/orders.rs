@@ -4,7 +4,7 @@ use crate::guest::map::Areas;
 
 /// What the boot page says.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Orders {
+pub(super) struct BootOrders {
     pub(super) pages_per_second: u64,
     pub(super) areas: Areas,
     pub(super) devices: u64,
@@ -16,7 +16,7 @@ pub(super) struct Orders {
 
 /// Failure codes are those of the assembler source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Failure {
+pub(super) struct ProgramFailure {
     pub(super) code: u32,
     pub(super) detail: u64,
 }

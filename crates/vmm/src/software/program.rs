@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::cpu::Cpu;
 use super::driver;
-use super::orders::{Failure, Orders, word};
+use super::orders::{BootOrders, ProgramFailure, word};
 use crate::guest::map::{Areas, BOOT_INFO, DATA, REPORT, STAMPS};
 use crate::guest::{BOOT_MAGIC, GAP_WORD, REPORT_MAGIC, REQUEST_WORD};
 use crate::platform::{CLOCK_HIGH, CLOCK_LOW, FAILURE};
@@ -86,7 +86,7 @@ impl Program {
         self.cpu.backend.wait(Duration::from_micros(micros.clamp(100, 1_000_000)));
     }
 
-    fn boot(&self) -> Result<(), Failure> {
+    fn boot(&self) -> Result<(), ProgramFailure> {
         self.cpu.store64(REPORT, REPORT_MAGIC);
         self.set(word::STAGE, 1);
         let orders = self.orders()?;
@@ -97,7 +97,7 @@ impl Program {
         Ok(())
     }
 
-    fn work(&self) -> Result<(), Failure> {
+    fn work(&self) -> Result<(), ProgramFailure> {
         let orders = self.orders()?;
         self.count(word::LOOPS, 1);
         let ran = self.look_at_clock(&orders);
@@ -107,14 +107,14 @@ impl Program {
         Ok(())
     }
 
-    fn orders(&self) -> Result<Orders, Failure> {
+    fn orders(&self) -> Result<BootOrders, ProgramFailure> {
         let word = |index: u64| self.cpu.load64(BOOT_INFO + 8 * index);
         if word(0) != BOOT_MAGIC {
-            return Err(Failure { code: 1, detail: word(0) });
+            return Err(ProgramFailure { code: 1, detail: word(0) });
         }
         let areas =
             Areas { low_start: word(2), low_pages: word(3), high_start: word(4), high_pages: word(5) };
-        Ok(Orders {
+        Ok(BootOrders {
             pages_per_second: word(1),
             areas,
             devices: word(6),
@@ -131,7 +131,7 @@ impl Program {
     }
 
     /// Measures the gap since the last look. Returns for how much of it the guest counts as having run.
-    fn look_at_clock(&self, orders: &Orders) -> u64 {
+    fn look_at_clock(&self, orders: &BootOrders) -> u64 {
         let now = self.clock();
         let gap = now.saturating_sub(self.get(word::LAST_CLOCK));
         self.set(word::LAST_CLOCK, now);
@@ -151,7 +151,7 @@ impl Program {
     }
 
     /// Numbers pages at the ordered rate, one after the other and round again.
-    fn write_pages(&self, orders: &Orders, ran: u64) {
+    fn write_pages(&self, orders: &BootOrders, ran: u64) {
         let most = orders.pages_per_second.saturating_mul(GAP_COUNTS);
         let owed =
             self.cpu.load64(OWED).saturating_add(orders.pages_per_second.saturating_mul(ran)).min(most);
@@ -174,7 +174,7 @@ impl Program {
     }
 
     /// Compares some of the pages that were ever written; the others are not touched.
-    fn check_pages(&self, orders: &Orders) {
+    fn check_pages(&self, orders: &BootOrders) {
         let (mut checked, mut lost, mut passes) = (0, 0, 0);
         let mut number = self.cpu.load64(CHECK_PAGE);
         for _ in 0..CHECKS_PER_TURN.min(orders.areas.pages()) {

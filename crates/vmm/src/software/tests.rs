@@ -15,7 +15,7 @@ use super::*;
 use crate::guest::{Areas, Report, Stage, map};
 use crate::layout;
 use crate::pci::tests::fakes::FakeHardware;
-use crate::pci::{MsiRouter, PciBus, PciHost, VfioPciFunction, Windows};
+use crate::pci::{BarWindows, MsiRouter, PciBus, PciHost, VfioPciFunction};
 use crate::platform::PlatformBus;
 
 const MEMORY: u64 = 16 << 20;
@@ -133,7 +133,7 @@ impl Machine {
         let ram = Arc::new(GuestRam::new("test", &layout::ram_regions(MEMORY).unwrap()).unwrap());
         let vm = SoftwareVm::new(ram.clone()).unwrap();
         let router = Arc::new(MsiRouter::new(vm.backend().clone()));
-        let host = PciHost::new(vm.backend().clone(), vm.backend().clone(), router, Windows::default());
+        let host = PciHost::new(vm.backend().clone(), vm.backend().clone(), router, BarWindows::default());
         let bus = Arc::new(PciBus::new(host.clone()));
         let samples: Vec<Sample> = (0..devices).map(Sample::new).collect();
         for (slot, sample) in (1..).zip(&samples) {

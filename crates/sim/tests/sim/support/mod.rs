@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use vfio_migration_sim::driver::{DriverConfig, TestDriver};
-use vfio_migration_sim::{Options, Read, SampleDevice};
+use vfio_migration_sim::{Options, SampleDevice, StateRead};
 use vfio_migration_types::MigrationState;
 
 /// Long enough for any machine; never waited for when all is well.
@@ -36,7 +36,7 @@ pub(crate) fn busy(options: Options) -> (SampleDevice, TestDriver) {
 pub(crate) fn read_all(device: &SampleDevice) -> Vec<u8> {
     let mut stream = Vec::new();
     let mut piece = vec![0; 100_000];
-    while let Read::Data(count) = device.read_data(&mut piece).unwrap() {
+    while let StateRead::Data(count) = device.read_data(&mut piece).unwrap() {
         stream.extend(&piece[..count]);
     }
     stream

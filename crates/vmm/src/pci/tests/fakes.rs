@@ -10,16 +10,16 @@ pub(crate) use vfio_migration_device::testing::{FakeHardware, mailbox, sample_co
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
-use crate::pci::{BarDoorbell, BarMapper, Event, Irqfds, MsiRouteTable, MsiRouter, PciHost, Windows};
+use crate::pci::{BarDoorbell, BarMapper, BarWindows, Eventfd, Irqfds, MsiRouteTable, MsiRouter, PciHost};
 
-pub(crate) fn windows() -> Windows {
-    Windows::default()
+pub(crate) fn windows() -> BarWindows {
+    BarWindows::default()
 }
 
 /// An interrupt controller that can be asked what it was given.
 #[derive(Debug, Default)]
 pub(crate) struct FakeIrq {
-    pub(crate) attached: Mutex<BTreeMap<u32, Arc<Event>>>,
+    pub(crate) attached: Mutex<BTreeMap<u32, Arc<Eventfd>>>,
     pub(crate) routes: Mutex<BTreeMap<u32, MsiMessage>>,
     pub(crate) commits: Mutex<u32>,
     pub(crate) pins: Mutex<Vec<Pin>>,
@@ -40,8 +40,8 @@ impl FakeIrq {
 #[derive(Debug)]
 pub(crate) struct Pin {
     gsi: u32,
-    event: Arc<Event>,
-    resample: Arc<Event>,
+    event: Arc<Eventfd>,
+    resample: Arc<Eventfd>,
     level: bool,
 }
 
@@ -64,21 +64,21 @@ impl FakeIrq {
 }
 
 impl Irqfds for FakeIrq {
-    fn attach_level(&self, gsi: u32, event: &Arc<Event>, resample: &Arc<Event>) -> io::Result<()> {
+    fn attach_level(&self, gsi: u32, event: &Arc<Eventfd>, resample: &Arc<Eventfd>) -> io::Result<()> {
         let mut pins = self.pins.lock().unwrap();
         assert!(pins.iter().all(|pin| !Arc::ptr_eq(&pin.event, event)), "attached twice");
         pins.push(Pin { gsi, event: event.clone(), resample: resample.clone(), level: false });
         Ok(())
     }
 
-    fn detach_level(&self, gsi: u32, event: &Arc<Event>, _resample: &Arc<Event>) -> io::Result<()> {
+    fn detach_level(&self, gsi: u32, event: &Arc<Eventfd>, _resample: &Arc<Eventfd>) -> io::Result<()> {
         let mut pins = self.pins.lock().unwrap();
         let at = pins.iter().position(|pin| pin.gsi == gsi && Arc::ptr_eq(&pin.event, event));
         pins.remove(at.expect("not attached"));
         Ok(())
     }
 
-    fn attach(&self, gsi: u32, event: &Arc<Event>) -> io::Result<()> {
+    fn attach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()> {
         if self.refuse.load(Ordering::Relaxed) {
             return Err(io::Error::other("made to fail"));
         }
@@ -86,7 +86,7 @@ impl Irqfds for FakeIrq {
         Ok(())
     }
 
-    fn detach(&self, gsi: u32, _event: &Arc<Event>) -> io::Result<()> {
+    fn detach(&self, gsi: u32, _event: &Arc<Eventfd>) -> io::Result<()> {
         if self.refuse.load(Ordering::Relaxed) {
             return Err(io::Error::other("made to fail"));
         }

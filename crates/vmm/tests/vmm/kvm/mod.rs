@@ -14,7 +14,7 @@ use vfio_migration_types::{Bitmap, Granule, MigrationState, PAGE_SIZE, RamOffset
 use vfio_migration_vmm::StopReason;
 use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage, map};
 use vfio_migration_vmm::kvm::{KvmBackend, KvmVm, cpu_features, section_versions};
-use vfio_migration_vmm::pci::{MsiRouter, PciHost, Windows};
+use vfio_migration_vmm::pci::{MsiRouter, PciHost, BarWindows};
 
 /// Time that a device takes for a block.
 const PACE: Duration = Duration::from_millis(4);
@@ -178,7 +178,7 @@ fn with_devices(count: usize) -> (Rig, SampleBus) {
     let rig = Rig::with_bus(64, |ram, vm| {
         let backend = Arc::new(KvmBackend::new(vm.clone()));
         let router = Arc::new(MsiRouter::new(backend.clone()));
-        let host = PciHost::new(backend.clone(), backend, router, Windows::default());
+        let host = PciHost::new(backend.clone(), backend, router, BarWindows::default());
         let options = Options { state_size: 1 << 20, dma_interval: PACE, ..Options::default() };
         sample.insert(SampleBus::new(ram, host, count, &options)).bus.clone()
     });

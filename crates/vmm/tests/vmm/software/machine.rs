@@ -9,7 +9,7 @@ use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::bus::IoBus;
 use vfio_migration_vmm::guest::{BootInfo, Report};
 use vfio_migration_vmm::layout;
-use vfio_migration_vmm::pci::{MsiRouter, PciHost, Windows};
+use vfio_migration_vmm::pci::{MsiRouter, PciHost, BarWindows};
 use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::software::SoftwareVm;
 
@@ -31,7 +31,7 @@ impl Machine {
         let vm = SoftwareVm::new(ram.clone()).unwrap();
         let (irq, mapper) = (vm.backend().clone(), vm.backend().clone());
         let router = Arc::new(MsiRouter::new(vm.backend().clone()));
-        let host = PciHost::new(irq, mapper, router, Windows::default());
+        let host = PciHost::new(irq, mapper, router, BarWindows::default());
         let sample = SampleBus::new(&ram, host, devices, options);
         let platform: Arc<dyn IoBus> = Arc::new(PlatformBus::new(sample.bus.clone()));
         vm.start(&platform).unwrap();
