@@ -250,7 +250,7 @@ impl DeviceManifest {
 impl MachineManifest {
     /// Longest manifest on the wire, in bytes.
     pub const MAX_BYTES: usize = 1 << 20;
-    /// Most devices.
+    /// Most devices of a manifest.
     pub const MAX_DEVICES: usize = 64;
 
     /// The manifest as JSON, without the document's two fields: UTF-8, compact, the same bytes for the same manifest.

@@ -120,7 +120,6 @@ fn parameter(parameter: &Parameter, at: &str) -> Result<(), Breach> {
     Ok(())
 }
 
-/// Checks a machine.
 pub(crate) fn machine(machine: &MachineManifest) -> Result<(), Breach> {
     short("machine", &machine.machine)?;
     short("accelerator", &machine.accelerator)?;
@@ -139,7 +138,6 @@ pub(crate) fn machine(machine: &MachineManifest) -> Result<(), Breach> {
     devices(&machine.devices, "devices", |device| device)
 }
 
-/// Checks a host.
 pub(crate) fn host(host: &HostManifest) -> Result<(), Breach> {
     short("name", &host.name)?;
     if host.name.is_empty() {

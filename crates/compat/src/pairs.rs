@@ -13,10 +13,10 @@ use serde_json::{Map, Value};
 use crate::document::{Document, ManifestError};
 use crate::tree::{MAX_DEPTH, MAX_ITEMS};
 
-/// Most lines.
+/// Most lines of a manifest that is written as pairs.
 const MAX_LINES: usize = 1 << 17;
 
-/// The manifest's lines.
+/// The manifest as lines of key and value.
 pub fn to_pairs(document: &Document) -> String {
     let mut lines = String::new();
     write(&document.tree(), &mut String::new(), &mut lines);

@@ -24,7 +24,7 @@ fn refused(arguments: &[&str], says: &str) -> Outcome {
     holds(run.stderr.contains(says), &format!("{arguments:?} says {says}: {}", run.stderr))
 }
 
-/// The option's value.
+/// The value of the command's option for a device.
 fn device(instance: &Instance) -> String {
     format!("mdev:{}", instance.uuid())
 }

@@ -57,7 +57,7 @@ fn against(device: &Value, wanted: &[&str]) -> Outcome {
     same("migration", device["migration"].as_str(), Some(migration))
 }
 
-/// Indices and bytes.
+/// Regions by index, with their size in bytes.
 type Regions = Vec<(u32, u64)>;
 
 /// What a device is, by the uAPI itself.

@@ -16,7 +16,7 @@ use crate::check::{Outcome, holds};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// An mdev instance.
+/// A mediated device, removed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Instance {
     uuid: String,
@@ -37,12 +37,11 @@ impl Instance {
         Ok(Self { uuid })
     }
 
-    /// Its UUID.
     pub(crate) fn uuid(&self) -> &str {
         &self.uuid
     }
 
-    /// Its group's file.
+    /// The path of its VFIO group.
     pub(crate) fn group(&self) -> Outcome<PathBuf> {
         let group = fs::read_link(self.sysfs().join("iommu_group"))?;
         Ok(Path::new("/dev/vfio").join(group.file_name().ok_or("a group without a number")?))

@@ -15,7 +15,7 @@ pub(crate) fn find(vendor: &str, device: &str) -> Option<PathBuf> {
     })
 }
 
-/// Its address.
+/// The PCI address that ends the path.
 pub(crate) fn address(place: &Path) -> Outcome<&str> {
     Ok(place.file_name().and_then(|name| name.to_str()).ok_or("a device without an address")?)
 }

@@ -49,7 +49,6 @@ impl Need {
     }
 }
 
-/// One test.
 #[derive(Debug)]
 pub(crate) struct KernelTest {
     pub(crate) name: &'static str,

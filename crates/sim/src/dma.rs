@@ -37,7 +37,7 @@ pub trait MessageDma: fmt::Debug + Send + Sync {
 pub enum DmaTarget<'a> {
     /// A file to be mapped, from this offset.
     File(BorrowedFd<'a>, u64),
-    /// Messages.
+    /// Memory that messages to the client reach.
     Messages(Arc<dyn MessageDma>),
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct DmaTable {
 
 #[derive(Debug, Default)]
 struct Table {
-    /// Ascending, without overlap.
+    /// Ascending by address, without overlap.
     regions: Vec<Region>,
     log: Option<Log>,
 }
@@ -77,7 +77,7 @@ enum Backing {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Log {
     granule: Granule,
-    /// Empty: everything.
+    /// Logged ranges of address and length; empty when everything is logged.
     ranges: Vec<(u64, u64)>,
 }
 

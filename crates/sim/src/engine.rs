@@ -38,7 +38,7 @@ struct Job {
     cookie: u64,
 }
 
-/// The DMA engine.
+/// Runs the DMA engine until the device is dropped.
 pub(crate) fn run_dma(shared: &Shared) {
     let interval = shared.options.dma_interval;
     let held = shared.options.fault(|fault| match fault {

@@ -17,9 +17,9 @@ use crate::error::{Name, errno_by_name};
 pub enum Fault {
     /// `fail-arc:FROM:TO:ERRNO[:TIMES]` or `fail-arc:N:ERRNO`: the arc fails; the device stays where it was.
     FailArc {
-        /// Which arc.
+        /// Arc at which the fault strikes.
         which: Which,
-        /// What it answers.
+        /// Errno that the arc answers.
         errno: Errno,
         /// How often, for an arc given by its ends; always when `None`.
         times: Option<u32>,
@@ -28,7 +28,7 @@ pub enum Fault {
     ErrorArc(Which),
     /// `hang-arc:FROM:TO[:MS]`: the arc does not return for so long; never, without a time.
     HangArc {
-        /// Which arc.
+        /// Arc at which the fault strikes.
         which: Which,
         /// How long; until the device is dropped when `None`.
         time: Option<Duration>,
@@ -49,7 +49,7 @@ pub enum Fault {
     IgnoreDirtyLog(u64),
     /// `lose-raise:VECTOR:N`: the N-th raise of a vector is counted by the device, but no interrupt is sent.
     LoseRaise {
-        /// Which vector.
+        /// Index of the vector.
         vector: usize,
         /// Which raise, from 1.
         nth: u64,

@@ -2,13 +2,13 @@
 //!
 //! The embedding VMM emulates MSI-X and places the BARs; what is written here is what a guest wrote through it.
 
-/// Vendor id.
+/// Vendor id in config space.
 pub const VENDOR: u16 = 0x5646;
-/// Device id.
+/// Device id in config space.
 pub const DEVICE: u16 = 0x4d53;
 /// Subsystem id; the subsystem's vendor is [`VENDOR`].
 pub const SUBSYSTEM: u16 = 0x0001;
-/// Revision id.
+/// Revision id in config space.
 pub const REVISION: u8 = 1;
 /// Class code: unclassified.
 pub const CLASS: u32 = 0xff_0000;
@@ -33,11 +33,11 @@ pub const VENDOR_CAP: usize = 0x50;
 
 /// VFIO region indices (`include/uapi/linux/vfio.h`, `VFIO_PCI_*_REGION_INDEX`).
 pub mod region {
-    /// Registers and doorbell.
+    /// Region of the registers and the doorbell.
     pub const BAR0: u32 = 0;
-    /// The mailbox.
+    /// Region of the mailbox.
     pub const BAR2: u32 = 2;
-    /// Configuration space.
+    /// Region of configuration space.
     pub const CONFIG: u32 = 7;
     /// How many indices there are.
     pub const COUNT: u32 = 9;

@@ -177,7 +177,7 @@ impl Registers {
         raise
     }
 
-    /// As they travel.
+    /// The registers as they are in the stream.
     pub(crate) fn encode(&self, integrity: u64) -> [u8; ENCODED] {
         let bits = [
             self.enabled,

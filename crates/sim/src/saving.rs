@@ -69,7 +69,7 @@ impl SavingSession {
         }
     }
 
-    /// Ends tracking.
+    /// Ends the tracking of changed pages.
     pub(crate) fn close(bulk: &mut BulkState) {
         bulk.tracking = None;
         bulk.reinit = false;

@@ -43,7 +43,7 @@ pub enum ServeError {
     /// The device cannot be made.
     #[error("the sample device cannot be made")]
     Device(#[from] SimError),
-    /// The socket.
+    /// The socket could not be made, or failed.
     #[error("the sample device cannot be served")]
     Server(#[from] ServerError),
 }

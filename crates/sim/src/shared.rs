@@ -21,11 +21,11 @@ use crate::regs::{Registers, VECTORS};
 /// What the DMA engine may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Nothing.
+    /// Nothing is done.
     Stopped,
     /// All but peer-to-peer descriptors.
     NoP2p,
-    /// Everything.
+    /// Everything is done.
     Running,
 }
 
@@ -58,7 +58,7 @@ pub(crate) struct EngineOrders {
     mode: Mode,
     /// The last mode that the engine took up.
     following: Mode,
-    /// Counts orders.
+    /// Number of orders given.
     given: u64,
     /// The last order that the engine acknowledged, between two descriptors.
     followed: u64,
@@ -182,7 +182,6 @@ impl Shared {
         }
     }
 
-    /// Wakes the engine.
     pub(crate) fn kick(&self) {
         signal(&self.kick);
     }
@@ -199,7 +198,7 @@ impl Shared {
         drain(&self.kick);
     }
 
-    /// Ends the threads.
+    /// Tells the device's threads to end.
     pub(crate) fn end(&self) {
         self.ending.store(true, Ordering::Release);
         drop(lock(&self.orders));

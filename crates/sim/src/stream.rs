@@ -42,9 +42,9 @@ pub(crate) enum RecordKind {
     Pages = 1,
     /// A piece of the mailbox, from byte `at`.
     Mailbox = 2,
-    /// The registers.
+    /// Registers of the device.
     Registers = 3,
-    /// The end.
+    /// End of the stream.
     Trailer = 4,
 }
 
@@ -58,7 +58,6 @@ pub(crate) enum Item<'a> {
     Trailer { generations: u64 },
 }
 
-/// Appends the header.
 pub(crate) fn put_header(out: &mut Vec<u8>, header: StreamHeader) {
     let at = out.len();
     out.extend(MAGIC.to_le_bytes());

@@ -31,7 +31,7 @@ pub struct DeviceInfo {
 /// A region of a device: `struct vfio_region_info` and its capabilities.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// Its index.
+    /// Index of the region, `VFIO_PCI_*_REGION_INDEX`.
     pub index: u32,
     /// It may be read.
     pub readable: bool,

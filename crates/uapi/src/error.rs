@@ -3,16 +3,16 @@
 use rustix::io::Errno;
 use vfio_migration_types::{GranuleError, UnknownState};
 
-/// What failed.
+/// Why a call of the uAPI failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UapiError {
-    /// The kernel refused.
+    /// The kernel refused a call.
     #[error("{doing} failed")]
     System {
         /// What was attempted, as a noun phrase.
         doing: &'static str,
-        /// errno.
+        /// Errno of the call.
         #[source]
         source: Errno,
     },
@@ -43,17 +43,17 @@ pub enum UapiError {
     /// The range is mapped already, or overlaps one that is.
     #[error("the range {iova:#x}+{len:#x} overlaps one that is mapped")]
     Overlaps {
-        /// First address.
+        /// First address of the range.
         iova: u64,
-        /// Bytes.
+        /// Length of the range, in bytes.
         len: u64,
     },
     /// The range is not mapped as it was named.
     #[error("the range {iova:#x}+{len:#x} is not mapped")]
     NotMapped {
-        /// First address.
+        /// First address of the range.
         iova: u64,
-        /// Bytes.
+        /// Length of the range, in bytes.
         len: u64,
     },
     /// The memory is not as long as the range that it is to appear at.
@@ -67,11 +67,11 @@ pub enum UapiError {
     /// The range is not made of whole pages of the size asked for.
     #[error("the range {iova:#x}+{len:#x} is not made of whole pages of {page_size:#x} bytes")]
     Misaligned {
-        /// First address.
+        /// First address of the range.
         iova: u64,
-        /// Bytes.
+        /// Length of the range, in bytes.
         len: u64,
-        /// Bytes per page.
+        /// Page size that was asked for, in bytes.
         page_size: u64,
     },
     /// The caller's bitmap has no room for the report.

@@ -29,7 +29,7 @@ pub struct GroupStatus {
     pub has_container: bool,
 }
 
-/// How `group` stands.
+/// Whether the devices of `group` can be used.
 pub fn group_status(group: BorrowedFd<'_>) -> Result<GroupStatus, UapiError> {
     let mut status = uapi::vfio_group_status {
         argsz: const { argsz(size_of::<uapi::vfio_group_status>()) },

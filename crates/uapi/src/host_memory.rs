@@ -28,7 +28,7 @@ impl HostMemory {
         self.address
     }
 
-    /// Bytes.
+    /// Length in bytes.
     #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
     pub fn len(&self) -> u64 {
         self.len
@@ -44,13 +44,13 @@ impl fmt::Debug for HostMemory {
 /// What a device may do with memory that it is let reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dma {
-    /// It may read.
+    /// The device may read.
     pub read: bool,
-    /// It may write.
+    /// The device may write.
     pub write: bool,
 }
 
 impl Dma {
-    /// Both.
+    /// Reading and writing.
     pub const BOTH: Self = Self { read: true, write: true };
 }

@@ -66,7 +66,7 @@ impl Ioas {
         self.id
     }
 
-    /// The iommufd.
+    /// The iommufd's descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }

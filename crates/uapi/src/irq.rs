@@ -19,7 +19,7 @@ const EVENTFDS_MAX: usize = 2048;
 /// A kind of interrupts: `struct vfio_irq_info`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Irqs {
-    /// Its index.
+    /// Index of the interrupt type, `VFIO_PCI_*_IRQ_INDEX`.
     pub index: u32,
     /// How many; 0 where the device has none of this kind.
     pub count: u32,

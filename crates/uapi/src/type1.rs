@@ -82,7 +82,7 @@ impl Type1 {
         Ok(Self { fd, mapped: Mapped::default() })
     }
 
-    /// Its descriptor.
+    /// The container's descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -176,7 +176,7 @@ impl Type1 {
         self.dirty_pages(uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_START, "starting the container's dirty tracking")
     }
 
-    /// Ends it.
+    /// Ends dirty tracking.
     pub fn stop_dirty(&self) -> Result<(), UapiError> {
         self.dirty_pages(uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP, "stopping the container's dirty tracking")
     }

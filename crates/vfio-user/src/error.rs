@@ -14,9 +14,9 @@ pub enum ClientError {
     /// The socket could not be reached or set up.
     #[error("{doing}")]
     Io {
-        /// What was attempted.
+        /// Call that was attempted, as a noun phrase.
         doing: String,
-        /// The cause.
+        /// Error of the system.
         #[source]
         source: io::Error,
     },
@@ -26,21 +26,21 @@ pub enum ClientError {
         if *command == Command::VERSION { "; most serve one client at a time, so another may have it" } else { "" }
     )]
     Timeout {
-        /// The request.
+        /// Request that was not answered well.
         command: Command,
-        /// The limit.
+        /// Time that the server had.
         after: Duration,
     },
     /// The connection broke, in this request or an earlier one.
     #[error("the connection to the vfio-user server is lost: {why}")]
     ConnectionLost {
-        /// How.
+        /// How the connection was lost.
         why: String,
     },
     /// The server refused the command. The connection stays good.
     #[error("the server refused {command}{}", errno.map(|errno| format!(": {errno}")).unwrap_or_default())]
     Refused {
-        /// The request.
+        /// Request that was not answered well.
         command: Command,
         /// The server's errno; `None` when it gave none (or no real one).
         errno: Option<Errno>,
@@ -48,19 +48,19 @@ pub enum ClientError {
     /// The server sent what the protocol forbids.
     #[error("the server broke the protocol in {command}: {what}")]
     Protocol {
-        /// The request.
+        /// Request that was not answered well.
         command: Command,
-        /// How.
+        /// How the answer breaks the protocol.
         what: String,
     },
     /// The request exceeds a limit that was negotiated or that this crate sets; nothing was sent.
     #[error("{what} is {value}, over the limit of {limit}")]
     Limit {
-        /// Which quantity.
+        /// Quantity that is too large.
         what: &'static str,
         /// What was asked for.
         value: u64,
-        /// The limit.
+        /// Largest value that is taken.
         limit: u64,
     },
     /// The connection does not have what the request needs, since it was not negotiated; nothing was sent.
@@ -96,9 +96,9 @@ pub enum ServerError {
     /// The operating system refused.
     #[error("{doing} failed")]
     Io {
-        /// What was attempted.
+        /// Call that was attempted, as a noun phrase.
         doing: String,
-        /// The cause.
+        /// Error of the system.
         #[source]
         source: io::Error,
     },

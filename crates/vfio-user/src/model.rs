@@ -23,7 +23,7 @@ pub mod irq_index {
     pub const MSI: u32 = 1;
     /// MSI-X.
     pub const MSIX: u32 = 2;
-    /// Error reporting.
+    /// Error reporting (AER).
     pub const ERR: u32 = 3;
     /// Device release request.
     pub const REQ: u32 = 4;
@@ -47,7 +47,7 @@ pub struct DeviceInfo {
 /// A part of a region that may be mapped; offsets count from the region's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MmapArea {
-    /// First byte.
+    /// Offset of the first byte in the region.
     pub offset: u64,
     /// Length in bytes.
     pub size: u64,
@@ -90,7 +90,7 @@ pub struct IoFd {
     pub offset: u64,
     /// Length of the accesses in bytes; 0 where it does not matter.
     pub size: u64,
-    /// Which mechanism.
+    /// Mechanism that the descriptor is for.
     pub kind: IoFdKind,
     /// Where the accesses go. Entries may share one.
     pub fd: Arc<OwnedFd>,
@@ -134,9 +134,9 @@ pub struct IrqInfo {
 /// What SET_IRQS does (`VFIO_IRQ_SET_ACTION_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqAction {
-    /// Mask.
+    /// Masks the interrupts.
     Mask,
-    /// Unmask.
+    /// Unmasks the interrupts.
     Unmask,
     /// Raise; with eventfds, connect.
     Trigger,
@@ -158,9 +158,9 @@ pub enum IrqData<'a> {
 /// What a device may do with a DMA mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prot {
-    /// It may read.
+    /// The device may read.
     pub read: bool,
-    /// It may write.
+    /// The device may write.
     pub write: bool,
 }
 
@@ -190,7 +190,7 @@ pub struct DmaMapping {
 /// A range of bus addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IovaRange {
-    /// First address.
+    /// First bus address of the range.
     pub iova: u64,
     /// Length in bytes.
     pub len: u64,
@@ -201,11 +201,11 @@ pub struct IovaRange {
 pub struct RegionWrite {
     /// Offset in the region.
     pub offset: u64,
-    /// Which region.
+    /// Index of the region.
     pub region: u32,
     /// How many bytes of `data` are written, 1 to 8.
     pub count: u32,
-    /// The bytes.
+    /// Bytes to write, from the front.
     pub data: [u8; 8],
 }
 

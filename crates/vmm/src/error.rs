@@ -12,7 +12,7 @@ pub enum VmmError {
     /// `/dev/kvm` does not answer, so no guest can run on it here.
     #[error("KVM is not to be had here: {reason}")]
     NoKvm {
-        /// Why, for people.
+        /// Reason, in words for people.
         reason: String,
         /// errno, when a system call said so.
         #[source]
@@ -23,7 +23,7 @@ pub enum VmmError {
     Kvm {
         /// What was attempted, after "failed to".
         doing: String,
-        /// errno.
+        /// Errno of the call, when a system call refused.
         #[source]
         source: errno::Error,
     },
@@ -32,11 +32,11 @@ pub enum VmmError {
     Io {
         /// What was attempted, as a noun phrase.
         doing: String,
-        /// The cause.
+        /// Error of the system.
         #[source]
         source: std::io::Error,
     },
-    /// Guest memory failed.
+    /// Guest memory could not be made, read or written.
     #[error("guest memory failed")]
     Memory(#[from] MemoryError),
     /// What was asked for cannot be; the text says why.
@@ -45,9 +45,9 @@ pub enum VmmError {
     /// A section of machine state cannot be loaded.
     #[error("the machine state `{section}` cannot be loaded: {reason}")]
     Section {
-        /// Its name.
+        /// Name of the section.
         section: String,
-        /// Why.
+        /// Reason, in words for people.
         reason: String,
     },
     /// A device cannot be had, or cannot be put before the guest.
@@ -79,14 +79,14 @@ impl VmmError {
 pub enum StopReason {
     /// The guest faulted thrice, or asked for a shutdown.
     Shutdown {
-        /// Which vCPU.
+        /// Index of the vCPU.
         vcpu: usize,
         /// Its instruction pointer, when it could be read.
         rip: Option<u64>,
     },
     /// KVM gave the vCPU up.
     InternalError {
-        /// Which vCPU.
+        /// Index of the vCPU.
         vcpu: usize,
         /// KVM's suberror (`KVM_INTERNAL_ERROR_*`), and the instruction pointer when it could be read.
         suberror: u32,
@@ -95,9 +95,9 @@ pub enum StopReason {
     },
     /// KVM came back with something that this machine does not know.
     Unknown {
-        /// Which vCPU.
+        /// Index of the vCPU.
         vcpu: usize,
-        /// What it was.
+        /// Name of the exit, as KVM's bindings have it.
         exit: String,
     },
 }

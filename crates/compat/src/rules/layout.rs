@@ -9,7 +9,7 @@ use crate::codes::{self, ReasonCode};
 use crate::device::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 use crate::findings::Findings;
 
-/// Compares them.
+/// Compares the PCI layout of two devices.
 pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     identity(pair, findings);
     regions(pair, findings);

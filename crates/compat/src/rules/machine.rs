@@ -11,7 +11,6 @@ use crate::host::HostManifest;
 use crate::machine::{MachineManifest, RamRegion};
 use crate::text::{list, quote, show};
 
-/// Compares two machines.
 pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, findings: &mut Findings<'_>) {
     let mut add = |code: ReasonCode, field: &str, values: (Value, Value), text: String| {
         let (source, destination) = values;

@@ -151,7 +151,7 @@ impl MigdevDriver {
         block(&self.ram, SOURCE, job, number, posted)
     }
 
-    /// All of memory.
+    /// A copy of all of the device's memory.
     pub(crate) fn memory(&self) -> Outcome<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(LEN)?];
         self.ram.read(RamOffset(0), &mut bytes)?;

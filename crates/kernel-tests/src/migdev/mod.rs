@@ -27,7 +27,7 @@ pub(crate) fn set(instance: &Instance, name: &str, value: u64) -> Outcome {
     fs::write(&path, value.to_string()).map_err(|error| format!("{path}: {error}").into())
 }
 
-/// Reads one.
+/// Reads an attribute.
 pub(crate) fn get(instance: &Instance, name: &str) -> Outcome<u64> {
     let path = format!("/sys/bus/mdev/devices/{}/{name}", instance.uuid());
     Ok(fs::read_to_string(path)?.trim().parse()?)

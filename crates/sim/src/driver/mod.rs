@@ -67,7 +67,7 @@ pub struct BlockFindings {
     pub p2p_blocks: u64,
     /// Blocks, new or old, that were not as they must be.
     pub blocks_lost: u64,
-    /// Interrupts handled.
+    /// Interrupts that the driver handled.
     pub interrupts: u64,
     /// Interrupts that did not come in time.
     pub interrupts_lost: u64,
@@ -81,12 +81,12 @@ pub struct BlockFindings {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DriverError {
-    /// The device refused.
+    /// The device refused a call.
     #[error("the device refused {doing}")]
     Device {
-        /// What was attempted.
+        /// Call that was attempted, after "refused".
         doing: &'static str,
-        /// Its reason.
+        /// Reason that the device gave.
         #[source]
         source: BoxError,
     },
@@ -96,16 +96,16 @@ pub enum DriverError {
     /// The host lacks a descriptor or memory.
     #[error("{doing} failed")]
     System {
-        /// What was attempted.
+        /// Work that failed, as a noun phrase.
         doing: &'static str,
-        /// errno.
+        /// Errno of the system call.
         #[source]
         source: Errno,
     },
     /// The device stopped working.
     #[error("{missing} of {wanted} blocks did not come within {limit:?}")]
     Stalled {
-        /// Blocks awaited.
+        /// Blocks that the driver waited for.
         wanted: u64,
         /// Blocks that did not come.
         missing: u64,
@@ -233,7 +233,7 @@ impl TestDriver {
         Ok(self.tail - before)
     }
 
-    /// Rings the doorbell.
+    /// Rings the device's doorbell.
     pub fn ring(&self, device: &dyn Hardware) -> Result<(), DriverError> {
         match &self.doorbell {
             Some(doorbell) if self.config.doorbell_eventfd => {

@@ -142,7 +142,7 @@ impl Client {
         Ok(chosen)
     }
 
-    /// Stops logging.
+    /// Stops the log of the device's DMA writes.
     pub fn dma_logging_stop(&self) -> Result<(), ClientError> {
         self.must_migrate()?;
         self.feature(Feature::DMA_LOGGING_STOP, codec::FEATURE_SET, &[], 0).map(drop)

@@ -17,7 +17,7 @@ pub enum Recovery {
     WasRunning,
     /// It was in this state and runs now. Whatever migration data it held is gone.
     Recovered {
-        /// Where it was.
+        /// State that the device was in.
         from: MigrationState,
     },
 }

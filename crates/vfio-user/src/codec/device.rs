@@ -85,7 +85,7 @@ payload! {
         flags: u32,
         /// Offset in the descriptor's file.
         offset: u64,
-        /// Bus address.
+        /// First bus address of the range.
         iova: u64,
         /// Length in bytes.
         len: u64,
@@ -99,7 +99,7 @@ payload! {
         argsz: u32,
         /// [`DMA_UNMAP_ALL`] or 0.
         flags: u32,
-        /// Bus address.
+        /// First bus address of the range.
         iova: u64,
         /// Length in bytes.
         len: u64,
@@ -127,7 +127,7 @@ payload! {
         argsz: u32,
         /// `VFIO_REGION_INFO_FLAG_*`.
         flags: u32,
-        /// Which region.
+        /// Index of the region.
         index: u32,
         /// Offset of the first capability from the start of this struct; 0 for none.
         cap_offset: u32,
@@ -143,9 +143,9 @@ payload! {
     IoFdsPayload {
         /// Room for the reply; in the reply what it needs.
         argsz: u32,
-        /// Zero.
+        /// Reserved: zero.
         flags: u32,
-        /// Which region.
+        /// Index of the region.
         index: u32,
         /// Number of entries.
         count: u32,
@@ -165,7 +165,7 @@ payload! {
         kind: u32,
         /// The mechanism's flags.
         flags: u32,
-        /// Zero.
+        /// Reserved: zero.
         padding: u32,
         /// `datamatch` or `user_data`.
         value: u64,
@@ -179,7 +179,7 @@ payload! {
         argsz: u32,
         /// See [`irq_flags`].
         flags: u32,
-        /// Interrupt type.
+        /// Index of the interrupt type.
         index: u32,
         /// First interrupt.
         start: u32,
@@ -193,7 +193,7 @@ payload! {
     RegionAccess {
         /// Offset in the region.
         offset: u64,
-        /// Which region.
+        /// Index of the region.
         region: u32,
         /// Number of bytes.
         count: u32,
@@ -203,7 +203,7 @@ payload! {
 payload! {
     /// The front of DMA_READ and DMA_WRITE, and of their replies.
     DmaAccess {
-        /// Bus address.
+        /// First bus address of the access.
         address: u64,
         /// Number of bytes.
         count: u64,
@@ -215,7 +215,7 @@ payload! {
     WriteOne {
         /// Offset in the region.
         offset: u64,
-        /// Which region.
+        /// Index of the region.
         region: u32,
         /// Number of bytes, at most 8.
         count: u32,
@@ -227,9 +227,9 @@ payload! {
 payload! {
     /// `struct vfio_info_cap_header`.
     CapHeader {
-        /// Which capability.
+        /// Capability id.
         id: u16,
-        /// Its version.
+        /// Version of the capability.
         version: u16,
         /// Offset of the next from the start of the region info; 0 for none.
         next: u32,

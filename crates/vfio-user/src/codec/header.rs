@@ -37,15 +37,15 @@ commands! {
     VERSION = 1;
     /// Adds a stretch of memory that the device may reach.
     DMA_MAP = 2;
-    /// Removes one.
+    /// Removes a range of the client's memory.
     DMA_UNMAP = 3;
     /// Number of regions and interrupt types.
     DEVICE_GET_INFO = 4;
-    /// One region.
+    /// Asks about one region.
     DEVICE_GET_REGION_INFO = 5;
     /// Descriptors that accesses to a region may go to.
     DEVICE_GET_REGION_IO_FDS = 6;
-    /// One interrupt type.
+    /// Asks about one interrupt type.
     DEVICE_GET_IRQ_INFO = 7;
     /// Connects, masks, raises interrupts.
     DEVICE_SET_IRQS = 8;
@@ -91,7 +91,7 @@ impl fmt::Debug for Command {
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A request.
+    /// A request, which is to be answered unless it says otherwise.
     Command {
         /// The sender wants no reply, not even to an error.
         no_reply: bool,
@@ -102,7 +102,7 @@ pub enum Kind {
     Error(u32),
 }
 
-/// A message's header.
+/// The header of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Chosen by the sender of the command, echoed in the reply. Need not be unique.
@@ -111,7 +111,7 @@ pub struct Header {
     pub command: Command,
     /// Length of the whole message, header included: at least [`HEADER_SIZE`].
     pub size: u32,
-    /// What it is.
+    /// Whether the message asks or answers.
     pub kind: Kind,
 }
 
@@ -139,7 +139,7 @@ impl Header {
         Ok(Self { id: u16::from_ne_bytes(*id), command: Command(u16::from_ne_bytes(*command)), size, kind })
     }
 
-    /// The header's bytes.
+    /// The header as it is on the wire.
     pub fn encode(&self) -> [u8; HEADER_SIZE] {
         let (flags, errno) = match self.kind {
             Kind::Command { no_reply: false } => (TYPE_COMMAND, 0),

@@ -27,7 +27,7 @@ impl Feature {
     pub const MIG_DEVICE_STATE: Self = Self(2);
     /// Starts logging DMA writes. SET.
     pub const DMA_LOGGING_START: Self = Self(6);
-    /// Stops it. SET.
+    /// Stops the log of DMA writes. SET.
     pub const DMA_LOGGING_STOP: Self = Self(7);
     /// Fetches the log. GET.
     pub const DMA_LOGGING_REPORT: Self = Self(8);
@@ -44,16 +44,16 @@ impl fmt::Debug for Feature {
 /// What may be done with a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureOp {
-    /// Read it.
+    /// Reads the feature.
     Get,
-    /// Write it.
+    /// Writes the feature.
     Set,
-    /// Both.
+    /// Reads or writes the feature, in a probe.
     GetSet,
 }
 
 impl FeatureOp {
-    /// The flags.
+    /// The operation as flags of DEVICE_FEATURE.
     pub fn bits(self) -> u32 {
         match self {
             Self::Get => FEATURE_GET,
@@ -90,7 +90,7 @@ payload! {
         page_size: u64,
         /// Number of ranges; none means everything.
         num_ranges: u32,
-        /// Zero.
+        /// Reserved: zero.
         reserved: u32,
     }
 }
@@ -98,11 +98,11 @@ payload! {
 payload! {
     /// The front of feature 8; in the reply the bitmap follows.
     LoggingReport {
-        /// First bus address.
+        /// First bus address of the range.
         iova: u64,
         /// Length in bytes.
         length: u64,
-        /// Bytes per bit.
+        /// Bytes that one bit stands for.
         page_size: u64,
     }
 }
@@ -126,7 +126,7 @@ payload! {
         flags: u32,
         /// Left of the initial data.
         initial_bytes: u64,
-        /// Changed since.
+        /// Bytes that changed since they were read.
         dirty_bytes: u64,
     }
 }

@@ -57,9 +57,9 @@ pub enum CodecError {
     /// The slice ends too early.
     #[error("{have} bytes where {need} are needed")]
     Truncated {
-        /// Bytes needed.
+        /// Least length of the payload, in bytes.
         need: usize,
-        /// Bytes there.
+        /// Length of the payload that came, in bytes.
         have: usize,
     },
     /// A value that is not allowed.
@@ -127,7 +127,7 @@ macro_rules! payload {
                 $(out.extend_from_slice(&self.$field.to_ne_bytes());)*
             }
 
-            /// The struct's bytes.
+            /// The struct as it is on the wire.
             pub fn to_vec(&self) -> Vec<u8> {
                 let mut out = Vec::with_capacity(Self::SIZE);
                 self.encode(&mut out);

@@ -27,12 +27,12 @@ pub struct Extension {
 impl Extension {
     /// The version of the extension that this crate speaks.
     pub const VERSION: u64 = 1;
-    /// All of it.
+    /// Every extension.
     pub const ALL: Self = Self { p2p: true, precopy_info: true, data_size: true, manifest: true };
-    /// None of it.
+    /// No extension.
     pub const NONE: Self = Self { p2p: false, precopy_info: false, data_size: false, manifest: false };
 
-    /// What both announce.
+    /// The extensions that both sides announce.
     pub fn and(self, other: Self) -> Self {
         Self {
             p2p: self.p2p && other.p2p,
@@ -65,7 +65,7 @@ pub struct VersionCapabilities {
     pub max_dma_maps: u32,
     /// Page sizes of DMA mappings, OR-ed.
     pub pgsizes: u64,
-    /// The twin socket.
+    /// How the server's own requests travel.
     pub twin_socket: TwinSocket,
     /// Whether REGION_WRITE_MULTI may be used.
     pub write_multiple: bool,
@@ -90,7 +90,7 @@ impl Default for VersionCapabilities {
 /// VERSION, and its reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VersionPayload {
-    /// 0.
+    /// Major version of the protocol: 0.
     pub major: u16,
     /// At most what the client proposed, in the reply.
     pub minor: u16,

@@ -37,7 +37,7 @@ const MAX_QUEUE: usize = 256;
 /// The most payload bytes in that queue.
 const MAX_QUEUE_BYTES: usize = 16 << 20;
 
-/// A message, whole.
+/// One whole message of the socket, with its descriptors.
 #[derive(Debug)]
 pub(crate) struct SocketMessage {
     pub(crate) header: Header,
@@ -65,7 +65,7 @@ impl ConnError {
         Self::Closed(why.into())
     }
 
-    /// In words.
+    /// The failure in words.
     pub(crate) fn why(&self) -> String {
         match self {
             Self::Timeout => "a time limit passed".into(),

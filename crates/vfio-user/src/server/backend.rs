@@ -12,11 +12,11 @@ use crate::model::{DeviceInfo, DmaMapping, IoFd, IovaRange, IrqAction, IrqInfo, 
 pub struct IrqRequest {
     /// Interrupt type, see [`irq_index`](crate::irq_index).
     pub index: u32,
-    /// First interrupt.
+    /// Index of the first interrupt.
     pub start: u32,
     /// Number of interrupts. Zero (with [`IrqRequestData::None`], [`IrqAction::Trigger`] and start 0) disables the type.
     pub count: u32,
-    /// What to do.
+    /// What is to be done to the interrupts.
     pub action: IrqAction,
     /// To which of them.
     pub data: IrqRequestData,
@@ -25,7 +25,7 @@ pub struct IrqRequest {
 /// To which interrupts of the range an [`IrqRequest`] applies.
 #[derive(Debug)]
 pub enum IrqRequestData {
-    /// All.
+    /// The action applies to every interrupt of the request.
     None,
     /// Those whose entry is true; `count` entries.
     Bool(Vec<bool>),

@@ -18,7 +18,7 @@ type Answer = Result<Reply, Errno>;
 /// The most entries of a table that goes into a reply: areas of a region, descriptors for accesses.
 const MAX_TABLE: usize = 4096;
 
-/// A malformed request.
+/// The errno for a malformed request.
 pub(super) fn bad(_: codec::CodecError) -> Errno {
     Errno::INVAL
 }

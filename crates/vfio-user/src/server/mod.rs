@@ -116,7 +116,7 @@ impl Server {
         Ok(Self { listener, path: path.to_owned(), file, options })
     }
 
-    /// Where it listens.
+    /// Path of the listening socket.
     pub fn path(&self) -> &Path {
         &self.path
     }

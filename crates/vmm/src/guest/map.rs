@@ -26,7 +26,7 @@ pub const PAGE_TABLES: u64 = 0x10_0000;
 pub const PAGE_TABLES_END: u64 = 0x20_0000;
 /// Rings, source and target blocks of the first device; each device has [`DEVICE_STRIDE`] bytes.
 pub const DEVICES: u64 = 0x20_0000;
-/// Bytes per device.
+/// Bytes set aside for each device.
 pub const DEVICE_STRIDE: u64 = 0x10_0000;
 /// Most sample devices the program drives.
 pub const DEVICES_MAX: u64 = 8;
@@ -58,7 +58,7 @@ pub struct Areas {
     pub low_pages: u64,
     /// First address of the upper area, 0 if there is none.
     pub high_start: u64,
-    /// Its pages.
+    /// Pages of the area above the hole.
     pub high_pages: u64,
 }
 
@@ -97,7 +97,7 @@ impl Areas {
         })
     }
 
-    /// Pages of both.
+    /// Pages of both areas.
     pub fn pages(&self) -> u64 {
         self.low_pages + self.high_pages
     }

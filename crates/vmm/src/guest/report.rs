@@ -93,13 +93,13 @@ impl BootInfo {
 pub enum Stage {
     /// The page is empty: the program has not begun.
     Off,
-    /// It boots.
+    /// The program boots and looks for its devices.
     Booting,
     /// Its driver is ready.
     DriverReady,
     /// It works and checks.
     Running,
-    /// It gave up.
+    /// The program gave up.
     Failed,
     /// Something else stands there.
     Unknown(u64),
@@ -108,13 +108,13 @@ pub enum Stage {
 /// What the program says of itself. All counts are since its boot, moves included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// Where it stands.
+    /// Stage of the program.
     pub stage: Stage,
     /// Turns of its main loop.
     pub loops: u64,
-    /// Pages numbered.
+    /// Pages that the guest wrote its number into.
     pub pages_written: u64,
-    /// Pages compared.
+    /// Pages compared with the number written last.
     pub pages_checked: u64,
     /// Pages found wrong. A wrong page counts once until it is written again.
     pub pages_lost: u64,
@@ -140,9 +140,9 @@ pub struct Report {
     pub last_clock_ns: u64,
     /// Why it gave up: see the assembler source.
     pub failure_code: u64,
-    /// More about it.
+    /// Detail of the failure: its meaning depends on the code.
     pub failure_detail: u64,
-    /// Timer interrupts.
+    /// Timer interrupts that the guest handled.
     pub ticks: u64,
     /// DMA blocks of peers' mailboxes among [`dma_blocks`](Self::dma_blocks).
     pub p2p_blocks: u64,

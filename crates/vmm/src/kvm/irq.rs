@@ -26,9 +26,9 @@ ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 pub struct GsiRoute {
     /// Interrupt number, from [`IOAPIC_PINS`] to below [`GSIS`].
     pub gsi: u32,
-    /// Message address.
+    /// Guest-physical address of the message.
     pub address: u64,
-    /// Message data.
+    /// Data of the message.
     pub data: u32,
 }
 

@@ -143,7 +143,7 @@ impl KvmVm {
         Ok(Arc::new(vm))
     }
 
-    /// The guest's RAM.
+    /// RAM of the guest.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }

@@ -130,7 +130,7 @@ impl KvmVm {
         Ok(())
     }
 
-    /// The 8254.
+    /// The state of the timer, an 8254.
     fn save_pit(&self) -> Result<Section, VmmError> {
         let mut writer = SectionWriter::default();
         writer.abi(&self.fd.get_pit2().map_err(VmmError::kvm("read the timer"))?);

@@ -234,7 +234,7 @@ impl Vcpu {
     }
 }
 
-/// A section's content.
+/// What a vCPU's section holds.
 struct State {
     cpuid: Vec<kvm_cpuid_entry2>,
     tsc_khz: u32,

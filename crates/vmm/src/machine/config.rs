@@ -24,13 +24,13 @@ pub struct MachineConfig {
 /// What runs the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
-    /// KVM.
+    /// vCPUs of KVM.
     Kvm,
     /// The software twin of the guest program, in a thread.
     Software,
 }
 
-/// A device.
+/// A device as it was asked for: where it is, and its name in a migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// Name, equal on both sides of a migration.

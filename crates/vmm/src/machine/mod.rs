@@ -75,7 +75,7 @@ impl ReferenceMachine {
         &self.config
     }
 
-    /// Its identity.
+    /// Identity of the VM, as both sides of a migration know it.
     pub fn id(&self) -> VmId {
         *self.id.lock().unwrap_or_else(PoisonError::into_inner)
     }

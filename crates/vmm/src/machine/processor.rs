@@ -68,7 +68,7 @@ pub(super) trait Processor: fmt::Debug + Send + Sync {
     fn failure(&self) -> Option<String>;
 }
 
-/// KVM.
+/// vCPUs of KVM.
 #[derive(Debug)]
 pub(super) struct KvmProcessor {
     vm: Arc<KvmVm>,

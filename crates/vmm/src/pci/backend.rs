@@ -89,13 +89,13 @@ pub trait MsiRouteTable: fmt::Debug + Send + Sync {
 /// A doorbell at its place in the guest.
 #[derive(Clone, Debug)]
 pub struct BarDoorbell {
-    /// First byte.
+    /// Address of its first byte.
     pub gpa: Gpa,
     /// Width of the write in bytes; 0 for any width.
     pub size: u64,
     /// The value that rings it; `None` for any value.
     pub datamatch: Option<u64>,
-    /// What to signal.
+    /// Eventfd that a write signals.
     pub event: Arc<Eventfd>,
 }
 

@@ -21,7 +21,7 @@ const PORTS: u64 = 1 << 16;
 /// none of the machine's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarWindows {
-    /// Below 4 GiB.
+    /// Window below 4 GiB, for 32-bit BARs.
     pub low: Range<Gpa>,
     /// Above: for 64-bit prefetchable BARs.
     pub high: Range<Gpa>,
@@ -55,7 +55,7 @@ impl BarWindows {
     }
 }
 
-/// A BAR.
+/// A BAR of a function, as its config space says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bar {
     pub(super) index: u8,

@@ -60,7 +60,7 @@ pub struct BarGate {
 pub(crate) struct Passage<'a>(#[expect(dead_code, reason = "held for its drop")] RwLockReadGuard<'a, bool>);
 
 impl BarGate {
-    /// An open gate.
+    /// A gate that is open.
     pub fn new() -> Self {
         Self::default()
     }
@@ -70,7 +70,7 @@ impl BarGate {
         *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// Opens it.
+    /// Lets accesses pass again.
     pub fn open(&self) {
         *self.closed.write().unwrap_or_else(PoisonError::into_inner) = false;
     }

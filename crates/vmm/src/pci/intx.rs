@@ -25,7 +25,7 @@ pub(super) enum Wanted {
     Off,
     /// Disabled, while the function works.
     Masked,
-    /// In use.
+    /// The guest uses the pin.
     On,
 }
 
@@ -49,7 +49,7 @@ impl Intx {
         Ok(Self { hardware, gsi, event, resample, connected: false, attached: false, unmasker: None })
     }
 
-    /// The machine's interrupt.
+    /// Interrupt number of the machine that the pin raises.
     pub(super) fn gsi(&self) -> u32 {
         self.gsi
     }

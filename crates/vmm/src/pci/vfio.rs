@@ -129,7 +129,7 @@ impl VfioPciFunction {
         self.slot
     }
 
-    /// The device's hardware.
+    /// The device behind the function.
     pub fn hardware(&self) -> &Arc<dyn PciHardware> {
         &self.hardware
     }

@@ -19,7 +19,7 @@ use crate::pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
 #[derive(Debug)]
 pub struct SoftwareBackend {
     state: Mutex<State>,
-    /// Ends a wait.
+    /// Ends a wait for interrupts.
     kick: Eventfd,
 }
 

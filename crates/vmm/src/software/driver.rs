@@ -157,7 +157,7 @@ impl<'a> Device<'a> {
         Ok(())
     }
 
-    /// Interrupts, registers, go.
+    /// Sets interrupts and registers up and lets the device go.
     fn start(self, orders: &BootOrders) -> Result<(), ProgramFailure> {
         let cpu = self.cpu;
         let config = u32::try_from(cpu.load64(self.variable(3))).unwrap_or(0);
@@ -251,7 +251,7 @@ impl Flow<'_> {
         self.variable(0)
     }
 
-    /// Of these, taken.
+    /// Address of the count of completed blocks that were taken.
     fn handled(self) -> u64 {
         self.variable(1)
     }
@@ -265,7 +265,7 @@ impl Flow<'_> {
         self.variable(3)
     }
 
-    /// The device's count.
+    /// Address of the device's count of completed blocks.
     fn done(self) -> u64 {
         self.device.memory() + DEVICE_DONE + 8 * self.flow
     }
@@ -292,7 +292,7 @@ impl Flow<'_> {
         (number ^ self.device.index << 56 ^ self.flow << 55).wrapping_mul(GOLDEN)
     }
 
-    /// The handler.
+    /// Handles one interrupt of the flow.
     fn interrupt(self) {
         let cpu = self.device.cpu;
         let done = cpu.load64(self.done());
@@ -331,7 +331,7 @@ impl Flow<'_> {
         }
     }
 
-    /// Takes completed blocks.
+    /// Takes and compares the blocks completed since the last turn.
     fn take(self, orders: &BootOrders) -> Result<(), ProgramFailure> {
         let cpu = self.device.cpu;
         let (handled, seen) = (cpu.load64(self.handled()), cpu.load64(self.seen()));

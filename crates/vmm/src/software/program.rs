@@ -9,7 +9,7 @@ use crate::guest::map::{Areas, BOOT_INFO, DATA, REPORT, STAMPS};
 use crate::guest::{BOOT_MAGIC, GAP_WORD, REPORT_MAGIC, REQUEST_WORD};
 use crate::platform::{CLOCK_HIGH, CLOCK_LOW, FAILURE};
 
-/// Variables.
+/// Variables of the program, in guest RAM.
 const STAMP: u64 = DATA;
 const OWED: u64 = DATA + 8;
 const WRITE_PAGE: u64 = DATA + 16;
