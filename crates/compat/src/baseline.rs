@@ -22,7 +22,7 @@ pub struct Baseline {
     pub parameters: BTreeMap<String, Scalar>,
 }
 
-/// Why a pool has no baseline.
+/// The reason for which a pool has no baseline.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BaselineError {
@@ -39,7 +39,7 @@ pub enum BaselineError {
     NoVersion {
         /// The model.
         model: String,
-        /// What each host has.
+        /// Versions that the hosts have.
         versions: String,
     },
     /// A parameter has no value that all take.

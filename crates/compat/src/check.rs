@@ -76,7 +76,7 @@ fn by_name<'m>(machine: &'m MachineManifest, source: bool, findings: &mut Findin
     devices
 }
 
-/// Which device of the destination each of the source's goes to.
+/// Finds the device of the destination that each of the source's goes to.
 fn match_devices<'m>(
     from: &Devices<'m>,
     to: &Devices<'m>,

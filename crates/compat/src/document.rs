@@ -19,7 +19,7 @@ pub const SCHEMA: &str = "vfio-migrate.org/manifest/1";
 /// The schema's name without the version.
 const FAMILY: &str = "vfio-migrate.org/manifest/";
 
-/// Why a document is none: which document, where in it, and what rule it breaks.
+/// Error of a document: which document, where in it, and what rule it breaks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{origin}: {}{rule}", at(.path))]
 pub struct ManifestError {
@@ -37,23 +37,23 @@ impl ManifestError {
         Self { origin: origin.to_owned(), path: path.into(), rule: rule.into() }
     }
 
-    /// Which document: a file's name.
+    /// Name of the document: a file's.
     pub fn origin(&self) -> &str {
         &self.origin
     }
 
-    /// Where in it, `devices[0].regions[1].size`; empty for the whole.
+    /// Path in the document, `devices[0].regions[1].size`; empty for the whole.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// What is wrong there.
+    /// The rule that is broken there.
     pub fn rule(&self) -> &str {
         &self.rule
     }
 }
 
-/// What a document holds.
+/// Content of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Manifest {
     /// A device.

@@ -7,13 +7,13 @@ use crate::device::DeviceManifest;
 use crate::policy::Policy;
 use crate::report::{Reason, Verdict};
 
-/// What rules have found, under one policy.
+/// Findings of the rules under one policy.
 pub(crate) struct Findings<'p> {
     policy: &'p Policy,
     pub(crate) reasons: Vec<Reason>,
 }
 
-/// What a rule says of one field.
+/// A rule's finding about one field.
 pub(crate) struct Found {
     pub(crate) field: String,
     pub(crate) source: Value,

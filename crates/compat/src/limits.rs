@@ -17,7 +17,7 @@ const MAX_HOST_DEVICES: usize = 4096;
 /// Longest text, in bytes.
 const MAX_TEXT: usize = 4096;
 
-/// What is wrong, and where.
+/// A breach of a limit, and where.
 #[derive(Debug)]
 pub(crate) struct Breach {
     path: String,

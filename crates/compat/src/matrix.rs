@@ -107,7 +107,7 @@ pub fn matrix(hosts: &[HostManifest], policy: &Policy) -> Matrix {
     matrix
 }
 
-/// What a pair of kinds gave.
+/// Result of comparing a pair of kinds.
 struct Compared {
     verdict: Verdict,
     codes: Vec<String>,

@@ -34,7 +34,7 @@ pub fn check_device_placement(source: &DeviceManifest, host: &HostManifest, poli
 /// A device of the host's, or an offer.
 pub(crate) struct Candidate<'h> {
     pub(crate) device: &'h DeviceManifest,
-    /// How many there are.
+    /// Number of devices of this kind.
     pub(crate) count: u32,
 }
 
@@ -48,7 +48,7 @@ pub(crate) fn candidates(host: &HostManifest) -> Vec<Candidate<'_>> {
     all
 }
 
-/// What is said of one device on one candidate.
+/// Verdict on one device on one candidate.
 struct Fit {
     verdict: Verdict,
     reasons: Vec<Reason>,

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::document;
 use crate::document::{Document, ManifestError};
 
-/// What a site file says.
+/// Content of a site file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SiteFacts {

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-/// How a test ended.
+/// Result of a test.
 pub(crate) type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 /// Fails the test unless both are equal.

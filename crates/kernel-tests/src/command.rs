@@ -10,7 +10,7 @@ use crate::check::Outcome;
 /// The command, in the image.
 pub(crate) const PROGRAM: &str = "/vfio-migrate";
 
-/// How a run ended.
+/// Result of a run of the command.
 pub(crate) struct CommandRun {
     /// `None`: a signal ended it.
     pub(crate) exit: Option<i32>,

@@ -60,7 +60,7 @@ fn against(device: &Value, wanted: &[&str]) -> Outcome {
 /// Regions by index, with their size in bytes.
 type Regions = Vec<(u32, u64)>;
 
-/// What a device is, by the uAPI itself.
+/// A device's regions and interrupts, by the uAPI itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Truth {
     flags: Vec<String>,

@@ -60,7 +60,7 @@ fn set_up() -> Outcome {
     Ok(())
 }
 
-/// What this kernel and its modules have.
+/// Whether this kernel and its modules have a need of tests.
 fn there(need: Need) -> bool {
     let path = match need {
         Need::Mtty => "/sys/class/mdev_bus/mtty",

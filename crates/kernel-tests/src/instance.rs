@@ -131,7 +131,7 @@ impl Drop for Opened {
 #[derive(Debug)]
 pub(crate) struct OpenedCdev {
     pub(crate) device: OwnedFd,
-    /// Its id in the iommufd.
+    /// Id of the device in the iommufd.
     pub(crate) id: u32,
     pub(crate) space: Ioas,
 }

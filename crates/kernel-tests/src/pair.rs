@@ -17,7 +17,7 @@ const ROLE: &str = "ktest.role=";
 /// Where the halves of a test meet. Nobody else is on the link.
 const PORT: u16 = 7000;
 
-/// Which of two machines this is.
+/// One of the two machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     Source,
@@ -36,7 +36,7 @@ impl Role {
         }
     }
 
-    /// Its address on the link.
+    /// Address of the machine on the link.
     pub(crate) fn address(self) -> Ipv4Addr {
         match self {
             Self::Source => Ipv4Addr::new(10, 77, 0, 1),

@@ -8,7 +8,7 @@ use crate::{
     described, device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair, pin, refused,
 };
 
-/// What a test needs of the kernel it runs on.
+/// A need of tests: something that the kernel has or lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
     /// The kernel's sample device is loaded.

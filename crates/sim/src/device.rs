@@ -51,12 +51,12 @@ impl SampleDevice {
         Ok(device)
     }
 
-    /// What it was made with.
+    /// Options that the device was made with.
     pub fn options(&self) -> &Options {
         &self.shared.options
     }
 
-    /// What it says of itself to somebody who decides about a migration.
+    /// The device's manifest, for whoever decides about a migration.
     pub fn manifest(&self) -> serde_json::Value {
         let options = self.options();
         // A number or a truth value counts as such.
@@ -262,7 +262,7 @@ impl SampleDevice {
         Ok(())
     }
 
-    /// How many pages of the internal state were ever found damaged.
+    /// Number of pages of the internal state that were ever found damaged.
     pub fn integrity(&self) -> u64 {
         lock(&self.shared.bulk).integrity
     }

@@ -32,7 +32,7 @@ pub trait MessageDma: fmt::Debug + Send + Sync {
     fn write(&self, iova: u64, from: &[u8]) -> Result<(), Errno>;
 }
 
-/// How a stretch of DMA space is reached.
+/// The way to a stretch of DMA space.
 #[derive(Debug)]
 pub enum DmaTarget<'a> {
     /// A file to be mapped, from this offset.
@@ -309,7 +309,7 @@ impl Region {
         self.iova + self.len
     }
 
-    /// How many of `wanted` bytes from `iova`, which lies inside, lie inside.
+    /// Number of `wanted` bytes from `iova`, which lies inside, that lie inside.
     fn reach(&self, iova: u64, wanted: usize) -> usize {
         usize::try_from(self.end() - iova).map_or(wanted, |left| left.min(wanted))
     }

@@ -21,7 +21,7 @@ const DESCRIPTOR_BYTES: usize = 32;
 /// Descriptor flag: the destination is a peer's mailbox; flow 1.
 pub const P2P: u32 = 1 << 0;
 
-/// How often the bulk state is changed while it changes fast.
+/// Interval at which the bulk state is changed while it changes fast.
 const TICK: Duration = Duration::from_millis(5);
 /// Pages that are changed, or swept, under one hold of the lock.
 const SLICE: u64 = 64;
@@ -222,7 +222,7 @@ pub(crate) fn run_churn(shared: &Shared) {
 /// A page's bytes times 10^9.
 const PAGE_NANOS: u128 = 4096 * 1_000_000_000;
 
-/// How long one page takes at `rate`, at most a second.
+/// Time that one page takes at `rate`, at most a second.
 fn page_time(rate: u128) -> Duration {
     let nanos = PAGE_NANOS.checked_div(rate).unwrap_or(1_000_000_000).min(1_000_000_000);
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(1_000_000_000))

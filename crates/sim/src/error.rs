@@ -27,7 +27,7 @@ impl SimError {
         Self { errno: Errno::IO, what: what.into(), death: true }
     }
 
-    /// What a VFIO device would answer.
+    /// The errno that a VFIO device would answer.
     pub fn errno(&self) -> Errno {
         self.errno
     }

@@ -11,7 +11,7 @@ use vfio_migration_types::MigrationState;
 
 use crate::error::{Name, errno_by_name};
 
-/// One thing that goes wrong.
+/// A scripted fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
@@ -21,7 +21,7 @@ pub enum Fault {
         which: Which,
         /// Errno that the arc answers.
         errno: Errno,
-        /// How often, for an arc given by its ends; always when `None`.
+        /// Number of strikes, for an arc given by its ends; always when `None`.
         times: Option<u32>,
     },
     /// `error-arc:FROM:TO`: the arc fails with EIO and leaves the device in ERROR.
@@ -30,7 +30,7 @@ pub enum Fault {
     HangArc {
         /// Arc at which the fault strikes.
         which: Which,
-        /// How long; until the device is dropped when `None`.
+        /// Time that the arc takes; until the device is dropped when `None`.
         time: Option<Duration>,
     },
     /// `short-read:N`: a read of device state gives at most N bytes.
@@ -51,7 +51,7 @@ pub enum Fault {
     LoseRaise {
         /// Index of the vector.
         vector: usize,
-        /// Which raise, from 1.
+        /// Number of the raise, from 1.
         nth: u64,
     },
     /// `fail-reset:ERRNO`: a reset fails and changes nothing.
@@ -62,7 +62,7 @@ pub enum Fault {
     HoldDma(u64),
 }
 
-/// Which arc of the state machine a fault is about.
+/// The arc of the state machine that a fault is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
     /// The N-th arc that the device takes, from 1, whatever it is.

@@ -18,7 +18,7 @@ use crate::saving::{self, PrecopyProgress, SavingSession};
 use crate::shared::{Mode, lock};
 use crate::stream::{Item, Parser, StreamHeader, model_hash};
 
-/// What a read of device state gave.
+/// Result of a read of device state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateRead {
     /// So many bytes, at least one, are at the front of the buffer.
@@ -30,7 +30,7 @@ pub enum StateRead {
 }
 
 impl SampleDevice {
-    /// What its migration supports.
+    /// Features of the device's migration.
     pub fn migration_flags(&self) -> MigrationFlags {
         self.options().flags()
     }
@@ -231,7 +231,7 @@ impl SampleDevice {
         Ok(())
     }
 
-    /// One piece of the stream.
+    /// Takes one piece of the stream.
     fn load(
         &self,
         came: &mut Bitmap,
@@ -364,7 +364,7 @@ impl SampleDevice {
         }
     }
 
-    /// How many of `wanted` bytes the faults let through in the open session.
+    /// Number of `wanted` bytes that the faults let through in the open session.
     fn fault_limit(&self, migration: &mut SampleMigration, wanted: usize) -> Result<usize, SimError> {
         let mut allowed = wanted;
         let faults = &self.options().faults;

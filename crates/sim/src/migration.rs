@@ -14,7 +14,7 @@ pub(crate) struct SampleMigration {
     pub(crate) session: SampleSession,
     /// Arcs taken or tried.
     pub(crate) arcs: u64,
-    /// How often each fault, by its place in the script, has struck.
+    /// Strikes of each fault, by its place in the script.
     pub(crate) struck: Vec<u32>,
     /// Bytes read or written in the session.
     pub(crate) moved: u64,
@@ -33,7 +33,7 @@ pub(crate) enum SampleSession {
     Lost,
 }
 
-/// What has come of the state in a resuming session.
+/// A resuming session: the parts of the state that have come.
 #[derive(Debug)]
 pub(crate) struct ResumingSession {
     pub(crate) parser: Parser,

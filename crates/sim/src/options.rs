@@ -12,7 +12,7 @@ use crate::stream::MODEL;
 /// The largest bulk state that a device may be asked to hold, in bytes.
 pub const MAX_STATE_SIZE: u64 = 64 << 30;
 
-/// How a sample device behaves.
+/// Behaviour of a sample device.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Bytes of bulk internal state, a multiple of 4096; 0 for none.
@@ -39,9 +39,9 @@ pub struct Options {
     pub patch: u16,
     /// Contents of the vendor-specific capability after its header: allowed to differ between hosts.
     pub vsc_bytes: [u8; 5],
-    /// How long each single arc of the state machine takes in addition.
+    /// Time that each single arc of the state machine takes in addition.
     pub arc_delay: Duration,
-    /// What goes wrong, and when.
+    /// Script of faults.
     pub faults: Vec<Fault>,
 }
 
@@ -81,7 +81,7 @@ impl Options {
         Ok(())
     }
 
-    /// What migration supports with these options.
+    /// Features of migration with these options.
     pub fn flags(&self) -> MigrationFlags {
         MigrationFlags { p2p: self.p2p && self.extension, pre_copy: self.precopy }
     }

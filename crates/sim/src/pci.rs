@@ -22,9 +22,9 @@ pub const BAR2_SIZE: u64 = 1 << 20;
 /// The MSI-X table's size as message control has it: entries less one.
 const TABLE_SIZE: u16 = 1;
 const _: () = assert!(TABLE_SIZE as usize + 1 == crate::regs::VECTORS);
-/// Where the MSI-X table is in BAR0.
+/// Offset of the MSI-X table in BAR0.
 pub const MSIX_TABLE: u32 = 0x2000;
-/// Where the pending bits are in BAR0.
+/// Offset of the pending bits in BAR0.
 pub const MSIX_PBA: u32 = 0x3000;
 /// Offset of the MSI-X capability.
 pub const MSIX_CAP: usize = 0x40;
@@ -39,7 +39,7 @@ pub mod region {
     pub const BAR2: u32 = 2;
     /// Region of configuration space.
     pub const CONFIG: u32 = 7;
-    /// How many indices there are.
+    /// Number of indices.
     pub const COUNT: u32 = 9;
 }
 
@@ -47,7 +47,7 @@ pub mod region {
 pub mod irq {
     /// MSI-X, the only kind this function has.
     pub const MSIX: u32 = 2;
-    /// How many indices there are.
+    /// Number of indices.
     pub const COUNT: u32 = 5;
 }
 

@@ -41,7 +41,7 @@ pub mod offset {
     pub const DOORBELL: u64 = 0x1000;
 }
 
-/// What [`offset::MAGIC`] reads: "SMPL".
+/// Value of [`offset::MAGIC`]: "SMPL".
 pub const MAGIC: u32 = 0x4c50_4d53;
 /// [`offset::CONTROL`] and [`offset::STATUS`]: the DMA engine is enabled.
 pub const ENABLE: u32 = 1 << 0;
@@ -78,7 +78,7 @@ pub(crate) struct Registers {
     pub(crate) reinits: u64,
 }
 
-/// What a register write makes the device do beyond storing it.
+/// Effect of a register write beyond storing it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
     None,

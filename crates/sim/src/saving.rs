@@ -41,7 +41,7 @@ pub(crate) struct SavingSession {
     corrupt: bool,
 }
 
-/// What is sent at the end, with the device standing still.
+/// The part that is sent at the end, with the device stopped.
 #[derive(Debug)]
 struct Rest {
     mailbox: Vec<u8>,
@@ -75,7 +75,7 @@ impl SavingSession {
         bulk.reinit = false;
     }
 
-    /// Whether the device stands still.
+    /// Whether the device is stopped.
     pub(crate) fn stopped(&self) -> bool {
         self.rest.is_some()
     }

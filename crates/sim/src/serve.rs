@@ -36,7 +36,7 @@ pub fn serve(path: impl AsRef<Path>, options: Options, stop: &StopHandle) -> Res
     Ok(())
 }
 
-/// Why a device is not (or no longer) served.
+/// The reason for which a device is not (or no longer) served.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {

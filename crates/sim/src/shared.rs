@@ -18,7 +18,7 @@ use crate::options::Options;
 use crate::pci::{BAR2_SIZE, SampleConfigSpace};
 use crate::regs::{Registers, VECTORS};
 
-/// What the DMA engine may do.
+/// Work that the DMA engine may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     /// Nothing is done.
@@ -64,7 +64,7 @@ pub(crate) struct EngineOrders {
     followed: u64,
 }
 
-/// What the guest sees of the device: registers, interrupts, configuration space.
+/// The guest's side of the device: registers, interrupts, configuration space.
 #[derive(Debug)]
 pub(crate) struct Front {
     pub(crate) registers: Registers,

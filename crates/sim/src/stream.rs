@@ -25,7 +25,7 @@ pub(crate) const MAX_PAYLOAD: usize = 64 << 10;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SMPLSTA1");
 
-/// What a header says of the device that wrote it.
+/// Header of a stream: the device that wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct StreamHeader {
     pub(crate) version: (u16, u16),
@@ -34,7 +34,7 @@ pub(crate) struct StreamHeader {
     pub(crate) model: u64,
 }
 
-/// What a record is about.
+/// Kind of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum RecordKind {
@@ -241,7 +241,7 @@ fn parse_record(bytes: &[u8]) -> Result<RecordHead, SimError> {
     }
 }
 
-/// What stands for a model in a header.
+/// Hash that stands for a model in a header.
 pub(crate) fn model_hash(model: &str) -> u64 {
     word(blake3::hash(model.as_bytes()).as_bytes(), 0)
 }

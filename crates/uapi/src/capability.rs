@@ -49,7 +49,7 @@ impl Buffer {
     }
 }
 
-/// What the kernel answered: `argsz` bytes.
+/// Answer of the kernel: `argsz` bytes.
 #[derive(Debug)]
 pub(crate) struct InfoAnswer {
     bytes: Vec<u8>,
@@ -112,9 +112,9 @@ fn low(word: u64) -> usize {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct InfoCapability {
     pub(crate) id: u16,
-    /// Where its header begins.
+    /// Offset of the capability's header.
     pub(crate) at: u64,
-    /// Where the next one's header begins, or the answer ends.
+    /// Offset of the next one's header, or of the answer's end.
     end: u64,
 }
 
@@ -132,7 +132,7 @@ impl InfoCapability {
 pub(crate) struct Chain<'a> {
     answer: &'a InfoAnswer,
     next: u32,
-    /// Where the next header may begin at the earliest.
+    /// Least offset of the next header.
     earliest: u32,
 }
 

@@ -15,7 +15,7 @@ pub(crate) const DEVICE_GET_INFO: Opcode = opcode::none(uapi::VFIO_TYPE, 107);
 /// `_IO(VFIO_TYPE, VFIO_BASE + 8)`.
 pub(crate) const DEVICE_GET_REGION_INFO: Opcode = opcode::none(uapi::VFIO_TYPE, 108);
 
-/// What a device says of itself: `struct vfio_device_info`.
+/// A device's own description: `struct vfio_device_info`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// `VFIO_DEVICE_FLAGS_RESET`: it can be [reset](crate::reset).
@@ -33,15 +33,15 @@ pub struct DeviceInfo {
 pub struct Region {
     /// Index of the region, `VFIO_PCI_*_REGION_INDEX`.
     pub index: u32,
-    /// It may be read.
+    /// The region may be read.
     pub readable: bool,
-    /// It may be written.
+    /// The region may be written.
     pub writable: bool,
     /// `VFIO_REGION_INFO_FLAG_MMAP`: it may be mapped, whole or in the parts that [`sparse`](Self::sparse) names.
     pub mappable: bool,
     /// Bytes; 0 where the region is absent.
     pub size: u64,
-    /// Where in the device's descriptor its byte 0 is, for `pread`, `pwrite` and `mmap`.
+    /// Offset of its byte 0 in the device's descriptor, for `pread`, `pwrite` and `mmap`.
     pub offset: u64,
     /// `VFIO_REGION_INFO_CAP_SPARSE_MMAP`: the only parts that may be mapped, from the start of the region. Each is
     /// inside of it.
@@ -52,7 +52,7 @@ pub struct Region {
     pub msix_mappable: bool,
 }
 
-/// What `device` is made of.
+/// Number of regions and interrupt types of `device`, and its flags.
 pub fn device_info(device: BorrowedFd<'_>) -> Result<DeviceInfo, UapiError> {
     let mut info = uapi::vfio_device_info {
         argsz: const { argsz(size_of::<uapi::vfio_device_info>()) },

@@ -10,7 +10,7 @@ pub enum UapiError {
     /// The kernel refused a call.
     #[error("{doing} failed")]
     System {
-        /// What was attempted, as a noun phrase.
+        /// Call that failed, as a noun phrase.
         doing: &'static str,
         /// Errno of the call.
         #[source]

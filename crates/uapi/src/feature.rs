@@ -24,7 +24,7 @@ pub enum Feature {
     DmaLoggingStart = uapi::VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
     /// End of DMA logging (SET).
     DmaLoggingStop = uapi::VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP,
-    /// What the DMA log holds (GET).
+    /// Content of the DMA log (GET).
     DmaLoggingReport = uapi::VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
     /// Estimated size of the STOP_COPY data (GET).
     MigDataSize = uapi::VFIO_DEVICE_FEATURE_MIG_DATA_SIZE,
@@ -32,7 +32,7 @@ pub enum Feature {
     MigPrecopyInfoV2 = uapi::VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2,
 }
 
-/// What is done with a feature.
+/// Operation on a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// `VFIO_DEVICE_FEATURE_GET`.
@@ -86,7 +86,7 @@ where
         .map_err(|source| UapiError::System { doing, source })
 }
 
-/// What may follow the header: plain integers, for which any bytes from the kernel are a value.
+/// Payload after the header: plain integers, for which any bytes from the kernel are a value.
 pub(crate) trait Payload: Copy {}
 impl Payload for () {}
 impl Payload for uapi::vfio_device_feature_migration {}

@@ -20,12 +20,12 @@ const GROUP_UNSET_CONTAINER: Opcode = opcode::none(uapi::VFIO_TYPE, 105);
 /// `_IO(VFIO_TYPE, VFIO_BASE + 6)`.
 const GROUP_GET_DEVICE_FD: Opcode = opcode::none(uapi::VFIO_TYPE, 106);
 
-/// How a group stands: `struct vfio_group_status`.
+/// Status of a group: `struct vfio_group_status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupStatus {
     /// Every device of it is bound to VFIO, or to no driver: it may be used.
     pub viable: bool,
-    /// It is in a container.
+    /// The group is in a container.
     pub has_container: bool,
 }
 

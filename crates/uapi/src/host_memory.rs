@@ -41,7 +41,7 @@ impl fmt::Debug for HostMemory {
     }
 }
 
-/// What a device may do with memory that it is let reach.
+/// Rights of a device to memory that it is let reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dma {
     /// The device may read.

@@ -29,7 +29,7 @@ const fn number(command: u32) -> Opcode {
     opcode::none(uapi::IOMMUFD_TYPE, command as u8)
 }
 
-/// What the IOMMU in front of a device can do: `struct iommu_hw_info`.
+/// Abilities of the IOMMU in front of a device: `struct iommu_hw_info`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HwInfo {
     /// `enum iommu_hw_info_type`: 0 none, 1 Intel VT-d, 2 ARM SMMUv3, …
@@ -61,7 +61,7 @@ impl Ioas {
         Ok(Self { fd, id: request.out_ioas_id, mapped: Mapped::default() })
     }
 
-    /// Its id, to attach a device to.
+    /// Id of the address space, to attach a device to.
     pub fn id(&self) -> u32 {
         self.id
     }
@@ -111,7 +111,7 @@ impl Ioas {
         })
     }
 
-    /// What is mapped, in order.
+    /// Ranges that are mapped, in order.
     pub fn mapped(&self) -> Vec<Range<Iova>> {
         self.mapped.ranges()
     }

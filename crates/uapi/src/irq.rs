@@ -21,19 +21,19 @@ const EVENTFDS_MAX: usize = 2048;
 pub struct Irqs {
     /// Index of the interrupt type, `VFIO_PCI_*_IRQ_INDEX`.
     pub index: u32,
-    /// How many; 0 where the device has none of this kind.
+    /// Number of interrupts; 0 where the device has none of this kind.
     pub count: u32,
-    /// They can be signalled by eventfd.
+    /// The interrupts can be signalled by eventfd.
     pub eventfd: bool,
-    /// They can be masked.
+    /// The interrupts can be masked.
     pub maskable: bool,
-    /// They are masked as they are signalled (a level interrupt), and wait to be unmasked.
+    /// The interrupts are masked as they are signalled (level interrupts), and wait to be unmasked.
     pub automasked: bool,
     /// `VFIO_IRQ_INFO_NORESIZE`: the number in use changes only by disabling all of them first.
     pub noresize: bool,
 }
 
-/// What `vfio_irq_set` holds besides its data.
+/// The fields of `vfio_irq_set` besides its data.
 #[derive(Clone, Copy)]
 struct Request {
     /// `VFIO_IRQ_SET_DATA_*` and `VFIO_IRQ_SET_ACTION_*`.

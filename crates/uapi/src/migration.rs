@@ -27,7 +27,7 @@ pub struct PrecopyInfo {
     pub reinit: bool,
 }
 
-/// What the migration of `device` supports. ENOTTY: it does not migrate.
+/// Features of the migration of `device`. ENOTTY: it does not migrate.
 pub fn migration_flags(device: BorrowedFd<'_>) -> Result<MigrationFlags, UapiError> {
     let mut payload = uapi::vfio_device_feature_migration::default();
     // SAFETY: MIGRATION's payload, without pointers.

@@ -27,15 +27,15 @@ pub const MOCK_START: Iova = Iova(1 << 24);
 pub const MOCK_PAGE: u64 = 2048;
 /// Bytes of its huge pages: `MOCK_HUGE_PAGE_SIZE`.
 pub const MOCK_HUGE_PAGE: u64 = 512 * MOCK_PAGE;
-/// Its kind in [`HwInfo`](crate::HwInfo): `IOMMU_HW_INFO_TYPE_SELFTEST`.
+/// Kind of the mock in [`HwInfo`](crate::HwInfo): `IOMMU_HW_INFO_TYPE_SELFTEST`.
 pub const MOCK_KIND: u32 = 0xfeed_beef;
 
-/// What is behind the mock IOMMU.
+/// Abilities of the mock IOMMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MockKind {
-    /// It can track dirty pages.
+    /// The mock tracks dirty pages.
     pub tracks: bool,
-    /// It has huge pages.
+    /// The mock has huge pages.
     pub huge: bool,
 }
 
@@ -46,7 +46,7 @@ pub struct MockDevice {
     pub object: u32,
     /// The page table that it was attached to at first.
     pub table: u32,
-    /// Its id as a device of the iommufd.
+    /// Id of the mock as a device of the iommufd.
     pub device: u32,
 }
 

@@ -31,7 +31,7 @@ const IOMMU_DIRTY_PAGES: Opcode = opcode::none(uapi::VFIO_TYPE, 117);
 /// Words of the largest bitmap that the kernel takes: 2^31 pages.
 const WORDS_MAX: usize = 1 << 25;
 
-/// What a type1 container can do: `struct vfio_iommu_type1_info` and its capabilities.
+/// Abilities of a type1 container: `struct vfio_iommu_type1_info` and its capabilities.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Type1Info {
     /// Page sizes that it can map, one bit each.
@@ -46,7 +46,7 @@ pub struct Type1Info {
     pub mappings_left: Option<u32>,
 }
 
-/// How a container reports dirty pages.
+/// Form in which a container reports dirty pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Type1Dirty {
     /// Page sizes that a report may be asked in, one bit each. Only the smallest is ever taken.
@@ -87,7 +87,7 @@ impl Type1 {
         self.fd.as_fd()
     }
 
-    /// Whether it knows type1 v2.
+    /// Whether the container knows type1 v2.
     pub fn has_type1v2(&self) -> Result<bool, UapiError> {
         // SAFETY: the argument is a number and so is the answer.
         unsafe { rustix::ioctl::ioctl(&self.fd, Query::<CHECK_EXTENSION>(uapi::VFIO_TYPE1v2_IOMMU as usize)) }
@@ -104,7 +104,7 @@ impl Type1 {
             .map_err(|source| UapiError::System { doing: "setting the container's IOMMU", source })
     }
 
-    /// What it can do. Its IOMMU is set.
+    /// Abilities of the container, whose IOMMU is set.
     pub fn info(&self) -> Result<Type1Info, UapiError> {
         let doing = "asking what the container's IOMMU can do";
         let answer = capability::ask(size_of::<uapi::vfio_iommu_type1_info>(), doing, |buffer| {
@@ -207,7 +207,7 @@ impl Type1 {
         Ok(())
     }
 
-    /// What is mapped, in order.
+    /// Ranges that are mapped, in order.
     pub fn mapped(&self) -> Vec<Range<Iova>> {
         self.mapped.ranges()
     }

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use crate::codec::Command;
 
-/// Why a request of a client failed.
+/// Error of a client's request.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
@@ -58,7 +58,7 @@ pub enum ClientError {
     Limit {
         /// Quantity that is too large.
         what: &'static str,
-        /// What was asked for.
+        /// Value that was asked for.
         value: u64,
         /// Largest value that is taken.
         limit: u64,
@@ -83,7 +83,7 @@ impl ClientError {
     }
 }
 
-/// Why a server could not be set up, or stopped serving.
+/// Error of a server that could not be set up, or stopped serving.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServerError {

@@ -11,7 +11,7 @@ pub mod region_index {
     pub const CONFIG: u32 = 7;
     /// Legacy VGA ranges.
     pub const VGA: u32 = 8;
-    /// How many regions a PCI device has.
+    /// Number of regions of a PCI device.
     pub const COUNT: u32 = 9;
 }
 
@@ -27,7 +27,7 @@ pub mod irq_index {
     pub const ERR: u32 = 3;
     /// Device release request.
     pub const REQ: u32 = 4;
-    /// How many interrupt types a PCI device has.
+    /// Number of interrupt types of a PCI device.
     pub const COUNT: u32 = 5;
 }
 
@@ -92,11 +92,11 @@ pub struct IoFd {
     pub size: u64,
     /// Mechanism that the descriptor is for.
     pub kind: IoFdKind,
-    /// Where the accesses go. Entries may share one.
+    /// Descriptor that the accesses go to. Entries may share one.
     pub fd: Arc<OwnedFd>,
 }
 
-/// How accesses reach an [`IoFd`].
+/// Mechanism by which accesses reach an [`IoFd`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum IoFdKind {
@@ -131,7 +131,7 @@ pub struct IrqInfo {
     pub noresize: bool,
 }
 
-/// What SET_IRQS does (`VFIO_IRQ_SET_ACTION_*`).
+/// Action of SET_IRQS (`VFIO_IRQ_SET_ACTION_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqAction {
     /// Masks the interrupts.
@@ -155,7 +155,7 @@ pub enum IrqData<'a> {
     Disconnect(u32),
 }
 
-/// What a device may do with a DMA mapping.
+/// Rights of a device to a DMA mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prot {
     /// The device may read.
@@ -178,7 +178,7 @@ pub struct DmaMapping {
     pub iova: u64,
     /// Length in bytes.
     pub len: u64,
-    /// What the device may do.
+    /// Rights of the device to the range.
     pub prot: Prot,
     /// The file behind it, to be mapped; `None` where it can be reached through
     /// [`DmaChannel`](crate::DmaChannel) alone.
@@ -203,7 +203,7 @@ pub struct RegionWrite {
     pub offset: u64,
     /// Index of the region.
     pub region: u32,
-    /// How many bytes of `data` are written, 1 to 8.
+    /// Number of bytes of `data` that are written, 1 to 8.
     pub count: u32,
     /// Bytes to write, from the front.
     pub data: [u8; 8],

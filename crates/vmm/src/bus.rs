@@ -5,7 +5,7 @@ use std::fmt;
 
 use vfio_migration_types::Gpa;
 
-/// Where port and memory accesses of the guest end that neither RAM nor KVM itself answered.
+/// The target of the guest's port and memory accesses that neither RAM nor KVM itself answered.
 ///
 /// Called from vCPU threads, at several at once when there are several vCPUs. A call holds its vCPU up until it
 /// returns, and with it a pause of the machine, so it must not wait for one. Slices are one, two, four or eight

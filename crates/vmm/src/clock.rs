@@ -14,7 +14,7 @@ use crate::section::SectionReader;
 
 /// Name of the section that carries the latch.
 pub const SECTION: &str = "platform.clock";
-/// Its layout: one `u64`, the latched value in nanoseconds.
+/// Layout of the section: one `u64`, the latched value in nanoseconds.
 pub const SECTION_VERSION: u32 = 1;
 
 /// The clock device. Reading the low half latches both, so that the halves belong together.

@@ -21,7 +21,7 @@ pub enum VmmError {
     /// A KVM call failed.
     #[error("KVM failed to {doing}")]
     Kvm {
-        /// What was attempted, after "failed to".
+        /// Call that was attempted, after "failed to".
         doing: String,
         /// Errno of the call, when a system call refused.
         #[source]
@@ -30,7 +30,7 @@ pub enum VmmError {
     /// A thread could not be made or reached.
     #[error("{doing} failed")]
     Io {
-        /// What was attempted, as a noun phrase.
+        /// Work that failed, as a noun phrase.
         doing: String,
         /// Error of the system.
         #[source]
@@ -39,7 +39,7 @@ pub enum VmmError {
     /// Guest memory could not be made, read or written.
     #[error("guest memory failed")]
     Memory(#[from] MemoryError),
-    /// What was asked for cannot be; the text says why.
+    /// A request that this machine cannot grant; the text says why.
     #[error("{0}")]
     Refused(String),
     /// A section of machine state cannot be loaded.
@@ -73,7 +73,7 @@ impl VmmError {
     }
 }
 
-/// Why a machine stopped by itself.
+/// The reason for which a machine stopped by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StopReason {
@@ -81,7 +81,7 @@ pub enum StopReason {
     Shutdown {
         /// Index of the vCPU.
         vcpu: usize,
-        /// Its instruction pointer, when it could be read.
+        /// Instruction pointer of the vCPU, when it could be read.
         rip: Option<u64>,
     },
     /// KVM gave the vCPU up.
@@ -90,7 +90,7 @@ pub enum StopReason {
         vcpu: usize,
         /// KVM's suberror (`KVM_INTERNAL_ERROR_*`), and the instruction pointer when it could be read.
         suberror: u32,
-        /// Its instruction pointer, when it could be read.
+        /// Instruction pointer of the vCPU, when it could be read.
         rip: Option<u64>,
     },
     /// KVM came back with something that this machine does not know.

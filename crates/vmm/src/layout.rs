@@ -58,7 +58,7 @@ pub const RAM_MAX: u64 = 128 << 30;
 const RAM_SPLIT_FROM: u64 = 64 << 20;
 const LARGE_PAGE: u64 = 2 << 20;
 
-/// Where `memory` bytes of RAM lie.
+/// The regions of `memory` bytes of RAM.
 ///
 /// A quarter of it lies above the hole even when all would fit below, so that no guest of a usual size has RAM in one
 /// piece and a VMM that confuses guest-physical addresses with RAM offsets is found out at once.

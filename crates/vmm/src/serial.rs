@@ -11,7 +11,7 @@ use crate::section::SectionReader;
 pub const COM1: u16 = 0x3F8;
 /// Name of the section that carries the registers.
 pub const SECTION: &str = "platform.serial";
-/// Its layout: the eight bytes of `Registers`.
+/// Layout of the section: the eight bytes of `Registers`.
 pub const SECTION_VERSION: u32 = 1;
 
 /// Lines longer than this are cut: the text comes from the guest.

@@ -10,7 +10,7 @@ use crate::host::HostManifest;
 use crate::scalar::Scalar;
 use crate::version::{ModelVersion, VersionRanges};
 
-/// What concerns one device.
+/// Checks one device for live migration.
 pub(crate) fn device(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     dirty(pair, findings);
     page_size(pair, findings);
@@ -124,7 +124,7 @@ pub(crate) fn peers(source: &DeviceManifest, destination: &DeviceManifest, findi
     findings.add(code, Some(source), found);
 }
 
-/// What a host says it takes, and bears.
+/// Checks what a host takes, and bears.
 pub(crate) fn host(source: &DeviceManifest, host: &HostManifest, findings: &mut Findings<'_>) {
     let whose = (host.limits.max_state_bytes, "the host bears", &codes::HOST_STATE_SIZE);
     state_size(source, whose, findings);

@@ -190,7 +190,7 @@ impl MigdevDriver {
     }
 }
 
-/// Where the memory is.
+/// DMA addresses of the memory.
 pub(crate) fn all() -> Outcome<Range<Iova>> {
     Ok(Range::new(Iova(BASE), LEN)?)
 }

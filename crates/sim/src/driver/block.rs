@@ -1,6 +1,6 @@
 //! What a block must look like: written from the device's contract, not from its code.
 
-/// What the driver knows of a block it asked for.
+/// A block that the driver asked for, as it must come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Expected {
     pub(crate) number: u64,
@@ -10,7 +10,7 @@ pub(crate) struct Expected {
     pub(crate) sum: u64,
 }
 
-/// What is wrong with a block.
+/// A flaw of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Flaw {

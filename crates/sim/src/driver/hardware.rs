@@ -10,7 +10,7 @@ use crate::dma::DmaTarget;
 use crate::error::SimError;
 use crate::{pci, regs};
 
-/// Why a device refused.
+/// The error of a device that refused.
 pub type BoxError = Box<dyn Error + Send + Sync>;
 
 /// A device as its driver, and the VMM under it, see it.
@@ -30,7 +30,7 @@ pub trait Hardware {
 /// Another device's mailbox, as a target for DMA.
 #[derive(Debug)]
 pub struct P2pTarget {
-    /// Where it is in the DMA space of the device that writes.
+    /// Address of the mailbox in the DMA space of the device that writes.
     pub iova: u64,
     /// The memory behind it.
     pub fd: OwnedFd,

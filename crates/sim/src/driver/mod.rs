@@ -26,7 +26,7 @@ use crate::shared::{drain, signal};
 /// Blocks of one flow that have a place at a time.
 pub const SLOTS: u64 = PLACES as u64;
 const PLACES: usize = 64;
-/// How long an interrupt may take before it counts as lost.
+/// Time that an interrupt may take before it counts as lost.
 pub const INTERRUPT_LIMIT: Duration = Duration::from_secs(1);
 
 const PAGE: u64 = 4096;
@@ -39,10 +39,10 @@ const SLOT_BASE: u64 = SOURCES + 2 * SLOTS * PAGE;
 /// Bytes of the driver's memory.
 pub const RAM_SIZE: u64 = 1 << 20;
 
-/// How a [`TestDriver`] works.
+/// Settings of a [`TestDriver`].
 #[derive(Clone, Copy, Debug)]
 pub struct DriverConfig {
-    /// Where its memory is in the device's DMA space.
+    /// Address of the driver's memory in the device's DMA space.
     pub ram_base: u64,
     /// Bytes per block: a multiple of 64 from 128 to 4096.
     pub block_len: u32,
@@ -58,12 +58,12 @@ impl Default for DriverConfig {
     }
 }
 
-/// What was seen so far.
+/// Blocks and interrupts that were seen so far, and what was wrong with them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockFindings {
     /// Blocks handled, both flows.
     pub blocks: u64,
-    /// Those of them that came by peer-to-peer DMA.
+    /// Blocks that came by peer-to-peer DMA.
     pub p2p_blocks: u64,
     /// Blocks, new or old, that were not as they must be.
     pub blocks_lost: u64,
@@ -77,7 +77,7 @@ pub struct BlockFindings {
     pub integrity: u64,
 }
 
-/// What a driver cannot go on with.
+/// An error that a driver cannot go on with.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DriverError {
@@ -109,7 +109,7 @@ pub enum DriverError {
         wanted: u64,
         /// Blocks that did not come.
         missing: u64,
-        /// How long they were awaited.
+        /// Time for which they were awaited.
         limit: Duration,
     },
 }
@@ -336,12 +336,12 @@ impl TestDriver {
         Ok(u64::from_le(self.memory.read_u64(DONE + 8 * flow as u64)?))
     }
 
-    /// What was seen so far.
+    /// Blocks and interrupts that were seen so far, and what was wrong with them.
     pub fn findings(&self) -> BlockFindings {
         self.found
     }
 
-    /// Its memory, `RAM_SIZE` bytes, mapped at `ram_base`.
+    /// The driver's memory, `RAM_SIZE` bytes, mapped at `ram_base`.
     pub fn ram(&self) -> (BorrowedFd<'_>, u64) {
         (self.ram.as_fd(), self.config.ram_base)
     }
@@ -444,7 +444,7 @@ impl TestDriver {
 }
 
 impl Flow {
-    /// Where what is expected of block `number` is kept.
+    /// The expectation of block `number`.
     fn place(&mut self, number: u64) -> &mut Option<Expected> {
         let slot = usize::try_from(number.wrapping_sub(1) % SLOTS).unwrap_or(0);
         &mut self.slots[slot]

@@ -19,7 +19,7 @@ const FIRST_REGION_REPLY: u32 = 4096;
 const MAX_INFO_REPLY: u32 = 1 << 20;
 
 impl Client {
-    /// How many regions and interrupt types the device has.
+    /// Number of regions and interrupt types of the device.
     pub fn device_info(&self) -> Result<DeviceInfo, ClientError> {
         let ask = InfoPayload { argsz: size_u32(InfoPayload::SIZE), flags: 0, index: 0, count: 0 };
         let reply = self.request(Command::DEVICE_GET_INFO, &ask.to_vec(), &[], InfoPayload::SIZE)?;

@@ -22,7 +22,7 @@ use crate::codec::{Extension, MAX_MSG_FDS};
 use crate::conn::Conn;
 use crate::error::ClientError;
 
-/// How a [`Client`] behaves. [`Default`] suits a VMM.
+/// Options of a [`Client`]. [`Default`] suits a VMM.
 #[derive(Clone)]
 pub struct ClientOptions {
     /// Limit on each request, from sending it to having its reply whole. 10 s.
@@ -37,7 +37,7 @@ pub struct ClientOptions {
     pub twin_socket: bool,
     /// Which parts of the extension to offer to the server. All.
     pub extension: Extension,
-    /// Who serves the server's DMA_READ and DMA_WRITE; without one they are refused.
+    /// Handler of the server's DMA_READ and DMA_WRITE; without one they are refused.
     pub dma: Option<Arc<dyn DmaHandler>>,
     /// What to do with a device that is found in another state than RUNNING. Recover it.
     pub on_connect: OnConnect,
@@ -103,7 +103,7 @@ pub trait DmaHandler: Send + Sync {
     fn dma_write(&self, iova: u64, from: &[u8]) -> Result<(), Errno>;
 }
 
-/// What client and server agreed on.
+/// The terms that client and server agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Negotiated {
@@ -121,7 +121,7 @@ pub struct Negotiated {
     pub twin_socket: bool,
     /// Whether REGION_WRITE_MULTI may be used.
     pub write_multiple: bool,
-    /// Which parts of the extension are in force.
+    /// Parts of the extension that are in force.
     pub extension: Extension,
 }
 
@@ -141,7 +141,7 @@ pub struct Client {
     /// The `max_data_xfer_size` that the server was told.
     announced_xfer: u32,
     dma: Option<Arc<dyn DmaHandler>>,
-    /// How many DMA mappings there are.
+    /// Number of DMA mappings.
     maps: std::sync::atomic::AtomicU32,
     no_migration: bool,
     found: Option<MigrationState>,
@@ -163,7 +163,7 @@ impl Client {
         handshake::from_stream(stream, &options)
     }
 
-    /// What was agreed on.
+    /// The terms agreed on with the server.
     pub fn negotiated(&self) -> &Negotiated {
         &self.negotiated
     }

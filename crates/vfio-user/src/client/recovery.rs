@@ -7,15 +7,15 @@ use super::Client;
 use crate::codec::Command;
 use crate::error::ClientError;
 
-/// What [`Client::recover`] found and did.
+/// Result of [`Client::recover`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Recovery {
     /// The device has no migration, hence nothing to recover from.
     NoMigration,
-    /// It was running already.
+    /// The device was running already.
     WasRunning,
-    /// It was in this state and runs now. Whatever migration data it held is gone.
+    /// The device was in this state and runs now. Whatever migration data it held is gone.
     Recovered {
         /// State that the device was in.
         from: MigrationState,

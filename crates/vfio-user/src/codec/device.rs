@@ -159,7 +159,7 @@ payload! {
         offset: u64,
         /// Length of the accesses, or 0.
         size: u64,
-        /// Which of the reply's descriptors.
+        /// Index of the reply's descriptor.
         fd_index: u32,
         /// [`IO_FD_EVENTFD`] or [`IO_FD_REGIONFD`].
         kind: u32,

@@ -21,9 +21,9 @@ pub const PRECOPY_REINIT: u32 = 1 << 0;
 pub struct Feature(pub u16);
 
 impl Feature {
-    /// What migration the device supports. GET.
+    /// Migration features of the device. GET.
     pub const MIGRATION: Self = Self(1);
-    /// Its migration state. GET, SET.
+    /// Migration state of the device. GET, SET.
     pub const MIG_DEVICE_STATE: Self = Self(2);
     /// Starts logging DMA writes. SET.
     pub const DMA_LOGGING_START: Self = Self(6);
@@ -41,7 +41,7 @@ impl fmt::Debug for Feature {
     }
 }
 
-/// What may be done with a feature.
+/// Operations on a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureOp {
     /// Reads the feature.

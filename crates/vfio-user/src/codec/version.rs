@@ -54,7 +54,7 @@ pub struct TwinSocket {
     pub fd_index: Option<u32>,
 }
 
-/// What one end announces. Values that are absent have their defaults filled in.
+/// Capabilities that one end announces. Values that are absent have their defaults filled in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VersionCapabilities {
     /// Most descriptors that the sender takes in one message.
@@ -94,8 +94,8 @@ pub struct VersionPayload {
     pub major: u16,
     /// At most what the client proposed, in the reply.
     pub minor: u16,
-    /// What the sender announces.
-    pub capabilities: VersionCapabilities,
+    /// Capabilities that the sender announces.
+    pub capabilities: Capabilities,
 }
 
 impl VersionPayload {

@@ -47,7 +47,7 @@ pub(crate) struct SocketMessage {
     pub(crate) unfit: Option<&'static str>,
 }
 
-/// Why a socket is of no more use, or a wait ended.
+/// The reason for which a socket is of no more use, or a wait ended.
 #[derive(Debug)]
 pub(crate) enum ConnError {
     /// The deadline passed.
@@ -158,7 +158,7 @@ impl Conn {
         rx.max_fds = usize::try_from(max_fds).unwrap_or(usize::MAX);
     }
 
-    /// Why the connection is dead, if it is.
+    /// The reason for which the connection is dead, if it is.
     pub(crate) fn death(&self) -> Option<String> {
         lock(&self.death).clone()
     }

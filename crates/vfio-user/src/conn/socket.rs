@@ -27,7 +27,7 @@ pub(super) struct Received {
     pub(super) excess: bool,
 }
 
-/// What a wait ended with.
+/// Result of a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ready {
     pub(super) readable: bool,

@@ -153,7 +153,7 @@ impl Session<'_> {
         }
     }
 
-    /// What the client may know of the device's flags.
+    /// The device's flags, as far as the client may know them.
     fn flags(&self) -> Result<MigrationFlags, Errno> {
         let flags = self.backend.migration_flags()?;
         Ok(MigrationFlags { p2p: flags.p2p && self.terms.extension.p2p, ..flags })

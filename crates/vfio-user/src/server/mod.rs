@@ -22,7 +22,7 @@ pub use self::dma::DmaChannel;
 use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, DEFAULT_MAX_DMA_MAPS, DEFAULT_PGSIZES, MAX_MSG_FDS};
 use crate::error::ServerError;
 
-/// How a [`Server`] behaves.
+/// Options of a [`Server`].
 #[derive(Clone, Copy, Debug)]
 pub struct ServerOptions {
     /// How long a message may take from its first byte to its last, in either direction, and the client's answer to a DMA

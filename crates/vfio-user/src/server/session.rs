@@ -21,7 +21,7 @@ const VERSION: (u16, u16) = (0, 2);
 /// Payload that a command may have beside its data: its head, or a table of ranges.
 const MAX_HEAD: usize = 64 + MAX_LOGGING_RANGES * 16;
 
-/// What a command is answered with: its payload and descriptors.
+/// Answer to a command: its payload and descriptors.
 #[derive(Debug, Default)]
 pub(super) struct Reply {
     pub(super) body: Vec<u8>,
@@ -34,7 +34,7 @@ impl From<Vec<u8>> for Reply {
     }
 }
 
-/// What is in force between the two ends.
+/// The terms in force between the two ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
     /// Most data in one message to this server.

@@ -14,7 +14,7 @@ pub const REPORT: u64 = 0x6000;
 pub const GDT: u64 = 0x7000;
 /// End of the stack, which grows down from here.
 pub const STACK_END: u64 = 0x1_0000;
-/// Where the program is loaded and entered.
+/// Address at which the program is loaded and entered.
 pub const PROGRAM: u64 = 0x1_0000;
 /// Most bytes of the program.
 pub const PROGRAM_LIMIT: u64 = 0x1_0000;
@@ -54,7 +54,7 @@ pub const STAMPS: u64 = 0xA0_0000;
 pub struct Areas {
     /// First address of the lower area.
     pub low_start: u64,
-    /// Its pages, at least one.
+    /// Pages of the area below the hole, at least one.
     pub low_pages: u64,
     /// First address of the upper area, 0 if there is none.
     pub high_start: u64,

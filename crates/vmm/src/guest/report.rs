@@ -19,7 +19,7 @@ const REPORT_WORDS: usize = 26;
 /// The longest block that the program takes: a slot is a page.
 const BLOCK_MAX: u64 = 4096;
 
-/// What the VMM tells the program at boot.
+/// Boot parameters that the VMM gives the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootInfo {
     /// Pages that the writer numbers per second.
@@ -87,7 +87,7 @@ impl BootInfo {
     }
 }
 
-/// Where the program stands.
+/// Stage of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stage {
@@ -95,9 +95,9 @@ pub enum Stage {
     Off,
     /// The program boots and looks for its devices.
     Booting,
-    /// Its driver is ready.
+    /// The program's driver is ready.
     DriverReady,
-    /// It works and checks.
+    /// The program works and checks.
     Running,
     /// The program gave up.
     Failed,
@@ -105,7 +105,7 @@ pub enum Stage {
     Unknown(u64),
 }
 
-/// What the program says of itself. All counts are since its boot, moves included.
+/// The program's report of itself. All counts are since its boot, moves included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Report {
     /// Stage of the program.
@@ -138,7 +138,7 @@ pub struct Report {
     pub longest_gap_ns: u64,
     /// The host's clock at the last look, in nanoseconds.
     pub last_clock_ns: u64,
-    /// Why it gave up: see the assembler source.
+    /// Failure code with which the program gave up: see the assembler source.
     pub failure_code: u64,
     /// Detail of the failure: its meaning depends on the code.
     pub failure_detail: u64,

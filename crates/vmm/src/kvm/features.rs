@@ -62,7 +62,7 @@ pub fn cpu_features(kvm: &Kvm) -> Result<Vec<String>, VmmError> {
     Ok(words.into_iter().collect())
 }
 
-/// What a guest could get on this host.
+/// CPU features that a guest could get on this host.
 ///
 /// # Errors
 /// There is no KVM here, or it does not tell.
@@ -70,7 +70,7 @@ pub fn offered_features() -> Result<Vec<String>, VmmError> {
     cpu_features(&Kvm::new().map_err(VmmError::kvm("open"))?)
 }
 
-/// What of `given` a host lacks that supports `supported`.
+/// Features of `given` that a host lacks which supports `supported`.
 pub(super) fn missing(given: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Vec<String> {
     words(given).difference(&words(supported)).cloned().collect()
 }

@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::error::{StopReason, VmmError};
 
-/// What a vCPU thread is to do next.
+/// The next step of a vCPU thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     Run,
@@ -53,7 +53,7 @@ impl Gate {
         state.order
     }
 
-    /// What is to be done now.
+    /// The order in force.
     pub(super) fn order(&self) -> Order {
         self.lock().order
     }

@@ -27,7 +27,7 @@ struct Slot {
     gpa: Gpa,
     host: u64,
     len: u64,
-    /// Where it lies in RAM; `None` for what is not RAM.
+    /// Offset in RAM; `None` for a slot that is not RAM.
     ram: Option<RamOffset>,
     flags: u32,
 }

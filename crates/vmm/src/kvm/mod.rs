@@ -232,7 +232,7 @@ impl KvmVm {
         self.gate.is_paused()
     }
 
-    /// Why the machine stopped by itself, if it did.
+    /// The reason for which the machine stopped by itself, if it did.
     pub fn stop_reason(&self) -> Option<StopReason> {
         self.gate.stop_reason()
     }

@@ -86,7 +86,7 @@ impl ReferenceMachine {
     }
 }
 
-/// What depends on the accelerator.
+/// The parts that depend on the accelerator.
 struct Parts {
     processor: Box<dyn Processor>,
     irq: Arc<dyn Irqfds>,

@@ -15,13 +15,13 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// What runs the guest.
+    /// The processor that runs the guest.
     pub accelerator: Accelerator,
     /// Devices, in the order of their slots.
     pub devices: Vec<DeviceConfig>,
 }
 
-/// What runs the guest.
+/// The processor that runs the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
     /// vCPUs of KVM.
@@ -35,11 +35,11 @@ pub enum Accelerator {
 pub struct DeviceConfig {
     /// Name, equal on both sides of a migration.
     pub id: DeviceId,
-    /// Where it is found; that may differ between the sides.
+    /// Place of the device on this host; it may differ between the sides.
     pub path: DevicePath,
 }
 
-/// Where a device is found.
+/// Place of a device on a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DevicePath {
@@ -106,7 +106,7 @@ impl DeviceConfig {
     }
 }
 
-/// What the guest program does.
+/// Workload of the guest program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workload {
     /// Bytes of RAM that it dirties each second.

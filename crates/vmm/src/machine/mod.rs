@@ -31,7 +31,7 @@ use crate::platform::PlatformBus;
 use open::DeviceLink;
 use processor::Processor;
 
-/// What kind of machine this is, in its manifest.
+/// Kind of the machine in its manifest.
 const MACHINE: &str = "vfio-migrate/q1";
 
 /// A machine of the reference VMM.
@@ -41,7 +41,7 @@ const MACHINE: &str = "vfio-migrate/q1";
 /// may be somebody else's.
 pub struct ReferenceMachine {
     config: MachineConfig,
-    /// Whose guest it is: that of the configuration, until another was [adopted](Self::adopt).
+    /// Identity of the guest: that of the configuration, until another was [adopted](Self::adopt).
     id: Mutex<VmId>,
     ram: Arc<GuestRam>,
     processor: Box<dyn Processor>,
@@ -57,7 +57,7 @@ struct Attached {
     device: Arc<dyn Device>,
     function: Arc<VfioPciFunction>,
     link: DeviceLink,
-    /// Its VFIO file, which the processor was told of.
+    /// VFIO file of the device, which the processor was told of.
     vfio_file: Option<OwnedFd>,
 }
 
@@ -70,7 +70,7 @@ struct Run {
 }
 
 impl ReferenceMachine {
-    /// What it was built from. Its identity may have changed since: see [`id`](Self::id).
+    /// Configuration that the machine was built from. Its identity may have changed since: see [`id`](Self::id).
     pub fn config(&self) -> &MachineConfig {
         &self.config
     }
@@ -95,7 +95,7 @@ impl ReferenceMachine {
         self.run().running
     }
 
-    /// Why the guest stopped by itself, if it did.
+    /// The reason for which the guest stopped by itself, if it did.
     pub fn failure(&self) -> Option<String> {
         self.processor.failure().or_else(|| {
             self.platform.failure().map(|code| format!("the guest program gave up with code {code:#x}"))
@@ -118,7 +118,7 @@ impl ReferenceMachine {
         lost.map(|attached| attached.device.id().clone()).collect()
     }
 
-    /// What the guest says of itself.
+    /// The guest program's report.
     ///
     /// # Errors
     /// The RAM cannot be read.

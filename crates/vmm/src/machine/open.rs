@@ -20,7 +20,7 @@ pub(super) struct OpenedDevice {
     pub(super) link: DeviceLink,
     /// The VFIO file that KVM is to know, of a device that has one.
     pub(super) vfio_file: Option<OwnedFd>,
-    /// It may have no reset at all: what its driver says is that it has none.
+    /// The driver says that the device has no reset.
     no_reset: bool,
 }
 
@@ -45,11 +45,11 @@ impl OpenedDevice {
     }
 }
 
-/// What stands between this process and a device.
+/// The connection between this process and a device.
 pub(super) struct DeviceLink(Box<dyn Fn() -> bool + Send + Sync>);
 
 impl DeviceLink {
-    /// Whether whoever serves the device is gone.
+    /// Whether the device's server or driver is gone.
     pub(super) fn is_lost(&self) -> bool {
         (self.0)()
     }

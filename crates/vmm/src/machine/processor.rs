@@ -27,7 +27,7 @@ pub fn kvm_answers() -> Result<(), VmmError> {
     KvmVm::open().map(|_| ())
 }
 
-/// What runs the guest.
+/// The processor that runs the guest.
 pub(super) trait Processor: fmt::Debug + Send + Sync {
     /// `"kvm"` or `"software"`.
     fn name(&self) -> &'static str;
@@ -64,7 +64,7 @@ pub(super) trait Processor: fmt::Debug + Send + Sync {
     /// The device of that file goes.
     fn remove_vfio_file(&self, file: BorrowedFd<'_>) -> Result<(), VmmError>;
 
-    /// Why it stopped by itself.
+    /// The reason for which the guest stopped by itself.
     fn failure(&self) -> Option<String>;
 }
 

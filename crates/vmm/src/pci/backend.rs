@@ -80,7 +80,7 @@ pub trait Irqfds: fmt::Debug + Send + Sync {
     fn detach_level(&self, gsi: u32, event: &Arc<Eventfd>, resample: &Arc<Eventfd>) -> io::Result<()>;
 }
 
-/// Where interrupts go: the whole table of message-signalled routes, replaced at once (KVM: `KVM_SET_GSI_ROUTING`).
+/// The machine's whole table of message-signalled routes, replaced at once (KVM: `KVM_SET_GSI_ROUTING`).
 pub trait MsiRouteTable: fmt::Debug + Send + Sync {
     /// Makes `routes` all the routes of message-signalled interrupts there are. Pins keep theirs.
     fn replace(&self, routes: &BTreeMap<u32, MsiMessage>) -> io::Result<()>;

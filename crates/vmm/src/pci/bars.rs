@@ -30,7 +30,7 @@ pub struct BarWindows {
 }
 
 impl Default for BarWindows {
-    /// Those of the machine's [`layout`].
+    /// The windows of the machine's [`layout`].
     fn default() -> Self {
         let window = |start, len| Range::new(Gpa(start), len);
         match (
@@ -61,7 +61,7 @@ pub(super) struct Bar {
     pub(super) index: u8,
     /// Bytes that are decoded: a power of two.
     pub(super) size: u64,
-    /// It lies in ports, not in memory.
+    /// An I/O BAR: in ports, not in memory.
     pub(super) io: bool,
     pub(super) wide: bool,
     pub(super) prefetchable: bool,
@@ -107,7 +107,7 @@ impl Bar {
         }
     }
 
-    /// What its register says, decoded or not.
+    /// The address in the BAR's register, decoded or not.
     pub(super) fn address(&self, config: &ConfigSpace) -> u64 {
         let low = u64::from(config.u32(register(self.index)) & if self.io { !0x3 } else { !0xf });
         let high = if self.wide { u64::from(config.u32(register(self.index + 1))) << 32 } else { 0 };
@@ -133,7 +133,7 @@ fn low_half(value: u64) -> u32 {
     value as u32
 }
 
-/// Which BAR an address belongs to.
+/// The BAR that an address belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hit {
     pub(super) slot: u8,

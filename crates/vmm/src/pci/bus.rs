@@ -27,7 +27,7 @@ pub struct PlaceError {
     pub slot: u8,
     /// BAR number.
     pub bar: u8,
-    /// Its size in bytes.
+    /// Size of the BAR in bytes.
     pub size: u64,
 }
 
@@ -48,7 +48,7 @@ impl PciBus {
         Self { host, address: AtomicU32::new(0), functions: RwLock::default() }
     }
 
-    /// What its functions share.
+    /// The way to the guest that all functions share.
     pub fn host(&self) -> &Arc<PciHost> {
         &self.host
     }
@@ -141,7 +141,7 @@ impl PciBus {
         Some((self.function(hit.slot)?, hit))
     }
 
-    /// What the data window of mechanism 1 stands for: device, function, register.
+    /// Device, function and register behind the data window of mechanism 1.
     fn selected(&self, port: u16) -> Option<(u8, u8, u16)> {
         let address = self.config_address();
         let bus = address >> 16 & 0xff;
@@ -150,7 +150,7 @@ impl PciBus {
         (address & CONFIG_ENABLE != 0 && bus == 0).then_some((middle >> 3, middle & 7, register))
     }
 
-    /// What an address in the memory-mapped config space stands for.
+    /// Device, function and register behind an address in the memory-mapped config space.
     fn ecam(gpa: Gpa, len: usize) -> Option<(u8, u8, u16)> {
         let offset = gpa.0.checked_sub(layout::ECAM_BASE)?;
         offset.checked_add(u64::try_from(len).ok()?).filter(|end| *end <= layout::ECAM_LEN)?;

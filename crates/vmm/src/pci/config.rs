@@ -20,7 +20,7 @@ pub(super) struct ConfigCapability {
     pub(super) offset: u16,
 }
 
-/// Where a function's MSI-X table and pending bits are.
+/// Place of a function's MSI-X table and pending bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MsixLayout {
     pub(super) capability: u16,
@@ -36,7 +36,7 @@ pub(super) struct ConfigSpace {
     writable: Vec<u8>,
     /// Bytes that are the device's: read and written there.
     through: Vec<bool>,
-    /// How many bytes the device has.
+    /// Number of bytes that the device has.
     device_len: usize,
 }
 
@@ -197,7 +197,7 @@ impl ConfigSpace {
         out
     }
 
-    /// Where MSI-X is, when the function has it and its structures lie in memory BARs.
+    /// Place of MSI-X, when the function has it and its structures lie in memory BARs.
     pub(super) fn msix(&self) -> Option<MsixLayout> {
         let capability = self.capabilities().into_iter().find(|cap| cap.id == CAP_MSIX)?.offset;
         if capability + MSIX_CAP_LEN > EXTENDED {
@@ -213,7 +213,7 @@ impl ConfigSpace {
     }
 }
 
-/// Where a function's MSI registers are, and what the guest wrote to them.
+/// Place of a function's MSI registers, and what the guest wrote to them.
 ///
 /// The whole capability is emulated: its messages are those of the guest's interrupt controller, which the device must
 /// never see. (PCI Local Bus 3.0, 6.8.1.)

@@ -22,7 +22,7 @@ const ADVANCED_ASK_FLR: u8 = 1 << 0;
 pub(super) struct ResetRegisters(Vec<(u16, u8)>);
 
 impl ResetRegisters {
-    /// Those of a function that says it can.
+    /// The registers of a function that says it can be reset.
     pub(super) fn find(config: &ConfigSpace) -> Self {
         let asked = |cap: super::config::ConfigCapability| {
             let has = |offset: u16, bit: u32| config.u32(cap.offset + offset) & bit != 0;

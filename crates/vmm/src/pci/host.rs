@@ -8,7 +8,7 @@ use super::bars::{AddressMap, BarWindows};
 use super::peers::Peers;
 use super::router::MsiRouter;
 
-/// What all functions of a machine share: the way to the guest.
+/// The way to the guest, which all functions of a machine share.
 #[derive(Debug)]
 pub struct PciHost {
     pub(super) irq: Arc<dyn Irqfds>,

@@ -23,7 +23,7 @@ pub(super) struct FunctionInterrupts {
 }
 
 impl FunctionInterrupts {
-    /// Those that the device has, as after a reset. `msix` is where MSI-X is, if it makes sense.
+    /// The interrupts that the device has, as after a reset. `msix` is where MSI-X is, if it makes sense.
     pub(super) fn new(
         slot: u8,
         hardware: &Arc<dyn PciHardware>,
@@ -99,14 +99,14 @@ impl FunctionInterrupts {
         result
     }
 
-    /// Where MSI's pending bits are, and what they say.
+    /// Register and value of MSI's pending bits.
     pub(super) fn msi_pending(&mut self) -> Result<Option<(u16, u32)>, PciFailure> {
         let Some((layout, vectors)) = &mut self.msi else { return Ok(None) };
         let Some(register) = layout.pending() else { return Ok(None) };
         Ok(Some((register, vectors.pending_bits(0)?)))
     }
 
-    /// What is to be saved of them: MSI-X vectors, pending MSI vectors, whether the pin is raised. Nothing changes.
+    /// The state to save: MSI-X vectors, pending MSI vectors, whether the pin is raised. Nothing changes.
     pub(super) fn save(
         &mut self,
         irq_path: IrqPath<'_>,
@@ -122,7 +122,7 @@ impl FunctionInterrupts {
         Ok((table, pending, pin))
     }
 
-    /// Why `saved` cannot be that of these interrupts.
+    /// The reason for which `saved` cannot be the state of these interrupts.
     pub(super) fn misfit(&self, saved: &PciState) -> Option<String> {
         let own = self.msix.count();
         if !saved.msix && !saved.vectors.is_empty() {

@@ -18,7 +18,7 @@ use vfio_migration_device::{IrqIndex, PciHardware};
 use super::vectors::{PciFailure, failure};
 use super::{Eventfd, Irqfds};
 
-/// How the guest has the pin.
+/// State in which the guest wants the pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
     /// Nothing is enabled, or message-signalled interrupts are in its place.

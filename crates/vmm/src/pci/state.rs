@@ -11,18 +11,18 @@ use super::bars::BARS;
 use super::config::ConfigSpace;
 use super::interrupts::FunctionInterrupts;
 
-/// What the guest can change of a function.
+/// The parts of a function that the guest can change.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) config: ConfigSpace,
     pub(super) interrupts: FunctionInterrupts,
-    /// What can be mapped of each BAR, mapped into this process once.
+    /// The mappable pieces of each BAR, mapped into this process once.
     pub(super) memory: [Vec<MappedPiece>; BARS],
     pub(super) doorbells: [Vec<(u64, BarDoorbell)>; BARS],
     pub(super) placed: [Option<Placed>; BARS],
 }
 
-/// What was done to put a BAR before the guest, to be undone.
+/// A BAR that is before the guest, with all that is to be undone.
 #[derive(Debug)]
 pub(super) struct Placed {
     pub(super) range: Range<u64>,

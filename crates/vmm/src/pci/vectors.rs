@@ -17,7 +17,7 @@ use super::{Eventfd, Irqfds};
 pub(super) const ENTRY: u64 = 16;
 const CONTROL_MASKED: u32 = 1;
 
-/// What failed, for whoever knows the device.
+/// A step that failed and its error, for whoever knows the device.
 pub(super) type PciFailure = (String, Box<dyn std::error::Error + Send + Sync>);
 
 /// The way from a vector to the guest.
@@ -36,11 +36,11 @@ struct Vector {
     pending: bool,
     gsi: u32,
     event: Arc<Eventfd>,
-    /// Its eventfd is attached to the interrupt controller.
+    /// The vector's eventfd is attached to the interrupt controller.
     attached: bool,
 }
 
-/// What the guest says of one vector.
+/// The guest's settings of one vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct VectorTarget {
     pub(super) message: MsiMessage,
@@ -52,7 +52,7 @@ pub(super) struct VectorTarget {
 pub(super) struct Vectors {
     kind: IrqIndex,
     vectors: Vec<Vector>,
-    /// How many of them the guest uses, from the first: MSI-X always all, MSI what its control register says.
+    /// Number of vectors that the guest uses, from the first: MSI-X always all, MSI what its control register says.
     in_use: usize,
     enabled: bool,
     all_masked: bool,
@@ -77,7 +77,7 @@ impl Vectors {
         Ok(Self { kind, vectors, in_use: count.into(), enabled: false, all_masked: false, connected: false })
     }
 
-    /// How many there are.
+    /// Number of vectors.
     pub(super) fn count(&self) -> usize {
         self.vectors.len()
     }

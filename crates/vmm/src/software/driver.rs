@@ -30,7 +30,7 @@ const REG_DONE: u64 = 0x28;
 const REG_ACK: u64 = 0x30;
 const DOORBELL: u64 = 0x1000;
 
-/// Which slot is compared next.
+/// Variable: the slot that is compared next.
 const SLOT: u64 = DATA + 0x800;
 /// Variables of the devices.
 const VARIABLES: u64 = DATA + 0x1000;
@@ -43,7 +43,7 @@ struct Device<'a> {
     index: u64,
 }
 
-/// One of its two flows.
+/// One of the two flows of a device.
 #[derive(Clone, Copy, Debug)]
 struct Flow<'a> {
     device: Device<'a>,
@@ -376,7 +376,7 @@ impl Flow<'_> {
     }
 }
 
-/// What is to be said of a block.
+/// Result of comparing a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Right,

@@ -164,7 +164,7 @@ impl SoftwareVm {
         }
     }
 
-    /// Its state besides RAM. It is paused.
+    /// The guest's state besides RAM, while it is paused.
     ///
     /// # Errors
     /// It is not paused.

@@ -2,7 +2,7 @@
 
 use crate::guest::map::Areas;
 
-/// What the boot page says.
+/// The orders in the boot page.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BootOrders {
     pub(super) pages_per_second: u64,

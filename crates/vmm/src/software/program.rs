@@ -27,7 +27,7 @@ const SECOND: u64 = 1_000_000_000;
 /// In the table of stamps: the page was found wrong, and has not been written since.
 const KNOWN_LOST: u64 = 1 << 63;
 
-/// Where in the program the guest stands. The numbers are saved.
+/// Place in the program where the guest is. The numbers are saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pc {
     Off,
