@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_migration::{Completed, MigrateError, Rehearsal, Rehearse, Source};
+use vfio_migration::{Completed, MigrateError, Progress, Rehearsal, Rehearse, Source};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_source;
@@ -34,17 +34,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     let faulty = inject_at_source(vm.options.sabotage, machine.clone()).map_err(Refused::generic)?;
     let source = Source::new(faulty, options);
     begin(vm, machine, source, "migration", move |vm, machine, source| {
-        let mut last = (0, false);
-        let result = source.migrate_to(&target, |progress| {
-            let info = info::outgoing(progress);
-            if progress.iteration != last.0 {
-                vm.publisher.publish(&ControlEvent::of_pass(&info));
-            }
-            if progress.waiting != last.1 {
-                vm.publisher.publish(&ControlEvent::of_migration(&info));
-            }
-            last = (progress.iteration, progress.waiting);
-        });
+        let result = source.migrate_to(&target, publish_changes(vm));
         finish(vm, machine, result);
     })
 }
@@ -64,7 +54,7 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     let source = Source::new(machine.clone(), options);
     begin(vm, machine, source, "rehearsal", move |vm, machine, source| {
         drop(machine);
-        finish_rehearsal(vm, source.rehearse_to(&target, how, |_| {}));
+        finish_rehearsal(vm, source.rehearse_to(&target, how, publish_changes(vm)));
     })
 }
 
@@ -90,6 +80,21 @@ pub(super) fn begin(
         })
     });
     begun.map_err(|error| error.refused("the guest is no longer here"))
+}
+
+/// The observer of an outgoing session: publishes each iteration, and the beginning and end of a wait before the switchover.
+pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
+    let mut last = (0, false);
+    move |progress| {
+        let info = info::outgoing(progress);
+        if progress.iteration != last.0 {
+            vm.publisher.publish(&ControlEvent::of_pass(&info));
+        }
+        if progress.waiting != last.1 {
+            vm.publisher.publish(&ControlEvent::of_migration(&info));
+        }
+        last = (progress.iteration, progress.waiting);
+    }
 }
 
 /// Ends a session that was to send the guest away.

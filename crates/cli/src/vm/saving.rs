@@ -33,7 +33,7 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
     options.epoch = epoch;
     let source = Source::new(machine.clone(), options);
     outgoing::begin(vm, machine, source, "migration", move |vm, machine, source| {
-        finish(vm, machine, save(source, &path, how, |_| {}));
+        finish(vm, machine, save(source, &path, how, outgoing::publish_changes(vm)));
     })
 }
 

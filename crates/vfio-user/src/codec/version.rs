@@ -95,7 +95,7 @@ pub struct VersionPayload {
     /// At most what the client proposed, in the reply.
     pub minor: u16,
     /// Capabilities that the sender announces.
-    pub capabilities: Capabilities,
+    pub capabilities: VersionCapabilities,
 }
 
 impl VersionPayload {
