@@ -84,44 +84,44 @@ pub(crate) struct ArcReport {
 }
 
 /// `save --device`.
-pub(crate) fn save(options: &SaveCommand, device: &str, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
+pub(crate) fn save(command: &SaveCommand, device: &str, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let config = parse(device, None)?;
     let mut how = SaveDeviceOptions::default();
-    (how.force, how.stop_copy_only) = (options.options.force, options.stop_copy_only);
+    (how.force, how.stop_copy_only) = (command.options.force, command.stop_copy_only);
     let doing = format!("cannot save {device}");
-    let report = watch(interrupt, !options.json, "saved", |control| {
+    let report = watch(interrupt, !command.json, "saved", |control| {
         let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
         interrupt.check()?;
-        let report = save_device(&device, &options.output, how, control);
+        let report = save_device(&device, &command.output, how, control);
         Ok(report.map_err(|error| failed(&doing, &error))?.into())
     })?;
-    print_report(&report, options.json, "saved into")
+    print_report(&report, command.json, "saved into")
 }
 
 /// `restore`.
-pub(crate) fn restore(options: &RestoreCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
+pub(crate) fn restore(command: &RestoreCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     // A usage error comes before any file is read.
-    parse(&options.device, None)?;
-    let doing = format!("cannot restore {} into {}", options.file.display(), options.device);
-    let report = watch(interrupt, !options.json, "loaded", |control| {
-        let snapshot = Snapshot::open(&options.file).map_err(|error| CliError::caused(&doing, &error))?;
-        let config = fitting(&snapshot, options)?;
+    parse(&command.device, None)?;
+    let doing = format!("cannot restore {} into {}", command.file.display(), command.device);
+    let report = watch(interrupt, !command.json, "loaded", |control| {
+        let snapshot = Snapshot::open(&command.file).map_err(|error| CliError::caused(&doing, &error))?;
+        let config = fitting(&snapshot, command)?;
         interrupt.check()?;
         let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
         interrupt.check()?;
-        match &options.save_again {
+        match &command.save_again {
             None => {
-                let report = restore_device(snapshot, &device, stopped(options.leave_stopped), control);
+                let report = restore_device(snapshot, &device, stopped(command.leave_stopped), control);
                 Ok(report.map_err(|error| failed(&doing, &error))?.into())
             }
             Some(again) => {
                 let report = restore_device(snapshot, &device, stopped(true), control);
                 let report = report.map_err(|error| failed(&doing, &error))?;
-                save_again(&device, report, again, options.leave_stopped, control)
+                save_again(&device, report, again, command.leave_stopped, control)
             }
         }
     })?;
-    print_report(&report, options.json, "restored from")
+    print_report(&report, command.json, "restored from")
 }
 
 fn stopped(leave_stopped: bool) -> RestoreDeviceOptions {
@@ -157,15 +157,15 @@ fn save_again(
 }
 
 /// The device, by the name that the file gives it.
-fn fitting(snapshot: &Snapshot, options: &RestoreCommand) -> Result<DeviceConfig, CliError> {
-    let file = options.file.display();
+fn fitting(snapshot: &Snapshot, command: &RestoreCommand) -> Result<DeviceConfig, CliError> {
+    let file = command.file.display();
     let unfit = |text: String| CliError::new(Exit::Incompatible, text);
     let Some(device) = snapshot.device() else {
         return Err(unfit(format!(
             "{file} holds the guest of a whole VM: `vfio-migrate vm --restore {file} …` brings it back"
         )));
     };
-    let config = parse(&options.device, Some(&device.id))?;
+    let config = parse(&command.device, Some(&device.id))?;
     if config.id != device.id {
         return Err(unfit(format!(
             "the device in {file} is called {}, not {}; without ,id= it takes the name from the file",

@@ -39,20 +39,20 @@ pub(crate) struct Acknowledged {
 }
 
 /// `migrate`: asks a running `vm` to move its guest, and waits for the end.
-pub(crate) fn migrate(options: &MigrateCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
+pub(crate) fn migrate(command: &MigrateCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     // A word that is no address is a usage error, whether or not the `vm` can be reached.
-    uri(&options.uri)?;
+    uri(&command.uri)?;
     let arguments = MigrateArguments {
-        uri: options.uri.clone(),
-        options: options.options.clone(),
-        switchover: options.switchover.clone(),
+        uri: command.uri.clone(),
+        options: command.options.clone(),
+        switchover: command.switchover.clone(),
     };
-    let mut client = options.target.connect()?;
+    let mut client = command.target.connect()?;
     client.call(ControlVerb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on =
-        |state| !options.detach && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
-    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
-    if options.target.json {
+        |state| !command.detach && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
+    let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Cancel)?;
+    if command.target.json {
         print_json(&report)?;
     } else {
         print(text(&report))?;
@@ -66,21 +66,21 @@ pub(crate) fn migrate(options: &MigrateCommand, interrupt: &UserInterrupt) -> Re
 }
 
 /// `rehearse`: everything up to the switchover for real, and undone.
-pub(crate) fn rehearse(options: &RehearseCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
-    uri(&options.to)?;
-    device_map(&options.options.device_map)?;
+pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
+    uri(&command.to)?;
+    device_map(&command.options.device_map)?;
     let arguments =
-        RehearseArguments { uri: options.to.clone(), options: options.options.clone(), pause: options.pause };
-    let mut client = options.target.connect()?;
+        RehearseArguments { uri: command.to.clone(), options: command.options.clone(), pause: command.pause };
+    let mut client = command.target.connect()?;
     client.call(ControlVerb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on = |state| state == MigrationStatus::Active;
-    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Cancel)?;
+    let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Cancel)?;
     let Some(found) = report.migration.rehearsal else {
         let why = report.migration.error.unwrap_or_else(|| "it did not say why".into());
         return Err(CliError::failed(format!("the rehearsal failed: {why}")));
     };
     let verdict = found.verdict;
-    if options.target.json {
+    if command.target.json {
         print_json(&RehearseReport { found })?;
     } else {
         print(rehearsal_text(&found))?;
@@ -91,23 +91,23 @@ pub(crate) fn rehearse(options: &RehearseCommand, interrupt: &UserInterrupt) -> 
 
 /// `save --control`: asks a running `vm` to write its guest into a file, and waits for the end.
 pub(crate) fn save(
-    options: &SaveCommand,
+    command: &SaveCommand,
     control: &Path,
     interrupt: &UserInterrupt,
 ) -> Result<Exit, CliError> {
-    let target = VmTarget { control: control.to_owned(), json: options.json };
+    let target = VmTarget { control: control.to_owned(), json: command.json };
     // The `vm` may have another working directory.
-    let path = std::path::absolute(&options.output)
-        .map_err(|error| CliError::caused(&format!("{}", options.output.display()), &error))?;
+    let path = std::path::absolute(&command.output)
+        .map_err(|error| CliError::caused(&format!("{}", command.output.display()), &error))?;
     let path = path
         .to_str()
         .ok_or_else(|| CliError::new(Exit::Usage, format!("{} is not UTF-8", path.display())))?;
-    let arguments = SaveArguments { path: path.into(), options: options.options.clone() };
+    let arguments = SaveArguments { path: path.into(), options: command.options.clone() };
     let mut client = target.connect()?;
     client.call(ControlVerb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
     let goes_on = |state| state == MigrationStatus::Active;
-    let report = follow(&mut client, goes_on, options.json, interrupt, OnInterrupt::Cancel)?;
-    if options.json {
+    let report = follow(&mut client, goes_on, command.json, interrupt, OnInterrupt::Cancel)?;
+    if command.json {
         print_json(&report)?;
     } else {
         print(text(&report))?;
@@ -120,12 +120,12 @@ pub(crate) fn save(
 }
 
 /// `status`: shows a `vm` and its migration.
-pub(crate) fn status(options: &StatusCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
-    let mut client = options.target.connect()?;
+pub(crate) fn status(command: &StatusCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
+    let mut client = command.target.connect()?;
     let goes_on =
-        |state| options.watch && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
-    let report = follow(&mut client, goes_on, options.target.json, interrupt, OnInterrupt::Leave)?;
-    if options.target.json {
+        |state| command.watch && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
+    let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Leave)?;
+    if command.target.json {
         print_json(&report)?;
     } else {
         print(text(&report))?;
@@ -144,12 +144,12 @@ pub(crate) fn continue_migration(target: &VmTarget) -> Result<Exit, CliError> {
 }
 
 /// `set`: other limits for the migration under way.
-pub(crate) fn set(options: &SetCommand) -> Result<Exit, CliError> {
+pub(crate) fn set(command: &SetCommand) -> Result<Exit, CliError> {
     let arguments = ParameterArguments {
-        downtime_limit: options.downtime_limit.map(milliseconds),
-        max_bandwidth: options.bandwidth,
+        downtime_limit: command.downtime_limit.map(milliseconds),
+        max_bandwidth: command.bandwidth,
     };
-    request(&options.target, ControlVerb::MigrateSetParameters, json!(arguments), "set")
+    request(&command.target, ControlVerb::MigrateSetParameters, json!(arguments), "set")
 }
 
 /// `stop`: the guest is paused.
@@ -168,10 +168,10 @@ pub(crate) fn quit(target: &VmTarget) -> Result<Exit, CliError> {
 }
 
 /// `incoming`: a `vm` whose guest has left waits for one again.
-pub(crate) fn incoming(options: &IncomingCommand) -> Result<Exit, CliError> {
-    uri(&options.uri)?;
-    let arguments = IncomingArguments { uri: options.uri.clone() };
-    request(&options.target, ControlVerb::MigrateIncoming, json!(arguments), "it waits for a guest")
+pub(crate) fn incoming(command: &IncomingCommand) -> Result<Exit, CliError> {
+    uri(&command.uri)?;
+    let arguments = IncomingArguments { uri: command.uri.clone() };
+    request(&command.target, ControlVerb::MigrateIncoming, json!(arguments), "it waits for a guest")
 }
 
 fn request(target: &VmTarget, verb: ControlVerb, arguments: Value, done: &str) -> Result<Exit, CliError> {

@@ -14,7 +14,7 @@ use vfio_migration_types::VmId;
 
 /// The lock of the VM whose guest is here.
 #[derive(Debug, Default)]
-pub(crate) struct Presence(Mutex<Option<File>>);
+pub(super) struct Presence(Mutex<Option<File>>);
 
 impl Presence {
     /// Takes the lock to start a guest: alone for a moment, so that nobody else has it.

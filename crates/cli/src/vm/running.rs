@@ -26,7 +26,7 @@ use crate::units::format_size;
 use crate::words::{check_memory, config_rule, policy, uri};
 
 /// A `vm` process: its configuration, and the guest and migration that it has just now.
-pub(crate) struct RunningVm {
+pub(super) struct RunningVm {
     pub(super) config: MachineConfig,
     pub(super) workload: Workload,
     pub(super) options: VmCommand,

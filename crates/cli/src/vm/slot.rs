@@ -65,7 +65,7 @@ pub(super) enum Steering {
 
 /// The guest and its migration, under one lock, so that the two never contradict each other.
 #[derive(Debug, Default)]
-pub(crate) struct VmState(Mutex<State>);
+pub(super) struct VmState(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
