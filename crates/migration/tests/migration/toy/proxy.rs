@@ -1,13 +1,19 @@
-//! A wire that can be cut: forwards TCP connections, and breaks them where it is told to.
+//! A wire with somebody on it: what is sent passes, and is cut, held up or altered where that is wanted. Whoever alters
+//! something knows how frames are made: their checksums are right.
 
+use std::error::Error;
+use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{Shutdown, shutdown};
 use vfio_migration::Uri;
-use vfio_migration_wire::{FrameHeader, HEADER_LEN, PREAMBLE};
+use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, Message, PREAMBLE, encode_bulk};
 
 /// Where the first connection is cut. Later ones pass whole.
 #[derive(Clone, Copy, Debug)]
@@ -49,17 +55,17 @@ pub fn start(to: &Uri, cut: Cut) -> Proxy {
             }
             let Ok(destination) = TcpStream::connect((host.as_str(), port)) else { continue };
             let (up, down) = match cut {
-                Cut::Never => (Limit::None, Limit::None),
-                Cut::ToDestination(bytes) => (Limit::Bytes(bytes), Limit::None),
-                Cut::StallToDestination(bytes) => (Limit::Stall(bytes), Limit::None),
-                Cut::ToSource(bytes) => (Limit::None, Limit::Bytes(bytes)),
-                Cut::BeforeFrameToSource(number) => (Limit::None, Limit::Frame(number)),
+                Cut::Never => (Meddling::None, Meddling::None),
+                Cut::ToDestination(bytes) => (Meddling::CutAfter(bytes), Meddling::None),
+                Cut::StallToDestination(bytes) => (Meddling::StallAfter(bytes), Meddling::None),
+                Cut::ToSource(bytes) => (Meddling::None, Meddling::CutAfter(bytes)),
+                Cut::BeforeFrameToSource(number) => (Meddling::None, Meddling::CutBefore(number)),
             };
             cut = Cut::Never;
-            let other = (source.try_clone().unwrap(), destination.try_clone().unwrap());
+            let other = (source.try_clone().unwrap().into(), destination.try_clone().unwrap().into());
             let count = count.clone();
-            let upward = std::thread::spawn(move || forward(other.0, other.1, up, &count));
-            forward(destination, source, down, &AtomicU64::new(0));
+            let upward = std::thread::spawn(move || forward(other.0, other.1, up, &count).unwrap());
+            forward(destination.into(), source.into(), down, &AtomicU64::new(0)).unwrap();
             upward.join().unwrap();
         }
     });
@@ -75,37 +81,58 @@ impl Drop for Proxy {
     }
 }
 
-enum Limit {
+/// What is made of a piece of a device's state; with whether the guest was paused when it was sent.
+pub type Alter = fn(paused: bool, piece: &mut Vec<u8>);
+
+/// What becomes of one direction.
+#[derive(Clone, Copy)]
+pub enum Meddling {
     None,
-    Bytes(u64),
-    Stall(u64),
-    Frame(u16),
+    /// It is cut after so many bytes.
+    CutAfter(u64),
+    /// Nothing more is taken after so many bytes.
+    StallAfter(u64),
+    /// It is cut before the frame of this type.
+    CutBefore(u16),
+    /// Devices' state is altered.
+    Alter(Alter),
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, limit: Limit, count: &AtomicU64) {
-    let mut left = match &limit {
-        Limit::Bytes(bytes) | Limit::Stall(bytes) => *bytes,
-        _ => u64::MAX,
+/// Passes on what comes `from` one end, until either is gone, and counts the bytes.
+///
+/// # Errors
+/// What came is no frame.
+pub fn forward(
+    from: OwnedFd,
+    to: OwnedFd,
+    meddling: Meddling,
+    count: &AtomicU64,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let (from, to) = (File::from(from), File::from(to));
+    let cut = match meddling {
+        Meddling::CutBefore(_) | Meddling::Alter(_) => frames(&from, &to, meddling),
+        Meddling::None => Ok(bytes(&from, &to, u64::MAX, count)),
+        Meddling::CutAfter(most) | Meddling::StallAfter(most) => Ok(bytes(&from, &to, most, count)),
     };
-    if let Limit::Frame(number) = &limit {
-        let mut preamble = [0; PREAMBLE.len()];
-        let mut sequence = 0;
-        if from.read_exact(&mut preamble).is_ok() && to.write_all(&preamble).is_ok() {
-            let mut head = [0; HEADER_LEN];
-            while from.read_exact(&mut head).is_ok() {
-                let header = FrameHeader::parse(&head, sequence).unwrap();
-                sequence += 1;
-                let mut payload = vec![0; header.payload_len()];
-                if header.number() == *number || from.read_exact(&mut payload).is_err() {
-                    break;
-                }
-                if to.write_all(&head).is_err() || to.write_all(&payload).is_err() {
-                    break;
-                }
-            }
-        }
-        left = 0;
+    if matches!(meddling, Meddling::StallAfter(_)) {
+        // Until the source hangs up, which shows without reading what it sent.
+        let _ = poll(&mut [PollFd::from_borrowed_fd(from.as_fd(), PollFlags::RDHUP)], None);
     }
+    if matches!(cut, Ok(true)) {
+        // A cut cable, as both ends see it.
+        let _ = shutdown(&from, Shutdown::Both);
+        let _ = shutdown(&to, Shutdown::Both);
+    } else {
+        // Whoever reads may still read what was sent.
+        let _ = shutdown(&to, Shutdown::Write);
+        let _ = shutdown(&from, Shutdown::Read);
+    }
+    cut.map(drop)
+}
+
+/// Passes at most so many bytes on. Gives whether it was all of them.
+fn bytes(mut from: &File, mut to: &File, most: u64, count: &AtomicU64) -> bool {
+    let mut left = most;
     let mut buffer = vec![0; 64 << 10];
     while left > 0 {
         let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -116,17 +143,53 @@ fn forward(mut from: TcpStream, mut to: TcpStream, limit: Limit, count: &AtomicU
         left = left.saturating_sub(read as u64);
         count.fetch_add(read as u64, Ordering::Relaxed);
     }
-    if matches!(limit, Limit::Stall(_)) {
-        // Until the source hangs up, which shows without reading what it sent.
-        let fd = std::os::fd::AsFd::as_fd(&from);
-        let mut poll = [rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::RDHUP)];
-        let _ = rustix::event::poll(&mut poll, None);
+    left == 0
+}
+
+/// Passes frames on. Gives whether it ended at the one that it is to be cut before.
+fn frames(mut from: &File, mut to: &File, meddling: Meddling) -> Result<bool, Box<dyn Error + Send + Sync>> {
+    let mut preamble = [0; PREAMBLE.len()];
+    if from.read_exact(&mut preamble).is_err() || to.write_all(&preamble).is_err() {
+        return Ok(false);
     }
-    if left == 0 {
-        // A cut cable, as both ends see it.
-        let _ = from.shutdown(Shutdown::Both);
-        let _ = to.shutdown(Shutdown::Both);
-    } else {
-        let _ = to.shutdown(Shutdown::Write);
+    let mut paused = false;
+    for sequence in 0.. {
+        let mut head = [0; HEADER_LEN];
+        if from.read_exact(&mut head).is_err() {
+            break;
+        }
+        let header = FrameHeader::parse(&head, sequence)?;
+        if matches!(meddling, Meddling::CutBefore(number) if number == header.number()) {
+            return Ok(true);
+        }
+        let mut payload = vec![0; header.payload_len()];
+        // The source may leave in the middle of a frame when it has given up.
+        if from.read_exact(&mut payload).is_err() {
+            break;
+        }
+        let mut body = Vec::new();
+        let mut altered = None;
+        match (Frame::decode(&header, &payload)?, meddling) {
+            (Frame::Message(Message::Final(_)), _) => paused = true,
+            (
+                Frame::Bulk(Bulk::DeviceData { device, sequence: piece, offset, bytes }),
+                Meddling::Alter(alter),
+            ) => {
+                let mut bytes = bytes.to_vec();
+                alter(paused, &mut bytes);
+                let bulk = Bulk::DeviceData { device, sequence: piece, offset, bytes: &bytes };
+                altered = Some(encode_bulk(&bulk, sequence)?.parts().concat());
+            }
+            (Frame::Bulk(bulk), _) => body.resize(usize::try_from(bulk.body_len())?, 0),
+            _ => {}
+        }
+        if from.read_exact(&mut body).is_err() {
+            break;
+        }
+        let frame = altered.unwrap_or_else(|| [head.as_slice(), &payload, &body].concat());
+        if to.write_all(&frame).is_err() {
+            break;
+        }
     }
+    Ok(false)
 }
