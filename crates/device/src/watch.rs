@@ -95,8 +95,7 @@ impl WatchedDevice {
         &self,
         begin: impl FnOnce() -> Result<Box<dyn SavingSession>, TransitionError>,
     ) -> Result<Box<dyn SavingSession>, TransitionError> {
-        let at = |session: &Box<dyn SavingSession>| session.position().state();
-        let session = timed(&*self.observer, self.device.id(), at, begin)?;
+        let session = timed(&*self.observer, self.device.id(), |session| session.position().state(), begin)?;
         Ok(Box::new(self.under_watch(session)))
     }
 }
