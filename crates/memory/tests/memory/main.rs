@@ -2,5 +2,5 @@
 
 mod dirty;
 mod mapping;
+mod pieces;
 mod ram;
-mod transfer;

@@ -57,8 +57,12 @@ impl Link {
 
     /// Takes a stream socket of somebody who connected. Nothing is sent before the peer's preamble has been read.
     pub(crate) fn accepted(fd: OwnedFd) -> Arc<Self> {
+        Self::over(Box::new(Socket(fd)))
+    }
+
+    fn over(transport: Box<dyn Transport>) -> Arc<Self> {
         Arc::new(Self {
-            transport: Box::new(Socket(fd)),
+            transport,
             write: Mutex::new(WriteHalf { sequence: 0, broken: false, pong: None, reserved: true }),
             start: Instant::now(),
             received_at: AtomicU64::new(0),
@@ -255,5 +259,149 @@ impl Link {
 impl WriteHalf {
     fn check(&mut self) -> Result<(), ChannelError> {
         if self.broken || self.reserved { Err(ChannelError::Closed) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::BorrowedFd;
+    use std::os::unix::net::UnixStream;
+
+    use rustix::io::Errno;
+    use vfio_migration_memory::{GuestRam, RamSpec};
+    use vfio_migration_types::{Gpa, Phase, RamOffset, Range};
+    use vfio_migration_wire::{Frame, limits};
+
+    use super::*;
+    use crate::channel::reader::Reader;
+    use crate::session::work_error::WorkError;
+
+    const PAGES: u64 = 2 * limits::PAGES as u64;
+
+    fn ram() -> GuestRam {
+        GuestRam::new("test", &[RamSpec { gpa: Gpa(0), len: PAGES * PAGE_SIZE }]).unwrap()
+    }
+
+    fn filled() -> GuestRam {
+        let ram = ram();
+        (0..ram.size() / 8).for_each(|word| ram.write_u64(RamOffset(word * 8), word | 1).unwrap());
+        ram
+    }
+
+    fn pages(first: u64, count: u64) -> Range<RamOffset> {
+        Range::new(RamOffset(first * PAGE_SIZE), count * PAGE_SIZE).unwrap()
+    }
+
+    fn send(link: &Link, ram: &GuestRam, first: u64) -> Result<u64, ChannelError> {
+        let body = ram.pieces(&[pages(first, limits::PAGES.into())]).unwrap();
+        link.send_pages(first, limits::PAGES, body)
+    }
+
+    /// Whoever handed a descriptor over may still hold it, and have made it non-blocking.
+    #[test]
+    fn pages_pass_a_socket_that_was_made_non_blocking() {
+        let (source, destination) = (filled(), ram());
+        let (a, b) = UnixStream::pair().unwrap();
+        a.set_nonblocking(true).unwrap();
+        b.set_nonblocking(true).unwrap();
+        let there = Link::accepted(b.into());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let here = Link::new(a.into()).unwrap();
+                for first in [0, limits::PAGES.into()] {
+                    send(&here, &source, first).unwrap();
+                }
+            });
+            let mut reader = Reader::new(&there);
+            for _ in 0..2 {
+                let Frame::Bulk(Bulk::Pages { first, count, crc: None }) = reader.next().unwrap() else {
+                    panic!("no pages came")
+                };
+                reader.body(&mut destination.pieces(&[pages(first, count.into())]).unwrap()).unwrap();
+            }
+        });
+        assert_eq!(source.digest().unwrap(), destination.digest().unwrap());
+    }
+
+    #[test]
+    fn an_end_inside_a_body_says_how_much_is_missing() {
+        let (mut a, b) = UnixStream::pair().unwrap();
+        a.write_all(&PREAMBLE).unwrap();
+        let frame = encode_bulk(&Bulk::Pages { first: 0, count: 3, crc: None }, 0).unwrap();
+        a.write_all(frame.head()).unwrap();
+        a.write_all(&[1; 5000]).unwrap();
+        a.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut reader = Reader::new(&Link::accepted(b.into()));
+        reader.next().unwrap();
+        let error = reader.body(&mut ram().pieces(&[pages(0, 3)]).unwrap()).unwrap_err();
+        assert!(matches!(error, ChannelError::Cut { missing: 7288 }), "{error:?}");
+    }
+
+    #[test]
+    fn a_blocked_sender_gives_up_when_its_link_is_shut_down() {
+        let source = filled();
+        let (a, mut b) = UnixStream::pair().unwrap();
+        let link = Link::new(a.into()).unwrap();
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| send(&link, &source, 0));
+            // Some of the frame has come, so the sender is inside; nobody reads the rest.
+            b.read_exact(&mut [0; PREAMBLE.len() + 1]).unwrap();
+            link.shutdown();
+            let error = sender.join().unwrap().unwrap_err();
+            assert!(matches!(error, ChannelError::System { source: Errno::PIPE, .. }), "{error:?}");
+            assert!(matches!(WorkError::sending(error, Phase::Final), WorkError::Link));
+        });
+    }
+
+    /// A socket over which memory cannot be moved.
+    #[derive(Debug)]
+    struct NoMemory(Socket);
+
+    impl Transport for NoMemory {
+        fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
+            self.0.write(parts)
+        }
+
+        fn write_pieces(&self, _: &[u8], _: &Pieces<'_>) -> Result<usize, Errno> {
+            Err(Errno::FAULT)
+        }
+
+        fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
+            self.0.read(into)
+        }
+
+        fn read_now(&self, into: &mut [u8]) -> Result<usize, Errno> {
+            self.0.read_now(into)
+        }
+
+        fn read_pieces(&self, _: &Pieces<'_>) -> Result<usize, Errno> {
+            Err(Errno::FAULT)
+        }
+
+        fn wait(&self, flags: PollFlags, limit: Duration) -> bool {
+            self.0.wait(flags, limit)
+        }
+
+        fn shutdown(&self, how: Shutdown) {
+            self.0.shutdown(how);
+        }
+
+        fn fd(&self) -> BorrowedFd<'_> {
+            self.0.fd()
+        }
+    }
+
+    #[test]
+    fn a_fault_of_memory_is_no_lost_connection() {
+        let (a, _b) = UnixStream::pair().unwrap();
+        let link = Link::over(Box::new(NoMemory(Socket(a.into()))));
+        link.welcome().unwrap();
+        let error = send(&link, &filled(), 0).unwrap_err();
+        assert!(matches!(error, ChannelError::Memory { source: Errno::FAULT, .. }), "{error:?}");
+        let WorkError::Failed(failure) = WorkError::sending(error, Phase::Iterate) else {
+            panic!("told as a lost connection")
+        };
+        assert!(failure.text.contains("guest memory") && failure.errno == Some(14), "{failure:?}");
     }
 }

@@ -14,7 +14,7 @@ use vfio_migration_types::{Bitmap, Granule, MigrationState, PAGE_SIZE, RamOffset
 use vfio_migration_vmm::StopReason;
 use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage, map};
 use vfio_migration_vmm::kvm::{KvmBackend, KvmVm, cpu_features, section_versions};
-use vfio_migration_vmm::pci::{MsiRouter, PciHost, BarWindows};
+use vfio_migration_vmm::pci::{BarWindows, MsiRouter, PciHost};
 
 /// Time that a device takes for a block.
 const PACE: Duration = Duration::from_millis(4);

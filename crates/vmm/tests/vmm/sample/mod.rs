@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vfio_migration_device::{ConfigRules, IrqRouter, PciFunction, PciState};
 use vfio_migration_memory::GuestRam;
-use vfio_migration_sim::{Options, Read};
+use vfio_migration_sim::{Options, StateRead};
 use vfio_migration_types::MigrationState;
 use vfio_migration_vmm::pci::{PciBus, PciHost, VfioPciFunction, map_guest_ram};
 
@@ -49,9 +49,9 @@ impl SampleBus {
             let mut bytes = vec![0; 1 << 20];
             loop {
                 match from.device.read_data(&mut bytes).unwrap() {
-                    Read::Data(len) => to.device.write_data(&bytes[..len]).unwrap(),
-                    Read::NothingNow => panic!("a stopped device has nothing for now"),
-                    Read::End => break,
+                    StateRead::Data(len) => to.device.write_data(&bytes[..len]).unwrap(),
+                    StateRead::NothingNow => panic!("a stopped device has nothing for now"),
+                    StateRead::End => break,
                 }
             }
         }

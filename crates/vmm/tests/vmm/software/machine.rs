@@ -9,7 +9,7 @@ use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::bus::IoBus;
 use vfio_migration_vmm::guest::{BootInfo, Report};
 use vfio_migration_vmm::layout;
-use vfio_migration_vmm::pci::{MsiRouter, PciHost, BarWindows};
+use vfio_migration_vmm::pci::{BarWindows, MsiRouter, PciHost};
 use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::software::SoftwareVm;
 
