@@ -64,7 +64,7 @@ impl CliError {
 /// What a verb with `--json` prints when it cannot do what it was asked for.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct FailureReport {
-    /// Why.
+    /// Why the verb failed, as a refusal of the control socket.
     pub(crate) error: Refused,
     /// The exit code of the process.
     pub(crate) exit: u8,

@@ -19,8 +19,8 @@ pub(crate) enum ControlVerb {
     QueryGuest,
     /// Move the guest. Arguments: [`MigrateArguments`]. Returns when it has begun.
     Migrate,
-    /// Find out what a migration would come to. Arguments: [`RehearseArguments`](super::rehearsal::RehearseArguments). Returns when it
-    /// has begun.
+    /// Find out what a migration would come to. Arguments:
+    /// [`RehearseArguments`](super::rehearsal::RehearseArguments). Returns when it has begun.
     Rehearse,
     /// What the machine is. Returns a manifest's document.
     QueryManifest,
@@ -153,7 +153,7 @@ pub(crate) enum MigrationStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct MigrationInfo {
-    /// Its state.
+    /// State of the migration.
     pub(crate) status: MigrationStatus,
     /// `"outgoing"` or `"incoming"`.
     pub(crate) direction: Option<String>,
@@ -218,7 +218,7 @@ pub(crate) struct TransferInfo {
 pub(crate) struct PhaseInfo {
     /// `"P1"` to `"P9"`.
     pub(crate) name: String,
-    /// Milliseconds.
+    /// Time that the phase took, in milliseconds.
     pub(crate) ms: f64,
 }
 

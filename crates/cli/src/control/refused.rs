@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Refused {
     /// `"GenericError"`, `"CommandNotFound"`, `"MigrationActive"`, `"NoMigration"`, `"TooLate"`.
     pub(crate) class: String,
-    /// A sentence.
+    /// Why the request is refused, in a sentence.
     pub(crate) desc: String,
 }
 

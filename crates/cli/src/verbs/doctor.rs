@@ -26,7 +26,7 @@ pub(crate) struct DoctorReport {
     pub(crate) kernel_devices: bool,
     /// A device served over vfio-user can.
     pub(crate) vfio_user: bool,
-    /// The checks.
+    /// All checks, in the order of their text report.
     pub(crate) checks: Vec<HostCheck>,
 }
 
@@ -45,11 +45,11 @@ pub(crate) enum CheckStatus {
     Unknown,
 }
 
-/// A check.
+/// One check of the host.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(rename = "Check")]
 pub(crate) struct HostCheck {
-    /// Stable.
+    /// Stable name of the check.
     pub(crate) id: String,
     /// How it ended.
     pub(crate) status: CheckStatus,

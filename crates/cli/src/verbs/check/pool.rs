@@ -38,7 +38,7 @@ pub(crate) struct BaselineReport {
 pub(crate) struct WithoutBaseline {
     /// The model.
     pub(crate) model: String,
-    /// Why.
+    /// Why no version of the model is loaded by all hosts.
     pub(crate) why: String,
 }
 

@@ -82,7 +82,7 @@ pub(crate) struct DeviceEntry {
     pub(crate) dirty_tracking_why: Option<String>,
     /// Estimated bytes of its state while stopped.
     pub(crate) stop_copy_size: Option<u64>,
-    /// Interrupts.
+    /// Number of interrupts, by kind.
     pub(crate) interrupts: InterruptCounts,
     /// Its regions; absent when it was not asked.
     pub(crate) regions: Option<Vec<RegionReport>>,
@@ -95,7 +95,7 @@ pub(crate) struct DeviceEntry {
 /// Numbers of interrupts; absent where they could not be read.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct InterruptCounts {
-    /// The pin.
+    /// Interrupts by the pin (INTx).
     pub(crate) intx: Option<u32>,
     /// MSI vectors.
     pub(crate) msi: Option<u32>,
@@ -103,42 +103,42 @@ pub(crate) struct InterruptCounts {
     pub(crate) msix: Option<u32>,
 }
 
-/// A file.
+/// A file that opens a device.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct FileReport {
-    /// Which.
+    /// Path of the file.
     pub(crate) path: String,
     /// Why this user may not open it; absent when it may.
     pub(crate) refusal: Option<String>,
 }
 
-/// A region.
+/// A region of a device.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct RegionReport {
-    /// Its number.
+    /// Index of the region, as VFIO numbers them.
     pub(crate) index: u32,
     /// `bar0` to `bar5`, `rom`, `config`, `vga`; absent for one of the driver's own.
     pub(crate) name: Option<String>,
-    /// Bytes.
+    /// Size of the region, in bytes.
     pub(crate) size: u64,
     /// Bytes of it that may be mapped.
     pub(crate) mappable: u64,
 }
 
-/// A process.
+/// A process that has a device open.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct UserReport {
-    /// Its id.
+    /// Process id.
     pub(crate) pid: u32,
-    /// Its name.
+    /// Name of the command that it runs, where that can be read.
     pub(crate) command: Option<String>,
 }
 
-/// A reason.
+/// A reason why a device cannot migrate as it stands.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(rename = "Reason")]
 pub(crate) struct WhyNot {
-    /// Stable.
+    /// Stable code of the reason.
     pub(crate) code: String,
     /// In a sentence.
     pub(crate) text: String,
