@@ -10,10 +10,8 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, MigrationFlags, Phase, VmId};
-use vfio_migration_wire::{
-    Accept, Applied, FinalEnd, Message, Offer, PeerError, Ready, Reason, Running, VersionRange,
-};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, MigrationFlags, Phase, VmId};
+use vfio_migration_wire::{Accept, Applied, FinalEnd, Message, Offer, Ready, Reason, Running, VersionRange};
 
 use crate::ownership::{DestinationState, SourceState};
 
@@ -77,9 +75,6 @@ pub struct DeviceFacts {
     /// Pre-copy progress is known.
     pub precopy_info: bool,
 }
-
-/// A failure in the world, as the session reports it and as it crosses the wire.
-pub type Failure = PeerError;
 
 /// What an iteration moved, and what is left.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

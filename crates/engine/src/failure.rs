@@ -2,31 +2,32 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::Phase;
-use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, PeerError, Ready};
+use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, Ready};
 
-use crate::api::{DeviceFacts, Failure};
+use crate::api::DeviceFacts;
 
 /// A failure of no device.
-pub(crate) fn failure(phase: Phase, text: impl Into<String>, remedy: &str) -> Failure {
-    PeerError { phase, device: None, arc: None, errno: None, text: text.into(), remedy: remedy.to_owned() }
+pub(crate) fn failure(side: Side, phase: Phase, text: impl Into<String>, remedy: &str) -> Failure {
+    Failure::new(side, phase, text).with_remedy(remedy)
 }
 
 /// A message that is not legal now.
-pub(crate) fn protocol(phase: Phase, peer: &str, message: &Message) -> Failure {
-    let text = format!("the {peer} said {}, which is not legal now: protocol error", name(message));
-    failure(phase, text, "check that both sides run a release that speaks this protocol")
+pub(crate) fn protocol(side: Side, phase: Phase, message: &Message) -> Failure {
+    let text = format!("the {} said {}, which is not legal now: protocol error", side.other(), name(message));
+    failure(side, phase, text, "check that both sides run a release that speaks this protocol")
 }
 
 /// The answer that the peer must give has not come in time.
-pub(crate) fn silence(phase: Phase, peer: &str, what: &str, waited: Duration) -> Failure {
-    let text = format!("the {peer} has not said {what} within {} ms", waited.as_millis());
-    failure(phase, text, "check the network and the other side, then migrate again")
+pub(crate) fn silence(side: Side, phase: Phase, what: &str, waited: Duration) -> Failure {
+    let text = format!("the {} has not said {what} within {} ms", side.other(), waited.as_millis());
+    failure(side, phase, text, "check the network and the other side, then migrate again")
 }
 
 /// The connection broke, or ended early.
-pub(crate) fn link_lost(phase: Phase, why: &str) -> Failure {
+pub(crate) fn link_lost(side: Side, phase: Phase, why: &str) -> Failure {
     failure(
+        side,
         phase,
         format!("the connection was lost: {why}"),
         "check the network and the other side, then migrate again",
@@ -39,10 +40,17 @@ pub(crate) fn with_device(devices: &[DeviceFacts], index: usize, mut failure: Fa
     failure
 }
 
-/// Compares what the source says it sent with what the destination says it has. `names` may be empty.
-pub(crate) fn compare(totals: &FinalEnd, ready: &Ready, devices: &[DeviceFacts]) -> Result<(), Failure> {
+/// Compares what the source says it sent with what the destination says it has. Found out on
+/// `side`. `devices` may be empty.
+pub(crate) fn compare(
+    side: Side,
+    totals: &FinalEnd,
+    ready: &Ready,
+    devices: &[DeviceFacts],
+) -> Result<(), Failure> {
     let differ = |what: &str, sent: String, got: String| {
         failure(
+            side,
             Phase::Ready,
             format!("{what} differ: {sent} sent, {got} at the destination"),
             "migrate again; if it comes again, it is a defect of one side or of the network between them",

@@ -13,8 +13,8 @@
 //! crashes of either side at any point, a second attempt while messages of the first are still about.
 
 use serde::{Deserialize, Serialize};
-use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
-use vfio_migration_wire::{Message, PeerError};
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
+use vfio_migration_wire::Message;
 
 /// What the source's journal says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -221,11 +221,11 @@ pub enum QueryAnswer {
     },
     /// Journal ABORTED and fsync it; only then say [`Message::Declined`]. If the journal cannot be written, say [`Message::Abort`],
     /// which decides nothing.
-    AbortThenDecline(PeerError),
+    AbortThenDecline(Failure),
     /// ABORTED is in the journal already: say [`Message::Declined`].
-    Decline(PeerError),
+    Decline(Failure),
     /// This journal knows nothing of that attempt, so it cannot say what became of it: say [`Message::Abort`], never DECLINED.
-    Unknown(PeerError),
+    Unknown(Failure),
 }
 
 /// What a destination whose journal holds `record` (fsynced; `None`: it has none) answers to a query.
@@ -237,14 +237,7 @@ pub fn answer_query(
     attempt: AttemptId,
     epoch: Epoch,
 ) -> QueryAnswer {
-    let error = |text: &str| PeerError {
-        phase: Phase::Commit,
-        device: None,
-        arc: None,
-        errno: None,
-        text: text.to_owned(),
-        remedy: String::new(),
-    };
+    let error = |text: &str| Failure::new(Side::Destination, Phase::Commit, text);
     let Some(record) = record.filter(|record| (record.vm, record.attempt) == (vm, attempt)) else {
         return QueryAnswer::Unknown(error("the destination's journal knows nothing of this attempt"));
     };

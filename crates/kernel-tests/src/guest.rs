@@ -26,7 +26,7 @@ pub(crate) fn leaves(
         "pause-before-switchover": true,
     });
     source.call("migrate", &arguments)?;
-    source.until("the switchover", "query-migrate", |info| info["status"] != "active")?;
+    source.until("the switchover", "query", |info| info["migration"]["status"] != "active")?;
     // More is written after the first copy of everything.
     source.until("the guest to go on", "query-guest", |report| {
         count(report, "dma-blocks") >= count(&before, "dma-blocks") + 64
@@ -37,9 +37,9 @@ pub(crate) fn leaves(
 
 /// The URI at which a VM waits for a guest.
 pub(crate) fn waits(destination: &mut VmProcess) -> Outcome<String> {
-    let status = destination
-        .until("the destination to wait", "query-status", |status| status["incoming"].is_string())?;
-    Ok(status["incoming"].as_str().unwrap_or_default().to_owned())
+    let info =
+        destination.until("the destination to wait", "query", |info| info["vm"]["incoming"].is_string())?;
+    Ok(info["vm"]["incoming"].as_str().unwrap_or_default().to_owned())
 }
 
 /// The report of a guest that arrived and has since gone over everything, with DMA and interrupts going on.

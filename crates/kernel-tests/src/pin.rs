@@ -17,7 +17,7 @@ fn moved(at_destination: &[&str]) -> Outcome<Value> {
         count(report, "serial-interrupts") >= 4 && count(report, "serial-bytes") >= 32
     })?;
     holds(lost(&before) == [0, 0, 0], &format!("nothing is lost before the move: {before}"))?;
-    destination.until("the destination to wait", "query-status", |_| true)?;
+    destination.until("the destination to wait", "query", |_| true)?;
     let arguments = json!({
         "uri": TARGET, "downtime-limit": DOWNTIME_LIMIT_MS, "verify": true, "pause-before-switchover": true,
     });

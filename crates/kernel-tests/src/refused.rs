@@ -11,14 +11,15 @@ use crate::{edu, migdev};
 /// Asks for a migration that is refused before anything is sent; what it says of itself.
 fn refused(vm: &mut VmProcess) -> Outcome<Value> {
     vm.call("migrate", &json!({"uri": TARGET}))?;
-    let ended = vm.until("the refusal", "query-migrate", |info| info["status"] != "active")?;
+    let ended = vm.until("the refusal", "query", |info| info["migration"]["status"] != "active")?;
+    let ended = ended["migration"].clone();
     same("status", ended["status"].as_str(), Some("failed"))?;
     Ok(ended)
 }
 
 /// The guest writes more than it had when it was refused.
 fn runs_on(vm: &mut VmProcess) -> Outcome<Value> {
-    same("status", vm.call("query-status", &Value::Null)?["status"].as_str(), Some("running"))?;
+    same("status", vm.call("query", &Value::Null)?["vm"]["status"].as_str(), Some("running"))?;
     let then = vm.call("query-guest", &Value::Null)?;
     vm.until("the guest to go on", "query-guest", |report| {
         count(report, "pages-written") > count(&then, "pages-written")
@@ -32,8 +33,8 @@ pub(crate) fn vfio_pci() -> Outcome {
     let device = format!("vfio:{address},id=edu0");
     let mut vm = VmProcess::start("a", &device, &[])?;
     vm.until("the guest to work", "query-guest", |report| count(report, "page-passes") >= 1)?;
-    let status = vm.call("query-status", &Value::Null)?;
-    same("devices", &status["devices"], &json!(["edu0"]))?;
+    let info = vm.call("query", &Value::Null)?;
+    same("devices", &info["vm"]["devices"], &json!(["edu0"]))?;
     let ended = refused(&mut vm)?.to_string();
     for said in ["edu0", "cannot migrate", "plain vfio-pci never has"] {
         holds(ended.contains(said), &format!("'{said}' is said: {ended}"))?;
@@ -54,7 +55,7 @@ pub(crate) fn all_dirty() -> Outcome {
     let mut destination = VmProcess::start("b", &to, &["--incoming", TARGET])?;
     let mut source = VmProcess::start("a", &from, &[])?;
     source.until("the guest to work", "query-guest", |report| count(report, "dma-blocks") >= 16)?;
-    destination.until("the destination to wait", "query-status", |_| true)?;
+    destination.until("the destination to wait", "query", |_| true)?;
     let ended = refused(&mut source)?.to_string();
     for said in ["net0", "no log of its DMA writes", "allow all of RAM"] {
         holds(ended.contains(said), &format!("'{said}' is said: {ended}"))?;

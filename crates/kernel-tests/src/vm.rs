@@ -115,13 +115,15 @@ pub(crate) const TARGET: &str = "unix:/tmp/b.sock";
 
 /// Lets a migration that was to wait before its switchover go on to its end.
 pub(crate) fn switch_over(source: &mut VmProcess) -> Outcome {
-    let waiting =
-        source.until("the switchover to be asked for", "query-migrate", |info| info["status"] != "active")?;
+    let waiting = source
+        .until("the switchover to be asked for", "query", |info| info["migration"]["status"] != "active")?;
+    let waiting = &waiting["migration"];
     holds(waiting["status"] == "pre-switchover", &format!("the migration waits: {waiting}"))?;
     source.call("migrate-continue", &Value::Null)?;
-    let ended = source.until("the end of the migration", "query-migrate", |info| {
-        !matches!(info["status"].as_str(), Some("active" | "pre-switchover"))
+    let ended = source.until("the end of the migration", "query", |info| {
+        !matches!(info["migration"]["status"].as_str(), Some("active" | "pre-switchover"))
     })?;
+    let ended = &ended["migration"];
     holds(ended["status"] == "completed", &format!("the migration completed: {ended}"))
 }
 

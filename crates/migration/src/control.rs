@@ -6,12 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DeviceId, Failure, Side};
 
 use crate::channel::limiter::Limiter;
 use crate::options::SourceOptions;
 use crate::report::Progress;
-use crate::session::fail;
 use crate::session::lock::lock;
 
 /// Steers an outgoing migration from any thread. Outlives the session without harm: it then does nothing.
@@ -71,7 +70,7 @@ impl Control {
     /// cannot go on, and is undone.
     pub fn device_lost(&self, device: &DeviceId, why: &str) {
         let phase = self.progress().phase;
-        self.tell(SourceEvent::DeviceLost(fail::of_device(phase, device, why)));
+        self.tell(SourceEvent::DeviceLost(Failure::new(Side::Source, phase, why).of_device(device)));
     }
 
     /// Where the migration stands, or stood at its end.

@@ -5,58 +5,12 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::{Reason, Report};
-use vfio_migration_types::{DeviceId, Epoch, MigrationState, Phase};
-use vfio_migration_wire::PeerError;
+use vfio_migration_types::{DeviceId, Epoch, Failure, Phase, Side, error_chain};
 
 use crate::channel::connect::ConnectError;
 use crate::machine::Machine;
 use crate::reasons::sentences;
-use crate::session::fail;
 use crate::uri::Uri;
-
-/// What went wrong, where, and what to do about it. Both sides of a migration return the same one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// The phase in which it arose.
-    pub phase: Phase,
-    /// The device concerned, by name.
-    pub device: Option<String>,
-    /// The state transition concerned.
-    pub arc: Option<(MigrationState, MigrationState)>,
-    /// errno, where one is known.
-    pub errno: Option<u32>,
-    /// What happened, a sentence.
-    pub text: String,
-    /// What to do about it, a sentence; empty when nothing is known to help.
-    pub remedy: String,
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "in {}: {}", self.phase, self.text)?;
-        if let Some(device) = self.device.as_ref().filter(|device| !self.text.contains(device.as_str())) {
-            write!(f, " (device {device})")?;
-        }
-        if !self.remedy.is_empty() {
-            write!(f, "; {}", self.remedy)?;
-        }
-        Ok(())
-    }
-}
-
-impl From<PeerError> for Failure {
-    fn from(error: PeerError) -> Self {
-        let PeerError { phase, device, arc, errno, text, remedy } = error;
-        Self { phase, device, arc, errno, text, remedy }
-    }
-}
-
-impl From<Failure> for PeerError {
-    fn from(failure: Failure) -> Self {
-        let Failure { phase, device, arc, errno, text, remedy } = failure;
-        Self { phase, device, arc, errno, text, remedy }
-    }
-}
 
 /// Why a guest did not move.
 #[derive(Debug, thiserror::Error)]
@@ -198,13 +152,13 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
         _ => "check the address, and that a destination listens there",
     };
-    MigrateError::NotBegun(fail::with_remedy(Phase::Hello, fail::sentence(&error), remedy).into())
+    MigrateError::NotBegun(Failure::new(Side::Source, Phase::Hello, error_chain(&error)).with_remedy(remedy))
 }
 
 pub(crate) fn not_begun(phase: Phase, text: impl Into<String>) -> MigrateError {
-    MigrateError::NotBegun(fail::plain(phase, text).into())
+    MigrateError::NotBegun(Failure::new(Side::Source, phase, text))
 }
 
-pub(crate) fn refused_here(failure: PeerError) -> MigrateError {
-    MigrateError::NotBegun(failure.into())
+pub(crate) fn refused_here(failure: Failure) -> MigrateError {
+    MigrateError::NotBegun(failure)
 }

@@ -156,7 +156,7 @@ pub use device_file::{
     DeviceArc, DeviceControl, DeviceFate, DeviceFileError, DeviceReport, RestoreDeviceOptions,
     SaveDeviceOptions, restore_device, save_device,
 };
-pub use error::{Aborted, Failure, Held, IncomingError, MigrateError, RehearsedHere};
+pub use error::{Aborted, Held, IncomingError, MigrateError, RehearsedHere};
 #[cfg(feature = "fault-injection")]
 pub use fault_injection::{InjectedFault, inject};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
@@ -170,3 +170,4 @@ pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progr
 pub use snapshot::{DeviceState, HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
 pub use source::Source;
 pub use uri::{Uri, UriError};
+pub use vfio_migration_types::{Failure, Side};

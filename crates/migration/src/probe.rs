@@ -5,13 +5,12 @@ use std::sync::Arc;
 use vfio_migration_compat::{MachineManifest, Report};
 use vfio_migration_device::IrqRouter;
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec};
-use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, VmId};
+use vfio_migration_types::{Failure, Gpa, PAGE_SIZE, Phase, Side, VmId, error_chain};
 
 use crate::error::MigrateError;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use crate::options::SourceOptions;
 use crate::rehearsal::Rehearse;
-use crate::session::fail::{plain, sentence};
 use crate::source::Source;
 use crate::uri::Uri;
 
@@ -28,8 +27,9 @@ pub fn probe(
     uri: &Uri,
     options: SourceOptions,
 ) -> Result<Report, MigrateError> {
-    let ram = GuestRam::new("probe", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }])
-        .map_err(|error| MigrateError::NotBegun(plain(Phase::Plan, sentence(&error)).into()))?;
+    let ram = GuestRam::new("probe", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }]).map_err(|error| {
+        MigrateError::NotBegun(Failure::new(Side::Source, Phase::Plan, error_chain(&error)))
+    })?;
     let paper = Paper { vm, manifest, ram: Arc::new(ram) };
     match Source::new(Arc::new(paper), options).rehearse_to(uri, Rehearse::Ask, |_| {}) {
         Ok(rehearsal) => Ok(rehearsal.report),

@@ -4,9 +4,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use vfio_migration_compat::{Allow, Policy, Reason, Report, Severity, Verdict, WhoCanFix};
+use vfio_migration_types::Failure;
 use vfio_migration_wire as wire;
-
-use crate::error::Failure;
 
 /// Codes of what the source's devices cannot say of their writes.
 pub(crate) const DIRTY: [&str; 3] = ["dirty-none", "dirty-all", "unknown-dirty"];

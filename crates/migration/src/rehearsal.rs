@@ -6,9 +6,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::{Reason, Report};
 use vfio_migration_engine::{self as engine, PartName};
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DeviceId, Failure};
 
-use crate::error::Failure;
 use crate::reasons;
 use crate::report::{Bytes, PhaseTime};
 
@@ -95,7 +94,7 @@ impl Rehearsal {
         let names = devices.iter().map(ToString::to_string);
         Self {
             report,
-            obstacle: found.obstacle.map(Into::into),
+            obstacle: found.obstacle,
             iterations: found.iterations,
             rates: Rates {
                 wire: found.wire,
@@ -109,7 +108,7 @@ impl Rehearsal {
             bytes,
             total,
             phases,
-            left_undone: found.left_undone.map(Into::into),
+            left_undone: found.left_undone,
         }
     }
 }

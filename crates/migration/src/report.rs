@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::Report;
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, Phase, VmId};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, Phase, VmId};
 
 /// Where a migration stands, at either side. Counts are of this side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -145,7 +145,7 @@ pub struct Completed {
     pub devices: Vec<DeviceStatus>,
     /// What failed after the guest was the destination's (the journal's last entry, letting devices go): no harm to the
     /// guest, but work for a person.
-    pub left_undone: Vec<crate::error::Failure>,
+    pub left_undone: Vec<Failure>,
     /// What both sides' rules said before anything moved.
     pub report: Report,
 }

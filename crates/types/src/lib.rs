@@ -8,6 +8,7 @@
 mod address;
 mod arcs;
 mod bitmap;
+mod failure;
 mod identity;
 mod phase;
 mod state;
@@ -15,6 +16,7 @@ mod state;
 pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
 pub use arcs::{ArcError, next_state, path};
 pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
+pub use failure::{Failure, Side, error_chain};
 pub use identity::{AttemptId, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
 pub use phase::Phase;
 pub use state::{MigrationFlags, MigrationState, UnknownState};

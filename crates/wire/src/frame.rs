@@ -1,5 +1,7 @@
 //! Frames as a whole: encoding and decoding.
 
+use vfio_migration_types::Side;
+
 use crate::crc::Crc;
 use crate::error::WireError;
 use crate::header::{FrameHeader, HEADER_LEN, seal};
@@ -20,15 +22,16 @@ pub enum Frame<'a> {
 }
 
 impl<'a> Frame<'a> {
-    /// Decodes the payload behind `header`: exactly [`FrameHeader::payload_len`] bytes.
-    pub fn decode(header: &FrameHeader, payload: &'a [u8]) -> Result<Self, WireError> {
+    /// Decodes the payload behind `header`: exactly [`FrameHeader::payload_len`] bytes, which came `from` that side. A
+    /// [`Failure`](vfio_migration_types::Failure) in it arose there: the side does not travel.
+    pub fn decode(header: &FrameHeader, payload: &'a [u8], from: Side) -> Result<Self, WireError> {
         header.check_payload(payload)?;
         match header.kind {
             None => Ok(Self::Skipped(header.number())),
             Some(
                 kind @ (Kind::Pages | Kind::ZeroPages | Kind::DeviceData | Kind::DeviceEnd | Kind::Section),
             ) => bulk_codec::decode(kind, header.has_body_crc(), payload).map(Self::Bulk),
-            Some(kind) => message_codec::decode(kind, payload).map(Self::Message),
+            Some(kind) => message_codec::decode(kind, payload, from).map(Self::Message),
         }
     }
 }

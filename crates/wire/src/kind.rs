@@ -44,7 +44,7 @@ macro_rules! kinds {
     };
 }
 
-/// Bytes of the longest [`PeerError`](crate::PeerError).
+/// Bytes of the longest [`Failure`](vfio_migration_types::Failure).
 const ERROR: usize = 16 + 3 * 2 + limits::ERROR_DEVICE + limits::ERROR_TEXT + limits::ERROR_REMEDY;
 const REASON: usize = 8 * 2
     + limits::REASON_CODE

@@ -18,6 +18,7 @@
 //! # Reading
 //!
 //! ```
+//! use vfio_migration_types::Side;
 //! use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, Message, WireError, encode};
 //!
 //! fn next(stream: &mut &[u8], sequence: &mut u64) -> Result<Option<Message>, WireError> {
@@ -28,7 +29,7 @@
 //!     // 2. A payload, no longer than the limit of its type.
 //!     let (payload, rest) = rest.split_at(header.payload_len());
 //!     *stream = rest;
-//!     match Frame::decode(&header, payload)? {
+//!     match Frame::decode(&header, payload, Side::Source)? {
 //!         Frame::Message(message) => Ok(Some(message)),
 //!         // 3. Page frames alone have a body; read it straight into guest memory.
 //!         Frame::Bulk(bulk) => {
@@ -70,7 +71,7 @@ pub use header::{FLAG_BODY, FLAG_BODY_CRC, FLAG_PAYLOAD_CRC, FrameHeader, HEADER
 pub use kind::{FrameType, OPTIONAL};
 pub use message::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
-    Message, Offer, PeerError, Ready, Reason, Running, VersionRange,
+    Message, Offer, Ready, Reason, Running, VersionRange,
 };
 pub use preamble::{Foreign, PREAMBLE, check_preamble};
 pub use version::{

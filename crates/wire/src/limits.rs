@@ -37,11 +37,11 @@ pub const REASON_VALUE: usize = 512;
 pub const REASON_WORD: usize = 32;
 /// Bytes of a device's name.
 pub const DEVICE_NAME: usize = 64;
-/// Bytes of a device's name in a [`PeerError`](crate::PeerError). A longer one is cut by the encoder.
+/// Bytes of a device's name in a [`Failure`](vfio_migration_types::Failure). A longer one is cut by the encoder.
 pub const ERROR_DEVICE: usize = 64;
-/// Bytes of [`PeerError::text`](crate::PeerError::text). A longer one is cut by the encoder.
+/// Bytes of [`Failure::text`](vfio_migration_types::Failure::text). A longer one is cut by the encoder.
 pub const ERROR_TEXT: usize = 4096;
-/// Bytes of [`PeerError::remedy`](crate::PeerError::remedy). A longer one is cut by the encoder.
+/// Bytes of [`Failure::remedy`](vfio_migration_types::Failure::remedy). A longer one is cut by the encoder.
 pub const ERROR_REMEDY: usize = 1024;
 /// Payload of an optional frame that this version does not know and skips.
 pub const SKIPPED: usize = 64 << 10;

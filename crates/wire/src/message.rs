@@ -4,7 +4,7 @@
 //! state, machine state. Both travel in one ordered stream, so a message also says that all bulk before it has
 //! been received.
 
-use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, VmId};
 
 /// Protocol versions a side can speak, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,11 +75,11 @@ pub enum Message {
     /// S: the guest is yours. Journalled as COMMITTING before it is said.
     Commit(Commit),
     /// D: I will never run this attempt. Journalled as ABORTED before it is said.
-    Declined(PeerError),
+    Declined(Failure),
     /// D: the guest is mine and runs (or stands, if it was sent standing).
     Running(Running),
     /// B, before COMMIT: I give up.
-    Abort(PeerError),
+    Abort(Failure),
     /// S, on a connection of its own, after a COMMIT whose answer was lost: what became of it?
     Query {
         /// The VM.
@@ -94,7 +94,7 @@ pub enum Message {
     /// D: everything is reset and released. Ends the session.
     Rehearsed {
         /// What could not be let go, and why.
-        left_undone: Option<PeerError>,
+        left_undone: Option<Failure>,
     },
     /// B: are you there?
     Ping {
@@ -263,23 +263,6 @@ pub struct Running {
     pub boot_id: [u8; 16],
     /// CLOCK_MONOTONIC in nanoseconds when the vCPUs began to run.
     pub at_ns: u64,
-}
-
-/// An error, as data: it crosses the wire so that both sides return the same one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerError {
-    /// Phase in which it arose.
-    pub phase: Phase,
-    /// Device concerned, by name.
-    pub device: Option<String>,
-    /// Transition concerned.
-    pub arc: Option<(MigrationState, MigrationState)>,
-    /// errno, where known.
-    pub errno: Option<u32>,
-    /// What happened, a sentence.
-    pub text: String,
-    /// What to do about it, a sentence; empty when nothing is known to help.
-    pub remedy: String,
 }
 
 /// The end mark of a device's state.

@@ -1,14 +1,14 @@
 //! Payloads of control messages.
 
-use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, MigrationState, Phase, Side, VmId};
 
 use crate::cursor::{Cursor, Put};
 use crate::error::WireError;
 use crate::kind::Kind;
 use crate::limits;
 use crate::message::{
-    Accept, Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease, Message, Offer,
-    PeerError, Ready, Running, VersionRange,
+    Accept, Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease, Message, Offer, Ready,
+    Running, VersionRange,
 };
 use crate::reason_codec::{decode_reasons, encode_reasons};
 
@@ -150,7 +150,7 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
 }
 
 /// Decodes a payload whose length is within the limits of `kind`.
-pub(crate) fn decode(kind: Kind, payload: &[u8]) -> Result<Message, WireError> {
+pub(crate) fn decode(kind: Kind, payload: &[u8], from_side: Side) -> Result<Message, WireError> {
     let mut cursor = Cursor::new(kind.name(), payload);
     let message = match kind {
         Kind::Hello => Message::Hello(decode_hello(&mut cursor)?),
@@ -205,9 +205,9 @@ pub(crate) fn decode(kind: Kind, payload: &[u8]) -> Result<Message, WireError> {
             let epoch = Epoch(cursor.u64("epoch")?);
             Message::Commit(Commit { epoch, attempt: AttemptId(cursor.array("attempt")?) })
         }
-        Kind::Declined => Message::Declined(decode_error(&mut cursor)?),
+        Kind::Declined => Message::Declined(decode_error(&mut cursor, from_side)?),
         Kind::Running => Message::Running(decode_running(&mut cursor)?),
-        Kind::Abort => Message::Abort(decode_error(&mut cursor)?),
+        Kind::Abort => Message::Abort(decode_error(&mut cursor, from_side)?),
         Kind::Query => Message::Query {
             vm: VmId(cursor.array("vm")?),
             attempt: AttemptId(cursor.array("attempt")?),
@@ -217,7 +217,7 @@ pub(crate) fn decode(kind: Kind, payload: &[u8]) -> Result<Message, WireError> {
         Kind::Rehearsed => {
             let has_error = cursor.bool("has_error")?;
             cursor.reserved::<3>()?;
-            let left_undone = if has_error { Some(decode_error(&mut cursor)?) } else { None };
+            let left_undone = if has_error { Some(decode_error(&mut cursor, from_side)?) } else { None };
             Message::Rehearsed { left_undone }
         }
         Kind::Ping => Message::Ping { token: cursor.u64("token")? },
@@ -403,7 +403,7 @@ fn decode_running(cursor: &mut Cursor<'_>) -> Result<Running, WireError> {
 }
 
 /// Absent fields are zero, and three booleans say which are there.
-fn encode_error(error: &PeerError, out: &mut Vec<u8>) {
+fn encode_error(error: &Failure, out: &mut Vec<u8>) {
     let (from, to) = error.arc.map_or((0, 0), |(from, to)| (from as u32, to as u32));
     out.put_u8(error.phase as u8);
     out.put_u8(error.device.is_some().into());
@@ -417,7 +417,7 @@ fn encode_error(error: &PeerError, out: &mut Vec<u8>) {
     out.put_text(&error.remedy, limits::ERROR_REMEDY);
 }
 
-fn decode_error(cursor: &mut Cursor<'_>) -> Result<PeerError, WireError> {
+fn decode_error(cursor: &mut Cursor<'_>, from_side: Side) -> Result<Failure, WireError> {
     let number = cursor.u8("phase")?;
     let phase = Phase::ALL.get(usize::from(number)).copied().ok_or(cursor.value("phase", number.into()))?;
     let has_device = cursor.bool("has_device")?;
@@ -437,7 +437,8 @@ fn decode_error(cursor: &mut Cursor<'_>) -> Result<PeerError, WireError> {
     if !has_device {
         cursor.absent(device, "")?;
     }
-    Ok(PeerError {
+    Ok(Failure {
+        side: from_side,
         phase,
         device: has_device.then(|| device.to_owned()),
         arc: has_arc.then_some(arc),

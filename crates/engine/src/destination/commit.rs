@@ -1,10 +1,10 @@
 //! P7: COMMIT makes the guest ours, and from then on it is, whatever fails. And the answer to a source that lost ours.
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::{Commit, Message};
 
 use super::state::{DestinationEngine, State};
-use crate::api::{Attempt, DestinationEvent, Failure, Time};
+use crate::api::{Attempt, DestinationEvent, Time};
 use crate::failure::failure;
 use crate::ownership::{DestinationRecord, DestinationStep, QueryAnswer, answer_query};
 
@@ -20,7 +20,7 @@ impl DestinationEngine {
                 attempt.attempt,
                 attempt.epoch.next().0
             );
-            return self.abort(failure(Phase::Commit, text, ""), now);
+            return self.abort(failure(Side::Destination, Phase::Commit, text, ""), now);
         }
         self.phase = Phase::Commit;
         self.journal_step(State::JournalOwner, DestinationStep::Commit, now);

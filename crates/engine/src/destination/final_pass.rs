@@ -1,6 +1,6 @@
 //! P5: the last pages, machine state and device data come, and the storage locks are taken.
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, Side};
 use vfio_migration_wire::{Final, FinalEnd};
 
 use super::state::{DestinationEngine, LockHandover, State};
@@ -12,7 +12,7 @@ impl DestinationEngine {
         if message.identity != self.reservation.identity {
             let text = "the source's machine is not what was compared any more: its manifest has changed since the offer";
             let remedy = "migrate again, so that what it is now is compared";
-            return self.abort(failure(Phase::Quiesce, text, remedy), now);
+            return self.abort(failure(Side::Destination, Phase::Quiesce, text, remedy), now);
         }
         self.final_pass.guest_ran = message.guest_ran;
         self.phase = Phase::Final;
@@ -21,8 +21,15 @@ impl DestinationEngine {
 
     pub(super) fn on_locks_free(&mut self, now: Time) {
         if self.final_pass.locks != LockHandover::Theirs {
-            return self
-                .abort(failure(self.phase, "the source freed its locks twice: protocol error", ""), now);
+            return self.abort(
+                failure(
+                    Side::Destination,
+                    self.phase,
+                    "the source freed its locks twice: protocol error",
+                    "",
+                ),
+                now,
+            );
         }
         self.final_pass.locks = LockHandover::Taking;
         self.act(State::FinalPass, DestinationAction::TakeLocks);
@@ -42,7 +49,7 @@ impl DestinationEngine {
         let locked = self.final_pass.locks != LockHandover::Theirs || self.is_rehearsal();
         if self.final_pass.totals.is_some() || !locked {
             let text = "the source ended the final pass twice, or before it freed its locks: protocol error";
-            return self.abort(failure(self.phase, text, ""), now);
+            return self.abort(failure(Side::Destination, self.phase, text, ""), now);
         }
         self.final_pass.totals = Some(totals);
         self.load_when_complete();

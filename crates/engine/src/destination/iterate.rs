@@ -1,5 +1,6 @@
 //! P3: iterations come while the guest runs at the source, and each is acknowledged when it is applied.
 
+use vfio_migration_types::Side;
 use vfio_migration_wire::{Applied, Message};
 
 use super::state::DestinationEngine;
@@ -13,7 +14,7 @@ impl DestinationEngine {
                 "iteration {iteration} ended after iteration {}: protocol error",
                 self.iterations.ended
             );
-            return self.abort(failure(self.phase, text, ""), now);
+            return self.abort(failure(Side::Destination, self.phase, text, ""), now);
         }
         self.iterations.ended = iteration;
     }
@@ -24,7 +25,7 @@ impl DestinationEngine {
                 "the session applied iteration {} of {}: a defect of this program",
                 applied.iteration, self.iterations.ended
             );
-            return self.abort(failure(self.phase, text, ""), now);
+            return self.abort(failure(Side::Destination, self.phase, text, ""), now);
         }
         self.iterations.applied = applied.iteration;
         self.send(Message::Applied(applied));

@@ -16,12 +16,12 @@ mod state;
 
 use std::collections::VecDeque;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
 pub use self::state::DestinationEngine;
 use self::state::{DestinationCommit, DestinationRollback, FinalPass, IterationCounts, Reservation, State};
-use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationEvent, Failure, Time};
+use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationEvent, Time};
 use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::DestinationState;
 
@@ -64,7 +64,10 @@ impl DestinationEngine {
             DestinationEvent::Damaged(cause) => self.abort(cause, now),
             DestinationEvent::LinkLost(why) => self.on_link_lost(&why, now),
             DestinationEvent::Cancel => {
-                self.abort(failure(self.phase, "given up by the destination's operator", ""), now);
+                self.abort(
+                    failure(Side::Destination, self.phase, "given up by the destination's operator", ""),
+                    now,
+                );
             }
             DestinationEvent::Tick => self.on_tick(now),
             answer => self.on_answer(answer, now),
@@ -117,7 +120,7 @@ impl DestinationEngine {
             (_, message) => {
                 // A source that says COMMIT has it in its journal: only DECLINED sets it free.
                 self.rollback.source_may_have_committed |= matches!(message, Message::Commit(_));
-                self.abort(protocol(self.phase, "source", &message), now);
+                self.abort(protocol(Side::Destination, self.phase, &message), now);
             }
         }
     }
@@ -171,7 +174,7 @@ impl DestinationEngine {
             (state, event) => {
                 let text =
                     format!("the session reported {event:?} in state {state:?}: a defect of this program");
-                self.abort(failure(self.phase, text, ""), now);
+                self.abort(failure(Side::Destination, self.phase, text, ""), now);
             }
         }
     }
@@ -192,7 +195,7 @@ impl DestinationEngine {
 
     fn on_link_lost(&mut self, why: &str, now: Time) {
         self.link = false;
-        self.abort(link_lost(self.phase, why), now);
+        self.abort(link_lost(Side::Destination, self.phase, why), now);
     }
 
     fn on_tick(&mut self, now: Time) {
@@ -204,7 +207,7 @@ impl DestinationEngine {
             State::Lingering => self.finish_aborted(),
             _ => {
                 let waited = expected.waited(now);
-                self.abort(silence(self.phase, "source", expected.what, waited), now);
+                self.abort(silence(Side::Destination, self.phase, expected.what, waited), now);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! P6: everything is loaded and verified, and READY said.
 
+use vfio_migration_types::Side;
 use vfio_migration_wire::{Message, Ready};
 
 use super::state::{DestinationEngine, State};
@@ -12,7 +13,7 @@ impl DestinationEngine {
         self.busy = false;
         let Some(totals) = &self.final_pass.totals else { return };
         // The source compares too. Here it is caught before READY is in the journal.
-        if let Err(cause) = compare(totals, &ready, &[]) {
+        if let Err(cause) = compare(Side::Destination, totals, &ready, &[]) {
             return self.abort(cause, now);
         }
         if self.is_rehearsal() {

@@ -1,11 +1,11 @@
 //! The way back, before OWNER: ABORTED to the journal, then the word to the source, then everything released. The end of a
 //! rehearsal is the same way, without the journal.
 
-use vfio_migration_types::Phase;
-use vfio_migration_wire::{Message, PeerError, Reason};
+use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_wire::{Message, Reason};
 
 use super::state::{DestinationEngine, State};
-use crate::api::{DestinationAction, DestinationOutcome, Failure, Time};
+use crate::api::{DestinationAction, DestinationOutcome, Time};
 use crate::expected::ExpectedAnswer;
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
@@ -32,7 +32,7 @@ impl DestinationEngine {
         }
     }
 
-    pub(super) fn aborted_by_source(&mut self, cause: PeerError, now: Time) {
+    pub(super) fn aborted_by_source(&mut self, cause: Failure, now: Time) {
         self.rollback.source_gave_up = true;
         self.abort(cause, now);
     }
@@ -67,7 +67,7 @@ impl DestinationEngine {
     pub(super) fn refused_by_source(&mut self, reasons: Vec<Reason>, now: Time) {
         self.rollback.source_gave_up = true;
         self.rollback.refused = Some(reasons);
-        self.roll_back(failure(self.phase, "refused by the source", ""), now);
+        self.roll_back(failure(Side::Destination, self.phase, "refused by the source", ""), now);
     }
 
     pub(super) fn on_aborted_journaled(&mut self, now: Time) {
@@ -101,7 +101,7 @@ impl DestinationEngine {
 
     pub(super) fn journal_overdue(&mut self, now: Time) {
         self.rollback.interrupted = false;
-        self.aborted_not_journaled(&failure(Phase::Clean, "no answer in time", ""), now);
+        self.aborted_not_journaled(&failure(Side::Destination, Phase::Clean, "no answer in time", ""), now);
     }
 
     pub(super) fn send_abort_and_release(&mut self, now: Time) {
@@ -137,7 +137,7 @@ impl DestinationEngine {
 
     pub(super) fn release_overdue(&mut self, now: Time) {
         self.rollback.interrupted = false;
-        self.release_failed(&failure(Phase::Clean, "no answer in time", ""), now);
+        self.release_failed(&failure(Side::Destination, Phase::Clean, "no answer in time", ""), now);
     }
 
     /// On the way back the source's words change nothing, but a COMMIT needs its answer.
@@ -197,7 +197,7 @@ impl DestinationEngine {
         self.timer = Some(ExpectedAnswer::within(timeout, "a question", now));
     }
 
-    fn cause(&self) -> PeerError {
+    fn cause(&self) -> Failure {
         self.rollback.cause.clone().unwrap_or_else(|| self.error("given up"))
     }
 }

@@ -1,10 +1,10 @@
 //! P8: the guest is ours; devices and vCPUs start, and the source is told.
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase};
 use vfio_migration_wire::{Message, Running};
 
 use super::state::{DestinationEngine, State};
-use crate::api::{DestinationAction, DestinationOutcome, Failure};
+use crate::api::{DestinationAction, DestinationOutcome};
 use crate::ownership::DestinationState;
 
 impl DestinationEngine {

@@ -1,6 +1,6 @@
 //! P2: the devices' resuming sessions are opened.
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, Side};
 use vfio_migration_wire::Message;
 
 use super::state::{DestinationEngine, State};
@@ -14,7 +14,7 @@ impl DestinationEngine {
         self.phase = Phase::Setup;
         if lease != self.config.lease {
             let text = "the source begins on a lease that was not granted to it: protocol error";
-            return self.abort(failure(self.phase, text, ""), now);
+            return self.abort(failure(Side::Destination, self.phase, text, ""), now);
         }
         if self.is_rehearsal() {
             return self.act(State::Opening, DestinationAction::BeginResuming);

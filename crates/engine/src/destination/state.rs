@@ -2,12 +2,10 @@
 
 use std::collections::VecDeque;
 
-use vfio_migration_types::{Epoch, Phase};
-use vfio_migration_wire::{
-    Accept, FEATURE_REHEARSE, FinalEnd, HelloReply, Message, PeerError, Ready, Reason, Running,
-};
+use vfio_migration_types::{Epoch, Failure, Phase, Side};
+use vfio_migration_wire::{Accept, FEATURE_REHEARSE, FinalEnd, HelloReply, Message, Ready, Reason, Running};
 
-use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationOutcome, Failure, Time};
+use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationOutcome, Time};
 use crate::expected::{ExpectedAnswer, work_timeout};
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
@@ -187,7 +185,7 @@ impl DestinationEngine {
         self.attempt.map(|attempt| attempt.epoch.next())
     }
 
-    pub(super) fn error(&self, text: &str) -> PeerError {
-        failure(self.phase, text, "")
+    pub(super) fn error(&self, text: &str) -> Failure {
+        failure(Side::Destination, self.phase, text, "")
     }
 }

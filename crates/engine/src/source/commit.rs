@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase};
 use vfio_migration_wire::{Commit, Message};
 
 use super::state::{AbortNotice, EarlyAnswer, SourceEngine, State};
-use crate::api::{Failure, SourceAction, Time};
+use crate::api::{SourceAction, Time};
 use crate::ownership::SourceState;
 
 /// First pause between two questions; doubled each time, up to `peer_timeout`.

@@ -1,6 +1,6 @@
 //! P1: version, manifest, reservation, and the judgement of both sides; before it, what this side cannot migrate at all.
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, Side};
 use vfio_migration_wire::{Accept, FEATURE_REHEARSE, Hello, HelloReply, Message, Reason};
 
 use super::state::{AbortNotice, SourceEngine, State};
@@ -30,7 +30,7 @@ impl SourceEngine {
             names.join(", "),
         );
         let remedy = "state that no device maps another's BAR for DMA, if that is so; or migrate without these devices";
-        let cause = self.with_device(*first, failure(Phase::Plan, text, remedy));
+        let cause = self.with_device(*first, failure(Side::Source, Phase::Plan, text, remedy));
         self.finish(SourceOutcome::Aborted(Abort {
             cause,
             cancelled: false,
@@ -64,19 +64,19 @@ impl SourceEngine {
                 "the destination selected protocol version {}, but {} to {} were offered",
                 reply.version, versions.min, versions.max
             );
-            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
+            return self.abort(failure(Side::Source, self.phase, text, ""), AbortNotice::Send);
         }
         if reply.features & !self.config.features != 0 {
             let text = format!(
                 "the destination selected features {:#x}, but only {:#x} were offered",
                 reply.features, self.config.features
             );
-            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
+            return self.abort(failure(Side::Source, self.phase, text, ""), AbortNotice::Send);
         }
         if self.config.rehearse.is_some() && reply.features & FEATURE_REHEARSE == 0 {
             let text = "the destination does not know how to rehearse";
             let remedy = "run a release there that does, or compare manifests instead";
-            return self.abort(failure(self.phase, text, remedy), AbortNotice::Send);
+            return self.abort(failure(Side::Source, self.phase, text, remedy), AbortNotice::Send);
         }
         if let Some(expected) = self.timer {
             self.model.round_trip(expected.waited(now));

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::Applied;
 
 use super::state::{AbortNotice, Rounds, SourceEngine, State, WaitKind};
-use crate::api::{DeviceProgress, Failure, IterationReport, SourceAction, Time};
+use crate::api::{DeviceProgress, IterationReport, SourceAction, Time};
 use crate::convergence::Prediction;
 use crate::expected::work_timeout;
 use crate::failure::{failure, silence};
@@ -97,7 +97,7 @@ impl SourceEngine {
             let text = format!(
                 "the destination acknowledged initial bytes of device number {device}, which is none"
             );
-            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
+            return self.abort(failure(Side::Source, self.phase, text, ""), AbortNotice::Send);
         };
         *acknowledged = Some(generation);
         self.update_expected(Some(Acknowledged::InitialBytes), now);
@@ -113,7 +113,7 @@ impl SourceEngine {
                 "the destination says it applied iteration {} after {}, of {} begun: protocol error",
                 applied.iteration, self.rounds.applied, self.rounds.iteration
             );
-            return self.abort(failure(self.phase, text, ""), AbortNotice::Send);
+            return self.abort(failure(Side::Source, self.phase, text, ""), AbortNotice::Send);
         }
         let first = self.rounds.applied == 0;
         self.rounds.applied = applied.iteration;
@@ -167,7 +167,7 @@ impl SourceEngine {
                     || self.rounds.initial_expected < self.rounds.applied_expected);
             let late = self.unacknowledged().first().copied().filter(|_| initial_is_late);
             let what = if late.is_some() { "INITIAL_LOADED" } else { "APPLIED" };
-            let cause = silence(self.phase, "destination", what, waited);
+            let cause = silence(Side::Source, self.phase, what, waited);
             let cause = late.map_or(cause.clone(), |index| self.with_device(index, cause));
             return self.abort(cause, AbortNotice::Send);
         }
@@ -212,8 +212,10 @@ impl SourceEngine {
                 && self.model.initial_stalled(unsent, now)
             {
                 let text = "the device does not come to the end of its initial pre-copy data";
-                let cause =
-                    self.with_device(*first, failure(Phase::Iterate, text, "see the device's own log"));
+                let cause = self.with_device(
+                    *first,
+                    failure(Side::Source, Phase::Iterate, text, "see the device's own log"),
+                );
                 return self.conclude(cause, now);
             }
             let sending =
@@ -286,7 +288,12 @@ impl SourceEngine {
     fn give_up(&mut self, why: &str, now: Time) {
         let Some(prediction) = self.model.predict(now) else {
             let text = "the first iteration did not end in the time given";
-            let cause = failure(Phase::Iterate, text, "allow more time, or migrate over a faster network");
+            let cause = failure(
+                Side::Source,
+                Phase::Iterate,
+                text,
+                "allow more time, or migrate over a faster network",
+            );
             return self.conclude(cause, now);
         };
         let missing = self.unacknowledged();
@@ -295,7 +302,7 @@ impl SourceEngine {
             Some(first) if prediction.total() <= budget => {
                 let text =
                     "the destination has not loaded the device's initial pre-copy data in the time given";
-                self.with_device(*first, failure(Phase::Iterate, text, "allow more time"))
+                self.with_device(*first, failure(Side::Source, Phase::Iterate, text, "allow more time"))
             }
             _ => self.too_big(why, &prediction),
         };
@@ -327,7 +334,7 @@ impl SourceEngine {
             (None, "RAM") => format!("{raise}, use a faster network, or let the guest write less"),
             _ => raise,
         };
-        let cause = failure(Phase::Iterate, text, &remedy);
+        let cause = failure(Side::Source, Phase::Iterate, text, &remedy);
         match index {
             Some(index) => self.with_device(index, cause),
             None => cause,

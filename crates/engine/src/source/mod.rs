@@ -17,14 +17,13 @@ mod state;
 
 use std::collections::VecDeque;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
 
 pub use self::state::SourceEngine;
 use self::state::{AbortNotice, Pause, RehearsalState, Rounds, SourceCommit, State, WaitKind};
 use crate::api::{
-    Barrier, EngineProgress, Failure, SourceAction, SourceConfig, SourceEvent, SourceOutcome, SwitchoverWait,
-    Time,
+    Barrier, EngineProgress, SourceAction, SourceConfig, SourceEvent, SourceOutcome, SwitchoverWait, Time,
 };
 use crate::convergence::DowntimeModel;
 use crate::expected::ExpectedAnswer;
@@ -149,7 +148,7 @@ impl SourceEngine {
             return;
         }
         match self.state {
-            State::Idle => self.abort(protocol(self.phase, "destination", &message), AbortNotice::Send),
+            State::Idle => self.abort(protocol(Side::Source, self.phase, &message), AbortNotice::Send),
             State::JournalCommitting
             | State::AwaitingRunning
             | State::Asking
@@ -179,7 +178,7 @@ impl SourceEngine {
             }
             (state, Message::Applied(applied)) if state.has_iterated() => self.on_applied(applied, now),
             (State::AwaitingReady, Message::Ready(ready)) => self.on_ready(ready, now),
-            (_, message) => self.abort(protocol(self.phase, "destination", &message), AbortNotice::Send),
+            (_, message) => self.abort(protocol(Side::Source, self.phase, &message), AbortNotice::Send),
         }
     }
 
@@ -227,7 +226,7 @@ impl SourceEngine {
             (state, event) => {
                 let text =
                     format!("the session reported {event:?} in state {state:?}: a defect of this program");
-                self.abort(failure(self.phase, text, ""), AbortNotice::Send);
+                self.abort(failure(Side::Source, self.phase, text, ""), AbortNotice::Send);
             }
         }
     }
@@ -269,8 +268,8 @@ impl SourceEngine {
         match self.state {
             State::AwaitingRunning => self.ask(now),
             State::Asking => self.ask_later(now),
-            State::AwaitingRehearsed => self.on_rehearsed(Some(link_lost(self.phase, why))),
-            _ if self.can_cancel() => self.abort(link_lost(self.phase, why), AbortNotice::Omit),
+            State::AwaitingRehearsed => self.on_rehearsed(Some(link_lost(Side::Source, self.phase, why))),
+            _ if self.can_cancel() => self.abort(link_lost(Side::Source, self.phase, why), AbortNotice::Omit),
             _ => {}
         }
     }
@@ -283,7 +282,10 @@ impl SourceEngine {
 
     fn on_cancel(&mut self) {
         if self.can_cancel() {
-            self.abort(failure(self.phase, "cancelled by the operator", ""), AbortNotice::SendCancelled);
+            self.abort(
+                failure(Side::Source, self.phase, "cancelled by the operator", ""),
+                AbortNotice::SendCancelled,
+            );
         }
     }
 
@@ -302,11 +304,11 @@ impl SourceEngine {
             State::AwaitingRunning | State::Asking => self.ask(now),
             State::AwaitingRehearsed => {
                 let waited = expected.waited(now);
-                self.on_rehearsed(Some(silence(self.phase, "destination", expected.what, waited)));
+                self.on_rehearsed(Some(silence(Side::Source, self.phase, expected.what, waited)));
             }
             _ if self.can_cancel() => {
                 let waited = expected.waited(now);
-                self.abort(silence(self.phase, "destination", expected.what, waited), AbortNotice::Send);
+                self.abort(silence(Side::Source, self.phase, expected.what, waited), AbortNotice::Send);
             }
             _ => {}
         }

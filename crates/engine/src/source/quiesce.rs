@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, Side};
 
 use super::state::{AbortNotice, Pause, SourceEngine, State};
 use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, Time};
@@ -47,7 +47,7 @@ impl SourceEngine {
                 self.pause.retreats + 1
             );
             let remedy = "migrate when the guest uses the device less, or disable its pre-copy";
-            let cause = self.with_device(index, failure(Phase::Quiesce, text, remedy));
+            let cause = self.with_device(index, failure(Side::Source, Phase::Quiesce, text, remedy));
             return self.abort(cause, AbortNotice::Send);
         }
         self.pause.retreats += 1;
@@ -70,7 +70,7 @@ impl SourceEngine {
     pub(super) fn on_stop_copy(&mut self, devices: &[DeviceProgress], now: Time) {
         if let Some(index) = self.rounds.new_generation(devices) {
             let text = "the device declared new initial pre-copy data on its way to STOP_COPY";
-            let cause = self.with_device(index, failure(Phase::Quiesce, text, "migrate again"));
+            let cause = self.with_device(index, failure(Side::Source, Phase::Quiesce, text, "migrate again"));
             return self.abort(cause, AbortNotice::Send);
         }
         self.begin_final_pass(now);
@@ -118,6 +118,6 @@ impl SourceEngine {
             self.pause.predicted.as_millis(),
         );
         let remedy = "raise the downtime limit, or see why this phase took so long";
-        self.conclude(failure(self.phase, text, remedy), now);
+        self.conclude(failure(Side::Source, self.phase, text, remedy), now);
     }
 }

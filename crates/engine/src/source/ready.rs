@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, Side};
 use vfio_migration_wire::{Message, Ready};
 
 use super::state::{AbortNotice, Pause, SourceEngine, State};
@@ -14,7 +14,7 @@ impl SourceEngine {
     pub(super) fn on_ready(&mut self, ready: Ready, now: Time) {
         self.timer = None;
         let Some(totals) = &self.pause.totals else { return };
-        if let Err(cause) = compare(totals, &ready, &self.config.devices) {
+        if let Err(cause) = compare(Side::Source, totals, &ready, &self.config.devices) {
             return self.abort(cause, AbortNotice::Send);
         }
         self.commit.ready = Some(ready);

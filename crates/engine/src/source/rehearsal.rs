@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
 use super::state::{AbortNotice, SourceEngine, State};
-use crate::api::{
-    Failure, Part, PartBasis, PartName, RehearsalResult, Rehearse, SourceAction, SourceOutcome, Time,
-};
+use crate::api::{Part, PartBasis, PartName, RehearsalResult, Rehearse, SourceAction, SourceOutcome, Time};
 use crate::failure::link_lost;
 
 impl SourceEngine {
@@ -50,7 +48,11 @@ impl SourceEngine {
             return self.on_rehearsed(left_undone);
         }
         if !self.link {
-            let lost = link_lost(self.phase, "before the destination said that it has released everything");
+            let lost = link_lost(
+                Side::Source,
+                self.phase,
+                "before the destination said that it has released everything",
+            );
             return self.on_rehearsed(Some(lost));
         }
         self.expect_work("REHEARSED", now);

@@ -1,10 +1,10 @@
 //! The way back: from P1 to P6 by our own decision, from P7 only on the destination's DECLINED.
 
-use vfio_migration_types::{DeviceId, Phase};
-use vfio_migration_wire::{Message, PeerError};
+use vfio_migration_types::{DeviceId, Failure, Phase, Side};
+use vfio_migration_wire::Message;
 
 use super::state::{AbortNotice, SourceEngine, SourceRollback, State};
-use crate::api::{Abort, Failure, SourceAction, SourceOutcome, Time};
+use crate::api::{Abort, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 use crate::ownership::{SourceState, SourceStep};
 
@@ -39,7 +39,7 @@ impl SourceEngine {
     }
 
     /// DECLINED: the destination will never run this attempt, and has that in its journal. Ours says OWNER before anything runs.
-    pub(super) fn on_declined(&mut self, cause: PeerError) {
+    pub(super) fn on_declined(&mut self, cause: Failure) {
         self.timer = None;
         let outcome =
             Abort { cause, cancelled: false, reset: Vec::new(), locks_lost: Vec::new(), restored: true };
@@ -115,7 +115,7 @@ impl SourceEngine {
         let text = not_reset.iter().fold("the rehearsal could not be undone".to_owned(), |text, device| {
             append_not_reset(&text, device)
         });
-        let cause = failure(Phase::Clean, text, "see the source's log");
+        let cause = failure(Side::Source, Phase::Clean, text, "see the source's log");
         self.finish(SourceOutcome::Aborted(Abort { cause, cancelled: false, reset, locks_lost, restored }));
     }
 

@@ -3,12 +3,10 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use vfio_migration_types::{Epoch, Phase};
-use vfio_migration_wire::{FEATURE_VERIFY, FinalEnd, HelloReply, Lease, Message, PeerError, Ready, Running};
+use vfio_migration_types::{Epoch, Failure, Phase, Side};
+use vfio_migration_wire::{FEATURE_VERIFY, FinalEnd, HelloReply, Lease, Message, Ready, Running};
 
-use crate::api::{
-    Abort, DeviceProgress, Failure, RehearsalResult, SourceAction, SourceConfig, SourceOutcome, Time,
-};
+use crate::api::{Abort, DeviceProgress, RehearsalResult, SourceAction, SourceConfig, SourceOutcome, Time};
 use crate::convergence::DowntimeModel;
 use crate::expected::{ExpectedAnswer, work_timeout};
 use crate::failure::{failure, with_device};
@@ -150,7 +148,7 @@ pub(super) struct SourceCommit {
 #[derive(Clone, Debug)]
 pub(super) enum EarlyAnswer {
     /// The destination will never run the guest.
-    Declined(PeerError),
+    Declined(Failure),
     /// It gave up, or said something illegal: the question is asked instead of saying COMMIT.
     Unclear,
 }
@@ -192,7 +190,9 @@ impl SourceEngine {
     pub(super) fn journal_step(&mut self, state: State, step: SourceStep) {
         match self.journal.next(step) {
             Ok(next) => self.act(state, SourceAction::Journal(next)),
-            Err(error) => self.abort(failure(self.phase, error.to_string(), ""), AbortNotice::Send),
+            Err(error) => {
+                self.abort(failure(Side::Source, self.phase, error.to_string(), ""), AbortNotice::Send)
+            }
         }
     }
 

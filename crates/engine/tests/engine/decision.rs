@@ -7,9 +7,9 @@ use vfio_migration_engine::{
     Barrier, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent, SourceOutcome,
     SwitchoverWait,
 };
-use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
 use vfio_migration_wire::{
-    Accept, Commit, FEATURES, FinalEnd, HelloReply, Message, Offer, PeerError, Ready, Running, VERSIONS,
+    Accept, Commit, FEATURES, FinalEnd, HelloReply, Message, Offer, Ready, Running, VERSIONS,
 };
 
 const NOW: Duration = Duration::ZERO;
@@ -25,8 +25,9 @@ fn hear(source: &mut SourceEngine, message: Message) -> Vec<SourceAction> {
     tell(source, SourceEvent::Peer(message))
 }
 
-fn error() -> PeerError {
-    PeerError {
+fn error() -> Failure {
+    Failure {
+        side: Side::Destination,
         phase: Phase::Commit,
         device: None,
         arc: None,

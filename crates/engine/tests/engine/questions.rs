@@ -6,9 +6,9 @@ use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
     DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome,
 };
-use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
 use vfio_migration_wire::{
-    Commit, FEATURES, Final, FinalEnd, Hello, Message, Offer, PeerError, Ready, Running, VERSIONS,
+    Commit, FEATURES, Final, FinalEnd, Hello, Message, Offer, Ready, Running, VERSIONS,
 };
 
 const VM: VmId = VmId([1; 16]);
@@ -159,7 +159,8 @@ fn what_was_given_up_after_ready_stays_answerable_for_a_while() {
 #[test]
 fn a_source_that_says_it_gave_up_is_not_waited_for() {
     let mut destination = ready();
-    let cause = PeerError {
+    let cause = Failure {
+        side: Side::Destination,
         phase: Phase::Ready,
         device: None,
         arc: None,
@@ -178,7 +179,8 @@ fn a_source_that_says_it_gave_up_is_not_waited_for() {
 fn declined_is_not_said_if_aborted_cannot_be_journaled() {
     let mut destination = ready();
     hear(&mut destination, QUERY);
-    let failed = PeerError {
+    let failed = Failure {
+        side: Side::Destination,
         phase: Phase::Ready,
         device: None,
         arc: None,

@@ -9,18 +9,19 @@ use vfio_migration_engine::{
     Barrier, DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DeviceFacts,
     DeviceProgress, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent,
 };
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, MigrationFlags, Phase, VmId};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, MigrationFlags, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Applied, Commit, DeviceTotal, FEATURES, Final, FinalEnd, Hello, HelloReply, Message, Offer,
-    PeerError, Ready, Running, VERSIONS,
+    Ready, Running, VERSIONS,
 };
 
 const VM: VmId = VmId([1; 16]);
 const ATTEMPT: AttemptId = AttemptId([2; 16]);
 const EPOCH: Epoch = Epoch(7);
 
-fn error() -> PeerError {
-    PeerError {
+fn error() -> Failure {
+    Failure {
+        side: Side::Source,
         phase: Phase::Iterate,
         device: None,
         arc: None,

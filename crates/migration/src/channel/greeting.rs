@@ -6,13 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::Attempt;
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::Message;
 
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
-use crate::session::fail::{self, sentence};
 
 /// Connections that may wait at once. One more, and the oldest is dropped.
 const MOST: usize = 16;
@@ -38,7 +37,7 @@ impl Accepted {
     /// Says that no migration is taken in now.
     pub(crate) fn turn_away(self) {
         let why = "no migration is taken in here now";
-        let _ = self.link.send(&Message::Abort(fail::plain(Phase::Hello, why)));
+        let _ = self.link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why)));
         self.link.shutdown_write();
     }
 }
@@ -65,7 +64,7 @@ impl PendingConnections {
             self.waiting.remove(0).link.shutdown();
         }
         let link = Link::accepted(socket);
-        let reader = Reader::new(&link);
+        let reader = Reader::new(&link, Side::Source);
         self.waiting.push(PendingConnection { link, reader, patience, until: Instant::now() + patience });
     }
 
@@ -86,7 +85,7 @@ impl PendingConnections {
                 Ok(Some(message)) => Ok(message),
                 Ok(None) if Instant::now() < pending.until => continue,
                 Ok(None) => Err(format!("it said nothing within {:?}", pending.patience)),
-                Err(error) => Err(sentence(&error)),
+                Err(error) => Err(error_chain(&error)),
             };
             return Some(self.waiting.remove(at).accepted(first));
         }
@@ -109,7 +108,7 @@ impl PendingConnection {
         };
         // Somebody who speaks a little of our language is told why not; to anybody else the link sends nothing.
         let told: Result<(), ChannelError> =
-            link.send(&Message::Abort(fail::plain(Phase::Hello, why.clone())));
+            link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
         tracing::debug!(told = told.is_ok(), "a connection is dropped");
         link.shutdown();
         Err(why)

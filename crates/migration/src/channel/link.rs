@@ -12,12 +12,11 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use rustix::net::Shutdown;
 use vfio_migration_memory::Pieces;
-use vfio_migration_types::PAGE_SIZE;
+use vfio_migration_types::{PAGE_SIZE, error_chain};
 use vfio_migration_wire::{Bulk, Crc, Message, PREAMBLE, encode, encode_bulk};
 
 use crate::channel::error::ChannelError;
 use crate::channel::transport::{Socket, Transport};
-use crate::session::fail::sentence;
 use crate::session::lock::lock;
 
 /// A connection. Closed when the last holder drops it.
@@ -219,7 +218,7 @@ impl Link {
             }
             Err(error) => {
                 half.broken = true;
-                lock(&self.broken).get_or_insert_with(|| sentence(&error));
+                lock(&self.broken).get_or_insert_with(|| error_chain(&error));
                 // The reader learns of it by an end of the stream, after all that the peer said before.
                 self.shutdown();
                 Err(error)
@@ -270,7 +269,7 @@ mod tests {
 
     use rustix::io::Errno;
     use vfio_migration_memory::{GuestRam, RamSpec};
-    use vfio_migration_types::{Gpa, Phase, RamOffset, Range};
+    use vfio_migration_types::{Gpa, Phase, RamOffset, Range, Side};
     use vfio_migration_wire::{Frame, limits};
 
     use super::*;
@@ -313,7 +312,7 @@ mod tests {
                     send(&here, &source, first).unwrap();
                 }
             });
-            let mut reader = Reader::new(&there);
+            let mut reader = Reader::new(&there, Side::Source);
             for _ in 0..2 {
                 let Frame::Bulk(Bulk::Pages { first, count, crc: None }) = reader.next().unwrap() else {
                     panic!("no pages came")
@@ -332,7 +331,7 @@ mod tests {
         a.write_all(frame.head()).unwrap();
         a.write_all(&[1; 5000]).unwrap();
         a.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut reader = Reader::new(&Link::accepted(b.into()));
+        let mut reader = Reader::new(&Link::accepted(b.into()), Side::Source);
         reader.next().unwrap();
         let error = reader.body(&mut ram().pieces(&[pages(0, 3)]).unwrap()).unwrap_err();
         assert!(matches!(error, ChannelError::Cut { missing: 7288 }), "{error:?}");
@@ -350,7 +349,7 @@ mod tests {
             link.shutdown();
             let error = sender.join().unwrap().unwrap_err();
             assert!(matches!(error, ChannelError::System { source: Errno::PIPE, .. }), "{error:?}");
-            assert!(matches!(WorkError::sending(error, Phase::Final), WorkError::Link));
+            assert!(matches!(WorkError::sending(error, Side::Source, Phase::Final), WorkError::Link));
         });
     }
 
@@ -399,7 +398,7 @@ mod tests {
         link.welcome().unwrap();
         let error = send(&link, &filled(), 0).unwrap_err();
         assert!(matches!(error, ChannelError::Memory { source: Errno::FAULT, .. }), "{error:?}");
-        let WorkError::Failed(failure) = WorkError::sending(error, Phase::Iterate) else {
+        let WorkError::Failed(failure) = WorkError::sending(error, Side::Source, Phase::Iterate) else {
             panic!("told as a lost connection")
         };
         assert!(failure.text.contains("guest memory") && failure.errno == Some(14), "{failure:?}");

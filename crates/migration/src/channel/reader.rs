@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use vfio_migration_memory::Pieces;
+use vfio_migration_types::Side;
 use vfio_migration_wire::{Frame, FrameHeader, HEADER_LEN, Message, OPTIONAL, PREAMBLE, check_preamble};
 
 use crate::channel::error::ChannelError;
@@ -17,6 +18,8 @@ use crate::channel::link::Link;
 #[derive(Debug)]
 pub(crate) struct Reader {
     link: Arc<Link>,
+    /// The side that speaks: a failure that it tells is its own.
+    peer: Side,
     greeted: bool,
     sequence: u64,
     buffer: Vec<u8>,
@@ -34,10 +37,11 @@ const FIRST_PAYLOAD: usize = 64 << 10;
 const READ_AHEAD: usize = 64 << 10;
 
 impl Reader {
-    /// To be made once per connection.
-    pub(crate) fn new(link: &Arc<Link>) -> Self {
+    /// Reads what `peer` sends. To be made once per connection.
+    pub(crate) fn new(link: &Arc<Link>, peer: Side) -> Self {
         Self {
             link: Arc::clone(link),
+            peer,
             greeted: false,
             sequence: 0,
             buffer: Vec::new(),
@@ -59,11 +63,12 @@ impl Reader {
             if !matches!(header.name(), "PING" | "PONG") && header.number() & OPTIONAL == 0 {
                 break header;
             }
-            if let Frame::Message(Message::Ping { token }) = Frame::decode(&header, &self.payload)? {
+            if let Frame::Message(Message::Ping { token }) = Frame::decode(&header, &self.payload, self.peer)?
+            {
                 self.link.pinged(token);
             }
         };
-        Ok(Frame::decode(&header, &self.payload)?)
+        Ok(Frame::decode(&header, &self.payload, self.peer)?)
     }
 
     /// Reads and throws away until the connection ends, so that closing it does not destroy our last word on its way.
@@ -109,7 +114,7 @@ impl Reader {
             return Err(ChannelError::Unexpected);
         }
         let Some(payload) = rest.get(..header.payload_len()) else { return Ok(None) };
-        let Frame::Message(message) = Frame::decode(&header, payload)? else {
+        let Frame::Message(message) = Frame::decode(&header, payload, self.peer)? else {
             return Err(ChannelError::Unexpected);
         };
         self.sequence += 1;

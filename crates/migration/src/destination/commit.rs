@@ -4,13 +4,13 @@ use std::path::Path;
 
 use vfio_migration_engine::Attempt;
 use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, QueryAnswer, answer_query};
-use vfio_migration_types::{Epoch, Phase};
-use vfio_migration_wire::{Message, PeerError, Running};
+use vfio_migration_types::{Epoch, Failure, Phase, Side, error_chain};
+use vfio_migration_wire::{Message, Running};
 
 use crate::channel::link::Link;
 use crate::destination::worker::Worker;
 use crate::ownership::journal::{Journal, JournalSide, read_journal};
-use crate::session::fail::{self, InPhase, sentence};
+use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
@@ -29,7 +29,12 @@ impl Worker<'_, '_, '_> {
     ) -> Result<(), WorkError> {
         let phase = Phase::Commit;
         let (Some(journal), Some(attempt)) = (&self.journal, attempt) else {
-            return Err(fail::plain(phase, "there is no journal yet: a defect of this program").into());
+            return Err(Failure::new(
+                Side::Destination,
+                phase,
+                "there is no journal yet: a defect of this program",
+            )
+            .into());
         };
         let record = DestinationRecord {
             vm: attempt.vm,
@@ -38,7 +43,9 @@ impl Worker<'_, '_, '_> {
             state,
             peer: self.local.clone(),
         };
-        journal.write_destination(record.clone()).map_err(|error| error.in_phase(phase))?;
+        journal
+            .write_destination(record.clone())
+            .map_err(|error| error.in_phase(Side::Destination, phase))?;
         *lock(&self.shared.record) = Some(record);
         Ok(())
     }
@@ -49,19 +56,19 @@ pub(super) fn answer(known: Option<&KnownOutcome>, state_dir: Option<&Path>, lin
     let message = answer_to(known, state_dir, query);
     tracing::info!(vm = %query.vm, attempt = %query.attempt, ?message, "a source asked what became of its COMMIT");
     if let Err(error) = link.send(&message) {
-        tracing::warn!(error = %sentence(&error), "the answer could not be sent");
+        tracing::warn!(error = %error_chain(&error), "the answer could not be sent");
     }
     link.shutdown_write();
 }
 
 fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, query: Attempt) -> Message {
-    let unknown = |text: String| Message::Abort(fail::plain(Phase::Commit, text));
+    let unknown = |text: String| Message::Abort(Failure::new(Side::Destination, Phase::Commit, text));
     let own = known.filter(|known| known.record.attempt == query.attempt);
     let record = match (own, state_dir) {
         (Some(known), _) => Some(known.record.clone()),
         (None, Some(dir)) => match read_journal(dir, query.vm) {
             Ok(file) => file.and_then(|file| file.destination),
-            Err(error) => return unknown(sentence(&error)),
+            Err(error) => return unknown(error_chain(&error)),
         },
         (None, None) => None,
     };
@@ -78,19 +85,19 @@ fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, query: Atte
 
 /// ABORTED goes to the disk before the answer. Not while another session holds the VM's journal: it may be about to
 /// own the VM; and not before the record has been read again with the journal held, for one may have ended since.
-fn abort(state_dir: Option<&Path>, query: Attempt, cause: PeerError) -> Result<Message, String> {
+fn abort(state_dir: Option<&Path>, query: Attempt, cause: Failure) -> Result<Message, String> {
     // Without a directory the one record is this process's own, whose session has ended.
     let Some(dir) = state_dir else { return Ok(Message::Declined(cause)) };
     let journal = Journal::open(Some(dir), query.vm, JournalSide::Destination)
-        .map_err(|error| error.in_phase(Phase::Commit).text)?;
-    let record = journal.read().map_err(|error| sentence(&error))?.destination;
+        .map_err(|error| error.in_phase(Side::Destination, Phase::Commit).text)?;
+    let record = journal.read().map_err(|error| error_chain(&error))?.destination;
     match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
         QueryAnswer::Running { epoch } => Ok(Message::Running(untold(epoch))),
         QueryAnswer::Decline(cause) => Ok(Message::Declined(cause)),
         QueryAnswer::AbortThenDecline(cause) => {
             let Some(record) = record else { return Err("there is no record".into()) };
             let record = DestinationRecord { state: DestinationState::Aborted, ..record };
-            journal.write_destination(record).map_err(|error| sentence(&error))?;
+            journal.write_destination(record).map_err(|error| error_chain(&error))?;
             Ok(Message::Declined(cause))
         }
         QueryAnswer::Unknown(cause) => Ok(Message::Abort(cause)),

@@ -5,14 +5,14 @@ use std::sync::atomic::Ordering;
 use vfio_migration_compat::{DeviceManifest, DeviceMap, MachineManifest, Policy, Reason, check_machines};
 use vfio_migration_device::{ConfigRule, ConfigRules};
 use vfio_migration_engine::{Attempt, DestinationEvent};
-use vfio_migration_types::{DeviceId, Phase};
+use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
 use crate::machine::Machine;
 use crate::offer::Offer;
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
 use crate::reasons;
-use crate::session::fail::{self, InPhase, sentence};
+use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
 use crate::destination::attempt::ArrivingDevice;
@@ -28,11 +28,16 @@ impl Worker<'_, '_, '_> {
         let phase = Phase::Hello;
         let refuse = |reason: Reason| DestinationEvent::Refused(reasons::to_wire(&[reason]));
         let Some(attempt) = attempt else {
-            return Err(fail::plain(phase, "there is no attempt yet: a defect of this program").into());
+            return Err(Failure::new(
+                Side::Destination,
+                phase,
+                "there is no attempt yet: a defect of this program",
+            )
+            .into());
         };
         let offered = match MachineManifest::from_json(&offer.manifest) {
             Ok(offered) => offered,
-            Err(error) => return Ok(refuse(Reason::new("manifest", sentence(&error)))),
+            Err(error) => return Ok(refuse(Reason::new("manifest", error_chain(&error)))),
         };
         let map = match map(offer.names) {
             Ok(map) => map,
@@ -42,7 +47,12 @@ impl Worker<'_, '_, '_> {
             return Ok(refuse(reason));
         }
         let Some(build) = self.build.take() else {
-            return Err(fail::plain(phase, "a second machine was asked for: a defect of this program").into());
+            return Err(Failure::new(
+                Side::Destination,
+                phase,
+                "a second machine was asked for: a defect of this program",
+            )
+            .into());
         };
         let Attempt { vm, attempt, epoch } = attempt;
         let offer = Offer { vm, attempt, epoch, manifest: offered.clone() };
@@ -50,7 +60,7 @@ impl Worker<'_, '_, '_> {
             Ok(machine) => machine,
             Err(reason) => return Ok(refuse(*reason)),
         };
-        let own = machine.manifest().map_err(|error| error.in_phase(phase))?;
+        let own = machine.manifest().map_err(|error| error.in_phase(Side::Destination, phase))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
         let mut report = check_machines(&offered, &own, &map, &self.policy());
         let mut refused = !reasons::permits(&report, self.options.from_file);
@@ -99,8 +109,9 @@ impl Worker<'_, '_, '_> {
         if refused {
             return Ok(DestinationEvent::Refused(reasons::to_wire(&report.reasons)));
         }
-        let manifest = own.to_json().map_err(|error| fail::plain(phase, sentence(&error)))?;
-        clear(machine.as_ref()).map_err(|error| error.in_phase(phase))?;
+        let manifest =
+            own.to_json().map_err(|error| Failure::new(Side::Destination, phase, error_chain(&error)))?;
+        clear(machine.as_ref()).map_err(|error| error.in_phase(Side::Destination, phase))?;
         let total = machine.ram().size();
         self.shared.ram_total.store(total, Ordering::Relaxed);
         self.machine = Some(machine);
@@ -128,7 +139,7 @@ impl Worker<'_, '_, '_> {
 
     /// Opens the VM's journal, if it does not say that the VM is ours already. A rehearsal only reads it.
     fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, WorkError> {
-        let failed = |error: JournalError| error.in_phase(Phase::Hello);
+        let failed = |error: JournalError| error.in_phase(Side::Destination, Phase::Hello);
         let dir = self.options.state_dir.as_deref();
         let known = if self.shared.rehearsal.load(Ordering::Acquire) {
             dir.map_or(Ok(None), |dir| read_journal(dir, attempt.vm)).map_err(failed)?
@@ -152,7 +163,7 @@ impl Worker<'_, '_, '_> {
 /// The map that came with an offer.
 fn map(names: Vec<(String, String)>) -> Result<DeviceMap, String> {
     let id = |name: String| {
-        DeviceId::new(name).map_err(|error| format!("in the map of devices: {}", sentence(&error)))
+        DeviceId::new(name).map_err(|error| format!("in the map of devices: {}", error_chain(&error)))
     };
     names.into_iter().map(|(from, to)| Ok((id(from)?, id(to)?))).collect::<Result<DeviceMap, _>>()
 }

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_compat::Reason;
 use vfio_migration_engine::Attempt;
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
 use crate::channel::connect::{self, ConnectError, Listener};
 use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections};
@@ -38,7 +38,6 @@ use crate::error::IncomingError;
 use crate::machine::Machine;
 use crate::offer::{Arrived, Offer};
 use crate::options::DestinationOptions;
-use crate::session::fail;
 use crate::uri::Uri;
 
 /// A place where a guest may arrive.
@@ -118,7 +117,9 @@ impl Destination {
                 Ok(Greeting::Query(link, query)) => self.answer(&link, query),
                 Err(why) if matches!(self.listener, Listener::Connected(..)) => {
                     let remedy = "check what is connected to the descriptor";
-                    return Err(IncomingError::NotBegun(fail::with_remedy(Phase::Hello, why, remedy).into()));
+                    return Err(IncomingError::NotBegun(
+                        Failure::new(Side::Destination, Phase::Hello, why).with_remedy(remedy),
+                    ));
                 }
                 Err(why) => tracing::warn!(%why, "a connection was dropped that is no migration"),
             }
@@ -211,5 +212,7 @@ fn not_begun(error: ConnectError) -> IncomingError {
         ConnectError::NotAStream(_) => "pass a connected stream socket",
         _ => "",
     };
-    IncomingError::NotBegun(fail::with_remedy(Phase::Hello, fail::sentence(&error), remedy).into())
+    IncomingError::NotBegun(
+        Failure::new(Side::Destination, Phase::Hello, error_chain(&error)).with_remedy(remedy),
+    )
 }

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::{Attempt, DestinationOutcome};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire as wire;
-use vfio_migration_wire::{PeerError, Running};
+use vfio_migration_wire::Running;
 
 use crate::destination::attempt::DestinationShared;
 use crate::device::receive::DeviceReceiver;
@@ -16,7 +16,6 @@ use crate::machine::Machine;
 use crate::offer::Arrived;
 use crate::reasons;
 use crate::report::{ArrivalReport, Bytes, DeviceStatus};
-use crate::session::fail;
 use crate::session::lock::lock;
 
 pub(super) fn statuses(shared: &DestinationShared) -> Vec<DeviceStatus> {
@@ -49,12 +48,17 @@ pub(super) fn into_result(
     shared: &DestinationShared,
     begun: Instant,
 ) -> Result<Arrived, IncomingError> {
-    let lost =
-        || fail::plain(Phase::Run, "the session lost its own machine: a defect of this program").into();
+    let lost = || {
+        Failure::new(
+            Side::Destination,
+            Phase::Run,
+            "the session lost its own machine: a defect of this program",
+        )
+    };
     let rehearsal = shared.rehearsal.load(Ordering::Acquire);
-    let rehearsed = |refused: Vec<wire::Reason>, cause: Option<PeerError>| {
+    let rehearsed = |refused: Vec<wire::Reason>, cause: Option<Failure>| {
         let refused = reasons::from_wire(refused);
-        IncomingError::Rehearsed(Box::new(RehearsedHere { refused, cause: cause.map(Into::into) }))
+        IncomingError::Rehearsed(Box::new(RehearsedHere { refused, cause }))
     };
     match outcome {
         DestinationOutcome::Owner { epoch, ready, guest_runs } => {
@@ -79,7 +83,7 @@ pub(super) fn into_result(
             Ok(Arrived { machine, epoch, report })
         }
         DestinationOutcome::OwnedNotStarted { epoch, cause } => match machine {
-            Some(machine) => Err(IncomingError::Held(Box::new(Held { machine, epoch, cause: cause.into() }))),
+            Some(machine) => Err(IncomingError::Held(Box::new(Held { machine, epoch, cause }))),
             None => Err(IncomingError::Aborted(lost())),
         },
         // However a rehearsal ends, nobody was to come.
@@ -87,10 +91,10 @@ pub(super) fn into_result(
         DestinationOutcome::Aborted(cause) if rehearsal => Err(rehearsed(Vec::new(), Some(cause))),
         DestinationOutcome::Rehearsed(left_undone) => Err(rehearsed(Vec::new(), left_undone)),
         DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
-        DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause.into())),
+        DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause)),
         other => {
             let text = format!("an outcome that this version does not know: {other:?}");
-            Err(IncomingError::Aborted(fail::plain(Phase::Run, text).into()))
+            Err(IncomingError::Aborted(Failure::new(Side::Destination, Phase::Run, text)))
         }
     }
 }

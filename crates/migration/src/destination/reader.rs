@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use vfio_migration_engine::DestinationEvent;
-use vfio_migration_types::Phase;
-use vfio_migration_wire::{Bulk, Frame, Message, PeerError, limits};
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
+use vfio_migration_wire::{Bulk, Frame, Message, limits};
 
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
@@ -15,7 +15,7 @@ use crate::device::receive::{DeviceReceiver, Mark, Written};
 use crate::machine::Section;
 use crate::ram::receive::{PageReceiver, PagesError};
 use crate::session::events::Events;
-use crate::session::fail::{self, InPhase};
+use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 
 /// Where bulk goes, once the machine is there and its devices are resuming.
@@ -61,7 +61,7 @@ pub(super) fn read_loop(
                 return;
             }
             Err(ReadError::Link(error)) => {
-                break link.write_error().unwrap_or_else(|| fail::sentence(&error));
+                break link.write_error().unwrap_or_else(|| error_chain(&error));
             }
         }
     };
@@ -72,11 +72,11 @@ pub(super) fn read_loop(
 
 enum ReadError {
     Link(ChannelError),
-    Failed(PeerError),
+    Failed(Failure),
 }
 
-impl From<PeerError> for ReadError {
-    fn from(failure: PeerError) -> Self {
+impl From<Failure> for ReadError {
+    fn from(failure: Failure) -> Self {
         Self::Failed(failure)
     }
 }
@@ -87,7 +87,7 @@ impl From<ChannelError> for ReadError {
             ChannelError::Closed | ChannelError::Cut { .. } | ChannelError::System { .. } => {
                 Self::Link(error)
             }
-            other => Self::Failed(other.in_phase(Phase::Iterate)),
+            other => Self::Failed(other.in_phase(Side::Destination, Phase::Iterate)),
         }
     }
 }
@@ -96,8 +96,8 @@ impl From<PagesError> for ReadError {
     fn from(error: PagesError) -> Self {
         match error {
             PagesError::Channel(error) => error.into(),
-            PagesError::Memory(error) => Self::Failed(error.in_phase(Phase::Iterate)),
-            other => Self::Failed(fail::plain(Phase::Iterate, fail::sentence(&other))),
+            PagesError::Memory(error) => Self::Failed(error.in_phase(Side::Destination, Phase::Iterate)),
+            other => Self::Failed(Failure::new(Side::Destination, Phase::Iterate, error_chain(&other))),
         }
     }
 }
@@ -108,16 +108,22 @@ fn step(
     sink: &OnceLock<Sink>,
     received: &Received,
 ) -> Result<(), ReadError> {
-    let early = || fail::plain(Phase::Hello, "bulk data came before this side was ready for it");
+    let early =
+        || Failure::new(Side::Destination, Phase::Hello, "bulk data came before this side was ready for it");
     let bulk = match reader.next()? {
         Frame::Message(message) => return control(message, events, sink, received),
         Frame::Bulk(bulk) => bulk,
         other => {
-            return Err(fail::plain(Phase::Iterate, format!("a frame of no known kind: {other:?}")).into());
+            return Err(Failure::new(
+                Side::Destination,
+                Phase::Iterate,
+                format!("a frame of no known kind: {other:?}"),
+            )
+            .into());
         }
     };
     if received.complete.load(Ordering::Relaxed) {
-        return Err(fail::plain(Phase::Ready, "bulk data came after FINAL_END").into());
+        return Err(Failure::new(Side::Destination, Phase::Ready, "bulk data came after FINAL_END").into());
     }
     let sink = sink.get().ok_or_else(early)?;
     match bulk {
@@ -125,7 +131,7 @@ fn step(
             let due = received.stopped.load(Ordering::Relaxed) || received.ram_crc.load(Ordering::Acquire);
             if due && crc.is_none() {
                 let text = format!("{count} pages from page {first} came without the checksum that is due");
-                return Err(fail::plain(Phase::Iterate, text).into());
+                return Err(Failure::new(Side::Destination, Phase::Iterate, text).into());
             }
             sink.ram.data(reader, first, count, crc)?;
         }
@@ -144,14 +150,31 @@ fn step(
             let all =
                 received.section_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed) + bytes.len() as u64;
             if sections.len() >= limits::SECTIONS as usize || all > limits::SECTIONS_BYTES {
-                return Err(fail::plain(Phase::Final, "more machine state came than any machine has").into());
+                return Err(Failure::new(
+                    Side::Destination,
+                    Phase::Final,
+                    "more machine state came than any machine has",
+                )
+                .into());
             }
             if sections.iter().any(|section| section.name == name) {
-                return Err(fail::plain(Phase::Final, format!("the section '{name}' came twice")).into());
+                return Err(Failure::new(
+                    Side::Destination,
+                    Phase::Final,
+                    format!("the section '{name}' came twice"),
+                )
+                .into());
             }
             sections.push(Section { name: name.to_owned(), version, bytes: bytes.to_vec() });
         }
-        other => return Err(fail::plain(Phase::Iterate, format!("bulk of no known kind: {other:?}")).into()),
+        other => {
+            return Err(Failure::new(
+                Side::Destination,
+                Phase::Iterate,
+                format!("bulk of no known kind: {other:?}"),
+            )
+            .into());
+        }
     }
     Ok(())
 }
@@ -166,15 +189,17 @@ fn control(
     match message {
         Message::InitialSent { device, generation } => {
             events.send(DestinationEvent::Peer(message));
-            let sink = sink
-                .get()
-                .ok_or_else(|| fail::plain(Phase::Setup, "initial bytes were announced too early"))?;
+            let sink = sink.get().ok_or_else(|| {
+                Failure::new(Side::Destination, Phase::Setup, "initial bytes were announced too early")
+            })?;
             receiver(sink, device)?.initial(generation)?;
         }
         Message::EndIteration { iteration } => {
             events.send(DestinationEvent::Peer(message));
             received.iteration.store(iteration.into(), Ordering::Relaxed);
-            let sink = sink.get().ok_or_else(|| fail::plain(Phase::Setup, "an iteration ended too early"))?;
+            let sink = sink.get().ok_or_else(|| {
+                Failure::new(Side::Destination, Phase::Setup, "an iteration ended too early")
+            })?;
             if sink.devices.is_empty() {
                 events.send(DestinationEvent::Applied(sink.written.applied(iteration)));
             }
@@ -197,10 +222,10 @@ fn control(
     Ok(())
 }
 
-fn receiver(sink: &Sink, device: u16) -> Result<&DeviceReceiver, PeerError> {
+fn receiver(sink: &Sink, device: u16) -> Result<&DeviceReceiver, Failure> {
     let receiver = sink.devices.get(usize::from(device));
     receiver.map(AsRef::as_ref).ok_or_else(|| {
         let text = format!("state came for device number {device}, of {}", sink.devices.len());
-        fail::plain(Phase::Iterate, text)
+        Failure::new(Side::Destination, Phase::Iterate, text)
     })
 }

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vfio_migration_device::PciState;
-use vfio_migration_types::Phase;
-use vfio_migration_wire::{DeviceTotal, FinalEnd, PeerError, Ready};
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
+use vfio_migration_wire::{DeviceTotal, FinalEnd, Ready};
 
 use crate::machine::{Machine, Section};
-use crate::session::fail::{self, InPhase, sentence};
+use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::{self, WorkError};
@@ -27,7 +27,12 @@ impl Worker<'_, '_, '_> {
     pub(super) fn load(&mut self, totals: &FinalEnd) -> Result<Ready, WorkError> {
         let machine = self.machine(PHASE)?;
         let Some(sink) = self.shared.sink.get() else {
-            return Err(fail::plain(PHASE, "nothing was received: a defect of this program").into());
+            return Err(Failure::new(
+                Side::Destination,
+                PHASE,
+                "nothing was received: a defect of this program",
+            )
+            .into());
         };
         let begun = Instant::now();
         let devices = self.devices_loaded(&sink.devices, totals)?;
@@ -36,7 +41,9 @@ impl Worker<'_, '_, '_> {
         let begun = Instant::now();
         // Before anything here writes RAM (loading a paravirtual clock may).
         let ram_digest = match totals.ram_digest {
-            Some(_) => Some(machine.ram().digest().map_err(|error| error.in_phase(PHASE))?),
+            Some(_) => {
+                Some(machine.ram().digest().map_err(|error| error.in_phase(Side::Destination, PHASE))?)
+            }
             None => None,
         };
         let verify = begun.elapsed();
@@ -48,10 +55,10 @@ impl Worker<'_, '_, '_> {
         if count != totals.sections {
             let text =
                 format!("{count} sections of machine state arrived where {} were sent", totals.sections);
-            return Err(fail::plain(PHASE, text).into());
+            return Err(Failure::new(Side::Destination, PHASE, text).into());
         }
         let own = self.take_pci_states(sections)?;
-        machine.load(own).map_err(|error| error.in_phase(PHASE))?;
+        machine.load(own).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         self.step("machine state", begun.elapsed());
 
         let vectors = self.put_interrupts_back(machine.as_ref())?;
@@ -59,7 +66,9 @@ impl Worker<'_, '_, '_> {
         let begun = Instant::now();
         let finished =
             for_each_device_parallel(self.devices.iter_mut(), |incoming| match incoming.session.take() {
-                Some(session) => session.finish().map_err(|error| error.in_phase(PHASE).into()),
+                Some(session) => {
+                    session.finish().map_err(|error| error.in_phase(Side::Destination, PHASE).into())
+                }
                 None => Ok(()),
             });
         work_error::worst_of(finished)?;
@@ -87,7 +96,7 @@ impl Worker<'_, '_, '_> {
     ) -> Result<Vec<DeviceTotal>, WorkError> {
         if totals.devices.len() != queues.len() {
             let text = format!("the source sent {} devices where {} are", totals.devices.len(), queues.len());
-            return Err(fail::plain(PHASE, text).into());
+            return Err(Failure::new(Side::Destination, PHASE, text).into());
         }
         let mut loaded = Vec::with_capacity(queues.len());
         for ((incoming, queue), sent) in self.devices.iter_mut().zip(queues).zip(&totals.devices) {
@@ -96,7 +105,9 @@ impl Worker<'_, '_, '_> {
             if total != *sent {
                 let text =
                     format!("{} bytes of state were written where {} were sent", total.bytes, sent.bytes);
-                return Err(fail::of_device(PHASE, incoming.moved.device.id(), text).into());
+                return Err(Failure::new(Side::Destination, PHASE, text)
+                    .of_device(incoming.moved.device.id())
+                    .into());
             }
             loaded.push(total);
         }
@@ -110,20 +121,23 @@ impl Worker<'_, '_, '_> {
             let name = PciState::section_name(&incoming.name);
             let at = sections.iter().position(|section| section.name == name);
             let Some(section) = at.map(|at| sections.remove(at)) else {
-                return Err(fail::of_device(PHASE, pci.id(), "the source sent no PCI state for it").into());
+                return Err(Failure::new(Side::Destination, PHASE, "the source sent no PCI state for it")
+                    .of_device(pci.id())
+                    .into());
             };
             if section.version != 1 {
                 let text =
                     format!("its PCI state has version {}, and this side reads version 1", section.version);
-                return Err(fail::of_device(PHASE, pci.id(), text).into());
+                return Err(Failure::new(Side::Destination, PHASE, text).of_device(pci.id()).into());
             }
-            let state = PciState::decode(&section.bytes)
-                .map_err(|error| fail::of_device(PHASE, pci.id(), sentence(&error)))?;
+            let state = PciState::decode(&section.bytes).map_err(|error| {
+                Failure::new(Side::Destination, PHASE, error_chain(&error)).of_device(pci.id())
+            })?;
             incoming.pci_state = Some(state);
         }
         if let Some(left) = sections.iter().find(|section| section.name.starts_with("pci.")) {
             let text = format!("the section '{}' belongs to no device of this machine", left.name);
-            return Err(fail::plain(PHASE, text).into());
+            return Err(Failure::new(Side::Destination, PHASE, text).into());
         }
         Ok(sections)
     }
@@ -139,19 +153,21 @@ impl Worker<'_, '_, '_> {
             })
             .collect();
         for (pci, state, rules) in &functions {
-            pci.restore_config(state, rules).map_err(|error| error.in_phase(PHASE))?;
+            pci.restore_config(state, rules).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
         self.step("config space and BARs", begun.elapsed());
 
         let begun = Instant::now();
         let router = machine.irq_router();
         for (pci, state, _) in &functions {
-            pci.stage_interrupts(state, router.as_ref()).map_err(|error| error.in_phase(PHASE))?;
+            pci.stage_interrupts(state, router.as_ref())
+                .map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
-        router.commit().map_err(|error| -> PeerError {
-            fail::plain(
+        router.commit().map_err(|error| -> Failure {
+            Failure::new(
+                Side::Destination,
                 PHASE,
-                format!("committing the interrupt routes failed: {}", sentence(error.as_ref())),
+                format!("committing the interrupt routes failed: {}", error_chain(error.as_ref())),
             )
         })?;
         self.step("interrupt routes", begun.elapsed());
@@ -159,7 +175,8 @@ impl Worker<'_, '_, '_> {
         let begun = Instant::now();
         let mut vectors = 0;
         for (pci, state, _) in &functions {
-            vectors += pci.connect_interrupts(state).map_err(|error| error.in_phase(PHASE))?;
+            vectors +=
+                pci.connect_interrupts(state).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
         self.step("interrupts connected", begun.elapsed());
         Ok(vectors)

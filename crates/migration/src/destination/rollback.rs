@@ -1,7 +1,6 @@
 //! The way out, before the guest is ours: locks are let go, every device is reset and released.
 
-use vfio_migration_types::Phase;
-use vfio_migration_wire::PeerError;
+use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;
@@ -17,7 +16,9 @@ impl Worker<'_, '_, '_> {
         self.shared.interrupt.clear();
         // First: a reset takes time, and the source may be waiting for its locks. Nothing here writes any storage.
         let unlocked = match self.machine.as_ref().filter(|_| self.locked) {
-            Some(machine) => machine.release_locks().map_err(|error| error.in_phase(Phase::Clean)),
+            Some(machine) => {
+                machine.release_locks().map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
+            }
             None => Ok(()),
         };
         self.locked = false;
@@ -39,15 +40,17 @@ impl Worker<'_, '_, '_> {
 }
 
 /// The VMM's side first, so that nothing of the VMM reaches for a device that is being reset.
-fn reset(incoming: &mut ArrivingDevice) -> Result<(), PeerError> {
+fn reset(incoming: &mut ArrivingDevice) -> Result<(), Failure> {
     incoming.touched = false;
     let undone = match &incoming.moved.pci {
-        Some(pci) => pci.undo().map_err(|error| error.in_phase(Phase::Clean)),
+        Some(pci) => pci.undo().map_err(|error| error.in_phase(Side::Destination, Phase::Clean)),
         None => Ok(()),
     };
     let reset = match incoming.session.take() {
-        Some(session) => session.abort().map_err(|error| error.in_phase(Phase::Clean)),
-        None => incoming.moved.device.reset().map_err(|error| error.in_phase(Phase::Clean)),
+        Some(session) => session.abort().map_err(|error| error.in_phase(Side::Destination, Phase::Clean)),
+        None => {
+            incoming.moved.device.reset().map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
+        }
     };
     reset.and(undone)
 }

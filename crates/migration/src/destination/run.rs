@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use vfio_migration_types::{Epoch, MigrationState, Phase};
+use vfio_migration_types::{Epoch, Failure, MigrationState, Phase, Side};
 use vfio_migration_wire::Running;
 
-use crate::session::fail::{self, InPhase};
+use crate::session::fail::InPhase;
 use crate::session::host::{boot_id, monotonic_ns};
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::{self, WorkError};
@@ -24,10 +24,14 @@ impl Worker<'_, '_, '_> {
                 |device| {
                     let flags = device
                         .capabilities()
-                        .map_err(|why| fail::of_device(Phase::Run, device.id(), why.0))?
+                        .map_err(|why| {
+                            Failure::new(Side::Destination, Phase::Run, why.0).of_device(device.id())
+                        })?
                         .flags;
                     if flags.has_state(state) {
-                        device.set_state(state).map_err(|error| error.in_phase(Phase::Run))?;
+                        device
+                            .set_state(state)
+                            .map_err(|error| error.in_phase(Side::Destination, Phase::Run))?;
                     }
                     Ok(())
                 },
@@ -36,7 +40,7 @@ impl Worker<'_, '_, '_> {
         }
         self.step("devices STOP to RUNNING", begun.elapsed());
         let begun = Instant::now();
-        machine.resume(run_guest).map_err(|error| error.in_phase(Phase::Run))?;
+        machine.resume(run_guest).map_err(|error| error.in_phase(Side::Destination, Phase::Run))?;
         let at_ns = monotonic_ns();
         self.step("vCPUs", begun.elapsed());
         Ok(Running { epoch, guest_runs: run_guest, boot_id: boot_id(), at_ns })

@@ -10,7 +10,7 @@ use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
 use crate::channel::connect::Listener;
@@ -29,7 +29,6 @@ use crate::offer::{Arrived, Offer};
 use crate::options::DestinationOptions;
 use crate::report::Progress;
 use crate::session::events::Events;
-use crate::session::fail;
 use crate::session::host::nonce;
 use crate::session::lock::lock;
 
@@ -60,8 +59,12 @@ pub(super) fn run(
     let lease = match nonce() {
         Ok(lease) => lease,
         Err(errno) => {
-            let failure = fail::plain(Phase::Hello, format!("no random number for the lease: {errno}"));
-            return (Err(IncomingError::NotBegun(failure.into())), None);
+            let failure = Failure::new(
+                Side::Destination,
+                Phase::Hello,
+                format!("no random number for the lease: {errno}"),
+            );
+            return (Err(IncomingError::NotBegun(failure)), None);
         }
     };
     let shared = DestinationShared::default();
@@ -170,7 +173,8 @@ impl Session<'_> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     let gone = "the session's own threads are gone: a defect of this program";
-                    let outcome = DestinationOutcome::Aborted(fail::plain(Phase::Hello, gone));
+                    let outcome =
+                        DestinationOutcome::Aborted(Failure::new(Side::Destination, Phase::Hello, gone));
                     return (outcome, None, self.engine.attempt());
                 }
             }
@@ -221,7 +225,11 @@ impl Session<'_> {
 
     /// Nobody does what the engine asks for any more. What the journal says decides whose the guest is.
     fn worker_gone(&self) -> DestinationOutcome {
-        let cause = fail::plain(Phase::Run, "the session's worker is gone: a defect of this program");
+        let cause = Failure::new(
+            Side::Destination,
+            Phase::Run,
+            "the session's worker is gone: a defect of this program",
+        );
         match &*lock(&self.shared.record) {
             Some(record) if record.state == DestinationState::Owner => {
                 DestinationOutcome::OwnedNotStarted { epoch: record.epoch.next(), cause }

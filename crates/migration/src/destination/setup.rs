@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::destination::reader::Sink;
 use crate::destination::worker::Worker;
 use crate::device::receive::DeviceReceiver;
 use crate::ram::receive::PageReceiver;
-use crate::session::fail::{self, InPhase};
+use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::{self, WorkError};
 
@@ -19,8 +19,13 @@ impl Worker<'_, '_, '_> {
         let machine = self.machine(phase)?;
         let begun = for_each_device_parallel(self.devices.iter_mut(), |incoming| {
             incoming.touched = true;
-            incoming.session =
-                Some(incoming.moved.device.begin_resuming().map_err(|error| error.in_phase(phase))?);
+            incoming.session = Some(
+                incoming
+                    .moved
+                    .device
+                    .begin_resuming()
+                    .map_err(|error| error.in_phase(Side::Destination, phase))?,
+            );
             Ok(())
         });
         work_error::worst_of(begun)?;
@@ -45,7 +50,12 @@ impl Worker<'_, '_, '_> {
             self.scope.spawn(move || device.write_to(session, &link, &events, &written));
         }
         if self.shared.sink.set(sink).is_err() {
-            return Err(fail::plain(phase, "the sessions were opened twice: a defect of this program").into());
+            return Err(Failure::new(
+                Side::Destination,
+                phase,
+                "the sessions were opened twice: a defect of this program",
+            )
+            .into());
         }
         devices.iter().try_for_each(|device| device.open(&self.link))
     }

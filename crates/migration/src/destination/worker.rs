@@ -8,8 +8,8 @@ use std::thread::Scope;
 
 use vfio_migration_compat::Reason;
 use vfio_migration_engine::{Attempt, DestinationAction, DestinationEvent};
-use vfio_migration_types::Phase;
-use vfio_migration_wire::{Message, PeerError};
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
+use vfio_migration_wire::Message;
 
 use crate::channel::link::Link;
 use crate::destination::attempt::{ArrivingDevice, DestinationShared};
@@ -19,7 +19,7 @@ use crate::options::DestinationOptions;
 use crate::ownership::journal::Journal;
 use crate::report::StepTime;
 use crate::session::events::Events;
-use crate::session::fail::{self, InPhase, panicked, sentence};
+use crate::session::fail::{InPhase, panicked};
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
@@ -78,7 +78,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             let phase = phase_of(&action);
             // The VMM's code and the devices' is called here: a panic of theirs must not leave a session without an end.
             let done = catch_unwind(AssertUnwindSafe(|| self.job(action, attempt)))
-                .unwrap_or_else(|panic| Err(panicked(phase, panic.as_ref()).into()));
+                .unwrap_or_else(|panic| Err(panicked(Side::Destination, phase, panic.as_ref()).into()));
             let answer = match done {
                 Ok(answer) => answer,
                 Err(WorkError::Failed(failure)) => {
@@ -104,7 +104,9 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
                 if matches!(message, Message::Abort(_) | Message::Declined(_)) {
                     self.locks_back();
                 }
-                self.link.send(&message).map_err(|error| WorkError::sending(error, Phase::Hello))?;
+                self.link
+                    .send(&message)
+                    .map_err(|error| WorkError::sending(error, Side::Destination, Phase::Hello))?;
                 return Ok(None);
             }
             DestinationAction::Reserve(offer) => self.reserve(offer, attempt)?,
@@ -114,7 +116,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             }
             DestinationAction::TakeLocks => {
                 let machine = self.machine(Phase::Final)?;
-                machine.take_locks().map_err(|error| error.in_phase(Phase::Final))?;
+                machine.take_locks().map_err(|error| error.in_phase(Side::Destination, Phase::Final))?;
                 self.locked = true;
                 DestinationEvent::LocksTaken
             }
@@ -132,7 +134,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             }
             other => {
                 let text = format!("this session cannot do what its engine asks for: {other:?}");
-                return Err(fail::plain(Phase::Hello, text).into());
+                return Err(Failure::new(Side::Destination, Phase::Hello, text).into());
             }
         }))
     }
@@ -144,15 +146,15 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
         match machine.release_locks() {
             Ok(()) => self.locked = false,
             Err(error) => {
-                tracing::warn!(error = %sentence(&error), "a storage lock could not be released yet")
+                tracing::warn!(error = %error_chain(&error), "a storage lock could not be released yet")
             }
         }
     }
 
-    pub(super) fn machine(&self, phase: Phase) -> Result<Arc<dyn Machine>, PeerError> {
-        self.machine
-            .clone()
-            .ok_or_else(|| fail::plain(phase, "there is no machine yet: a defect of this program"))
+    pub(super) fn machine(&self, phase: Phase) -> Result<Arc<dyn Machine>, Failure> {
+        self.machine.clone().ok_or_else(|| {
+            Failure::new(Side::Destination, phase, "there is no machine yet: a defect of this program")
+        })
     }
 
     /// Notes how long a step took, for the report.

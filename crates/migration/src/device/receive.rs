@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_device::ResumingSession;
 use vfio_migration_engine::DestinationEvent;
-use vfio_migration_types::{DeviceId, Phase};
-use vfio_migration_wire::{Applied, DeviceTotal, Message, PeerError};
+use vfio_migration_types::{DeviceId, Failure, Phase, Side};
+use vfio_migration_wire::{Applied, DeviceTotal, Message};
 
 use crate::channel::link::Link;
-use crate::session::fail::{self, InPhase, panicked};
+use crate::session::fail::{InPhase, panicked};
 use crate::session::interrupt::Interrupt;
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
@@ -142,7 +142,7 @@ impl DeviceReceiver {
         offset: u64,
         bytes: &[u8],
         stopped: bool,
-    ) -> Result<(), PeerError> {
+    ) -> Result<(), Failure> {
         let mut inner = lock(&self.inner);
         if inner.closed {
             return Ok(());
@@ -160,7 +160,7 @@ impl DeviceReceiver {
             None
         };
         if let Some(wrong) = wrong {
-            return Err(fail::of_device(Phase::Iterate, &self.id, wrong));
+            return Err(Failure::new(Side::Destination, Phase::Iterate, wrong).of_device(&self.id));
         }
         inner.credit -= bytes.len() as u64;
         inner.sequence += 1;
@@ -176,20 +176,22 @@ impl DeviceReceiver {
     }
 
     /// Takes note that all initial bytes of `generation` lie in the queue.
-    pub(crate) fn initial(&self, generation: u32) -> Result<(), PeerError> {
+    pub(crate) fn initial(&self, generation: u32) -> Result<(), Failure> {
         self.note(Item::Initial(generation))
     }
 
     /// Puts the end of an iteration into the queue.
-    pub(crate) fn mark(&self, mark: &Arc<Mark>) -> Result<(), PeerError> {
+    pub(crate) fn mark(&self, mark: &Arc<Mark>) -> Result<(), Failure> {
         self.note(Item::Mark(Arc::clone(mark)))
     }
 
     /// Takes the end mark.
-    pub(crate) fn end(&self, total: DeviceTotal) -> Result<(), PeerError> {
+    pub(crate) fn end(&self, total: DeviceTotal) -> Result<(), Failure> {
         let mut inner = lock(&self.inner);
         if std::mem::replace(&mut inner.ended, true) {
-            return Err(fail::of_device(Phase::Final, &self.id, "its state ended twice"));
+            return Err(
+                Failure::new(Side::Destination, Phase::Final, "its state ended twice").of_device(&self.id)
+            );
         }
         self.push(&mut inner, Item::End(total));
         Ok(())
@@ -220,9 +222,13 @@ impl DeviceReceiver {
                 None => {}
             }
             if !inner.ended {
-                return Err(
-                    fail::of_device(Phase::Ready, &self.id, "the end mark of its state never came").into()
-                );
+                return Err(Failure::new(
+                    Side::Destination,
+                    Phase::Ready,
+                    "the end mark of its state never came",
+                )
+                .of_device(&self.id)
+                .into());
             }
             interrupt.check()?;
             inner = self.wake.wait_timeout(inner, SLICE).unwrap_or_else(PoisonError::into_inner).0;
@@ -262,8 +268,10 @@ impl DeviceReceiver {
                     // What came while the guest ran may be written later: the phase is that of the data.
                     let phase = if stopped { Phase::Final } else { Phase::Iterate };
                     let result = catch_unwind(AssertUnwindSafe(|| session.write(&bytes)))
-                        .map_err(|panic| panicked(phase, panic.as_ref()))
-                        .and_then(|written| written.map_err(|error| error.in_phase(phase)));
+                        .map_err(|panic| panicked(Side::Destination, phase, panic.as_ref()))
+                        .and_then(|written| {
+                            written.map_err(|error| error.in_phase(Side::Destination, phase))
+                        });
                     let ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
                     let len = bytes.len() as u64;
                     hasher.update(&bytes);
@@ -299,7 +307,7 @@ impl DeviceReceiver {
                     } else {
                         format!("{} bytes of state arrived where {} were sent", found.bytes, announced.bytes)
                     };
-                    let mut failure = fail::of_device(Phase::Ready, &self.id, text);
+                    let mut failure = Failure::new(Side::Destination, Phase::Ready, text).of_device(&self.id);
                     failure.remedy = "migrate again: its state was damaged between the two hosts".into();
                     Err(failure)
                 }
@@ -325,7 +333,7 @@ impl DeviceReceiver {
     /// The first grant, once the device can take anything.
     pub(crate) fn open(&self, link: &Link) -> Result<(), WorkError> {
         let message = Message::Credit { device: self.index, bytes: self.window };
-        link.send(&message).map_err(|error| WorkError::sending(error, Phase::Setup))
+        link.send(&message).map_err(|error| WorkError::sending(error, Side::Destination, Phase::Setup))
     }
 
     fn next(&self) -> Option<Item> {
@@ -341,11 +349,11 @@ impl DeviceReceiver {
         }
     }
 
-    fn note(&self, item: Item) -> Result<(), PeerError> {
+    fn note(&self, item: Item) -> Result<(), Failure> {
         let mut inner = lock(&self.inner);
         if inner.items.len() >= MOST_ITEMS {
             let text = "more marks than any migration has lie in its queue";
-            return Err(fail::of_device(Phase::Iterate, &self.id, text));
+            return Err(Failure::new(Side::Destination, Phase::Iterate, text).of_device(&self.id));
         }
         self.push(&mut inner, item);
         Ok(())

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_device::{Capabilities, Chunk, Device, Position, PrecopyProgress, SavingSession};
 use vfio_migration_engine::DeviceProgress;
-use vfio_migration_types::{DeviceId, MigrationFlags, Phase};
+use vfio_migration_types::{DeviceId, Failure, MigrationFlags, Phase, Side};
 use vfio_migration_wire::{Bulk, DeviceEnd, DeviceTotal, Message, limits};
 
 use crate::channel::credit::Credit;
 use crate::channel::limiter::{Limiter, SendContext};
-use crate::session::fail::{InPhase, of_device};
+use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
 /// Longest pre-copy pass over a device that cannot say how much it has.
@@ -83,7 +83,7 @@ impl<'a> DeviceSender<'a> {
     pub(crate) fn progress(&mut self, phase: Phase) -> Result<DeviceProgress, WorkError> {
         self.ask(phase)?;
         let stop_copy = if self.capabilities.data_size {
-            self.device.stop_copy_size().map_err(|error| error.in_phase(phase))?
+            self.device.stop_copy_size().map_err(|error| error.in_phase(Side::Source, phase))?
         } else {
             None
         };
@@ -152,13 +152,13 @@ impl<'a> DeviceSender<'a> {
                 Chunk::End => break,
                 Chunk::NothingNow => {
                     let text = "the device says in STOP_COPY that more state may come later";
-                    return Err(of_device(phase, &self.id, text).into());
+                    return Err(Failure::new(Side::Source, phase, text).of_device(&self.id).into());
                 }
             }
         }
         let total = DeviceTotal { bytes: self.offset, digest: *self.hasher.finalize().as_bytes() };
         let end = Bulk::DeviceEnd(DeviceEnd { device: self.index, total });
-        context.link.send_bulk(&end).map_err(|error| WorkError::sending(error, phase))?;
+        context.link.send_bulk(&end).map_err(|error| WorkError::sending(error, Side::Source, phase))?;
         self.end = Some(total);
         Ok(())
     }
@@ -177,7 +177,9 @@ impl<'a> DeviceSender<'a> {
     ) -> Result<Chunk, WorkError> {
         context.interrupt.check()?;
         let Some(session) = &mut self.session else {
-            return Err(of_device(phase, &self.id, "the device has no saving session").into());
+            return Err(Failure::new(Side::Source, phase, "the device has no saving session")
+                .of_device(&self.id)
+                .into());
         };
         let most = self.buffer.len() as u64;
         let most = cap.map_or(most, |cap| cap.frame_size(most));
@@ -186,7 +188,7 @@ impl<'a> DeviceSender<'a> {
                 "the destination grants device {} no credit: it has taken none of its state for {:?}",
                 self.id, context.patience
             );
-            let mut failure = of_device(phase, &self.id, text);
+            let mut failure = Failure::new(Side::Source, phase, text).of_device(&self.id);
             failure.remedy = "see why the device does not load there: its server's or driver's log".into();
             return Err(failure.into());
         };
@@ -198,7 +200,7 @@ impl<'a> DeviceSender<'a> {
             _ => 0,
         };
         self.credit.grant(most - used as u64);
-        let read = read.map_err(|error| error.in_phase(phase))?;
+        let read = read.map_err(|error| error.in_phase(Side::Source, phase))?;
         if used == 0 {
             return Ok(if matches!(read, Chunk::Data(_)) { Chunk::NothingNow } else { read });
         }
@@ -209,7 +211,7 @@ impl<'a> DeviceSender<'a> {
         }
         let piece =
             Bulk::DeviceData { device: self.index, sequence: self.sequence, offset: self.offset, bytes };
-        context.link.send_bulk(&piece).map_err(|error| WorkError::sending(error, phase))?;
+        context.link.send_bulk(&piece).map_err(|error| WorkError::sending(error, Side::Source, phase))?;
         self.sequence += 1;
         self.offset += used as u64;
         Ok(Chunk::Data(used))
@@ -224,7 +226,7 @@ impl<'a> DeviceSender<'a> {
         if !self.capabilities.precopy_info {
             return Ok(());
         }
-        self.last = session.progress().map_err(|error| error.in_phase(phase))?;
+        self.last = session.progress().map_err(|error| error.in_phase(Side::Source, phase))?;
         // Initial bytes that come back after they were all sent are new ones, flagged or not.
         let again =
             self.last.is_some_and(|last| last.reinit || (self.initial_sent && last.initial_bytes > 0));
@@ -245,7 +247,7 @@ impl<'a> DeviceSender<'a> {
     fn send_initial(&mut self, context: SendContext<'_>, phase: Phase) -> Result<(), WorkError> {
         if !self.initial_sent {
             let message = Message::InitialSent { device: self.index, generation: self.generation };
-            context.link.send(&message).map_err(|error| WorkError::sending(error, phase))?;
+            context.link.send(&message).map_err(|error| WorkError::sending(error, Side::Source, phase))?;
             self.initial_sent = true;
         }
         Ok(())

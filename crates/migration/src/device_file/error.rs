@@ -5,9 +5,8 @@ use std::fmt;
 use vfio_migration_compat::Reason;
 use vfio_migration_device::DeviceError;
 use vfio_migration_memory::MemoryError;
-use vfio_migration_types::{DeviceId, MigrationState};
+use vfio_migration_types::{DeviceId, Failure, MigrationState};
 
-use crate::error::Failure;
 use crate::reasons::sentences;
 use crate::snapshot::SnapshotError;
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use vfio_migration_compat::Reason;
 use vfio_migration_device::{Device, NotMigratable};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
 use super::control::DeviceControl;
 use super::error::{DeviceFate, DeviceFileError};
@@ -14,7 +14,6 @@ use super::report::DeviceReport;
 use crate::error::IncomingError;
 use crate::machine::Machine;
 use crate::options::DestinationOptions;
-use crate::session::fail::plain;
 use crate::snapshot::Snapshot;
 
 /// How a device is restored.
@@ -57,7 +56,7 @@ pub fn restore_device(
     let arrived = snapshot.restore(DestinationOptions::default(), |offer| {
         match LoneDevice::new(offer.vm, device.clone(), observer) {
             Ok(machine) => Ok::<Arc<dyn Machine>, _>(Arc::new(machine)),
-            Err(error) => Err(Reason::new("machine", crate::session::fail::sentence(&error)).into()),
+            Err(error) => Err(Reason::new("machine", error_chain(&error)).into()),
         }
     });
     let report = arrived.map_err(|error| failed(device.as_ref(), control, error))?.report;
@@ -86,15 +85,16 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) ->
             DeviceFileError::Failed { failure: failure.into(), fate }
         }
         IncomingError::Rehearsed(_) => {
-            let failure = crate::error::Failure::from(plain(
+            let failure = Failure::new(
+                Side::Destination,
                 Phase::Run,
                 "a file was only rehearsed: a defect of this program",
-            ));
+            );
             DeviceFileError::Failed { failure: failure.into(), fate }
         }
         IncomingError::Held(held) => {
             let text = format!("its state is loaded, and it does not start: {}", held.cause.text);
-            let failure = crate::error::Failure::from(plain(Phase::Run, text));
+            let failure = Failure::new(Side::Destination, Phase::Run, text);
             DeviceFileError::Failed { failure: failure.into(), fate }
         }
     }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vfio_migration_device::{Device, DeviceError, NotMigratable};
-use vfio_migration_types::{MigrationState, VmId};
+use vfio_migration_types::{Failure, MigrationState, Side, VmId};
 
 use super::control::DeviceControl;
 use super::error::{DeviceFate, DeviceFileError};
 use super::machine::{LoneDevice, LoneObserver};
 use super::report::DeviceReport;
-use crate::error::{Failure, MigrateError};
+use crate::error::MigrateError;
 use crate::options::SourceOptions;
 use crate::snapshot::{SaveError, SaveOptions, save};
 use crate::source::Source;
@@ -124,7 +124,7 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: SaveError) -> Dev
         }
         SaveError::Session(error) => {
             let failure: Failure =
-                crate::session::fail::plain(vfio_migration_types::Phase::Final, error.to_string()).into();
+                Failure::new(Side::Source, vfio_migration_types::Phase::Final, error.to_string());
             DeviceFileError::Failed { failure: failure.into(), fate: fate() }
         }
     }

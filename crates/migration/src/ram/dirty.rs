@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use vfio_migration_memory::{DirtySource, GuestRam, report_all, start_all, stop_all};
-use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase};
+use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase, Side, error_chain};
 
 use crate::device::send::DeviceSender;
 use crate::ram::send::RamCounters;
-use crate::session::fail::{self, InPhase, sentence};
+use crate::session::fail::{self, InPhase};
 use crate::session::work_error::WorkError;
 
 /// Every dirty log of a machine, and what they have said that has not been sent.
@@ -52,10 +52,11 @@ impl DirtyPages {
         // Before, not after: a start that fails half way, and cannot be taken back, is stopped with the rest. To stop a
         // log that never started succeeds.
         self.logging = true;
-        start_all(&self.own()).map_err(|error| error.in_phase(phase))?;
+        start_all(&self.own()).map_err(|error| error.in_phase(Side::Source, phase))?;
         for device in devices {
             let Some(log) = device.device.dirty_log() else { continue };
-            log.start().map_err(|error| fail::with_device(&device.id, error.in_phase(phase)))?;
+            log.start()
+                .map_err(|error| fail::with_device(&device.id, error.in_phase(Side::Source, phase)))?;
         }
         // Only now: what is data was found after logging began, so a hole that fills up later is logged.
         self.add_everything(ram, phase)
@@ -69,11 +70,11 @@ impl DirtyPages {
         phase: Phase,
     ) -> Result<(), WorkError> {
         let sources: Vec<&dyn DirtySource> = self.sources.iter().map(AsRef::as_ref).collect();
-        report_all(&sources, &mut self.dirty).map_err(|error| error.in_phase(phase))?;
+        report_all(&sources, &mut self.dirty).map_err(|error| error.in_phase(Side::Source, phase))?;
         for device in devices {
             let Some(log) = device.device.dirty_log() else { continue };
             log.report(&mut self.dirty)
-                .map_err(|error| fail::with_device(&device.id, error.in_phase(phase)))?;
+                .map_err(|error| fail::with_device(&device.id, error.in_phase(Side::Source, phase)))?;
         }
         counters.left.store(self.left(), Ordering::Relaxed);
         Ok(())
@@ -81,7 +82,7 @@ impl DirtyPages {
 
     /// Counts all of RAM that was ever written as dirty: nobody logs what a device writes.
     pub(crate) fn add_everything(&mut self, ram: &GuestRam, phase: Phase) -> Result<(), WorkError> {
-        for extent in ram.data_extents().map_err(|error| error.in_phase(phase))? {
+        for extent in ram.data_extents().map_err(|error| error.in_phase(Side::Source, phase))? {
             self.dirty.set_range(extent.start().0 / PAGE_SIZE, extent.len() / PAGE_SIZE);
         }
         Ok(())
@@ -97,7 +98,7 @@ impl DirtyPages {
             devices.iter().filter_map(|device| device.device.dirty_log()).map(|log| log as &dyn DirtySource),
         );
         if let Err(error) = stop_all(&all) {
-            tracing::warn!(error = %sentence(&error), "a dirty log could not be stopped");
+            tracing::warn!(error = %error_chain(&error), "a dirty log could not be stopped");
         }
     }
 

@@ -4,11 +4,11 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vfio_migration_memory::{GuestRam, Holes};
-use vfio_migration_types::{Bitmap, PAGE_SIZE, Phase, RamOffset, Range, Run};
+use vfio_migration_types::{Bitmap, Failure, PAGE_SIZE, Phase, RamOffset, Range, Run, Side, error_chain};
 use vfio_migration_wire::{Bulk, limits};
 
 use crate::channel::limiter::{Limiter, SendContext};
-use crate::session::fail::{self, InPhase};
+use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
 /// What of RAM has been sent and is left, in bytes, for whoever looks from outside.
@@ -44,7 +44,8 @@ impl PageSender<'_> {
                 // A window at a time, so that what was looked at is still in the cache when it is sent.
                 let window = (end - at).min(u64::from(limits::PAGES));
                 let Ok(range) = Range::new(RamOffset(at * PAGE_SIZE), window * PAGE_SIZE) else { break };
-                let scan = self.ram.scan(range, holes).map_err(|error| error.in_phase(self.phase))?;
+                let scan =
+                    self.ram.scan(range, holes).map_err(|error| error.in_phase(Side::Source, self.phase))?;
                 for piece in scan {
                     let first = piece.range.start().0 / PAGE_SIZE;
                     let count = piece.range.len() / PAGE_SIZE;
@@ -85,15 +86,16 @@ impl PageSender<'_> {
                 copy.resize(usize::try_from(bytes).unwrap_or(0), 0);
                 self.ram
                     .read(RamOffset(first * PAGE_SIZE), &mut copy)
-                    .map_err(|error| error.in_phase(self.phase))?;
+                    .map_err(|error| error.in_phase(Side::Source, self.phase))?;
                 self.context.link.send_page_copy(first, &copy)
             } else {
                 let run = Range::new(RamOffset(first * PAGE_SIZE), bytes)
-                    .map_err(|error| fail::plain(self.phase, fail::sentence(&error)))?;
-                let body = self.ram.pieces(&[run]).map_err(|error| error.in_phase(self.phase))?;
+                    .map_err(|error| Failure::new(Side::Source, self.phase, error_chain(&error)))?;
+                let body =
+                    self.ram.pieces(&[run]).map_err(|error| error.in_phase(Side::Source, self.phase))?;
                 self.context.link.send_pages(first, count, body)
             };
-            sent.map_err(|error| WorkError::sending(error, self.phase))?;
+            sent.map_err(|error| WorkError::sending(error, Side::Source, self.phase))?;
             self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
             first += u64::from(count);
         }
@@ -103,7 +105,10 @@ impl PageSender<'_> {
     fn zeros(&self, run: Run) -> Result<(), WorkError> {
         if run.count > 0 {
             let bulk = Bulk::ZeroPages { first: run.first, count: run.count };
-            self.context.link.send_bulk(&bulk).map_err(|error| WorkError::sending(error, self.phase))?;
+            self.context
+                .link
+                .send_bulk(&bulk)
+                .map_err(|error| WorkError::sending(error, Side::Source, self.phase))?;
         }
         Ok(())
     }

@@ -6,110 +6,81 @@ use std::error::Error;
 use rustix::io::Errno;
 use vfio_migration_device::{DeviceError, PciError, Remedy, TransitionError};
 use vfio_migration_memory::MemoryError;
-use vfio_migration_types::{DeviceId, Phase};
-use vfio_migration_wire::PeerError;
+use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 
 use crate::channel::error::ChannelError;
 use crate::machine::{LockError, MachineError};
 use crate::ownership::journal::JournalError;
 
-/// A failure of `phase` that is nobody's in particular.
-pub(crate) fn plain(phase: Phase, text: impl Into<String>) -> PeerError {
-    PeerError { phase, device: None, arc: None, errno: None, text: text.into(), remedy: String::new() }
-}
-
-/// The same, with what to do about it.
-pub(crate) fn with_remedy(phase: Phase, text: impl Into<String>, remedy: impl Into<String>) -> PeerError {
-    PeerError { remedy: remedy.into(), ..plain(phase, text) }
-}
-
-/// The same of `device`, whatever failed of it.
-pub(crate) fn with_device(device: &DeviceId, failure: PeerError) -> PeerError {
-    PeerError { device: Some(device.to_string()), ..failure }
-}
-
-/// A failure that is a device's.
-pub(crate) fn of_device(phase: Phase, device: &DeviceId, text: impl Into<String>) -> PeerError {
-    PeerError { device: Some(device.to_string()), ..plain(phase, text) }
+/// `failure`, as one of `device`, whatever failed of it.
+pub(crate) fn with_device(device: &DeviceId, failure: Failure) -> Failure {
+    failure.of_device(device)
 }
 
 /// What a panic of the embedder's code, or of a device's, is told as.
-pub(crate) fn panicked(phase: Phase, panic: &(dyn Any + Send)) -> PeerError {
+pub(crate) fn panicked(side: Side, phase: Phase, panic: &(dyn Any + Send)) -> Failure {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text");
     let remedy = "report it to whoever maintains the VMM or the device";
-    with_remedy(phase, format!("a panic in the VMM or a device: {text}"), remedy)
-}
-
-/// An error, with its causes, as one sentence.
-pub(crate) fn sentence(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Some wrappers repeat their source; a person need not read it twice.
-        if !text.ends_with(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
+    Failure::new(side, phase, format!("a panic in the VMM or a device: {text}")).with_remedy(remedy)
 }
 
 /// An error of some kind, as it arose in a phase.
 pub(crate) trait InPhase {
-    /// Gives it its phase.
-    fn in_phase(&self, phase: Phase) -> PeerError;
+    /// The failure that it is of `phase` on `side`.
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure;
 }
 
 impl InPhase for DeviceError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
-        PeerError {
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
+        Failure {
             errno: number(self.errno),
             remedy: "look at the device server's or the driver's log".into(),
-            ..of_device(phase, &self.device, sentence(self))
+            ..Failure::new(side, phase, error_chain(self)).of_device(&self.device)
         }
     }
 }
 
 impl InPhase for TransitionError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         let remedy = match self.remedy {
             Remedy::TryAnotherState => "the device is in a sound state; its driver's log says why it refused",
             Remedy::Reset => "the device needs a reset",
             _ => "the device does not answer: restart its server, or reset the host's function",
         };
-        PeerError {
+        Failure {
             arc: Some((self.from, self.to)),
             errno: number(self.errno),
             remedy: remedy.into(),
-            ..of_device(phase, &self.device, sentence(self))
+            ..Failure::new(side, phase, error_chain(self)).of_device(&self.device)
         }
     }
 }
 
 impl InPhase for PciError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
-        let text = sentence(self);
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
+        let text = error_chain(self);
         match self {
             Self::ConfigMismatch { device, .. }
             | Self::Unfit { device, .. }
-            | Self::Failed { device, .. } => of_device(phase, device, text),
-            _ => plain(phase, text),
+            | Self::Failed { device, .. } => Failure::new(side, phase, text).of_device(device),
+            _ => Failure::new(side, phase, text),
         }
     }
 }
 
 impl InPhase for MemoryError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         let remedy = match self {
             Self::DirtyLog { .. } | Self::AlreadyLogging { .. } | Self::NotLogging { .. } => {
                 "see that nobody else logs the same writes, and look at the device server's or the driver's log"
             }
             _ => "",
         };
-        PeerError { errno: number(errno_within(self)), ..with_remedy(phase, sentence(self), remedy) }
+        Failure {
+            errno: number(errno_within(self)),
+            ..Failure::new(side, phase, error_chain(self)).with_remedy(remedy)
+        }
     }
 }
 
@@ -126,26 +97,26 @@ fn errno_within(error: &(dyn Error + 'static)) -> Option<Errno> {
 }
 
 impl InPhase for ChannelError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
-        PeerError { errno: number(errno_within(self)), ..plain(phase, sentence(self)) }
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
+        Failure { errno: number(errno_within(self)), ..Failure::new(side, phase, error_chain(self)) }
     }
 }
 
 impl InPhase for MachineError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
-        PeerError { errno: number(self.errno), ..plain(phase, sentence(self)) }
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
+        Failure { errno: number(self.errno), ..Failure::new(side, phase, error_chain(self)) }
     }
 }
 
 impl InPhase for LockError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
-        with_remedy(phase, sentence(self), "find out who holds the lock")
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
+        Failure::new(side, phase, error_chain(self)).with_remedy("find out who holds the lock")
     }
 }
 
 impl InPhase for JournalError {
-    fn in_phase(&self, phase: Phase) -> PeerError {
-        with_remedy(phase, sentence(self), "look at the state directory")
+    fn in_phase(&self, side: Side, phase: Phase) -> Failure {
+        Failure::new(side, phase, error_chain(self)).with_remedy("look at the state directory")
     }
 }
 

@@ -1,7 +1,6 @@
 //! Why a piece of a session's work ended early.
 
-use vfio_migration_types::Phase;
-use vfio_migration_wire::PeerError;
+use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::channel::error::ChannelError;
 use crate::session::fail::InPhase;
@@ -15,7 +14,7 @@ pub(crate) enum WorkError {
     /// The link is gone: its reader tells why, after all that the peer said before.
     Link,
     /// It failed.
-    Failed(PeerError),
+    Failed(Failure),
 }
 
 impl From<Interrupted> for WorkError {
@@ -24,20 +23,20 @@ impl From<Interrupted> for WorkError {
     }
 }
 
-impl From<PeerError> for WorkError {
-    fn from(failure: PeerError) -> Self {
+impl From<Failure> for WorkError {
+    fn from(failure: Failure) -> Self {
         Self::Failed(failure)
     }
 }
 
 impl WorkError {
     /// A failed write. What could not even be encoded is our own fault, not the link's.
-    pub(crate) fn sending(error: ChannelError, phase: Phase) -> Self {
+    pub(crate) fn sending(error: ChannelError, side: Side, phase: Phase) -> Self {
         match error {
             ChannelError::Wire(error) => {
-                Self::Failed(crate::session::fail::plain(phase, format!("this cannot be sent: {error}")))
+                Self::Failed(Failure::new(side, phase, format!("this cannot be sent: {error}")))
             }
-            error @ ChannelError::Memory { .. } => Self::Failed(error.in_phase(phase)),
+            error @ ChannelError::Memory { .. } => Self::Failed(error.in_phase(side, phase)),
             _ => Self::Link,
         }
     }

@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use vfio_migration_compat::MachineManifest;
-use vfio_migration_types::PAGE_SIZE;
+use vfio_migration_types::{PAGE_SIZE, Side};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, Frame, Hello, Message};
 
 use super::SnapshotError;
@@ -32,7 +32,7 @@ pub(super) fn check(file: &File, path: &Path) -> Result<Checked, SnapshotError> 
     let mut reader = Frames::new(again, path, frames)?;
     let mut content = Content::default();
     while let Some((header, payload)) = reader.next()? {
-        let body = match Frame::decode(&header, payload) {
+        let body = match Frame::decode(&header, payload, Side::Source) {
             Ok(Frame::Message(message)) => content.message(message).map(|()| None),
             Ok(Frame::Bulk(Bulk::Pages { first, count, crc })) => {
                 content.pages(first, count.into()).map(|()| Some((u64::from(count) * PAGE_SIZE, crc)))

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
-use vfio_migration_types::{PAGE_SIZE, Phase};
+use vfio_migration_types::{Failure, PAGE_SIZE, Phase, Side, error_chain};
 use vfio_migration_wire::{
     Accept, Bulk, Commit, FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Hello, Message, Ready, VERSIONS,
 };
@@ -16,7 +16,6 @@ use crate::channel::credit::Credit;
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
-use crate::session::fail::{plain, sentence};
 use crate::session::interrupt::Interrupt;
 
 /// How long a device may take none of its state.
@@ -36,14 +35,14 @@ impl From<SnapshotError> for Unplayed {
 
 impl From<ChannelError> for Unplayed {
     fn from(error: ChannelError) -> Self {
-        tracing::debug!(error = %sentence(&error), "the destination of a snapshot ended the session");
+        tracing::debug!(error = %error_chain(&error), "the destination of a snapshot ended the session");
         Self::Ended
     }
 }
 
 /// Says all of a checked file.
 pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits: &[Credit]) {
-    let reader = Reader::new(&link);
+    let reader = Reader::new(link, Side::Destination);
     std::thread::scope(|scope| {
         let (answers, answered) = std::sync::mpsc::channel();
         let interrupt = Interrupt::default();
@@ -51,7 +50,8 @@ pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits:
         scope.spawn(move || hear(reader, credits, &answers, &heard));
         let player = Player { link, frames, checked, credits, answered, interrupt };
         if let Err(Unplayed::File(error)) = player.play() {
-            let _ = link.send(&Message::Abort(plain(Phase::Iterate, sentence(&error))));
+            let _ =
+                link.send(&Message::Abort(Failure::new(Side::Source, Phase::Iterate, error_chain(&error))));
         }
         // The destination has decided by itself, or reads our last word and then the end.
         link.shutdown_write();
@@ -96,7 +96,7 @@ impl Player<'_> {
             let Some((header, payload)) = self.frames.next()? else {
                 return Err(SnapshotError::Length("it became shorter".into()).into());
             };
-            let frame = Frame::decode(&header, payload)
+            let frame = Frame::decode(&header, payload, Side::Source)
                 .map_err(|source| SnapshotError::Frame { frame: header.sequence(), source })?;
             match frame {
                 Frame::Message(Message::Hello(hello)) => self.hello(hello)?,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vfio_migration_compat::MachineManifest;
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, DeviceTotal, FEATURE_RAM_CRC, Frame, HelloReply, Message, PROTOCOL_VERSION, Ready,
     Running,
@@ -15,7 +15,6 @@ use super::file::Writer;
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
-use crate::session::fail::{plain, sentence};
 use crate::session::host::{boot_id, monotonic_ns};
 
 /// Credit for each device: the socket itself is what holds a source back here.
@@ -42,13 +41,17 @@ pub(super) enum Unrecorded {
 
 /// Records a session. With `commit` the guest's owner is the file afterwards; without, the source is sent back.
 pub(super) fn record(link: &Arc<Link>, mut writer: Writer, commit: bool) -> Result<Recorded, Unrecorded> {
-    let mut reader = Reader::new(&link);
+    let mut reader = Reader::new(link, Side::Source);
     let recorded = listen(link, &mut reader, &mut writer, commit);
     match &recorded {
         Ok(_) => {}
         Err(Unrecorded::File(error)) => {
             writer.discard();
-            let _ = link.send(&Message::Abort(plain(Phase::Iterate, sentence(error))));
+            let _ = link.send(&Message::Abort(Failure::new(
+                Side::Destination,
+                Phase::Iterate,
+                error_chain(error),
+            )));
         }
         Err(Unrecorded::Ended) => writer.discard(),
     }
@@ -65,7 +68,7 @@ impl From<SnapshotError> for Unrecorded {
 
 impl From<ChannelError> for Unrecorded {
     fn from(error: ChannelError) -> Self {
-        tracing::debug!(error = %sentence(&error), "the session that was being recorded ended");
+        tracing::debug!(error = %error_chain(&error), "the session that was being recorded ended");
         Self::Ended
     }
 }
@@ -138,7 +141,11 @@ fn listen(
                 let (bytes, digest) = writer.finish()?;
                 let recorded = Recorded { bytes, digest, devices: totals.devices.clone(), committed: commit };
                 if !commit {
-                    link.send(&Message::Abort(plain(Phase::Final, "the snapshot is whole")))?;
+                    link.send(&Message::Abort(Failure::new(
+                        Side::Destination,
+                        Phase::Final,
+                        "the snapshot is whole",
+                    )))?;
                     return Ok(recorded);
                 }
                 done = Some(recorded);
@@ -159,7 +166,7 @@ fn listen(
                 let answer = Running { epoch: commit.epoch, guest_runs: false, boot_id, at_ns };
                 // From COMMIT on the file is the guest: whatever becomes of the answer, it stays.
                 if let Err(error) = link.send(&Message::Running(answer)) {
-                    tracing::error!(error = %sentence(&error), "the answer to COMMIT could not be sent");
+                    tracing::error!(error = %error_chain(&error), "the answer to COMMIT could not be sent");
                 }
                 return Ok(recorded);
             }

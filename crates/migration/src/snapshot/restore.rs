@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vfio_migration_compat::{DeviceManifest, MachineManifest, Reason};
 use vfio_migration_engine::ownership::SourceState;
-use vfio_migration_types::{Epoch, Phase, VmId};
+use vfio_migration_types::{Epoch, Failure, Phase, Side, VmId, error_chain};
 
 use super::check::{Checked, check};
 use super::file::{Frames, failed};
@@ -25,7 +25,7 @@ use crate::offer::{Arrived, Offer};
 use crate::options::DestinationOptions;
 use crate::ownership::journal::read_journal;
 use crate::ownership::status::{Standing, standing};
-use crate::session::fail::{InPhase, plain};
+use crate::session::fail::InPhase;
 
 /// A file that was found to be a whole, sound snapshot.
 #[derive(Debug)]
@@ -113,7 +113,7 @@ impl Snapshot {
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {
-            IncomingError::NotBegun(plain(Phase::Hello, crate::session::fail::sentence(&error)).into())
+            IncomingError::NotBegun(Failure::new(Side::Destination, Phase::Hello, error_chain(&error)))
         };
         let (here, there) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -123,7 +123,7 @@ impl Snapshot {
         let options = DestinationOptions { from_file: true, ..options };
         let mut destination = Destination::over(here, options)?;
         let link = Link::new(there).map_err(|error| {
-            IncomingError::NotBegun(plain(Phase::Hello, crate::session::fail::sentence(&error)).into())
+            IncomingError::NotBegun(Failure::new(Side::Destination, Phase::Hello, error_chain(&error)))
         })?;
         std::thread::scope(|scope| {
             let (done, waits) = std::sync::mpsc::channel();
@@ -146,7 +146,7 @@ impl Snapshot {
         let vm = self.vm();
         let refuse = |text: String| Err(IncomingError::Refused(vec![Reason::new("ownership", text)]));
         let unreadable = |error: crate::ownership::journal::JournalError| {
-            IncomingError::NotBegun(error.in_phase(Phase::Hello).into())
+            IncomingError::NotBegun(error.in_phase(Side::Destination, Phase::Hello))
         };
         match standing(dir, vm).map_err(unreadable)? {
             Standing::Unknown | Standing::Ours(_) => Ok(()),

@@ -1,7 +1,6 @@
 //! P9: the guest is the destination's; this side lets go of what it held.
 
-use vfio_migration_types::Phase;
-use vfio_migration_wire::PeerError;
+use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;
@@ -18,10 +17,10 @@ impl Worker<'_> {
         }
         let ended = for_each_device_parallel(
             self.devices.iter_mut().filter_map(|device| device.session.take()),
-            |session| session.end().map_err(|error| error.in_phase(Phase::Clean)),
+            |session| session.end().map_err(|error| error.in_phase(Side::Source, Phase::Clean)),
         );
         self.dirty.stop(&self.devices);
-        let failed: Option<PeerError> = ended.into_iter().find_map(Result::err);
+        let failed: Option<Failure> = ended.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |failure| Err(failure.into()))
     }
 }

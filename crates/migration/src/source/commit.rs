@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, Side, error_chain};
 use vfio_migration_wire::Message;
 
 use crate::channel::connect;
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
-use crate::session::fail::{InPhase, sentence};
+use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 use crate::uri::Uri;
 
@@ -41,11 +41,11 @@ impl Worker<'_> {
 
     fn ask(&self) -> Result<Message, Result<WorkError, String>> {
         let limit = self.options.connect_timeout.min(PATIENCE);
-        let socket = connect::connect(self.uri, limit).map_err(|error| Err(sentence(&error)))?;
-        let told = |error: ChannelError| Err(sentence(&error));
+        let socket = connect::connect(self.uri, limit).map_err(|error| Err(error_chain(&error)))?;
+        let told = |error: ChannelError| Err(error_chain(&error));
         let link = Link::new(socket).map_err(told)?;
         link.send(&self.record(SourceState::Committing).query()).map_err(told)?;
-        let mut reader = Reader::new(&link);
+        let mut reader = Reader::new(&link, Side::Destination);
         let until = Instant::now() + PATIENCE;
         loop {
             match reader.first() {
@@ -81,6 +81,6 @@ impl Worker<'_> {
             }
         }
         let record = self.record(state);
-        self.journal.write_source(record).map_err(|error| error.in_phase(Phase::Commit).into())
+        self.journal.write_source(record).map_err(|error| error.in_phase(Side::Source, Phase::Commit).into())
     }
 }

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_device::PciState;
 use vfio_migration_memory::Holes;
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
 use crate::machine::{MachineError, Section};
-use crate::session::fail::{self, InPhase};
+use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
 use crate::source::worker::Worker;
@@ -30,18 +30,18 @@ impl Worker<'_> {
         self.ram_pages += self.send_all(&pages, Holes::Possible, phase)?;
         for section in &sections {
             let bulk = Bulk::Section { name: &section.name, version: section.version, bytes: &section.bytes };
-            self.link.send_bulk(&bulk).map_err(|error| WorkError::sending(error, phase))?;
+            self.link.send_bulk(&bulk).map_err(|error| WorkError::sending(error, Side::Source, phase))?;
         }
         let (ram_digest, took) = if verify {
             let begun = Instant::now();
-            let digest = self.ram.digest().map_err(|error| error.in_phase(phase))?;
+            let digest = self.ram.digest().map_err(|error| error.in_phase(Side::Source, phase))?;
             (Some(digest), begun.elapsed())
         } else {
             (None, Duration::ZERO)
         };
         let devices = self.devices.iter().map(|device| device.total()).collect::<Option<Vec<DeviceTotal>>>();
-        let devices =
-            devices.ok_or_else(|| fail::plain(phase, "a device's state was not read to its end"))?;
+        let devices = devices
+            .ok_or_else(|| Failure::new(Side::Source, phase, "a device's state was not read to its end"))?;
         let sections = u32::try_from(sections.len()).unwrap_or(u32::MAX);
         Ok((FinalEnd { ram_pages: self.ram_pages, ram_digest, sections, devices }, took))
     }
@@ -53,17 +53,23 @@ impl Worker<'_> {
         let mut sections = Vec::new();
         for moved in &self.functions {
             let Some(pci) = &moved.pci else { continue };
-            let state = pci.save().map_err(|error| error.in_phase(phase))?;
-            let bytes =
-                state.encode().map_err(|error| fail::of_device(phase, pci.id(), fail::sentence(&error)))?;
+            let state = pci.save().map_err(|error| error.in_phase(Side::Source, phase))?;
+            let bytes = state.encode().map_err(|error| {
+                Failure::new(Side::Source, phase, error_chain(&error)).of_device(pci.id())
+            })?;
             sections.push(Section { name: PciState::section_name(pci.id()), version: 1, bytes });
         }
         let Some(paused) = &self.paused else {
-            return Err(fail::plain(phase, "the machine's state was asked for while the guest runs").into());
+            return Err(Failure::new(
+                Side::Source,
+                phase,
+                "the machine's state was asked for while the guest runs",
+            )
+            .into());
         };
-        let own = self.machine.save(paused).map_err(|error| error.in_phase(phase))?;
+        let own = self.machine.save(paused).map_err(|error| error.in_phase(Side::Source, phase))?;
         for section in &own {
-            check(section).map_err(|error| error.in_phase(phase))?;
+            check(section).map_err(|error| error.in_phase(Side::Source, phase))?;
         }
         sections.extend(own);
         let names: BTreeSet<&str> = sections.iter().map(|section| section.name.as_str()).collect();
@@ -71,7 +77,7 @@ impl Worker<'_> {
             || u32::try_from(sections.len()).is_ok_and(|count| count > limits::SECTIONS)
         {
             let text = format!("the machine saved {} sections of {} names", sections.len(), names.len());
-            return Err(fail::plain(phase, text).into());
+            return Err(Failure::new(Side::Source, phase, text).into());
         }
         // The destination refuses more: better said here, with the reason.
         let bytes: u64 = sections.iter().map(|section| section.bytes.len() as u64).sum();
@@ -80,7 +86,7 @@ impl Worker<'_> {
                 "the machine saved {bytes} bytes of state, and a migration carries at most {}",
                 limits::SECTIONS_BYTES
             );
-            return Err(fail::plain(phase, text).into());
+            return Err(Failure::new(Side::Source, phase, text).into());
         }
         Ok(sections)
     }

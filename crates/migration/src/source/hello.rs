@@ -2,12 +2,11 @@
 
 use vfio_migration_compat::{MachineManifest, Policy, Report, check_machines, worse};
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::Accept;
 
 use crate::options::SourceOptions;
 use crate::reasons;
-use crate::session::fail::{self, sentence};
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
@@ -16,8 +15,8 @@ use crate::source::worker::Worker;
 impl Worker<'_> {
     pub(super) fn judge(&mut self, accept: Accept) -> Result<SourceEvent, WorkError> {
         let theirs = MachineManifest::from_json(&accept.manifest).map_err(|error| {
-            let text = format!("the destination's manifest cannot be read: {}", sentence(&error));
-            fail::plain(Phase::Hello, text)
+            let text = format!("the destination's manifest cannot be read: {}", error_chain(&error));
+            Failure::new(Side::Source, Phase::Hello, text)
         })?;
         let own = check_machines(self.manifest, &theirs, &self.options.device_map, &policy(self.options));
         let said = Report { reasons: reasons::from_wire(accept.reasons), ..own.clone() };

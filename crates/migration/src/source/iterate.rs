@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use vfio_migration_engine::IterationReport;
 use vfio_migration_memory::Holes;
-use vfio_migration_types::{Bitmap, Phase};
+use vfio_migration_types::{Bitmap, Phase, Side};
 use vfio_migration_wire::Message;
 
 use crate::channel::limiter::SendContext;
@@ -28,7 +28,7 @@ impl Worker<'_> {
         let sent = self.send_all(&pages, holes, phase)?;
         self.ram_pages += sent;
         let end = Message::EndIteration { iteration };
-        self.link.send(&end).map_err(|error| WorkError::sending(error, phase))?;
+        self.link.send(&end).map_err(|error| WorkError::sending(error, Side::Source, phase))?;
         let took = begun.elapsed();
         self.report_dirty(phase)?;
         Ok(IterationReport {
@@ -45,7 +45,7 @@ impl Worker<'_> {
         if !self.writes_unlogged() {
             return Ok(0);
         }
-        let extents = self.ram.data_extents().map_err(|error| error.in_phase(phase))?;
+        let extents = self.ram.data_extents().map_err(|error| error.in_phase(Side::Source, phase))?;
         Ok(extents.iter().map(|extent| extent.len()).sum())
     }
 

@@ -7,7 +7,7 @@ use vfio_migration_compat::MachineManifest;
 use vfio_migration_device::Capabilities;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_engine::{self as engine, DeviceFacts, SourceAction, SourceConfig, SourceOutcome};
-use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_chain};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Offer, VERSIONS, limits};
 
 use crate::control::Control;
@@ -17,7 +17,7 @@ use crate::offer::names;
 use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::rehearsal::Rehearse;
-use crate::session::fail::{self, InPhase};
+use crate::session::fail::InPhase;
 use crate::session::host::nonce;
 use crate::uri::Uri;
 
@@ -50,11 +50,12 @@ impl PlannedMigration {
         // A rehearsal reads the journal and leaves no trace in it.
         let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
         let journal = Journal::open(dir, vm, JournalSide::Source)
-            .map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+            .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
         let epoch = owned_epoch(known(&journal, &options, vm)?, &options)?;
-        let manifest = machine.manifest().map_err(|error| refused_here(error.in_phase(Phase::Plan)))?;
+        let manifest =
+            machine.manifest().map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
         let json = manifest.to_json().map_err(|error| {
-            not_begun(Phase::Plan, format!("the manifest cannot be written: {}", fail::sentence(&error)))
+            not_begun(Phase::Plan, format!("the manifest cannot be written: {}", error_chain(&error)))
         })?;
         let offer = Offer { names: names(&options.device_map), manifest: json };
         let devices = usable_devices(machine.as_ref(), &options)?;
@@ -103,7 +104,7 @@ fn known(journal: &Journal, options: &SourceOptions, vm: VmId) -> Result<Journal
         None => Ok(None),
     };
     let known = on_disk.and_then(|file| file.map_or_else(|| journal.read(), Ok));
-    known.map_err(|error| refused_here(error.in_phase(Phase::Plan)))
+    known.map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))
 }
 
 /// The epoch under which this side owns the guest, if the journal does not say that it does not.
@@ -126,7 +127,7 @@ fn owned_epoch(file: JournalFile, options: &SourceOptions) -> Result<Epoch, Migr
                 released.0
             );
             let remedy = "if it did come back, pass the epoch under which it did";
-            Err(refused_here(fail::with_remedy(Phase::Plan, text, remedy)))
+            Err(refused_here(Failure::new(Side::Source, Phase::Plan, text).with_remedy(remedy)))
         }
         _ => Ok(epoch),
     }
@@ -149,17 +150,13 @@ fn usable_devices(
         .map(|moved| {
             let id = moved.device.id();
             let capabilities = moved.device.capabilities().map_err(|why| {
-                refused_here(fail::of_device(
-                    Phase::Plan,
-                    id,
-                    format!("device {id} cannot migrate: {}", why.0),
-                ))
+                refused_here(Failure::new(Side::Source, Phase::Plan, format!("device {id} cannot migrate: {}", why.0)).of_device(id))
             })?;
             if !capabilities.dirty_log && !options.allow_all_dirty {
                 let text = format!(
                     "device {id} has no log of its DMA writes: nobody would know which pages it wrote"
                 );
-                let mut failure = fail::of_device(Phase::Plan, id, text);
+                let mut failure = Failure::new(Side::Source, Phase::Plan, text).of_device(id);
                 failure.remedy =
                     "allow all of RAM to be sent again while the guest is paused, if its downtime may grow by \
                                   that"

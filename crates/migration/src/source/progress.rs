@@ -166,7 +166,7 @@ pub(crate) fn into_result(
                 vectors: summary.ready.vectors,
                 guest_runs: summary.running.guest_runs,
                 devices: reporter.devices(counters),
-                left_undone: summary.left_undone.into_iter().map(Into::into).collect(),
+                left_undone: summary.left_undone.into_iter().collect(),
                 report: lock(&counters.report).clone(),
             }))
         }
@@ -185,7 +185,7 @@ pub(crate) fn into_result(
             )))
         }
         SourceOutcome::Aborted(abort) => Err(MigrateError::Aborted(Box::new(Aborted {
-            cause: abort.cause.into(),
+            cause: abort.cause,
             cancelled: abort.cancelled,
             reset: abort.reset,
             locks_lost: abort.locks_lost,

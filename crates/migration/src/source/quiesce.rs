@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use vfio_migration_device::{Position, TransitionError};
 use vfio_migration_engine::{Barrier, DeviceProgress};
-use vfio_migration_types::{MigrationState, Phase};
+use vfio_migration_types::{Failure, MigrationState, Phase, Side};
 
 use crate::device::send::DeviceSender;
 use crate::machine::Paused;
@@ -18,7 +18,7 @@ use crate::source::worker::Worker;
 impl Worker<'_> {
     /// The machine must still be what was offered and judged; asked while the guest runs.
     pub(super) fn unchanged_identity(&self) -> Result<[u8; 32], WorkError> {
-        let now = self.machine.manifest().map_err(|error| error.in_phase(Phase::Quiesce))?;
+        let now = self.machine.manifest().map_err(|error| error.in_phase(Side::Source, Phase::Quiesce))?;
         let identity = now.identity_digest();
         if identity != self.manifest.identity_digest() {
             let changed = now.devices.iter().zip(&self.manifest.devices).find(|(now, then)| now != then);
@@ -26,12 +26,9 @@ impl Worker<'_> {
                 Some((device, _)) => format!("device {} is not what was offered any more", device.id),
                 None => "the machine is not what was offered any more".to_owned(),
             };
-            return Err(crate::session::fail::with_remedy(
-                Phase::Quiesce,
-                text,
-                "migrate again: what it is now is compared then",
-            )
-            .into());
+            return Err(Failure::new(Side::Source, Phase::Quiesce, text)
+                .with_remedy("migrate again: what it is now is compared then")
+                .into());
         }
         Ok(identity)
     }
@@ -40,7 +37,8 @@ impl Worker<'_> {
     pub(super) fn pause(&mut self) -> Result<bool, WorkError> {
         // Before, not after: the downtime begins when the first vCPU stops.
         let now = monotonic_ns();
-        let paused = Paused::pause(&self.machine).map_err(|error| error.in_phase(Phase::Quiesce))?;
+        let paused =
+            Paused::pause(&self.machine).map_err(|error| error.in_phase(Side::Source, Phase::Quiesce))?;
         self.counters.paused_ns.store(now, Ordering::Release);
         let ran = paused.ran();
         self.paused = Some(paused);
@@ -51,7 +49,7 @@ impl Worker<'_> {
     pub(super) fn resume(&mut self) -> Result<(), WorkError> {
         // The token goes only when the guest does: an attempt that fails here must still know that the guest is paused.
         if let Some(paused) = &mut self.paused {
-            paused.end().map_err(|error| error.in_phase(Phase::Quiesce))?;
+            paused.end().map_err(|error| error.in_phase(Side::Source, Phase::Quiesce))?;
         }
         self.paused = None;
         self.counters.paused_ns.store(0, Ordering::Release);
@@ -61,7 +59,8 @@ impl Worker<'_> {
     /// Takes every device to `barrier`; it is reached when the slowest is there.
     pub(super) fn take_devices(&mut self, barrier: Barrier) -> Result<Vec<DeviceProgress>, WorkError> {
         let results = for_each_device_parallel(self.devices.iter_mut(), |device| {
-            take(device, barrier).map_err(|error| WorkError::from(error.in_phase(Phase::Quiesce)))
+            take(device, barrier)
+                .map_err(|error| WorkError::from(error.in_phase(Side::Source, Phase::Quiesce)))
         });
         work_error::worst_of(results)?;
         self.device_progress(Phase::Quiesce)

@@ -1,13 +1,13 @@
 //! The reader's thread: hears the destination, and says why the connection ended.
 
 use vfio_migration_engine::SourceEvent;
+use vfio_migration_types::{Failure, Side, error_chain};
 use vfio_migration_wire::{Frame, Message};
 
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 use crate::session::events::Events;
-use crate::session::fail;
 use crate::source::attempt::SourceShared;
 
 /// Hears the destination until the connection ends, then says why it did.
@@ -32,10 +32,10 @@ pub(super) fn read_loop(
     };
     let damaged = matches!(error, ChannelError::Wire(_) | ChannelError::Unexpected);
     // If our own writing failed first, that is the reason.
-    let why = link.write_error().unwrap_or_else(|| fail::sentence(&error));
+    let why = link.write_error().unwrap_or_else(|| error_chain(&error));
     if damaged {
         // Told first, so that the destination learns why.
-        events.send(SourceEvent::Damaged(fail::plain(shared.phase(), why.clone())));
+        events.send(SourceEvent::Damaged(Failure::new(Side::Source, shared.phase(), why.clone())));
     }
     events.send(SourceEvent::LinkLost(why));
     if damaged {

@@ -4,11 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_types::{DeviceId, MigrationState};
+use vfio_migration_types::{DeviceId, MigrationState, error_chain};
 
 use crate::device::send::DeviceSender;
 use crate::machine::LockError;
-use crate::session::fail::sentence;
 use crate::session::parallel::for_each_device_parallel;
 
 use crate::source::worker::Worker;
@@ -27,7 +26,7 @@ impl Worker<'_> {
         if std::mem::take(&mut self.locks_free)
             && let Err(error) = self.take_locks_back()
         {
-            tracing::error!(error = %sentence(&error), "a storage lock could not be taken back");
+            tracing::error!(error = %error_chain(&error), "a storage lock could not be taken back");
             locks_lost.push(error.lock);
         }
         let (reset, not_reset) = self.devices_back();
@@ -42,7 +41,7 @@ impl Worker<'_> {
                 paused.keep_paused();
             } else if let Err(error) = paused.resume() {
                 // The token knew until now; with it gone, the answer must say that the guest is paused.
-                tracing::error!(error = %sentence(&error), "the guest could not be resumed");
+                tracing::error!(error = %error_chain(&error), "the guest could not be resumed");
                 restored = false;
             }
         }
@@ -58,7 +57,7 @@ impl Worker<'_> {
         loop {
             match self.machine.take_locks() {
                 Err(error) if begun.elapsed() < LOCKS_LIMIT => {
-                    tracing::debug!(error = %sentence(&error), "a storage lock is still held elsewhere");
+                    tracing::debug!(error = %error_chain(&error), "a storage lock is still held elsewhere");
                     std::thread::sleep(LOCKS_PAUSE);
                 }
                 taken => return taken,
@@ -84,7 +83,7 @@ impl Worker<'_> {
             self.devices.iter().zip(&lost).filter(|(_, lost)| **lost).map(|(device, _)| &device.device);
         let results = for_each_device_parallel(resets, |device| {
             let done = device.reset().map_err(|error| {
-                tracing::error!(device = %device.id(), error = %sentence(&error), "the reset failed too");
+                tracing::error!(device = %device.id(), error = %error_chain(&error), "the reset failed too");
             });
             (device.id().clone(), done.is_ok())
         });
@@ -99,20 +98,20 @@ type Step = fn(&mut DeviceSender<'_>) -> Result<(), String>;
 
 fn end_session(device: &mut DeviceSender<'_>) -> Result<(), String> {
     match device.session.take() {
-        Some(session) => session.end().map(drop).map_err(|error| sentence(&error)),
+        Some(session) => session.end().map(drop).map_err(|error| error_chain(&error)),
         None => Ok(()),
     }
 }
 
 /// A device that never left RUNNING need not go anywhere: it is asked first.
 fn to_p2p(device: &mut DeviceSender<'_>) -> Result<(), String> {
-    let state = device.device.state().map_err(|error| sentence(&error))?;
+    let state = device.device.state().map_err(|error| error_chain(&error))?;
     if state == MigrationState::Running || !device.flags().p2p {
         return Ok(());
     }
-    device.device.set_state(MigrationState::RunningP2p).map_err(|error| sentence(&error))
+    device.device.set_state(MigrationState::RunningP2p).map_err(|error| error_chain(&error))
 }
 
 fn to_running(device: &mut DeviceSender<'_>) -> Result<(), String> {
-    device.device.set_state(MigrationState::Running).map_err(|error| sentence(&error))
+    device.device.set_state(MigrationState::Running).map_err(|error| error_chain(&error))
 }

@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::{self as engine, SourceAction, SourceEvent, SourceOutcome};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::Message;
 
 use crate::channel::credit::Credit;
@@ -18,7 +18,6 @@ use crate::device::send::DeviceCounters;
 use crate::error::{MigrateError, refused_here};
 use crate::report::Progress;
 use crate::session::events::Events;
-use crate::session::fail;
 use crate::source::attempt::{SourceCounters, SourceEnd, SourceShared};
 use crate::source::plan::PlannedMigration;
 use crate::source::progress::{ProgressReporter, into_result};
@@ -36,8 +35,8 @@ pub(super) fn run(
     begun: Instant,
     mut observer: impl FnMut(&Progress),
 ) -> Result<SourceEnd, MigrateError> {
-    let link =
-        Link::new(socket).map_err(|error| refused_here(fail::plain(Phase::Hello, fail::sentence(&error))))?;
+    let link = Link::new(socket)
+        .map_err(|error| refused_here(Failure::new(Side::Source, Phase::Hello, error_chain(&error))))?;
     let counters = SourceCounters {
         devices: plan.devices.iter().map(|_| DeviceCounters::default()).collect(),
         ..SourceCounters::default()
@@ -51,7 +50,7 @@ pub(super) fn run(
     let mut reporter = ProgressReporter::new(begun, plan.machine.ram().size(), &plan.devices);
     let outcome = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel();
-        let reader = Reader::new(&link);
+        let reader = Reader::new(&link, Side::Destination);
         let (shared, link, reader_events) = (&shared, &link, events.clone());
         let reading = scope.spawn(move || read_loop(reader, link, &reader_events, shared));
         let working = scope.spawn(move || worker.run(&submitted, &events));

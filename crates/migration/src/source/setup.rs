@@ -1,7 +1,7 @@
 //! P2: every dirty log is started, then every device that can begins its pre-copy.
 
 use vfio_migration_engine::DeviceProgress;
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, Side};
 
 use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;
@@ -15,7 +15,10 @@ impl Worker<'_> {
         let results = for_each_device_parallel(
             self.devices.iter_mut().filter(|device| device.flags().pre_copy),
             |device| {
-                let session = device.device.begin_precopy().map_err(|error| error.in_phase(Phase::Setup))?;
+                let session = device
+                    .device
+                    .begin_precopy()
+                    .map_err(|error| error.in_phase(Side::Source, Phase::Setup))?;
                 device.session = Some(session);
                 Ok(())
             },

@@ -9,7 +9,7 @@ use std::time::Duration;
 use vfio_migration_compat::MachineManifest;
 use vfio_migration_engine::{DeviceProgress, SourceAction, SourceEvent};
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{AttemptId, Epoch, Phase};
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
 use crate::channel::link::Link;
@@ -20,7 +20,7 @@ use crate::options::SourceOptions;
 use crate::ownership::journal::Journal;
 use crate::ram::dirty::DirtyPages;
 use crate::session::events::Events;
-use crate::session::fail::{self, InPhase, panicked};
+use crate::session::fail::{InPhase, panicked};
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 use crate::source::attempt::{SourceCounters, SourceShared};
@@ -119,7 +119,7 @@ impl<'a> Worker<'a> {
     fn guarded(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
         let (pausing, back) = (job == SourceAction::Pause, job == SourceAction::RollBack);
         catch_unwind(AssertUnwindSafe(|| self.job(job))).unwrap_or_else(|panic| {
-            let failure = panicked(self.shared.phase(), panic.as_ref());
+            let failure = panicked(Side::Source, self.shared.phase(), panic.as_ref());
             self.pause_unknown |= pausing;
             if back {
                 tracing::error!(text = %failure.text, "the way back ended early");
@@ -161,7 +161,7 @@ impl<'a> Worker<'a> {
             SourceAction::ReleaseLocks => {
                 // Before, not after: a failure may have let go of some.
                 self.locks_free = true;
-                self.machine.release_locks().map_err(|error| error.in_phase(Phase::Final))?;
+                self.machine.release_locks().map_err(|error| error.in_phase(Side::Source, Phase::Final))?;
                 SourceEvent::LocksReleased
             }
             SourceAction::Journal(state) => {
@@ -176,7 +176,7 @@ impl<'a> Worker<'a> {
             }
             other => {
                 let text = format!("this session cannot do what its engine asks for: {other:?}");
-                return Err(fail::plain(Phase::Plan, text).into());
+                return Err(Failure::new(Side::Source, Phase::Plan, text).into());
             }
         }))
     }
@@ -202,6 +202,6 @@ impl<'a> Worker<'a> {
     }
 
     fn send(&self, message: &Message) -> Result<(), WorkError> {
-        self.link.send(message).map_err(|error| WorkError::sending(error, self.shared.phase()))
+        self.link.send(message).map_err(|error| WorkError::sending(error, Side::Source, self.shared.phase()))
     }
 }

@@ -10,7 +10,7 @@ use vfio_migration::{
     Arrived, DestinationOptions, IncomingError, Machine, SaveError, SaveOptions, Saved, Snapshot,
     SnapshotError, Source, SourceOptions, save,
 };
-use vfio_migration_types::{Epoch, MigrationState, PAGE_SIZE, RamOffset};
+use vfio_migration_types::{Epoch, MigrationState, PAGE_SIZE, RamOffset, Side};
 use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_bulk};
 
 const TRAILER: usize = 48;
@@ -221,7 +221,7 @@ fn rewrite(sound: &[u8], swap: bool) -> Vec<u8> {
         let (payload, behind) = behind.split_at(header.payload_len());
         let mut body: &[u8] = &[];
         rest = behind;
-        match Frame::decode(&header, payload).unwrap() {
+        match Frame::decode(&header, payload, Side::Source).unwrap() {
             Frame::Message(message) => out.extend(encode(&message, sequence).unwrap()),
             Frame::Bulk(mut bulk) => {
                 (body, rest) = rest.split_at(usize::try_from(bulk.body_len()).unwrap());

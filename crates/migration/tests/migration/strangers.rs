@@ -9,7 +9,7 @@ use crate::toy::*;
 use vfio_migration::{
     Arrived, Destination, DestinationOptions, IncomingError, Machine, Source, SourceOptions, Uri,
 };
-use vfio_migration_types::{AttemptId, Epoch};
+use vfio_migration_types::{AttemptId, Epoch, Side};
 use vfio_migration_wire::{
     Bulk, Crc, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN, Hello, Message, Offer,
     PREAMBLE, VERSIONS, encode, encode_bulk,
@@ -83,7 +83,7 @@ impl Peer {
             self.heard += 1;
             let mut payload = vec![0; header.payload_len()];
             self.stream.read_exact(&mut payload).unwrap();
-            match Frame::decode(&header, &payload).unwrap() {
+            match Frame::decode(&header, &payload, Side::Destination).unwrap() {
                 Frame::Message(Message::Ping { .. } | Message::Pong { .. } | Message::Credit { .. }) => {}
                 Frame::Message(message) => return message,
                 other => panic!("{other:?}"),

@@ -1,6 +1,7 @@
 //! Frames built by hand from `docs/protocol.md`, right or wrong, with checksums that are always right: what a
 //! hostile peer would send. Shares no code with the encoder.
 
+use vfio_migration_types::Side;
 use vfio_migration_wire::{Frame, FrameHeader, HEADER_LEN, WireError};
 
 /// The fields of a header; the checksums are computed.
@@ -43,7 +44,7 @@ impl<'a> Forged<'a> {
     pub(crate) fn decode(&self) -> Result<Frame<'a>, WireError> {
         let header = FrameHeader::parse(&self.header(), self.sequence)?;
         assert_eq!(header.payload_len(), self.payload.len());
-        Frame::decode(&header, self.payload)
+        Frame::decode(&header, self.payload, Side::Source)
     }
 }
 
@@ -51,7 +52,7 @@ impl<'a> Forged<'a> {
 pub(crate) fn decode(frame: &[u8], sequence: u64) -> Result<Frame<'_>, WireError> {
     let (head, payload) = frame.split_first_chunk::<HEADER_LEN>().unwrap();
     let header = FrameHeader::parse(head, sequence)?;
-    Frame::decode(&header, payload)
+    Frame::decode(&header, payload, Side::Source)
 }
 
 /// CRC-32C bit by bit: reflected polynomial 0x82f63b78, initial value and final xor all ones.

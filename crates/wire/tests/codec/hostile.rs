@@ -6,6 +6,7 @@
 use crate::forge::Forged;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use vfio_migration_types::Side;
 use vfio_migration_wire::{
     Frame, FrameHeader, FrameType, HEADER_LEN, Message, OPTIONAL, WireError, encode, encode_bulk, limits,
 };
@@ -153,8 +154,11 @@ fn every_length_is_checked_before_a_payload_is_read() {
             // Another payload than announced is no payload, and is not mistaken for one.
             let short = vec![0; len.saturating_sub(1) as usize];
             let long = vec![0; len as usize + 1];
-            assert!(matches!(Frame::decode(&header, &long), Err(WireError::Length { .. })));
-            assert!(len == 0 || matches!(Frame::decode(&header, &short), Err(WireError::Length { .. })));
+            assert!(matches!(Frame::decode(&header, &long, Side::Source), Err(WireError::Length { .. })));
+            assert!(
+                len == 0
+                    || matches!(Frame::decode(&header, &short, Side::Source), Err(WireError::Length { .. }))
+            );
         }
         if let Some(len) = frame.min.checked_sub(1) {
             assert!(matches!(
@@ -230,7 +234,7 @@ fn unknown_frames_are_skipped_only_if_optional() {
         ));
         let header = FrameHeader::parse(&forged.header(), 0).unwrap();
         assert!(matches!(
-            Frame::decode(&header, &vec![8; limits::SKIPPED]),
+            Frame::decode(&header, &vec![8; limits::SKIPPED], Side::Source),
             Err(WireError::PayloadCrc { .. })
         ));
         // A body of unknown length cannot be skipped.

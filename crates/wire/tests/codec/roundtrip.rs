@@ -1,10 +1,10 @@
 //! What is encoded is decoded again, whole and alone.
 
 use proptest::prelude::*;
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::{
-    Bulk, Crc, Frame, FrameHeader, HEADER_LEN, Message, Offer, PeerError, Reason, VersionRange, WireError,
-    encode, encode_bulk, limits,
+    Bulk, Crc, Frame, FrameHeader, HEADER_LEN, Message, Offer, Reason, VersionRange, WireError, encode,
+    encode_bulk, limits,
 };
 
 proptest! {
@@ -48,7 +48,7 @@ proptest! {
             let header = FrameHeader::parse(head, sequence).unwrap();
             let (payload, tail) = tail.split_at(header.payload_len());
             rest = tail;
-            match (Frame::decode(&header, payload).unwrap(), part) {
+            match (Frame::decode(&header, payload, Side::Source).unwrap(), part) {
                 (Frame::Message(got), Ok(sent)) => prop_assert_eq!(&got, sent),
                 (Frame::Bulk(got), Err(sent)) => {
                     prop_assert_eq!(&got, &sent.borrow());
@@ -63,7 +63,7 @@ proptest! {
     /// Text of any length and content goes out: cut between characters, and without control characters.
     #[test]
     fn any_text_can_be_sent(text in ".{0,3000}\\PC{0,3000}", device in "\\PC{0,100}") {
-        let error = PeerError { phase: Phase::Iterate, device: Some(device.clone()), arc: None, errno: None,
+        let error = Failure { side: Side::Source, phase: Phase::Iterate, device: Some(device.clone()), arc: None, errno: None,
             text: text.clone(), remedy: text.clone() };
         let bytes = encode(&Message::Abort(error), 0).unwrap();
         let Frame::Message(Message::Abort(got)) = crate::forge::decode(&bytes, 0).unwrap() else { panic!() };

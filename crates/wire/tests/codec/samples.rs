@@ -1,9 +1,9 @@
 //! One value of every frame, with every field set to something recognisable.
 
-use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, MigrationState, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
-    Message, Offer, PeerError, Ready, Reason, Running, VersionRange,
+    Message, Offer, Ready, Reason, Running, VersionRange,
 };
 
 const VM: VmId = VmId(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff");
@@ -13,7 +13,8 @@ const TOTAL: DeviceTotal = DeviceTotal { bytes: 0x0102_0304_0506, digest: [0xd1;
 /// Name of the golden file, and the message in it.
 pub(crate) fn messages() -> Vec<(&'static str, Message)> {
     let totals = vec![TOTAL, DeviceTotal { bytes: 0, digest: [0xd2; 32] }];
-    let full = PeerError {
+    let full = Failure {
+        side: Side::Source,
         phase: Phase::Ready,
         device: Some("net0".into()),
         arc: Some((MigrationState::Resuming, MigrationState::Stop)),
@@ -21,7 +22,8 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
         text: "the device refused its state".into(),
         remedy: "update the firmware — both hosts".into(),
     };
-    let empty = PeerError {
+    let empty = Failure {
+        side: Side::Source,
         phase: Phase::Plan,
         device: None,
         arc: None,

@@ -3,10 +3,10 @@
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
-use vfio_migration_types::{AttemptId, Epoch, MigrationState, Phase, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, MigrationState, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
-    Message, Offer, PeerError, Ready, Reason, Running, VersionRange, limits,
+    Message, Offer, Ready, Reason, Running, VersionRange, limits,
 };
 
 pub(crate) fn message() -> impl Strategy<Value = Message> {
@@ -131,9 +131,10 @@ fn reason() -> impl Strategy<Value = Reason> {
     )
 }
 
-pub(crate) fn peer_error() -> impl Strategy<Value = PeerError> {
+pub(crate) fn peer_error() -> impl Strategy<Value = Failure> {
     let state = || select(MigrationState::ALL);
     (
+        Just(Side::Source),
         select(Phase::ALL),
         option::of(text(limits::ERROR_DEVICE)),
         option::of((state(), state())),
@@ -141,7 +142,8 @@ pub(crate) fn peer_error() -> impl Strategy<Value = PeerError> {
         text(limits::ERROR_TEXT),
         text(limits::ERROR_REMEDY),
     )
-        .prop_map(|(phase, device, arc, errno, text, remedy)| PeerError {
+        .prop_map(|(side, phase, device, arc, errno, text, remedy)| Failure {
+            side,
             phase,
             device,
             arc,

@@ -16,11 +16,11 @@ use std::time::Duration;
 use script::{Fault, Script};
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 use vfio_migration_engine::{
-    DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome, Failure, SourceConfig,
-    SourceEngine, SourceEvent, SourceOutcome, Time,
+    DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome, SourceConfig, SourceEngine,
+    SourceEvent, SourceOutcome, Time,
 };
-use vfio_migration_types::{AttemptId, Epoch, Phase, VmId};
-use vfio_migration_wire::{FEATURES, Message, Offer, PeerError};
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
+use vfio_migration_wire::{FEATURES, Message, Offer};
 
 pub const VM: VmId = VmId([7; 16]);
 pub const ATTEMPT: AttemptId = AttemptId([9; 16]);
@@ -300,7 +300,8 @@ impl World {
 
 /// A failure of the world.
 pub fn failed(text: &str) -> Failure {
-    PeerError {
+    Failure {
+        side: Side::Source,
         phase: Phase::Iterate,
         device: Some("net0".to_owned()),
         arc: None,

@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
 use vfio_migration::Uri;
+use vfio_migration_types::Side;
 use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, Message, PREAMBLE, encode_bulk};
 
 /// Where the first connection is cut. Later ones pass whole.
@@ -169,7 +170,7 @@ fn frames(mut from: &File, mut to: &File, meddling: Meddling) -> Result<bool, Bo
         }
         let mut body = Vec::new();
         let mut altered = None;
-        match (Frame::decode(&header, &payload)?, meddling) {
+        match (Frame::decode(&header, &payload, Side::Source)?, meddling) {
             (Frame::Message(Message::Final(_)), _) => paused = true,
             (
                 Frame::Bulk(Bulk::DeviceData { device, sequence: piece, offset, bytes }),

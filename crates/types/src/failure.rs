@@ -1,0 +1,136 @@
+//! What failed, where and on which side: the one failure that a session, its peer and its caller share.
+
+use std::error::Error;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::phase::Phase;
+use crate::state::MigrationState;
+
+/// A side of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// The side that has the guest before the migration.
+    Source,
+    /// The side that has it after.
+    Destination,
+}
+
+impl Side {
+    /// The side at the other end of the connection.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Destination,
+            Self::Destination => Self::Source,
+        }
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        })
+    }
+}
+
+/// What went wrong, where, and what to do about it. It crosses the wire as data, so that both sides of a migration return the
+/// same one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Side on which it arose: both have devices of the same name.
+    pub side: Side,
+    /// Phase in which it arose.
+    pub phase: Phase,
+    /// Name of the device concerned.
+    pub device: Option<String>,
+    /// State transition concerned.
+    pub arc: Option<(MigrationState, MigrationState)>,
+    /// errno, where one is known.
+    pub errno: Option<u32>,
+    /// What happened, with its causes; a sentence.
+    pub text: String,
+    /// What to do about it, a sentence; empty when nothing is known to help.
+    pub remedy: String,
+}
+
+impl Failure {
+    /// A failure of no device and without errno, for which no remedy is known.
+    pub fn new(side: Side, phase: Phase, text: impl Into<String>) -> Self {
+        let (text, remedy) = (text.into(), String::new());
+        Self { side, phase, device: None, arc: None, errno: None, text, remedy }
+    }
+
+    /// The same, with what to do about it.
+    #[must_use]
+    pub fn with_remedy(self, remedy: impl Into<String>) -> Self {
+        Self { remedy: remedy.into(), ..self }
+    }
+
+    /// The same, of a device.
+    #[must_use]
+    pub fn of_device(self, device: impl fmt::Display) -> Self {
+        Self { device: Some(device.to_string()), ..self }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "in {} at the {}: {}", self.phase, self.side, self.text)?;
+        if let Some(device) = self.device.as_ref().filter(|device| !self.text.contains(device.as_str())) {
+            write!(f, " (device {device})")?;
+        }
+        if !self.remedy.is_empty() {
+            write!(f, "; {}", self.remedy)?;
+        }
+        Ok(())
+    }
+}
+
+/// An error with its causes on one line.
+pub fn error_chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        // Some wrappers repeat their source; a person need not read it twice.
+        if !text.ends_with(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_says_each_thing_once() {
+        let failure = Failure::new(Side::Destination, Phase::Ready, "device net0: RESUMING to STOP failed")
+            .of_device("net0")
+            .with_remedy("the device needs a reset");
+        let said =
+            "in P6 ready at the destination: device net0: RESUMING to STOP failed; the device needs a reset";
+        assert_eq!(failure.to_string(), said);
+        assert_eq!(failure.of_device("net1").to_string(), said.replace(';', " (device net1);"));
+    }
+
+    #[test]
+    fn a_chain_repeats_no_cause() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer: {0}")]
+        struct Outer(#[source] Inner);
+        #[derive(Debug, thiserror::Error)]
+        #[error("inner")]
+        struct Inner;
+        assert_eq!(error_chain(&Outer(Inner)), "outer: inner");
+        assert_eq!(error_chain(&std::io::Error::other(Inner)), "inner");
+    }
+}
