@@ -11,7 +11,8 @@ use crate::findings::{Findings, Found};
 use crate::machine::MachineManifest;
 use crate::policy::{DeviceMap, Policy};
 use crate::report::Report;
-use crate::rules::{device, json, live, machine};
+use crate::rules::{device, live, machine};
+use crate::tree::json;
 
 /// Whether what `source` describes can run on what `destination` describes, and every reason.
 ///

@@ -5,7 +5,7 @@
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::report::{Severity, WhoCanFix};
+use crate::severity::{Severity, WhoCanFix};
 
 /// What a code stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]

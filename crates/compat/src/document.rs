@@ -3,55 +3,20 @@
 //! `{"schema": "vfio-migrate.org/manifest/1", "kind": "device" | "machine" | "host", …}`, and beside these two the
 //! manifest's own fields.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vfio_migration_types::DeviceId;
 
 use crate::device::DeviceManifest;
+use crate::error::ManifestError;
 use crate::host::HostManifest;
 use crate::limits;
 use crate::machine::MachineManifest;
-use crate::tree::{self, beyond};
+use crate::tree::{self, at_most_bytes, beyond, compact, json, parse, typed};
 
 /// The schema's name, with its version.
 pub const SCHEMA: &str = "vfio-migrate.org/manifest/1";
 /// The schema's name without the version.
 const FAMILY: &str = "vfio-migrate.org/manifest/";
-
-/// Error of a document: which document, where in it, and what rule it breaks.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{origin}: {}{rule}", at(.path))]
-pub struct ManifestError {
-    origin: String,
-    path: String,
-    rule: String,
-}
-
-fn at(path: &str) -> String {
-    if path.is_empty() { String::new() } else { format!("at {path}: ") }
-}
-
-impl ManifestError {
-    pub(crate) fn new(origin: &str, path: impl Into<String>, rule: impl Into<String>) -> Self {
-        Self { origin: origin.to_owned(), path: path.into(), rule: rule.into() }
-    }
-
-    /// Name of the document: a file's.
-    pub fn origin(&self) -> &str {
-        &self.origin
-    }
-
-    /// Path in the document, `devices[0].regions[1].size`; empty for the whole.
-    pub fn path(&self) -> &str {
-        &self.path
-    }
-
-    /// The rule that is broken there.
-    pub fn rule(&self) -> &str {
-        &self.rule
-    }
-}
 
 /// Content of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +48,7 @@ impl Document {
     /// Where in the document what rule is broken.
     pub fn parse(bytes: &[u8], origin: &str) -> Result<Self, ManifestError> {
         at_most_bytes(origin, bytes.len(), Self::MAX_BYTES)?;
-        Self::from_tree(tree(bytes, origin)?, origin)
+        Self::from_tree(parse(bytes, origin)?, origin)
     }
 
     pub(crate) fn from_tree(came: Value, origin: &str) -> Result<Self, ManifestError> {
@@ -194,9 +159,9 @@ impl Manifest {
         let (schema, kind) = (SCHEMA.to_owned(), self.kind().to_owned());
         let mut fields = Map::from_iter([("schema".into(), schema.into()), ("kind".into(), kind.into())]);
         let manifest = match self {
-            Self::Device(device) => crate::rules::json(device),
-            Self::Machine(machine) => crate::rules::json(machine),
-            Self::Host(host) => crate::rules::json(host),
+            Self::Device(device) => json(device),
+            Self::Machine(machine) => json(machine),
+            Self::Host(host) => json(host),
         };
         if let Value::Object(more) = manifest {
             fields.extend(more);
@@ -234,7 +199,7 @@ impl DeviceManifest {
     /// As [`Document::parse`].
     pub fn declared(json: &[u8], id: DeviceId, origin: &str) -> Result<Self, ManifestError> {
         at_most_bytes(origin, json.len(), MachineManifest::MAX_BYTES)?;
-        let mut came = tree(json, origin)?;
+        let mut came = parse(json, origin)?;
         let Value::Object(fields) = &mut came else {
             return Err(ManifestError::new(origin, "", "a manifest is an object"));
         };
@@ -269,43 +234,8 @@ impl MachineManifest {
     pub fn from_json(json: &[u8]) -> Result<Self, ManifestError> {
         let origin = "the peer's manifest";
         at_most_bytes(origin, json.len(), Self::MAX_BYTES)?;
-        let manifest: Self = typed(tree(json, origin)?, origin)?;
+        let manifest: Self = typed(parse(json, origin)?, origin)?;
         limits::machine(&manifest).map_err(|breach| breach.of(origin))?;
         Ok(manifest)
     }
-}
-
-pub(crate) fn compact(value: &impl Serialize, origin: &str) -> Result<Vec<u8>, ManifestError> {
-    serde_json::to_vec(value).map_err(|error| ManifestError::new(origin, "", error.to_string()))
-}
-
-pub(crate) fn at_most_bytes(origin: &str, len: usize, max: usize) -> Result<(), ManifestError> {
-    if len > max {
-        return Err(ManifestError::new(origin, "", format!("{len} bytes (at most {max} are taken)")));
-    }
-    Ok(())
-}
-
-/// A stranger's JSON as a tree.
-pub(crate) fn tree(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> {
-    tree::parse(bytes, origin)
-}
-
-/// A tree as what it should be.
-pub(crate) fn typed<T: DeserializeOwned>(tree: Value, origin: &str) -> Result<T, ManifestError> {
-    serde_path_to_error::deserialize(tree).map_err(|error| from_path(error, origin))
-}
-
-/// A TOML document as what it should be.
-pub(crate) fn toml<T: DeserializeOwned>(bytes: &[u8], origin: &str) -> Result<T, ManifestError> {
-    let wrong = |rule: String| ManifestError::new(origin, "", rule);
-    let text = std::str::from_utf8(bytes).map_err(|error| wrong(error.to_string()))?;
-    let document = toml::de::Deserializer::parse(text).map_err(|error| wrong(error.to_string()))?;
-    serde_path_to_error::deserialize(document).map_err(|error| from_path(error, origin))
-}
-
-fn from_path<E: std::fmt::Display>(error: serde_path_to_error::Error<E>, origin: &str) -> ManifestError {
-    let path = error.path().to_string();
-    let path = if path == "." { String::new() } else { path };
-    ManifestError::new(origin, path, error.inner().to_string())
 }

@@ -59,7 +59,7 @@ impl<'p> Findings<'p> {
                 && named(&allow.field, Some(&reason.field))
         });
         let Some(allow) = allowed else { return };
-        reason.severity = reason.severity.min(crate::report::Severity::Warning);
+        reason.severity = reason.severity.min(crate::severity::Severity::Warning);
         let why =
             allow.reason.as_ref().map_or_else(String::new, |why| format!(": {}", crate::text::quote(why)));
         reason.text.push_str(&format!(" (allowed by policy{why})"));

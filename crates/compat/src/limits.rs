@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Display;
 
 use crate::device::DeviceManifest;
-use crate::document::ManifestError;
+use crate::error::ManifestError;
 use crate::host::{Accept, HostManifest};
 use crate::machine::MachineManifest;
 use crate::parameter::Parameter;

@@ -10,7 +10,8 @@
 
 use serde_json::{Map, Value};
 
-use crate::document::{Document, ManifestError};
+use crate::document::Document;
+use crate::error::ManifestError;
 use crate::tree::{MAX_DEPTH, MAX_ITEMS};
 
 /// Most lines of a manifest that is written as pairs.
@@ -28,7 +29,7 @@ pub fn to_pairs(document: &Document) -> String {
 /// # Errors
 /// As [`Document::parse`]; and a line that is none, or says something again.
 pub fn from_pairs(text: &str, origin: &str) -> Result<Document, ManifestError> {
-    crate::document::at_most_bytes(origin, text.len(), Document::MAX_BYTES)?;
+    crate::tree::at_most_bytes(origin, text.len(), Document::MAX_BYTES)?;
     let mut tree = Value::Object(Map::new());
     for (n, line) in text.lines().enumerate() {
         let wrong = |rule: &str| ManifestError::new(origin, format!("line {}", n + 1), rule);

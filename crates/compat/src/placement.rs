@@ -11,8 +11,9 @@ use crate::host::HostManifest;
 use crate::machine::MachineManifest;
 use crate::policy::Policy;
 use crate::report::{Reason, Report, Verdict};
-use crate::rules::{device, json, live, machine};
+use crate::rules::{device, live, machine};
 use crate::text::quote;
+use crate::tree::json;
 
 /// Whether `host` can take `source`, and every reason. Devices are given to the host's so that as many as can be move
 /// live, then with a warning, then by snapshot; for a device that finds none, the reasons against the nearest are listed.

@@ -8,9 +8,9 @@ use vfio_migration_types::DeviceId;
 
 use crate::codes::explain;
 use crate::device::PciIdentity;
-use crate::document;
-use crate::document::ManifestError;
+use crate::error::ManifestError;
 use crate::mask::MaskRule;
+use crate::tree;
 
 /// A site's policy. The default allows nothing and asks for nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -99,13 +99,13 @@ impl Policy {
     /// The path in the document and the rule that it breaks. A field or a code that is not known is refused: a policy
     /// that silently does nothing is none.
     pub fn parse(text: &[u8], origin: &str) -> Result<Self, ManifestError> {
-        document::at_most_bytes(origin, text.len(), Self::MAX_BYTES)?;
+        tree::at_most_bytes(origin, text.len(), Self::MAX_BYTES)?;
         let json = text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
         let policy: Self = if json {
-            let tree = document::tree(text, origin)?;
-            document::typed(tree, origin)?
+            let tree = tree::parse(text, origin)?;
+            tree::typed(tree, origin)?
         } else {
-            document::toml(text, origin)?
+            tree::toml(text, origin)?
         };
         policy.check(origin)?;
         Ok(policy)

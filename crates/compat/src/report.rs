@@ -6,6 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::severity::{Severity, WhoCanFix};
+
 /// Whether something can move. Greater is worse.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
@@ -23,20 +25,6 @@ pub enum Verdict {
     No,
 }
 
-/// What a reason does to the verdict. Greater is worse.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Severity {
-    /// Nothing: it is said, and that is all.
-    Note,
-    /// At best `live-with-warning`.
-    Warning,
-    /// At best `snapshot-only`.
-    SnapshotOnly,
-    /// `no`.
-    No,
-}
-
 impl From<Severity> for Verdict {
     fn from(severity: Severity) -> Self {
         match severity {
@@ -46,26 +34,6 @@ impl From<Severity> for Verdict {
             Severity::No => Self::No,
         }
     }
-}
-
-/// Who can change a reason.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum WhoCanFix {
-    /// Whoever installs the host's driver of the device, or its firmware.
-    HostDriver,
-    /// Whoever installs the driver in the guest.
-    GuestDriver,
-    /// Whoever maintains the device's implementation.
-    Device,
-    /// Whoever configures the VM.
-    Configuration,
-    /// Whoever writes the site's policy.
-    Policy,
-    /// Whoever runs the host.
-    Host,
-    /// Nobody: it is in the nature of the thing.
-    Nobody,
 }
 
 /// One reason.

@@ -15,8 +15,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::document;
-use crate::document::{Document, ManifestError};
+use crate::document::Document;
+use crate::error::ManifestError;
+use crate::tree;
 
 /// Content of a site file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -37,8 +38,8 @@ impl SiteFacts {
     /// # Errors
     /// Where in the file what is wrong.
     pub fn parse(text: &[u8], origin: &str) -> Result<Self, ManifestError> {
-        document::at_most_bytes(origin, text.len(), Self::MAX_BYTES)?;
-        document::toml(text, origin)
+        tree::at_most_bytes(origin, text.len(), Self::MAX_BYTES)?;
+        tree::toml(text, origin)
     }
 
     /// Fills what `document` does not know.

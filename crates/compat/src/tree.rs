@@ -3,10 +3,11 @@
 use std::cell::RefCell;
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::Serialize;
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use crate::document::ManifestError;
+use crate::error::ManifestError;
 use crate::text::quote;
 
 /// How deep lists and objects may stand in each other.
@@ -28,6 +29,41 @@ pub(crate) fn parse(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> 
         .deserialize(&mut json)
         .and_then(|tree| json.end().map(|()| tree))
         .map_err(|error| ManifestError::new(origin, path.to_string(), error.to_string()))
+}
+
+/// As JSON; what cannot be shown is `null`.
+pub(crate) fn json(value: impl Serialize) -> Value {
+    serde_json::to_value(value).unwrap_or(Value::Null)
+}
+
+pub(crate) fn compact(value: &impl Serialize, origin: &str) -> Result<Vec<u8>, ManifestError> {
+    serde_json::to_vec(value).map_err(|error| ManifestError::new(origin, "", error.to_string()))
+}
+
+pub(crate) fn at_most_bytes(origin: &str, len: usize, max: usize) -> Result<(), ManifestError> {
+    if len > max {
+        return Err(ManifestError::new(origin, "", format!("{len} bytes (at most {max} are taken)")));
+    }
+    Ok(())
+}
+
+/// A tree as what it should be.
+pub(crate) fn typed<T: DeserializeOwned>(tree: Value, origin: &str) -> Result<T, ManifestError> {
+    serde_path_to_error::deserialize(tree).map_err(|error| from_path(error, origin))
+}
+
+/// A TOML document as what it should be.
+pub(crate) fn toml<T: DeserializeOwned>(bytes: &[u8], origin: &str) -> Result<T, ManifestError> {
+    let wrong = |rule: String| ManifestError::new(origin, "", rule);
+    let text = std::str::from_utf8(bytes).map_err(|error| wrong(error.to_string()))?;
+    let document = toml::de::Deserializer::parse(text).map_err(|error| wrong(error.to_string()))?;
+    serde_path_to_error::deserialize(document).map_err(|error| from_path(error, origin))
+}
+
+fn from_path<E: std::fmt::Display>(error: serde_path_to_error::Error<E>, origin: &str) -> ManifestError {
+    let path = error.path().to_string();
+    let path = if path == "." { String::new() } else { path };
+    ManifestError::new(origin, path, error.inner().to_string())
 }
 
 /// Where the reader stands: left as it was when something is wrong.

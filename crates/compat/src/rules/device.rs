@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{DevicePair, drivers, json, layout, live, strict, versions};
+use super::{DevicePair, drivers, layout, live, strict, versions};
 use crate::codes;
 use crate::device::DeviceManifest;
 use crate::findings::Findings;
 use crate::parameter::Parameter;
 use crate::text::{list, quote};
+use crate::tree::json;
 use crate::version::{ModelVersion, VersionRanges};
 
 /// Compares two devices, all rules but those that need the whole machine. Returns whether equality was strict.

@@ -3,11 +3,12 @@
 //! A driver with a rule here needs no strict equality of what its rule covers: where its stream carries a version of
 //! its own, another version of the module is a warning; where the firmware judges the state, so is other firmware.
 
-use super::{DevicePair, json};
+use super::DevicePair;
 use crate::codes::{self, ReasonCode};
 use crate::device::DeviceManifest;
 use crate::findings::Findings;
 use crate::scalar::Scalar;
+use crate::tree::json;
 use crate::version::ModelVersion;
 
 /// A driver and what it compares.

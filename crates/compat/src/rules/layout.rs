@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::{DevicePair, json};
+use super::DevicePair;
 use crate::codes::{self, ReasonCode};
 use crate::device::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 use crate::findings::Findings;
+use crate::tree::json;
 
 /// Compares the PCI layout of two devices.
 pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {

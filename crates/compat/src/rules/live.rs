@@ -2,12 +2,13 @@
 
 use serde_json::Value;
 
-use super::{DevicePair, json};
+use super::DevicePair;
 use crate::codes;
 use crate::device::{DeviceManifest, DirtyTracking};
 use crate::findings::{Findings, Found};
 use crate::host::HostManifest;
 use crate::scalar::Scalar;
+use crate::tree::json;
 use crate::version::{ModelVersion, VersionRanges};
 
 /// Checks one device for live migration.

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::json;
 use crate::codes::{self, ReasonCode};
 use crate::findings::{Findings, Found};
 use crate::host::HostManifest;
 use crate::machine::{MachineManifest, RamRegion};
 use crate::text::{list, quote, show};
+use crate::tree::json;
 
 pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, findings: &mut Findings<'_>) {
     let mut add = |code: ReasonCode, field: &str, values: (Value, Value), text: String| {

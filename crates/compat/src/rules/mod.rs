@@ -8,7 +8,6 @@ pub(crate) mod machine;
 pub(crate) mod strict;
 pub(crate) mod versions;
 
-use serde::Serialize;
 use serde_json::Value;
 
 use crate::codes::ReasonCode;
@@ -59,9 +58,4 @@ impl DevicePair<'_> {
         }
         findings.add(code, Some(self.source), Found { field: field.into(), source, destination, text });
     }
-}
-
-/// As JSON; what cannot be shown is `null`.
-pub(crate) fn json(value: impl Serialize) -> Value {
-    serde_json::to_value(value).unwrap_or(Value::Null)
 }

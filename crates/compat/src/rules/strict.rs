@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{DevicePair, drivers, json};
+use super::{DevicePair, drivers};
 use crate::codes;
 use crate::findings::Findings;
 use crate::text::quote;
+use crate::tree::json;
 
 /// Compares what [`layout`](super::layout) and [`versions`](super::versions) do not.
 pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {

@@ -1,8 +1,9 @@
 //! What is behind a device and changes with a host's updates: firmware and the host's driver.
 
-use super::{DevicePair, drivers, json};
+use super::{DevicePair, drivers};
 use crate::codes::{self, ReasonCode};
 use crate::findings::Findings;
+use crate::tree::json;
 
 /// Compares them, and the rules for config space.
 pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
