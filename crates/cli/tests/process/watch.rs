@@ -80,5 +80,11 @@ fn a_watched_migration_is_asked_for_once_and_then_followed_by_its_events() {
     let (asked, seconds) = (requests.load(Ordering::SeqCst), began.elapsed().as_secs());
     assert!(asked <= 2 + seconds, "{asked} requests in {seconds} s");
     let last = events.try_iter().filter(|event| event["event"] == "MIGRATION").last().expect("an end");
-    assert_eq!(last["data"], report["migration"], "the event has what the answer has");
+    // Times are left out: a fraction that is read and written again may differ in its last digit.
+    for member in ["status", "direction", "iterations", "transferred", "device-digest-match", "error"] {
+        assert_eq!(
+            last["data"][member], report["migration"][member],
+            "{member}: the event has what the answer has"
+        );
+    }
 }
