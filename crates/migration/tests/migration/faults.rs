@@ -334,7 +334,8 @@ fn an_answer_that_never_comes_leaves_the_guest_standing() {
     let dir = tempfile::tempdir().unwrap();
     let source = Toy::booted(&plan);
     let mut ours = options();
-    ours.peer_timeout = Duration::from_millis(300);
+    // Also how long a loaded host may take to say READY.
+    ours.peer_timeout = Duration::from_secs(2);
     ours.connect_timeout = Duration::from_millis(200);
     ours.state_dir = Some(dir.path().to_owned());
     let machine = Toy::new(&plan);
