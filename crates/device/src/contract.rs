@@ -32,7 +32,7 @@ pub struct NotMigratable(pub String);
 /// Methods block for as long as the device takes, under a time limit of the back end; they may be called from any
 /// thread, at most one at a time for one device except where said otherwise.
 pub trait Device: fmt::Debug + Send + Sync {
-    /// Its name.
+    /// Name of the device.
     fn id(&self) -> &DeviceId;
 
     /// What it says of itself.

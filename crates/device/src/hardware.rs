@@ -27,7 +27,7 @@ impl RegionIndex {
 /// A kind of interrupt of a PCI device (`VFIO_PCI_*_IRQ_INDEX`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum IrqIndex {
-    /// The pin.
+    /// The interrupt pin.
     Intx,
     /// MSI.
     Msi,
@@ -49,7 +49,7 @@ impl IrqIndex {
 /// What a region is like (`VFIO_DEVICE_GET_REGION_INFO`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciRegion {
-    /// Which one.
+    /// Index of the region at the device.
     pub index: RegionIndex,
     /// Bytes; 0 where the region is absent.
     pub size: u64,
@@ -65,7 +65,7 @@ pub struct PciRegion {
 /// A device file to map a region from.
 #[derive(Clone, Copy, Debug)]
 pub struct RegionFile<'a> {
-    /// The file.
+    /// The device file, as it is mapped.
     pub fd: BorrowedFd<'a>,
     /// Where in the file the region's byte 0 is.
     pub offset: u64,

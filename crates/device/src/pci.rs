@@ -85,7 +85,7 @@ pub enum PciError {
          {destination_byte:#04x} (mask {mask:#04x}); if that is harmless, exempt the byte by a config rule"
     )]
     ConfigMismatch {
-        /// Which device.
+        /// The device of the function.
         device: DeviceId,
         /// Offset of the byte.
         offset: u16,
@@ -99,19 +99,19 @@ pub enum PciError {
     /// The state offered cannot belong to this function.
     #[error("device {device}: the PCI state does not fit: {what}")]
     Unfit {
-        /// Which device.
+        /// The device of the function.
         device: DeviceId,
-        /// What is wrong with it.
+        /// What is wrong with the state.
         what: String,
     },
     /// The VMM or the device failed.
     #[error("device {device}: {doing} failed")]
     Failed {
-        /// Which device.
+        /// The device of the function.
         device: DeviceId,
-        /// What was attempted.
+        /// What was attempted, as a noun phrase.
         doing: String,
-        /// The cause.
+        /// The cause of the failure.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },

@@ -47,9 +47,9 @@ pub enum PciCodecError {
     /// A number is out of its bounds.
     #[error("PCI state: {what} is {value}")]
     Value {
-        /// What.
+        /// The field that is wrong.
         what: &'static str,
-        /// Its value.
+        /// The value that the field has.
         value: u64,
     },
     /// More bytes than the state has.

@@ -93,7 +93,7 @@ impl fmt::Display for ObstacleCode {
 /// A reason why a device cannot migrate as it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
-    /// Which.
+    /// Code of the reason.
     pub code: ObstacleCode,
     /// In a sentence.
     pub text: String,

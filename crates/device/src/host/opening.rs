@@ -12,7 +12,7 @@ use super::files::{access_both_ways, attribute, list};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NeededFile {
-    /// Which.
+    /// Path of the file.
     pub path: PathBuf,
     /// Why the caller cannot open it: ENOENT, EACCES and the like.
     pub refusal: Option<Errno>,
@@ -33,9 +33,9 @@ pub(super) fn needed(dev: &Path, cdev: Option<&Path>, group: Option<&Path>) -> V
 /// A process that has a device open.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct User {
-    /// Its id.
+    /// Id of the process.
     pub pid: u32,
-    /// Its name; `None` when procfs does not say.
+    /// Name of the process; `None` when procfs does not say.
     pub command: Option<String>,
 }
 

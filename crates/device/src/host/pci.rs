@@ -87,7 +87,7 @@ pub struct PciFacts {
     pub physical: Option<String>,
     /// Set where it can have virtual functions.
     pub sriov: Option<Sriov>,
-    /// Its interrupts.
+    /// Interrupts that the function has, by kind.
     pub interrupts: PciInterrupts,
 }
 

@@ -20,11 +20,11 @@ pub enum KernelError {
     /// The device belongs to a driver that is no VFIO driver, or to none.
     #[error("{device} is bound to {}; {remedy}", driver.as_deref().unwrap_or("no driver"))]
     NotVfio {
-        /// Which device.
+        /// The device, by its PCI address or UUID.
         device: String,
-        /// Its driver.
+        /// The driver that has the device, if any.
         driver: Option<String>,
-        /// What to do.
+        /// What the operator can do.
         remedy: String,
     },
     /// The device has no IOMMU group.
@@ -40,7 +40,7 @@ pub enum KernelError {
     /// A file of VFIO or iommufd could not be opened.
     #[error("{} cannot be opened{}", path.display(), remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default())]
     Open {
-        /// The file.
+        /// The file that was to be opened.
         path: PathBuf,
         /// What its operator can do, where the errno tells.
         remedy: Option<&'static str>,
@@ -51,7 +51,7 @@ pub enum KernelError {
     /// The kernel refused in a way that its operator can do something about.
     #[error("{remedy}")]
     Refused {
-        /// What to do.
+        /// What the operator can do.
         remedy: &'static str,
         /// What was refused.
         #[source]
@@ -108,7 +108,7 @@ pub enum KernelError {
         start: u64,
         /// Bytes.
         len: u64,
-        /// What is wrong with it.
+        /// What is wrong with the range, as a verb phrase.
         what: &'static str,
     },
 }

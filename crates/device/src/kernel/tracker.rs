@@ -26,7 +26,7 @@ pub enum TrackerKind {
 /// The tracker that was chosen, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrackerChoice {
-    /// Which.
+    /// Who keeps the log.
     pub kind: TrackerKind,
     /// Why this and none that is better, and what follows from it, in sentences.
     pub why: String,

@@ -97,9 +97,9 @@ pub struct FakeHardware {
 /// What was done to a [`FakeHardware`], and what it is to do.
 #[derive(Debug)]
 pub struct FakeHardwareState {
-    /// Its config space.
+    /// Config space of the function.
     pub config: Vec<u8>,
-    /// Its registers.
+    /// The registers in BAR 0.
     pub bar0: Vec<u8>,
     ports: Vec<u8>,
     /// The eventfds that are connected, by kind and number of the interrupt.
