@@ -40,6 +40,8 @@ pub struct FakeDeviceKind {
     pub dirty_log: bool,
     /// Pieces of state, of 512 bytes.
     pub pieces: usize,
+    /// Pages at the end of RAM that it writes by DMA.
+    pub dma_pages: u64,
     /// How long the last piece of state takes to read.
     pub slow_stop: Duration,
     /// Its name, where it is not `toyN`.
@@ -55,6 +57,7 @@ impl Default for FakeDeviceKind {
             precopy_info: true,
             dirty_log: true,
             pieces: 300,
+            dma_pages: 8,
             slow_stop: Duration::ZERO,
             name: None,
             vectors: 1,
@@ -142,7 +145,7 @@ struct Guts {
 }
 
 impl FakeDevice {
-    /// Device `index` of a machine with `ram`, which has it do DMA to eight pages at its end. It notes in `journal` where it
+    /// Device `index` of a machine with `ram`, which has it do DMA to its last pages. It notes in `journal` where it
     /// goes.
     pub fn new(
         index: u64,
@@ -177,10 +180,11 @@ impl FakeDevice {
         let dma = {
             let (core, ram) = (core.clone(), ram.clone());
             // Behind the guest's.
-            let first = ram.size() / PAGE_SIZE - 8 * (index + 1);
+            let pages = core.kind.dma_pages;
+            let first = ram.size() / PAGE_SIZE - pages * (index + 1);
             std::thread::spawn(move || {
                 while !core.quit.load(Ordering::Relaxed) {
-                    core.tick(&ram, first);
+                    core.tick(&ram, first, pages);
                     std::thread::sleep(Duration::from_micros(100));
                 }
             })
@@ -269,7 +273,7 @@ impl Core {
     }
 
     /// A piece of state changes, and a page is written by DMA: together or not at all.
-    fn tick(&self, ram: &GuestRam, first: u64) {
+    fn tick(&self, ram: &GuestRam, first: u64, pages: u64) {
         let mut guts = self.guts.lock().unwrap();
         if !guts.at.is_active() || !self.on.load(Ordering::Relaxed) {
             return;
@@ -278,7 +282,7 @@ impl Core {
         let at = n as usize * 13 % guts.pieces.len();
         guts.pieces[at][..8].copy_from_slice(&n.to_le_bytes());
         guts.changed[at] = true;
-        let at = RamOffset((first + n % 8) * PAGE_SIZE + (n % 512) * 8);
+        let at = RamOffset((first + n % pages) * PAGE_SIZE + (n % 512) * 8);
         ram.write_u64(at, n).unwrap();
         self.log.mark(at, 8);
     }

@@ -143,7 +143,8 @@ fn no_damaged_file_passes() {
     let dir = tempfile::tempdir().unwrap();
     let (path, bad) = (dir.path().join("snapshot"), dir.path().join("bad"));
     // Every byte costs three readings of the whole file: two pages with a hole between them, in two regions, are enough.
-    let least = Plan { pages: 3, hot: 1, ..small() };
+    let kind = FakeDeviceKind { pieces: 2, dma_pages: 1, ..FakeDeviceKind::default() };
+    let least = Plan { pages: 3, hot: 1, devices: vec![kind] };
     saving(&Toy::booted(&least), &path, None, SaveOptions::default()).unwrap();
     let sound = std::fs::read(&path).unwrap();
     let len = sound.len();
