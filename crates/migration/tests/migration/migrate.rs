@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::toy::*;
 use vfio_migration::{
-    Destination, DestinationOptions, IncomingError, InjectedFault, Machine, MigrateError, Source,
+    Control, Destination, DestinationOptions, IncomingError, InjectedFault, Machine, MigrateError, Source,
     SourceOptions, inject,
 };
 use vfio_migration_compat::Reason;
@@ -255,6 +255,14 @@ fn cancelled_while_it_iterates_the_guest_goes_on() {
     assert!(both.machine.journal.lock().unwrap().contains(&"toy0 reset".to_owned()));
 }
 
+/// The word is heard only while the session waits for it, which it does not where the guest has just dirtied too much.
+fn continue_until_heard(control: &Control) {
+    wait_for("the switchover", || {
+        control.continue_switchover();
+        control.progress().phase > Phase::Iterate
+    });
+}
+
 #[test]
 fn it_waits_before_the_switchover_when_asked() {
     let plan = Plan::default();
@@ -273,7 +281,7 @@ fn it_waits_before_the_switchover_when_asked() {
             std::thread::spawn(move || {
                 wait_for("the wait", || control.progress().waiting);
                 source.prove_running();
-                control.continue_switchover();
+                continue_until_heard(&control);
             });
         },
     );
@@ -337,7 +345,7 @@ fn faulty(fault: impl Fn(std::ops::Range<RamOffset>) -> InjectedFault, verify: b
             wait_for("each hot page to be written again", || {
                 written.load(Ordering::Relaxed) > then + plan.hot
             });
-            control.continue_switchover();
+            continue_until_heard(&control);
         });
         (session.migrate_to(&to, |_| {}), arriving.join().unwrap())
     });
