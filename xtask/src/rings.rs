@@ -155,7 +155,8 @@ fn test(session: &mut Session) -> Result<Outcome, String> {
         ended.ignored
     );
     if !ended.failed.is_empty() {
-        return Err(format!("{} tests failed:\n  {}", ended.failed.len(), ended.failed.join("\n  ")));
+        eprintln!("These tests failed:\n  {}", ended.failed.join("\n  "));
+        return Err(format!("{} tests", ended.failed.len()));
     }
     if !kvm_answers() {
         let why = "/dev/kvm does not answer, so the KVM tests in it did nothing; the others passed";
