@@ -4,6 +4,7 @@ use crate::crc::Crc;
 use crate::error::WireError;
 use crate::kind::{Kind, OPTIONAL, bound};
 use crate::limits;
+use crate::preamble::{Foreign, PREAMBLE};
 
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 32;
@@ -215,4 +216,9 @@ fn check_length(kind: Option<Kind>, len: u64) -> Result<u32, WireError> {
         min,
         max,
     })
+}
+
+/// Checks a peer's first eight bytes; [`WireError::Foreign`] says what they look like instead.
+pub fn check_preamble(bytes: &[u8; 8]) -> Result<(), WireError> {
+    if *bytes == PREAMBLE { Ok(()) } else { Err(WireError::Foreign(Foreign::recognise(bytes))) }
 }

@@ -67,13 +67,15 @@ mod version;
 pub use crc::Crc;
 pub use error::WireError;
 pub use frame::{BulkFrame, Frame, encode, encode_bulk};
-pub use header::{FLAG_BODY, FLAG_BODY_CRC, FLAG_PAYLOAD_CRC, FrameHeader, HEADER_LEN, MAGIC};
+pub use header::{
+    FLAG_BODY, FLAG_BODY_CRC, FLAG_PAYLOAD_CRC, FrameHeader, HEADER_LEN, MAGIC, check_preamble,
+};
 pub use kind::{FrameType, OPTIONAL};
 pub use message::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
     Message, Offer, Ready, Reason, Running, VersionRange,
 };
-pub use preamble::{Foreign, PREAMBLE, check_preamble};
+pub use preamble::{Foreign, PREAMBLE};
 pub use version::{
     FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURE_VERIFY, FEATURES, PROTOCOL_VERSION, VERSIONS, negotiate,
 };

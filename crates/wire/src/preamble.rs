@@ -2,16 +2,9 @@
 
 use std::fmt;
 
-use crate::error::WireError;
-
 /// What each side sends before its first frame. The last byte is the framing: it changes only if a later version could
 /// not even keep the frame header and HELLO.
 pub const PREAMBLE: [u8; 8] = *b"VFIOMIG\x01";
-
-/// Checks a peer's first eight bytes; [`WireError::Foreign`] says what they look like instead.
-pub fn check_preamble(bytes: &[u8; 8]) -> Result<(), WireError> {
-    if *bytes == PREAMBLE { Ok(()) } else { Err(WireError::Foreign(Foreign::recognise(bytes))) }
-}
 
 /// What a peer seems to speak that does not speak this protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +30,7 @@ pub enum Foreign {
 
 impl Foreign {
     /// A guess, for the error text: nothing is decided by it.
-    fn recognise(bytes: &[u8; 8]) -> Self {
+    pub(crate) fn recognise(bytes: &[u8; 8]) -> Self {
         const HTTP: [&[u8]; 7] = [b"GET ", b"PUT ", b"POST ", b"HEAD ", b"HTTP/", b"PRI * ", b"OPTIONS "];
         let [.., framing] = *bytes;
         // vfio-user: u16 message id, u16 command (VERSION is 1), u32 message size, header of 16 bytes included.
@@ -84,6 +77,8 @@ impl fmt::Display for Foreign {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::error::WireError;
+    use crate::header::check_preamble;
 
     #[test]
     fn strangers_are_named() {

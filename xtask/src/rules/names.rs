@@ -28,10 +28,12 @@ const PHASES: [&str; 11] = [
 ];
 
 /// Files that are no phase's, and why each is there. At most eight.
-const OTHER_FILES: [(&str, &str); 6] = [
-    ("mod", "the state of one side, and who handles what"),
+const OTHER_FILES: [(&str, &str); 8] = [
+    ("mod", "the face of one side, and who handles what"),
+    ("state", "what one side of the engine remembers, in every phase"),
     ("session", "the loop that carries out the engine's actions, in every phase"),
     ("worker", "the machine and its devices, which each phase works on"),
+    ("reader", "the thread that hears the other side, in every phase"),
     ("attempt", "what the threads of one attempt share"),
     ("progress", "what observers are shown, in every phase"),
     ("rehearsal", "where a session that is a rehearsal ends"),
