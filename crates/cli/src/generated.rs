@@ -23,7 +23,7 @@ use crate::verbs::check::pool::BaselineReport;
 use crate::verbs::device_file::DeviceFileReport;
 use crate::verbs::devices::report::DevicesReport;
 use crate::verbs::doctor::DoctorReport;
-use crate::verbs::moves::{Acknowledged, RehearseReport};
+use crate::verbs::moves::{ActionReply, RehearseReport};
 
 /// Writes `man/`, `completions/` and `docs/schemas/` under `top`.
 pub(crate) fn generate(top: &Path) -> Result<Exit, CliError> {
@@ -56,7 +56,7 @@ fn schemas_by_name() -> Vec<(&'static str, Schema)> {
         ("devices", schema_for!(DevicesReport)),
         ("doctor", schema_for!(DoctorReport)),
         ("failure", schema_for!(FailureReport)),
-        ("acknowledged", schema_for!(Acknowledged)),
+        ("acknowledged", schema_for!(ActionReply)),
         ("query", schema_for!(StatusReport)),
         ("query-guest", schema_for!(GuestInfo)),
         ("migration", schema_for!(MigrationInfo)),

@@ -180,7 +180,7 @@ mod name_pairs {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use clap::Parser;
     use serde_json::json;
 

@@ -87,7 +87,7 @@ pub(crate) fn format_size(bytes: u64) -> String {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -103,7 +103,7 @@ pub(crate) fn device_id(name: &str) -> Result<DeviceId, CliError> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

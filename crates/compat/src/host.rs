@@ -30,7 +30,7 @@ pub struct HostManifest {
     pub devices: Vec<DeviceManifest>,
     /// Devices it could create.
     #[serde(default)]
-    pub offers: Vec<Offer>,
+    pub offers: Vec<HostOffer>,
     /// What it takes from others; `null` for whatever fits its devices and offers.
     #[serde(default)]
     pub accepts: Option<Vec<Accept>>,
@@ -44,7 +44,8 @@ pub struct HostManifest {
 
 /// Devices of one kind that a host could create. A parameter's `allowed` are the values it can be created with.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Offer {
+#[schemars(rename = "Offer")]
+pub struct HostOffer {
     /// What one is like; its `id` names the offer.
     pub device: DeviceManifest,
     /// How many; `null` when not known, which counts as one.

@@ -42,7 +42,7 @@ pub use codes::{Explanation, codes, explain, session_codes};
 pub use device::{Capability, DeviceManifest, DirtyTracking, Driver, Extra, PciIdentity, RegionManifest};
 pub use document::{Document, Manifest, SCHEMA};
 pub use error::ManifestError;
-pub use host::{Accept, HostManifest, Limits, Offer};
+pub use host::{Accept, HostManifest, HostOffer, Limits};
 pub use machine::{MachineManifest, RamRegion};
 pub use mask::{MaskRule, MaskRuleError};
 pub use matrix::{Cell, Matrix, MatrixDevice, MatrixHost, matrix};

@@ -96,7 +96,7 @@ impl PciState {
 
     /// Reads what [`encode`](Self::encode) wrote. All of `bytes` must be used up.
     pub fn decode(bytes: &[u8]) -> Result<Self, PciCodecError> {
-        let mut from = Reader { bytes, at: 0 };
+        let mut from = StateReader { bytes, at: 0 };
         let version = u16::from_le_bytes(from.array("the version")?);
         if ![VERSION, VERSION_MSI].contains(&version) {
             return Err(PciCodecError::Version(version));
@@ -164,12 +164,12 @@ fn check_vectors(count: u32) -> Result<usize, PciCodecError> {
     if count > MAX_VECTORS { Err(bad) } else { usize::try_from(count).map_err(|_| bad) }
 }
 
-struct Reader<'a> {
+struct StateReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> StateReader<'a> {
     fn take(&mut self, len: usize, what: &'static str) -> Result<&'a [u8], PciCodecError> {
         let end = self.at.checked_add(len).filter(|end| *end <= self.bytes.len());
         let piece = end.and_then(|end| self.bytes.get(self.at..end));

@@ -102,7 +102,7 @@ pub enum IncomingError {
     Rehearsed(Box<RehearsedHere>),
     /// This side owns the guest, and could not start it: it is held paused, and nobody else may run it.
     #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
-    Held(Box<Held>),
+    OwnedNotStarted(Box<OwnedNotStarted>),
 }
 
 /// A rehearsal, as its destination sees it. Nothing was to stay.
@@ -130,7 +130,7 @@ impl fmt::Display for RehearsedHere {
 
 /// A guest that is ours and does not run.
 #[derive(Clone)]
-pub struct Held {
+pub struct OwnedNotStarted {
     /// The machine.
     pub machine: Arc<dyn Machine>,
     /// Under this epoch it is ours.
@@ -139,9 +139,12 @@ pub struct Held {
     pub cause: Failure,
 }
 
-impl fmt::Debug for Held {
+impl fmt::Debug for OwnedNotStarted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Held").field("epoch", &self.epoch).field("cause", &self.cause).finish_non_exhaustive()
+        f.debug_struct("OwnedNotStarted")
+            .field("epoch", &self.epoch)
+            .field("cause", &self.cause)
+            .finish_non_exhaustive()
     }
 }
 

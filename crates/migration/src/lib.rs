@@ -6,7 +6,7 @@
 //! * [`Source::migrate_to`]: `Ok` means that the guest runs at the destination and this machine is spent; `Err` means
 //!   that the guest runs here, or the error says exactly why not.
 //! * [`Destination::accept`]: `Ok` means that this machine owns the guest and runs it; `Err` means that nothing ran here,
-//!   and every device is reset and released ([`IncomingError::Held`] is the one exception, and says so).
+//!   and every device is reset and released ([`IncomingError::OwnedNotStarted`] is the one exception, and says so).
 //!
 //! * [`Source::rehearse_to`] does the first part of it for real, and undoes it: it tells whether a migration would come to
 //!   its end, and how long the guest would stand.
@@ -156,18 +156,20 @@ pub use device_file::{
     DeviceArc, DeviceControl, DeviceFate, DeviceFileError, DeviceReport, RestoreDeviceOptions,
     SaveDeviceOptions, restore_device, save_device,
 };
-pub use error::{Aborted, Held, IncomingError, MigrateError, RehearsedHere};
+pub use error::{Aborted, IncomingError, MigrateError, OwnedNotStarted, RehearsedHere};
 #[cfg(feature = "fault-injection")]
 pub use fault_injection::{InjectedFault, inject};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
-pub use offer::{Arrived, Offer};
+pub use offer::{Arrived, IncomingOffer};
 pub use options::{DestinationOptions, SourceOptions};
 pub use ownership::journal::{JournalError, JournalFile, read_journal};
-pub use ownership::status::{Standing, standing};
+pub use ownership::status::{VmOwnership, ownership_at};
 pub use probe::probe;
 pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
-pub use snapshot::{DeviceState, HeldBack, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save};
+pub use snapshot::{
+    DeviceState, GuestNotResumed, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save,
+};
 pub use source::Source;
 pub use uri::{Uri, UriError};
 pub use vfio_migration_types::{Failure, Side};

@@ -12,7 +12,7 @@ use crate::report::ArrivalReport;
 /// A guest that wants to come in.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
-pub struct Offer {
+pub struct IncomingOffer {
     /// The VM.
     pub vm: VmId,
     /// The attempt.

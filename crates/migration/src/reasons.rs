@@ -121,7 +121,7 @@ fn meaning<T: DeserializeOwned>(word: &str) -> Option<T> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use serde_json::json;
 
     use super::*;

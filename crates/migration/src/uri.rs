@@ -89,7 +89,7 @@ impl fmt::Display for Uri {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

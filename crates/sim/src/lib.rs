@@ -35,7 +35,7 @@ pub use error::SimError;
 pub use fault::{FAULT_FORMS, Fault, FaultError, Which};
 pub use migrate::StateRead;
 pub use options::{MAX_STATE_SIZE, Options};
-pub use saving::PrecopyProgress;
+pub use saving::SamplePrecopy;
 pub use serve::{SampleBackend, ServeError, serve};
 pub use stream::MODEL;
 pub use vfio_user_peer::StopHandle;

@@ -10,11 +10,11 @@ use crate::bulk::PAGE;
 use crate::device::SampleDevice;
 use crate::error::{SimError, invalid};
 use crate::fault::{Fault, Which};
-use crate::migration::{ResumingSession, SampleMigration, SampleSession, no_session, strikes};
+use crate::migration::{SampleMigration, SampleResuming, SampleSession, no_session, strikes};
 use crate::options::Options;
 use crate::pci::BAR2_SIZE;
 use crate::regs::{Registers, VECTORS};
-use crate::saving::{self, PrecopyProgress, SavingSession};
+use crate::saving::{self, SamplePrecopy, SampleSaving};
 use crate::shared::{Mode, lock};
 use crate::stream::{Item, Parser, StreamHeader, model_hash};
 
@@ -96,7 +96,7 @@ impl SampleDevice {
         let SampleSession::Resuming(resuming) = &mut migration.session else {
             return Err(invalid("no resuming session is open"));
         };
-        let ResumingSession { parser, came, registers } = &mut **resuming;
+        let SampleResuming { parser, came, registers } = &mut **resuming;
         parser.push(from, |item| self.load(came, registers, item))?;
         migration.moved += from.len() as u64;
         Ok(())
@@ -106,7 +106,7 @@ impl SampleDevice {
     ///
     /// # Errors
     /// EINVAL outside of PRE_COPY and PRE_COPY_P2P.
-    pub fn progress(&self) -> Result<PrecopyProgress, SimError> {
+    pub fn progress(&self) -> Result<SamplePrecopy, SimError> {
         let mut migration = lock(&self.migration);
         match &mut migration.session {
             SampleSession::Saving(saving) if !saving.stopped() => {
@@ -196,7 +196,7 @@ impl SampleDevice {
         let corrupt = self.options().faults.contains(&Fault::CorruptTail);
         let Options { version, state_size, model, .. } = self.options();
         let header = StreamHeader { version: *version, state_size: *state_size, model: model_hash(model) };
-        let saving = SavingSession::open(&mut lock(&self.shared.bulk), header, corrupt);
+        let saving = SampleSaving::open(&mut lock(&self.shared.bulk), header, corrupt);
         migration.session = SampleSession::Saving(Box::new(saving));
         migration.moved = 0;
     }
@@ -214,13 +214,13 @@ impl SampleDevice {
     }
 
     fn close_session(&self, migration: &mut SampleMigration) {
-        SavingSession::close(&mut lock(&self.shared.bulk));
+        SampleSaving::close(&mut lock(&self.shared.bulk));
         migration.session = SampleSession::None;
     }
 
     fn open_resuming(&self, migration: &mut SampleMigration) -> Result<(), SimError> {
         self.shared.mailbox.clear()?;
-        let resuming = ResumingSession {
+        let resuming = SampleResuming {
             parser: Parser::default(),
             came: Bitmap::new(self.options().state_size, Granule::PAGE),
             registers: None,
@@ -323,7 +323,7 @@ impl SampleDevice {
                 Fault::ErrorArc(which) if is(which) => {
                     self.halt();
                     migration.session = SampleSession::Lost;
-                    SavingSession::close(&mut lock(&self.shared.bulk));
+                    SampleSaving::close(&mut lock(&self.shared.bulk));
                     self.shared.set_state(MigrationState::Error);
                     return Err(SimError::new(Errno::IO, format!("scripted: {from} to {to} ends in ERROR")));
                 }

@@ -5,7 +5,7 @@ use vfio_migration_types::Bitmap;
 
 use crate::error::{SimError, invalid};
 use crate::regs::Registers;
-use crate::saving::SavingSession;
+use crate::saving::SampleSaving;
 use crate::stream::Parser;
 
 /// The open session, and what the scripted faults have done so far.
@@ -27,15 +27,15 @@ pub(crate) struct SampleMigration {
 pub(crate) enum SampleSession {
     #[default]
     None,
-    Saving(Box<SavingSession>),
-    Resuming(Box<ResumingSession>),
+    Saving(Box<SampleSaving>),
+    Resuming(Box<SampleResuming>),
     /// Ended under its user, as by a reset that the guest asked for.
     Lost,
 }
 
 /// A resuming session: the parts of the state that have come.
 #[derive(Debug)]
-pub(crate) struct ResumingSession {
+pub(crate) struct SampleResuming {
     pub(crate) parser: Parser,
     /// Pages of the bulk state that came.
     pub(crate) came: Bitmap,

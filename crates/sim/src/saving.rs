@@ -12,7 +12,7 @@ const RUN: u64 = (stream::MAX_PAYLOAD / PAGE) as u64;
 
 /// Pre-copy estimates, in bytes, as `struct vfio_precopy_info` has them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PrecopyProgress {
+pub struct SamplePrecopy {
     /// Left of the initial data.
     pub initial_bytes: u64,
     /// Changed since it was read.
@@ -23,7 +23,7 @@ pub struct PrecopyProgress {
 
 /// An open saving session, in pre-copy until [`stop`](Self::stop).
 #[derive(Debug)]
-pub(crate) struct SavingSession {
+pub(crate) struct SampleSaving {
     header: Option<StreamHeader>,
     /// Bytes made and not yet read, from `staged[at..]`.
     staged: Vec<u8>,
@@ -50,7 +50,7 @@ struct Rest {
     trailer: bool,
 }
 
-impl SavingSession {
+impl SampleSaving {
     /// Opens a session: from now on `bulk` tracks what changes.
     pub(crate) fn open(bulk: &mut BulkState, header: StreamHeader, corrupt: bool) -> Self {
         bulk.tracking = Some(Bitmap::new(bulk.pages() * PAGE_SIZE, Granule::PAGE));
@@ -113,13 +113,13 @@ impl SavingSession {
         filled
     }
 
-    pub(crate) fn progress(&mut self, bulk: &mut BulkState) -> PrecopyProgress {
+    pub(crate) fn progress(&mut self, bulk: &mut BulkState) -> SamplePrecopy {
         self.take_reinit(bulk);
         let header = if self.header.is_some() { HEADER as u64 } else { 0 };
         let left = self.pages - self.cursor;
         let staged = (self.staged.len() - self.at) as u64;
         let (initial, dirty) = if self.staged_initial { (staged, 0) } else { (0, staged) };
-        PrecopyProgress {
+        SamplePrecopy {
             initial_bytes: header + initial + left * PAGE_SIZE + left.div_ceil(RUN) * RECORD as u64,
             dirty_bytes: dirty + dirty_pages(bulk) * (PAGE + RECORD) as u64,
             reinit: std::mem::take(&mut self.reinit),

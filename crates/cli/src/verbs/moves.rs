@@ -33,7 +33,8 @@ pub(crate) struct RehearseReport {
 
 /// What the verbs that only ask a `vm` for something print with `--json`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-pub(crate) struct Acknowledged {
+#[schemars(rename = "Acknowledged")]
+pub(crate) struct ActionReply {
     /// The request was taken.
     pub(crate) ok: bool,
 }
@@ -182,7 +183,7 @@ fn request(target: &VmTarget, verb: ControlVerb, arguments: Value, done: &str) -
         Err(error) => return Err(error.failure("refused")),
     }
     if target.json {
-        print_json(&Acknowledged { ok: true })?;
+        print_json(&ActionReply { ok: true })?;
     } else {
         print(format!("{done}\n"))?;
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_migration::{Arrived, Destination, DestinationOptions, IncomingError, Machine, Offer, Uri};
+use vfio_migration::{Arrived, Destination, DestinationOptions, IncomingError, IncomingOffer, Machine, Uri};
 use vfio_migration_compat::Reason;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
@@ -110,7 +110,7 @@ fn receive(
 fn admit(
     vm: &RunningVm,
     machine: &Arc<ReferenceMachine>,
-    offer: &Offer,
+    offer: &IncomingOffer,
 ) -> Result<Arc<dyn Machine>, Box<Reason>> {
     if vm.options.uuid.is_none() {
         machine.adopt(offer.vm);
@@ -133,7 +133,7 @@ fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result
         (Err(error), machine) => {
             let ended = info::not_arrived(vm, &error);
             let slot = match (&error, machine) {
-                (IncomingError::Held(held), Some(machine)) => {
+                (IncomingError::OwnedNotStarted(held), Some(machine)) => {
                     Slot::OwnedNotStarted { machine, epoch: held.epoch }
                 }
                 (_, machine) => {

@@ -71,7 +71,7 @@ fn lock(file: &File, operation: FlockOperation, dir: &Path, vm: VmId) -> Result<
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     const VM: VmId = VmId([7; 16]);

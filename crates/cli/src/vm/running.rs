@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
-use vfio_migration::{Standing, standing};
+use vfio_migration::{VmOwnership, ownership_at};
 use vfio_migration_compat::Policy;
 use vfio_migration_device::ConfigRules;
 use vfio_migration_memory::MemoryError;
@@ -120,14 +120,14 @@ pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, CliError> {
     vm.presence.start(dir, id).map_err(CliError::failed)?;
     let file = dir.join(format!("{id}.json"));
     let remedy = format!("if you are sure that it runs nowhere else, remove {}", file.display());
-    match standing(dir, id) {
-        Ok(Standing::Unknown) => Ok(Epoch(0)),
-        Ok(Standing::Ours(epoch)) => Ok(epoch),
-        Ok(Standing::Elsewhere { epoch, peer }) => Err(CliError::failed(format!(
+    match ownership_at(dir, id) {
+        Ok(VmOwnership::Unknown) => Ok(Epoch(0)),
+        Ok(VmOwnership::Ours(epoch)) => Ok(epoch),
+        Ok(VmOwnership::Elsewhere { epoch, peer }) => Err(CliError::failed(format!(
             "VM {id} belongs to another host (epoch {}, {peer}) and is not started here; {remedy}",
             epoch.0
         ))),
-        Ok(Standing::Undecided { epoch, peer }) => Err(CliError::new(
+        Ok(VmOwnership::Undecided { epoch, peer }) => Err(CliError::new(
             Exit::Unresolved,
             format!(
                 "the commit of VM {id} to {peer} (epoch {}) is undecided: it may run there, so it is not started here; {remedy}",
@@ -187,7 +187,7 @@ impl LostDeviceWatch {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -45,7 +45,7 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, 
             vm.end_session(info::saved(vm), None);
         }
         Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error)),
-        Err(SaveError::Held(held)) => {
+        Err(SaveError::NotResumed(held)) => {
             outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)));
         }
         Err(error) => {

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use vfio_migration_compat::labels::{self, Attribute, node_labels, resource_device};
 use vfio_migration_compat::{
-    Accept, Allow, Allowed, BaselineError, DeviceManifest, HostManifest, IntRange, Limits, MachineManifest,
-    Offer, Parameter, Policy, RamRegion, Verdict, baseline, check_device_placement, check_placement, matrix,
+    Accept, Allow, Allowed, BaselineError, DeviceManifest, HostManifest, HostOffer, IntRange, Limits,
+    MachineManifest, Parameter, Policy, RamRegion, Verdict, baseline, check_device_placement,
+    check_placement, matrix,
 };
 use vfio_migration_types::{DeviceId, Gpa, MigrationFlags};
 
@@ -88,7 +89,7 @@ fn each_cell_is_what_asking_for_the_pair_gives() {
             ..host("c", vec![DeviceManifest { state_size: Some(5), ..device("z", "1.1.0", 2, 4) }])
         },
         HostManifest {
-            offers: vec![Offer { device: device("o", "1.9.0", 1, 4), ..Offer::default() }],
+            offers: vec![HostOffer { device: device("o", "1.9.0", 1, 4), ..HostOffer::default() }],
             ..host("d", vec![])
         },
         host("e", vec![]),
@@ -137,7 +138,7 @@ fn placement_gives_each_device_one_and_the_best_first() {
     assert_eq!((report.verdict, codes), (Verdict::No, vec!["device-model-version", "host-no-device"]));
     assert!(report.map.is_empty());
     // An offer is good for as many as it says.
-    let offer = |count| Offer { device: device("o", "1.0.0", 1, 1), count, ..Offer::default() };
+    let offer = |count| HostOffer { device: device("o", "1.0.0", 1, 1), count, ..HostOffer::default() };
     let three = machine(["p", "q", "r"].map(|id| device(id, "1.0.0", 1, 1)).to_vec());
     for (count, verdict) in [(Some(3), Verdict::Live), (Some(2), Verdict::No), (None, Verdict::No)] {
         let to = HostManifest { offers: vec![offer(count)], ..host("h", vec![]) };
@@ -164,7 +165,7 @@ fn a_baseline_is_the_newest_that_all_load() {
         host("a", vec![device("x", "1.4.0", 8, 8)]),
         host("b", vec![device("x", "1.2.0", 4, 4), device("y", "1.3.0", 2, 6)]),
         HostManifest {
-            offers: vec![Offer { device: device("o", "1.9.0", 1, 16), ..Offer::default() }],
+            offers: vec![HostOffer { device: device("o", "1.9.0", 1, 16), ..HostOffer::default() }],
             ..host("c", vec![])
         },
     ];
@@ -241,7 +242,8 @@ fn labels_are_legal_and_tell_models_apart() {
     odder.model = Some(format!("acme.com/{}/ü c", "long".repeat(30)));
     odder.id = DeviceId::new("odder").unwrap();
     let mut own = host("a", vec![device("x", "1.2.0", 1, 1), device("y", "1.10.0", 1, 1), odd, odder]);
-    own.offers = vec![Offer { device: device("o", "1.3.0", 1, 1), count: Some(6), ..Offer::default() }];
+    own.offers =
+        vec![HostOffer { device: device("o", "1.3.0", 1, 1), count: Some(6), ..HostOffer::default() }];
     own.kernel = Some("6.12.0-1 ".into());
     let labels = node_labels(&own);
     assert_eq!(labels["vfio-migrate.org/version.acme.com_nic"], "1.10.0");

@@ -65,7 +65,7 @@ impl From<DecodeError> for DevlinkError {
 /// # Errors
 /// There is no devlink, no such device, or its driver tells nothing.
 pub fn running_versions(bus: &str, name: &str) -> Result<BTreeMap<String, String>, DevlinkError> {
-    let socket = Socket::new()?;
+    let socket = NetlinkSocket::new()?;
     let family = socket.ask(CONTROLLER, GET_FAMILY, &[(FAMILY_NAME, "devlink")])?;
     let id = attributes(&family)?.into_iter().find(|(kind, _)| *kind == FAMILY_ID);
     let id = id.and_then(|(_, value)| Some(u16::from_ne_bytes(value.as_slice().try_into().ok()?)));
@@ -102,9 +102,9 @@ fn text(bytes: &[u8]) -> Option<String> {
 }
 
 /// A connection to the kernel.
-struct Socket(std::os::fd::OwnedFd);
+struct NetlinkSocket(std::os::fd::OwnedFd);
 
-impl Socket {
+impl NetlinkSocket {
     fn new() -> Result<Self, Errno> {
         let socket =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(GENERIC))?;

@@ -225,7 +225,7 @@ pub(crate) fn start_fails() -> Outcome {
             arm(&pair.to[0], fault, arc)?;
             let Ended { source, destination } = pair.migrate(options())?;
             let held = match destination {
-                Err(IncomingError::Held(held)) => held,
+                Err(IncomingError::OwnedNotStarted(held)) => held,
                 other => return Err(format!("the destination does not hold it: {other:?}").into()),
             };
             let wanted =

@@ -34,7 +34,7 @@ pub(crate) struct Pair {
     // Removed after the machines have closed them.
     pub(crate) from: Vec<Instance>,
     pub(crate) to: Vec<Instance>,
-    before: Held,
+    before: HeldResources,
     /// What of the source is broken on purpose.
     fault: Option<InjectedFault>,
 }
@@ -98,7 +98,7 @@ impl Pair {
         here: impl FnOnce(&[Instance]) -> Outcome<Arc<Toy>>,
         there: impl FnOnce(&[Instance]) -> Outcome<Arc<Toy>>,
     ) -> Outcome<Self> {
-        let before = Held::now()?;
+        let before = HeldResources::now()?;
         let (source, destination) = (here(&from)?, there(&to)?);
         Ok(Self { source, destination, from, to, before, fault: None })
     }
@@ -274,12 +274,12 @@ pub(crate) fn told(failure: &Failure, wanted: Wanted) -> Outcome {
 
 /// What the process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Held {
+struct HeldResources {
     descriptors: usize,
     threads: usize,
 }
 
-impl Held {
+impl HeldResources {
     fn now() -> Outcome<Self> {
         let count = |path| -> Outcome<usize> { Ok(fs::read_dir(path)?.count()) };
         Ok(Self { descriptors: count("/proc/self/fd")?, threads: count("/proc/self/task")? })

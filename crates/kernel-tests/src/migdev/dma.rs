@@ -83,7 +83,7 @@ fn writes_and_logs(mut driver: MigdevDriver) -> Outcome {
     let found = driver.memory()?;
     let differs = memory.iter().zip(&found).position(|(wanted, found)| wanted != found);
     same("first byte that differs", differs, None)?;
-    // Standing still, so that the count of the last block is certainly logged.
+    // Stopped, so that the count of the last block is certainly logged.
     driver.write32(CONTROL, 0)?;
     match report(&driver, granule)? {
         Some(pages) => {

@@ -47,7 +47,7 @@ impl Credit {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

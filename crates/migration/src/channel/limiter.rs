@@ -91,7 +91,7 @@ impl Bucket {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -9,7 +9,7 @@ use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
 use crate::machine::Machine;
-use crate::offer::Offer;
+use crate::offer::IncomingOffer;
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
 use crate::reasons;
 use crate::session::fail::InPhase;
@@ -55,7 +55,7 @@ impl Worker<'_, '_, '_> {
             .into());
         };
         let Attempt { vm, attempt, epoch } = attempt;
-        let offer = Offer { vm, attempt, epoch, manifest: offered.clone() };
+        let offer = IncomingOffer { vm, attempt, epoch, manifest: offered.clone() };
         let machine = match build(&offer) {
             Ok(machine) => machine,
             Err(reason) => return Ok(refuse(*reason)),

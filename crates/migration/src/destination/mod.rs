@@ -36,7 +36,7 @@ use crate::destination::commit::KnownOutcome;
 use crate::destination::session::Place;
 use crate::error::IncomingError;
 use crate::machine::Machine;
-use crate::offer::{Arrived, Offer};
+use crate::offer::{Arrived, IncomingOffer};
 use crate::options::DestinationOptions;
 use crate::uri::Uri;
 
@@ -103,11 +103,11 @@ impl Destination {
     /// `fd:N`, where there is no next one). May be called again after an error.
     ///
     /// # Errors
-    /// Nothing ran here, and every device is reset and released; but see [`IncomingError::Held`]. A rehearsal ends so too:
+    /// Nothing ran here, and every device is reset and released; but see [`IncomingError::OwnedNotStarted`]. A rehearsal ends so too:
     /// [`IncomingError::Rehearsed`].
     pub fn accept(
         &mut self,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
         loop {
@@ -154,7 +154,7 @@ impl Destination {
     fn session(
         &mut self,
         accepted: Accepted,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
     ) -> Result<Arrived, IncomingError> {
         let place = Place {
             listener: &mut self.listener,

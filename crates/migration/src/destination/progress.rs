@@ -11,7 +11,7 @@ use vfio_migration_wire::Running;
 
 use crate::destination::attempt::DestinationShared;
 use crate::device::receive::DeviceReceiver;
-use crate::error::{Held, IncomingError, RehearsedHere};
+use crate::error::{IncomingError, OwnedNotStarted, RehearsedHere};
 use crate::machine::Machine;
 use crate::offer::Arrived;
 use crate::reasons;
@@ -83,7 +83,9 @@ pub(super) fn into_result(
             Ok(Arrived { machine, epoch, report })
         }
         DestinationOutcome::OwnedNotStarted { epoch, cause } => match machine {
-            Some(machine) => Err(IncomingError::Held(Box::new(Held { machine, epoch, cause }))),
+            Some(machine) => {
+                Err(IncomingError::OwnedNotStarted(Box::new(OwnedNotStarted { machine, epoch, cause })))
+            }
             None => Err(IncomingError::Aborted(lost())),
         },
         // However a rehearsal ends, nobody was to come.

@@ -25,7 +25,7 @@ use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
 use crate::error::IncomingError;
 use crate::machine::Machine;
-use crate::offer::{Arrived, Offer};
+use crate::offer::{Arrived, IncomingOffer};
 use crate::options::DestinationOptions;
 use crate::report::Progress;
 use crate::session::events::Events;
@@ -51,7 +51,7 @@ pub(super) struct Place<'a> {
 pub(super) fn run(
     place: Place<'_>,
     accepted: Accepted,
-    build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+    build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
 ) -> (Result<Arrived, IncomingError>, Option<KnownOutcome>) {
     let begun = Instant::now();
     let Accepted { link, reader, hello } = accepted;
@@ -70,7 +70,7 @@ pub(super) fn run(
     let shared = DestinationShared::default();
     let machine: Mutex<Option<Arc<dyn Machine>>> = Mutex::new(None);
     let kept = &machine;
-    let build = move |offer: &Offer| {
+    let build = move |offer: &IncomingOffer| {
         let built = build(offer)?;
         *lock(kept) = Some(Arc::clone(&built));
         Ok(built)

@@ -14,7 +14,7 @@ use vfio_migration_wire::Message;
 use crate::channel::link::Link;
 use crate::destination::attempt::{ArrivingDevice, DestinationShared};
 use crate::machine::Machine;
-use crate::offer::Offer;
+use crate::offer::IncomingOffer;
 use crate::options::DestinationOptions;
 use crate::ownership::journal::Journal;
 use crate::report::StepTime;
@@ -24,7 +24,8 @@ use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
 /// Builds the machine for an offer.
-pub(super) type Build<'a> = Box<dyn FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
+pub(super) type Build<'a> =
+    Box<dyn FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
 
 /// Everything the worker holds while the attempt lasts. What a release undoes is in its fields.
 pub(super) struct Worker<'scope, 'env, 'a> {

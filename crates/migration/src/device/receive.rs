@@ -97,14 +97,14 @@ struct Inner {
     ended: bool,
     /// Nothing more is taken: the attempt is over, or the device has failed.
     closed: bool,
-    outcome: Option<Outcome>,
+    outcome: Option<ReceiveOutcome>,
     /// The device's thread has ended.
     left: bool,
 }
 
 /// What a device's thread leaves behind.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub(crate) enum ReceiveOutcome {
     /// All of the state was written, and is what the source sent.
     Complete(Box<dyn ResumingSession>, DeviceTotal),
     /// The session was given up before its end, by a failure or by an abort.
@@ -213,9 +213,9 @@ impl DeviceReceiver {
         let mut inner = lock(&self.inner);
         loop {
             match inner.outcome.take() {
-                Some(Outcome::Complete(session, total)) => return Ok((session, total)),
+                Some(ReceiveOutcome::Complete(session, total)) => return Ok((session, total)),
                 // Its thread has told why; put back for the release.
-                Some(given_up @ Outcome::GivenUp(_)) => {
+                Some(given_up @ ReceiveOutcome::GivenUp(_)) => {
                     inner.outcome = Some(given_up);
                     return Err(WorkError::Interrupted);
                 }
@@ -244,7 +244,7 @@ impl DeviceReceiver {
             inner = self.wake.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
         match inner.outcome.take() {
-            Some(Outcome::Complete(session, _) | Outcome::GivenUp(session)) => Some(session),
+            Some(ReceiveOutcome::Complete(session, _) | ReceiveOutcome::GivenUp(session)) => Some(session),
             None => None,
         }
     }
@@ -261,7 +261,7 @@ impl DeviceReceiver {
         let mut total = 0;
         let mut owed = 0;
         let outcome = loop {
-            let Some(item) = self.next() else { break Outcome::GivenUp(session) };
+            let Some(item) = self.next() else { break ReceiveOutcome::GivenUp(session) };
             let step = match item {
                 Item::Data(bytes, stopped) => {
                     let begun = Instant::now();
@@ -300,7 +300,7 @@ impl DeviceReceiver {
                 Item::End(announced) => {
                     let found = DeviceTotal { bytes: total, digest: *hasher.finalize().as_bytes() };
                     if found == announced {
-                        break Outcome::Complete(session, found);
+                        break ReceiveOutcome::Complete(session, found);
                     }
                     let text = if found.bytes == announced.bytes {
                         "its state differs from what the source read, by digest".to_owned()
@@ -315,7 +315,7 @@ impl DeviceReceiver {
             if let Err(failure) = step {
                 self.close();
                 events.send(DestinationEvent::Damaged(failure));
-                break Outcome::GivenUp(session);
+                break ReceiveOutcome::GivenUp(session);
             }
         };
         let mut inner = lock(&self.inner);

@@ -92,7 +92,7 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) ->
             );
             DeviceFileError::Failed { failure: failure.into(), fate }
         }
-        IncomingError::Held(held) => {
+        IncomingError::OwnedNotStarted(held) => {
             let text = format!("its state is loaded, and it does not start: {}", held.cause.text);
             let failure = Failure::new(Side::Destination, Phase::Run, text);
             DeviceFileError::Failed { failure: failure.into(), fate }

@@ -109,7 +109,9 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: SaveError) -> Dev
         || DeviceFate { device: device.id().clone(), reset: control.was_reset(), now: device.state().ok() };
     match error {
         SaveError::File(error) => DeviceFileError::File(error),
-        SaveError::Held(held) => DeviceFileError::WholeFile { failure: held.0.cause.into(), fate: fate() },
+        SaveError::NotResumed(held) => {
+            DeviceFileError::WholeFile { failure: held.0.cause.into(), fate: fate() }
+        }
         SaveError::Session(MigrateError::Aborted(aborted)) if aborted.cancelled => {
             DeviceFileError::Cancelled(fate())
         }

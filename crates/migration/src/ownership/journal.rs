@@ -83,7 +83,7 @@ enum JournalPlace {
     Memory(Mutex<JournalFile>),
     Directory {
         dir: PathBuf,
-        /// Held for the session; the kernel lets go of it when the process dies.
+        /// Held for the session; the kernel releases it when the process dies.
         _session: File,
     },
 }
@@ -206,7 +206,7 @@ fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use vfio_migration_types::AttemptId;
 
     use super::*;

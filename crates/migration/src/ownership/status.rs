@@ -13,7 +13,7 @@ use crate::ownership::journal::{JournalError, JournalFile, read_journal};
 /// Who owns a VM, as far as this host's journal knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Standing {
+pub enum VmOwnership {
     /// Nothing is written of it.
     Unknown,
     /// It was ours under this epoch when its process ended. It may be started anew, under the same epoch.
@@ -38,11 +38,11 @@ pub enum Standing {
 ///
 /// # Errors
 /// The journal cannot be read, or makes no sense: then nobody should start the VM.
-pub fn standing(dir: &Path, vm: VmId) -> Result<Standing, JournalError> {
-    Ok(read_journal(dir, vm)?.map_or(Standing::Unknown, |file| of(&file)))
+pub fn ownership_at(dir: &Path, vm: VmId) -> Result<VmOwnership, JournalError> {
+    Ok(read_journal(dir, vm)?.map_or(VmOwnership::Unknown, |file| of(&file)))
 }
 
-fn of(file: &JournalFile) -> Standing {
+fn of(file: &JournalFile) -> VmOwnership {
     let taken_in = file
         .destination
         .as_ref()
@@ -53,23 +53,23 @@ fn of(file: &JournalFile) -> Standing {
         let since = taken_in.is_none_or(|back| sent.epoch.next() > back);
         let (epoch, peer) = (sent.epoch.next(), sent.peer.clone());
         match sent.state {
-            SourceState::Committing if since => return Standing::Undecided { epoch, peer },
-            SourceState::Released if since => return Standing::Elsewhere { epoch, peer },
+            SourceState::Committing if since => return VmOwnership::Undecided { epoch, peer },
+            SourceState::Released if since => return VmOwnership::Elsewhere { epoch, peer },
             SourceState::Owner | SourceState::Sending => {
-                return Standing::Ours(taken_in.map_or(sent.epoch, |back| back.max(sent.epoch)));
+                return VmOwnership::Ours(taken_in.map_or(sent.epoch, |back| back.max(sent.epoch)));
             }
             SourceState::Committing | SourceState::Released => {}
         }
     }
     match (taken_in, &file.destination) {
-        (Some(epoch), _) => Standing::Ours(epoch),
-        (None, Some(offered)) => Standing::Elsewhere { epoch: offered.epoch, peer: offered.peer.clone() },
-        (None, None) => Standing::Unknown,
+        (Some(epoch), _) => VmOwnership::Ours(epoch),
+        (None, Some(offered)) => VmOwnership::Elsewhere { epoch: offered.epoch, peer: offered.peer.clone() },
+        (None, None) => VmOwnership::Unknown,
     }
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use vfio_migration_engine::ownership::{DestinationRecord, SourceRecord};
     use vfio_migration_types::AttemptId;
 
@@ -102,27 +102,27 @@ mod test {
 
     #[test]
     fn what_each_journal_means() {
-        let elsewhere = |epoch| Standing::Elsewhere { epoch: Epoch(epoch), peer: "tcp:there:1".into() };
-        let undecided = |epoch| Standing::Undecided { epoch: Epoch(epoch), peer: "tcp:there:1".into() };
+        let elsewhere = |epoch| VmOwnership::Elsewhere { epoch: Epoch(epoch), peer: "tcp:there:1".into() };
+        let undecided = |epoch| VmOwnership::Undecided { epoch: Epoch(epoch), peer: "tcp:there:1".into() };
         use DestinationState::{Aborted, Loading, Owner as Arrived, Ready};
         use SourceState::{Committing, Owner, Released, Sending};
         for (sent, taken, standing) in [
-            (None, None, Standing::Unknown),
-            (Some((0, Owner)), None, Standing::Ours(Epoch(0))),
-            (Some((0, Sending)), None, Standing::Ours(Epoch(0))),
+            (None, None, VmOwnership::Unknown),
+            (Some((0, Owner)), None, VmOwnership::Ours(Epoch(0))),
+            (Some((0, Sending)), None, VmOwnership::Ours(Epoch(0))),
             (Some((0, Committing)), None, undecided(1)),
             (Some((0, Released)), None, elsewhere(1)),
             (None, Some((0, Loading)), elsewhere(0)),
             (None, Some((0, Ready)), elsewhere(0)),
             (None, Some((0, Aborted)), elsewhere(0)),
-            (None, Some((0, Arrived)), Standing::Ours(Epoch(1))),
+            (None, Some((0, Arrived)), VmOwnership::Ours(Epoch(1))),
             // It went away, and came back.
-            (Some((0, Released)), Some((1, Arrived)), Standing::Ours(Epoch(2))),
+            (Some((0, Released)), Some((1, Arrived)), VmOwnership::Ours(Epoch(2))),
             (Some((0, Released)), Some((1, Ready)), elsewhere(1)),
             // It came, and went away again.
             (Some((1, Released)), Some((0, Arrived)), elsewhere(2)),
             (Some((1, Committing)), Some((0, Arrived)), undecided(2)),
-            (Some((1, Owner)), Some((0, Arrived)), Standing::Ours(Epoch(1))),
+            (Some((1, Owner)), Some((0, Arrived)), VmOwnership::Ours(Epoch(1))),
         ] {
             assert_eq!(of(&file(sent, taken)), standing, "{sent:?} {taken:?}");
         }
@@ -131,10 +131,10 @@ mod test {
     #[test]
     fn a_journal_that_makes_no_sense_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(standing(dir.path(), VM).unwrap(), Standing::Unknown);
+        assert_eq!(ownership_at(dir.path(), VM).unwrap(), VmOwnership::Unknown);
         for text in ["", "{}", "nonsense", r#"{"version":2,"vm":"07070707-0707-0707-0707-070707070707"}"#] {
             std::fs::write(dir.path().join(format!("{VM}.json")), text).unwrap();
-            assert!(standing(dir.path(), VM).is_err(), "{text}");
+            assert!(ownership_at(dir.path(), VM).is_err(), "{text}");
         }
     }
 }

@@ -54,22 +54,22 @@ pub enum SnapshotError {
     Content(String),
 }
 
-/// Why a machine was not saved. No file is left, but for [`Held`](Self::Held).
+/// Why a machine was not saved. No file is left, but for [`NotResumed`](Self::NotResumed).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SaveError {
     /// The file; the guest goes on.
     #[error("the snapshot cannot be written")]
     File(#[from] SnapshotError),
-    /// The machine could not be read out; the error says how the guest stands.
+    /// The machine could not be read out; the error says what became of the guest.
     #[error("the machine cannot be saved")]
     Session(#[from] MigrateError),
-    /// The file is whole, and the guest could not go on afterwards: it stands here.
+    /// The file is whole, and the guest could not be resumed afterwards: it is paused here.
     #[error("the snapshot is whole, but the guest could not go on")]
-    Held(#[source] HeldBack),
+    NotResumed(#[source] GuestNotResumed),
 }
 
 /// What is left of a machine that was saved and did not go on.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct HeldBack(pub Box<Aborted>);
+pub struct GuestNotResumed(pub Box<Aborted>);

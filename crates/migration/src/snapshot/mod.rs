@@ -15,7 +15,7 @@ mod record;
 mod restore;
 mod save;
 
-pub use error::{HeldBack, SaveError, SnapshotError};
+pub use error::{GuestNotResumed, SaveError, SnapshotError};
 pub use restore::Snapshot;
 pub use save::{SaveOptions, Saved, save};
 

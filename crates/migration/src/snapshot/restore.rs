@@ -21,10 +21,10 @@ use crate::destination::Destination;
 use crate::device_file::KIND;
 use crate::error::IncomingError;
 use crate::machine::Machine;
-use crate::offer::{Arrived, Offer};
+use crate::offer::{Arrived, IncomingOffer};
 use crate::options::DestinationOptions;
 use crate::ownership::journal::read_journal;
-use crate::ownership::status::{Standing, standing};
+use crate::ownership::status::{VmOwnership, ownership_at};
 use crate::session::fail::InPhase;
 
 /// A file that was found to be a whole, sound snapshot.
@@ -109,7 +109,7 @@ impl Snapshot {
     pub fn restore(
         self,
         options: DestinationOptions,
-        build: impl FnOnce(&Offer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {
@@ -148,9 +148,9 @@ impl Snapshot {
         let unreadable = |error: crate::ownership::journal::JournalError| {
             IncomingError::NotBegun(error.in_phase(Side::Destination, Phase::Hello))
         };
-        match standing(dir, vm).map_err(unreadable)? {
-            Standing::Unknown | Standing::Ours(_) => Ok(()),
-            Standing::Elsewhere { epoch, peer } => {
+        match ownership_at(dir, vm).map_err(unreadable)? {
+            VmOwnership::Unknown | VmOwnership::Ours(_) => Ok(()),
+            VmOwnership::Elsewhere { epoch, peer } => {
                 let journal = read_journal(dir, vm).map_err(unreadable)?;
                 let into_this_file = journal.and_then(|journal| journal.source).is_some_and(|source| {
                     source.state == SourceState::Released && source.attempt == self.checked.hello.attempt
@@ -163,7 +163,7 @@ impl Snapshot {
                     epoch.0
                 ))
             }
-            Standing::Undecided { epoch, peer } => refuse(format!(
+            VmOwnership::Undecided { epoch, peer } => refuse(format!(
                 "the commit of VM {vm} to {peer} (epoch {}) is undecided: it may run there",
                 epoch.0
             )),

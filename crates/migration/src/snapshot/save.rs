@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use super::file::{Writer, failed};
 use super::idle::keep_alive;
 use super::record::{Recorded, Unrecorded, record};
-use super::{DeviceState, HeldBack, SaveError, states};
+use super::{DeviceState, GuestNotResumed, SaveError, states};
 use crate::channel::link::Link;
 use crate::error::MigrateError;
 use crate::options::SourceOptions;
@@ -58,7 +58,7 @@ impl SourceOptions {
 /// is written and stands for the rest. On return the file is whole and on disk.
 ///
 /// # Errors
-/// No file is left, and the guest goes on, or the error says why not; but see [`SaveError::Held`].
+/// No file is left, and the guest goes on, or the error says why not; but see [`SaveError::NotResumed`].
 pub fn save(
     source: Source,
     path: &Path,
@@ -91,7 +91,7 @@ pub fn save(
             if aborted.restored && aborted.reset.is_empty() {
                 Ok(Saved { bytes, digest, devices: states(&devices), completed: None })
             } else {
-                Err(SaveError::Held(HeldBack(aborted)))
+                Err(SaveError::NotResumed(GuestNotResumed(aborted)))
             }
         }
         (Err(Unrecorded::File(error)), _) => Err(SaveError::File(error)),

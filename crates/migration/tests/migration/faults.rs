@@ -126,7 +126,7 @@ fn a_guest_that_cannot_be_started_is_held_and_owned() {
         (here, arriving.join().unwrap())
     });
     assert!(matches!(&here, Ok(completed) if !completed.guest_runs), "{here:?}");
-    let Err(IncomingError::Held(held)) = there else { panic!("{there:?}") };
+    let Err(IncomingError::OwnedNotStarted(held)) = there else { panic!("{there:?}") };
     assert_eq!(held.cause.device.as_deref(), Some("toy0"));
     source.prove_standing();
     machine.prove_standing();

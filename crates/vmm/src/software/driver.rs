@@ -38,7 +38,7 @@ const VARIABLES_LEN: u64 = 0x200;
 
 /// A device, by its index: addresses and nothing else.
 #[derive(Clone, Copy, Debug)]
-struct Device<'a> {
+struct DrivenDevice<'a> {
     cpu: &'a Cpu,
     index: u64,
 }
@@ -46,7 +46,7 @@ struct Device<'a> {
 /// One of the two flows of a device.
 #[derive(Clone, Copy, Debug)]
 struct Flow<'a> {
-    device: Device<'a>,
+    device: DrivenDevice<'a>,
     flow: u64,
 }
 
@@ -56,14 +56,14 @@ pub(super) fn start(cpu: &Cpu, orders: &BootOrders) -> Result<(), ProgramFailure
     for slot in 0..32u32 {
         let config = 0x8000_0000 | slot << 11;
         if config_read(cpu, config, 0) == SAMPLE_DEVICE && found < DEVICES_MAX {
-            Device { cpu, index: found }.prepare(config)?;
+            DrivenDevice { cpu, index: found }.prepare(config)?;
             found += 1;
         }
     }
     if found != orders.devices {
         return Err(ProgramFailure { code: 2, detail: found });
     }
-    (0..found).try_for_each(|index| Device { cpu, index }.start(orders))
+    (0..found).try_for_each(|index| DrivenDevice { cpu, index }.start(orders))
 }
 
 /// A turn: takes interrupts, looks for lost ones, takes what is done, posts anew, and compares some of what was done.
@@ -71,12 +71,14 @@ pub(super) fn serve(cpu: &Cpu, orders: &BootOrders, run_clock: u64) -> Result<()
     for message in cpu.backend.take_interrupts() {
         let target = message.data.checked_sub(FIRST_VECTOR).map(u64::from);
         match target.filter(|target| message.address == LAPIC_BASE && *target < 2 * orders.devices) {
-            Some(target) => Flow { device: Device { cpu, index: target / 2 }, flow: target % 2 }.interrupt(),
+            Some(target) => {
+                Flow { device: DrivenDevice { cpu, index: target / 2 }, flow: target % 2 }.interrupt()
+            }
             None => return Err(ProgramFailure { code: 0x200, detail: message.data.into() }),
         }
     }
     for index in 0..orders.devices {
-        let device = Device { cpu, index };
+        let device = DrivenDevice { cpu, index };
         for flow in device.flows() {
             flow.look_for_lost(run_clock);
             flow.take(orders)?;
@@ -108,14 +110,14 @@ fn check_next(cpu: &Cpu, orders: &BootOrders) {
         cpu.add(REPORT + 8 * word::BLOCK_PASSES, 1);
     }
     let (flow, slot) = (number / SLOTS, number % SLOTS);
-    let flow = Flow { device: Device { cpu, index: flow / 2 }, flow: flow % 2 };
+    let flow = Flow { device: DrivenDevice { cpu, index: flow / 2 }, flow: flow % 2 };
     let block = cpu.load64(flow.slot_entry(slot));
     if block != 0 {
         flow.check(orders, block);
     }
 }
 
-impl<'a> Device<'a> {
+impl<'a> DrivenDevice<'a> {
     fn variable(self, index: u64) -> u64 {
         VARIABLES + self.index * VARIABLES_LEN + 8 * index
     }
@@ -279,7 +281,7 @@ impl Flow<'_> {
             self.device.memory() + DEVICE_TARGETS
         } else {
             let index = (self.device.index + 1) % orders.devices;
-            Device { index, ..self.device }.mailbox()
+            DrivenDevice { index, ..self.device }.mailbox()
         };
         base + slot * 4096
     }

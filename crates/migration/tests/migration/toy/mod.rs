@@ -16,8 +16,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
-    Arrived, Completed, Destination, DestinationOptions, IncomingError, LockError, Machine, MachineError,
-    MigratableDevice, MigrateError, Offer, Paused, Section, Source, SourceOptions, Uri,
+    Arrived, Completed, Destination, DestinationOptions, IncomingError, IncomingOffer, LockError, Machine,
+    MachineError, MigratableDevice, MigrateError, Paused, Section, Source, SourceOptions, Uri,
 };
 use vfio_migration_compat::{MachineManifest, RamRegion, Reason};
 use vfio_migration_device::{Device, IrqRouter, MsiMessage};
@@ -380,7 +380,7 @@ pub fn migrate_by(
     std::thread::scope(|scope| {
         let control = destination.control();
         let arriving = scope.spawn(move || {
-            let arrived = destination.accept(|_: &Offer| Ok::<Arc<dyn Machine>, Box<Reason>>(built));
+            let arrived = destination.accept(|_: &IncomingOffer| Ok::<Arc<dyn Machine>, Box<Reason>>(built));
             if arrived.is_ok() {
                 destination.answer_queries(Duration::from_secs(30)).unwrap();
             }
