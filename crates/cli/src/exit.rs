@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::control::refused::Refused;
+use vfio_migration_types::error_chain;
 
 /// How a run of the command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +58,7 @@ impl CliError {
 
     /// `error` with its chain of causes on one line.
     pub(crate) fn caused(doing: &str, error: &(dyn std::error::Error + 'static)) -> Self {
-        Self::failed(format!("{doing}: {}", chain(error)))
+        Self::failed(format!("{doing}: {}", error_chain(error)))
     }
 }
 
@@ -77,15 +78,3 @@ impl fmt::Display for CliError {
 }
 
 impl std::error::Error for CliError {}
-
-/// An error and its causes, joined by colons.
-pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
-}

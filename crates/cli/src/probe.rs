@@ -8,9 +8,7 @@ use vfio_migration_device::{
     Device, DeviceError, DmaAccess, KernelDevice, KernelError, KernelOptions, KernelPath, PciHardware,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
-
-use crate::exit::chain;
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range, error_chain};
 
 /// Memory that is mapped for a device that is asked, where a guest has its own: no more than any limit on locked memory
 /// allows.
@@ -40,14 +38,14 @@ impl HostAccess {
         }
         let asked = ProbedDevice::open(device, id, &self.roots).and_then(|probed| {
             if let Err(error) = &probed.mapped {
-                let why = chain(error);
+                let why = error_chain(error);
                 tracing::warn!("{}: who can log its writes is not known: {why}", device.name);
             }
             probed.device.manifest()
         });
         match asked {
             Ok(manifest) => manifest,
-            Err(error) => unknown(&chain(&error)),
+            Err(error) => unknown(&error_chain(&error)),
         }
     }
 }

@@ -14,14 +14,3 @@ pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, wanted:
 pub(crate) fn holds(holds: bool, what: &str) -> Outcome {
     if holds { Ok(()) } else { Err(format!("not so: {what}").into()) }
 }
-
-/// An error and its causes, in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
-}

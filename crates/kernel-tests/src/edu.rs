@@ -12,9 +12,9 @@ use vfio_migration_device::{
     TrackerKind,
 };
 use vfio_migration_memory::{GuestRam, Mapping, RamSpec};
-use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range, error_chain};
 
-use crate::check::{Outcome, chain, holds, same};
+use crate::check::{Outcome, holds, same};
 use crate::pci;
 
 const LEN: u64 = 1 << 20;
@@ -49,7 +49,7 @@ pub(crate) fn does_not_migrate() -> Outcome {
     let open = |options: &KernelOptions| KernelDevice::open(id.clone(), &path, ram.clone(), options);
 
     let unbound = open(&options).err().ok_or("it was opened without a VFIO driver")?;
-    holds(chain(&unbound).contains("bound to no driver; bind it"), &chain(&unbound))?;
+    holds(error_chain(&unbound).contains("bound to no driver; bind it"), &error_chain(&unbound))?;
     bind()?;
 
     for options in [options, KernelOptions::default()] {

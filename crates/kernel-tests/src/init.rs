@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 
-use crate::check::{Outcome, chain};
+use crate::check::Outcome;
 use crate::network;
 use crate::pair::Role;
 use crate::table::{Need, TESTS};
+use vfio_migration_types::error_chain;
 
 /// Where the image keeps the modules, and in which order they are loaded.
 const MODULES: &str = "/modules";
@@ -26,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 
 pub(crate) fn run() -> ExitCode {
     if let Err(error) = set_up() {
-        println!("KTEST-BROKEN {}", chain(&*error));
+        println!("KTEST-BROKEN {}", error_chain(&*error));
     } else {
         run_all();
     }
@@ -106,7 +107,7 @@ fn run_all() {
         match outcome {
             Ok(()) => println!("KTEST-OK {} {took}", test.name),
             Err(error) => {
-                println!("KTEST-FAILED {} {took} {}", test.name, chain(&*error).replace('\n', " | "))
+                println!("KTEST-FAILED {} {took} {}", test.name, error_chain(&*error).replace('\n', " | "))
             }
         }
     }

@@ -11,10 +11,10 @@ use vfio_migration_device::{
     PciHardware, Position, RegionIndex, ResumingSession, SavingSession, SessionError, TrackerKind,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, Range};
+use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, Range, error_chain};
 use vfio_migration_uapi::set_device_state;
 
-use crate::check::{Outcome, chain, holds, same};
+use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
 use crate::mtty::{DATA, LINE_STATUS, LOOP, MODEM_CONTROL, one_port};
 
@@ -173,7 +173,7 @@ pub(crate) fn maps_other_memory() -> Outcome {
     let event = eventfd(0, EventfdFlags::CLOEXEC)?;
     let refused = device.dma_map(all()?, DmaAccess::BOTH, Some((event.as_fd(), 0)));
     let refused = refused.err().ok_or("a file without memory was mapped")?;
-    holds(refused.is_no_peer_dma(), &chain(&refused))?;
+    holds(refused.is_no_peer_dma(), &error_chain(&refused))?;
     let refused = device.dma_map(all()?, DmaAccess::BOTH, None).err().ok_or("nothing was mapped")?;
     holds(!refused.is_no_peer_dma(), "a mapping without a file is a mistake of the VMM")?;
     // Neither left a trace.
@@ -232,7 +232,7 @@ pub(crate) fn chooses_its_tracker() -> Outcome {
 #[track_caller]
 fn lost(error: &DeviceError) -> Outcome {
     let lost = matches!(error.source.downcast_ref(), Some(SessionError::Lost(MigrationState::Running)));
-    holds(lost, &format!("the session is lost: {}", chain(error)))
+    holds(lost, &format!("the session is lost: {}", error_chain(error)))
 }
 
 /// A reset under an open session, as a guest's function-level reset is one.
@@ -281,13 +281,13 @@ pub(crate) fn refusals_to_open() -> Outcome {
     let instance = one_port()?;
     let first = open(&instance)?;
     let second = open(&instance).err().ok_or("a device was opened twice")?;
-    holds(chain(&*second).contains("holds it"), &format!("busy: {}", chain(&*second)))?;
+    holds(error_chain(&*second).contains("holds it"), &format!("busy: {}", error_chain(&*second)))?;
     drop(first);
     open(&instance)?;
     let none: KernelPath = "11111111-0000-4000-8000-000000000000".parse()?;
     let none = KernelDevice::open(DeviceId::new("tty0")?, &none, ram()?, &KernelOptions::default());
     let none = none.err().ok_or("a device was opened that is not there")?;
-    holds(chain(&none).contains("there is no mediated device"), &chain(&none))?;
+    holds(error_chain(&none).contains("there is no mediated device"), &error_chain(&none))?;
     let file = KernelPath::Cdev("/dev/vfio/devices/vfio99".into());
     let file = KernelDevice::open(DeviceId::new("tty0")?, &file, ram()?, &KernelOptions::default());
     same("errno", file.err().and_then(|error| error.errno), Some(Errno::NOENT))
@@ -304,5 +304,7 @@ pub(crate) fn interrupts() -> Outcome {
     device.trigger_irq(IrqIndex::Intx, 0)?;
     same("after", rustix::io::read(&event, &mut count), Ok(8))?;
     device.disable_irqs(IrqIndex::Intx)?;
-    device.disable_irqs(IrqIndex::Intx).map_err(|error| format!("a second time: {}", chain(&error)).into())
+    device
+        .disable_irqs(IrqIndex::Intx)
+        .map_err(|error| format!("a second time: {}", error_chain(&error)).into())
 }

@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
-use crate::check::{Outcome, chain};
+use crate::check::Outcome;
 use crate::iommufd_mock::{table, tracker};
 use crate::{
     described, device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair, pin, refused,
 };
+use vfio_migration_types::error_chain;
 
 /// A need of tests: something that the kernel has or lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,7 +231,7 @@ pub(crate) fn run(name: &str) -> ExitCode {
     match (test.run)() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}", chain(&*error));
+            eprintln!("{}", error_chain(&*error));
             ExitCode::FAILURE
         }
     }

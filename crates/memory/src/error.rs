@@ -1,7 +1,8 @@
 //! Errors of guest memory and dirty logs.
 
 use std::error::Error;
-use std::fmt::Write as _;
+
+use vfio_migration_types::error_chain;
 
 /// What failed.
 #[derive(Debug, thiserror::Error)]
@@ -102,19 +103,5 @@ impl MemoryError {
 }
 
 fn list(errors: &[MemoryError]) -> String {
-    let mut text = String::new();
-    for error in errors {
-        if !text.is_empty() {
-            text.push_str("; ");
-        }
-        let mut next: Option<&dyn Error> = Some(error);
-        let mut separator = "";
-        while let Some(error) = next {
-            // Writing to a string does not fail.
-            let _ = write!(text, "{separator}{error}");
-            separator = ": ";
-            next = error.source();
-        }
-    }
-    text
+    errors.iter().map(|error| error_chain(error)).collect::<Vec<_>>().join("; ")
 }

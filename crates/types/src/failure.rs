@@ -92,7 +92,7 @@ impl fmt::Display for Failure {
 }
 
 /// An error with its causes on one line.
-pub fn error_chain(error: &(dyn Error + 'static)) -> String {
+pub fn error_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

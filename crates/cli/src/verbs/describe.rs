@@ -5,10 +5,11 @@ use std::path::Path;
 
 use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels};
 use vfio_migration_device::host::{read_text, scan, version};
+use vfio_migration_types::error_chain;
 use vfio_migration_vmm::kvm::offered_features;
 
 use crate::args::ask::{DescribeCommand, Format};
-use crate::exit::{CliError, Exit, chain};
+use crate::exit::{CliError, Exit};
 use crate::output::print;
 use crate::probe::HostAccess;
 use crate::side::{self, CheckSide, own_id};
@@ -91,7 +92,7 @@ fn host(name: Option<&str>, local: &HostAccess) -> Result<HostManifest, CliError
     };
     let cpu = offered_features()
         .inspect_err(|error| {
-            tracing::warn!("the CPU features that this host can give are not known: {}", chain(error))
+            tracing::warn!("the CPU features that this host can give are not known: {}", error_chain(error))
         })
         .ok();
     Ok(HostManifest {

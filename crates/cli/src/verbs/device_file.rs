@@ -12,11 +12,11 @@ use vfio_migration::{
     restore_device, save_device,
 };
 use vfio_migration_device::Device;
-use vfio_migration_types::{DeviceId, MigrationState};
+use vfio_migration_types::{DeviceId, MigrationState, error_chain};
 use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
 
 use crate::args::moves::{RestoreCommand, SaveCommand};
-use crate::exit::{CliError, Exit, chain};
+use crate::exit::{CliError, Exit};
 use crate::interrupt::UserInterrupt;
 use crate::output::{ProgressDisplay, print, print_json};
 use crate::units::format_size;
@@ -218,7 +218,7 @@ fn failed(doing: &str, error: &DeviceFileError) -> CliError {
         DeviceFileError::NotMigratable(_)
         | DeviceFileError::OtherDevice(_)
         | DeviceFileError::OfMachine { .. } => {
-            CliError::new(Exit::Incompatible, format!("{doing}: {}", chain(error)))
+            CliError::new(Exit::Incompatible, format!("{doing}: {}", error_chain(error)))
         }
         error => CliError::caused(doing, error),
     }

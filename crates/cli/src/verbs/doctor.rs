@@ -7,9 +7,10 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
+use vfio_migration_types::error_chain;
 
 use crate::args::ask::DoctorCommand;
-use crate::exit::{CliError, Exit, chain};
+use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
 use crate::units::format_size;
 
@@ -250,7 +251,7 @@ fn iommu(roots: &Roots, config: &KernelConfig) -> HostCheck {
         Ok(groups) if !groups.is_empty() => (CheckStatus::Ok, format!("{} groups", groups.len())),
         Ok(_) if mdev => (CheckStatus::Warn, "no groups".into()),
         Ok(_) => (CheckStatus::Missing, "no groups".into()),
-        Err(error) => (CheckStatus::Unknown, chain(&error)),
+        Err(error) => (CheckStatus::Unknown, error_chain(&error)),
     };
     let means = "without an IOMMU no PCI function is given to a guest; mediated devices may be";
     let fix = "turn VT-d or AMD-Vi on in the firmware, add intel_iommu=on to the kernel's command line, and restart; in a virtual machine, \
@@ -344,7 +345,7 @@ fn kvm(roots: &Roots) -> HostCheck {
             Err(error) => check(
                 "dev-kvm",
                 CheckStatus::Warn,
-                chain(&error),
+                error_chain(&error),
                 means,
                 Some("modprobe kvm_intel or kvm_amd; setfacl -m u:USER:rw /dev/kvm"),
             ),

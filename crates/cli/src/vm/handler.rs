@@ -6,6 +6,7 @@ use std::sync::mpsc::Sender;
 use serde_json::{Value, json};
 use vfio_migration::Machine;
 use vfio_migration_compat::Document;
+use vfio_migration_types::error_chain;
 
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
@@ -18,7 +19,6 @@ use crate::control::protocol::{
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::control::server::Handler;
-use crate::exit::chain;
 
 /// Answers the control socket of one `vm`.
 pub(super) struct VmHandler {
@@ -66,15 +66,15 @@ impl VmHandler {
     fn manifest(&self) -> Result<Value, Refused> {
         let slot = self.vm.state.slot();
         let machine = slot.machine().ok_or_else(|| Refused::generic("there is no machine here"))?;
-        let manifest = machine.manifest().map_err(|error| Refused::generic(chain(&error)))?;
+        let manifest = machine.manifest().map_err(|error| Refused::generic(error_chain(&error)))?;
         let text = Document::from(manifest).to_json();
-        serde_json::from_str(&text).map_err(|error| Refused::generic(chain(&error)))
+        serde_json::from_str(&text).map_err(|error| Refused::generic(error_chain(&error)))
     }
 
     fn guest(&self) -> Result<GuestInfo, Refused> {
         let slot = self.vm.state.slot();
         let machine = slot.machine().ok_or_else(|| Refused::generic("there is no guest here"))?;
-        let report = machine.report().map_err(|error| Refused::generic(chain(&error)))?;
+        let report = machine.report().map_err(|error| Refused::generic(error_chain(&error)))?;
         Ok(info::guest_info(&report))
     }
 
@@ -129,7 +129,7 @@ impl VmHandler {
             return Err(Refused::generic("there is no running guest here that could be paused"));
         };
         let ran = machine.is_running();
-        machine.stop().map_err(|error| Refused::generic(chain(&error)))?;
+        machine.stop().map_err(|error| Refused::generic(error_chain(&error)))?;
         self.publish_if(ran, "STOP");
         Ok(())
     }
@@ -142,11 +142,11 @@ impl VmHandler {
         };
         if held.is_some() {
             // This side owns a guest that could not be started, or whose storage could not be locked: both are tried again.
-            machine.take_locks().map_err(|error| Refused::generic(chain(&error)))?;
+            machine.take_locks().map_err(|error| Refused::generic(error_chain(&error)))?;
             machine.let_go();
         }
         let ran = machine.is_running();
-        machine.cont().map_err(|error| Refused::generic(chain(&error)))?;
+        machine.cont().map_err(|error| Refused::generic(error_chain(&error)))?;
         if let Some(epoch) = held {
             let same = |slot: &Slot| matches!(slot, Slot::OwnedNotStarted { machine: now, .. } if Arc::ptr_eq(now, &machine));
             drop(self.vm.state.put_if(same, Slot::Here { machine: machine.clone(), epoch }));

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use vfio_migration::{Arrived, Destination, DestinationOptions, IncomingError, IncomingOffer, Machine, Uri};
 use vfio_migration_compat::Reason;
+use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_destination;
@@ -12,7 +13,6 @@ use super::info;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use crate::control::refused::Refused;
-use crate::exit::chain;
 use crate::words::uri;
 
 /// How long the destination still answers a source that lost the answer to its COMMIT.
@@ -23,7 +23,7 @@ pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
     let uri = uri(text).map_err(|failure| Refused::generic(failure.text))?;
     let before = reserve(vm)?;
     let begun = ReferenceMachine::build(vm.config.clone())
-        .map_err(|error| Refused::generic(chain(&error)))
+        .map_err(|error| Refused::generic(error_chain(&error)))
         .and_then(|machine| listen(vm, &uri, machine));
     if begun.is_err() {
         // Only what we reserved ourselves is given back.
@@ -58,7 +58,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.expect = vm.options.uuid;
     options.policy = vm.policy.clone();
     let mut destination =
-        Destination::listen(uri, options).map_err(|error| Refused::generic(chain(&error)))?;
+        Destination::listen(uri, options).map_err(|error| Refused::generic(error_chain(&error)))?;
     let at = destination.local().clone();
     let steering = Steering::Incoming(destination.control());
     let awaited = Slot::Awaited { machine: machine.clone(), at };
@@ -89,7 +89,7 @@ fn receive(
             Err(error @ IncomingError::Rehearsed(_)) => error,
             result => return (Some(machine), result),
         };
-        tracing::info!("{}; waiting for the next", chain(&error));
+        tracing::info!("{}; waiting for the next", error_chain(&error));
         let at = destination.local().clone();
         let used = vm.state.put_if(|slot| matches!(slot, Slot::Awaited { .. }), Slot::Preparing);
         drop((used, machine));
@@ -97,7 +97,7 @@ fn receive(
         machine = match ReferenceMachine::build(vm.config.clone()) {
             Ok(machine) => machine,
             Err(build) => {
-                tracing::error!("the machine cannot be built again: {}", chain(&build));
+                tracing::error!("the machine cannot be built again: {}", error_chain(&build));
                 return (None, Err(error));
             }
         };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use vfio_migration::{
     Arrived, Bytes, Completed, IncomingError, MigrateError, Progress, Rehearsal, SaveError,
 };
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, error_chain};
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
 
@@ -16,7 +16,6 @@ use crate::control::protocol::{
     MigrationInfo, MigrationStatus, PhaseInfo, StatusInfo, StatusReport, TransferInfo,
 };
 use crate::control::rehearsal::RehearsalInfo;
-use crate::exit::chain;
 
 /// The VM and its migration at one moment: the two never contradict each other.
 pub(super) fn report(vm: &RunningVm) -> StatusReport {
@@ -129,7 +128,7 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         status,
         incompatible: matches!(error, MigrateError::Refused(_)),
         reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
-        error: Some(chain(error)),
+        error: Some(error_chain(error)),
         ..at_end(vm)
     }
 }
@@ -141,7 +140,7 @@ pub(super) fn saved(vm: &RunningVm) -> MigrationInfo {
 
 /// A save whose file could not be written.
 pub(super) fn not_saved(vm: &RunningVm, error: &SaveError) -> MigrationInfo {
-    MigrationInfo { status: MigrationStatus::Failed, error: Some(chain(error)), ..at_end(vm) }
+    MigrationInfo { status: MigrationStatus::Failed, error: Some(error_chain(error)), ..at_end(vm) }
 }
 
 /// The migration of a destination whose guest has arrived.
@@ -164,7 +163,7 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError) -> MigrationInf
     MigrationInfo {
         status: MigrationStatus::Failed,
         incompatible: refused.is_some(),
-        error: Some(chain(error)),
+        error: Some(error_chain(error)),
         reasons: refused.cloned().unwrap_or_default(),
         ..at_end(vm)
     }
@@ -192,7 +191,7 @@ pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
             (None, false) => MigrationStatus::Failed,
         },
         incompatible: rehearsal.is_some(),
-        error: Some(chain(error)),
+        error: Some(error_chain(error)),
         rehearsal,
         ..at_end(vm)
     }

@@ -9,18 +9,18 @@ use vfio_migration::{VmOwnership, ownership_at};
 use vfio_migration_compat::Policy;
 use vfio_migration_device::ConfigRules;
 use vfio_migration_memory::MemoryError;
-use vfio_migration_types::{DeviceId, Epoch, VmId};
+use vfio_migration_types::{DeviceId, Epoch, VmId, error_chain};
 use vfio_migration_vmm::VmmError;
 use vfio_migration_vmm::machine::{
     Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, kvm_answers,
 };
 
 use super::presence::{self, Presence};
-use super::slot::{Slot, VmState};
+use super::slot::{Slot, Steering, VmState};
 use crate::args::serve::VmCommand;
 use crate::control::protocol::{ControlEvent, MigrationInfo};
 use crate::control::server::Publisher;
-use crate::exit::{CliError, Exit, chain};
+use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
 use crate::units::format_size;
 use crate::words::{check_memory, config_rule, policy, uri};
@@ -149,7 +149,7 @@ fn accelerator(options: &VmCommand) -> Result<Accelerator, CliError> {
         Err(error) => {
             eprintln_line(format_args!(
                 "vfio-migrate: NO KVM ({}); running the software guest instead",
-                chain(&error)
+                error_chain(&error)
             ));
             Ok(Accelerator::Software)
         }
@@ -166,7 +166,8 @@ pub(super) struct LostDeviceWatch {
 }
 
 impl LostDeviceWatch {
-    /// Publishes each device that was lost since the last call. The guest is left as it is.
+    /// Publishes each device that was lost since the last call, and ends a session that sends its guest: it cannot come to
+    /// its end, and need not find that out by the next read. The guest is left as it is.
     pub(super) fn report_new(&mut self, vm: &RunningVm) {
         let lost = vm.state.slot().machine().map(|machine| machine.lost_devices()).unwrap_or_default();
         for device in self.new_among(lost) {
@@ -174,6 +175,9 @@ impl LostDeviceWatch {
                 "vfio-migrate: device {device} is lost: its server is gone; the guest cannot be moved any more"
             ));
             vm.publisher.publish(&ControlEvent::new("DEVICE_LOST", json!({"device": device.to_string()})));
+            if let Some(Steering::Outgoing(control)) = vm.state.steering() {
+                control.device_lost(&device, &format!("device {device} was lost: its server is gone"));
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use vfio_migration::{
     DestinationOptions, IncomingError, Machine, MigrateError, SaveError, Saved, Snapshot, Source, save,
 };
 use vfio_migration_compat::Reason;
+use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::running::{RunningVm, build};
@@ -14,7 +15,7 @@ use super::slot::Slot;
 use super::{info, outgoing};
 use crate::control::protocol::SaveArguments;
 use crate::control::refused::Refused;
-use crate::exit::{CliError, Exit, chain};
+use crate::exit::{CliError, Exit};
 
 /// Begins to save; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<(), Refused> {
@@ -114,7 +115,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
                 IncomingError::Refused(_) => Exit::Incompatible,
                 _ => Exit::Failed,
             };
-            Err(CliError::new(exit, format!("the snapshot was not restored: {}", chain(&error))))
+            Err(CliError::new(exit, format!("the snapshot was not restored: {}", error_chain(&error))))
         }
     }
 }

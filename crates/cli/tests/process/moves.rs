@@ -164,6 +164,25 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
     assert_eq!(destination.info()["lost-devices"], json!([]));
 }
 
+/// A device without pre-copy is not read while RAM is copied: nothing but the event can end that.
+#[test]
+fn a_device_server_that_dies_while_ram_is_copied_ends_the_migration() {
+    let dir = tempfile::tempdir().unwrap();
+    let device_arguments: &[&str] = &["--state-size", "4M", "--no-precopy"];
+    let source = Setup { vm_arguments: UUID, device_arguments, ..Setup::new(dir.path(), "a") };
+    let mut source = source.start();
+    let destination = Setup { vm_arguments: &incoming(), device_arguments, ..Setup::new(dir.path(), "b") };
+    let destination = destination.start();
+    source.warm();
+    source.begin(&destination.incoming(), json!({"max-bandwidth": 64 << 10}));
+    until("RAM to be copied", || (source.migration()["transferred"]["ram"].as_u64() > Some(0)).then_some(()));
+    source.devices[0].kill();
+    let info = source.ended();
+    assert_eq!(info["status"], "failed", "{info}");
+    let error = info["error"].as_str().unwrap();
+    assert!(error.contains("device dev0 was lost") && error.contains("at the source"), "{info}");
+}
+
 #[test]
 fn busy_devices_starve_neither_the_timer_nor_each_other() {
     let dir = tempfile::tempdir().unwrap();

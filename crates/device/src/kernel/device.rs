@@ -6,11 +6,11 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
+use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState, error_chain};
 use vfio_migration_uapi as uapi;
 
 use super::dirty::TrackerLog;
-use super::error::{KernelError, with_cause};
+use super::error::KernelError;
 use super::iommu::Iommu;
 use super::open::{self, AttachedDevice, IommuHandle, KernelOptions};
 use super::path::KernelPath;
@@ -189,7 +189,7 @@ fn find_flags(
 ) -> Result<MigrationFlags, NotMigratable> {
     uapi::migration_flags((**device).as_fd()).map_err(|error| {
         if !error.is_unsupported() {
-            return NotMigratable(format!("device {id}: {}", with_cause(&error)));
+            return NotMigratable(format!("device {id}: {}", error_chain(&error)));
         }
         let driver = driver.unwrap_or("not known");
         NotMigratable(format!(

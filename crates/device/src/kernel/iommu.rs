@@ -3,11 +3,10 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use vfio_migration_types::{Granule, Iova, Range};
+use vfio_migration_types::{Granule, Iova, Range, error_chain};
 use vfio_migration_uapi::{self as uapi, Dma, HostMemory, Ioas, Type1, UapiError};
 
 use super::dirty::LogPort;
-use super::error::with_cause;
 
 /// Ranges that DMA logging takes on a host with pages of 4 KiB (`vfio_main.c`: a page of descriptions).
 const DEVICE_RANGES: usize = 256;
@@ -47,7 +46,7 @@ impl Iommu {
             Err(_) => Ok(()),
         };
         if let Err(error) = detached.and(destroyed) {
-            tracing::debug!(error = %with_cause(&error), "a device was not taken out of its iommufd");
+            tracing::debug!(error = %error_chain(&error), "a device was not taken out of its iommufd");
         }
     }
 
@@ -67,7 +66,7 @@ impl Iommu {
         match self {
             Self::Iommufd { .. } => Err("an iommufd has none".into()),
             Self::Type1(container) => {
-                let info = container.info().map_err(|error| with_cause(&error))?;
+                let info = container.info().map_err(|error| error_chain(&error))?;
                 let dirty = info.dirty_pages.ok_or("the kernel offers none")?;
                 // Only the smallest is ever taken.
                 let smallest = 1u64.checked_shl(dirty.page_sizes.trailing_zeros()).unwrap_or(0);

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DeviceId, error_chain};
 use vfio_migration_uapi::{self as uapi, Ioas, Type1, UapiError};
 
-use super::error::{KernelError, with_cause};
+use super::error::KernelError;
 use super::iommu::Iommu;
 use super::path::KernelPath;
 use super::sysfs::{self, SysDevice};
@@ -226,12 +226,12 @@ impl Opener<'_> {
 pub(super) fn tracking_table(space: &Ioas, number: u32) -> Result<u32, String> {
     match uapi::hw_info(space.fd(), number) {
         Ok(info) if info.dirty_tracking => {
-            space.make_tracking_table(number).map_err(|error| with_cause(&error))
+            space.make_tracking_table(number).map_err(|error| error_chain(&error))
         }
         Ok(_) => Err("the IOMMU does not track dirty pages".into()),
         Err(error) if matches!(error.errno(), Some(Errno::NOENT | Errno::OPNOTSUPP)) => {
             Err("no IOMMU stands before the device".into())
         }
-        Err(error) => Err(with_cause(&error)),
+        Err(error) => Err(error_chain(&error)),
     }
 }

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use vfio_migration_memory::MemoryError;
-use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
+use vfio_migration_types::{DeviceId, Iova, RamOffset, Range, error_chain};
 
 use super::dirty::{LogPort, TrackerLog, Tried};
-use super::error::with_cause;
 use super::windows::DmaWindows;
 
 /// Who keeps the log of a device's DMA writes.
@@ -101,9 +100,9 @@ pub(super) fn try_log(
             None => (Trial::Works, Some(log)),
         },
         Err(MemoryError::DirtyLog { doing, source, .. }) => {
-            (Trial::Fails(format!("{doing}: {}", with_cause(&*source))), None)
+            (Trial::Fails(format!("{doing}: {}", error_chain(&*source))), None)
         }
-        Err(error) => (Trial::Fails(with_cause(&error)), None),
+        Err(error) => (Trial::Fails(error_chain(&error)), None),
     }
 }
 

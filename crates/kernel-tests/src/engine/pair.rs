@@ -13,11 +13,11 @@ use vfio_migration::{
 };
 use vfio_migration_device::Device;
 use vfio_migration_memory::{start_all, stop_all};
-use vfio_migration_types::{MigrationState, Phase};
+use vfio_migration_types::{MigrationState, Phase, error_chain};
 
 use super::machine::Toy;
 use super::program;
-use crate::check::{Outcome, chain, holds, same};
+use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
 use crate::migdev::set;
 
@@ -176,8 +176,9 @@ impl Pair {
 
     /// The guest is at the destination, whole, and nothing of it runs here.
     pub(crate) fn moved(&self, ended: Ended) -> Outcome<Completed> {
-        let completed = ended.source.map_err(|error| format!("the source: {}", chain(&error)))?;
-        let arrived = ended.destination.map_err(|error| format!("the destination: {}", chain(&error)))?;
+        let completed = ended.source.map_err(|error| format!("the source: {}", error_chain(&error)))?;
+        let arrived =
+            ended.destination.map_err(|error| format!("the destination: {}", error_chain(&error)))?;
         holds(arrived.report.guest_runs && completed.guest_runs, "the guest runs")?;
         holds(!self.source.guest.runs(), "it does not run here")?;
         drop(arrived);

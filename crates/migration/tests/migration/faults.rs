@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::toy::proxy::{self, Cut};
 use crate::toy::*;
 use vfio_migration::{
-    Destination, DestinationOptions, IncomingError, Machine, MigrateError, Source, SourceOptions, Uri,
+    Destination, DestinationOptions, IncomingError, Machine, MigrateError, Side, Source, SourceOptions, Uri,
     read_journal,
 };
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
@@ -70,6 +70,8 @@ fn a_device_that_fails_at_the_destination_is_named_and_the_guest_goes_on() {
         });
         let Err(MigrateError::Aborted(aborted)) = here else { panic!("{fault:?}: {here:?}") };
         assert_eq!(aborted.cause.device.as_deref(), Some("toy0"), "{fault:?}: {aborted:?}");
+        assert_eq!(aborted.cause.side, Side::Destination, "{fault:?}: both sides have a toy0");
+        assert!(aborted.to_string().contains("at the destination"), "{fault:?}: {aborted}");
         source.prove_restored();
         assert!(matches!(there, Err(IncomingError::Aborted(_))), "{fault:?}: {there:?}");
         let order = machine.journal.lock().unwrap().clone();
@@ -108,6 +110,40 @@ fn the_way_back_from_stop_copy_has_the_p2p_barrier() {
             assert!(at(first).is_some() && at(first) < at(then), "{first} before {then}: {back:?}");
         }
     }
+    source.prove_restored();
+}
+
+/// The VMM says so; nothing that reads the device needs to find out.
+#[test]
+fn a_device_that_is_lost_while_ram_is_copied_ends_the_attempt() {
+    let plan = Plan { devices: vec![FakeDeviceKind::default()], ..Plan::default() };
+    let source = Toy::booted(&plan);
+    let mut options = options();
+    // Minutes for one pass over RAM.
+    options.bandwidth = Some(32 << 10);
+    let id = source.devices()[0].device.id().clone();
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        options,
+        incoming(),
+        |_, to| to.clone(),
+        |control| {
+            std::thread::spawn(move || {
+                wait_for("RAM to be copied", || control.progress().bytes.ram > 0);
+                control.device_lost(&id, "device toy0 was lost");
+            });
+        },
+    );
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    let cause = &aborted.cause;
+    assert_eq!(
+        (cause.side, cause.device.as_deref(), cause.text.as_str()),
+        (Side::Source, Some("toy0"), "device toy0 was lost")
+    );
+    let Err(IncomingError::Aborted(theirs)) = both.destination else { panic!("{:?}", both.destination) };
+    assert_eq!(theirs, aborted.cause, "both sides return one error, of one side");
     source.prove_restored();
 }
 

@@ -10,10 +10,10 @@ use vfio_migration_device::{
     VfioUserOptions,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{DeviceId, Gpa};
+use vfio_migration_types::{DeviceId, Gpa, error_chain};
 
 use super::report::{CanMigrate, DeviceEntry, DirtyTrackingKind, InterruptCounts, RegionReport};
-use crate::exit::{CliError, chain};
+use crate::exit::CliError;
 use crate::probe::ProbedDevice;
 
 /// Longest wait for a vfio-user server, for each thing it is asked.
@@ -49,7 +49,7 @@ pub(super) fn socket(socket: &Path) -> Result<DeviceEntry, CliError> {
         },
         Err(error) => {
             let change = "start its server; a server that another VMM uses answers nobody else";
-            report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, chain(&error), change, vec![]));
+            report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, error_chain(&error), change, vec![]));
         }
     }
     Ok(report)
@@ -60,14 +60,19 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry)
     let ProbedDevice { device: opened, mapped } = match ProbedDevice::open(device, id()?, roots) {
         Ok(probed) => probed,
         Err(error) if error.is_in_use() => {
-            let text = format!("it was not opened, somebody has it: {}", chain(&error));
+            let text = format!("it was not opened, somebody has it: {}", error_chain(&error));
             let change = "to move it, ask the VMM that has it; whose processes they are, root may see";
             report.add_obstacle(&Obstacle::new(ObstacleCode::InUse, text, change, vec![]));
             return Ok(());
         }
         Err(error) => {
             let change = "what the text says, and the kernel's log";
-            report.add_obstacle(&Obstacle::new(ObstacleCode::OpenFailed, chain(&error), change, vec![]));
+            report.add_obstacle(&Obstacle::new(
+                ObstacleCode::OpenFailed,
+                error_chain(&error),
+                change,
+                vec![],
+            ));
             return Ok(());
         }
     };
@@ -96,7 +101,7 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry)
     }
     if let Err(error) = mapped {
         let change = "raise this user's limit on locked memory (ulimit -l), and see the kernel's log";
-        let text = format!("no memory can be mapped for it: {}", chain(&error));
+        let text = format!("no memory can be mapped for it: {}", error_chain(&error));
         report.add_obstacle(&Obstacle::new(ObstacleCode::MappingRefused, text, change, vec![]));
     }
     Ok(())
@@ -121,7 +126,7 @@ fn hardware<D: Device + PciHardware>(
     report.flags = Some(flags.iter().filter(|(has, _)| *has).map(|(_, name)| (*name).into()).collect());
     report.migration = CanMigrate::Yes;
     let name = report.name.clone();
-    let unknown = |error| tracing::warn!("{name}: {}", chain(&error));
+    let unknown = |error| tracing::warn!("{name}: {}", error_chain(&error));
     report.state = device.state().map_err(unknown).ok().map(|state| state.to_string());
     report.stop_copy_size = device.stop_copy_size().map_err(unknown).ok().flatten();
     let pci = device.manifest().map_err(unknown).ok().and_then(|manifest| manifest.pci);
