@@ -13,6 +13,7 @@
 //!
 //! Writing takes the `tx` lock for the length of a message. Lock order: `rx`, then `tx`.
 
+mod error;
 mod socket;
 
 use std::collections::VecDeque;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+pub(crate) use self::error::ConnError;
 use self::socket::{Received, read_full, send_some, wait};
 use crate::codec::{Command, HEADER_SIZE, Header, Kind};
 
@@ -45,35 +47,6 @@ pub(crate) struct SocketMessage {
     pub(crate) fds: Vec<OwnedFd>,
     /// Why it cannot be granted, whatever it asks: its payload or descriptors exceeded the limits, and were dropped.
     pub(crate) unfit: Option<&'static str>,
-}
-
-/// The reason for which a socket is of no more use, or a wait ended.
-#[derive(Debug)]
-pub(crate) enum ConnError {
-    /// The deadline passed.
-    Timeout,
-    /// The interrupt descriptor became readable.
-    Interrupted,
-    /// The stream ended, or the system refused.
-    Closed(String),
-    /// The peer sent what cannot be followed.
-    Violation(String),
-}
-
-impl ConnError {
-    pub(crate) fn closed(why: impl Into<String>) -> Self {
-        Self::Closed(why.into())
-    }
-
-    /// The failure in words.
-    pub(crate) fn why(&self) -> String {
-        match self {
-            Self::Timeout => "a time limit passed".into(),
-            Self::Interrupted => "it was stopped".into(),
-            Self::Closed(why) => why.clone(),
-            Self::Violation(why) => format!("the peer broke the protocol: {why}"),
-        }
-    }
 }
 
 /// A request to be sent.

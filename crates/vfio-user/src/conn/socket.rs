@@ -13,7 +13,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use super::ConnError;
+use super::error::ConnError;
 use crate::codec::MAX_MSG_FDS;
 
 /// Room for the descriptors of one message, and one more, so that an excess is noticed.

@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 use vfio_migration_types::{MigrationFlags, MigrationState};
 
-use super::DmaChannel;
+use super::dma::DmaChannel;
 use crate::codec::Extension;
 use crate::model::{DeviceInfo, DmaMapping, IoFd, IovaRange, IrqAction, IrqInfo, PrecopyInfo, RegionInfo};
 

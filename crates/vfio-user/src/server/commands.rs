@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use vfio_migration_types::MigrationState;
 
+use super::backend::{IrqRequest, IrqRequestData};
 use super::session::{Reply, Session, to_usize};
-use super::{IrqRequest, IrqRequestData};
 use crate::codec::{
     self, DmaMapPayload, DmaUnmapPayload, InfoPayload, IoFdEntry, IoFdsPayload, IrqSetPayload, RegionAccess,
     RegionInfoPayload, irq_flags,

@@ -4,84 +4,24 @@ mod backend;
 mod commands;
 mod dma;
 mod features;
+mod options;
 mod session;
+mod stop;
 
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 pub use self::backend::{Backend, IrqRequest, IrqRequestData};
 pub use self::dma::DmaChannel;
-use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, DEFAULT_MAX_DMA_MAPS, DEFAULT_PGSIZES, MAX_MSG_FDS};
+pub use self::options::ServerOptions;
+pub use self::stop::StopHandle;
 use crate::error::ServerError;
-
-/// Options of a [`Server`].
-#[derive(Clone, Copy, Debug)]
-pub struct ServerOptions {
-    /// How long a message may take from its first byte to its last, in either direction, and the client's answer to a DMA
-    /// request; after it the client is dropped. How long a client may be silent is not limited. 10 s.
-    pub message_timeout: Duration,
-    /// Most data in one message. 1 MiB.
-    pub max_data_xfer_size: u32,
-    /// Most descriptors in one message; at most 64. 64.
-    pub max_msg_fds: u32,
-    /// Most DMA mappings at a time. 65535.
-    pub max_dma_maps: u32,
-    /// Page sizes of DMA mappings, OR-ed; mappings are aligned to the smallest. 4 KiB.
-    pub pgsizes: u64,
-    /// Whether to make a twin socket for clients that ask for one. True.
-    pub twin_socket: bool,
-}
-
-impl Default for ServerOptions {
-    fn default() -> Self {
-        Self {
-            message_timeout: Duration::from_secs(10),
-            max_data_xfer_size: DEFAULT_MAX_DATA_XFER_SIZE,
-            max_msg_fds: MAX_MSG_FDS,
-            max_dma_maps: DEFAULT_MAX_DMA_MAPS,
-            pgsizes: DEFAULT_PGSIZES,
-            twin_socket: true,
-        }
-    }
-}
-
-/// Ends [`Server::serve`] from another thread. Clones end the same.
-#[derive(Clone, Debug)]
-pub struct StopHandle {
-    event: Arc<OwnedFd>,
-}
-
-impl StopHandle {
-    /// A handle that has not been used.
-    ///
-    /// # Errors
-    /// The process has no descriptor left.
-    pub fn new() -> Result<Self, ServerError> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let event = event.map_err(|errno| ServerError::io("making an eventfd", errno))?;
-        Ok(Self { event: Arc::new(event) })
-    }
-
-    /// Ends every `serve` with this handle, now and later. One write to an eventfd.
-    pub fn stop(&self) {
-        // Can fail only by overflow, when it is signalled already.
-        let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());
-    }
-
-    /// Whether [`stop`](Self::stop) was called.
-    pub fn is_stopped(&self) -> bool {
-        let mut fds = [PollFd::new(&*self.event, PollFlags::IN)];
-        matches!(poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1))
-    }
-}
 
 /// A listening socket for a device's clients. Its socket file is removed on drop, if it is still this server's.
 #[derive(Debug)]

@@ -8,7 +8,10 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use super::{Backend, DmaChannel, IrqRequest, IrqRequestData, ServerOptions, StopHandle};
+use super::backend::{Backend, IrqRequest, IrqRequestData};
+use super::dma::DmaChannel;
+use super::options::ServerOptions;
+use super::stop::StopHandle;
 use crate::codec::{
     Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_MSG_FDS, MAX_VERSION_DATA,
     TwinSocket, VersionCapabilities, VersionPayload,

@@ -1,0 +1,36 @@
+//! What a server grants its clients.
+
+use std::time::Duration;
+
+use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, DEFAULT_MAX_DMA_MAPS, DEFAULT_PGSIZES, MAX_MSG_FDS};
+
+/// Options of a [`Server`](super::Server).
+#[derive(Clone, Copy, Debug)]
+pub struct ServerOptions {
+    /// How long a message may take from its first byte to its last, in either direction, and the client's answer to a DMA
+    /// request; after it the client is dropped. How long a client may be silent is not limited. 10 s.
+    pub message_timeout: Duration,
+    /// Most data in one message. 1 MiB.
+    pub max_data_xfer_size: u32,
+    /// Most descriptors in one message; at most 64. 64.
+    pub max_msg_fds: u32,
+    /// Most DMA mappings at a time. 65535.
+    pub max_dma_maps: u32,
+    /// Page sizes of DMA mappings, OR-ed; mappings are aligned to the smallest. 4 KiB.
+    pub pgsizes: u64,
+    /// Whether to make a twin socket for clients that ask for one. True.
+    pub twin_socket: bool,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            message_timeout: Duration::from_secs(10),
+            max_data_xfer_size: DEFAULT_MAX_DATA_XFER_SIZE,
+            max_msg_fds: MAX_MSG_FDS,
+            max_dma_maps: DEFAULT_MAX_DMA_MAPS,
+            pgsizes: DEFAULT_PGSIZES,
+            twin_socket: true,
+        }
+    }
+}
