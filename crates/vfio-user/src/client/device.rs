@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Client;
+use super::connection::Client;
 use crate::codec::{
     self, Command, DmaMapPayload, DmaUnmapPayload, InfoPayload, IoFdsPayload, IrqSetPayload, RegionAccess,
     RegionInfoPayload, irq_flags,

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::{Client, DmaHandler};
+use super::connection::Client;
+use super::options::DmaHandler;
 use crate::codec::{Command, DmaAccess, HEADER_SIZE, Header, Kind};
 use crate::conn::{Conn, ConnError, SocketMessage, deadline};
 use crate::error::ClientError;

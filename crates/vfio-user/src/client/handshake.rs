@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{Client, ClientOptions, Negotiated, OnConnect, dma};
+use super::connection::{Client, Negotiated};
+use super::dma;
+use super::options::{ClientOptions, OnConnect};
 use crate::codec::{
     Command, Kind, MAX_DATA_XFER_SIZE, MAX_MSG_FDS, MAX_VERSION_DATA, TwinSocket, VersionCapabilities,
     VersionPayload,

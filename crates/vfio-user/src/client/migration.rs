@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 use vfio_migration_types::{MigrationFlags, MigrationState};
 
-use super::Client;
+use super::connection::Client;
 use super::device::size_u32;
 use crate::codec::{
     self, Command, Feature, FeatureHead, FeatureOp, LoggingControl, LoggingReport, MigDataHead,

@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 use vfio_migration_types::MigrationState;
 
-use super::Client;
+use super::connection::Client;
 use crate::codec::Command;
 use crate::error::ClientError;
 

@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
-use super::Client;
+use super::connection::Client;
 use super::dma::answer;
 use crate::codec::{CodecError, Command, Feature, FeatureHead, Kind};
 use crate::conn::{ConnError, SocketMessage, SocketRequest, deadline};

@@ -1,0 +1,115 @@
+//! A connection to a server, and the terms agreed on with it.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vfio_migration_types::MigrationState;
+
+use super::handshake;
+use super::options::{ClientOptions, DmaHandler};
+use crate::codec::Extension;
+use crate::conn::Conn;
+use crate::error::ClientError;
+
+/// The terms that client and server agreed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Negotiated {
+    /// Protocol version of the server: (major, minor).
+    pub version: (u16, u16),
+    /// Most descriptors that the server takes in one message.
+    pub max_msg_fds: u32,
+    /// Most data in one message: the lesser of what both take.
+    pub max_data_xfer_size: u32,
+    /// Most DMA mappings at a time.
+    pub max_dma_maps: u32,
+    /// Page sizes of DMA mappings, OR-ed.
+    pub pgsizes: u64,
+    /// Whether the server's DMA requests have a socket of their own.
+    pub twin_socket: bool,
+    /// Whether REGION_WRITE_MULTI may be used.
+    pub write_multiple: bool,
+    /// Parts of the extension that are in force.
+    pub extension: Extension,
+}
+
+/// A connection to a vfio-user server.
+///
+/// Every method may be called from any thread; one request is under way at a time, and each has a deadline
+/// ([`ClientOptions::timeout`]). After a request that ran into it, or a broken frame, the connection is dead: every later call
+/// fails with [`ClientError::ConnectionLost`]. A refusal by the server, or a reply that makes no sense in a sound frame, leaves it alive.
+///
+/// Dropping the client closes the connection and joins its threads.
+pub struct Client {
+    pub(super) conn: Arc<Conn>,
+    /// Where the DMA thread serves: the twin socket, or `conn`. `None` where there is no thread.
+    pub(super) serving: Option<Arc<Conn>>,
+    pub(super) timeout: Duration,
+    pub(super) negotiated: Negotiated,
+    /// The `max_data_xfer_size` that the server was told.
+    pub(super) announced_xfer: u32,
+    pub(super) dma: Option<Arc<dyn DmaHandler>>,
+    /// Number of DMA mappings.
+    pub(super) maps: AtomicU32,
+    pub(super) no_migration: bool,
+    pub(super) found: Option<MigrationState>,
+    pub(super) stop: Arc<OwnedFd>,
+    pub(super) thread: Option<JoinHandle<()>>,
+}
+
+impl Client {
+    /// Connects to the server that listens on `path`, negotiates, and treats the device as `on_connect` says.
+    ///
+    /// # Errors
+    /// Nobody listened in time, the negotiation failed, or the device could not be recovered.
+    pub fn connect(path: impl AsRef<Path>, options: ClientOptions) -> Result<Self, ClientError> {
+        handshake::connect(path.as_ref(), options)
+    }
+
+    /// As [`connect`](Self::connect), over a stream that is connected already.
+    pub fn from_stream(stream: UnixStream, options: ClientOptions) -> Result<Self, ClientError> {
+        handshake::from_stream(stream, &options)
+    }
+
+    /// The terms agreed on with the server.
+    pub fn negotiated(&self) -> &Negotiated {
+        &self.negotiated
+    }
+
+    /// Whether the connection still works, as far as is known. Notices a server that hung up while nothing is asked of
+    /// it; asks it nothing.
+    pub fn is_alive(&self) -> bool {
+        self.conn.death().is_none() && !self.conn.peer_hung_up()
+    }
+
+    /// The state in which the device was found on connecting; `None` if it was not asked or has no migration.
+    pub fn state_at_connect(&self) -> Option<MigrationState> {
+        self.found
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("negotiated", &self.negotiated)
+            .field("death", &self.conn.death())
+            .finish()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // The thread waits on this descriptor besides its socket; a write to an eventfd of ours cannot fail.
+        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        self.conn.kill("the client was closed");
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
