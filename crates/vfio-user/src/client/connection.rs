@@ -2,8 +2,6 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
@@ -11,11 +9,9 @@ use std::time::Duration;
 
 use vfio_migration_types::MigrationState;
 
-use super::handshake;
-use super::options::{ClientOptions, DmaHandler};
+use super::options::DmaHandler;
 use crate::codec::Extension;
 use crate::conn::Conn;
-use crate::error::ClientError;
 
 /// The terms that client and server agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +38,9 @@ pub struct Negotiated {
 /// A connection to a vfio-user server.
 ///
 /// Every method may be called from any thread; one request is under way at a time, and each has a deadline
-/// ([`ClientOptions::timeout`]). After a request that ran into it, or a broken frame, the connection is dead: every later call
-/// fails with [`ClientError::ConnectionLost`]. A refusal by the server, or a reply that makes no sense in a sound frame, leaves it alive.
+/// ([`timeout`](super::ClientOptions::timeout)). After a request that ran into it, or a broken frame, the connection is
+/// dead: every later call fails with [`ConnectionLost`](crate::ClientError::ConnectionLost). A refusal by the server, or a
+/// reply that makes no sense in a sound frame, leaves it alive.
 ///
 /// Dropping the client closes the connection and joins its threads.
 pub struct Client {
@@ -64,19 +61,6 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the server that listens on `path`, negotiates, and treats the device as `on_connect` says.
-    ///
-    /// # Errors
-    /// Nobody listened in time, the negotiation failed, or the device could not be recovered.
-    pub fn connect(path: impl AsRef<Path>, options: ClientOptions) -> Result<Self, ClientError> {
-        handshake::connect(path.as_ref(), options)
-    }
-
-    /// As [`connect`](Self::connect), over a stream that is connected already.
-    pub fn from_stream(stream: UnixStream, options: ClientOptions) -> Result<Self, ClientError> {
-        handshake::from_stream(stream, &options)
-    }
-
     /// The terms agreed on with the server.
     pub fn negotiated(&self) -> &Negotiated {
         &self.negotiated

@@ -23,28 +23,36 @@ pub(crate) const VERSION: (u16, u16) = (0, 2);
 /// Pause between attempts to connect. There is no event to wait for: the socket may not exist yet.
 const RETRY: Duration = Duration::from_millis(10);
 
-pub(super) fn connect(path: &Path, options: ClientOptions) -> Result<Client, ClientError> {
-    let mut client = from_parts(open(path, options.connect_timeout)?, &options, false)?;
-    if options.on_connect == OnConnect::Leave {
-        return Ok(client);
-    }
-    match client.recover_at_connect() {
-        Ok(()) => Ok(client),
-        // The server did not survive the question, or lost step over it: it has no migration. Start over, and never ask.
-        Err(ClientError::ConnectionLost { .. } | ClientError::Protocol { .. }) if !client.is_alive() => {
-            drop(client);
-            from_parts(open(path, options.connect_timeout)?, &options, true)
+impl Client {
+    /// Connects to the server that listens on `path`, negotiates, and treats the device as `on_connect` says.
+    ///
+    /// # Errors
+    /// Nobody listened in time, the negotiation failed, or the device could not be recovered.
+    pub fn connect(path: impl AsRef<Path>, options: ClientOptions) -> Result<Self, ClientError> {
+        let path = path.as_ref();
+        let mut client = from_parts(open(path, options.connect_timeout)?, &options, false)?;
+        if options.on_connect == OnConnect::Leave {
+            return Ok(client);
         }
-        Err(error) => Err(error),
+        match client.recover_at_connect() {
+            Ok(()) => Ok(client),
+            // The server did not survive the question, or lost step over it: it has no migration. Start over, and never ask.
+            Err(ClientError::ConnectionLost { .. } | ClientError::Protocol { .. }) if !client.is_alive() => {
+                drop(client);
+                from_parts(open(path, options.connect_timeout)?, &options, true)
+            }
+            Err(error) => Err(error),
+        }
     }
-}
 
-pub(super) fn from_stream(stream: UnixStream, options: &ClientOptions) -> Result<Client, ClientError> {
-    let mut client = from_parts(stream, options, false)?;
-    if options.on_connect == OnConnect::Recover {
-        client.recover_at_connect()?;
+    /// As [`connect`](Self::connect), over a stream that is connected already.
+    pub fn from_stream(stream: UnixStream, options: ClientOptions) -> Result<Self, ClientError> {
+        let mut client = from_parts(stream, &options, false)?;
+        if options.on_connect == OnConnect::Recover {
+            client.recover_at_connect()?;
+        }
+        Ok(client)
     }
-    Ok(client)
 }
 
 /// Connects, trying again while nobody listens yet.
