@@ -9,9 +9,9 @@ use vfio_migration_device::MsiMessage;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
-use super::KvmVm;
 use super::irq::GsiRoute;
 use super::memory::SlotId;
+use super::vm::KvmVm;
 use crate::error::VmmError;
 use crate::pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vfio_migration_memory::{DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, Granule};
 
-use super::KvmVm;
+use super::vm::KvmVm;
 use crate::error::VmmError;
 
 /// The dirty source `"kvm"`: see [`KvmVm::dirty_log`].

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::KvmVm;
+use super::vm::KvmVm;
 use crate::error::VmmError;
 use crate::layout::{GSIS, IOAPIC_PINS};
 

@@ -6,7 +6,8 @@ use std::ptr::NonNull;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
 
-use super::{KvmVm, lock};
+use super::lock::lock;
+use super::vm::KvmVm;
 use crate::error::VmmError;
 
 /// Names a slot until it is removed.

@@ -8,8 +8,9 @@ use rustix::io::Errno;
 use vfio_migration_types::Gpa;
 
 use super::gate::{Gate, Order};
+use super::kick;
+use super::lock::lock;
 use super::vcpu::Vcpu;
-use super::{kick, lock};
 use crate::bus::IoBus;
 use crate::error::{StopReason, VmmError};
 

@@ -19,7 +19,9 @@ use kvm_bindings::{
 };
 use vfio_migration::Section;
 
-use super::{KvmVm, lock, vcpu};
+use super::lock::lock;
+use super::vcpu;
+use super::vm::KvmVm;
 use crate::error::VmmError;
 use crate::section::{SectionReader, SectionWriter};
 

@@ -11,7 +11,8 @@ use kvm_bindings::{
     kvm_device_type_KVM_DEV_TYPE_VFIO,
 };
 
-use super::{KvmVm, lock};
+use super::lock::lock;
+use super::vm::KvmVm;
 use crate::error::VmmError;
 
 impl KvmVm {
