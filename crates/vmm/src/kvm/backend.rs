@@ -10,7 +10,7 @@ use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
 use super::irq::GsiRoute;
-use super::memory::SlotId;
+use super::slots::SlotId;
 use super::vm::KvmVm;
 use crate::error::VmmError;
 use crate::pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};

@@ -1,55 +1,14 @@
-//! Memory slots: the guest's RAM, and BARs that a device lets be mapped.
+//! Memory that the guest sees: its RAM, and BARs that a device lets be mapped.
 
-use std::collections::BTreeMap;
 use std::ptr::NonNull;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
-use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
+use vfio_migration_types::{Gpa, PAGE_SIZE, Range};
 
 use super::lock::lock;
+use super::slots::{RamSlot, Slot, SlotId};
 use super::vm::KvmVm;
 use crate::error::VmmError;
-
-/// Names a slot until it is removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SlotId(u32);
-
-/// The slots in use.
-#[derive(Debug)]
-pub(super) struct Slots {
-    limit: u32,
-    used: BTreeMap<u32, Slot>,
-    logging: bool,
-}
-
-/// A slot, as KVM was told of it.
-#[derive(Clone, Copy, Debug)]
-struct Slot {
-    gpa: Gpa,
-    host: u64,
-    len: u64,
-    /// Offset in RAM; `None` for a slot that is not RAM.
-    ram: Option<RamOffset>,
-    flags: u32,
-}
-
-/// A slot of RAM, for the dirty log.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct RamSlot {
-    pub(super) id: u32,
-    pub(super) offset: RamOffset,
-    pub(super) len: u64,
-}
-
-impl Slots {
-    pub(super) fn new(limit: usize) -> Self {
-        Self { limit: u32::try_from(limit).unwrap_or(u32::MAX), used: BTreeMap::new(), logging: false }
-    }
-
-    fn free_id(&self) -> Option<u32> {
-        (0..self.limit).find(|id| !self.used.contains_key(id))
-    }
-}
 
 impl KvmVm {
     /// Makes `len` bytes at `host` appear to the guest at `gpa`, for a BAR that can be mapped. With `log_dirty` KVM

@@ -12,7 +12,7 @@ use vfio_migration_memory::GuestRam;
 use super::dirty::KvmDirtyLog;
 use super::gate::Gate;
 use super::lock::lock;
-use super::memory::Slots;
+use super::slots::Slots;
 use super::vcpu::Vcpu;
 use super::{features, kick, run, vcpu};
 use crate::bus::IoBus;
