@@ -18,11 +18,20 @@ pub struct KvmDirtyLog {
     vm: Arc<KvmVm>,
 }
 
-impl KvmDirtyLog {
-    pub(super) fn new(vm: Arc<KvmVm>) -> Self {
-        Self { vm }
+impl KvmVm {
+    /// The log of the vCPUs' writes. There is one log per machine, so this hands it out once.
+    ///
+    /// # Errors
+    /// It was handed out before.
+    pub fn dirty_log(self: &Arc<Self>) -> Result<KvmDirtyLog, VmmError> {
+        self.dirty
+            .set(())
+            .map_err(|()| VmmError::Refused("the machine's dirty log is already in use".to_owned()))?;
+        Ok(KvmDirtyLog { vm: Arc::clone(self) })
     }
+}
 
+impl KvmDirtyLog {
     fn error(&self, doing: &str, error: VmmError) -> MemoryError {
         MemoryError::DirtyLog { source_name: self.name(), doing: doing.to_owned(), source: Box::new(error) }
     }

@@ -9,7 +9,6 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
 use vfio_migration_memory::GuestRam;
 
-use super::dirty::KvmDirtyLog;
 use super::gate::Gate;
 use super::lock::lock;
 use super::slots::Slots;
@@ -34,7 +33,8 @@ pub struct KvmVm {
     pub(super) vcpus: Vec<Arc<Mutex<Vcpu>>>,
     threads: Arc<Mutex<Vec<JoinHandle<()>>>>,
     pub(super) slots: Mutex<Slots>,
-    dirty: OnceLock<()>,
+    /// Set when the dirty log was handed out.
+    pub(super) dirty: OnceLock<()>,
     /// Made when a device of the kernel's VFIO comes.
     pub(super) vfio: Mutex<Option<DeviceFd>>,
 }
@@ -131,17 +131,6 @@ impl KvmVm {
     /// Number of vCPUs.
     pub fn vcpus(&self) -> usize {
         self.vcpus.len()
-    }
-
-    /// The log of the vCPUs' writes. There is one log per machine, so this hands it out once.
-    ///
-    /// # Errors
-    /// It was handed out before.
-    pub fn dirty_log(self: &Arc<Self>) -> Result<KvmDirtyLog, VmmError> {
-        self.dirty
-            .set(())
-            .map_err(|()| VmmError::Refused("the machine's dirty log is already in use".to_owned()))?;
-        Ok(KvmDirtyLog::new(Arc::clone(self)))
     }
 
     /// Points the first vCPU at a program: its registers, and what `change` makes of the system registers after reset.
