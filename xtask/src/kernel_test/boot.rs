@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::text;
+use super::command::{tail, text};
 
 /// A boot with all its tests takes half a minute on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(480);
@@ -96,7 +96,7 @@ pub(super) fn boot(
     let said = reader.join().map_err(|_| "reading the console failed")?;
     match ended {
         Ok(status) if status.success() => Ok(said),
-        Ok(status) => Err(format!("QEMU: {status}; the end of the console:\n{}", super::tail(&said))),
-        Err(why) => Err(format!("{why}; the end of the console:\n{}", super::tail(&said))),
+        Ok(status) => Err(format!("QEMU: {status}; the end of the console:\n{}", tail(&said))),
+        Err(why) => Err(format!("{why}; the end of the console:\n{}", tail(&said))),
     }
 }

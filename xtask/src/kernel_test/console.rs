@@ -1,5 +1,16 @@
 //! What the tests said on the machine's console.
 
+use super::command::tail;
+
+/// The report on a console, if it is one. `all`: every test was to be run.
+pub(super) fn heard(text: &str, all: bool) -> Result<Report, String> {
+    let report = Report::parse(text);
+    match report.sound(all || report.any()) {
+        Ok(()) => Ok(report),
+        Err(why) => Err(format!("{why}; the end of its console:\n{}", tail(text))),
+    }
+}
+
 /// One test's end.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Test {
@@ -42,13 +53,13 @@ impl Report {
     }
 
     /// Whether a test was announced, or ended.
-    pub(super) fn any(&self) -> bool {
+    fn any(&self) -> bool {
         !self.planned.is_empty() || !self.tests.is_empty()
     }
 
     /// Whether it is a report at all: every test that was announced ended once, and then the end was said.
     /// `any`: there has to be a test.
-    pub(super) fn sound(&self, any: bool) -> Result<(), String> {
+    fn sound(&self, any: bool) -> Result<(), String> {
         if let Some(broken) = &self.broken {
             return Err(format!("the tests could not be set up: {broken}"));
         }

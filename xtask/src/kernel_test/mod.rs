@@ -4,6 +4,7 @@
 //! `target/kernel-test`, and found there again the next time.
 
 mod boot;
+mod command;
 mod console;
 mod image;
 mod mock;
@@ -11,8 +12,7 @@ mod modules;
 mod packages;
 mod pair;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -121,7 +121,7 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
         step(&format!("booting {}: {}", set.name, set.what), || {
             let words = words(set.has, named);
             let text = boot::boot(&kernel.image, &image, &words, boot::Plugged::Functions, &alone)?;
-            heard(&text, named.is_empty()).map(|report| report.tests)
+            console::heard(&text, named.is_empty()).map(|report| report.tests)
         })
     };
     // Each machine has one processor: two at once, whatever there are.
@@ -166,15 +166,6 @@ fn words(has: &str, named: &[&str]) -> String {
     format!("ktest.has={has}{only}")
 }
 
-/// The report on a console, if it is one. `all`: every test was to be run.
-fn heard(text: &str, all: bool) -> Result<console::Report, String> {
-    let report = console::Report::parse(text);
-    match report.sound(all || report.any()) {
-        Ok(()) => Ok(report),
-        Err(why) => Err(format!("{why}; the end of its console:\n{}", tail(text))),
-    }
-}
-
 /// Says what is done, and how long it took.
 fn step<T>(what: &str, act: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     eprintln!("kernel-test: {what} …");
@@ -182,34 +173,4 @@ fn step<T>(what: &str, act: impl FnOnce() -> Result<T, String>) -> Result<T, Str
     let done = act()?;
     eprintln!("kernel-test: {what}: {:.1} s", began.elapsed().as_secs_f64());
     Ok(done)
-}
-
-fn tail(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(30)..].join("\n")
-}
-
-/// Runs a command to its end; an error holds the end of what it said.
-fn command(program: &str, arguments: &[&str], dir: &Path) -> Result<String, String> {
-    let output = Command::new(program)
-        .args(arguments)
-        .current_dir(dir)
-        .stdin(std::process::Stdio::null())
-        .output()
-        .map_err(|error| format!("cannot start {program}: {error}"))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let said =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    Err(format!("{program} {}: {}\n{}", arguments.join(" "), output.status, tail(&said)))
-}
-
-fn text(path: &Path) -> Result<&str, String> {
-    path.to_str().ok_or_else(|| format!("{}: a path that is no text", path.display()))
-}
-
-fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> String {
-    let path: PathBuf = path.into();
-    move |error| format!("{}: {error}", path.display())
 }

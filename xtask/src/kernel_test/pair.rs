@@ -5,8 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::boot::{Plugged, boot};
-use super::console::{Report, Test};
-use super::heard;
+use super::console::{Report, Test, heard};
 
 /// The machines: what each is told to be, and the address of its network card.
 const MACHINES: [(&str, &str); 2] = [("source", "52:54:00:00:00:01"), ("destination", "52:54:00:00:00:02")];
