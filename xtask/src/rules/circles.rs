@@ -174,6 +174,29 @@ mod tests {
     }
 
     #[test]
+    fn a_planted_circle_of_a_folder_s_file_and_its_mod_rs_is_reported() {
+        let files = [
+            ("crates/one/src/lib.rs", "mod a;"),
+            ("crates/one/src/a/mod.rs", "mod inner;\npub(crate) struct A;\nfn a() { inner::inner() }"),
+            ("crates/one/src/a/inner.rs", "use super::A; pub(super) fn inner() -> A { A }"),
+        ];
+        let circle = "circle: crates/one/src/a/inner.rs -> crates/one/src/a/mod.rs (A) \
+                      -> crates/one/src/a/inner.rs (inner)";
+        assert_eq!(breaches(&files), [circle]);
+    }
+
+    #[test]
+    fn a_mod_rs_that_only_passes_names_on_is_in_no_circle() {
+        let files = [
+            ("crates/one/src/lib.rs", "mod a;"),
+            ("crates/one/src/a/mod.rs", "mod inner; mod other;\npub(crate) use self::inner::inner;"),
+            ("crates/one/src/a/inner.rs", "use super::other::A; pub(crate) fn inner() -> A { A }"),
+            ("crates/one/src/a/other.rs", "pub(crate) struct A;"),
+        ];
+        assert_eq!(breaches(&files), [""; 0]);
+    }
+
+    #[test]
     fn a_planted_import_through_the_face_is_reported() {
         let files = [
             ("crates/one/src/lib.rs", "mod a; mod b; pub use b::B;"),

@@ -68,8 +68,7 @@ impl Modules {
         modules
     }
 
-    /// Every use of another file's names. The files of a folder hold the parts of what its `mod.rs` defines, so that
-    /// naming what one's own parent defines is none; the root of a crate is no such parent.
+    /// Every use of another file's names. A `mod.rs` is a file like any other: naming what it defines is a use.
     pub(crate) fn uses(&self) -> BTreeSet<Use> {
         let mut uses = BTreeSet::new();
         for (index, module) in self.all.iter().enumerate() {
@@ -84,9 +83,6 @@ impl Modules {
                     Found::Module(of) if glob => (of, "*".to_string()),
                     Found::Module(_) | Found::Outside => continue,
                 };
-                if of != 0 && self.is_within(index, of) {
-                    continue;
-                }
                 let (by, of) = (module.file.clone(), self.all[of].file.clone());
                 through_root &= by != self.all[0].file;
                 if by != of || through_root {
@@ -190,10 +186,6 @@ impl Modules {
             module.paths.insert(path);
         }
         end
-    }
-
-    fn is_within(&self, module: usize, of: usize) -> bool {
-        std::iter::successors(Some(module), |module| self.all[*module].parent).any(|parent| parent == of)
     }
 
     fn find(&self, from: usize, path: &[String], through_root: &mut bool, hops: usize) -> Found {
@@ -417,7 +409,14 @@ mod tests {
             ),
             ("src/c.rs", "pub fn top() {}"),
         ];
-        let expected = ["a>b/deep:Deep", "a>b/deep:Other", "a>b/deep:free", "a>b/deep:make", "b/deep>c:top"];
+        let expected = [
+            "a>b/deep:Deep",
+            "a>b/deep:Other",
+            "a>b/deep:free",
+            "a>b/deep:make",
+            "b/deep>b/mod:up",
+            "b/deep>c:top",
+        ];
         assert_eq!(uses(&files), expected);
     }
 
