@@ -36,7 +36,7 @@ impl Mapping {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use vfio_migration_types::Gpa;
 
     use super::*;

@@ -120,7 +120,7 @@ impl<A: Copy + Into<u64>> Range<A> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -162,7 +162,7 @@ impl TryFrom<String> for DeviceId {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

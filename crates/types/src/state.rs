@@ -132,7 +132,7 @@ impl MigrationFlags {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]

@@ -34,7 +34,7 @@ impl Crc {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     /// RFC 3720, B.4, and the check value of the CRC catalogue.

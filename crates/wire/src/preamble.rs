@@ -75,7 +75,7 @@ impl fmt::Display for Foreign {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
     use crate::error::WireError;
     use crate::header::check_preamble;

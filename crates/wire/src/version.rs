@@ -28,7 +28,7 @@ pub fn negotiate(offered: VersionRange, ours: VersionRange) -> Option<u16> {
 }
 
 #[cfg(test)]
-mod test {
+mod tests {
     use super::*;
 
     #[test]
