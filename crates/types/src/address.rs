@@ -14,7 +14,7 @@ macro_rules! address {
         pub struct $name(pub u64);
 
         impl $name {
-            /// This address plus `bytes`, or `None` when that leaves the 64-bit space.
+            /// The address `bytes` further on, or `None` when that leaves the 64-bit space.
             pub fn checked_add(self, bytes: u64) -> Option<Self> {
                 self.0.checked_add(bytes).map(Self)
             }
@@ -67,7 +67,7 @@ pub struct Range<A> {
     len: u64,
 }
 
-/// Why a range was refused.
+/// The reason a range is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RangeError {
@@ -90,7 +90,7 @@ impl<A: Copy + Into<u64>> Range<A> {
         Ok(Self { start, len })
     }
 
-    /// First address.
+    /// The range's first address, which is in it.
     pub fn start(&self) -> A {
         self.start
     }

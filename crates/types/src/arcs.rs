@@ -5,7 +5,7 @@
 
 use crate::state::{MigrationFlags, MigrationState};
 
-/// Why a transition is refused before anything moves. The kernel answers EINVAL in each case.
+/// The reason a transition is refused before anything moves. The kernel answers EINVAL in each case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArcError {

@@ -6,7 +6,7 @@ use std::fmt;
 /// The smallest granule, and the page size of the stream: 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Bytes that one bit stands for: a power of two, at least [`PAGE_SIZE`].
+/// The memory behind one bit, in bytes: a power of two, at least [`PAGE_SIZE`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Granule(u32);
 
@@ -16,7 +16,7 @@ pub struct Granule(u32);
 pub struct GranuleError(u64);
 
 impl Granule {
-    /// 4 KiB.
+    /// The page size of RAM, 4 KiB.
     pub const PAGE: Self = Self(12);
 
     /// The granule of `bytes` bytes.
@@ -27,12 +27,12 @@ impl Granule {
         Ok(Self(bytes.trailing_zeros()))
     }
 
-    /// Size in bytes.
+    /// The granule's size in bytes.
     pub fn bytes(self) -> u64 {
         1 << self.0
     }
 
-    /// How many granules cover `bytes` bytes.
+    /// The number of granules that cover `bytes` bytes.
     pub fn count(self, bytes: u64) -> u64 {
         bytes.div_ceil(self.bytes())
     }
@@ -53,7 +53,7 @@ pub struct Run {
     pub count: u64,
 }
 
-/// Which granules of a stretch of memory are dirty.
+/// The dirty granules of a stretch of memory, one bit each.
 ///
 /// Bits past the last granule are always zero, so counting and comparing need no masks.
 #[derive(Clone, PartialEq, Eq)]
@@ -74,12 +74,12 @@ impl Bitmap {
         Self { granule, len, words }
     }
 
-    /// Bytes per bit.
+    /// The memory behind one bit.
     pub fn granule(&self) -> Granule {
         self.granule
     }
 
-    /// Number of granules.
+    /// The number of granules covered, dirty or not.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -106,7 +106,7 @@ impl Bitmap {
         }
     }
 
-    /// Unmarks granule `n`.
+    /// Marks granule `n` clean.
     pub fn clear(&mut self, n: u64) {
         if n < self.len {
             self.words[index(n / 64)] &= !(1 << (n % 64));
@@ -133,12 +133,12 @@ impl Bitmap {
         self.set_range(first, last - first + 1);
     }
 
-    /// Marks everything.
+    /// Marks all granules dirty.
     pub fn set_all(&mut self) {
         self.set_range(0, self.len);
     }
 
-    /// Unmarks everything.
+    /// Marks all granules clean.
     pub fn clear_all(&mut self) {
         self.words.fill(0);
     }
@@ -158,7 +158,7 @@ impl Bitmap {
         self.count() * self.granule.bytes()
     }
 
-    /// ORs in packed `words` whose first bit stands for granule `first` of this bitmap, at this granule.
+    /// ORs in packed `words` whose first bit is granule `first` of this bitmap, at this granule.
     ///
     /// What lies past the end is dropped: reports are rounded up to whole words.
     pub fn or_words(&mut self, first: u64, words: &[u64]) {
@@ -171,8 +171,8 @@ impl Bitmap {
         }
     }
 
-    /// ORs in packed `words` of another `granule`, whose first bit stands for the memory at byte `start` of this
-    /// bitmap's memory.
+    /// ORs in packed `words` of another `granule`, whose first bit is the memory at byte `start` of this bitmap's
+    /// memory.
     pub fn or_scaled(&mut self, start: u64, words: &[u64], granule: Granule) {
         if granule == self.granule && start.is_multiple_of(self.granule.bytes()) {
             return self.or_words(start / self.granule.bytes(), words);

@@ -1,4 +1,4 @@
-//! What failed, where and on which side: the one failure that a session, its peer and its caller share.
+//! A failure, with its place and its side: the one that a session, its peer and its caller share.
 
 use std::error::Error;
 use std::fmt;
@@ -38,8 +38,8 @@ impl fmt::Display for Side {
     }
 }
 
-/// What went wrong, where, and what to do about it. It crosses the wire as data, so that both sides of a migration return the
-/// same one.
+/// A failure: its text, its place, and its remedy. It crosses the wire as data, so that both sides of a migration
+/// return the same one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// Side on which it arose: both have devices of the same name.
@@ -48,13 +48,13 @@ pub struct Failure {
     pub phase: Phase,
     /// Name of the device concerned.
     pub device: Option<String>,
-    /// State transition concerned.
+    /// The state transition that failed, from and to; `None` when it was none.
     pub arc: Option<(MigrationState, MigrationState)>,
     /// errno, where one is known.
     pub errno: Option<u32>,
-    /// What happened, with its causes; a sentence.
+    /// The failure with its causes, in a sentence.
     pub text: String,
-    /// What to do about it, a sentence; empty when nothing is known to help.
+    /// The remedy, in a sentence; empty when nothing is known to help.
     pub remedy: String,
 }
 

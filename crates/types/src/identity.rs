@@ -1,4 +1,4 @@
-//! Who is migrated, by which attempt, and what its devices are called.
+//! Names of what is migrated: the VM, the attempt, and the VM's devices.
 
 use std::fmt;
 use std::str::FromStr;
@@ -66,7 +66,7 @@ impl TryFrom<String> for VmId {
     }
 }
 
-/// How often a VM has changed owner. Only the owner of (VM, epoch) may run it.
+/// The number of times that a VM has changed owner. Only the owner of (VM, epoch) may run it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
@@ -121,7 +121,7 @@ impl DeviceId {
         Ok(Self(name))
     }
 
-    /// The name.
+    /// The name as text, valid as [`DeviceId`] says.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -25,7 +25,7 @@ pub enum Phase {
     Commit,
     /// P8: the destination's devices and vCPUs run.
     Run,
-    /// P9: the source lets go of what it held.
+    /// P9: the source releases what it held.
     Clean,
 }
 

@@ -13,7 +13,7 @@ pub enum MigrationState {
     Error = 0,
     /// No DMA, no interrupts, no change of internal state.
     Stop = 1,
-    /// The device runs.
+    /// The device runs: it does DMA and raises interrupts.
     Running = 2,
     /// Stopped, a saving session open.
     StopCopy = 3,
@@ -79,7 +79,7 @@ impl TryFrom<u32> for MigrationState {
     }
 }
 
-/// What a device's migration supports: `struct vfio_device_feature_migration.flags`.
+/// Migration capabilities of a device: `struct vfio_device_feature_migration.flags`.
 ///
 /// STOP_COPY is not a field: a device without it does not migrate, and is never described by this type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
