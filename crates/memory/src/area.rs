@@ -129,7 +129,7 @@ impl Area {
         Ok((0..as_usize(len) / STRIDE).all(zero))
     }
 
-    /// Allocates every page.
+    /// Allocates every page of the area now, not when it is first written.
     pub(crate) fn populate(&self) -> Result<(), Errno> {
         // SAFETY: the range is this mapping's own, and populating it for writing changes no byte.
         unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxPopulateWrite) }
@@ -173,7 +173,7 @@ pub(crate) unsafe fn store(to: NonNull<u8>, from: &[u8]) {
     }
 }
 
-/// How many single bytes come before the first aligned word, and how many whole words follow.
+/// The number of single bytes before the first aligned word, and of whole words after them.
 fn split(start: NonNull<u8>, len: usize) -> (usize, usize) {
     let head = (start.addr().get().wrapping_neg() % WORD).min(len);
     (head, (len - head) / WORD)

@@ -1,4 +1,4 @@
-//! Where dirty pages are learned from.
+//! Sources of dirty pages: KVM's log, a device's log, the VMM's own writes.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ use crate::error::MemoryError;
 /// After [`start`](Self::start) returned, no write is missed until [`stop`](Self::stop): a source that cannot keep
 /// this promise for some range must report the whole range each time.
 pub trait DirtySource: fmt::Debug + Send + Sync {
-    /// What this source is, for messages: `"kvm"`, `"device net0"`, `"vmm"`.
+    /// The source's name, for messages: `"kvm"`, `"device net0"`, `"vmm"`.
     fn name(&self) -> String;
 
     /// Begins logging with a clean slate. Starting a source that already logs is an error.

@@ -4,46 +4,46 @@ use std::error::Error;
 
 use vfio_migration_types::error_chain;
 
-/// What failed.
+/// An error of guest RAM, of a mapping, or of a dirty page source.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
     /// A system call failed.
     #[error("{doing} failed")]
     System {
-        /// What was attempted, as a noun phrase.
+        /// The system call's purpose, as a noun phrase.
         doing: String,
-        /// errno.
+        /// The call's errno.
         #[source]
         source: rustix::io::Errno,
     },
     /// A dirty log failed.
     #[error("the dirty log of {source_name} failed: {doing}")]
     DirtyLog {
-        /// Which source.
+        /// Name of the dirty page source.
         source_name: String,
-        /// What was attempted.
+        /// The source's step that failed, as a noun phrase.
         doing: String,
-        /// The cause.
+        /// The source's own error.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
     /// A dirty log was started twice.
     #[error("the dirty log of {source_name} already runs")]
     AlreadyLogging {
-        /// Which source.
+        /// Name of the dirty page source.
         source_name: String,
     },
     /// A dirty log that does not run was asked what is dirty.
     #[error("the dirty log of {source_name} does not run")]
     NotLogging {
-        /// Which source.
+        /// Name of the dirty page source.
         source_name: String,
     },
     /// More than one of several sources failed, or one failed and so did its rollback. Each with its causes.
     #[error("{doing} failed: {}", list(.errors))]
     Several {
-        /// What was attempted, as a noun phrase.
+        /// The purpose of the access, as a noun phrase.
         doing: String,
         /// The failures, in the order in which they happened.
         errors: Vec<MemoryError>,
@@ -56,7 +56,7 @@ pub enum MemoryError {
         "{wanted} bytes of guest RAM do not fit this host, which has {available} bytes of memory and swap"
     )]
     TooLarge {
-        /// Bytes asked for.
+        /// Size asked for, in bytes.
         wanted: u64,
         /// Bytes of the host's memory and swap, used or not.
         available: u64,
@@ -64,9 +64,9 @@ pub enum MemoryError {
     /// An access leaves the memory.
     #[error("{len:#x} bytes at {offset:#x} leave the {size:#x} bytes of memory")]
     OutOfBounds {
-        /// First byte.
+        /// First byte of the range, from the start of RAM.
         offset: u64,
-        /// Bytes.
+        /// Length of the range, in bytes.
         len: u64,
         /// Bytes that there are.
         size: u64,
@@ -74,11 +74,11 @@ pub enum MemoryError {
     /// An access is not aligned as it must be.
     #[error("{len:#x} bytes at {offset:#x} are not aligned to {align}")]
     Misaligned {
-        /// First byte.
+        /// First byte of the range, from the start of RAM.
         offset: u64,
-        /// Bytes.
+        /// Length of the range, in bytes.
         len: u64,
-        /// What it has to be a multiple of.
+        /// The size that both must be a multiple of, in bytes.
         align: u64,
     },
     /// A file is smaller than the part of it that was to be mapped: touching it would raise SIGBUS.
@@ -86,7 +86,7 @@ pub enum MemoryError {
     FileTooSmall {
         /// Offset in the file.
         offset: u64,
-        /// Bytes to map.
+        /// Length of the mapping, in bytes.
         len: u64,
         /// Bytes of the file.
         size: u64,

@@ -100,7 +100,7 @@ impl<'a> Pieces<'a> {
         done
     }
 
-    /// Says that `moved` bytes have been moved: what is left begins behind them.
+    /// Takes `moved` bytes off the front, once they have been moved.
     pub fn advance(&mut self, mut moved: usize) {
         while let Some(piece) = self.list.get_mut(self.first) {
             let step = moved.min(piece.len);

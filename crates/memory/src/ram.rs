@@ -14,7 +14,7 @@ use crate::pieces::{Piece, Pieces};
 /// A piece of guest RAM that is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamSpec {
-    /// Where the guest sees it: a multiple of 4096.
+    /// Guest physical address of its first byte: a multiple of 4096.
     pub gpa: Gpa,
     /// Bytes: a multiple of 4096, at least one page.
     pub len: u64,
@@ -23,18 +23,18 @@ pub struct RamSpec {
 /// A piece of guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRegionInfo {
-    /// Where the guest sees it.
+    /// Guest physical address of its first byte.
     pub gpa: Gpa,
-    /// Bytes.
+    /// The region's size in bytes.
     pub len: u64,
-    /// Where it begins in RAM laid end to end, and in the memory file.
+    /// Offset of its first byte in RAM laid end to end, and in the memory file.
     pub offset: RamOffset,
 }
 
 /// A guest's RAM: one memory file, its regions end to end in RAM-offset order, mapped shared as a whole.
 ///
-/// To be shared between threads as it is. Nothing here records dirty pages: whoever writes through it while a
-/// migration runs tells a [`WriteLog`](crate::WriteLog), *after* the write.
+/// To be shared between threads as it is. Nothing here records dirty pages: whoever writes through it while a migration
+/// runs marks that in a [`WriteLog`](crate::WriteLog), *after* the write.
 ///
 /// The file is sealed against growing and shrinking, so that no process it is handed to can take a page from under
 /// another. Its pages are allocated when first written.
@@ -93,7 +93,7 @@ impl GuestRam {
         (len <= left).then(|| self.area.pointer(offset.0, len).ok()).flatten()
     }
 
-    /// Where `len` bytes at `gpa` are. `None` unless they lie in one region.
+    /// The RAM offset of the `len` bytes at `gpa`. `None` unless they lie in one region.
     pub fn offset_of(&self, gpa: Gpa, len: u64) -> Option<RamOffset> {
         self.regions.iter().find_map(|region| {
             let into = gpa.offset_from(region.gpa)?;
@@ -101,7 +101,7 @@ impl GuestRam {
         })
     }
 
-    /// Where the guest sees the byte at `offset`. `None` past the end.
+    /// The guest physical address of the byte at `offset`. `None` past the end.
     pub fn gpa_of(&self, offset: RamOffset) -> Option<Gpa> {
         let region = self.region_at(offset)?;
         Some(Gpa(region.gpa.0 + (offset.0 - region.offset.0)))

@@ -1,4 +1,4 @@
-//! What is data, what is a hole, what is zero; and the digest that all of it agrees on.
+//! Runs of data, of zeros and of holes in guest RAM; and the digest, which is the same for zeros and holes.
 
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
@@ -8,7 +8,7 @@ use crate::area::as_usize;
 use crate::error::MemoryError;
 use crate::ram::GuestRam;
 
-/// What the caller of [`GuestRam::scan`] knows of holes.
+/// The knowledge of holes that the caller of [`GuestRam::scan`] has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holes {
     /// There may be some: each page is asked after first (one short system call), so that none is touched.
@@ -21,7 +21,7 @@ pub enum Holes {
 /// A maximal run of pages of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScanRun {
-    /// The pages.
+    /// RAM offsets of the run: whole pages.
     pub range: Range<RamOffset>,
     /// Whether all of them are zero, or holes.
     pub zero: bool,

@@ -31,8 +31,8 @@ impl WriteLog {
         Self { name: name.into(), pages, words, running: AtomicBool::new(false), control: Mutex::new(()) }
     }
 
-    /// Says that the `len` bytes at `offset` were written. To be called after the write, from any thread; costs a
-    /// fence while the log does not run. What lies past the end of RAM is ignored.
+    /// Marks the `len` bytes at `offset` as written. To be called after the write, from any thread; costs a fence while
+    /// the log does not run. What lies past the end of RAM is ignored.
     pub fn mark(&self, offset: RamOffset, len: u64) {
         // Without it, this thread's write to RAM could become visible after its look at `running`, and a migration
         // that starts in between would neither find the mark nor copy the write. Pairs with the fence in `start`.
