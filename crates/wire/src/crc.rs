@@ -7,12 +7,12 @@ use crate::error::WireError;
 pub struct Crc(u32);
 
 impl Crc {
-    /// Of no bytes.
+    /// The checksum of no bytes, to be extended.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Of these bytes.
+    /// The checksum of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Self(crc32c::crc32c(bytes))
     }
@@ -22,7 +22,7 @@ impl Crc {
         self.0 = crc32c::crc32c_append(self.0, bytes);
     }
 
-    /// The number, as it stands on the wire.
+    /// The number that is written on the wire.
     pub fn value(self) -> u32 {
         self.0
     }

@@ -59,7 +59,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// What an absent field leaves behind: `default`, or the frame is refused.
+    /// Checks an absent field: it is `default`, or the frame is refused.
     pub(crate) fn absent<T: PartialEq>(&self, found: T, default: T) -> Result<(), WireError> {
         if found == default {
             Ok(())
@@ -68,7 +68,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// `len` bytes.
+    /// The next `len` bytes, as the field `field`.
     pub(crate) fn slice(&mut self, field: &'static str, len: usize) -> Result<&'a [u8], WireError> {
         let Some((head, rest)) = self.bytes.split_at_checked(len) else {
             return Err(self.truncated(field));

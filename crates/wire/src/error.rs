@@ -1,8 +1,9 @@
-//! What can be wrong with bytes from a peer, or with what we wanted to send.
+//! Errors of bytes from a peer, and of values that no frame can carry.
 
 use crate::preamble::Foreign;
 
-/// Why bytes are no frame, or a value cannot become one. The stream cannot go on after any of them.
+/// An error of bytes that are no frame, or of a value that cannot become one. The stream cannot go on after any of
+/// them.
 ///
 /// `frame` is the frame's name in `docs/protocol.md`; `offset` counts from the start of its payload.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -14,23 +15,23 @@ pub enum WireError {
     /// No frame begins here: the peer and we disagree on where frames end.
     #[error("no frame begins here: magic {found:#010x}")]
     Magic {
-        /// What stands in its place.
+        /// The four bytes found where the magic was due, as a number.
         found: u32,
     },
     /// The header was altered on its way.
     #[error("frame header damaged: its CRC-32C says {announced:#010x}, its bytes {found:#010x}")]
     HeaderCrc {
-        /// As received.
+        /// The checksum in the header.
         announced: u32,
-        /// As computed.
+        /// The checksum of the header's bytes.
         found: u32,
     },
     /// A frame was lost, doubled or swapped.
     #[error("frame {found} came where frame {expected} was due: frames were lost, doubled or swapped")]
     Sequence {
-        /// The number due.
+        /// Number of the frame that was due.
         expected: u64,
-        /// The number received.
+        /// Number of the frame that came.
         found: u64,
     },
     /// A frame that must be understood and is not.
@@ -41,7 +42,7 @@ pub enum WireError {
     Flags {
         /// Name of the frame.
         frame: &'static str,
-        /// As received.
+        /// The flags of its header.
         flags: u16,
     },
     /// A channel other than 0.
@@ -49,7 +50,7 @@ pub enum WireError {
     Channel {
         /// Name of the frame.
         frame: &'static str,
-        /// As received.
+        /// The channel of its header.
         channel: u16,
     },
     /// A payload longer or shorter than its type can be, on either side. Found before anything is allocated.
@@ -57,11 +58,11 @@ pub enum WireError {
     Length {
         /// Name of the frame.
         frame: &'static str,
-        /// Bytes.
+        /// Length of the payload, in bytes.
         len: u64,
-        /// Least.
+        /// Least length of this type, in bytes.
         min: u32,
-        /// Most.
+        /// Greatest length of this type, in bytes.
         max: u32,
     },
     /// The payload was altered on its way.
@@ -69,17 +70,17 @@ pub enum WireError {
     PayloadCrc {
         /// Name of the frame.
         frame: &'static str,
-        /// As received.
+        /// The checksum in the header.
         announced: u32,
-        /// As computed.
+        /// The checksum of the payload's bytes.
         found: u32,
     },
     /// The body of a page frame was altered on its way.
     #[error("pages damaged: their CRC-32C says {announced:#010x}, their bytes {found:#010x}")]
     BodyCrc {
-        /// As received.
+        /// The checksum in the payload.
         announced: u32,
-        /// As computed.
+        /// The checksum of the body's bytes.
         found: u32,
     },
     /// A field reaches past the end of the payload.
@@ -89,7 +90,7 @@ pub enum WireError {
         frame: &'static str,
         /// Name of the field.
         field: &'static str,
-        /// Where it begins.
+        /// First byte of the field.
         offset: usize,
     },
     /// Bytes behind the last field.
@@ -97,9 +98,9 @@ pub enum WireError {
     Trailing {
         /// Name of the frame.
         frame: &'static str,
-        /// Where they begin.
+        /// First byte behind the last field.
         offset: usize,
-        /// How many.
+        /// Number of bytes left over.
         bytes: usize,
     },
     /// A number that its field cannot have, on either side.
@@ -117,7 +118,7 @@ pub enum WireError {
     Reserved {
         /// Name of the frame.
         frame: &'static str,
-        /// Where.
+        /// The first reserved byte.
         offset: usize,
     },
     /// Text that is not UTF-8, or has characters that its field cannot have (control characters, in any).
@@ -127,7 +128,7 @@ pub enum WireError {
         frame: &'static str,
         /// Name of the field.
         field: &'static str,
-        /// Where.
+        /// First byte of the text.
         offset: usize,
     },
 }

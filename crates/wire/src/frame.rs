@@ -13,7 +13,7 @@ use crate::{bulk_codec, message_codec};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Frame<'a> {
-    /// A control message.
+    /// A control message, for the engine.
     Message(Message),
     /// Bulk, borrowed from the payload. [`Bulk::body_len`] bytes follow on the stream.
     Bulk(Bulk<'a>),

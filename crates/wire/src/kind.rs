@@ -9,9 +9,9 @@ pub const OPTIONAL: u16 = 0x8000;
 /// A frame type that this version knows, as a row of the table in `docs/protocol.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameType {
-    /// Its number in the header.
+    /// The type's number in the header.
     pub number: u16,
-    /// Its name in the documentation and in errors.
+    /// The type's name in the documentation and in errors.
     pub name: &'static str,
     /// The shortest payload, bytes.
     pub min: u32,

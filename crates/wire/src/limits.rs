@@ -1,4 +1,4 @@
-//! How much of anything one frame may carry.
+//! Limits on what one frame may carry.
 //!
 //! They bound what a peer can make the other side allocate for a frame: one payload, never more than [`PAYLOAD`] bytes.
 //! They are part of protocol version 1: a peer may rely on them.

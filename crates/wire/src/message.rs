@@ -1,4 +1,4 @@
-//! What the two sides say to each other.
+//! Messages between the two sides.
 //!
 //! [`Message`] is what the engine sees: small, rare, decided upon. [`Bulk`] is what the workers move: RAM, device
 //! state, machine state. Both travel in one ordered stream, so a message also says that all bulk before it has
@@ -9,9 +9,9 @@ use vfio_migration_types::{AttemptId, Epoch, Failure, VmId};
 /// Protocol versions a side can speak, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VersionRange {
-    /// Oldest.
+    /// Oldest version.
     pub min: u16,
-    /// Newest.
+    /// Newest version.
     pub max: u16,
 }
 
@@ -47,12 +47,12 @@ pub enum Message {
     InitialLoaded {
         /// Index of the device in the manifest.
         device: u16,
-        /// As in [`Message::InitialSent`].
+        /// The generation announced in [`Message::InitialSent`].
         generation: u32,
     },
     /// S: iteration `iteration` ends here.
     EndIteration {
-        /// Counts from 1.
+        /// The iteration's number, from 1.
         iteration: u32,
     },
     /// D: all of an iteration has been applied.
@@ -64,7 +64,7 @@ pub enum Message {
         /// Bytes granted on top of what was granted before.
         bytes: u64,
     },
-    /// S: the guest stands still; what follows is the last of everything.
+    /// S: the guest is paused; what follows is the last of everything.
     Final(Final),
     /// S: storage locks have been released; take them.
     LocksFree,
@@ -76,34 +76,34 @@ pub enum Message {
     Commit(Commit),
     /// D: I will never run this attempt. Journalled as ABORTED before it is said.
     Declined(Failure),
-    /// D: the guest is mine and runs (or stands, if it was sent standing).
+    /// D: the guest is mine and runs (or stays paused, if it was sent paused).
     Running(Running),
     /// B, before COMMIT: I give up.
     Abort(Failure),
     /// S, on a connection of its own, after a COMMIT whose answer was lost: what became of it?
     Query {
-        /// The VM.
+        /// The VM that is asked about.
         vm: VmId,
-        /// The attempt.
+        /// The attempt that is asked about.
         attempt: AttemptId,
         /// The epoch the commit would begin.
         epoch: Epoch,
     },
-    /// S, in a rehearsal ([`FEATURE_REHEARSE`](crate::FEATURE_REHEARSE)): that was all; let go of everything.
+    /// S, in a rehearsal ([`FEATURE_REHEARSE`](crate::FEATURE_REHEARSE)): that was all; release everything.
     EndRehearsal,
     /// D: everything is reset and released. Ends the session.
     Rehearsed {
-        /// What could not be let go, and why.
+        /// The failure to release something; `None` when all was released.
         left_undone: Option<Failure>,
     },
     /// B: are you there?
     Ping {
-        /// Echoed.
+        /// Any number; the answer repeats it.
         token: u64,
     },
-    /// B: yes.
+    /// B: the answer to a ping.
     Pong {
-        /// Of the ping.
+        /// The ping's number.
         token: u64,
     },
 }
@@ -111,19 +111,19 @@ pub enum Message {
 /// First message of the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// What it can speak.
+    /// Versions that the source can speak.
     pub versions: VersionRange,
     /// Optional features it offers, a bit set; see `docs/protocol.md`.
     pub features: u64,
-    /// Which VM.
+    /// The VM to be migrated.
     pub vm: VmId,
-    /// Which attempt: the nonce every channel of the session is bound to.
+    /// The attempt: the nonce that every channel of the session is bound to.
     pub attempt: AttemptId,
     /// The epoch under which the source owns the VM.
     pub epoch: Epoch,
 }
 
-/// The destination's answer.
+/// The destination's answer to HELLO: version and features of the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HelloReply {
     /// Version of everything that follows.
@@ -132,7 +132,7 @@ pub struct HelloReply {
     pub features: u64,
 }
 
-/// What is offered.
+/// The source's offer: its manifest, and the devices that have another name at the destination.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Offer {
     /// Devices that have another name at the destination: name at the source, name there. At most
@@ -147,17 +147,17 @@ pub struct Offer {
 pub struct Accept {
     /// On what it may begin.
     pub lease: Lease,
-    /// What stands in the way of nothing, but should be known.
+    /// Reasons that forbid nothing, but should be known.
     pub reasons: Vec<Reason>,
     /// UTF-8 JSON of the destination's machine manifest, for the source to judge by its own rules.
     pub manifest: Vec<u8>,
 }
 
-/// What a destination has reserved, for whom, and how long: RAM allocated, devices opened and bound. The session that
+/// The reservation of a destination: RAM allocated, devices opened and bound, for whom and how long. The session that
 /// presents it in time gets exactly what was compared, so that nothing changes between the check and the use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lease {
-    /// Nonce.
+    /// The lease's nonce, which BEGIN repeats.
     pub id: [u8; 16],
     /// Milliseconds until everything is released again.
     pub valid_ms: u32,
@@ -172,22 +172,22 @@ pub struct Reason {
     pub text: String,
     /// Device concerned, by the source's name.
     pub device: String,
-    /// What was compared.
+    /// The manifest's field that was compared.
     pub field: String,
-    /// Its value at the source, JSON.
+    /// The field's value at the source, JSON.
     pub source: String,
-    /// Its value at the destination, JSON.
+    /// The field's value at the destination, JSON.
     pub destination: String,
-    /// How bad it is, for example `"no"`.
+    /// The verdict, for example `"no"`.
     pub severity: String,
-    /// Who can change it, for example `"host-driver"`.
+    /// The place of a fix, for example `"host-driver"`.
     pub fix: String,
 }
 
-/// How the destination kept up.
+/// Progress of the destination in applying an iteration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Applied {
-    /// Which iteration.
+    /// The iteration's number, from 1.
     pub iteration: u32,
     /// Device bytes written so far, all devices.
     pub device_bytes: u64,
@@ -195,7 +195,7 @@ pub struct Applied {
     pub device_ns: u64,
 }
 
-/// The guest stands still.
+/// The guest's pause: whether it ran before, and the machine's identity now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Final {
     /// Whether it ran when the migration paused it: a guest that its operator had paused arrives paused.
@@ -211,7 +211,7 @@ pub struct FinalEnd {
     pub ram_pages: u64,
     /// Digest of all RAM, when both sides agreed to verify.
     pub ram_digest: Option<[u8; 32]>,
-    /// Machine-state sections sent.
+    /// Number of machine-state sections sent.
     pub sections: u32,
     /// Per device, in manifest order.
     pub devices: Vec<DeviceTotal>,
@@ -220,22 +220,22 @@ pub struct FinalEnd {
 /// A device's state stream as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceTotal {
-    /// Bytes.
+    /// Bytes of the device's state.
     pub bytes: u64,
     /// Digest of all bytes in order.
     pub digest: [u8; 32],
 }
 
-/// What the destination verified.
+/// Counts and digests that the destination verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ready {
-    /// RAM pages placed.
+    /// Number of RAM pages placed.
     pub ram_pages: u64,
     /// Digest of all RAM, when agreed to verify; computed outside the downtime that is counted.
     pub ram_digest: Option<[u8; 32]>,
     /// Nanoseconds that the digest took.
     pub verify_ns: u64,
-    /// Machine-state sections loaded.
+    /// Number of machine-state sections loaded.
     pub sections: u32,
     /// Per device, in manifest order: what was written to it.
     pub devices: Vec<DeviceTotal>,
@@ -257,7 +257,7 @@ pub struct Commit {
 pub struct Running {
     /// The epoch that began.
     pub epoch: Epoch,
-    /// Whether vCPUs run, or the guest stands because it was sent standing.
+    /// Whether vCPUs run, or the guest stays paused because it was sent paused.
     pub guest_runs: bool,
     /// The host's boot id, so that a source on the same host knows that the next field is of its own clock.
     pub boot_id: [u8; 16],
@@ -270,17 +270,17 @@ pub struct Running {
 pub struct DeviceEnd {
     /// Index of the device in the manifest.
     pub device: u16,
-    /// Total and digest.
+    /// Size and digest of the whole state.
     pub total: DeviceTotal,
 }
 
-/// What the workers move. Payloads are borrowed: RAM goes from and into guest memory without a copy.
+/// Bulk data that the workers move. Payloads are borrowed: RAM goes from and into guest memory without a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Bulk<'a> {
     /// A run of pages, whose bytes follow the frame: `count` pages from page `first` (RAM offset / 4096).
     Pages {
-        /// First page.
+        /// First page of the run (RAM offset / 4096).
         first: u64,
         /// Number of pages, 1 to [`limits::PAGES`](crate::limits::PAGES); `count × 4096` bytes follow, the *body*.
         count: u32,
@@ -290,9 +290,9 @@ pub enum Bulk<'a> {
     },
     /// A run of pages that are all zero.
     ZeroPages {
-        /// First page.
+        /// First page of the run (RAM offset / 4096).
         first: u64,
-        /// Number of pages.
+        /// Number of pages of the run.
         count: u64,
     },
     /// A piece of a device's state.
@@ -303,7 +303,7 @@ pub enum Bulk<'a> {
         sequence: u64,
         /// Bytes of this device before this piece.
         offset: u64,
-        /// The bytes.
+        /// The piece itself, at most one payload.
         bytes: &'a [u8],
     },
     /// A device's state ends.
@@ -314,7 +314,7 @@ pub enum Bulk<'a> {
         name: &'a str,
         /// Version of the section's layout.
         version: u32,
-        /// The bytes.
+        /// The section's content, which only its owner reads.
         bytes: &'a [u8],
     },
 }

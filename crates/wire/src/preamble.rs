@@ -2,29 +2,29 @@
 
 use std::fmt;
 
-/// What each side sends before its first frame. The last byte is the framing: it changes only if a later version could
-/// not even keep the frame header and HELLO.
+/// The first bytes of each side, before its first frame. The last byte is the framing: it changes only if a later
+/// version could not even keep the frame header and HELLO.
 pub const PREAMBLE: [u8; 8] = *b"VFIOMIG\x01";
 
-/// What a peer seems to speak that does not speak this protocol.
+/// The guess at what a peer speaks that does not speak this protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Foreign {
     /// This protocol, in a framing of another generation.
     Framing(u8),
-    /// HTTP.
+    /// An HTTP client or server.
     Http,
     /// TLS, where the stream was to be plain.
     Tls,
-    /// SSH.
+    /// An SSH client or server.
     Ssh,
     /// A QEMU migration stream.
     Qemu,
-    /// A vfio-user client.
+    /// A client of a vfio-user device server.
     VfioUser,
     /// JSON, for example a monitor or control connection.
     Json,
-    /// None of these.
+    /// None of these: the first bytes as they came.
     Unknown([u8; 8]),
 }
 

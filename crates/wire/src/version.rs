@@ -5,7 +5,7 @@ use crate::message::VersionRange;
 /// The version of the protocol that this crate speaks.
 pub const PROTOCOL_VERSION: u16 = 1;
 
-/// What this crate can speak, to be offered or selected from.
+/// Versions that this crate can speak, to be offered or selected from.
 pub const VERSIONS: VersionRange = VersionRange { min: PROTOCOL_VERSION, max: PROTOCOL_VERSION };
 
 /// Feature: digests of all RAM are compared before COMMIT ([`FinalEnd::ram_digest`](crate::FinalEnd::ram_digest)).
