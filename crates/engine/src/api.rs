@@ -1,4 +1,4 @@
-//! What goes into the engine and what comes out: the contract between deciding (here) and doing (the session).
+//! The engine's interface, events in and actions out: the contract between deciding (here) and doing (the session).
 //!
 //! Every [`SourceAction`] or [`DestinationAction`] that does something in the world is answered by the session with
 //! the one event named in its documentation, or with `Failed`. Bulk data is never seen here; its counts are.
@@ -18,7 +18,7 @@ use crate::ownership::{DestinationState, SourceState};
 /// A point in time: the session's monotonic clock since its start.
 pub type Time = Duration;
 
-/// What the source's engine is told before it starts.
+/// Configuration of the source's engine, fixed before it starts.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
     /// The VM that is migrated.
@@ -54,34 +54,34 @@ pub struct SourceConfig {
     pub rehearse: Option<Rehearse>,
 }
 
-/// How far a rehearsal goes.
+/// The phase at whose end a rehearsal stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rehearse {
     /// To the end of P1: only the verdict.
     Ask,
-    /// To the end of P3: the guest never stops.
+    /// To the end of P3: the guest is never paused.
     Precopy,
     /// To READY: the guest is paused for as long as it would be, less the commit and the start.
     Switchover,
 }
 
-/// What the engine must know of a device.
+/// A device, as far as the engine must know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceFacts {
-    /// Its name in the manifest.
+    /// The device's name in the manifest.
     pub id: DeviceId,
-    /// Its migration capabilities: STOP_COPY, P2P, PRE_COPY.
+    /// The device's migration capabilities: STOP_COPY, P2P, PRE_COPY.
     pub flags: MigrationFlags,
     /// Pre-copy progress is known.
     pub precopy_info: bool,
 }
 
-/// What an iteration moved, and what is left.
+/// Amounts that an iteration moved, and that are left.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IterationReport {
     /// Bytes put on the wire, all kinds.
     pub wire_bytes: u64,
-    /// How long that took.
+    /// Time from the iteration's begin to its end.
     pub took: Duration,
     /// RAM bytes dirty now, not yet sent.
     pub ram_left: u64,
@@ -113,11 +113,11 @@ pub enum Barrier {
     Running,
     /// PRE_COPY_P2P or RUNNING_P2P; devices without P2P stay.
     P2p,
-    /// STOP_COPY.
+    /// STOP_COPY, every device.
     StopCopy,
 }
 
-/// What the source's session is asked to do.
+/// An action that the source's session is asked to do.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum SourceAction {
@@ -164,7 +164,7 @@ pub enum SourceAction {
     Finish(SourceOutcome),
 }
 
-/// What the source's engine is told.
+/// An event that the source's session reports to the engine.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum SourceEvent {
@@ -225,8 +225,8 @@ pub enum SourceEvent {
     CleanedUp,
     /// The action under way failed.
     Failed(Failure),
-    /// What the destination sent cannot be read. No action has failed: the one under way still answers. The session says
-    /// [`SourceEvent::LinkLost`] next.
+    /// The destination sent something that cannot be read. No action has failed: the one under way still answers. The
+    /// session reports [`SourceEvent::LinkLost`] next.
     Damaged(Failure),
     /// The connection ended or broke.
     LinkLost(String),
@@ -242,7 +242,7 @@ pub enum SourceEvent {
     Tick,
 }
 
-/// How the source's attempt ended.
+/// The end of the source's attempt.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum SourceOutcome {
@@ -252,13 +252,13 @@ pub enum SourceOutcome {
     Aborted(Abort),
     /// The destination refused, or this side did: the guest never noticed.
     Refused(Vec<Reason>),
-    /// It was a rehearsal, and all of it is undone.
+    /// The rehearsal has ended, and all of it is undone.
     Rehearsed(Box<RehearsalResult>),
     /// COMMIT was sent and its outcome is not known: the guest stays paused here, and nothing runs by itself.
     Unresolved(String),
 }
 
-/// Why an attempt was undone, and what is left of the machine.
+/// An attempt that was undone: its cause, and the state the machine is left in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Abort {
     /// The failure that ended the attempt, or the cancellation.
@@ -273,16 +273,16 @@ pub struct Abort {
     pub restored: bool,
 }
 
-/// What a completed migration was like, as far as the engine knows.
+/// Times and totals of a completed migration, as far as the engine knows them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourceSummary {
     /// Number of iterations in P3.
     pub iterations: u32,
-    /// When the vCPUs were paused here.
+    /// Time at which the vCPUs were paused here.
     pub paused_at: Time,
-    /// When READY came.
+    /// Time at which READY arrived.
     pub ready_at: Time,
-    /// When RUNNING came.
+    /// Time at which RUNNING arrived.
     pub running_at: Time,
     /// RUNNING, which says whether the guest runs at the destination.
     pub running: Running,
@@ -290,18 +290,18 @@ pub struct SourceSummary {
     pub ready: Ready,
     /// Time spent on digests while the guest was paused.
     pub verify: Duration,
-    /// What failed after ownership had moved (journalling RELEASED, cleaning up): no harm to the guest, work for a person.
+    /// Failures after ownership had moved (journalling RELEASED, cleaning up): no harm to the guest, work for a person.
     pub left_undone: Vec<Failure>,
     /// Downtime predicted when P4 was entered.
     pub predicted: Duration,
-    /// When each phase was entered.
+    /// The phases in order, each with the time at which it was entered.
     pub phases: Vec<(Phase, Time)>,
 }
 
-/// What a rehearsal found.
+/// Findings of a rehearsal.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RehearsalResult {
-    /// Why the migration would not have come to its end, if so.
+    /// The obstacle that would have kept the migration from its end, if there is one.
     pub obstacle: Option<Failure>,
     /// Number of iterations in P3.
     pub iterations: u32,
@@ -313,26 +313,26 @@ pub struct RehearsalResult {
     pub ram_dirty: Option<u64>,
     /// The same per device, in manifest order; `None` for one that cannot say.
     pub devices_dirty: Vec<Option<u64>>,
-    /// What the downtime would be made of; empty when nothing was measured.
+    /// Parts of the predicted downtime; empty when nothing was measured.
     pub parts: Vec<Part>,
-    /// What the destination could not release, or that it has not said so.
+    /// The destination's failure to release something, or to report that it has.
     pub left_undone: Option<Failure>,
-    /// When each phase was entered.
+    /// The phases in order, each with the time at which it was entered.
     pub phases: Vec<(Phase, Time)>,
 }
 
 /// A part of a downtime that is predicted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// What the time is spent on.
+    /// The part's purpose.
     pub name: PartName,
-    /// How long it takes, as predicted or measured.
+    /// The part's duration, as predicted or measured.
     pub took: Duration,
-    /// How this is known.
+    /// The ground on which the duration is known.
     pub basis: PartBasis,
 }
 
-/// What a part of the downtime is spent on.
+/// A part of the downtime, named by its purpose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PartName {
@@ -352,18 +352,18 @@ pub enum PartName {
     Start,
 }
 
-/// How a figure is known.
+/// The ground on which a figure is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartBasis {
-    /// It was measured in this session.
+    /// Measured in this session.
     Measured,
-    /// It follows from what the device says of itself, at a measured rate.
+    /// Computed from what the device declares, at a measured rate.
     Declared,
-    /// It is assumed, or left at zero.
+    /// Assumed, or left at zero.
     Unknown,
 }
 
-/// What the destination's engine is told before it starts.
+/// Configuration of the destination's engine, fixed before it starts.
 #[derive(Clone, Debug)]
 pub struct DestinationConfig {
     /// Protocol versions that this side speaks.
@@ -376,11 +376,11 @@ pub struct DestinationConfig {
     pub expect: Option<VmId>,
     /// Nonce of the lease that this attempt is granted: random, new for each.
     pub lease: [u8; 16],
-    /// How long what was reserved is kept for a source that does not begin.
+    /// Time for which what was reserved is kept for a source that does not begin.
     pub lease_time: Duration,
 }
 
-/// What the destination's session is asked to do.
+/// An action that the destination's session is asked to do.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum DestinationAction {
@@ -398,7 +398,7 @@ pub enum DestinationAction {
     /// P6: wait until all bulk is loaded; compare with `totals`; load machine state; put PCI and interrupts back; RESUMING → STOP.
     /// Answer: [`DestinationEvent::Loaded`].
     Load {
-        /// What the source says it sent.
+        /// Totals of all that the source sent, as it counted them.
         totals: FinalEnd,
     },
     /// Write the journal and fsync it. Answer: [`DestinationEvent::Journaled`].
@@ -416,7 +416,7 @@ pub enum DestinationAction {
     Finish(DestinationOutcome),
 }
 
-/// What the destination's engine is told.
+/// An event that the destination's session reports to the engine.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum DestinationEvent {
@@ -425,9 +425,9 @@ pub enum DestinationEvent {
     Peer(Message),
     /// Answers [`DestinationAction::Reserve`].
     Reserved {
-        /// This side's manifest, JSON.
+        /// This side's manifest, in JSON.
         manifest: Vec<u8>,
-        /// What should be known, and forbids nothing.
+        /// Reasons that should be known, and forbid nothing.
         reasons: Vec<Reason>,
         /// Digest of the identity in the manifest that was offered.
         identity: [u8; 32],
@@ -468,7 +468,7 @@ pub enum DestinationEvent {
     Tick,
 }
 
-/// How the destination's attempt ended.
+/// The end of the destination's attempt.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum DestinationOutcome {
@@ -485,14 +485,14 @@ pub enum DestinationOutcome {
     OwnedNotStarted {
         /// The epoch under which this side owns it.
         epoch: Epoch,
-        /// Why it could not be started.
+        /// The failure that kept the guest from being started.
         cause: Failure,
     },
     /// Nothing ran here; every device is reset and released.
     Aborted(Failure),
     /// We refused it, or the source did.
     Refused(Vec<Reason>),
-    /// It was a rehearsal: everything is reset and released, but for this.
+    /// The rehearsal has ended: everything is reset and released, but for this.
     Rehearsed(Option<Failure>),
 }
 
@@ -507,7 +507,7 @@ pub struct Attempt {
     pub epoch: Epoch,
 }
 
-/// How far a source is: what a progress bar needs.
+/// Progress of a source: what a progress bar needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineProgress {
     /// The phase under way.
@@ -526,11 +526,11 @@ pub struct EngineProgress {
     pub predicted: Option<Duration>,
     /// The downtime limit in force.
     pub limit: Duration,
-    /// What P3 waits for, if it waits.
+    /// The reason why P3 waits, if it does.
     pub waiting: Option<SwitchoverWait>,
 }
 
-/// What P3 waits for.
+/// A reason why P3 waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SwitchoverWait {

@@ -28,7 +28,7 @@ const STALL_ROUNDS: u32 = 8;
 /// Another round, although the downtime fits already, at most for so long.
 const REFINE_FOR: Duration = Duration::from_secs(1);
 
-/// What is known of a migration's speed.
+/// The measured rates of a migration, and the downtime that they predict.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DowntimeModel {
     bandwidth: Rate,
@@ -42,12 +42,12 @@ pub(crate) struct DowntimeModel {
     initial: Stall,
 }
 
-/// Where the last iteration ended.
+/// The iteration that ended last: its report, and the rates during it.
 #[derive(Clone, Debug)]
 struct LastIteration {
     report: IterationReport,
     at: Time,
-    /// What became dirty, in how long.
+    /// RAM bytes that became dirty, and the time in which they did.
     ram_dirtied: Rate,
     devices_dirtied: Vec<Rate>,
 }
@@ -122,7 +122,7 @@ impl DowntimeModel {
         (self.bandwidth.per_second(), self.load.per_second(), second(&last.ram_dirtied), devices)
     }
 
-    /// What `prediction` is made of, and how each part is known.
+    /// The parts of `prediction`, each with the ground on which it is known.
     pub(crate) fn parts(&self, prediction: &Prediction, devices: &[DeviceFacts]) -> Vec<Part> {
         let round_trips = self.round_trip.saturating_mul(2);
         let known = |yes: bool| if yes { PartBasis::Measured } else { PartBasis::Unknown };
@@ -147,7 +147,7 @@ impl DowntimeModel {
         parts
     }
 
-    /// What the last iteration left: RAM bytes and device bytes.
+    /// Bytes that the last iteration left: of RAM, and of devices.
     pub(crate) fn left(&self) -> (u64, u64) {
         let Some(last) = &self.last else { return (0, 0) };
         let devices = last.report.devices.iter().map(device_left).fold(0, u64::saturating_add);
@@ -199,7 +199,7 @@ impl DowntimeModel {
         self.refine_since = None;
     }
 
-    /// How long the next iteration would take, and the downtime predicted for its end.
+    /// The predicted duration of the next iteration, and the downtime predicted for its end.
     fn predict_next(&self) -> Option<(Duration, Prediction)> {
         let last = self.last.as_ref()?;
         let precopy = |device: &DeviceProgress| {
@@ -261,13 +261,13 @@ impl Rate {
         self.bytes == 0
     }
 
-    /// How long `bytes` take; nothing, when nothing is known.
+    /// Time that `bytes` take; zero, when nothing is known.
     fn time_for(&self, bytes: u64) -> Duration {
         let ns = u128::from(bytes).saturating_mul(self.ns).checked_div(self.bytes).unwrap_or(0);
         Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX))
     }
 
-    /// How many bytes come in `time`.
+    /// Bytes that come in `time`.
     fn bytes_in(&self, time: Duration) -> u64 {
         let bytes = self.bytes.saturating_mul(time.as_nanos()).checked_div(self.ns).unwrap_or(0);
         u64::try_from(bytes).unwrap_or(u64::MAX)

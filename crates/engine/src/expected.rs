@@ -1,11 +1,11 @@
-//! What the other side must say, and by when.
+//! Answers that the other side owes, each with its deadline.
 
 use std::time::Duration;
 
 use crate::api::Time;
 
-/// How many `peer_timeout`s the peer may be busy with work of its own (reserving, opening, loading). A peer that is
-/// *dead* is noticed long before by the session's pings; this bounds one that lives and does not answer.
+/// The multiple of `peer_timeout` that the peer may be busy with work of its own (reserving, opening, loading). A peer
+/// that is *dead* is noticed long before by the session's pings; this bounds one that lives and does not answer.
 const WORK: u32 = 12;
 
 /// The bound on a peer's work, for a peer that may be silent for `peer_timeout` where it has none.
@@ -16,7 +16,7 @@ pub fn work_timeout(peer_timeout: Duration) -> Duration {
 /// An answer that is waited for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ExpectedAnswer {
-    /// Its name, for the failure's text.
+    /// The answer's name, for the failure's text.
     pub(crate) what: &'static str,
     since: Time,
     pub(crate) until: Time,
@@ -27,7 +27,7 @@ impl ExpectedAnswer {
         Self { what, since: now, until: now.saturating_add(timeout) }
     }
 
-    /// How long it has been waited for.
+    /// Time since the wait began.
     pub(crate) fn waited(&self, now: Time) -> Duration {
         now.saturating_sub(self.since)
     }

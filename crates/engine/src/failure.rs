@@ -40,8 +40,8 @@ pub(crate) fn with_device(devices: &[DeviceFacts], index: usize, mut failure: Fa
     failure
 }
 
-/// Compares what the source says it sent with what the destination says it has. Found out on
-/// `side`. `devices` may be empty.
+/// Compares what the source sent, by its own count, with what the destination reports to have. Found out on `side`.
+/// `devices` may be empty.
 pub(crate) fn compare(
     side: Side,
     totals: &FinalEnd,

@@ -1,8 +1,8 @@
 //! The deciding half of a migration: state machines without I/O, clock or thread.
 //!
-//! [`SourceEngine`] and [`DestinationEngine`] are told what happened ([`SourceEvent`], [`DestinationEvent`]) and what time
-//! it is, and say what to do next ([`SourceAction`], [`DestinationAction`]). A session does it, and tells the result. Bulk
-//! data never comes here: the engine says "send iteration 3", workers move the bytes and report counts.
+//! [`SourceEngine`] and [`DestinationEngine`] take events ([`SourceEvent`], [`DestinationEvent`]), each with its time,
+//! and give the next actions ([`SourceAction`], [`DestinationAction`]). A session does those, and reports the result.
+//! Bulk data never comes here: the engine orders iteration 3, workers move the bytes and report counts.
 //!
 //! ```text
 //! loop {

@@ -1,11 +1,11 @@
-//! Who may run the guest: one pure transition table for both sides' journals.
+//! Ownership of the guest: one pure transition table for both sides' journals, which says who may run it.
 //!
 //! The rule, in one sentence each:
 //!
 //! * Only the owner of (VM, epoch) may run vCPUs, or put a device that holds the VM's state in RUNNING or RUNNING_P2P.
 //! * A journal is on disk before the message that it covers is sent.
 //! * Before COMMIT the destination never runs, whatever it has received. After journalling COMMITTING the source never
-//!   runs by itself, except on the destination's DECLINED, which the destination journals as ABORTED before it says it.
+//!   runs by itself, except on the destination's DECLINED, which the destination journals as ABORTED before it sends it.
 //! * A process that restarts has lost its guest's RAM: from the journal it learns what it was, cleans up, and never runs.
 //!
 //! [`SourceState::next`] and [`DestinationState::next`] are the table. The engine's state machines take every step
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
 use vfio_migration_wire::Message;
 
-/// What the source's journal says.
+/// A state of the source's journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SourceState {
@@ -30,22 +30,22 @@ pub enum SourceState {
     Released,
 }
 
-/// What moves a source from one journal state to the next.
+/// A step of the source from one journal state to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceStep {
-    /// An attempt begins: the destination is about to hear BEGIN.
+    /// An attempt begins: BEGIN is about to be sent.
     Begin,
-    /// It is given up, for any reason; COMMIT has not been said.
+    /// The attempt is given up, for any reason; COMMIT has not been sent.
     Abort,
-    /// READY was received and everything in it agrees: COMMIT is about to be said.
+    /// READY was received and everything in it agrees: COMMIT is about to be sent.
     Commit,
-    /// The destination said DECLINED.
+    /// The destination sent DECLINED.
     Declined,
-    /// The destination said RUNNING.
+    /// The destination sent RUNNING.
     Running,
 }
 
-/// What the destination's journal says.
+/// A state of the destination's journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DestinationState {
@@ -53,24 +53,24 @@ pub enum DestinationState {
     Reserved,
     /// State is being loaded.
     Loading,
-    /// READY may have been said.
+    /// READY may have been sent.
     Ready,
     /// The guest is ours.
     Owner,
-    /// This attempt will never run here.
+    /// The attempt was given up: it will never run here.
     Aborted,
 }
 
-/// What moves a destination from one journal state to the next.
+/// A step of the destination from one journal state to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationStep {
     /// State begins to arrive.
     Load,
-    /// Everything is loaded and verified: READY is about to be said.
+    /// Everything is loaded and verified: READY is about to be sent.
     Ready,
     /// COMMIT was received, with this attempt's nonce and the source's epoch plus one.
     Commit,
-    /// It is given up, for any reason.
+    /// The attempt is given up, for any reason.
     Abort,
 }
 
@@ -107,7 +107,7 @@ impl SourceState {
         matches!(self, Self::Owner | Self::Sending)
     }
 
-    /// What a process that restarts and finds this state does. It has no guest, and runs none.
+    /// The action of a process that restarts and finds this state. It has no guest, and runs none.
     pub fn on_restart(self) -> SourceRestart {
         match self {
             Self::Owner | Self::Sending => SourceRestart::GuestLost,
@@ -117,7 +117,7 @@ impl SourceState {
     }
 }
 
-/// What a restarted source does.
+/// The action of a restarted source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceRestart {
     /// The VM was ours and died with its process. Whoever starts it anew starts it from its disks.
@@ -151,7 +151,7 @@ impl DestinationState {
         self == Self::Owner
     }
 
-    /// What a process that restarts and finds this state does. It has no guest, and runs none.
+    /// The action of a process that restarts and finds this state. It has no guest, and runs none.
     pub fn on_restart(self) -> DestinationRestart {
         match self {
             Self::Reserved | Self::Loading | Self::Ready => DestinationRestart::Abort,
@@ -161,7 +161,7 @@ impl DestinationState {
     }
 }
 
-/// What a restarted destination does.
+/// The action of a restarted destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationRestart {
     /// Journal ABORTED, then clean up.
@@ -182,9 +182,9 @@ pub struct SourceRecord {
     pub attempt: AttemptId,
     /// The epoch under which this side owned the VM when the attempt began.
     pub epoch: Epoch,
-    /// How far the attempt is.
+    /// The attempt's state.
     pub state: SourceState,
-    /// Where the destination was reached: a URI.
+    /// URI at which the destination was reached.
     pub peer: String,
 }
 
@@ -204,31 +204,31 @@ pub struct DestinationRecord {
     pub attempt: AttemptId,
     /// The *source's* epoch; the one that a commit begins is the next.
     pub epoch: Epoch,
-    /// How far the attempt is.
+    /// The attempt's state.
     pub state: DestinationState,
-    /// Where the source came from, for a person to read.
+    /// Address that the source came from, for a person to read.
     pub peer: String,
 }
 
-/// What a destination answers to a [`Message::Query`].
+/// A destination's answer to a [`Message::Query`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QueryAnswer {
-    /// The guest is ours, under this epoch: say [`Message::Running`].
+    /// The guest is ours, under this epoch: send [`Message::Running`].
     Running {
         /// The epoch that began.
         epoch: Epoch,
     },
-    /// Journal ABORTED and fsync it; only then say [`Message::Declined`]. If the journal cannot be written, say [`Message::Abort`],
-    /// which decides nothing.
+    /// Journal ABORTED and fsync it; only then send [`Message::Declined`]. If the journal cannot be written, send
+    /// [`Message::Abort`], which decides nothing.
     AbortThenDecline(Failure),
-    /// ABORTED is in the journal already: say [`Message::Declined`].
+    /// ABORTED is in the journal already: send [`Message::Declined`].
     Decline(Failure),
-    /// This journal knows nothing of that attempt, so it cannot say what became of it: say [`Message::Abort`], never DECLINED.
+    /// The attempt is not in this journal, so it cannot say what became of it: send [`Message::Abort`], never DECLINED.
     Unknown(Failure),
 }
 
-/// What a destination whose journal holds `record` (fsynced; `None`: it has none) answers to a query.
+/// The answer to a query of a destination whose journal holds `record` (fsynced; `None`: it has none).
 ///
 /// For a session or a restarted process; a live [`DestinationEngine`](crate::DestinationEngine) answers by itself.
 pub fn answer_query(

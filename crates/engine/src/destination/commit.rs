@@ -26,7 +26,8 @@ impl DestinationEngine {
         self.journal_step(State::JournalOwner, DestinationStep::Commit, now);
     }
 
-    /// Nothing has been started, and nobody has been told: the attempt can still be declined, if the journal takes that.
+    /// Nothing has been started, and nobody was sent RUNNING: the attempt can still be declined, if the journal takes
+    /// that.
     pub(super) fn owner_not_journaled(&mut self, cause: Failure, now: Time) {
         self.busy = false;
         self.roll_back(cause, now);

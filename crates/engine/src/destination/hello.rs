@@ -58,7 +58,7 @@ impl DestinationEngine {
         self.accept(now);
     }
 
-    /// What was reserved is this source's for as long as the lease says.
+    /// Accepts the offer: what was reserved is this source's for as long as the lease says.
     fn accept(&mut self, now: Time) {
         self.busy = false;
         let accept = std::mem::take(&mut self.reservation.accept);

@@ -49,7 +49,8 @@ impl DestinationEngine {
         destination
     }
 
-    /// Tells what happened, at `now`. Never blocks. Call [`DestinationEngine::poll_action`] until it is `None` afterwards.
+    /// Takes an event that came at `now`. Never blocks. Call [`DestinationEngine::poll_action`] until it is `None`
+    /// afterwards.
     ///
     /// After [`DestinationAction::Finish`], a [`Message::Query`] is still answered; everything else is ignored.
     pub fn handle(&mut self, event: DestinationEvent, now: Time) {
@@ -74,12 +75,12 @@ impl DestinationEngine {
         }
     }
 
-    /// What to do next; `None`: wait for an event.
+    /// The next action; `None`: wait for an event.
     pub fn poll_action(&mut self) -> Option<DestinationAction> {
         self.actions.pop_front()
     }
 
-    /// When a [`DestinationEvent::Tick`] is due at the latest, if nothing else happens.
+    /// Time at which a [`DestinationEvent::Tick`] is due at the latest, if nothing else happens.
     pub fn deadline(&self) -> Option<Time> {
         self.timer.map(|expected| expected.until)
     }
@@ -89,7 +90,7 @@ impl DestinationEngine {
         self.phase
     }
 
-    /// Which attempt this is, once the source has said it: what the journal's record needs.
+    /// The attempt's names and epoch, once the source has sent them: what the journal's record needs.
     pub fn attempt(&self) -> Option<Attempt> {
         self.attempt
     }
@@ -100,7 +101,7 @@ impl DestinationEngine {
             return;
         }
         match (self.state, message) {
-            // COMMIT was accepted: nothing that the source says changes that.
+            // COMMIT was accepted: nothing that the source sends changes that.
             (State::JournalOwner | State::Starting, _) => {}
             (State::JournalAborted | State::Releasing | State::Lingering, message) => {
                 self.on_peer_in_rollback(&message);
@@ -118,7 +119,7 @@ impl DestinationEngine {
             (State::FinalPass, Message::FinalEnd(totals)) => self.on_final_end(totals, now),
             (State::Ready, Message::Commit(commit)) if !self.is_rehearsal() => self.on_commit(commit, now),
             (_, message) => {
-                // A source that says COMMIT has it in its journal: only DECLINED sets it free.
+                // A source that sends COMMIT has it in its journal: only DECLINED sets it free.
                 self.rollback.source_may_have_committed |= matches!(message, Message::Commit(_));
                 self.abort(protocol(Side::Destination, self.phase, &message), now);
             }

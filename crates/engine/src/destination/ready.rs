@@ -1,4 +1,4 @@
-//! P6: everything is loaded and verified, and READY said.
+//! P6: everything is loaded and verified, and READY sent.
 
 use vfio_migration_types::Side;
 use vfio_migration_wire::{Message, Ready};

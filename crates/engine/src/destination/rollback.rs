@@ -1,5 +1,5 @@
-//! The way back, before OWNER: ABORTED to the journal, then the word to the source, then everything released. The end of a
-//! rehearsal is the same way, without the journal.
+//! The way back, before OWNER: ABORTED to the journal, then the message to the source, then everything released. The
+//! end of a rehearsal is the same way, without the journal.
 
 use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::{Message, Reason};
@@ -10,8 +10,8 @@ use crate::expected::ExpectedAnswer;
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
 
-/// How many `peer_timeout`s an attempt that was given up after READY stays answerable. The source notices a lost link
-/// within one, and asks at once.
+/// The multiple of `peer_timeout` for which an attempt that was given up after READY stays answerable. The source
+/// notices a lost link within one, and asks at once.
 const LINGER: u32 = 4;
 
 impl DestinationEngine {
@@ -85,7 +85,7 @@ impl DestinationEngine {
         self.send_abort_and_release(now);
     }
 
-    /// Without ABORTED on disk DECLINED must not be said: a source that has committed goes on asking.
+    /// Without ABORTED on disk DECLINED must not be sent: a source that has committed goes on asking.
     pub(super) fn aborted_not_journaled(&mut self, cause: &Failure, now: Time) {
         if std::mem::take(&mut self.rollback.interrupted) {
             return;
@@ -187,7 +187,7 @@ impl DestinationEngine {
     fn linger_or_finish(&mut self, now: Time) {
         self.busy = false;
         let answerable = self.journal == Some(DestinationState::Aborted);
-        // What was said over the old connection may never have arrived.
+        // What was sent over the old connection may never have arrived.
         let asked = self.rollback.source_may_have_committed && !self.rollback.source_gave_up;
         if !(answerable && asked) {
             return self.finish_aborted();

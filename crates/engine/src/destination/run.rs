@@ -1,4 +1,4 @@
-//! P8: the guest is ours; devices and vCPUs start, and the source is told.
+//! P8: the guest is ours; devices and vCPUs start, and RUNNING is sent.
 
 use vfio_migration_types::{Failure, Phase};
 use vfio_migration_wire::{Message, Running};
@@ -23,7 +23,8 @@ impl DestinationEngine {
         self.finish(DestinationOutcome::Owner { epoch, ready, guest_runs: running.guest_runs });
     }
 
-    /// The guest is ours and stays paused. The source is told whose it is; it must not take back what we may have touched.
+    /// The guest is ours and stays paused. The source is sent whose it is; it must not take back what we may have
+    /// touched.
     pub(super) fn start_failed(&mut self, cause: Failure) {
         self.busy = false;
         let Some(epoch) = self.next_epoch() else { return };

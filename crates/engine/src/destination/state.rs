@@ -10,12 +10,12 @@ use crate::expected::{ExpectedAnswer, work_timeout};
 use crate::failure::failure;
 use crate::ownership::{DestinationState, DestinationStep};
 
-/// The destination of a migration: told events, it says actions. See the [crate's documentation](crate).
+/// The destination's engine: it takes events and gives actions. See the [crate's documentation](crate).
 #[derive(Debug)]
 pub struct DestinationEngine {
     pub(super) config: DestinationConfig,
     pub(super) state: State,
-    /// What the journal on disk says, as far as it has been confirmed; `None`: nothing yet.
+    /// The state that the journal on disk has, as far as it has been confirmed; `None`: nothing yet.
     pub(super) journal: Option<DestinationState>,
     pub(super) phase: Phase,
     pub(super) actions: VecDeque<DestinationAction>,
@@ -25,7 +25,7 @@ pub struct DestinationEngine {
     pub(super) link: bool,
     pub(super) attempt: Option<Attempt>,
     pub(super) negotiated: Option<HelloReply>,
-    /// What must come next, and by when.
+    /// The message that must come next, with its deadline.
     pub(super) timer: Option<ExpectedAnswer>,
     pub(super) reservation: Reservation,
     pub(super) iterations: IterationCounts,
@@ -34,7 +34,7 @@ pub struct DestinationEngine {
     pub(super) rollback: DestinationRollback,
 }
 
-/// Where the destination is.
+/// The destination's state: the step that it is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     AwaitingHello,
@@ -58,7 +58,7 @@ pub(super) enum State {
     Owner,
     JournalAborted,
     Releasing,
-    /// Everything is released, but a source that may have said COMMIT can still ask what became of it.
+    /// Everything is released, but a source that may have sent COMMIT can still ask what became of it.
     Lingering,
     Done,
 }
@@ -66,7 +66,7 @@ pub(super) enum State {
 /// P1: the answer to the offer, and which machine it was given for.
 #[derive(Debug, Default)]
 pub(super) struct Reservation {
-    /// What ACCEPT will say.
+    /// ACCEPT as it will be sent.
     pub(super) accept: Accept,
     /// Digest of the identity that was judged.
     pub(super) identity: [u8; 32],
@@ -90,7 +90,7 @@ pub(super) struct FinalPass {
     pub(super) ready: Option<Ready>,
 }
 
-/// Whose the storage locks are.
+/// The owner of the storage locks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum LockHandover {
     #[default]
@@ -117,9 +117,9 @@ pub(super) struct DestinationRollback {
     pub(super) rehearsed: bool,
     /// RESERVE was asked for: there may be something to release.
     pub(super) something_reserved: bool,
-    /// READY was said, or COMMIT heard.
+    /// READY was sent, or COMMIT received.
     pub(super) source_may_have_committed: bool,
-    /// The source said that it gives up: it has not committed, and will not.
+    /// The source reports that it gives up: it has not committed, and will not.
     pub(super) source_gave_up: bool,
     /// REFUSE or DECLINED was sent: no ABORT follows.
     pub(super) source_notified: bool,
@@ -158,7 +158,7 @@ impl DestinationEngine {
         self.actions.push_back(DestinationAction::Answer(message));
     }
 
-    /// The source must say `what` within `peer_timeout`.
+    /// The source must send `what` within `peer_timeout`.
     pub(super) fn expect_by(&mut self, what: &'static str, now: Time) {
         self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
     }

@@ -12,7 +12,7 @@ use super::*;
 type SourceTable = fn(SourceState, SourceStep) -> Result<SourceState, OwnershipError>;
 type DestinationTable = fn(DestinationState, DestinationStep) -> Result<DestinationState, OwnershipError>;
 
-/// What is checked: the real table, or one broken on purpose.
+/// The rules under test: the real table, or one broken on purpose.
 #[derive(Clone, Copy)]
 struct Rules {
     source: SourceTable,
@@ -21,9 +21,9 @@ struct Rules {
     destination_may_run: fn(DestinationState) -> bool,
     /// COMMIT's nonce is compared.
     nonce: bool,
-    /// ABORTED is journalled before DECLINED is said.
+    /// ABORTED is journalled before DECLINED is sent.
     abort_before_declined: bool,
-    /// COMMITTING is journalled before COMMIT is said.
+    /// COMMITTING is journalled before COMMIT is sent.
     committing_before_commit: bool,
 }
 

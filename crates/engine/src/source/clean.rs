@@ -1,4 +1,4 @@
-//! P8 and P9: RUNNING was said, so the guest is the destination's; the journal says RELEASED, and what is left here goes.
+//! P8 and P9: RUNNING came, so the guest is the destination's; RELEASED is journaled, and what is left here released.
 
 use vfio_migration_types::Phase;
 use vfio_migration_wire::Running;

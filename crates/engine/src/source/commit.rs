@@ -1,4 +1,4 @@
-//! P7: COMMIT is said, ownership moves, and a lost answer is asked for until somebody knows.
+//! P7: COMMIT is sent, ownership moves, and a lost answer is asked for until somebody knows.
 
 use std::time::Duration;
 
@@ -11,12 +11,12 @@ use crate::ownership::SourceState;
 
 /// First pause between two questions; doubled each time, up to `peer_timeout`.
 const ASK_BACKOFF: Duration = Duration::from_millis(100);
-/// How many `peer_timeout`s a lost answer is asked for before a person is.
+/// The multiple of `peer_timeout` for which a lost answer is asked for, before a person is.
 const ASK_FOR: u32 = 8;
 
 impl SourceEngine {
-    /// COMMIT has not been said and will not be: the abort is still ours, whatever the disk holds. (If it holds COMMITTING and
-    /// this process dies before it holds OWNER, the one that restarts asks, and is told DECLINED.)
+    /// COMMIT has not been sent and will not be: the abort is still ours, whatever the disk holds. (If it holds
+    /// COMMITTING and this process dies before it holds OWNER, the one that restarts asks, and receives DECLINED.)
     pub(super) fn commit_not_journaled(&mut self, cause: Failure) {
         self.roll_back(cause, AbortNotice::Send);
     }

@@ -100,7 +100,7 @@ impl SourceEngine {
         self.begin_setup(now);
     }
 
-    /// This side's own rules forbid it.
+    /// Ends the attempt as one that this side's own rules forbid.
     pub(super) fn refuse(&mut self, reasons: Vec<Reason>) {
         self.send(Message::Refuse(reasons.clone()));
         self.finish(SourceOutcome::Refused(reasons));

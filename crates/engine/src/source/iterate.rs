@@ -16,7 +16,7 @@ const PACE: Duration = Duration::from_millis(10);
 /// The same while P3 only waits for somebody.
 const WAITING_PACE: Duration = Duration::from_millis(50);
 
-/// What the destination acknowledges in P3.
+/// An acknowledgement of the destination in P3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Acknowledged {
     Iteration,
@@ -232,7 +232,7 @@ impl SourceEngine {
         if self.config.pause_before_switchover && !self.rounds.continued {
             return self.wait(WaitKind::Operator, WAITING_PACE, now);
         }
-        // A rehearsal has the time to hear how fast the destination loads.
+        // A rehearsal has the time to wait for the report of how fast the destination loads.
         let unheard = self.config.rehearse.is_some() && self.rounds.applied == 0;
         if unheard || self.model.worth_another_round(now) {
             return self.wait(WaitKind::Convergence, PACE, now);

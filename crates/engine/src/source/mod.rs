@@ -62,7 +62,8 @@ impl SourceEngine {
         source
     }
 
-    /// Tells what happened, at `now`. Never blocks. Call [`SourceEngine::poll_action`] until it is `None` afterwards.
+    /// Takes an event that came at `now`. Never blocks. Call [`SourceEngine::poll_action`] until it is `None`
+    /// afterwards.
     pub fn handle(&mut self, event: SourceEvent, now: Time) {
         if self.state == State::Done {
             return;
@@ -86,12 +87,12 @@ impl SourceEngine {
         }
     }
 
-    /// What to do next; `None`: wait for an event.
+    /// The next action; `None`: wait for an event.
     pub fn poll_action(&mut self) -> Option<SourceAction> {
         self.actions.pop_front()
     }
 
-    /// When a [`SourceEvent::Tick`] is due at the latest, if nothing else happens.
+    /// Time at which a [`SourceEvent::Tick`] is due at the latest, if nothing else happens.
     pub fn deadline(&self) -> Option<Time> {
         let own = [
             self.timer.map(|expected| expected.until),
@@ -112,7 +113,7 @@ impl SourceEngine {
         self.negotiated
     }
 
-    /// How far the migration is, for a person to see.
+    /// The migration's progress, for a person to see.
     pub fn progress(&self, now: Time) -> EngineProgress {
         let (ram_left, device_left) = self.model.left();
         let waiting = match self.state {
@@ -155,7 +156,7 @@ impl SourceEngine {
             | State::AskingLater
             | State::JournalReleased
             | State::CleaningUp => self.on_peer_committing(message, now),
-            // The way back does not depend on what the peer says.
+            // The way back does not depend on what the peer sends.
             State::JournalDeclined | State::RollingBack | State::JournalOwner | State::Done => {}
             State::Undoing | State::AwaitingRehearsed => self.on_peer_rehearsed(message),
             _ => self.on_peer_before_commit(message, now),
@@ -165,7 +166,7 @@ impl SourceEngine {
     fn on_peer_before_commit(&mut self, message: Message, now: Time) {
         match (self.state, message) {
             (_, Message::Abort(cause)) => self.abort(cause, AbortNotice::Omit),
-            // It waits for a source that may have committed; this one says that it has not.
+            // It waits for a source that may have committed; this one reports that it has not.
             (_, Message::Declined(cause)) => self.abort(cause, AbortNotice::Send),
             (State::Hello, Message::HelloReply(reply)) => self.on_hello_reply(reply, now),
             (State::Hello | State::Offered, Message::Refuse(reasons)) => {
@@ -221,7 +222,7 @@ impl SourceEngine {
             (State::Undoing, SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }) => {
                 self.on_undone(reset, &not_reset, locks_lost, restored, now);
             }
-            // After the decision, and while an abort is under way, nothing said out of turn changes the outcome.
+            // After the decision, and while an abort is under way, nothing sent out of turn changes the outcome.
             (_, _) if !self.can_cancel() => {}
             (state, event) => {
                 let text =
@@ -245,7 +246,7 @@ impl SourceEngine {
                 self.complete();
             }
             State::JournalDeclined => self.declined_not_journaled(&cause),
-            // What the rollback interrupted. The rollback itself says `RolledBack`, whatever came of it.
+            // What the rollback interrupted. The rollback itself reports `RolledBack`, whatever came of it.
             State::RollingBack | State::Undoing | State::AwaitingRehearsed => {}
             State::JournalOwner => self.owner_not_journaled(&cause),
             State::Done => {}

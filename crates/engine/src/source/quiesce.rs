@@ -9,7 +9,7 @@ use super::state::{AbortNotice, Pause, SourceEngine, State};
 use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, Time};
 use crate::failure::failure;
 
-/// How often P4 may go back to P3 because a device has declared new initial bytes.
+/// The number of times that P4 may go back to P3 because a device has declared new initial bytes.
 const RETREATS: u32 = 3;
 
 impl SourceEngine {

@@ -63,7 +63,7 @@ impl SourceEngine {
         let left_undone = match message {
             Message::Rehearsed { left_undone } => left_undone,
             Message::Abort(cause) => Some(cause),
-            // On their way before END_REHEARSAL was heard.
+            // On their way before END_REHEARSAL was received.
             _ => return,
         };
         match self.state {
@@ -78,7 +78,7 @@ impl SourceEngine {
         self.finish(SourceOutcome::Rehearsed(Box::new(result)));
     }
 
-    /// What the downtime is made of: as measured, if the guest was paused for it; else as predicted.
+    /// Parts of the downtime: as measured, if the guest was paused for it; else as predicted.
     fn parts(&self, now: Time) -> Vec<Part> {
         let start = Part { name: PartName::Start, took: Duration::ZERO, basis: PartBasis::Unknown };
         let mut parts = match self.commit.ready_at {

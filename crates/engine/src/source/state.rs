@@ -12,12 +12,12 @@ use crate::expected::{ExpectedAnswer, work_timeout};
 use crate::failure::{failure, with_device};
 use crate::ownership::{SourceState, SourceStep};
 
-/// The source of a migration: told events, it says actions. See the [crate's documentation](crate).
+/// The source's engine: it takes events and gives actions. See the [crate's documentation](crate).
 #[derive(Debug)]
 pub struct SourceEngine {
     pub(super) config: SourceConfig,
     pub(super) state: State,
-    /// What the journal on disk says, as far as it has been confirmed.
+    /// The state that the journal on disk has, as far as it has been confirmed.
     pub(super) journal: SourceState,
     pub(super) phase: Phase,
     pub(super) phases: Vec<(Phase, Time)>,
@@ -25,7 +25,7 @@ pub struct SourceEngine {
     /// Whether the connection is up: without it nothing is sent.
     pub(super) link: bool,
     pub(super) negotiated: Option<HelloReply>,
-    /// What the destination has reserved for this attempt.
+    /// The destination's reservation for this attempt.
     pub(super) lease: Lease,
     /// The answer that the destination must give next, and by when.
     pub(super) timer: Option<ExpectedAnswer>,
@@ -37,7 +37,7 @@ pub struct SourceEngine {
     pub(super) rehearsal: RehearsalState,
 }
 
-/// Where the source is. Each state waits for exactly one thing, but for [`State::SettingUp`], which waits for two.
+/// The source's state. Each waits for exactly one thing, but for [`State::SettingUp`], which waits for two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Idle,
@@ -71,7 +71,7 @@ pub(super) enum State {
     JournalOwner,
     /// A rehearsal is at its end, and is being undone.
     Undoing,
-    /// It is undone here; the destination has not said so yet.
+    /// The rehearsal is undone here; the destination has not reported so yet.
     AwaitingRehearsed,
     Done,
 }
@@ -82,9 +82,9 @@ pub(super) struct Rounds {
     pub(super) iteration: u32,
     pub(super) wire_bytes: u64,
     pub(super) began: Time,
-    /// When the iteration under way, or the last, began.
+    /// Time at which the iteration under way, or the last, began.
     pub(super) round_began: Time,
-    /// When the next one begins, unless an event lets P4 begin first.
+    /// Time at which the next one begins, unless an event lets P4 begin first.
     pub(super) next: Option<Time>,
     pub(super) waiting: Option<WaitKind>,
     pub(super) continued: bool,
@@ -101,7 +101,7 @@ pub(super) struct Rounds {
     pub(super) initial_expected: Option<Time>,
 }
 
-/// Why P3 does not end yet.
+/// A reason why P3 does not end yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WaitKind {
     Initial,
@@ -112,9 +112,9 @@ pub(super) enum WaitKind {
 /// P4 and P5: the pause of the guest, up to the totals of the final pass.
 #[derive(Debug, Default)]
 pub(super) struct Pause {
-    /// When the pause was ordered.
+    /// Time at which the pause was ordered.
     pub(super) asked_at: Option<Time>,
-    /// When the vCPUs were paused.
+    /// Time at which the vCPUs were paused.
     pub(super) paused_at: Option<Time>,
     pub(super) guest_ran: bool,
     /// Of the manifest, just before the pause.
@@ -137,19 +137,19 @@ pub(super) struct SourceCommit {
     pub(super) ready: Option<Ready>,
     pub(super) running: Option<Running>,
     pub(super) left_undone: Vec<Failure>,
-    /// What came while COMMITTING was on its way to the disk.
+    /// The message that came while COMMITTING was on its way to the disk.
     pub(super) early: Option<EarlyAnswer>,
     pub(super) committed_at: Option<Time>,
     pub(super) ask_at: Option<Time>,
     pub(super) backoff: Duration,
 }
 
-/// The destination's word while COMMITTING is on its way to the disk: no COMMIT is sent after it.
+/// The destination's message while COMMITTING is on its way to the disk: no COMMIT is sent after it.
 #[derive(Clone, Debug)]
 pub(super) enum EarlyAnswer {
     /// The destination will never run the guest.
     Declined(Failure),
-    /// It gave up, or said something illegal: the question is asked instead of saying COMMIT.
+    /// The destination gave up, or sent something illegal: the question is asked instead of sending COMMIT.
     Unclear,
 }
 
@@ -169,13 +169,13 @@ pub(super) struct RehearsalState {
     pub(super) rehearsed: Option<Option<Failure>>,
 }
 
-/// Whether an abort is said to the destination.
+/// ABORT to the destination: due, or not to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AbortNotice {
     Send,
     /// Said, and the operator wanted it.
     SendCancelled,
-    /// Not said: the destination knows, or cannot be reached.
+    /// Not sent: the destination knows, or cannot be reached.
     Omit,
 }
 
@@ -202,12 +202,12 @@ impl SourceEngine {
         }
     }
 
-    /// The destination must say `what` within `peer_timeout`.
+    /// The destination must send `what` within `peer_timeout`.
     pub(super) fn expect_by(&mut self, what: &'static str, now: Time) {
         self.timer = Some(ExpectedAnswer::within(self.config.peer_timeout, what, now));
     }
 
-    /// The destination must say `what`, and has work to do before it can.
+    /// The destination must send `what`, and has work to do before it can.
     pub(super) fn expect_work(&mut self, what: &'static str, now: Time) {
         let timeout = work_timeout(self.config.peer_timeout);
         self.timer = Some(ExpectedAnswer::within(timeout, what, now));
