@@ -8,14 +8,14 @@ use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
 
 use crate::error::{DeviceError, TransitionError};
 
-/// What a device can do in a migration. Absent things are coped with, and said.
+/// Abilities of a device in a migration. Absent ones are coped with, and reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     /// STOP_COPY always; P2P and PRE_COPY where true.
     pub flags: MigrationFlags,
-    /// [`SavingSession::progress`] answers.
+    /// [`SavingSession::progress`] answers: the device estimates what is left in pre-copy.
     pub precopy_info: bool,
-    /// [`Device::stop_copy_size`] answers.
+    /// [`Device::stop_copy_size`] answers: the device estimates its STOP_COPY data.
     pub data_size: bool,
     /// [`Device::dirty_log`] answers. Counts as present only after a START, REPORT, STOP trial succeeded.
     pub dirty_log: bool,
@@ -23,7 +23,7 @@ pub struct Capabilities {
     pub chunk: usize,
 }
 
-/// Why a device cannot be migrated, in a sentence for its operator.
+/// The reason why a device cannot be migrated, in a sentence for its operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotMigratable(pub String);
 
@@ -35,10 +35,10 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// Name of the device.
     fn id(&self) -> &DeviceId;
 
-    /// What it says of itself.
+    /// The device's manifest, from what it declares of itself.
     fn manifest(&self) -> Result<DeviceManifest, DeviceError>;
 
-    /// What its migration supports, or why it has none.
+    /// The device's abilities in a migration, or the reason why it has none.
     fn capabilities(&self) -> Result<Capabilities, NotMigratable>;
 
     /// The state it is really in (a GET).
@@ -63,7 +63,7 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// Estimated bytes of STOP_COPY data, in any state: a hint, never a length. `None` when the device cannot say.
     fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError>;
 
-    /// Its log of DMA writes; `None` when it has none. May be used while a session is open.
+    /// The device's log of DMA writes; `None` when it has none. May be used while a session is open.
     fn dirty_log(&self) -> Option<&dyn DirtyLog>;
 
     /// Resets it: every session dies, the state becomes RUNNING, with nothing enabled.
@@ -79,10 +79,10 @@ pub trait DirtyLog: DirtySource {
     fn granule(&self) -> vfio_migration_types::Granule;
 }
 
-/// What a read of device state gave.
+/// The outcome of a read of device state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chunk {
-    /// This many bytes, at least one, are in the buffer.
+    /// Number of bytes in the buffer, at least one.
     Data(usize),
     /// Nothing for now; more may come. In pre-copy alone (the kernel's ENOMSG, and 0, which several drivers give).
     NothingNow,
@@ -101,19 +101,19 @@ pub struct PrecopyProgress {
     pub reinit: bool,
 }
 
-/// Where a saving session stands.
+/// The state that a saving session's device is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Position {
     /// PRE_COPY: the device runs.
     PreCopy,
     /// PRE_COPY_P2P: it starts no new peer-to-peer DMA.
     PreCopyP2p,
-    /// STOP_COPY: it stands still.
+    /// STOP_COPY: the device is stopped.
     StopCopy,
 }
 
 impl Position {
-    /// The migration state of a device whose session stands there.
+    /// The migration state of a device with a session in this position.
     #[must_use]
     pub const fn state(self) -> MigrationState {
         match self {
@@ -123,7 +123,7 @@ impl Position {
         }
     }
 
-    /// Where a session of a device in this state stands; `None` where it can have none.
+    /// The position of a session of a device in this state; `None` where it can have none.
     #[must_use]
     pub const fn of(state: MigrationState) -> Option<Self> {
         match state {
@@ -147,7 +147,7 @@ impl Position {
 
 /// An open saving session. Dropping one leaves it (STOP_COPY → STOP, or PRE_COPY → RUNNING), with what fails logged.
 pub trait SavingSession: fmt::Debug + Send {
-    /// Where it stands.
+    /// The session's position, as of its last arc.
     fn position(&self) -> Position;
 
     /// Reads the next device bytes into `buf`.

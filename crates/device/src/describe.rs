@@ -1,4 +1,4 @@
-//! What a PCI function shows of itself in a manifest, whichever back end serves it.
+//! The manifest of a PCI function, from its config space and regions, whichever back end serves it.
 
 use std::collections::BTreeSet;
 
@@ -18,8 +18,8 @@ const VENDOR: u8 = 0x09;
 const MSIX: u8 = 0x11;
 const EXTENDED_VENDOR: u16 = 0x0b;
 
-/// Fills in what an open function's config space, regions and interrupts show. For back ends of one's own: those of this
-/// crate do it in [`Device::manifest`](crate::Device::manifest).
+/// Fills in the facts of an open function's config space, regions and interrupts. For back ends of one's own: those of
+/// this crate do it in [`Device::manifest`](crate::Device::manifest).
 ///
 /// # Errors
 /// Config space cannot be read, or a chain of capabilities runs in a circle or out of its place.
@@ -173,7 +173,6 @@ mod tests {
     use super::*;
     use crate::testing::FakeHardware;
 
-    /// A config space.
     struct Config(Vec<u8>);
 
     impl Config {

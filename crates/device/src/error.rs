@@ -12,7 +12,7 @@ use crate::kernel::error::KernelError;
 pub struct DeviceError {
     /// The device that failed.
     pub device: DeviceId,
-    /// What was attempted, as a noun phrase: `"reading pre-copy data"`.
+    /// The failed step, as a noun phrase: `"reading pre-copy data"`.
     pub doing: String,
     /// The errno the driver or server gave, where one is known.
     pub errno: Option<Errno>,
@@ -49,10 +49,10 @@ impl DeviceError {
     }
 }
 
-/// What is left to do with a device after a failed transition.
+/// The way on with a device after a failed transition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remedy {
-    /// The device stands in a sound state: another transition may be tried.
+    /// The device is in a sound state: another transition may be tried.
     TryAnotherState,
     /// Only a reset helps: it is in ERROR, or its state is unknown.
     Reset,
@@ -60,8 +60,8 @@ pub enum Remedy {
     Lost,
 }
 
-/// A transition failed. Says where the device really is, as asked after the failure; the errno is told by the cause, and
-/// what is left to do by `remedy`.
+/// A transition failed. Names the state that the device really is in, as asked after the failure; the cause has the
+/// errno, and `remedy` the way on.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "device {device}: {from} to {to} failed; it is in {}",
@@ -79,7 +79,7 @@ pub struct TransitionError {
     pub now: Option<MigrationState>,
     /// The errno of the failed transition, where one is known.
     pub errno: Option<Errno>,
-    /// What is left to do with the device.
+    /// The way on with the device.
     pub remedy: Remedy,
     /// The cause of the failure.
     #[source]

@@ -18,20 +18,20 @@ pub struct RegionIndex(pub u32);
 impl RegionIndex {
     /// BAR 0. BAR n is `RegionIndex(n)`, n up to 5.
     pub const BAR0: Self = Self(0);
-    /// The expansion ROM.
+    /// Index of the expansion ROM.
     pub const ROM: Self = Self(6);
-    /// Config space.
+    /// Index of config space.
     pub const CONFIG: Self = Self(7);
 }
 
 /// A kind of interrupt of a PCI device (`VFIO_PCI_*_IRQ_INDEX`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum IrqIndex {
-    /// The interrupt pin.
+    /// The interrupt pin, INTx.
     Intx,
-    /// MSI.
+    /// MSI vectors, as one interrupt index.
     Msi,
-    /// MSI-X.
+    /// MSI-X vectors, as one interrupt index.
     Msix,
 }
 
@@ -46,18 +46,18 @@ impl IrqIndex {
     }
 }
 
-/// What a region is like (`VFIO_DEVICE_GET_REGION_INFO`).
+/// Properties of a region (`VFIO_DEVICE_GET_REGION_INFO`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciRegion {
     /// Index of the region at the device.
     pub index: RegionIndex,
     /// Bytes; 0 where the region is absent.
     pub size: u64,
-    /// It may be read.
+    /// The region may be read.
     pub readable: bool,
-    /// It may be written.
+    /// The region may be written.
     pub writable: bool,
-    /// Its parts that may be mapped, in bytes from its start; empty when all accesses must be trapped, or no
+    /// Parts of the region that may be mapped, in bytes from its start; empty when all accesses must be trapped, or no
     /// descriptor came with it. Each lies within `size`; they do not overlap.
     pub mappable: Vec<Range<u64>>,
 }
@@ -67,11 +67,11 @@ pub struct PciRegion {
 pub struct RegionFile<'a> {
     /// The device file, as it is mapped.
     pub fd: BorrowedFd<'a>,
-    /// Where in the file the region's byte 0 is.
+    /// Offset of the region's byte 0 in the file.
     pub offset: u64,
 }
 
-/// A doorbell: an eventfd that stands for a guest's write (`VFIO_USER_DEVICE_GET_REGION_IO_FDS`).
+/// A doorbell: an eventfd that takes the place of a guest's write (`VFIO_USER_DEVICE_GET_REGION_IO_FDS`).
 #[derive(Debug)]
 pub struct Doorbell {
     /// First byte in the region.
@@ -84,7 +84,7 @@ pub struct Doorbell {
     pub fd: OwnedFd,
 }
 
-/// What a device may do with a DMA mapping.
+/// The directions in which a device may use a DMA mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaAccess {
     /// The device may read.
@@ -94,7 +94,7 @@ pub struct DmaAccess {
 }
 
 impl DmaAccess {
-    /// Both ways.
+    /// Reading and writing.
     pub const BOTH: Self = Self { read: true, write: true };
 }
 

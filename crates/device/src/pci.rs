@@ -34,7 +34,7 @@ pub struct PciState {
 /// One MSI or MSI-X vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct VectorState {
-    /// Where its message goes.
+    /// Address and data of the vector's message.
     pub message: MsiMessage,
     /// Masked by the guest.
     pub masked: bool,
@@ -42,16 +42,16 @@ pub struct VectorState {
     pub pending: bool,
 }
 
-/// A message-signalled interrupt.
+/// A message-signalled interrupt: the write that raises it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct MsiMessage {
     /// Address, low and high halves together.
     pub address: u64,
-    /// Data.
+    /// Data that is written to the address.
     pub data: u32,
 }
 
-/// Which config-space bytes may differ between the two sides.
+/// Rules for config-space bytes that may differ between the two sides.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConfigRules {
     /// Exceptions to the default mask, later ones winning.
@@ -61,9 +61,9 @@ pub struct ConfigRules {
 /// One exception: bytes `offset .. offset + len` are compared, or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConfigRule {
-    /// First byte.
+    /// First byte in config space.
     pub offset: u16,
-    /// Number of bytes.
+    /// Number of bytes, from `offset` on.
     pub len: u16,
     /// Whether a difference is refused.
     pub compare: bool,
@@ -75,7 +75,7 @@ impl From<vfio_migration_compat::MaskRule> for ConfigRule {
     }
 }
 
-/// What failed on the PCI side of a device.
+/// An error on the PCI side of a device.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PciError {
@@ -101,7 +101,7 @@ pub enum PciError {
     Unfit {
         /// The device of the function.
         device: DeviceId,
-        /// What is wrong with the state.
+        /// The fault of the state, as a phrase.
         what: String,
     },
     /// The VMM or the device failed.
@@ -109,7 +109,7 @@ pub enum PciError {
     Failed {
         /// The device of the function.
         device: DeviceId,
-        /// What was attempted, as a noun phrase.
+        /// The failed step, as a noun phrase.
         doing: String,
         /// The cause of the failure.
         #[source]

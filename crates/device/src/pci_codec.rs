@@ -33,15 +33,15 @@ const PENDING: u32 = 2;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PciCodecError {
-    /// They end too early.
+    /// The bytes end too early.
     #[error("PCI state ends at byte {at}, inside of {what}")]
     End {
-        /// Where.
+        /// The byte at which they end.
         at: usize,
         /// In the middle of what.
         what: &'static str,
     },
-    /// Another version.
+    /// A version of the layout that this side cannot read.
     #[error("PCI state of version {0}; this side reads {VERSION} and {VERSION_MSI}")]
     Version(u16),
     /// A number is out of its bounds.

@@ -1,5 +1,6 @@
-//! A device under watch: a pass-through [`Device`] that tells an observer each state that the device comes to, how long
-//! the way there took, and each piece of its state on the way; and that shows of the device what the observer lets it.
+//! A device under watch: a pass-through [`Device`] that reports to an observer each state that the device comes to, how
+//! long the way there took, and each piece of its state on the way; and whose abilities are cut to those that the
+//! observer allows.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,16 +16,17 @@ use crate::contract::{
 };
 use crate::error::{DeviceError, TransitionError};
 
-/// What watches a [`WatchedDevice`]. Each method is called on the thread that uses the device, and by default lets all pass.
+/// The observer of a [`WatchedDevice`]. Each method is called on the thread that uses the device, and by default lets
+/// all pass.
 pub trait DeviceObserver: fmt::Debug + Send + Sync {
-    /// What the device is shown to be capable of, of what it `found` itself capable of. A DMA log that is not shown is not
-    /// given either.
+    /// The abilities that the watched device reports, of those that were `found`. A DMA log that is not among them is
+    /// not given either.
     fn shown(&self, found: Capabilities) -> Capabilities {
         found
     }
 
-    /// Whether the device is moved when it is asked to, outside of a session. Otherwise it is said to have moved, and is left
-    /// where it is.
+    /// Whether the device is moved when it is asked to, outside of a session. Otherwise the move is reported as done,
+    /// and the device left where it is.
     fn lets_move(&self) -> bool {
         true
     }
@@ -44,8 +46,8 @@ pub trait DeviceObserver: fmt::Debug + Send + Sync {
         let _ = error;
     }
 
-    /// `bytes` of state were read from a saving session that stands at `position`. What is altered here is altered for the
-    /// reader.
+    /// Takes `bytes` of state that were read from a saving session in `position`. What is altered here is altered for
+    /// the reader.
     fn read(&self, device: &DeviceId, position: Position, bytes: &mut [u8]) {
         let _ = (device, position, bytes);
     }
@@ -82,7 +84,7 @@ impl WatchedDevice {
         Watch { session, id: self.device.id().clone(), observer: self.observer.clone() }
     }
 
-    /// Takes an arc to `to`, and tells of it.
+    /// Takes an arc to `to`, and reports it.
     fn arc<T>(
         &self,
         to: MigrationState,
@@ -218,7 +220,7 @@ impl ResumingSession for Watch<Box<dyn ResumingSession>> {
     }
 }
 
-/// Takes an arc, which ends in the state that `to` tells of what it gave, and tells of it.
+/// Takes an arc, whose end state is what `to` makes of its outcome, and reports it.
 fn timed<T>(
     observer: &dyn DeviceObserver,
     device: &DeviceId,

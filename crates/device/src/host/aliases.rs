@@ -1,10 +1,10 @@
-//! Which VFIO variant driver is made for a function: `alias vfio_pci:v… MODULE` lines in `modules.alias`, which
+//! The VFIO variant driver made for a function: `alias vfio_pci:v… MODULE` lines in `modules.alias`, which
 //! `drivers/vfio/pci` drivers have by `PCI_DRIVER_OVERRIDE_DEVICE_VFIO`.
 
 use super::files::{Roots, read_text};
 use super::kernel;
 
-/// Longest `modules.alias`.
+/// Longest `modules.alias` that is read, in bytes.
 const ALIASES_MAX: u64 = 32 << 20;
 
 /// The pairs of pattern and module, of `vfio_pci:` aliases.
@@ -40,7 +40,7 @@ impl Variants {
     }
 }
 
-/// Whether `name` fits a pattern in which `*` stands for anything.
+/// Whether `name` fits a pattern in which `*` matches anything.
 fn matches(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();

@@ -6,17 +6,17 @@ use super::obstacle::{Obstacle, ObstacleCode};
 use super::opening::{NeededFile, User};
 use super::pci::PciFacts;
 
-/// What kind of device it is.
+/// The kind of a host's device, with the facts of its kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HostDeviceKind {
-    /// A PCI function.
+    /// A PCI function, physical or virtual.
     Pci(Box<PciFacts>),
     /// A mediated device: by name the device that it is made of, and its type.
     Mdev {
-        /// The parent device.
+        /// Name of the device that the mediated device is a part of.
         parent: Option<String>,
-        /// What of its parent's types it is.
+        /// The type, of those that its parent offers.
         mdev_type: Option<String>,
     },
     /// Another VFIO device: of a platform, AP, CCW or the like.
@@ -29,11 +29,11 @@ pub enum HostDeviceKind {
 pub struct HostDevice {
     /// PCI address, UUID, or the name that its bus gives it.
     pub name: String,
-    /// What it is.
+    /// The device's kind, with the facts of its kind.
     pub kind: HostDeviceKind,
     /// Driver that has it.
     pub driver: Option<String>,
-    /// It is a VFIO driver.
+    /// The driver is a VFIO driver.
     pub vfio: bool,
     /// VFIO variant driver that is made for it, where the kernel's modules have one.
     pub variant: Option<String>,
@@ -41,13 +41,14 @@ pub struct HostDevice {
     pub iommu_group: Option<u32>,
     /// File of its group, where there is one.
     pub group_file: Option<PathBuf>,
-    /// Its own file, where there is one.
+    /// The device's own file under `/dev/vfio/devices`, where there is one.
     pub cdev: Option<PathBuf>,
-    /// What has to be opened to open it. Empty where no VFIO driver has it, or no file was made.
+    /// Files that opening the device takes. Empty where no VFIO driver has it, or no file was made.
     pub needs: Vec<NeededFile>,
-    /// Who has it, or its group, open, as far as the caller may see.
+    /// Processes that have the device or its group open, as far as the caller may see.
     pub users: Vec<User>,
-    /// Why it cannot migrate as it stands. Empty: nothing in sysfs speaks against it; the driver has the last word.
+    /// Reasons why it cannot migrate in its present state. Empty: nothing in sysfs speaks against it; the driver has
+    /// the last word.
     pub obstacles: Vec<Obstacle>,
 }
 
@@ -64,7 +65,7 @@ impl HostDevice {
         self.vfio || self.variant.is_some() || pci
     }
 
-    /// Whether it can be opened to ask it: a VFIO driver has it, nobody known uses it, and nothing stands in the way. A
+    /// Whether it can be opened to ask it: a VFIO driver has it, nobody known uses it, and nothing prevents it. A
     /// driver that is known to have no migration does not.
     pub fn openable(&self) -> bool {
         let asks = matches!(self.kind, HostDeviceKind::Pci(_) | HostDeviceKind::Mdev { .. });

@@ -1,5 +1,5 @@
-//! What a device's driver tells over devlink, the kernel's generic netlink interface for what is of the device as a whole
-//! (`Documentation/networking/devlink/devlink-info.rst`; numbers of `include/uapi/linux/devlink.h`).
+//! Versions that a device's driver reports over devlink, the kernel's generic netlink interface for what is of the
+//! device as a whole (`Documentation/networking/devlink/devlink-info.rst`; numbers of `include/uapi/linux/devlink.h`).
 //!
 //! Any user may ask. The kernel answers for devices of the caller's network namespace.
 
@@ -24,7 +24,7 @@ const GET_FAMILY: u8 = 3;
 const FAMILY_ID: u16 = 1;
 const FAMILY_NAME: u16 = 2;
 
-/// `DEVLINK_CMD_INFO_GET`.
+/// The command `DEVLINK_CMD_INFO_GET`.
 const INFO_GET: u8 = 51;
 const BUS_NAME: u16 = 1;
 const DEV_NAME: u16 = 2;
@@ -41,12 +41,12 @@ const HEADER: usize = 4;
 /// `DEVLINK_GENL_VERSION`; the controller does not look at it.
 const VERSION: u8 = 1;
 
-/// Why there is no answer.
+/// The reason why there is no answer.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DevlinkError {
-    /// The system refused: ENOENT for a kernel without devlink, ENODEV for a device that has none, EOPNOTSUPP for a driver
-    /// that tells nothing.
+    /// The system refused: ENOENT for a kernel without devlink, ENODEV for a device that has none, EOPNOTSUPP for a
+    /// driver that reports nothing.
     #[error("devlink: {0}")]
     Refused(#[from] Errno),
     /// The answer is none.
@@ -63,7 +63,7 @@ impl From<DecodeError> for DevlinkError {
 /// Versions of what runs on the device `name` of bus `bus` (`pci`, `0000:01:00.0`) by their names, `fw` and the like.
 ///
 /// # Errors
-/// There is no devlink, no such device, or its driver tells nothing.
+/// There is no devlink, no such device, or its driver reports nothing.
 pub fn running_versions(bus: &str, name: &str) -> Result<BTreeMap<String, String>, DevlinkError> {
     let socket = NetlinkSocket::new()?;
     let family = socket.ask(CONTROLLER, GET_FAMILY, &[(FAMILY_NAME, "devlink")])?;
@@ -108,7 +108,7 @@ impl NetlinkSocket {
     fn new() -> Result<Self, Errno> {
         let socket =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(GENERIC))?;
-        // To the kernel: nobody else is heard.
+        // To the kernel: messages of nobody else are received.
         connect(&socket, &SocketAddrNetlink::new(0, 0))?;
         set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
         Ok(Self(socket))

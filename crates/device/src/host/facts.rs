@@ -1,4 +1,4 @@
-//! What sysfs and devlink tell of a device that nobody can read from the device itself, open or not.
+//! Facts from sysfs and devlink that nobody can read from the device itself, open or not.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,14 +53,14 @@ fn one_line(versions: &BTreeMap<String, String>) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-/// What the maker wrote into a PCI function: under strict equality another part is another device.
+/// The maker's marks in a PCI function: under strict equality another part is another device.
 pub(crate) fn product(dir: &Path) -> BTreeMap<String, Scalar> {
     let vpd = read_head(&dir.join("vpd"), VPD_MAX).map(|bytes| vpd::parse(&bytes)).unwrap_or_default();
     let facts = [("vpd_part", vpd.part), ("vpd_change", vpd.change)];
     facts.into_iter().filter_map(|(name, text)| Some((name.to_owned(), Scalar::Text(text?)))).collect()
 }
 
-/// What the driver's own rule compares, of a mediated device.
+/// The attributes that the driver's own rule compares, of a mediated device.
 pub(crate) fn mediated(
     dir: &Path,
     driver: Option<&str>,

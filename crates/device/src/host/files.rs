@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-/// Where a host's trees are. [`Default`] is this host's.
+/// Roots of a host's trees. [`Default`] is this host's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Roots {
-    /// sysfs: `/sys`.
+    /// Mount point of sysfs: `/sys`.
     pub sys: PathBuf,
-    /// Device nodes: `/dev`.
+    /// Folder of device nodes: `/dev`.
     pub dev: PathBuf,
-    /// procfs: `/proc`.
+    /// Mount point of procfs: `/proc`.
     pub proc: PathBuf,
-    /// Kernel configurations: `/boot`.
+    /// Folder of kernel configurations: `/boot`.
     pub boot: PathBuf,
     /// Kernel modules, a folder per release: `/lib/modules`.
     pub modules: PathBuf,
@@ -44,7 +44,7 @@ impl Roots {
 /// Most entries that are taken from one folder.
 const ENTRIES_MAX: usize = 1 << 16;
 
-/// Why a file was not read.
+/// The reason why a file was not read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadFailure {
@@ -57,13 +57,13 @@ pub enum ReadFailure {
     /// More than is taken.
     #[error("it is longer than {0} bytes")]
     TooLong(u64),
-    /// What it holds is not what is expected there.
+    /// The content is not what is expected there.
     #[error("it holds no {0}")]
     Nonsense(&'static str),
 }
 
 impl ReadFailure {
-    /// It does not exist, as against: exists and cannot be read.
+    /// Whether the file does not exist, as against: exists and cannot be read.
     pub fn is_missing(&self) -> bool {
         matches!(self, Self::System(Errno::NOENT | Errno::NOTDIR))
     }
@@ -103,7 +103,7 @@ pub(super) fn hex(path: &Path) -> Option<u32> {
     u32::from_str_radix(attribute(path)?.strip_prefix("0x")?, 16).ok()
 }
 
-/// A decimal attribute.
+/// Reads a decimal attribute.
 pub(super) fn number(path: &Path) -> Option<u32> {
     attribute(path)?.parse().ok()
 }

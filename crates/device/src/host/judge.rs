@@ -1,4 +1,4 @@
-//! What speaks against a device, from what was found of it. The order is that in which a person would clear them.
+//! Obstacles of a device, from what was found of it. The order is that in which a person would clear them.
 
 use std::path::{Path, PathBuf};
 
@@ -23,14 +23,14 @@ const WITHOUT_MIGRATION: [&str; 10] = [
     "vfio_ccw_mdev",
 ];
 
-/// What surrounds a device.
+/// Facts of the host, and of its group, that a device is judged by.
 pub(super) struct Surroundings<'a> {
     pub(super) sys: &'a Path,
     /// VFIO is loaded.
     pub(super) vfio: bool,
     /// The kernel's configuration says that it has none to load.
     pub(super) built_without: bool,
-    /// Its group is one without an IOMMU.
+    /// The group is one without an IOMMU.
     pub(super) noiommu: bool,
     /// Members of its group that keep it from VFIO.
     pub(super) strangers: &'a [String],

@@ -7,21 +7,21 @@ use std::path::{Path, PathBuf};
 
 use super::files::{ReadFailure, Roots, attribute, read_bytes, read_text};
 
-/// Longest configuration, unpacked.
+/// Longest configuration, unpacked, in bytes.
 const CONFIG_MAX: u64 = 4 << 20;
 /// Longest `modules.dep`, and longest `/proc/modules`.
 const MODULES_MAX: u64 = 32 << 20;
 
-/// A kernel's version.
+/// The version of a kernel, whole and as numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelVersion {
     /// The whole release: `6.12.1-amd64`.
     pub release: String,
-    /// Its first two numbers; `None` when it does not begin with any.
+    /// The first two numbers; `None` when it does not begin with any.
     pub number: Option<(u32, u32)>,
 }
 
-/// The release of the running kernel. `None` when procfs does not say.
+/// The release of the running kernel. `None` when procfs does not have it.
 pub fn version(roots: &Roots) -> Option<KernelVersion> {
     let release = attribute(&roots.proc.join("sys/kernel/osrelease"))?;
     let digits = |text: &str| {
@@ -33,14 +33,14 @@ pub fn version(roots: &Roots) -> Option<KernelVersion> {
     Some(KernelVersion { release, number })
 }
 
-/// How an option of the kernel is set.
+/// The setting of an option of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConfigOption {
-    /// Built in.
+    /// Built into the kernel.
     BuiltIn,
-    /// A module.
+    /// Built as a module.
     Module,
-    /// Not there.
+    /// Not built, or not known to the kernel.
     Off,
     /// The configuration cannot be read.
     Unknown,
@@ -57,7 +57,7 @@ impl fmt::Display for ConfigOption {
     }
 }
 
-/// A kernel's configuration.
+/// The options that a kernel was built with.
 #[derive(Clone, Debug, Default)]
 pub struct KernelConfig {
     /// The file it is from; `None` when none was readable.
@@ -66,7 +66,7 @@ pub struct KernelConfig {
 }
 
 impl KernelConfig {
-    /// How `name` is set (without `CONFIG_`).
+    /// The setting of option `name` (without `CONFIG_`).
     pub fn option(&self, name: &str) -> ConfigOption {
         match (&self.source, self.options.get(name)) {
             (None, _) => ConfigOption::Unknown,

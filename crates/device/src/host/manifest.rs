@@ -1,4 +1,5 @@
-//! A device's manifest, as far as sysfs tells without the device being opened. What only an open device tells is not known.
+//! A device's manifest, as far as sysfs has it without the device being opened. What only an open device reports is not
+//! known.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -32,7 +33,7 @@ const EXTENDED_SHOWN: [u16; 18] = [
 ];
 
 impl HostDevice {
-    /// What sysfs shows of it, under the name `id`.
+    /// The device's manifest from sysfs, under the name `id`.
     pub fn manifest(&self, id: &DeviceId, roots: &Roots) -> DeviceManifest {
         let driver = self.driver.as_ref().map(|name| Driver {
             version: attribute(&roots.sys.join("module").join(name.replace('-', "_")).join("version")),
@@ -67,7 +68,7 @@ impl HostDevice {
     }
 }
 
-/// Those that VFIO shows an owner of the function.
+/// The PCI capabilities that VFIO offers an owner of the function.
 fn capabilities(config: &[u8]) -> Option<Vec<Capability>> {
     let mut all = describe::capabilities(config)?;
     all.retain(|capability| {
@@ -95,7 +96,7 @@ fn identity(facts: &PciFacts, dir: &Path) -> Option<PciIdentity> {
     })
 }
 
-/// BARs, ROM and config space. Whether a part can be mapped only VFIO tells.
+/// BARs, ROM and config space. Whether a part can be mapped only VFIO reports.
 fn regions(dir: &Path) -> Option<Vec<RegionManifest>> {
     let text = read_text(&dir.join("resource"), RESOURCE_MAX).ok()?;
     let number = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();

@@ -1,5 +1,5 @@
-//! What VFIO devices a host has, as sysfs, procfs, devfs and devlink tell, without opening any of them: opening a VFIO
-//! device resets it. [`HostDevice::openable`] says which may be opened to ask them.
+//! VFIO devices of a host, from sysfs, procfs, devfs and devlink, without opening any of them: opening a VFIO device
+//! resets it. [`HostDevice::openable`] says which may be opened to ask them.
 //!
 //! Everything read here may be garbled, huge or missing: it is capped, and what cannot be read is unknown, not guessed.
 //! The trees are parameters ([`Roots`]), so that a scan can be of a container's view, or of a tree made for a test.

@@ -1,4 +1,4 @@
-//! Why a device cannot migrate, and what would change it.
+//! Obstacles: reasons why a device cannot migrate, with what would change each.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum ObstacleCode {
-    /// What sysfs says of it cannot be read.
+    /// Its entry in sysfs cannot be read.
     Unreadable,
     /// The kernel has no VFIO, or it is not loaded.
     NoVfio,
@@ -20,7 +20,7 @@ pub enum ObstacleCode {
     HostDriver,
     /// A physical function: its virtual functions are what migrates.
     PhysicalFunction,
-    /// Its VFIO driver has no migration.
+    /// The VFIO driver that has it has no migration.
     NoMigrationInDriver,
     /// Another device of its IOMMU group belongs to a driver of the host.
     GroupNotViable,
@@ -30,9 +30,9 @@ pub enum ObstacleCode {
     NoPermission,
     /// Somebody has it open.
     InUse,
-    /// It was opened to be asked, and the kernel refused.
+    /// The kernel refused to open it, when it was to be asked.
     OpenFailed,
-    /// It was opened, and the kernel maps no memory for it.
+    /// The kernel maps no memory for it, once it was opened.
     MappingRefused,
     /// Nobody listens at the socket, or what listens is no vfio-user server or does not answer.
     NoAnswer,
@@ -41,7 +41,7 @@ pub enum ObstacleCode {
 }
 
 impl ObstacleCode {
-    /// Every code.
+    /// All codes, in the order of [`ObstacleCode`].
     pub const ALL: [Self; 16] = [
         Self::Unreadable,
         Self::NoVfio,
@@ -61,7 +61,7 @@ impl ObstacleCode {
         Self::NoMigrationInServer,
     ];
 
-    /// Its name, the same in every version.
+    /// The code's name, the same in every version.
     pub fn name(self) -> &'static str {
         match self {
             Self::Unreadable => "unreadable",
@@ -90,21 +90,21 @@ impl fmt::Display for ObstacleCode {
     }
 }
 
-/// A reason why a device cannot migrate as it stands.
+/// A reason why a device cannot migrate in its present state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
     /// Code of the reason.
     pub code: ObstacleCode,
-    /// In a sentence.
+    /// The reason, in a sentence.
     pub text: String,
-    /// What would change it, in a sentence.
+    /// The change that would clear it, in a sentence.
     pub change: String,
     /// The commands for it, as root, in order; none where no command does it.
     pub commands: Vec<String>,
 }
 
 impl Obstacle {
-    /// A reason.
+    /// An obstacle from its parts.
     pub fn new(
         code: ObstacleCode,
         text: impl Into<String>,

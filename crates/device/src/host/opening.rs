@@ -1,5 +1,6 @@
-//! What opening a device takes (its own file and the iommufd's where the kernel has both, else its group's and the
-//! container's), and who has one open, as procfs tells: asked before a device is opened, since opening is an act.
+//! Files that opening a device takes (its own file and the iommufd's where the kernel has both, else its group's and
+//! the container's), and the processes that have one open, by procfs: asked before a device is opened, since opening is
+//! an act.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,11 +15,11 @@ use super::files::{access_both_ways, attribute, list};
 pub struct NeededFile {
     /// Path of the file.
     pub path: PathBuf,
-    /// Why the caller cannot open it: ENOENT, EACCES and the like.
+    /// The errno with which the caller cannot open it: ENOENT, EACCES and the like.
     pub refusal: Option<Errno>,
 }
 
-/// What has to be opened for a device with these files of its own, in the order of opening. Empty where it has none.
+/// The files to open for a device with these files of its own, in the order of opening. Empty where it has none.
 pub(super) fn needed(dev: &Path, cdev: Option<&Path>, group: Option<&Path>) -> Vec<NeededFile> {
     let (iommufd, container) = (dev.join("iommu"), dev.join("vfio/vfio"));
     let route = match (cdev, group) {
@@ -35,7 +36,7 @@ pub(super) fn needed(dev: &Path, cdev: Option<&Path>, group: Option<&Path>) -> V
 pub struct User {
     /// Id of the process.
     pub pid: u32,
-    /// Name of the process; `None` when procfs does not say.
+    /// Name of the process; `None` when procfs does not have it.
     pub command: Option<String>,
 }
 

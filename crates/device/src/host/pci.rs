@@ -1,4 +1,4 @@
-//! A PCI function as sysfs shows it.
+//! A PCI function as sysfs has it.
 
 use std::fmt;
 use std::path::Path;
@@ -16,7 +16,7 @@ const CAPABILITIES_MAX: usize = 48;
 pub struct PciAddress(String);
 
 impl PciAddress {
-    /// The text.
+    /// The address as text, `0000:01:00.0`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -57,9 +57,9 @@ impl FromStr for PciAddress {
 pub struct PciInterrupts {
     /// 1 with a pin, 0 without.
     pub intx: Option<u32>,
-    /// MSI vectors.
+    /// Number of MSI vectors; `None` without MSI.
     pub msi: Option<u32>,
-    /// MSI-X vectors.
+    /// Number of MSI-X vectors; `None` without MSI-X.
     pub msix: Option<u32>,
 }
 
@@ -68,20 +68,20 @@ pub struct PciInterrupts {
 pub struct Sriov {
     /// Most that it can have.
     pub total: u32,
-    /// That it has.
+    /// Number that it has now.
     pub now: u32,
 }
 
-/// What sysfs tells of a PCI function.
+/// Facts of a PCI function, from sysfs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PciFacts {
-    /// Vendor id.
+    /// Vendor id of config space.
     pub vendor: Option<u32>,
-    /// Device id.
+    /// Device id of config space.
     pub device: Option<u32>,
     /// Class code, 24 bits.
     pub class: Option<u32>,
-    /// What module aliases are matched against: `pci:v00008086d…`.
+    /// The text that module aliases are matched against: `pci:v00008086d…`.
     pub modalias: Option<String>,
     /// Physical function, for a virtual one.
     pub physical: Option<String>,

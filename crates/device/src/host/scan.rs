@@ -11,13 +11,13 @@ use super::kernel::{self, ConfigOption};
 use super::opening::{User, needed, users};
 use super::pci::{PciAddress, facts};
 
-/// What was found.
+/// The outcome of a scan: devices, and what could not be read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Scan {
     /// The devices, by kind and name.
     pub devices: Vec<HostDevice>,
-    /// What could not be looked at.
+    /// Places that could not be looked at, in sentences.
     pub problems: Vec<String>,
 }
 
@@ -140,7 +140,7 @@ impl Scanner<'_> {
         self.found.devices.push(device);
     }
 
-    /// Who of a group belongs to a driver that keeps the group from VFIO: `name (driver)`.
+    /// Members of a group that belong to a driver that keeps the group from VFIO: `name (driver)`.
     fn strangers(&mut self, group: u32) -> Vec<String> {
         if let Some(known) = self.groups.get(&group) {
             return known.clone();

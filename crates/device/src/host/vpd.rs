@@ -1,14 +1,14 @@
 //! Vital product data: what the maker wrote into a PCI function (PCI Local Bus Specification 3.0, Appendix I).
 
-/// Large resource tags.
+/// Tags of large resources.
 const READ_ONLY: u8 = 0x90;
 /// Small resource tag, without its length.
 const END: u8 = 0x78;
 /// Longest text that is taken, in bytes.
 const TEXT_MAX: usize = 128;
 
-/// Part number and engineering change level, which tell one make of a board from another. A serial number is of one board, and is
-/// not taken.
+/// Part number and engineering change level, which distinguish one make of a board from another. A serial number is of
+/// one board, and is not taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Vpd {
     pub(super) part: Option<String>,

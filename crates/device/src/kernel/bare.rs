@@ -31,7 +31,7 @@ impl BareSpace {
         Ok(Self { id, space: Arc::new(Ioas::new(iommufd)?), iommu: None, windows: Arc::default() })
     }
 
-    /// Its id, to attach a device to.
+    /// The address space's id, to attach a device to.
     pub fn id(&self) -> u32 {
         self.space.id()
     }

@@ -1,4 +1,4 @@
-//! An open kernel device, and what the kernel said of it as it was opened.
+//! An open kernel device, and what the kernel reported of it as it was opened.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
@@ -104,12 +104,12 @@ impl KernelDevice {
         self.inner.group.as_ref().map_or((*self.inner.device).as_fd(), AsFd::as_fd)
     }
 
-    /// The driver that it is bound to, where sysfs says.
+    /// The driver that it is bound to, where sysfs has it.
     pub fn driver(&self) -> Option<&str> {
         self.inner.sys.as_ref()?.driver.as_deref()
     }
 
-    /// Whether it says that it can be reset (`VFIO_DEVICE_FLAGS_RESET`). Some can that do not say so.
+    /// Whether it declares that it can be reset (`VFIO_DEVICE_FLAGS_RESET`). Some can that do not declare it.
     pub fn says_resettable(&self) -> bool {
         self.inner.resettable
     }
@@ -181,7 +181,7 @@ impl KernelDevice {
     }
 }
 
-/// Its flags, or why it has none.
+/// The device's migration flags, or the reason why it has none.
 fn find_flags(
     id: &DeviceId,
     device: &Arc<OwnedFd>,

@@ -17,11 +17,11 @@ pub(super) trait LogPort: fmt::Debug + Send + Sync {
     fn start(&self, ranges: &[Range<Iova>]) -> Result<Granule, UapiError>;
     /// ORs in what was written to one of the ranges, and forgets it.
     fn report(&self, range: Range<Iova>, granule: Granule, words: &mut [u64]) -> Result<(), UapiError>;
-    /// Ends it.
+    /// Ends the log.
     fn stop(&self) -> Result<(), UapiError>;
     /// Most ranges that it takes.
     fn most_ranges(&self) -> usize;
-    /// It knows a range only while it is mapped.
+    /// Whether the log knows a range only while it is mapped.
     fn goes_with_mapping(&self) -> bool;
 }
 
@@ -37,13 +37,13 @@ pub(super) struct TrackerLog {
 #[derive(Debug)]
 struct Active {
     logged: Vec<Logged>,
-    /// What the log itself works in.
+    /// Page size of the log itself.
     granule: Granule,
-    /// What reports are asked in: no larger, and every range is made of whole ones.
+    /// Page size that reports are asked in: no larger, and every range is made of whole ones.
     asked: Granule,
 }
 
-/// What a trial of a log showed.
+/// The finding of a trial of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tried {
     /// Every page was reported, twice in a row.

@@ -1,4 +1,4 @@
-//! What goes wrong with a kernel device, with what its operator can do.
+//! Errors of a kernel device, with what its operator can do.
 
 use std::path::PathBuf;
 
@@ -24,7 +24,7 @@ pub enum KernelError {
         device: String,
         /// The driver that has the device, if any.
         driver: Option<String>,
-        /// What the operator can do.
+        /// The change that its operator can make.
         remedy: String,
     },
     /// The device has no IOMMU group.
@@ -42,33 +42,33 @@ pub enum KernelError {
     Open {
         /// The file that was to be opened.
         path: PathBuf,
-        /// What its operator can do, where the errno tells.
+        /// The change that its operator can make, where the errno suggests one.
         remedy: Option<&'static str>,
-        /// Why it was not opened.
+        /// The errno of opening it.
         #[source]
         source: Errno,
     },
     /// The kernel refused in a way that its operator can do something about.
     #[error("{remedy}")]
     Refused {
-        /// What the operator can do.
+        /// The change that its operator can make.
         remedy: &'static str,
-        /// What was refused.
+        /// The system call that was refused.
         #[source]
         source: vfio_migration_uapi::UapiError,
     },
     /// The kernel has no TYPE1v2 IOMMU back end.
     #[error("the kernel offers no TYPE1v2 IOMMU for its containers; modprobe vfio_iommu_type1")]
     NoType1,
-    /// It is no PCI device.
+    /// The device is no PCI device.
     #[error("it is no PCI device, or has {0} regions")]
     NotPci(u32),
     /// The kernel describes a region in a way that cannot be.
     #[error("mappable area {start:#x}+{len:#x} of a region of {size:#x} bytes")]
     Region {
-        /// First byte.
+        /// First byte of the area, from the region's start.
         start: u64,
-        /// Bytes.
+        /// Length of the area, in bytes.
         len: u64,
         /// Bytes of the region.
         size: u64,
@@ -78,9 +78,9 @@ pub enum KernelError {
     OutsideRegion {
         /// Index of the region.
         region: u32,
-        /// First byte.
+        /// First byte of the access, from the region's start.
         offset: u64,
-        /// Bytes.
+        /// Length of the access, in bytes.
         len: u64,
         /// Bytes of the region, 0 where there is none.
         size: u64,
@@ -88,9 +88,9 @@ pub enum KernelError {
     /// The device took or gave fewer bytes than asked.
     #[error("the device moved {moved} bytes of {wanted}")]
     ShortAccess {
-        /// Bytes moved.
+        /// Number of bytes moved.
         moved: usize,
-        /// Bytes asked for.
+        /// Number of bytes asked for.
         wanted: usize,
     },
     /// A DMA mapping without a file.
@@ -104,11 +104,11 @@ pub enum KernelError {
     /// The range overlaps a mapped one, or is not mapped.
     #[error("the range {start:#x}+{len:#x} {what}")]
     Window {
-        /// First address.
+        /// First address of the range.
         start: u64,
-        /// Bytes.
+        /// Length of the range, in bytes.
         len: u64,
-        /// What is wrong with the range, as a verb phrase.
+        /// The fault of the range, as a verb phrase.
         what: &'static str,
     },
 }
@@ -137,7 +137,7 @@ impl KernelError {
         Self::Open { path, remedy: Some(remedy), source }
     }
 
-    /// What an errno of opening suggests.
+    /// The remedy that an errno of opening suggests.
     pub(super) fn remedy(errno: Errno) -> &'static str {
         match errno {
             Errno::BUSY => "another process, or another device of the same IOMMU group here, holds it",

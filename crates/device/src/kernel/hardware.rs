@@ -16,7 +16,7 @@ use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 
 impl OpenDevice {
-    /// Where `len` bytes at `offset` of a region are in the device's file.
+    /// The place of `len` bytes at `offset` of a region in the device's file.
     fn locate(&self, index: RegionIndex, offset: u64, len: usize, doing: &str) -> Result<u64, DeviceError> {
         let at = self.regions.infos.iter().position(|region| region.index == index);
         let size = at.map_or(0, |at| self.regions.infos[at].size);
@@ -55,7 +55,7 @@ impl OpenDevice {
         move |error| DeviceError::new(id, doing, error.errno(), error)
     }
 
-    /// Where in guest RAM a file's byte `offset` is, if the file is guest RAM.
+    /// The place of a file's byte `offset` in guest RAM, if the file is guest RAM.
     fn ram_offset(&self, fd: BorrowedFd<'_>, offset: u64) -> Result<Option<RamOffset>, Errno> {
         let (theirs, ours) = (rustix::fs::fstat(fd)?, rustix::fs::fstat(self.ram.fd())?);
         let same = (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino);

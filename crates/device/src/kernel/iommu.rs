@@ -1,4 +1,4 @@
-//! What stands between a kernel device and memory: a type1 container, or an address space of an iommufd.
+//! The IOMMU between a kernel device and memory: a type1 container, or an address space of an iommufd.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -135,7 +135,7 @@ impl LogPort for TableLog {
     }
 }
 
-/// The container's log.
+/// The log that the type1 container keeps.
 #[derive(Debug)]
 pub(super) struct ContainerLog {
     container: Arc<Type1>,

@@ -140,14 +140,14 @@ impl OpenDevice {
 }
 
 impl KernelDevice {
-    /// Who logs its DMA writes, and what follows from that. Chosen by trial when it is first asked for, best after the
-    /// guest's RAM was mapped.
+    /// The keeper of the log of its DMA writes, and what follows from that. Chosen by trial when it is first asked for,
+    /// best after the guest's RAM was mapped.
     pub fn tracker(&self) -> &TrackerChoice {
         &self.inner.tracked().0
     }
 
-    /// What sysfs and its PCI function show. No kernel driver declares a model, so none is made up: equality is strict,
-    /// the driver included, where sysfs is there to say it.
+    /// The manifest from sysfs and the PCI function. No kernel driver declares a model, so none is made up: equality is
+    /// strict, the driver included, where sysfs has it.
     fn describe(&self, flags: MigrationFlags) -> Result<DeviceManifest, DeviceError> {
         let sys = self.inner.sys.as_ref();
         let driver = sys.and_then(|sys| {
@@ -177,7 +177,8 @@ impl KernelDevice {
     }
 }
 
-/// What is better than the tracker that was chosen was tried before it, and failed; what is worse was not tried.
+/// The finding on each tracker. A better one than the chosen was tried before it, and failed; a worse one was not
+/// tried.
 fn tracking(kind: TrackerKind) -> DirtyTracking {
     let none = DirtyTracking { device_log: Some(false), iommu: Some(false), ..DirtyTracking::default() };
     match kind {

@@ -16,12 +16,12 @@ use super::path::KernelPath;
 use super::sysfs::{self, SysDevice};
 use crate::error::DeviceError;
 
-/// How a kernel device is opened. [`Default`] suits a VMM.
+/// Options for opening a kernel device. [`Default`] suits a VMM.
 #[derive(Clone, Debug)]
 pub struct KernelOptions {
-    /// Where sysfs is mounted: `/sys`.
+    /// Mount point of sysfs: `/sys`.
     pub sysfs: PathBuf,
-    /// Where device files are: `/dev`.
+    /// Folder of device files: `/dev`.
     pub dev: PathBuf,
     /// Open by the group also where the device has a file of its own.
     pub prefer_group: bool,
@@ -35,20 +35,20 @@ impl Default for KernelOptions {
     }
 }
 
-/// What stands between memory and a device whose descriptor was handed over.
+/// The IOMMU between memory and a device whose descriptor was handed over.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum IommuHandle {
     /// A type1 container with its IOMMU set, and the device's group, which is in it.
     Type1 {
-        /// The container, `/dev/vfio/vfio`.
+        /// The container, an open `/dev/vfio/vfio`.
         container: OwnedFd,
-        /// The group, `/dev/vfio/N`.
+        /// The group, an open `/dev/vfio/N`.
         group: OwnedFd,
     },
     /// An iommufd. The device is attached to a new address space of it.
     Iommufd {
-        /// `/dev/iommu`.
+        /// The iommufd, an open `/dev/iommu`.
         iommufd: OwnedFd,
         /// The device's id there, when it is bound already.
         bound: Option<u32>,

@@ -8,7 +8,7 @@ use vfio_migration_types::VmId;
 
 use super::error::KernelError;
 
-/// Where a kernel VFIO device is found.
+/// The name or the file by which a kernel VFIO device is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KernelPath {
@@ -20,7 +20,7 @@ pub enum KernelPath {
     Cdev(PathBuf),
     /// A group's file, `/dev/vfio/N`, and the device's name in it.
     Group {
-        /// The group's file.
+        /// The group's file, `/dev/vfio/N`.
         group: PathBuf,
         /// A PCI address or an mdev's UUID.
         name: String,

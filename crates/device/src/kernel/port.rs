@@ -10,7 +10,7 @@ use vfio_migration_uapi as uapi;
 use crate::contract::PrecopyProgress;
 use crate::session::port::{Port, PortError, PortStream};
 
-/// An open device.
+/// The calls of an open device, for its sessions.
 #[derive(Debug)]
 pub(super) struct DevicePort {
     pub(super) device: Arc<OwnedFd>,

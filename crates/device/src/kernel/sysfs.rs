@@ -1,4 +1,4 @@
-//! What sysfs says of a VFIO device.
+//! A VFIO device's entry in sysfs.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::host::files::attribute;
 /// A device below sysfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SysDevice {
-    /// Its PCI address, or an mdev's UUID.
+    /// The PCI address, or an mdev's UUID.
     pub(super) name: String,
     /// The driver that it is bound to.
     pub(super) driver: Option<String>,
@@ -22,16 +22,16 @@ pub(super) struct SysDevice {
     pub(super) group: Option<String>,
     /// Name that VFIO gave it (`vfio0`): a VFIO driver is bound to it. Before Linux 6.1 there is no such name.
     pub(super) vfio: Option<String>,
-    /// It is a mediated device, which no IOMMU stands before.
+    /// Whether it is a mediated device, which has no IOMMU before it.
     pub(super) mdev: bool,
     /// A mediated device's type, `mtty-1`.
     pub(super) mdev_type: Option<String>,
-    /// Version of its firmware. Read once, as the product is: a driver may ask the device for it, and vital product data
-    /// comes slowly, which a guest that stands should not wait for.
+    /// Version of its firmware. Read once, as the product is: a driver may ask the device for it, and vital product
+    /// data comes slowly, which a paused guest should not wait for.
     pub(super) firmware: Option<String>,
-    /// What its maker wrote into it.
+    /// The maker's marks in it.
     product: BTreeMap<String, Scalar>,
-    /// Its own folder.
+    /// The device's folder in sysfs.
     folder: PathBuf,
 }
 
@@ -60,7 +60,7 @@ pub(super) fn cdev(sysfs: &Path, file: &Path) -> Option<SysDevice> {
 }
 
 impl SysDevice {
-    /// What its maker wrote into it, and what its driver compares: attributes, which may be set at any time.
+    /// The maker's marks, and what its driver compares: attributes, which may be set at any time.
     pub(super) fn facts(&self) -> BTreeMap<String, Scalar> {
         let mut facts = facts::mediated(&self.folder, self.driver.as_deref(), self.mdev_type.as_deref());
         facts.extend(self.product.clone());

@@ -1,4 +1,4 @@
-//! Which dirty tracker a kernel device gets, and what follows from it.
+//! The choice of a kernel device's dirty tracker, and what follows from it.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use vfio_migration_types::{DeviceId, Iova, RamOffset, Range, error_chain};
 use super::dirty::{LogPort, TrackerLog, Tried};
 use super::windows::DmaWindows;
 
-/// Who keeps the log of a device's DMA writes.
+/// The keeper of the log of a device's DMA writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TrackerKind {
@@ -25,22 +25,22 @@ pub enum TrackerKind {
 /// The tracker that was chosen, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrackerChoice {
-    /// Who keeps the log.
+    /// The keeper of the log.
     pub kind: TrackerKind,
-    /// Why this and none that is better, and what follows from it, in sentences.
+    /// The reason for this and none that is better, and what follows from it, in sentences.
     pub why: String,
 }
 
-/// What a trial of one tracker gave.
+/// The outcome of a trial of one tracker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Trial {
-    /// It logs.
+    /// The tracker logs.
     Works,
-    /// It does not, because.
+    /// The tracker does not log, for this reason.
     Fails(String),
 }
 
-/// What the trials gave. Later ones are not made once one has worked.
+/// The outcomes of the trials. Later ones are not made once one has worked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Trials {
     pub(super) device: Trial,

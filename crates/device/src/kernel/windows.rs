@@ -1,16 +1,16 @@
-//! What a device may reach by DMA, and which guest RAM of it changed hands while a log runs.
+//! DMA windows of a device, and the guest RAM of them that changed hands while a log runs.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vfio_migration_types::{Iova, RamOffset, Range};
 
-/// One DMA mapping.
+/// One DMA mapping: a range of addresses, and the memory behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DmaWindow {
     pub(super) iova: Range<Iova>,
     /// The device may write.
     pub(super) write: bool,
-    /// Where in guest RAM it begins; `None` for something else, a BAR.
+    /// Its begin in guest RAM; `None` for something else, a BAR.
     pub(super) ram: Option<RamOffset>,
 }
 

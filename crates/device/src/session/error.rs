@@ -1,4 +1,4 @@
-//! What goes wrong with a session.
+//! Errors of a device's sessions.
 
 use vfio_migration_types::MigrationState;
 
@@ -33,7 +33,7 @@ pub enum SessionError {
     /// The device took an odd number of bytes.
     #[error("the device took {taken} of {offered} bytes")]
     OddWrite {
-        /// Bytes that it says it took.
+        /// Number of bytes that it claims to have taken.
         taken: usize,
         /// Bytes that it was given.
         offered: usize,

@@ -1,4 +1,4 @@
-//! What a back end brings to a session: the calls for a device's state, and for the data of a session.
+//! The interface between a session and its back end: the calls for a device's state, and for the data of a session.
 
 use std::fmt;
 
@@ -30,7 +30,7 @@ pub(crate) trait PortStream: fmt::Debug + Send {
     /// Reads at most `buf`. 0: nothing more, or nothing for now.
     fn read(&self, buf: &mut [u8]) -> Result<usize, PortError>;
 
-    /// Writes `bytes`, or the first of them, and says how many.
+    /// Writes `bytes`, or the first of them, and returns how many.
     fn write(&self, bytes: &[u8]) -> Result<usize, PortError>;
 
     /// Pre-copy estimates; `None` where the device has none.

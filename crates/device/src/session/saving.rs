@@ -78,7 +78,7 @@ impl PortSaving {
         DeviceError::new(self.machine.id.clone(), doing, Some(Errno::NODEV), lost)
     }
 
-    /// What an error of the stream means: a lost session if the device says so or the stream is dead.
+    /// The meaning of a stream's error: a lost session if the device says so or the stream is dead.
     fn failed(&self, doing: &str, error: PortError) -> DeviceError {
         match self.check(doing) {
             Err(lost) => lost,

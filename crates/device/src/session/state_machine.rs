@@ -20,7 +20,7 @@ impl StateMachine {
         Self { id, port, flags }
     }
 
-    /// Where it really is.
+    /// The state that the device really is in.
     pub(crate) fn state(&self) -> Result<MigrationState, DeviceError> {
         self.port.state().map_err(|error| self.failed("asking for its state", error))
     }
@@ -59,7 +59,7 @@ impl StateMachine {
         DeviceError::new(self.id.clone(), doing, error.errno, error.source)
     }
 
-    /// Where it is before it goes to `to`. Nothing is ever SET on a device in ERROR: the kernel would warn, and a host
+    /// The state before an arc to `to`. Nothing is ever SET on a device in ERROR: the kernel would warn, and a host
     /// with `panic_on_warn` panic (`vfio_main.c`, `vfio_mig_get_next_state`).
     pub(super) fn state_before(&self, to: MigrationState) -> Result<MigrationState, TransitionError> {
         const UNKNOWN: MigrationState = MigrationState::Error;

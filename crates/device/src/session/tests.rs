@@ -12,7 +12,7 @@ use super::state_machine::StateMachine;
 use crate::contract::{Chunk, Position, PrecopyProgress, ResumingSession, SavingSession};
 use crate::error::Remedy;
 
-/// What a scripted device does next at read(2), write(2) and PRECOPY_INFO, and where it is.
+/// The scripted device's next answers to read(2), write(2) and PRECOPY_INFO, and its state.
 #[derive(Debug)]
 struct State {
     now: S,

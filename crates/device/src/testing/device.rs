@@ -1,5 +1,5 @@
-//! A device made of some state and a thread that does DMA, which fails where it is told to. Its sessions are those of every
-//! back end ([`crate::session`]); the calls under them are made up here.
+//! A device made of some state and a thread that does DMA, which fails where it is asked to. Its sessions are those of
+//! every back end ([`crate::session`]); the calls under them are made up here.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,27 +26,27 @@ use crate::session::state_machine::StateMachine;
 /// Bytes of a piece of state.
 const PIECE: usize = 512;
 
-/// How long DMA may take to show.
+/// Time in which DMA must show.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a fake device is like.
+/// Properties of a fake device.
 #[derive(Clone, Debug)]
 pub struct FakeDeviceKind {
     /// The optional states that it has.
     pub flags: MigrationFlags,
-    /// It estimates what is left in pre-copy.
+    /// Whether it estimates what is left in pre-copy.
     pub precopy_info: bool,
-    /// It logs its DMA.
+    /// Whether it logs its DMA.
     pub dirty_log: bool,
     /// Pieces of state, of 512 bytes.
     pub pieces: usize,
     /// Pages at the end of RAM that it writes by DMA.
     pub dma_pages: u64,
-    /// How long the last piece of state takes to read.
+    /// Time that the last piece of state takes to read.
     pub slow_stop: Duration,
-    /// Its name, where it is not `toyN`.
+    /// The device's name, where it is not `toyN`.
     pub name: Option<String>,
-    /// Vectors that it says it has.
+    /// Number of vectors that it declares.
     pub vectors: u32,
 }
 
@@ -65,14 +65,14 @@ impl Default for FakeDeviceKind {
     }
 }
 
-/// Where a fake device fails.
+/// The place at which a fake device fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FakeFault {
     /// The arc into PRE_COPY.
     BeginPrecopy,
     /// A read of state in PRE_COPY or PRE_COPY_P2P.
     ReadPrecopy,
-    /// PRE_COPY to PRE_COPY_P2P.
+    /// The arc PRE_COPY to PRE_COPY_P2P.
     GoP2p,
     /// The arc into STOP_COPY.
     GoStopCopy,
@@ -82,7 +82,7 @@ pub enum FakeFault {
     BeginResuming,
     /// A write of state.
     Write,
-    /// RESUMING to STOP.
+    /// The arc RESUMING to STOP.
     Finish,
     /// RUNNING to RUNNING_P2P, and back.
     SetRunning,
@@ -122,7 +122,7 @@ struct Core {
     quit: AtomicBool,
     on: AtomicBool,
     blocks: AtomicU64,
-    /// It says that it is of another model.
+    /// Whether its manifest names another model.
     another: AtomicBool,
     journal: Arc<Mutex<Vec<String>>>,
     fault: Mutex<Option<FakeFault>>,
@@ -203,12 +203,12 @@ impl FakeDevice {
         self.core.on.store(true, Ordering::Relaxed);
     }
 
-    /// It fails there from now on.
+    /// Makes it fail at `fault` from now on.
     pub fn fail_at(&self, fault: FakeFault) {
         *self.core.fault.lock().unwrap() = Some(fault);
     }
 
-    /// Its resets fail from now on.
+    /// Makes its resets fail from now on.
     pub fn fail_resets(&self) {
         self.core.reset_fault.store(true, Ordering::Relaxed);
     }
@@ -218,12 +218,12 @@ impl FakeDevice {
         self.core.reinit.store(true, Ordering::Relaxed);
     }
 
-    /// Its state as it is.
+    /// A copy of its state now.
     pub fn frozen(&self) -> Vec<u8> {
         self.core.guts.lock().unwrap().pieces.iter().flatten().copied().collect()
     }
 
-    /// Its state as it was loaded last.
+    /// The state that it was loaded with last.
     pub fn loaded(&self) -> Vec<u8> {
         self.core.guts.lock().unwrap().loaded.clone()
     }
@@ -244,7 +244,7 @@ impl FakeDevice {
         }
     }
 
-    /// From now on it says that it is of another model.
+    /// Makes its manifest name another model from now on.
     pub fn become_another(&self) {
         self.core.another.store(true, Ordering::Relaxed);
     }

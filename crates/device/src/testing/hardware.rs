@@ -1,4 +1,4 @@
-//! A PCI device made of nothing: it answers from memory, remembers what was done to it, and fails where it is told to.
+//! A PCI device made of nothing: it answers from memory, remembers what was done to it, and fails where it is asked to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,7 +30,8 @@ pub fn sample_config() -> Vec<u8> {
     config
 }
 
-/// That of a device with everything else: besides MSI-X a pin, MSI with 4 maskable vectors at 0x60, and 8 ports in BAR 4.
+/// Config space of a device with everything else: besides MSI-X a pin, MSI with 4 maskable vectors at 0x60, and 8 ports
+/// in BAR 4.
 pub fn legacy_config() -> Vec<u8> {
     let mut config = sample_config();
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
@@ -49,7 +50,7 @@ pub fn mailbox() -> OwnedFd {
     mailbox
 }
 
-/// An eventfd.
+/// An eventfd that a test can ask.
 #[derive(Debug)]
 pub struct FakeEvent(OwnedFd);
 
@@ -84,17 +85,17 @@ pub struct FakeHardware {
     mailbox: OwnedFd,
     offset: u64,
     doorbell: FakeEvent,
-    /// How many interrupts of each kind it has.
+    /// Number of interrupts of each kind.
     irqs: [u32; 3],
-    /// It takes an eventfd that unmasks its pin.
+    /// Whether it takes an eventfd that unmasks its pin.
     resamples: bool,
     /// Signalled whenever its pin is unmasked by a call.
     pub unmasked: FakeEvent,
-    /// What was done to it, and what it is to do.
+    /// The log of what was done to it, and its settings for what comes.
     pub state: Mutex<FakeHardwareState>,
 }
 
-/// What was done to a [`FakeHardware`], and what it is to do.
+/// The log of a [`FakeHardware`], and its settings for what comes.
 #[derive(Debug)]
 pub struct FakeHardwareState {
     /// Config space of the function.
@@ -108,13 +109,13 @@ pub struct FakeHardwareState {
     pin: bool,
     masked: bool,
     resample: Option<OwnedFd>,
-    /// What was done since [`FakeHardware::log`] was last asked.
+    /// Calls since [`FakeHardware::log`] was last asked.
     pub log: Vec<String>,
-    /// What it may reach by DMA.
+    /// Addresses that it may reach by DMA.
     pub dma: BTreeSet<Range<Iova>>,
     /// The next call that changes something fails.
     pub fail: bool,
-    /// Its IOMMU takes no BAR of another device.
+    /// Whether its IOMMU takes no BAR of another device.
     pub no_peer_dma: bool,
 }
 
@@ -190,7 +191,7 @@ impl FakeHardware {
         device
     }
 
-    /// The regions that it says it has.
+    /// The regions that it declares.
     pub fn regions_mut(&mut self) -> &mut Vec<PciRegion> {
         &mut self.regions
     }
@@ -227,7 +228,7 @@ impl FakeHardware {
         unmasked
     }
 
-    /// What was done since last asked.
+    /// Calls since last asked.
     pub fn log(&self) -> Vec<String> {
         std::mem::take(&mut self.state.lock().unwrap().log)
     }
@@ -237,7 +238,7 @@ impl FakeHardware {
         self.doorbell.drain()
     }
 
-    /// Its BAR 2.
+    /// A mapping of its BAR 2.
     pub fn mailbox(&self) -> Mapping {
         Mapping::new(self.mailbox.as_fd(), 0, BAR2_SIZE, true).unwrap()
     }

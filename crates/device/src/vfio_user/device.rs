@@ -20,12 +20,12 @@ use crate::session::state_machine::StateMachine;
 /// Most regions that a server may have. A PCI function has nine; a server may add its own.
 const REGIONS_MAX: u32 = 64;
 
-/// How a vfio-user device is opened. [`Default`] suits a VMM.
+/// Options for opening a vfio-user device. [`Default`] suits a VMM.
 #[derive(Clone, Debug)]
 pub struct VfioUserOptions {
     /// Limit on each request. A state transition must fit into it. 10 s.
     pub timeout: Duration,
-    /// How long to wait for the server to come up. 5 s.
+    /// Longest wait for the server to come up. 5 s.
     pub connect_timeout: Duration,
     /// Keep guest memory's descriptor back, so that the server asks for each access (DMA_READ, DMA_WRITE). Slow; for
     /// servers that are not to map guest RAM. Such accesses are logged here.
@@ -189,7 +189,7 @@ impl ServedDevice {
     }
 }
 
-/// Its flags, or why it has none.
+/// The device's migration flags, or the reason why it has none.
 fn find_flags(id: &DeviceId, client: &Client) -> Result<MigrationFlags, NotMigratable> {
     let none = |why: String| NotMigratable(format!("device {id}: {why}"));
     client

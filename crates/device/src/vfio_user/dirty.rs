@@ -9,7 +9,7 @@ use vfio_user_peer::{Client, Feature, FeatureOp, IovaRange};
 use super::dma::GuestDma;
 use crate::contract::DirtyLog;
 
-/// The log of one device: the server's own and [`GuestDma`]'s, told as one.
+/// The log of one device: the server's own and [`GuestDma`]'s, reported as one.
 #[derive(Debug)]
 pub(super) struct ServerLog {
     id: DeviceId,
@@ -119,7 +119,7 @@ impl DirtySource for ServerLog {
         let Some(Active { ranges, granule }) = active.as_ref() else {
             return Err(self.failed("reporting", "it was not started"));
         };
-        // What the server wrote by message before it said that it has stopped may still wait in the other socket.
+        // What the server wrote by message before it reported that it has stopped may still wait in the other socket.
         self.client.dma_settled().map_err(|error| self.failed("waiting for writes under way", error))?;
         self.dma.writes.report(into)?;
         for range in ranges {

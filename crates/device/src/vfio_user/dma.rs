@@ -10,7 +10,7 @@ use vfio_user_peer::DmaHandler;
 
 use crate::hardware::DmaAccess;
 
-/// What the device may reach.
+/// The guest RAM that the device may reach.
 #[derive(Debug)]
 pub(super) struct GuestDma {
     ram: Arc<GuestRam>,
@@ -19,7 +19,7 @@ pub(super) struct GuestDma {
     pub(super) writes: WriteLog,
 }
 
-/// One DMA mapping.
+/// One DMA mapping: a range of addresses, and the memory behind it.
 #[derive(Debug)]
 struct ServedWindow {
     iova: Range<Iova>,

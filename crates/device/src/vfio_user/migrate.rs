@@ -66,7 +66,7 @@ impl Device for VfioUserDevice {
 }
 
 impl VfioUserDevice {
-    /// Puts together what the server declares and what its PCI function shows.
+    /// The manifest, from what the server declares and what its PCI function has.
     fn describe(&self, flags: MigrationFlags, dirty_log: bool) -> Result<DeviceManifest, DeviceError> {
         // No IOMMU and no container is before a process.
         let dirty = DirtyTracking {
