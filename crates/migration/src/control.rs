@@ -25,7 +25,7 @@ struct Shared {
     inbox: Mutex<Inbox>,
 }
 
-/// What was asked for before the session could hear it.
+/// Requests that were made before the session could take them.
 #[derive(Default)]
 struct Inbox {
     session: Option<Sender<SourceEvent>>,
@@ -66,14 +66,14 @@ impl Control {
         self.tell(SourceEvent::ContinueSwitchover);
     }
 
-    /// Says that a device lost its migration session by itself (the guest reset it, its server died): the attempt
+    /// Reports that a device lost its migration session by itself (the guest reset it, its server died): the attempt
     /// cannot go on, and is undone.
     pub fn device_lost(&self, device: &DeviceId, why: &str) {
         let phase = self.progress().phase;
         self.tell(SourceEvent::DeviceLost(Failure::new(Side::Source, phase, why).of_device(device)));
     }
 
-    /// Where the migration stands, or stood at its end.
+    /// The migration's progress now, or at its end.
     pub fn progress(&self) -> Progress {
         lock(&self.shared.progress).clone()
     }
@@ -144,7 +144,7 @@ impl IncomingControl {
         self.shared.cancelled.store(true, std::sync::atomic::Ordering::Release);
     }
 
-    /// Where the incoming migration stands.
+    /// The incoming migration's progress now, or at its end.
     pub fn progress(&self) -> Progress {
         lock(&self.shared.progress).clone()
     }

@@ -1,4 +1,4 @@
-//! How an attempt fails, as its caller sees it.
+//! Failures of an attempt, as its caller sees them.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,23 +12,23 @@ use crate::machine::Machine;
 use crate::reasons::sentences;
 use crate::uri::Uri;
 
-/// Why a guest did not move.
+/// The reason why a guest did not move.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MigrateError {
-    /// It was never begun: this side's own preconditions do not hold. The guest never noticed.
+    /// The attempt was never begun: this side's own preconditions do not hold. The guest never noticed.
     #[error("the migration did not begin: {0}")]
     NotBegun(Failure),
-    /// It was refused by the rules of one side, the destination's or this one's. The guest never noticed.
+    /// The attempt was refused by the rules of one side, the destination's or this one's. The guest never noticed.
     #[error("the migration was refused: {}", sentences(.0))]
     Refused(Vec<Reason>),
-    /// It was undone.
+    /// The attempt was undone, with its cause and what is left.
     #[error("{0}")]
     Aborted(Box<Aborted>),
-    /// COMMIT was sent and its outcome is not known: the guest stands here, and nothing runs by itself.
+    /// COMMIT was sent and its outcome is not known: the guest is paused here, and nothing runs by itself.
     #[error("who owns the guest is not known: {why}; the guest stands here until a person decides")]
     Unresolved {
-        /// What is known.
+        /// The known facts, for the person who decides.
         why: String,
     },
 }
@@ -53,7 +53,7 @@ impl MigrateError {
 /// An attempt that was undone, and what is left of the machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Aborted {
-    /// The cause.
+    /// The failure, or the cancellation, that ended the attempt.
     pub cause: Failure,
     /// Cancelled by the operator, not failed.
     pub cancelled: bool,
@@ -61,7 +61,7 @@ pub struct Aborted {
     pub reset: Vec<DeviceId>,
     /// Storage locks that could not be taken back: the guest stays paused.
     pub locks_lost: Vec<String>,
-    /// Whether the guest is as it was before the attempt: running, or standing if its operator had paused it.
+    /// Whether the guest is as it was before the attempt: running, or paused if its operator had paused it.
     pub restored: bool,
 }
 
@@ -84,23 +84,24 @@ impl fmt::Display for Aborted {
     }
 }
 
-/// Why no guest arrived.
+/// The reason why no guest arrived.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IncomingError {
     /// No session was begun: the socket, the journal, or nobody came in time.
     #[error("no migration came in: {0}")]
     NotBegun(Failure),
-    /// It was refused by the rules of one side, the source's or this one's.
+    /// The attempt was refused by the rules of one side, the source's or this one's.
     #[error("the migration was refused: {}", sentences(.0))]
     Refused(Vec<Reason>),
     /// Nothing ran here; every device is reset and released.
     #[error("the incoming migration was aborted {0}")]
     Aborted(Failure),
-    /// It was a rehearsal, and is over, however it ended. The next may be [accepted](crate::Destination::accept).
+    /// The attempt was a rehearsal, and is over, however it ended. The next may be
+    /// [accepted](crate::Destination::accept).
     #[error("{0}")]
     Rehearsed(Box<RehearsedHere>),
-    /// This side owns the guest, and could not start it: it is held paused, and nobody else may run it.
+    /// This side owns the guest, and could not start it: the guest is held paused, and nobody else may run it.
     #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
     OwnedNotStarted(Box<OwnedNotStarted>),
 }
@@ -109,9 +110,9 @@ pub enum IncomingError {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RehearsedHere {
-    /// Why the rules of one side refused it, if they did.
+    /// Reasons of the side whose rules refused it; empty if none did.
     pub refused: Vec<Reason>,
-    /// Why it ended early, or what could not be let go.
+    /// The failure that ended it early, or that kept something from being released.
     pub cause: Option<Failure>,
 }
 
@@ -131,11 +132,11 @@ impl fmt::Display for RehearsedHere {
 /// A guest that is ours and does not run.
 #[derive(Clone)]
 pub struct OwnedNotStarted {
-    /// The machine.
+    /// The machine that holds the guest, paused.
     pub machine: Arc<dyn Machine>,
     /// Under this epoch it is ours.
     pub epoch: Epoch,
-    /// Why it does not run.
+    /// The failure that keeps it from running.
     pub cause: Failure,
 }
 

@@ -1,15 +1,14 @@
 //! Live migration for guests that own VFIO devices: the face a VMM embeds.
 //!
 //! A VMM implements [`Machine`] (its RAM, its dirty sources, its devices, pause and resume, save and load of machine
-//! state, storage locks) and calls one of two functions, each of which blocks until the migration has ended:
+//! state, storage locks) and calls one of three functions, each of which blocks until the migration has ended:
 //!
 //! * [`Source::migrate_to`]: `Ok` means that the guest runs at the destination and this machine is spent; `Err` means
 //!   that the guest runs here, or the error says exactly why not.
 //! * [`Destination::accept`]: `Ok` means that this machine owns the guest and runs it; `Err` means that nothing ran here,
 //!   and every device is reset and released ([`IncomingError::OwnedNotStarted`] is the one exception, and says so).
-//!
-//! * [`Source::rehearse_to`] does the first part of it for real, and undoes it: it tells whether a migration would come to
-//!   its end, and how long the guest would stand.
+//! * [`Source::rehearse_to`] does the first part of a migration for real, and undoes it: `Ok` means that nothing moved, and
+//!   holds whether a migration would come to its end, and how long the guest would be paused.
 //!
 //! Other threads watch and steer through [`Control`] and [`IncomingControl`].
 //!
@@ -119,7 +118,7 @@
 //! assert!(*there.running.lock().unwrap() && !*here.running.lock().unwrap());
 //! assert_eq!(there.ram.read_u64(RamOffset(4096))?, 42);
 //! assert_eq!(*there.register.lock().unwrap(), 43);
-//! println!("it stood still for {:?}", completed.downtime);
+//! println!("it was paused for {:?}", completed.downtime);
 //! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
 //!

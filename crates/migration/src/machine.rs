@@ -1,7 +1,7 @@
-//! What a VMM implements: its machine, as a migration sees it.
+//! The interface of a VMM: its machine, as a migration sees it.
 //!
 //! The trait is small on purpose, and no method has a default that pretends success. Pausing yields a [`Paused`]
-//! token: only with it can machine state be saved, so "the vCPUs stand" is a type and not a comment.
+//! token: only with it can machine state be saved, so "the vCPUs are paused" is a type and not a comment.
 
 use std::fmt;
 use std::sync::Arc;
@@ -45,24 +45,24 @@ pub struct MigratableDevice {
 /// [`resume`](Self::resume), [`save`](Self::save) and [`load`](Self::load) at once. A VMM whose operator resumes the
 /// guest while a session holds it paused must not let it run before the session ends or calls `resume`.
 pub trait Machine: Send + Sync {
-    /// Its identity, equal on both sides.
+    /// The VM's identity, equal on both sides.
     fn id(&self) -> VmId;
 
-    /// What it is: RAM layout, CPU, sections, and the manifest of each device, in the order of
+    /// The machine's manifest: RAM layout, CPU, sections, and the manifest of each device, in the order of
     /// [`devices`](Self::devices).
     fn manifest(&self) -> Result<MachineManifest, MachineError>;
 
-    /// Its RAM.
+    /// The guest's RAM, all of it.
     fn ram(&self) -> Arc<GuestRam>;
 
     /// The VMM's own dirty sources: the hypervisor's log of vCPU writes, and a log of the VMM's own writes. The
     /// devices' logs are taken from the devices.
     fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>>;
 
-    /// Its devices, in manifest order.
+    /// The machine's devices, in manifest order.
     fn devices(&self) -> Vec<MigratableDevice>;
 
-    /// Where the devices' interrupt routes are set.
+    /// The router that sets the devices' interrupt routes.
     fn irq_router(&self) -> Arc<dyn IrqRouter>;
 
     /// Stops all vCPUs, completes what they had under way, and closes every way by which the VMM itself would touch a
@@ -74,12 +74,12 @@ pub trait Machine: Send + Sync {
     fn pause(&self) -> Result<bool, MachineError>;
 
     /// Ends the pause, and lets the vCPUs run if `run`. Called at the end of each [`pause`](Self::pause) that is not
-    /// committed, with what `pause` answered: with `false` the guest goes on standing, but is its operator's to resume
+    /// committed, with what `pause` answered: with `false` the guest stays paused, but is its operator's to resume
     /// again. At the destination it is called once, after everything was loaded: with `true` the guest runs for the
-    /// first time, with `false` it arrives standing and is its operator's.
+    /// first time, with `false` it arrives paused and is its operator's.
     ///
     /// # Errors
-    /// The guest stands, and the pause goes on: the call may be repeated.
+    /// The guest is paused, and the pause goes on: the call may be repeated.
     fn resume(&self, run: bool) -> Result<(), MachineError>;
 
     /// Reads out the machine's state: vCPUs, interrupt controller, clock, emulated devices. Called after every device
@@ -93,13 +93,14 @@ pub trait Machine: Send + Sync {
     /// Also a section that is unknown, of an unknown version, missing, or left over: nothing is skipped in silence.
     fn load(&self, sections: Vec<Section>) -> Result<(), MachineError>;
 
-    /// Lets go of every storage lock, at the source, once the guest stands. A machine without any succeeds.
+    /// Releases every storage lock, at the source, once the guest is paused. A machine without any succeeds.
     fn release_locks(&self) -> Result<(), LockError>;
 
     /// Takes every storage lock: at the destination before READY, at the source when a migration is undone. All, or
-    /// none: what this call took before a failure is let go. A lock that is still held counts as taken, so that the call
-    /// can be made after a [`release_locks`](Self::release_locks) that failed half way, and be repeated: a source on its
-    /// way back repeats it for some seconds, while the destination lets go. A machine without any succeeds.
+    /// none: what this call took before a failure is released. A lock that is still held counts as taken, so that the
+    /// call can be made after a [`release_locks`](Self::release_locks) that failed half way, and be repeated: a source
+    /// on its way back repeats it for some seconds, while the destination releases its own. A machine without any
+    /// succeeds.
     fn take_locks(&self) -> Result<(), LockError>;
 }
 
@@ -107,11 +108,11 @@ pub trait Machine: Send + Sync {
 #[derive(Debug, thiserror::Error)]
 #[error("{doing} failed")]
 pub struct MachineError {
-    /// What was attempted, as a noun phrase: `"saving vCPU 0"`.
+    /// The failed step, as a noun phrase: `"saving vCPU 0"`.
     pub doing: String,
     /// errno, where one is known.
     pub errno: Option<Errno>,
-    /// The cause.
+    /// The VMM's own error.
     #[source]
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }
@@ -133,21 +134,21 @@ impl MachineError {
     }
 }
 
-/// A storage lock could not be taken or let go.
+/// A storage lock could not be taken or released.
 #[derive(Debug, thiserror::Error)]
 #[error("the storage lock {lock} cannot be {action}", action = if *taking { "taken" } else { "released" })]
 pub struct LockError {
-    /// Which lock: a path, a URL, whatever its operator knows it by.
+    /// The lock: a path, a URL, whatever its operator knows it by.
     pub lock: String,
     /// Whether it was to be taken (else released).
     pub taking: bool,
-    /// The cause.
+    /// The VMM's own error.
     #[source]
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }
 
-/// The guest stands. Dropping it lets the guest run again, if it ran before; [`commit`](Self::commit) is the only way
-/// to end the pause for good.
+/// The pause of a guest. Dropping it lets the guest run again, if it ran before; [`commit`](Self::commit) is the only
+/// way to end the pause for good.
 pub struct Paused {
     machine: Arc<dyn Machine>,
     ran: bool,
@@ -155,7 +156,7 @@ pub struct Paused {
 }
 
 impl Paused {
-    /// Pauses the machine.
+    /// Pauses the machine, by [`Machine::pause`].
     pub fn pause(machine: &Arc<dyn Machine>) -> Result<Self, MachineError> {
         let ran = machine.pause()?;
         Ok(Self { machine: Arc::clone(machine), ran, keep: false })
@@ -169,14 +170,14 @@ impl Paused {
     /// Ends the pause: the guest runs, if it ran before.
     ///
     /// # Errors
-    /// The guest stands, and the machine's pause goes on.
+    /// The guest is paused, and the machine's pause goes on.
     pub fn resume(mut self) -> Result<(), MachineError> {
-        // What the caller is told stays true: nothing is tried again behind its back.
+        // The outcome that the caller gets stays true: nothing is tried again behind its back.
         self.keep = true;
         self.machine.resume(self.ran)
     }
 
-    /// Ends the pause. After a failure the token still stands for the pause, and this can be tried again.
+    /// Ends the pause. After a failure the pause goes on with this token, and this can be tried again.
     pub(crate) fn end(&mut self) -> Result<(), MachineError> {
         self.machine.resume(self.ran)?;
         self.keep = true;
@@ -188,7 +189,7 @@ impl Paused {
         self.keep = true;
     }
 
-    /// Whether dropping the token leaves the guest standing.
+    /// Whether dropping the token leaves the guest paused.
     pub(crate) fn stays_paused(&self) -> bool {
         self.keep
     }

@@ -1,4 +1,4 @@
-//! What a source offers, as the destination's VMM sees it before it builds its machine.
+//! The source's offer, as the destination's VMM sees it before it builds its machine.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,17 +13,17 @@ use crate::report::ArrivalReport;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct IncomingOffer {
-    /// The VM.
+    /// The VM that the guest is.
     pub vm: VmId,
-    /// The attempt.
+    /// The source's attempt to move it.
     pub attempt: AttemptId,
     /// The epoch under which the source owns it.
     pub epoch: Epoch,
-    /// What the source's machine is.
+    /// The manifest of the source's machine.
     pub manifest: MachineManifest,
 }
 
-/// A guest that arrived: this machine owns it, and runs it unless it was sent standing.
+/// A guest that arrived: this machine owns it, and runs it unless it was sent paused.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Arrived {
@@ -31,7 +31,7 @@ pub struct Arrived {
     pub machine: Arc<dyn Machine>,
     /// The epoch under which it is ours: what the next [`SourceOptions::epoch`](crate::SourceOptions::epoch) needs.
     pub epoch: Epoch,
-    /// How it went.
+    /// Times and totals of the arrival.
     pub report: ArrivalReport,
 }
 

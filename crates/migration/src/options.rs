@@ -1,4 +1,4 @@
-//! What the embedder may choose.
+//! Options of an embedder, at the source and at the destination.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_device::ConfigRules;
 use vfio_migration_types::{Epoch, VmId};
 
-/// How a source migrates. Begin with `SourceOptions::default()` and change what matters.
+/// Options of a source. Begin with `SourceOptions::default()` and change what matters.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SourceOptions {
@@ -34,16 +34,16 @@ pub struct SourceOptions {
     /// Checksum RAM while the guest runs too, at the price of a copy. Off: the network's own checksums must do until the
     /// guest is paused; from then on everything is checksummed.
     pub ram_crc: bool,
-    /// When the way back could save a device only by a reset (its guest state is gone): hold the guest paused instead of
-    /// letting it run. Off.
+    /// Hold the guest paused instead of letting it run, when the way back could save a device only by a reset (its
+    /// guest state is gone). Off.
     pub hold_if_reset: bool,
-    /// Where the journal lives. `None`: in this process's memory alone, so that a crash leaves no trace of who owned
+    /// Folder of the journal. `None`: in this process's memory alone, so that a crash leaves no trace of who owned
     /// the guest.
     pub state_dir: Option<PathBuf>,
     /// The epoch under which this side owns the guest: what [`Arrived::epoch`](crate::Arrived) said, or 0 for a guest
     /// that was booted here. A journal that knows a later one wins.
     pub epoch: Epoch,
-    /// What this side allows and asks for. The destination has a policy of its own; the stricter holds.
+    /// This side's policy: what it allows and asks for. The destination has a policy of its own; the stricter holds.
     pub policy: Policy,
     /// Devices that have another name at the destination.
     pub device_map: DeviceMap,
@@ -75,7 +75,7 @@ impl Default for SourceOptions {
     }
 }
 
-/// How a destination receives. Begin with `DestinationOptions::default()` and change what matters.
+/// Options of a destination. Begin with `DestinationOptions::default()` and change what matters.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct DestinationOptions {
@@ -85,13 +85,13 @@ pub struct DestinationOptions {
     pub peer_timeout: Duration,
     /// Only this VM is let in; `None`: any.
     pub expect: Option<VmId>,
-    /// Where the journal lives; as [`SourceOptions::state_dir`].
+    /// Folder of the journal; as [`SourceOptions::state_dir`].
     pub state_dir: Option<PathBuf>,
     /// Config-space bytes that may, or may not, differ: exceptions to the default mask.
     pub config_rules: ConfigRules,
-    /// What this side allows and asks for. The source has a policy of its own; the stricter holds.
+    /// This side's policy: what it allows and asks for. The source has a policy of its own; the stricter holds.
     pub policy: Policy,
-    /// How long what was reserved is kept for a source that does not begin. 60 s.
+    /// Time for which what was reserved is kept for a source that does not begin. 60 s.
     pub lease: Duration,
     /// Bytes of one device's state that may wait in memory to be loaded. 16 MiB.
     pub device_window: u64,

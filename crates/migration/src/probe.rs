@@ -15,7 +15,7 @@ use crate::source::Source;
 use crate::uri::Uri;
 
 /// Asks the destination at `uri` whether what `manifest` describes could come, by the rules of both sides. The destination
-/// reserves all that it would need, says so, and lets go of it again.
+/// reserves all that it would need, reports so, and releases it again.
 ///
 /// `vm` is the identity that is asked for; a destination that expects another VM refuses it.
 ///

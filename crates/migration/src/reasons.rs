@@ -37,9 +37,9 @@ pub(crate) fn to_wire(reasons: &[Reason]) -> Vec<wire::Reason> {
     reasons.iter().map(one).collect()
 }
 
-/// What a peer gave for reasons. A word that this version does not know counts as the worst.
+/// A peer's reasons, as those of this crate. A word that this version does not know counts as the worst.
 pub(crate) fn from_wire(reasons: Vec<wire::Reason>) -> Vec<Reason> {
-    // A value that was cut to fit is no JSON any more, and is shown as it is.
+    // A value that was cut to fit is no JSON any more, and is given as it is.
     let value = |text: String| match serde_json::from_str(&text) {
         Ok(value) => value,
         Err(_) if text.is_empty() => Value::Null,
@@ -64,7 +64,7 @@ pub(crate) fn permits(report: &Report, to_file: bool) -> bool {
     report.verdict <= worst
 }
 
-/// What a device did when it was tried, as a reason.
+/// A device's failure when it was tried, as a reason.
 pub(crate) fn of_device_failure(failure: &Failure) -> Option<Reason> {
     let device = failure.device.clone()?;
     let arc = failure.arc.map(|(from, to)| format!("{from} to {to}"));
@@ -78,7 +78,7 @@ pub(crate) fn of_device_failure(failure: &Failure) -> Option<Reason> {
     })
 }
 
-/// The report that a peer's reasons were taken from, as far as they tell.
+/// The report that a peer's reasons were taken from, as far as they have it.
 pub(crate) fn report(reasons: &[Reason]) -> Report {
     let worst = reasons.iter().map(|reason| Verdict::from(reason.severity)).max();
     Report {
@@ -98,7 +98,7 @@ pub(crate) fn with(mut report: Report, found: Vec<Reason>) -> Report {
     report
 }
 
-/// What stands against it, for an error's sentence.
+/// The sentences of all reasons, for an error's text.
 pub(crate) fn sentences(reasons: &[Reason]) -> String {
     let against = reasons.iter().filter(|reason| reason.severity >= Severity::SnapshotOnly);
     let texts: Vec<String> = against

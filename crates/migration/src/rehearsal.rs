@@ -1,4 +1,4 @@
-//! What a rehearsal found: everything up to a point was done for real, and undone.
+//! Findings of a rehearsal: everything up to a point was done for real, and undone.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,34 +19,34 @@ pub use vfio_migration_engine::Rehearse;
 pub struct Rehearsal {
     /// Whether the machine fits, by the rules of both sides, with all that should be known.
     pub report: Report,
-    /// Why the migration would not have come to its end, if so.
+    /// The failure that would have kept the migration from its end, if there is one.
     pub obstacle: Option<Failure>,
     /// Iterations of the pre-copy.
     pub iterations: u32,
-    /// What was measured.
+    /// Rates that were measured.
     pub rates: Rates,
-    /// The downtime that is to be expected; `None` when nothing was measured to tell from.
+    /// The downtime that is to be expected; `None` when nothing was measured to predict it from.
     #[serde(rename = "predicted_downtime_ms", with = "crate::report::millis_option")]
     pub predicted_downtime: Option<Duration>,
-    /// What it is made of.
+    /// Parts of the predicted downtime, in order.
     pub parts: Vec<PredictedPart>,
-    /// Devices whose state was not tried, because they can only be saved while the guest stands.
+    /// Devices whose state was not tried, because they can only be saved while the guest is paused.
     pub not_rehearsed: Vec<DeviceId>,
-    /// Bytes moved.
+    /// Payload moved by the rehearsal.
     pub bytes: Bytes,
-    /// In all.
+    /// Duration of the rehearsal in all.
     #[serde(rename = "total_ms", with = "crate::report::millis")]
     pub total: Duration,
-    /// How long each phase took.
+    /// Time of each phase that was entered.
     pub phases: Vec<PhaseTime>,
-    /// What the destination could not let go, or that it did not say that it has.
+    /// The destination's failure to release something, or to report that it has.
     pub left_undone: Option<Failure>,
 }
 
 /// Bytes per second, each `None` where nothing was measured.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rates {
-    /// On the wire.
+    /// All bytes on the wire.
     pub wire: Option<u64>,
     /// Device state loaded at the destination.
     pub load: Option<u64>,
@@ -59,24 +59,24 @@ pub struct Rates {
 /// A part of the downtime that is to be expected.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PredictedPart {
-    /// What it is spent on: `quiesce`, `round-trips`, `ram`, `device NAME`, `final`, `load`, `start`.
+    /// The part's purpose: `quiesce`, `round-trips`, `ram`, `device NAME`, `final`, `load`, `start`.
     pub name: String,
-    /// How long.
+    /// The part's duration.
     #[serde(rename = "ms", with = "crate::report::millis")]
     pub took: Duration,
-    /// How this is known.
+    /// The ground on which the duration is known.
     pub basis: Basis,
 }
 
-/// How a figure is known.
+/// The ground on which a figure is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Basis {
-    /// It was measured.
+    /// Measured in the rehearsal.
     Measured,
-    /// It follows from what the device says of itself, at a measured rate.
+    /// Computed from what the device declares, at a measured rate.
     Declared,
-    /// It is assumed, or left at zero.
+    /// Assumed, or left at zero.
     Unknown,
 }
 

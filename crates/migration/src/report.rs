@@ -1,4 +1,5 @@
-//! What a session tells while it runs, and at its end. All of it serialises; times are milliseconds in JSON.
+//! Progress of a session while it runs, and its report at the end. All of it serialises; times are milliseconds in
+//! JSON.
 
 use std::time::Duration;
 
@@ -6,18 +7,18 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_compat::Report;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, Phase, VmId};
 
-/// Where a migration stands, at either side. Counts are of this side.
+/// Progress of a migration, at either side. Counts are of this side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Progress {
-    /// The phase.
+    /// The phase under way.
     pub phase: Phase,
     /// Iteration of the pre-copy, from 1; 0 before.
     pub iteration: u32,
     /// Since the session began.
     #[serde(rename = "elapsed_ms", with = "millis")]
     pub elapsed: Duration,
-    /// The guest stands because of this session.
+    /// Whether the guest is paused because of this session.
     pub paused: bool,
     /// The session waits for [`Control::continue_switchover`](crate::Control::continue_switchover) before it pauses the guest.
     pub waiting: bool,
@@ -31,7 +32,7 @@ pub struct Progress {
     pub remaining: u64,
     /// Bytes per second, over the last second or so.
     pub rate: u64,
-    /// What the guest's standstill would last if it began now, once there is something to tell from.
+    /// The downtime, were the guest paused now; `None` until there is something to predict it from.
     #[serde(rename = "predicted_downtime_ms", with = "millis_option")]
     pub predicted_downtime: Option<Duration>,
     /// The limit in force.
@@ -68,18 +69,18 @@ pub struct Bytes {
     pub ram: u64,
     /// Device state while the guest ran.
     pub device_precopy: u64,
-    /// Device state while the guest stood.
+    /// Device state while the guest was paused.
     pub device_stopcopy: u64,
 }
 
-/// Where one device stands.
+/// Progress of one device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
-    /// Name.
+    /// Name of the device, at the source.
     pub id: DeviceId,
     /// Bytes moved while the guest ran.
     pub precopy: u64,
-    /// Bytes moved while the guest stood.
+    /// Bytes moved while the guest was paused.
     pub stopcopy: u64,
     /// Initial bytes left, where the device can say.
     pub initial_left: Option<u64>,
@@ -89,23 +90,23 @@ pub struct DeviceStatus {
     pub stop_copy_estimate: Option<u64>,
 }
 
-/// How long a phase took.
+/// Time of a phase.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PhaseTime {
-    /// Which.
+    /// The phase that took it.
     pub phase: Phase,
     /// In all, if it was entered more than once.
     #[serde(rename = "ms", with = "millis")]
     pub took: Duration,
 }
 
-/// A migration that completed, as its source tells it.
+/// A migration that completed, as its source reports it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Completed {
-    /// The VM.
+    /// The VM that moved.
     pub vm: VmId,
-    /// The attempt.
+    /// The attempt by which it moved.
     pub attempt: AttemptId,
     /// The epoch under which the destination owns the guest.
     pub epoch: Epoch,
@@ -119,15 +120,15 @@ pub struct Completed {
     pub downtime: Duration,
     /// Whether `downtime` was read from one clock (both sides on one host); else the answer's way back is in it.
     pub one_clock: bool,
-    /// What had been predicted when the guest was paused.
+    /// The downtime that had been predicted when the guest was paused.
     #[serde(rename = "predicted_downtime_ms", with = "millis")]
     pub predicted: Duration,
-    /// Time spent on RAM digests while the guest stood, both sides.
+    /// Time spent on RAM digests while the guest was paused, both sides.
     #[serde(rename = "verify_ms", with = "millis")]
     pub verify: Duration,
     /// Iterations of the pre-copy.
     pub iterations: u32,
-    /// Payload.
+    /// Payload moved, by kind.
     pub bytes: Bytes,
     /// Everything put on the wire, headers included.
     pub wire_bytes: u64,
@@ -139,55 +140,55 @@ pub struct Completed {
     pub device_digest_match: bool,
     /// Interrupt vectors armed at the destination.
     pub vectors: u32,
-    /// Whether the guest runs there (else it stands, as it stood here).
+    /// Whether the guest runs there (else it stays paused, as it was here).
     pub guest_runs: bool,
-    /// Per device.
+    /// Totals per device, in manifest order.
     pub devices: Vec<DeviceStatus>,
-    /// What failed after the guest was the destination's (the journal's last entry, letting devices go): no harm to the
+    /// Failures after the guest was the destination's (the journal's last entry, releasing devices): no harm to the
     /// guest, but work for a person.
     pub left_undone: Vec<Failure>,
-    /// What both sides' rules said before anything moved.
+    /// The verdict of both sides' rules, before anything moved.
     pub report: Report,
 }
 
-/// A guest that arrived, as its destination tells it.
+/// A guest that arrived, as its destination reports it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct ArrivalReport {
-    /// The VM.
+    /// The VM that arrived.
     pub vm: VmId,
-    /// The attempt.
+    /// The attempt by which it arrived.
     pub attempt: AttemptId,
     /// The epoch under which it is ours.
     pub epoch: Epoch,
-    /// Whether its vCPUs run (else it stands, as it stood at the source).
+    /// Whether its vCPUs run (else it stays paused, as it was at the source).
     pub guest_runs: bool,
     /// From the connection to the running guest.
     #[serde(rename = "total_ms", with = "millis")]
     pub total: Duration,
     /// RAM pages placed, data and zero.
     pub ram_pages: u64,
-    /// Machine-state sections loaded.
+    /// Number of machine-state sections loaded.
     pub sections: u32,
-    /// Payload.
+    /// Payload received, by kind.
     pub bytes: Bytes,
-    /// Interrupt vectors armed.
+    /// Number of interrupt vectors armed.
     pub vectors: u32,
     /// Time the RAM digest took.
     #[serde(rename = "verify_ms", with = "millis")]
     pub verify: Duration,
-    /// What each step of loading took, in order: name and time.
+    /// Steps of loading in order, each with its time.
     pub steps: Vec<StepTime>,
-    /// Per device.
+    /// Totals per device, in manifest order.
     pub devices: Vec<DeviceStatus>,
 }
 
-/// How long a step of loading or starting took.
+/// Time of a step of loading or starting.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepTime {
-    /// Which.
+    /// Name of the step.
     pub step: String,
-    /// How long.
+    /// Time that the step took.
     #[serde(rename = "ms", with = "millis")]
     pub took: Duration,
 }

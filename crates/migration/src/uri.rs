@@ -1,4 +1,4 @@
-//! Where the other side is: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`.
+//! Addresses of the other side: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -11,11 +11,11 @@ use std::str::FromStr;
 pub enum Uri {
     /// `unix:PATH`: a stream socket in the file system.
     Unix(PathBuf),
-    /// `tcp:HOST:PORT`; an IPv6 address stands in brackets: `tcp:[::1]:4444`. Port 0 to listen on any free port.
+    /// `tcp:HOST:PORT`; an IPv6 address is in brackets: `tcp:[::1]:4444`. Port 0 to listen on any free port.
     Tcp {
         /// Name or address, without brackets.
         host: String,
-        /// Port.
+        /// Number of the port.
         port: u16,
     },
     /// `fd:N`: a connected stream socket that this process already holds. The session works on a duplicate and shuts the

@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::uri::Uri;
 
-/// Why there is no connection.
+/// The reason why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     #[error("{doing} {uri} failed")]
@@ -141,7 +141,7 @@ impl Drop for Unlink {
 }
 
 impl Listener {
-    /// Binds, and says where: with the port that port 0 became.
+    /// Binds, and returns the address: with the port that port 0 became.
     pub(crate) fn bind(uri: &Uri) -> Result<(Self, Uri), ConnectError> {
         let failed = |source| ConnectError::System { doing: "listening on", uri: uri.clone(), source };
         match uri {

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use crate::session::interrupt::{Interrupt, Interrupted};
 use crate::session::lock::lock;
 
-/// How often a waiter looks whether it was interrupted.
+/// Time after which a waiter looks again whether it was interrupted.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// What one device may still send.
+/// Bytes that one device may still send.
 #[derive(Debug, Default)]
 pub(crate) struct Credit {
     left: Mutex<u64>,

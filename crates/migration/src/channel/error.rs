@@ -1,10 +1,10 @@
-//! Why a connection cannot go on.
+//! Errors that end a connection.
 
 use rustix::io::Errno;
 use vfio_migration_wire::WireError;
 
-/// Why a connection cannot go on. The connection's own failures, and what of them is not the connection's: a stream that makes
-/// no sense, and memory that cannot be read or written where it was to be moved from or to.
+/// An error that ends a connection. The connection's own failures, and what of them is not the connection's: a stream
+/// that makes no sense, and memory that cannot be read or written where it was to be moved from or to.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChannelError {
     #[error("the peer closed the connection")]
@@ -30,7 +30,7 @@ pub(crate) enum ChannelError {
 }
 
 impl ChannelError {
-    /// What a failed call on a connection means.
+    /// The error that a failed call on a connection amounts to.
     pub(crate) fn of(doing: &'static str) -> impl FnOnce(Errno) -> Self {
         move |source| match source {
             Errno::FAULT => Self::Memory { doing, source },

@@ -1,4 +1,4 @@
-//! Who has connected and not yet said what they want. None of them is waited for: a stray connection, or one that
+//! Connections whose first message has not come. None of them is waited for: a stray connection, or one that
 //! sends a byte now and then, holds up neither a session nor the next one to come.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -18,11 +18,11 @@ const MOST: usize = 16;
 /// Longest wait for a connection's first message.
 pub(crate) const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
-/// How a connection began.
+/// The first message of a connection.
 pub(crate) enum Greeting {
-    /// With HELLO.
+    /// HELLO: a source wants a session.
     Session(Box<Accepted>),
-    /// With a question.
+    /// QUERY: a source asks what became of an attempt.
     Query(Arc<Link>, Attempt),
 }
 
@@ -34,7 +34,7 @@ pub(crate) struct Accepted {
 }
 
 impl Accepted {
-    /// Says that no migration is taken in now.
+    /// Refuses the connection: no migration is taken in now.
     pub(crate) fn turn_away(self) {
         let why = "no migration is taken in here now";
         let _ = self.link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why)));
@@ -42,7 +42,7 @@ impl Accepted {
     }
 }
 
-/// The connections that have not said anything yet.
+/// The connections that have sent nothing yet.
 #[derive(Debug, Default)]
 pub(crate) struct PendingConnections {
     waiting: Vec<PendingConnection>,
@@ -57,7 +57,7 @@ struct PendingConnection {
 }
 
 impl PendingConnections {
-    /// Takes in a connection, which has `patience` to say its first message whole.
+    /// Takes in a connection, which has `patience` to send its first message whole.
     pub(crate) fn add(&mut self, socket: OwnedFd, patience: Duration) {
         if self.waiting.len() >= MOST {
             tracing::warn!("too many connections say nothing: the oldest is dropped");
@@ -77,7 +77,7 @@ impl PendingConnections {
         self.waiting.iter().map(|pending| pending.reader.fd())
     }
 
-    /// The next that has said what it wants, or why one was dropped. Never waits.
+    /// The next whose first message has come, or why one was dropped. Never waits.
     pub(crate) fn poll(&mut self) -> Option<Result<Greeting, String>> {
         for at in 0..self.waiting.len() {
             let pending = self.waiting.get_mut(at)?;
@@ -106,7 +106,7 @@ impl PendingConnection {
             Ok(_) => "it began with neither HELLO nor QUERY".to_owned(),
             Err(why) => why,
         };
-        // Somebody who speaks a little of our language is told why not; to anybody else the link sends nothing.
+        // A peer that speaks a little of our language is sent the reason; to anybody else the link sends nothing.
         let told: Result<(), ChannelError> =
             link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
         tracing::debug!(told = told.is_ok(), "a connection is dropped");

@@ -12,13 +12,13 @@ const BURST: Duration = Duration::from_millis(50);
 /// Longest sleep in one piece, so that an interrupt and a changed rate are noticed.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// What whoever sends needs of its session.
+/// The session's part in sending: limits, and the interrupt of whoever sends.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SendContext<'a> {
     pub(crate) link: &'a Link,
     pub(crate) limiter: &'a Limiter,
     pub(crate) interrupt: &'a Interrupt,
-    /// How long the destination may grant a device nothing.
+    /// Time that the destination may grant a device nothing.
     pub(crate) patience: Duration,
 }
 
@@ -66,7 +66,7 @@ impl Limiter {
 }
 
 impl Bucket {
-    /// Takes `bytes`, or says how long to wait before asking again.
+    /// Takes `bytes`, or returns how long to wait before asking again.
     #[expect(clippy::cast_precision_loss, reason = "byte counts of a second are far below 2^52")]
     fn take(&mut self, bytes: u64) -> Option<Duration> {
         let rate = self.rate?;

@@ -25,13 +25,13 @@ pub(crate) struct Link {
     pub(super) transport: Box<dyn Transport>,
     write: Mutex<WriteHalf>,
     start: Instant,
-    /// Milliseconds since `start`.
+    /// Time of the last frame that came, in milliseconds since `start`.
     pub(super) received_at: AtomicU64,
     sent_at: AtomicU64,
     wire_bytes: AtomicU64,
-    /// When the write under way began, in milliseconds since `start`, plus one; 0: none.
+    /// Time at which the write under way began, in milliseconds since `start`, plus one; 0: none.
     writing: AtomicU64,
-    /// Why writing ended, for who reports the end of the link.
+    /// The reason why writing ended, for who reports the end of the link.
     broken: Mutex<Option<String>>,
 }
 
@@ -83,7 +83,7 @@ impl Link {
         Ok(())
     }
 
-    /// Ends the connection for a reason of our own, which is told as the reason.
+    /// Ends the connection for a reason of our own, which is reported as the reason.
     pub(crate) fn give_up(&self, why: &str) {
         lock(&self.broken).get_or_insert_with(|| why.to_owned());
         self.shutdown();
@@ -94,17 +94,17 @@ impl Link {
         self.transport.shutdown(Shutdown::Both);
     }
 
-    /// Says that nothing more will be written, so that the peer reads to the end.
+    /// Closes the writing direction, so that the peer reads to the end.
     pub(crate) fn shutdown_write(&self) {
         self.transport.shutdown(Shutdown::Write);
     }
 
-    /// How long the peer has been silent.
+    /// Time for which the peer has been silent.
     pub(crate) fn silence(&self) -> Duration {
         self.start.elapsed().saturating_sub(Duration::from_millis(self.received_at.load(Ordering::Relaxed)))
     }
 
-    /// How long the write under way, of whatever thread, has been waiting for the peer to take it.
+    /// Time for which the write under way, of whatever thread, has been waiting for the peer to take it.
     pub(crate) fn blocked(&self) -> Duration {
         match self.writing.load(Ordering::Relaxed) {
             0 => Duration::ZERO,
@@ -117,7 +117,7 @@ impl Link {
         self.wire_bytes.load(Ordering::Relaxed)
     }
 
-    /// Why writing ended, if it did.
+    /// The reason why writing ended, if it did.
     pub(crate) fn write_error(&self) -> Option<String> {
         lock(&self.broken).clone()
     }
@@ -127,8 +127,8 @@ impl Link {
         self.send_locked(lock(&self.write), message)
     }
 
-    /// Sends a ping if nothing has been sent for `idle` and nobody is writing (then the peer hears us anyway). Never
-    /// waits: a peer that does not read has enough to hear of us.
+    /// Sends a ping if nothing has been sent for `idle` and nobody is writing (then the peer receives that anyway).
+    /// Never waits: a peer that does not read has enough to receive.
     pub(crate) fn keep_alive(&self, idle: Duration) {
         let quiet =
             self.start.elapsed().saturating_sub(Duration::from_millis(self.sent_at.load(Ordering::Relaxed)));
@@ -219,7 +219,7 @@ impl Link {
             Err(error) => {
                 half.broken = true;
                 lock(&self.broken).get_or_insert_with(|| error_chain(&error));
-                // The reader learns of it by an end of the stream, after all that the peer said before.
+                // The reader learns of it by an end of the stream, after all that the peer sent before.
                 self.shutdown();
                 Err(error)
             }

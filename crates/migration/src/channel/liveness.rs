@@ -1,22 +1,22 @@
-//! What both sides of a session do about a peer that says nothing, and about the end of a connection.
+//! Keep-alives, the silence of a peer, and the end of a connection, for both sides of a session.
 
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::channel::link::Link;
 
-/// How often a session's loop looks at what nobody tells it: keep-alives, silence, progress.
+/// Time after which a session's loop looks again at what no event reports: keep-alives, silence, progress.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
-/// How long the link may hold up what is to be given up, before it is cut under it.
+/// Time that the link may hold up what is to be given up, before it is cut under it.
 pub(crate) const GRACE: Duration = Duration::from_millis(250);
 /// Nothing sent for this long: a ping, so that the peer knows that we live.
 const KEEP_ALIVE: Duration = Duration::from_millis(250);
 /// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
-/// How long a last word may take to reach the peer.
+/// Time that a last message may take to reach the peer.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
-/// Tells `peer` ("the source", "the destination") that we live, and gives the link up if it has said nothing for
+/// Sends `peer` ("the source", "the destination") a sign that we live, and gives the link up if it has sent nothing for
 /// `peer_timeout`.
 pub(crate) fn keep_alive(link: &Link, peer: &str, peer_timeout: Duration) {
     link.keep_alive(KEEP_ALIVE);
@@ -26,9 +26,9 @@ pub(crate) fn keep_alive(link: &Link, peer: &str, peer_timeout: Duration) {
     }
 }
 
-/// Ends the connection when the last word has been said and heard, or after a while without that. `working` says it,
-/// and ends with its job queue, which the caller has closed; `reading` ends when the peer closes, which it does when
-/// it has read the last word. A peer that does not is not waited for.
+/// Ends the connection when the last message has been sent and received, or after a while without that. `working` sends
+/// it, and ends with its job queue, which the caller has closed; `reading` ends when the peer closes, which it does
+/// when it has read the last message. A peer that does not is not waited for.
 pub(crate) fn close_gracefully(
     link: &Link,
     working: &ScopedJoinHandle<'_, ()>,

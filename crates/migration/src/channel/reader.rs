@@ -18,7 +18,7 @@ use crate::channel::link::Link;
 #[derive(Debug)]
 pub(crate) struct Reader {
     link: Arc<Link>,
-    /// The side that speaks: a failure that it tells is its own.
+    /// The side that sends: a failure that it reports is its own.
     peer: Side,
     greeted: bool,
     sequence: u64,
@@ -27,7 +27,7 @@ pub(crate) struct Reader {
     payload: Vec<u8>,
 }
 
-/// What is done, where it fails.
+/// The step that fails, for its error.
 const RECEIVING: &str = "receiving from the peer";
 
 /// Longest payload of a first message: HELLO and QUERY, and the answers to QUERY, are far shorter.
@@ -71,7 +71,7 @@ impl Reader {
         Ok(Frame::decode(&header, &self.payload, self.peer)?)
     }
 
-    /// Reads and throws away until the connection ends, so that closing it does not destroy our last word on its way.
+    /// Reads and throws away until the connection ends, so that closing it does not destroy our last message on its way.
     pub(crate) fn drain(&mut self) {
         while matches!(self.fill(), Ok(read) if read > 0) {}
     }
@@ -122,7 +122,7 @@ impl Reader {
         Ok(Some(message))
     }
 
-    /// Appends to the buffer what has arrived; says whether anything has.
+    /// Appends to the buffer what has arrived; returns whether anything has.
     fn more(&mut self) -> Result<bool, ChannelError> {
         let had = self.buffer.len();
         let mut buffer = std::mem::take(&mut self.buffer);

@@ -1,4 +1,4 @@
-//! What the threads of an attempt share.
+//! State that the threads of an attempt share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Mutex, OnceLock};
@@ -12,7 +12,7 @@ use crate::machine::MigratableDevice;
 use crate::report::StepTime;
 use crate::session::interrupt::Interrupt;
 
-/// What the threads of an attempt share.
+/// State that the threads of an attempt share.
 #[derive(Debug, Default)]
 pub(super) struct DestinationShared {
     pub(super) interrupt: Interrupt,
@@ -23,20 +23,20 @@ pub(super) struct DestinationShared {
     pub(super) ram_total: AtomicU64,
     pub(super) jobs_done: AtomicU64,
     pub(super) steps: Mutex<Vec<StepTime>>,
-    /// What the journal says, as far as it is on disk.
+    /// The journal's record, as far as it is on disk.
     pub(super) record: Mutex<Option<DestinationRecord>>,
 }
 
 /// One device at the destination, in the source's order.
 pub(super) struct ArrivingDevice {
-    /// Its name at the source, by which the stream knows it.
+    /// The device's name at the source, by which the stream knows it.
     pub(super) name: DeviceId,
     pub(super) moved: MigratableDevice,
-    /// Which bytes of its config space are compared.
+    /// Rules for the bytes of its config space that are compared.
     pub(super) rules: ConfigRules,
     /// Loaded to its end and not yet finished (RESUMING → STOP).
     pub(super) session: Option<Box<dyn ResumingSession>>,
     pub(super) pci_state: Option<PciState>,
-    /// Its resuming session was begun: a release has something to undo.
+    /// Whether its resuming session was begun: a release has something to undo.
     pub(super) touched: bool,
 }

@@ -1,4 +1,4 @@
-//! P7: what the journal says, and from it the answer to a source that lost the answer to its COMMIT.
+//! P7: the journal, and from it the answer to a source that lost the answer to its COMMIT.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
-/// What became of the latest attempt.
+/// The outcome of the latest attempt.
 #[derive(Clone, Debug)]
 pub(super) struct KnownOutcome {
     pub(super) record: DestinationRecord,
@@ -51,7 +51,7 @@ impl Worker<'_, '_, '_> {
     }
 }
 
-/// Answers one question. What cannot be told is said to be unknown, which decides nothing.
+/// Answers one question. An outcome that is not known is answered as unknown, which decides nothing.
 pub(super) fn answer(known: Option<&KnownOutcome>, state_dir: Option<&Path>, link: &Link, query: Attempt) {
     let message = answer_to(known, state_dir, query);
     tracing::info!(vm = %query.vm, attempt = %query.attempt, ?message, "a source asked what became of its COMMIT");

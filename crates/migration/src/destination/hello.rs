@@ -128,7 +128,7 @@ impl Worker<'_, '_, '_> {
         policy
     }
 
-    /// Which bytes of its config space are compared: by the policy, and by the embedder's own rules, which win.
+    /// Rules for the bytes of its config space that are compared: the policy's, and the embedder's own, which win.
     fn config_rules(&self, own: Option<&DeviceManifest>) -> ConfigRules {
         let masks =
             own.map(|own| self.options.policy.mask_rules(own.pci, &own.config_mask)).unwrap_or_default();
@@ -168,8 +168,8 @@ fn map(names: Vec<(String, String)>) -> Result<DeviceMap, String> {
     names.into_iter().map(|(from, to)| Ok((id(from)?, id(to)?))).collect::<Result<DeviceMap, _>>()
 }
 
-/// What the source never sends, because it was never written there, must read as zero here. Written in place: pages
-/// may be pinned already.
+/// Pages that the source never sends, because they were never written there, must read as zero here. Written in place:
+/// pages may be pinned already.
 fn clear(machine: &dyn Machine) -> Result<(), vfio_migration_memory::MemoryError> {
     let ram = machine.ram();
     ram.data_extents()?.into_iter().try_for_each(|extent| ram.zero_in_place(extent))

@@ -1,11 +1,11 @@
 //! The incoming half of a session.
 //!
 //! While [`Destination::accept`] runs: the caller's own thread turns what happens into the engine's events and the
-//! engine's actions into jobs; a worker does the jobs; a reader hears the source and puts pages where they belong; one
-//! thread per device writes its state into it. All of them end before `accept` returns.
+//! engine's actions into jobs; a worker does the jobs; a reader receives from the source and puts pages where they
+//! belong; one thread per device writes its state into it. All of them end before `accept` returns.
 //!
 //! The code of a phase is in the file of its name, from [`hello`] (P1) to [`run`] (P8), and the way back in [`rollback`];
-//! P3 to P5 are heard by the [`reader`].
+//! P3 to P5 are received by the [`reader`].
 
 mod attempt;
 mod commit;
@@ -46,9 +46,9 @@ pub struct Destination {
     local: Uri,
     options: DestinationOptions,
     control: IncomingControl,
-    /// What became of the latest attempt, for a source that asks.
+    /// Outcome of the latest attempt, for a source that asks.
     known: Option<KnownOutcome>,
-    /// Who connected and has said nothing yet.
+    /// Connections that have sent nothing yet.
     pending: PendingConnections,
 }
 
@@ -85,7 +85,7 @@ impl Destination {
         }
     }
 
-    /// Where it listens: with the port that was given for port 0.
+    /// Address that it listens at: with the port that was given for port 0.
     pub fn local(&self) -> &Uri {
         &self.local
     }
@@ -172,7 +172,7 @@ impl Destination {
         commit::answer(self.known.as_ref(), self.options.state_dir.as_deref(), link, query);
     }
 
-    /// The next connection that says what it wants, or why one was dropped; waits for `limit` (`None`: without end), or
+    /// The next connection whose first message comes, or why one was dropped; waits for `limit` (`None`: without end), or
     /// until cancelled.
     fn greet(&mut self, limit: Option<Duration>) -> Result<Result<Greeting, String>, ConnectError> {
         let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! What the caller is shown while a guest arrives, and told at the end.
+//! Progress while a guest arrives, for the caller's observer, and the caller's result.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -39,7 +39,6 @@ pub(super) fn bytes(shared: &DestinationShared, devices: &[DeviceStatus]) -> Byt
     }
 }
 
-/// The caller's result.
 pub(super) fn into_result(
     outcome: DestinationOutcome,
     machine: Option<Arc<dyn Machine>>,

@@ -18,7 +18,7 @@ use crate::session::events::Events;
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 
-/// Where bulk goes, once the machine is there and its devices are resuming.
+/// Receivers of bulk, once the machine is there and its devices are resuming.
 #[derive(Debug)]
 pub(super) struct Sink {
     pub(super) ram: PageReceiver,
@@ -53,7 +53,7 @@ pub(super) fn read_loop(
             Ok(()) => {}
             Err(ReadError::Failed(failure)) => {
                 // The rest of the stream is of no use. The link is lost only when the source, having learnt why, has
-                // hung up: what is said to it until then arrives.
+                // hung up: what is sent to it until then arrives.
                 let why = failure.text.clone();
                 events.send(DestinationEvent::Damaged(failure));
                 reader.drain();

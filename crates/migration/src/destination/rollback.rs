@@ -1,4 +1,4 @@
-//! The way out, before the guest is ours: locks are let go, every device is reset and released.
+//! The way out, before the guest is ours: locks and devices are released, every device after a reset.
 
 use vfio_migration_types::{Failure, Phase, Side};
 

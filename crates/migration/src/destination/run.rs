@@ -13,7 +13,7 @@ use crate::session::work_error::{self, WorkError};
 use crate::destination::worker::Worker;
 
 impl Worker<'_, '_, '_> {
-    /// Starts everything. A failure leaves the guest ours, and standing.
+    /// Starts everything. A failure leaves the guest ours, and paused.
     pub(super) fn start(&mut self, epoch: Epoch, run_guest: bool) -> Result<Running, WorkError> {
         let machine = self.machine(Phase::Run)?;
         let begun = Instant::now();

@@ -32,13 +32,13 @@ use crate::session::events::Events;
 use crate::session::host::nonce;
 use crate::session::lock::lock;
 
-/// How often the loop looks who has connected, and how often while somebody has and says nothing yet.
+/// Time after which the loop looks again for connections, and while one has sent nothing yet, at it.
 const POLL_LISTENER: Duration = Duration::from_millis(50);
 const POLL_PENDING: Duration = Duration::from_millis(10);
 /// Jobs that may wait for the worker. More wait only when a source asks and asks and reads no answer.
 const MOST_JOBS: u64 = 4096;
 
-/// What a session needs of the place where the guest arrives.
+/// The place where the guest arrives, as far as a session needs it.
 pub(super) struct Place<'a> {
     pub(super) listener: &'a mut Listener,
     pub(super) pending: &'a mut PendingConnections,
@@ -47,7 +47,7 @@ pub(super) struct Place<'a> {
     pub(super) local: String,
 }
 
-/// Runs one session to its end. Also says what became of the attempt, for a source that asks later.
+/// Runs one session to its end. Also returns what became of the attempt, for a source that asks later.
 pub(super) fn run(
     place: Place<'_>,
     accepted: Accepted,

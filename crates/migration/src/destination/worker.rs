@@ -140,8 +140,8 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
         }))
     }
 
-    /// The source takes its locks back as soon as it hears that we gave up: ours must be gone by then. A failure is not
-    /// the last word, the release tries again.
+    /// The source takes its locks back as soon as it receives that we gave up: ours must be gone by then. A failure is
+    /// not final, the release tries again.
     fn locks_back(&mut self) {
         let Some(machine) = self.machine.as_ref().filter(|_| self.locked) else { return };
         match machine.release_locks() {
@@ -164,7 +164,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
     }
 }
 
-/// Where a panic during an action is told to have been.
+/// The phase that a panic during an action is reported in.
 fn phase_of(action: &DestinationAction) -> Phase {
     match action {
         DestinationAction::BeginResuming => Phase::Setup,

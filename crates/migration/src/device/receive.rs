@@ -22,7 +22,7 @@ use crate::session::work_error::WorkError;
 
 use crate::session::events::Events;
 
-/// How often a waiter looks whether it was interrupted.
+/// Time after which a waiter looks again whether it was interrupted.
 const SLICE: Duration = Duration::from_millis(20);
 
 /// Pieces are put together up to this size.
@@ -42,13 +42,13 @@ impl Mark {
         Arc::new(Self { iteration, left: AtomicUsize::new(queues) })
     }
 
-    /// One more queue has passed; says whether it was the last.
+    /// One more queue has passed; returns whether it was the last.
     pub(crate) fn pass(&self) -> bool {
         self.left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 }
 
-/// What all devices have taken so far.
+/// Totals that all devices have taken so far.
 #[derive(Debug, Default)]
 pub(crate) struct Written {
     pub(crate) bytes: AtomicU64,
@@ -67,7 +67,7 @@ impl Written {
 
 #[derive(Debug)]
 enum Item {
-    /// With whether the guest stood when it came.
+    /// A piece of state, with whether the guest was paused when it came.
     Data(Vec<u8>, bool),
     Initial(u32),
     Mark(Arc<Mark>),
@@ -79,7 +79,7 @@ enum Item {
 pub(crate) struct DeviceReceiver {
     pub(crate) index: u16,
     pub(crate) id: DeviceId,
-    /// Bytes written while the guest ran, and while it stood.
+    /// Bytes written while the guest ran, and while it was paused.
     pub(crate) precopy: AtomicU64,
     pub(crate) stopcopy: AtomicU64,
     window: u64,
@@ -102,7 +102,7 @@ struct Inner {
     left: bool,
 }
 
-/// What a device's thread leaves behind.
+/// The outcome of a device's thread.
 #[derive(Debug)]
 pub(crate) enum ReceiveOutcome {
     /// All of the state was written, and is what the source sent.
@@ -214,7 +214,7 @@ impl DeviceReceiver {
         loop {
             match inner.outcome.take() {
                 Some(ReceiveOutcome::Complete(session, total)) => return Ok((session, total)),
-                // Its thread has told why; put back for the release.
+                // Its thread has reported why; put back for the release.
                 Some(given_up @ ReceiveOutcome::GivenUp(_)) => {
                     inner.outcome = Some(given_up);
                     return Err(WorkError::Interrupted);
@@ -326,7 +326,7 @@ impl DeviceReceiver {
 
     fn grant(&self, bytes: u64, link: &Link) {
         lock(&self.inner).credit += bytes;
-        // A link that is gone needs no credit: its reader tells.
+        // A link that is gone needs no credit: its reader reports.
         let _ = link.send(&Message::Credit { device: self.index, bytes });
     }
 

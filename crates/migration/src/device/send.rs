@@ -19,7 +19,7 @@ use crate::session::work_error::WorkError;
 /// Longest pre-copy pass over a device that cannot say how much it has.
 const BLIND_PASS: Duration = Duration::from_secs(1);
 
-/// What one device has moved so far, for whoever looks from outside.
+/// Totals that one device has moved so far, for whoever looks from outside.
 #[derive(Debug, Default)]
 pub(crate) struct DeviceCounters {
     pub(crate) precopy: AtomicU64,
@@ -79,7 +79,7 @@ impl<'a> DeviceSender<'a> {
         self.capabilities.flags
     }
 
-    /// Where the device stands. Asks it, while a pre-copy session is open; notices a REINIT.
+    /// The device's progress. Asks it, while a pre-copy session is open; notices a REINIT.
     pub(crate) fn progress(&mut self, phase: Phase) -> Result<DeviceProgress, WorkError> {
         self.ask(phase)?;
         let stop_copy = if self.capabilities.data_size {
@@ -138,7 +138,7 @@ impl<'a> DeviceSender<'a> {
         }
     }
 
-    /// The rest of the state, to its end, with the device standing in STOP_COPY.
+    /// Sends the rest of the state, to its end, with the device stopped in STOP_COPY.
     pub(crate) fn drain(&mut self, context: SendContext<'_>) -> Result<(), WorkError> {
         let phase = Phase::Final;
         if self.end.is_some() {
@@ -163,7 +163,7 @@ impl<'a> DeviceSender<'a> {
         Ok(())
     }
 
-    /// What was sent, once [`drain`](Self::drain) has.
+    /// The total that was sent, once [`drain`](Self::drain) has.
     pub(crate) fn total(&self) -> Option<DeviceTotal> {
         self.end
     }

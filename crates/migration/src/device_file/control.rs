@@ -1,4 +1,4 @@
-//! What one thread does with a device, and another one sees and stops.
+//! Progress of one thread's work on a device, and a way for another to cancel it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -58,7 +58,7 @@ impl DeviceControl {
         self.0.precopy.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Of what was moved, what was read before the device stood.
+    /// Bytes that were read before the device was stopped.
     pub(super) fn precopy(&self) -> u64 {
         self.0.precopy.load(Ordering::Relaxed)
     }
@@ -67,17 +67,17 @@ impl DeviceControl {
         self.0.left.store(bytes, Ordering::Relaxed);
     }
 
-    /// Where the device is, as far as its transitions tell.
+    /// The device's state, as far as its transitions are known.
     pub(super) fn at(&self) -> MigrationState {
         lock(&self.0.walk).at.unwrap_or(MigrationState::Running)
     }
 
-    /// It was found to be in `state`.
+    /// Notes that it was found in `state`.
     pub(super) fn found(&self, state: MigrationState) {
         lock(&self.0.walk).at = Some(state);
     }
 
-    /// It went to `to`.
+    /// Notes its transition to `to`.
     pub(super) fn went(&self, to: MigrationState, reset: bool, took: Duration) {
         let mut walk = lock(&self.0.walk);
         let from = walk.at.replace(to).unwrap_or(MigrationState::Running);

@@ -1,4 +1,4 @@
-//! Why a device was not saved, or not restored.
+//! Reasons why a device was not saved, or not restored.
 
 use std::fmt;
 
@@ -14,18 +14,18 @@ use crate::snapshot::SnapshotError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceFileError {
-    /// It has no migration. It was not touched.
+    /// The device has no migration. It was not touched.
     #[error("it cannot be migrated: {0}")]
     NotMigratable(String),
-    /// It holds a state that is neither whole nor running. It was not touched.
+    /// The device holds a state that is neither whole nor running. It was not touched.
     #[error(
         "device {device} is in {state}, so there is no whole state to be saved; a reset helps, and loading a state \
          (`vfio-migrate restore`) resets it first"
     )]
     NoWholeState {
-        /// Which device.
+        /// The device that was to be saved.
         device: DeviceId,
-        /// Where it is.
+        /// The state that it is in.
         state: MigrationState,
     },
     /// The file is another machine's. The device was not touched.
@@ -33,7 +33,7 @@ pub enum DeviceFileError {
         "the file holds a machine of kind '{kind}', not a device alone: `vfio-migrate vm --restore` is for whole VMs"
     )]
     OfMachine {
-        /// What machine it was.
+        /// The kind of machine that the file holds.
         kind: String,
     },
     /// The file is of another device. This one was not touched.
@@ -48,36 +48,36 @@ pub enum DeviceFileError {
     /// There is no memory for it.
     #[error("there is no memory to do it with")]
     Memory(#[from] MemoryError),
-    /// It was cancelled.
+    /// The work was cancelled; the fate of the device is in it.
     #[error("cancelled; {0}")]
     Cancelled(DeviceFate),
-    /// It failed on the way.
+    /// The work failed on the way.
     #[error("{failure}; {fate}")]
     Failed {
-        /// What.
+        /// The failure, with its cause.
         failure: Box<Failure>,
-        /// What became of the device.
+        /// The fate of the device afterwards.
         fate: DeviceFate,
     },
     /// The file is whole and on disk, but the device did not go back to what it was.
     #[error("the file is whole, but the device could not go on: {failure}; {fate}")]
     WholeFile {
-        /// Why.
+        /// The failure, with its cause.
         failure: Box<Failure>,
-        /// What became of the device.
+        /// The fate of the device afterwards.
         fate: DeviceFate,
     },
 }
 
-/// What became of a device.
+/// The fate of a device, after work on it failed or was cancelled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceFate {
-    /// Which device.
+    /// The device that was worked on.
     pub device: DeviceId,
-    /// It was reset, and what it held is gone.
+    /// Whether it was reset, so that what it held is gone.
     pub reset: bool,
-    /// The state that it says it is in; `None` when it does not say.
+    /// The state that it reports to be in; `None` when it reports none.
     pub now: Option<MigrationState>,
 }
 

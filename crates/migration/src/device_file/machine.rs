@@ -16,7 +16,7 @@ use vfio_migration_types::{DeviceId, Gpa, MigrationState, PAGE_SIZE, VmId};
 use super::control::DeviceControl;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 
-/// What such a machine is, in its manifest: by this a file is told from a whole VM's.
+/// The kind of such a machine, in its manifest: by this a file is told from a whole VM's.
 pub(crate) const KIND: &str = "vfio-migrate/device";
 
 /// The machine. Its device reaches no memory: nothing is mapped for it.
@@ -129,7 +129,7 @@ impl IrqRouter for NoRoutes {
 #[derive(Debug)]
 pub(super) struct LoneObserver {
     pub(super) control: DeviceControl,
-    /// Without its PRE_COPY.
+    /// Whether it is treated as without PRE_COPY.
     pub(super) stop_copy_only: bool,
     /// The device is stopped, and is never let run.
     pub(super) stays_stopped: bool,
@@ -148,7 +148,7 @@ impl DeviceObserver for LoneObserver {
         !self.stays_stopped
     }
 
-    /// What somebody left half done in it ends in a reset first.
+    /// A session that somebody left half done in it ends in a reset first.
     fn resets_before_resuming(&self) -> bool {
         !matches!(self.control.at(), MigrationState::Running | MigrationState::Stop)
     }

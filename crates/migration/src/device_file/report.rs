@@ -1,4 +1,4 @@
-//! What was done with a device that was saved or restored.
+//! The report of a device that was saved or restored.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,17 +10,18 @@ use vfio_migration_types::MigrationState;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct DeviceReport {
-    /// What the device says of itself.
+    /// The device's manifest, as it declares it.
     pub device: DeviceManifest,
-    /// The file.
+    /// Path of the file.
     pub file: PathBuf,
     /// Bytes of the file.
     pub file_bytes: u64,
     /// BLAKE3 digest of the file without its last 32 bytes, which are it.
     pub file_digest: [u8; 32],
-    /// Bytes of state read before the device stood; of a restored device, those that came before it would have.
+    /// Bytes of state read before the device was stopped; of a restored device, those that came before it would have
+    /// been.
     pub precopy: u64,
-    /// Bytes of state read while the device stood.
+    /// Bytes of state read while the device was stopped.
     pub stopcopy: u64,
     /// BLAKE3 digest of the state, all bytes in order.
     pub state_digest: [u8; 32],
@@ -28,7 +29,7 @@ pub struct DeviceReport {
     pub arcs: Vec<DeviceArc>,
     /// From the call to its end.
     pub took: Duration,
-    /// The state that the device says it is in afterwards.
+    /// The state that the device reports afterwards.
     pub left_in: MigrationState,
 }
 
@@ -36,12 +37,12 @@ pub struct DeviceReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceArc {
-    /// Where it was.
+    /// State that it left.
     pub from: MigrationState,
-    /// Where it went.
+    /// State that it came to.
     pub to: MigrationState,
-    /// By a reset.
+    /// Whether it was a reset, not an arc.
     pub reset: bool,
-    /// How long it took.
+    /// Time that the transition took.
     pub took: Duration,
 }

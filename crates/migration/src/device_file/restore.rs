@@ -16,7 +16,7 @@ use crate::machine::Machine;
 use crate::options::DestinationOptions;
 use crate::snapshot::Snapshot;
 
-/// How a device is restored.
+/// Options for restoring a device.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct RestoreDeviceOptions {
@@ -30,7 +30,7 @@ pub struct RestoreDeviceOptions {
 /// A device that is neither running nor stopped is reset before anything is loaded.
 ///
 /// # Errors
-/// A device that does not fit was not touched. One that was is reset, or the error says how it is.
+/// A device that does not fit was not touched. One that was is reset, or the error has its state.
 pub fn restore_device(
     snapshot: Snapshot,
     device: &Arc<dyn Device>,

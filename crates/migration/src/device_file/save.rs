@@ -17,7 +17,7 @@ use crate::snapshot::{SaveError, SaveOptions, save};
 use crate::source::Source;
 use crate::source::plan::new_attempt_id;
 
-/// How a device is saved.
+/// Options for saving a device.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct SaveDeviceOptions {
@@ -33,7 +33,7 @@ pub struct SaveDeviceOptions {
 /// A saving session that somebody left open is ended first, which takes nothing from the device.
 ///
 /// # Errors
-/// No file is left, and the device is as it was, or the error says how it is; but see [`DeviceFileError::WholeFile`].
+/// No file is left, and the device is as it was, or the error has its state; but see [`DeviceFileError::WholeFile`].
 pub fn save_device(
     device: &Arc<dyn Device>,
     path: &Path,
@@ -80,7 +80,7 @@ pub fn save_device(
     })
 }
 
-/// Brings the device to where its state is whole, and says whether it is stopped there.
+/// Brings the device to where its state is whole, and returns whether it is stopped there.
 fn settle(device: &dyn Device) -> Result<bool, DeviceFileError> {
     let go = |to| {
         device.set_state(to).map_err(|error| {

@@ -165,7 +165,7 @@ impl DirtyLog for HidingLog {
 struct OneByOneSession {
     session: Box<dyn SavingSession>,
     one_by_one: Arc<OneByOne>,
-    /// What was read when it was stopped.
+    /// The state that was read when it was stopped.
     drained: Option<std::io::Cursor<Vec<u8>>>,
 }
 
@@ -195,7 +195,7 @@ impl SavingSession for OneByOneSession {
                 let _alone = lock(&self.one_by_one.0);
                 self.session.go(to)?;
                 let (mut all, mut chunk) = (Vec::new(), vec![0; CHUNK]);
-                // What cannot be read now cannot be read later either, where it is told.
+                // A state that cannot be read now cannot be read later either, where that is reported.
                 while let Ok(Chunk::Data(read)) = self.session.read(&mut chunk) {
                     all.extend_from_slice(chunk.get(..read).unwrap_or_default());
                 }

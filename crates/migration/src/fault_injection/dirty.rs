@@ -1,4 +1,4 @@
-//! Dirty logs that do not say all.
+//! Dirty logs that leave pages out.
 
 use std::fmt;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vfio_migration_memory::{DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, PAGE_SIZE, RamOffset};
 
-/// What a report leaves out.
+/// The pages that a report leaves out.
 #[derive(Clone, Debug)]
 pub(super) enum HiddenPages {
     All,

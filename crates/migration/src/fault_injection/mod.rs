@@ -22,7 +22,7 @@ use crate::fault_injection::pci::MaskingFunction;
 use crate::fault_injection::stale::StalePages;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 
-/// What is broken.
+/// A fault to inject into a session, by its side and effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InjectedFault {

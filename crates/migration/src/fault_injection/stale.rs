@@ -20,14 +20,14 @@ const AT_ONCE: u64 = 1024;
 /// Old copies of the pages of a stretch of RAM, taken as they arrive.
 pub(super) struct StalePages {
     ram: Arc<GuestRam>,
-    /// Page numbers.
+    /// The stretch of RAM, as page numbers.
     stretch: Range<u64>,
     seen: Mutex<Seen>,
 }
 
 #[derive(Default)]
 struct Seen {
-    /// What a page held when it was first seen with anything in it.
+    /// The content of each page when it was first seen with anything in it.
     copies: BTreeMap<u64, Vec<u8>>,
     /// The page to be looked at next.
     next: u64,
@@ -78,7 +78,7 @@ impl StalePages {
         }
     }
 
-    /// What a page holds; `None` where that is nothing.
+    /// The content of a page; `None` where that is all zero.
     fn held(&self, page: u64) -> Option<Vec<u8>> {
         if self.ram.is_zero(page) {
             return None;

@@ -1,8 +1,8 @@
-//! Who owned what, on disk: one file per VM, written before the message that it covers.
+//! The journal, ownership on disk: one file per VM, written before the message that it covers.
 //!
 //! A record is written to a temporary file, synced, renamed over the old one, and the directory synced: after a crash
 //! the file holds the old record or the new one. A process that restarts has lost its guest's RAM; from the journal it
-//! learns what it was, and can say so to whoever asks.
+//! learns what it was, and can report that to whoever asks.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -16,13 +16,13 @@ use vfio_migration_types::{Epoch, VmId};
 
 use crate::session::lock::lock;
 
-/// What a journal file says of one VM on this host.
+/// A journal file: the records of one VM on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JournalFile {
     /// Layout of this file: 1.
     pub version: u32,
-    /// The VM.
+    /// The VM whose records they are.
     pub vm: VmId,
     /// The latest attempt to send it away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -39,32 +39,32 @@ pub enum JournalError {
     /// A file operation failed.
     #[error("{doing} {path} failed")]
     File {
-        /// What was attempted.
+        /// The file operation that failed, as a verb.
         doing: &'static str,
-        /// On which file.
+        /// The file that it failed on.
         path: PathBuf,
-        /// The cause.
+        /// The system's error, with its errno.
         #[source]
         source: std::io::Error,
     },
     /// The file is not a journal.
     #[error("{path} is no journal of this version; move it away if you know who owns the VM")]
     Content {
-        /// Which file.
+        /// The file that cannot be read.
         path: PathBuf,
-        /// The cause.
+        /// The parser's error, with its place.
         #[source]
         source: serde_json::Error,
     },
     /// Another session of the same VM runs.
     #[error("another migration of VM {vm} is under way here")]
     Busy {
-        /// The VM.
+        /// The VM that is busy.
         vm: VmId,
     },
 }
 
-/// Which of a host's two records of a VM a session writes.
+/// A host's two records of a VM, of which a session writes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum JournalSide {
     Source,
@@ -88,7 +88,7 @@ enum JournalPlace {
     },
 }
 
-/// Reads what a state directory says of a VM; `None` when it says nothing.
+/// Reads the records of a VM in a state directory; `None` when it has none.
 pub fn read_journal(dir: &Path, vm: VmId) -> Result<Option<JournalFile>, JournalError> {
     let path = dir.join(format!("{vm}.json"));
     let text = match std::fs::read(&path) {
@@ -126,7 +126,7 @@ impl Journal {
         Ok(Self { vm, place: JournalPlace::Directory { dir: dir.to_owned(), _session: session } })
     }
 
-    /// What it says now.
+    /// The file's content now.
     pub(crate) fn read(&self) -> Result<JournalFile, JournalError> {
         match &self.place {
             JournalPlace::Memory(file) => Ok(lock(file).clone()),

@@ -1,4 +1,4 @@
-//! Who owns a VM: the journal, and what it says to a process that starts.
+//! Ownership of a VM: the journal, and its answer to a process that starts.
 
 pub(crate) mod journal;
 pub(crate) mod status;

@@ -1,4 +1,4 @@
-//! What a state directory says of who owns a VM: for a process that starts, and has no guest yet.
+//! Ownership of a VM by the journal of a state directory: for a process that starts, and has no guest yet.
 //!
 //! A process that restarts has lost its guest's RAM. Whether the VM may be started anew here, from its disks, is
 //! decided by its journal: never while a COMMIT is undecided, and never once the guest belongs to another host.
@@ -10,26 +10,26 @@ use vfio_migration_types::{Epoch, VmId};
 
 use crate::ownership::journal::{JournalError, JournalFile, read_journal};
 
-/// Who owns a VM, as far as this host's journal knows.
+/// The owner of a VM, as far as this host's journal knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum VmOwnership {
     /// Nothing is written of it.
     Unknown,
-    /// It was ours under this epoch when its process ended. It may be started anew, under the same epoch.
+    /// The VM was ours under this epoch when its process ended. It may be started anew, under the same epoch.
     Ours(Epoch),
-    /// It is another host's: it moved there, or it was only offered to this one.
+    /// The VM is another host's: it moved there, or it was only offered to this one.
     Elsewhere {
         /// The epoch under which the other owns it.
         epoch: Epoch,
-        /// Where it went, or came from.
+        /// Address that it went to, or came from.
         peer: String,
     },
     /// COMMIT may have been sent, and its outcome is not known here: a person, or the other side, decides.
     Undecided {
         /// The epoch that the COMMIT would begin.
         epoch: Epoch,
-        /// Where it was sent.
+        /// Address that the COMMIT was sent to.
         peer: String,
     },
 }

@@ -1,4 +1,4 @@
-//! What is dirty: the VMM's own sources and the devices' logs, in one bitmap.
+//! The dirty set: the VMM's own sources and the devices' logs, in one bitmap.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,7 +11,7 @@ use crate::ram::send::RamCounters;
 use crate::session::fail::{self, InPhase};
 use crate::session::work_error::WorkError;
 
-/// Every dirty log of a machine, and what they have said that has not been sent.
+/// Every dirty log of a machine, and what they have reported that has not been sent.
 #[derive(Debug)]
 pub(crate) struct DirtyPages {
     /// The VMM's own sources.
@@ -35,7 +35,7 @@ impl DirtyPages {
         self.dirty.dirty_bytes()
     }
 
-    /// What is dirty, which is forgotten: it is about to be sent.
+    /// Takes the dirty set, which is empty afterwards: its pages are about to be sent.
     pub(crate) fn take(&mut self) -> Bitmap {
         self.dirty.take()
     }

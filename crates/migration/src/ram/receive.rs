@@ -25,7 +25,7 @@ pub(crate) struct PageReceiver {
     bytes: AtomicU64,
 }
 
-/// Why pages were not placed.
+/// The reason why pages were not placed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PagesError {
     #[error(transparent)]

@@ -11,7 +11,7 @@ use crate::channel::limiter::{Limiter, SendContext};
 use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
-/// What of RAM has been sent and is left, in bytes, for whoever looks from outside.
+/// RAM sent and left, in bytes, for whoever looks from outside.
 #[derive(Debug, Default)]
 pub(crate) struct RamCounters {
     pub(crate) bytes: AtomicU64,

@@ -1,4 +1,4 @@
-//! Where a session's threads put what happened, for its loop to tell the engine.
+//! The queue of a session's events, from its threads to the loop that hands them to the engine.
 
 use std::sync::mpsc::Sender;
 

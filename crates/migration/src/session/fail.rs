@@ -17,7 +17,7 @@ pub(crate) fn with_device(device: &DeviceId, failure: Failure) -> Failure {
     failure.of_device(device)
 }
 
-/// What a panic of the embedder's code, or of a device's, is told as.
+/// The failure that a panic of the embedder's code, or of a device's, is reported as.
 pub(crate) fn panicked(side: Side, phase: Phase, panic: &(dyn Any + Send)) -> Failure {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text");

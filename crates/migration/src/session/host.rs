@@ -1,10 +1,10 @@
-//! What a session asks of its host: clocks that two processes of one host compare, and random numbers.
+//! Services of a session's host: clocks that two processes of one host compare, and random numbers.
 
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::time::{ClockId, clock_gettime};
 
-/// CLOCK_MONOTONIC in nanoseconds.
+/// CLOCK_MONOTONIC now, in nanoseconds.
 pub(crate) fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);

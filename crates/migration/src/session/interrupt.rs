@@ -1,4 +1,4 @@
-//! How an action under way is told to stop.
+//! The interrupt of an action under way.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Interrupt(Arc<AtomicBool>);
 
-/// The work was told to stop.
+/// The work was interrupted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Interrupted;
 

@@ -1,4 +1,4 @@
-//! What the sessions of both sides share: threads, failures, progress, and what they ask of the host.
+//! Code that the sessions of both sides share: threads, failures, progress, and what they ask of the host.
 
 pub(crate) mod events;
 pub(crate) mod fail;

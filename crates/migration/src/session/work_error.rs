@@ -1,4 +1,4 @@
-//! Why a piece of a session's work ended early.
+//! Reasons why a piece of a session's work ended early.
 
 use vfio_migration_types::{Failure, Phase, Side};
 
@@ -6,14 +6,14 @@ use crate::channel::error::ChannelError;
 use crate::session::fail::InPhase;
 use crate::session::interrupt::Interrupted;
 
-/// Why work ended early.
+/// The reason why work ended early.
 #[derive(Debug)]
 pub(crate) enum WorkError {
-    /// It was told to: nobody waits for an answer.
+    /// The work was interrupted: nobody waits for an answer.
     Interrupted,
-    /// The link is gone: its reader tells why, after all that the peer said before.
+    /// The link is gone: its reader reports why, after all that the peer sent before.
     Link,
-    /// It failed.
+    /// The work itself failed.
     Failed(Failure),
 }
 

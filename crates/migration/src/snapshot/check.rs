@@ -12,14 +12,14 @@ use super::SnapshotError;
 use super::file::{Frames, failed};
 use super::format::{DIGEST_LEN, END, HEAD_LEN, MAGIC, TRAILER_LEN, VERSION};
 
-/// What a sound file says.
+/// Content of a sound file.
 #[derive(Clone, Debug)]
 pub(super) struct Checked {
     pub(super) hello: Hello,
     pub(super) manifest: MachineManifest,
     pub(super) totals: FinalEnd,
     pub(super) guest_ran: bool,
-    /// Bytes of frames.
+    /// Bytes of the frames, between header and trailer.
     pub(super) frames: u64,
     /// Of the whole file.
     pub(super) digest: [u8; 32],

@@ -1,4 +1,4 @@
-//! Why a snapshot could not be written, or is none.
+//! Reasons why a snapshot could not be written, or is none.
 
 use std::path::PathBuf;
 
@@ -14,9 +14,9 @@ pub enum SnapshotError {
     /// A file operation failed.
     #[error("{doing} {path} failed")]
     File {
-        /// What was attempted.
+        /// The file operation that failed, as a verb.
         doing: &'static str,
-        /// On which file.
+        /// The file that it failed on.
         path: PathBuf,
         /// The cause, with its errno.
         #[source]
@@ -42,7 +42,7 @@ pub enum SnapshotError {
     Frame {
         /// Number of the frame, from 0.
         frame: u64,
-        /// The cause.
+        /// The fault of the frame.
         #[source]
         source: WireError,
     },
@@ -54,7 +54,7 @@ pub enum SnapshotError {
     Content(String),
 }
 
-/// Why a machine was not saved. No file is left, but for [`NotResumed`](Self::NotResumed).
+/// The reason why a machine was not saved. No file is left, but for [`NotResumed`](Self::NotResumed).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SaveError {
@@ -64,12 +64,12 @@ pub enum SaveError {
     /// The machine could not be read out; the error says what became of the guest.
     #[error("the machine cannot be saved")]
     Session(#[from] MigrateError),
-    /// The file is whole, and the guest could not be resumed afterwards: it is paused here.
+    /// The file is whole, and the guest could not go on afterwards: it is paused here.
     #[error("the snapshot is whole, but the guest could not go on")]
     NotResumed(#[source] GuestNotResumed),
 }
 
-/// What is left of a machine that was saved and did not go on.
+/// A machine that was saved and did not go on: what is left of it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct GuestNotResumed(pub Box<Aborted>);

@@ -19,7 +19,7 @@ pub(super) struct Writer {
     hasher: blake3::Hasher,
     written: u64,
     sequence: u64,
-    /// It has its own name.
+    /// Whether it has its own name already.
     named: bool,
 }
 

@@ -1,10 +1,10 @@
 //! The layout around the frames: how a file begins and how it ends.
 
-/// What every snapshot begins with, before the layout's number.
+/// The first bytes of every snapshot, before the layout's number.
 pub(super) const MAGIC: [u8; 7] = *b"VFIOSNP";
 /// The layout that this program writes and reads.
 pub(super) const VERSION: u8 = 1;
-/// What the trailer begins with.
+/// The first bytes of the trailer.
 pub(super) const END: [u8; 8] = *b"VFIOSEND";
 /// Bytes before the first frame.
 pub(super) const HEAD_LEN: u64 = 8;

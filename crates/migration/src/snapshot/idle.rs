@@ -1,4 +1,4 @@
-//! Being heard: the other end of a session gives up on a peer that says nothing.
+//! Keep-alives of the file's end of a session: the other end gives up on a peer that sends nothing.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;

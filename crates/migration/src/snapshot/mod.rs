@@ -1,9 +1,9 @@
 //! A machine to and from a file: the same session, with a file at its other end.
 //!
 //! Saving runs a whole [`Source`](crate::Source), engine and all, against a [recorder](record) that answers as a
-//! destination does and writes what it hears. Restoring runs a whole [`Destination`](crate::Destination) against a
-//! [player](play) that says what the file holds as a source would. So nothing of the order in which devices are stopped,
-//! read and loaded exists twice. The layout of the file is in `docs/snapshot.md`.
+//! destination does and writes what it receives. Restoring runs a whole [`Destination`](crate::Destination) against a
+//! [player](play) that sends what the file holds as a source would. So nothing of the order in which devices are
+//! stopped, read and loaded exists twice. The layout of the file is in `docs/snapshot.md`.
 
 mod check;
 mod error;
@@ -25,7 +25,7 @@ use vfio_migration_wire::DeviceTotal;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceState {
-    /// Bytes.
+    /// Number of bytes.
     pub bytes: u64,
     /// BLAKE3 digest of all bytes, in the order in which the device gave them.
     pub digest: [u8; 32],

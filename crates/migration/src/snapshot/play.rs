@@ -1,4 +1,4 @@
-//! The player: says to a destination what a file holds, as a source would.
+//! The player: sends a destination what a file holds, as a source would.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
@@ -18,10 +18,11 @@ use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 use crate::session::interrupt::Interrupt;
 
-/// How long a device may take none of its state.
+/// Longest time that a device may take none of its state.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// Why the destination did not hear all. It tells its caller itself, unless the file is the reason: then we tell it.
+/// The reason why the destination did not receive all. It reports to its caller itself, unless the file is the reason:
+/// then we do.
 enum Unplayed {
     File(SnapshotError),
     Ended,
@@ -40,7 +41,7 @@ impl From<ChannelError> for Unplayed {
     }
 }
 
-/// Says all of a checked file.
+/// Sends all of a checked file.
 pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits: &[Credit]) {
     let reader = Reader::new(link, Side::Destination);
     std::thread::scope(|scope| {
@@ -53,7 +54,7 @@ pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits:
             let _ =
                 link.send(&Message::Abort(Failure::new(Side::Source, Phase::Iterate, error_chain(&error))));
         }
-        // The destination has decided by itself, or reads our last word and then the end.
+        // The destination has decided by itself, or reads our last message and then the end.
         link.shutdown_write();
     });
 }
@@ -144,7 +145,7 @@ impl Player<'_> {
         self.wait(|answer| matches!(answer, Message::HelloReply(_))).map(drop)
     }
 
-    /// What was loaded must be what was saved; then it is the destination's.
+    /// Compares what was loaded with what was saved; if they agree, it is the destination's.
     fn commit(&self) -> Result<(), Unplayed> {
         let Message::Ready(ready) = self.wait(|answer| matches!(answer, Message::Ready(_)))? else {
             return Err(Unplayed::Ended);
@@ -162,7 +163,7 @@ impl Player<'_> {
         self.wait(|answer| matches!(answer, Message::Running(_))).map(drop)
     }
 
-    /// Waits for an answer; what it says of its own progress is of no use here.
+    /// Waits for an answer; what it reports of its own progress is of no use here.
     fn wait(&self, wanted: impl Fn(&Message) -> bool) -> Result<Message, Unplayed> {
         loop {
             // The sender goes when the destination hangs up.

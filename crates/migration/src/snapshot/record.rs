@@ -1,4 +1,4 @@
-//! The recorder: answers a source as a destination does, and writes what it hears into a file.
+//! The recorder: answers a source as a destination does, and writes what it receives into a file.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use crate::session::host::{boot_id, monotonic_ns};
 /// Credit for each device: the socket itself is what holds a source back here.
 const CREDIT: u64 = 1 << 62;
 
-/// What was recorded.
+/// Totals of a recording that is whole.
 #[derive(Clone, Debug)]
 pub(super) struct Recorded {
     pub(super) bytes: u64,
@@ -30,12 +30,12 @@ pub(super) struct Recorded {
     pub(super) committed: bool,
 }
 
-/// Why nothing was recorded.
+/// The reason why nothing was recorded.
 #[derive(Debug)]
 pub(super) enum Unrecorded {
-    /// The file.
+    /// The file could not be written.
     File(SnapshotError),
-    /// The source ended the session, and tells why itself.
+    /// The source ended the session, and reports why itself.
     Ended,
 }
 
@@ -137,7 +137,7 @@ fn listen(
             Message::LocksFree => {}
             Message::FinalEnd(totals) => {
                 writer.message(&message)?;
-                // Under its own name before anybody hears that it is whole.
+                // Under its own name before anybody receives that it is whole.
                 let (bytes, digest) = writer.finish()?;
                 let recorded = Recorded { bytes, digest, devices: totals.devices.clone(), committed: commit };
                 if !commit {

@@ -46,7 +46,7 @@ impl Snapshot {
         Ok(Self { file, path: path.into(), checked })
     }
 
-    /// Which VM it is of.
+    /// The VM that it is of.
     pub fn vm(&self) -> VmId {
         self.checked.hello.vm
     }
@@ -56,7 +56,7 @@ impl Snapshot {
         self.checked.hello.epoch
     }
 
-    /// What the machine was.
+    /// The manifest of the machine that was saved.
     pub fn manifest(&self) -> &MachineManifest {
         &self.checked.manifest
     }
@@ -74,7 +74,7 @@ impl Snapshot {
         }
     }
 
-    /// Where the file is.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -134,7 +134,7 @@ impl Snapshot {
             });
             scope.spawn(move || keep_alive(link, &waits));
             let arrived = destination.accept(build);
-            // Whatever the player waits for, nobody says it any more.
+            // Whatever the player waits for, nobody sends it any more.
             link.shutdown();
             arrived
         })

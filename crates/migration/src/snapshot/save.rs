@@ -15,10 +15,10 @@ use crate::options::SourceOptions;
 use crate::report::{Completed, Progress};
 use crate::source::Source;
 
-/// How long the guest may stand while its last state is written: as long as the disk takes.
+/// Longest pause of the guest while its last state is written: as long as the disk takes.
 const STANDSTILL: Duration = Duration::from_secs(3600);
 
-/// How a machine is saved.
+/// Options for saving a machine.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct SaveOptions {
@@ -38,7 +38,7 @@ pub struct Saved {
     pub digest: [u8; 32],
     /// The state of each device, in the manifest's order.
     pub devices: Vec<DeviceState>,
-    /// How the session ended, when the guest was to end here.
+    /// The session's report, when the guest was to end here.
     pub completed: Option<Completed>,
 }
 
@@ -55,7 +55,7 @@ impl SourceOptions {
 }
 
 /// Saves the machine of `source`, made with [`SourceOptions::for_saving`], into the file `path`. The guest runs while most
-/// is written and stands for the rest. On return the file is whole and on disk.
+/// is written and is paused for the rest. On return the file is whole and on disk.
 ///
 /// # Errors
 /// No file is left, and the guest goes on, or the error says why not; but see [`SaveError::NotResumed`].
@@ -79,7 +79,7 @@ pub fn save(
         });
         scope.spawn(move || keep_alive(link, &waits));
         let ended = source.migrate_over(here, observer);
-        // Whatever the recorder waits for, nobody says it any more.
+        // Whatever the recorder waits for, nobody sends it any more.
         link.shutdown();
         (recording.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), ended)
     });

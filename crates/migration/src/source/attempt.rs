@@ -1,4 +1,4 @@
-//! What the threads of an attempt share, and how it ends well.
+//! State that the threads of an attempt share, and the attempt's successful ends.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ use crate::rehearsal::Rehearsal;
 use crate::report::Completed;
 use crate::session::interrupt::Interrupt;
 
-/// What the threads of an attempt share.
+/// State that the threads of an attempt share.
 #[derive(Debug, Default)]
 pub(crate) struct SourceShared {
     pub(crate) interrupt: Interrupt,
@@ -35,28 +35,28 @@ impl SourceShared {
         self.ram_crc.store(crc, Ordering::Relaxed);
     }
 
-    /// Where the engine is: what other threads' failures name.
+    /// The phase that the engine is in: what other threads' failures name.
     pub(crate) fn phase(&self) -> Phase {
         Phase::ALL.get(self.phase.load(Ordering::Relaxed)).copied().unwrap_or(Phase::Plan)
     }
 }
 
-/// Counts that the caller's thread shows while the worker works.
+/// Counts that the caller's thread reports while the worker works.
 #[derive(Debug, Default)]
 pub(crate) struct SourceCounters {
     pub(crate) ram: RamCounters,
-    /// CLOCK_MONOTONIC nanoseconds just before the vCPUs were told to stop; 0 before.
+    /// CLOCK_MONOTONIC nanoseconds just before the vCPUs were paused; 0 before.
     pub(crate) paused_ns: AtomicU64,
     /// Jobs finished, whatever came of them.
     pub(crate) jobs_done: AtomicU64,
     pub(crate) devices: Vec<DeviceCounters>,
-    /// Per device, what it last said of itself.
+    /// Progress that each device last reported.
     pub(crate) device_progress: Mutex<Vec<DeviceProgress>>,
-    /// What both sides' rules say.
+    /// The verdict of both sides' rules.
     pub(crate) report: Mutex<Report>,
 }
 
-/// How a session ended well.
+/// The successful end of a session.
 pub(crate) enum SourceEnd {
     Completed(Completed),
     Rehearsed(Rehearsal),

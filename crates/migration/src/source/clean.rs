@@ -1,4 +1,4 @@
-//! P9: the guest is the destination's; this side lets go of what it held.
+//! P9: the guest is the destination's; this side releases what it held.
 
 use vfio_migration_types::{Failure, Phase, Side};
 

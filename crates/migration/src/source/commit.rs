@@ -1,4 +1,4 @@
-//! P7: what the journal says before COMMIT is said; and asking again, over a new connection each time, when its answer was lost.
+//! P7: the journal before COMMIT is sent; and asking again, over a new connection each time, when its answer was lost.
 
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::source::worker::Worker;
 
 /// Longest wait for one answer: the engine asks again.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often a waiter looks whether it was replaced.
+/// Time after which a waiter looks again whether it was replaced.
 const SLICE: Duration = Duration::from_millis(100);
 
 impl Worker<'_> {
@@ -62,7 +62,7 @@ impl Worker<'_> {
         }
     }
 
-    /// What the journal says in `state`.
+    /// The journal's record for `state`.
     pub(super) fn record(&self, state: SourceState) -> SourceRecord {
         SourceRecord {
             vm: self.machine.id(),
@@ -75,7 +75,7 @@ impl Worker<'_> {
 
     pub(super) fn write_journal(&mut self, state: SourceState) -> Result<(), WorkError> {
         if state == SourceState::Committing {
-            // Before the record is on disk, not after: from here only the engine's word lets the guest run.
+            // Before the record is on disk, not after: from here only the engine lets the guest run.
             if let Some(paused) = &mut self.paused {
                 paused.keep_paused();
             }

@@ -79,7 +79,7 @@ impl Worker<'_> {
             let text = format!("the machine saved {} sections of {} names", sections.len(), names.len());
             return Err(Failure::new(Side::Source, phase, text).into());
         }
-        // The destination refuses more: better said here, with the reason.
+        // The destination refuses more: better reported here, with the reason.
         let bytes: u64 = sections.iter().map(|section| section.bytes.len() as u64).sum();
         if bytes > limits::SECTIONS_BYTES {
             let text = format!(
@@ -92,7 +92,7 @@ impl Worker<'_> {
     }
 }
 
-/// What the stream cannot carry is the VMM's mistake, and said as such.
+/// A section that the stream cannot carry is the VMM's mistake, and reported as such.
 fn check(section: &Section) -> Result<(), MachineError> {
     let name = &section.name;
     let wrong = if name.is_empty() || name.len() > limits::SECTION_NAME {

@@ -1,4 +1,4 @@
-//! P1: the source's own judgement of what the destination says it is. Of two policies the stricter holds.
+//! P1: the source's own judgement of the destination's manifest. Of two policies the stricter holds.
 
 use vfio_migration_compat::{MachineManifest, Policy, Report, check_machines, worse};
 use vfio_migration_engine::SourceEvent;

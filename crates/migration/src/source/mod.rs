@@ -2,8 +2,8 @@
 //!
 //! Three threads, all ended when [`Source::migrate_to`] returns: the caller's own, which turns what happens into the
 //! engine's events and the engine's actions into jobs; a worker, which does the jobs one after another and moves the
-//! bulk; a reader, which hears the destination. An action that must not wait for the one under way (an abort) raises an
-//! [`Interrupt`] first.
+//! bulk; a reader, which receives from the destination. An action that must not wait for the one under way (an abort)
+//! raises an [`Interrupt`] first.
 //!
 //! The code of a phase is in the file of its name, from [`plan`] (P0) to [`clean`] (P9), and the way back in [`rollback`].
 
@@ -61,14 +61,15 @@ impl Source {
     /// thread, several times a second and at each change of phase; it should return soon.
     ///
     /// # Errors
-    /// The guest runs here as before (or stands, if its operator had paused it), or the error says exactly why not.
+    /// The guest runs here as before (or is paused, if its operator had paused it), or the error says exactly why not.
     pub fn migrate_to(self, uri: &Uri, observer: impl FnMut(&Progress)) -> Result<Completed, MigrateError> {
         self.connect(uri, None, observer)?.completed()
     }
 
     /// Does what [`migrate_to`](Self::migrate_to) does up to a point, for real and against the real destination, and undoes
     /// it: nothing moves, no journal is written, storage locks stay where they are. Up to
-    /// [`Precopy`](Rehearse::Precopy) the guest never stops; a device without pre-copy tells nothing of itself then.
+    /// [`Precopy`](Rehearse::Precopy) the guest is never paused; a device without pre-copy reports nothing of itself
+    /// then.
     ///
     /// # Errors
     /// As [`migrate_to`](Self::migrate_to): refusals, and what fails. That the downtime would not be met is no error but

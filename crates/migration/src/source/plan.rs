@@ -97,7 +97,7 @@ impl PlannedMigration {
     }
 }
 
-/// What the journal on disk says, also where none is open.
+/// The journal's content on disk, also where none is open.
 fn known(journal: &Journal, options: &SourceOptions, vm: VmId) -> Result<JournalFile, MigrateError> {
     let on_disk = match &options.state_dir {
         Some(dir) => read_journal(dir, vm),

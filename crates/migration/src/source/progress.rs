@@ -1,4 +1,4 @@
-//! What the caller is reporter while it runs, and told at the end.
+//! Progress while a session runs, for the caller's observer, and the caller's result.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use crate::source::attempt::SourceEnd;
 
 use crate::source::attempt::SourceCounters;
 
-/// How often the observer is called while nothing but counts changes.
+/// Time after which the observer is called again while nothing but counts changes.
 const EVERY: Duration = Duration::from_millis(200);
 /// Over what time the rate is measured.
 const RATE_OVER: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ pub(crate) struct ProgressReporter {
     begun: Instant,
     ram_total: u64,
     names: Vec<DeviceId>,
-    /// Which of them have pre-copy.
+    /// Which of them have pre-copy, in the same order.
     precopy: Vec<bool>,
     last: Option<(Instant, Phase, u32)>,
     rate: u64,
@@ -126,7 +126,7 @@ impl ProgressReporter {
     }
 }
 
-/// The caller's result.
+/// The caller's result, from the end of the attempt.
 pub(crate) fn into_result(
     outcome: SourceOutcome,
     reporter: &ProgressReporter,
@@ -199,7 +199,7 @@ pub(crate) fn into_result(
     }
 }
 
-/// vCPUs paused here to vCPUs running there, less the digests; and whether one clock told both.
+/// vCPUs paused here to vCPUs running there, less the digests; and whether both were read from one clock.
 fn downtime(summary: &SourceSummary, paused_ns: u64) -> (Duration, bool) {
     let here = boot_id();
     let one_clock = summary.running.boot_id == here && here != [0; 16] && summary.running.at_ns >= paused_ns;
@@ -211,7 +211,7 @@ fn downtime(summary: &SourceSummary, paused_ns: u64) -> (Duration, bool) {
     (stood.saturating_sub(summary.verify), one_clock)
 }
 
-/// How long each phase took, entered once or more.
+/// Time of each phase, entered once or more.
 fn phases(entered: &[(Phase, Duration)], total: Duration) -> Vec<PhaseTime> {
     Phase::ALL
         .into_iter()

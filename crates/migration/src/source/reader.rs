@@ -1,4 +1,4 @@
-//! The reader's thread: hears the destination, and says why the connection ended.
+//! The reader's thread: receives from the destination, and reports why the connection ended.
 
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::{Failure, Side, error_chain};
@@ -10,7 +10,7 @@ use crate::channel::reader::Reader;
 use crate::session::events::Events;
 use crate::source::attempt::SourceShared;
 
-/// Hears the destination until the connection ends, then says why it did.
+/// Receives from the destination until the connection ends, then reports why it did.
 pub(super) fn read_loop(
     mut reader: Reader,
     link: &Link,

@@ -12,7 +12,7 @@ use crate::session::parallel::for_each_device_parallel;
 
 use crate::source::worker::Worker;
 
-/// How long the destination may take to let go of the storage locks, once it knows that it must.
+/// Time that the destination may take to release the storage locks, once it knows that it must.
 const LOCKS_LIMIT: Duration = Duration::from_secs(5);
 /// Pause between two tries.
 const LOCKS_PAUSE: Duration = Duration::from_millis(5);
@@ -51,7 +51,7 @@ impl Worker<'_> {
         SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }
     }
 
-    /// The destination may still hold the locks, and lets go of them on its own way back.
+    /// The destination may still hold the locks, and releases them on its own way back.
     fn take_locks_back(&self) -> Result<(), LockError> {
         let begun = Instant::now();
         loop {

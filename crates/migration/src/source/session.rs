@@ -146,20 +146,20 @@ impl Session<'_> {
         None
     }
 
-    /// Tells the action under way to end. If the jobs up to number `job` are not done soon, and it is the link that holds
+    /// Interrupts the action under way. If the jobs up to number `job` are not done soon, and it is the link that holds
     /// them up, the link is cut.
     fn interrupt(&mut self, job: u64) {
         self.shared.interrupt.raise();
         self.interrupted = Some(job);
     }
 
-    /// What nobody tells: an action that does not notice its interrupt, a peer that went silent.
+    /// Watches for what no event reports: an action that does not notice its interrupt, a peer that went silent.
     fn watch(&mut self) {
         if let Some(job) = self.interrupted {
             if self.counters.jobs_done.load(Ordering::Acquire) >= job {
                 self.interrupted = None;
             } else if self.link.blocked() > GRACE {
-                // Not so while a device holds them up: the peer is yet to be told why.
+                // Not so while a device holds them up: the peer is yet to be sent why.
                 self.link.give_up(
                     "the connection did not take what was being sent when the migration was given up",
                 );

@@ -40,7 +40,7 @@ pub(super) struct Worker<'a> {
     pub(super) journal: &'a Journal,
     pub(super) attempt: AttemptId,
     pub(super) epoch: Epoch,
-    /// What was offered.
+    /// The manifest that was offered.
     pub(super) manifest: &'a MachineManifest,
     pub(super) functions: Vec<MigratableDevice>,
     pub(super) devices: Vec<DeviceSender<'a>>,
@@ -100,7 +100,7 @@ impl<'a> Worker<'a> {
                     tracing::warn!(text = %failure.text, "an action failed");
                     Some(SourceEvent::Failed(failure))
                 }
-                // Nobody waits for the answer of an interrupted action, and the reader tells of a lost link.
+                // Nobody waits for the answer of an interrupted action, and the reader reports a lost link.
                 Err(WorkError::Interrupted | WorkError::Link) => None,
             };
             self.counters.jobs_done.fetch_add(1, Ordering::Release);
@@ -159,7 +159,7 @@ impl<'a> Worker<'a> {
                 SourceEvent::FinalSent { totals, verify }
             }
             SourceAction::ReleaseLocks => {
-                // Before, not after: a failure may have let go of some.
+                // Before, not after: a failure may have released some.
                 self.locks_free = true;
                 self.machine.release_locks().map_err(|error| error.in_phase(Side::Source, Phase::Final))?;
                 SourceEvent::LocksReleased
@@ -181,7 +181,7 @@ impl<'a> Worker<'a> {
         }))
     }
 
-    /// How far each device is, in manifest order.
+    /// Progress of each device, in manifest order.
     pub(super) fn device_progress(&mut self, phase: Phase) -> Result<Vec<DeviceProgress>, WorkError> {
         let progress =
             self.devices.iter_mut().map(|device| device.progress(phase)).collect::<Result<Vec<_>, _>>()?;
@@ -189,8 +189,8 @@ impl<'a> Worker<'a> {
         Ok(progress)
     }
 
-    /// How long the destination may grant a device nothing. The engine's watchdog sees to it while the guest is paused, but
-    /// not during a final pass that ends in a digest, of which it does not know how long it may take.
+    /// Time that the destination may grant a device nothing. The engine's watchdog sees to it while the guest is
+    /// paused, but not during a final pass that ends in a digest, of which it does not know how long it may take.
     pub(super) fn patience(&self, last: bool) -> Duration {
         let work = vfio_migration_engine::work_timeout(self.options.peer_timeout);
         let costs_nothing = self.paused.as_ref().is_none_or(|paused| !paused.ran());
