@@ -16,7 +16,7 @@ use crate::words::{device_map, pair};
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct MoveOptions {
-    /// Longest time the guest may stand still, in milliseconds. Default 300.
+    /// Longest time that the guest may be paused, in milliseconds. Default 300.
     #[arg(
         long,
         default_value = "300ms",

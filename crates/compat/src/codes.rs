@@ -333,7 +333,7 @@ table! {
     DIRTY_ALL, "dirty-all", SnapshotOnly, HostDriver:
         "All that the device may write counts as dirty at the source, each time.",
         "Neither the driver nor the IOMMU logs its writes.",
-        "Give the source a dirty tracker, move by snapshot, or allow one full copy while the guest stands still.";
+        "Give the source a dirty tracker, move by snapshot, or allow one full copy while the guest is paused.";
     UNKNOWN_DIRTY, "unknown-dirty", Warning, HostDriver:
         "The source does not say who logs the device's DMA writes.",
         "A manifest made without the device at hand, or of one that nobody opened.",
@@ -434,7 +434,7 @@ table! {
         "Raise the limit, use a faster network, or migrate when the guest is less busy.";
     REHEARSAL_NOT_TRIED, "rehearsal-not-tried", Note, Device:
         "A device's state was not read or loaded in the rehearsal.",
-        "The device has no pre-copy: its state can only be read while the guest stands.",
+        "The device has no pre-copy: its state can only be read while the guest is paused.",
         "Rehearse with a pause, which lets the guest stand as long as a migration would.";
 }
 

@@ -64,18 +64,18 @@ impl Other {
         let mut other = Self { stream: BufReader::new(stream) };
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let boot = boot.trim();
-        other.tell(&format!("{test} {boot}"))?;
-        let there = other.hear(test)?;
+        other.send_line(&format!("{test} {boot}"))?;
+        let there = other.expect_line(test)?;
         holds(there != boot, "the other half runs on another machine")?;
         Ok(other)
     }
 
-    fn tell(&mut self, line: &str) -> Outcome {
+    fn send_line(&mut self, line: &str) -> Outcome {
         Ok(writeln!(self.stream.get_mut(), "{line}")?)
     }
 
     /// The rest of the next line, which has to begin with `word`.
-    fn hear(&mut self, word: &str) -> Outcome<String> {
+    fn expect_line(&mut self, word: &str) -> Outcome<String> {
         let mut line = String::new();
         self.stream
             .read_line(&mut line)
@@ -117,19 +117,19 @@ fn half(test: &str, sabotage: &[&str], judge: fn(&serde_json::Value) -> Outcome)
     match role {
         Role::Source => {
             let mut source = VmProcess::with_migdev("a", sabotage)?;
-            leaves(&mut source, !sabotage.is_empty(), || other.hear("waiting"))?;
-            other.tell("moved")?;
-            other.hear("judged").map(|_| ())
+            leaves(&mut source, !sabotage.is_empty(), || other.expect_line("waiting"))?;
+            other.send_line("moved")?;
+            other.expect_line("judged").map(|_| ())
         }
         Role::Destination => {
             // The port is the system's choice; the source is told.
             let uri = format!("tcp:{}:0", role.address());
             let mut destination = VmProcess::with_migdev("b", &["--incoming", &uri])?;
             let uri = waits(&mut destination)?;
-            other.tell(&format!("waiting {uri}"))?;
-            other.hear("moved")?;
+            other.send_line(&format!("waiting {uri}"))?;
+            other.expect_line("moved")?;
             judge(&arrives(&mut destination)?)?;
-            other.tell("judged")?;
+            other.send_line("judged")?;
             other.until_gone()
         }
     }

@@ -46,12 +46,12 @@ impl Control {
     /// Gives the migration up: the guest goes on at the source, within a second plus what its devices take. Too late
     /// once COMMIT has been sent; then nothing happens. May be called at any time, any number of times.
     pub fn cancel(&self) {
-        self.tell(SourceEvent::Cancel);
+        self.send(SourceEvent::Cancel);
     }
 
     /// Changes the downtime limit, in force at the next decision.
     pub fn set_downtime_limit(&self, limit: Duration) {
-        self.tell(SourceEvent::SetDowntimeLimit(limit));
+        self.send(SourceEvent::SetDowntimeLimit(limit));
     }
 
     /// Changes the bandwidth cap (bytes per second), in force at once; `None` lifts it.
@@ -63,14 +63,14 @@ impl Control {
     /// ([`SourceOptions::pause_before_switchover`]) go on. Does nothing while it does not wait
     /// ([`Progress::waiting`]).
     pub fn continue_switchover(&self) {
-        self.tell(SourceEvent::ContinueSwitchover);
+        self.send(SourceEvent::ContinueSwitchover);
     }
 
     /// Reports that a device lost its migration session by itself (the guest reset it, its server died): the attempt
     /// cannot go on, and is undone.
     pub fn device_lost(&self, device: &DeviceId, why: &str) {
         let phase = self.progress().phase;
-        self.tell(SourceEvent::DeviceLost(Failure::new(Side::Source, phase, why).of_device(device)));
+        self.send(SourceEvent::DeviceLost(Failure::new(Side::Source, phase, why).of_device(device)));
     }
 
     /// The migration's progress now, or at its end.
@@ -104,7 +104,7 @@ impl Control {
         lock(&self.shared.inbox).waiting.contains(&SourceEvent::Cancel)
     }
 
-    fn tell(&self, event: SourceEvent) {
+    fn send(&self, event: SourceEvent) {
         let mut inbox = lock(&self.shared.inbox);
         match &inbox.session {
             Some(session) => drop(session.send(event)),

@@ -36,7 +36,7 @@ pub struct SourceOptions {
     pub ram_crc: bool,
     /// Hold the guest paused instead of letting it run, when the way back could save a device only by a reset (its
     /// guest state is gone). Off.
-    pub hold_if_reset: bool,
+    pub keep_paused_if_reset: bool,
     /// Folder of the journal. `None`: in this process's memory alone, so that a crash leaves no trace of who owned
     /// the guest.
     pub state_dir: Option<PathBuf>,
@@ -65,7 +65,7 @@ impl Default for SourceOptions {
             connect_timeout: Duration::from_secs(10),
             peer_timeout: Duration::from_secs(30),
             ram_crc: false,
-            hold_if_reset: false,
+            keep_paused_if_reset: false,
             state_dir: None,
             epoch: Epoch(0),
             policy: Policy::default(),

@@ -125,7 +125,7 @@ impl Rehearsal {
         }
         for device in &self.not_rehearsed {
             let text =
-                "its state can only be read while the guest stands, and was not tried: --pause tries it";
+                "its state can only be read while the guest is paused, and was not tried: --pause tries it";
             let device = Some(device.to_string());
             found.push(Reason { device, field: "flags".into(), ..Reason::new("rehearsal-not-tried", text) });
         }

@@ -143,7 +143,7 @@ impl VmHandler {
         if held.is_some() {
             // This side owns a guest that could not be started, or whose storage could not be locked: both are tried again.
             machine.take_locks().map_err(|error| Refused::generic(error_chain(&error)))?;
-            machine.let_go();
+            machine.release();
         }
         let ran = machine.is_running();
         machine.cont().map_err(|error| Refused::generic(error_chain(&error)))?;

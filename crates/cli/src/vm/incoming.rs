@@ -125,7 +125,7 @@ fn admit(
 fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result<Arrived, IncomingError>) {
     match (result, machine) {
         (Ok(arrived), Some(machine)) => {
-            machine.let_go();
+            machine.release();
             let slot = Slot::Here { machine, epoch: arrived.epoch };
             vm.end_session(info::arrived(vm, &arrived), Some(slot));
         }

@@ -121,7 +121,7 @@ pub(super) fn finish(
                     Some(Slot::OwnedNotStarted { machine, epoch })
                 }
                 _ => {
-                    machine.let_go();
+                    machine.release();
                     None
                 }
             };

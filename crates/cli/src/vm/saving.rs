@@ -42,7 +42,7 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, 
     match result {
         Ok(Saved { completed: Some(completed), .. }) => outgoing::finish(vm, machine, Ok(completed)),
         Ok(_) => {
-            machine.let_go();
+            machine.release();
             vm.end_session(info::saved(vm), None);
         }
         Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error)),
@@ -50,7 +50,7 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, 
             outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)));
         }
         Err(error) => {
-            machine.let_go();
+            machine.release();
             vm.end_session(info::not_saved(vm, &error), None);
         }
     }
@@ -106,7 +106,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
     match (restored, machine, not_built) {
         (_, _, Some(failure)) => Err(failure),
         (Ok(arrived), Some(machine), None) => {
-            machine.let_go();
+            machine.release();
             Ok(Slot::Here { machine, epoch: arrived.epoch })
         }
         (Ok(_), None, None) => Err(CliError::failed("a guest was restored into no machine")),

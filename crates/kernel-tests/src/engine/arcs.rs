@@ -143,7 +143,7 @@ pub(crate) fn way_back_fails_and_holds() -> Outcome {
     arm(&pair.to[0], "fail_arc", 4)?;
     arm(&pair.from[0], "fail_arc", 4)?;
     let mut options = options();
-    options.hold_if_reset = true;
+    options.keep_paused_if_reset = true;
     let aborted = match pair.migrate(options)?.source {
         Err(MigrateError::Aborted(aborted)) => aborted,
         other => return Err(format!("not aborted: {other:?}").into()),

@@ -56,7 +56,7 @@ pub(crate) fn needs_leave() -> Outcome {
         arc: None,
         errno: None,
         text: "device card0 has no log of its DMA writes: nobody would know which pages it wrote",
-        remedy: "allow all of RAM to be sent again while the guest stands",
+        remedy: "allow all of RAM to be sent again while the guest is paused",
         reset: false,
     };
     told(&refused, wanted)?;

@@ -43,7 +43,7 @@ pub fn save_device(
     let begun = Instant::now();
     device.capabilities().map_err(|NotMigratable(why)| DeviceFileError::NotMigratable(why))?;
     let manifest = device.manifest()?;
-    let stopped = settle(device.as_ref())?;
+    let stopped = leave_open_session(device.as_ref())?;
     control.found(if stopped { MigrationState::Stop } else { MigrationState::Running });
     let SaveDeviceOptions { force, stop_copy_only } = options;
     let observer = LoneObserver { control: control.clone(), stop_copy_only, stays_stopped: stopped };
@@ -81,7 +81,7 @@ pub fn save_device(
 }
 
 /// Brings the device to where its state is whole, and returns whether it is stopped there.
-fn settle(device: &dyn Device) -> Result<bool, DeviceFileError> {
+fn leave_open_session(device: &dyn Device) -> Result<bool, DeviceFileError> {
     let go = |to| {
         device.set_state(to).map_err(|error| {
             DeviceError::new(device.id().clone(), "ending what was left open in it", error.errno, error)

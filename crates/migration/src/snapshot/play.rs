@@ -48,7 +48,7 @@ pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits:
         let (answers, answered) = std::sync::mpsc::channel();
         let interrupt = Interrupt::default();
         let heard = interrupt.clone();
-        scope.spawn(move || hear(reader, credits, &answers, &heard));
+        scope.spawn(move || read_loop(reader, credits, &answers, &heard));
         let player = Player { link, frames, checked, credits, answered, interrupt };
         if let Err(Unplayed::File(error)) = player.play() {
             let _ =
@@ -60,7 +60,7 @@ pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits:
 }
 
 /// Hears the destination until it hangs up.
-fn hear(mut reader: Reader, credits: &[Credit], answers: &Sender<Message>, interrupt: &Interrupt) {
+fn read_loop(mut reader: Reader, credits: &[Credit], answers: &Sender<Message>, interrupt: &Interrupt) {
     while let Ok(frame) = reader.next() {
         match frame {
             Frame::Message(Message::Credit { device, bytes }) => {

@@ -32,7 +32,7 @@ impl Worker<'_> {
 fn policy(options: &SourceOptions) -> Policy {
     let mut policy = options.policy.clone();
     if options.allow_all_dirty {
-        reasons::allow(&mut policy, &reasons::DIRTY, "all of RAM may be sent while the guest stands");
+        reasons::allow(&mut policy, &reasons::DIRTY, "all of RAM may be sent while the guest is paused");
     }
     if options.no_peer_dma {
         reasons::allow(&mut policy, &reasons::PEERS, "no device maps another's BAR for DMA");

@@ -33,7 +33,7 @@ impl Worker<'_> {
         // A guest whose device neither went back nor was reset would run beside a device in no known state.
         let hold = !locks_lost.is_empty()
             || !not_reset.is_empty()
-            || (self.options.hold_if_reset && !reset.is_empty());
+            || (self.options.keep_paused_if_reset && !reset.is_empty());
         // A machine that panicked while it was paused left no token: nobody knows whether its guest is paused.
         let mut restored = !hold && !self.pause_unknown;
         if let Some(mut paused) = self.paused.take() {

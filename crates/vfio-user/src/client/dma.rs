@@ -28,7 +28,7 @@ impl Client {
     /// They were not served in time, or the connection ended with some of them unserved.
     pub fn dma_settled(&self) -> Result<(), ClientError> {
         let Some(serving) = &self.serving else { return Ok(()) };
-        serving.settle(deadline(self.timeout)).map_err(|error| match error {
+        serving.wait_until_served(deadline(self.timeout)).map_err(|error| match error {
             ConnError::Timeout => ClientError::Timeout { command: Command::DMA_WRITE, after: self.timeout },
             other => ClientError::ConnectionLost { why: other.why() },
         })

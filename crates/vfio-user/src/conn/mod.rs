@@ -154,7 +154,7 @@ impl Conn {
 
     /// Waits until every command that has arrived so far was served, by the one thread that calls
     /// [`next_command`](Self::next_command) or by an exchange. Commands that arrive meanwhile are not waited for.
-    pub(crate) fn settle(&self, deadline: Instant) -> Result<(), ConnError> {
+    pub(crate) fn wait_until_served(&self, deadline: Instant) -> Result<(), ConnError> {
         // Bytes go unread unnoticed: nobody tells when a message begins to be read.
         const LOOK_AGAIN: Duration = Duration::from_millis(1);
         let mut rx = lock(&self.rx);

@@ -147,7 +147,7 @@ impl ReferenceMachine {
     }
 
     /// The migration that held the guest is over, and the guest is ours: the operator decides again.
-    pub fn let_go(&self) {
+    pub fn release(&self) {
         self.run().held = false;
     }
 

@@ -71,7 +71,11 @@ impl FunctionInterrupts {
     }
 
     /// Brings all of them to what config space says: first what is to go, since a device has one kind at a time.
-    pub(super) fn settle(&mut self, config: &ConfigSpace, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
+    pub(super) fn apply_masks(
+        &mut self,
+        config: &ConfigSpace,
+        irq_path: IrqPath<'_>,
+    ) -> Result<(), PciFailure> {
         let (msix_on, all_masked) = self.msix_control(config);
         let msi_on = self.msi_enabled(config);
         let wanted = self.wanted_pin(config);
@@ -84,7 +88,7 @@ impl FunctionInterrupts {
             result = result.and(vectors.set_targets(false, &targets, irq_path));
         }
         if let Some(intx) = self.intx.as_mut().filter(|_| wanted == Wanted::Off) {
-            result = result.and(intx.settle(Wanted::Off, irq_path.irq));
+            result = result.and(intx.apply(Wanted::Off, irq_path.irq));
         }
         if msix_on {
             result = result.and(self.msix.set_control(true, all_masked, irq_path));
@@ -94,7 +98,7 @@ impl FunctionInterrupts {
             result = result.and(vectors.set_targets(true, &targets, irq_path));
         }
         if let Some(intx) = self.intx.as_mut().filter(|_| wanted != Wanted::Off) {
-            result = result.and(intx.settle(wanted, irq_path.irq));
+            result = result.and(intx.apply(wanted, irq_path.irq));
         }
         result
     }
@@ -204,7 +208,7 @@ impl FunctionInterrupts {
             result = result.and(vectors.reset(irq_path));
         }
         if let Some(intx) = &mut self.intx {
-            result = result.and(intx.settle(Wanted::Off, irq_path.irq));
+            result = result.and(intx.apply(Wanted::Off, irq_path.irq));
         }
         result
     }

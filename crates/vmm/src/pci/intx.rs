@@ -55,7 +55,7 @@ impl Intx {
     }
 
     /// Brings it to what the guest wants.
-    pub(super) fn settle(&mut self, wanted: Wanted, irq: &dyn Irqfds) -> Result<(), PciFailure> {
+    pub(super) fn apply(&mut self, wanted: Wanted, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         match wanted {
             Wanted::Off => self.disconnect(irq),
             Wanted::Masked => {
@@ -103,7 +103,7 @@ impl Intx {
             self.detach(irq)?;
             self.resample.drain().map_err(failure("forgetting an interrupt of the pin"))?;
         }
-        self.settle(wanted, irq)?;
+        self.apply(wanted, irq)?;
         if self.connected && pending {
             self.raise()?;
         }

@@ -108,12 +108,12 @@ impl Vectors {
     ) -> Result<(), PciFailure> {
         self.all_masked = all_masked;
         if enabled == self.enabled {
-            return self.settle(irq_path);
+            return self.apply_masks(irq_path);
         }
         self.enabled = enabled;
         if enabled {
             // The way to the guest is ready before the device can raise.
-            self.settle(irq_path)?;
+            self.apply_masks(irq_path)?;
             self.connect(irq_path)
         } else {
             self.disconnect(irq_path)
@@ -152,7 +152,7 @@ impl Vectors {
             _ => vector.masked = value & CONTROL_MASKED != 0,
         }
         // A vector that is and stays masked goes nowhere: the usual case while a driver fills its table.
-        if was_masked && vector.masked { Ok(()) } else { self.settle(irq_path) }
+        if was_masked && vector.masked { Ok(()) } else { self.apply_masks(irq_path) }
     }
 
     /// The 32 pending bits from vector `32 * index`.
@@ -248,7 +248,7 @@ impl Vectors {
     }
 
     /// Brings routes and attachments to what the registers say, and delivers what became deliverable.
-    fn settle(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
+    fn apply_masks(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         self.detach(irq_path.irq)?;
         for (index, vector) in self.vectors.iter().enumerate() {
             let route = self.unmasked(index).then_some(vector.message);
@@ -326,7 +326,7 @@ impl Vectors {
             first = disabled.map_err(failure("disabling message-signalled interrupts"));
             self.connected = false;
         }
-        let settled = self.settle(irq_path);
+        let settled = self.apply_masks(irq_path);
         for vector in &mut self.vectors {
             // What is disabled has no pending bits: what was raised before does not outlive it.
             let _ = vector.event.drain();

@@ -236,7 +236,7 @@ impl VfioPciFunction {
         }
         if state.interrupts.concerned(offset, from.len()) {
             let State { config, interrupts, .. } = state;
-            if let Err(failure) = interrupts.settle(config, self.irq_path()) {
+            if let Err(failure) = interrupts.apply_masks(config, self.irq_path()) {
                 self.note(&self.failed(failure), "switching interrupts");
             }
         }

@@ -37,7 +37,7 @@ pub(crate) enum DirtyTrackingKind {
     Iommufd,
     /// The type1 container does, for a mediated device: what the device has pinned.
     Type1,
-    /// Nothing does: all RAM is sent while the guest stands still, if that is allowed.
+    /// Nothing does: all RAM is sent while the guest is paused, if that is allowed.
     None,
     /// The device was not asked.
     Unknown,
