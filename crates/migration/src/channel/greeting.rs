@@ -60,7 +60,7 @@ impl PendingConnections {
     /// Takes in a connection, which has `patience` to send its first message whole.
     pub(crate) fn add(&mut self, socket: OwnedFd, patience: Duration) {
         if self.waiting.len() >= MOST {
-            tracing::warn!("too many connections say nothing: the oldest is dropped");
+            tracing::warn!("too many connections send nothing: the oldest is dropped");
             self.waiting.remove(0).link.shutdown();
         }
         let link = Link::accepted(socket);

@@ -16,7 +16,7 @@ use vfio_migration_types::{DeviceId, Gpa, MigrationState, PAGE_SIZE, VmId};
 use super::control::DeviceControl;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 
-/// The kind of such a machine, in its manifest: by this a file is told from a whole VM's.
+/// The kind of such a machine, in its manifest: which distinguishes a file from a whole VM's.
 pub(crate) const KIND: &str = "vfio-migrate/device";
 
 /// The machine. Its device reaches no memory: nothing is mapped for it.

@@ -35,7 +35,7 @@ impl Worker<'_> {
 
     /// Pauses the guest. The token is kept until the attempt is undone or committed.
     pub(super) fn pause(&mut self) -> Result<bool, WorkError> {
-        // Before, not after: the downtime begins when the first vCPU stops.
+        // Before, not after: the downtime begins when the first vCPU is paused.
         let now = monotonic_ns();
         let paused =
             Paused::pause(&self.machine).map_err(|error| error.in_phase(Side::Source, Phase::Quiesce))?;
