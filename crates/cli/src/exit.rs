@@ -8,19 +8,19 @@ use serde::{Deserialize, Serialize};
 use crate::control::refused::Refused;
 use vfio_migration_types::error_chain;
 
-/// How a run of the command ends.
+/// The end of a run of the command, as its exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Exit {
     /// Done, and verified where there was something to verify.
     Done = 0,
-    /// It failed; the guest, if there is one, runs where it ran.
+    /// The verb failed; the guest, if there is one, runs where it ran.
     Failed = 1,
     /// The command line makes no sense.
     Usage = 2,
     /// The two sides do not fit; nothing was begun.
     Incompatible = 3,
-    /// It is not known which side owns the guest: it is paused on both until somebody decides.
+    /// The owner of the guest is not known: it is paused on both sides until somebody decides.
     Unresolved = 4,
 }
 

@@ -11,7 +11,7 @@ use crate::interrupt::UserInterrupt;
 use crate::output::{ProgressDisplay, eprintln_line};
 use crate::units::format_size;
 
-/// How often Ctrl-C is looked for while nothing happens.
+/// Time after which Ctrl-C is looked for while nothing happens.
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Effect of Ctrl-C on the migration that is followed.

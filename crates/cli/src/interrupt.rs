@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::exit::CliError;
 
-/// Whether the user wants out.
+/// The user's request to stop, made by a signal.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct UserInterrupt(Arc<AtomicBool>);
 

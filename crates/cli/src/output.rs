@@ -1,5 +1,6 @@
-//! What the command prints: answers on stdout, messages and progress on stderr. A print that panics when nobody reads is no
-//! way to end: stdout that cannot be written is a failure like any other, and stderr that cannot be written has nobody left.
+//! Output of the command: answers on stdout, messages and progress on stderr. A print that panics when nobody reads is
+//! no way to end: stdout that cannot be written is a failure like any other, and stderr that cannot be written has
+//! nobody left.
 
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -13,7 +14,7 @@ use crate::exit::CliError;
 use crate::units::format_size;
 
 /// Writes `text` to stdout. A reader that has left (`vfio-migrate … | head`) is no failure: the verb's own exit code
-/// stands.
+/// remains.
 pub(crate) fn print(text: impl AsRef<[u8]>) -> Result<(), CliError> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_ref()).and_then(|()| stdout.flush()) {
@@ -36,10 +37,10 @@ pub(crate) fn eprintln_line(line: impl Display) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// How often a plain line is printed.
+/// Time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
-/// Shows a migration as it goes, on stderr.
+/// The display of a migration as it goes, on stderr.
 #[derive(Debug)]
 pub(crate) struct ProgressDisplay {
     bar: Option<ProgressBar>,
@@ -47,7 +48,7 @@ pub(crate) struct ProgressDisplay {
 }
 
 impl ProgressDisplay {
-    /// Shows something if `wanted`.
+    /// A display, or one that prints nothing unless `wanted`.
     pub(crate) fn new(wanted: bool) -> Self {
         if !wanted {
             return Self { bar: None, lines: None };
@@ -62,7 +63,7 @@ impl ProgressDisplay {
         Self { bar: Some(bar), lines: None }
     }
 
-    /// Shows the migration as it is now.
+    /// Prints the migration as it is now.
     pub(crate) fn update(&mut self, info: &MigrationInfo) {
         let done = info.transferred.ram + info.transferred.device_precopy + info.transferred.device_stopcopy;
         if let Some(bar) = &self.bar {
@@ -75,7 +76,7 @@ impl ProgressDisplay {
         }
     }
 
-    /// Shows how far one device is: what was `done`, and what is left as far as is known.
+    /// Prints the progress of one device: what was `done`, and what is left as far as is known.
     pub(crate) fn update_bytes(&mut self, done: &str, moved: u64, left: u64) {
         let line = || match (moved, left) {
             (0, 0) => format!("nothing {done} yet"),
@@ -100,7 +101,7 @@ impl Drop for ProgressDisplay {
     }
 }
 
-/// Shows what is waited for: a spinner on a terminal, otherwise a line once it takes more than two seconds.
+/// The display of a wait: a spinner on a terminal, otherwise a line once it takes more than two seconds.
 #[derive(Debug)]
 pub(crate) struct WaitingDisplay {
     spinner: Option<ProgressBar>,
@@ -108,7 +109,7 @@ pub(crate) struct WaitingDisplay {
 }
 
 impl WaitingDisplay {
-    /// Shows `what` if `wanted`.
+    /// A display of the wait for `what`, or one that prints nothing unless `wanted`.
     pub(crate) fn new(wanted: bool, what: &'static str) -> Self {
         let terminal = wanted && std::io::stderr().is_terminal();
         let spinner = terminal.then(|| ProgressBar::new_spinner().with_message(what));

@@ -14,7 +14,7 @@ use vfio_migration_types::{DeviceId, Gpa, Iova, Range, error_chain};
 /// allows.
 const RAM: RamSpec = RamSpec { gpa: Gpa(1 << 20), len: 64 << 10 };
 
-/// Where devices of this host are looked for, and whether they may be opened.
+/// Access to the devices of this host: the trees to look in, and whether devices may be opened.
 #[derive(Debug)]
 pub(crate) struct HostAccess {
     pub(crate) roots: Roots,
@@ -54,7 +54,7 @@ impl HostAccess {
 #[derive(Debug)]
 pub(crate) struct ProbedDevice {
     pub(crate) device: KernelDevice,
-    /// Whether memory can be mapped for it. Until some is, nobody knows who can log its DMA writes.
+    /// The outcome of mapping memory for it. Until some is, nobody knows who can log its DMA writes.
     pub(crate) mapped: Result<(), DeviceError>,
 }
 

@@ -20,10 +20,10 @@ use crate::probe::HostAccess;
 use crate::target::ANSWER;
 use crate::words::{device_id, read_capped, uri};
 
-/// How long a device server may take for an answer.
+/// Longest time that a device server may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a socket that is no device server's may take to greet as a `vm` does, which it does at once.
+/// Longest time that a socket that is no device server's may take to greet as a `vm` does, which it does at once.
 const GREETING: Duration = Duration::from_secs(2);
 
 /// A side of `check`, by what its word on the command line names.

@@ -51,7 +51,7 @@ pub(crate) struct ControlClient {
     timeout: Duration,
     events: VecDeque<ControlEvent>,
     partial: Vec<u8>,
-    /// When the state of the migration last came, by event or answer.
+    /// Time at which the state of the migration last came, by event or answer.
     news: Instant,
 }
 

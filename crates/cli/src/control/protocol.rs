@@ -8,21 +8,21 @@ use vfio_migration_compat::Reason;
 use super::rehearsal::RehearsalInfo;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 
-/// The verbs.
+/// The verbs of the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[schemars(rename = "Verb")]
 pub(crate) enum ControlVerb {
-    /// How the VM and its migration stand, at one moment. Returns a [`StatusReport`].
+    /// Ask for the state of the VM and its migration, at one moment. Returns a [`StatusReport`].
     Query,
-    /// What the guest says of itself: its report page.
+    /// Ask for the guest's report page.
     QueryGuest,
     /// Move the guest. Arguments: [`MigrateArguments`]. Returns when it has begun.
     Migrate,
     /// Find out what a migration would come to. Arguments:
     /// [`RehearseArguments`](super::rehearsal::RehearseArguments). Returns when it has begun.
     Rehearse,
-    /// What the machine is. Returns a manifest's document.
+    /// Ask for the machine's manifest. Returns its document.
     QueryManifest,
     /// Save the guest into a file. Arguments: [`SaveArguments`]. Returns when it has begun.
     Save,
@@ -30,11 +30,11 @@ pub(crate) enum ControlVerb {
     MigrateIncoming,
     /// Change limits. Arguments: [`ParameterArguments`].
     MigrateSetParameters,
-    /// Cancel the migration.
+    /// Cancel the migration under way.
     MigrateCancel,
     /// Let a migration that waits before its switchover go on.
     MigrateContinue,
-    /// Pause the guest.
+    /// Pause the guest, if it runs.
     Stop,
     /// Let the guest run.
     Cont,

@@ -1,4 +1,4 @@
-//! What a rehearsal found, as the control socket and `rehearse --json` have it.
+//! The report of a rehearsal, as the control socket and `rehearse --json` have it.
 
 use std::collections::BTreeMap;
 
@@ -92,7 +92,8 @@ impl RehearsalInfo {
         }
     }
 
-    /// Of one that found at once, or on the way, that nothing would move; `None` for what says nothing of that.
+    /// The verdict of a rehearsal that found at once, or on the way, that nothing would move; `None` for a failure that
+    /// has none.
     pub(crate) fn of_error(error: &MigrateError) -> Option<Self> {
         error.report().map(Self::refused)
     }

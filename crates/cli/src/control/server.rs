@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::protocol::{ControlEvent, ControlRequest, ControlVerb};
 use super::refused::Refused;
 
-/// Longest request line: a client that sends more is told so and dropped.
+/// Longest request line: a client that sends more is refused and dropped.
 const LINE_MAX: u64 = 64 << 10;
 /// Most clients at a time.
 const CLIENTS_MAX: usize = 32;

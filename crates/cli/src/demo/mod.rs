@@ -28,7 +28,7 @@ use crate::words::check_memory;
 const WARM_UP: Duration = Duration::from_secs(60);
 /// Longest wait for the guest to have looked at everything once it has moved.
 const JUDGEMENT: Duration = Duration::from_secs(120);
-/// How long the guest must have run at the destination: an interrupt counts as lost after one second.
+/// Time that the guest must have run at the destination: an interrupt counts as lost after one second.
 const INTERRUPT_PATIENCE: Duration = Duration::from_millis(1600);
 
 /// Runs the demo and prints its report.
@@ -405,7 +405,7 @@ fn strings(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_string()).collect()
 }
 
-/// What a VM of the demo says of itself and of its migration.
+/// The report of a VM of the demo on itself and its migration.
 fn query(client: &mut ControlClient) -> Result<StatusReport, CliError> {
     client.query().map_err(|error| CliError::caused("a VM of the demo is lost", &error))
 }

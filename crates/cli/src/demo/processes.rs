@@ -81,7 +81,7 @@ impl Process {
         }
     }
 
-    /// Why it ended before it was ready: in its own words, and with its own exit code.
+    /// The error of a process that ended before it was ready: in its own words, and with its own exit code.
     fn ended(&mut self, status: ExitStatus) -> CliError {
         let last = self.messages.take().and_then(|thread| thread.join().ok()).unwrap_or_default();
         let reason = match last.strip_prefix("vfio-migrate: ").unwrap_or(&last) {

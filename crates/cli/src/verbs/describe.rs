@@ -73,7 +73,7 @@ fn render(document: &Document, format: Format) -> Result<String, CliError> {
     }
 }
 
-/// This host, with what of its devices VFIO drivers have.
+/// The manifest of this host, with what VFIO drivers have of its devices.
 fn host(name: Option<&str>, local: &HostAccess) -> Result<HostManifest, CliError> {
     let roots = &local.roots;
     let found = scan(roots);

@@ -21,9 +21,9 @@ use crate::interrupt::UserInterrupt;
 use crate::output::{ProgressDisplay, print, print_json};
 use crate::units::format_size;
 
-/// How often progress is looked at, and Ctrl-C.
+/// Time after which progress is looked at again, and Ctrl-C.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// What a device is called whose name nobody gives.
+/// The name of a device that nobody names.
 const NAME: &str = "dev0";
 
 /// What `save --device --json` and `restore --json` print.
@@ -83,7 +83,7 @@ pub(crate) struct ArcReport {
     pub(crate) ms: f64,
 }
 
-/// `save --device`.
+/// `save --device`: writes the state of a device into a file.
 pub(crate) fn save(command: &SaveCommand, device: &str, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let config = parse(device, None)?;
     let mut how = SaveDeviceOptions::default();
@@ -98,7 +98,7 @@ pub(crate) fn save(command: &SaveCommand, device: &str, interrupt: &UserInterrup
     print_report(&report, command.json, "saved into")
 }
 
-/// `restore`.
+/// `restore`: loads the state in a file into a device.
 pub(crate) fn restore(command: &RestoreCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     // A usage error comes before any file is read.
     parse(&command.device, None)?;

@@ -120,7 +120,7 @@ pub(crate) fn save(
     })
 }
 
-/// `status`: shows a `vm` and its migration.
+/// `status`: prints the report on a `vm` and its migration.
 pub(crate) fn status(command: &StatusCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let mut client = command.target.connect()?;
     let goes_on =

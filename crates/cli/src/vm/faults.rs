@@ -1,4 +1,4 @@
-//! What `demo --break` breaks in a vm process: its machine is wrapped in one that is faulty.
+//! Faults of `demo --break` in a vm process: its machine is wrapped in one that is faulty.
 
 use std::sync::Arc;
 

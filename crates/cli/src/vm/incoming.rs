@@ -15,7 +15,7 @@ use super::slot::{Slot, Steering};
 use crate::control::refused::Refused;
 use crate::words::uri;
 
-/// How long the destination still answers a source that lost the answer to its COMMIT.
+/// Time for which the destination still answers a source that lost the answer to its COMMIT.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
 
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.

@@ -1,8 +1,8 @@
 //! The lock that keeps a second process from starting a VM that has a process already.
 //!
-//! The ownership journal tells what a dead process left. That the process is not dead it cannot tell; a lock can, which
-//! the kernel takes back with the process. It is shared while a guest is here or on its way here, since both sides of
-//! a migration may keep their journals in one folder, and it has to be had alone for a moment to start a guest.
+//! The ownership journal holds what a dead process left. It does not hold whether the process is dead; a lock does, which
+//! the kernel takes back with the process. It is shared while a guest is here or on its way here, since both sides of a
+//! migration may keep their journals in one folder, and it has to be had alone for a moment to start a guest.
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;

@@ -10,7 +10,7 @@ use vfio_migration_vmm::machine::ReferenceMachine;
 use crate::control::protocol::MigrationInfo;
 use crate::control::refused::Refused;
 
-/// Where the guest is.
+/// The place of the guest, and with it the work that the process may begin.
 #[derive(Clone, Debug, Default)]
 pub(super) enum Slot {
     /// The guest is here, running or paused.
@@ -71,7 +71,7 @@ pub(super) struct VmState(Mutex<State>);
 struct State {
     slot: Slot,
     steering: Option<Steering>,
-    /// How the last migration ended.
+    /// The report of the last migration, once it has ended.
     ended: Option<MigrationInfo>,
     /// The handle of the session that `thread` runs. It outlives `steering`: after a guest has arrived, the thread answers for a
     /// while a source that lost the answer to its COMMIT, and is stopped by this.
@@ -167,7 +167,7 @@ impl VmState {
     }
 }
 
-/// Why no migration was begun.
+/// The reason why no migration was begun.
 #[derive(Debug)]
 pub(super) enum BeginError {
     UnderWay,

@@ -12,7 +12,7 @@ use crate::output::{WaitingDisplay, print, print_json};
 use crate::side;
 use crate::verdict::json_word;
 
-/// Which devices can go where.
+/// `check --matrix`: the devices that can go where, over all hosts.
 pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Exit, CliError> {
     let hosts = hosts(files, json)?;
     let matrix = vfio_migration_compat::matrix(&hosts, policy);
@@ -42,7 +42,7 @@ pub(crate) struct WithoutBaseline {
     pub(crate) why: String,
 }
 
-/// What all of them load: of one model, or of each that a host has or offers.
+/// `check --baseline`: versions that all hosts load, of one model or of each that a host has or offers.
 pub(super) fn baseline(files: &[String], model: Option<&str>, json: bool) -> Result<Exit, CliError> {
     let hosts = hosts(files, json)?;
     let devices = hosts

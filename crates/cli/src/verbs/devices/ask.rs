@@ -107,7 +107,7 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry)
     Ok(())
 }
 
-/// What either kind of device says of itself, and whether it migrates.
+/// Facts that either kind of device reports of itself, and whether it migrates.
 fn hardware<D: Device + PciHardware>(
     report: &mut DeviceEntry,
     device: &D,

@@ -41,7 +41,7 @@ pub(crate) fn run(options: &DevicesCommand) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
-/// Tells devices of the host, by name, from sockets.
+/// Separates devices of the host, by name, from sockets.
 fn named<'a>(
     targets: &'a [PathBuf],
     roots: &Roots,

@@ -1,4 +1,4 @@
-//! What is said of devices.
+//! The report of `devices`, as its JSON has it.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -53,7 +53,7 @@ pub(super) fn text(report: &DevicesReport) -> String {
     text
 }
 
-/// What a device said when it was asked.
+/// The facts that an asked device reported.
 fn asked(device: &DeviceEntry) -> String {
     let mut text = String::new();
     if let Some(regions) = &device.regions {
