@@ -1,5 +1,6 @@
 //! Keep-alives, the silence of a peer, and the end of a connection, for both sides of a session.
 
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,13 @@ pub(crate) fn keep_alive(link: &Link, peer: &str, peer_timeout: Duration) {
     let limit = peer_timeout.max(SHORTEST_SILENCE);
     if link.silence() > limit {
         link.give_up(&format!("{peer} has said nothing for {limit:?}"));
+    }
+}
+
+/// Keeps `link` alive until the sender of `ended` is dropped, whoever is silent: a file at one end of a session takes its time.
+pub(crate) fn keep_alive_until(link: &Link, ended: &Receiver<()>) {
+    while ended.recv_timeout(KEEP_ALIVE) == Err(RecvTimeoutError::Timeout) {
+        link.keep_alive(KEEP_ALIVE);
     }
 }
 

@@ -9,8 +9,8 @@ use vfio_migration_types::{PAGE_SIZE, Side};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, Frame, Hello, Message};
 
 use super::SnapshotError;
+use super::file::{DIGEST_LEN, END, HEAD_LEN, MAGIC, TRAILER_LEN, VERSION};
 use super::file::{Frames, failed};
-use super::format::{DIGEST_LEN, END, HEAD_LEN, MAGIC, TRAILER_LEN, VERSION};
 
 /// Content of a sound file.
 #[derive(Clone, Debug)]

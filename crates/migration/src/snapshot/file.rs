@@ -7,7 +7,19 @@ use std::path::{Path, PathBuf};
 use vfio_migration_wire::{Bulk, Crc, FrameHeader, HEADER_LEN, Message, WireError, encode, encode_bulk};
 
 use super::SnapshotError;
-use super::format::{END, HEAD_LEN, MAGIC, TRAILER_LEN, VERSION};
+
+/// The first bytes of every snapshot, before the layout's number.
+pub(super) const MAGIC: [u8; 7] = *b"VFIOSNP";
+/// The layout that this program writes and reads.
+pub(super) const VERSION: u8 = 1;
+/// The first bytes of the trailer.
+pub(super) const END: [u8; 8] = *b"VFIOSEND";
+/// Bytes before the first frame.
+pub(super) const HEAD_LEN: u64 = 8;
+/// Bytes of a BLAKE3 digest.
+pub(super) const DIGEST_LEN: u64 = 32;
+/// The trailer: its magic, the length of the whole file, and the digest of everything before the digest.
+pub(super) const TRAILER_LEN: u64 = 8 + 8 + DIGEST_LEN;
 
 /// A snapshot being written, under a temporary name in the folder it will live in. Dropping it removes it.
 #[derive(Debug)]

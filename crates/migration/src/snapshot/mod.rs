@@ -8,8 +8,6 @@
 mod check;
 mod error;
 mod file;
-mod format;
-mod idle;
 mod play;
 mod record;
 mod restore;

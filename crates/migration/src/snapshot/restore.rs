@@ -11,12 +11,12 @@ use vfio_migration_types::{Epoch, Failure, Phase, Side, VmId, error_chain};
 
 use super::check::{Checked, check};
 use super::file::{Frames, failed};
-use super::format::{HEAD_LEN, TRAILER_LEN};
-use super::idle::keep_alive;
+use super::file::{HEAD_LEN, TRAILER_LEN};
 use super::play::play;
 use super::{DeviceState, SnapshotError, states};
 use crate::channel::credit::Credit;
 use crate::channel::link::Link;
+use crate::channel::liveness::keep_alive_until;
 use crate::destination::Destination;
 use crate::device_file::KIND;
 use crate::error::IncomingError;
@@ -132,7 +132,7 @@ impl Snapshot {
                 play(link, frames, checked, credits);
                 drop(done);
             });
-            scope.spawn(move || keep_alive(link, &waits));
+            scope.spawn(move || keep_alive_until(link, &waits));
             let arrived = destination.accept(build);
             // Whatever the player waits for, nobody sends it any more.
             link.shutdown();

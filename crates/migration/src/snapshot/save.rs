@@ -6,10 +6,10 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::file::{Writer, failed};
-use super::idle::keep_alive;
 use super::record::{Recorded, Unrecorded, record};
 use super::{DeviceState, GuestNotResumed, SaveError, states};
 use crate::channel::link::Link;
+use crate::channel::liveness::keep_alive_until;
 use crate::error::MigrateError;
 use crate::options::SourceOptions;
 use crate::report::{Completed, Progress};
@@ -77,7 +77,7 @@ pub fn save(
             drop(done);
             recorded
         });
-        scope.spawn(move || keep_alive(link, &waits));
+        scope.spawn(move || keep_alive_until(link, &waits));
         let ended = source.migrate_over(here, observer);
         // Whatever the recorder waits for, nobody sends it any more.
         link.shutdown();
