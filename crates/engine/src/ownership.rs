@@ -210,6 +210,90 @@ pub struct DestinationRecord {
     pub peer: String,
 }
 
+/// Epochs of a VM, as far as the records of one host know: the rule of who may take or send it, in one place.
+///
+/// An epoch that this host has seen end is never taken again, whoever offers it: a host that gave the VM away under it, or
+/// took the VM over from it, knows that another epoch has begun since.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KnownEpochs {
+    /// The epoch under which this host owns the VM.
+    pub owned: Option<Epoch>,
+    /// The epoch under which this host gave the VM away.
+    pub released: Option<Epoch>,
+    /// The latest epoch that this host has seen end.
+    pub ended: Option<Epoch>,
+    /// The source's latest attempt: what it offers may be taken on this host too, or out of the file it was saved into.
+    sent: Option<AttemptId>,
+}
+
+impl KnownEpochs {
+    /// What both records of a host say, of which either may be missing.
+    ///
+    /// An offer that was not taken proves nothing: anybody may make one.
+    pub fn of(source: Option<&SourceRecord>, destination: Option<&DestinationRecord>) -> Self {
+        let taken = destination.filter(|record| record.state == DestinationState::Owner);
+        let released = source.filter(|record| record.state == SourceState::Released);
+        let kept = source.filter(|record| record.state != SourceState::Released);
+        let before = |record: &SourceRecord| record.epoch.0.checked_sub(1).map(Epoch);
+        let ended =
+            [released.map(|record| record.epoch), taken.map(|record| record.epoch), kept.and_then(before)];
+        let owned = taken.map(|record| record.epoch.next()).max(kept.map(|record| record.epoch));
+        Self {
+            // What came here and was given away since is not owned.
+            owned: owned.filter(|owned| released.is_none_or(|record| record.epoch < *owned)),
+            released: released.map(|record| record.epoch),
+            ended: ended.into_iter().flatten().max(),
+            sent: source.map(|record| record.attempt),
+        }
+    }
+
+    /// Whether this host may take the VM in from a source that owns it under `epoch`.
+    ///
+    /// # Errors
+    /// The epoch is over, or this host owns the VM under a later one.
+    pub fn may_take(&self, epoch: Epoch, attempt: AttemptId) -> Result<(), EpochOver> {
+        let own =
+            self.owned.filter(|owned| *owned > epoch).map(|owned| EpochOver::OwnedHere { owned, epoch });
+        let ended = self.ended.filter(|ended| *ended >= epoch && self.sent != Some(attempt));
+        let ended = ended.map(|ended| EpochOver::Ended { ended, epoch });
+        own.or(ended).map_or(Ok(()), Err)
+    }
+
+    /// The epoch under which this host may send the VM, if its VMM says that it owns the VM under `wanted`: the later of
+    /// that and what the records know.
+    ///
+    /// # Errors
+    /// That epoch is over.
+    pub fn may_send(&self, wanted: Epoch) -> Result<Epoch, EpochOver> {
+        let epoch = self.owned.map_or(wanted, |owned| owned.max(wanted));
+        match self.ended.filter(|ended| *ended >= epoch) {
+            Some(ended) => Err(EpochOver::Ended { ended, epoch }),
+            None => Ok(epoch),
+        }
+    }
+}
+
+/// Why a VM may not be taken, or sent, under an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EpochOver {
+    /// This host owns the VM under a later epoch.
+    #[error("this host owns the VM under epoch {}, later than the epoch {} of the source", .owned.0, .epoch.0)]
+    OwnedHere {
+        /// The epoch under which this host owns it.
+        owned: Epoch,
+        /// The epoch that was offered.
+        epoch: Epoch,
+    },
+    /// The epoch has ended: the VM was given away under it, or under a later one.
+    #[error("the journal says that epoch {} of this VM is over (the latest to end was {})", .epoch.0, .ended.0)]
+    Ended {
+        /// The latest epoch that this host has seen end.
+        ended: Epoch,
+        /// The epoch that was offered, or wanted.
+        epoch: Epoch,
+    },
+}
+
 /// A destination's answer to a [`Message::Query`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -312,6 +396,59 @@ mod tests {
         assert!(source.state.next(SourceStep::Abort).is_err());
         assert_eq!(source.state.next(SourceStep::Running), Ok(SourceState::Released));
         assert_eq!(ready.state.next(DestinationStep::Commit), Ok(DestinationState::Owner));
+    }
+
+    fn sent(state: SourceState, epoch: u64) -> SourceRecord {
+        let (vm, attempt) = (VmId([1; 16]), AttemptId([7; 16]));
+        SourceRecord { vm, attempt, epoch: Epoch(epoch), state, peer: "tcp:b:1".to_owned() }
+    }
+
+    /// Every pair of records, every epoch offered: none that this host has seen end is taken by another attempt, and a VM
+    /// that is owned here is never taken under an earlier epoch.
+    #[test]
+    fn no_epoch_that_ended_is_taken_again() {
+        use DestinationState::{Aborted, Loading, Owner as Arrived, Ready, Reserved};
+        use SourceState::{Committing, Owner, Released, Sending};
+        let sources = [Owner, Sending, Committing, Released].iter();
+        let sources = sources.flat_map(|state| (0..4).map(|epoch| Some(sent(*state, epoch)))).chain([None]);
+        for source in sources {
+            let destinations = [Reserved, Loading, Ready, Arrived, Aborted].iter();
+            let destinations = destinations.flat_map(|state| {
+                (0..4).map(|epoch| Some(DestinationRecord { epoch: Epoch(epoch), ..record(*state) }))
+            });
+            for destination in destinations.chain([None]) {
+                let known = KnownEpochs::of(source.as_ref(), destination.as_ref());
+                for epoch in (0..6).map(Epoch) {
+                    let (stranger, own) = (AttemptId([9; 16]), AttemptId([7; 16]));
+                    let over = known.ended.is_some_and(|ended| epoch <= ended);
+                    let here = known.owned.is_some_and(|owned| owned > epoch);
+                    let said = format!("{source:?} {destination:?} {epoch:?}");
+                    assert_eq!(known.may_take(epoch, stranger).is_err(), over || here, "{said}");
+                    // What this host sends itself may come back to it.
+                    assert_eq!(
+                        known.may_take(epoch, own).is_err(),
+                        here || (over && source.is_none()),
+                        "{said}"
+                    );
+                    let sends = known.owned.map_or(epoch, |owned| owned.max(epoch));
+                    let gone = known.ended.is_some_and(|ended| ended >= sends);
+                    assert_eq!(known.may_send(epoch).ok(), (!gone).then_some(sends), "{said}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_vm_that_went_away_comes_back_under_a_later_epoch_alone() {
+        let given = sent(SourceState::Released, 3);
+        let known = KnownEpochs::of(Some(&given), None);
+        let stranger = AttemptId([9; 16]);
+        assert_eq!((known.owned, known.ended), (None, Some(Epoch(3))));
+        assert!(known.may_take(Epoch(3), stranger).is_err() && known.may_send(Epoch(3)).is_err());
+        assert_eq!(known.may_take(Epoch(4), stranger), Ok(()));
+        // An offer that was not taken proves nothing.
+        let offered = DestinationRecord { epoch: Epoch(u64::MAX), ..record(DestinationState::Ready) };
+        assert_eq!(KnownEpochs::of(Some(&given), Some(&offered)), known);
     }
 
     #[test]

@@ -137,7 +137,8 @@ impl Worker<'_, '_, '_> {
         ConfigRules { rules }
     }
 
-    /// Opens the VM's journal, if it does not say that the VM is ours already. A rehearsal only reads it.
+    /// Opens the VM's journal; the reason, if by what it says the VM may not be taken under this epoch. A rehearsal only
+    /// reads it.
     fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, WorkError> {
         let failed = |error: JournalError| error.in_phase(Side::Destination, Phase::Hello);
         let dir = self.options.state_dir.as_deref();
@@ -149,14 +150,8 @@ impl Worker<'_, '_, '_> {
             self.journal = Some(journal);
             Some(known)
         };
-        let owned = known.and_then(|known| known.owned_epoch()).filter(|owned| *owned > attempt.epoch);
-        Ok(owned.map(|owned| {
-            let text = format!(
-                "this host owns the VM under epoch {}, later than the epoch {} of the source",
-                owned.0, attempt.epoch.0
-            );
-            Reason::new("ownership", text)
-        }))
+        let refused = known.and_then(|known| known.epochs().may_take(attempt.epoch, attempt.attempt).err());
+        Ok(refused.map(|over| Reason::new("ownership", over.to_string())))
     }
 }
 

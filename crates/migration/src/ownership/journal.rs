@@ -11,7 +11,7 @@ use std::sync::Mutex;
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
-use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, SourceRecord, SourceState};
+use vfio_migration_engine::ownership::{DestinationRecord, KnownEpochs, SourceRecord};
 use vfio_migration_types::{Epoch, VmId};
 
 use crate::session::lock::lock;
@@ -169,17 +169,19 @@ impl JournalFile {
         Self { version: 1, vm, source: None, destination: None }
     }
 
+    /// Epochs of the VM, as far as this host's records know.
+    pub fn epochs(&self) -> KnownEpochs {
+        KnownEpochs::of(self.source.as_ref(), self.destination.as_ref())
+    }
+
     /// The epoch under which this host owns the VM, as far as the journal knows.
     pub fn owned_epoch(&self) -> Option<Epoch> {
-        let taken = self.destination.as_ref().filter(|record| record.state == DestinationState::Owner);
-        let kept = self.source.as_ref().filter(|record| record.state != SourceState::Released);
-        taken.map(|record| record.epoch.next()).max(kept.map(|record| record.epoch))
+        self.epochs().owned
     }
 
     /// The epoch under which this host gave the VM away, if it did.
     pub fn released_epoch(&self) -> Option<Epoch> {
-        let record = self.source.as_ref().filter(|record| record.state == SourceState::Released)?;
-        Some(record.epoch)
+        self.epochs().released
     }
 }
 
@@ -207,6 +209,7 @@ fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error
 
 #[cfg(test)]
 mod tests {
+    use vfio_migration_engine::ownership::{DestinationState, SourceState};
     use vfio_migration_types::AttemptId;
 
     use super::*;

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use vfio_migration_engine::ownership::{DestinationState, SourceState};
+use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_types::{Epoch, VmId};
 
 use crate::ownership::journal::{JournalError, JournalFile, read_journal};
@@ -43,34 +43,28 @@ pub fn ownership_at(dir: &Path, vm: VmId) -> Result<VmOwnership, JournalError> {
 }
 
 fn of(file: &JournalFile) -> VmOwnership {
-    let taken_in = file
-        .destination
-        .as_ref()
-        .filter(|record| record.state == DestinationState::Owner)
-        .map(|record| record.epoch.next());
-    if let Some(sent) = &file.source {
-        // What was sent away counts only if it did not come back since.
-        let since = taken_in.is_none_or(|back| sent.epoch.next() > back);
-        let (epoch, peer) = (sent.epoch.next(), sent.peer.clone());
-        match sent.state {
-            SourceState::Committing if since => return VmOwnership::Undecided { epoch, peer },
-            SourceState::Released if since => return VmOwnership::Elsewhere { epoch, peer },
-            SourceState::Owner | SourceState::Sending => {
-                return VmOwnership::Ours(taken_in.map_or(sent.epoch, |back| back.max(sent.epoch)));
-            }
-            SourceState::Committing | SourceState::Released => {}
-        }
+    let epochs = file.epochs();
+    let (sent, offered) = (file.source.as_ref(), file.destination.as_ref());
+    // What was committed to counts only if the VM was not taken in since.
+    let committing = sent.filter(|sent| sent.state == SourceState::Committing);
+    if let Some(sent) = committing.filter(|sent| epochs.owned <= Some(sent.epoch)) {
+        return VmOwnership::Undecided { epoch: sent.epoch.next(), peer: sent.peer.clone() };
     }
-    match (taken_in, &file.destination) {
-        (Some(epoch), _) => VmOwnership::Ours(epoch),
-        (None, Some(offered)) => VmOwnership::Elsewhere { epoch: offered.epoch, peer: offered.peer.clone() },
-        (None, None) => VmOwnership::Unknown,
+    match (epochs.owned, epochs.released.zip(sent), offered) {
+        (Some(epoch), ..) => VmOwnership::Ours(epoch),
+        (None, Some((released, sent)), _) => {
+            VmOwnership::Elsewhere { epoch: released.next(), peer: sent.peer.clone() }
+        }
+        (None, None, Some(offered)) => {
+            VmOwnership::Elsewhere { epoch: offered.epoch, peer: offered.peer.clone() }
+        }
+        (None, None, None) => VmOwnership::Unknown,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use vfio_migration_engine::ownership::{DestinationRecord, SourceRecord};
+    use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, SourceRecord};
     use vfio_migration_types::AttemptId;
 
     use super::*;

@@ -119,18 +119,11 @@ fn owned_epoch(file: JournalFile, options: &SourceOptions) -> Result<Epoch, Migr
             ),
         });
     }
-    let epoch = file.owned_epoch().map_or(options.epoch, |known| known.max(options.epoch));
-    match file.released_epoch() {
-        Some(released) if released >= epoch => {
-            let text = format!(
-                "the journal says that this VM was given away under epoch {}, and nothing says that it came back",
-                released.0
-            );
-            let remedy = "if it did come back, pass the epoch under which it did";
-            Err(refused_here(Failure::new(Side::Source, Phase::Plan, text).with_remedy(remedy)))
-        }
-        _ => Ok(epoch),
-    }
+    file.epochs().may_send(options.epoch).map_err(|over| {
+        let text = format!("{over}: the VM was given away, and nothing says that it came back");
+        let remedy = "if it did come back, pass the epoch under which it did";
+        refused_here(Failure::new(Side::Source, Phase::Plan, text).with_remedy(remedy))
+    })
 }
 
 /// The machine's devices, if each of them can migrate.

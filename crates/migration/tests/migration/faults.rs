@@ -573,3 +573,34 @@ fn a_stalled_wire_does_not_hold_a_cancel_up() {
     source.prove_restored();
     assert!(matches!(both.destination, Err(IncomingError::Aborted(_))), "{:?}", both.destination);
 }
+
+/// A host that gave the guest away knows that its epoch is over: a copy of what it was must not be run there again.
+#[test]
+fn an_epoch_that_a_host_has_seen_end_is_not_taken_again() {
+    let plan = small();
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let at = |dir: &tempfile::TempDir| {
+        let mut incoming = incoming();
+        incoming.state_dir = Some(dir.path().into());
+        incoming
+    };
+    let from = |dir: &tempfile::TempDir| {
+        let mut options = options();
+        options.state_dir = Some(dir.path().into());
+        options
+    };
+    let source = Toy::booted(&plan);
+    let (completed, _, moved) = migrate(&source, &plan, "tcp:127.0.0.1:0", from(&here), at(&there)).unwrap();
+    assert_eq!(completed.epoch.0, 1);
+    // A stale copy, of a host that knows nothing of the move.
+    let copy = Toy::booted(&plan);
+    let both = migrate(&copy, &plan, "tcp:127.0.0.1:0", options(), at(&here));
+    let Err(MigrateError::Refused(reasons)) = &both.source else { panic!("{:?}", both.source) };
+    assert!(reasons[0].code == "ownership" && reasons[0].text.contains("epoch 0"), "{reasons:?}");
+    assert!(matches!(both.destination, Err(IncomingError::Refused(_))), "{:?}", both.destination);
+    both.machine.prove_standing();
+    moved.prove_running();
+    // The guest itself comes back, under a later epoch.
+    let (completed, ..) = migrate(&moved, &plan, "tcp:127.0.0.1:0", from(&there), at(&here)).unwrap();
+    assert_eq!(completed.epoch.0, 2);
+}
