@@ -112,6 +112,11 @@ impl Link {
         }
     }
 
+    /// The address at the other end, for a person to read.
+    pub(crate) fn peer(&self) -> String {
+        self.transport.peer()
+    }
+
     /// Everything written so far, headers included.
     pub(crate) fn wire_bytes(&self) -> u64 {
         self.wire_bytes.load(Ordering::Relaxed)
@@ -388,6 +393,10 @@ mod tests {
 
         fn fd(&self) -> BorrowedFd<'_> {
             self.0.fd()
+        }
+
+        fn peer(&self) -> String {
+            self.0.peer()
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::IoSlice;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -36,6 +37,9 @@ pub(crate) trait Transport: fmt::Debug + Send + Sync {
 
     /// The descriptor, to be waited for together with others.
     fn fd(&self) -> BorrowedFd<'_>;
+
+    /// The address at the other end, for a person to read.
+    fn peer(&self) -> String;
 }
 
 /// A stream socket as it is: TCP, unix, or one that was handed over.
@@ -82,6 +86,13 @@ impl Transport for Socket {
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+
+    fn peer(&self) -> String {
+        match rustix::net::getpeername(&self.0).map(|address| address.map(SocketAddr::try_from)) {
+            Ok(Some(Ok(address))) => format!("tcp:{address}"),
+            _ => "a unix socket".to_owned(),
+        }
     }
 }
 

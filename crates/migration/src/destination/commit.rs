@@ -41,7 +41,7 @@ impl Worker<'_, '_, '_> {
             attempt: attempt.attempt,
             epoch: attempt.epoch,
             state,
-            peer: self.local.clone(),
+            peer: self.link.peer(),
         };
         journal
             .write_destination(record.clone())

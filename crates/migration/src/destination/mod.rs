@@ -161,7 +161,6 @@ impl Destination {
             pending: &mut self.pending,
             options: &self.options,
             control: &self.control,
-            local: self.local.to_string(),
         };
         let (arrived, known) = session::run(place, accepted, build);
         self.known = known;

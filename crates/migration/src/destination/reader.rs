@@ -144,8 +144,12 @@ fn step(
                 received.stopped.load(Ordering::Relaxed),
             )?;
         }
-        Bulk::DeviceEnd(end) => receiver(sink, end.device)?.end(end.total)?,
+        Bulk::DeviceEnd(end) => {
+            after_final(received, "the end of a device's state")?;
+            receiver(sink, end.device)?.end(end.total)?;
+        }
         Bulk::Section { name, version, bytes } => {
+            after_final(received, "machine state")?;
             let mut sections = lock(&sink.sections);
             let all =
                 received.section_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed) + bytes.len() as u64;
@@ -220,6 +224,14 @@ fn control(
         other => events.send(DestinationEvent::Peer(other)),
     }
     Ok(())
+}
+
+/// `what` can only be whole once the guest is paused and every device stopped.
+fn after_final(received: &Received, what: &str) -> Result<(), Failure> {
+    if received.stopped.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    Err(Failure::new(Side::Destination, Phase::Iterate, format!("{what} came before FINAL: protocol error")))
 }
 
 fn receiver(sink: &Sink, device: u16) -> Result<&DeviceReceiver, Failure> {

@@ -44,7 +44,6 @@ pub(super) struct Place<'a> {
     pub(super) pending: &'a mut PendingConnections,
     pub(super) options: &'a DestinationOptions,
     pub(super) control: &'a IncomingControl,
-    pub(super) local: String,
 }
 
 /// Runs one session to its end. Also returns what became of the attempt, for a source that asks later.
@@ -55,7 +54,7 @@ pub(super) fn run(
 ) -> (Result<Arrived, IncomingError>, Option<KnownOutcome>) {
     let begun = Instant::now();
     let Accepted { link, reader, hello } = accepted;
-    let Place { listener, pending, options, control, local } = place;
+    let Place { listener, pending, options, control } = place;
     let lease = match nonce() {
         Ok(lease) => lease,
         Err(errno) => {
@@ -88,8 +87,7 @@ pub(super) fn run(
     let (outcome, running, attempt) = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel::<Job>();
         let shared = &shared;
-        let worker =
-            Worker::new(scope, options, Box::new(build), Arc::clone(&link), shared, events.clone(), local);
+        let worker = Worker::new(scope, options, Box::new(build), Arc::clone(&link), shared, events.clone());
         let working = scope.spawn(move || worker.run(&submitted));
         let (reader_link, reader_events) = (Arc::clone(&link), events.clone());
         let reading = scope.spawn(move || {

@@ -35,7 +35,6 @@ pub(super) struct Worker<'scope, 'env, 'a> {
     pub(super) link: Arc<Link>,
     pub(super) shared: &'env DestinationShared,
     pub(super) events: Events<DestinationEvent>,
-    pub(super) local: String,
     pub(super) journal: Option<Journal>,
     pub(super) machine: Option<Arc<dyn Machine>>,
     /// A kernel device of this machine pins RAM.
@@ -55,7 +54,6 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
         link: Arc<Link>,
         shared: &'env DestinationShared,
         events: Events<DestinationEvent>,
-        local: String,
     ) -> Self {
         Self {
             scope,
@@ -64,7 +62,6 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             link,
             shared,
             events,
-            local,
             journal: None,
             machine: None,
             pinned: false,

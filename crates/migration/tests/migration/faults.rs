@@ -592,6 +592,12 @@ fn an_epoch_that_a_host_has_seen_end_is_not_taken_again() {
     let source = Toy::booted(&plan);
     let (completed, _, moved) = migrate(&source, &plan, "tcp:127.0.0.1:0", from(&here), at(&there)).unwrap();
     assert_eq!(completed.epoch.0, 1);
+    // Each journal names the other side: where the guest went, and where it came from.
+    let journal = read_journal(there.path(), source.id()).unwrap().unwrap();
+    let came_from = journal.destination.unwrap().peer;
+    assert!(came_from.starts_with("tcp:127.0.0.1:"), "{came_from}");
+    let went_to = read_journal(here.path(), source.id()).unwrap().unwrap().source.unwrap().peer;
+    assert_ne!(came_from, went_to);
     // A stale copy, of a host that knows nothing of the move.
     let copy = Toy::booted(&plan);
     let both = migrate(&copy, &plan, "tcp:127.0.0.1:0", options(), at(&here));

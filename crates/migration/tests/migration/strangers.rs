@@ -11,8 +11,8 @@ use vfio_migration::{
 };
 use vfio_migration_types::{AttemptId, Epoch, Side};
 use vfio_migration_wire::{
-    Bulk, Crc, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN, Hello, Message, Offer,
-    PREAMBLE, VERSIONS, encode, encode_bulk,
+    Bulk, Crc, DeviceEnd, DeviceTotal, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN,
+    Hello, Message, Offer, PREAMBLE, VERSIONS, encode, encode_bulk,
 };
 
 fn incoming() -> DestinationOptions {
@@ -234,6 +234,26 @@ fn bulk_behind_final_end_is_refused() {
     });
     assert!(aborted(there).contains("after FINAL_END"));
     machine.prove_standing();
+}
+
+/// Machine state and the end of a device's state can only be whole once nothing runs any more.
+#[test]
+fn what_ends_something_is_refused_before_final() {
+    let total = DeviceTotal { bytes: 0, digest: *blake3::hash(&[]).as_bytes() };
+    let plan = Plan { devices: vec![FakeDeviceKind::default()], ..plan() };
+    for early in [
+        Bulk::Section { name: "toy.vcpu", version: 1, bytes: &[0; 8] },
+        Bulk::DeviceEnd(DeviceEnd { device: 0, total }),
+    ] {
+        let (there, _) = receive_into(&plan, |to, machine| {
+            let mut peer = Peer::new(to);
+            peer.begin(machine, 0);
+            peer.bulk(&early, &[]);
+            let text = peer.hear_abort();
+            assert!(text.contains("before FINAL"), "{text}");
+        });
+        assert!(aborted(there).contains("before FINAL"), "{early:?}");
+    }
 }
 
 #[test]
