@@ -234,7 +234,7 @@ pub enum SourceEvent {
     Cancel,
     /// The operator changes the limit.
     SetDowntimeLimit(Duration),
-    /// The operator lets a migration that waits before its switchover begin it. Ignored while it does not wait.
+    /// The operator lets a migration that waits before its switchover begin it. Ignored before it has waited.
     ContinueSwitchover,
     /// A device lost its session by itself (guest FLR, reset): this attempt cannot go on.
     DeviceLost(Failure),

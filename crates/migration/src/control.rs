@@ -60,7 +60,7 @@ impl Control {
     }
 
     /// Lets a migration that waits before its switchover
-    /// ([`SourceOptions::pause_before_switchover`]) go on. Does nothing while it does not wait
+    /// ([`SourceOptions::pause_before_switchover`]) go on. Does nothing before it has waited
     /// ([`Progress::waiting`]).
     pub fn continue_switchover(&self) {
         self.send(SourceEvent::ContinueSwitchover);

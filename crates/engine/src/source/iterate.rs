@@ -32,6 +32,7 @@ impl Rounds {
             round_began: Time::ZERO,
             next: None,
             waiting: None,
+            operator_asked: false,
             continued: false,
             progress: vec![DeviceProgress::default(); devices],
             acknowledged: vec![None; devices],
@@ -135,9 +136,10 @@ impl SourceEngine {
         }
     }
 
-    /// Dropped if the operator is not waited for: it may have been meant for another wait.
+    /// Dropped if the operator was never waited for: it may have been meant for another migration. Kept if a round in between
+    /// waits for something else: the operator was asked, and has answered.
     pub(super) fn on_continue(&mut self, now: Time) {
-        if self.rounds.waiting != Some(WaitKind::Operator) {
+        if !self.rounds.operator_asked {
             return;
         }
         self.rounds.continued = true;
@@ -246,6 +248,7 @@ impl SourceEngine {
     fn wait(&mut self, waiting: WaitKind, pace: Duration, now: Time) {
         let next = self.rounds.round_began.saturating_add(pace);
         self.rounds.waiting = Some(waiting);
+        self.rounds.operator_asked |= waiting == WaitKind::Operator;
         if next <= now {
             return self.next_round(now);
         }

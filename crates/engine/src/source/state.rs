@@ -87,6 +87,8 @@ pub(super) struct Rounds {
     /// Time at which the next one begins, unless an event lets P4 begin first.
     pub(super) next: Option<Time>,
     pub(super) waiting: Option<WaitKind>,
+    /// The operator has been waited for: the word to continue is for that wait, whatever is waited for when it comes.
+    pub(super) operator_asked: bool,
     pub(super) continued: bool,
     /// Per device: as last seen.
     pub(super) progress: Vec<DeviceProgress>,

@@ -113,6 +113,40 @@ fn a_word_to_go_on_is_not_kept_for_a_wait_that_has_not_begun() {
     assert_eq!(tell(&mut source, SourceEvent::ContinueSwitchover), [SourceAction::Pause]);
 }
 
+/// Between the wait that an operator saw and the word that ends it, a round may find the downtime too long again.
+#[test]
+fn a_word_to_go_on_counts_though_a_round_waits_for_something_else() {
+    let mut source = SourceEngine::new(SourceConfig { pause_before_switchover: true, ..config() });
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
+        SourceEvent::Peer(Message::Accept(Accept::default())),
+        SourceEvent::Judged,
+        SourceEvent::Journaled(SourceState::Sending),
+        SourceEvent::SetUp { devices: vec![] },
+        SourceEvent::Peer(Message::Begun),
+    ] {
+        tell(&mut source, event);
+    }
+    let took = Duration::from_secs(1);
+    let round =
+        |ram_left| IterationReport { wire_bytes: 1 << 20, took, ram_left, ..IterationReport::default() };
+    tell(&mut source, SourceEvent::IterationSent(round(0)));
+    assert_eq!(source.progress(NOW).waiting, Some(SwitchoverWait::Operator));
+    // A second for a mebibyte: what is dirty now is far above the limit, and the next round begins at once.
+    let mut now = source.deadline().unwrap().max(NOW);
+    source.handle(SourceEvent::Tick, now);
+    assert_eq!(source.poll_action(), Some(SourceAction::SendIteration { iteration: 2 }));
+    now += took;
+    source.handle(SourceEvent::IterationSent(round(8 << 20)), now);
+    assert_eq!(source.poll_action(), Some(SourceAction::SendIteration { iteration: 3 }));
+    assert_eq!(source.progress(now).waiting, Some(SwitchoverWait::Convergence));
+    source.handle(SourceEvent::ContinueSwitchover, now);
+    now += took;
+    source.handle(SourceEvent::IterationSent(round(0)), now);
+    assert_eq!(source.poll_action(), Some(SourceAction::Pause));
+}
+
 #[test]
 fn ram_that_is_sent_again_counts_against_the_downtime() {
     let mut source = SourceEngine::new(config());
