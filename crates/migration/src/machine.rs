@@ -125,13 +125,6 @@ impl MachineError {
     ) -> Self {
         Self { doing: doing.into(), errno: None, source: source.into() }
     }
-
-    /// The same with an errno.
-    #[must_use]
-    pub fn with_errno(mut self, errno: Errno) -> Self {
-        self.errno = Some(errno);
-        self
-    }
 }
 
 /// A storage lock could not be taken or released.

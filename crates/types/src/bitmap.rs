@@ -193,14 +193,6 @@ impl Bitmap {
         self.or_scaled(0, &other.words, other.granule);
     }
 
-    /// Removes what `other`, of the same memory and granule, holds.
-    pub fn and_not(&mut self, other: &Self) {
-        debug_assert_eq!(self.granule, other.granule);
-        for (word, gone) in self.words.iter_mut().zip(&other.words) {
-            *word &= !gone;
-        }
-    }
-
     /// Hands out what is dirty and leaves this bitmap clean.
     pub fn take(&mut self) -> Self {
         let clean = vec![0; self.words.len()];

@@ -178,11 +178,6 @@ impl JournalFile {
     pub fn owned_epoch(&self) -> Option<Epoch> {
         self.epochs().owned
     }
-
-    /// The epoch under which this host gave the VM away, if it did.
-    pub fn released_epoch(&self) -> Option<Epoch> {
-        self.epochs().released
-    }
 }
 
 fn replace(dir: &Path, file: &JournalFile) -> Result<(), JournalError> {
@@ -244,7 +239,7 @@ mod tests {
         source.write_source(source_record(SourceState::Released, 3)).unwrap();
         destination.write_destination(destination_record(DestinationState::Owner, 4)).unwrap();
         let file = read_journal(dir.path(), VM).unwrap().unwrap();
-        assert_eq!(file.released_epoch(), Some(Epoch(3)));
+        assert_eq!(file.epochs().released, Some(Epoch(3)));
         assert_eq!(file.owned_epoch(), Some(Epoch(5)));
         assert_eq!(source.read().unwrap(), file);
     }
