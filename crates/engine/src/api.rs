@@ -214,7 +214,7 @@ pub enum SourceEvent {
     RolledBack {
         /// Devices that had to be reset: their guest state is gone.
         reset: Vec<DeviceId>,
-        /// Devices whose reset failed too: the guest stays paused.
+        /// Devices whose reset failed too: a paused guest stays paused.
         not_reset: Vec<DeviceId>,
         /// Storage locks that could not be taken back: the guest stays paused.
         locks_lost: Vec<String>,

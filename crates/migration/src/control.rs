@@ -70,7 +70,9 @@ impl Control {
     /// cannot go on, and is undone.
     pub fn device_lost(&self, device: &DeviceId, why: &str) {
         let phase = self.progress().phase;
-        self.send(SourceEvent::DeviceLost(Failure::new(Side::Source, phase, why).of_device(device)));
+        let failure = Failure::new(Side::Source, phase, why).of_device(device);
+        let remedy = "see why the device is gone: its server's or driver's log; a guest that runs does not get it back";
+        self.send(SourceEvent::DeviceLost(failure.with_remedy(remedy)));
     }
 
     /// The migration's progress now, or at its end.

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use vfio_migration_compat::{Allow, Policy, Reason, Report, Severity, Verdict, WhoCanFix};
-use vfio_migration_types::Failure;
+use vfio_migration_types::{Failure, Side};
 use vfio_migration_wire as wire;
 
 /// Codes of what the source's devices cannot say of their writes.
@@ -68,11 +68,19 @@ pub(crate) fn permits(report: &Report, to_file: bool) -> bool {
 pub(crate) fn of_device_failure(failure: &Failure) -> Option<Reason> {
     let device = failure.device.clone()?;
     let arc = failure.arc.map(|(from, to)| format!("{from} to {to}"));
-    let destination = serde_json::json!({"phase": failure.phase, "arc": arc, "errno": failure.errno});
+    let side = failure.side;
+    let found = serde_json::json!({
+        "side": side, "phase": failure.phase, "arc": arc, "errno": failure.errno,
+    });
+    let (source, destination) = match side {
+        Side::Source => (found, Value::Null),
+        Side::Destination => (Value::Null, found),
+    };
     let text = failure.to_string();
     Some(Reason {
         device: Some(device),
         field: "migration".into(),
+        source,
         destination,
         ..Reason::new("device-failed", text)
     })
@@ -123,6 +131,7 @@ fn meaning<T: DeserializeOwned>(word: &str) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use vfio_migration_types::Phase;
 
     use super::*;
 
@@ -142,6 +151,16 @@ mod tests {
             Reason { device: None, severity: Severity::Warning, source: json!("a"), ..reason.clone() };
         let reasons = [reason, warning];
         assert_eq!(from_wire(to_wire(&reasons)), reasons);
+    }
+
+    #[test]
+    fn a_device_that_failed_stands_in_the_column_of_its_side() {
+        let failure =
+            Failure::new(Side::Source, Phase::Iterate, "device net0: reading failed").of_device("net0");
+        let reason = of_device_failure(&failure).unwrap();
+        assert_eq!((&reason.source["side"], &reason.destination), (&json!("source"), &Value::Null));
+        let reason = of_device_failure(&Failure { side: Side::Destination, ..failure }).unwrap();
+        assert_eq!((&reason.source, &reason.destination["side"]), (&Value::Null, &json!("destination")));
     }
 
     #[test]

@@ -148,5 +148,5 @@ impl SourceEngine {
 }
 
 fn append_not_reset(text: &str, device: &DeviceId) -> String {
-    format!("{text}; then device {device} could neither go back nor be reset, so the guest is held paused")
+    format!("{text}; then device {device} could neither go back nor be reset")
 }

@@ -7,7 +7,7 @@ use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::{DeviceId, MigrationState, error_chain};
 
 use crate::device::send::DeviceSender;
-use crate::machine::LockError;
+use crate::machine::{LockError, Paused};
 use crate::session::parallel::for_each_device_parallel;
 
 use crate::source::worker::Worker;
@@ -30,20 +30,33 @@ impl Worker<'_> {
             locks_lost.push(error.lock);
         }
         let (reset, not_reset) = self.devices_back();
-        // A guest whose device neither went back nor was reset would run beside a device in no known state.
-        let hold = !locks_lost.is_empty()
-            || !not_reset.is_empty()
-            || (self.options.keep_paused_if_reset && !reset.is_empty());
+        // A guest whose device neither went back nor was reset must not be resumed beside a device in no known state. One that
+        // was never paused is left as it is: its device is lost to it already.
+        let lost = !locks_lost.is_empty() || !not_reset.is_empty();
+        let policy = self.options.keep_paused_if_reset && !reset.is_empty();
+        if policy && !lost && self.paused.is_none() {
+            match Paused::pause(&self.machine) {
+                Ok(paused) => self.paused = Some(paused),
+                Err(error) => {
+                    tracing::error!(error = %error_chain(&error), "a guest whose device was reset could not be paused");
+                }
+            }
+        }
         // A machine that panicked while it was paused left no token: nobody knows whether its guest is paused.
-        let mut restored = !hold && !self.pause_unknown;
-        if let Some(mut paused) = self.paused.take() {
-            if hold {
+        let mut restored = !self.pause_unknown;
+        match self.paused.take() {
+            Some(mut paused) if lost || policy => {
                 paused.keep_paused();
-            } else if let Err(error) = paused.resume() {
-                // The token knew until now; with it gone, the answer must say that the guest is paused.
-                tracing::error!(error = %error_chain(&error), "the guest could not be resumed");
                 restored = false;
             }
+            Some(paused) => {
+                if let Err(error) = paused.resume() {
+                    // The token knew until now; with it gone, the answer must say that the guest is paused.
+                    tracing::error!(error = %error_chain(&error), "the guest could not be resumed");
+                    restored = false;
+                }
+            }
+            None => {}
         }
         self.counters.paused_ns.store(0, Ordering::Release);
         // Last: it takes time, and the guest need not wait for it.

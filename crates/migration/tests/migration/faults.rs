@@ -147,6 +147,31 @@ fn a_device_that_is_lost_while_ram_is_copied_ends_the_attempt() {
     source.prove_restored();
 }
 
+/// A guest that was never paused goes on beside a device that is gone; one that was paused is not resumed beside it.
+#[test]
+fn what_is_said_of_a_guest_whose_device_is_gone_is_so() {
+    let plan = small();
+    for (fault, paused) in [(FakeFault::ReadPrecopy, false), (FakeFault::ReadStopCopy, true)] {
+        let source = Toy::booted(&plan);
+        source.device(0).fail_resets();
+        source.device(0).fail_at(FakeFault::BackToRunning);
+        source.device(1).fail_resets();
+        source.device(1).fail_at(fault);
+        let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
+        let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+        let said = aborted.to_string();
+        if paused {
+            assert!(!aborted.restored && said.contains("nor be reset"), "{said}");
+            assert_eq!(said.matches("held paused").count(), 1, "{said}");
+            source.prove_standing();
+        } else {
+            assert!(aborted.restored && !said.contains("paused"), "{said}");
+            let before = source.sequence.load(Ordering::Relaxed);
+            wait_for("the guest to run", || source.sequence.load(Ordering::Relaxed) > before + 5);
+        }
+    }
+}
+
 #[test]
 fn a_guest_that_cannot_be_started_is_held_and_owned() {
     let plan = small();
