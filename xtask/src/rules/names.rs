@@ -44,20 +44,29 @@ const _: () = assert!(OTHER_FILES.len() <= 8, "a file of a room is named by its 
 /// Checks the names of the files and folders of every room.
 pub(crate) fn check(tree: &Tree, breaches: &mut Vec<String>) {
     for room in ROOMS {
-        let names: BTreeSet<&str> = tree
-            .below(room)
-            .filter_map(|(path, _)| inside(path, room)?.split('/').next())
-            .map(|name| name.trim_end_matches(".rs"))
-            .collect();
-        for name in names {
-            let known = PHASES.contains(&name)
-                || OTHER_FILES.iter().any(|(other, _)| *other == name)
-                || name == "tests";
-            if !known {
-                breaches.push(format!("{room}/{name} is named by no phase, nor in xtask/src/rules/names.rs"));
-            }
+        let unknown: BTreeSet<&str> =
+            tree.below(room).filter_map(|(path, _)| first_unknown(inside(path, room)?)).collect();
+        for place in unknown {
+            breaches.push(format!("{room}/{place} is named by no phase, nor in xtask/src/rules/names.rs"));
         }
     }
+}
+
+/// The path within a room up to its first name that is no phase's and not listed. What is below `tests` is free.
+fn first_unknown(path: &str) -> Option<&str> {
+    let path = path.trim_end_matches(".rs");
+    let mut end = 0;
+    for name in path.split('/') {
+        end += name.len();
+        if name == "tests" {
+            return None;
+        }
+        if !PHASES.contains(&name) && !OTHER_FILES.iter().any(|(other, _)| *other == name) {
+            return path.get(..end);
+        }
+        end += 1;
+    }
+    None
 }
 
 #[cfg(test)]
@@ -84,5 +93,10 @@ mod tests {
             let expected = "crates/migration/src/destination/judge is named by no phase, nor in xtask/src/rules/names.rs";
             assert_eq!(breaches(&format!("crates/migration/src/destination/{name}")), [expected]);
         }
+        let below = breaches("crates/engine/src/source/hello/judge.rs");
+        assert_eq!(
+            below,
+            ["crates/engine/src/source/hello/judge is named by no phase, nor in xtask/src/rules/names.rs"]
+        );
     }
 }
