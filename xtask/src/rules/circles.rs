@@ -1,4 +1,7 @@
 //! No circle between the files of a crate, nor of the kernel module, and no import through a crate's own face.
+//!
+//! A file uses what it imports and what it names by a path. A call of a method names no file: an `impl` that is spread
+//! over files is not seen.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
