@@ -30,32 +30,32 @@ pub fn probe(
     let ram = GuestRam::new("probe", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }]).map_err(|error| {
         MigrateError::NotBegun(Failure::new(Side::Source, Phase::Plan, error_chain(&error)))
     })?;
-    let paper = Paper { vm, manifest, ram: Arc::new(ram) };
-    match Source::new(Arc::new(paper), options).rehearse_to(uri, Rehearse::Ask, |_| {}) {
+    let machine = ManifestOnly { vm, manifest, ram: Arc::new(ram) };
+    match Source::new(Arc::new(machine), options).rehearse_to(uri, Rehearse::Ask, |_| {}) {
         Ok(rehearsal) => Ok(rehearsal.report),
         Err(error) => error.report().ok_or(error),
     }
 }
 
-/// A machine that is on paper alone. A session that only asks touches nothing else of it.
-struct Paper {
+/// A machine of which there is a manifest alone. A session that only asks touches nothing else of it.
+struct ManifestOnly {
     vm: VmId,
     manifest: MachineManifest,
     ram: Arc<GuestRam>,
 }
 
-impl Paper {
+impl ManifestOnly {
     fn nothing(doing: &str) -> MachineError {
         MachineError::new(doing, "there is a manifest, and no machine: a defect of this program")
     }
 
     fn no_lock(taking: bool) -> LockError {
         let source = Self::nothing("handling storage locks").into();
-        LockError { lock: "of a machine on paper".into(), taking, source }
+        LockError { lock: "of a manifest".into(), taking, source }
     }
 }
 
-impl Machine for Paper {
+impl Machine for ManifestOnly {
     fn id(&self) -> VmId {
         self.vm
     }
@@ -114,10 +114,10 @@ impl IrqRouter for NoInterrupts {
         _: u32,
         _: Option<vfio_migration_device::MsiMessage>,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Err(Paper::nothing("routing an interrupt").into())
+        Err(ManifestOnly::nothing("routing an interrupt").into())
     }
 
     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Err(Paper::nothing("routing interrupts").into())
+        Err(ManifestOnly::nothing("routing interrupts").into())
     }
 }
