@@ -180,6 +180,7 @@ fn committed() -> SourceEngine {
     let mut source = deciding();
     let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
     assert_eq!(actions, [SourceAction::Send(COMMIT)]);
+    assert_eq!(tell(&mut source, SourceEvent::Cancel), [], "the other side may run already");
     source
 }
 

@@ -72,6 +72,24 @@ fn a_rehearsal_leaves_no_trace() {
 }
 
 #[test]
+fn a_rehearsal_goes_over_a_descriptor_that_was_handed_over() {
+    let plan = Plan::default();
+    let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+    let uri = vfio_migration::Uri::Fd(std::os::fd::AsRawFd::as_raw_fd(&there));
+    let (source, machine) = (Toy::booted(&plan), Toy::new(&plan));
+    let built: Arc<dyn Machine> = machine.clone();
+    let mut incoming = Destination::listen(&uri, DestinationOptions::default()).unwrap();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || incoming.accept(|_| Ok(built)).unwrap_err());
+        let rehearsal =
+            Source::new(source.clone(), slow()).rehearse_over(here.into(), Rehearse::Switchover, |_| {});
+        assert_eq!(rehearsal.unwrap().report.verdict, Verdict::Live);
+        assert!(matches!(arriving.join().unwrap(), IncomingError::Rehearsed(_)));
+    });
+    no_trace(&source, &machine);
+}
+
+#[test]
 fn what_is_measured_is_told_from_what_is_not() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);

@@ -204,6 +204,19 @@ mod tests {
     }
 
     #[test]
+    fn a_window_holds_its_last_byte_and_none_beyond() {
+        let windows = windows();
+        let memory = [windows.low, windows.high].map(|window| (window.start().0, window.end(), false));
+        let ports = (windows.ports.start(), windows.ports.end(), true);
+        for (start, end, io) in memory.into_iter().chain([ports]) {
+            let hold = |at, len| windows.hold(&Range::new(at, len).unwrap(), io);
+            assert!(hold(start, 16) && hold(end - 16, 16) && hold(start, end - start), "{start:#x}");
+            assert!(!hold(start - 1, 16) && !hold(end - 15, 16) && !hold(end, 16), "{start:#x}");
+            assert!(!windows.hold(&Range::new(start, 16).unwrap(), !io), "{start:#x} is of the other kind");
+        }
+    }
+
+    #[test]
     fn all_ones_size_a_bar() {
         let mut config = ConfigSpace::new(sample_config());
         let bars = bars();
