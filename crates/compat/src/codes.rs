@@ -435,7 +435,7 @@ table! {
     REHEARSAL_NOT_TRIED, "rehearsal-not-tried", Note, Device:
         "A device's state was not read or loaded in the rehearsal.",
         "The device has no pre-copy: its state can only be read while the guest is paused.",
-        "Rehearse with a pause, which lets the guest stand as long as a migration would.";
+        "Rehearse with a pause, which keeps the guest paused as long as a migration would.";
 }
 
 #[cfg(test)]

@@ -161,9 +161,9 @@ pub(crate) struct MigrationInfo {
     pub(crate) phase: Option<String>,
     /// Milliseconds since it began.
     pub(crate) total_ms: f64,
-    /// Milliseconds that the guest stood still, once known.
+    /// Milliseconds that the guest was paused, once known.
     pub(crate) downtime_ms: Option<f64>,
-    /// Milliseconds spent on digests while it stood, not in `downtime-ms`.
+    /// Milliseconds spent on digests while it was paused, not in `downtime-ms`.
     pub(crate) verify_ms: f64,
     /// Downtime that the next switchover is predicted to cost, in milliseconds.
     pub(crate) expected_downtime_ms: Option<f64>,
@@ -208,7 +208,7 @@ pub(crate) struct TransferInfo {
     pub(crate) ram: u64,
     /// Device state while the guest ran.
     pub(crate) device_precopy: u64,
-    /// Device state while it stood.
+    /// Device state while it was paused.
     pub(crate) device_stopcopy: u64,
 }
 

@@ -17,7 +17,7 @@ pub(crate) struct RehearseArguments {
     pub(crate) uri: String,
     #[serde(flatten)]
     pub(crate) options: MoveOptions,
-    /// Let the guest stand, for as long as it would.
+    /// Pause the guest too, for as long as a migration would.
     #[serde(default)]
     pub(crate) pause: bool,
 }
@@ -35,7 +35,7 @@ pub(crate) struct RehearsalInfo {
     pub(crate) map: BTreeMap<String, String>,
     /// Bytes per second, as measured.
     pub(crate) rates: RateInfo,
-    /// How long the guest would stand, in milliseconds; `null` when nothing was measured to tell from.
+    /// How long the guest would be paused, in milliseconds; `null` when nothing was measured to tell from.
     pub(crate) predicted_downtime_ms: Option<f64>,
     /// What that is made of.
     pub(crate) parts: Vec<PartInfo>,

@@ -27,7 +27,7 @@ pub(crate) struct DemoReport {
     /// The longest gap between two looks at the host's clock that the guest itself saw, in milliseconds. Contains the
     /// downtime, the time of the digests, and whatever else kept the guest from running.
     pub(crate) guest_gap_ms: Option<f64>,
-    /// Milliseconds spent on digests while the guest stood still.
+    /// Milliseconds spent on digests while the guest was paused.
     pub(crate) verify_ms: f64,
     /// Iterations of pre-copy.
     pub(crate) iterations: u32,
@@ -93,7 +93,7 @@ pub(crate) struct DemoBytes {
     pub(crate) ram: u64,
     /// Device state while the guest ran.
     pub(crate) device_precopy: u64,
-    /// Device state while it stood.
+    /// Device state while it was paused.
     pub(crate) device_stopcopy: u64,
 }
 

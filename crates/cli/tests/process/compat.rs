@@ -253,7 +253,7 @@ fn a_pair_that_does_not_fit_is_refused_and_the_guest_never_notices() {
     );
     assert!(codes(&info).contains(&"device-parameter-new"), "{info}");
     assert_eq!(info["downtime-ms"], Value::Null);
-    assert!(!events.try_iter().any(|event| event["event"] == "STOP"), "the guest was stopped");
+    assert!(!events.try_iter().any(|event| event["event"] == "STOP"), "the guest was paused");
     let theirs = until("the destination's end", || {
         let info = destination.migration();
         (info["status"] == "failed").then_some(info)

@@ -76,7 +76,7 @@ pub(super) fn choose(trials: Trials) -> TrackerChoice {
     };
     let why = format!(
         "nothing logs the device's DMA writes (device: {device}; IOMMU: {iommufd}; container: {type1}), so all memory \
-         that it may write counts as dirty: one full copy while the guest is stopped, refused unless \
+         that it may write counts as dirty: one full copy while the guest is paused, refused unless \
          --allow-all-dirty is given"
     );
     TrackerChoice { kind: TrackerKind::Everything, why }
@@ -127,7 +127,7 @@ mod tests {
     fn every_reason_and_the_consequence_are_said() {
         let why =
             choose(Trials { device: no("reason-a"), iommufd: no("reason-b"), type1: no("reason-c") }).why;
-        for said in ["reason-a", "reason-b", "reason-c", "while the guest is stopped", "--allow-all-dirty"] {
+        for said in ["reason-a", "reason-b", "reason-c", "while the guest is paused", "--allow-all-dirty"] {
             assert!(why.contains(said), "{said}: {why}");
         }
         let why = choose(Trials { device: no("reason-a"), iommufd: Trial::Works, type1: no("c") }).why;

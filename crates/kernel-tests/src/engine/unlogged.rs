@@ -32,7 +32,7 @@ fn handed_over(instances: &[Instance]) -> Outcome<Arc<Toy>> {
     let card = KernelDevice::from_fd(DeviceId::new("card0")?, device, Arc::clone(&ram), iommu, &options)?;
     let tracker = card.tracker();
     same("tracker", tracker.kind, TrackerKind::Everything)?;
-    for said in ["reporting", "nothing is mapped to try it on", "one full copy while the guest is stopped"] {
+    for said in ["reporting", "nothing is mapped to try it on", "one full copy while the guest is paused"] {
         holds(tracker.why.contains(said), &format!("'{}' says '{said}'", tracker.why))?;
     }
     map(&card, &ram)?;

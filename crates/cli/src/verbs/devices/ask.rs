@@ -36,7 +36,7 @@ pub(super) fn socket(socket: &Path) -> Result<DeviceEntry, CliError> {
                     false => (
                         DirtyTrackingKind::None,
                         "its server logs no DMA writes, so all memory counts as dirty: one full copy while the \
-                         guest is stopped, refused unless --allow-all-dirty is given",
+                         guest is paused, refused unless --allow-all-dirty is given",
                     ),
                 };
                 report.dirty_tracking = tracking;
