@@ -14,7 +14,7 @@ use crate::version::{ModelVersion, VersionRanges};
 /// The newest version of a model, and the parameters, that each host of a pool loads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Baseline {
-    /// The model.
+    /// Name of the model: `vendor.org/name`, as manifests declare it.
     pub model: String,
     /// The version to create devices at, `X.Y.Z`.
     pub version: String,
@@ -37,7 +37,7 @@ pub enum BaselineError {
     /// No version is loaded by all.
     #[error("no version of model {model} is loaded by every host: {versions}; update the oldest")]
     NoVersion {
-        /// The model.
+        /// The model that was asked for.
         model: String,
         /// Versions that the hosts have.
         versions: String,

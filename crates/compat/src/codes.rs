@@ -10,13 +10,13 @@ use crate::severity::{Severity, WhoCanFix};
 /// What a code stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Explanation {
-    /// The code.
+    /// Stable name of the reason, kebab-case: `dirty-all`.
     pub code: &'static str,
     /// What it does to the verdict, unless a policy allows it.
     pub severity: Severity,
     /// Who can change it.
     pub fix: WhoCanFix,
-    /// What it means.
+    /// What was found when a report has this code, in a sentence.
     pub meaning: &'static str,
     /// What it usually comes from.
     pub cause: &'static str,

@@ -132,7 +132,7 @@ impl Default for DeviceManifest {
     }
 }
 
-/// A driver.
+/// The host driver that a device is bound to: a VFIO variant driver, or the server of a vfio-user device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Driver {
     /// As the kernel calls it: `mlx5_vfio_pci`.
@@ -140,7 +140,7 @@ pub struct Driver {
     /// Its own version, of the module; `null` where it has none besides its kernel's.
     #[serde(default)]
     pub version: Option<String>,
-    /// Who made it.
+    /// Vendor of a driver that is not the kernel's own. Not compared.
     #[serde(default)]
     pub vendor: Option<String>,
 }
@@ -155,15 +155,15 @@ impl Driver {
 /// Identity words of a PCI function's config space.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PciIdentity {
-    /// Vendor id.
+    /// Vendor id, config space 0x00.
     pub vendor: u16,
-    /// Device id.
+    /// Device id, config space 0x02.
     pub device: u16,
-    /// Subsystem vendor id.
+    /// Subsystem vendor id, config space 0x2c.
     pub subsystem_vendor: u16,
-    /// Subsystem id.
+    /// Subsystem id, config space 0x2e.
     pub subsystem: u16,
-    /// Revision.
+    /// Revision id, config space 0x08.
     pub revision: u8,
     /// Class code, 24 bits.
     pub class: u32,
@@ -174,7 +174,7 @@ pub struct PciIdentity {
 pub struct RegionManifest {
     /// VFIO region index: 0 to 5 are BARs, 7 is config space.
     pub index: u32,
-    /// Bytes.
+    /// Size of the region, in bytes.
     pub size: u64,
     /// It may be read.
     #[serde(default)]
@@ -193,7 +193,7 @@ pub struct Capability {
     /// Of those in extended config space, whose ids are numbers of their own.
     #[serde(default)]
     pub extended: bool,
-    /// Its id.
+    /// PCI capability id: 0x11 is MSI-X.
     pub id: u16,
     /// Where in config space it is.
     pub offset: u16,
@@ -205,7 +205,7 @@ pub struct Capability {
 /// Who logs a device's DMA writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DirtyTracking {
-    /// The device itself.
+    /// The device logs its own writes (`VFIO_DEVICE_FEATURE_DMA_LOGGING_START`).
     #[serde(default)]
     pub device_log: Option<bool>,
     /// The IOMMU before it.
@@ -226,8 +226,8 @@ pub struct DirtyTracking {
 #[derive(JsonSchema)]
 #[expect(dead_code, reason = "only its schema is used")]
 struct FlagsSchema {
-    /// `VFIO_MIGRATION_P2P`.
+    /// `VFIO_MIGRATION_P2P`: it can be kept from writing to its peers before it is stopped.
     p2p: bool,
-    /// `VFIO_MIGRATION_PRE_COPY`.
+    /// `VFIO_MIGRATION_PRE_COPY`: its state can be read while it runs.
     pre_copy: bool,
 }

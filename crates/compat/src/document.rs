@@ -21,18 +21,18 @@ const FAMILY: &str = "vfio-migrate.org/manifest/";
 /// Content of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Manifest {
-    /// A device.
+    /// One device, on its own: what `describe DEVICE` writes.
     Device(Box<DeviceManifest>),
-    /// A machine.
+    /// A VM with all its devices, as it is at the source.
     Machine(Box<MachineManifest>),
-    /// A host.
+    /// A host, with what it has and what it could create.
     Host(Box<HostManifest>),
 }
 
 /// A manifest in a document, with what this version does not know of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// The manifest.
+    /// What this version reads of the document.
     pub manifest: Manifest,
     /// The document as it came, to keep what is not known of it.
     came: Value,

@@ -11,7 +11,7 @@ use crate::parameter::Allowed;
 /// A host, as a scheduler knows it without asking it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct HostManifest {
-    /// Its name.
+    /// Name of the host, as a scheduler calls it: reports and matrices use it.
     pub name: String,
     /// CPU features it can give to a guest; `null` when not known.
     #[serde(default)]
@@ -25,7 +25,7 @@ pub struct HostManifest {
     /// Release of its kernel.
     #[serde(default)]
     pub kernel: Option<String>,
-    /// Devices it has.
+    /// Devices that exist on the host.
     #[serde(default)]
     pub devices: Vec<DeviceManifest>,
     /// Devices it could create.
@@ -59,7 +59,7 @@ pub struct HostOffer {
 /// A model that a host takes from others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Accept {
-    /// The model.
+    /// Name of the model, as devices declare it.
     pub model: String,
     /// Versions of it, `"1.2.0-1.9.9,2.0.0-"`; `null` for all.
     #[serde(default)]
@@ -81,7 +81,7 @@ pub struct Limits {
     /// Bytes per second for migrations.
     #[serde(default)]
     pub bandwidth: Option<u64>,
-    /// Migrations at once.
+    /// How many migrations the host takes part in at once.
     #[serde(default)]
     pub parallel: Option<u32>,
     /// Fields that this version does not know.

@@ -56,7 +56,7 @@ pub fn node_labels(host: &HostManifest) -> BTreeMap<String, String> {
 /// A device of a Kubernetes `ResourceSlice`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct ResourceDevice {
-    /// Its name there.
+    /// Name of the device in the slice: a DNS label.
     pub name: String,
     /// What it is, for the expressions of a claim.
     pub attributes: BTreeMap<String, Attribute>,
@@ -69,20 +69,20 @@ pub struct ResourceDevice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Attribute {
-    /// A truth value.
+    /// `bool` of the API.
     Bool(bool),
-    /// A whole number.
+    /// `int` of the API, 64 bits.
     Int(i64),
-    /// Text.
+    /// `string` of the API, at most 64 characters.
     String(String),
-    /// A semantic version.
+    /// `version` of the API: semantic, as semver.org 2.0.0 has it.
     Version(String),
 }
 
 /// How much of a thing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Quantity {
-    /// A number.
+    /// A Kubernetes quantity, here a whole number without a suffix.
     pub value: String,
 }
 

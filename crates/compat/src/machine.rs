@@ -15,7 +15,7 @@ pub struct MachineManifest {
     pub machine: String,
     /// Hypervisor behind the vCPUs: `"kvm"` or `"software"`. State does not move between the two.
     pub accelerator: String,
-    /// Number of vCPUs.
+    /// How many vCPUs the guest has: compared for equality.
     pub vcpus: u32,
     /// RAM, in the order of its RAM offsets.
     pub ram: Vec<RamRegion>,
@@ -42,7 +42,7 @@ pub struct RamRegion {
 }
 
 impl MachineManifest {
-    /// Bytes of RAM.
+    /// Bytes of guest RAM, over all regions.
     pub fn memory(&self) -> u64 {
         self.ram.iter().fold(0, |all, region| all.saturating_add(region.len))
     }

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct MaskRule {
-    /// First byte.
+    /// Offset of the first byte in config space.
     pub offset: u16,
-    /// Number of bytes.
+    /// How many bytes the exception covers.
     pub len: u16,
     /// Whether a difference is refused.
     pub compare: bool,

@@ -32,18 +32,18 @@ pub struct Matrix {
 /// A device of a host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct MatrixDevice {
-    /// Its host.
+    /// Name of the host that has the device.
     pub host: String,
-    /// Its name there.
+    /// Name of the device on that host.
     pub device: String,
     /// Which row of the cells is its.
     pub group: usize,
 }
 
-/// A host.
+/// A host that devices could go to, as a column.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct MatrixHost {
-    /// Its name.
+    /// Name of the host.
     pub name: String,
     /// Which column of the cells is its.
     pub group: usize,

@@ -26,7 +26,7 @@ pub struct Parameter {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Allowed {
-    /// This value.
+    /// Exactly this value.
     Value(Scalar),
     /// Each whole number between two, both included.
     Range(IntRange),
@@ -35,9 +35,9 @@ pub enum Allowed {
 /// The whole numbers from `min` to `max`, both included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub struct IntRange {
-    /// The smallest.
+    /// First number of the range.
     pub min: i64,
-    /// The largest.
+    /// Last number of the range, itself allowed.
     pub max: i64,
 }
 

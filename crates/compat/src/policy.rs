@@ -32,7 +32,7 @@ pub struct Policy {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Allow {
-    /// Its code.
+    /// Code of the reason: `explain` knows them all.
     pub code: String,
     /// For the device of this name at the source.
     pub device: Option<String>,
@@ -54,7 +54,7 @@ pub struct MaskPolicy {
     pub device: Option<u16>,
     /// The rules; later ones win.
     pub rules: Vec<MaskRule>,
-    /// Why.
+    /// Why these bytes may differ, for who reads the policy.
     pub reason: Option<String>,
 }
 

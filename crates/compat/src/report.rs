@@ -21,7 +21,7 @@ pub enum Verdict {
     LiveWithWarning,
     /// It cannot move live; it can be saved to a file and restored from it.
     SnapshotOnly,
-    /// It cannot move.
+    /// It can move neither live nor by a snapshot.
     No,
 }
 
@@ -36,7 +36,7 @@ impl From<Severity> for Verdict {
     }
 }
 
-/// One reason.
+/// One thing that differs or is missing between the sides, and what it does to the verdict.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Reason {
     /// A stable code; [`explain`](crate::explain) knows it.

@@ -12,11 +12,11 @@ use crate::text::quote;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Scalar {
-    /// `true` or `false`.
+    /// A JSON `true` or `false`.
     Bool(bool),
-    /// A whole number.
+    /// A JSON number without a fraction, within 64 bits signed.
     Int(i64),
-    /// A word.
+    /// A JSON string, compared byte by byte.
     Text(String),
 }
 

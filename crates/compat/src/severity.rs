@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 pub enum Severity {
     /// Nothing: it is said, and that is all.
     Note,
-    /// At best `live-with-warning`.
+    /// The verdict is at best `live-with-warning`.
     Warning,
-    /// At best `snapshot-only`.
+    /// The verdict is at best `snapshot-only`.
     SnapshotOnly,
-    /// `no`.
+    /// The verdict is `no`.
     No,
 }
 

@@ -11,27 +11,27 @@ pub(crate) struct GuestInfo {
     pub(crate) stage: u64,
     /// Turns of the guest's main loop.
     pub(crate) loops: u64,
-    /// Pages written.
+    /// Pages that the guest wrote a pattern to.
     pub(crate) pages_written: u64,
-    /// Pages checked.
+    /// Times that the guest compared a page with what it wrote there last.
     pub(crate) pages_checked: u64,
-    /// Pages found lost.
+    /// Pages that held something else than what was written there last.
     pub(crate) pages_lost: u64,
     /// Full walks over all pages ever written.
     pub(crate) page_passes: u64,
-    /// DMA blocks handled.
+    /// Blocks that devices wrote by DMA and the guest took.
     pub(crate) dma_blocks: u64,
     /// Of them, written by a device into another's BAR.
     pub(crate) p2p_blocks: u64,
     /// Block checks, new and old blocks.
     pub(crate) blocks_checked: u64,
-    /// Blocks found lost.
+    /// Checks of blocks that found one missing or altered.
     pub(crate) blocks_lost: u64,
     /// Full walks over all block slots.
     pub(crate) block_passes: u64,
-    /// Interrupts handled.
+    /// Interrupts that the guest's handlers took.
     pub(crate) interrupts: u64,
-    /// Interrupts lost.
+    /// Blocks whose interrupt never came.
     pub(crate) interrupts_lost: u64,
     /// Interrupts without a block.
     pub(crate) spurious: u64,

@@ -107,9 +107,9 @@ pub(crate) struct StatusInfo {
     /// `"running"`, `"paused"`, `"inmigrate"` (waiting for a guest), `"postmigrate"` (its guest has left),
     /// `"unresolved"` (nobody knows whose the guest is), `"failed"`.
     pub(crate) status: String,
-    /// `"kvm"` or `"software"`.
+    /// What runs the guest's code: `"kvm"` or `"software"`.
     pub(crate) guest: String,
-    /// Process id.
+    /// Process id of the `vm`.
     pub(crate) pid: u32,
     /// Where it waits for a guest, while it does.
     pub(crate) incoming: Option<String>,
@@ -130,10 +130,10 @@ pub(crate) struct StatusInfo {
 #[serde(rename_all = "kebab-case")]
 #[schemars(rename = "MigrationState")]
 pub(crate) enum MigrationStatus {
-    /// There was none.
+    /// No migration was begun here yet.
     #[default]
     None,
-    /// Under way.
+    /// Begun and not ended: `phase` says how far.
     Active,
     /// Waiting for `migrate-continue`.
     PreSwitchover,
@@ -155,7 +155,7 @@ pub(crate) enum MigrationStatus {
 pub(crate) struct MigrationInfo {
     /// State of the migration.
     pub(crate) status: MigrationStatus,
-    /// `"outgoing"` or `"incoming"`.
+    /// `"outgoing"` at the source, `"incoming"` at the destination.
     pub(crate) direction: Option<String>,
     /// Phase, `"P1"` to `"P9"`.
     pub(crate) phase: Option<String>,
@@ -167,9 +167,9 @@ pub(crate) struct MigrationInfo {
     pub(crate) verify_ms: f64,
     /// Downtime that the next switchover is predicted to cost, in milliseconds.
     pub(crate) expected_downtime_ms: Option<f64>,
-    /// Iterations of pre-copy.
+    /// Iterations of pre-copy so far: the first sends all RAM.
     pub(crate) iterations: u32,
-    /// Bytes moved.
+    /// Payload bytes moved so far.
     pub(crate) transferred: TransferInfo,
     /// Bytes left, RAM and devices, while it is under way.
     pub(crate) remaining: u64,
@@ -194,9 +194,9 @@ pub(crate) struct MigrationInfo {
 /// What `query` returns, and `status --json` and `migrate --json` print.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct StatusReport {
-    /// The VM.
+    /// The VM, at the same moment as its migration.
     pub(crate) vm: StatusInfo,
-    /// Its migration.
+    /// Its migration, under way or the last one that ended.
     pub(crate) migration: MigrationInfo,
 }
 
@@ -216,7 +216,7 @@ pub(crate) struct TransferInfo {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct PhaseInfo {
-    /// `"P1"` to `"P9"`.
+    /// Phase, `"P1"` to `"P9"`.
     pub(crate) name: String,
     /// Time that the phase took, in milliseconds.
     pub(crate) ms: f64,
@@ -225,25 +225,25 @@ pub(crate) struct PhaseInfo {
 const MIGRATION: &str = "MIGRATION";
 const MIGRATION_PASS: &str = "MIGRATION_PASS";
 
-/// Something that happened.
+/// What a client is sent unasked when something happens.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(rename = "Event")]
 pub(crate) struct ControlEvent {
     /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`.
     pub(crate) event: String,
-    /// What it is about.
+    /// What the event announces, as it is from then on.
     #[serde(default)]
     pub(crate) data: Value,
-    /// Wall-clock time.
+    /// When it happened, by the host's wall clock.
     pub(crate) timestamp: Timestamp,
 }
 
 /// A wall-clock time, as in QMP.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Timestamp {
-    /// Since the epoch.
+    /// Whole seconds since 1970-01-01 UTC.
     pub(crate) seconds: u64,
-    /// Of the second.
+    /// Microseconds of the second, below 1,000,000.
     pub(crate) microseconds: u32,
 }
 

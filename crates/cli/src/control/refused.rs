@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A refused request.
+/// Why a request is not carried out, in QMP's form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Refused {
     /// `"GenericError"`, `"CommandNotFound"`, `"MigrationActive"`, `"NoMigration"`, `"TooLate"`.

@@ -29,7 +29,7 @@ pub(crate) struct RehearsalInfo {
     pub(crate) verdict: Verdict,
     /// Equality of some device was strict.
     pub(crate) strict: bool,
-    /// All reasons.
+    /// Reasons of both sides' rules, and of what was tried.
     pub(crate) reasons: Vec<Reason>,
     /// Which device of the destination stands for which of the source.
     pub(crate) map: BTreeMap<String, String>,
@@ -44,7 +44,7 @@ pub(crate) struct RehearsalInfo {
 /// Bytes per second; `null` where nothing was measured.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct RateInfo {
-    /// On the wire.
+    /// Payload that went over the connection.
     pub(crate) wire: Option<u64>,
     /// Device state loaded at the destination.
     pub(crate) load: Option<u64>,

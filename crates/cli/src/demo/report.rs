@@ -14,11 +14,11 @@ pub(crate) struct DemoReport {
     pub(crate) outcome: DemoOutcome,
     /// The guest moved and lost nothing, and every check that was asked for agrees.
     pub(crate) verified: bool,
-    /// `"kvm"` or `"software"`.
+    /// What ran the guest's code: `"kvm"` or `"software"`.
     pub(crate) guest: String,
-    /// `"tcp"` or `"unix"`.
+    /// What connected the sides: `"tcp"` or `"unix"`.
     pub(crate) transport: String,
-    /// Process ids.
+    /// Which processes the demo ran.
     pub(crate) pids: Pids,
     /// Milliseconds from the request to the end of the migration.
     pub(crate) total_ms: f64,
@@ -29,7 +29,7 @@ pub(crate) struct DemoReport {
     pub(crate) guest_gap_ms: Option<f64>,
     /// Milliseconds spent on digests while the guest was paused.
     pub(crate) verify_ms: f64,
-    /// Iterations of pre-copy.
+    /// How many iterations pre-copy took: the first sends all RAM.
     pub(crate) iterations: u32,
     /// Payload bytes on the wire.
     pub(crate) bytes: DemoBytes,
@@ -64,7 +64,7 @@ pub(crate) enum DemoOutcome {
     Failed,
 }
 
-/// Who noticed.
+/// Which of the two checkers found a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum CaughtBy {
@@ -74,18 +74,18 @@ pub(crate) enum CaughtBy {
     Guest,
 }
 
-/// Process ids.
+/// Ids of the processes that the demo ran.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Pids {
-    /// Source VM.
+    /// Id of the source's `vm`.
     pub(crate) source: u32,
-    /// Destination VM.
+    /// Id of the destination's `vm`.
     pub(crate) destination: u32,
     /// Device servers: the source's, then the destination's.
     pub(crate) devices: Vec<u32>,
 }
 
-/// Payload bytes.
+/// Payload bytes on the wire, by what they carry.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[schemars(rename = "Bytes")]
 pub(crate) struct DemoBytes {
@@ -100,11 +100,11 @@ pub(crate) struct DemoBytes {
 /// What the guest counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Counts {
-    /// Pages.
+    /// Pages of RAM that the guest wrote a pattern to.
     pub(crate) pages: u64,
     /// Blocks that devices wrote by DMA.
     pub(crate) dma_blocks: u64,
-    /// Interrupts.
+    /// Interrupts that announced a block.
     pub(crate) interrupts: u64,
 }
 

@@ -32,7 +32,7 @@ const NAME: &str = "dev0";
 pub(crate) struct DeviceFileReport {
     /// Name of the device, in the file too.
     pub(crate) device: String,
-    /// `vfio-user` or `kernel`.
+    /// How the device was reached: `vfio-user` or `kernel`.
     pub(crate) backend: String,
     /// The kernel driver that has it, where one is known.
     pub(crate) driver: Option<String>,
@@ -40,7 +40,7 @@ pub(crate) struct DeviceFileReport {
     pub(crate) model: Option<String>,
     /// Version of the model.
     pub(crate) model_version: Option<String>,
-    /// The file.
+    /// Path of the file, as it was given.
     pub(crate) file: String,
     /// Bytes of the file.
     pub(crate) file_bytes: u64,
@@ -50,7 +50,7 @@ pub(crate) struct DeviceFileReport {
     pub(crate) state_bytes: u64,
     /// Those that were read while the device could run.
     pub(crate) precopy_bytes: u64,
-    /// Those that were read while it stood.
+    /// Those that were read while it was stopped.
     pub(crate) stopcopy_bytes: u64,
     /// BLAKE3 digest of the state, hexadecimal.
     pub(crate) state_digest: String,
@@ -69,15 +69,15 @@ pub(crate) struct DeviceFileReport {
     pub(crate) same_state: Option<bool>,
 }
 
-/// A transition.
+/// One arc that the device took, and its time.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct ArcReport {
-    /// Where the device was.
+    /// State before the arc, as the kernel's header calls it without the prefix: `RUNNING`.
     pub(crate) from: String,
-    /// Where it went.
+    /// State after the arc.
     pub(crate) to: String,
-    /// By a reset.
+    /// It was a reset and no arc: the state from before it is gone.
     pub(crate) reset: bool,
     /// How long it took, milliseconds.
     pub(crate) ms: f64,

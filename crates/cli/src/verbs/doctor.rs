@@ -52,9 +52,9 @@ pub(crate) enum CheckStatus {
 pub(crate) struct HostCheck {
     /// Stable name of the check.
     pub(crate) id: String,
-    /// How it ended.
+    /// Whether the host has what migration needs here.
     pub(crate) status: CheckStatus,
-    /// What was found.
+    /// What the host has, in a sentence.
     pub(crate) found: String,
     /// What it means for migration.
     pub(crate) means: String,

@@ -36,7 +36,7 @@ pub(crate) struct BaselineReport {
 /// A model that has no baseline.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct WithoutBaseline {
-    /// The model.
+    /// Name of the model, as devices declare it.
     pub(crate) model: String,
     /// Why no version of the model is loaded by all hosts.
     pub(crate) why: String,

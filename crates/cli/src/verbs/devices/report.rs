@@ -7,7 +7,7 @@ use vfio_migration_device::host::Obstacle;
 /// What `devices --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct DevicesReport {
-    /// The devices.
+    /// One entry for each device that was found.
     pub(crate) devices: Vec<DeviceEntry>,
     /// What could not be looked at.
     pub(crate) problems: Vec<String>,
@@ -43,7 +43,7 @@ pub(crate) enum DirtyTrackingKind {
     Unknown,
 }
 
-/// A device.
+/// What is known of one device, and what it said if it was asked.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[schemars(rename = "DeviceReport")]
@@ -64,7 +64,7 @@ pub(crate) struct DeviceEntry {
     pub(crate) iommu_group: Option<u32>,
     /// File of its group.
     pub(crate) group: Option<String>,
-    /// Its own file.
+    /// The device's own file, `/dev/vfio/devices/vfioN`; absent where the kernel makes none.
     pub(crate) cdev: Option<String>,
     /// What has to be opened to open it, and whether this user may.
     pub(crate) files: Vec<FileReport>,
@@ -97,9 +97,9 @@ pub(crate) struct DeviceEntry {
 pub(crate) struct InterruptCounts {
     /// Interrupts by the pin (INTx).
     pub(crate) intx: Option<u32>,
-    /// MSI vectors.
+    /// How many MSI vectors it has at most.
     pub(crate) msi: Option<u32>,
-    /// MSI-X vectors.
+    /// How many MSI-X vectors it has.
     pub(crate) msix: Option<u32>,
 }
 
@@ -128,7 +128,7 @@ pub(crate) struct RegionReport {
 /// A process that has a device open.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct UserReport {
-    /// Process id.
+    /// Id of the process on this host.
     pub(crate) pid: u32,
     /// Name of the command that it runs, where that can be read.
     pub(crate) command: Option<String>,
@@ -140,7 +140,7 @@ pub(crate) struct UserReport {
 pub(crate) struct WhyNot {
     /// Stable code of the reason.
     pub(crate) code: String,
-    /// In a sentence.
+    /// The reason in a sentence.
     pub(crate) text: String,
     /// What would change it.
     pub(crate) change: String,
