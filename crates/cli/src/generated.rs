@@ -10,10 +10,10 @@ use vfio_migration_compat::{
 };
 
 use crate::args::Cli;
+use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    ControlEvent, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments,
-    StatusReport,
+    IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments, StatusReport,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::protocol::{ControlEvent, ControlRequest, ControlVerb, MigrationInfo, StatusReport};
+use super::event::ControlEvent;
+use super::protocol::{ControlRequest, ControlVerb, MigrationInfo, StatusReport};
 use super::refused::Refused;
 use crate::exit::CliError;
 

@@ -1,6 +1,7 @@
 //! The control socket of `vm`: newline JSON with QMP-like verbs and events, documented in `docs/control.md`.
 
 pub(crate) mod client;
+pub(crate) mod event;
 pub(crate) mod guest;
 pub(crate) mod protocol;
 pub(crate) mod refused;

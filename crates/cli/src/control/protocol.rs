@@ -1,8 +1,8 @@
-//! The verbs, documents and events of the control socket.
+//! The verbs and documents of the control socket.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use vfio_migration_compat::Reason;
 
 use super::rehearsal::RehearsalInfo;
@@ -220,60 +220,4 @@ pub(crate) struct PhaseInfo {
     pub(crate) name: String,
     /// Time that the phase took, in milliseconds.
     pub(crate) ms: f64,
-}
-
-const MIGRATION: &str = "MIGRATION";
-const MIGRATION_PASS: &str = "MIGRATION_PASS";
-
-/// What a client is sent unasked when something happens.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[schemars(rename = "Event")]
-pub(crate) struct ControlEvent {
-    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`.
-    pub(crate) event: String,
-    /// What the event announces, as it is from then on.
-    #[serde(default)]
-    pub(crate) data: Value,
-    /// When it happened, by the host's wall clock.
-    pub(crate) timestamp: Timestamp,
-}
-
-/// A wall-clock time, as in QMP.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
-pub(crate) struct Timestamp {
-    /// Whole seconds since 1970-01-01 UTC.
-    pub(crate) seconds: u64,
-    /// Microseconds of the second, below 1,000,000.
-    pub(crate) microseconds: u32,
-}
-
-impl ControlEvent {
-    pub(crate) fn new(event: &str, data: Value) -> Self {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        Self {
-            event: event.into(),
-            data,
-            timestamp: Timestamp { seconds: now.as_secs(), microseconds: now.subsec_micros() },
-        }
-    }
-
-    /// `MIGRATION`: the state of the migration changed.
-    pub(crate) fn of_migration(info: &MigrationInfo) -> Self {
-        Self::new(MIGRATION, json!(info))
-    }
-
-    /// `MIGRATION_PASS`: an iteration begins.
-    pub(crate) fn of_pass(info: &MigrationInfo) -> Self {
-        let mut data = json!(info);
-        data["pass"] = info.iterations.into();
-        Self::new(MIGRATION_PASS, data)
-    }
-
-    /// The migration that the event is about, if it is about one.
-    pub(crate) fn migration(&self) -> Option<MigrationInfo> {
-        match self.event.as_str() {
-            MIGRATION | MIGRATION_PASS => serde_json::from_value(self.data.clone()).ok(),
-            _ => None,
-        }
-    }
 }

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::protocol::{ControlEvent, ControlRequest, ControlVerb};
+use super::event::ControlEvent;
+use super::protocol::{ControlRequest, ControlVerb};
 use super::refused::Refused;
 
 /// Longest request line: a client that sends more is refused and dropped.

@@ -11,10 +11,10 @@ use vfio_migration_types::error_chain;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use super::{incoming, info, outgoing, saving};
+use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    ControlEvent, ControlVerb, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments,
-    SaveArguments,
+    ControlVerb, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments, SaveArguments,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;

@@ -21,7 +21,7 @@ use self::handler::VmHandler;
 use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
 use crate::args::serve::VmCommand;
-use crate::control::protocol::ControlEvent;
+use crate::control::event::ControlEvent;
 use crate::control::server::Bound;
 use crate::exit::{CliError, Exit};
 use crate::interrupt::{self, UserInterrupt};

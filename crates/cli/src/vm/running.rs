@@ -18,7 +18,8 @@ use vfio_migration_vmm::machine::{
 use super::presence::{self, Presence};
 use super::slot::{Slot, Steering, VmState};
 use crate::args::serve::VmCommand;
-use crate::control::protocol::{ControlEvent, MigrationInfo};
+use crate::control::event::ControlEvent;
+use crate::control::protocol::MigrationInfo;
 use crate::control::server::Publisher;
 use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
