@@ -61,6 +61,23 @@ fn config() -> SourceConfig {
     }
 }
 
+/// A source that sends its first iteration.
+fn iterating(config: SourceConfig) -> SourceEngine {
+    let mut source = SourceEngine::new(config);
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
+        SourceEvent::Peer(Message::Accept(Accept::default())),
+        SourceEvent::Judged,
+        SourceEvent::Journaled(SourceState::Sending),
+        SourceEvent::SetUp { devices: vec![] },
+        SourceEvent::Peer(Message::Begun),
+    ] {
+        tell(&mut source, event);
+    }
+    source
+}
+
 /// A source that writes COMMITTING to its journal.
 fn deciding() -> SourceEngine {
     let mut source = SourceEngine::new(config());
@@ -116,18 +133,7 @@ fn a_word_to_go_on_is_not_kept_for_a_wait_that_has_not_begun() {
 /// Between the wait that an operator saw and the word that ends it, a round may find the downtime too long again.
 #[test]
 fn a_word_to_go_on_counts_though_a_round_waits_for_something_else() {
-    let mut source = SourceEngine::new(SourceConfig { pause_before_switchover: true, ..config() });
-    for event in [
-        SourceEvent::Connected,
-        SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
-        SourceEvent::Peer(Message::Accept(Accept::default())),
-        SourceEvent::Judged,
-        SourceEvent::Journaled(SourceState::Sending),
-        SourceEvent::SetUp { devices: vec![] },
-        SourceEvent::Peer(Message::Begun),
-    ] {
-        tell(&mut source, event);
-    }
+    let mut source = iterating(SourceConfig { pause_before_switchover: true, ..config() });
     let took = Duration::from_secs(1);
     let round =
         |ram_left| IterationReport { wire_bytes: 1 << 20, took, ram_left, ..IterationReport::default() };
@@ -149,18 +155,7 @@ fn a_word_to_go_on_counts_though_a_round_waits_for_something_else() {
 
 #[test]
 fn ram_that_is_sent_again_counts_against_the_downtime() {
-    let mut source = SourceEngine::new(config());
-    for event in [
-        SourceEvent::Connected,
-        SourceEvent::Peer(Message::HelloReply(HelloReply { version: 1, features: 0 })),
-        SourceEvent::Peer(Message::Accept(Accept::default())),
-        SourceEvent::Judged,
-        SourceEvent::Journaled(SourceState::Sending),
-        SourceEvent::SetUp { devices: vec![] },
-        SourceEvent::Peer(Message::Begun),
-    ] {
-        tell(&mut source, event);
-    }
+    let mut source = iterating(config());
     // One second for everything, and everything is sent again: no limit of 300 ms holds.
     let report = IterationReport {
         wire_bytes: 1 << 20,
