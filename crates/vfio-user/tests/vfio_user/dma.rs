@@ -1,12 +1,13 @@
 //! DMA from the server into the client's memory, on a twin socket and on the only one.
 
-use std::io::{IoSlice, Read, Write};
+use std::io::{IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::by_hand::{message, read_message};
 use crate::rig::{Device, INLINE_DMA, Memory, Served, quick, quick_server, untouched};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vfio_user_peer::codec::{
@@ -129,22 +130,6 @@ impl DmaHandler for Slow {
     }
 }
 
-fn message(id: u16, command: Command, kind: Kind, body: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(16 + body.len()).unwrap();
-    let mut out = Header { id, command, size, kind }.encode().to_vec();
-    out.extend_from_slice(body);
-    out
-}
-
-fn read_message(stream: &mut UnixStream) -> Option<(Header, Vec<u8>)> {
-    let mut raw = [0; 16];
-    stream.read_exact(&mut raw).ok()?;
-    let header = Header::decode(&raw).unwrap();
-    let mut body = vec![0; header.body_len()];
-    stream.read_exact(&mut body).ok()?;
-    Some((header, body))
-}
-
 /// A server by hand: three DMA_WRITEs without reply go out before the reply to each request.
 fn posting_server(mut main: UnixStream, twin: bool) {
     let (near, mut far) = UnixStream::pair().unwrap();
@@ -153,7 +138,7 @@ fn posting_server(mut main: UnixStream, twin: bool) {
     let capabilities = VersionCapabilities { twin_socket, max_msg_fds: 4, ..VersionCapabilities::default() };
     let mut body = Vec::new();
     VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
-    let reply = message(header.id, header.command, Kind::Reply, &body);
+    let reply = message(header, Kind::Reply, &body);
     let fds = [near.as_fd()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -164,10 +149,11 @@ fn posting_server(mut main: UnixStream, twin: bool) {
         for n in 0..3u8 {
             let mut write = DmaAccess { address: u64::from(n) * 8, count: 8 }.to_vec();
             write.extend_from_slice(&body[16..24]);
-            let write = message(n.into(), Command::DMA_WRITE, Kind::Command { no_reply: true }, &write);
+            let posted = Header { id: n.into(), command: Command::DMA_WRITE, ..header };
+            let write = message(posted, Kind::Command { no_reply: true }, &write);
             if twin { far.write_all(&write).unwrap() } else { main.write_all(&write).unwrap() }
         }
-        main.write_all(&message(header.id, header.command, Kind::Reply, &body[..16])).unwrap();
+        main.write_all(&message(header, Kind::Reply, &body[..16])).unwrap();
     }
 }
 

@@ -1,11 +1,12 @@
 //! Servers that lie, by hand: each lie ends in one clear error within the time limit.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::by_hand::{message, read_message};
 use crate::rig::untouched;
 use vfio_user_peer::codec::{Command, Header, Kind, VersionCapabilities, VersionPayload};
 use vfio_user_peer::{
@@ -16,22 +17,6 @@ const SHORT: Duration = Duration::from_millis(300);
 
 fn options() -> ClientOptions {
     ClientOptions { timeout: SHORT, ..untouched() }
-}
-
-fn read_message(stream: &mut UnixStream) -> Option<(Header, Vec<u8>)> {
-    let mut raw = [0; 16];
-    stream.read_exact(&mut raw).ok()?;
-    let header = Header::decode(&raw).unwrap();
-    let mut body = vec![0; header.body_len()];
-    stream.read_exact(&mut body).ok()?;
-    Some((header, body))
-}
-
-fn message(header: Header, kind: Kind, body: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(16 + body.len()).unwrap();
-    let mut out = Header { size, kind, ..header }.encode().to_vec();
-    out.extend_from_slice(body);
-    out
 }
 
 fn answer_version(stream: &mut UnixStream) {
