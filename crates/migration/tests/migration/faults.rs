@@ -27,6 +27,11 @@ fn incoming() -> DestinationOptions {
     options
 }
 
+/// Migrates to a toy that was made to fail.
+fn into(source: &Arc<Toy>, machine: Arc<Toy>) -> Both {
+    migrate_into(source, machine, "tcp:127.0.0.1:0", options(), incoming(), |_, to| to.clone(), |_| {})
+}
+
 fn small() -> Plan {
     Plan { pages: 256, hot: 16, devices: vec![FakeDeviceKind { pieces: 40, ..FakeDeviceKind::default() }; 2] }
 }
@@ -58,16 +63,9 @@ fn a_device_that_fails_at_the_destination_is_named_and_the_guest_goes_on() {
     let plan = small();
     for fault in [FakeFault::BeginResuming, FakeFault::Write, FakeFault::Finish] {
         let source = Toy::booted(&plan);
-        let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
-        let to = destination.local().clone();
         let machine = Toy::new(&plan);
         machine.device(0).fail_at(fault);
-        let built = machine.clone();
-        let (here, there) = std::thread::scope(|scope| {
-            let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
-            let here = Source::new(source.clone(), options()).migrate_to(&to, |_| {});
-            (here, arriving.join().unwrap())
-        });
+        let Both { source: here, destination: there, machine } = into(&source, machine);
         let Err(MigrateError::Aborted(aborted)) = here else { panic!("{fault:?}: {here:?}") };
         assert_eq!(aborted.cause.device.as_deref(), Some("toy0"), "{fault:?}: {aborted:?}");
         assert_eq!(aborted.cause.side, Side::Destination, "{fault:?}: both sides have a toy0");
@@ -176,39 +174,28 @@ fn what_is_said_of_a_guest_whose_device_is_gone_is_so() {
 fn a_guest_that_cannot_be_started_is_held_and_owned() {
     let plan = small();
     let source = Toy::booted(&plan);
-    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
-    let to = destination.local().clone();
     let machine = Toy::new(&plan);
     machine.device(0).fail_at(FakeFault::BackToRunning);
-    let built = machine.clone();
-    let (here, there) = std::thread::scope(|scope| {
-        let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
-        let here = Source::new(source.clone(), options()).migrate_to(&to, |_| {});
-        (here, arriving.join().unwrap())
-    });
-    assert!(matches!(&here, Ok(completed) if !completed.guest_runs), "{here:?}");
-    let Err(IncomingError::OwnedNotStarted(held)) = there else { panic!("{there:?}") };
+    let both = into(&source, machine);
+    assert!(matches!(&both.source, Ok(completed) if !completed.guest_runs), "{:?}", both.source);
+    let Err(IncomingError::OwnedNotStarted(held)) = both.destination else {
+        panic!("{:?}", both.destination)
+    };
     assert_eq!(held.cause.device.as_deref(), Some("toy0"));
     source.prove_standing();
-    machine.prove_standing();
+    both.machine.prove_standing();
 }
 
 #[test]
 fn a_lost_storage_lock_is_named_and_the_guest_held() {
     let plan = small();
     let source = Toy::booted(&plan);
-    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
-    let to = destination.local().clone();
     let machine = Toy::new(&plan);
     machine.lock_fault.store(true, Ordering::Relaxed);
     source.lock_fault.store(true, Ordering::Relaxed);
-    let built = machine.clone();
-    let here = std::thread::scope(|scope| {
-        scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)).unwrap_err());
-        Source::new(source.clone(), options()).migrate_to(&to, |_| {})
-    });
-    let Err(MigrateError::Aborted(aborted)) = here else { panic!("{here:?}") };
-    assert!(!aborted.restored && aborted.locks_lost == ["/disk"], "{aborted:?}");
+    let both = into(&source, machine);
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(both.destination.is_err() && !aborted.restored && aborted.locks_lost == ["/disk"], "{aborted:?}");
     source.prove_standing();
 }
 
@@ -217,22 +204,18 @@ fn a_lost_storage_lock_is_named_and_the_guest_held() {
 fn a_storage_lock_that_is_still_held_is_waited_for() {
     let plan = small();
     let source = Toy::booted(&plan);
-    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
-    let to = destination.local().clone();
     let machine = Toy::new(&plan);
     machine.device(0).fail_at(FakeFault::Finish);
     source.lock_fault.store(true, Ordering::Relaxed);
-    let built = machine.clone();
-    let here = std::thread::scope(|scope| {
-        scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)).unwrap_err());
+    let both = std::thread::scope(|scope| {
         scope.spawn(|| {
             wait_for("a second try", || source.lock_tries.load(Ordering::Relaxed) > 1);
             source.lock_fault.store(false, Ordering::Relaxed);
         });
-        Source::new(source.clone(), options()).migrate_to(&to, |_| {})
+        into(&source, machine)
     });
-    let Err(MigrateError::Aborted(aborted)) = here else { panic!("{here:?}") };
-    assert!(aborted.restored && aborted.locks_lost.is_empty(), "{aborted:?}");
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(both.destination.is_err() && aborted.restored && aborted.locks_lost.is_empty(), "{aborted:?}");
     source.prove_restored();
 }
 

@@ -373,9 +373,21 @@ pub fn migrate_by(
     route: impl FnOnce(&vfio_migration::IncomingControl, &Uri) -> Uri,
     steer: impl FnOnce(vfio_migration::Control),
 ) -> Both {
+    migrate_into(source, Toy::new(plan), uri, options, incoming, route, steer)
+}
+
+/// The same, to a toy that was made before: one that fails, as a rule.
+pub fn migrate_into(
+    source: &Arc<Toy>,
+    machine: Arc<Toy>,
+    uri: &str,
+    options: SourceOptions,
+    incoming: DestinationOptions,
+    route: impl FnOnce(&vfio_migration::IncomingControl, &Uri) -> Uri,
+    steer: impl FnOnce(vfio_migration::Control),
+) -> Both {
     let mut destination = Destination::listen(&uri.parse().unwrap(), incoming).unwrap();
     let to = route(&destination.control(), destination.local());
-    let machine = Toy::new(plan);
     let built = machine.clone();
     std::thread::scope(|scope| {
         let control = destination.control();
