@@ -2,9 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::process::Output;
+use std::process::{Output, Stdio};
 
-use crate::support::{Setup, command, run, until};
+use crate::support::{Process, Setup, command, run, until};
 use serde_json::json;
 
 fn fails(arguments: &[&str], exit: i32, says: &str) {
@@ -177,16 +177,13 @@ fn garbage_at_the_destination_does_not_take_it_down() {
     let destination =
         Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") }.start();
     for garbage in [&b"GET / HTTP/1.0\r\n\r\n"[..], &[0xff; 100_000], b""] {
-        if destination.status() != "inmigrate" {
-            destination.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
-        }
         let uri = destination.incoming();
         let mut stream = std::net::TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
         let _ = stream.write_all(garbage);
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let _ = stream.read_to_end(&mut Vec::new());
     }
-    assert!(matches!(destination.status().as_str(), "inmigrate" | "failed"));
+    assert_eq!(destination.status(), "inmigrate");
     assert!(destination.process.own_memory_kib() < 200 << 10, "memory is bounded");
 }
 
@@ -224,4 +221,31 @@ fn post_copy_is_refused_with_the_reason() {
     let source = Setup::new(dir.path(), "a").start();
     let refused = source.call("migrate", json!({"uri": "tcp:127.0.0.1:1", "post-copy": true})).unwrap_err();
     assert!(refused.contains("post-copy") && refused.contains("device"), "{refused}");
+}
+
+#[test]
+fn too_few_descriptors_are_told_as_our_own_lack() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("device.sock");
+    let _device = Process::start(&["device", "--socket", socket.to_str().unwrap(), "--state-size", "4M"]);
+    until("the device", || socket.exists().then_some(()));
+    let device = format!("vfio-user:{},id=dev0", socket.display());
+    let vm = env!("CARGO_BIN_EXE_vfio-migrate");
+    let mut lacked = 0;
+    for limit in 8..48 {
+        // It ends as soon as it has begun, with a stdin that has ended.
+        let script = format!(
+            "ulimit -n {limit}; exec {vm} vm --software --memory 64M --device '{device}' --exit-with-stdin"
+        );
+        let output =
+            std::process::Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!said.contains("broke the protocol") && !said.contains("panicked"), "{limit}: {said}");
+        if output.status.success() {
+            assert!(limit > 12, "{limit} descriptors are enough?");
+            break;
+        }
+        lacked += usize::from(said.contains("too many open") || said.contains("Too many open files"));
+    }
+    assert!(lacked > 3, "the lack was named {lacked} times");
 }

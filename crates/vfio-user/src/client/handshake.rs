@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::connection::{Client, Negotiated};
 use super::dma;
 use super::options::{ClientOptions, OnConnect};
+use super::request::own_lack;
 use crate::codec::{
     Command, Kind, MAX_DATA_XFER_SIZE, MAX_MSG_FDS, MAX_VERSION_DATA, TwinSocket, VersionCapabilities,
     VersionPayload,
@@ -170,6 +171,7 @@ fn negotiate(
         let errno = errno.map(rustix::io::Errno::from_raw_os_error);
         return Err(ClientError::Refused { command: Command::VERSION, errno });
     }
+    own_lack(&reply)?;
     let theirs = VersionPayload::decode(&reply.body).map_err(|error| protocol(error.to_string()))?;
     if theirs.major != VERSION.0 || theirs.minor > VERSION.1 {
         let what =

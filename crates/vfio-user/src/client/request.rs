@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::connection::Client;
 use super::dma::answer;
 use crate::codec::{CodecError, Command, Feature, FeatureHead, Kind};
-use crate::conn::{ConnError, SocketMessage, SocketRequest, deadline};
+use crate::conn::{ConnError, SocketMessage, SocketRequest, Unfit, deadline};
 use crate::error::ClientError;
 
 impl Client {
@@ -40,6 +40,7 @@ impl Client {
         let handler = handler.filter(|_| !self.negotiated.twin_socket);
         let reply = self.conn.exchange(&request, Some(&|message| answer(message, handler, max)));
         let reply = reply.map_err(|error| self.failure(command, error))?;
+        own_lack(&reply)?;
         match reply.header.kind {
             Kind::Error(errno) => Err(ClientError::Refused { command, errno: real_errno(errno) }),
             _ => Ok(reply),
@@ -119,6 +120,17 @@ impl Client {
             ConnError::Violation(what) => ClientError::Protocol { command, what },
         }
     }
+}
+
+/// Fails where a reply's descriptors could not be taken for want of room in this process: the server did nothing wrong.
+pub(super) fn own_lack(reply: &SocketMessage) -> Result<(), ClientError> {
+    if reply.unfit != Some(Unfit::NoRoomForFds) {
+        return Ok(());
+    }
+    let command = reply.header.command;
+    let doing =
+        format!("the descriptors of the reply to {command} could not be taken: this process has too many open");
+    Err(ClientError::Io { doing, source: Errno::MFILE.into() })
 }
 
 /// The errno of a refusal, if it is one.

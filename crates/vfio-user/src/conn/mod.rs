@@ -45,8 +45,19 @@ pub(crate) struct SocketMessage {
     pub(crate) header: Header,
     pub(crate) body: Vec<u8>,
     pub(crate) fds: Vec<OwnedFd>,
-    /// Why it cannot be granted, whatever it asks: its payload or descriptors exceeded the limits, and were dropped.
-    pub(crate) unfit: Option<&'static str>,
+    /// Why it cannot be granted, whatever it asks.
+    pub(crate) unfit: Option<Unfit>,
+}
+
+/// Why a whole message is of no use. What it carried too much was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unfit {
+    /// Its payload is above the limit.
+    PayloadTooLong,
+    /// It came with more descriptors than were negotiated.
+    ExcessFds,
+    /// Its descriptors could not be taken, since this process has too many open. The peer did nothing wrong.
+    NoRoomForFds,
 }
 
 /// A request to be sent.
@@ -313,7 +324,13 @@ impl Conn {
                 request.max_reply
             )));
         }
-        if let (Some(why), Kind::Reply) = (message.unfit, message.header.kind) {
+        let broken = match message.unfit {
+            Some(Unfit::PayloadTooLong) => Some("too long a payload"),
+            Some(Unfit::ExcessFds) => Some("more descriptors than were negotiated"),
+            // Whoever asked is told; the connection stays good.
+            Some(Unfit::NoRoomForFds) | None => None,
+        };
+        if let (Some(why), Kind::Reply) = (broken, message.header.kind) {
             return Err(ConnError::Violation(format!("{why} in reply to {}", request.command)));
         }
         Ok(message)
@@ -389,7 +406,7 @@ impl Conn {
                 let command = header.command;
                 return Err(ConnError::Violation(format!("{command} with {len} bytes of payload")));
             }
-            message.unfit = Some("too long a payload");
+            message.unfit = Some(Unfit::PayloadTooLong);
             self.drain(rx, len, &mut received, deadline)?;
         } else if len > 0 {
             let mut body = std::mem::take(&mut rx.spare);
@@ -400,7 +417,9 @@ impl Conn {
             message.body = body;
         }
         if received.excess {
-            message.unfit = Some("more descriptors than were negotiated");
+            message.unfit = Some(Unfit::ExcessFds);
+        } else if received.too_many_open {
+            message.unfit = Some(Unfit::NoRoomForFds);
         }
         message.fds = received.fds;
         rx.consumed = rx.consumed.saturating_add((HEADER_SIZE + len) as u64);

@@ -25,6 +25,8 @@ pub(super) struct Received {
     pub(super) fds: Vec<OwnedFd>,
     /// More came than were allowed; they were closed.
     pub(super) excess: bool,
+    /// This process could not take all that came: it has too many files open.
+    pub(super) too_many_open: bool,
 }
 
 /// Result of a wait.
@@ -107,7 +109,6 @@ fn receive(
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
     let message = recvmsg(socket, &mut [IoSliceMut::new(into)], &mut control, flags)?;
-    received.excess |= message.flags.contains(ReturnFlags::CTRUNC);
     for item in control.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = item {
             received.fds.extend(fds);
@@ -116,6 +117,10 @@ fn receive(
     if received.fds.len() > max_fds {
         received.fds.clear();
         received.excess = true;
+    } else if message.flags.contains(ReturnFlags::CTRUNC) {
+        // There was room for one more than is allowed, so the kernel cut them short because it could not make them ours.
+        received.fds.clear();
+        received.too_many_open = true;
     }
     Ok(message.bytes)
 }

@@ -16,7 +16,7 @@ use crate::codec::{
     Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_MSG_FDS, MAX_VERSION_DATA,
     TwinSocket, VersionCapabilities, VersionPayload,
 };
-use crate::conn::{Conn, ConnError, SocketMessage};
+use crate::conn::{Conn, ConnError, SocketMessage, Unfit};
 use crate::model::{IovaRange, IrqAction};
 
 /// The version that is spoken, see the client.
@@ -193,8 +193,10 @@ impl Session<'_> {
     }
 
     fn execute(&mut self, message: &mut SocketMessage) -> Result<Reply, Errno> {
-        if message.unfit.is_some() {
-            return Err(Errno::INVAL);
+        match message.unfit {
+            Some(Unfit::PayloadTooLong | Unfit::ExcessFds) => return Err(Errno::INVAL),
+            Some(Unfit::NoRoomForFds) => return Err(Errno::MFILE),
+            None => {}
         }
         let fds = std::mem::take(&mut message.fds);
         let command = message.header.command;
