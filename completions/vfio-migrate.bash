@@ -1029,7 +1029,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --sabotage --exit-with-stdin --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --once --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --sabotage --exit-with-stdin --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

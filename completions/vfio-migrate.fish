@@ -87,7 +87,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l exi
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l memory -d 'Guest RAM' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l memory -d 'Guest RAM. A guest that arrives or is restored brings its size with it, unless this says another; one that is started has 512M' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l device -d 'A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or mdev:UUID,id=NAME. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l incoming -d 'Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l restore -d 'Bring back the guest that `save` wrote into this file, instead of starting one' -r -F
@@ -103,6 +103,7 @@ device-tail\t'Device bytes are altered late in the stream, framing and digests m
 interrupt\t'One interrupt is not connected again at the destination'
 page-order\t'A stale copy of a page is applied after its last'
 p2p-order\t'A device is stopped before its peer stopped writing to it'"
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'

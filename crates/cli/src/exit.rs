@@ -22,6 +22,8 @@ pub(crate) enum Exit {
     Incompatible = 3,
     /// The owner of the guest is not known: it is paused on both sides until somebody decides.
     Unresolved = 4,
+    /// The guest is the destination's, and does not run there, or nobody knows whether it does.
+    NotStarted = 5,
 }
 
 /// A failed run: what to say, and how to exit.

@@ -5,7 +5,9 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::control::client::ControlClient;
-use crate::control::protocol::{ControlVerb, MigrationStatus, StatusReport};
+use crate::control::protocol::{
+    ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport,
+};
 use crate::exit::CliError;
 use crate::interrupt::UserInterrupt;
 use crate::output::{ProgressDisplay, eprintln_line};
@@ -35,8 +37,8 @@ pub(crate) fn follow(
     let mut report = query(client)?;
     let mut progress = ProgressDisplay::new(!json);
     let mut cancelled = false;
-    while goes_on(report.migration.status) {
-        progress.update(&report.migration);
+    while let Some(migration) = report.migration.as_ref().filter(|migration| goes_on(migration.status)) {
+        progress.update(migration);
         let news = client.next_migration(PATIENCE);
         let news = news.map_err(|error| CliError::caused("lost the vm", &error))?;
         if on_interrupt == OnInterrupt::Leave {
@@ -49,7 +51,7 @@ pub(crate) fn follow(
             }
         }
         match news {
-            Some(migration) if goes_on(migration.status) => report.migration = migration,
+            Some(migration) if goes_on(migration.status) => report.migration = Some(migration),
             // The event says how it ended, but not where the guest is now. Nor need this migration have ended: an event that
             // comes late can be of the one before.
             Some(_) => report = query(client)?,
@@ -63,9 +65,32 @@ fn query(client: &mut ControlClient) -> Result<StatusReport, CliError> {
     client.query().map_err(|error| error.failure("no answer"))
 }
 
-/// The VM and its migration for people.
+/// The VM, its migration and the last one for people.
 pub(crate) fn text(report: &StatusReport) -> String {
-    let StatusReport { vm, migration } = report;
+    let StatusReport { vm, migration, last } = report;
+    let mut text = vm_text(vm);
+    if let Some(migration) = migration {
+        text.push_str(&migration_text("migration", migration));
+    }
+    if let Some(last) = last {
+        text.push_str(&migration_text("last", last));
+        if let Some(error) = &last.error {
+            text.push_str(&format!("  {error}\n"));
+        }
+        for failure in &last.left_undone {
+            text.push_str(&format!("  left undone: {}\n", failure.text));
+        }
+    }
+    text
+}
+
+/// The VM and what was followed to its end for people. Why it failed is said elsewhere.
+pub(crate) fn followed_text(report: &FollowedReport) -> String {
+    let FollowedReport { vm, migration } = report;
+    vm_text(vm) + &migration_text("migration", migration)
+}
+
+fn vm_text(vm: &StatusInfo) -> String {
     let mut text = format!(
         "VM {} (pid {}): {}, {} guest, {} RAM, epoch {}\n",
         vm.uuid,
@@ -81,18 +106,26 @@ pub(crate) fn text(report: &StatusReport) -> String {
     if !vm.lost_devices.is_empty() {
         let lost = vm.lost_devices.join(", ");
         text.push_str(&format!(
-            "lost: {lost} (their servers are gone; the guest cannot be moved any more)\n"
+            "lost: {lost} (no connection to their servers; the guest cannot be moved any more)\n"
         ));
     }
     if let Some(incoming) = &vm.incoming {
         text.push_str(&format!("waits for a guest at {incoming}\n"));
     }
-    if migration.status == MigrationStatus::None {
-        return text;
+    if let Some(why) = &vm.not_ready {
+        text.push_str(&format!("not ready for one: {why}\n"));
     }
+    if let Some(to) = &vm.moved_to {
+        text.push_str(&format!("its guest has left for {to}\n"));
+    }
+    text
+}
+
+fn migration_text(name: &str, migration: &MigrationInfo) -> String {
     let moved = migration.transferred;
-    text.push_str(&format!(
-        "migration: {:?}{}, {:.0} ms, {} iterations, {} RAM, {} device state live, {} stopped, {} left\n",
+    let mut text = format!(
+        "{name}: {}{}{}, {:.0} ms, iteration {}, {} RAM, {} device state live, {} stopped",
+        migration.direction.as_ref().map_or(String::new(), |direction| format!("{direction}, ")),
         migration.status,
         migration.phase.as_ref().map_or(String::new(), |phase| format!(" in {phase}")),
         migration.total_ms,
@@ -100,15 +133,15 @@ pub(crate) fn text(report: &StatusReport) -> String {
         format_size(moved.ram),
         format_size(moved.device_precopy),
         format_size(moved.device_stopcopy),
-        format_size(migration.remaining)
-    ));
+    );
+    if migration.status.is_under_way() {
+        text.push_str(&format!(", {} left", format_size(migration.remaining)));
+    }
+    text.push('\n');
     if let Some(ms) = migration.downtime_ms {
         text.push_str(&format!("downtime: {ms:.1} ms\n"));
-    } else if let Some(ms) = migration.expected_downtime_ms {
+    } else if let Some(ms) = migration.expected_downtime_ms.filter(|_| migration.status.is_under_way()) {
         text.push_str(&format!("expected downtime: {ms:.1} ms\n"));
-    }
-    if let Some(error) = &migration.error {
-        text.push_str(&format!("error: {error}\n"));
     }
     text
 }

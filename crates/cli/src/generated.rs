@@ -13,7 +13,8 @@ use crate::args::Cli;
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments, StatusReport,
+    FollowedReport, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments,
+    StatusReport,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
@@ -52,6 +53,7 @@ fn schemas_by_name() -> Vec<(&'static str, Schema)> {
     vec![
         ("demo", schema_for!(DemoReport)),
         ("status", schema_for!(StatusReport)),
+        ("migrate", schema_for!(FollowedReport)),
         ("device-file", schema_for!(DeviceFileReport)),
         ("devices", schema_for!(DevicesReport)),
         ("doctor", schema_for!(DoctorReport)),

@@ -14,10 +14,9 @@ use vfio_migration_vmm::layout::{RAM_MAX, RAM_MIN};
 use crate::exit::{CliError, Exit};
 use crate::units::format_size;
 
-pub(crate) const EXIT_CODES: &str =
-    "Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved.";
+pub(crate) const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved, 5 moved but not running there.";
 pub(crate) const UNITS_AND_EXIT_CODES: &str = "Sizes take K, M, G (powers of two); times take us, ms, s.\n\
-Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved.";
+Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible, 4 ownership unresolved, 5 moved but not running there.";
 
 /// RAM comes in steps of this size.
 const RAM_STEP: u64 = 2 << 20;

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, MigrationFlags, Phase, VmId};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, Phase, VmId};
 use vfio_migration_wire::{Accept, Applied, FinalEnd, Message, Offer, Ready, Reason, Running, VersionRange};
 
 use crate::ownership::{DestinationState, SourceState};
@@ -284,7 +284,7 @@ pub struct SourceSummary {
     pub ready_at: Time,
     /// Time at which RUNNING arrived.
     pub running_at: Time,
-    /// RUNNING, which says whether the guest runs at the destination.
+    /// RUNNING, which says what became of the guest at the destination.
     pub running: Running,
     /// READY, whose counts and digests agree with those of the source.
     pub ready: Ready,
@@ -478,8 +478,8 @@ pub enum DestinationOutcome {
         epoch: Epoch,
         /// READY, as it was sent.
         ready: Ready,
-        /// Whether its vCPUs run.
-        guest_runs: bool,
+        /// What became of it: it runs, or is paused as it was sent.
+        guest: GuestOutcome,
     },
     /// The guest is ours, but it could not be started: it stays paused, and nobody else may run it.
     OwnedNotStarted {

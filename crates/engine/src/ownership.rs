@@ -87,6 +87,16 @@ pub enum OwnershipError {
 }
 
 impl SourceState {
+    /// The phase in which it is journaled.
+    #[must_use]
+    pub const fn phase(self) -> Phase {
+        match self {
+            Self::Sending => Phase::Hello,
+            Self::Committing => Phase::Commit,
+            Self::Owner | Self::Released => Phase::Clean,
+        }
+    }
+
     /// The state after `step`.
     ///
     /// # Errors
@@ -130,6 +140,18 @@ pub enum SourceRestart {
 }
 
 impl DestinationState {
+    /// The phase in which it is journaled.
+    #[must_use]
+    pub const fn phase(self) -> Phase {
+        match self {
+            Self::Reserved => Phase::Hello,
+            Self::Loading => Phase::Setup,
+            Self::Ready => Phase::Ready,
+            Self::Owner => Phase::Commit,
+            Self::Aborted => Phase::Clean,
+        }
+    }
+
     /// The state after `step`.
     ///
     /// # Errors

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::check::{Outcome, holds, same};
-use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, VmProcess, count, switch_over};
+use crate::vm::{DOWNTIME_LIMIT_MS, TARGET, VmProcess, count, latest, switch_over};
 
 /// Has a source drop bits of its dirty log.
 pub(crate) const SABOTAGE: &[&str] = &["--sabotage", "dirty-log"];
@@ -26,7 +26,7 @@ pub(crate) fn leaves(
         "pause-before-switchover": true,
     });
     source.call("migrate", &arguments)?;
-    source.until("the switchover", "query", |info| info["migration"]["status"] != "active")?;
+    source.until("the switchover", "query", |info| latest(info)["status"] != "active")?;
     // More is written after the first copy of everything.
     source.until("the guest to go on", "query-guest", |report| {
         count(report, "dma-blocks") >= count(&before, "dma-blocks") + 64

@@ -113,17 +113,22 @@ impl Drop for VmProcess {
 /// Where the destination of every migration here listens.
 pub(crate) const TARGET: &str = "unix:/tmp/b.sock";
 
+/// The migration under way, or else the last, of what `query` returns.
+pub(crate) fn latest(report: &Value) -> &Value {
+    if report["migration"].is_null() { &report["last"] } else { &report["migration"] }
+}
+
 /// Lets a migration that was to wait before its switchover go on to its end.
 pub(crate) fn switch_over(source: &mut VmProcess) -> Outcome {
-    let waiting = source
-        .until("the switchover to be asked for", "query", |info| info["migration"]["status"] != "active")?;
-    let waiting = &waiting["migration"];
+    let waiting =
+        source.until("the switchover to be asked for", "query", |info| latest(info)["status"] != "active")?;
+    let waiting = latest(&waiting);
     holds(waiting["status"] == "pre-switchover", &format!("the migration waits: {waiting}"))?;
     source.call("migrate-continue", &Value::Null)?;
     let ended = source.until("the end of the migration", "query", |info| {
-        !matches!(info["migration"]["status"].as_str(), Some("active" | "pre-switchover"))
+        !matches!(latest(info)["status"].as_str(), Some("active" | "pre-switchover"))
     })?;
-    let ended = &ended["migration"];
+    let ended = latest(&ended);
     holds(ended["status"] == "completed", &format!("the migration completed: {ended}"))
 }
 

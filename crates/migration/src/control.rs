@@ -132,13 +132,20 @@ pub struct IncomingControl {
 #[derive(Debug)]
 struct Incoming {
     cancelled: std::sync::atomic::AtomicBool,
-    progress: Mutex<Progress>,
+    sessions: Mutex<Sessions>,
+}
+
+/// The session that is under way, and the one before it.
+#[derive(Debug, Default)]
+struct Sessions {
+    present: Option<Progress>,
+    last: Option<Progress>,
 }
 
 impl IncomingControl {
     pub(crate) fn new() -> Self {
         let cancelled = false.into();
-        Self { shared: Arc::new(Incoming { cancelled, progress: Mutex::default() }) }
+        Self { shared: Arc::new(Incoming { cancelled, sessions: Mutex::default() }) }
     }
 
     /// Gives the incoming migration, or the wait for one, up. Too late once COMMIT has arrived; then nothing happens.
@@ -146,16 +153,31 @@ impl IncomingControl {
         self.shared.cancelled.store(true, std::sync::atomic::Ordering::Release);
     }
 
-    /// The incoming migration's progress now, or at its end.
-    pub fn progress(&self) -> Progress {
-        lock(&self.shared.progress).clone()
+    /// Progress of the session that is under way; `None` while none is.
+    pub fn progress(&self) -> Option<Progress> {
+        lock(&self.shared.sessions).present.clone()
     }
 
-    pub(crate) fn cancelled(&self) -> bool {
+    /// Progress of the session that ended last, as it ended.
+    pub fn last_progress(&self) -> Option<Progress> {
+        lock(&self.shared.sessions).last.clone()
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
         self.shared.cancelled.load(std::sync::atomic::Ordering::Acquire)
     }
 
+    pub(crate) fn begin_session(&self) {
+        self.set_progress(Progress::default());
+    }
+
+    pub(crate) fn end_session(&self) {
+        let mut sessions = lock(&self.shared.sessions);
+        sessions.last = sessions.present.take();
+    }
+
     pub(crate) fn set_progress(&self, progress: Progress) {
-        *lock(&self.shared.progress) = progress;
+        lock(&self.shared.sessions).present = Some(progress);
     }
 }

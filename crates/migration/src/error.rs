@@ -13,8 +13,10 @@ use crate::reasons::sentences;
 use crate::uri::Uri;
 
 /// The reason why a guest did not move.
+///
+/// Exhaustive, as everything is that says how an attempt ended: an end that is new does not compile until its caller has an
+/// answer for it.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum MigrateError {
     /// The attempt was never begun: this side's own preconditions do not hold. The guest never noticed.
     #[error("the migration did not begin: {0}")]
@@ -86,7 +88,6 @@ impl fmt::Display for Aborted {
 
 /// The reason why no guest arrived.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum IncomingError {
     /// No session was begun: the socket, the journal, or nobody came in time.
     #[error("no migration came in: {0}")]
@@ -108,7 +109,6 @@ pub enum IncomingError {
 
 /// A rehearsal, as its destination sees it. Nothing was to stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct RehearsedHere {
     /// Reasons of the side whose rules refused it; empty if none did.
     pub refused: Vec<Reason>,

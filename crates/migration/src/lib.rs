@@ -118,6 +118,8 @@
 //! assert!(*there.running.lock().unwrap() && !*here.running.lock().unwrap());
 //! assert_eq!(there.ram.read_u64(RamOffset(4096))?, 42);
 //! assert_eq!(*there.register.lock().unwrap(), 43);
+//! // Moved is not yet running: a guest that could not be started is the destination's too.
+//! assert!(completed.guest.is_success());
 //! println!("it was paused for {:?}", completed.downtime);
 //! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
@@ -171,4 +173,4 @@ pub use snapshot::{
 };
 pub use source::Source;
 pub use uri::{Uri, UriError};
-pub use vfio_migration_types::{Failure, Side};
+pub use vfio_migration_types::{Failure, GuestOutcome, Side};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::Report;
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, Phase, VmId};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, Phase, VmId};
 
 /// Progress of a migration, at either side. Counts are of this side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -100,9 +100,12 @@ pub struct PhaseTime {
     pub took: Duration,
 }
 
-/// A migration that completed, as its source reports it.
+/// A migration after which the guest is the destination's, as its source reports it. That is the end of the source's part, and
+/// not yet a success: [`guest`](Self::guest) says what became of it.
+///
+/// It is exhaustive, as all reports at an end are: whoever tells it further destructures it, and does not compile while it
+/// leaves something untold.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
 pub struct Completed {
     /// The VM that moved.
     pub vm: VmId,
@@ -115,9 +118,11 @@ pub struct Completed {
     /// From the call to the end of the session, clean-up included.
     #[serde(rename = "total_ms", with = "millis")]
     pub total: Duration,
-    /// vCPUs paused here to vCPUs running there, less `verify`.
-    #[serde(rename = "downtime_ms", with = "millis")]
-    pub downtime: Duration,
+    /// What became of the guest there.
+    pub guest: GuestOutcome,
+    /// vCPUs paused here to vCPUs running there, less `verify`; `None` while they do not run.
+    #[serde(rename = "downtime_ms", with = "millis_option")]
+    pub downtime: Option<Duration>,
     /// Whether `downtime` was read from one clock (both sides on one host); else the answer's way back is in it.
     pub one_clock: bool,
     /// The downtime that had been predicted when the guest was paused.
@@ -140,8 +145,6 @@ pub struct Completed {
     pub device_digest_match: bool,
     /// Interrupt vectors armed at the destination.
     pub vectors: u32,
-    /// Whether the guest runs there (else it stays paused, as it was here).
-    pub guest_runs: bool,
     /// Totals per device, in manifest order.
     pub devices: Vec<DeviceStatus>,
     /// Failures after the guest was the destination's (the journal's last entry, releasing devices): no harm to the
@@ -153,7 +156,6 @@ pub struct Completed {
 
 /// A guest that arrived, as its destination reports it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
 pub struct ArrivalReport {
     /// The VM that arrived.
     pub vm: VmId,
@@ -161,8 +163,9 @@ pub struct ArrivalReport {
     pub attempt: AttemptId,
     /// The epoch under which it is ours.
     pub epoch: Epoch,
-    /// Whether its vCPUs run (else it stays paused, as it was at the source).
-    pub guest_runs: bool,
+    /// Whether its vCPUs run, or it is paused as it was sent. A guest that could not be started is
+    /// [`IncomingError::OwnedNotStarted`](crate::IncomingError::OwnedNotStarted).
+    pub guest: GuestOutcome,
     /// From the connection to the running guest.
     #[serde(rename = "total_ms", with = "millis")]
     pub total: Duration,

@@ -10,6 +10,7 @@ mod arcs;
 mod bitmap;
 mod failure;
 mod identity;
+mod outcome;
 mod phase;
 mod state;
 
@@ -18,5 +19,6 @@ pub use arcs::{ArcError, next_state, path};
 pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
 pub use failure::{Failure, Side, error_chain};
 pub use identity::{AttemptId, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
+pub use outcome::GuestOutcome;
 pub use phase::Phase;
 pub use state::{MigrationFlags, MigrationState, UnknownState};

@@ -64,7 +64,7 @@ kinds! {
     Refuse        0x0003 "REFUSE"         4, REASONS;
     Abort         0x0004 "ABORT"          22, ERROR;
     Query         0x0005 "QUERY"          40, 40;
-    Running       0x0006 "RUNNING"        40, 40;
+    Running       0x0006 "RUNNING"        40, 40 + ERROR;
     Declined      0x0007 "DECLINED"       22, ERROR;
     // Control.
     Offer         0x0010 "OFFER"          6, NAMES + limits::MANIFEST;

@@ -4,7 +4,7 @@
 //! state, machine state. Both travel in one ordered stream, so a message also says that all bulk before it has
 //! been received.
 
-use vfio_migration_types::{AttemptId, Epoch, Failure, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, VmId};
 
 /// Protocol versions a side can speak, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,12 +253,12 @@ pub struct Commit {
 }
 
 /// The destination owns the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Running {
     /// The epoch that began.
     pub epoch: Epoch,
-    /// Whether vCPUs run, or the guest stays paused because it was sent paused.
-    pub guest_runs: bool,
+    /// What became of the guest.
+    pub guest: GuestOutcome,
     /// The host's boot id, so that a source on the same host knows that the next field is of its own clock.
     pub boot_id: [u8; 16],
     /// CLOCK_MONOTONIC in nanoseconds when the vCPUs began to run.

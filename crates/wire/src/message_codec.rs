@@ -1,6 +1,6 @@
 //! Payloads of control messages.
 
-use vfio_migration_types::{AttemptId, Epoch, Failure, MigrationState, Phase, Side, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, MigrationState, Phase, Side, VmId};
 
 use crate::cursor::{Cursor, Put};
 use crate::error::WireError;
@@ -115,8 +115,7 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
             out.put_u64(running.epoch.0);
             out.put(&running.boot_id);
             out.put_u64(running.at_ns);
-            out.put_u8(running.guest_runs.into());
-            out.put_reserved::<7>();
+            encode_guest(&running.guest, out);
             Kind::Running
         }
         Message::Abort(error) => {
@@ -206,7 +205,7 @@ pub(crate) fn decode(kind: Kind, payload: &[u8], from_side: Side) -> Result<Mess
             Message::Commit(Commit { epoch, attempt: AttemptId(cursor.array("attempt")?) })
         }
         Kind::Declined => Message::Declined(decode_error(&mut cursor, from_side)?),
-        Kind::Running => Message::Running(decode_running(&mut cursor)?),
+        Kind::Running => Message::Running(decode_running(&mut cursor, from_side)?),
         Kind::Abort => Message::Abort(decode_error(&mut cursor, from_side)?),
         Kind::Query => Message::Query {
             vm: VmId(cursor.array("vm")?),
@@ -394,12 +393,38 @@ fn decode_ready(cursor: &mut Cursor<'_>) -> Result<Ready, WireError> {
     Ok(Ready { ram_pages, ram_digest, verify_ns, sections, devices, vectors })
 }
 
-fn decode_running(cursor: &mut Cursor<'_>) -> Result<Running, WireError> {
+fn decode_running(cursor: &mut Cursor<'_>, from_side: Side) -> Result<Running, WireError> {
     let epoch = Epoch(cursor.u64("epoch")?);
     let (boot_id, at_ns) = (cursor.array("boot_id")?, cursor.u64("at_ns")?);
-    let guest_runs = cursor.bool("guest_runs")?;
+    let number = cursor.u8("guest")?;
     cursor.reserved::<7>()?;
-    Ok(Running { epoch, guest_runs, boot_id, at_ns })
+    let guest = match number {
+        PAUSED => GuestOutcome::Paused,
+        RUNNING => GuestOutcome::Running,
+        NOT_STARTED => GuestOutcome::NotStarted(Box::new(decode_error(cursor, from_side)?)),
+        UNKNOWN => GuestOutcome::Unknown,
+        other => return Err(cursor.value("guest", other.into())),
+    };
+    Ok(Running { epoch, guest, boot_id, at_ns })
+}
+
+/// What became of the guest, as RUNNING has it.
+const PAUSED: u8 = 0;
+const RUNNING: u8 = 1;
+const NOT_STARTED: u8 = 2;
+const UNKNOWN: u8 = 3;
+
+fn encode_guest(guest: &GuestOutcome, out: &mut Vec<u8>) {
+    out.put_u8(match guest {
+        GuestOutcome::Paused => PAUSED,
+        GuestOutcome::Running => RUNNING,
+        GuestOutcome::NotStarted(_) => NOT_STARTED,
+        GuestOutcome::Unknown => UNKNOWN,
+    });
+    out.put_reserved::<7>();
+    if let Some(failure) = guest.failure() {
+        encode_error(failure, out);
+    }
 }
 
 /// Absent fields are zero, and three booleans say which are there.

@@ -14,7 +14,7 @@ use crate::words::{UNITS_AND_EXIT_CODES, pair};
 #[command(
     after_help = "The source VM, the destination VM and every device server run as processes of their own on this \
 host. Sizes take K, M, G (powers of two); times take us, ms, s.\nExit codes: 0 verified, 1 not, 2 usage, 3 incompatible, \
-4 ownership unresolved."
+4 ownership unresolved, 5 moved but not running there."
 )]
 pub(crate) struct DemoCommand {
     /// Guest RAM.
@@ -146,9 +146,10 @@ pub(crate) struct DeviceCommand {
 #[derive(Args, Clone, Debug)]
 #[command(after_help = UNITS_AND_EXIT_CODES)]
 pub(crate) struct VmCommand {
-    /// Guest RAM.
-    #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
-    pub(crate) memory: u64,
+    /// Guest RAM. A guest that arrives or is restored brings its size with it, unless this says another; one that is started has
+    /// 512M.
+    #[arg(long, value_parser = units::size, value_name = "SIZE")]
+    pub(crate) memory: Option<u64>,
     /// A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or
     /// mdev:UUID,id=NAME. May be given more than once.
     #[arg(long, value_name = "DEVICE")]
@@ -156,6 +157,9 @@ pub(crate) struct VmCommand {
     /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.
     #[arg(long, value_name = "URI")]
     pub(crate) incoming: Option<String>,
+    /// With --incoming: wait for one migration only, and no longer if it fails or is refused.
+    #[arg(long, requires = "incoming")]
+    pub(crate) once: bool,
     /// Bring back the guest that `save` wrote into this file, instead of starting one.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["incoming", "paused"])]
     pub(crate) restore: Option<PathBuf>,

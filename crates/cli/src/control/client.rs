@@ -108,8 +108,8 @@ impl ControlClient {
         serde_json::from_value(answer).map_err(|error| ControlError::Garbled(error.to_string()))
     }
 
-    /// The state of the migration by the next event, or, where none has come for a second, by an answer; `None` when
-    /// `patience` ends first.
+    /// The state of the latest migration by the next event, or, where none has come for a second, by an answer; `None` when
+    /// `patience` ends first, or there was none.
     pub(crate) fn next_migration(
         &mut self,
         patience: Duration,
@@ -121,7 +121,7 @@ impl ControlClient {
         if self.news.elapsed() < QUIET {
             return Ok(None);
         }
-        Ok(Some(self.query()?.migration))
+        Ok(self.query()?.latest().map(|latest| latest.migration))
     }
 
     /// The next event, kept or new; `None` when none comes within `patience`.

@@ -37,10 +37,12 @@ enum EventData {
     },
     /// `MIGRATION`: the migration.
     Migration(Box<MigrationInfo>),
-    /// `DEVICE_LOST`: the device whose vfio-user server is gone.
+    /// `DEVICE_LOST`: the device to whose vfio-user server the connection is lost.
     DeviceLost {
         /// Name of the device.
         device: String,
+        /// Why the connection is lost: the server hung up, or its answer was late.
+        why: String,
     },
     /// `STOP`, `RESUME`, `SHUTDOWN`: nothing.
     Nothing(()),

@@ -2,6 +2,7 @@
 
 pub(crate) mod client;
 pub(crate) mod event;
+pub(crate) mod failure;
 pub(crate) mod guest;
 pub(crate) mod protocol;
 pub(crate) mod refused;

@@ -1,11 +1,15 @@
 //! The verbs and documents of the control socket.
 
+use std::fmt;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vfio_migration_compat::Reason;
 
+use super::failure::FailureInfo;
 use super::rehearsal::RehearsalInfo;
+use crate::exit::Exit;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 
 /// The verbs of the control socket.
@@ -104,20 +108,26 @@ pub(crate) struct ParameterArguments {
 pub(crate) struct StatusInfo {
     /// Identity of the VM. One that waits for a guest and was given none takes the guest's when it comes.
     pub(crate) uuid: String,
-    /// `"running"`, `"paused"`, `"inmigrate"` (waiting for a guest), `"postmigrate"` (its guest has left),
-    /// `"unresolved"` (nobody knows whose the guest is), `"failed"`.
-    pub(crate) status: String,
+    /// What there is of a guest here.
+    pub(crate) status: VmStatus,
     /// What runs the guest's code: `"kvm"` or `"software"`.
     pub(crate) guest: String,
     /// Process id of the `vm`.
     pub(crate) pid: u32,
     /// Where it waits for a guest, while it does.
     pub(crate) incoming: Option<String>,
+    /// Why it could take no guest just now, while it waits for one: its machine is being built anew, or cannot be built, which is
+    /// tried again and again.
+    #[serde(default)]
+    pub(crate) not_ready: Option<String>,
+    /// Where its guest has moved to, once it has left.
+    #[serde(default)]
+    pub(crate) moved_to: Option<String>,
     /// Guest RAM, in bytes.
     pub(crate) memory: u64,
     /// Names of the devices.
     pub(crate) devices: Vec<String>,
-    /// Those of them whose vfio-user server is gone. What a guest does with such a device is its own affair; it cannot be
+    /// Those of them to whose vfio-user server the connection is lost. What a guest does with such a device is its own affair; it cannot be
     /// moved any more.
     #[serde(default)]
     pub(crate) lost_devices: Vec<String>,
@@ -125,20 +135,69 @@ pub(crate) struct StatusInfo {
     pub(crate) epoch: u64,
 }
 
-/// States of a migration.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// What there is of a guest in a `vm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum VmStatus {
+    /// The guest is here and runs.
+    Running,
+    /// The guest is here and is paused.
+    Paused,
+    /// No guest is here yet: one is awaited, or arrives.
+    Inmigrate,
+    /// The guest has left: another `vm`, or a file, owns it.
+    Postmigrate,
+    /// No guest is here, and none is awaited.
+    Idle,
+    /// Nobody knows whose the guest is; it is paused here.
+    Unresolved,
+    /// The guest is here and has stopped by itself.
+    Failed,
+    /// The process is ending, and a guest that is here with it.
+    Shutdown,
+}
+
+impl VmStatus {
+    /// The exit code of `status`.
+    pub(crate) fn exit(self) -> Exit {
+        match self {
+            Self::Running | Self::Paused | Self::Inmigrate | Self::Postmigrate | Self::Idle => Exit::Done,
+            Self::Failed | Self::Shutdown => Exit::Failed,
+            Self::Unresolved => Exit::Unresolved,
+        }
+    }
+}
+
+impl fmt::Display for VmStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Inmigrate => "inmigrate",
+            Self::Postmigrate => "postmigrate",
+            Self::Idle => "idle",
+            Self::Unresolved => "unresolved",
+            Self::Failed => "failed",
+            Self::Shutdown => "shutdown",
+        })
+    }
+}
+
+/// States of a migration. Matched without a default, so that a new one does not compile until it is told everywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[schemars(rename = "MigrationState")]
 pub(crate) enum MigrationStatus {
-    /// No migration was begun here yet.
-    #[default]
-    None,
     /// Begun and not ended: `phase` says how far.
     Active,
     /// Waiting for `migrate-continue`.
     PreSwitchover,
-    /// The guest has moved.
+    /// The guest has moved, and is at the destination what it was to be: running, or paused as it was sent.
     Completed,
+    /// The guest is the destination's, which could not start it and holds it paused: `failure` says why.
+    NotStarted,
+    /// The guest is the destination's; whether it runs there is not known.
+    Unknown,
     /// It was cancelled; the guest is where it was.
     Cancelled,
     /// It failed; the guest is where it was, unless `error` says otherwise.
@@ -149,8 +208,54 @@ pub(crate) enum MigrationStatus {
     Rehearsed,
 }
 
+impl fmt::Display for MigrationStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Active => "under way",
+            Self::PreSwitchover => "waits for `continue`",
+            Self::Completed => "completed",
+            Self::NotStarted => "moved, and not started",
+            Self::Unknown => "moved, and not known whether it runs",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+            Self::Unresolved => "unresolved",
+            Self::Rehearsed => "rehearsed",
+        })
+    }
+}
+
+impl MigrationStatus {
+    /// Whether it is under way.
+    pub(crate) fn is_under_way(self) -> bool {
+        match self {
+            Self::Active | Self::PreSwitchover => true,
+            Self::Completed
+            | Self::NotStarted
+            | Self::Unknown
+            | Self::Cancelled
+            | Self::Failed
+            | Self::Unresolved
+            | Self::Rehearsed => false,
+        }
+    }
+}
+
+/// What became of a guest that is the destination's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ArrivedGuest {
+    /// Its vCPUs run.
+    Running,
+    /// It is paused, as it was sent.
+    Paused,
+    /// It could not be started, and is held paused.
+    NotStarted,
+    /// Whether it runs is not known.
+    Unknown,
+}
+
 /// How a migration stands: the same document on both sides.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct MigrationInfo {
     /// State of the migration.
@@ -161,8 +266,20 @@ pub(crate) struct MigrationInfo {
     pub(crate) phase: Option<String>,
     /// Milliseconds since it began.
     pub(crate) total_ms: f64,
-    /// Milliseconds that the guest was paused, once known.
+    /// Name of the attempt, in hexadecimal: the same on both sides.
+    #[serde(default)]
+    pub(crate) attempt: Option<String>,
+    /// What carried it: `"tcp"`, `"unix"` or `"fd"`.
+    #[serde(default)]
+    pub(crate) transport: Option<String>,
+    /// What became of the guest at the destination, once it is the destination's.
+    #[serde(default)]
+    pub(crate) guest: Option<ArrivedGuest>,
+    /// Milliseconds that the guest was paused, once it runs again at the destination.
     pub(crate) downtime_ms: Option<f64>,
+    /// Whether `downtime-ms` was read from one clock, both sides being on one host; else the answer's way back is in it.
+    #[serde(default)]
+    pub(crate) one_clock: bool,
     /// Milliseconds spent on digests while it was paused, not in `downtime-ms`.
     pub(crate) verify_ms: f64,
     /// Downtime that the next switchover is predicted to cost, in milliseconds.
@@ -171,6 +288,15 @@ pub(crate) struct MigrationInfo {
     pub(crate) iterations: u32,
     /// Payload bytes moved so far.
     pub(crate) transferred: TransferInfo,
+    /// Bytes on the wire, headers included; null where they are not counted.
+    #[serde(default)]
+    pub(crate) wire_bytes: Option<u64>,
+    /// Bytes moved of each device.
+    #[serde(default)]
+    pub(crate) devices: Vec<DeviceInfo>,
+    /// Interrupt vectors armed at the destination.
+    #[serde(default)]
+    pub(crate) vectors: u32,
     /// Bytes left, RAM and devices, while it is under way.
     pub(crate) remaining: u64,
     /// Bytes each second on the wire, lately.
@@ -183,6 +309,13 @@ pub(crate) struct MigrationInfo {
     pub(crate) device_digest_match: Option<bool>,
     /// Why it did not complete.
     pub(crate) error: Option<String>,
+    /// The failure behind `error` by its parts, where there is one.
+    #[serde(default)]
+    pub(crate) failure: Option<FailureInfo>,
+    /// What could not be done after the guest was the destination's, such as releasing a device: no harm to the guest, but work for
+    /// a person.
+    #[serde(default)]
+    pub(crate) left_undone: Vec<FailureInfo>,
     /// The two sides do not fit: nothing was begun.
     pub(crate) incompatible: bool,
     /// Why not, or what should be known, by the rules of both sides.
@@ -191,13 +324,97 @@ pub(crate) struct MigrationInfo {
     pub(crate) rehearsal: Option<RehearsalInfo>,
 }
 
-/// What `query` returns, and `status --json` and `migrate --json` print.
+impl MigrationInfo {
+    /// The exit code of a verb that asked for it.
+    pub(crate) fn exit(&self) -> Exit {
+        match self.status {
+            MigrationStatus::Completed | MigrationStatus::Active | MigrationStatus::PreSwitchover => {
+                Exit::Done
+            }
+            MigrationStatus::NotStarted | MigrationStatus::Unknown => Exit::NotStarted,
+            MigrationStatus::Unresolved => Exit::Unresolved,
+            MigrationStatus::Cancelled | MigrationStatus::Failed | MigrationStatus::Rehearsed
+                if self.incompatible =>
+            {
+                Exit::Incompatible
+            }
+            MigrationStatus::Rehearsed => Exit::Done,
+            MigrationStatus::Cancelled | MigrationStatus::Failed => Exit::Failed,
+        }
+    }
+
+    /// One of which nothing is known but its state.
+    pub(crate) fn new(status: MigrationStatus) -> Self {
+        Self {
+            status,
+            direction: None,
+            phase: None,
+            total_ms: 0.0,
+            attempt: None,
+            transport: None,
+            guest: None,
+            downtime_ms: None,
+            one_clock: false,
+            verify_ms: 0.0,
+            expected_downtime_ms: None,
+            iterations: 0,
+            transferred: TransferInfo::default(),
+            wire_bytes: None,
+            devices: Vec::new(),
+            vectors: 0,
+            remaining: 0,
+            rate: 0,
+            phases: Vec::new(),
+            ram_digest_match: None,
+            device_digest_match: None,
+            error: None,
+            failure: None,
+            left_undone: Vec::new(),
+            incompatible: false,
+            reasons: Vec::new(),
+            rehearsal: None,
+        }
+    }
+}
+
+/// What `query` returns and `status --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct StatusReport {
     /// The VM, at the same moment as its migration.
     pub(crate) vm: StatusInfo,
-    /// Its migration, under way or the last one that ended.
+    /// The migration, save or rehearsal that is under way; null while none is.
+    pub(crate) migration: Option<MigrationInfo>,
+    /// The last one that ended, of this process; null before there was one.
+    pub(crate) last: Option<MigrationInfo>,
+}
+
+impl StatusReport {
+    /// The one under way, or else the last.
+    pub(crate) fn latest(self) -> Option<FollowedReport> {
+        let Self { vm, migration, last } = self;
+        migration.or(last).map(|migration| FollowedReport { vm, migration })
+    }
+}
+
+/// What the verbs that follow a migration or a save to its end print with `--json`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "MigrateReport")]
+pub(crate) struct FollowedReport {
+    /// The VM, at the same moment as its migration.
+    pub(crate) vm: StatusInfo,
+    /// The migration or save, as it ended.
     pub(crate) migration: MigrationInfo,
+}
+
+/// Bytes moved of one device, payload only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct DeviceInfo {
+    /// Name of the device, at the source.
+    pub(crate) id: String,
+    /// Bytes moved while the guest ran.
+    pub(crate) precopy: u64,
+    /// Bytes moved while it was paused.
+    pub(crate) stopcopy: u64,
 }
 
 /// Bytes moved, payload only.

@@ -156,7 +156,13 @@ impl<'a> Stage<'a> {
         match outgoing.status {
             MigrationStatus::Completed => self.judge_arrival(&before, report)?,
             MigrationStatus::Cancelled | MigrationStatus::Failed => self.judge_return(&outgoing, report)?,
-            _ => {}
+            MigrationStatus::NotStarted | MigrationStatus::Unknown => {
+                report.outcome = DemoOutcome::NotStarted
+            }
+            MigrationStatus::Unresolved
+            | MigrationStatus::Active
+            | MigrationStatus::PreSwitchover
+            | MigrationStatus::Rehearsed => {}
         }
         // A VM that dies afterwards, or a digest that differs, is no success whatever the guest says.
         report.verified = report.outcome == DemoOutcome::Completed
@@ -165,13 +171,11 @@ impl<'a> Stage<'a> {
             && report.ram_digest_match != Some(false)
             && report.device_digest_match != Some(false)
             && self.destination.0.alive();
-        let exit = match outgoing.status {
-            _ if report.verified => Exit::Done,
-            MigrationStatus::Unresolved => Exit::Unresolved,
-            _ if outgoing.incompatible => Exit::Incompatible,
-            _ => Exit::Failed,
-        };
-        Ok(exit)
+        // What moved, and was not verified, failed.
+        Ok(match outgoing.exit() {
+            Exit::Done if !report.verified => Exit::Failed,
+            exit => exit,
+        })
     }
 
     /// Until the driver runs, every page area has been walked once, and blocks flow.
@@ -215,10 +219,12 @@ impl<'a> Stage<'a> {
             .map_err(|error| CliError::caused("the source VM refused to migrate", &error))?;
         let mut progress = ProgressDisplay::new(!self.options.json);
         let mut copied: Option<GuestInfo> = None;
-        let mut info = query(&mut self.source.1)?.migration;
+        let begun = query(&mut self.source.1)?.latest();
+        let mut info =
+            begun.ok_or_else(|| CliError::failed("the source VM knows of no migration"))?.migration;
         loop {
             progress.update(&info);
-            if !matches!(info.status, MigrationStatus::Active | MigrationStatus::PreSwitchover) {
+            if !info.status.is_under_way() {
                 return Ok(info);
             }
             if spoil && info.status == MigrationStatus::PreSwitchover {

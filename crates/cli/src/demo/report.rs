@@ -10,7 +10,7 @@ use crate::units::format_size;
 /// How a demo went.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct DemoReport {
-    /// `"completed"`, `"aborted"` (the guest went on at the source) or `"failed"`.
+    /// Where the guest is.
     pub(crate) outcome: DemoOutcome,
     /// The guest moved and lost nothing, and every check that was asked for agrees.
     pub(crate) verified: bool,
@@ -58,6 +58,8 @@ pub(crate) struct DemoReport {
 pub(crate) enum DemoOutcome {
     /// The guest runs at the destination.
     Completed,
+    /// It is the destination's, and does not run there, or nobody knows whether it does.
+    NotStarted,
     /// It goes on at the source.
     Aborted,
     /// Neither can be said.
@@ -200,6 +202,9 @@ impl DemoReport {
         let verdict = match (self.verified, self.outcome) {
             (true, _) => "VERIFIED: the guest moved live and lost nothing",
             (false, DemoOutcome::Completed) => "NOT VERIFIED: the guest moved, and something was lost",
+            (false, DemoOutcome::NotStarted) => {
+                "NOT STARTED: the guest is the destination's, and does not run there"
+            }
             (false, DemoOutcome::Aborted) => "ABORTED: the guest goes on at the source",
             (false, DemoOutcome::Failed) => "FAILED",
         };

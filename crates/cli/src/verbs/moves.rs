@@ -13,12 +13,13 @@ use crate::args::moves::{
 use crate::control::client::ControlError;
 use crate::control::protocol::{
     ControlVerb, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments, SaveArguments,
+    StatusReport,
 };
 use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
 use crate::exit::{CliError, Exit};
-use crate::follow::{OnInterrupt, follow, text};
+use crate::follow::{OnInterrupt, follow, followed_text, text};
 use crate::interrupt::UserInterrupt;
-use crate::output::{print, print_json};
+use crate::output::{eprintln_line, print, print_json};
 use crate::target::VmTarget;
 use crate::units::{format_size, milliseconds};
 use crate::verdict;
@@ -50,20 +51,28 @@ pub(crate) fn migrate(command: &MigrateCommand, interrupt: &UserInterrupt) -> Re
     };
     let mut client = command.target.connect()?;
     client.call(ControlVerb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
-    let goes_on =
-        |state| !command.detach && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
+    let goes_on = |state: MigrationStatus| !command.detach && state.is_under_way();
     let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Cancel)?;
-    if command.target.json {
+    tell_end(report, command.target.json)
+}
+
+/// Prints how what was followed has ended; why it failed, and what was left undone, goes to stderr.
+fn tell_end(report: StatusReport, json: bool) -> Result<Exit, CliError> {
+    let report =
+        report.latest().ok_or_else(|| CliError::failed("the `vm` does not know what became of it"))?;
+    let migration = &report.migration;
+    if let Some(error) = &migration.error {
+        eprintln_line(format_args!("vfio-migrate: {error}"));
+    }
+    for failure in &migration.left_undone {
+        eprintln_line(format_args!("vfio-migrate: left undone: {}", failure.text));
+    }
+    if json {
         print_json(&report)?;
     } else {
-        print(text(&report))?;
+        print(followed_text(&report))?;
     }
-    Ok(match report.migration.status {
-        MigrationStatus::Completed | MigrationStatus::Active | MigrationStatus::PreSwitchover => Exit::Done,
-        MigrationStatus::Unresolved => Exit::Unresolved,
-        _ if report.migration.incompatible => Exit::Incompatible,
-        _ => Exit::Failed,
-    })
+    Ok(migration.exit())
 }
 
 /// `rehearse`: everything up to the switchover for real, and undone.
@@ -74,10 +83,13 @@ pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> 
         RehearseArguments { uri: command.to.clone(), options: command.options.clone(), pause: command.pause };
     let mut client = command.target.connect()?;
     client.call(ControlVerb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
-    let goes_on = |state| state == MigrationStatus::Active;
-    let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Cancel)?;
-    let Some(found) = report.migration.rehearsal else {
-        let why = report.migration.error.unwrap_or_else(|| "it did not say why".into());
+    let json = command.target.json;
+    let report =
+        follow(&mut client, MigrationStatus::is_under_way, json, interrupt, OnInterrupt::Cancel)?.latest();
+    let (found, error) =
+        report.map_or((None, None), |report| (report.migration.rehearsal, report.migration.error));
+    let Some(found) = found else {
+        let why = error.unwrap_or_else(|| "it did not say why".into());
         return Err(CliError::failed(format!("the rehearsal failed: {why}")));
     };
     let verdict = found.verdict;
@@ -106,32 +118,22 @@ pub(crate) fn save(
     let arguments = SaveArguments { path: path.into(), options: command.options.clone() };
     let mut client = target.connect()?;
     client.call(ControlVerb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
-    let goes_on = |state| state == MigrationStatus::Active;
-    let report = follow(&mut client, goes_on, command.json, interrupt, OnInterrupt::Cancel)?;
-    if command.json {
-        print_json(&report)?;
-    } else {
-        print(text(&report))?;
-    }
-    Ok(match report.migration.status {
-        MigrationStatus::Completed => Exit::Done,
-        MigrationStatus::Unresolved => Exit::Unresolved,
-        _ => Exit::Failed,
-    })
+    let report =
+        follow(&mut client, MigrationStatus::is_under_way, command.json, interrupt, OnInterrupt::Cancel)?;
+    tell_end(report, command.json)
 }
 
 /// `status`: prints the report on a `vm` and its migration.
 pub(crate) fn status(command: &StatusCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let mut client = command.target.connect()?;
-    let goes_on =
-        |state| command.watch && matches!(state, MigrationStatus::Active | MigrationStatus::PreSwitchover);
+    let goes_on = |state: MigrationStatus| command.watch && state.is_under_way();
     let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Leave)?;
     if command.target.json {
         print_json(&report)?;
     } else {
         print(text(&report))?;
     }
-    Ok(Exit::Done)
+    Ok(report.vm.status.exit())
 }
 
 /// `cancel`: the migration is given up.
@@ -168,7 +170,7 @@ pub(crate) fn quit(target: &VmTarget) -> Result<Exit, CliError> {
     request(target, ControlVerb::Quit, Value::Null, "the process ends")
 }
 
-/// `incoming`: a `vm` whose guest has left waits for one again.
+/// `incoming`: a `vm` that has no guest waits for one again.
 pub(crate) fn incoming(command: &IncomingCommand) -> Result<Exit, CliError> {
     uri(&command.uri)?;
     let arguments = IncomingArguments { uri: command.uri.clone() };

@@ -1,29 +1,36 @@
-//! An incoming migration: waiting for a guest, receiving it, and what is left when none came.
+//! An incoming migration: a `vm` that waits until a guest has arrived, however many sessions end otherwise before that.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
-use vfio_migration::{Arrived, Destination, DestinationOptions, IncomingError, IncomingOffer, Machine, Uri};
+use vfio_migration::{
+    Arrived, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer, Machine, Uri,
+};
 use vfio_migration_compat::Reason;
 use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_destination;
 use super::info;
-use super::running::RunningVm;
+use super::running::{RunningVm, build, build_with_memory};
 use super::slot::{Slot, Steering};
+use crate::control::event::ControlEvent;
 use crate::control::refused::Refused;
+use crate::output::eprintln_line;
 use crate::words::uri;
 
 /// Time for which the destination still answers a source that lost the answer to its COMMIT.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
+/// Pause between two tries to build the machine of a `vm` that waits.
+const BUILD_EVERY: Duration = Duration::from_secs(1);
 
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.
 pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
     let uri = uri(text).map_err(|failure| Refused::generic(failure.text))?;
     let before = reserve(vm)?;
-    let begun = ReferenceMachine::build(vm.config.clone())
-        .map_err(|error| Refused::generic(error_chain(&error)))
+    let begun = build(vm)
+        .map_err(|failure| Refused::generic(failure.text))
         .and_then(|machine| listen(vm, &uri, machine));
     if begun.is_err() {
         // Only what we reserved ourselves is given back.
@@ -40,7 +47,7 @@ pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
         let text = if waits { "it already waits for a guest" } else { "a migration is under way" };
         return Err(Refused::new("MigrationActive", text));
     }
-    let free = |slot: &Slot| matches!(slot, Slot::Left | Slot::Failed);
+    let free = |slot: &Slot| matches!(slot, Slot::Left { .. } | Slot::Empty | Slot::Failed);
     vm.state.put_if(free, Slot::Preparing).map_err(|slot| match slot {
         Slot::Preparing | Slot::Awaited { .. } => {
             Refused::new("MigrationActive", "it already waits for a guest")
@@ -60,78 +67,160 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     let mut destination =
         Destination::listen(uri, options).map_err(|error| Refused::generic(error_chain(&error)))?;
     let at = destination.local().clone();
-    let steering = Steering::Incoming(destination.control());
-    let awaited = Slot::Awaited { machine: machine.clone(), at };
+    let control = destination.control();
+    let awaited = Slot::Awaited { machine: Some(machine), at: at.clone(), not_ready: None };
     let reserved = |slot: &Slot| matches!(slot, Slot::Preparing);
     let of_thread = vm.clone();
-    let begun = vm.state.begin(steering, reserved, Some(awaited), || {
+    let begun = vm.state.begin(Steering::Incoming(control.clone()), reserved, Some(awaited), || {
         std::thread::Builder::new().name("migration".into()).spawn(move || {
-            let (machine, result) = receive(&of_thread, &mut destination, machine);
+            let result = receive(&of_thread, &mut destination, &control);
             let owner = result.is_ok();
-            finish(&of_thread, machine, result);
+            finish(&of_thread, result, control.is_cancelled());
             drop(of_thread);
             if owner && let Err(error) = destination.answer_queries(ANSWER_FOR) {
                 tracing::warn!(%error, "a source that lost our answer would find nobody to ask");
             }
         })
     });
-    begun.map_err(|error| error.refused("there is a guest here"))
+    begun.map_err(|error| error.refused("there is a guest here"))?;
+    let who = vm.options.uuid.map_or_else(|| "a VM".into(), |id| format!("VM {id}"));
+    eprintln_line(format_args!("vfio-migrate: {who} waits for a guest at {at}"));
+    Ok(())
 }
 
-/// Receives a guest. After a rehearsal or a question the machine is built anew, and the address waited at on.
+/// Receives a guest. Two things end the wait: a guest that has arrived, and the operator; with `--once` also a session that
+/// ended otherwise, but for a rehearsal. After every other end the address is waited at on, with a machine built anew.
 fn receive(
     vm: &RunningVm,
     destination: &mut Destination,
-    mut machine: Arc<ReferenceMachine>,
-) -> (Option<Arc<ReferenceMachine>>, Result<Arrived, IncomingError>) {
+    control: &IncomingControl,
+) -> Result<Arrived, IncomingError> {
+    let only_one = matches!(destination.local(), Uri::Fd(_));
     loop {
-        let error = match destination.accept(|offer| admit(vm, &machine, offer)) {
-            Err(error @ IncomingError::Rehearsed(_)) => error,
-            result => return (Some(machine), result),
+        let lent = AtomicBool::new(false);
+        let error = match destination.accept(|offer| admit(vm, offer, &lent)) {
+            Ok(arrived) => return Ok(arrived),
+            Err(error @ IncomingError::OwnedNotStarted(_)) => return Err(error),
+            Err(error) => error,
         };
-        tracing::info!("{}; waiting for the next", error_chain(&error));
-        let at = destination.local().clone();
-        let used = vm.state.put_if(|slot| matches!(slot, Slot::Awaited { .. }), Slot::Preparing);
-        drop((used, machine));
-        vm.presence.end();
-        machine = match ReferenceMachine::build(vm.config.clone()) {
-            Ok(machine) => machine,
-            Err(build) => {
-                tracing::error!("the machine cannot be built again: {}", error_chain(&build));
-                return (None, Err(error));
-            }
-        };
-        let awaited = Slot::Awaited { machine: machine.clone(), at };
-        drop(vm.state.put_if(|slot| matches!(slot, Slot::Preparing), awaited));
+        let once = vm.options.once && !matches!(error, IncomingError::Rehearsed(_));
+        if only_one || once || control.is_cancelled() {
+            return Err(error);
+        }
+        // Before the end is published: a client that reacts to it must find the devices free.
+        if lent.into_inner() {
+            let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
+            vm.presence.end();
+            // What keeps it from being built is in the status, and it is tried again.
+            drop(rebuild(vm, None));
+        }
+        vm.end_attempt(info::not_arrived(vm, &error, false));
     }
 }
 
-/// Accepts the guest on offer; a VM that was given no identity takes the guest's.
-fn admit(
-    vm: &RunningVm,
-    machine: &Arc<ReferenceMachine>,
-    offer: &IncomingOffer,
-) -> Result<Arc<dyn Machine>, Box<Reason>> {
+/// Accepts the guest on offer; a VM that was given no identity takes the guest's, and one that was given no size of RAM takes
+/// that too.
+fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc<dyn Machine>, Box<Reason>> {
+    let refused = |text: String| Box::new(Reason::new("machine", text));
+    let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
+    lent.store(true, Ordering::Relaxed);
+    if let Some(Steering::Incoming(control)) = vm.state.steering()
+        && let Some(progress) = control.progress()
+    {
+        vm.publisher.publish(&ControlEvent::of_migration(&info::incoming(&progress)));
+    }
+    let memory = vm.options.memory.is_none().then(|| offer.manifest.memory());
+    let fits = |machine: &Arc<ReferenceMachine>| {
+        memory.is_none_or(|memory| memory == machine.memory()) && machine.lost_devices().is_empty()
+    };
+    // Not held while another is built: a device takes one client at a time.
+    let at_hand = vm.state.slot().machine().filter(|machine| fits(machine)).cloned();
+    let machine = match at_hand {
+        Some(machine) => machine,
+        None => rebuild(vm, memory).map_err(refused)?,
+    };
     if vm.options.uuid.is_none() {
         machine.adopt(offer.vm);
     }
     if let Some(dir) = &vm.options.state_dir {
         vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new("state-dir", text))?;
     }
-    inject_at_destination(vm.options.sabotage, machine.clone())
-        .map_err(|text| Box::new(Reason::new("machine", text)))
+    inject_at_destination(vm.options.sabotage, machine).map_err(refused)
 }
 
-fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result<Arrived, IncomingError>) {
+/// Builds the machine of a `vm` that waits anew, of so much `memory` where its operator did not say how much. What keeps it
+/// from being built is in the status until it can be. Whoever calls it holds `building`.
+fn rebuild(vm: &RunningVm, memory: Option<u64>) -> Result<Arc<ReferenceMachine>, String> {
+    let waits = |slot: &Slot| matches!(slot, Slot::Awaited { .. });
+    let Slot::Awaited { at, .. } = vm.state.slot() else {
+        return Err("it no longer waits for a guest".into());
+    };
+    let awaited = |machine, not_ready| Slot::Awaited { machine, at: at.clone(), not_ready };
+    // The old one first: a device takes one client at a time.
+    drop(vm.state.put_if(waits, awaited(None, Some("its machine is being built anew".into()))));
+    let built = build_with_memory(vm, memory).map_err(|failure| failure.text);
+    let slot = awaited(built.as_ref().ok().cloned(), built.as_ref().err().cloned());
+    drop(vm.state.put_if(waits, slot));
+    built
+}
+
+/// Keeps the machine of a `vm` that waits ready: one whose device was lost, or that could not be built, is built again.
+#[derive(Debug, Default)]
+pub(super) struct ReadinessWatch {
+    tried: Option<Instant>,
+    not_ready: bool,
+}
+
+impl ReadinessWatch {
+    /// Looks once. Does nothing while a session has the machine.
+    pub(super) fn tend(&mut self, vm: &RunningVm) {
+        let Ok(_building) = vm.building.try_lock() else { return };
+        let broken = vm.state.read(|slot, steering, _| {
+            let session =
+                matches!(steering, Some(Steering::Incoming(control)) if control.progress().is_some());
+            match slot {
+                Slot::Awaited { machine, .. } if !session => {
+                    machine.as_ref().is_none_or(|machine| !machine.lost_devices().is_empty())
+                }
+                _ => false,
+            }
+        });
+        let due = self.tried.is_none_or(|tried| tried.elapsed() >= BUILD_EVERY);
+        if !broken || !due {
+            return;
+        }
+        self.tried = Some(Instant::now());
+        match rebuild(vm, None) {
+            Ok(_) if std::mem::take(&mut self.not_ready) => {
+                eprintln_line("vfio-migrate: the VM is ready for a guest again");
+            }
+            Ok(_) => {}
+            Err(why) if !std::mem::replace(&mut self.not_ready, true) => {
+                eprintln_line(format_args!(
+                    "vfio-migrate: no guest can arrive now: {why}; it is tried again every second"
+                ));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// Ends the wait.
+fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: bool) {
+    let machine = vm.state.slot().machine().cloned();
     match (result, machine) {
         (Ok(arrived), Some(machine)) => {
             machine.release();
             let slot = Slot::Here { machine, epoch: arrived.epoch };
-            vm.end_session(info::arrived(vm, &arrived), Some(slot));
+            vm.end_session(info::arrived(vm, &arrived.report), Some(slot));
         }
-        (Ok(_), None) => {}
+        (Ok(arrived), None) => {
+            // The machine of a guest that has arrived is the slot's; without it nobody holds the guest.
+            drop(arrived);
+            tracing::error!("a guest has arrived in no machine: a defect of this program");
+        }
         (Err(error), machine) => {
-            let ended = info::not_arrived(vm, &error);
+            let ended = info::not_arrived(vm, &error, cancelled);
             let slot = match (&error, machine) {
                 (IncomingError::OwnedNotStarted(held), Some(machine)) => {
                     Slot::OwnedNotStarted { machine, epoch: held.epoch }
@@ -141,7 +230,7 @@ fn finish(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>, result: Result
                     drop(vm.state.put_if(|_| true, Slot::Preparing));
                     drop(machine);
                     vm.presence.end();
-                    Slot::Failed
+                    if cancelled { Slot::Empty } else { Slot::Failed }
                 }
             };
             vm.end_session(ended, Some(slot));

@@ -1,73 +1,84 @@
-//! The documents that the control socket has of a VM, its guest and its migration. [`MigrationInfo`] is made here alone.
+//! The documents that the control socket has of a VM, its guest and its migration. [`MigrationInfo`] is made here alone, from the
+//! whole of the library's reports: they are destructured, so that a field that is new does not compile until it is told or said
+//! to be told elsewhere.
 
 use std::time::Duration;
 
 use vfio_migration::{
-    Arrived, Bytes, Completed, IncomingError, MigrateError, Progress, Rehearsal, SaveError,
+    Aborted, ArrivalReport, Bytes, Completed, DeviceStatus, Failure, GuestOutcome, IncomingError,
+    MigrateError, OwnedNotStarted, Progress, Rehearsal, RehearsedHere, SaveError,
 };
+use vfio_migration_compat::Report as CheckReport;
 use vfio_migration_types::{Phase, error_chain};
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
 
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
+use crate::control::failure::FailureInfo;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    MigrationInfo, MigrationStatus, PhaseInfo, StatusInfo, StatusReport, TransferInfo,
+    ArrivedGuest, DeviceInfo, MigrationInfo, MigrationStatus, PhaseInfo, StatusInfo, StatusReport,
+    TransferInfo, VmStatus,
 };
 use crate::control::rehearsal::RehearsalInfo;
 
 /// The VM and its migration at one moment: the two never contradict each other.
 pub(super) fn report(vm: &RunningVm) -> StatusReport {
-    vm.state.read(|slot, steering, ended| StatusReport {
+    vm.state.read(|slot, steering, last| StatusReport {
         vm: status(&vm.config, slot),
-        migration: match (steering, ended) {
-            (Some(steering), _) => of_steering(steering),
-            (None, Some(ended)) => ended.clone(),
-            (None, None) => MigrationInfo::default(),
-        },
+        migration: steering.and_then(of_steering),
+        last: last.cloned(),
     })
 }
 
 fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
-    let word = match slot {
-        Slot::Here { machine, .. } if machine.failure().is_some() => "failed",
-        Slot::Here { machine, .. } if machine.is_running() => "running",
-        Slot::Here { .. } | Slot::OwnedNotStarted { .. } | Slot::Leaving { .. } => "paused",
-        Slot::Preparing | Slot::Awaited { .. } => "inmigrate",
-        Slot::Left => "postmigrate",
-        Slot::Unresolved { .. } => "unresolved",
-        Slot::Failed => "failed",
+    let status = match slot {
+        Slot::Here { machine, .. } if machine.failure().is_some() => VmStatus::Failed,
+        Slot::Here { machine, .. } if machine.is_running() => VmStatus::Running,
+        Slot::Here { .. } | Slot::OwnedNotStarted { .. } | Slot::Leaving { .. } => VmStatus::Paused,
+        Slot::Preparing | Slot::Awaited { .. } => VmStatus::Inmigrate,
+        Slot::Left { .. } => VmStatus::Postmigrate,
+        Slot::Empty => VmStatus::Idle,
+        Slot::Unresolved { .. } => VmStatus::Unresolved,
+        Slot::Failed => VmStatus::Failed,
+        Slot::Ended => VmStatus::Shutdown,
     };
     let machine = slot.machine();
+    let awaited = match slot {
+        Slot::Awaited { at, not_ready, .. } => Some((at, not_ready)),
+        _ => None,
+    };
     StatusInfo {
         uuid: machine.map_or(config.id, |machine| machine.id()).to_string(),
-        status: word.into(),
+        status,
         guest: match config.accelerator {
             Accelerator::Kvm => "kvm".into(),
             Accelerator::Software => "software".into(),
         },
         pid: std::process::id(),
-        incoming: match slot {
-            Slot::Awaited { at, .. } => Some(at.to_string()),
+        incoming: awaited.map(|(at, _)| at.to_string()),
+        not_ready: awaited.and_then(|(_, not_ready)| not_ready.clone()),
+        moved_to: match slot {
+            Slot::Left { to, .. } => Some(to.clone()),
             _ => None,
         },
-        memory: config.memory,
+        memory: machine.map_or(config.memory, |machine| machine.memory()),
         devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
         lost_devices: machine
             .map(|machine| machine.lost_devices())
             .unwrap_or_default()
             .iter()
-            .map(ToString::to_string)
+            .map(|(device, _)| device.to_string())
             .collect(),
         epoch: slot.epoch().0,
     }
 }
 
-fn of_steering(steering: &Steering) -> MigrationInfo {
+fn of_steering(steering: &Steering) -> Option<MigrationInfo> {
     match steering {
-        Steering::Outgoing(control) => outgoing(&control.progress()),
-        Steering::Incoming(control) => under_way(&control.progress(), "incoming"),
+        Steering::Outgoing(control) => Some(outgoing(&control.progress())),
+        Steering::Incoming(control) => control.progress().map(|progress| incoming(&progress)),
     }
 }
 
@@ -76,107 +87,212 @@ pub(super) fn outgoing(progress: &Progress) -> MigrationInfo {
     under_way(progress, "outgoing")
 }
 
+/// The migration of a destination whose session is under way.
+pub(super) fn incoming(progress: &Progress) -> MigrationInfo {
+    under_way(progress, "incoming")
+}
+
 fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
+    let status = if progress.waiting { MigrationStatus::PreSwitchover } else { MigrationStatus::Active };
     MigrationInfo {
-        status: if progress.waiting { MigrationStatus::PreSwitchover } else { MigrationStatus::Active },
         direction: Some(direction.into()),
         phase: Some(progress.phase.code().into()),
         total_ms: ms(progress.elapsed),
         expected_downtime_ms: progress.predicted_downtime.map(ms),
         iterations: progress.iteration,
         transferred: transferred(progress.bytes),
+        devices: devices(&progress.devices),
         remaining: progress.remaining,
         rate: progress.rate,
-        ..MigrationInfo::default()
+        ..MigrationInfo::new(status)
     }
 }
 
 /// The migration as its session leaves it: the functions below add how it ended.
-fn at_end(vm: &RunningVm) -> MigrationInfo {
-    let last = vm.state.steering().map_or_else(MigrationInfo::default, |steering| of_steering(&steering));
-    MigrationInfo { remaining: 0, rate: 0, expected_downtime_ms: None, ..last }
+fn at_end(vm: &RunningVm, status: MigrationStatus) -> MigrationInfo {
+    let last = match vm.state.steering() {
+        Some(Steering::Outgoing(control)) => Some(outgoing(&control.progress())),
+        Some(Steering::Incoming(control)) => {
+            control.progress().or(control.last_progress()).map(|progress| incoming(&progress))
+        }
+        None => None,
+    };
+    let last = last.unwrap_or_else(|| MigrationInfo::new(status));
+    MigrationInfo { status, remaining: 0, rate: 0, expected_downtime_ms: None, ..last }
 }
 
-/// The migration of a source whose guest has moved.
+/// What became of the guest, as the state of its migration.
+fn ended(guest: &GuestOutcome) -> (MigrationStatus, ArrivedGuest) {
+    match guest {
+        GuestOutcome::Running => (MigrationStatus::Completed, ArrivedGuest::Running),
+        GuestOutcome::Paused => (MigrationStatus::Completed, ArrivedGuest::Paused),
+        GuestOutcome::NotStarted(_) => (MigrationStatus::NotStarted, ArrivedGuest::NotStarted),
+        GuestOutcome::Unknown => (MigrationStatus::Unknown, ArrivedGuest::Unknown),
+    }
+}
+
+/// The migration of a source whose guest is the destination's.
 pub(super) fn completed(completed: &Completed) -> MigrationInfo {
-    let phases = completed.phases.iter().filter(|time| time.phase != Phase::Plan);
+    let Completed {
+        // The VM's own document has these.
+        vm: _,
+        epoch: _,
+        attempt,
+        transport,
+        total,
+        guest,
+        downtime,
+        one_clock,
+        predicted,
+        verify,
+        iterations,
+        bytes,
+        wire_bytes,
+        phases: entered,
+        ram_digest_match,
+        device_digest_match,
+        vectors,
+        devices: moved,
+        left_undone,
+        // The map of names was asked for, and the verdict is that it moved.
+        report: CheckReport { reasons, verdict: _, strict: _, map: _ },
+    } = completed;
+    let (status, arrived) = ended(guest);
+    let error = match guest {
+        GuestOutcome::Running | GuestOutcome::Paused => None,
+        GuestOutcome::NotStarted(failure) => Some(format!(
+            "the guest is the destination's, which could not start it and holds it paused: {failure}"
+        )),
+        GuestOutcome::Unknown => Some(
+            "the guest is the destination's, and whether it runs there is not known: ask its `vm`".into(),
+        ),
+    };
     MigrationInfo {
-        status: MigrationStatus::Completed,
         direction: Some("outgoing".into()),
-        total_ms: ms(completed.total),
-        downtime_ms: Some(ms(completed.downtime)),
-        verify_ms: ms(completed.verify),
-        expected_downtime_ms: Some(ms(completed.predicted)),
-        iterations: completed.iterations,
-        transferred: transferred(completed.bytes),
-        phases: phases.map(|time| PhaseInfo { name: time.phase.code().into(), ms: ms(time.took) }).collect(),
-        ram_digest_match: completed.ram_digest_match,
-        device_digest_match: Some(completed.device_digest_match),
-        reasons: completed.report.reasons.clone(),
-        ..MigrationInfo::default()
+        total_ms: ms(*total),
+        attempt: Some(attempt.to_string()),
+        transport: Some(transport.clone()),
+        guest: Some(arrived),
+        downtime_ms: downtime.map(ms),
+        one_clock: *one_clock,
+        verify_ms: ms(*verify),
+        expected_downtime_ms: Some(ms(*predicted)),
+        iterations: *iterations,
+        transferred: transferred(*bytes),
+        wire_bytes: Some(*wire_bytes),
+        devices: devices(moved),
+        vectors: *vectors,
+        phases: phases(entered),
+        ram_digest_match: *ram_digest_match,
+        device_digest_match: Some(*device_digest_match),
+        error,
+        failure: guest.failure().map(FailureInfo::from),
+        left_undone: left_undone.iter().map(FailureInfo::from).collect(),
+        reasons: reasons.clone(),
+        ..MigrationInfo::new(status)
     }
 }
 
 /// The migration of a source whose guest has not moved, or of which nobody knows.
 pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
-    let status = match error {
-        MigrateError::Unresolved { .. } => MigrationStatus::Unresolved,
-        MigrateError::Aborted(aborted) if aborted.cancelled => MigrationStatus::Cancelled,
-        _ => MigrationStatus::Failed,
+    let (status, failure) = match error {
+        MigrateError::Unresolved { .. } => (MigrationStatus::Unresolved, None),
+        MigrateError::Aborted(aborted) => {
+            let Aborted { cause, cancelled, .. } = aborted.as_ref();
+            let status = if *cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
+            (status, Some(cause))
+        }
+        MigrateError::NotBegun(failure) => (MigrationStatus::Failed, Some(failure)),
+        MigrateError::Refused(_) => (MigrationStatus::Failed, None),
     };
     MigrationInfo {
-        status,
         incompatible: matches!(error, MigrateError::Refused(_)),
         reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
         error: Some(error_chain(error)),
-        ..at_end(vm)
+        failure: failure.map(FailureInfo::from),
+        ..at_end(vm, status)
     }
 }
 
 /// A save after which the guest runs on here.
 pub(super) fn saved(vm: &RunningVm) -> MigrationInfo {
-    MigrationInfo { status: MigrationStatus::Completed, ..at_end(vm) }
+    at_end(vm, MigrationStatus::Completed)
 }
 
 /// A save whose file could not be written.
 pub(super) fn not_saved(vm: &RunningVm, error: &SaveError) -> MigrationInfo {
-    MigrationInfo { status: MigrationStatus::Failed, error: Some(error_chain(error)), ..at_end(vm) }
+    MigrationInfo { error: Some(error_chain(error)), ..at_end(vm, MigrationStatus::Failed) }
 }
 
 /// The migration of a destination whose guest has arrived.
-pub(super) fn arrived(vm: &RunningVm, arrived: &Arrived) -> MigrationInfo {
+pub(super) fn arrived(vm: &RunningVm, report: &ArrivalReport) -> MigrationInfo {
+    let ArrivalReport {
+        // The VM's own document has these.
+        vm: _,
+        epoch: _,
+        attempt,
+        guest,
+        total,
+        // Counts and times of loading, for who embeds the library.
+        ram_pages: _,
+        sections: _,
+        steps: _,
+        bytes,
+        vectors,
+        verify,
+        devices: moved,
+    } = report;
+    let (status, arrived) = ended(guest);
     MigrationInfo {
-        status: MigrationStatus::Completed,
-        verify_ms: ms(arrived.report.verify),
-        total_ms: ms(arrived.report.total),
-        transferred: transferred(arrived.report.bytes),
-        ..at_end(vm)
+        attempt: Some(attempt.to_string()),
+        guest: Some(arrived),
+        verify_ms: ms(*verify),
+        total_ms: ms(*total),
+        transferred: transferred(*bytes),
+        devices: devices(moved),
+        vectors: *vectors,
+        ..at_end(vm, status)
     }
 }
 
 /// The migration of a destination whose guest has not arrived, or could not be started.
-pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError) -> MigrationInfo {
-    let refused = match error {
-        IncomingError::Refused(reasons) => Some(reasons),
-        _ => None,
+pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool) -> MigrationInfo {
+    let failed = if cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
+    let (status, failure, reasons) = match error {
+        IncomingError::OwnedNotStarted(held) => {
+            let OwnedNotStarted { cause, .. } = held.as_ref();
+            (MigrationStatus::NotStarted, Some(cause), &[][..])
+        }
+        IncomingError::Refused(reasons) => (failed, None, reasons.as_slice()),
+        IncomingError::NotBegun(failure) | IncomingError::Aborted(failure) => {
+            (failed, Some(failure), &[][..])
+        }
+        IncomingError::Rehearsed(rehearsed) => {
+            let RehearsedHere { refused, cause } = rehearsed.as_ref();
+            (MigrationStatus::Rehearsed, cause.as_ref(), refused.as_slice())
+        }
     };
+    let incompatible = matches!(error, IncomingError::Refused(_)) || !reasons.is_empty();
     MigrationInfo {
-        status: MigrationStatus::Failed,
-        incompatible: refused.is_some(),
-        error: Some(error_chain(error)),
-        reasons: refused.cloned().unwrap_or_default(),
-        ..at_end(vm)
+        guest: (status == MigrationStatus::NotStarted).then_some(ArrivedGuest::NotStarted),
+        incompatible,
+        error: (status != MigrationStatus::Rehearsed || incompatible || failure.is_some())
+            .then(|| error_chain(error)),
+        failure: failure.map(FailureInfo::from),
+        reasons: reasons.to_vec(),
+        ..at_end(vm, status)
     }
 }
 
 /// A rehearsal that came to its end.
 pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
     MigrationInfo {
-        status: MigrationStatus::Rehearsed,
         total_ms: ms(found.total),
-        error: found.left_undone.as_ref().map(ToString::to_string),
+        error: found.left_undone.as_ref().map(|failure: &Failure| failure.to_string()),
+        left_undone: found.left_undone.iter().map(FailureInfo::from).collect(),
+        phases: phases(&found.phases),
         rehearsal: Some(RehearsalInfo::of(found)),
-        ..at_end(vm)
+        ..at_end(vm, MigrationStatus::Rehearsed)
     }
 }
 
@@ -184,25 +300,31 @@ pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
 pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
     let cancelled = matches!(error, MigrateError::Aborted(aborted) if aborted.cancelled);
     let rehearsal = RehearsalInfo::of_error(error).filter(|_| !cancelled);
-    MigrationInfo {
-        status: match (&rehearsal, cancelled) {
-            (Some(_), _) => MigrationStatus::Rehearsed,
-            (None, true) => MigrationStatus::Cancelled,
-            (None, false) => MigrationStatus::Failed,
-        },
-        incompatible: rehearsal.is_some(),
-        error: Some(error_chain(error)),
-        rehearsal,
-        ..at_end(vm)
-    }
+    let status = match (&rehearsal, cancelled) {
+        (Some(_), _) => MigrationStatus::Rehearsed,
+        (None, true) => MigrationStatus::Cancelled,
+        (None, false) => MigrationStatus::Failed,
+    };
+    MigrationInfo { incompatible: rehearsal.is_some(), rehearsal, status, ..not_completed(vm, error) }
 }
 
 fn transferred(bytes: Bytes) -> TransferInfo {
-    TransferInfo {
-        ram: bytes.ram,
-        device_precopy: bytes.device_precopy,
-        device_stopcopy: bytes.device_stopcopy,
-    }
+    let Bytes { ram, device_precopy, device_stopcopy } = bytes;
+    TransferInfo { ram, device_precopy, device_stopcopy }
+}
+
+fn devices(devices: &[DeviceStatus]) -> Vec<DeviceInfo> {
+    let device = |device: &DeviceStatus| DeviceInfo {
+        id: device.id.to_string(),
+        precopy: device.precopy,
+        stopcopy: device.stopcopy,
+    };
+    devices.iter().map(device).collect()
+}
+
+fn phases(entered: &[vfio_migration::PhaseTime]) -> Vec<PhaseInfo> {
+    let told = entered.iter().filter(|time| time.phase != Phase::Plan);
+    told.map(|time| PhaseInfo { name: time.phase.code().into(), ms: ms(time.took) }).collect()
 }
 
 fn ms(time: Duration) -> f64 {

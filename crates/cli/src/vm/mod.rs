@@ -18,6 +18,7 @@ use serde_json::Value;
 use vfio_migration_types::Epoch;
 
 use self::handler::VmHandler;
+use self::incoming::ReadinessWatch;
 use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
 use crate::args::serve::VmCommand;
@@ -81,9 +82,10 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
         None => None,
     };
     // Signals come through `quit`; the flag of a second one ends the process at once.
-    let mut watch = LostDeviceWatch::default();
+    let (mut watch, mut readiness) = (LostDeviceWatch::default(), ReadinessWatch::default());
     while quitted.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
         watch.report_new(&vm);
+        readiness.tend(&vm);
     }
     drop(interrupt.clone());
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));

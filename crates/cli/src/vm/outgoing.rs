@@ -36,7 +36,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     let source = Source::new(faulty, options);
     begin(vm, machine, source, "migration", move |vm, machine, source| {
         let result = source.migrate_to(&target, publish_changes(vm));
-        finish(vm, machine, result);
+        finish(vm, machine, result, &target.to_string());
     })
 }
 
@@ -98,11 +98,12 @@ pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
     }
 }
 
-/// Ends a session that was to send the guest away.
+/// Ends a session that was to send the guest away, `to` another `vm` or a file.
 pub(super) fn finish(
     vm: &RunningVm,
     machine: Arc<ReferenceMachine>,
     result: Result<Completed, MigrateError>,
+    to: &str,
 ) {
     let epoch = vm.state.slot().epoch();
     match result {
@@ -111,7 +112,8 @@ pub(super) fn finish(
             drop(vm.state.put_if(|_| true, Slot::Leaving { epoch }));
             drop(machine);
             vm.presence.end();
-            vm.end_session(info::completed(&completed), Some(Slot::Left));
+            let left = Slot::Left { to: to.to_owned(), epoch: completed.epoch };
+            vm.end_session(info::completed(&completed), Some(left));
         }
         Err(error) => {
             let ended = info::not_completed(vm, &error);

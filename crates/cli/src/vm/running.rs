@@ -1,7 +1,7 @@
 //! The state of a `vm` process, which outlives each guest that it serves.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::json;
@@ -36,7 +36,12 @@ pub(super) struct RunningVm {
     pub(super) publisher: Publisher,
     pub(super) state: VmState,
     pub(super) presence: Presence,
+    /// Held by whoever builds the machine of a `vm` that waits, or takes it for a session.
+    pub(super) building: Mutex<()>,
 }
+
+/// Guest RAM where nobody says how much.
+const MEMORY: u64 = 512 << 20;
 
 impl RunningVm {
     pub(super) fn new(options: &VmCommand) -> Result<Self, CliError> {
@@ -50,7 +55,8 @@ impl RunningVm {
             }
             devices.push(device);
         }
-        check_memory(options.memory)?;
+        let memory = options.memory.unwrap_or(MEMORY);
+        check_memory(memory)?;
         if let Some(text) = &options.incoming {
             uri(text)?;
         }
@@ -69,7 +75,7 @@ impl RunningVm {
         let accelerator = accelerator(options)?;
         let workload = Workload { dirty_rate: options.dirty_rate, ..Workload::default() };
         Ok(Self {
-            config: MachineConfig { id, memory: options.memory, vcpus: 1, accelerator, devices },
+            config: MachineConfig { id, memory, vcpus: 1, accelerator, devices },
             workload,
             options: options.clone(),
             rules,
@@ -77,6 +83,7 @@ impl RunningVm {
             publisher: Publisher::default(),
             state: VmState::default(),
             presence: Presence::default(),
+            building: Mutex::default(),
         })
     }
 
@@ -87,17 +94,34 @@ impl RunningVm {
         self.publisher.publish(&event);
     }
 
+    /// Ends a session of a wait that goes on. Every client gets it.
+    pub(super) fn end_attempt(&self, info: MigrationInfo) {
+        let event = ControlEvent::of_migration(&info);
+        self.state.end_attempt(info);
+        self.publisher.publish(&event);
+    }
+
     /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner.
     pub(super) fn end(&self) {
         self.state.cancel();
         self.state.join();
-        drop(self.state.put_if(|_| true, Slot::Left));
+        drop(self.state.put_if(|_| true, Slot::Ended));
     }
 }
 
 /// Makes the machine, and opens its devices.
 pub(super) fn build(vm: &RunningVm) -> Result<Arc<ReferenceMachine>, CliError> {
-    ReferenceMachine::build(vm.config.clone()).map_err(|error| cannot_build(&error))
+    build_with_memory(vm, None)
+}
+
+/// The same with so much `memory`, if its size is for others to say.
+pub(super) fn build_with_memory(
+    vm: &RunningVm,
+    memory: Option<u64>,
+) -> Result<Arc<ReferenceMachine>, CliError> {
+    let memory = memory.unwrap_or(vm.config.memory);
+    let config = MachineConfig { memory, ..vm.config.clone() };
+    ReferenceMachine::build(config).map_err(|error| cannot_build(&error))
 }
 
 fn cannot_build(error: &VmmError) -> CliError {
@@ -170,24 +194,28 @@ impl LostDeviceWatch {
     /// Publishes each device that was lost since the last call, and ends a session that sends its guest: it cannot come to
     /// its end, and need not find that out by the next read. The guest is left as it is.
     pub(super) fn report_new(&mut self, vm: &RunningVm) {
+        // A `vm` that waits builds its machine anew, and says so itself.
+        if matches!(vm.state.slot(), Slot::Awaited { .. }) {
+            return;
+        }
         let lost = vm.state.slot().machine().map(|machine| machine.lost_devices()).unwrap_or_default();
-        for device in self.new_among(lost) {
+        for (device, why) in self.new_among(lost) {
             eprintln_line(format_args!(
-                "vfio-migrate: device {device} is lost: its server is gone; the guest cannot be moved any more"
+                "vfio-migrate: device {device} is lost: {why}; the guest cannot be moved any more"
             ));
-            vm.publisher.publish(&ControlEvent::new("DEVICE_LOST", json!({"device": device.to_string()})));
+            let data = json!({"device": device.to_string(), "why": why});
+            vm.publisher.publish(&ControlEvent::new("DEVICE_LOST", data));
             if let Some(Steering::Outgoing(control)) = vm.state.steering() {
-                control.device_lost(&device, &format!("device {device} was lost: its server is gone"));
+                control.device_lost(&device, &format!("device {device} was lost: {why}"));
             }
         }
     }
 
     /// Those of `lost` that are new. Those of a guest that has left are forgotten.
-    fn new_among(&mut self, lost: Vec<DeviceId>) -> Vec<DeviceId> {
-        let lost: BTreeSet<DeviceId> = lost.into_iter().collect();
-        let new = lost.difference(&self.lost).cloned().collect();
-        self.lost = lost;
-        new
+    fn new_among(&mut self, lost: Vec<(DeviceId, String)>) -> Vec<(DeviceId, String)> {
+        let ids = lost.iter().map(|(device, _)| device.clone()).collect();
+        let known = std::mem::replace(&mut self.lost, ids);
+        lost.into_iter().filter(|(device, _)| !known.contains(device)).collect()
     }
 }
 
@@ -197,7 +225,7 @@ mod tests {
 
     #[test]
     fn each_loss_is_said_once() {
-        let id = |name: &str| DeviceId::new(name).unwrap();
+        let id = |name: &str| (DeviceId::new(name).unwrap(), "its server hung up".to_owned());
         let mut watch = LostDeviceWatch::default();
         assert_eq!(watch.new_among(vec![]), []);
         assert_eq!(watch.new_among(vec![id("b")]), [id("b")]);

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vfio_migration::{
-    DestinationOptions, IncomingError, Machine, MigrateError, SaveError, Saved, Snapshot, Source, save,
+    DestinationOptions, IncomingError, IncomingOffer, Machine, MigrateError, SaveError, Saved, Snapshot,
+    Source, save,
 };
 use vfio_migration_compat::Reason;
 use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
-use super::running::{RunningVm, build};
+use super::running::{RunningVm, build_with_memory};
 use super::slot::Slot;
 use super::{info, outgoing};
 use crate::control::protocol::SaveArguments;
@@ -34,20 +35,21 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
     options.epoch = epoch;
     let source = Source::new(machine.clone(), options);
     outgoing::begin(vm, machine, source, "migration", move |vm, machine, source| {
-        finish(vm, machine, save(source, &path, how, outgoing::publish_changes(vm)));
+        finish(vm, machine, save(source, &path, how, outgoing::publish_changes(vm)), &path);
     })
 }
 
-fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, SaveError>) {
+fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, SaveError>, path: &Path) {
+    let to = path.display().to_string();
     match result {
-        Ok(Saved { completed: Some(completed), .. }) => outgoing::finish(vm, machine, Ok(completed)),
+        Ok(Saved { completed: Some(completed), .. }) => outgoing::finish(vm, machine, Ok(completed), &to),
         Ok(_) => {
             machine.release();
             vm.end_session(info::saved(vm), None);
         }
-        Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error)),
+        Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error), &to),
         Err(SaveError::NotResumed(held)) => {
-            outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)));
+            outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)), &to);
         }
         Err(error) => {
             machine.release();
@@ -91,7 +93,8 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
     options.config_rules = vm.rules.clone();
     let mut machine = None;
     let mut not_built = None;
-    let restored = snapshot.restore(options, |_| match build(vm) {
+    let memory = |offer: &IncomingOffer| vm.options.memory.is_none().then(|| offer.manifest.memory());
+    let restored = snapshot.restore(options, |offer| match build_with_memory(vm, memory(offer)) {
         Ok(built) => {
             built.adopt(id);
             machine = Some(built.clone());

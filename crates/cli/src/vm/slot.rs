@@ -17,19 +17,24 @@ pub(super) enum Slot {
     Here { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// No guest yet: its machine is being built.
     Preparing,
-    /// No guest yet: this address waits for it.
-    Awaited { machine: Arc<ReferenceMachine>, at: Uri },
+    /// No guest yet: this address waits for it. Without a machine, since something for it cannot be had just now, a guest that
+    /// came would be refused.
+    Awaited { machine: Option<Arc<ReferenceMachine>>, at: Uri, not_ready: Option<String> },
     /// The guest has left, and its devices are being closed: for those who ask the migration is still under way.
     Leaving { epoch: Epoch },
-    /// The guest has left, or there never was one.
+    /// The guest has left: `to` there, or to that file, owns it under `epoch`.
+    Left { to: String, epoch: Epoch },
+    /// There is no guest, and none is awaited.
     #[default]
-    Left,
+    Empty,
     /// Nobody knows which side owns the guest: it is paused here.
     Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// This side owns the guest, which is paused: it could not be started, or its storage could not be locked again.
     OwnedNotStarted { machine: Arc<ReferenceMachine>, epoch: Epoch },
-    /// An incoming migration failed.
+    /// No guest came the one time that it was waited for.
     Failed,
+    /// The process is ending.
+    Ended,
 }
 
 impl Slot {
@@ -37,10 +42,15 @@ impl Slot {
     pub(super) fn machine(&self) -> Option<&Arc<ReferenceMachine>> {
         match self {
             Self::Here { machine, .. }
-            | Self::Awaited { machine, .. }
             | Self::Unresolved { machine, .. }
             | Self::OwnedNotStarted { machine, .. } => Some(machine),
-            Self::Preparing | Self::Leaving { .. } | Self::Left | Self::Failed => None,
+            Self::Awaited { machine, .. } => machine.as_ref(),
+            Self::Preparing
+            | Self::Leaving { .. }
+            | Self::Left { .. }
+            | Self::Empty
+            | Self::Failed
+            | Self::Ended => None,
         }
     }
 
@@ -50,8 +60,9 @@ impl Slot {
             Self::Here { epoch, .. }
             | Self::Unresolved { epoch, .. }
             | Self::OwnedNotStarted { epoch, .. }
-            | Self::Leaving { epoch } => *epoch,
-            _ => Epoch(0),
+            | Self::Leaving { epoch }
+            | Self::Left { epoch, .. } => *epoch,
+            Self::Preparing | Self::Awaited { .. } | Self::Empty | Self::Failed | Self::Ended => Epoch(0),
         }
     }
 }
@@ -134,11 +145,15 @@ impl VmState {
         state.thread = Some(spawn().map_err(BeginError::Thread)?);
         state.last = Some(steering.clone());
         state.steering = Some(steering);
-        state.ended = None;
         if let Some(slot) = becomes {
             state.slot = slot;
         }
         Ok(())
+    }
+
+    /// Ends a session of a wait that goes on: `info` is how.
+    pub(super) fn end_attempt(&self, info: MigrationInfo) {
+        lock(&self.0).ended = Some(info);
     }
 
     /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed.
@@ -198,8 +213,8 @@ mod tests {
     #[test]
     fn only_one_of_two_gets_the_place() {
         let state = VmState::default();
-        let free = |slot: &Slot| matches!(slot, Slot::Left | Slot::Failed);
-        assert!(matches!(state.put_if(free, Slot::Preparing), Ok(Slot::Left)));
+        let free = |slot: &Slot| matches!(slot, Slot::Empty | Slot::Failed);
+        assert!(matches!(state.put_if(free, Slot::Preparing), Ok(Slot::Empty)));
         assert!(matches!(state.put_if(free, Slot::Preparing), Err(Slot::Preparing)));
         assert!(matches!(state.slot(), Slot::Preparing));
     }

@@ -295,7 +295,7 @@ fn a_rehearsal_says_what_a_migration_would_and_leaves_no_trace() {
     assert_eq!(basis("device dev0"), Some(json!("declared")));
     assert_eq!(basis("start"), Some(json!("unknown")), "what nobody measured is said to be so");
 
-    // It says where it waits only when its machine is whole again.
+    // Once its machine is whole again.
     destination.incoming();
     let before = holdings();
     let (exit, found) = rehearse(&["--pause"]);

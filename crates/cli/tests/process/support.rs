@@ -249,18 +249,23 @@ impl Vm {
         self.query("query")["vm"].take()
     }
 
-    /// Its migration as `query` has it.
+    /// Its migration as `query` has it: the one under way, or else the last.
     pub(crate) fn migration(&self) -> Value {
-        self.query("query")["migration"].take()
+        let mut report = self.query("query");
+        let under_way = report["migration"].take();
+        if under_way.is_null() { report["last"].take() } else { under_way }
     }
 
     pub(crate) fn status(&self) -> String {
         self.info()["status"].as_str().expect("a word").to_string()
     }
 
-    /// The address it waits at.
+    /// The address it waits at, once its machine is ready.
     pub(crate) fn incoming(&self) -> String {
-        until("the address it waits at", || self.info()["incoming"].as_str().map(ToString::to_string))
+        until("the address it waits at", || {
+            let info = self.info();
+            info["incoming"].as_str().filter(|_| info["not-ready"].is_null()).map(ToString::to_string)
+        })
     }
 
     /// Waits until the guest works.

@@ -74,7 +74,7 @@ fn a_watched_migration_is_asked_for_once_and_then_followed_by_its_events() {
     let output = watching.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["migration"]["status"], "completed", "{report}");
+    assert_eq!(report["last"]["status"], "completed", "{report}");
     assert_eq!(report["vm"]["status"], "postmigrate", "{report}");
     // One at first, one at the end for where the guest is, and one for each second that events left silent.
     let (asked, seconds) = (requests.load(Ordering::SeqCst), began.elapsed().as_secs());
@@ -85,7 +85,7 @@ fn a_watched_migration_is_asked_for_once_and_then_followed_by_its_events() {
     // Times are left out: a fraction that is read and written again may differ in its last digit.
     for member in ["status", "direction", "iterations", "transferred", "device-digest-match", "error"] {
         assert_eq!(
-            last["data"][member], report["migration"][member],
+            last["data"][member], report["last"][member],
             "{member}: the event has what the answer has"
         );
     }

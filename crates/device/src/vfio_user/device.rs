@@ -138,6 +138,11 @@ impl VfioUserDevice {
     pub fn is_alive(&self) -> bool {
         self.inner.client.is_alive()
     }
+
+    /// Why the connection no longer works; `None` while it does, as far as is known.
+    pub fn lost(&self) -> Option<String> {
+        self.inner.client.lost()
+    }
 }
 
 impl ServedDevice {

@@ -38,7 +38,7 @@ impl DestinationEngine {
     pub(super) fn on_query(&mut self, query: Attempt, now: Time) {
         let record = self.record();
         match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
-            QueryAnswer::Running { .. } => match self.commit.running {
+            QueryAnswer::Running { .. } => match self.commit.running.clone() {
                 Some(running) => self.answer(Message::Running(running)),
                 None => self.commit.asked = true,
             },
@@ -67,7 +67,7 @@ impl DestinationEngine {
         match event {
             DestinationEvent::LinkLost(_) => self.link = false,
             DestinationEvent::Peer(Message::Commit(commit)) if Some(commit.epoch) == self.next_epoch() => {
-                if let Some(running) = self.commit.running.filter(|_| self.state == State::Owner) {
+                if let Some(running) = self.commit.running.clone().filter(|_| self.state == State::Owner) {
                     self.send(Message::Running(running));
                 }
             }

@@ -91,7 +91,10 @@ impl DestinationEngine {
             return;
         }
         if let Some(first) = &mut self.rollback.cause {
-            first.text = format!("{}; then the journal could not be written: {}", first.text, cause.text);
+            // A disk that fails fails twice; once is enough to read.
+            if !first.text.contains(&cause.text) {
+                first.text = format!("{}; then the journal could not be written: {}", first.text, cause.text);
+            }
         }
         if std::mem::take(&mut self.commit.asked) {
             self.answer(Message::Abort(self.cause()));

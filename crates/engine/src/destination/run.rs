@@ -1,6 +1,6 @@
 //! P8: the guest is ours; devices and vCPUs start, and RUNNING is sent.
 
-use vfio_migration_types::{Failure, Phase};
+use vfio_migration_types::{Failure, GuestOutcome, Phase};
 use vfio_migration_wire::{Message, Running};
 
 use super::state::{DestinationEngine, State};
@@ -17,25 +17,26 @@ impl DestinationEngine {
 
     pub(super) fn on_started(&mut self, running: Running) {
         self.busy = false;
-        self.send_running(running);
+        self.send_running(running.clone());
         let (Some(epoch), Some(ready)) = (self.next_epoch(), self.final_pass.ready.clone()) else { return };
         self.state = State::Owner;
-        self.finish(DestinationOutcome::Owner { epoch, ready, guest_runs: running.guest_runs });
+        self.finish(DestinationOutcome::Owner { epoch, ready, guest: running.guest });
     }
 
-    /// The guest is ours and stays paused. The source is sent whose it is; it must not take back what we may have
-    /// touched.
+    /// The guest is ours and stays paused. The source is sent whose it is, and why it does not run; it must not take back
+    /// what we may have touched.
     pub(super) fn start_failed(&mut self, cause: Failure) {
         self.busy = false;
         let Some(epoch) = self.next_epoch() else { return };
-        self.send_running(Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 });
+        let guest = GuestOutcome::NotStarted(Box::new(cause.clone()));
+        self.send_running(Running { epoch, guest, boot_id: [0; 16], at_ns: 0 });
         self.state = State::Owner;
         self.finish(DestinationOutcome::OwnedNotStarted { epoch, cause });
     }
 
     fn send_running(&mut self, running: Running) {
-        self.commit.running = Some(running);
-        self.send(Message::Running(running));
+        self.commit.running = Some(running.clone());
+        self.send(Message::Running(running.clone()));
         if std::mem::take(&mut self.commit.asked) {
             self.answer(Message::Running(running));
         }

@@ -92,10 +92,7 @@ impl SourceEngine {
     /// The guest is ours and runs; a journal left at SENDING says the same. It is reported all the same.
     pub(super) fn owner_not_journaled(&mut self, cause: &Failure) {
         if let Some(rollback) = &mut self.rollback {
-            rollback.outcome.cause.text = format!(
-                "{}; then the journal could not be written: {}",
-                rollback.outcome.cause.text, cause.text
-            );
+            rollback.outcome.cause.text = append_not_journaled(&rollback.outcome.cause.text, &cause.text);
         }
         self.finish_aborted();
     }
@@ -145,6 +142,14 @@ impl SourceEngine {
             self.finish(SourceOutcome::Aborted(rollback.outcome));
         }
     }
+}
+
+/// A disk that fails fails twice; once is enough to read.
+fn append_not_journaled(text: &str, why: &str) -> String {
+    if text.contains(why) {
+        return text.to_owned();
+    }
+    format!("{text}; then the journal could not be written: {why}")
 }
 
 fn append_not_reset(text: &str, device: &DeviceId) -> String {

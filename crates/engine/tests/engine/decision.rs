@@ -7,7 +7,7 @@ use vfio_migration_engine::{
     Barrier, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent, SourceOutcome,
     SwitchoverWait,
 };
-use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Commit, FEATURES, FinalEnd, HelloReply, Message, Offer, Ready, Running, VERSIONS,
 };
@@ -38,7 +38,12 @@ fn error() -> Failure {
 }
 
 fn running(epoch: u64) -> Message {
-    Message::Running(Running { epoch: Epoch(epoch), guest_runs: true, boot_id: [0; 16], at_ns: 5 })
+    Message::Running(Running {
+        epoch: Epoch(epoch),
+        guest: GuestOutcome::Running,
+        boot_id: [0; 16],
+        at_ns: 5,
+    })
 }
 
 fn config() -> SourceConfig {

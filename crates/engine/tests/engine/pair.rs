@@ -7,7 +7,7 @@ use vfio_migration_engine::{
     Abort, DestinationEvent, DestinationOutcome, SourceAction, SourceEngine, SourceEvent, SourceOutcome,
     SourceSummary,
 };
-use vfio_migration_types::{MigrationFlags, Phase, VmId};
+use vfio_migration_types::{GuestOutcome, MigrationFlags, Phase, VmId};
 use vfio_migration_wire::{Reason, VersionRange};
 
 use crate::world::script::{Corrupt, Device, Direction, Fault, MS, SECOND, Script, What};
@@ -127,7 +127,7 @@ fn a_device_without_precopy_and_one_that_cannot_say_how_far_it_is() {
 fn a_paused_guest_arrives_paused() {
     let (world, end) = World::play(Script { guest_runs: false, ..Script::default() });
     let summary = completed(&world, &end);
-    assert!(!summary.running.guest_runs);
+    assert_eq!(summary.running.guest, GuestOutcome::Paused);
     assert_eq!(world.other.guest, Guest::Paused);
     assert!(world.link.to_destination.iter().any(|sent| sent.starts_with("Final(Final { guest_ran: false")));
 }
@@ -354,9 +354,9 @@ fn a_destination_that_cannot_start_holds_the_guest() {
     };
     assert_eq!(*epoch, world::EPOCH.next());
     assert_eq!(cause.text, "scripted failure at the destination");
-    // The source learns whose the guest is, and that it is paused.
+    // The source learns whose the guest is, and why it does not run.
     let Some(SourceOutcome::Completed(summary)) = &end.source else { panic!("{end:?}") };
-    assert!(!summary.running.guest_runs);
+    assert_eq!(summary.running.guest, GuestOutcome::NotStarted(Box::new(cause.clone())));
     assert_eq!(world.side.disk, SourceState::Released);
 }
 

@@ -6,7 +6,7 @@ use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
     DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome,
 };
-use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, Phase, Side, VmId};
 use vfio_migration_wire::{
     Commit, FEATURES, Final, FinalEnd, Hello, Message, Offer, Ready, Running, VERSIONS,
 };
@@ -19,7 +19,7 @@ const COMMIT: Commit = Commit { epoch: Epoch(8), attempt: ATTEMPT };
 const QUERY: Message = Message::Query { vm: VM, attempt: ATTEMPT, epoch: Epoch(8) };
 
 fn running() -> Running {
-    Running { epoch: Epoch(8), guest_runs: true, boot_id: [0; 16], at_ns: 5 }
+    Running { epoch: Epoch(8), guest: GuestOutcome::Running, boot_id: [0; 16], at_ns: 5 }
 }
 
 fn tell(destination: &mut DestinationEngine, event: DestinationEvent) -> Vec<DestinationAction> {

@@ -9,7 +9,9 @@ use vfio_migration_engine::{
     Barrier, DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DeviceFacts,
     DeviceProgress, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent,
 };
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, MigrationFlags, Phase, Side, VmId};
+use vfio_migration_types::{
+    AttemptId, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, Phase, Side, VmId,
+};
 use vfio_migration_wire::{
     Accept, Applied, Commit, DeviceTotal, FEATURES, Final, FinalEnd, Hello, HelloReply, Message, Offer,
     Ready, Running, VERSIONS,
@@ -53,7 +55,7 @@ fn ready(vectors: u32) -> Ready {
 }
 
 fn running(epoch: Epoch) -> Running {
-    Running { epoch, guest_runs: true, boot_id: [0; 16], at_ns: 0 }
+    Running { epoch, guest: GuestOutcome::Running, boot_id: [0; 16], at_ns: 0 }
 }
 
 fn reserved() -> DestinationEvent {

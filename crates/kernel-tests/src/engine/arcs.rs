@@ -165,7 +165,7 @@ pub(crate) fn clean_up_fails() -> Outcome {
         arm(&pair.from[0], fault, 4)?;
         let ended = pair.migrate(options())?;
         let arrived = ended.destination?;
-        holds(arrived.report.guest_runs, "the guest runs there")?;
+        holds(arrived.report.guest.runs(), "the guest runs there")?;
         drop(arrived);
         pair.destination.guest.goes_on()?;
         let left_undone = ended.source?.left_undone;
@@ -231,7 +231,9 @@ pub(crate) fn start_fails() -> Outcome {
             let wanted =
                 Wanted { phase: Run, arc: Some((from, to)), text: "failed", ..unloaded(errno, remedy) };
             told(&held.cause, wanted)?;
-            holds(!source?.guest_runs, "the source knows that it does not run there")?;
+            let source = source?;
+            same("why it does not run there, at the source", source.guest.failure(), Some(&held.cause))?;
+            same("the downtime of a guest that does not run", source.downtime, None)?;
             let runs = (pair.source.guest.runs(), pair.destination.guest.runs());
             same("runs here, runs there", runs, (false, false))?;
             drop(held);

@@ -179,7 +179,7 @@ impl Pair {
         let completed = ended.source.map_err(|error| format!("the source: {}", error_chain(&error)))?;
         let arrived =
             ended.destination.map_err(|error| format!("the destination: {}", error_chain(&error)))?;
-        holds(arrived.report.guest_runs && completed.guest_runs, "the guest runs")?;
+        holds(arrived.report.guest.runs() && completed.guest.runs(), "the guest runs")?;
         holds(!self.source.guest.runs(), "it does not run here")?;
         drop(arrived);
         for card in &self.destination.cards {

@@ -121,13 +121,45 @@ pub(crate) fn check_stream(socket: &OwnedFd, number: RawFd) -> Result<(), Connec
     Ok(())
 }
 
+/// The place that sources connect to.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    socket: ListenerSocket,
+    backoff: Backoff,
+}
+
 /// A socket that sources connect to, or the one connection that was handed over.
 #[derive(Debug)]
-pub(crate) enum Listener {
+enum ListenerSocket {
     Tcp(TcpListener),
-    Unix(UnixListener, Unlink),
+    Unix {
+        listener: UnixListener,
+        _unlink: Unlink,
+    },
     /// `None` once it has been used.
     Connected(Option<OwnedFd>, Uri),
+}
+
+/// Shortest and longest time after which an accept that failed is tried again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// What a host lacks for a moment, descriptors or memory, must not end the wait for a guest.
+#[derive(Debug, Default)]
+struct Backoff {
+    /// The pause under way, and when it ends; `None` while accepting works.
+    pause: Option<(Duration, Instant)>,
+}
+
+impl Backoff {
+    fn active(&self) -> bool {
+        self.pause.is_some_and(|(_, until)| Instant::now() < until)
+    }
+
+    fn failed(&mut self) {
+        let (shortest, longest) = BACKOFF;
+        let pause = self.pause.map_or(shortest, |(pause, _)| pause.saturating_mul(2).min(longest));
+        self.pause = Some((pause, Instant::now() + pause));
+    }
 }
 
 /// Removes the socket file that we made.
@@ -149,78 +181,91 @@ impl Listener {
                 let listener = TcpListener::bind((host.as_str(), *port)).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 let port = listener.local_addr().map_err(failed)?.port();
-                Ok((Self::Tcp(listener), Uri::Tcp { host: host.clone(), port }))
+                Ok((Self::of(ListenerSocket::Tcp(listener)), Uri::Tcp { host: host.clone(), port }))
             }
             Uri::Unix(path) => {
                 remove_dead_socket(path);
                 let listener = UnixListener::bind(path).map_err(failed)?;
                 let unlink = Unlink(path.clone());
                 listener.set_nonblocking(true).map_err(failed)?;
-                Ok((Self::Unix(listener, unlink), uri.clone()))
+                let socket = ListenerSocket::Unix { listener, _unlink: unlink };
+                Ok((Self::of(socket), uri.clone()))
             }
-            Uri::Fd(number) => Ok((Self::Connected(Some(take_over(*number)?), uri.clone()), uri.clone())),
+            Uri::Fd(number) => Ok((Self::connected(take_over(*number)?, uri.clone()), uri.clone())),
         }
+    }
+
+    /// The one connection that was handed over.
+    pub(crate) fn connected(socket: OwnedFd, uri: Uri) -> Self {
+        Self::of(ListenerSocket::Connected(Some(socket), uri))
+    }
+
+    fn of(socket: ListenerSocket) -> Self {
+        Self { socket, backoff: Backoff::default() }
+    }
+
+    /// Whether there is one connection, and no next one.
+    pub(crate) fn is_connected(&self) -> bool {
+        matches!(self.socket, ListenerSocket::Connected(..))
     }
 
     /// Fails once there is no connection to come.
     pub(crate) fn check(&self) -> Result<(), ConnectError> {
-        match self {
-            Self::Connected(None, uri) => Err(ConnectError::Used(uri.clone())),
+        match &self.socket {
+            ListenerSocket::Connected(None, uri) => Err(ConnectError::Used(uri.clone())),
             _ => Ok(()),
         }
     }
 
-    /// The next connection, if one waits.
-    pub(crate) fn try_accept(&mut self) -> Result<Option<OwnedFd>, ConnectError> {
-        let accepted = match self {
-            Self::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
+    /// The next connection, if one waits. What goes wrong with an accept passes: it is logged, and tried again a little later.
+    pub(crate) fn try_accept(&mut self) -> Option<OwnedFd> {
+        if self.backoff.active() {
+            return None;
+        }
+        let accepted = match &mut self.socket {
+            ListenerSocket::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(false)?;
                 stream.set_nodelay(true)?;
                 Ok(OwnedFd::from(stream))
             }),
-            Self::Unix(listener, _) => listener.accept().and_then(|(stream, _)| {
+            ListenerSocket::Unix { listener, .. } => listener.accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(false)?;
                 Ok(OwnedFd::from(stream))
             }),
-            Self::Connected(socket, _) => return Ok(socket.take()),
+            ListenerSocket::Connected(socket, _) => return socket.take(),
         };
         match accepted {
-            Ok(socket) => Ok(Some(socket)),
-            Err(error) => match error.kind() {
-                // A peer that went away between its connect and our accept is nobody.
-                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {
-                    Ok(None)
-                }
-                _ => {
-                    let uri = Uri::Fd(-1);
-                    Err(ConnectError::System {
-                        doing: "accepting on",
-                        uri: self.uri().unwrap_or(uri),
-                        source: error,
-                    })
-                }
-            },
-        }
-    }
-
-    fn uri(&self) -> Option<Uri> {
-        match self {
-            Self::Tcp(listener) => {
-                let address = listener.local_addr().ok()?;
-                Some(Uri::Tcp { host: address.ip().to_string(), port: address.port() })
+            Ok(socket) => {
+                self.backoff = Backoff::default();
+                Some(socket)
             }
-            Self::Unix(_, unlink) => Some(Uri::Unix(unlink.0.clone())),
-            Self::Connected(_, uri) => Some(uri.clone()),
+            Err(error) => {
+                match error.kind() {
+                    // A peer that went away between its connect and our accept is nobody.
+                    io::ErrorKind::WouldBlock
+                    | io::ErrorKind::Interrupted
+                    | io::ErrorKind::ConnectionAborted => {}
+                    _ => {
+                        if self.backoff.pause.is_none() {
+                            tracing::warn!(%error, "a connection could not be accepted; trying again");
+                        }
+                        self.backoff.failed();
+                    }
+                }
+                None
+            }
         }
     }
 
-    /// Sleeps until a connection may be waiting or one of `others` can be read, for at most as long as a cancel may
-    /// wait.
-    pub(crate) fn wait<'a>(&'a self, others: impl Iterator<Item = BorrowedFd<'a>>) {
-        let own = match self {
-            Self::Tcp(listener) => Some(listener.as_fd()),
-            Self::Unix(listener, _) => Some(listener.as_fd()),
-            Self::Connected(..) => None,
+    /// Sleeps until a connection may be waiting, if one is to be `accepted`, or one of `others` can be read; for at most as
+    /// long as a cancel may wait.
+    pub(crate) fn wait<'a>(&'a self, accepted: bool, others: impl Iterator<Item = BorrowedFd<'a>>) {
+        let own = match &self.socket {
+            // It would be readable all the time.
+            _ if !accepted || self.backoff.active() => None,
+            ListenerSocket::Tcp(listener) => Some(listener.as_fd()),
+            ListenerSocket::Unix { listener, .. } => Some(listener.as_fd()),
+            ListenerSocket::Connected(..) => None,
         };
         let all = own.into_iter().chain(others);
         let mut polled: Vec<_> = all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();

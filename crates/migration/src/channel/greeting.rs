@@ -13,8 +13,10 @@ use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 
-/// Connections that may wait at once. One more, and the oldest is dropped.
-const MOST: usize = 16;
+/// Connections that may wait at once. For one more the oldest is dropped.
+const MOST: usize = 64;
+/// Silence for which none is dropped for another's sake: a source says HELLO at once.
+const LEAST_PATIENCE: Duration = Duration::from_millis(250);
 /// Longest wait for a connection's first message.
 pub(crate) const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
@@ -53,11 +55,17 @@ struct PendingConnection {
     link: Arc<Link>,
     reader: Reader,
     patience: Duration,
-    until: Instant,
+    since: Instant,
 }
 
 impl PendingConnections {
-    /// Takes in a connection, which has `patience` to send its first message whole.
+    /// Whether one more may be taken in: there is room, or one has been silent long enough to be dropped.
+    pub(crate) fn has_room(&self) -> bool {
+        let oldest = self.waiting.first().filter(|_| self.waiting.len() >= MOST);
+        oldest.is_none_or(|oldest| oldest.since.elapsed() >= LEAST_PATIENCE)
+    }
+
+    /// Takes in a connection, which has `patience` to send its first message whole. To be asked before: [`has_room`](Self::has_room).
     pub(crate) fn add(&mut self, socket: OwnedFd, patience: Duration) {
         if self.waiting.len() >= MOST {
             tracing::warn!("too many connections send nothing: the oldest is dropped");
@@ -65,7 +73,7 @@ impl PendingConnections {
         }
         let link = Link::accepted(socket);
         let reader = Reader::new(&link, Side::Source);
-        self.waiting.push(PendingConnection { link, reader, patience, until: Instant::now() + patience });
+        self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now() });
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -83,7 +91,7 @@ impl PendingConnections {
             let pending = self.waiting.get_mut(at)?;
             let first = match pending.reader.first() {
                 Ok(Some(message)) => Ok(message),
-                Ok(None) if Instant::now() < pending.until => continue,
+                Ok(None) if pending.since.elapsed() < pending.patience => continue,
                 Ok(None) => Err(format!("it said nothing within {:?}", pending.patience)),
                 Err(error) => Err(error_chain(&error)),
             };

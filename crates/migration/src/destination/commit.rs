@@ -4,7 +4,7 @@ use std::path::Path;
 
 use vfio_migration_engine::Attempt;
 use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, QueryAnswer, answer_query};
-use vfio_migration_types::{Epoch, Failure, Phase, Side, error_chain};
+use vfio_migration_types::{Epoch, Failure, GuestOutcome, Phase, Side, error_chain};
 use vfio_migration_wire::{Message, Running};
 
 use crate::channel::link::Link;
@@ -27,7 +27,7 @@ impl Worker<'_, '_, '_> {
         state: DestinationState,
         attempt: Option<Attempt>,
     ) -> Result<(), WorkError> {
-        let phase = Phase::Commit;
+        let phase = state.phase();
         let (Some(journal), Some(attempt)) = (&self.journal, attempt) else {
             return Err(Failure::new(
                 Side::Destination,
@@ -74,7 +74,7 @@ fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, query: Atte
     };
     match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
         QueryAnswer::Running { epoch } => {
-            Message::Running(own.and_then(|known| known.running).unwrap_or_else(|| untold(epoch)))
+            Message::Running(own.and_then(|known| known.running.clone()).unwrap_or_else(|| untold(epoch)))
         }
         QueryAnswer::Decline(cause) => Message::Declined(cause),
         QueryAnswer::AbortThenDecline(cause) => abort(state_dir, query, cause).unwrap_or_else(unknown),
@@ -107,5 +107,5 @@ fn abort(state_dir: Option<&Path>, query: Attempt, cause: Failure) -> Result<Mes
 
 /// Another process's guest: it is owned, and that is all that is known.
 fn untold(epoch: Epoch) -> Running {
-    Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 }
+    Running { epoch, guest: GuestOutcome::Unknown, boot_id: [0; 16], at_ns: 0 }
 }

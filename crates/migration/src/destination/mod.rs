@@ -70,7 +70,7 @@ impl Destination {
         let number = std::os::fd::AsRawFd::as_raw_fd(&socket);
         connect::check_stream(&socket, number).map_err(not_begun)?;
         let local = Uri::Fd(number);
-        let listener = Listener::Connected(Some(socket), local.clone());
+        let listener = Listener::connected(socket, local.clone());
         Ok(Self::new(listener, local, options))
     }
 
@@ -104,7 +104,8 @@ impl Destination {
     ///
     /// # Errors
     /// Nothing ran here, and every device is reset and released; but see [`IncomingError::OwnedNotStarted`]. A rehearsal ends so too:
-    /// [`IncomingError::Rehearsed`].
+    /// [`IncomingError::Rehearsed`]. Nothing but a [cancel](IncomingControl::cancel) keeps the next from being accepted, and with
+    /// `fd:N` that there is no next one.
     pub fn accept(
         &mut self,
         build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
@@ -115,7 +116,7 @@ impl Destination {
             match self.greet(limit).map_err(not_begun)? {
                 Ok(Greeting::Session(session)) => return self.session(*session, build),
                 Ok(Greeting::Query(link, query)) => self.answer(&link, query),
-                Err(why) if matches!(self.listener, Listener::Connected(..)) => {
+                Err(why) if self.listener.is_connected() => {
                     let remedy = "check what is connected to the descriptor";
                     return Err(IncomingError::NotBegun(
                         Failure::new(Side::Destination, Phase::Hello, why).with_remedy(remedy),
@@ -156,6 +157,7 @@ impl Destination {
         accepted: Accepted,
         build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
     ) -> Result<Arrived, IncomingError> {
+        self.control.begin_session();
         let place = Place {
             listener: &mut self.listener,
             pending: &mut self.pending,
@@ -164,6 +166,7 @@ impl Destination {
         };
         let (arrived, known) = session::run(place, accepted, build);
         self.known = known;
+        self.control.end_session();
         arrived
     }
 
@@ -176,14 +179,17 @@ impl Destination {
     fn greet(&mut self, limit: Option<Duration>) -> Result<Result<Greeting, String>, ConnectError> {
         let begun = Instant::now();
         loop {
-            if self.control.cancelled() {
+            if self.control.is_cancelled() {
                 return Err(ConnectError::Cancelled);
             }
-            while let Some(socket) = self.listener.try_accept()? {
-                self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE));
-            }
+            // Each is looked at before the next is let in, so that none is dropped unread for those that come after it.
             if let Some(greeting) = self.pending.poll() {
                 return Ok(greeting);
+            }
+            let has_room = self.pending.has_room();
+            if has_room && let Some(socket) = self.listener.try_accept() {
+                self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE));
+                continue;
             }
             if self.pending.is_empty() {
                 self.listener.check()?;
@@ -191,7 +197,7 @@ impl Destination {
             if let Some(limit) = limit.filter(|limit| begun.elapsed() >= *limit) {
                 return Err(ConnectError::NobodyCame(limit));
             }
-            self.listener.wait(self.pending.fds());
+            self.listener.wait(has_room, self.pending.fds());
         }
     }
 }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use vfio_migration_engine::{Attempt, DestinationOutcome};
 use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire as wire;
-use vfio_migration_wire::Running;
 
 use crate::destination::attempt::DestinationShared;
 use crate::device::receive::DeviceReceiver;
@@ -43,7 +42,6 @@ pub(super) fn into_result(
     outcome: DestinationOutcome,
     machine: Option<Arc<dyn Machine>>,
     attempt: Option<Attempt>,
-    running: Option<Running>,
     shared: &DestinationShared,
     begun: Instant,
 ) -> Result<Arrived, IncomingError> {
@@ -60,7 +58,7 @@ pub(super) fn into_result(
         IncomingError::Rehearsed(Box::new(RehearsedHere { refused, cause }))
     };
     match outcome {
-        DestinationOutcome::Owner { epoch, ready, guest_runs } => {
+        DestinationOutcome::Owner { epoch, ready, guest } => {
             let (Some(machine), Some(attempt)) = (machine, attempt) else {
                 return Err(IncomingError::Aborted(lost()));
             };
@@ -69,7 +67,7 @@ pub(super) fn into_result(
                 vm: attempt.vm,
                 attempt: attempt.attempt,
                 epoch,
-                guest_runs: running.map_or(guest_runs, |running| running.guest_runs),
+                guest,
                 total: begun.elapsed(),
                 ram_pages: ready.ram_pages,
                 sections: ready.sections,

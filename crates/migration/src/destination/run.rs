@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use vfio_migration_types::{Epoch, Failure, MigrationState, Phase, Side};
+use vfio_migration_types::{Epoch, Failure, GuestOutcome, MigrationState, Phase, Side};
 use vfio_migration_wire::Running;
 
 use crate::session::fail::InPhase;
@@ -43,6 +43,7 @@ impl Worker<'_, '_, '_> {
         machine.resume(run_guest).map_err(|error| error.in_phase(Side::Destination, Phase::Run))?;
         let at_ns = monotonic_ns();
         self.step("vCPUs", begun.elapsed());
-        Ok(Running { epoch, guest_runs: run_guest, boot_id: boot_id(), at_ns })
+        let guest = if run_guest { GuestOutcome::Running } else { GuestOutcome::Paused };
+        Ok(Running { epoch, guest, boot_id: boot_id(), at_ns })
     }
 }

@@ -10,7 +10,7 @@ use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
-use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_types::{Failure, GuestOutcome, Phase, Side};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
 use crate::channel::connect::Listener;
@@ -122,7 +122,7 @@ pub(super) fn run(
     });
     let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running });
     let machine = lock(&machine).take();
-    (into_result(outcome, machine, attempt, running, &shared, begun), known)
+    (into_result(outcome, machine, attempt, &shared, begun), known)
 }
 
 /// The loop, on the caller's thread.
@@ -139,6 +139,7 @@ struct Session<'a> {
     control: &'a IncomingControl,
     begun: Instant,
     peer_timeout: Duration,
+    /// RUNNING, as it was sent, for a source that lost it.
     running: Option<Running>,
     link_lost: bool,
     cancelled: bool,
@@ -154,6 +155,10 @@ impl Session<'_> {
         loop {
             if let Some(outcome) = self.act() {
                 self.report();
+                if let DestinationOutcome::OwnedNotStarted { epoch, cause } = &outcome {
+                    let guest = GuestOutcome::NotStarted(Box::new(cause.clone()));
+                    self.running = Some(Running { epoch: *epoch, guest, boot_id: [0; 16], at_ns: 0 });
+                }
                 return (outcome, self.running, self.engine.attempt());
             }
             self.report();
@@ -163,7 +168,7 @@ impl Session<'_> {
                 Ok(event) => {
                     match &event {
                         DestinationEvent::LinkLost(_) => self.link_lost = true,
-                        DestinationEvent::Started(running) => self.running = Some(*running),
+                        DestinationEvent::Started(running) => self.running = Some(running.clone()),
                         _ => {}
                     }
                     self.engine.handle(event, self.now());
@@ -243,7 +248,9 @@ impl Session<'_> {
             return;
         }
         self.polled = Instant::now();
-        if let Ok(Some(socket)) = self.listener.try_accept() {
+        if self.pending.has_room()
+            && let Some(socket) = self.listener.try_accept()
+        {
             self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE));
         }
         match self.pending.poll() {
@@ -259,7 +266,7 @@ impl Session<'_> {
     }
 
     fn watch(&mut self) {
-        if self.control.cancelled() && !std::mem::replace(&mut self.cancelled, true) {
+        if self.control.is_cancelled() && !std::mem::replace(&mut self.cancelled, true) {
             let now = self.now();
             self.engine.handle(DestinationEvent::Cancel, now);
         }

@@ -167,7 +167,7 @@ fn phase_of(action: &DestinationAction) -> Phase {
         DestinationAction::BeginResuming => Phase::Setup,
         DestinationAction::TakeLocks => Phase::Final,
         DestinationAction::Load { .. } => Phase::Ready,
-        DestinationAction::Journal(_) => Phase::Commit,
+        DestinationAction::Journal(state) => state.phase(),
         DestinationAction::Start { .. } => Phase::Run,
         DestinationAction::Release => Phase::Clean,
         _ => Phase::Hello,

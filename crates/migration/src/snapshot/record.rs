@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vfio_migration_compat::MachineManifest;
-use vfio_migration_types::{Failure, Phase, Side, error_chain};
+use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, error_chain};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, DeviceTotal, FEATURE_RAM_CRC, Frame, HelloReply, Message, PROTOCOL_VERSION, Ready,
     Running,
@@ -163,7 +163,7 @@ fn listen(
                     return Err(SnapshotError::Content("COMMIT came too early".into()).into());
                 };
                 let (boot_id, at_ns) = (boot_id(), monotonic_ns());
-                let answer = Running { epoch: commit.epoch, guest_runs: false, boot_id, at_ns };
+                let answer = Running { epoch: commit.epoch, guest: GuestOutcome::Paused, boot_id, at_ns };
                 // From COMMIT on the file is the guest: whatever becomes of the answer, it stays.
                 if let Err(error) = link.send(&Message::Running(answer)) {
                     tracing::error!(error = %error_chain(&error), "the answer to COMMIT could not be sent");

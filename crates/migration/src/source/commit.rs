@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
-use vfio_migration_types::{Phase, Side, error_chain};
+use vfio_migration_types::{Side, error_chain};
 use vfio_migration_wire::Message;
 
 use crate::channel::connect;
@@ -81,6 +81,6 @@ impl Worker<'_> {
             }
         }
         let record = self.record(state);
-        self.journal.write_source(record).map_err(|error| error.in_phase(Side::Source, Phase::Commit).into())
+        self.journal.write_source(record).map_err(|error| error.in_phase(Side::Source, state.phase()).into())
     }
 }

@@ -152,6 +152,7 @@ pub(crate) fn into_result(
                 }
                 .into(),
                 total,
+                guest: summary.running.guest,
                 downtime,
                 one_clock,
                 predicted: summary.predicted,
@@ -164,7 +165,6 @@ pub(crate) fn into_result(
                 ram_digest_match: summary.ready.ram_digest.map(|_| true),
                 device_digest_match: true,
                 vectors: summary.ready.vectors,
-                guest_runs: summary.running.guest_runs,
                 devices: reporter.devices(counters),
                 left_undone: summary.left_undone.into_iter().collect(),
                 report: lock(&counters.report).clone(),
@@ -199,8 +199,11 @@ pub(crate) fn into_result(
     }
 }
 
-/// vCPUs paused here to vCPUs running there, less the digests; and whether both were read from one clock.
-fn downtime(summary: &SourceSummary, paused_ns: u64) -> (Duration, bool) {
+/// vCPUs paused here to vCPUs running there, less the digests, if they run; and whether both were read from one clock.
+fn downtime(summary: &SourceSummary, paused_ns: u64) -> (Option<Duration>, bool) {
+    if !summary.running.guest.runs() {
+        return (None, false);
+    }
     let here = boot_id();
     let one_clock = summary.running.boot_id == here && here != [0; 16] && summary.running.at_ns >= paused_ns;
     let stood = if one_clock {
@@ -208,7 +211,7 @@ fn downtime(summary: &SourceSummary, paused_ns: u64) -> (Duration, bool) {
     } else {
         summary.running_at.saturating_sub(summary.paused_at)
     };
-    (stood.saturating_sub(summary.verify), one_clock)
+    (Some(stood.saturating_sub(summary.verify)), one_clock)
 }
 
 /// Time of each phase, entered once or more.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use crate::toy::proxy::{self, Cut};
 use crate::toy::*;
 use vfio_migration::{
-    Destination, DestinationOptions, IncomingError, Machine, MigrateError, Side, Source, SourceOptions, Uri,
-    read_journal,
+    Destination, DestinationOptions, GuestOutcome, IncomingError, Machine, MigrateError, Side, Source,
+    SourceOptions, Uri, read_journal,
 };
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 
@@ -177,10 +177,13 @@ fn a_guest_that_cannot_be_started_is_held_and_owned() {
     let machine = Toy::new(&plan);
     machine.device(0).fail_at(FakeFault::BackToRunning);
     let both = into(&source, machine);
-    assert!(matches!(&both.source, Ok(completed) if !completed.guest_runs), "{:?}", both.source);
     let Err(IncomingError::OwnedNotStarted(held)) = both.destination else {
         panic!("{:?}", both.destination)
     };
+    let completed = both.source.unwrap();
+    assert_eq!(completed.guest, GuestOutcome::NotStarted(Box::new(held.cause.clone())));
+    assert!(!completed.guest.is_success());
+    assert_eq!(completed.downtime, None, "the guest does not run yet");
     assert_eq!(held.cause.device.as_deref(), Some("toy0"));
     source.prove_standing();
     both.machine.prove_standing();

@@ -10,7 +10,7 @@ use vfio_migration::{
     SourceOptions, inject,
 };
 use vfio_migration_compat::Reason;
-use vfio_migration_types::{Epoch, MigrationFlags, PAGE_SIZE, Phase, RamOffset};
+use vfio_migration_types::{Epoch, GuestOutcome, MigrationFlags, PAGE_SIZE, Phase, RamOffset};
 
 fn verified() -> SourceOptions {
     let mut options = SourceOptions::default();
@@ -26,12 +26,11 @@ fn moves_over(uri: &str, plan: &Plan) -> (vfio_migration::Completed, Arc<Toy>) {
         migrate(&source, plan, uri, verified(), DestinationOptions::default()).unwrap();
     prove_moved(&source, &destination);
     destination.prove_running();
-    assert!(completed.guest_runs && arrived.report.guest_runs);
+    assert!(completed.guest.runs() && arrived.report.guest.runs());
     assert_eq!(completed.ram_digest_match, Some(true));
     assert_eq!((completed.epoch, arrived.epoch), (Epoch(1), Epoch(1)));
-    assert!(
-        completed.one_clock && completed.downtime > Duration::ZERO && completed.downtime < completed.total
-    );
+    let downtime = completed.downtime.unwrap();
+    assert!(completed.one_clock && downtime > Duration::ZERO && downtime < completed.total);
     assert_eq!(completed.bytes, arrived.report.bytes);
     (completed, destination)
 }
@@ -201,7 +200,8 @@ fn a_paused_guest_arrives_paused() {
     source.pause().unwrap();
     let (completed, arrived, destination) =
         migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default()).unwrap();
-    assert!(!completed.guest_runs && !arrived.report.guest_runs);
+    assert_eq!((completed.guest, completed.downtime), (GuestOutcome::Paused, None));
+    assert_eq!(arrived.report.guest, GuestOutcome::Paused);
     prove_moved(&source, &destination);
     destination.prove_standing();
     assert_eq!(destination.journal.lock().unwrap().last().map(String::as_str), Some("stand"));

@@ -42,6 +42,11 @@ fn all(mut stream: &TcpStream) -> Vec<u8> {
     bytes
 }
 
+fn hello(features: u64) -> Message {
+    let (vm, attempt, epoch) = (VM, AttemptId([3; 16]), Epoch(0));
+    Message::Hello(Hello { versions: VERSIONS, features, vm, attempt, epoch })
+}
+
 /// A source by hand.
 struct Peer {
     stream: TcpStream,
@@ -101,13 +106,7 @@ impl Peer {
 
     /// Up to where bulk may come.
     fn begin(&mut self, machine: &Toy, features: u64) {
-        self.say(&Message::Hello(Hello {
-            versions: VERSIONS,
-            features,
-            vm: VM,
-            attempt: AttemptId([3; 16]),
-            epoch: Epoch(0),
-        }));
+        self.say(&hello(features));
         assert!(matches!(self.hear(), Message::HelloReply(_)));
         let manifest = machine.manifest().unwrap().to_json().unwrap();
         self.say(&Message::Offer(Offer { names: vec![], manifest }));
@@ -205,6 +204,24 @@ fn strangers_and_dribble_do_not_hold_up_a_session() {
         peer.stream.shutdown(Shutdown::Both).unwrap();
     });
     aborted(there);
+}
+
+#[test]
+fn a_source_that_came_first_is_not_dropped_for_those_behind_it() {
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    let to = destination.local().clone();
+    // All of them are in the backlog before the first is accepted.
+    let mut peer = Peer::new(&to);
+    peer.say(&hello(0));
+    let silent: Vec<_> = (0..80).map(|_| connect(&to)).collect();
+    std::thread::scope(|scope| {
+        let built = Toy::new(&plan());
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
+        assert!(matches!(peer.hear(), Message::HelloReply(_)), "the rightful source was dropped unread");
+        peer.stream.shutdown(Shutdown::Both).unwrap();
+        aborted(arriving.join().unwrap());
+    });
+    drop(silent);
 }
 
 #[test]

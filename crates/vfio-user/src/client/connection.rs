@@ -69,7 +69,13 @@ impl Client {
     /// Whether the connection still works, as far as is known. Notices a server that hung up while nothing is asked of
     /// it; asks it nothing.
     pub fn is_alive(&self) -> bool {
-        self.conn.death().is_none() && !self.conn.peer_hung_up()
+        self.lost().is_none()
+    }
+
+    /// Why the connection no longer works: the server hung up, or a request ended it, be it that its answer was late. `None`
+    /// while it works, as far as is known.
+    pub fn lost(&self) -> Option<String> {
+        self.conn.death().or_else(|| self.conn.peer_hung_up().then(|| "its server hung up".into()))
     }
 
     /// The state in which the device was found on connecting; `None` if it was not asked or has no migration.

@@ -112,10 +112,15 @@ impl ReferenceMachine {
         self.host.gate().violations()
     }
 
-    /// Devices whose server is gone.
-    pub fn lost_devices(&self) -> Vec<DeviceId> {
-        let lost = self.devices.iter().filter(|attached| attached.link.is_lost());
-        lost.map(|attached| attached.device.id().clone()).collect()
+    /// Size of the guest's RAM, bytes.
+    pub fn memory(&self) -> u64 {
+        self.ram.size()
+    }
+
+    /// Devices to which the connection is lost, each with the reason.
+    pub fn lost_devices(&self) -> Vec<(DeviceId, String)> {
+        let lost = |attached: &Attached| Some((attached.device.id().clone(), attached.link.lost()?));
+        self.devices.iter().filter_map(lost).collect()
     }
 
     /// The guest program's report.

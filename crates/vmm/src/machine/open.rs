@@ -46,11 +46,11 @@ impl OpenedDevice {
 }
 
 /// The connection between this process and a device.
-pub(super) struct DeviceLink(Box<dyn Fn() -> bool + Send + Sync>);
+pub(super) struct DeviceLink(Box<dyn Fn() -> Option<String> + Send + Sync>);
 
 impl DeviceLink {
-    /// Whether the device's server or driver is gone.
-    pub(super) fn is_lost(&self) -> bool {
+    /// Why it is lost; `None` while it works, as far as is known.
+    pub(super) fn lost(&self) -> Option<String> {
         (self.0)()
     }
 }
@@ -86,7 +86,7 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<OpenedD
             let device = VfioUserDevice::open(config.id.clone(), socket, ram.clone(), &options);
             let device = Arc::new(device.map_err(VmmError::device)?);
             let served = device.clone();
-            let link = DeviceLink(Box::new(move || !served.is_alive()));
+            let link = DeviceLink(Box::new(move || served.lost()));
             Ok(OpenedDevice {
                 device: device.clone(),
                 hardware: device,
@@ -103,7 +103,7 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<OpenedD
             let file =
                 file.map_err(|source| VmmError::Io { doing: "keeping a VFIO file for KVM".into(), source })?;
             // A kernel device that is unbound tells its user so by the errors of its calls.
-            let link = DeviceLink(Box::new(|| false));
+            let link = DeviceLink(Box::new(|| None));
             let no_reset = !device.says_resettable();
             Ok(OpenedDevice {
                 device: device.clone(),

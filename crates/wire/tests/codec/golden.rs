@@ -117,7 +117,7 @@ fn what_is_frozen_has_not_moved() {
             (3, "REFUSE", 4, 610_308),
             (4, "ABORT", 22, 5206),
             (5, "QUERY", 40, 40),
-            (6, "RUNNING", 40, 40),
+            (6, "RUNNING", 40, 5246),
             (7, "DECLINED", 22, 5206)
         ]
     );

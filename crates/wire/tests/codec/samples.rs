@@ -1,6 +1,6 @@
 //! One value of every frame, with every field set to something recognisable.
 
-use vfio_migration_types::{AttemptId, Epoch, Failure, MigrationState, Phase, Side, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, MigrationState, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
     Message, Offer, Ready, Reason, Running, VersionRange,
@@ -9,6 +9,15 @@ use vfio_migration_wire::{
 const VM: VmId = VmId(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff");
 const ATTEMPT: AttemptId = AttemptId(*b"attempt-attempt-");
 const TOTAL: DeviceTotal = DeviceTotal { bytes: 0x0102_0304_0506, digest: [0xd1; 32] };
+
+fn running(guest: GuestOutcome) -> Message {
+    Message::Running(Running {
+        epoch: Epoch(42),
+        guest,
+        boot_id: *b"boot-id-boot-id-",
+        at_ns: 0x0102_0304_0506_0708,
+    })
+}
 
 /// Name of the golden file, and the message in it.
 pub(crate) fn messages() -> Vec<(&'static str, Message)> {
@@ -125,16 +134,11 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
         ("declined", Message::Declined(full.clone())),
         ("end_rehearsal", Message::EndRehearsal),
         ("rehearsed", Message::Rehearsed { left_undone: None }),
-        ("rehearsed_in_part", Message::Rehearsed { left_undone: Some(full) }),
-        (
-            "running",
-            Message::Running(Running {
-                epoch: Epoch(42),
-                guest_runs: true,
-                boot_id: *b"boot-id-boot-id-",
-                at_ns: 0x0102_0304_0506_0708,
-            }),
-        ),
+        ("rehearsed_in_part", Message::Rehearsed { left_undone: Some(full.clone()) }),
+        ("running", running(GuestOutcome::Running)),
+        ("running_paused", running(GuestOutcome::Paused)),
+        ("running_not_started", running(GuestOutcome::NotStarted(Box::new(full)))),
+        ("running_unknown", running(GuestOutcome::Unknown)),
         ("ping", Message::Ping { token: 0x7000_0000_0000_0001 }),
         ("pong", Message::Pong { token: 0x7000_0000_0000_0001 }),
     ]

@@ -3,7 +3,7 @@
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
-use vfio_migration_types::{AttemptId, Epoch, Failure, MigrationState, Phase, Side, VmId};
+use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, MigrationState, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
     Message, Offer, Ready, Reason, Running, VersionRange, limits,
@@ -64,8 +64,8 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         (any::<u64>(), bytes16()).prop_map(|(epoch, attempt)| {
             Message::Commit(Commit { epoch: Epoch(epoch), attempt: AttemptId(attempt) })
         }),
-        (any::<(u64, bool, u64)>(), bytes16()).prop_map(|((epoch, guest_runs, at_ns), boot_id)| {
-            Message::Running(Running { epoch: Epoch(epoch), guest_runs, boot_id, at_ns })
+        (any::<(u64, u64)>(), bytes16(), guest_outcome()).prop_map(|((epoch, at_ns), boot_id, guest)| {
+            Message::Running(Running { epoch: Epoch(epoch), guest, boot_id, at_ns })
         }),
         any::<u64>().prop_map(|token| Message::Ping { token }),
         any::<u64>().prop_map(|token| Message::Pong { token }),
@@ -129,6 +129,13 @@ fn reason() -> impl Strategy<Value = Reason> {
             fix,
         },
     )
+}
+
+fn guest_outcome() -> impl Strategy<Value = GuestOutcome> {
+    prop_oneof![
+        select([GuestOutcome::Running, GuestOutcome::Paused, GuestOutcome::Unknown]),
+        peer_error().prop_map(|failure| GuestOutcome::NotStarted(Box::new(failure))),
+    ]
 }
 
 pub(crate) fn peer_error() -> impl Strategy<Value = Failure> {

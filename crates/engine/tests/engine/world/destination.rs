@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{DestinationAction, DestinationEvent, DestinationOutcome, Time};
+use vfio_migration_types::GuestOutcome;
 use vfio_migration_wire::{Applied, Message, Ready, Running};
 
 use super::script::{Direction, Sabotage};
@@ -166,7 +167,8 @@ impl World {
             }
             DestinationAction::Start { epoch, run_guest } => {
                 assert_eq!(epoch, EPOCH.next());
-                let running = Running { epoch, guest_runs: run_guest, boot_id: [1; 16], at_ns: 1 };
+                let guest = if run_guest { GuestOutcome::Running } else { GuestOutcome::Paused };
+                let running = Running { epoch, guest, boot_id: [1; 16], at_ns: 1 };
                 (script.arc, DestinationEvent::Started(running))
             }
             DestinationAction::Release => (script.action, DestinationEvent::Released),
@@ -193,7 +195,7 @@ impl World {
                 }
             }
             DestinationEvent::Started(running) => {
-                self.other.guest = if running.guest_runs { Guest::Runs } else { Guest::Paused };
+                self.other.guest = if running.guest.runs() { Guest::Runs } else { Guest::Paused };
                 self.other.started_at = Some(self.now);
             }
             DestinationEvent::Released => self.other.reserved = false,

@@ -6,6 +6,7 @@ use vfio_migration_engine::ownership::{
     DestinationRecord, DestinationState, QueryAnswer, SourceState, answer_query,
 };
 use vfio_migration_engine::{DestinationEvent, SourceEvent, Time};
+use vfio_migration_types::GuestOutcome;
 use vfio_migration_wire::{Message, Running};
 
 use super::script::{Direction, Sabotage, What};
@@ -185,7 +186,8 @@ impl World {
         });
         let said = match answer_query(record.as_ref(), VM, ATTEMPT, EPOCH.next()) {
             QueryAnswer::Running { epoch } => {
-                Message::Running(Running { epoch, guest_runs: false, boot_id: [0; 16], at_ns: 0 })
+                let guest = GuestOutcome::Unknown;
+                Message::Running(Running { epoch, guest, boot_id: [0; 16], at_ns: 0 })
             }
             QueryAnswer::AbortThenDecline(cause) => {
                 self.other.disk = Some(DestinationState::Aborted);

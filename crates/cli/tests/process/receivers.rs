@@ -1,0 +1,201 @@
+//! A receiver waits until a guest has arrived, whatever comes and goes before that.
+
+use std::io::{Read, Write};
+
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use serde_json::{Value, json};
+
+use crate::support::{PATIENCE, Process, Setup, Vm, run, until};
+
+const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0002";
+
+fn text(path: &std::path::Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn source(dir: &std::path::Path) -> Vm {
+    let source = Setup { vm_arguments: &["--uuid", UUID], ..Setup::new(dir, "a") }.start();
+    source.warm();
+    source
+}
+
+fn receiver(dir: &std::path::Path, more: &[&str]) -> Vm {
+    let words = [&["--uuid", UUID, "--incoming", "tcp:127.0.0.1:0"], more].concat();
+    Setup { vm_arguments: &words, ..Setup::new(dir, "b") }.start()
+}
+
+/// The end of the next session at the receiver, which waits on at the same address.
+fn next_end(receiver: &Vm, events: &std::sync::mpsc::Receiver<Value>, at: &str) -> Value {
+    let end = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
+        .find(|event| event["event"] == "MIGRATION" && event["data"]["status"] != "active")
+        .expect("an end")["data"]
+        .take();
+    let report = receiver.query("query");
+    assert_eq!(report["last"]["status"], end["status"], "{report}");
+    assert_eq!(report["migration"], Value::Null, "nothing is under way: {report}");
+    assert_eq!(
+        (&report["vm"]["status"], &report["vm"]["incoming"]),
+        (&json!("inmigrate"), &json!(at)),
+        "{report}"
+    );
+    end
+}
+
+fn assert_arrives(source: &Vm, receiver: &Vm) {
+    let info = source.migrate(&receiver.incoming(), json!({}));
+    assert_eq!(info["status"], "completed", "{info}");
+    receiver.assert_whole();
+}
+
+#[test]
+fn it_waits_on_after_everything_but_a_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = source(dir.path());
+    let receiver = receiver(dir.path(), &[]);
+    let at = receiver.incoming();
+    let events = receiver.events();
+    let report = receiver.query("query");
+    assert_eq!((&report["migration"], &report["last"]), (&Value::Null, &Value::Null), "{report}");
+    let watched = run(&["status", "--watch", "--control", text(&receiver.control)]);
+    assert_eq!(watched.status.code(), Some(0), "it ends: nothing is under way");
+
+    // A question about another VM.
+    let others = tempfile::tempdir().unwrap();
+    let other = Setup::new(others.path(), "other").start();
+    let asked = run(&["check", &format!("vm:{}", text(&other.control)), &at]);
+    assert_eq!(asked.status.code(), Some(3), "{asked:?}");
+    assert_eq!(next_end(&receiver, &events, &at)["status"], "failed");
+
+    // A question that is answered.
+    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
+    assert_eq!(asked.status.code(), Some(0), "{asked:?}");
+    assert_eq!(next_end(&receiver, &events, &at)["status"], "rehearsed");
+
+    // A stranger with a VM that is not expected.
+    let info = other.migrate(&at, json!({}));
+    assert_eq!(info["status"], "failed", "{info}");
+    assert_eq!(next_end(&receiver, &events, &at)["status"], "failed");
+
+    // An attempt that its operator cancels, and one whose source dies.
+    source.begin(&at, json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
+    assert_eq!(receiver.migration()["status"], "active");
+    source.call("migrate-cancel", Value::Null).unwrap();
+    assert_eq!(source.ended()["status"], "cancelled");
+    next_end(&receiver, &events, &at);
+    let dying = tempfile::tempdir().unwrap();
+    let mut dying = Setup { vm_arguments: &["--uuid", UUID], ..Setup::new(dying.path(), "c") }.start();
+    dying.begin(&at, json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (dying.migration()["status"] == "pre-switchover").then_some(()));
+    dying.process.kill();
+    assert_eq!(next_end(&receiver, &events, &at)["status"], "failed");
+
+    // Garbage is not even a session.
+    let mut stranger = std::net::TcpStream::connect(at.strip_prefix("tcp:").unwrap()).unwrap();
+    stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    let _ = stranger.read_to_end(&mut Vec::new());
+
+    assert_arrives(&source, &receiver);
+    assert_eq!(receiver.query("query")["last"]["status"], "completed");
+}
+
+#[test]
+fn a_refused_migration_can_be_tried_again_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = source(dir.path());
+    let words = ["--uuid", UUID, "--incoming", "tcp:127.0.0.1:0"];
+    let setup = Setup {
+        device_arguments: &["--state-size", "4M", "--param", "queues=4"],
+        vm_arguments: &words,
+        ..Setup::new(dir.path(), "b")
+    };
+    let mut receiver = setup.start();
+    let at = receiver.incoming();
+    for _ in 0..2 {
+        let info = source.migrate(&at, json!({}));
+        assert_eq!((&info["status"], &info["incompatible"]), (&json!("failed"), &json!(true)), "{info}");
+    }
+    // Its operator gives it another device: the receiver takes that one up by itself.
+    let socket = dir.path().join("b-dev0.sock");
+    receiver.devices[0].kill();
+    until("the loss to be seen", || {
+        let info = receiver.info();
+        info["not-ready"].as_str().is_some_and(|why| why.contains("dev0")).then_some(())
+    });
+    let info = source.migrate(&at, json!({}));
+    assert_eq!(info["status"], "failed", "nothing can arrive: {info}");
+    receiver.devices[0] = Process::start(&["device", "--socket", text(&socket), "--state-size", "4M"]);
+    until("the receiver to be ready", || receiver.info()["not-ready"].is_null().then_some(()));
+    assert_arrives(&source, &receiver);
+}
+
+#[test]
+fn it_accepts_again_once_descriptors_are_to_be_had() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = source(dir.path());
+    let receiver = receiver(dir.path(), &[]);
+    let at = receiver.incoming();
+    let pid = Pid::from_raw(receiver.process.pid().try_into().unwrap());
+    let few = Rlimit { current: Some(3), ..getrlimit(Resource::Nofile) };
+    let before = prlimit(pid, Resource::Nofile, few).unwrap();
+    let mut refused = std::net::TcpStream::connect(at.strip_prefix("tcp:").unwrap()).unwrap();
+    // The connection lies in the backlog: nothing can be accepted, and nothing can be asked over the control socket.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    prlimit(pid, Resource::Nofile, before).unwrap();
+    // Read to its end: what comes is no migration.
+    refused.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    let _ = refused.read_to_end(&mut Vec::new());
+    assert_eq!(receiver.status(), "inmigrate");
+    assert_arrives(&source, &receiver);
+}
+
+#[test]
+fn once_is_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let receiver = receiver(dir.path(), &["--once"]);
+    let others = tempfile::tempdir().unwrap();
+    let other = Setup::new(others.path(), "other").start();
+    let info = other.migrate(&receiver.incoming(), json!({}));
+    assert_eq!(info["status"], "failed", "{info}");
+    until("it to give up", || (receiver.status() == "failed").then_some(()));
+    let said = run(&["status", "--control", text(&receiver.control)]);
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    receiver.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+    receiver.incoming();
+}
+
+#[test]
+fn its_operator_ends_the_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let receiver = receiver(dir.path(), &[]);
+    receiver.incoming();
+    receiver.call("migrate-cancel", Value::Null).unwrap();
+    until("the wait to end", || (receiver.status() == "idle").then_some(()));
+    assert_eq!(receiver.query("query")["last"]["status"], "cancelled");
+}
+
+#[test]
+fn a_guest_brings_the_size_of_its_ram_unless_told_otherwise() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = source(dir.path());
+    let control = dir.path().join("b.control");
+    let socket = dir.path().join("b-dev0.sock");
+    let device = Process::start(&["device", "--socket", text(&socket), "--state-size", "4M"]);
+    let device_word = format!("vfio-user:{},id=dev0", text(&socket));
+    let words =
+        ["vm", "--control", text(&control), "--device", &device_word, "--incoming", "tcp:127.0.0.1:0"];
+    let receiver = Vm { process: Process::start(&words), devices: vec![device], control: control.clone() };
+    until("the control socket", || receiver.try_call("query", Value::Null)).expect("query");
+    assert_arrives(&source, &receiver);
+    assert_eq!(receiver.info()["memory"], 64 << 20);
+    // The same of a snapshot.
+    let file = dir.path().join("guest.img");
+    let saved = run(&["save", "--stop", "--control", text(&control), "-o", text(&file)]);
+    assert_eq!(saved.status.code(), Some(0), "{saved:?}");
+    let restored = dir.path().join("c.control");
+    let words = ["vm", "--control", text(&restored), "--device", &device_word, "--restore", text(&file)];
+    let restored = Vm { process: Process::start(&words), devices: vec![], control: restored.clone() };
+    until("the control socket", || restored.try_call("query", Value::Null)).expect("query");
+    assert_eq!(restored.info()["memory"], 64 << 20);
+    restored.assert_whole();
+}
