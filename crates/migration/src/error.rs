@@ -72,9 +72,10 @@ impl fmt::Display for Aborted {
         let verb = if self.cancelled { "cancelled" } else { "aborted" };
         write!(f, "the migration was {verb} {}", self.cause)?;
         if self.restored {
-            f.write_str("; the guest goes on here")?;
+            // It may have been paused by its operator before, and is then.
+            f.write_str("; the guest is here as it was before")?;
         } else {
-            f.write_str("; the guest is held paused here")?;
+            f.write_str("; the guest is not resumed here")?;
         }
         for device in &self.reset {
             write!(f, "; device {device} had to be reset and lost its state")?;

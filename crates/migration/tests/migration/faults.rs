@@ -160,7 +160,7 @@ fn what_is_said_of_a_guest_whose_device_is_gone_is_so() {
         let said = aborted.to_string();
         if paused {
             assert!(!aborted.restored && said.contains("nor be reset"), "{said}");
-            assert_eq!(said.matches("held paused").count(), 1, "{said}");
+            assert_eq!(said.matches("not resumed").count(), 1, "{said}");
             source.prove_standing();
         } else {
             assert!(aborted.restored && !said.contains("paused"), "{said}");
