@@ -80,7 +80,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "in {} at the {}: {}", self.phase, self.side, self.text)?;
+        write!(f, "in the {} phase at the {}: {}", self.phase, self.side, self.text)?;
         if let Some(device) = self.device.as_ref().filter(|device| !self.text.contains(device.as_str())) {
             write!(f, " (device {device})")?;
         }
@@ -116,8 +116,7 @@ mod tests {
         let failure = Failure::new(Side::Destination, Phase::Ready, "device net0: RESUMING to STOP failed")
             .of_device("net0")
             .with_remedy("the device needs a reset");
-        let said =
-            "in P6 ready at the destination: device net0: RESUMING to STOP failed; the device needs a reset";
+        let said = "in the ready phase at the destination: device net0: RESUMING to STOP failed; the device needs a reset";
         assert_eq!(failure.to_string(), said);
         assert_eq!(failure.of_device("net1").to_string(), said.replace(';', " (device net1);"));
     }

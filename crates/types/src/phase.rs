@@ -44,26 +44,57 @@ impl Phase {
         Self::Clean,
     ];
 
-    /// The short name, `"P0"` to `"P9"`.
+    /// The short name for programs, `"P0"` to `"P9"`.
     pub fn code(self) -> &'static str {
-        ["P0", "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9"][self as usize]
+        self.names().0
+    }
+
+    /// The name for people: what every text says. It differs from the name of the phase's files where the trade has a word of
+    /// its own.
+    pub fn name(self) -> &'static str {
+        self.names().1
+    }
+
+    /// Whether it is part of the switchover: the guest is paused for it, or about to be.
+    pub fn in_switchover(self) -> bool {
+        (Self::Quiesce..=Self::Run).contains(&self)
+    }
+
+    /// The one table of names: the code and the name of each phase.
+    const fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Plan => ("P0", "plan"),
+            Self::Hello => ("P1", "hello"),
+            Self::Setup => ("P2", "setup"),
+            Self::Iterate => ("P3", "pre-copy"),
+            Self::Quiesce => ("P4", "quiesce"),
+            Self::Final => ("P5", "final"),
+            Self::Ready => ("P6", "ready"),
+            Self::Commit => ("P7", "commit"),
+            Self::Run => ("P8", "run"),
+            Self::Clean => ("P9", "clean-up"),
+        }
     }
 }
 
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = match self {
-            Self::Plan => "plan",
-            Self::Hello => "hello",
-            Self::Setup => "setup",
-            Self::Iterate => "iterate",
-            Self::Quiesce => "quiesce",
-            Self::Final => "final",
-            Self::Ready => "ready",
-            Self::Commit => "commit",
-            Self::Run => "run",
-            Self::Clean => "clean",
-        };
-        write!(f, "{} {word}", self.code())
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_count_and_texts_have_names() {
+        for (number, phase) in Phase::ALL.into_iter().enumerate() {
+            assert_eq!(phase.code(), format!("P{number}"));
+            assert_eq!(phase.to_string(), phase.name());
+            assert!(!phase.name().starts_with('P'), "{phase}");
+        }
+        let switchover: Vec<_> = Phase::ALL.into_iter().filter(|phase| phase.in_switchover()).collect();
+        assert_eq!(switchover.first().zip(switchover.last()), Some((&Phase::Quiesce, &Phase::Run)));
     }
 }
