@@ -79,9 +79,52 @@ impl Epoch {
 }
 
 /// One attempt to migrate: random, drawn by the source, bound to every channel of the session.
+///
+/// In documents it is 32 hexadecimal digits. An array of 16 numbers, as journals of layout 1 have it, is read too.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(into = "String", try_from = "WrittenAttempt")]
 pub struct AttemptId(pub [u8; 16]);
+
+/// The forms in which a document may have an attempt.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum WrittenAttempt {
+    Digits(String),
+    Numbers([u8; 16]),
+}
+
+/// The text is not the name of an attempt.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' names no attempt (want 32 hexadecimal digits)")]
+pub struct AttemptIdError(String);
+
+impl FromStr for AttemptId {
+    type Err = AttemptIdError;
+
+    fn from_str(text: &str) -> Result<Self, AttemptIdError> {
+        let digits = text.len() == 32 && text.bytes().all(|digit| digit.is_ascii_hexdigit());
+        let value = u128::from_str_radix(text, 16).ok().filter(|_| digits);
+        let refuse = || AttemptIdError(text.chars().take(64).collect());
+        value.map(|value| Self(value.to_be_bytes())).ok_or_else(refuse)
+    }
+}
+
+impl From<AttemptId> for String {
+    fn from(id: AttemptId) -> String {
+        id.to_string()
+    }
+}
+
+impl TryFrom<WrittenAttempt> for AttemptId {
+    type Error = AttemptIdError;
+
+    fn try_from(written: WrittenAttempt) -> Result<Self, AttemptIdError> {
+        match written {
+            WrittenAttempt::Digits(text) => text.parse(),
+            WrittenAttempt::Numbers(bytes) => Ok(Self(bytes)),
+        }
+    }
+}
 
 impl fmt::Display for AttemptId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -174,6 +217,19 @@ mod tests {
         for bad in ["", "0011", "0011223344556677-8899-aabbccddeeff", "+0112233-4455-6677-8899-aabbccddeeff"]
         {
             assert!(bad.parse::<VmId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn attempts_are_written_as_digits_and_read_in_both_forms() {
+        let id = AttemptId([0xab; 16]);
+        let text = serde_json::to_string(&id).unwrap();
+        assert_eq!(text, format!("\"{}\"", "ab".repeat(16)));
+        assert_eq!(serde_json::from_str::<AttemptId>(&text).unwrap(), id);
+        let numbers = serde_json::to_string(&[0xab_u8; 16]).unwrap();
+        assert_eq!(serde_json::from_str::<AttemptId>(&numbers).unwrap(), id);
+        for bad in ["\"\"", "\"abc\"", "[1,2]", "7", &format!("\"+{}\"", "a".repeat(31))] {
+            assert!(serde_json::from_str::<AttemptId>(bad).is_err(), "{bad}");
         }
     }
 

@@ -13,12 +13,14 @@ mod identity;
 mod outcome;
 mod phase;
 mod state;
+mod wall_clock;
 
 pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
 pub use arcs::{ArcError, next_state, path};
 pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
 pub use failure::{Failure, Side, error_chain};
-pub use identity::{AttemptId, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
+pub use identity::{AttemptId, AttemptIdError, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
 pub use outcome::GuestOutcome;
 pub use phase::Phase;
 pub use state::{MigrationFlags, MigrationState, UnknownState};
+pub use wall_clock::rfc3339;
