@@ -163,11 +163,13 @@ pub use fault_injection::{InjectedFault, inject};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, IncomingOffer};
 pub use options::{DestinationOptions, SourceOptions};
-pub use ownership::journal::{JournalError, JournalFile, read_journal};
+pub use ownership::journal::{JournalError, JournalFile, JournalNote, read_journal};
 pub use ownership::status::{VmOwnership, ownership_at};
 pub use probe::probe;
 pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
-pub use report::{ArrivalReport, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime};
+pub use report::{
+    ArrivalReport, AttemptInfo, AttemptKind, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime,
+};
 pub use snapshot::{
     DeviceState, GuestNotResumed, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save,
 };

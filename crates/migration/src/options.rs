@@ -95,8 +95,8 @@ pub struct DestinationOptions {
     pub lease: Duration,
     /// Bytes of one device's state that may wait in memory to be loaded. 16 MiB.
     pub device_window: u64,
-    /// The guest comes from a file.
-    pub(crate) from_file: bool,
+    /// The file that the guest comes from, if it does.
+    pub(crate) from_file: Option<PathBuf>,
 }
 
 impl Default for DestinationOptions {
@@ -110,7 +110,7 @@ impl Default for DestinationOptions {
             policy: Policy::default(),
             lease: Duration::from_secs(60),
             device_window: 16 << 20,
-            from_file: false,
+            from_file: None,
         }
     }
 }

@@ -26,11 +26,12 @@ pub struct Progress {
     pub ram_total: u64,
     /// Bytes moved so far.
     pub bytes: Bytes,
-    /// RAM bytes known to be dirty and not yet sent.
+    /// RAM bytes to be sent: of the pass under way, or found dirty after it. What the guest dirties during a pass is known
+    /// at its end. 0 at the destination, which is not told.
     pub ram_left: u64,
-    /// RAM and device bytes left, as far as is known.
+    /// RAM and device bytes left, as far as is known. 0 at the destination.
     pub remaining: u64,
-    /// Bytes per second, over the last second or so.
+    /// Bytes per second on the wire, headers included, over the last second or so; at the destination, payload.
     pub rate: u64,
     /// The downtime, were the guest paused now; `None` until there is something to predict it from.
     #[serde(rename = "predicted_downtime_ms", with = "millis_option")]
@@ -40,6 +41,43 @@ pub struct Progress {
     pub downtime_limit: Duration,
     /// Per device, in manifest order.
     pub devices: Vec<DeviceStatus>,
+    /// Time in each phase so far, in order; whatever comes of the attempt, at its end they are those that it went through.
+    #[serde(default)]
+    pub phases: Vec<PhaseTime>,
+    /// The attempt, once it is known: at the destination, when its source has said so.
+    #[serde(default)]
+    pub attempt: Option<AttemptInfo>,
+}
+
+/// What a session is about, and with whom.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct AttemptInfo {
+    /// The VM.
+    pub vm: VmId,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The epoch under which the source owns the VM.
+    pub epoch: Epoch,
+    /// What is attempted.
+    pub kind: AttemptKind,
+    /// The other end: an address, or `file:` and the path of a snapshot.
+    pub peer: String,
+}
+
+/// What an attempt is to come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum AttemptKind {
+    /// The guest moves to another host.
+    Migration,
+    /// Nothing is to stay: a rehearsal, or a mere question.
+    Rehearsal,
+    /// The guest goes into a file.
+    Save,
+    /// The guest comes out of a file.
+    Restore,
 }
 
 impl Default for Progress {
@@ -58,6 +96,8 @@ impl Default for Progress {
             predicted_downtime: None,
             downtime_limit: Duration::ZERO,
             devices: Vec::new(),
+            phases: Vec::new(),
+            attempt: None,
         }
     }
 }

@@ -90,6 +90,11 @@ impl DestinationEngine {
         self.phase
     }
 
+    /// Why the attempt is being given up, if it is.
+    pub fn abort_cause(&self) -> Option<&Failure> {
+        self.rollback.cause.as_ref()
+    }
+
     /// The attempt's names and epoch, once the source has sent them: what the journal's record needs.
     pub fn attempt(&self) -> Option<Attempt> {
         self.attempt

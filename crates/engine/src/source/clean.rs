@@ -38,7 +38,7 @@ impl SourceEngine {
             verify: self.pause.verify,
             left_undone: std::mem::take(&mut self.commit.left_undone),
             predicted: self.pause.predicted,
-            phases: std::mem::take(&mut self.phases),
+            phases: self.phases.clone(),
         };
         self.finish(SourceOutcome::Completed(summary));
     }

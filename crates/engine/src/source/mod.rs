@@ -108,6 +108,16 @@ impl SourceEngine {
         self.phase
     }
 
+    /// The phases so far, in order, each with the time at which it was entered.
+    pub fn phases(&self) -> &[(Phase, Time)] {
+        &self.phases
+    }
+
+    /// Why the attempt is being given up, if it is.
+    pub fn abort_cause(&self) -> Option<&Failure> {
+        self.rollback.as_ref().map(|rollback| &rollback.outcome.cause)
+    }
+
     /// Version and features in force, once the destination has answered.
     pub fn negotiated(&self) -> Option<HelloReply> {
         self.negotiated

@@ -63,7 +63,7 @@ impl Worker<'_, '_, '_> {
         let own = machine.manifest().map_err(|error| error.in_phase(Side::Destination, phase))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
         let mut report = check_machines(&offered, &own, &map, &self.policy());
-        let mut refused = !reasons::permits(&report, self.options.from_file);
+        let mut refused = !reasons::permits(&report, self.options.from_file.is_some());
         let mut against = |reason: Reason| {
             refused = true;
             report.reasons.push(reason);

@@ -27,10 +27,12 @@ use crate::error::IncomingError;
 use crate::machine::Machine;
 use crate::offer::{Arrived, IncomingOffer};
 use crate::options::DestinationOptions;
-use crate::report::Progress;
+use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
 use crate::session::events::Events;
 use crate::session::host::nonce;
 use crate::session::lock::lock;
+use crate::session::rate::RateMeter;
+use crate::snapshot::file_peer;
 
 /// Time after which the loop looks again for connections, and while one has sent nothing yet, at it.
 const POLL_LISTENER: Duration = Duration::from_millis(50);
@@ -66,7 +68,8 @@ pub(super) fn run(
             return (Err(IncomingError::NotBegun(failure)), None);
         }
     };
-    let shared = DestinationShared::default();
+    let peer = options.from_file.as_deref().map_or_else(|| link.peer(), file_peer);
+    let shared = DestinationShared { peer, ..DestinationShared::default() };
     let machine: Mutex<Option<Arc<dyn Machine>>> = Mutex::new(None);
     let kept = &machine;
     let build = move |offer: &IncomingOffer| {
@@ -112,6 +115,11 @@ pub(super) fn run(
             giving_up: false,
             submitted: 0,
             polled: begun,
+            from_file: options.from_file.is_some(),
+            peer: shared.peer.clone(),
+            phases: Vec::new(),
+            entered: Duration::ZERO,
+            rate: RateMeter::default(),
         };
         let ended = session.run();
         liveness::close_gracefully(&link, &working, &reading);
@@ -147,6 +155,13 @@ struct Session<'a> {
     giving_up: bool,
     submitted: u64,
     polled: Instant,
+    from_file: bool,
+    /// The other end, as the journal and the progress name it.
+    peer: String,
+    phases: Vec<PhaseTime>,
+    /// When the last of them was entered.
+    entered: Duration,
+    rate: RateMeter,
 }
 
 impl Session<'_> {
@@ -205,6 +220,7 @@ impl Session<'_> {
                 DestinationAction::Journal(DestinationState::Aborted) | DestinationAction::Release => {
                     self.giving_up = true;
                     self.shared.interrupt.raise();
+                    *lock(&self.shared.journal_reason) = self.engine.abort_cause().map(ToString::to_string);
                 }
                 DestinationAction::Send(Message::HelloReply(reply)) => {
                     // Before the answer: pages that come later are held to it.
@@ -279,19 +295,45 @@ impl Session<'_> {
         liveness::keep_alive(self.link, "the source", self.peer_timeout);
     }
 
-    fn report(&self) {
+    fn report(&mut self) {
         let devices = statuses(self.shared);
+        let (phase, now, elapsed) = (self.engine.phase(), Instant::now(), self.begun.elapsed());
+        match self.phases.last_mut().filter(|last| last.phase == phase) {
+            Some(last) => last.took = elapsed.saturating_sub(self.entered),
+            None => {
+                self.entered = elapsed;
+                self.phases.push(PhaseTime { phase, took: Duration::ZERO });
+                self.rate.restart();
+            }
+        }
+        let bytes = bytes(self.shared, &devices);
         self.control.set_progress(Progress {
-            phase: self.engine.phase(),
+            phase,
             iteration: u32::try_from(self.shared.received.iteration.load(Ordering::Relaxed))
                 .unwrap_or(u32::MAX),
-            elapsed: self.begun.elapsed(),
+            elapsed,
             paused: self.shared.received.stopped.load(Ordering::Relaxed),
             ram_total: self.shared.ram_total.load(Ordering::Relaxed),
-            bytes: bytes(self.shared, &devices),
+            bytes,
+            rate: self.rate.at(now, bytes.ram + bytes.device_precopy + bytes.device_stopcopy),
             devices,
+            phases: self.phases.clone(),
+            attempt: self.attempt_info(),
             ..Progress::default()
         });
+    }
+
+    /// What the session is about, once the source has said so.
+    fn attempt_info(&self) -> Option<AttemptInfo> {
+        let Attempt { vm, attempt, epoch } = self.engine.attempt()?;
+        let kind = if self.from_file {
+            AttemptKind::Restore
+        } else if self.shared.rehearsal.load(Ordering::Acquire) {
+            AttemptKind::Rehearsal
+        } else {
+            AttemptKind::Migration
+        };
+        Some(AttemptInfo { vm, attempt, epoch, kind, peer: self.peer.clone() })
     }
 
     fn now(&self) -> Duration {

@@ -26,6 +26,13 @@ pub(crate) struct DeviceCounters {
     pub(crate) stopcopy: AtomicU64,
 }
 
+impl DeviceCounters {
+    /// Bytes that it has given in all.
+    pub(crate) fn moved(&self) -> u64 {
+        self.precopy.load(Ordering::Relaxed).saturating_add(self.stopcopy.load(Ordering::Relaxed))
+    }
+}
+
 /// One device at the source: its session, and how far its stream is.
 #[derive(Debug)]
 pub(crate) struct DeviceSender<'a> {

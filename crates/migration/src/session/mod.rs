@@ -6,4 +6,5 @@ pub(crate) mod host;
 pub(crate) mod interrupt;
 pub(crate) mod lock;
 pub(crate) mod parallel;
+pub(crate) mod rate;
 pub(crate) mod work_error;

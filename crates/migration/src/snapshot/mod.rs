@@ -17,6 +17,8 @@ pub use error::{GuestNotResumed, SaveError, SnapshotError};
 pub use restore::Snapshot;
 pub use save::{SaveOptions, Saved, save};
 
+use std::path::Path;
+
 use vfio_migration_wire::DeviceTotal;
 
 /// The state of a device in a file, as a whole.
@@ -27,6 +29,12 @@ pub struct DeviceState {
     pub bytes: u64,
     /// BLAKE3 digest of all bytes, in the order in which the device gave them.
     pub digest: [u8; 32],
+}
+
+/// A file as the other end of a session: `file:` and its whole path.
+pub(crate) fn file_peer(path: &Path) -> String {
+    let whole = std::path::absolute(path);
+    format!("file:{}", whole.as_deref().unwrap_or(path).display())
 }
 
 fn states(totals: &[DeviceTotal]) -> Vec<DeviceState> {

@@ -120,7 +120,7 @@ impl Snapshot {
                 .map_err(|errno| not_begun(failed("making a socket for", &self.path)(errno.into())))?;
         let frames = Frames::new(self.file, &self.path, self.checked.frames).map_err(not_begun)?;
         let credits: Vec<Credit> = self.checked.manifest.devices.iter().map(|_| Credit::default()).collect();
-        let options = DestinationOptions { from_file: true, ..options };
+        let options = DestinationOptions { from_file: Some(self.path.clone()), ..options };
         let mut destination = Destination::over(here, options)?;
         let link = Link::new(there).map_err(|error| {
             IncomingError::NotBegun(Failure::new(Side::Destination, Phase::Hello, error_chain(&error)))

@@ -78,7 +78,7 @@ pub fn save(
             recorded
         });
         scope.spawn(move || keep_alive_until(link, &waits));
-        let ended = source.migrate_over(here, observer);
+        let ended = source.into_file(path).migrate_over(here, observer);
         // Whatever the recorder waits for, nobody sends it any more.
         link.shutdown();
         (recording.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), ended)

@@ -22,6 +22,8 @@ pub(crate) struct SourceShared {
     pub(crate) interrupt: Interrupt,
     pub(crate) ram_crc: AtomicBool,
     pub(crate) credits: Vec<Credit>,
+    /// The cause of a record of the journal that is about to be written: why the attempt was given up.
+    pub(crate) journal_reason: Mutex<Option<String>>,
     /// The engine's phase, by its index in [`Phase::ALL`].
     pub(crate) phase: AtomicUsize,
 }
@@ -50,8 +52,8 @@ pub(crate) struct SourceCounters {
     /// Jobs finished, whatever came of them.
     pub(crate) jobs_done: AtomicU64,
     pub(crate) devices: Vec<DeviceCounters>,
-    /// Progress that each device last reported.
-    pub(crate) device_progress: Mutex<Vec<DeviceProgress>>,
+    /// Progress that each device last reported, and the bytes that it had given until then.
+    pub(crate) device_progress: Mutex<Vec<(DeviceProgress, u64)>>,
     /// The verdict of both sides' rules.
     pub(crate) report: Mutex<Report>,
 }

@@ -1,6 +1,7 @@
 //! P5: the last of everything, with every writer stopped.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_migration_device::PciState;
@@ -25,6 +26,7 @@ impl Worker<'_> {
         if self.writes_unlogged() {
             // Nobody knows what that device wrote, so everything that has ever been written counts.
             self.dirty.add_everything(&self.ram, phase)?;
+            self.counters.ram.left.store(self.dirty.left(), Ordering::Relaxed);
         }
         let pages = self.dirty.take();
         self.ram_pages += self.send_all(&pages, Holes::Possible, phase)?;

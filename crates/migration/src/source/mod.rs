@@ -24,6 +24,7 @@ mod worker;
 
 use std::fmt;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -43,13 +44,20 @@ pub struct Source {
     machine: Arc<dyn Machine>,
     options: SourceOptions,
     control: Control,
+    /// The file that the machine goes into, if it does.
+    file: Option<PathBuf>,
 }
 
 impl Source {
     /// Prepares to migrate `machine`. Nothing is touched yet.
     pub fn new(machine: Arc<dyn Machine>, options: SourceOptions) -> Self {
         let control = Control::new(&options);
-        Self { machine, options, control }
+        Self { machine, options, control, file: None }
+    }
+
+    /// The same, into the file at `path`: by that name its journal and its progress know the other end.
+    pub(crate) fn into_file(self, path: &Path) -> Self {
+        Self { file: Some(path.into()), ..self }
     }
 
     /// A handle for other threads.
@@ -90,8 +98,14 @@ impl Source {
         observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
         let begun = Instant::now();
-        let (plan, engine) =
-            PlannedMigration::new(self.machine, self.options, self.control, uri.clone(), rehearse)?;
+        let (plan, engine) = PlannedMigration::new(
+            self.machine,
+            self.options,
+            self.control,
+            uri.clone(),
+            self.file,
+            rehearse,
+        )?;
         let socket = connect::connect(uri, plan.options.connect_timeout).map_err(not_connected)?;
         session::run(plan, engine, socket, begun, observer)
     }
@@ -129,8 +143,9 @@ impl Source {
     ) -> Result<SourceEnd, MigrateError> {
         let begun = Instant::now();
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+        let uri = Uri::Fd(number);
         let (plan, engine) =
-            PlannedMigration::new(self.machine, self.options, self.control, Uri::Fd(number), rehearse)?;
+            PlannedMigration::new(self.machine, self.options, self.control, uri, self.file, rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
         session::run(plan, engine, socket, begun, observer)
     }

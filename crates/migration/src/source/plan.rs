@@ -1,5 +1,6 @@
 //! P0: the source's own preconditions, before anybody is talked to.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +18,10 @@ use crate::offer::names;
 use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::rehearsal::Rehearse;
+use crate::report::{AttemptInfo, AttemptKind};
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
+use crate::snapshot::file_peer;
 use crate::uri::Uri;
 
 /// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
@@ -27,6 +30,9 @@ pub(super) struct PlannedMigration {
     pub(super) options: SourceOptions,
     pub(super) control: Control,
     pub(super) uri: Uri,
+    /// The other end as the journal and the progress name it.
+    pub(super) peer: String,
+    pub(super) kind: AttemptKind,
     pub(super) journal: Journal,
     pub(super) attempt: AttemptId,
     pub(super) epoch: Epoch,
@@ -40,6 +46,7 @@ impl PlannedMigration {
         options: SourceOptions,
         control: Control,
         uri: Uri,
+        file: Option<PathBuf>,
         rehearse: Option<Rehearse>,
     ) -> Result<(Self, engine::SourceEngine), MigrateError> {
         let vm = machine.id();
@@ -92,8 +99,26 @@ impl PlannedMigration {
         if let Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) = engine.poll_action() {
             return Err(refused_here(abort.cause));
         }
-        let plan = Self { machine, options, control, uri, journal, attempt, epoch, manifest, devices };
+        let kind = match (rehearse, &file) {
+            (Some(_), _) => AttemptKind::Rehearsal,
+            (None, Some(_)) => AttemptKind::Save,
+            (None, None) => AttemptKind::Migration,
+        };
+        let peer = file.map_or_else(|| uri.to_string(), |path| file_peer(&path));
+        let plan =
+            Self { machine, options, control, uri, peer, kind, journal, attempt, epoch, manifest, devices };
         Ok((plan, engine))
+    }
+
+    /// What the session is about, for whoever watches it.
+    pub(super) fn attempt_info(&self) -> AttemptInfo {
+        AttemptInfo {
+            vm: self.machine.id(),
+            attempt: self.attempt,
+            epoch: self.epoch,
+            kind: self.kind,
+            peer: self.peer.clone(),
+        }
     }
 }
 

@@ -11,9 +11,10 @@ use crate::channel::link::Link;
 use crate::error::{Aborted, MigrateError};
 use crate::machine::MigratableDevice;
 use crate::rehearsal::Rehearsal;
-use crate::report::{Bytes, Completed, DeviceStatus, PhaseTime, Progress};
+use crate::report::{AttemptInfo, Bytes, Completed, DeviceStatus, PhaseTime, Progress};
 use crate::session::host::boot_id;
 use crate::session::lock::lock;
+use crate::session::rate::RateMeter;
 use crate::uri::Uri;
 
 use crate::source::attempt::SourceEnd;
@@ -22,8 +23,6 @@ use crate::source::attempt::SourceCounters;
 
 /// Time after which the observer is called again while nothing but counts changes.
 const EVERY: Duration = Duration::from_millis(200);
-/// Over what time the rate is measured.
-const RATE_OVER: Duration = Duration::from_secs(1);
 
 /// Turns the engine's progress and the workers' counts into what the caller sees, a few times a second.
 #[derive(Debug)]
@@ -34,23 +33,27 @@ pub(crate) struct ProgressReporter {
     /// Which of them have pre-copy, in the same order.
     precopy: Vec<bool>,
     last: Option<(Instant, Phase, u32)>,
-    rate: u64,
-    rate_from: (Instant, u64),
-    progress: Progress,
+    rate: RateMeter,
+    attempt: AttemptInfo,
 }
 
 impl ProgressReporter {
-    pub(crate) fn new(begun: Instant, ram_total: u64, devices: &[(MigratableDevice, Capabilities)]) -> Self {
+    pub(crate) fn new(
+        begun: Instant,
+        ram_total: u64,
+        devices: &[(MigratableDevice, Capabilities)],
+        attempt: AttemptInfo,
+    ) -> Self {
         let names = devices.iter().map(|(moved, _)| moved.device.id().clone()).collect();
         let precopy = devices.iter().map(|(_, capabilities)| capabilities.flags.pre_copy).collect();
-        let progress = Progress::default();
-        Self { begun, ram_total, names, precopy, last: None, rate: 0, rate_from: (begun, 0), progress }
+        Self { begun, ram_total, names, precopy, last: None, rate: RateMeter::default(), attempt }
     }
 
     /// A new picture, if it is time for one.
     pub(crate) fn update(
         &mut self,
         engine: &engine::EngineProgress,
+        entered: &[(Phase, Duration)],
         counters: &SourceCounters,
         wire_bytes: u64,
         now_or_never: bool,
@@ -62,40 +65,31 @@ impl ProgressReporter {
         if !due && !now_or_never {
             return None;
         }
-        self.last = Some((now, engine.phase, engine.iteration));
-        let since = now.duration_since(self.rate_from.0);
-        if since >= RATE_OVER || self.rate == 0 {
-            let moved = wire_bytes.saturating_sub(self.rate_from.1);
-            let nanos = since.as_nanos().max(1);
-            self.rate = u64::try_from(u128::from(moved) * 1_000_000_000 / nanos).unwrap_or(u64::MAX);
-            if since >= RATE_OVER {
-                self.rate_from = (now, wire_bytes);
-            }
+        if self.last.is_some_and(|(_, phase, _)| phase != engine.phase) {
+            // What came before was another kind of traffic.
+            self.rate.restart();
         }
-        let devices = self.devices(counters);
+        self.last = Some((now, engine.phase, engine.iteration));
         let ram_left = counters.ram.left.load(Ordering::Relaxed);
-        let device_left = |device: &DeviceStatus| {
-            device
-                .stop_copy_estimate
-                .or(device.initial_left.zip(device.dirty_left).map(|(a, b)| a.saturating_add(b)))
-        };
-        let devices_left = devices.iter().filter_map(device_left).fold(0, u64::saturating_add);
-        self.progress = Progress {
+        let devices = self.devices(counters);
+        let elapsed = self.begun.elapsed();
+        Some(Progress {
             phase: engine.phase,
             iteration: engine.iteration,
-            elapsed: self.begun.elapsed(),
+            elapsed,
             paused: counters.paused_ns.load(Ordering::Relaxed) != 0,
             waiting: engine.waiting == Some(engine::SwitchoverWait::Operator),
             ram_total: self.ram_total,
             bytes: bytes(counters),
             ram_left,
-            remaining: ram_left.saturating_add(devices_left),
-            rate: self.rate,
+            remaining: ram_left.saturating_add(devices_left(counters)),
+            rate: self.rate.at(now, wire_bytes),
             predicted_downtime: engine.predicted,
             downtime_limit: engine.limit,
             devices,
-        };
-        Some(self.progress.clone())
+            phases: phases(entered, elapsed),
+            attempt: Some(self.attempt.clone()),
+        })
     }
 
     /// Devices without pre-copy, where only pre-copy was tried.
@@ -112,7 +106,7 @@ impl ProgressReporter {
             .zip(&counters.devices)
             .enumerate()
             .map(|(index, (id, moved))| {
-                let said = said.get(index).copied().unwrap_or_default();
+                let said = said.get(index).map(|(said, _)| *said).unwrap_or_default();
                 DeviceStatus {
                     id: id.clone(),
                     precopy: moved.precopy.load(Ordering::Relaxed),
@@ -229,6 +223,17 @@ fn phases(entered: &[(Phase, Duration)], total: Duration) -> Vec<PhaseTime> {
             took.map(|took| PhaseTime { phase, took })
         })
         .collect()
+}
+
+/// Bytes that the devices have left: what each said last, less what it has given since.
+fn devices_left(counters: &SourceCounters) -> u64 {
+    let said = lock(&counters.device_progress);
+    let left = said.iter().zip(&counters.devices).filter_map(|((said, before), moved)| {
+        let precopy = said.initial_left.zip(said.dirty_left).map(|(a, b)| a.saturating_add(b));
+        let since = moved.moved().saturating_sub(*before);
+        said.stop_copy.or(precopy).map(|left| left.saturating_sub(since))
+    });
+    left.fold(0, u64::saturating_add)
 }
 
 fn bytes(counters: &SourceCounters) -> Bytes {

@@ -18,6 +18,7 @@ use crate::device::send::DeviceCounters;
 use crate::error::{MigrateError, refused_here};
 use crate::report::Progress;
 use crate::session::events::Events;
+use crate::session::lock::lock;
 use crate::source::attempt::{SourceCounters, SourceEnd, SourceShared};
 use crate::source::plan::PlannedMigration;
 use crate::source::progress::{ProgressReporter, into_result};
@@ -41,13 +42,18 @@ pub(super) fn run(
         devices: plan.devices.iter().map(|_| DeviceCounters::default()).collect(),
         ..SourceCounters::default()
     };
+    // Until the logs run and the first pass is known, all that was ever written is left.
+    let written = plan.machine.ram().data_extents().unwrap_or_default();
+    let left = written.iter().map(|extent| extent.len()).fold(0, u64::saturating_add);
+    counters.ram.left.store(left, Ordering::Relaxed);
     let credits = plan.devices.iter().map(|_| Credit::default()).collect();
     let shared = SourceShared { credits, ..SourceShared::default() };
     let (sender, queue) = mpsc::channel();
     let events = Events::new(sender.clone());
     plan.control.attach(sender);
     let worker = Worker::new(&plan, &link, &shared, &counters);
-    let mut reporter = ProgressReporter::new(begun, plan.machine.ram().size(), &plan.devices);
+    let mut reporter =
+        ProgressReporter::new(begun, plan.machine.ram().size(), &plan.devices, plan.attempt_info());
     let outcome = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel();
         let reader = Reader::new(&link, Side::Destination);
@@ -135,6 +141,9 @@ impl Session<'_> {
                 SourceAction::RollBack => self.interrupt(self.submitted),
                 SourceAction::Send(Message::Abort(_)) => self.interrupt(self.submitted + 1),
                 SourceAction::AskAgain => self.shared.interrupt.raise(),
+                SourceAction::Journal(_) => {
+                    *lock(&self.shared.journal_reason) = self.engine.abort_cause().map(ToString::to_string);
+                }
                 _ => {}
             }
             self.submitted += 1;
@@ -174,7 +183,9 @@ impl Session<'_> {
 
     fn report(&self, reporter: &mut ProgressReporter, observer: &mut impl FnMut(&Progress), last: bool) {
         let progress = self.engine.progress(self.now());
-        if let Some(progress) = reporter.update(&progress, self.counters, self.link.wire_bytes(), last) {
+        if let Some(progress) =
+            reporter.update(&progress, self.engine.phases(), self.counters, self.link.wire_bytes(), last)
+        {
             self.control.set_progress(progress.clone());
             observer(&progress);
         }

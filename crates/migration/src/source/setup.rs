@@ -1,5 +1,7 @@
 //! P2: every dirty log is started, then every device that can begins its pre-copy.
 
+use std::sync::atomic::Ordering;
+
 use vfio_migration_engine::DeviceProgress;
 use vfio_migration_types::{Phase, Side};
 
@@ -12,6 +14,8 @@ use crate::source::worker::Worker;
 impl Worker<'_> {
     pub(super) fn set_up(&mut self) -> Result<Vec<DeviceProgress>, WorkError> {
         self.dirty.start(self.machine.dirty_sources(), &self.devices, &self.ram)?;
+        // The first pass sends all of it.
+        self.counters.ram.left.store(self.dirty.left(), Ordering::Relaxed);
         let results = for_each_device_parallel(
             self.devices.iter_mut().filter(|device| device.flags().pre_copy),
             |device| {

@@ -14,7 +14,7 @@ use vfio_migration_wire::Message;
 
 use crate::channel::link::Link;
 use crate::control::Control;
-use crate::device::send::DeviceSender;
+use crate::device::send::{DeviceCounters, DeviceSender};
 use crate::machine::{Machine, MigratableDevice, Paused};
 use crate::options::SourceOptions;
 use crate::ownership::journal::Journal;
@@ -34,6 +34,8 @@ pub(super) struct Worker<'a> {
     pub(super) options: &'a SourceOptions,
     pub(super) control: &'a Control,
     pub(super) uri: &'a Uri,
+    /// The other end as the journal names it.
+    pub(super) peer: &'a str,
     pub(super) link: Arc<Link>,
     pub(super) shared: &'a SourceShared,
     pub(super) counters: &'a SourceCounters,
@@ -75,6 +77,7 @@ impl<'a> Worker<'a> {
             options: &plan.options,
             control: &plan.control,
             uri: &plan.uri,
+            peer: &plan.peer,
             link: Arc::clone(link),
             shared,
             counters,
@@ -185,7 +188,8 @@ impl<'a> Worker<'a> {
     pub(super) fn device_progress(&mut self, phase: Phase) -> Result<Vec<DeviceProgress>, WorkError> {
         let progress =
             self.devices.iter_mut().map(|device| device.progress(phase)).collect::<Result<Vec<_>, _>>()?;
-        lock(&self.counters.device_progress).clone_from(&progress);
+        let moved = self.counters.devices.iter().map(DeviceCounters::moved);
+        *lock(&self.counters.device_progress) = progress.iter().copied().zip(moved).collect();
         Ok(progress)
     }
 

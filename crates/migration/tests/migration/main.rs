@@ -3,6 +3,7 @@
 mod device_file;
 mod faults;
 mod migrate;
+mod progress;
 mod rehearsal;
 mod snapshot;
 mod strangers;
