@@ -148,6 +148,12 @@ pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, CliError> {
     match ownership_at(dir, id) {
         Ok(VmOwnership::Unknown) => Ok(Epoch(0)),
         Ok(VmOwnership::Ours(epoch)) => Ok(epoch),
+        Ok(VmOwnership::Elsewhere { epoch, peer }) if peer.starts_with("file:") => {
+            Err(CliError::failed(format!(
+                "VM {id} was saved into {peer} (epoch {}) and is not started here: `vm --restore` brings it back; {remedy}",
+                epoch.0
+            )))
+        }
         Ok(VmOwnership::Elsewhere { epoch, peer }) => Err(CliError::failed(format!(
             "VM {id} belongs to another host (epoch {}, {peer}) and is not started here; {remedy}",
             epoch.0

@@ -41,10 +41,11 @@ impl Worker<'_, '_, '_> {
             attempt: attempt.attempt,
             epoch: attempt.epoch,
             state,
-            peer: self.link.peer(),
+            peer: self.shared.peer.clone(),
         };
+        let reason = lock(&self.shared.journal_reason).take();
         journal
-            .write_destination(record.clone())
+            .write_destination(record.clone(), reason)
             .map_err(|error| error.in_phase(Side::Destination, phase))?;
         *lock(&self.shared.record) = Some(record);
         Ok(())
@@ -97,7 +98,8 @@ fn abort(state_dir: Option<&Path>, query: Attempt, cause: Failure) -> Result<Mes
         QueryAnswer::AbortThenDecline(cause) => {
             let Some(record) = record else { return Err("there is no record".into()) };
             let record = DestinationRecord { state: DestinationState::Aborted, ..record };
-            journal.write_destination(record).map_err(|error| error_chain(&error))?;
+            let reason = "the source asked what became of it, and it had come to nothing".to_owned();
+            journal.write_destination(record, Some(reason)).map_err(|error| error_chain(&error))?;
             Ok(Message::Declined(cause))
         }
         QueryAnswer::Unknown(cause) => Ok(Message::Abort(cause)),

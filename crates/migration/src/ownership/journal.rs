@@ -8,19 +8,23 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use vfio_migration_engine::ownership::{DestinationRecord, KnownEpochs, SourceRecord};
-use vfio_migration_types::{Epoch, VmId};
+use vfio_migration_types::{Epoch, VmId, rfc3339};
 
 use crate::session::lock::lock;
+
+/// Layout of a journal that is written.
+const VERSION: u32 = 2;
 
 /// A journal file: the records of one VM on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JournalFile {
-    /// Layout of this file: 1.
+    /// Layout of this file: 2. One of layout 1, which has no notes, is read too.
     pub version: u32,
     /// The VM whose records they are.
     pub vm: VmId,
@@ -30,6 +34,39 @@ pub struct JournalFile {
     /// The latest attempt to take it in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination: Option<DestinationRecord>,
+    /// When and why `source` was written: for a person, nothing is decided by it.
+    #[serde(default, rename = "source-note", skip_serializing_if = "Option::is_none")]
+    pub source_note: Option<JournalNote>,
+    /// The same of `destination`.
+    #[serde(default, rename = "destination-note", skip_serializing_if = "Option::is_none")]
+    pub destination_note: Option<JournalNote>,
+}
+
+/// When and why a record was written. Times are RFC 3339, by the host's wall clock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalNote {
+    /// When the attempt's first record was written.
+    pub began: String,
+    /// When this record was written.
+    pub written: String,
+    /// Why the attempt was given up, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Longest reason in a note, in characters. Part of it may be the peer's text.
+const LONGEST_REASON: usize = 1000;
+
+impl JournalNote {
+    /// A note of now. `before` is that of the attempt's last record, unless this is its first.
+    fn now(before: Option<&Self>, reason: Option<String>) -> Self {
+        let written = rfc3339(SystemTime::now());
+        Self {
+            began: before.map_or_else(|| written.clone(), |before| before.began.clone()),
+            written,
+            reason: reason.map(|reason| reason.chars().take(LONGEST_REASON).collect()),
+        }
+    }
 }
 
 /// The journal could not be read or written.
@@ -97,7 +134,7 @@ pub fn read_journal(dir: &Path, vm: VmId) -> Result<Option<JournalFile>, Journal
         Err(source) => return Err(JournalError::File { doing: "reading", path, source }),
     };
     match serde_json::from_slice::<JournalFile>(&text) {
-        Ok(file) if file.version == 1 && file.vm == vm => Ok(Some(file)),
+        Ok(file) if matches!(file.version, 1 | VERSION) && file.vm == vm => Ok(Some(file)),
         Ok(_) => {
             let source = serde::de::Error::custom("another version, or another VM's file");
             Err(JournalError::Content { path, source })
@@ -137,13 +174,31 @@ impl Journal {
     }
 
     /// Writes the source's record. On return it is on disk.
-    pub(crate) fn write_source(&self, record: SourceRecord) -> Result<(), JournalError> {
-        self.change(|file| file.source = Some(record))
+    pub(crate) fn write_source(
+        &self,
+        record: SourceRecord,
+        reason: Option<String>,
+    ) -> Result<(), JournalError> {
+        self.change(|file| {
+            let same = file.source.as_ref().is_some_and(|before| before.attempt == record.attempt);
+            let before = file.source_note.take().filter(|_| same);
+            file.source_note = Some(JournalNote::now(before.as_ref(), reason));
+            file.source = Some(record);
+        })
     }
 
     /// Writes the destination's record. On return it is on disk.
-    pub(crate) fn write_destination(&self, record: DestinationRecord) -> Result<(), JournalError> {
-        self.change(|file| file.destination = Some(record))
+    pub(crate) fn write_destination(
+        &self,
+        record: DestinationRecord,
+        reason: Option<String>,
+    ) -> Result<(), JournalError> {
+        self.change(|file| {
+            let same = file.destination.as_ref().is_some_and(|before| before.attempt == record.attempt);
+            let before = file.destination_note.take().filter(|_| same);
+            file.destination_note = Some(JournalNote::now(before.as_ref(), reason));
+            file.destination = Some(record);
+        })
     }
 
     fn change(&self, change: impl FnOnce(&mut JournalFile)) -> Result<(), JournalError> {
@@ -157,6 +212,7 @@ impl Journal {
                     .map_err(|errno| failed("locking", &path)(errno.into()))?;
                 let mut file = self.read()?;
                 change(&mut file);
+                file.version = VERSION;
                 replace(dir, &file)?;
             }
         }
@@ -166,7 +222,14 @@ impl Journal {
 
 impl JournalFile {
     fn empty(vm: VmId) -> Self {
-        Self { version: 1, vm, source: None, destination: None }
+        Self {
+            version: VERSION,
+            vm,
+            source: None,
+            destination: None,
+            source_note: None,
+            destination_note: None,
+        }
     }
 
     /// Epochs of the VM, as far as this host's records know.
@@ -236,12 +299,50 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let source = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
         let destination = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
-        source.write_source(source_record(SourceState::Released, 3)).unwrap();
-        destination.write_destination(destination_record(DestinationState::Owner, 4)).unwrap();
+        source.write_source(source_record(SourceState::Released, 3), None).unwrap();
+        destination.write_destination(destination_record(DestinationState::Owner, 4), None).unwrap();
         let file = read_journal(dir.path(), VM).unwrap().unwrap();
         assert_eq!(file.epochs().released, Some(Epoch(3)));
         assert_eq!(file.owned_epoch(), Some(Epoch(5)));
         assert_eq!(source.read().unwrap(), file);
+    }
+
+    #[test]
+    fn a_record_says_when_its_attempt_began_and_why_it_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
+        journal.write_source(source_record(SourceState::Sending, 3), None).unwrap();
+        let began = journal.read().unwrap().source_note.unwrap();
+        assert_eq!((&began.began, &began.reason), (&began.written, &None));
+        journal.write_source(source_record(SourceState::Owner, 3), Some("x".repeat(5000))).unwrap();
+        let ended = journal.read().unwrap().source_note.unwrap();
+        assert_eq!(ended.began, began.began);
+        assert!(ended.written >= ended.began);
+        assert_eq!(ended.reason.unwrap().len(), LONGEST_REASON);
+        let another = SourceRecord { attempt: AttemptId([1; 16]), ..source_record(SourceState::Sending, 3) };
+        journal.write_source(another, None).unwrap();
+        let note = journal.read().unwrap().source_note.unwrap();
+        assert_eq!(note.began, note.written, "an attempt of its own");
+    }
+
+    #[test]
+    fn a_journal_of_layout_1_is_read_and_written_as_layout_2() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(format!("{VM}.json"));
+        let old = format!(
+            r#"{{"version": 1, "vm": "{VM}", "source": {{"vm": "{VM}", "attempt": {:?}, "epoch": 3,
+                "state": "released", "peer": "fd:26"}}}}"#,
+            [9; 16]
+        );
+        std::fs::write(&path, old).unwrap();
+        let journal = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
+        assert_eq!(journal.read().unwrap().source.unwrap().attempt, AttemptId([9; 16]));
+        journal.write_destination(destination_record(DestinationState::Reserved, 4), None).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(r#""version": 2"#) && text.contains(&"09".repeat(16)), "{text}");
+        let file = journal.read().unwrap();
+        assert_eq!(file.source.unwrap().peer, "fd:26");
+        assert_eq!(file.source_note, None, "nobody knows when");
     }
 
     #[test]
@@ -261,7 +362,7 @@ mod tests {
         std::fs::write(&path, b"{\"version\": 1, \"vm\"").unwrap();
         let journal = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
         assert!(matches!(journal.read(), Err(JournalError::Content { .. })));
-        assert!(journal.write_source(source_record(SourceState::Sending, 0)).is_err());
+        assert!(journal.write_source(source_record(SourceState::Sending, 0), None).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"{\"version\": 1, \"vm\"");
     }
 }

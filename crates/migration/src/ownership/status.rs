@@ -22,7 +22,7 @@ pub enum VmOwnership {
     Elsewhere {
         /// The epoch under which the other owns it.
         epoch: Epoch,
-        /// Address that it went to, or came from.
+        /// Address that it went to, or came from; `file:` and a path for a file that it was saved into.
         peer: String,
     },
     /// COMMIT may have been sent, and its outcome is not known here: a person, or the other side, decides.
@@ -91,6 +91,8 @@ mod tests {
                 state,
                 peer: peer(),
             }),
+            source_note: None,
+            destination_note: None,
         }
     }
 
@@ -126,7 +128,7 @@ mod tests {
     fn a_journal_that_makes_no_sense_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(ownership_at(dir.path(), VM).unwrap(), VmOwnership::Unknown);
-        for text in ["", "{}", "nonsense", r#"{"version":2,"vm":"07070707-0707-0707-0707-070707070707"}"#] {
+        for text in ["", "{}", "nonsense", r#"{"version":3,"vm":"07070707-0707-0707-0707-070707070707"}"#] {
             std::fs::write(dir.path().join(format!("{VM}.json")), text).unwrap();
             assert!(ownership_at(dir.path(), VM).is_err(), "{text}");
         }

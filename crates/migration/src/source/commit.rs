@@ -12,6 +12,7 @@ use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 use crate::session::fail::InPhase;
+use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 use crate::uri::Uri;
 
@@ -69,7 +70,7 @@ impl Worker<'_> {
             attempt: self.attempt,
             epoch: self.epoch,
             state,
-            peer: self.uri.to_string(),
+            peer: self.peer.to_owned(),
         }
     }
 
@@ -81,6 +82,9 @@ impl Worker<'_> {
             }
         }
         let record = self.record(state);
-        self.journal.write_source(record).map_err(|error| error.in_phase(Side::Source, state.phase()).into())
+        let reason = lock(&self.shared.journal_reason).take();
+        self.journal
+            .write_source(record, reason)
+            .map_err(|error| error.in_phase(Side::Source, state.phase()).into())
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use crate::toy::*;
 use vfio_migration::{
     Arrived, DestinationOptions, IncomingError, Machine, SaveError, SaveOptions, Saved, Snapshot,
-    SnapshotError, Source, SourceOptions, save,
+    SnapshotError, Source, SourceOptions, VmOwnership, ownership_at, read_journal, save,
 };
 use vfio_migration_types::{Epoch, MigrationState, PAGE_SIZE, RamOffset, Side};
 use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_bulk};
@@ -76,8 +76,15 @@ fn a_guest_ends_in_its_file_and_comes_back_once() {
     let saved = saving(&toy, &path, Some(&state), how).unwrap();
     assert!(saved.completed.is_some());
     toy.prove_standing();
+    // Who has nothing but the journal finds the guest.
+    let journal = read_journal(&state, VM).unwrap().unwrap();
+    assert_eq!(journal.source.unwrap().peer, format!("file:{}", path.display()));
+    let VmOwnership::Elsewhere { peer, .. } = ownership_at(&state, VM).unwrap() else { panic!("given away") };
+    assert!(peer.starts_with("file:/"), "{peer}");
     let back = Toy::new(&small());
     assert_eq!(restoring(&path, &back, Some(&state)).unwrap().epoch, Epoch(1));
+    let journal = read_journal(&state, VM).unwrap().unwrap();
+    assert_eq!(journal.destination.unwrap().peer, format!("file:{}", path.display()));
     prove_moved(&toy, &back);
     back.prove_running();
     // By the journal it is ours under a later epoch: the same file again would be a second guest.
