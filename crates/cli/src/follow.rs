@@ -10,7 +10,7 @@ use crate::control::protocol::{
 };
 use crate::exit::CliError;
 use crate::interrupt::UserInterrupt;
-use crate::output::{ProgressDisplay, eprintln_line};
+use crate::progress_display::ProgressDisplay;
 use crate::units::format_size;
 
 /// Time after which Ctrl-C is looked for while nothing happens.
@@ -47,7 +47,7 @@ pub(crate) fn follow(
             cancelled = true;
             // Too late to cancel is not a failure: the loop goes on to the end.
             if let Err(error) = client.call(ControlVerb::MigrateCancel, Value::Null) {
-                eprintln_line(format_args!("vfio-migrate: {error}"));
+                progress.message(format_args!("vfio-migrate: {error}"));
             }
         }
         match news {
@@ -123,11 +123,13 @@ fn vm_text(vm: &StatusInfo) -> String {
 
 fn migration_text(name: &str, migration: &MigrationInfo) -> String {
     let moved = migration.transferred;
+    // Of one that completed the last phase says nothing.
+    let phase = migration.phase_name.as_ref().filter(|_| migration.status != MigrationStatus::Completed);
     let mut text = format!(
-        "{name}: {}{}{}, {:.0} ms, iteration {}, {} RAM, {} device state live, {} stopped",
+        "{name}: {}{}{}, {} ms, iteration {}, {} RAM, {} device state live, {} stopped",
         migration.direction.as_ref().map_or(String::new(), |direction| format!("{direction}, ")),
         migration.status,
-        migration.phase.as_ref().map_or(String::new(), |phase| format!(" in {phase}")),
+        phase.map_or(String::new(), |phase| format!(" in {phase}")),
         migration.total_ms,
         migration.iterations,
         format_size(moved.ram),
@@ -139,9 +141,10 @@ fn migration_text(name: &str, migration: &MigrationInfo) -> String {
     }
     text.push('\n');
     if let Some(ms) = migration.downtime_ms {
-        text.push_str(&format!("downtime: {ms:.1} ms\n"));
+        text.push_str(&format!("downtime: {ms} ms\n"));
     } else if let Some(ms) = migration.expected_downtime_ms.filter(|_| migration.status.is_under_way()) {
-        text.push_str(&format!("expected downtime: {ms:.1} ms\n"));
+        let limit = migration.downtime_limit_ms.map_or(String::new(), |limit| format!(", limit {limit} ms"));
+        text.push_str(&format!("expected downtime: {ms} ms{limit}\n"));
     }
     text
 }

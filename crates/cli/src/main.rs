@@ -12,6 +12,7 @@ mod interrupt;
 mod move_options;
 mod output;
 mod probe;
+mod progress_display;
 mod side;
 mod target;
 mod units;

@@ -262,10 +262,13 @@ pub(crate) struct MigrationInfo {
     pub(crate) status: MigrationStatus,
     /// `"outgoing"` at the source, `"incoming"` at the destination.
     pub(crate) direction: Option<String>,
-    /// Phase, `"P1"` to `"P9"`.
+    /// Code of the phase, `"P1"` to `"P9"`.
     pub(crate) phase: Option<String>,
-    /// Milliseconds since it began.
-    pub(crate) total_ms: f64,
+    /// Its name: `"hello"`, `"setup"`, `"pre-copy"`, `"quiesce"`, `"final"`, `"ready"`, `"commit"`, `"run"`, `"clean-up"`.
+    #[serde(default)]
+    pub(crate) phase_name: Option<String>,
+    /// Milliseconds since it began, like all times here whole and rounded up.
+    pub(crate) total_ms: u64,
     /// Name of the attempt, in hexadecimal: the same on both sides.
     #[serde(default)]
     pub(crate) attempt: Option<String>,
@@ -276,14 +279,17 @@ pub(crate) struct MigrationInfo {
     #[serde(default)]
     pub(crate) guest: Option<ArrivedGuest>,
     /// Milliseconds that the guest was paused, once it runs again at the destination.
-    pub(crate) downtime_ms: Option<f64>,
+    pub(crate) downtime_ms: Option<u64>,
     /// Whether `downtime-ms` was read from one clock, both sides being on one host; else the answer's way back is in it.
     #[serde(default)]
     pub(crate) one_clock: bool,
     /// Milliseconds spent on digests while it was paused, not in `downtime-ms`.
-    pub(crate) verify_ms: f64,
+    pub(crate) verify_ms: u64,
     /// Downtime that the next switchover is predicted to cost, in milliseconds.
-    pub(crate) expected_downtime_ms: Option<f64>,
+    pub(crate) expected_downtime_ms: Option<u64>,
+    /// Longest downtime that is allowed, in milliseconds: at the source, which is told.
+    #[serde(default)]
+    pub(crate) downtime_limit_ms: Option<u64>,
     /// Iterations of pre-copy so far: the first sends all RAM.
     pub(crate) iterations: u32,
     /// Payload bytes moved so far.
@@ -297,11 +303,12 @@ pub(crate) struct MigrationInfo {
     /// Interrupt vectors armed at the destination.
     #[serde(default)]
     pub(crate) vectors: u32,
-    /// Bytes left, RAM and devices, while it is under way.
+    /// Bytes left, RAM and devices, while it is under way: of the pass under way, and what is known to be dirty. 0 at the
+    /// destination, which is not told.
     pub(crate) remaining: u64,
     /// Bytes each second on the wire, lately.
     pub(crate) rate: u64,
-    /// What each phase took.
+    /// What each phase took so far, also of a migration that did not complete.
     pub(crate) phases: Vec<PhaseInfo>,
     /// RAM at the source's pause equals RAM before the destination ran; absent when not asked for.
     pub(crate) ram_digest_match: Option<bool>,
@@ -433,8 +440,10 @@ pub(crate) struct TransferInfo {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct PhaseInfo {
-    /// Phase, `"P1"` to `"P9"`.
+    /// Code of the phase, `"P1"` to `"P9"`.
+    pub(crate) phase: String,
+    /// Its name.
     pub(crate) name: String,
-    /// Time that the phase took, in milliseconds.
-    pub(crate) ms: f64,
+    /// Time that the phase took, in milliseconds, in all if it was entered more than once.
+    pub(crate) ms: u64,
 }

@@ -20,8 +20,9 @@ use crate::control::protocol::{ControlVerb, MigrateArguments, MigrationInfo, Mig
 use crate::exit::{CliError, Exit};
 use crate::interrupt::UserInterrupt;
 use crate::move_options::{MoveOptions, SwitchoverOptions};
-use crate::output::{ProgressDisplay, WaitingDisplay};
-use crate::output::{eprintln_line, print, print_json};
+use crate::output::{WaitingDisplay, eprintln_line, print, print_json};
+use crate::progress_display::ProgressDisplay;
+use crate::units::milliseconds;
 use crate::words::check_memory;
 
 /// Longest wait for the guest to boot and to have something worth moving.
@@ -139,8 +140,7 @@ impl<'a> Stage<'a> {
             .ok_or_else(|| CliError::failed("the destination VM does not wait for a guest"))?;
         let began = Instant::now();
         let outgoing = self.migrate(&uri)?;
-        let total_ms = began.elapsed().as_secs_f64() * 1e3;
-        report.total_ms = total_ms;
+        report.total_ms = milliseconds(began.elapsed());
         report.downtime_ms = outgoing.downtime_ms;
         report.verify_ms = outgoing.verify_ms;
         report.iterations = outgoing.iterations;
@@ -278,7 +278,7 @@ impl<'a> Stage<'a> {
         report.checked = Counts::checked(&after);
         report.lost = Counts::lost(&after);
         report.spurious_interrupts = after.spurious;
-        report.guest_gap_ms = Some(Duration::from_nanos(after.longest_gap_ns).as_secs_f64() * 1e3);
+        report.guest_gap_ms = Some(milliseconds(Duration::from_nanos(after.longest_gap_ns)));
         if Counts::lost(&after).any() && !Counts::lost(before).any() {
             report.caught_by = Some(CaughtBy::Guest);
         }

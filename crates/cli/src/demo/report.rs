@@ -21,14 +21,14 @@ pub(crate) struct DemoReport {
     /// Which processes the demo ran.
     pub(crate) pids: Pids,
     /// Milliseconds from the request to the end of the migration.
-    pub(crate) total_ms: f64,
+    pub(crate) total_ms: u64,
     /// Milliseconds from the source's vCPUs paused to the destination's vCPUs running, by one clock; `verify_ms` is not in it.
-    pub(crate) downtime_ms: Option<f64>,
+    pub(crate) downtime_ms: Option<u64>,
     /// The longest gap between two looks at the host's clock that the guest itself saw, in milliseconds. Contains the
     /// downtime, the time of the digests, and whatever else kept the guest from running.
-    pub(crate) guest_gap_ms: Option<f64>,
+    pub(crate) guest_gap_ms: Option<u64>,
     /// Milliseconds spent on digests while the guest was paused.
-    pub(crate) verify_ms: f64,
+    pub(crate) verify_ms: u64,
     /// How many iterations pre-copy took: the first sends all RAM.
     pub(crate) iterations: u32,
     /// Payload bytes on the wire.
@@ -136,10 +136,10 @@ impl DemoReport {
             guest: guest.into(),
             transport: transport.into(),
             pids: Pids::default(),
-            total_ms: 0.0,
+            total_ms: 0,
             downtime_ms: None,
             guest_gap_ms: None,
-            verify_ms: 0.0,
+            verify_ms: 0,
             iterations: 0,
             bytes: DemoBytes::default(),
             checked: Counts::default(),
@@ -155,7 +155,7 @@ impl DemoReport {
 
     /// The report for people.
     pub(crate) fn text(&self) -> String {
-        let ms = |value: Option<f64>| value.map_or("-".into(), |ms| format!("{ms:.1} ms"));
+        let ms = |value: Option<u64>| value.map_or("-".into(), |ms| format!("{ms} ms"));
         let matched = |value: Option<bool>| match value {
             Some(true) => "equal",
             Some(false) => "DIFFERENT",
@@ -164,12 +164,9 @@ impl DemoReport {
         let mut text = String::new();
         let mut row = |name: &str, value: String| text.push_str(&format!("  {name:<22}{value}\n"));
         row("guest", format!("{} over {}", self.guest, self.transport));
-        row("total", format!("{:.1} ms, {} iterations", self.total_ms, self.iterations));
+        row("total", format!("{} ms, {} iterations", self.total_ms, self.iterations));
         row("downtime", ms(self.downtime_ms));
-        row(
-            "longest gap (guest)",
-            format!("{}, of it {:.1} ms digests", ms(self.guest_gap_ms), self.verify_ms),
-        );
+        row("longest gap (guest)", format!("{}, of it {} ms digests", ms(self.guest_gap_ms), self.verify_ms));
         row(
             "moved",
             format!(
@@ -191,7 +188,7 @@ impl DemoReport {
         row("RAM digests", matched(self.ram_digest_match).into());
         row("device digests", matched(self.device_digest_match).into());
         let phases: Vec<String> =
-            self.phases.iter().map(|phase| format!("{} {:.1}", phase.name, phase.ms)).collect();
+            self.phases.iter().map(|phase| format!("{} {}", phase.name, phase.ms)).collect();
         row("phases, ms", phases.join("  "));
         if let Some(caught) = self.caught_by {
             row("caught by", format!("{caught:?}").to_lowercase());

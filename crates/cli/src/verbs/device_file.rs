@@ -18,7 +18,8 @@ use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
 use crate::args::moves::{RestoreCommand, SaveCommand};
 use crate::exit::{CliError, Exit};
 use crate::interrupt::UserInterrupt;
-use crate::output::{ProgressDisplay, print, print_json};
+use crate::output::{print, print_json};
+use crate::progress_display::ProgressDisplay;
 use crate::units::format_size;
 
 /// Time after which progress is looked at again, and Ctrl-C.

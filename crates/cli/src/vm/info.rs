@@ -2,11 +2,9 @@
 //! whole of the library's reports: they are destructured, so that a field that is new does not compile until it is told or said
 //! to be told elsewhere.
 
-use std::time::Duration;
-
 use vfio_migration::{
     Aborted, ArrivalReport, Bytes, Completed, DeviceStatus, Failure, GuestOutcome, IncomingError,
-    MigrateError, OwnedNotStarted, Progress, Rehearsal, RehearsedHere, SaveError,
+    MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
 };
 use vfio_migration_compat::Report as CheckReport;
 use vfio_migration_types::{Phase, error_chain};
@@ -22,6 +20,7 @@ use crate::control::protocol::{
     TransferInfo, VmStatus,
 };
 use crate::control::rehearsal::RehearsalInfo;
+use crate::units::milliseconds;
 
 /// The VM and its migration at one moment: the two never contradict each other.
 pub(super) fn report(vm: &RunningVm) -> StatusReport {
@@ -97,8 +96,11 @@ fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
     MigrationInfo {
         direction: Some(direction.into()),
         phase: Some(progress.phase.code().into()),
-        total_ms: ms(progress.elapsed),
-        expected_downtime_ms: progress.predicted_downtime.map(ms),
+        phase_name: Some(progress.phase.name().into()),
+        total_ms: milliseconds(progress.elapsed),
+        expected_downtime_ms: progress.predicted_downtime.map(milliseconds),
+        downtime_limit_ms: (direction == "outgoing").then(|| milliseconds(progress.downtime_limit)),
+        phases: phases(&progress.phases),
         iterations: progress.iteration,
         transferred: transferred(progress.bytes),
         devices: devices(&progress.devices),
@@ -169,14 +171,14 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
     };
     MigrationInfo {
         direction: Some("outgoing".into()),
-        total_ms: ms(*total),
+        total_ms: milliseconds(*total),
         attempt: Some(attempt.to_string()),
         transport: Some(transport.clone()),
         guest: Some(arrived),
-        downtime_ms: downtime.map(ms),
+        downtime_ms: downtime.map(milliseconds),
         one_clock: *one_clock,
-        verify_ms: ms(*verify),
-        expected_downtime_ms: Some(ms(*predicted)),
+        verify_ms: milliseconds(*verify),
+        expected_downtime_ms: Some(milliseconds(*predicted)),
         iterations: *iterations,
         transferred: transferred(*bytes),
         wire_bytes: Some(*wire_bytes),
@@ -246,8 +248,8 @@ pub(super) fn arrived(vm: &RunningVm, report: &ArrivalReport) -> MigrationInfo {
     MigrationInfo {
         attempt: Some(attempt.to_string()),
         guest: Some(arrived),
-        verify_ms: ms(*verify),
-        total_ms: ms(*total),
+        verify_ms: milliseconds(*verify),
+        total_ms: milliseconds(*total),
         transferred: transferred(*bytes),
         devices: devices(moved),
         vectors: *vectors,
@@ -287,7 +289,7 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
 /// A rehearsal that came to its end.
 pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
     MigrationInfo {
-        total_ms: ms(found.total),
+        total_ms: milliseconds(found.total),
         error: found.left_undone.as_ref().map(|failure: &Failure| failure.to_string()),
         left_undone: found.left_undone.iter().map(FailureInfo::from).collect(),
         phases: phases(&found.phases),
@@ -322,13 +324,16 @@ fn devices(devices: &[DeviceStatus]) -> Vec<DeviceInfo> {
     devices.iter().map(device).collect()
 }
 
-fn phases(entered: &[vfio_migration::PhaseTime]) -> Vec<PhaseInfo> {
-    let told = entered.iter().filter(|time| time.phase != Phase::Plan);
-    told.map(|time| PhaseInfo { name: time.phase.code().into(), ms: ms(time.took) }).collect()
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+/// The phases of a session, but for the plan, which is none of it.
+fn phases(times: &[PhaseTime]) -> Vec<PhaseInfo> {
+    let of_session = times.iter().filter(|time| time.phase != Phase::Plan);
+    of_session
+        .map(|time| PhaseInfo {
+            phase: time.phase.code().into(),
+            name: time.phase.name().into(),
+            ms: milliseconds(time.took),
+        })
+        .collect()
 }
 
 /// The report page of the guest as `query-guest` returns it.
