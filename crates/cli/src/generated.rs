@@ -20,11 +20,14 @@ use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::demo::report::DemoReport;
 use crate::exit::{CliError, Exit, FailureReport};
+use crate::history::HistoryRecord;
 use crate::verbs::check::pool::BaselineReport;
 use crate::verbs::device_file::DeviceFileReport;
 use crate::verbs::devices::report::DevicesReport;
 use crate::verbs::doctor::DoctorReport;
+use crate::verbs::history::HistoryReport;
 use crate::verbs::moves::{ActionReply, RehearseReport};
+use crate::verbs::state_dir::StateDirReport;
 
 /// Writes `man/`, `completions/` and `docs/schemas/` under `top`.
 pub(crate) fn generate(top: &Path) -> Result<Exit, CliError> {
@@ -60,6 +63,9 @@ fn schemas_by_name() -> Vec<(&'static str, Schema)> {
         ("failure", schema_for!(FailureReport)),
         ("acknowledged", schema_for!(ActionReply)),
         ("query", schema_for!(StatusReport)),
+        ("status-state-dir", schema_for!(StateDirReport)),
+        ("history", schema_for!(HistoryReport)),
+        ("history-record", schema_for!(HistoryRecord)),
         ("query-guest", schema_for!(GuestInfo)),
         ("migration", schema_for!(MigrationInfo)),
         ("migrate-arguments", schema_for!(MigrateArguments)),

@@ -8,6 +8,7 @@ mod demo;
 mod exit;
 mod follow;
 mod generated;
+mod history;
 mod interrupt;
 mod move_options;
 mod output;
@@ -64,7 +65,12 @@ fn run(verb: CliVerb) -> Result<Exit, CliError> {
             _ => Err(CliError::new(Exit::Usage, "one of --control and --device says what is to be saved")),
         },
         CliVerb::Restore(options) => verbs::device_file::restore(&options, &UserInterrupt::listen()?),
-        CliVerb::Status(options) => verbs::moves::status(&options, &UserInterrupt::listen()?),
+        CliVerb::Status(options) => match (&options.control, &options.state_dir) {
+            (Some(control), None) => verbs::moves::status(&options, control, &UserInterrupt::listen()?),
+            (None, Some(dir)) => verbs::state_dir::status(dir, options.json),
+            _ => Err(CliError::new(Exit::Usage, "one of --control and --state-dir says what is to be shown")),
+        },
+        CliVerb::History(options) => verbs::history::run(&options),
         CliVerb::Cancel(target) => verbs::moves::cancel(&target),
         CliVerb::Continue(target) => verbs::moves::continue_migration(&target),
         CliVerb::Stop(target) => verbs::moves::stop(&target),
@@ -86,7 +92,8 @@ fn run(verb: CliVerb) -> Result<Exit, CliError> {
 
 fn init_logging(verbose: u8) {
     let default = match verbose {
-        0 => "warn",
+        // Sessions are told by default: a line when one begins, and one when it ends.
+        0 => "warn,session=info",
         1 => "info",
         _ => "debug",
     };

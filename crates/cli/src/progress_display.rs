@@ -186,7 +186,6 @@ mod tests {
 
     fn info(moved: u64, left: u64) -> MigrationInfo {
         MigrationInfo {
-            status: MigrationStatus::Active,
             direction: Some("outgoing".into()),
             phase: Some("P3".into()),
             phase_name: Some("pre-copy".into()),
@@ -197,7 +196,7 @@ mod tests {
             transferred: TransferInfo { ram: moved, ..TransferInfo::default() },
             remaining: left,
             rate: 12 << 20,
-            ..MigrationInfo::default()
+            ..MigrationInfo::new(MigrationStatus::Active)
         }
     }
 

@@ -1,11 +1,11 @@
 //! Progress of a session while it runs, and its report at the end. All of it serialises; times are milliseconds in
 //! JSON.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::Report;
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, Phase, VmId};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, Phase, VmId, rfc3339};
 
 /// Progress of a migration, at either side. Counts are of this side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,6 +63,15 @@ pub struct AttemptInfo {
     pub kind: AttemptKind,
     /// The other end: an address, or `file:` and the path of a snapshot.
     pub peer: String,
+    /// When it began, by the host's wall clock: RFC 3339 in UTC.
+    pub began: String,
+}
+
+impl AttemptInfo {
+    /// An attempt that begins now.
+    pub fn beginning(vm: VmId, attempt: AttemptId, epoch: Epoch, kind: AttemptKind, peer: String) -> Self {
+        Self { vm, attempt, epoch, kind, peer, began: rfc3339(SystemTime::now()) }
+    }
 }
 
 /// What an attempt is to come to.

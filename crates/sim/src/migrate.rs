@@ -51,9 +51,15 @@ impl SampleDevice {
             .map_err(|error: ArcError| invalid(error.to_string()))?;
         for next in steps {
             let from = self.state();
-            self.scripted(&mut migration, from, next)?;
-            self.take_arc(&mut migration, from, next)?;
+            let taken = self
+                .scripted(&mut migration, from, next)
+                .and_then(|()| self.take_arc(&mut migration, from, next));
+            if let Err(error) = taken {
+                tracing::info!(target: "session", "the device does not go from {from} to {next}: {error}");
+                return Err(error);
+            }
             self.shared.set_state(next);
+            migration.log_arc(from, next);
         }
         Ok(())
     }

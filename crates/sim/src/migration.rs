@@ -1,12 +1,17 @@
 //! The session of the device's migration, and what the scripted faults have done so far.
 
+use std::time::Instant;
+
 use rustix::io::Errno;
-use vfio_migration_types::Bitmap;
+use vfio_migration_types::{Bitmap, MigrationState};
 
 use crate::error::{SimError, invalid};
 use crate::regs::Registers;
 use crate::saving::SampleSaving;
 use crate::stream::Parser;
+
+/// Target of the lines that say how sessions begin and end: the command says them by default.
+const SESSION: &str = "session";
 
 /// The open session, and what the scripted faults have done so far.
 #[derive(Debug, Default)]
@@ -18,6 +23,8 @@ pub(crate) struct SampleMigration {
     pub(crate) struck: Vec<u32>,
     /// Bytes read or written in the session.
     pub(crate) moved: u64,
+    /// When the session was opened, while one is.
+    pub(crate) begun: Option<Instant>,
     /// The bulk state is partly of another device.
     pub(crate) foreign: bool,
 }
@@ -43,8 +50,39 @@ pub(crate) struct SampleResuming {
 }
 
 impl SampleMigration {
+    /// Says on the log that a session has begun or ended, where an arc that was taken did that.
+    pub(crate) fn log_arc(&mut self, from: MigrationState, to: MigrationState) {
+        use MigrationState::{PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
+        match (from, to) {
+            (Running, PreCopy) | (RunningP2p, PreCopyP2p) => {
+                self.log_begin("saving begins, with the device running")
+            }
+            (Stop, StopCopy) => self.log_begin("saving begins, with the device stopped"),
+            (Stop, Resuming) => self.log_begin("loading begins"),
+            (StopCopy, Stop) => self.log_end("saving ended"),
+            (PreCopy, Running) | (PreCopyP2p, RunningP2p) => {
+                self.log_end("saving was given up, and the device goes on");
+            }
+            (Resuming, Stop) => self.log_end("loading ended"),
+            _ => {}
+        }
+    }
+
+    fn log_begin(&mut self, what: &str) {
+        self.begun = Some(Instant::now());
+        tracing::info!(target: SESSION, "{what}");
+    }
+
+    /// The same of the end of a session. Nothing, if none was open.
+    pub(crate) fn log_end(&mut self, what: &str) {
+        if let Some(begun) = self.begun.take() {
+            tracing::info!(target: SESSION, "{what}: {} bytes in {} ms", self.moved, begun.elapsed().as_millis());
+        }
+    }
+
     /// Drops the session. Returns whether the bulk state has to be made anew.
     pub(crate) fn forget(&mut self) -> bool {
+        self.log_end("the session was ended by a reset");
         self.session = SampleSession::None;
         self.moved = 0;
         std::mem::take(&mut self.foreign)

@@ -1,8 +1,10 @@
-//! The command line of what asks whether something can move: `describe`, `check`, `explain`, `devices`, `doctor`.
+//! The command line of what asks whether something can move: `describe`, `check`, `explain`, `history`,
+//! `devices`, `doctor`.
 
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use vfio_migration_types::VmId;
 
 use crate::units;
 use crate::words::{HostRoot, pair};
@@ -130,6 +132,27 @@ pub(crate) struct DevicesCommand {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) root: HostRoot,
+}
+
+/// Options of `history`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "The records are lines of JSON in DIR/history.jsonl, and in DIR/history.jsonl.1 those before the file had 1 \
+MiB.\nExit codes: 0 listed, 1 failed, 2 usage."
+)]
+pub(crate) struct HistoryCommand {
+    /// State directory of the `vm`s.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: PathBuf,
+    /// Only sessions of this VM.
+    #[arg(long, value_name = "UUID")]
+    pub(crate) vm: Option<VmId>,
+    /// Only the last N.
+    #[arg(long, value_name = "N")]
+    pub(crate) last: Option<usize>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `doctor`.

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use self::ask::{CheckCommand, DescribeCommand, DevicesCommand, DoctorCommand, ExplainCommand};
+use self::ask::{
+    CheckCommand, DescribeCommand, DevicesCommand, DoctorCommand, ExplainCommand, HistoryCommand,
+};
 use self::moves::{
     IncomingCommand, MigrateCommand, RehearseCommand, RestoreCommand, SaveCommand, SetCommand, StatusCommand,
 };
@@ -50,8 +52,10 @@ pub(crate) enum CliVerb {
     Save(SaveCommand),
     /// Load what `save --device` wrote into a device. For a whole guest: `vm --restore`.
     Restore(RestoreCommand),
-    /// Show a `vm` and its migration.
+    /// Show a `vm` and its migration, or the VMs of a state directory.
     Status(StatusCommand),
+    /// List the migrations, rehearsals, saves and restores that a state directory has seen, without any `vm`.
+    History(HistoryCommand),
     /// Cancel the migration of a running `vm`: its guest goes on where it is.
     Cancel(VmTarget),
     /// Let a migration go on that waits before its switchover.
@@ -88,7 +92,6 @@ impl CliVerb {
     pub(crate) fn json(&self) -> bool {
         match self {
             Self::Migrate(MigrateCommand { target, .. })
-            | Self::Status(StatusCommand { target, .. })
             | Self::Set(SetCommand { target, .. })
             | Self::Incoming(IncomingCommand { target, .. })
             | Self::Rehearse(RehearseCommand { target, .. })
@@ -97,6 +100,8 @@ impl CliVerb {
             | Self::Stop(target)
             | Self::Cont(target)
             | Self::Quit(target) => target.json,
+            Self::Status(options) => options.json,
+            Self::History(options) => options.json,
             Self::Save(options) => options.json,
             Self::Restore(options) => options.json,
             Self::Devices(options) => options.json,

@@ -23,13 +23,20 @@ pub(crate) struct IncomingCommand {
 
 /// Options of `status`.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = EXIT_CODES)]
+#[command(after_help = EXIT_CODES, group = clap::ArgGroup::new("whose").args(["control", "state_dir"]).required(true))]
 pub(crate) struct StatusCommand {
-    #[command(flatten)]
-    pub(crate) target: VmTarget,
+    /// Control socket of the `vm`.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// State directory of `vm`s, which need not run: who owns each VM by its journal, and how its last session ended.
+    #[arg(long, value_name = "DIR", conflicts_with = "watch")]
+    pub(crate) state_dir: Option<PathBuf>,
     /// Keep showing it until the migration ends.
     #[arg(long)]
     pub(crate) watch: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `migrate`.

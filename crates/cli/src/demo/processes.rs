@@ -29,7 +29,12 @@ impl Process {
     pub(crate) fn start(name: &str, arguments: &[String]) -> Result<Self, CliError> {
         let program =
             std::env::current_exe().map_err(|error| CliError::caused("cannot find this program", &error))?;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        if std::env::var_os("RUST_LOG").is_none() {
+            // The demo itself tells what its sessions come to.
+            command.env("RUST_LOG", "warn");
+        }
+        let mut child = command
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

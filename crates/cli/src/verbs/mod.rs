@@ -7,4 +7,6 @@ pub(crate) mod device_file;
 pub(crate) mod devices;
 pub(crate) mod doctor;
 pub(crate) mod explain;
+pub(crate) mod history;
 pub(crate) mod moves;
+pub(crate) mod state_dir;

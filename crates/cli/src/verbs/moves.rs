@@ -124,11 +124,16 @@ pub(crate) fn save(
 }
 
 /// `status`: prints the report on a `vm` and its migration.
-pub(crate) fn status(command: &StatusCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
-    let mut client = command.target.connect()?;
+pub(crate) fn status(
+    command: &StatusCommand,
+    control: &Path,
+    interrupt: &UserInterrupt,
+) -> Result<Exit, CliError> {
+    let target = VmTarget { control: control.to_owned(), json: command.json };
+    let mut client = target.connect()?;
     let goes_on = |state: MigrationStatus| command.watch && state.is_under_way();
-    let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Leave)?;
-    if command.target.json {
+    let report = follow(&mut client, goes_on, command.json, interrupt, OnInterrupt::Leave)?;
+    if command.json {
         print_json(&report)?;
     } else {
         print(text(&report))?;

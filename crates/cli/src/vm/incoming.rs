@@ -12,9 +12,9 @@ use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_destination;
-use super::info;
 use super::running::{RunningVm, build, build_with_memory};
 use super::slot::{Slot, Steering};
+use super::{history, info};
 use crate::control::event::ControlEvent;
 use crate::control::refused::Refused;
 use crate::output::eprintln_line;
@@ -128,6 +128,9 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
         && let Some(progress) = control.progress()
     {
         vm.publisher.publish(&ControlEvent::of_migration(&info::incoming(&progress)));
+        if let Some(attempt) = &progress.attempt {
+            history::session_began(attempt, "incoming");
+        }
     }
     let memory = vm.options.memory.is_none().then(|| offer.manifest.memory());
     let fits = |machine: &Arc<ReferenceMachine>| {

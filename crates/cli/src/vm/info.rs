@@ -3,8 +3,8 @@
 //! to be told elsewhere.
 
 use vfio_migration::{
-    Aborted, ArrivalReport, Bytes, Completed, DeviceStatus, Failure, GuestOutcome, IncomingError,
-    MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
+    Aborted, ArrivalReport, AttemptKind, Bytes, Completed, DeviceStatus, Failure, GuestOutcome,
+    IncomingError, MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
 };
 use vfio_migration_compat::Report as CheckReport;
 use vfio_migration_types::{Phase, error_chain};
@@ -93,13 +93,16 @@ pub(super) fn incoming(progress: &Progress) -> MigrationInfo {
 
 fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
     let status = if progress.waiting { MigrationStatus::PreSwitchover } else { MigrationStatus::Active };
+    // While a file is written, the guest is paused for as long as the disk takes.
+    let to_file = progress.attempt.as_ref().is_some_and(|attempt| attempt.kind == AttemptKind::Save);
+    let limited = direction == "outgoing" && !to_file;
     MigrationInfo {
         direction: Some(direction.into()),
         phase: Some(progress.phase.code().into()),
         phase_name: Some(progress.phase.name().into()),
         total_ms: milliseconds(progress.elapsed),
         expected_downtime_ms: progress.predicted_downtime.map(milliseconds),
-        downtime_limit_ms: (direction == "outgoing").then(|| milliseconds(progress.downtime_limit)),
+        downtime_limit_ms: limited.then(|| milliseconds(progress.downtime_limit)),
         phases: phases(&progress.phases),
         iterations: progress.iteration,
         transferred: transferred(progress.bytes),

@@ -2,6 +2,7 @@
 
 mod faults;
 mod handler;
+mod history;
 mod incoming;
 mod info;
 mod outgoing;

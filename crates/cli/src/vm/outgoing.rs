@@ -6,9 +6,9 @@ use vfio_migration::{Completed, MigrateError, Progress, Rehearsal, Rehearse, Sou
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_source;
-use super::info;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
+use super::{history, info};
 use crate::control::event::ControlEvent;
 use crate::control::protocol::MigrateArguments;
 use crate::control::refused::Refused;
@@ -86,7 +86,11 @@ pub(super) fn begin(
 /// The observer of an outgoing session: publishes each iteration, and the beginning and end of a wait before the switchover.
 pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
     let mut last = (0, false);
+    let mut began = false;
     move |progress| {
+        if let Some(attempt) = progress.attempt.as_ref().filter(|_| !std::mem::replace(&mut began, true)) {
+            history::session_began(attempt, "outgoing");
+        }
         let info = info::outgoing(progress);
         if progress.iteration != last.0 {
             vm.publisher.publish(&ControlEvent::of_pass(&info));

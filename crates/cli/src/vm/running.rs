@@ -1,7 +1,7 @@
 //! The state of a `vm` process, which outlives each guest that it serves.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
@@ -9,12 +9,13 @@ use vfio_migration::{VmOwnership, ownership_at};
 use vfio_migration_compat::Policy;
 use vfio_migration_device::ConfigRules;
 use vfio_migration_memory::MemoryError;
-use vfio_migration_types::{DeviceId, Epoch, VmId, error_chain};
+use vfio_migration_types::{AttemptId, DeviceId, Epoch, VmId, error_chain};
 use vfio_migration_vmm::VmmError;
 use vfio_migration_vmm::machine::{
     Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, kvm_answers,
 };
 
+use super::history;
 use super::presence::{self, Presence};
 use super::slot::{Slot, Steering, VmState};
 use crate::args::serve::VmCommand;
@@ -38,6 +39,8 @@ pub(super) struct RunningVm {
     pub(super) presence: Presence,
     /// Held by whoever builds the machine of a `vm` that waits, or takes it for a session.
     pub(super) building: Mutex<()>,
+    /// The attempt whose end was told and written down last.
+    told: Mutex<Option<AttemptId>>,
 }
 
 /// Guest RAM where nobody says how much.
@@ -84,12 +87,15 @@ impl RunningVm {
             state: VmState::default(),
             presence: Presence::default(),
             building: Mutex::default(),
+            told: Mutex::default(),
         })
     }
 
     /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed. Every client gets it.
     pub(super) fn end_session(&self, info: MigrationInfo, slot: Option<Slot>) {
         let event = ControlEvent::of_migration(&info);
+        // First, so that who is told of the end finds it in the history.
+        self.record_session(&info);
         self.state.end(info, slot);
         self.publisher.publish(&event);
     }
@@ -97,8 +103,19 @@ impl RunningVm {
     /// Ends a session of a wait that goes on. Every client gets it.
     pub(super) fn end_attempt(&self, info: MigrationInfo) {
         let event = ControlEvent::of_migration(&info);
+        self.record_session(&info);
         self.state.end_attempt(info);
         self.publisher.publish(&event);
+    }
+
+    /// Says how the session that has ended did so, and writes it down: once, and nothing if none was begun.
+    fn record_session(&self, info: &MigrationInfo) {
+        let Some(progress) = self.state.steering().and_then(|steering| steering.progress()) else { return };
+        let attempt = progress.attempt.as_ref().map(|attempt| attempt.attempt);
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut *told, attempt) != attempt {
+            history::session_ended(self.options.state_dir.as_deref(), &progress, info);
+        }
     }
 
     /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner.

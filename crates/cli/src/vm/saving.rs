@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vfio_migration::{
-    DestinationOptions, IncomingError, IncomingOffer, Machine, MigrateError, SaveError, Saved, Snapshot,
-    Source, save,
+    AttemptInfo, AttemptKind, DestinationOptions, IncomingError, IncomingOffer, Machine, MigrateError,
+    SaveError, Saved, Snapshot, Source, save,
 };
 use vfio_migration_compat::Reason;
 use vfio_migration_types::error_chain;
@@ -13,10 +13,11 @@ use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::running::{RunningVm, build_with_memory};
 use super::slot::Slot;
-use super::{info, outgoing};
-use crate::control::protocol::SaveArguments;
+use super::{history, info, outgoing};
+use crate::control::protocol::{MigrationInfo, SaveArguments};
 use crate::control::refused::Refused;
 use crate::exit::{CliError, Exit};
+use crate::history::SessionKind;
 
 /// Begins to save; returns once the session has its thread.
 pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<(), Refused> {
@@ -88,6 +89,10 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
     if let Some(dir) = &vm.options.state_dir {
         vm.presence.start(dir, id).map_err(CliError::failed)?;
     }
+    let peer = format!("file:{}", std::path::absolute(snapshot.path()).unwrap_or_default().display());
+    let (attempt, epoch) = (snapshot.attempt(), snapshot.epoch());
+    let attempt = AttemptInfo::beginning(id, attempt, epoch, AttemptKind::Restore, peer);
+    history::session_began(&attempt, "incoming");
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
@@ -106,6 +111,12 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
             Err(Reason::new("machine", text).into())
         }
     });
+    let ended = match &restored {
+        Ok(arrived) => info::arrived(vm, &arrived.report),
+        Err(error) => info::not_arrived(vm, error, false),
+    };
+    let ended = MigrationInfo { direction: Some("incoming".into()), ..ended };
+    history::record(vm.options.state_dir.as_deref(), &attempt, SessionKind::Restore, ended);
     match (restored, machine, not_built) {
         (_, _, Some(failure)) => Err(failure),
         (Ok(arrived), Some(machine), None) => {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use vfio_migration::{Control, IncomingControl, Uri};
+use vfio_migration::{Control, IncomingControl, Progress, Uri};
 use vfio_migration_types::Epoch;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
@@ -72,6 +72,16 @@ impl Slot {
 pub(super) enum Steering {
     Outgoing(Control),
     Incoming(IncomingControl),
+}
+
+impl Steering {
+    /// Progress of the session that is under way, or of the last that was.
+    pub(super) fn progress(&self) -> Option<Progress> {
+        match self {
+            Self::Outgoing(control) => Some(control.progress()),
+            Self::Incoming(control) => control.progress().or(control.last_progress()),
+        }
+    }
 }
 
 /// The guest and its migration, under one lock, so that the two never contradict each other.

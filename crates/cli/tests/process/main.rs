@@ -6,6 +6,7 @@ mod demo;
 mod device_files;
 mod endings;
 mod generated;
+mod history;
 mod host;
 mod moves;
 mod receivers;

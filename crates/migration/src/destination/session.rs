@@ -3,14 +3,14 @@
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use vfio_migration_compat::Reason;
 use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
-use vfio_migration_types::{Failure, GuestOutcome, Phase, Side};
+use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, rfc3339};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
 use crate::channel::connect::Listener;
@@ -117,6 +117,7 @@ pub(super) fn run(
             polled: begun,
             from_file: options.from_file.is_some(),
             peer: shared.peer.clone(),
+            began: rfc3339(SystemTime::now()),
             phases: Vec::new(),
             entered: Duration::ZERO,
             rate: RateMeter::default(),
@@ -158,6 +159,8 @@ struct Session<'a> {
     from_file: bool,
     /// The other end, as the journal and the progress name it.
     peer: String,
+    /// By the wall clock.
+    began: String,
     phases: Vec<PhaseTime>,
     /// When the last of them was entered.
     entered: Duration,
@@ -333,7 +336,8 @@ impl Session<'_> {
         } else {
             AttemptKind::Migration
         };
-        Some(AttemptInfo { vm, attempt, epoch, kind, peer: self.peer.clone() })
+        let (peer, began) = (self.peer.clone(), self.began.clone());
+        Some(AttemptInfo { vm, attempt, epoch, kind, peer, began })
     }
 
     fn now(&self) -> Duration {

@@ -117,7 +117,7 @@ pub(crate) struct Journal {
 
 #[derive(Debug)]
 enum JournalPlace {
-    Memory(Mutex<JournalFile>),
+    Memory(Box<Mutex<JournalFile>>),
     Directory {
         dir: PathBuf,
         /// Held for the session; the kernel releases it when the process dies.
@@ -147,7 +147,10 @@ impl Journal {
     /// Opens the journal of `vm` in `dir`, which is made if it is not there, or one in memory alone.
     pub(crate) fn open(dir: Option<&Path>, vm: VmId, side: JournalSide) -> Result<Self, JournalError> {
         let Some(dir) = dir else {
-            return Ok(Self { vm, place: JournalPlace::Memory(Mutex::new(JournalFile::empty(vm))) });
+            return Ok(Self {
+                vm,
+                place: JournalPlace::Memory(Box::new(Mutex::new(JournalFile::empty(vm)))),
+            });
         };
         std::fs::create_dir_all(dir).map_err(failed("making", dir))?;
         let name = match side {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vfio_migration_compat::{DeviceManifest, MachineManifest, Reason};
 use vfio_migration_engine::ownership::SourceState;
-use vfio_migration_types::{Epoch, Failure, Phase, Side, VmId, error_chain};
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_chain};
 
 use super::check::{Checked, check};
 use super::file::{Frames, failed};
@@ -49,6 +49,11 @@ impl Snapshot {
     /// The VM that it is of.
     pub fn vm(&self) -> VmId {
         self.checked.hello.vm
+    }
+
+    /// The attempt that saved it.
+    pub fn attempt(&self) -> AttemptId {
+        self.checked.hello.attempt
     }
 
     /// The epoch under which the VM was saved.
@@ -157,6 +162,12 @@ impl Snapshot {
                 });
                 if into_this_file {
                     return Ok(());
+                }
+                if peer.starts_with("file:") {
+                    return refuse(format!(
+                        "VM {vm} was saved into {peer} (epoch {}): what was saved before is not started here",
+                        epoch.0
+                    ));
                 }
                 refuse(format!(
                     "VM {vm} belongs to another host (epoch {}, {peer}): what was saved before it moved is not started here",

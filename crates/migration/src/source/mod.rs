@@ -28,13 +28,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use vfio_migration_types::Phase;
+
 use crate::channel::connect;
 use crate::control::Control;
 use crate::error::{MigrateError, not_connected};
 use crate::machine::Machine;
 use crate::options::SourceOptions;
 use crate::rehearsal::{Rehearsal, Rehearse};
-use crate::report::{Completed, Progress};
+use crate::report::{Completed, PhaseTime, Progress};
 use crate::source::attempt::SourceEnd;
 use crate::source::plan::PlannedMigration;
 use crate::uri::Uri;
@@ -106,7 +108,12 @@ impl Source {
             self.file,
             rehearse,
         )?;
-        let socket = connect::connect(uri, plan.options.connect_timeout).map_err(not_connected)?;
+        let socket = connect::connect(uri, plan.options.connect_timeout).map_err(|error| {
+            let (phase, elapsed) = (Phase::Hello, begun.elapsed());
+            let phases = vec![PhaseTime { phase, took: elapsed }];
+            plan.control.set_progress(Progress { phase, elapsed, phases, ..plan.control.progress() });
+            not_connected(error)
+        })?;
         session::run(plan, engine, socket, begun, observer)
     }
 

@@ -18,7 +18,7 @@ use crate::offer::names;
 use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::rehearsal::Rehearse;
-use crate::report::{AttemptInfo, AttemptKind};
+use crate::report::{AttemptInfo, AttemptKind, Progress};
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
 use crate::snapshot::file_peer;
@@ -30,9 +30,8 @@ pub(super) struct PlannedMigration {
     pub(super) options: SourceOptions,
     pub(super) control: Control,
     pub(super) uri: Uri,
-    /// The other end as the journal and the progress name it.
-    pub(super) peer: String,
-    pub(super) kind: AttemptKind,
+    /// What the session is about, for its journal and for whoever watches it.
+    pub(super) info: AttemptInfo,
     pub(super) journal: Journal,
     pub(super) attempt: AttemptId,
     pub(super) epoch: Epoch,
@@ -54,11 +53,21 @@ impl PlannedMigration {
             return Err(not_begun(Phase::Plan, "cancelled before it began"));
         }
         let attempt = new_attempt_id()?;
+        let kind = match (rehearse, &file) {
+            (Some(_), _) => AttemptKind::Rehearsal,
+            (None, Some(_)) => AttemptKind::Save,
+            (None, None) => AttemptKind::Migration,
+        };
+        let peer = file.map_or_else(|| uri.to_string(), |path| file_peer(&path));
+        let mut info = AttemptInfo::beginning(vm, attempt, options.epoch, kind, peer);
+        // Before anything can fail: who looks afterwards sees what it was.
+        control.set_progress(Progress { attempt: Some(info.clone()), ..control.progress() });
         // A rehearsal reads the journal and leaves no trace in it.
         let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
         let journal = Journal::open(dir, vm, JournalSide::Source)
             .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
         let epoch = owned_epoch(known(&journal, &options, vm)?, &options)?;
+        info.epoch = epoch;
         let manifest =
             machine.manifest().map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
         let json = manifest.to_json().map_err(|error| {
@@ -99,26 +108,8 @@ impl PlannedMigration {
         if let Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) = engine.poll_action() {
             return Err(refused_here(abort.cause));
         }
-        let kind = match (rehearse, &file) {
-            (Some(_), _) => AttemptKind::Rehearsal,
-            (None, Some(_)) => AttemptKind::Save,
-            (None, None) => AttemptKind::Migration,
-        };
-        let peer = file.map_or_else(|| uri.to_string(), |path| file_peer(&path));
-        let plan =
-            Self { machine, options, control, uri, peer, kind, journal, attempt, epoch, manifest, devices };
+        let plan = Self { machine, options, control, uri, info, journal, attempt, epoch, manifest, devices };
         Ok((plan, engine))
-    }
-
-    /// What the session is about, for whoever watches it.
-    pub(super) fn attempt_info(&self) -> AttemptInfo {
-        AttemptInfo {
-            vm: self.machine.id(),
-            attempt: self.attempt,
-            epoch: self.epoch,
-            kind: self.kind,
-            peer: self.peer.clone(),
-        }
     }
 }
 

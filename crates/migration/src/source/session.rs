@@ -53,7 +53,7 @@ pub(super) fn run(
     plan.control.attach(sender);
     let worker = Worker::new(&plan, &link, &shared, &counters);
     let mut reporter =
-        ProgressReporter::new(begun, plan.machine.ram().size(), &plan.devices, plan.attempt_info());
+        ProgressReporter::new(begun, plan.machine.ram().size(), &plan.devices, plan.info.clone());
     let outcome = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel();
         let reader = Reader::new(&link, Side::Destination);

@@ -77,7 +77,7 @@ impl<'a> Worker<'a> {
             options: &plan.options,
             control: &plan.control,
             uri: &plan.uri,
-            peer: &plan.peer,
+            peer: &plan.info.peer,
             link: Arc::clone(link),
             shared,
             counters,

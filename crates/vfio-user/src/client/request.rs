@@ -128,8 +128,9 @@ pub(super) fn own_lack(reply: &SocketMessage) -> Result<(), ClientError> {
         return Ok(());
     }
     let command = reply.header.command;
-    let doing =
-        format!("the descriptors of the reply to {command} could not be taken: this process has too many open");
+    let doing = format!(
+        "the descriptors of the reply to {command} could not be taken: this process has too many open"
+    );
     Err(ClientError::Io { doing, source: Errno::MFILE.into() })
 }
 
