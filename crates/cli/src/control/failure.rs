@@ -10,8 +10,11 @@ use vfio_migration::{Failure, Side};
 pub(crate) struct FailureInfo {
     /// Side on which it arose: both have devices of the same name.
     pub(crate) side: FailureSide,
-    /// Phase in which it arose: `"P0"` to `"P9"`.
+    /// Code of the phase in which it arose: `"P0"` to `"P9"`.
     pub(crate) phase: String,
+    /// Its name.
+    #[serde(default, rename = "phase-name")]
+    pub(crate) phase_name: String,
     /// Name of the device concerned.
     pub(crate) device: Option<String>,
     /// The state transition that failed; null when it was none.
@@ -52,6 +55,7 @@ impl From<&Failure> for FailureInfo {
                 Side::Destination => FailureSide::Destination,
             },
             phase: phase.code().into(),
+            phase_name: phase.name().into(),
             device: device.clone(),
             arc: arc.map(|(from, to)| ArcInfo { from: from.to_string(), to: to.to_string() }),
             errno: *errno,
