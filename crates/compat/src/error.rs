@@ -1,5 +1,7 @@
 //! The error of a document that a stranger sent.
 
+use vfio_migration_types::printable;
+
 /// Error of a document: which document, where in it, and what rule it breaks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{origin}: {}{rule}", at(.path))]
@@ -14,8 +16,10 @@ fn at(path: &str) -> String {
 }
 
 impl ManifestError {
+    /// All three may hold foreign text: names of files, names of fields, and what a parser quotes.
     pub(crate) fn new(origin: &str, path: impl Into<String>, rule: impl Into<String>) -> Self {
-        Self { origin: origin.to_owned(), path: path.into(), rule: rule.into() }
+        let shown = |text: String| printable(&text).into_owned();
+        Self { origin: printable(origin).into_owned(), path: shown(path.into()), rule: shown(rule.into()) }
     }
 
     /// Name of the document: a file's.

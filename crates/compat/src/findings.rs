@@ -1,6 +1,7 @@
 //! Reasons as rules find them.
 
 use serde_json::Value;
+use vfio_migration_types::printable;
 
 use crate::codes::ReasonCode;
 use crate::device::DeviceManifest;
@@ -35,7 +36,8 @@ impl<'p> Findings<'p> {
         let mut reason = Reason {
             code: code.code.to_owned(),
             device: device.map(|device| device.id.to_string()),
-            field: found.field,
+            // It holds names of parameters and sections, which are the manifest's own.
+            field: printable(&found.field).into_owned(),
             source: found.source,
             destination: found.destination,
             severity: code.severity,

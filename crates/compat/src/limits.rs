@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 
+use vfio_migration_types::is_control;
+
 use crate::device::DeviceManifest;
 use crate::error::ManifestError;
 use crate::host::{Accept, HostManifest};
@@ -142,6 +144,10 @@ pub(crate) fn host(host: &HostManifest) -> Result<(), Breach> {
     short("name", &host.name)?;
     if host.name.is_empty() {
         return Err(wrong("name", "a host needs a name"));
+    }
+    // It stands in tables, one line each.
+    if host.name.contains(is_control) {
+        return Err(wrong("name", "a host's name has no control characters"));
     }
     at_most("cpu", host.cpu.as_ref().map_or(0, Vec::len), MAX_ITEMS)?;
     at_most("devices", host.devices.len(), MAX_HOST_DEVICES)?;

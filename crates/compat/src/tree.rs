@@ -49,21 +49,41 @@ pub(crate) fn at_most_bytes(origin: &str, len: usize, max: usize) -> Result<(), 
 
 /// A tree as what it should be.
 pub(crate) fn typed<T: DeserializeOwned>(tree: Value, origin: &str) -> Result<T, ManifestError> {
-    serde_path_to_error::deserialize(tree).map_err(|error| from_path(error, origin))
+    serde_path_to_error::deserialize(tree).map_err(|error| {
+        let rule = error.inner().to_string();
+        from_path(error, origin, rule)
+    })
 }
 
 /// A TOML document as what it should be.
 pub(crate) fn toml<T: DeserializeOwned>(bytes: &[u8], origin: &str) -> Result<T, ManifestError> {
     let wrong = |rule: String| ManifestError::new(origin, "", rule);
     let text = std::str::from_utf8(bytes).map_err(|error| wrong(error.to_string()))?;
-    let document = toml::de::Deserializer::parse(text).map_err(|error| wrong(error.to_string()))?;
-    serde_path_to_error::deserialize(document).map_err(|error| from_path(error, origin))
+    // The parser's own text is a picture of several lines, with the line of the file as it is.
+    let rule = |error: &toml::de::Error| match error.span() {
+        Some(span) => format!("{}{}", place(text, span.start), error.message()),
+        None => error.message().to_owned(),
+    };
+    let document =
+        toml::de::Deserializer::parse(text).map_err(|error| wrong(format!("no TOML: {}", rule(&error))))?;
+    serde_path_to_error::deserialize(document).map_err(|error| {
+        let rule = rule(error.inner());
+        from_path(error, origin, rule)
+    })
 }
 
-fn from_path<E: std::fmt::Display>(error: serde_path_to_error::Error<E>, origin: &str) -> ManifestError {
+/// Line and column of a byte of `text`.
+fn place(text: &str, at: usize) -> String {
+    let before = text.get(..at).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.chars().rev().take_while(|character| *character != '\n').count() + 1;
+    format!("line {line}, column {column}: ")
+}
+
+fn from_path<E>(error: serde_path_to_error::Error<E>, origin: &str, rule: String) -> ManifestError {
     let path = error.path().to_string();
     let path = if path == "." { String::new() } else { path };
-    ManifestError::new(origin, path, error.inner().to_string())
+    ManifestError::new(origin, path, rule)
 }
 
 /// Where the reader stands: left as it was when something is wrong.

@@ -1,5 +1,6 @@
 //! A failure, with its place and its side: the one that a session, its peer and its caller share.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt;
 
@@ -7,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::phase::Phase;
 use crate::state::MigrationState;
+use crate::text::printable;
 
 /// A side of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,7 +63,7 @@ pub struct Failure {
 impl Failure {
     /// A failure of no device and without errno, for which no remedy is known.
     pub fn new(side: Side, phase: Phase, text: impl Into<String>) -> Self {
-        let (text, remedy) = (text.into(), String::new());
+        let (text, remedy) = (printable(&text.into()).into_owned(), String::new());
         Self { side, phase, device: None, arc: None, errno: None, text, remedy }
     }
 
@@ -91,7 +93,8 @@ impl fmt::Display for Failure {
     }
 }
 
-/// An error with its causes on one line.
+/// An error with its causes on one line, which a terminal shows as it stands: whatever foreign text the errors quote, its
+/// control characters are escapes.
 pub fn error_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -104,7 +107,10 @@ pub fn error_chain(error: &dyn Error) -> String {
         }
         cause = error.source();
     }
-    text
+    match printable(&text) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(shown) => shown,
+    }
 }
 
 #[cfg(test)]
@@ -131,5 +137,13 @@ mod tests {
         struct Inner;
         assert_eq!(error_chain(&Outer(Inner)), "outer: inner");
         assert_eq!(error_chain(&std::io::Error::other(Inner)), "inner");
+    }
+
+    #[test]
+    fn foreign_text_in_a_failure_is_escaped() {
+        let error = std::io::Error::other("no \u{1b}[2J\nhere");
+        assert_eq!(error_chain(&error), "no \\u{1b}[2J\\nhere");
+        let failure = Failure::new(Side::Source, Phase::Plan, "\u{202e}evil");
+        assert_eq!(failure.text, "\\u{202e}evil");
     }
 }

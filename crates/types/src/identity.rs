@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::printable;
+
 /// Identity of a VM, the same on every host that ever runs it: a UUID's 16 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
@@ -37,7 +39,7 @@ impl FromStr for VmId {
     type Err = VmIdError;
 
     fn from_str(text: &str) -> Result<Self, VmIdError> {
-        let refuse = || VmIdError(text.chars().take(64).collect());
+        let refuse = || VmIdError(printable(&text.chars().take(64).collect::<String>()).into_owned());
         let groups: Vec<&str> = text.split('-').collect();
         let dashed = groups.iter().map(|group| group.len()).eq([8, 4, 4, 4, 12]);
         if !(dashed || (groups.len() == 1 && text.len() == 32)) {

@@ -13,6 +13,7 @@ mod identity;
 mod outcome;
 mod phase;
 mod state;
+mod text;
 mod wall_clock;
 
 pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
@@ -23,4 +24,5 @@ pub use identity::{AttemptId, AttemptIdError, DeviceId, DeviceIdError, Epoch, Vm
 pub use outcome::GuestOutcome;
 pub use phase::Phase;
 pub use state::{MigrationFlags, MigrationState, UnknownState};
+pub use text::{is_control, printable, printable_lines, quote};
 pub use wall_clock::rfc3339;

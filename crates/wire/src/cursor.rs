@@ -1,5 +1,7 @@
 //! Bounded reading and writing of payload fields: every read names its field, nothing panics, nothing is left over.
 
+use vfio_migration_types::is_control;
+
 use crate::error::WireError;
 
 /// Reads the fields of one payload in order.
@@ -86,10 +88,11 @@ impl<'a> Cursor<'a> {
         }
         let offset = self.offset;
         let bytes = self.slice(field, len)?;
-        std::str::from_utf8(bytes)
-            .ok()
-            .filter(|text| !text.chars().any(char::is_control))
-            .ok_or(WireError::Text { frame: self.frame, field, offset })
+        std::str::from_utf8(bytes).ok().filter(|text| !text.contains(is_control)).ok_or(WireError::Text {
+            frame: self.frame,
+            field,
+            offset,
+        })
     }
 
     /// Everything that is left.
@@ -143,7 +146,7 @@ pub(crate) trait Put {
     /// As much of `text` as `max` bytes hold, cut between characters, control characters as spaces; `max` fits in 16 bits.
     fn put_text(&mut self, text: &str, max: usize) {
         let mut fit = String::with_capacity(text.len().min(max));
-        for char in text.chars().map(|char| if char.is_control() { ' ' } else { char }) {
+        for char in text.chars().map(|char| if is_control(char) { ' ' } else { char }) {
             if fit.len() + char.len_utf8() > max {
                 break;
             }

@@ -2,6 +2,7 @@
 
 mod bases;
 mod documents;
+mod foreign_text;
 mod pairs;
 mod pools;
 mod properties;

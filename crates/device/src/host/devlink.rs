@@ -16,6 +16,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, connect, recv, send, socket_with,
 };
+use vfio_migration_types::is_control;
 
 /// The family that knows the others' numbers: `GENL_ID_CTRL`, `CTRL_CMD_GETFAMILY`, `CTRL_ATTR_FAMILY_ID` and
 /// `CTRL_ATTR_FAMILY_NAME` of `include/uapi/linux/genetlink.h`.
@@ -98,7 +99,7 @@ fn attributes(bytes: &[u8]) -> Result<Vec<(u16, Vec<u8>)>, DecodeError> {
 /// A string that ends with a zero.
 fn text(bytes: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(bytes.strip_suffix(b"\0")?).ok()?;
-    (!text.is_empty() && !text.chars().any(char::is_control)).then(|| text.to_owned())
+    (!text.is_empty() && !text.contains(is_control)).then(|| text.to_owned())
 }
 
 /// A connection to the kernel.

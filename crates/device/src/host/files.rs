@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
+use vfio_migration_types::is_control;
 
 /// Roots of a host's trees. [`Default`] is this host's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +96,7 @@ pub fn read_text(path: &Path, cap: u64) -> Result<String, ReadFailure> {
 /// An attribute of one line: printable, at most 4096 bytes. `None` when it is missing, unreadable or no such thing.
 pub(crate) fn attribute(path: &Path) -> Option<String> {
     let text = read_text(path, 4096).ok()?;
-    (!text.is_empty() && !text.chars().any(char::is_control)).then_some(text)
+    (!text.is_empty() && !text.contains(is_control)).then_some(text)
 }
 
 /// A hexadecimal attribute, `0x8086`.
@@ -159,7 +160,7 @@ fn open(path: &Path) -> Result<File, ReadFailure> {
 }
 
 fn printable(name: &str) -> Option<String> {
-    (!name.is_empty() && !name.chars().any(char::is_control)).then(|| name.to_owned())
+    (!name.is_empty() && !name.contains(is_control)).then(|| name.to_owned())
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]

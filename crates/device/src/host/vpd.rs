@@ -1,5 +1,7 @@
 //! Vital product data: what the maker wrote into a PCI function (PCI Local Bus Specification 3.0, Appendix I).
 
+use vfio_migration_types::is_control;
+
 /// Tags of large resources.
 const READ_ONLY: u8 = 0x90;
 /// Small resource tag, without its length.
@@ -44,7 +46,7 @@ fn keywords(mut bytes: &[u8], found: &mut Vpd) {
         let text = std::str::from_utf8(value)
             .ok()
             .map(str::trim)
-            .filter(|text| !text.is_empty() && text.len() <= TEXT_MAX && !text.chars().any(char::is_control));
+            .filter(|text| !text.is_empty() && text.len() <= TEXT_MAX && !text.contains(is_control));
         match (first, second) {
             (b'P', b'N') => found.part = text.map(str::to_owned),
             (b'E', b'C') => found.change = text.map(str::to_owned),

@@ -3,7 +3,9 @@
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
-use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, MigrationState, Phase, Side, VmId};
+use vfio_migration_types::{
+    AttemptId, Epoch, Failure, GuestOutcome, MigrationState, Phase, Side, VmId, is_control,
+};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
     Message, Offer, Ready, Reason, Running, VersionRange, limits,
@@ -162,7 +164,7 @@ pub(crate) fn peer_error() -> impl Strategy<Value = Failure> {
 
 /// Text of at most `max` bytes without control characters, often as long as it can be.
 fn text(max: usize) -> impl Strategy<Value = String> {
-    let legal = any::<char>().prop_map(|char| if char.is_control() { '·' } else { char });
+    let legal = any::<char>().prop_map(|char| if is_control(char) { '·' } else { char });
     (vec(legal, 0..40), any::<bool>()).prop_map(move |(chars, fill)| {
         let mut text = String::new();
         for char in chars {
