@@ -49,14 +49,8 @@ _vfio__migrate() {
             vfio__migrate,explain)
                 cmd="vfio__migrate__subcmd__explain"
                 ;;
-            vfio__migrate,generate)
-                cmd="vfio__migrate__subcmd__generate"
-                ;;
             vfio__migrate,help)
                 cmd="vfio__migrate__subcmd__help"
-                ;;
-            vfio__migrate,history)
-                cmd="vfio__migrate__subcmd__history"
                 ;;
             vfio__migrate,incoming)
                 cmd="vfio__migrate__subcmd__incoming"
@@ -121,14 +115,8 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,explain)
                 cmd="vfio__migrate__subcmd__help__subcmd__explain"
                 ;;
-            vfio__migrate__subcmd__help,generate)
-                cmd="vfio__migrate__subcmd__help__subcmd__generate"
-                ;;
             vfio__migrate__subcmd__help,help)
                 cmd="vfio__migrate__subcmd__help__subcmd__help"
-                ;;
-            vfio__migrate__subcmd__help,history)
-                cmd="vfio__migrate__subcmd__help__subcmd__history"
                 ;;
             vfio__migrate__subcmd__help,incoming)
                 cmd="vfio__migrate__subcmd__help__subcmd__incoming"
@@ -167,7 +155,7 @@ _vfio__migrate() {
 
     case "${cmd}" in
         vfio__migrate)
-            opts="-v -h -V --verbose --help --version demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help"
+            opts="-v -h -V --verbose --help --version demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -180,7 +168,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__cancel)
+        vfio__migrate__subcmd__cancel)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -198,8 +186,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__check)
-            opts="-v -h -V --matrix --baseline --model --policy --map --probe --json --root --verbose --help --version"
+        vfio__migrate__subcmd__check)
+            opts="-v -h -V --matrix --baseline --model --policy --map --probe --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -217,10 +205,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -228,7 +212,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__completions)
+        vfio__migrate__subcmd__completions)
             opts="-v -h -V --verbose --help --version bash elvish fish powershell zsh"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -242,7 +226,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__cont)
+        vfio__migrate__subcmd__cont)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -260,7 +244,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__continue)
+        vfio__migrate__subcmd__continue)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -278,7 +262,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__demo)
+        vfio__migrate__subcmd__demo)
             opts="-v -h -V --memory --dirty-rate --device-state --device-dirty-rate --devices --transport --downtime-limit --no-precopy --software --break --strict --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -324,8 +308,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__describe)
-            opts="-o -v -h -V --host --probe --name --site --format --output --json --root --verbose --help --version"
+        vfio__migrate__subcmd__describe)
+            opts="-o -v -h -V --host --probe --name --site --format --output --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -351,10 +335,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -362,8 +342,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__device)
-            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --fault --exit-with-stdin --verbose --help --version"
+        vfio__migrate__subcmd__device)
+            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --fault --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -408,17 +388,13 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__devices)
-            opts="-v -h -V --probe --all --json --root --verbose --help --version"
+        vfio__migrate__subcmd__devices)
+            opts="-v -h -V --probe --all --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -426,8 +402,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__doctor)
-            opts="-v -h -V --memory --json --root --verbose --help --version"
+        vfio__migrate__subcmd__doctor)
+            opts="-v -h -V --memory --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -437,10 +413,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -448,7 +420,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__explain)
+        vfio__migrate__subcmd__explain)
             opts="-v -h -V --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -462,8 +434,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__generate)
-            opts="-v -h -V --verbose --help --version"
+        vfio__migrate__subcmd__help)
+            opts="demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -476,21 +448,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help)
-            opts="demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__cancel)
+        vfio__migrate__subcmd__help__subcmd__cancel)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -504,7 +462,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__check)
+        vfio__migrate__subcmd__help__subcmd__check)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -518,7 +476,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__completions)
+        vfio__migrate__subcmd__help__subcmd__completions)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -532,7 +490,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__cont)
+        vfio__migrate__subcmd__help__subcmd__cont)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -546,7 +504,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__continue)
+        vfio__migrate__subcmd__help__subcmd__continue)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -560,7 +518,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__demo)
+        vfio__migrate__subcmd__help__subcmd__demo)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -574,7 +532,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__describe)
+        vfio__migrate__subcmd__help__subcmd__describe)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -588,7 +546,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__device)
+        vfio__migrate__subcmd__help__subcmd__device)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -602,7 +560,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__devices)
+        vfio__migrate__subcmd__help__subcmd__devices)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -616,7 +574,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__doctor)
+        vfio__migrate__subcmd__help__subcmd__doctor)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -630,7 +588,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__explain)
+        vfio__migrate__subcmd__help__subcmd__explain)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -644,7 +602,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__generate)
+        vfio__migrate__subcmd__help__subcmd__help)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -658,7 +616,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__help)
+        vfio__migrate__subcmd__help__subcmd__incoming)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -672,7 +630,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__history)
+        vfio__migrate__subcmd__help__subcmd__migrate)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -686,7 +644,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__incoming)
+        vfio__migrate__subcmd__help__subcmd__quit)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -700,7 +658,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__migrate)
+        vfio__migrate__subcmd__help__subcmd__rehearse)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -714,7 +672,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__quit)
+        vfio__migrate__subcmd__help__subcmd__restore)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -728,7 +686,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__rehearse)
+        vfio__migrate__subcmd__help__subcmd__save)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -742,7 +700,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__restore)
+        vfio__migrate__subcmd__help__subcmd__set)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -756,7 +714,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__save)
+        vfio__migrate__subcmd__help__subcmd__status)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -770,7 +728,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__set)
+        vfio__migrate__subcmd__help__subcmd__stop)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -784,7 +742,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__status)
+        vfio__migrate__subcmd__help__subcmd__vm)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -798,61 +756,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__stop)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__vm)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        vfio__subcmd__migrate__subcmd__history)
-            opts="-v -h -V --state-dir --vm --last --json --verbose --help --version"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --state-dir)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --vm)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --last)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        vfio__subcmd__migrate__subcmd__incoming)
+        vfio__migrate__subcmd__incoming)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -870,8 +774,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__migrate)
-            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --pause-before-switchover --verify --post-copy --detach --verbose --help --version"
+        vfio__migrate__subcmd__migrate)
+            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --pause-before-switchover --verify --detach --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -904,7 +808,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__quit)
+        vfio__migrate__subcmd__quit)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -922,7 +826,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__rehearse)
+        vfio__migrate__subcmd__rehearse)
             opts="-v -h -V --control --json --to --pause --downtime-limit --bandwidth --give-up --map --allow-all-dirty --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -960,7 +864,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__restore)
+        vfio__migrate__subcmd__restore)
             opts="-v -h -V --device --save-again --leave-stopped --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -982,7 +886,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__save)
+        vfio__migrate__subcmd__save)
             opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --allow-all-dirty --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1012,7 +916,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__set)
+        vfio__migrate__subcmd__set)
             opts="-v -h -V --control --json --downtime-limit --bandwidth --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1038,18 +942,14 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__status)
-            opts="-v -h -V --control --state-dir --watch --json --verbose --help --version"
+        vfio__migrate__subcmd__status)
+            opts="-v -h -V --control --json --watch --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --control)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --state-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1060,7 +960,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__stop)
+        vfio__migrate__subcmd__stop)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1078,8 +978,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --once --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --sabotage --exit-with-stdin --verbose --help --version"
+        vfio__migrate__subcmd__vm)
+            opts="-v -h -V --memory --device --incoming --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1123,10 +1023,6 @@ _vfio__migrate() {
                     ;;
                 --config-rule)
                     COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --sabotage)
-                    COMPREPLY=($(compgen -W "dirty-log device-log device-tail interrupt page-order p2p-order" -- "${cur}"))
                     return 0
                     ;;
                 *)

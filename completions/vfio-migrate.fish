@@ -37,8 +37,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "check" -d
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "status" -d 'Show a `vm` and its migration, or the VMs of a state directory'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "history" -d 'List the migrations, rehearsals, saves and restores that a state directory has seen, without any `vm`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "status" -d 'Show a `vm` and its migration'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "set" -d 'Change the limits of a migration while it runs'
@@ -49,7 +48,6 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "incoming"
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "completions" -d 'Print a shell completion script'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l memory -d 'Guest RAM' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l dirty-rate -d 'RAM that the guest dirties each second' -r
@@ -84,11 +82,10 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-p2p -d 'No peer-to-peer states'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-dirty-log -d 'No log of DMA writes'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-extension -d 'Plain vfio-user, without the x-vfio-migrate extension'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l exit-with-stdin -d 'Leave when stdin reaches its end'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l memory -d 'Guest RAM. A guest that arrives or is restored brings its size with it, unless this says another; one that is started has 512M' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l memory -d 'Guest RAM' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l device -d 'A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or mdev:UUID,id=NAME. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l incoming -d 'Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l restore -d 'Bring back the guest that `save` wrote into this file, instead of starting one' -r -F
@@ -98,17 +95,9 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l state-d
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l sabotage -d 'Sabotage, for the demo' -r -f -a "dirty-log\t'Dirty bits of pages that the guest wrote are dropped from the last report'
-device-log\t'The device\'s own dirty log leaves pages out'
-device-tail\t'Device bytes are altered late in the stream, framing and digests made to match'
-interrupt\t'One interrupt is not connected again at the destination'
-page-order\t'A stale copy of a page is applied after its last'
-p2p-order\t'A device is stopped before its peer stopped writing to it'"
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l exit-with-stdin -d 'Leave when stdin reaches its end'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s V -l version -d 'Print version'
@@ -121,7 +110,6 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l js
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest is paused meanwhile'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l post-copy -d 'Post-copy is not possible for VFIO devices, and refused with the reason'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l detach -d 'Return once the migration has begun'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s h -l help -d 'Print help'
@@ -145,7 +133,6 @@ node-labels\t'Kubernetes node labels, JSON'
 resource-attributes\t'Attributes of Kubernetes resources, JSON'
 list\t'Lines of KEY=VALUE'"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l host -d 'This host: what it has and can give'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l probe -d 'Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l json -d 'Print JSON. A manifest is JSON anyway'
@@ -155,7 +142,6 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s V
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l model -d 'With --baseline: of this model alone' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host of the pool can load'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l probe -d 'Open devices of this host that are named, if nobody uses them, which resets them, and ask them'
@@ -187,19 +173,11 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s v 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l control -d 'Control socket of the `vm`' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l state-dir -d 'State directory of `vm`s, which need not run: who owns each VM by its journal, and how its last session ended' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l watch -d 'Keep showing it until the migration ends'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l watch -d 'Keep showing it until the migration ends'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand history" -l state-dir -d 'State directory of the `vm`s' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand history" -l vm -d 'Only sessions of this VM' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand history" -l last -d 'Only the last N' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand history" -l json -d 'Print one JSON object on stdout'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand history" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand history" -s h -l help -d 'Print help'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand history" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cancel" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -237,7 +215,6 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l j
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l probe -d 'Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it; one that is in use is left alone'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l all -d 'Every PCI function, also one that has nothing to do with VFIO'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l json -d 'Print one JSON object on stdout'
@@ -245,7 +222,6 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s v 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l memory -d 'RAM of the guest that is meant: the limit on locked memory must have room for it' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s h -l help -d 'Print help'
@@ -253,30 +229,25 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s V -
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s h -l help -d 'Print help'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "migrate" -d 'Ask a running `vm` to move to another'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "rehearse" -d 'Find out what a migration of a running `vm` would come to, without moving anything'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "describe" -d 'Say what a device, a `vm` or this host is, as a manifest that `check` compares'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "check" -d 'Ask whether something can move, and get every reason why not'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "status" -d 'Show a `vm` and its migration, or the VMs of a state directory'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "history" -d 'List the migrations, rehearsals, saves and restores that a state directory has seen, without any `vm`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "set" -d 'Change the limits of a migration while it runs'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "stop" -d 'Pause the guest of a running `vm`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cont" -d 'Let the guest of a running `vm` run'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "completions" -d 'Print a shell completion script'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "migrate" -d 'Ask a running `vm` to move to another'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "rehearse" -d 'Find out what a migration of a running `vm` would come to, without moving anything'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "describe" -d 'Say what a device, a `vm` or this host is, as a manifest that `check` compares'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "check" -d 'Ask whether something can move, and get every reason why not'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "status" -d 'Show a `vm` and its migration'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "set" -d 'Change the limits of a migration while it runs'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "stop" -d 'Pause the guest of a running `vm`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "cont" -d 'Let the guest of a running `vm` run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "completions" -d 'Print a shell completion script'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

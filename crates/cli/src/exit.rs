@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::control::refused::Refused;
-use vfio_migration_types::error_chain;
+use vfio_migration_types::{error_chain, printable};
 
 /// The end of a run of the command, as its exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,12 +36,13 @@ pub(crate) struct CliError {
 }
 
 impl CliError {
-    pub(crate) fn new(exit: Exit, text: impl Into<String>) -> Self {
-        Self { exit, text: text.into(), class: "GenericError".into() }
+    /// A failure that is told on one line; foreign text in it is made printable.
+    pub(crate) fn new(exit: Exit, text: impl AsRef<str>) -> Self {
+        Self { exit, text: printable(text.as_ref()).into_owned(), class: "GenericError".into() }
     }
 
     /// A plain failure, exit 1.
-    pub(crate) fn failed(text: impl Into<String>) -> Self {
+    pub(crate) fn failed(text: impl AsRef<str>) -> Self {
         Self::new(Exit::Failed, text)
     }
 

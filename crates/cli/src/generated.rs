@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use clap::CommandFactory;
-use clap_complete::Shell;
+use clap_complete::{Generator, Shell};
 use schemars::{Schema, schema_for};
 use vfio_migration_compat::{
     DeviceManifest, Explanation, HostManifest, MachineManifest, Matrix, Policy, Report,
 };
 
 use crate::args::Cli;
+use crate::completions;
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
@@ -39,8 +40,8 @@ pub(crate) fn generate(top: &Path) -> Result<Exit, CliError> {
     }
     clap_mangen::generate_to(Cli::command(), &man).map_err(doing)?;
     for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
-        clap_complete::generate_to(shell, &mut Cli::command(), "vfio-migrate", &completions)
-            .map_err(doing)?;
+        let file = completions.join(shell.file_name("vfio-migrate"));
+        std::fs::write(file, completions::script(shell)).map_err(doing)?;
     }
     for (name, schema) in schemas_by_name() {
         let mut text = serde_json::to_string_pretty(&schema)

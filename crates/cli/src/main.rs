@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod completions;
 mod control;
 mod demo;
 mod exit;
@@ -22,17 +23,20 @@ mod verdict;
 mod vm;
 mod words;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
 use args::{Cli, CliVerb};
 use exit::{CliError, Exit};
 use interrupt::UserInterrupt;
+use vfio_migration_types::printable;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(error),
+    };
     init_logging(cli.verbose);
     let json = cli.verb.json();
     let exit = match run(cli.verb) {
@@ -47,6 +51,25 @@ fn main() -> ExitCode {
         }
     };
     ExitCode::from(exit as u8)
+}
+
+/// Says that the command line makes no sense, and why, or prints the help that it asks for.
+fn misused(error: clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    // The error quotes the words as they came: names of files, as a shell's `*` gives them. Of printable words it is the same.
+    let words = std::env::args_os().map(|word| printable(&word.to_string_lossy()).into_owned());
+    let error = Cli::try_parse_from(words).err().unwrap_or(error);
+    let text = error.render().to_string();
+    output::eprint_lines(&text);
+    // What verb it would have been is not known, but every verb's option for JSON has this name.
+    if std::env::args_os().skip(1).take_while(|word| word != "--").any(|word| word == "--json") {
+        let why = text.split("\n\n").next().unwrap_or_default();
+        let why = why.trim_start_matches("error: ").split_whitespace().collect::<Vec<_>>().join(" ");
+        let _ = output::print_json(&CliError::new(Exit::Usage, why).report());
+    }
+    ExitCode::from(Exit::Usage as u8)
 }
 
 fn run(verb: CliVerb) -> Result<Exit, CliError> {
@@ -81,9 +104,7 @@ fn run(verb: CliVerb) -> Result<Exit, CliError> {
         CliVerb::Devices(options) => verbs::devices::run(&options),
         CliVerb::Doctor(options) => verbs::doctor::run(&options),
         CliVerb::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "vfio-migrate", &mut script);
-            output::print(script)?;
+            output::print(completions::script(shell))?;
             Ok(Exit::Done)
         }
         CliVerb::Generate { dir } => generated::generate(&dir),
@@ -101,8 +122,8 @@ fn init_logging(verbose: u8) {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(output::LogWriter)
+        .with_ansi(false)
         .with_target(false)
         .init();
 }

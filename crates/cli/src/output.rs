@@ -1,39 +1,16 @@
-//! Output of the command: answers on stdout, messages and progress on stderr. A print that panics when nobody reads is
-//! no way to end: stdout that cannot be written is a failure like any other, and stderr that cannot be written has
-//! nobody left.
+//! Output of the command: answers on stdout, messages and progress on stderr. All of it passes [`terminal`] but the escapes of
+//! a progress bar, which are the command's own.
 
-use std::fmt::Display;
-use std::io::{ErrorKind, IsTerminal, Write};
+mod terminal;
+
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
-use serde::Serialize;
 
-use crate::exit::CliError;
-
-/// Writes `text` to stdout. A reader that has left (`vfio-migrate … | head`) is no failure: the verb's own exit code
-/// remains.
-pub(crate) fn print(text: impl AsRef<[u8]>) -> Result<(), CliError> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_ref()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(CliError::caused("cannot write to stdout", &error))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Writes one line of JSON to stdout.
-pub(crate) fn print_json<T: Serialize>(document: &T) -> Result<(), CliError> {
-    let text =
-        serde_json::to_string(document).map_err(|error| CliError::caused("cannot write JSON", &error))?;
-    print(format!("{text}\n"))
-}
-
-/// Writes one line to stderr, if anybody listens.
-pub(crate) fn eprintln_line(line: impl Display) {
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
+pub(crate) use self::terminal::{
+    LogWriter, eprint_lines, eprintln_line, escape_json, print, print_json, printable_texts,
+};
 
 /// Time between two plain lines.
 pub(crate) const LINE_EVERY: Duration = Duration::from_secs(2);

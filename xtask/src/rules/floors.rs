@@ -29,7 +29,7 @@ const FLOORS: [Floor; 14] = [
     floor("device", &["types", "compat", "memory", "uapi", "vfio-user"], &["sim"]),
     floor("migration", &["types", "wire", "compat", "memory", "engine", "device"], &["sim"]),
     floor("vmm", &["types", "compat", "memory", "device", "migration"], &["sim"]),
-    floor("cli", &["types", "compat", "memory", "device", "vfio-user", "migration", "vmm", "sim"], &[]),
+    floor("cli", &["types", "compat", "memory", "device", "vfio-user", "migration", "vmm", "sim"], &["wire"]),
     floor("sim", &["types", "vfio-user", "memory"], &[]),
     floor("kernel-tests", &["types", "uapi", "wire", "compat", "memory", "device", "migration"], &[]),
     floor("xtask", &[], &[]),

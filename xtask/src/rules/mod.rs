@@ -1,9 +1,10 @@
-//! House rules that no lint knows: file length and names, floors, circles, and where `unsafe` may be.
+//! House rules that no lint knows: file length and names, floors, circles, and where `unsafe` and printing may be.
 
 mod circles;
 mod floors;
 mod modules;
 mod names;
+mod printing;
 mod tokens;
 mod tree;
 
@@ -26,6 +27,7 @@ pub(crate) fn check(top: &Path) -> Result<(), String> {
     unsafe_code(&tree, &mut breaches);
     names::check(&tree, &mut breaches);
     circles::check(&tree, &mut breaches);
+    printing::check(&tree, &mut breaches);
     if breaches.is_empty() { Ok(()) } else { Err(format!("house rules:\n  {}", breaches.join("\n  "))) }
 }
 

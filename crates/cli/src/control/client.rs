@@ -12,6 +12,7 @@ use super::event::ControlEvent;
 use super::protocol::{ControlRequest, ControlVerb, MigrationInfo, StatusReport};
 use super::refused::Refused;
 use crate::exit::CliError;
+use crate::output::printable_texts;
 
 /// Longest silence of a migration that is followed, before its `vm` is asked: there are no events within an iteration, where
 /// what is left changes all the same.
@@ -103,7 +104,8 @@ impl ControlClient {
 
     /// Asks for the VM and its migration.
     pub(crate) fn query(&mut self) -> Result<StatusReport, ControlError> {
-        let answer = self.call(ControlVerb::Query, Value::Null)?;
+        let mut answer = self.call(ControlVerb::Query, Value::Null)?;
+        printable_texts(&mut answer);
         self.news = Instant::now();
         serde_json::from_value(answer).map_err(|error| ControlError::Garbled(error.to_string()))
     }
@@ -134,7 +136,8 @@ impl ControlClient {
         Ok(self.events.pop_front())
     }
 
-    fn keep_event(&mut self, line: Value) -> Result<(), ControlError> {
+    fn keep_event(&mut self, mut line: Value) -> Result<(), ControlError> {
+        printable_texts(&mut line);
         let text = line.to_string();
         self.events.push_back(serde_json::from_value(line).map_err(|_| ControlError::Garbled(text))?);
         Ok(())

@@ -10,7 +10,7 @@ use vfio_migration_vmm::kvm::offered_features;
 
 use crate::args::ask::{DescribeCommand, Format};
 use crate::exit::{CliError, Exit};
-use crate::output::print;
+use crate::output::{escape_json, print};
 use crate::probe::HostAccess;
 use crate::side::{self, CheckSide, own_id};
 use crate::words::read_capped;
@@ -40,6 +40,8 @@ pub(crate) fn run(options: &DescribeCommand) -> Result<Exit, CliError> {
         document = facts.fill(&document).map_err(|error| CliError::caused(&shown, &error))?;
     }
     let text = render(&document, options.format)?;
+    // Whoever reads it gets the same, whether from a terminal or from a file.
+    let text = escape_json(&text);
     match &options.output {
         Some(path) => write(path, &text)?,
         None => print(text)?,

@@ -2,9 +2,11 @@
 
 mod bad_input;
 mod compat;
+mod completions;
 mod demo;
 mod device_files;
 mod endings;
+mod foreign_text;
 mod generated;
 mod history;
 mod host;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::Serialize;
 use vfio_migration_compat::{Baseline, HostManifest, Manifest, Matrix, Policy, Verdict};
+use vfio_migration_types::printable;
 
 use crate::exit::{CliError, Exit};
 use crate::output::{WaitingDisplay, print, print_json};
@@ -72,13 +73,13 @@ pub(super) fn baseline(files: &[String], model: Option<&str>, json: bool) -> Res
 fn baselines(report: &BaselineReport) -> String {
     let mut text = String::new();
     for baseline in &report.baselines {
-        text.push_str(&format!("{} {}\n", baseline.model, baseline.version));
+        text.push_str(&format!("{} {}\n", printable(&baseline.model), baseline.version));
         for (name, value) in &baseline.parameters {
-            text.push_str(&format!("  {name} = {value}\n"));
+            text.push_str(&format!("  {} = {value}\n", printable(name)));
         }
     }
     for without in &report.without {
-        text.push_str(&format!("{}: no baseline: {}\n", without.model, without.why));
+        text.push_str(&format!("{}: no baseline: {}\n", printable(&without.model), without.why));
     }
     if text.is_empty() {
         text.push_str("no host of the pool has or offers a device that declares a model\n");
