@@ -52,8 +52,14 @@ _vfio__migrate() {
             vfio__migrate,help)
                 cmd="vfio__migrate__subcmd__help"
                 ;;
+            vfio__migrate,history)
+                cmd="vfio__migrate__subcmd__history"
+                ;;
             vfio__migrate,incoming)
                 cmd="vfio__migrate__subcmd__incoming"
+                ;;
+            vfio__migrate,man)
+                cmd="vfio__migrate__subcmd__man"
                 ;;
             vfio__migrate,migrate)
                 cmd="vfio__migrate__subcmd__migrate"
@@ -118,8 +124,14 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,help)
                 cmd="vfio__migrate__subcmd__help__subcmd__help"
                 ;;
+            vfio__migrate__subcmd__help,history)
+                cmd="vfio__migrate__subcmd__help__subcmd__history"
+                ;;
             vfio__migrate__subcmd__help,incoming)
                 cmd="vfio__migrate__subcmd__help__subcmd__incoming"
+                ;;
+            vfio__migrate__subcmd__help,man)
+                cmd="vfio__migrate__subcmd__help__subcmd__man"
                 ;;
             vfio__migrate__subcmd__help,migrate)
                 cmd="vfio__migrate__subcmd__help__subcmd__migrate"
@@ -155,7 +167,7 @@ _vfio__migrate() {
 
     case "${cmd}" in
         vfio__migrate)
-            opts="-v -h -V --verbose --help --version demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help"
+            opts="-v -h -V --verbose --help --version demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -435,7 +447,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__help)
-            opts="demo device vm migrate rehearse describe check explain save restore status cancel continue set stop cont quit incoming devices doctor completions help"
+            opts="demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -616,7 +628,35 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__migrate__subcmd__help__subcmd__history)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__migrate__subcmd__help__subcmd__incoming)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__migrate__subcmd__help__subcmd__man)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -756,6 +796,32 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__migrate__subcmd__history)
+            opts="-v -h -V --state-dir --vm --last --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --state-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --vm)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --last)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__migrate__subcmd__incoming)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -767,6 +833,20 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__migrate__subcmd__man)
+            opts="-v -h -V --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;
@@ -943,13 +1023,17 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__status)
-            opts="-v -h -V --control --json --watch --verbose --help --version"
+            opts="-v -h -V --control --state-dir --watch --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --state-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -979,7 +1063,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --once --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

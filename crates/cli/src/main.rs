@@ -11,10 +11,12 @@ mod follow;
 mod generated;
 mod history;
 mod interrupt;
+mod manual;
 mod move_options;
 mod output;
 mod probe;
 mod progress_display;
+mod schemas;
 mod side;
 mod target;
 mod units;
@@ -105,6 +107,10 @@ fn run(verb: CliVerb) -> Result<Exit, CliError> {
         CliVerb::Doctor(options) => verbs::doctor::run(&options),
         CliVerb::Completions { shell } => {
             output::print(completions::script(shell))?;
+            Ok(Exit::Done)
+        }
+        CliVerb::Man { dir } => {
+            manual::write(&dir)?;
             Ok(Exit::Done)
         }
         CliVerb::Generate { dir } => generated::generate(&dir),

@@ -61,7 +61,7 @@ pub struct ResourceDevice {
     /// What it is, for the expressions of a claim.
     pub attributes: BTreeMap<String, Attribute>,
     /// What it has of things that are counted.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub capacity: BTreeMap<String, Quantity>,
 }
 

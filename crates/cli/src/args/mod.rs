@@ -18,6 +18,8 @@ use self::serve::{DemoCommand, DeviceCommand, VmCommand};
 use crate::target::VmTarget;
 use crate::words::EXIT_CODES;
 
+const FILE_EXIT_CODES: &str = "Exit codes: 0 done, 1 it cannot be written, 2 usage.";
+
 /// Live migration for guests that own VFIO devices.
 #[derive(Debug, Parser)]
 #[command(name = "vfio-migrate", version, propagate_version = true, after_help = EXIT_CODES)]
@@ -75,9 +77,17 @@ pub(crate) enum CliVerb {
     /// Examine this host: what it lacks for migrating VFIO devices, and what fixes it.
     Doctor(DoctorCommand),
     /// Print a shell completion script.
+    #[command(after_help = FILE_EXIT_CODES)]
     Completions {
         /// For which shell.
         shell: clap_complete::Shell,
+    },
+    /// Write the man pages of all verbs into a folder.
+    #[command(after_help = FILE_EXIT_CODES)]
+    Man {
+        /// The folder, for example ~/.local/share/man/man1. It is made if it is not there.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
     },
     /// Write the man pages, completions and JSON schemas that are checked in.
     #[command(hide = true)]
@@ -113,6 +123,7 @@ impl CliVerb {
             | Self::Device(_)
             | Self::Vm(_)
             | Self::Completions { .. }
+            | Self::Man { .. }
             | Self::Generate { .. } => false,
         }
     }

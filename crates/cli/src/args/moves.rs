@@ -10,6 +10,11 @@ use crate::target::VmTarget;
 use crate::units;
 use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES};
 
+/// What Ctrl-C does to a migration that a verb waits for.
+const CTRL_C: &str = "Ctrl-C (SIGINT, SIGTERM) cancels the migration, and the guest goes on here, unless it is too late for that; the \
+command waits for the end and tells it. A second one ends the command at once. A command that is killed, or that was told \
+to --detach, cancels nothing.";
+
 /// Options of `incoming`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXIT_CODES)]
@@ -41,7 +46,7 @@ pub(crate) struct StatusCommand {
 
 /// Options of `migrate`.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = UNITS_AND_EXIT_CODES)]
+#[command(after_help = format!("{CTRL_C}\n{UNITS_AND_EXIT_CODES}"))]
 pub(crate) struct MigrateCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
@@ -60,7 +65,8 @@ pub(crate) struct MigrateCommand {
 /// Options of `save`.
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "vm --restore FILE brings a guest back, restore --device DEVICE FILE a device.\n\
+    after_help = "vm --restore FILE brings a guest back, restore --device DEVICE FILE a device. Ctrl-C cancels \
+it: a guest goes on here, and no file is left.\n\
 Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible (also: the device has no migration), 4 ownership unresolved.",
     group = clap::ArgGroup::new("what").args(["control", "device"]).required(true)
 )]
@@ -128,7 +134,7 @@ pub(crate) struct SetCommand {
 #[derive(Args, Clone, Debug)]
 #[command(
     after_help = "Everything up to the switchover is done for real, and undone: nothing moves, and the guest does not \
-notice, but with --pause, where it is paused for as long as it would be.\nSizes take K, M, G (powers of two); times take us, \
+notice, but with --pause, where it is paused for as long as it would be. Ctrl-C cancels it.\nSizes take K, M, G (powers of two); times take us, \
 ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not."
 )]
 pub(crate) struct RehearseCommand {

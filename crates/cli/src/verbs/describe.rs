@@ -3,7 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 
-use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts, labels};
+use schemars::JsonSchema;
+use serde::Serialize;
+use vfio_migration_compat::labels::{self, ResourceDevice};
+use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts};
 use vfio_migration_device::host::{read_text, scan, version};
 use vfio_migration_types::error_chain;
 use vfio_migration_vmm::kvm::offered_features;
@@ -18,7 +21,19 @@ use crate::words::read_capped;
 /// Longest file of procfs that is read here, in bytes.
 const PROC_MAX: u64 = 64 << 10;
 
+/// What `describe --format resource-attributes` prints.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub(crate) struct ResourceReport {
+    /// The devices, as the `spec.devices` of a Kubernetes `ResourceSlice` has them.
+    pub(crate) devices: Vec<ResourceDevice>,
+}
+
 pub(crate) fn run(options: &DescribeCommand) -> Result<Exit, CliError> {
+    if options.json && options.format == Format::List {
+        let text =
+            "--format list is lines of KEY=VALUE and no JSON: leave out --json, or take --format manifest";
+        return Err(CliError::new(Exit::Usage, text));
+    }
     let local = HostAccess { roots: options.root.roots(), probe: options.probe };
     let mut document = match &options.device {
         Some(text) => match side::resolve(text, options.name.as_deref(), &local)? {
@@ -70,7 +85,7 @@ fn render(document: &Document, format: Format) -> Result<String, CliError> {
                 Manifest::Machine(machine) => machine.devices.iter().map(labels::resource_device).collect(),
                 Manifest::Host(host) => host.devices.iter().map(labels::resource_device).collect(),
             };
-            json(serde_json::to_string_pretty(&devices))
+            json(serde_json::to_string_pretty(&ResourceReport { devices }))
         }
     }
 }

@@ -12,11 +12,11 @@ use crate::args::moves::{
 };
 use crate::control::client::ControlError;
 use crate::control::protocol::{
-    ControlVerb, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments, SaveArguments,
-    StatusReport,
+    ControlVerb, FollowedReport, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments,
+    SaveArguments, StatusReport,
 };
 use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
-use crate::exit::{CliError, Exit};
+use crate::exit::{CliError, Exit, FailureReport};
 use crate::follow::{OnInterrupt, follow, followed_text, text};
 use crate::interrupt::UserInterrupt;
 use crate::output::{eprintln_line, print, print_json};
@@ -30,6 +30,16 @@ use crate::words::{device_map, uri};
 pub(crate) struct RehearseReport {
     #[serde(flatten)]
     pub(crate) found: RehearsalInfo,
+}
+
+/// What `migrate --json` and `save --control --json` print when what they asked for has ended, or goes on without them.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct EndedReport {
+    #[serde(flatten)]
+    pub(crate) report: FollowedReport,
+    /// How it failed, where it did: as every verb that fails tells it.
+    #[serde(flatten)]
+    pub(crate) failure: Option<FailureReport>,
 }
 
 /// What the verbs that only ask a `vm` for something print with `--json`.
@@ -67,12 +77,16 @@ fn tell_end(report: StatusReport, json: bool) -> Result<Exit, CliError> {
     for failure in &migration.left_undone {
         eprintln_line(format_args!("vfio-migrate: left undone: {}", failure.text));
     }
+    let exit = migration.exit();
     if json {
-        print_json(&report)?;
+        let why = migration.error.clone();
+        let why = why.unwrap_or_else(|| format!("it ended as {}", verdict::json_word(&migration.status)));
+        let failure = (exit != Exit::Done).then(|| CliError::new(exit, why).report());
+        print_json(&EndedReport { report, failure })?;
     } else {
         print(followed_text(&report))?;
     }
-    Ok(migration.exit())
+    Ok(exit)
 }
 
 /// `rehearse`: everything up to the switchover for real, and undone.

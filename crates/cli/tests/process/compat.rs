@@ -164,7 +164,7 @@ fn manifests_from_strangers_are_refused_by_name() {
 fn codes_are_explained() {
     let (exit, all) = json_of(&["explain"]);
     assert_eq!(exit, 0);
-    for entry in all.as_array().unwrap() {
+    for entry in all["codes"].as_array().unwrap() {
         let code = entry["code"].as_str().unwrap();
         assert_eq!(json_of(&["explain", code]), (0, entry.clone()));
     }

@@ -16,10 +16,25 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 #[test]
+fn man_pages_are_written_where_a_user_wants_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let to = dir.path().join("new/man1");
+    assert_eq!(run(&["man", to.to_str().unwrap()]).status.code(), Some(0));
+    let top = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    assert_eq!(files(&to), files(&top.join("man")));
+    // A file is in the way.
+    std::fs::write(dir.path().join("file"), "").unwrap();
+    let output = run(&["man", dir.path().join("file").to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn man_pages_completions_and_schemas_are_the_codes() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(run(&["generate", &dir.path().display().to_string()]).status.code(), Some(0));
     let top = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let page = |top: &Path| std::fs::read(top.join("docs/json.md")).unwrap();
+    assert!(page(dir.path()) == page(&top), "docs/json.md differs; run 'cargo xtask generate'");
     for part in ["man", "completions", "docs/schemas"] {
         let (fresh, kept) = (files(&dir.path().join(part)), files(&top.join(part)));
         let names: Vec<_> =

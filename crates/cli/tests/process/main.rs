@@ -10,6 +10,7 @@ mod foreign_text;
 mod generated;
 mod history;
 mod host;
+mod json;
 mod moves;
 mod receivers;
 mod sabotage;
