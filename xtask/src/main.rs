@@ -7,6 +7,7 @@ mod programs;
 mod rings;
 mod rules;
 mod run;
+mod tools;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::change::Change;
 use crate::run::{Outcome, cargo, finish};
-use crate::{kernel_test, programs, rules};
+use crate::{kernel_test, programs, rules, tools};
 
 /// One ring.
 struct Ring {
@@ -137,6 +137,7 @@ fn lint(session: &mut Session) -> Result<Outcome, String> {
 }
 
 fn test(session: &mut Session) -> Result<Outcome, String> {
+    tools::ready();
     let began = Instant::now();
     let all = programs::build(session.top)?;
     eprintln!("built in {:.1} s", began.elapsed().as_secs_f64());
