@@ -1,9 +1,11 @@
-//! House rules that no lint knows: file length and names, floors, circles, and where `unsafe` and printing may be.
+//! House rules that no lint knows: file length and names, floors, circles, where `unsafe` and printing
+//! may be, and what a package brings along.
 
 mod circles;
 mod floors;
 mod modules;
 mod names;
+mod packages;
 mod printing;
 mod tokens;
 mod tree;
@@ -28,6 +30,7 @@ pub(crate) fn check(top: &Path) -> Result<(), String> {
     names::check(&tree, &mut breaches);
     circles::check(&tree, &mut breaches);
     printing::check(&tree, &mut breaches);
+    packages::check(top, &tree, &mut breaches);
     if breaches.is_empty() { Ok(()) } else { Err(format!("house rules:\n  {}", breaches.join("\n  "))) }
 }
 
