@@ -132,8 +132,8 @@ impl Link {
         self.send_locked(lock(&self.write), message)
     }
 
-    /// Sends a ping if nothing has been sent for `idle` and nobody is writing (then the peer receives that anyway).
-    /// Never waits: a peer that does not read has enough to receive.
+    /// Sends a ping if nothing has been sent for `idle` and nobody is writing (then the peer receives that anyway). Never
+    /// the first message, which is HELLO or QUERY. Never waits: a peer that does not read has enough to receive.
     pub(crate) fn keep_alive(&self, idle: Duration) {
         let quiet =
             self.start.elapsed().saturating_sub(Duration::from_millis(self.sent_at.load(Ordering::Relaxed)));
@@ -142,6 +142,9 @@ impl Link {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return,
         };
+        if half.sequence == 0 {
+            return;
+        }
         // A socket that is writable has room for far more than a ping.
         if !self.transport.wait(PollFlags::OUT, Duration::ZERO) {
             return;
@@ -326,6 +329,22 @@ mod tests {
             }
         });
         assert_eq!(source.digest().unwrap(), destination.digest().unwrap());
+    }
+
+    /// A session whose threads get no processor for a while must not begin with a ping.
+    #[test]
+    fn nothing_is_sent_before_the_first_message() {
+        let (a, mut b) = UnixStream::pair().unwrap();
+        let link = Link::new(a.into()).unwrap();
+        link.keep_alive(Duration::ZERO);
+        link.send(&Message::Begin { lease: [1; 16] }).unwrap();
+        link.keep_alive(Duration::ZERO);
+        link.shutdown();
+        let mut sent = Vec::new();
+        b.read_to_end(&mut sent).unwrap();
+        let begin = encode(&Message::Begin { lease: [1; 16] }, 0).unwrap();
+        let ping = encode(&Message::Ping { token: 1 }, 1).unwrap();
+        assert_eq!(sent, [PREAMBLE.as_slice(), &begin, &ping].concat());
     }
 
     #[test]
