@@ -107,7 +107,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s V -l ve
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
@@ -121,7 +121,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l c
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l to -d 'Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Pause the guest too, for as long as it would be paused, so that all of it is measured'

@@ -36,12 +36,13 @@ pub(crate) struct MoveOptions {
     )]
     #[serde(default)]
     pub(crate) max_bandwidth: Option<u64>,
-    /// Give up when the guest still runs here after this many milliseconds.
+    /// Give up when the guest still runs here after this many milliseconds. Time in which only `migrate-continue` is waited
+    /// for does not count.
     #[arg(
         long = "give-up",
         value_parser = units::time,
         value_name = "TIME",
-        help = "Give up when the guest is still running here after this time; a rehearsal ends with what it has found"
+        help = "Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found"
     )]
     #[serde(default, with = "units::whole_milliseconds")]
     #[schemars(with = "Option<u64>")]

@@ -42,7 +42,7 @@ pub struct SourceConfig {
     pub downtime_limit: Duration,
     /// Of the limit, what is kept back for everything after the decision to commit.
     pub commit_reserve: Duration,
-    /// Give up when P3 has lasted this long; `None`: never.
+    /// Give up when P3 has lasted this long, time in which only the operator was waited for left out; `None`: never.
     pub give_up_after: Option<Duration>,
     /// Wait for [`SourceEvent::ContinueSwitchover`] before P4.
     pub pause_before_switchover: bool,

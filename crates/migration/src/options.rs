@@ -17,7 +17,8 @@ pub struct SourceOptions {
     pub commit_reserve: Option<Duration>,
     /// Most bytes per second while the guest runs; `None`: no cap. Once the guest is paused there is no cap.
     pub bandwidth: Option<u64>,
-    /// Give up when the pre-copy has lasted this long; `None`: never.
+    /// Give up when the pre-copy has lasted this long; `None`: never. Time in which it only waited for
+    /// [`Control::continue_switchover`](crate::Control::continue_switchover) does not count.
     pub give_up_after: Option<Duration>,
     /// Wait for [`Control::continue_switchover`](crate::Control::continue_switchover) before the guest is paused.
     pub pause_before_switchover: bool,

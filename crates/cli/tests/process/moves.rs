@@ -264,3 +264,27 @@ fn two_vms_without_an_identity_move_as_readme_says() {
     assert_eq!(source.info()["uuid"], id);
     source.assert_whole();
 }
+
+#[test]
+fn the_time_given_does_not_run_while_the_operator_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    let destination = Setup { vm_arguments: &incoming(), ..Setup::new(dir.path(), "b") }.start();
+    source.warm();
+    source.begin(&destination.incoming(), json!({"pause-before-switchover": true, "give-up-after": 20_000}));
+    let waits = || (source.migration()["status"] == "pre-switchover").then(|| source.migration());
+    let began = until("the switchover to wait", waits);
+    // Half a minute of rounds would be hundreds at twenty each second.
+    let ms = |info: &Value| info["total-ms"].as_f64().unwrap();
+    let now = until("more time than was given", || {
+        let now = source.migration();
+        (ms(&now) > 22_000.0).then_some(now)
+    });
+    assert_eq!(now["status"], "pre-switchover", "{now}");
+    let rounds = now["iterations"].as_u64().unwrap() - began["iterations"].as_u64().unwrap();
+    assert!(rounds < 60, "{rounds} rounds while only the operator was waited for");
+    source.call("migrate-continue", Value::Null).unwrap();
+    let info = source.ended();
+    assert_eq!(info["status"], "completed", "{info}");
+    destination.assert_whole();
+}

@@ -13,8 +13,11 @@ use crate::failure::{failure, silence};
 
 /// Iterations do not begin closer to each other: reading every dirty log has its price, and so has each for the guest.
 const PACE: Duration = Duration::from_millis(10);
-/// The same while P3 only waits for somebody.
+/// The same while P3 only waits for the destination's devices.
 const WAITING_PACE: Duration = Duration::from_millis(50);
+/// The same while P3 only waits for the operator, who may take hours: unless the guest dirties more than the downtime limit
+/// allows before that.
+const OPERATOR_PACE: Duration = Duration::from_secs(1);
 
 /// An acknowledgement of the destination in P3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +36,8 @@ impl Rounds {
             next: None,
             waiting: None,
             operator_asked: false,
+            operator_waited: Duration::ZERO,
+            operator_since: None,
             continued: false,
             progress: vec![DeviceProgress::default(); devices],
             acknowledged: vec![None; devices],
@@ -232,14 +237,15 @@ impl SourceEngine {
             return self.wait(WaitKind::Convergence, PACE, now);
         }
         if self.config.pause_before_switchover && !self.rounds.continued {
-            return self.wait(WaitKind::Operator, WAITING_PACE, now);
+            let pace = self.operator_pace(budget, now);
+            return self.wait(WaitKind::Operator, pace, now);
         }
         // A rehearsal has the time to wait for the report of how fast the destination loads.
         let unheard = self.config.rehearse.is_some() && self.rounds.applied == 0;
         if unheard || self.model.worth_another_round(now) {
             return self.wait(WaitKind::Convergence, PACE, now);
         }
-        self.rounds.waiting = None;
+        self.note_waiting(None, now);
         self.rounds.next = None;
         self.begin_switchover(prediction.total(), now);
     }
@@ -247,20 +253,51 @@ impl SourceEngine {
     /// Lets `pace` pass since the last iteration began; an event may decide otherwise meanwhile.
     fn wait(&mut self, waiting: WaitKind, pace: Duration, now: Time) {
         let next = self.rounds.round_began.saturating_add(pace);
-        self.rounds.waiting = Some(waiting);
-        self.rounds.operator_asked |= waiting == WaitKind::Operator;
+        self.note_waiting(Some(waiting), now);
         if next <= now {
             return self.next_round(now);
         }
         self.rounds.next = Some(next);
     }
 
+    /// Takes note of what P3 waits for. The operator's own delay counts neither against the time given nor as a stall.
+    fn note_waiting(&mut self, waiting: Option<WaitKind>, now: Time) {
+        let operator = waiting == Some(WaitKind::Operator);
+        self.rounds.waiting = waiting;
+        self.rounds.operator_asked |= operator;
+        match self.rounds.operator_since {
+            None if operator => {
+                self.rounds.operator_since = Some(now);
+                self.model.forget_stall();
+            }
+            Some(since) if !operator => {
+                let waited = now.saturating_sub(since);
+                self.rounds.operator_waited = self.rounds.operator_waited.saturating_add(waited);
+                self.rounds.operator_since = None;
+            }
+            _ => {}
+        }
+    }
+
+    /// Time from one round to the next while the operator is waited for: as long as the downtime will still fit.
+    fn operator_pace(&self, budget: Duration, now: Time) -> Duration {
+        let age = now.saturating_sub(self.rounds.round_began);
+        let fits = |pace: &Duration| {
+            let at = now.saturating_add(pace.saturating_sub(age));
+            self.model.predict(at).is_some_and(|prediction| prediction.total() <= budget)
+        };
+        let steps = (1..).map(|step: u32| WAITING_PACE.saturating_mul(step));
+        let paces = steps.take_while(|pace| *pace <= OPERATOR_PACE);
+        paces.take_while(fits).last().unwrap_or(WAITING_PACE)
+    }
+
+    /// Time at which P3 has lasted too long. Only the operator being waited for, there is none.
     fn give_up_at(&self) -> Option<Time> {
-        // The operator's own delay does not count.
-        if self.rounds.waiting == Some(WaitKind::Operator) {
+        if self.rounds.operator_since.is_some() {
             return None;
         }
-        self.config.give_up_after.map(|after| self.rounds.began.saturating_add(after))
+        let began = self.rounds.began.saturating_add(self.rounds.operator_waited);
+        self.config.give_up_after.map(|after| began.saturating_add(after))
     }
 
     fn acknowledgement_deadline(&self) -> Option<Time> {

@@ -89,6 +89,10 @@ pub(super) struct Rounds {
     pub(super) waiting: Option<WaitKind>,
     /// The operator has been waited for: the word to continue is for that wait, whatever is waited for when it comes.
     pub(super) operator_asked: bool,
+    /// Time for which only the operator has been waited for, up to `operator_since`.
+    pub(super) operator_waited: Duration,
+    /// Since when only the operator has been waited for; `None`: something else is, or nothing.
+    pub(super) operator_since: Option<Time>,
     pub(super) continued: bool,
     /// Per device: as last seen.
     pub(super) progress: Vec<DeviceProgress>,

@@ -1,6 +1,7 @@
 //! Both sides of the engine, alone, as a pair, and in a simulated world.
 
 mod decision;
+mod operator;
 mod pair;
 mod questions;
 mod random;

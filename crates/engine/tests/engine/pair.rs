@@ -502,10 +502,10 @@ fn progress_says_what_is_waited_for() {
         ..Script::default()
     });
     source.run();
-    let waited = source.log.iter().any(|line| line.contains("SendIteration { iteration: 100 }"));
+    let waited = source.log.iter().any(|line| line.contains("SendIteration { iteration: 20 }"));
     assert!(waited, "rounds go on while the operator thinks");
     let progress = source.source.as_ref().unwrap().progress(source.now);
-    assert!(progress.iteration > 100 && progress.bandwidth.is_some() && progress.predicted.is_some());
+    assert!(progress.iteration > 20 && progress.bandwidth.is_some() && progress.predicted.is_some());
     assert_eq!(progress.waiting, None::<SwitchoverWait>, "it is over");
 }
 
