@@ -490,6 +490,8 @@ pub enum DestinationOutcome {
     },
     /// Nothing ran here; every device is reset and released.
     Aborted(Failure),
+    /// The same, and this side's operator wanted it.
+    Cancelled(Failure),
     /// We refused it, or the source did.
     Refused(Vec<Reason>),
     /// The rehearsal has ended: everything is reset and released, but for this.

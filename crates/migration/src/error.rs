@@ -99,6 +99,9 @@ pub enum IncomingError {
     /// Nothing ran here; every device is reset and released.
     #[error("the incoming migration was aborted {0}")]
     Aborted(Failure),
+    /// This side's operator gave the attempt, or the wait for one, up. Nothing ran here; every device is reset and released.
+    #[error("the incoming migration was cancelled {0}")]
+    Cancelled(Failure),
     /// The attempt was a rehearsal, and is over, however it ended. The next may be
     /// [accepted](crate::Destination::accept).
     #[error("{0}")]
@@ -151,6 +154,9 @@ impl fmt::Debug for OwnedNotStarted {
 }
 
 pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
+    if matches!(error, ConnectError::Cancelled) {
+        return cancelled(Phase::Hello);
+    }
     let remedy = match &error {
         ConnectError::NotAStream(_)
         | ConnectError::System { uri: Uri::Fd(_), .. }
@@ -158,6 +164,17 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         _ => "check the address, and that a destination listens there",
     };
     MigrateError::NotBegun(Failure::new(Side::Source, Phase::Hello, error_chain(&error)).with_remedy(remedy))
+}
+
+/// A cancel before there was a session: nothing is to be undone.
+pub(crate) fn cancelled(phase: Phase) -> MigrateError {
+    MigrateError::Aborted(Box::new(Aborted {
+        cause: Failure::new(Side::Source, phase, "cancelled by the operator"),
+        cancelled: true,
+        reset: Vec::new(),
+        locks_lost: Vec::new(),
+        restored: true,
+    }))
 }
 
 pub(crate) fn not_begun(phase: Phase, text: impl Into<String>) -> MigrateError {

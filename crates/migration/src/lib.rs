@@ -124,7 +124,8 @@
 //! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
 //!
-//! There is no global state, no async runtime, no thread that outlives a call, and no logging set-up: events go to
+//! There is no global state, no async runtime, no thread that outlives a call
+//! (but that of a question which a device, a disk or a name server does not answer, after a cancel), and no logging set-up: events go to
 //! `tracing`, whoever listens. This crate decides nothing: `vfio-migration-engine` does. It knows no hypervisor and no
 //! device: those are behind [`Machine`] and [`Device`](vfio_migration_device::Device).
 #![forbid(unsafe_code)]

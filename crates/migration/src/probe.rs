@@ -7,6 +7,7 @@ use vfio_migration_device::IrqRouter;
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec};
 use vfio_migration_types::{Failure, Gpa, PAGE_SIZE, Phase, Side, VmId, error_chain};
 
+use crate::control::Control;
 use crate::error::MigrateError;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use crate::options::SourceOptions;
@@ -19,6 +20,8 @@ use crate::uri::Uri;
 ///
 /// `vm` is the identity that is asked for; a destination that expects another VM refuses it.
 ///
+/// `steer` gets the question's handle before it is asked: by [`Control::cancel`] another thread gives it up.
+///
 /// # Errors
 /// Nobody could be asked. A refusal is no error: it is the answer.
 pub fn probe(
@@ -26,12 +29,15 @@ pub fn probe(
     vm: VmId,
     uri: &Uri,
     options: SourceOptions,
+    steer: impl FnOnce(Control),
 ) -> Result<Report, MigrateError> {
     let ram = GuestRam::new("probe", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }]).map_err(|error| {
         MigrateError::NotBegun(Failure::new(Side::Source, Phase::Plan, error_chain(&error)))
     })?;
     let machine = ManifestOnly { vm, manifest, ram: Arc::new(ram) };
-    match Source::new(Arc::new(machine), options).rehearse_to(uri, Rehearse::Ask, |_| {}) {
+    let source = Source::new(Arc::new(machine), options);
+    steer(source.control());
+    match source.rehearse_to(uri, Rehearse::Ask, |_| {}) {
         Ok(rehearsal) => Ok(rehearsal.report),
         Err(error) => error.report().ok_or(error),
     }

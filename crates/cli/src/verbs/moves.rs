@@ -100,11 +100,14 @@ pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> 
     let json = command.target.json;
     let report =
         follow(&mut client, MigrationStatus::is_under_way, json, interrupt, OnInterrupt::Cancel)?.latest();
-    let (found, error) =
-        report.map_or((None, None), |report| (report.migration.rehearsal, report.migration.error));
+    let (found, status, error) = report.map_or((None, None, None), |report| {
+        let migration = report.migration;
+        (migration.rehearsal, Some(migration.status), migration.error)
+    });
     let Some(found) = found else {
         let why = error.unwrap_or_else(|| "it did not say why".into());
-        return Err(CliError::failed(format!("the rehearsal failed: {why}")));
+        let how = if status == Some(MigrationStatus::Cancelled) { "was cancelled" } else { "failed" };
+        return Err(CliError::failed(format!("the rehearsal {how}: {why}")));
     };
     let verdict = found.verdict;
     if command.target.json {

@@ -272,6 +272,7 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
         IncomingError::NotBegun(failure) | IncomingError::Aborted(failure) => {
             (failed, Some(failure), &[][..])
         }
+        IncomingError::Cancelled(failure) => (MigrationStatus::Cancelled, Some(failure), &[][..]),
         IncomingError::Rehearsed(rehearsed) => {
             let RehearsedHere { refused, cause } = rehearsed.as_ref();
             (MigrationStatus::Rehearsed, cause.as_ref(), refused.as_slice())

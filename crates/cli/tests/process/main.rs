@@ -1,6 +1,7 @@
 //! The command as its users run it: real processes, sockets, KVM.
 
 mod bad_input;
+mod cancel;
 mod compat;
 mod completions;
 mod demo;

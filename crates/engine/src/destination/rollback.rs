@@ -1,6 +1,8 @@
 //! The way back, before OWNER: ABORTED to the journal, then the message to the source, then everything released. The
 //! end of a rehearsal is the same way, without the journal.
 
+use std::time::Duration;
+
 use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::{Message, Reason};
 
@@ -13,11 +15,20 @@ use crate::ownership::{DestinationState, DestinationStep};
 /// The multiple of `peer_timeout` for which an attempt that was given up after READY stays answerable. The source
 /// notices a lost link within one, and asks at once.
 const LINGER: u32 = 4;
+/// The same when an operator gave it up, who waits for the end. The journal answers whoever asks later.
+const LINGER_CANCELLED: Duration = Duration::from_millis(500);
 
 impl DestinationEngine {
     /// Gives the attempt up. Does nothing once the guest is ours, or the abort is under way.
     pub(super) fn abort(&mut self, cause: Failure, now: Time) {
-        let too_late = matches!(
+        if self.can_abort() {
+            self.roll_back(cause, now);
+        }
+    }
+
+    /// Whether the attempt can still be given up. `false`: it is too late, or already under way.
+    fn can_abort(&self) -> bool {
+        !matches!(
             self.state,
             State::JournalOwner
                 | State::Starting
@@ -26,9 +37,23 @@ impl DestinationEngine {
                 | State::Releasing
                 | State::Lingering
                 | State::Done
-        );
-        if !too_late {
-            self.roll_back(cause, now);
+        )
+    }
+
+    /// Gives the attempt up because the operator wants it. One that is being given up already ends sooner, for its own cause.
+    pub(super) fn on_cancel(&mut self, now: Time) {
+        match self.state {
+            State::JournalAborted | State::Releasing => self.rollback.cancelled_late = true,
+            State::Lingering => {
+                self.rollback.cancelled_late = true;
+                self.linger_or_finish(now);
+            }
+            _ if self.can_abort() => {
+                self.rollback.cancelled = true;
+                let text = "given up by the destination's operator";
+                self.roll_back(failure(Side::Destination, self.phase, text, ""), now);
+            }
+            _ => {}
         }
     }
 
@@ -169,6 +194,7 @@ impl DestinationEngine {
         }
         match self.rollback.refused.take() {
             Some(reasons) => self.finish(DestinationOutcome::Refused(reasons)),
+            None if self.rollback.cancelled => self.finish(DestinationOutcome::Cancelled(self.cause())),
             None => self.finish(DestinationOutcome::Aborted(self.cause())),
         }
     }
@@ -196,7 +222,10 @@ impl DestinationEngine {
             return self.finish_aborted();
         }
         self.state = State::Lingering;
-        let timeout = self.config.peer_timeout.saturating_mul(LINGER);
+        let timeout = match self.rollback.cancelled || self.rollback.cancelled_late {
+            true => LINGER_CANCELLED,
+            false => self.config.peer_timeout.saturating_mul(LINGER),
+        };
         self.timer = Some(ExpectedAnswer::within(timeout, "a question", now));
     }
 

@@ -112,6 +112,10 @@ pub(super) struct DestinationCommit {
 #[derive(Debug, Default)]
 pub(super) struct DestinationRollback {
     pub(super) cause: Option<Failure>,
+    /// It is this side's operator who gave the attempt up.
+    pub(super) cancelled: bool,
+    /// It was being given up already when the operator did.
+    pub(super) cancelled_late: bool,
     pub(super) refused: Option<Vec<Reason>>,
     /// The rehearsal has come to its end.
     pub(super) rehearsed: bool,

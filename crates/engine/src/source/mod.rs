@@ -292,11 +292,11 @@ impl SourceEngine {
     }
 
     fn on_cancel(&mut self) {
-        if self.can_cancel() {
-            self.abort(
-                failure(Side::Source, self.phase, "cancelled by the operator", ""),
-                AbortNotice::SendCancelled,
-            );
+        let cause = failure(Side::Source, self.phase, "cancelled by the operator", "");
+        match self.state {
+            State::Undoing => self.rehearsal.cancelled = Some(cause),
+            State::AwaitingRehearsed => self.finish_cancelled(cause),
+            _ => self.abort(cause, AbortNotice::SendCancelled),
         }
     }
 

@@ -6,7 +6,9 @@ use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
 use super::state::{AbortNotice, SourceEngine, State};
-use crate::api::{Part, PartBasis, PartName, RehearsalResult, Rehearse, SourceAction, SourceOutcome, Time};
+use crate::api::{
+    Abort, Part, PartBasis, PartName, RehearsalResult, Rehearse, SourceAction, SourceOutcome, Time,
+};
 use crate::failure::link_lost;
 
 impl SourceEngine {
@@ -42,6 +44,9 @@ impl SourceEngine {
     }
 
     pub(super) fn await_rehearsed(&mut self, now: Time) {
+        if let Some(cause) = self.rehearsal.cancelled.take() {
+            return self.finish_cancelled(cause);
+        }
         self.phase = Phase::Clean;
         self.state = State::AwaitingRehearsed;
         if let Some(left_undone) = self.rehearsal.rehearsed.take() {
@@ -70,6 +75,17 @@ impl SourceEngine {
             State::AwaitingRehearsed => self.on_rehearsed(left_undone),
             _ => self.rehearsal.rehearsed = Some(left_undone),
         }
+    }
+
+    /// The operator does not wait for the destination, which releases everything whoever listens. Here all is undone.
+    pub(super) fn finish_cancelled(&mut self, cause: Failure) {
+        self.finish(SourceOutcome::Aborted(Abort {
+            cause,
+            cancelled: true,
+            reset: Vec::new(),
+            locks_lost: Vec::new(),
+            restored: true,
+        }));
     }
 
     pub(super) fn on_rehearsed(&mut self, left_undone: Option<Failure>) {

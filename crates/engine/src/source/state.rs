@@ -171,6 +171,8 @@ pub(super) struct SourceRollback {
 #[derive(Debug, Default)]
 pub(super) struct RehearsalState {
     pub(super) result: RehearsalResult,
+    /// The operator does not wait for the end.
+    pub(super) cancelled: Option<Failure>,
     /// REHEARSED, if it came before this side was undone: what the destination could not release.
     pub(super) rehearsed: Option<Option<Failure>>,
 }

@@ -30,7 +30,8 @@ fn aborted(world: &World, end: &End) -> Abort {
         panic!("{:?}\n{}", end.source, world.log.join("\n"))
     };
     source_is_back(world);
-    let gone = matches!(end.destination, Some(DestinationOutcome::Aborted(_)));
+    let gone =
+        matches!(end.destination, Some(DestinationOutcome::Aborted(_) | DestinationOutcome::Cancelled(_)));
     assert!(gone, "{:?}\n{}", end.destination, world.log.join("\n"));
     abort.clone()
 }

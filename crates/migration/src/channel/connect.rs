@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use crate::session::abandon::{Unanswered, answer_unless};
 use crate::uri::Uri;
 
 /// The reason why there is no connection.
@@ -36,14 +37,36 @@ pub(crate) enum ConnectError {
     Used(Uri),
     #[error("cancelled")]
     Cancelled,
+    #[error("there is no thread to connect on")]
+    NoThread(#[source] io::Error),
 }
 
-/// Connects to a destination.
-pub(crate) fn connect(uri: &Uri, limit: Duration) -> Result<OwnedFd, ConnectError> {
-    match uri {
-        Uri::Tcp { host, port } => connect_tcp(uri, host, *port, limit),
-        Uri::Unix(path) => connect_unix(uri, path, limit),
+/// Connects to a destination, within `limit`, and unless it is `given_up`.
+pub(crate) fn connect(
+    uri: &Uri,
+    limit: Duration,
+    given_up: impl Fn() -> bool,
+) -> Result<OwnedFd, ConnectError> {
+    let wanted = uri.clone();
+    // Neither a name's resolution nor a connect ends when it is told to.
+    within(uri, limit, given_up, move || match &wanted {
+        Uri::Tcp { host, port } => connect_tcp(&wanted, host, *port, limit),
+        Uri::Unix(path) => connect_unix(&wanted, path, limit),
         Uri::Fd(number) => take_over(*number),
+    })
+}
+
+fn within(
+    uri: &Uri,
+    limit: Duration,
+    given_up: impl Fn() -> bool,
+    work: impl FnOnce() -> Result<OwnedFd, ConnectError> + Send + 'static,
+) -> Result<OwnedFd, ConnectError> {
+    match answer_unless(given_up, Some(limit), work) {
+        Ok(connected) => connected,
+        Err(Unanswered::GivenUp) => Err(ConnectError::Cancelled),
+        Err(Unanswered::Late) => Err(ConnectError::TimedOut { uri: uri.clone(), limit }),
+        Err(Unanswered::NoThread(error)) => Err(ConnectError::NoThread(error)),
     }
 }
 
@@ -281,5 +304,29 @@ fn remove_dead_socket(path: &Path) {
         && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     {
         let _ = std::fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// A name server that does not answer blocks getaddrinfo(3), which nothing interrupts.
+    #[test]
+    fn a_name_that_is_not_resolved_is_given_up_and_has_a_limit() {
+        let uri: Uri = "tcp:host:1".parse().unwrap();
+        let hang = || {
+            let (answer, never) = mpsc::channel();
+            let work = move || never.recv().unwrap_or(Err(ConnectError::Cancelled));
+            (answer, work)
+        };
+        let (_answer, work) = hang();
+        let given_up = within(&uri, Duration::from_secs(60), || true, work);
+        assert!(matches!(given_up, Err(ConnectError::Cancelled)));
+        let (_answer, work) = hang();
+        let late = within(&uri, Duration::from_millis(1), || false, work);
+        assert!(matches!(late, Err(ConnectError::TimedOut { .. })));
     }
 }

@@ -73,7 +73,7 @@ impl Link {
     }
 
     /// Sends the preamble, unless it has been sent.
-    pub(super) fn welcome(&self) -> Result<(), ChannelError> {
+    pub(crate) fn welcome(&self) -> Result<(), ChannelError> {
         let mut half = lock(&self.write);
         if std::mem::take(&mut half.reserved) {
             let sent = self.write_all(&[&PREAMBLE]);

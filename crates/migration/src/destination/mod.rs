@@ -214,6 +214,10 @@ impl fmt::Debug for Destination {
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn not_begun(error: ConnectError) -> IncomingError {
     let remedy = match error {
+        ConnectError::Cancelled => {
+            let text = "given up by the destination's operator";
+            return IncomingError::Cancelled(Failure::new(Side::Destination, Phase::Hello, text));
+        }
         ConnectError::NotAStream(_) => "pass a connected stream socket",
         _ => "",
     };

@@ -91,6 +91,7 @@ pub(super) fn into_result(
         DestinationOutcome::Rehearsed(left_undone) => Err(rehearsed(Vec::new(), left_undone)),
         DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
         DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause)),
+        DestinationOutcome::Cancelled(cause) => Err(IncomingError::Cancelled(cause)),
         other => {
             let text = format!("an outcome that this version does not know: {other:?}");
             Err(IncomingError::Aborted(Failure::new(Side::Destination, Phase::Run, text)))

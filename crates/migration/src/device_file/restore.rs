@@ -81,9 +81,9 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) ->
     match error {
         IncomingError::Refused(reasons) => DeviceFileError::OtherDevice(reasons),
         _ if control.is_cancelled() => DeviceFileError::Cancelled(fate),
-        IncomingError::NotBegun(failure) | IncomingError::Aborted(failure) => {
-            DeviceFileError::Failed { failure: failure.into(), fate }
-        }
+        IncomingError::NotBegun(failure)
+        | IncomingError::Aborted(failure)
+        | IncomingError::Cancelled(failure) => DeviceFileError::Failed { failure: failure.into(), fate },
         IncomingError::Rehearsed(_) => {
             let failure = Failure::new(
                 Side::Destination,

@@ -1,22 +1,28 @@
 //! Saving: a source runs against a recorder.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use vfio_migration_types::Phase;
 
 use super::file::{Writer, failed};
 use super::record::{Recorded, Unrecorded, record};
 use super::{DeviceState, GuestNotResumed, SaveError, states};
 use crate::channel::link::Link;
 use crate::channel::liveness::keep_alive_until;
-use crate::error::MigrateError;
+use crate::error::{MigrateError, cancelled};
 use crate::options::SourceOptions;
 use crate::report::{Completed, Progress};
+use crate::session::abandon::{Unanswered, answer_unless};
 use crate::source::Source;
 
 /// Longest pause of the guest while its last state is written: as long as the disk takes.
 const STANDSTILL: Duration = Duration::from_secs(3600);
+/// Time that the disk has to end what is under way when the operator cancels.
+const CANCELLED: Duration = Duration::from_millis(250);
 
 /// Options for saving a machine.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,24 +71,51 @@ pub fn save(
     options: SaveOptions,
     observer: impl FnMut(&Progress),
 ) -> Result<Saved, SaveError> {
-    let writer = Writer::create(path, options.force)?;
+    let control = source.control();
+    let (target, force) = (path.to_owned(), options.force);
+    // A disk may hang, and nothing that waits for it ends when it is told to.
+    let created = answer_unless(|| control.cancel_waits(), None, move || Writer::create(&target, force));
+    let writer = match created {
+        Ok(created) => created?,
+        Err(Unanswered::NoThread(error)) => return Err(failed("making a thread for", path)(error).into()),
+        Err(Unanswered::GivenUp | Unanswered::Late) => {
+            return Err(SaveError::Session(cancelled(Phase::Plan)));
+        }
+    };
     let (here, there) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|errno| failed("making a socket for", path)(errno.into()))?;
     let link = Link::accepted(there);
-    let (recorded, ended) = std::thread::scope(|scope| {
-        let (done, waits) = std::sync::mpsc::channel();
+    let (of_thread, commit) = (Arc::clone(&link), options.stop);
+    let (answer, recorded) = mpsc::channel();
+    let recording = std::thread::Builder::new().name("recorder".into()).spawn(move || {
+        let recorded = record(&of_thread, writer, commit);
+        // After a cancel nobody may wait for it any more. What it has written by then is gone again.
+        let _ = answer.send(recorded);
+    });
+    let recording = recording.map_err(|error| failed("making a thread for", path)(error))?;
+    let ended = std::thread::scope(|scope| {
+        let (done, waits) = mpsc::channel();
         let link = &link;
-        let recording = scope.spawn(move || {
-            let recorded = record(link, writer, options.stop);
-            drop(done);
-            recorded
-        });
         scope.spawn(move || keep_alive_until(link, &waits));
         let ended = source.into_file(path).migrate_over(here, observer);
         // Whatever the recorder waits for, nobody sends it any more.
         link.shutdown();
-        (recording.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), ended)
+        drop(done);
+        ended
     });
+    let patience = match &ended {
+        Err(MigrateError::Aborted(aborted)) if aborted.cancelled => CANCELLED,
+        _ => Duration::MAX,
+    };
+    let recorded = match recorded.recv_timeout(patience) {
+        Ok(recorded) => recorded,
+        // It is the disk that hangs: its thread removes the file once it can.
+        Err(RecvTimeoutError::Timeout) => Err(Unrecorded::Ended),
+        Err(RecvTimeoutError::Disconnected) => match recording.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(()) => Err(Unrecorded::Ended),
+        },
+    };
     match (recorded, ended) {
         (Ok(Recorded { bytes, digest, devices, committed: true }), Ok(completed)) => {
             Ok(Saved { bytes, digest, devices: states(&devices), completed: Some(completed) })

@@ -1,16 +1,18 @@
 //! P7: the journal before COMMIT is sent; and asking again, over a new connection each time, when its answer was lost.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
-use vfio_migration_types::{Side, error_chain};
+use vfio_migration_types::{Failure, Side, error_chain};
 use vfio_migration_wire::Message;
 
-use crate::channel::connect;
+use crate::channel::connect::{self, ConnectError};
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
+use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
@@ -42,7 +44,11 @@ impl Worker<'_> {
 
     fn ask(&self) -> Result<Message, Result<WorkError, String>> {
         let limit = self.options.connect_timeout.min(PATIENCE);
-        let socket = connect::connect(self.uri, limit).map_err(|error| Err(error_chain(&error)))?;
+        let replaced = || self.shared.interrupt.raised();
+        let socket = connect::connect(self.uri, limit, replaced).map_err(|error| match error {
+            ConnectError::Cancelled => Ok(WorkError::Interrupted),
+            error => Err(error_chain(&error)),
+        })?;
         let told = |error: ChannelError| Err(error_chain(&error));
         let link = Link::new(socket).map_err(told)?;
         link.send(&self.record(SourceState::Committing).query()).map_err(told)?;
@@ -83,8 +89,32 @@ impl Worker<'_> {
         }
         let record = self.record(state);
         let reason = lock(&self.shared.journal_reason).take();
-        self.journal
-            .write_source(record, reason)
-            .map_err(|error| error.in_phase(Side::Source, state.phase()).into())
+        let failed = |failure: Failure| WorkError::Failed(failure);
+        let phase = state.phase();
+        // Only before the decision is there a cancel. An abandoned write keeps the VM's journal locked until it ends, and
+        // whichever of SENDING and OWNER is last on disk, the guest is this side's.
+        if !matches!(state, SourceState::Sending | SourceState::Owner) {
+            return self
+                .journal
+                .write_source(record, reason)
+                .map_err(|error| failed(error.in_phase(Side::Source, phase)));
+        }
+        let hangs = |text: &str| {
+            failed(Failure::new(Side::Source, phase, text).with_remedy("look at the state directory"))
+        };
+        let sending = state == SourceState::Sending;
+        if self.journal_hangs {
+            return Err(hangs("the state directory did not answer when it was written before"));
+        }
+        let journal = Arc::clone(self.journal);
+        let given_up = || sending && self.shared.interrupt.raised();
+        match answer_unless(given_up, None, move || journal.write_source(record, reason)) {
+            Ok(written) => written.map_err(|error| failed(error.in_phase(Side::Source, phase))),
+            Err(Unanswered::NoThread(error)) => Err(hangs(&error_chain(&error))),
+            Err(Unanswered::GivenUp | Unanswered::Late) => {
+                self.journal_hangs = true;
+                Err(WorkError::Interrupted)
+            }
+        }
     }
 }

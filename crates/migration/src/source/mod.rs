@@ -108,7 +108,8 @@ impl Source {
             self.file,
             rehearse,
         )?;
-        let socket = connect::connect(uri, plan.options.connect_timeout).map_err(|error| {
+        let cancelled = || plan.control.cancel_waits();
+        let socket = connect::connect(uri, plan.options.connect_timeout, cancelled).map_err(|error| {
             let (phase, elapsed) = (Phase::Hello, begun.elapsed());
             let phases = vec![PhaseTime { phase, took: elapsed }];
             plan.control.set_progress(Progress { phase, elapsed, phases, ..plan.control.progress() });

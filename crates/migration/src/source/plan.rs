@@ -1,6 +1,6 @@
 //! P0: the source's own preconditions, before anybody is talked to.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,13 +12,14 @@ use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_c
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Offer, VERSIONS, limits};
 
 use crate::control::Control;
-use crate::error::{MigrateError, not_begun, refused_here};
+use crate::error::{MigrateError, cancelled, not_begun, refused_here};
 use crate::machine::{Machine, MigratableDevice};
 use crate::offer::names;
 use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::rehearsal::Rehearse;
 use crate::report::{AttemptInfo, AttemptKind, Progress};
+use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
 use crate::snapshot::file_peer;
@@ -32,7 +33,7 @@ pub(super) struct PlannedMigration {
     pub(super) uri: Uri,
     /// What the session is about, for its journal and for whoever watches it.
     pub(super) info: AttemptInfo,
-    pub(super) journal: Journal,
+    pub(super) journal: Arc<Journal>,
     pub(super) attempt: AttemptId,
     pub(super) epoch: Epoch,
     pub(super) manifest: MachineManifest,
@@ -50,7 +51,7 @@ impl PlannedMigration {
     ) -> Result<(Self, engine::SourceEngine), MigrateError> {
         let vm = machine.id();
         if control.cancel_waits() {
-            return Err(not_begun(Phase::Plan, "cancelled before it began"));
+            return Err(cancelled(Phase::Plan));
         }
         let attempt = new_attempt_id()?;
         let kind = match (rehearse, &file) {
@@ -64,17 +65,26 @@ impl PlannedMigration {
         control.set_progress(Progress { attempt: Some(info.clone()), ..control.progress() });
         // A rehearsal reads the journal and leaves no trace in it.
         let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
-        let journal = Journal::open(dir, vm, JournalSide::Source)
-            .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
-        let epoch = owned_epoch(known(&journal, &options, vm)?, &options)?;
+        let (dir, asked) = (dir.map(Path::to_owned), options.clone());
+        let (journal, epoch) = unless_cancelled(&control, move || {
+            let journal = Journal::open(dir.as_deref(), vm, JournalSide::Source)
+                .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
+            let epoch = owned_epoch(known(&journal, &asked, vm)?, &asked)?;
+            Ok((journal, epoch))
+        })?;
         info.epoch = epoch;
-        let manifest =
-            machine.manifest().map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
+        // Apart from the journal: a device that is still asked when this has ended must not hold the VM's journal.
+        let (asked, of_thread) = (options.clone(), Arc::clone(&machine));
+        let (manifest, devices) = unless_cancelled(&control, move || {
+            let manifest = of_thread
+                .manifest()
+                .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
+            Ok((manifest, usable_devices(of_thread.as_ref(), &asked)?))
+        })?;
         let json = manifest.to_json().map_err(|error| {
             not_begun(Phase::Plan, format!("the manifest cannot be written: {}", error_chain(&error)))
         })?;
         let offer = Offer { names: names(&options.device_map), manifest: json };
-        let devices = usable_devices(machine.as_ref(), &options)?;
         let facts = devices.iter().map(|(moved, capabilities)| DeviceFacts {
             id: moved.device.id().clone(),
             flags: capabilities.flags,
@@ -108,8 +118,23 @@ impl PlannedMigration {
         if let Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) = engine.poll_action() {
             return Err(refused_here(abort.cause));
         }
+        let journal = Arc::new(journal);
         let plan = Self { machine, options, control, uri, info, journal, attempt, epoch, manifest, devices };
         Ok((plan, engine))
+    }
+}
+
+/// Does `work`, a question that a disk or a device may not answer, unless the operator cancels meanwhile.
+fn unless_cancelled<T: Send + 'static>(
+    control: &Control,
+    work: impl FnOnce() -> Result<T, MigrateError> + Send + 'static,
+) -> Result<T, MigrateError> {
+    match answer_unless(|| control.cancel_waits(), None, work) {
+        Ok(answer) => answer,
+        Err(Unanswered::NoThread(error)) => {
+            Err(not_begun(Phase::Plan, format!("there is no thread for a question: {}", error_chain(&error))))
+        }
+        Err(Unanswered::GivenUp | Unanswered::Late) => Err(cancelled(Phase::Plan)),
     }
 }
 

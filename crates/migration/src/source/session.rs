@@ -1,6 +1,7 @@
 //! The session's loop: what happens becomes the engine's events, the engine's actions become the worker's jobs.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -15,8 +16,9 @@ use crate::channel::liveness::{self, GRACE, TICK};
 use crate::channel::reader::Reader;
 use crate::control::Control;
 use crate::device::send::DeviceCounters;
-use crate::error::{MigrateError, refused_here};
+use crate::error::{MigrateError, cancelled, refused_here};
 use crate::report::Progress;
+use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::events::Events;
 use crate::session::lock::lock;
 use crate::source::attempt::{SourceCounters, SourceEnd, SourceShared};
@@ -36,8 +38,7 @@ pub(super) fn run(
     begun: Instant,
     mut observer: impl FnMut(&Progress),
 ) -> Result<SourceEnd, MigrateError> {
-    let link = Link::new(socket)
-        .map_err(|error| refused_here(Failure::new(Side::Source, Phase::Hello, error_chain(&error))))?;
+    let link = connected(socket, &plan.control)?;
     let counters = SourceCounters {
         devices: plan.devices.iter().map(|_| DeviceCounters::default()).collect(),
         ..SourceCounters::default()
@@ -80,6 +81,22 @@ pub(super) fn run(
     });
     plan.control.detach();
     into_result(outcome, &reporter, &counters, &link, &plan.uri, plan.machine.id(), plan.attempt)
+}
+
+/// The link over `socket`, with our preamble sent: whoever handed the socket over may have left it full.
+fn connected(socket: OwnedFd, control: &Control) -> Result<Arc<Link>, MigrateError> {
+    let link = Link::accepted(socket);
+    let failed = |text| refused_here(Failure::new(Side::Source, Phase::Hello, text));
+    let of_thread = Arc::clone(&link);
+    match answer_unless(|| control.cancel_waits(), None, move || of_thread.welcome()) {
+        Ok(Ok(())) => Ok(link),
+        Ok(Err(error)) => Err(failed(error_chain(&error))),
+        Err(Unanswered::NoThread(error)) => Err(failed(error_chain(&error))),
+        Err(Unanswered::GivenUp | Unanswered::Late) => {
+            link.shutdown();
+            Err(cancelled(Phase::Hello))
+        }
+    }
 }
 
 /// The loop, on the caller's thread.

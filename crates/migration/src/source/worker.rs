@@ -39,7 +39,9 @@ pub(super) struct Worker<'a> {
     pub(super) link: Arc<Link>,
     pub(super) shared: &'a SourceShared,
     pub(super) counters: &'a SourceCounters,
-    pub(super) journal: &'a Journal,
+    pub(super) journal: &'a Arc<Journal>,
+    /// A write of the journal was given up, and may still be under way.
+    pub(super) journal_hangs: bool,
     pub(super) attempt: AttemptId,
     pub(super) epoch: Epoch,
     /// The manifest that was offered.
@@ -82,6 +84,7 @@ impl<'a> Worker<'a> {
             shared,
             counters,
             journal: &plan.journal,
+            journal_hangs: false,
             attempt: plan.attempt,
             epoch: plan.epoch,
             manifest: &plan.manifest,

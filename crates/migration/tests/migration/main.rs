@@ -1,5 +1,6 @@
 //! Migrations between two machines in one process, a file per subject.
 
+mod cancel;
 mod device_file;
 mod faults;
 mod migrate;

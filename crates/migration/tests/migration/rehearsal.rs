@@ -229,7 +229,7 @@ fn a_manifest_alone_can_ask() {
         let to = destination.local().clone();
         let built: Arc<dyn Machine> = Toy::new(&other);
         let arriving = std::thread::spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
-        let report = probe(paper.manifest().unwrap(), paper.id(), &to, slow()).unwrap();
+        let report = probe(paper.manifest().unwrap(), paper.id(), &to, slow(), |_| {}).unwrap();
         assert_eq!(report.verdict, verdict, "{report:?}");
         let there = arriving.join().unwrap();
         assert!(matches!(there, IncomingError::Rehearsed(_)), "{there:?}");

@@ -103,5 +103,7 @@ fn ask(
     options.policy = policy;
     // A manifest's file names no VM; a receiver that expects a certain one will say so.
     let vm = vm.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
-    probe(machine, vm, uri, options).map_err(|error| CliError::caused(&format!("cannot ask {uri}"), &error))
+    // Ctrl-C ends the process: the receiver releases what it reserved when the connection ends.
+    probe(machine, vm, uri, options, |_| {})
+        .map_err(|error| CliError::caused(&format!("cannot ask {uri}"), &error))
 }

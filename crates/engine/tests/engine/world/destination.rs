@@ -18,6 +18,7 @@ pub struct Side {
     pub disk: Option<DestinationState>,
     writing: Option<DestinationState>,
     pub outcome: Option<DestinationOutcome>,
+    pub ended_at: Option<Time>,
     pub killed: bool,
     pub restarted: bool,
     pub actions: Vec<String>,
@@ -38,6 +39,7 @@ impl Default for Side {
             disk: None,
             writing: None,
             outcome: None,
+            ended_at: None,
             killed: false,
             restarted: false,
             actions: Vec::new(),
@@ -97,6 +99,7 @@ impl World {
             }
             DestinationAction::Finish(outcome) => {
                 self.other.outcome = Some(outcome.clone());
+                self.other.ended_at = Some(self.now);
                 return self.close(false);
             }
             _ => {}

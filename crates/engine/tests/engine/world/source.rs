@@ -18,6 +18,7 @@ pub struct Side {
     pub disk: SourceState,
     writing: Option<SourceState>,
     pub outcome: Option<SourceOutcome>,
+    pub ended_at: Option<Time>,
     pub killed: bool,
     /// Actions that are answered, begun so far, names included.
     pub actions: Vec<String>,
@@ -48,6 +49,7 @@ impl Side {
             disk: SourceState::Owner,
             writing: None,
             outcome: None,
+            ended_at: None,
             killed: false,
             actions: Vec::new(),
             action: 0,
@@ -92,6 +94,7 @@ impl World {
             SourceAction::Send(message) => return self.source_says(message.clone()),
             SourceAction::Finish(outcome) => {
                 self.side.outcome = Some(outcome.clone());
+                self.side.ended_at = Some(self.now);
                 return self.close(true);
             }
             _ => {}

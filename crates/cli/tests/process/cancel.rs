@@ -1,0 +1,147 @@
+//! Cancels and Ctrl-C end what the command and a `vm` wait for.
+
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::support::{Process, Setup, Vm, command, until};
+
+/// The second in which a cancel must end a wait, and what a busy host adds to it.
+const WITHIN: Duration = Duration::from_secs(4);
+
+fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), signal).unwrap();
+}
+
+/// A process that stands still until this is dropped.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(process: &Process) -> Self {
+        signal(process.pid(), Signal::STOP);
+        Self(process.pid())
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        signal(self.0, Signal::CONT);
+    }
+}
+
+/// An address whose connections nobody accepts any more: a connect to it waits for ten seconds.
+fn full_queue(path: &Path) -> (UnixListener, Vec<std::os::fd::OwnedFd>) {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let listener = UnixListener::bind(path).unwrap();
+    let address = SocketAddrUnix::new(path).unwrap();
+    let mut queued = Vec::new();
+    loop {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        if connect(&socket, &address).is_err() {
+            return (listener, queued);
+        }
+        queued.push(socket);
+    }
+}
+
+/// Cancels the session of `vm` over its control socket, and checks how it ended.
+fn cancel(vm: &Vm) {
+    let begun = Instant::now();
+    vm.call("migrate-cancel", Value::Null).unwrap();
+    let info = vm.ended();
+    assert!(begun.elapsed() < WITHIN, "the cancel took {:?}: {info}", begun.elapsed());
+    assert_eq!(info["status"], "cancelled", "{info}");
+    assert_eq!(vm.status(), "running");
+}
+
+/// Interrupts a command that follows a session of `vm`, and checks how both ended.
+fn interrupt(vm: &Vm, following: Child) {
+    until("the session", || (vm.migration()["status"] == "active").then_some(()));
+    let begun = Instant::now();
+    signal(following.id(), Signal::INT);
+    let output = following.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(begun.elapsed() < WITHIN, "Ctrl-C took {:?}: {told}", begun.elapsed());
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("cancelled"), "{told}");
+    assert_eq!(vm.migration()["status"], "cancelled");
+    assert_eq!(vm.status(), "running");
+}
+
+fn following(arguments: &[&str]) -> Child {
+    command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn sessions_that_wait_for_a_connection_are_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup::new(dir.path(), "a").start();
+    vm.warm();
+    let full = dir.path().join("full");
+    let _kept = full_queue(&full);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("tcp:127.0.0.1:{}", listener.local_addr().unwrap().port());
+    let full = format!("unix:{}", full.display());
+    let control = vm.control.to_str().unwrap();
+    for to in [full.as_str(), silent.as_str()] {
+        vm.begin(to, json!({}));
+        cancel(&vm);
+        vm.call("rehearse", json!({"uri": to})).unwrap();
+        cancel(&vm);
+        interrupt(&vm, following(&["migrate", "--control", control, to]));
+        interrupt(&vm, following(&["rehearse", "--control", control, "--to", to]));
+    }
+    vm.assert_whole();
+}
+
+#[test]
+fn sessions_that_wait_for_a_device_server_are_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup::new(dir.path(), "a").start();
+    vm.warm();
+    let control = vm.control.to_str().unwrap();
+    let file = dir.path().join("file");
+    let file = file.to_str().unwrap();
+    let stopped = Stopped::new(&vm.devices[0]);
+    let to = "tcp:127.0.0.1:1";
+    vm.begin(to, json!({}));
+    cancel(&vm);
+    interrupt(&vm, following(&["migrate", "--control", control, to]));
+    interrupt(&vm, following(&["rehearse", "--control", control, "--to", to]));
+    interrupt(&vm, following(&["save", "--control", control, "-o", file]));
+    drop(stopped);
+    assert!(!Path::new(file).exists());
+    vm.assert_whole();
+}
+
+#[test]
+fn a_question_that_is_not_answered_ends_by_ctrl_c() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup { devices: 0, ..Setup::new(dir.path(), "a") }.start();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = format!("tcp:127.0.0.1:{}", silent.local_addr().unwrap().port());
+    let subject = format!("vm:{}", vm.control.display());
+    let mut asking = following(&["check", &subject, &to]);
+    // It has connected: it waits for an answer.
+    let _visitor = silent.accept().unwrap();
+    let begun = Instant::now();
+    signal(asking.id(), Signal::INT);
+    assert!(!asking.wait().unwrap().success());
+    assert!(begun.elapsed() < WITHIN, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_destination_that_waits_is_cancelled_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "a") };
+    let vm = vm.start();
+    vm.incoming();
+    vm.call("migrate-cancel", Value::Null).unwrap();
+    until("the end of the wait", || (vm.migration()["status"] == "cancelled").then_some(()));
+}
