@@ -109,6 +109,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l do
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
+off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
@@ -123,6 +125,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l d
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
+off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Pause the guest too, for as long as it would be paused, so that all of it is measured'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'

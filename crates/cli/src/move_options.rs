@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{SaveOptions, SourceOptions};
@@ -61,6 +62,20 @@ pub(crate) struct MoveOptions {
     #[arg(long, help = "Move even a device that logs no DMA: all of RAM is sent while the guest is paused")]
     #[serde(default)]
     pub(crate) allow_all_dirty: bool,
+    /// Checksum RAM while the guest runs too. Absent: false.
+    #[arg(
+        long,
+        value_parser = on_off(),
+        value_name = "SWITCH",
+        help = "Checksum RAM while the guest runs too, at the price of a copy. Default off: the network's own checksums must do until the guest is paused"
+    )]
+    #[serde(default)]
+    pub(crate) ram_crc: Option<bool>,
+}
+
+/// `on` or `off`.
+fn on_off() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new(["on", "off"]).map(|word| word == "on")
 }
 
 impl MoveOptions {
@@ -73,6 +88,9 @@ impl MoveOptions {
         options.give_up_after = self.give_up_after;
         options.device_map = device_map(&self.device_map)?;
         options.allow_all_dirty = self.allow_all_dirty;
+        if let Some(ram_crc) = self.ram_crc {
+            options.ram_crc = ram_crc;
+        }
         Ok(options)
     }
 }
@@ -197,7 +215,7 @@ mod tests {
     #[test]
     fn the_command_line_and_the_control_socket_say_the_same() {
         let words = "migrate --control c tcp:h:1 --downtime-limit 1.5ms --bandwidth 1K --give-up 2s --map a=b \
-                     --allow-all-dirty --verify";
+                     --allow-all-dirty --ram-crc on --verify";
         let CliVerb::Migrate(command) = parsed(&words.split(' ').collect::<Vec<_>>()) else {
             panic!("no migrate")
         };
@@ -209,7 +227,7 @@ mod tests {
             json!({
                 "uri": "tcp:h:1", "downtime-limit": 2, "max-bandwidth": 1024, "give-up-after": 2000,
                 "device-map": {"a": "b"}, "allow-all-dirty": true, "verify": true,
-                "pause-before-switchover": false, "post-copy": false,
+                "pause-before-switchover": false, "post-copy": false, "ram-crc": true,
             })
         );
         let heard: MigrateArguments = serde_json::from_value(document).unwrap();
@@ -217,6 +235,7 @@ mod tests {
         let options = heard.options.into_source_options().unwrap();
         let options = heard.switchover.into_source_options(options).unwrap();
         assert_eq!(options.bandwidth, Some(1024));
+        assert!(options.ram_crc);
         assert_eq!((options.verify, options.allow_all_dirty, options.device_map.0.len()), (true, true, 1));
     }
 

@@ -28,6 +28,9 @@ pub enum Cut {
     StallToDestination(u64),
     /// Before the frame of this type to the source.
     BeforeFrameToSource(u16),
+    /// Not cut, but one bit of a page is flipped on its way to the destination, in the first frame that begins at this page or
+    /// behind it. The frame's checksum, if it has one, is left as it was.
+    FlipToDestination(u64),
 }
 
 pub struct Proxy {
@@ -60,6 +63,7 @@ pub fn start(to: &Uri, cut: Cut) -> Proxy {
                 Cut::ToDestination(bytes) => (Meddling::CutAfter(bytes), Meddling::None),
                 Cut::StallToDestination(bytes) => (Meddling::StallAfter(bytes), Meddling::None),
                 Cut::ToSource(bytes) => (Meddling::None, Meddling::CutAfter(bytes)),
+                Cut::FlipToDestination(page) => (Meddling::FlipPage(page), Meddling::None),
                 Cut::BeforeFrameToSource(number) => (Meddling::None, Meddling::CutBefore(number)),
             };
             cut = Cut::Never;
@@ -97,6 +101,8 @@ pub enum Meddling {
     CutBefore(u16),
     /// Devices' state is altered.
     Alter(Alter),
+    /// One bit is flipped of the pages that begin at this one or behind it, and no checksum is made anew.
+    FlipPage(u64),
 }
 
 /// Passes on what comes `from` one end, until either is gone, and counts the bytes.
@@ -111,7 +117,7 @@ pub fn forward(
 ) -> Result<(), Box<dyn Error + Send + Sync>> {
     let (from, to) = (File::from(from), File::from(to));
     let cut = match meddling {
-        Meddling::CutBefore(_) | Meddling::Alter(_) => frames(&from, &to, meddling),
+        Meddling::CutBefore(_) | Meddling::Alter(_) | Meddling::FlipPage(_) => frames(&from, &to, meddling),
         Meddling::None => Ok(bytes(&from, &to, u64::MAX, count)),
         Meddling::CutAfter(most) | Meddling::StallAfter(most) => Ok(bytes(&from, &to, most, count)),
     };
@@ -154,6 +160,7 @@ fn frames(mut from: &File, mut to: &File, meddling: Meddling) -> Result<bool, Bo
         return Ok(false);
     }
     let mut paused = false;
+    let (mut flip, mut flipped) = (false, false);
     for sequence in 0.. {
         let mut head = [0; HEADER_LEN];
         if from.read_exact(&mut head).is_err() {
@@ -181,11 +188,19 @@ fn frames(mut from: &File, mut to: &File, meddling: Meddling) -> Result<bool, Bo
                 let bulk = Bulk::DeviceData { device, sequence: piece, offset, bytes: &bytes };
                 altered = Some(encode_bulk(&bulk, sequence)?.parts().concat());
             }
+            (Frame::Bulk(bulk @ Bulk::Pages { first, .. }), Meddling::FlipPage(page)) => {
+                flip = first >= page;
+                body.resize(usize::try_from(bulk.body_len())?, 0);
+            }
             (Frame::Bulk(bulk), _) => body.resize(usize::try_from(bulk.body_len())?, 0),
             _ => {}
         }
         if from.read_exact(&mut body).is_err() {
             break;
+        }
+        if let (true, false, Some(byte)) = (std::mem::take(&mut flip), flipped, body.last_mut()) {
+            *byte ^= 0x10;
+            flipped = true;
         }
         let frame = altered.unwrap_or_else(|| [head.as_slice(), &payload, &body].concat());
         if to.write_all(&frame).is_err() {
