@@ -871,7 +871,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__migrate)
-            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --pause-before-switchover --verify --post-copy --detach --verbose --help --version"
+            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --pause-before-switchover --suspend --verify --post-copy --detach --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -98,7 +98,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused, also one that is restored or arrives: `cont` lets it run'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -114,6 +114,7 @@ off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l suspend -d 'Have the guest arrive paused: `cont` there lets it run. If it does not move, it runs on here'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest is paused meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l detach -d 'Return once the migration has begun'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'

@@ -106,6 +106,13 @@ pub(crate) struct SwitchoverOptions {
     )]
     #[serde(default)]
     pub(crate) pause_before_switchover: bool,
+    /// The guest arrives paused; if it does not move, it runs on here.
+    #[arg(
+        long,
+        help = "Have the guest arrive paused: `cont` there lets it run. If it does not move, it runs on here"
+    )]
+    #[serde(default)]
+    pub(crate) suspend: bool,
     /// Compare digests of all RAM.
     #[arg(
         long,
@@ -133,6 +140,7 @@ impl SwitchoverOptions {
             ));
         }
         options.pause_before_switchover = self.pause_before_switchover;
+        options.suspend = self.suspend;
         options.verify = self.verify;
         Ok(options)
     }
@@ -215,7 +223,7 @@ mod tests {
     #[test]
     fn the_command_line_and_the_control_socket_say_the_same() {
         let words = "migrate --control c tcp:h:1 --downtime-limit 1.5ms --bandwidth 1K --give-up 2s --map a=b \
-                     --allow-all-dirty --ram-crc on --verify";
+                     --allow-all-dirty --ram-crc on --suspend --verify";
         let CliVerb::Migrate(command) = parsed(&words.split(' ').collect::<Vec<_>>()) else {
             panic!("no migrate")
         };
@@ -227,7 +235,7 @@ mod tests {
             json!({
                 "uri": "tcp:h:1", "downtime-limit": 2, "max-bandwidth": 1024, "give-up-after": 2000,
                 "device-map": {"a": "b"}, "allow-all-dirty": true, "verify": true,
-                "pause-before-switchover": false, "post-copy": false, "ram-crc": true,
+                "pause-before-switchover": false, "post-copy": false, "ram-crc": true, "suspend": true,
             })
         );
         let heard: MigrateArguments = serde_json::from_value(document).unwrap();
@@ -235,7 +243,7 @@ mod tests {
         let options = heard.options.into_source_options().unwrap();
         let options = heard.switchover.into_source_options(options).unwrap();
         assert_eq!(options.bandwidth, Some(1024));
-        assert!(options.ram_crc);
+        assert!(options.ram_crc && options.suspend);
         assert_eq!((options.verify, options.allow_all_dirty, options.device_map.0.len()), (true, true, 1));
     }
 

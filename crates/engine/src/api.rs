@@ -46,6 +46,8 @@ pub struct SourceConfig {
     pub give_up_after: Option<Duration>,
     /// Wait for [`SourceEvent::ContinueSwitchover`] before P4.
     pub pause_before_switchover: bool,
+    /// The guest arrives paused, whether it runs here or not.
+    pub suspend: bool,
     /// Compare digests of all RAM. The time it takes is kept out of the downtime.
     pub verify: bool,
     /// Longest silence of the destination where it has no work to do before its answer.
@@ -374,6 +376,8 @@ pub struct DestinationConfig {
     pub peer_timeout: Duration,
     /// Only this VM is let in; `None`: any.
     pub expect: Option<VmId>,
+    /// The guest arrives paused, whatever FINAL says.
+    pub suspend: bool,
     /// Nonce of the lease that this attempt is granted: random, new for each.
     pub lease: [u8; 16],
     /// Time for which what was reserved is kept for a source that does not begin.
@@ -407,7 +411,7 @@ pub enum DestinationAction {
     Start {
         /// The epoch under which this side owns the guest now.
         epoch: Epoch,
-        /// Whether the vCPUs run: `false` if they were paused at the source already.
+        /// Whether the vCPUs run: `false` if they were paused at the source already, or are to arrive paused.
         run_guest: bool,
     },
     /// Reset and release every device, free what was reserved. Answer: [`DestinationEvent::Released`].

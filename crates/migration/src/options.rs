@@ -22,6 +22,8 @@ pub struct SourceOptions {
     pub give_up_after: Option<Duration>,
     /// Wait for [`Control::continue_switchover`](crate::Control::continue_switchover) before the guest is paused.
     pub pause_before_switchover: bool,
+    /// The guest arrives paused, and is its operator's to resume there. If it does not move, it runs on here. Off.
+    pub suspend: bool,
     /// Compare digests of all RAM, and abort on a difference. The time it takes is kept out of the downtime. Off.
     pub verify: bool,
     /// No device of this machine maps another's BAR: several devices may go without P2P. Off.
@@ -60,6 +62,7 @@ impl Default for SourceOptions {
             bandwidth: None,
             give_up_after: None,
             pause_before_switchover: false,
+            suspend: false,
             verify: false,
             no_peer_dma: false,
             allow_all_dirty: false,
@@ -92,6 +95,8 @@ pub struct DestinationOptions {
     pub config_rules: ConfigRules,
     /// This side's policy: what it allows and asks for. The source has a policy of its own; the stricter holds.
     pub policy: Policy,
+    /// The guest arrives paused, whatever its source asks for, and is its operator's to resume. Off.
+    pub suspend: bool,
     /// Time for which what was reserved is kept for a source that does not begin. 60 s.
     pub lease: Duration,
     /// Bytes of one device's state that may wait in memory to be loaded. 16 MiB.
@@ -109,6 +114,7 @@ impl Default for DestinationOptions {
             state_dir: None,
             config_rules: ConfigRules::default(),
             policy: Policy::default(),
+            suspend: false,
             lease: Duration::from_secs(60),
             device_window: 16 << 20,
             from_file: None,

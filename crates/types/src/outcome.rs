@@ -11,7 +11,7 @@ use crate::failure::Failure;
 pub enum GuestOutcome {
     /// Its vCPUs run.
     Running,
-    /// It is paused, as it was sent.
+    /// It is paused, as it was sent or was to arrive.
     Paused,
     /// It could not be started, and is held paused; nobody else may run it.
     NotStarted(Box<Failure>),

@@ -161,7 +161,7 @@ pub(crate) struct VmCommand {
     #[arg(long, requires = "incoming")]
     pub(crate) once: bool,
     /// Bring back the guest that `save` wrote into this file, instead of starting one.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["incoming", "paused"])]
+    #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
     pub(crate) restore: Option<PathBuf>,
     /// Control socket.
     #[arg(long, value_name = "PATH")]
@@ -175,7 +175,7 @@ pub(crate) struct VmCommand {
     /// RAM that the guest dirties each second.
     #[arg(long, default_value = "50M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) dirty_rate: u64,
-    /// Start the guest paused.
+    /// Start the guest paused, also one that is restored or arrives: `cont` lets it run.
     #[arg(long)]
     pub(crate) paused: bool,
     /// Use the software guest even where KVM answers.

@@ -246,7 +246,7 @@ impl MigrationStatus {
 pub(crate) enum ArrivedGuest {
     /// Its vCPUs run.
     Running,
-    /// It is paused, as it was sent.
+    /// It is paused, as it was sent or was to arrive.
     Paused,
     /// It could not be started, and is held paused.
     NotStarted,

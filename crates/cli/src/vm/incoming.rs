@@ -63,6 +63,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
     options.expect = vm.options.uuid;
+    options.suspend = vm.options.paused;
     options.policy = vm.policy.clone();
     let mut destination =
         Destination::listen(uri, options).map_err(|error| Refused::generic(error_chain(&error)))?;

@@ -96,6 +96,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
+    options.suspend = vm.options.paused;
     let mut machine = None;
     let mut not_built = None;
     let memory = |offer: &IncomingOffer| vm.options.memory.is_none().then(|| offer.manifest.memory());

@@ -288,3 +288,26 @@ fn the_time_given_does_not_run_while_the_operator_is_waited_for() {
     assert_eq!(info["status"], "completed", "{info}");
     destination.assert_whole();
 }
+
+#[test]
+fn a_guest_that_is_to_arrive_paused_does() {
+    let dir = tempfile::tempdir().unwrap();
+    for (round, asked_there) in [false, true].into_iter().enumerate() {
+        let dir = dir.path().join(round.to_string());
+        std::fs::create_dir(&dir).unwrap();
+        let paused: &[&str] = if asked_there { &["--paused"] } else { &[] };
+        let incoming = [&incoming()[..], paused].concat();
+        let source = Setup { vm_arguments: UUID, ..Setup::new(&dir, "a") }.start();
+        let destination = Setup { vm_arguments: &incoming, ..Setup::new(&dir, "b") }.start();
+        source.warm();
+        let more = if asked_there { json!({}) } else { json!({"suspend": true, "ram-crc": true}) };
+        let info = source.migrate(&destination.incoming(), more);
+        assert_eq!(info["status"], "completed", "{info}");
+        assert_eq!(destination.status(), "paused");
+        let loops = destination.counter("loops");
+        assert_eq!(destination.counter("loops"), loops);
+        destination.call("cont", Value::Null).unwrap();
+        assert_eq!(destination.status(), "running");
+        destination.assert_whole();
+    }
+}

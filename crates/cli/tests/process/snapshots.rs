@@ -28,3 +28,21 @@ fn a_saved_guest_comes_back_whole_and_only_once() {
     let twice = run(&["vm", "--memory", "64M", "--restore", file, "--state-dir", state]);
     assert_eq!(twice.status.code(), Some(3), "{twice:?}");
 }
+
+#[test]
+fn a_guest_is_restored_paused_where_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    vm.warm();
+    let (file, control) = (dir.path().join("guest"), vm.control.to_str().unwrap().to_owned());
+    let file = file.to_str().unwrap();
+    let saved = run(&["save", "--control", &control, "-o", file, "--stop"]);
+    assert!(saved.status.success(), "{saved:?}");
+    let restore = [UUID, &["--restore", file, "--paused"]].concat();
+    let back = Setup { vm_arguments: &restore, ..Setup::new(dir.path(), "b") }.start();
+    assert_eq!(back.status(), "paused");
+    let loops = back.counter("loops");
+    assert_eq!(back.counter("loops"), loops, "it runs");
+    back.call("cont", serde_json::Value::Null).unwrap();
+    back.assert_whole();
+}

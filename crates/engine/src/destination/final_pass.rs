@@ -14,7 +14,7 @@ impl DestinationEngine {
             let remedy = "migrate again, so that what it is now is compared";
             return self.abort(failure(Side::Destination, Phase::Quiesce, text, remedy), now);
         }
-        self.final_pass.guest_ran = message.guest_ran;
+        self.final_pass.guest_ran = message.guest_ran && !self.config.suspend;
         self.phase = Phase::Final;
         self.state = State::FinalPass;
     }

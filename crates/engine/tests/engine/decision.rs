@@ -60,6 +60,7 @@ fn config() -> SourceConfig {
         commit_reserve: Duration::from_millis(50),
         give_up_after: None,
         pause_before_switchover: false,
+        suspend: false,
         verify: false,
         peer_timeout: Duration::from_secs(5),
         rehearse: None,

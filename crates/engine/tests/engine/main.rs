@@ -1,5 +1,6 @@
 //! Both sides of the engine, alone, as a pair, and in a simulated world.
 
+mod arrival;
 mod cancel;
 mod decision;
 mod operator;

@@ -38,6 +38,7 @@ fn ready() -> DestinationEngine {
         features: FEATURES,
         peer_timeout: Duration::from_secs(5),
         expect: None,
+        suspend: false,
         lease: [5; 16],
         lease_time: Duration::from_secs(60),
     };

@@ -249,6 +249,7 @@ fn source() -> SourceEngine {
         commit_reserve: Duration::from_millis(50),
         give_up_after: Some(Duration::from_secs(100)),
         pause_before_switchover: false,
+        suspend: false,
         verify: false,
         peer_timeout: Duration::from_secs(5),
         rehearse: None,
@@ -403,6 +404,7 @@ proptest! {
             lease_time: Duration::from_secs(60),
             peer_timeout: Duration::from_secs(5),
             expect: None,
+            suspend: false,
         };
         let mut destination = DestinationEngine::new(config, Duration::ZERO);
         let hello = Hello { versions: VERSIONS, features: 0, vm: VM, attempt: ATTEMPT, epoch: EPOCH };

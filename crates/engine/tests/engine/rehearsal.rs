@@ -183,6 +183,7 @@ fn commit_in_a_rehearsal_is_an_error() {
         features: FEATURES,
         peer_timeout: SECOND,
         expect: None,
+        suspend: false,
         lease: [5; 16],
         lease_time: SECOND,
     };

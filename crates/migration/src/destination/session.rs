@@ -84,6 +84,7 @@ pub(super) fn run(
         features: FEATURES,
         peer_timeout: options.peer_timeout,
         expect: options.expect,
+        suspend: options.suspend,
         lease,
         lease_time: options.lease,
     };

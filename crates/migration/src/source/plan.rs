@@ -110,6 +110,7 @@ impl PlannedMigration {
             ),
             give_up_after: options.give_up_after,
             pause_before_switchover: options.pause_before_switchover && rehearse.is_none(),
+            suspend: options.suspend,
             verify,
             peer_timeout: options.peer_timeout,
             rehearse,

@@ -290,6 +290,39 @@ fn a_bit_that_flips_in_pre_copied_ram_is_seen_by_checksums_and_digests_alone() {
     assert_ne!(Some(source.ram().digest().unwrap()), *destination.loaded_digest.lock().unwrap());
 }
 
+#[test]
+fn a_guest_arrives_paused_where_either_side_asks_for_it() {
+    let plan = Plan::default();
+    for (asked_here, asked_there) in [(true, false), (false, true)] {
+        let source = Toy::booted(&plan);
+        let (mut options, mut incoming) = (verified(), DestinationOptions::default());
+        (options.suspend, incoming.suspend) = (asked_here, asked_there);
+        let (completed, arrived, destination) =
+            migrate(&source, &plan, "tcp:127.0.0.1:0", options, incoming).unwrap();
+        assert_eq!((completed.guest, completed.downtime), (GuestOutcome::Paused, None));
+        assert_eq!(arrived.report.guest, GuestOutcome::Paused);
+        prove_moved(&source, &destination);
+        destination.prove_standing();
+        destination.resume(true).unwrap();
+        destination.prove_running();
+    }
+}
+
+/// The source's guest is to arrive paused: where it does not leave, it runs on.
+#[test]
+fn a_guest_that_was_to_arrive_paused_and_does_not_leave_runs_on() {
+    let slow = FakeDeviceKind { slow_stop: Duration::from_millis(600), ..FakeDeviceKind::default() };
+    let plan = Plan { devices: vec![slow], ..Plan::default() };
+    let source = Toy::booted(&plan);
+    let mut options = SourceOptions::default();
+    options.downtime_limit = Duration::from_millis(200);
+    options.suspend = true;
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    assert!(aborted.restored, "{aborted}");
+    source.prove_restored();
+}
+
 /// The word is heard only while the session waits for it, which it does not where the guest has just dirtied too much.
 fn continue_until_heard(control: &Control) {
     wait_for("the switchover", || {

@@ -69,6 +69,9 @@ pub struct Script {
     pub reserve: Duration,
     pub give_up_after: Option<Duration>,
     pub pause_before_switchover: bool,
+    /// The guest is to arrive paused: because the source asks for it, because the destination does.
+    pub suspend: bool,
+    pub suspend_there: bool,
     pub verify: bool,
     pub no_peer_dma: bool,
     pub peer_timeout: Duration,
@@ -201,6 +204,8 @@ impl Default for Script {
             reserve: 50 * MS,
             give_up_after: Some(120 * SECOND),
             pause_before_switchover: false,
+            suspend: false,
+            suspend_there: false,
             verify: false,
             no_peer_dma: false,
             peer_timeout: 5 * SECOND,
