@@ -85,7 +85,10 @@ fn a_guest_that_could_not_be_started_is_no_success() {
         if fault.starts_with("fail-arc") {
             destination.call("cont", Value::Null).unwrap();
             assert_eq!(destination.status(), "running");
-            destination.assert_whole();
+            // Not `assert_whole`: an interrupt that was due while it was held is late by the guest's clock.
+            destination.assert_runs();
+            let guest = destination.guest();
+            assert_eq!((&guest["pages-lost"], &guest["blocks-lost"]), (&json!(0), &json!(0)), "{guest}");
         }
     }
 }

@@ -148,7 +148,7 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
     let event = events.recv_timeout(crate::support::PATIENCE).expect("an event");
     assert_eq!(
         (&event["event"], &event["data"]),
-        (&json!("DEVICE_LOST"), &json!({"device": "dev1"})),
+        (&json!("DEVICE_LOST"), &json!({"device": "dev1", "why": "its server hung up"})),
         "{event}"
     );
     let status = source.info();
