@@ -45,6 +45,8 @@ pub enum Fault {
     /// `corrupt-tail`: one byte of a bulk-state page in the STOP_COPY data is altered; the record's own checksum fits
     /// the altered bytes, so that only the device at the other end can notice.
     CorruptTail,
+    /// `endless-state`: the STOP_COPY data has no end; after the device's state come zeros.
+    EndlessState,
     /// `ignore-dirty-log[:N]`: the device's DMA log omits every page whose number is a multiple of N (2 if not given).
     IgnoreDirtyLog(u64),
     /// `lose-raise:VECTOR:N`: the N-th raise of a vector is counted by the device, but no interrupt is sent.
@@ -100,6 +102,7 @@ pub const FAULT_FORMS: &[(&str, &str)] = &[
     ("die-in-read:BYTES", "the server vanishes once it gave so many bytes of state"),
     ("enodev-mid-stream:BYTES", "the session is gone after so many bytes, as by a reset"),
     ("corrupt-tail", "a byte of the last state is altered; no checksum tells"),
+    ("endless-state", "once the device is stopped, its state has no end"),
     ("ignore-dirty-log[:N]", "the DMA log omits each page with a multiple of N (2)"),
     ("lose-raise:VECTOR:N", "the N-th interrupt of a vector is counted and not sent"),
     ("fail-reset:ERRNO", "a reset fails and changes nothing"),
@@ -132,6 +135,7 @@ impl FromStr for Fault {
             "die-in-read" => Self::DieInRead(words.number()?),
             "enodev-mid-stream" => Self::EnodevMidStream(words.number()?),
             "corrupt-tail" => Self::CorruptTail,
+            "endless-state" => Self::EndlessState,
             "ignore-dirty-log" => Self::IgnoreDirtyLog(match words.rest.is_empty() {
                 true => 2,
                 false => words.at_least_one()?,
@@ -168,6 +172,7 @@ impl fmt::Display for Fault {
             Self::DieInRead(bytes) => write!(f, "die-in-read:{bytes}"),
             Self::EnodevMidStream(bytes) => write!(f, "enodev-mid-stream:{bytes}"),
             Self::CorruptTail => f.write_str("corrupt-tail"),
+            Self::EndlessState => f.write_str("endless-state"),
             Self::IgnoreDirtyLog(every) => write!(f, "ignore-dirty-log:{every}"),
             Self::LoseRaise { vector, nth } => write!(f, "lose-raise:{vector}:{nth}"),
             Self::FailReset(errno) => write!(f, "fail-reset:{}", Name(*errno)),
@@ -260,6 +265,7 @@ mod tests {
             "die-in-read:65536",
             "enodev-mid-stream:0",
             "corrupt-tail",
+            "endless-state",
             "ignore-dirty-log:3",
             "lose-raise:1:12",
             "fail-reset:EBUSY",
