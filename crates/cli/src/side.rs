@@ -71,7 +71,8 @@ pub(crate) fn read(path: &Path) -> Result<Document, CliError> {
     let bytes = read_capped(path, Document::MAX_BYTES)?;
     let begins = bytes.iter().copied().find(|byte| !byte.is_ascii_whitespace());
     let document = match begins {
-        Some(b'{') => Document::parse(&bytes, &shown),
+        // JSON, or what begins as a byte order mark does: which JSON has not.
+        Some(b'{' | 0xef) => Document::parse(&bytes, &shown),
         _ => {
             let text =
                 String::from_utf8(bytes).map_err(|_| CliError::failed(format!("{shown}: it is no text")))?;

@@ -81,6 +81,15 @@ fn scaled(number: &str, unit: u64) -> Option<u64> {
     u64::try_from(value).ok()
 }
 
+/// A time for people: `2 s`, `1.5 s`, `300 ms`.
+pub(crate) fn format_time(time: Duration) -> String {
+    if time < Duration::from_secs(1) {
+        format!("{} ms", milliseconds(time))
+    } else {
+        format!("{} s", time.as_secs_f64())
+    }
+}
+
 /// Bytes for people: `1.5 GiB`.
 pub(crate) fn format_size(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()

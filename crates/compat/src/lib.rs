@@ -53,4 +53,5 @@ pub use report::{Reason, Report, Verdict, worse};
 pub use scalar::Scalar;
 pub use severity::{Severity, WhoCanFix};
 pub use site::SiteFacts;
+pub use tree::{Numbers, read_json};
 pub use version::{ModelVersion, VersionError, VersionRanges};

@@ -14,21 +14,42 @@ use crate::text::quote;
 pub(crate) const MAX_DEPTH: usize = 24;
 /// Most items of a list, and most fields of an object.
 pub(crate) const MAX_ITEMS: usize = 4096;
+/// U+FEFF in UTF-8, with which some editors begin a file.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Longest text, in bytes.
 pub(crate) const MAX_TEXT: usize = 4096;
 
-/// Reads a tree.
+/// The numbers that a document may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// Whole ones below 2^64 alone, which every reader reads alike.
+    Whole,
+    /// Fractions too.
+    Any,
+}
+
+/// Reads a stranger's JSON, strictly: what two readers could read in two ways is refused. `origin` names the document in
+/// errors. At most 24 levels deep, with 4096 items to a list or object, and texts of 4096 bytes.
 ///
 /// # Errors
 /// Where in the document what is wrong: it is no JSON, it is too deep, has too much of something, a text that is too
-/// long, a name twice, or a number that is not whole.
-pub(crate) fn parse(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> {
+/// long, a name twice, or a number that it may not have.
+pub fn read_json(bytes: &[u8], origin: &str, numbers: Numbers) -> Result<Value, ManifestError> {
+    if bytes.starts_with(BYTE_ORDER_MARK) {
+        let rule = "it begins with a byte order mark, and JSON has none (RFC 8259, section 8.1)";
+        return Err(ManifestError::new(origin, "", rule));
+    }
     let path = Path::default();
     let mut json = serde_json::Deserializer::from_slice(bytes);
-    Node { path: &path, depth: 0 }
+    Node { path: &path, depth: 0, numbers }
         .deserialize(&mut json)
         .and_then(|tree| json.end().map(|()| tree))
         .map_err(|error| ManifestError::new(origin, path.to_string(), error.to_string()))
+}
+
+/// Reads a document of this crate's: whole numbers alone.
+pub(crate) fn parse(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> {
+    read_json(bytes, origin, Numbers::Whole)
 }
 
 /// As JSON; what cannot be shown is `null`.
@@ -109,6 +130,7 @@ impl fmt::Display for Path {
 struct Node<'p> {
     path: &'p Path,
     depth: usize,
+    numbers: Numbers,
 }
 
 impl Node<'_> {
@@ -116,7 +138,7 @@ impl Node<'_> {
         if self.depth == MAX_DEPTH {
             return Err(E::custom(format!("deeper than {MAX_DEPTH} levels")));
         }
-        Ok(Self { path: self.path, depth: self.depth + 1 })
+        Ok(Self { path: self.path, depth: self.depth + 1, numbers: self.numbers })
     }
 }
 
@@ -151,7 +173,10 @@ impl<'de> Visitor<'de> for Node<'_> {
         Ok(value.into())
     }
 
-    fn visit_f64<E: Error>(self, _: f64) -> Result<Value, E> {
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+        if self.numbers == Numbers::Any {
+            return Ok(value.into());
+        }
         Err(E::custom("a number must be whole, and below 2^64"))
     }
 

@@ -6,17 +6,22 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{self, sockopt};
 use serde_json::Value;
 
-use super::event::ControlEvent;
+use super::event::{self, ControlEvent};
 use super::protocol::{ControlRequest, ControlVerb, MigrationInfo, StatusReport};
 use super::refused::Refused;
 use crate::exit::CliError;
 use crate::output::printable_texts;
+use crate::units::format_time;
 
 /// Longest silence of a migration that is followed, before its `vm` is asked: there are no events within an iteration, where
 /// what is left changes all the same.
 const QUIET: Duration = Duration::from_secs(1);
+/// Least patience with a `vm` that is followed, whose machine may be taken apart or built just then.
+const BUSY: Duration = Duration::from_secs(30);
 
 /// A request that got no good answer.
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +32,10 @@ pub(crate) enum ControlError {
     Io(#[source] std::io::Error),
     #[error("the `vm` closed its control socket")]
     Closed,
-    #[error("the `vm` did not answer in time")]
-    Timeout,
+    #[error("{0} does not answer within {time}", time = format_time(*.1))]
+    Timeout(String, Duration),
+    #[error("the `vm` closed this connection to its control socket: {0}")]
+    Disconnected(String),
     #[error("the control socket speaks something else: {0}")]
     Garbled(String),
     #[error("{}", .0.desc)]
@@ -50,6 +57,8 @@ impl ControlError {
 #[derive(Debug)]
 pub(crate) struct ControlClient {
     reader: BufReader<UnixStream>,
+    /// Path of the socket, as it is shown.
+    path: String,
     timeout: Duration,
     events: VecDeque<ControlEvent>,
     partial: Vec<u8>,
@@ -58,23 +67,31 @@ pub(crate) struct ControlClient {
 }
 
 impl ControlClient {
-    /// Connects to `path`; an answer may take `timeout`.
+    /// Connects to `path`; the connection, the greeting and each answer may take `timeout`.
     pub(crate) fn connect(path: &Path, timeout: Duration) -> Result<Self, ControlError> {
-        let stream = UnixStream::connect(path)
-            .map_err(|error| ControlError::Connect(path.display().to_string(), error))?;
-        stream.set_write_timeout(Some(timeout)).map_err(ControlError::Io)?;
+        let shown = path.display().to_string();
+        let stream = match connect(path, timeout) {
+            Err(Errno::AGAIN) => return Err(ControlError::Timeout(shown, timeout)),
+            Err(errno) => return Err(ControlError::Connect(shown, errno.into())),
+            Ok(stream) => stream,
+        };
         let mut client = Self {
             reader: BufReader::new(stream),
+            path: shown,
             timeout,
             events: VecDeque::new(),
             partial: Vec::new(),
             news: Instant::now(),
         };
-        let greeting = client.line(Instant::now() + timeout)?.ok_or(ControlError::Timeout)?;
+        let greeting = client.line(Instant::now() + timeout)?.ok_or_else(|| client.silent())?;
         if greeting.get("vfio-migrate").is_none() {
             return Err(ControlError::Garbled(greeting.to_string()));
         }
         Ok(client)
+    }
+
+    fn silent(&self) -> ControlError {
+        ControlError::Timeout(self.path.clone(), self.timeout)
     }
 
     /// Asks for `verb` and waits for the answer; events that come in between are kept.
@@ -83,13 +100,15 @@ impl ControlClient {
         let mut line =
             serde_json::to_string(&request).map_err(|error| ControlError::Garbled(error.to_string()))?;
         line.push('\n');
-        self.reader.get_mut().write_all(line.as_bytes()).map_err(|error| match error.kind() {
-            std::io::ErrorKind::BrokenPipe => ControlError::Closed,
+        let written = self.reader.get_mut().write_all(line.as_bytes());
+        written.map_err(|error| match error.kind() {
+            std::io::ErrorKind::BrokenPipe => self.why_closed(),
+            std::io::ErrorKind::WouldBlock => self.silent(),
             _ => ControlError::Io(error),
         })?;
         let deadline = Instant::now() + self.timeout;
         loop {
-            let mut answer = self.line(deadline)?.ok_or(ControlError::Timeout)?;
+            let mut answer = self.line(deadline)?.ok_or_else(|| self.silent())?;
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }
@@ -116,6 +135,8 @@ impl ControlClient {
         &mut self,
         patience: Duration,
     ) -> Result<Option<MigrationInfo>, ControlError> {
+        // It has answered before: it is no silent one, and may be busy.
+        self.timeout = self.timeout.max(BUSY);
         if let Some(info) = self.next_event(patience)?.and_then(|event| event.migration()) {
             self.news = Instant::now();
             return Ok(Some(info));
@@ -134,6 +155,17 @@ impl ControlClient {
             self.keep_event(line)?;
         }
         Ok(self.events.pop_front())
+    }
+
+    /// The reason why the other end is closed: said before it was, if it was.
+    fn why_closed(&mut self) -> ControlError {
+        loop {
+            match self.line(Instant::now() + self.timeout) {
+                Ok(Some(_)) => {}
+                Ok(None) => return ControlError::Closed,
+                Err(error) => return error,
+            }
+        }
     }
 
     fn keep_event(&mut self, mut line: Value) -> Result<(), ControlError> {
@@ -155,9 +187,13 @@ impl ControlClient {
                 Ok(0) => return Err(ControlError::Closed),
                 Ok(_) if self.partial.last() == Some(&b'\n') => {
                     let line = std::mem::take(&mut self.partial);
-                    return serde_json::from_slice(&line).map(Some).map_err(|_| {
+                    let line: Value = serde_json::from_slice(&line).map_err(|_| {
                         ControlError::Garbled(String::from_utf8_lossy(&line).trim_end().to_string())
-                    });
+                    })?;
+                    return match event::reason_of_disconnection(&line) {
+                        Some(reason) => Err(ControlError::Disconnected(reason)),
+                        None => Ok(Some(line)),
+                    };
                 }
                 Ok(_) => return Err(ControlError::Closed),
                 Err(error) => match error.kind() {
@@ -169,4 +205,14 @@ impl ControlClient {
             }
         }
     }
+}
+
+/// Connects to a listening socket; fails with EAGAIN when its queue has had no place for `timeout`.
+fn connect(path: &Path, timeout: Duration) -> Result<UnixStream, Errno> {
+    let (stream, close_on_exec) = (net::SocketType::STREAM, net::SocketFlags::CLOEXEC);
+    let socket = net::socket_with(net::AddressFamily::UNIX, stream, close_on_exec, None)?;
+    // connect(2) waits as long as a send may (SO_SNDTIMEO in socket(7)).
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(timeout))?;
+    net::connect(&socket, &net::SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }

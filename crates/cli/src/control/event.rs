@@ -8,12 +8,14 @@ use super::protocol::MigrationInfo;
 
 const MIGRATION: &str = "MIGRATION";
 const MIGRATION_PASS: &str = "MIGRATION_PASS";
+const DISCONNECTED: &str = "DISCONNECTED";
 
 /// What a client is sent unasked when something happens.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(rename = "Event")]
 pub(crate) struct ControlEvent {
-    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`.
+    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`,
+    /// `"DISCONNECTED"`.
     pub(crate) event: String,
     /// What the event announces, as it is from then on.
     #[serde(default)]
@@ -43,6 +45,11 @@ enum EventData {
         device: String,
         /// Why the connection is lost: the server hung up, or its answer was late.
         why: String,
+    },
+    /// `DISCONNECTED`: why the `vm` closes this connection.
+    Disconnected {
+        /// Why, in a sentence.
+        reason: String,
     },
     /// `STOP`, `RESUME`, `SHUTDOWN`: nothing.
     Nothing(()),
@@ -79,6 +86,11 @@ impl ControlEvent {
         Self::new(MIGRATION_PASS, data)
     }
 
+    /// `DISCONNECTED`: the connection that it goes over is closed after it.
+    pub(super) fn of_disconnection(reason: &str) -> Self {
+        Self::new(DISCONNECTED, json!({"reason": reason}))
+    }
+
     /// The migration that the event is about, if it is about one.
     pub(crate) fn migration(&self) -> Option<MigrationInfo> {
         match self.event.as_str() {
@@ -86,4 +98,10 @@ impl ControlEvent {
             _ => None,
         }
     }
+}
+
+/// The reason why the connection that `line` came over is closed after it, if that is what it says.
+pub(super) fn reason_of_disconnection(line: &Value) -> Option<String> {
+    let told = line.get("event")? == DISCONNECTED;
+    told.then(|| line["data"]["reason"].as_str().unwrap_or_default().to_owned())
 }

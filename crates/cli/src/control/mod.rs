@@ -1,10 +1,12 @@
 //! The control socket of `vm`: newline JSON with QMP-like verbs and events, documented in `docs/control.md`.
 
 pub(crate) mod client;
+pub(crate) mod clients;
 pub(crate) mod event;
 pub(crate) mod failure;
 pub(crate) mod guest;
 pub(crate) mod protocol;
 pub(crate) mod refused;
 pub(crate) mod rehearsal;
+mod request;
 pub(crate) mod server;

@@ -1,51 +1,27 @@
-//! The server of the control socket: one thread per client, events to all of them.
+//! The server of the control socket: one thread for each client.
 
-use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, Error, ErrorKind, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::event::ControlEvent;
-use super::protocol::{ControlRequest, ControlVerb};
+use super::clients::{Client, Publisher};
+use super::protocol::ControlVerb;
 use super::refused::Refused;
+use super::request;
 
 /// Longest request line: a client that sends more is refused and dropped.
 const LINE_MAX: u64 = 64 << 10;
-/// Most clients at a time.
-const CLIENTS_MAX: usize = 32;
-/// A client that does not read for this long loses its connection rather than hold up an event.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause after a client could not be accepted. Nothing tells when it could be.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// The answers to requests.
 pub(crate) trait Handler: Send + Sync {
     fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused>;
-}
-
-/// Hands events to every client.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Publisher {
-    clients: Arc<Mutex<Vec<Arc<Mutex<UnixStream>>>>>,
-}
-
-impl Publisher {
-    /// Sends `event` to every client; one that cannot take it is dropped.
-    pub(crate) fn publish(&self, event: &ControlEvent) {
-        let Ok(line) = serde_json::to_string(event) else { return };
-        let clients = lock(&self.clients).clone();
-        for client in clients {
-            if write_line(&client, &line).is_err() {
-                self.forget(&client);
-            }
-        }
-    }
-
-    fn forget(&self, client: &Arc<Mutex<UnixStream>>) {
-        lock(&self.clients).retain(|other| !Arc::ptr_eq(other, client));
-    }
 }
 
 /// A control socket being served. Dropping it removes the socket file and ends its clients.
@@ -76,9 +52,19 @@ impl Bound {
     ) -> std::io::Result<ControlServer> {
         let Self { place, listener } = self;
         let server = ControlServer { _place: place, publisher: publisher.clone() };
+        let greeting = json!({"vfio-migrate": {"version": env!("CARGO_PKG_VERSION")}}).to_string();
         std::thread::Builder::new().name("control".into()).spawn(move || {
-            for stream in listener.incoming().flatten() {
-                admit(stream, &handler, &publisher);
+            for stream in listener.incoming() {
+                match stream {
+                    Ok(stream) => {
+                        publisher.admit(stream, &greeting, |client| begin(client, &handler, &publisher))
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "a client of the control socket could not be taken in");
+                        // What is short now, descriptors above all, is there again when others have ended.
+                        std::thread::sleep(ACCEPT_AGAIN);
+                    }
+                }
             }
         })?;
         Ok(server)
@@ -87,38 +73,22 @@ impl Bound {
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
-        for client in lock(&self.publisher.clients).drain(..) {
-            let _ = lock(&client).shutdown(std::net::Shutdown::Both);
-        }
+        self.publisher.end();
     }
 }
 
-fn admit(stream: UnixStream, handler: &Arc<dyn Handler>, publisher: &Publisher) {
-    if lock(&publisher.clients).len() >= CLIENTS_MAX || stream.set_write_timeout(Some(WRITE_TIMEOUT)).is_err()
-    {
-        return;
-    }
-    let Ok(read_side) = stream.try_clone() else { return };
-    let client = Arc::new(Mutex::new(stream));
-    let greeting = json!({"vfio-migrate": {"version": env!("CARGO_PKG_VERSION")}});
-    if write_line(&client, &greeting.to_string()).is_err() {
-        return;
-    }
-    lock(&publisher.clients).push(client.clone());
-    let (handler, of_thread) = (handler.clone(), publisher.clone());
-    let spawned = std::thread::Builder::new().name("control-client".into()).spawn({
-        let client = client.clone();
-        move || {
-            serve(read_side, &client, &*handler);
-            of_thread.forget(&client);
-        }
-    });
-    if spawned.is_err() {
+/// Gives a client its thread.
+fn begin(client: Arc<Client>, handler: &Arc<dyn Handler>, publisher: &Publisher) -> std::io::Result<()> {
+    let reader = client.reader()?;
+    let (handler, publisher) = (handler.clone(), publisher.clone());
+    std::thread::Builder::new().name("control-client".into()).spawn(move || {
+        serve(reader, &client, &*handler);
         publisher.forget(&client);
-    }
+    })?;
+    Ok(())
 }
 
-fn serve(stream: UnixStream, client: &Mutex<UnixStream>, handler: &dyn Handler) {
+fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
@@ -126,6 +96,7 @@ fn serve(stream: UnixStream, client: &Mutex<UnixStream>, handler: &dyn Handler) 
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
+        client.asks();
         let whole = line.last() == Some(&b'\n');
         let reply = if whole || (line.len() as u64) < LINE_MAX {
             answer(&line, handler)
@@ -135,27 +106,16 @@ fn serve(stream: UnixStream, client: &Mutex<UnixStream>, handler: &dyn Handler) 
                 None,
             )
         };
-        if write_line(client, &reply.to_string()).is_err() || !whole {
+        if client.write_line(&reply.to_string()).is_err() || !whole {
             return;
         }
+        client.answered();
     }
 }
 
 fn answer(line: &[u8], handler: &dyn Handler) -> Value {
-    let not_a_request = |why: &dyn std::fmt::Display, id: Option<&Value>| {
-        refusal(&Refused::new("CommandNotFound", format!("not a request: {why}")), id)
-    };
-    let mut line: Value = match serde_json::from_slice(line) {
-        Ok(line) => line,
-        Err(error) => return not_a_request(&error, None),
-    };
-    // The id comes back whatever it is and whatever the rest of the line is worth.
-    let id = line.as_object_mut().and_then(|members| members.remove("id"));
-    let request: ControlRequest = match serde_json::from_value(line) {
-        Ok(request) => request,
-        Err(error) => return not_a_request(&error, id.as_ref()),
-    };
-    match handler.call(request.execute, request.arguments) {
+    let (id, request) = request::read(line);
+    match request.and_then(|request| handler.call(request.execute, request.arguments)) {
         Ok(value) => with_id(json!({"return": value}), id.as_ref()),
         Err(refused) => refusal(&refused, id.as_ref()),
     }
@@ -170,11 +130,6 @@ fn with_id(mut reply: Value, id: Option<&Value>) -> Value {
         reply["id"] = id.clone();
     }
     reply
-}
-
-fn write_line(client: &Mutex<UnixStream>, line: &str) -> std::io::Result<()> {
-    let mut stream = lock(client);
-    stream.write_all(format!("{line}\n").as_bytes())
 }
 
 /// The file of a socket that we bound. Dropping it removes the file, if it is still ours.
@@ -226,15 +181,13 @@ fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
     Ok((data.dev(), data.ino()))
 }
 
-/// A panic elsewhere must not take the control socket along.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use crate::control::client::ControlClient;
+    use crate::control::event::ControlEvent;
 
     struct Echo;
 

@@ -203,7 +203,7 @@ fn request(target: &VmTarget, verb: ControlVerb, arguments: Value, done: &str) -
     match target.connect()?.call(verb, arguments) {
         Ok(_) => {}
         // The process may be gone before its answer is read.
-        Err(ControlError::Closed) if verb == ControlVerb::Quit => {}
+        Err(ControlError::Closed | ControlError::Disconnected(_)) if verb == ControlVerb::Quit => {}
         Err(error) => return Err(error.failure("refused")),
     }
     if target.json {

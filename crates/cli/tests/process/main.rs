@@ -4,6 +4,7 @@ mod bad_input;
 mod cancel;
 mod compat;
 mod completions;
+mod control_socket;
 mod demo;
 mod device_files;
 mod endings;
