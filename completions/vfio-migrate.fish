@@ -44,7 +44,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "continue"
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "set" -d 'Change the limits of a migration while it runs'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "stop" -d 'Pause the guest of a running `vm`'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "cont" -d 'Let the guest of a running `vm` run'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "quit" -d 'End a `vm`; with --force also one whose guest is there, and ends with it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
@@ -223,6 +223,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -s h -l 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l force -d 'End a guest that is here with it. Without this, a `vm` whose guest is here, running or paused, does not quit'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s V -l version -d 'Print version'

@@ -100,7 +100,7 @@ fn run(verb: CliVerb) -> Result<Exit, CliError> {
         CliVerb::Continue(target) => verbs::moves::continue_migration(&target),
         CliVerb::Stop(target) => verbs::moves::stop(&target),
         CliVerb::Cont(target) => verbs::moves::cont(&target),
-        CliVerb::Quit(target) => verbs::moves::quit(&target),
+        CliVerb::Quit(options) => verbs::moves::quit(&options),
         CliVerb::Incoming(options) => verbs::moves::incoming(&options),
         CliVerb::Set(options) => verbs::moves::set(&options),
         CliVerb::Devices(options) => verbs::devices::run(&options),

@@ -8,7 +8,8 @@ use vfio_migration_compat::{
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, SaveArguments, StatusReport,
+    IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, QuitArguments, SaveArguments,
+    StatusReport,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
@@ -124,6 +125,7 @@ pub(crate) fn by_name() -> Vec<(&'static str, Schema)> {
         ("rehearse", schema_for!(RehearseReport)),
         ("rehearse-arguments", schema_for!(RehearseArguments)),
         ("save-arguments", schema_for!(SaveArguments)),
+        ("quit-arguments", schema_for!(QuitArguments)),
         ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),
         ("event", schema_for!(ControlEvent)),

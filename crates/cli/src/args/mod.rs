@@ -12,7 +12,8 @@ use self::ask::{
     CheckCommand, DescribeCommand, DevicesCommand, DoctorCommand, ExplainCommand, HistoryCommand,
 };
 use self::moves::{
-    IncomingCommand, MigrateCommand, RehearseCommand, RestoreCommand, SaveCommand, SetCommand, StatusCommand,
+    IncomingCommand, MigrateCommand, QuitCommand, RehearseCommand, RestoreCommand, SaveCommand, SetCommand,
+    StatusCommand,
 };
 use self::serve::{DemoCommand, DeviceCommand, VmCommand};
 use crate::target::VmTarget;
@@ -68,8 +69,8 @@ pub(crate) enum CliVerb {
     Stop(VmTarget),
     /// Let the guest of a running `vm` run.
     Cont(VmTarget),
-    /// End a running `vm`, and a guest that is there with it.
-    Quit(VmTarget),
+    /// End a `vm`; with --force also one whose guest is there, and ends with it.
+    Quit(QuitCommand),
     /// Let a running `vm`, whose guest has left, wait for a guest again.
     Incoming(IncomingCommand),
     /// List the VFIO devices of this host, and why each can or cannot migrate.
@@ -105,11 +106,11 @@ impl CliVerb {
             | Self::Set(SetCommand { target, .. })
             | Self::Incoming(IncomingCommand { target, .. })
             | Self::Rehearse(RehearseCommand { target, .. })
+            | Self::Quit(QuitCommand { target, .. })
             | Self::Cancel(target)
             | Self::Continue(target)
             | Self::Stop(target)
-            | Self::Cont(target)
-            | Self::Quit(target) => target.json,
+            | Self::Cont(target) => target.json,
             Self::Status(options) => options.json,
             Self::History(options) => options.json,
             Self::Save(options) => options.json,

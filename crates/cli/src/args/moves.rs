@@ -130,6 +130,17 @@ pub(crate) struct SetCommand {
     pub(crate) bandwidth: Option<u64>,
 }
 
+/// Options of `quit`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct QuitCommand {
+    #[command(flatten)]
+    pub(crate) target: VmTarget,
+    /// End a guest that is here with it. Without this, a `vm` whose guest is here, running or paused, does not quit.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
 /// Options of `rehearse`.
 #[derive(Args, Clone, Debug)]
 #[command(

@@ -42,7 +42,7 @@ pub(crate) enum ControlVerb {
     Stop,
     /// Let the guest run.
     Cont,
-    /// End the process; a guest that is here ends with it.
+    /// End the process. Arguments: [`QuitArguments`], without which it is refused while a guest is here.
     Quit,
 }
 
@@ -100,6 +100,15 @@ pub(crate) struct ParameterArguments {
     /// New cap on bytes each second; 0: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) max_bandwidth: Option<u64>,
+}
+
+/// Arguments of `quit`.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct QuitArguments {
+    /// End a guest that is here with the process; without it such a `vm` does not quit.
+    #[serde(default)]
+    pub(crate) force: bool,
 }
 
 /// How a `vm` stands.

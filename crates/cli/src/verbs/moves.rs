@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use vfio_migration_compat::Verdict;
 
 use crate::args::moves::{
-    IncomingCommand, MigrateCommand, RehearseCommand, SaveCommand, SetCommand, StatusCommand,
+    IncomingCommand, MigrateCommand, QuitCommand, RehearseCommand, SaveCommand, SetCommand, StatusCommand,
 };
 use crate::control::client::ControlError;
 use crate::control::protocol::{
     ControlVerb, FollowedReport, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments,
-    SaveArguments, StatusReport,
+    QuitArguments, SaveArguments, StatusReport,
 };
 use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
 use crate::exit::{CliError, Exit, FailureReport};
@@ -188,8 +188,9 @@ pub(crate) fn cont(target: &VmTarget) -> Result<Exit, CliError> {
 }
 
 /// `quit`: the process ends.
-pub(crate) fn quit(target: &VmTarget) -> Result<Exit, CliError> {
-    request(target, ControlVerb::Quit, Value::Null, "the process ends")
+pub(crate) fn quit(command: &QuitCommand) -> Result<Exit, CliError> {
+    let arguments = QuitArguments { force: command.force };
+    request(&command.target, ControlVerb::Quit, json!(arguments), "the process ends")
 }
 
 /// `incoming`: a `vm` that has no guest waits for one again.

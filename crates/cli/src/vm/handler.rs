@@ -14,7 +14,8 @@ use super::{incoming, info, outgoing, saving};
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    ControlVerb, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments, SaveArguments,
+    ControlVerb, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments, QuitArguments,
+    SaveArguments,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
@@ -35,6 +36,7 @@ impl Handler for VmHandler {
                 | ControlVerb::Save
                 | ControlVerb::MigrateIncoming
                 | ControlVerb::MigrateSetParameters
+                | ControlVerb::Quit
         );
         if !takes_some {
             let NoArguments {} = parse(arguments.clone())?;
@@ -54,8 +56,7 @@ impl Handler for VmHandler {
             ControlVerb::MigrateContinue => self.continue_switchover()?,
             ControlVerb::Stop => self.stop()?,
             ControlVerb::Cont => self.cont()?,
-            // The receiver is gone only when the process ends anyway.
-            ControlVerb::Quit => drop(self.quit.send(())),
+            ControlVerb::Quit => self.quit(parse(arguments)?)?,
         }
         Ok(json!({}))
     }
@@ -152,6 +153,15 @@ impl VmHandler {
             drop(self.vm.state.put_if(same, Slot::Here { machine: machine.clone(), epoch }));
         }
         self.publish_if(!ran, "RESUME");
+        Ok(())
+    }
+
+    fn quit(&self, arguments: QuitArguments) -> Result<(), Refused> {
+        if !arguments.force {
+            self.vm.end_without_guest()?;
+        }
+        // The receiver is gone only when the process ends anyway.
+        let _ = self.quit.send(());
         Ok(())
     }
 

@@ -22,6 +22,7 @@ use crate::args::serve::VmCommand;
 use crate::control::clients::Publisher;
 use crate::control::event::ControlEvent;
 use crate::control::protocol::MigrationInfo;
+use crate::control::refused::Refused;
 use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
 use crate::units::format_size;
@@ -118,10 +119,44 @@ impl RunningVm {
         }
     }
 
-    /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner.
-    pub(super) fn end(&self) {
+    /// Ends what is under way, so that no guest can come any more, unless a guest is here that would end with the process.
+    pub(super) fn end_without_guest(&self) -> Result<(), Refused> {
+        self.refuse_with_guest()?;
+        self.end_sessions();
+        // The one that was on its way may have arrived first.
+        self.refuse_with_guest()
+    }
+
+    fn refuse_with_guest(&self) -> Result<(), Refused> {
+        let is = match self.state.slot() {
+            // One that has stopped by itself has nothing left to lose.
+            Slot::Here { machine, .. } if machine.failure().is_some() => return Ok(()),
+            Slot::Here { machine, .. } if machine.is_running() => "runs here",
+            Slot::Here { .. } | Slot::OwnedNotStarted { .. } => "is paused here",
+            Slot::Unresolved { .. } => "is paused here, and may run nowhere else",
+            Slot::Preparing
+            | Slot::Awaited { .. }
+            | Slot::Leaving { .. }
+            | Slot::Left { .. }
+            | Slot::Empty
+            | Slot::Failed
+            | Slot::Ended => {
+                return Ok(());
+            }
+        };
+        Err(Refused::generic(format!(
+            "a guest {is}, and would end with the process; `quit --force`, or {{\"force\": true}}, ends both"
+        )))
+    }
+
+    fn end_sessions(&self) {
         self.state.cancel();
         self.state.join();
+    }
+
+    /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner.
+    pub(super) fn end(&self) {
+        self.end_sessions();
         drop(self.state.put_if(|_| true, Slot::Ended));
     }
 }

@@ -14,6 +14,7 @@ mod history;
 mod host;
 mod json;
 mod moves;
+mod quit;
 mod receivers;
 mod sabotage;
 mod snapshots;
