@@ -49,12 +49,12 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "incoming"
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "completions" -d 'Print a shell completion script'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "man" -d 'Write the man pages of all verbs into a folder'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l memory -d 'Guest RAM' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l dirty-rate -d 'RAM that the guest dirties each second' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-state -d 'Internal state of each device' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-dirty-rate -d 'Internal state that each device changes each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l dirty-rate -d 'RAM that the guest dirties each second; 0 for none' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-state -d 'Internal state of each device, besides its registers' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-dirty-rate -d 'Internal state that each device changes each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devices -d 'Number of devices' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l transport -d 'How the two VMs talk' -r -f -a "tcp\t'TCP on loopback'
 unix\t'A unix socket'"
@@ -73,8 +73,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s v -l 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l socket -d 'Where to listen' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-size -d 'Internal state' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-dirty-rate -d 'Internal state changed each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-size -d 'Internal state, besides its registers' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-dirty-rate -d 'Internal state changed each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l dma-interval -d 'Pace of the DMA engine: one descriptor each' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model -d 'Model it claims to be' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR.PATCH' -r
@@ -84,6 +84,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-p2p -d 'No peer-to-peer states'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-dirty-log -d 'No log of DMA writes'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-extension -d 'Plain vfio-user, without the x-vfio-migrate extension'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l exit-with-stdin -d 'Leave when stdin reaches its end'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s V -l version -d 'Print version'
@@ -94,28 +95,33 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l restore
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l control -d 'Control socket' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l uuid -d 'Identity of the VM. Without it a guest that starts gets a random one, and a guest that arrives keeps its own' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l state-dir -d 'Where the ownership journal lives. Without it a lost commit cannot be told from a lost answer after a crash' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l sabotage -d 'Sabotage, for the demo' -r -f -a "dirty-log\t'Dirty bits of pages that the guest wrote are dropped from the last report'
+device-log\t'The device\'s own dirty log leaves pages out'
+device-tail\t'Device bytes are altered late in the stream, framing and digests made to match'
+interrupt\t'One interrupt is not connected again at the destination'
+page-order\t'A stale copy of a page is applied after its last'
+p2p-order\t'A device is stopped before its peer stopped writing to it'"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused, also one that is restored or arrives: `cont` lets it run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l exit-with-stdin -d 'Leave when stdin reaches its end'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs. Without it, or with none, there is no cap' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l map -d 'A device that has another name at the destination. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
-off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l suspend -d 'Have the guest arrive paused: `cont` there lets it run. If it does not move, it runs on here'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest is paused meanwhile'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l post-copy -d 'Post-copy is not possible for VFIO devices, and refused with the reason'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l detach -d 'Return once the migration has begun'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s h -l help -d 'Print help'
@@ -123,11 +129,9 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s V 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l to -d 'Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs. Without it, or with none, there is no cap' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l map -d 'A device that has another name at the destination. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
-off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Pause the guest too, for as long as it would be paused, so that all of it is measured'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
@@ -141,6 +145,7 @@ node-labels\t'Kubernetes node labels, JSON'
 resource-attributes\t'Attributes of Kubernetes resources, JSON'
 list\t'Lines of KEY=VALUE'"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l host -d 'This host: what it has and can give'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l probe -d 'Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l json -d 'Print JSON. A manifest is JSON anyway'
@@ -150,6 +155,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s V
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l model -d 'With --baseline: of this model alone' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host of the pool can load'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l probe -d 'Open devices of this host that are named, if nobody uses them, which resets them, and ask them'
@@ -206,7 +212,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -s h
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l downtime-limit -d 'New limit on the downtime' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l bandwidth -d 'New cap on bytes each second; 0 for none' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l bandwidth -d 'New cap on bytes each second; none lifts it' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -s h -l help -d 'Print help'
@@ -232,6 +238,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l j
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l probe -d 'Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it; one that is in use is left alone'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l all -d 'Every PCI function, also one that has nothing to do with VFIO'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l json -d 'Print one JSON object on stdout'
@@ -239,6 +246,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s v 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l memory -d 'RAM of the guest that is meant: the limit on locked memory must have room for it' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s h -l help -d 'Print help'
@@ -246,30 +254,30 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s V -
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand completions" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand man" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand man" -s h -l help -d 'Print help'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand man" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "migrate" -d 'Ask a running `vm` to move to another'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "rehearse" -d 'Find out what a migration of a running `vm` would come to, without moving anything'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "describe" -d 'Say what a device, a `vm` or this host is, as a manifest that `check` compares'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "check" -d 'Ask whether something can move, and get every reason why not'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "status" -d 'Show a `vm` and its migration, or the VMs of a state directory'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "history" -d 'List the migrations, rehearsals, saves and restores that a state directory has seen, without any `vm`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "set" -d 'Change the limits of a migration while it runs'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "stop" -d 'Pause the guest of a running `vm`'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "cont" -d 'Let the guest of a running `vm` run'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "completions" -d 'Print a shell completion script'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "man" -d 'Write the man pages of all verbs into a folder'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s h -l help -d 'Print help'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand generate" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "demo" -d 'Show it: a running guest and its PCI devices move live between processes, and the guest checks that nothing was lost'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "device" -d 'Serve a sample PCI device over vfio-user'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "vm" -d 'Run a guest, or wait for one to arrive'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "migrate" -d 'Ask a running `vm` to move to another'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "rehearse" -d 'Find out what a migration of a running `vm` would come to, without moving anything'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "describe" -d 'Say what a device, a `vm` or this host is, as a manifest that `check` compares'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "check" -d 'Ask whether something can move, and get every reason why not'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "explain" -d 'Say what a reason\'s code means, and what to do about it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "save" -d 'Save the guest of a running `vm`, or a device alone, into a file'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "restore" -d 'Load what `save --device` wrote into a device. For a whole guest: `vm --restore`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "status" -d 'Show a `vm` and its migration, or the VMs of a state directory'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "history" -d 'List the migrations, rehearsals, saves and restores that a state directory has seen, without any `vm`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cancel" -d 'Cancel the migration of a running `vm`: its guest goes on where it is'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "continue" -d 'Let a migration go on that waits before its switchover'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "set" -d 'Change the limits of a migration while it runs'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "stop" -d 'Pause the guest of a running `vm`'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "cont" -d 'Let the guest of a running `vm` run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "completions" -d 'Print a shell completion script'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "generate" -d 'Write the man pages, completions and JSON schemas that are checked in'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

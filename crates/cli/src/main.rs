@@ -4,6 +4,7 @@
 
 mod args;
 mod completions;
+mod bandwidth;
 mod control;
 mod demo;
 mod exit;

@@ -1,6 +1,7 @@
 //! Options of sessions that send a guest: each of them is declared here once, for the command line, for the control socket and
 //! its schemas, and for the session itself.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use clap::Args;
@@ -9,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{SaveOptions, SourceOptions};
 
+use crate::bandwidth::Bandwidth;
 use crate::exit::CliError;
 use crate::units;
 use crate::words::{device_map, pair};
@@ -21,32 +23,31 @@ pub(crate) struct MoveOptions {
     #[arg(
         long,
         default_value = "300ms",
-        value_parser = units::time,
+        value_parser = units::some_time,
         value_name = "TIME",
         help = "Longest time the guest may be paused. A ceiling, not a target"
     )]
     #[serde(default, with = "units::whole_milliseconds")]
-    #[schemars(with = "Option<u64>")]
+    #[schemars(with = "Option<NonZeroU64>")]
     pub(crate) downtime_limit: Option<Duration>,
-    /// Bytes each second at most while the guest runs; absent or 0: no cap.
+    /// Bytes each second at most while the guest runs; absent or `"none"`: no cap.
     #[arg(
         long = "bandwidth",
-        value_parser = units::size,
-        value_name = "SIZE",
-        help = "Bytes each second at most, while the guest runs"
+        value_name = "SIZE|none",
+        help = "Bytes each second at most, while the guest runs. Without it, or with none, there is no cap"
     )]
     #[serde(default)]
-    pub(crate) max_bandwidth: Option<u64>,
+    pub(crate) max_bandwidth: Option<Bandwidth>,
     /// Give up when the guest still runs here after this many milliseconds. Time in which only `migrate-continue` is waited
     /// for does not count.
     #[arg(
         long = "give-up",
-        value_parser = units::time,
+        value_parser = units::some_time,
         value_name = "TIME",
         help = "Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found"
     )]
     #[serde(default, with = "units::whole_milliseconds")]
-    #[schemars(with = "Option<u64>")]
+    #[schemars(with = "Option<NonZeroU64>")]
     pub(crate) give_up_after: Option<Duration>,
     /// Devices that have another name at the destination.
     #[arg(
@@ -84,7 +85,7 @@ impl MoveOptions {
         if let Some(limit) = self.downtime_limit {
             options.downtime_limit = limit;
         }
-        options.bandwidth = self.max_bandwidth.filter(|cap| *cap > 0);
+        options.bandwidth = self.max_bandwidth.and_then(Bandwidth::cap);
         options.give_up_after = self.give_up_after;
         options.device_map = device_map(&self.device_map)?;
         options.allow_all_dirty = self.allow_all_dirty;

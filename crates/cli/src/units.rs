@@ -1,5 +1,6 @@
 //! Sizes and times as people write them: `512M`, `1.5G`, `300ms`, `2s`.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 /// Bytes: digits, an optional fraction, and a suffix K, M, G or T (powers of two; `KiB`, `MB` and the like mean the same).
@@ -15,6 +16,12 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
         _ => return Err(refuse()),
     };
     scaled(number, 1 << shift).ok_or_else(refuse)
+}
+
+/// A [`size`] that is not 0.
+pub(crate) fn some_size(text: &str) -> Result<NonZeroU64, String> {
+    NonZeroU64::new(size(text)?)
+        .ok_or_else(|| format!("'{text}' is nothing; leave the option out for its default"))
 }
 
 /// A time: digits, an optional fraction, and `us`, `ms`, `s`, `m` or `h`.
@@ -33,13 +40,22 @@ pub(crate) fn time(text: &str) -> Result<Duration, String> {
     scaled(number, nanoseconds).map(Duration::from_nanos).ok_or_else(refuse)
 }
 
+/// A [`time`] that is not 0.
+pub(crate) fn some_time(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        Duration::ZERO => Err(format!("'{text}' is no time at all; leave the option out for its default")),
+        time => Ok(time),
+    }
+}
+
 /// Whole milliseconds, as the control socket takes them. Rounded up: what is short must not become nothing.
 pub(crate) fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }
 
-/// Times in documents: whole [`milliseconds`], or nothing.
+/// Times in documents: whole [`milliseconds`], at least one, or nothing.
 pub(crate) mod whole_milliseconds {
+    use std::num::NonZeroU64;
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -57,7 +73,8 @@ pub(crate) mod whole_milliseconds {
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<Duration>, D::Error> {
-        Ok(Option::deserialize(deserializer)?.map(Duration::from_millis))
+        let time: Option<NonZeroU64> = Option::deserialize(deserializer)?;
+        Ok(time.map(|time| Duration::from_millis(time.get())))
     }
 }
 
@@ -129,5 +146,16 @@ mod tests {
         for bad in ["", "300", "ms", "1d", "-1s", "18446744074s"] {
             assert!(time(bad).is_err(), "{bad}");
         }
+        for (time, shown) in [(2000, "2 s"), (1500, "1.5 s"), (300, "300 ms")] {
+            assert_eq!(format_time(Duration::from_millis(time)), shown);
+        }
+    }
+
+    #[test]
+    fn nothing_is_neither_some_size_nor_some_time() {
+        assert_eq!(some_size("1K").map(NonZeroU64::get), Ok(1024));
+        assert_eq!(some_time("1us"), Ok(Duration::from_micros(1)));
+        assert!(some_size("0").is_err() && some_size("0G").is_err());
+        assert!(some_time("0s").is_err() && some_time("0.0ms").is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! The command line of what asks whether something can move: `describe`, `check`, `explain`, `history`,
 //! `devices`, `doctor`.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -163,8 +164,8 @@ pub(crate) struct HistoryCommand {
 )]
 pub(crate) struct DoctorCommand {
     /// RAM of the guest that is meant: the limit on locked memory must have room for it.
-    #[arg(long, value_parser = units::size, value_name = "SIZE")]
-    pub(crate) memory: Option<u64>,
+    #[arg(long, value_parser = units::some_size, value_name = "SIZE")]
+    pub(crate) memory: Option<NonZeroU64>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

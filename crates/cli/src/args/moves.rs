@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::bandwidth::Bandwidth;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 use crate::target::VmTarget;
 use crate::units;
@@ -123,11 +124,11 @@ pub(crate) struct SetCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
     /// New limit on the downtime.
-    #[arg(long, value_parser = units::time, value_name = "TIME")]
+    #[arg(long, value_parser = units::some_time, value_name = "TIME")]
     pub(crate) downtime_limit: Option<Duration>,
-    /// New cap on bytes each second; 0 for none.
-    #[arg(long, value_parser = units::size, value_name = "SIZE")]
-    pub(crate) bandwidth: Option<u64>,
+    /// New cap on bytes each second; none lifts it.
+    #[arg(long, value_name = "SIZE|none")]
+    pub(crate) bandwidth: Option<Bandwidth>,
 }
 
 /// Options of `quit`.

@@ -20,13 +20,13 @@ pub(crate) struct DemoCommand {
     /// Guest RAM.
     #[arg(long, default_value = "512M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) memory: u64,
-    /// RAM that the guest dirties each second.
+    /// RAM that the guest dirties each second; 0 for none.
     #[arg(long, default_value = "50M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) dirty_rate: u64,
-    /// Internal state of each device.
+    /// Internal state of each device, besides its registers.
     #[arg(long, default_value = "64M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) device_state: u64,
-    /// Internal state that each device changes each second.
+    /// Internal state that each device changes each second; 0 for none.
     #[arg(long, default_value = "1M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) device_dirty_rate: u64,
     /// Number of devices.
@@ -36,7 +36,7 @@ pub(crate) struct DemoCommand {
     #[arg(long, default_value = "tcp", value_enum)]
     pub(crate) transport: DemoTransport,
     /// Longest time the guest may be paused. A ceiling, not a target.
-    #[arg(long, default_value = "300ms", value_parser = units::time, value_name = "TIME")]
+    #[arg(long, default_value = "300ms", value_parser = units::some_time, value_name = "TIME")]
     pub(crate) downtime_limit: Duration,
     /// Devices that can only be saved while stopped.
     #[arg(long)]
@@ -104,14 +104,14 @@ pub(crate) struct DeviceCommand {
     /// Where to listen.
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
-    /// Internal state.
+    /// Internal state, besides its registers.
     #[arg(long, default_value = "64M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) state_size: u64,
-    /// Internal state changed each second.
+    /// Internal state changed each second; 0 for none.
     #[arg(long, default_value = "1M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) state_dirty_rate: u64,
     /// Pace of the DMA engine: one descriptor each.
-    #[arg(long, default_value = "500us", value_parser = units::time, value_name = "TIME")]
+    #[arg(long, default_value = "500us", value_parser = units::some_time, value_name = "TIME")]
     pub(crate) dma_interval: Duration,
     /// No PRE_COPY: the state can only be saved while the device is stopped.
     #[arg(long)]
@@ -172,7 +172,7 @@ pub(crate) struct VmCommand {
     /// Where the ownership journal lives. Without it a lost commit cannot be told from a lost answer after a crash.
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
-    /// RAM that the guest dirties each second.
+    /// RAM that the guest dirties each second; 0 for none.
     #[arg(long, default_value = "50M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) dirty_rate: u64,
     /// Start the guest paused, also one that is restored or arrives: `cont` lets it run.

@@ -1,6 +1,7 @@
 //! The verbs and documents of the control socket.
 
 use std::fmt;
+use std::num::NonZeroU64;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use vfio_migration_compat::Reason;
 
 use super::failure::FailureInfo;
 use super::rehearsal::RehearsalInfo;
+use crate::bandwidth::Bandwidth;
 use crate::exit::Exit;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 
@@ -96,10 +98,10 @@ pub(crate) struct IncomingArguments {
 pub(crate) struct ParameterArguments {
     /// New limit on the downtime, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) downtime_limit: Option<u64>,
-    /// New cap on bytes each second; 0: none.
+    pub(crate) downtime_limit: Option<NonZeroU64>,
+    /// New cap on bytes each second; `"none"` lifts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) max_bandwidth: Option<u64>,
+    pub(crate) max_bandwidth: Option<Bandwidth>,
 }
 
 /// Arguments of `quit`.

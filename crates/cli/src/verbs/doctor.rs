@@ -1,6 +1,7 @@
 //! `doctor`: whether the host can migrate VFIO devices, check by check, with what would fix each.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -64,7 +65,7 @@ pub(crate) struct HostCheck {
 
 pub(crate) fn run(options: &DoctorCommand) -> Result<Exit, CliError> {
     let roots = options.root.roots();
-    let report = examine(&roots, options.memory);
+    let report = examine(&roots, options.memory.map(NonZeroU64::get));
     if options.json {
         print_json(&report)?
     } else {

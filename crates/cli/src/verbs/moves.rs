@@ -1,5 +1,6 @@
 //! The verbs that ask a running `vm` over its control socket: those that are followed to an end, and those of one request.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use schemars::JsonSchema;
@@ -171,7 +172,8 @@ pub(crate) fn continue_migration(target: &VmTarget) -> Result<Exit, CliError> {
 /// `set`: other limits for the migration under way.
 pub(crate) fn set(command: &SetCommand) -> Result<Exit, CliError> {
     let arguments = ParameterArguments {
-        downtime_limit: command.downtime_limit.map(milliseconds),
+        // At least one: it is not 0, and is rounded up.
+        downtime_limit: command.downtime_limit.map(milliseconds).and_then(NonZeroU64::new),
         max_bandwidth: command.bandwidth,
     };
     request(&command.target, ControlVerb::MigrateSetParameters, json!(arguments), "set")

@@ -84,10 +84,10 @@ impl VmHandler {
             return Err(no_migration());
         };
         if let Some(limit) = arguments.downtime_limit {
-            control.set_downtime_limit(std::time::Duration::from_millis(limit));
+            control.set_downtime_limit(std::time::Duration::from_millis(limit.get()));
         }
         if let Some(bandwidth) = arguments.max_bandwidth {
-            control.set_bandwidth((bandwidth > 0).then_some(bandwidth));
+            control.set_bandwidth(bandwidth.cap());
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ mod generated;
 mod history;
 mod host;
 mod json;
+mod limits;
 mod moves;
 mod quit;
 mod receivers;

@@ -207,7 +207,9 @@ fn limits_can_be_changed_while_it_runs() {
     until("pre-copy", || (source.migration()["phase"] == "P3").then_some(()));
     let refused = source.call("migrate-continue", Value::Null).unwrap_err();
     assert!(refused.contains("does not wait"), "{refused}");
-    source.call("migrate-set-parameters", json!({"max-bandwidth": 0, "downtime-limit": 10_000})).unwrap();
+    source
+        .call("migrate-set-parameters", json!({"max-bandwidth": "none", "downtime-limit": 10_000}))
+        .unwrap();
     let info = source.ended();
     assert_eq!(info["status"], "completed", "{info}");
     destination.assert_whole();
