@@ -144,7 +144,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l f
 node-labels\t'Kubernetes node labels, JSON'
 resource-attributes\t'Attributes of Kubernetes resources, JSON'
 list\t'Lines of KEY=VALUE'"
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all. A regular file that is there, or that a symbolic link there leads to, is replaced' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l host -d 'This host: what it has and can give'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l probe -d 'Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them'
@@ -155,6 +156,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s V
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l model -d 'With --baseline: of this model alone' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host of the pool can load'
@@ -238,6 +240,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l j
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l root -d 'Folder that has another host\'s sys, dev, proc, boot and lib/modules, for tests' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l probe -d 'Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it; one that is in use is left alone'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l all -d 'Every PCI function, also one that has nothing to do with VFIO'

@@ -19,6 +19,7 @@ mod probe;
 mod progress_display;
 mod schemas;
 mod side;
+mod socket_clients;
 mod target;
 mod units;
 mod verbs;

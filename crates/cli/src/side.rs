@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use serde_json::Value;
 use vfio_migration::Uri;
 use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
@@ -17,14 +18,9 @@ use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::ControlVerb;
 use crate::exit::CliError;
 use crate::probe::HostAccess;
-use crate::target::ANSWER;
+use crate::socket_clients::has_client;
+use crate::units::format_time;
 use crate::words::{device_id, read_capped, uri};
-
-/// Longest time that a device server may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Longest time that a socket that is no device server's may take to greet as a `vm` does, which it does at once.
-const GREETING: Duration = Duration::from_secs(2);
 
 /// A side of `check`, by what its word on the command line names.
 #[derive(Debug)]
@@ -35,15 +31,20 @@ pub(crate) enum CheckSide {
     Receiver(Uri),
 }
 
-/// Finds the side that `text` names. `name` is that of a device.
-pub(crate) fn resolve(text: &str, name: Option<&str>, local: &HostAccess) -> Result<CheckSide, CliError> {
+/// Finds the side that `text` names. `name` is that of a device. A socket that is asked may take `timeout` for each answer.
+pub(crate) fn resolve(
+    text: &str,
+    name: Option<&str>,
+    local: &HostAccess,
+    timeout: Duration,
+) -> Result<CheckSide, CliError> {
     let known = |device: DeviceManifest| Ok(CheckSide::Known(device.into(), None));
     if let Some(socket) = text.strip_prefix("vm:") {
-        let (document, vm) = of_vm(Path::new(socket), ANSWER)?;
+        let (document, vm) = of_vm(Path::new(socket), timeout)?;
         return Ok(CheckSide::Known(document, Some(vm)));
     }
     if let Some(socket) = text.strip_prefix("vfio-user:") {
-        return known(of_server(Path::new(socket), name)?);
+        return known(of_server(Path::new(socket), name, timeout).map_err(|unasked| unasked.error)?);
     }
     for prefix in ["vfio:", "mdev:"] {
         if let Some(wanted) = text.strip_prefix(prefix) {
@@ -56,7 +57,7 @@ pub(crate) fn resolve(text: &str, name: Option<&str>, local: &HostAccess) -> Res
     let path = Path::new(text);
     let kind = std::fs::metadata(path).map_err(|error| CliError::caused(text, &error))?.file_type();
     if kind.is_socket() {
-        return of_socket(path, name);
+        return of_socket(path, name, timeout);
     }
     let document = read(path)?;
     for unknown in document.unknown() {
@@ -83,12 +84,14 @@ pub(crate) fn read(path: &Path) -> Result<Document, CliError> {
 }
 
 /// The side behind a socket of unknown kind: a device server's, or else a `vm`'s.
-fn of_socket(path: &Path, name: Option<&str>) -> Result<CheckSide, CliError> {
-    match of_server(path, name) {
+fn of_socket(path: &Path, name: Option<&str>, timeout: Duration) -> Result<CheckSide, CliError> {
+    match of_server(path, name, timeout) {
         Ok(device) => Ok(CheckSide::Known(device.into(), None)),
-        Err(server) => match of_vm(path, GREETING) {
+        // A `vm` would have greeted meanwhile.
+        Err(server) if server.silent => Err(server.error),
+        Err(server) => match of_vm(path, timeout) {
             Ok((document, vm)) => Ok(CheckSide::Known(document, Some(vm))),
-            Err(vm) => Err(CliError::failed(format!("{server}; and it is no `vm` either: {vm}"))),
+            Err(vm) => Err(CliError::failed(format!("{}; and it is no `vm` either: {vm}", server.error))),
         },
     }
 }
@@ -107,21 +110,52 @@ fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError
     Ok((document, vm))
 }
 
+/// A device server that could not be asked.
+struct Unasked {
+    error: CliError,
+    /// It said nothing.
+    silent: bool,
+}
+
+impl From<CliError> for Unasked {
+    fn from(error: CliError) -> Self {
+        Self { error, silent: false }
+    }
+}
+
 /// Asks a vfio-user server. It is left in the state it is in.
-fn of_server(socket: &Path, name: Option<&str>) -> Result<DeviceManifest, CliError> {
+fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<DeviceManifest, Unasked> {
     let doing = format!("cannot ask {}", socket.display());
     let id = device_id(name.unwrap_or("dev0"))?;
     let ram = GuestRam::new("asked", &[RamSpec { gpa: Gpa(0), len: 4096 }])
         .map_err(|error| CliError::caused(&doing, &error))?;
     let options = VfioUserOptions {
-        timeout: PATIENCE,
+        timeout,
         connect_timeout: Duration::ZERO,
         keep_state: true,
         ..VfioUserOptions::default()
     };
-    VfioUserDevice::open(id, socket, Arc::new(ram), &options)
-        .and_then(|device| device.manifest())
-        .map_err(|error| CliError::caused(&doing, &error))
+    // Looked at before we are one of its clients ourselves.
+    let in_use = has_client(socket);
+    VfioUserDevice::open(id, socket, Arc::new(ram), &options).and_then(|device| device.manifest()).map_err(
+        |error| match error.errno {
+            Some(Errno::TIMEDOUT) => {
+                let error = CliError::failed(silent_server(socket, timeout, in_use));
+                Unasked { error, silent: true }
+            }
+            _ => CliError::caused(&doing, &error).into(),
+        },
+    )
+}
+
+/// Why a device server says nothing: most serve one client at a time.
+pub(crate) fn silent_server(socket: &Path, timeout: Duration, in_use: bool) -> String {
+    let (socket, time) = (socket.display(), format_time(timeout));
+    if in_use {
+        format!("{socket} has a client already, and does not answer another within {time}")
+    } else {
+        format!("{socket} does not answer within {time}")
+    }
 }
 
 /// A device of this host.

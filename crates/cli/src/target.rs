@@ -7,10 +7,19 @@ use clap::Args;
 
 use crate::control::client::ControlClient;
 use crate::exit::CliError;
+use crate::units;
 use crate::words::EXIT_CODES;
 
-/// Longest wait for an answer over the control socket.
+/// Longest wait for the answer to a request that changes something, over the control socket.
 pub(crate) const ANSWER: Duration = Duration::from_secs(30);
+
+/// Patience of a verb that only asks.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct AnswerTimeout {
+    /// Longest wait for each answer of a socket that is asked.
+    #[arg(long, default_value = "2s", value_parser = units::some_time, value_name = "TIME")]
+    pub(crate) timeout: Duration,
+}
 
 /// Which `vm`.
 #[derive(Args, Clone, Debug)]
@@ -26,6 +35,11 @@ pub(crate) struct VmTarget {
 
 impl VmTarget {
     pub(crate) fn connect(&self) -> Result<ControlClient, CliError> {
-        ControlClient::connect(&self.control, ANSWER).map_err(|error| CliError::caused("no contact", &error))
+        self.connect_within(ANSWER)
+    }
+
+    /// Connects; the greeting, and each answer, may take `timeout`.
+    pub(crate) fn connect_within(&self, timeout: Duration) -> Result<ControlClient, CliError> {
+        ControlClient::connect(&self.control, timeout).map_err(|error| CliError::caused("no contact", &error))
     }
 }

@@ -7,6 +7,9 @@ use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, Ready};
 
 use crate::api::DeviceFacts;
 
+/// The errno of an answer that did not come in time, by which an embedder knows it (asm-generic/errno.h).
+const ETIMEDOUT: u32 = 110;
+
 /// A failure of no device.
 pub(crate) fn failure(side: Side, phase: Phase, text: impl Into<String>, remedy: &str) -> Failure {
     Failure::new(side, phase, text).with_remedy(remedy)
@@ -21,7 +24,8 @@ pub(crate) fn protocol(side: Side, phase: Phase, message: &Message) -> Failure {
 /// The answer that the peer must give has not come in time.
 pub(crate) fn silence(side: Side, phase: Phase, what: &str, waited: Duration) -> Failure {
     let text = format!("the {} has not said {what} within {} ms", side.other(), waited.as_millis());
-    failure(side, phase, text, "check the network and the other side, then migrate again")
+    let silence = failure(side, phase, text, "check the network and the other side, then migrate again");
+    Failure { errno: Some(ETIMEDOUT), ..silence }
 }
 
 /// The connection broke, or ended early.

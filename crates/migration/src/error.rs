@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::{Reason, Report};
 use vfio_migration_types::{DeviceId, Epoch, Failure, Phase, Side, error_chain};
@@ -163,7 +164,10 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
         _ => "check the address, and that a destination listens there",
     };
-    MigrateError::NotBegun(Failure::new(Side::Source, Phase::Hello, error_chain(&error)).with_remedy(remedy))
+    let errno =
+        matches!(error, ConnectError::TimedOut { .. }).then(|| Errno::TIMEDOUT.raw_os_error().unsigned_abs());
+    let failure = Failure::new(Side::Source, Phase::Hello, error_chain(&error)).with_remedy(remedy);
+    MigrateError::NotBegun(Failure { errno, ..failure })
 }
 
 /// A cancel before there was a session: nothing is to be undone.

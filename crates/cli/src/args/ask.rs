@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use vfio_migration_types::VmId;
 
+use crate::target::AnswerTimeout;
 use crate::units;
 use crate::words::{HostRoot, pair};
 
@@ -47,6 +48,8 @@ pub(crate) struct DescribeCommand {
     /// Print JSON. A manifest is JSON anyway.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) patience: AnswerTimeout,
     #[command(flatten)]
     pub(crate) root: HostRoot,
 }
@@ -93,6 +96,8 @@ pub(crate) struct CheckCommand {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
+    pub(crate) patience: AnswerTimeout,
+    #[command(flatten)]
     pub(crate) root: HostRoot,
 }
 
@@ -131,6 +136,8 @@ pub(crate) struct DevicesCommand {
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) patience: AnswerTimeout,
     #[command(flatten)]
     pub(crate) root: HostRoot,
 }

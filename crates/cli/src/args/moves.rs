@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::bandwidth::Bandwidth;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
-use crate::target::VmTarget;
+use crate::target::{AnswerTimeout, VmTarget};
 use crate::units;
 use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES};
 
@@ -40,6 +40,8 @@ pub(crate) struct StatusCommand {
     /// Keep showing it until the migration ends.
     #[arg(long)]
     pub(crate) watch: bool,
+    #[command(flatten)]
+    pub(crate) patience: AnswerTimeout,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

@@ -36,7 +36,7 @@ pub(crate) fn run(options: &DescribeCommand) -> Result<Exit, CliError> {
     }
     let local = HostAccess { roots: options.root.roots(), probe: options.probe };
     let mut document = match &options.device {
-        Some(text) => match side::resolve(text, options.name.as_deref(), &local)? {
+        Some(text) => match side::resolve(text, options.name.as_deref(), &local, options.patience.timeout)? {
             CheckSide::Known(document, _) => document,
             CheckSide::Receiver(uri) => {
                 let text = format!(

@@ -148,7 +148,7 @@ pub(crate) fn status(
     interrupt: &UserInterrupt,
 ) -> Result<Exit, CliError> {
     let target = VmTarget { control: control.to_owned(), json: command.json };
-    let mut client = target.connect()?;
+    let mut client = target.connect_within(command.patience.timeout)?;
     let goes_on = |state: MigrationStatus| command.watch && state.is_under_way();
     let report = follow(&mut client, goes_on, command.json, interrupt, OnInterrupt::Leave)?;
     if command.json {

@@ -18,6 +18,7 @@ mod moves;
 mod quit;
 mod receivers;
 mod sabotage;
+mod silent;
 mod snapshots;
 mod support;
 mod watch;

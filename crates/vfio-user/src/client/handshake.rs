@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use rustix::net::{self, sockopt};
 
 use super::connection::{Client, Negotiated};
 use super::dma;
@@ -31,7 +33,7 @@ impl Client {
     /// Nobody listened in time, the negotiation failed, or the device could not be recovered.
     pub fn connect(path: impl AsRef<Path>, options: ClientOptions) -> Result<Self, ClientError> {
         let path = path.as_ref();
-        let mut client = from_parts(open(path, options.connect_timeout)?, &options, false)?;
+        let mut client = from_parts(open(path, &options)?, &options, false)?;
         if options.on_connect == OnConnect::Leave {
             return Ok(client);
         }
@@ -40,7 +42,7 @@ impl Client {
             // The server did not survive the question, or lost step over it: it has no migration. Start over, and never ask.
             Err(ClientError::ConnectionLost { .. } | ClientError::Protocol { .. }) if !client.is_alive() => {
                 drop(client);
-                from_parts(open(path, options.connect_timeout)?, &options, true)
+                from_parts(open(path, &options)?, &options, true)
             }
             Err(error) => Err(error),
         }
@@ -56,17 +58,34 @@ impl Client {
     }
 }
 
+/// Connects; fails with [`ErrorKind::TimedOut`] when the server's queue has no place for `patience`.
+fn connect(path: &Path, patience: Duration) -> std::io::Result<UnixStream> {
+    let socket =
+        net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
+    // connect(2) waits as long as a send may (unix(7), SO_SNDTIMEO). No time at all would mean for ever.
+    let patience = patience.max(RETRY);
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(patience))?;
+    match net::connect(&socket, &net::SocketAddrUnix::new(path)?) {
+        Err(Errno::AGAIN) => return Err(ErrorKind::TimedOut.into()),
+        result => result?,
+    }
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
+    Ok(socket.into())
+}
+
 /// Connects, trying again while nobody listens yet.
-fn open(path: &Path, patience: Duration) -> Result<UnixStream, ClientError> {
-    let deadline = deadline(patience);
+fn open(path: &Path, options: &ClientOptions) -> Result<UnixStream, ClientError> {
+    let deadline = deadline(options.connect_timeout);
     loop {
-        match UnixStream::connect(path) {
+        match connect(path, options.timeout) {
             Ok(stream) => return Ok(stream),
+            // So many wait already that there is no place in the queue.
+            Err(error) if error.kind() == ErrorKind::TimedOut => {
+                return Err(ClientError::Timeout { command: Command::VERSION, after: options.timeout });
+            }
             Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::WouldBlock
-                ) && Instant::now() < deadline =>
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
+                    && Instant::now() < deadline =>
             {
                 std::thread::sleep(RETRY);
             }

@@ -2,7 +2,10 @@
 
 pub(crate) mod pool;
 
-use vfio_migration::{SourceOptions, Uri, probe};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use vfio_migration::{MigrateError, SourceOptions, Uri, probe};
 use vfio_migration_compat::{
     DeviceMap, Document, MachineManifest, Manifest, Policy, Report, Verdict, check_device_placement,
     check_devices, check_machines, check_placement,
@@ -14,6 +17,7 @@ use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
 use crate::probe::HostAccess;
 use crate::side::{self, CheckSide};
+use crate::units::format_time;
 use crate::verdict::text;
 use crate::words::{device_map, policy};
 
@@ -33,7 +37,8 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
         return Err(CliError::new(Exit::Usage, text));
     };
     let local = HostAccess { roots: options.root.roots(), probe: options.probe };
-    let (source, vm) = match side::resolve(source, None, &local)? {
+    let timeout = options.patience.timeout;
+    let (source, vm) = match side::resolve(source, None, &local, timeout)? {
         CheckSide::Known(document, vm) => (document, vm),
         CheckSide::Receiver(uri) => {
             let text =
@@ -42,9 +47,9 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
         }
     };
     let map = device_map(&options.map)?;
-    let report = match side::resolve(destination, None, &local)? {
+    let report = match side::resolve(destination, None, &local, timeout)? {
         CheckSide::Known(destination, _) => compare(&source, &destination, &map, &policy)?,
-        CheckSide::Receiver(uri) => ask(&source, vm, &uri, map, policy)?,
+        CheckSide::Receiver(uri) => ask(&source, vm, &uri, map, policy, timeout)?,
     };
     if options.json {
         print_json(&report)?;
@@ -92,6 +97,7 @@ fn ask(
     uri: &Uri,
     map: DeviceMap,
     policy: Policy,
+    timeout: Duration,
 ) -> Result<Report, CliError> {
     let Manifest::Machine(machine) = &source.manifest else {
         let text = format!("a receiver takes machines, and this is {}", side::kind(&source.manifest));
@@ -101,9 +107,20 @@ fn ask(
     let mut options = SourceOptions::default();
     options.device_map = map;
     options.policy = policy;
+    (options.connect_timeout, options.peer_timeout) = (timeout, timeout);
     // A manifest's file names no VM; a receiver that expects a certain one will say so.
     let vm = vm.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
     // Ctrl-C ends the process: the receiver releases what it reserved when the connection ends.
-    probe(machine, vm, uri, options, |_| {})
-        .map_err(|error| CliError::caused(&format!("cannot ask {uri}"), &error))
+    probe(machine, vm, uri, options, |_| {}).map_err(|error| {
+        let failure = match &error {
+            MigrateError::NotBegun(failure) => Some(failure),
+            MigrateError::Aborted(aborted) => Some(&aborted.cause),
+            _ => None,
+        };
+        let timed_out = Some(Errno::TIMEDOUT.raw_os_error().unsigned_abs());
+        if failure.is_some_and(|failure| failure.errno == timed_out) {
+            return CliError::failed(format!("{uri} does not answer within {}", format_time(timeout)));
+        }
+        CliError::caused(&format!("cannot ask {uri}"), &error)
+    })
 }

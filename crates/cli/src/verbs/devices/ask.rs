@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use vfio_migration_device::host::{HostDevice, Obstacle, ObstacleCode, Roots};
 use vfio_migration_device::{
     Capabilities, Device, IrqIndex, NotMigratable, PciHardware, PciRegion, TrackerKind, VfioUserDevice,
@@ -15,19 +16,20 @@ use vfio_migration_types::{DeviceId, Gpa, error_chain};
 use super::report::{CanMigrate, DeviceEntry, DirtyTrackingKind, InterruptCounts, RegionReport};
 use crate::exit::CliError;
 use crate::probe::ProbedDevice;
+use crate::side::silent_server;
+use crate::socket_clients::has_client;
 
-/// Longest wait for a vfio-user server, for each thing it is asked.
-const PATIENCE: Duration = Duration::from_secs(3);
-
-/// Asks a vfio-user server. It is left in the state it is in.
-pub(super) fn socket(socket: &Path) -> Result<DeviceEntry, CliError> {
+/// Asks a vfio-user server, which may take `timeout` for each answer. It is left in the state it is in.
+pub(super) fn socket(socket: &Path, timeout: Duration) -> Result<DeviceEntry, CliError> {
     let mut report = DeviceEntry::blank(socket.display().to_string(), "vfio-user");
     let options = VfioUserOptions {
-        timeout: PATIENCE,
+        timeout,
         connect_timeout: Duration::ZERO,
         keep_state: true,
         ..VfioUserOptions::default()
     };
+    // Looked at before we are one of its clients ourselves.
+    let in_use = has_client(socket);
     match VfioUserDevice::open(id()?, socket, ram()?, &options) {
         Ok(device) => match hardware(&mut report, &device) {
             Ok(capabilities) => {
@@ -49,7 +51,11 @@ pub(super) fn socket(socket: &Path) -> Result<DeviceEntry, CliError> {
         },
         Err(error) => {
             let change = "start its server; a server that another VMM uses answers nobody else";
-            report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, error_chain(&error), change, vec![]));
+            let why = match error.errno {
+                Some(Errno::TIMEDOUT) => silent_server(socket, timeout, in_use),
+                _ => error_chain(&error),
+            };
+            report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, why, change, vec![]));
         }
     }
     Ok(report)

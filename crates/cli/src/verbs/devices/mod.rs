@@ -31,7 +31,7 @@ pub(crate) fn run(options: &DevicesCommand) -> Result<Exit, CliError> {
         report.devices.push(entry);
     }
     for socket in sockets {
-        report.devices.push(ask::socket(socket)?);
+        report.devices.push(ask::socket(socket, options.patience.timeout)?);
     }
     if options.json {
         print_json(&report)?
