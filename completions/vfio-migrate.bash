@@ -1003,7 +1003,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__subcmd__migrate__subcmd__save)
-            opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --allow-all-dirty --json --verbose --help --version"
+            opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --state-limit --allow-all-dirty --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1022,6 +1022,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 -o)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --state-limit)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

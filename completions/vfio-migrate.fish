@@ -172,8 +172,9 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s V 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l control -d 'Control socket of the `vm` whose guest is saved' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l device -d 'The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s o -l output -d 'File to write. It appears whole or not at all' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l state-limit -d 'Most bytes of state that each device may give, so that one whose state has no end does not fill the disk. Default: 16 times what the device estimates, and at least 1G; 64G for one that does not estimate it' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-copy-only -d 'With --device: read all of its state while it is stopped, as if it had no PRE_COPY'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a file that is there'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a regular file that is there, or that a symbolic link there leads to'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop -d 'End the guest here: from then on it lives in the file. Otherwise it goes on'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l verify -d 'Write a digest of all RAM too, which the restore compares; the guest is paused meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l allow-all-dirty -d 'Save even a device that logs no DMA: all of RAM is written while the guest is paused'

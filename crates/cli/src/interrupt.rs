@@ -2,8 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use crate::exit::CliError;
+
+/// Time after which a signal is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// The user's request to stop, made by a signal.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +29,33 @@ impl UserInterrupt {
     /// Whether a signal came.
     pub(crate) fn requested(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+
+    /// Does work that nothing else can interrupt, such as reading a file, on a thread of its own.
+    ///
+    /// # Errors
+    /// A signal came first; the work is left to itself, and the process is to end.
+    pub(crate) fn watch<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, CliError> {
+        let (done, result) = channel();
+        let thread = std::thread::Builder::new().name("interruptible".into());
+        let spawned = thread.spawn(move || {
+            // Nobody waits for it after a signal.
+            let _ = done.send(work());
+        });
+        let working = spawned.map_err(|error| CliError::caused("cannot make a thread", &error))?;
+        loop {
+            match result.recv_timeout(LOOK_EVERY) {
+                Ok(result) => return Ok(result),
+                Err(RecvTimeoutError::Timeout) => self.check()?,
+                Err(RecvTimeoutError::Disconnected) => match working.join() {
+                    Err(panic) => std::panic::resume_unwind(panic),
+                    Ok(()) => return Err(CliError::failed("the work ended without a result")),
+                },
+            }
+        }
     }
 
     /// Fails when a signal came.

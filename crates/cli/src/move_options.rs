@@ -151,8 +151,8 @@ impl SwitchoverOptions {
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct FileOptions {
-    /// Replace a file that is there.
-    #[arg(long, help = "Replace a file that is there")]
+    /// Replace a regular file that is there, or that a symbolic link there leads to.
+    #[arg(long, help = "Replace a regular file that is there, or that a symbolic link there leads to")]
     #[serde(default)]
     pub(crate) force: bool,
     /// End the guest here; otherwise it goes on.
@@ -166,6 +166,17 @@ pub(crate) struct FileOptions {
     )]
     #[serde(default)]
     pub(crate) verify: bool,
+    /// Most bytes of state that each device may give: absent, 16 times what the device estimates, and at least 1 GiB; 64 GiB
+    /// for one that does not estimate it.
+    #[arg(
+        long,
+        value_parser = units::some_size,
+        value_name = "SIZE",
+        help = "Most bytes of state that each device may give, so that one whose state has no end does not fill the disk. \
+                Default: 16 times what the device estimates, and at least 1G; 64G for one that does not estimate it"
+    )]
+    #[serde(default)]
+    pub(crate) state_limit: Option<NonZeroU64>,
     /// Save devices that log no DMA too.
     #[arg(
         long,
@@ -182,6 +193,7 @@ impl FileOptions {
         options.allow_all_dirty = self.allow_all_dirty;
         let mut how = SaveOptions::default();
         (how.force, how.stop) = (self.force, self.stop);
+        how.state_limit = self.state_limit.map(NonZeroU64::get);
         (options, how)
     }
 }

@@ -145,6 +145,7 @@ mod ownership;
 mod probe;
 mod ram;
 mod reasons;
+mod regular_file;
 mod rehearsal;
 mod report;
 mod session;
@@ -167,6 +168,7 @@ pub use options::{DestinationOptions, SourceOptions};
 pub use ownership::journal::{JournalError, JournalFile, JournalNote, read_journal};
 pub use ownership::status::{VmOwnership, ownership_at};
 pub use probe::probe;
+pub use regular_file::{AtomicFile, FileError};
 pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{
     ArrivalReport, AttemptInfo, AttemptKind, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime,

@@ -42,7 +42,8 @@ pub(crate) struct DescribeCommand {
     /// How to write it.
     #[arg(long, value_enum, default_value = "manifest")]
     pub(crate) format: Format,
-    /// File to write, instead of stdout. It appears whole or not at all.
+    /// File to write, instead of stdout. It appears whole or not at all. A regular file that is there, or that a symbolic link
+    /// there leads to, is replaced.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
     /// Print JSON. A manifest is JSON anyway.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use schemars::JsonSchema;
 use serde::Serialize;
+use vfio_migration::AtomicFile;
 use vfio_migration_compat::labels::{self, ResourceDevice};
 use vfio_migration_compat::{Document, HostManifest, Manifest, SiteFacts};
 use vfio_migration_device::host::{read_text, scan, version};
@@ -33,6 +34,10 @@ pub(crate) fn run(options: &DescribeCommand) -> Result<Exit, CliError> {
         let text =
             "--format list is lines of KEY=VALUE and no JSON: leave out --json, or take --format manifest";
         return Err(CliError::new(Exit::Usage, text));
+    }
+    if let Some(path) = &options.output {
+        // Before anybody is asked, which may reset a device.
+        AtomicFile::create(path, true).map_err(|error| CliError::caused("cannot describe", &error))?;
     }
     let local = HostAccess { roots: options.root.roots(), probe: options.probe };
     let mut document = match &options.device {
@@ -134,10 +139,7 @@ fn memory(proc: &Path) -> Option<u64> {
 fn write(path: &Path, text: &str) -> Result<(), CliError> {
     let failed =
         |error: &(dyn std::error::Error + 'static)| CliError::caused(&path.display().to_string(), error);
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(|error| failed(&error))?;
+    let mut file = AtomicFile::create(path, true).map_err(|error| failed(&error))?;
     file.write_all(text.as_bytes()).map_err(|error| failed(&error))?;
-    file.as_file().sync_all().map_err(|error| failed(&error))?;
-    file.persist(path).map_err(|error| failed(&error.error))?;
-    Ok(())
+    file.finish().map_err(|error| failed(&error))
 }

@@ -1,5 +1,6 @@
 //! `save --device` and `restore`: the state of one device to and from a file, for authors of drivers and device servers.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -8,8 +9,8 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{
-    DeviceControl, DeviceFileError, DeviceReport, RestoreDeviceOptions, SaveDeviceOptions, Snapshot,
-    restore_device, save_device,
+    AtomicFile, DeviceControl, DeviceFileError, DeviceReport, RestoreDeviceOptions, SaveDeviceOptions,
+    Snapshot, restore_device, save_device,
 };
 use vfio_migration_device::Device;
 use vfio_migration_types::{DeviceId, MigrationState, error_chain};
@@ -89,7 +90,9 @@ pub(crate) fn save(command: &SaveCommand, device: &str, interrupt: &UserInterrup
     let config = parse(device, None)?;
     let mut how = SaveDeviceOptions::default();
     (how.force, how.stop_copy_only) = (command.options.force, command.stop_copy_only);
+    how.state_limit = command.options.state_limit.map(NonZeroU64::get);
     let doing = format!("cannot save {device}");
+    check_target(&command.output, how.force, &doing)?;
     let report = watch(interrupt, !command.json, "saved", |control| {
         let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
         interrupt.check()?;
@@ -104,8 +107,13 @@ pub(crate) fn restore(command: &RestoreCommand, interrupt: &UserInterrupt) -> Re
     // A usage error comes before any file is read.
     parse(&command.device, None)?;
     let doing = format!("cannot restore {} into {}", command.file.display(), command.device);
+    if let Some(again) = &command.save_again {
+        check_target(again, false, &doing)?;
+    }
+    let file = command.file.clone();
+    let snapshot = interrupt.watch(move || Snapshot::open(&file))?;
+    let snapshot = snapshot.map_err(|error| CliError::caused(&doing, &error))?;
     let report = watch(interrupt, !command.json, "loaded", |control| {
-        let snapshot = Snapshot::open(&command.file).map_err(|error| CliError::caused(&doing, &error))?;
         let config = fitting(&snapshot, command)?;
         interrupt.check()?;
         let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
@@ -123,6 +131,11 @@ pub(crate) fn restore(command: &RestoreCommand, interrupt: &UserInterrupt) -> Re
         }
     })?;
     print_report(&report, command.json, "restored from")
+}
+
+/// Judges where a file is to be written before a device is opened: opening it may reset it.
+fn check_target(file: &Path, replace: bool, doing: &str) -> Result<(), CliError> {
+    AtomicFile::create(file, replace).map(drop).map_err(|error| CliError::caused(doing, &error))
 }
 
 fn stopped(leave_stopped: bool) -> RestoreDeviceOptions {

@@ -36,7 +36,10 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
         None => None,
     };
     // Checked whole before anything is made for it.
-    let snapshot = options.restore.as_deref().map(saving::open).transpose()?;
+    let snapshot = match options.restore.clone() {
+        Some(path) => Some(interrupt.watch(move || saving::open(&path))??),
+        None => None,
+    };
     let epoch = if uri.is_none() && snapshot.is_none() { owned_epoch(&vm)? } else { Epoch(0) };
     let (quit, quitted) = mpsc::channel();
     let by_control = quit.clone();
@@ -44,6 +47,8 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
         // The receiver is gone only when the process ends anyway.
         let _ = quit.send(());
     })?;
+    // A signal that came before was heard by nobody else.
+    interrupt.check()?;
     // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
     // whoever gets an answer finds everything in place.
     let bound = match &options.control {

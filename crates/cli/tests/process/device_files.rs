@@ -6,6 +6,7 @@ use std::process::{Output, Stdio};
 use serde_json::Value;
 
 use crate::support::{Process, Setup, command, run, until};
+use crate::targets::writes_in;
 
 /// A device server, and how the command is told of it.
 struct Server {
@@ -183,8 +184,8 @@ fn ctrl_c_leaves_a_running_device_and_no_file() {
     let names = || -> Vec<PathBuf> {
         std::fs::read_dir(files.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
     };
-    // A million reads: it is interrupted long before the last.
-    let slow = ["--state-size", "16M", "--fault", "short-read:16"];
+    // Many thousand reads: it is interrupted long before the last.
+    let slow = ["--state-size", "16M", "--fault", "short-read:256"];
     let server = Server::start(dir.path(), "a.sock", &slow);
     for more in [&[][..], &["--stop-copy-only"]] {
         let file = files.path().join("file");
@@ -193,7 +194,7 @@ fn ctrl_c_leaves_a_running_device_and_no_file() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        until("the file that is being written", || (!names().is_empty()).then_some(()));
+        until("the file that is being written", || writes_in(saving.id(), files.path()));
         let pid = rustix::process::Pid::from_child(&saving);
         rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
         let output = saving.wait_with_output().unwrap();

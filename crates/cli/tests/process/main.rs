@@ -21,4 +21,5 @@ mod sabotage;
 mod silent;
 mod snapshots;
 mod support;
+mod targets;
 mod watch;

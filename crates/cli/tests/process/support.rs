@@ -47,13 +47,18 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
+        let child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
             .args(arguments)
             .arg("--exit-with-stdin")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()
             .expect("the command starts");
+        Self::of(child)
+    }
+
+    /// One that was started otherwise, and ends with its stdin.
+    pub(crate) fn of(mut child: Child) -> Self {
         let stdin = child.stdin.take();
         Self { child, stdin }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use vfio_migration_types::MigrationState;
 
 use super::report::DeviceArc;
+use crate::control::Control;
 use crate::session::lock::lock;
 
 /// Watches and stops, from any thread, what is done with one device. Clones are the same. Given to several
@@ -21,6 +22,8 @@ struct Shared {
     precopy: AtomicU64,
     left: AtomicU64,
     walk: Mutex<Walk>,
+    /// The session under way, which ends when it is cancelled, whatever it is busy with.
+    session: Mutex<Option<Control>>,
 }
 
 /// The way that the device went.
@@ -34,7 +37,20 @@ impl DeviceControl {
     /// Gives it up. The device runs on as it did if it was being saved, and is reset if its state was half loaded. Too
     /// late once all is written; then nothing happens.
     pub fn cancel(&self) {
+        let session = lock(&self.0.session);
         self.0.cancelled.store(true, Ordering::Release);
+        if let Some(session) = &*session {
+            session.cancel();
+        }
+    }
+
+    /// Lets [`cancel`](Self::cancel), also an earlier one, end `session`.
+    pub(super) fn attach(&self, session: Control) {
+        let mut attached = lock(&self.0.session);
+        if self.is_cancelled() {
+            session.cancel();
+        }
+        *attached = Some(session);
     }
 
     /// Bytes of state moved so far, and what is left of them as far as is known.

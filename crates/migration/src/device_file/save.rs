@@ -13,6 +13,7 @@ use super::machine::{LoneDevice, LoneObserver};
 use super::report::DeviceReport;
 use crate::error::MigrateError;
 use crate::options::SourceOptions;
+use crate::regular_file::{AtomicFile, FileError};
 use crate::snapshot::{SaveError, SaveOptions, save};
 use crate::source::Source;
 use crate::source::plan::new_attempt_id;
@@ -25,6 +26,8 @@ pub struct SaveDeviceOptions {
     pub force: bool,
     /// As if it had no PRE_COPY: all of its state is read while it is stopped.
     pub stop_copy_only: bool,
+    /// Most bytes of state that it may give, as [`SaveOptions::state_limit`].
+    pub state_limit: Option<u64>,
 }
 
 /// Saves `device` into the file `path`, whole or not at all. A device that runs goes on running; one that is stopped,
@@ -41,11 +44,13 @@ pub fn save_device(
     control: &DeviceControl,
 ) -> Result<DeviceReport, DeviceFileError> {
     let begun = Instant::now();
+    // What is wrong with the file is told before the device is touched.
+    drop(AtomicFile::create(path, options.force).map_err(unfit)?);
     device.capabilities().map_err(|NotMigratable(why)| DeviceFileError::NotMigratable(why))?;
     let manifest = device.manifest()?;
     let stopped = leave_open_session(device.as_ref())?;
     control.found(if stopped { MigrationState::Stop } else { MigrationState::Running });
-    let SaveDeviceOptions { force, stop_copy_only } = options;
+    let SaveDeviceOptions { force, stop_copy_only, state_limit } = options;
     let observer = LoneObserver { control: control.clone(), stop_copy_only, stays_stopped: stopped };
     let failed = |error| failed(device.as_ref(), control, error);
     let name = new_attempt_id().map_err(|error| failed(SaveError::Session(error)))?;
@@ -54,15 +59,9 @@ pub fn save_device(
     // Nothing that the device writes is among what is saved.
     session.allow_all_dirty = true;
     let source = Source::new(Arc::new(machine), session);
-    let steering = source.control();
-    let how = SaveOptions { force, ..SaveOptions::default() };
-    let mut cancelled = false;
-    let saved = save(source, path, how, |progress| {
-        control.set_left(progress.remaining);
-        if control.is_cancelled() && !std::mem::replace(&mut cancelled, true) {
-            steering.cancel();
-        }
-    });
+    control.attach(source.control());
+    let how = SaveOptions { force, state_limit, ..SaveOptions::default() };
+    let saved = save(source, path, how, |progress| control.set_left(progress.remaining));
     let saved = saved.map_err(failed)?;
     let precopy = control.precopy();
     let state = saved.devices.first().copied().unwrap_or_default();
@@ -78,6 +77,10 @@ pub fn save_device(
         took: begun.elapsed(),
         left_in: device.state()?,
     })
+}
+
+fn unfit(error: FileError) -> DeviceFileError {
+    DeviceFileError::File(error.into())
 }
 
 /// Brings the device to where its state is whole, and returns whether it is stopped there.

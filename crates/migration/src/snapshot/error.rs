@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use vfio_migration_compat::ManifestError;
+use vfio_migration_types::DeviceId;
 use vfio_migration_wire::WireError;
 
 use crate::error::{Aborted, MigrateError};
+use crate::regular_file::FileError;
 
 /// A file that is no whole snapshot, or could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -22,9 +24,20 @@ pub enum SnapshotError {
         #[source]
         source: std::io::Error,
     },
-    /// There is a file already.
-    #[error("{0} exists already; --force replaces it")]
-    Exists(PathBuf),
+    /// What is at the path, or is not, does not let a file be read or written there.
+    #[error(transparent)]
+    Unfit(#[from] FileError),
+    /// A device gives more state than it is allowed to; it may have no end.
+    #[error(
+        "device {device} gave more than {limit} bytes of state, which is the limit; --state-limit SIZE sets another, if this \
+         can have an end"
+    )]
+    StateLimit {
+        /// The device that gave it.
+        device: DeviceId,
+        /// Most bytes that are taken of it.
+        limit: u64,
+    },
     /// Not the beginning of a snapshot.
     #[error("it is no snapshot: it does not begin as one")]
     Magic,

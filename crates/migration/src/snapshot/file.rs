@@ -1,12 +1,13 @@
-//! A file that is there whole, under its name, or not at all; and frames into it and out of it.
+//! Frames into a file and out of it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use vfio_migration_wire::{Bulk, Crc, FrameHeader, HEADER_LEN, Message, WireError, encode, encode_bulk};
 
 use super::SnapshotError;
+use crate::regular_file::AtomicFile;
 
 /// The first bytes of every snapshot, before the layout's number.
 pub(super) const MAGIC: [u8; 7] = *b"VFIOSNP";
@@ -21,40 +22,25 @@ pub(super) const DIGEST_LEN: u64 = 32;
 /// The trailer: its magic, the length of the whole file, and the digest of everything before the digest.
 pub(super) const TRAILER_LEN: u64 = 8 + 8 + DIGEST_LEN;
 
-/// A snapshot being written, under a temporary name in the folder it will live in. Dropping it removes it.
+/// A snapshot being written. Dropping it before it is whole removes it.
 #[derive(Debug)]
 pub(super) struct Writer {
-    out: BufWriter<File>,
-    temporary: PathBuf,
+    out: BufWriter<AtomicFile>,
     path: PathBuf,
-    force: bool,
     hasher: blake3::Hasher,
     written: u64,
     sequence: u64,
-    /// Whether it has its own name already.
-    named: bool,
 }
 
 impl Writer {
-    pub(super) fn create(path: &Path, force: bool) -> Result<Self, SnapshotError> {
-        if !force && path.symlink_metadata().is_ok() {
-            return Err(SnapshotError::Exists(path.into()));
-        }
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(name);
-        let mut open = OpenOptions::new();
-        std::os::unix::fs::OpenOptionsExt::mode(open.write(true).create_new(true), 0o600);
-        let file = open.open(&temporary).map_err(failed("creating", &temporary))?;
+    /// Begins the snapshot that is to be `file`, at `path`.
+    pub(super) fn new(file: AtomicFile, path: &Path) -> Result<Self, SnapshotError> {
         let mut writer = Self {
             out: BufWriter::with_capacity(1 << 20, file),
-            temporary,
             path: path.into(),
-            force,
             hasher: blake3::Hasher::new(),
             written: 0,
             sequence: 0,
-            named: false,
         };
         writer.bytes(&MAGIC)?;
         writer.bytes(&[VERSION])?;
@@ -83,54 +69,29 @@ impl Writer {
         self.bytes(&len.to_le_bytes())?;
         let digest = *self.hasher.finalize().as_bytes();
         self.bytes(&digest)?;
-        self.out.flush().map_err(failed("writing", &self.temporary))?;
-        self.out.get_ref().sync_all().map_err(failed("syncing", &self.temporary))?;
-        if self.force {
-            std::fs::rename(&self.temporary, &self.path).map_err(failed("naming", &self.path))?;
-        } else {
-            // Unlike a rename, a link never replaces what somebody else put there meanwhile.
-            std::fs::hard_link(&self.temporary, &self.path).map_err(|error| match error.kind() {
-                std::io::ErrorKind::AlreadyExists => SnapshotError::Exists(self.path.clone()),
-                _ => failed("naming", &self.path)(error),
-            })?;
-            std::fs::remove_file(&self.temporary).map_err(failed("removing", &self.temporary))?;
-        }
-        self.named = true;
-        let folder = match self.path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let synced = File::open(folder).and_then(|folder| folder.sync_all());
-        synced.map_err(failed("syncing", folder))?;
+        self.out.flush().map_err(failed("writing", &self.path))?;
+        self.out.get_mut().finish()?;
         Ok((len, digest))
     }
 
-    /// Takes the file away again, also once it has its name.
+    /// The file stays: what it replaced is gone for good.
+    pub(super) fn keep(&mut self) {
+        self.out.get_mut().keep();
+    }
+
+    /// Takes the file away again, also once it has its name, and puts back what it replaced.
     pub(super) fn discard(&mut self) {
-        let path = if std::mem::take(&mut self.named) { &self.path } else { &self.temporary };
-        if let Err(error) = std::fs::remove_file(path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, path = %path.display(), "a snapshot that failed could not be removed");
-        }
+        self.out.get_mut().discard();
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), SnapshotError> {
         self.hasher.update(bytes);
         self.written += bytes.len() as u64;
-        self.out.write_all(bytes).map_err(failed("writing", &self.temporary))
+        self.out.write_all(bytes).map_err(failed("writing", &self.path))
     }
 
     fn unsound(&self, source: WireError) -> SnapshotError {
         SnapshotError::Frame { frame: self.sequence, source }
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if !self.named {
-            self.discard();
-        }
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod check;
 mod error;
+mod estimate;
 mod file;
 mod play;
 mod record;

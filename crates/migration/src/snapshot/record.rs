@@ -11,6 +11,7 @@ use vfio_migration_wire::{
 };
 
 use super::SnapshotError;
+use super::estimate::StateLimits;
 use super::file::Writer;
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
@@ -40,11 +41,16 @@ pub(super) enum Unrecorded {
 }
 
 /// Records a session. With `commit` the guest's owner is the file afterwards; without, the source is sent back.
-pub(super) fn record(link: &Arc<Link>, mut writer: Writer, commit: bool) -> Result<Recorded, Unrecorded> {
+pub(super) fn record(
+    link: &Arc<Link>,
+    mut writer: Writer,
+    limits: StateLimits,
+    commit: bool,
+) -> Result<Recorded, Unrecorded> {
     let mut reader = Reader::new(link, Side::Source);
-    let recorded = listen(link, &mut reader, &mut writer, commit);
+    let recorded = listen(link, &mut reader, &mut writer, limits, commit);
     match &recorded {
-        Ok(_) => {}
+        Ok(_) => writer.keep(),
         Err(Unrecorded::File(error)) => {
             writer.discard();
             let _ = link.send(&Message::Abort(Failure::new(
@@ -77,6 +83,7 @@ fn listen(
     link: &Link,
     reader: &mut Reader,
     writer: &mut Writer,
+    mut limits: StateLimits,
     commit: bool,
 ) -> Result<Recorded, Unrecorded> {
     let (mut device_bytes, mut device_ns) = (0, 0);
@@ -94,6 +101,9 @@ fn listen(
             }
             Frame::Bulk(bulk) => {
                 let begun = Instant::now();
+                if let Bulk::DeviceData { device, bytes, .. } = bulk {
+                    limits.take(device, bytes.len() as u64)?;
+                }
                 writer.bulk(&bulk, &[])?;
                 if let Bulk::DeviceData { bytes, .. } = bulk {
                     device_bytes += bytes.len() as u64;

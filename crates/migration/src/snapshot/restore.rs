@@ -25,6 +25,7 @@ use crate::offer::{Arrived, IncomingOffer};
 use crate::options::DestinationOptions;
 use crate::ownership::journal::read_journal;
 use crate::ownership::status::{VmOwnership, ownership_at};
+use crate::regular_file;
 use crate::session::fail::InPhase;
 
 /// A file that was found to be a whole, sound snapshot.
@@ -39,9 +40,9 @@ impl Snapshot {
     /// Opens a file and checks all of it: digest, frames, order, totals. Nothing is given to anybody yet.
     ///
     /// # Errors
-    /// It is no snapshot, damaged, cut short, too long, or of a later layout.
+    /// It is no regular file, no snapshot, damaged, cut short, too long, or of a later layout.
     pub fn open(path: &Path) -> Result<Self, SnapshotError> {
-        let file = File::open(path).map_err(failed("opening", path))?;
+        let file = regular_file::open(path)?;
         let checked = check(&file, path)?;
         Ok(Self { file, path: path.into(), checked })
     }

@@ -8,13 +8,15 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vfio_migration_types::Phase;
 
+use super::estimate::{Estimate, StateLimits};
 use super::file::{Writer, failed};
 use super::record::{Recorded, Unrecorded, record};
-use super::{DeviceState, GuestNotResumed, SaveError, states};
+use super::{DeviceState, GuestNotResumed, SaveError, SnapshotError, states};
 use crate::channel::link::Link;
 use crate::channel::liveness::keep_alive_until;
 use crate::error::{MigrateError, cancelled};
 use crate::options::SourceOptions;
+use crate::regular_file::AtomicFile;
 use crate::report::{Completed, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::source::Source;
@@ -32,6 +34,9 @@ pub struct SaveOptions {
     pub force: bool,
     /// The guest ends here: the file owns it afterwards, by the journal too. Else it goes on.
     pub stop: bool,
+    /// Most bytes of state that each device may give. `None`: 16 times what the device estimates that it has, and at least
+    /// 1 GiB; 64 GiB for one that cannot estimate it.
+    pub state_limit: Option<u64>,
 }
 
 /// A machine that was saved.
@@ -64,7 +69,8 @@ impl SourceOptions {
 /// is written and is paused for the rest. On return the file is whole and on disk.
 ///
 /// # Errors
-/// No file is left, and the guest goes on, or the error says why not; but see [`SaveError::NotResumed`].
+/// No file is left, and the guest goes on, or the error says why not; but see [`SaveError::NotResumed`]. What is at the path,
+/// and the room on its filesystem, are judged before anything else is done.
 pub fn save(
     source: Source,
     path: &Path,
@@ -72,10 +78,16 @@ pub fn save(
     observer: impl FnMut(&Progress),
 ) -> Result<Saved, SaveError> {
     let control = source.control();
+    let estimate = Estimate::of(&*source.machine);
+    let limits = StateLimits::new(&estimate, options.state_limit);
     let (target, force) = (path.to_owned(), options.force);
     // A disk may hang, and nothing that waits for it ends when it is told to.
-    let created = answer_unless(|| control.cancel_waits(), None, move || Writer::create(&target, force));
-    let writer = match created {
+    let create = move || -> Result<Writer, SaveError> {
+        let file = AtomicFile::create(&target, force).map_err(SnapshotError::from)?;
+        estimate.check_room(&file)?;
+        Ok(Writer::new(file, &target)?)
+    };
+    let writer = match answer_unless(|| control.cancel_waits(), None, create) {
         Ok(created) => created?,
         Err(Unanswered::NoThread(error)) => return Err(failed("making a thread for", path)(error).into()),
         Err(Unanswered::GivenUp | Unanswered::Late) => {
@@ -88,7 +100,7 @@ pub fn save(
     let (of_thread, commit) = (Arc::clone(&link), options.stop);
     let (answer, recorded) = mpsc::channel();
     let recording = std::thread::Builder::new().name("recorder".into()).spawn(move || {
-        let recorded = record(&of_thread, writer, commit);
+        let recorded = record(&of_thread, writer, limits, commit);
         // After a cancel nobody may wait for it any more. What it has written by then is gone again.
         let _ = answer.send(recorded);
     });

@@ -43,7 +43,7 @@ use crate::uri::Uri;
 
 /// A machine about to be sent away.
 pub struct Source {
-    machine: Arc<dyn Machine>,
+    pub(crate) machine: Arc<dyn Machine>,
     options: SourceOptions,
     control: Control,
     /// The file that the machine goes into, if it does.

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::toy::{FakeDevice, FakeDeviceKind, FakeFault, Plan, Toy};
 use vfio_migration::{
-    DeviceControl, DeviceFileError, DeviceReport, RestoreDeviceOptions, SaveDeviceOptions, SaveOptions,
-    Snapshot, SnapshotError, Source, SourceOptions, restore_device, save, save_device,
+    DeviceControl, DeviceFileError, DeviceReport, FileError, RestoreDeviceOptions, SaveDeviceOptions,
+    SaveOptions, Snapshot, SnapshotError, Source, SourceOptions, restore_device, save, save_device,
 };
 use vfio_migration_device::Device;
 use vfio_migration_memory::{GuestRam, RamSpec};
@@ -166,7 +166,7 @@ fn nothing_is_touched_for_a_file_that_cannot_be() {
     std::fs::write(&path, "precious").unwrap();
     let bench = Bench::filled();
     let error = bench.save(&path).unwrap_err();
-    assert!(matches!(error, DeviceFileError::File(SnapshotError::Exists(_))), "{error}");
+    assert!(matches!(error, DeviceFileError::File(SnapshotError::Unfit(FileError::Exists(_)))), "{error}");
     assert!(bench.untouched());
     std::fs::remove_file(&path).unwrap();
     let plan = Plan { pages: 8, hot: 2, devices: vec![FakeDeviceKind::default()] };

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 
 use crate::toy::*;
 use vfio_migration::{
-    Arrived, DestinationOptions, IncomingError, Machine, SaveError, SaveOptions, Saved, Snapshot,
-    SnapshotError, Source, SourceOptions, VmOwnership, ownership_at, read_journal, save,
+    Arrived, DestinationOptions, FileError, IncomingError, Machine, SaveError, SaveOptions, Saved,
+    Snapshot, SnapshotError, Source, SourceOptions, VmOwnership, ownership_at, read_journal, save,
 };
 use vfio_migration_types::{Epoch, MigrationState, PAGE_SIZE, RamOffset, Side};
 use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_bulk};
@@ -130,7 +130,7 @@ fn nothing_is_overwritten_and_a_failure_leaves_nothing() {
     std::fs::write(&path, "precious").unwrap();
     let toy = Toy::booted(&small());
     let error = saving(&toy, &path, None, SaveOptions::default()).unwrap_err();
-    assert!(matches!(error, SaveError::File(SnapshotError::Exists(_))), "{error:?}");
+    assert!(matches!(error, SaveError::File(SnapshotError::Unfit(FileError::Exists(_)))), "{error:?}");
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     let mut how = SaveOptions::default();
     how.force = true;
