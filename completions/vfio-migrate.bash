@@ -49,9 +49,6 @@ _vfio__migrate() {
             vfio__migrate,explain)
                 cmd="vfio__migrate__subcmd__explain"
                 ;;
-            vfio__migrate,generate)
-                cmd="vfio__migrate__subcmd__generate"
-                ;;
             vfio__migrate,help)
                 cmd="vfio__migrate__subcmd__help"
                 ;;
@@ -60,6 +57,9 @@ _vfio__migrate() {
                 ;;
             vfio__migrate,incoming)
                 cmd="vfio__migrate__subcmd__incoming"
+                ;;
+            vfio__migrate,man)
+                cmd="vfio__migrate__subcmd__man"
                 ;;
             vfio__migrate,migrate)
                 cmd="vfio__migrate__subcmd__migrate"
@@ -121,9 +121,6 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help,explain)
                 cmd="vfio__migrate__subcmd__help__subcmd__explain"
                 ;;
-            vfio__migrate__subcmd__help,generate)
-                cmd="vfio__migrate__subcmd__help__subcmd__generate"
-                ;;
             vfio__migrate__subcmd__help,help)
                 cmd="vfio__migrate__subcmd__help__subcmd__help"
                 ;;
@@ -132,6 +129,9 @@ _vfio__migrate() {
                 ;;
             vfio__migrate__subcmd__help,incoming)
                 cmd="vfio__migrate__subcmd__help__subcmd__incoming"
+                ;;
+            vfio__migrate__subcmd__help,man)
+                cmd="vfio__migrate__subcmd__help__subcmd__man"
                 ;;
             vfio__migrate__subcmd__help,migrate)
                 cmd="vfio__migrate__subcmd__help__subcmd__migrate"
@@ -167,7 +167,7 @@ _vfio__migrate() {
 
     case "${cmd}" in
         vfio__migrate)
-            opts="-v -h -V --verbose --help --version demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help"
+            opts="-v -h -V --verbose --help --version demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -180,7 +180,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__cancel)
+        vfio__migrate__subcmd__cancel)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -198,8 +198,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__check)
-            opts="-v -h -V --matrix --baseline --model --policy --map --probe --json --timeout --root --verbose --help --version"
+        vfio__migrate__subcmd__check)
+            opts="-v -h -V --matrix --baseline --model --policy --map --probe --json --timeout --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -221,10 +221,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -232,7 +228,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__completions)
+        vfio__migrate__subcmd__completions)
             opts="-v -h -V --verbose --help --version bash elvish fish powershell zsh"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -246,7 +242,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__cont)
+        vfio__migrate__subcmd__cont)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -264,7 +260,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__continue)
+        vfio__migrate__subcmd__continue)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -282,7 +278,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__demo)
+        vfio__migrate__subcmd__demo)
             opts="-v -h -V --memory --dirty-rate --device-state --device-dirty-rate --devices --transport --downtime-limit --no-precopy --software --break --strict --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -328,8 +324,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__describe)
-            opts="-o -v -h -V --host --probe --name --site --format --output --json --timeout --root --verbose --help --version"
+        vfio__migrate__subcmd__describe)
+            opts="-o -v -h -V --host --probe --name --site --format --output --json --timeout --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -359,10 +355,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -370,8 +362,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__device)
-            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --fault --exit-with-stdin --verbose --help --version"
+        vfio__migrate__subcmd__device)
+            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --fault --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -416,8 +408,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__devices)
-            opts="-v -h -V --probe --all --json --timeout --root --verbose --help --version"
+        vfio__migrate__subcmd__devices)
+            opts="-v -h -V --probe --all --json --timeout --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -427,10 +419,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -438,8 +426,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__doctor)
-            opts="-v -h -V --memory --json --root --verbose --help --version"
+        vfio__migrate__subcmd__doctor)
+            opts="-v -h -V --memory --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -449,10 +437,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --root)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -460,7 +444,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__explain)
+        vfio__migrate__subcmd__explain)
             opts="-v -h -V --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -474,8 +458,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__generate)
-            opts="-v -h -V --verbose --help --version"
+        vfio__migrate__subcmd__help)
+            opts="demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -488,21 +472,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help)
-            opts="demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions generate help"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__cancel)
+        vfio__migrate__subcmd__help__subcmd__cancel)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -516,7 +486,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__check)
+        vfio__migrate__subcmd__help__subcmd__check)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -530,7 +500,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__completions)
+        vfio__migrate__subcmd__help__subcmd__completions)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -544,7 +514,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__cont)
+        vfio__migrate__subcmd__help__subcmd__cont)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -558,7 +528,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__continue)
+        vfio__migrate__subcmd__help__subcmd__continue)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -572,7 +542,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__demo)
+        vfio__migrate__subcmd__help__subcmd__demo)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -586,7 +556,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__describe)
+        vfio__migrate__subcmd__help__subcmd__describe)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -600,7 +570,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__device)
+        vfio__migrate__subcmd__help__subcmd__device)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -614,7 +584,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__devices)
+        vfio__migrate__subcmd__help__subcmd__devices)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -628,7 +598,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__doctor)
+        vfio__migrate__subcmd__help__subcmd__doctor)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -642,7 +612,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__explain)
+        vfio__migrate__subcmd__help__subcmd__explain)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -656,7 +626,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__generate)
+        vfio__migrate__subcmd__help__subcmd__help)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -670,7 +640,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__help)
+        vfio__migrate__subcmd__help__subcmd__history)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -684,7 +654,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__history)
+        vfio__migrate__subcmd__help__subcmd__incoming)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -698,7 +668,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__incoming)
+        vfio__migrate__subcmd__help__subcmd__man)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -712,7 +682,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__migrate)
+        vfio__migrate__subcmd__help__subcmd__migrate)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -726,7 +696,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__quit)
+        vfio__migrate__subcmd__help__subcmd__quit)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -740,7 +710,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__rehearse)
+        vfio__migrate__subcmd__help__subcmd__rehearse)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -754,7 +724,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__restore)
+        vfio__migrate__subcmd__help__subcmd__restore)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -768,7 +738,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__save)
+        vfio__migrate__subcmd__help__subcmd__save)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -782,7 +752,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__set)
+        vfio__migrate__subcmd__help__subcmd__set)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -796,7 +766,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__status)
+        vfio__migrate__subcmd__help__subcmd__status)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -810,7 +780,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__stop)
+        vfio__migrate__subcmd__help__subcmd__stop)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -824,7 +794,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__help__subcmd__vm)
+        vfio__migrate__subcmd__help__subcmd__vm)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -838,7 +808,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__history)
+        vfio__migrate__subcmd__history)
             opts="-v -h -V --state-dir --vm --last --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -864,7 +834,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__incoming)
+        vfio__migrate__subcmd__incoming)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -882,8 +852,22 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__migrate)
-            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --pause-before-switchover --suspend --verify --post-copy --detach --verbose --help --version"
+        vfio__migrate__subcmd__man)
+            opts="-v -h -V --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__migrate__subcmd__migrate)
+            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --pause-before-switchover --suspend --verify --detach --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -920,7 +904,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__quit)
+        vfio__migrate__subcmd__quit)
             opts="-v -h -V --control --json --force --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -938,7 +922,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__rehearse)
+        vfio__migrate__subcmd__rehearse)
             opts="-v -h -V --control --json --to --pause --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -980,7 +964,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__restore)
+        vfio__migrate__subcmd__restore)
             opts="-v -h -V --device --save-again --leave-stopped --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1002,7 +986,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__save)
+        vfio__migrate__subcmd__save)
             opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --state-limit --allow-all-dirty --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1036,7 +1020,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__set)
+        vfio__migrate__subcmd__set)
             opts="-v -h -V --control --json --downtime-limit --bandwidth --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1062,7 +1046,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__status)
+        vfio__migrate__subcmd__status)
             opts="-v -h -V --control --state-dir --watch --timeout --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1088,7 +1072,7 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__stop)
+        vfio__migrate__subcmd__stop)
             opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1106,8 +1090,8 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        vfio__subcmd__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --once --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --sabotage --exit-with-stdin --verbose --help --version"
+        vfio__migrate__subcmd__vm)
+            opts="-v -h -V --memory --device --incoming --once --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --config-rule --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1151,10 +1135,6 @@ _vfio__migrate() {
                     ;;
                 --config-rule)
                     COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --sabotage)
-                    COMPREPLY=($(compgen -W "dirty-log device-log device-tail interrupt page-order p2p-order" -- "${cur}"))
                     return 0
                     ;;
                 *)

@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod completions;
 mod bandwidth;
+mod completions;
 mod control;
 mod demo;
 mod exit;
