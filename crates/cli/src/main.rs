@@ -4,6 +4,7 @@
 
 mod args;
 mod bandwidth;
+mod check_id;
 mod completions;
 mod control;
 mod demo;

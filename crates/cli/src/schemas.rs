@@ -2,7 +2,7 @@
 
 use schemars::{Schema, schema_for};
 use vfio_migration_compat::{
-    DeviceManifest, Explanation, HostManifest, MachineManifest, Matrix, Policy, Report,
+    DeviceManifest, HostManifest, MachineManifest, Matrix, Policy, Report,
 };
 
 use crate::control::event::ControlEvent;
@@ -21,7 +21,7 @@ use crate::verbs::describe::ResourceReport;
 use crate::verbs::device_file::DeviceFileReport;
 use crate::verbs::devices::report::DevicesReport;
 use crate::verbs::doctor::DoctorReport;
-use crate::verbs::explain::ExplanationList;
+use crate::verbs::explain::{ExplainedCode, ExplanationList};
 use crate::verbs::history::HistoryReport;
 use crate::verbs::moves::{ActionReply, EndedReport, RehearseReport};
 use crate::verbs::state_dir::StateDirReport;
@@ -137,7 +137,7 @@ pub(crate) fn by_name() -> Vec<(&'static str, Schema)> {
         ("check", schema_for!(Report)),
         ("check-matrix", schema_for!(Matrix)),
         ("check-baseline", schema_for!(BaselineReport)),
-        ("explain", schema_for!(Explanation)),
+        ("explain", schema_for!(ExplainedCode)),
         ("explain-list", schema_for!(ExplanationList)),
         ("migrate", schema_for!(EndedReport)),
         ("node-labels", schema_for!(std::collections::BTreeMap<String, String>)),

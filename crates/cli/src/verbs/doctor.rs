@@ -11,6 +11,7 @@ use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 use vfio_migration_types::error_chain;
 
 use crate::args::ask::DoctorCommand;
+use crate::check_id::CheckId;
 use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
 use crate::units::format_size;
@@ -98,14 +99,14 @@ fn examine(roots: &Roots, memory: Option<u64>) -> DoctorReport {
 }
 
 fn check(
-    id: &str,
+    id: CheckId,
     status: CheckStatus,
     found: impl Into<String>,
     means: &str,
     fix: Option<&str>,
 ) -> HostCheck {
     let fix = fix.filter(|_| status != CheckStatus::Ok).map(Into::into);
-    HostCheck { id: id.into(), status, found: found.into(), means: means.into(), fix }
+    HostCheck { id: id.name().into(), status, found: found.into(), means: means.into(), fix }
 }
 
 /// The v2 migration uAPI came with 5.18, PRE_COPY and the size estimate with 6.2.
@@ -117,7 +118,13 @@ fn kernel(release: Option<&str>, number: Option<(u32, u32)>) -> HostCheck {
         Some(_) => CheckStatus::Ok,
     };
     let means = "device migration needs 5.18; pre-copy of device state needs 6.2";
-    check("kernel-version", status, release.unwrap_or("not said"), means, Some("install a newer kernel"))
+    check(
+        CheckId::KernelVersion,
+        status,
+        release.unwrap_or("not said"),
+        means,
+        Some("install a newer kernel"),
+    )
 }
 
 fn config_file(config: &KernelConfig) -> HostCheck {
@@ -126,7 +133,13 @@ fn config_file(config: &KernelConfig) -> HostCheck {
         None => (CheckStatus::Unknown, "neither /proc/config.gz nor /boot/config-RELEASE can be read".into()),
     };
     let means = "without it the options below are unknown, and what is loaded decides";
-    check("kernel-config", status, found, means, Some("install the kernel's package, or modprobe configs"))
+    check(
+        CheckId::KernelConfig,
+        status,
+        found,
+        means,
+        Some("install the kernel's package, or modprobe configs"),
+    )
 }
 
 fn vfio(roots: &Roots, config: &KernelConfig) -> HostCheck {
@@ -148,12 +161,12 @@ fn vfio(roots: &Roots, config: &KernelConfig) -> HostCheck {
         CheckStatus::Warn => "modprobe vfio-pci",
         _ => "install a kernel with CONFIG_VFIO, and its modules",
     };
-    check("vfio", status, found, "VFIO itself: without it no device of the kernel migrates", Some(fix))
+    check(CheckId::Vfio, status, found, "VFIO itself: without it no device of the kernel migrates", Some(fix))
 }
 
 /// An option of the kernel that migration is better with.
 struct Wanted {
-    id: &'static str,
+    id: CheckId,
     option: &'static str,
     /// The module that is there with it: what is loaded speaks louder than a configuration. Empty for a part of another.
     module: &'static str,
@@ -162,31 +175,31 @@ struct Wanted {
 
 const OPTIONS: [Wanted; 6] = [
     Wanted {
-        id: "config-vfio-pci",
+        id: CheckId::ConfigVfioPci,
         option: "VFIO_PCI",
         module: "vfio_pci",
         means: "PCI functions as VFIO devices",
     },
     Wanted {
-        id: "config-iommufd",
+        id: CheckId::ConfigIommufd,
         option: "IOMMUFD",
         module: "iommufd",
         means: "without it no dirty tracking by the IOMMU, and DMA logs of devices may not report",
     },
     Wanted {
-        id: "config-vfio-device-cdev",
+        id: CheckId::ConfigVfioDeviceCdev,
         option: "VFIO_DEVICE_CDEV",
         module: "",
         means: "a file per device, which dirty tracking by the IOMMU needs",
     },
     Wanted {
-        id: "config-iommufd-driver",
+        id: CheckId::ConfigIommufdDriver,
         option: "IOMMUFD_DRIVER",
         module: "iova_bitmap",
         means: "without it DMA_LOGGING_REPORT answers EOPNOTSUPP, though logging starts",
     },
-    Wanted { id: "config-vfio-mdev", option: "VFIO_MDEV", module: "mdev", means: "mediated devices" },
-    Wanted { id: "config-kvm", option: "KVM", module: "kvm", means: "guests on KVM" },
+    Wanted { id: CheckId::ConfigVfioMdev, option: "VFIO_MDEV", module: "mdev", means: "mediated devices" },
+    Wanted { id: CheckId::ConfigKvm, option: "KVM", module: "kvm", means: "guests on KVM" },
 ];
 
 impl Wanted {
@@ -236,7 +249,7 @@ fn variants(config: &KernelConfig) -> HostCheck {
     };
     let means = "plain vfio-pci has no migration: a PCI function needs a variant driver made for it";
     check(
-        "config-variant-drivers",
+        CheckId::ConfigVariantDrivers,
         status,
         found,
         means,
@@ -257,10 +270,10 @@ fn iommu(roots: &Roots, config: &KernelConfig) -> HostCheck {
     let means = "without an IOMMU no PCI function is given to a guest; mediated devices may be";
     let fix = "turn VT-d or AMD-Vi on in the firmware, add intel_iommu=on to the kernel's command line, and restart; in a virtual machine, \
                have its host give it an IOMMU";
-    check("iommu-groups", status, found, means, Some(fix))
+    check(CheckId::IommuGroups, status, found, means, Some(fix))
 }
 
-fn node(id: &str, path: &Path, means: &str, load: &str) -> HostCheck {
+fn node(id: CheckId, path: &Path, means: &str, load: &str) -> HostCheck {
     let shown = path.display();
     match host::access_both_ways(path) {
         Ok(()) => check(id, CheckStatus::Ok, format!("{shown} may be opened"), means, None),
@@ -286,9 +299,9 @@ fn ways(roots: &Roots, config: &KernelConfig) -> [HostCheck; 2] {
         _ => format!("modprobe {module}"),
     };
     let means = "containers of IOMMU groups";
-    let container = node("dev-vfio", &roots.dev.join("vfio/vfio"), means, &load("VFIO", "vfio"));
+    let container = node(CheckId::DevVfio, &roots.dev.join("vfio/vfio"), means, &load("VFIO", "vfio"));
     let means = "iommufd, and dirty tracking by the IOMMU";
-    let iommufd = node("dev-iommu", &roots.dev.join("iommu"), means, &load("IOMMUFD", "iommufd"));
+    let iommufd = node(CheckId::DevIommu, &roots.dev.join("iommu"), means, &load("IOMMUFD", "iommufd"));
     let mut both = [container, iommufd];
     if host::has_module(roots, "vfio") && both.iter().all(|check| check.status != CheckStatus::Ok) {
         for check in &mut both {
@@ -315,13 +328,15 @@ fn device_files(roots: &Roots) -> HostCheck {
     match (files.len(), refused.is_empty()) {
         (0, _) => {
             let fix = "bind a device to VFIO: vfio-migrate devices says how";
-            check("device-files", CheckStatus::Warn, "no device is bound to VFIO", means, Some(fix))
+            check(CheckId::DeviceFiles, CheckStatus::Warn, "no device is bound to VFIO", means, Some(fix))
         }
-        (n, true) => check("device-files", CheckStatus::Ok, format!("{n}, all may be opened"), means, None),
+        (n, true) => {
+            check(CheckId::DeviceFiles, CheckStatus::Ok, format!("{n}, all may be opened"), means, None)
+        }
         (_, false) => {
             let fix = format!("setfacl -m u:{}:rw {}", user(), refused.join(" "));
             check(
-                "device-files",
+                CheckId::DeviceFiles,
                 if refused.len() == files.len() { CheckStatus::Missing } else { CheckStatus::Warn },
                 format!("may not be opened: {}", refused.join(", ")),
                 means,
@@ -342,9 +357,9 @@ fn kvm(roots: &Roots) -> HostCheck {
     // Only the file of this very host can be asked.
     if path == Path::new("/dev/kvm") {
         return match vfio_migration_vmm::machine::kvm_answers() {
-            Ok(()) => check("dev-kvm", CheckStatus::Ok, "/dev/kvm answers", means, None),
+            Ok(()) => check(CheckId::DevKvm, CheckStatus::Ok, "/dev/kvm answers", means, None),
             Err(error) => check(
-                "dev-kvm",
+                CheckId::DevKvm,
                 CheckStatus::Warn,
                 error_chain(&error),
                 means,
@@ -352,7 +367,7 @@ fn kvm(roots: &Roots) -> HostCheck {
             ),
         };
     }
-    node("dev-kvm", &path, means, "modprobe kvm_intel or kvm_amd")
+    node(CheckId::DevKvm, &path, means, "modprobe kvm_intel or kvm_amd")
 }
 
 fn nested(roots: &Roots) -> HostCheck {
@@ -361,17 +376,21 @@ fn nested(roots: &Roots) -> HostCheck {
     };
     let means = "guests that run KVM themselves; the tests on a booted kernel do not need it";
     match ["kvm_intel", "kvm_amd"].into_iter().find_map(setting).as_deref() {
-        Some("Y" | "1") => check("kvm-nested", CheckStatus::Ok, "on", means, None),
+        Some("Y" | "1") => check(CheckId::KvmNested, CheckStatus::Ok, "on", means, None),
         Some(_) => check(
-            "kvm-nested",
+            CheckId::KvmNested,
             CheckStatus::Warn,
             "off",
             means,
             Some("modprobe -r kvm_amd; modprobe kvm_amd nested=1"),
         ),
-        None => {
-            check("kvm-nested", CheckStatus::Unknown, "neither kvm_intel nor kvm_amd is loaded", means, None)
-        }
+        None => check(
+            CheckId::KvmNested,
+            CheckStatus::Unknown,
+            "neither kvm_intel nor kvm_amd is loaded",
+            means,
+            None,
+        ),
     }
 }
 
@@ -389,12 +408,12 @@ fn hugepages(roots: &Roots) -> HostCheck {
     let on = transparent.is_some_and(|text| !text.contains("[never]") && !text.contains("[deny]"));
     let means = "mapping guest RAM for a device takes a call per page: with large pages it is much faster";
     match (reserved.is_empty(), on) {
-        (false, _) => check("hugepages", CheckStatus::Ok, reserved.join(", "), means, None),
+        (false, _) => check(CheckId::Hugepages, CheckStatus::Ok, reserved.join(", "), means, None),
         (true, true) => {
-            check("hugepages", CheckStatus::Ok, "transparent ones for shared memory", means, None)
+            check(CheckId::Hugepages, CheckStatus::Ok, "transparent ones for shared memory", means, None)
         }
         (true, false) => {
-            check("hugepages", CheckStatus::Warn, "none", means, Some("sysctl vm.nr_hugepages=N"))
+            check(CheckId::Hugepages, CheckStatus::Warn, "none", means, Some("sysctl vm.nr_hugepages=N"))
         }
     }
 }
@@ -410,7 +429,13 @@ fn memlock(roots: &Roots, guest: Option<u64>) -> HostCheck {
     let map = read("self/uid_map");
     let initial = map.is_empty() || map.split_whitespace().eq(["0", "0", "4294967295"]);
     if capabilities >> CAP_IPC_LOCK & 1 == 1 && initial {
-        return check("memlock", CheckStatus::Ok, "no limit for this caller (CAP_IPC_LOCK)", means, None);
+        return check(
+            CheckId::Memlock,
+            CheckStatus::Ok,
+            "no limit for this caller (CAP_IPC_LOCK)",
+            means,
+            None,
+        );
     }
     let total = read("meminfo");
     let total = total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
@@ -431,7 +456,7 @@ fn memlock(roots: &Roots, guest: Option<u64>) -> HostCheck {
     let limit = limit.and_then(|line| line.split_whitespace().next());
     let bytes = limit.and_then(|bytes| bytes.parse::<u64>().ok());
     match (limit, bytes.zip(wanted)) {
-        (Some("unlimited"), _) => check("memlock", CheckStatus::Ok, "unlimited", means, None),
+        (Some("unlimited"), _) => check(CheckId::Memlock, CheckStatus::Ok, "unlimited", means, None),
         (_, Some((limit, wanted))) => {
             let found = format!("{} for {whose} of {}", format_size(limit), format_size(wanted));
             let status = match guest {
@@ -439,21 +464,21 @@ fn memlock(roots: &Roots, guest: Option<u64>) -> HostCheck {
                 Some(_) => CheckStatus::Missing,
                 None => CheckStatus::Warn,
             };
-            check("memlock", status, found, means, Some(&fix))
+            check(CheckId::Memlock, status, found, means, Some(&fix))
         }
         (Some(limit), None) => {
-            check("memlock", CheckStatus::Warn, format!("{limit} bytes"), means, Some(&fix))
+            check(CheckId::Memlock, CheckStatus::Warn, format!("{limit} bytes"), means, Some(&fix))
         }
-        (None, None) => check("memlock", CheckStatus::Unknown, "not said", means, Some(&fix)),
+        (None, None) => check(CheckId::Memlock, CheckStatus::Unknown, "not said", means, Some(&fix)),
     }
 }
 
 fn memfd() -> HostCheck {
     let means = "all that a device served over vfio-user needs";
     match memfd_create("vfio-migrate-doctor", MemfdFlags::CLOEXEC) {
-        Ok(_) => check("memfd", CheckStatus::Ok, "works", means, None),
+        Ok(_) => check(CheckId::Memfd, CheckStatus::Ok, "works", means, None),
         Err(errno) => check(
-            "memfd",
+            CheckId::Memfd,
             CheckStatus::Missing,
             format!("refused: {errno}"),
             means,
