@@ -199,7 +199,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__check)
-            opts="-v -h -V --matrix --baseline --model --policy --map --probe --json --timeout --verbose --help --version"
+            opts="-v -h -V --matrix --baseline --model --policy --map --probe --live --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -214,10 +214,6 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --map)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -325,7 +321,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__describe)
-            opts="-o -v -h -V --host --probe --name --site --format --output --json --timeout --verbose --help --version"
+            opts="-o -v -h -V --host --probe --name --site --format --output --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -351,10 +347,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --timeout)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -363,7 +355,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__device)
-            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --fault --verbose --help --version"
+            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-migration --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --field --fault --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -397,6 +389,10 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --field)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --fault)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -409,16 +405,12 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__devices)
-            opts="-v -h -V --probe --all --json --timeout --verbose --help --version"
+            opts="-v -h -V --probe --all --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
-                --timeout)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -867,7 +859,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__migrate)
-            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --pause-before-switchover --suspend --verify --detach --verbose --help --version"
+            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --pause-before-switchover --verify --detach --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -893,10 +885,6 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --ram-crc)
-                    COMPREPLY=($(compgen -W "on off" -- "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -905,7 +893,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__quit)
-            opts="-v -h -V --control --json --force --verbose --help --version"
+            opts="-v -h -V --control --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -923,7 +911,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__rehearse)
-            opts="-v -h -V --control --json --to --pause --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --verbose --help --version"
+            opts="-v -h -V --control --json --to --pause --downtime-limit --bandwidth --give-up --map --allow-all-dirty --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -951,10 +939,6 @@ _vfio__migrate() {
                     ;;
                 --map)
                     COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --ram-crc)
-                    COMPREPLY=($(compgen -W "on off" -- "${cur}"))
                     return 0
                     ;;
                 *)
@@ -987,7 +971,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__save)
-            opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --state-limit --allow-all-dirty --json --verbose --help --version"
+            opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1006,10 +990,6 @@ _vfio__migrate() {
                     return 0
                     ;;
                 -o)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --state-limit)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1047,7 +1027,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__status)
-            opts="-v -h -V --control --state-dir --watch --timeout --json --verbose --help --version"
+            opts="-v -h -V --control --state-dir --watch --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1058,10 +1038,6 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --state-dir)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -79,7 +79,9 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l dma
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model -d 'Model it claims to be' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR.PATCH' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l param -d 'A parameter of the model that it claims to have. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l field -d 'A further field of its manifest, JSON or text: said, and nothing else. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l fault -d 'Misbehave on purpose; may be given more than once. All are listed below' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-migration -d 'No migration at all'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-precopy -d 'No PRE_COPY: the state can only be saved while the device is stopped'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-p2p -d 'No peer-to-peer states'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-dirty-log -d 'No log of DMA writes'
@@ -155,6 +157,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l time
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host of the pool can load'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l probe -d 'Open devices of this host that are named, if nobody uses them, which resets them, and ask them'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l live -d 'Whether it can move live: exit with 3 for what can only be saved and restored, too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s h -l help -d 'Print help'
@@ -171,7 +174,6 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a regular file that is there, or that a symbolic link there leads to'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop -d 'End the guest here: from then on it lives in the file. Otherwise it goes on'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l verify -d 'Write a digest of all RAM too, which the restore compares; the guest is paused meanwhile'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l allow-all-dirty -d 'Save even a device that logs no DMA: all of RAM is written while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s h -l help -d 'Print help'

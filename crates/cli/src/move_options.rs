@@ -177,20 +177,12 @@ pub(crate) struct FileOptions {
     )]
     #[serde(default)]
     pub(crate) state_limit: Option<NonZeroU64>,
-    /// Save devices that log no DMA too.
-    #[arg(
-        long,
-        help = "Save even a device that logs no DMA: all of RAM is written while the guest is paused"
-    )]
-    #[serde(default)]
-    pub(crate) allow_all_dirty: bool,
 }
 
 impl FileOptions {
     pub(crate) fn into_source_options(self) -> (SourceOptions, SaveOptions) {
         let mut options = SourceOptions::default().for_saving();
         options.verify = self.verify;
-        options.allow_all_dirty = self.allow_all_dirty;
         let mut how = SaveOptions::default();
         (how.force, how.stop) = (self.force, self.stop);
         how.state_limit = self.state_limit.map(NonZeroU64::get);

@@ -10,7 +10,7 @@ use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
 use crate::machine::MachineManifest;
 use crate::policy::{DeviceMap, Policy};
-use crate::report::Report;
+use crate::report::{Reason, Report};
 use crate::rules::{device, live, machine};
 use crate::tree::json;
 
@@ -42,11 +42,33 @@ pub fn check_machines(
         let (Some(source), Some(destination)) = (from.get(id), to.get(other)) else { continue };
         strict |= device::compare(source, destination, &mut findings);
         if from.len() > 1 {
-            live::peers(source, destination, &mut findings);
+            live::peers(source, Some(destination), &mut findings);
         }
         names.insert(id.to_string(), other.to_string());
     }
     Report::of(findings.reasons, strict, names)
+}
+
+/// Whether anything stands against moving `source` that no destination can change: the part of [`check_machines`] that a source
+/// can ask before it has talked to anybody. What is not known is no reason here.
+pub fn check_source(source: &MachineManifest, policy: &Policy) -> Report {
+    let mut findings = Findings::new(policy);
+    let devices = by_name(source, true, &mut findings);
+    for device in devices.values() {
+        live::source(device, None, &mut findings);
+        if devices.len() > 1 {
+            live::peers(device, None, &mut findings);
+        }
+    }
+    Report::of(findings.reasons, false, BTreeMap::new())
+}
+
+/// The reason against moving `device` without its PCI function, which only its VMM can hand over; `None` for one that has no
+/// function to leave behind.
+pub fn check_left_behind(device: &DeviceManifest, policy: &Policy) -> Option<Reason> {
+    let mut findings = Findings::new(policy);
+    live::left_behind(device, &mut findings);
+    findings.reasons.pop()
 }
 
 /// Whether the state of `source` can go to `destination`, and every reason. Names are of no matter.

@@ -50,7 +50,7 @@ static SESSION: [&str; 11] = [
     "ownership",
     "state-dir",
     "machine",
-    "device-not-migratable",
+    "pci-left-behind",
     "device-failed",
     "rehearsal-obstacle",
     "rehearsal-not-tried",
@@ -217,6 +217,11 @@ table! {
         "A manifest that leaves it out.",
         "Name it in the site file.";
 
+    FIELD_IGNORED, "field-ignored", Note, Device:
+        "A field that a device's maker declared has no effect.",
+        "A slip in its name, a field of a later version, or one that is found out from the device itself.",
+        "Correct the server's manifest: docs/devices.md has every field that it may have.";
+
     // No model is declared: strict equality.
     STRICT_DRIVER, "strict-driver", No, HostDriver:
         "No model is declared, and the drivers differ.",
@@ -326,14 +331,18 @@ table! {
         "Name it in the site file.";
 
     // What a live migration needs besides.
+    NOT_MIGRATABLE, "device-not-migratable", No, HostDriver:
+        "The device of one side has no migration at all.",
+        "It is bound to a driver without it, plain vfio-pci for example, or its server does not implement it.",
+        "Bind it to the vendor's variant driver, or take another server; `vfio-migrate devices` says more.";
     DIRTY_NONE, "dirty-none", SnapshotOnly, HostDriver:
         "Nothing logs the device's DMA writes at the source.",
         "Neither the driver nor the IOMMU can, or the kernel has no iommufd.",
-        "Give the source a dirty tracker (see `vfio-migrate doctor`), or move by snapshot.";
+        "Give the source a dirty tracker (see `vfio-migrate doctor`), move by snapshot, or allow one full copy while the guest is paused (--allow-all-dirty).";
     DIRTY_ALL, "dirty-all", SnapshotOnly, HostDriver:
         "All that the device may write counts as dirty at the source, each time.",
         "Neither the driver nor the IOMMU logs its writes.",
-        "Give the source a dirty tracker, move by snapshot, or allow one full copy while the guest is paused.";
+        "Give the source a dirty tracker, move by snapshot, or allow one full copy while the guest is paused (--allow-all-dirty).";
     UNKNOWN_DIRTY, "unknown-dirty", Warning, HostDriver:
         "The source does not say who logs the device's DMA writes.",
         "A manifest made without the device at hand, or of one that nobody opened.",
@@ -341,7 +350,7 @@ table! {
     P2P_MISSING, "p2p-missing", No, HostDriver:
         "The machine has several devices, and this one cannot stop its peer-to-peer DMA.",
         "The driver lacks the P2P states.",
-        "Move guests with one such device each, or take another driver.";
+        "Move guests with one such device each, take another driver, or, where no device maps another's BAR for DMA, let the VMM say so.";
     UNKNOWN_FLAGS, "unknown-flags", Warning, HostDriver:
         "One side does not say which migration states the device has, or, of several devices, whether it can stop its peer-to-peer DMA.",
         "A manifest of a device that nobody opened.",
@@ -420,10 +429,10 @@ table! {
         "The destination cannot build the machine.",
         "A device that is in use, too little memory, or no KVM.",
         "Look at the sentence of the reason.";
-    NOT_MIGRATABLE, "device-not-migratable", No, HostDriver:
-        "The destination's device has no migration.",
-        "It is bound to a driver without it: plain vfio-pci, for example.",
-        "Bind it to the vendor's variant driver; `vfio-migrate devices` says more.";
+    PCI_LEFT_BEHIND, "pci-left-behind", No, Configuration:
+        "The device is a PCI function, and its VMM hands over its migration state alone.",
+        "A VMM that names no PCI function with the device: config space, BARs and interrupts are in no device's own stream.",
+        "Hand over the PCI function with the device; allow it in the policy where the VMM saves the function among its own state.";
     DEVICE_FAILED, "device-failed", No, HostDriver:
         "A device failed, or refused what it was given, when it was tried.",
         "State of a version or a configuration that the driver at the destination does not take.",

@@ -48,6 +48,9 @@ pub struct DeviceManifest {
     #[serde(default)]
     #[schemars(with = "Option<FlagsSchema>")]
     pub flags: Option<MigrationFlags>,
+    /// Why it cannot migrate at all, in a sentence; `null` where it can, or where nobody asked.
+    #[serde(default)]
+    pub no_migration: Option<String>,
     /// PCI identity, when it is a PCI function.
     #[serde(default)]
     pub pci: Option<PciIdentity>,
@@ -84,9 +87,21 @@ pub struct DeviceManifest {
     /// What the rules of its driver compare: mtty's `"ports"`, hisi_acc's `"qp_num"`.
     #[serde(default)]
     pub facts: BTreeMap<String, Scalar>,
+    /// What its maker declared, and has no effect. Not compared.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<ManifestNote>,
     /// Fields that this version does not know.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// A field that a device's maker declared, and that has no effect.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ManifestNote {
+    /// Path of the field, as it was declared: `parameters.queues.alowed`.
+    pub field: String,
+    /// Why it has no effect, in a sentence.
+    pub text: String,
 }
 
 impl DeviceManifest {
@@ -103,6 +118,7 @@ impl DeviceManifest {
             kernel: None,
             mdev_type: None,
             flags: None,
+            no_migration: None,
             pci: None,
             regions: None,
             capabilities: None,
@@ -115,6 +131,7 @@ impl DeviceManifest {
             iommu_page_sizes: None,
             state_size: None,
             facts: BTreeMap::new(),
+            notes: Vec::new(),
             extra: Extra::new(),
         }
     }

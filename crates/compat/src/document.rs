@@ -6,7 +6,7 @@
 use serde_json::{Map, Value};
 use vfio_migration_types::DeviceId;
 
-use crate::device::DeviceManifest;
+use crate::device::{DeviceManifest, ManifestNote};
 use crate::error::ManifestError;
 use crate::host::HostManifest;
 use crate::limits;
@@ -192,21 +192,49 @@ impl Manifest {
 }
 
 impl DeviceManifest {
-    /// Reads what the maker of a device declares of it: the fields of a manifest without its name, which is `id`'s. `json`
-    /// may come from anybody.
+    /// The fields that are not a maker's to declare: they are found out from the device itself, or are its VMM's.
+    pub const FOUND_OUT: [&str; 10] = [
+        "id",
+        "backend",
+        "flags",
+        "no_migration",
+        "pci",
+        "regions",
+        "capabilities",
+        "irqs",
+        "dirty",
+        "state_size",
+    ];
+
+    /// Reads what the maker of a device declares of it: the fields of a manifest but for [those](Self::FOUND_OUT) that are found
+    /// out otherwise. What has no effect is told in [`notes`](Self::notes). `text` may come from anybody.
     ///
     /// # Errors
     /// As [`Document::parse`].
-    pub fn declared(json: &[u8], id: DeviceId, origin: &str) -> Result<Self, ManifestError> {
-        at_most_bytes(origin, json.len(), MachineManifest::MAX_BYTES)?;
-        let mut came = parse(json, origin)?;
+    pub fn declared(text: &[u8], id: DeviceId, origin: &str) -> Result<Self, ManifestError> {
+        at_most_bytes(origin, text.len(), MachineManifest::MAX_BYTES)?;
+        let mut came = parse(text, origin)?;
         let Value::Object(fields) = &mut came else {
             return Err(ManifestError::new(origin, "", "a manifest is an object"));
         };
         fields.remove("schema");
         fields.remove("kind");
+        fields.remove("notes");
+        let note = |field: String, text: &str| ManifestNote { field, text: text.to_owned() };
+        let found_out = Self::FOUND_OUT.into_iter().filter(|name| fields.remove(*name).is_some());
+        let mut notes: Vec<ManifestNote> = found_out
+            .map(|name| {
+                note(name.to_owned(), "it is not the maker's to say: it is found out from the device")
+            })
+            .collect();
         fields.insert("id".into(), id.as_str().into());
-        let device: Self = typed(came, origin)?;
+        let mut device: Self = typed(came.clone(), origin)?;
+        let mut known = device.clone();
+        known.extra.clear();
+        let mut unknown = Vec::new();
+        beyond(&came, &json(&known), "", &mut unknown);
+        notes.extend(unknown.into_iter().map(|field| note(field, "it is not known to this version")));
+        device.notes = notes;
         limits::device(&device, "").map_err(|breach| breach.of(origin))?;
         Ok(device)
     }

@@ -4,7 +4,8 @@
 //! and an answer to any two manifests. How a manifest travels is not known here.
 //!
 //! - [`DeviceManifest`], [`MachineManifest`], [`HostManifest`]: what each says of itself; [`Document`] is one as a file.
-//! - [`check_devices`], [`check_machines`], [`check_placement`]: a [`Report`], that is a verdict and every reason.
+//! - [`check_devices`], [`check_machines`], [`check_placement`]: a [`Report`], that is a verdict and every reason;
+//!   [`check_source`]: so much of it as no destination can change.
 //! - [`matrix()`]: which device of which host can go to which host; [`baseline()`]: what a whole pool loads.
 //! - [`Policy`]: what a site allows and asks for. [`explain`]: what a reason's code means.
 #![forbid(unsafe_code)]
@@ -37,9 +38,11 @@ mod tree;
 mod version;
 
 pub use baseline::{Baseline, BaselineError, baseline};
-pub use check::{check_devices, check_machines};
+pub use check::{check_devices, check_left_behind, check_machines, check_source};
 pub use codes::{Explanation, codes, explain, session_codes};
-pub use device::{Capability, DeviceManifest, DirtyTracking, Driver, Extra, PciIdentity, RegionManifest};
+pub use device::{
+    Capability, DeviceManifest, DirtyTracking, Driver, Extra, ManifestNote, PciIdentity, RegionManifest,
+};
 pub use document::{Document, Manifest, SCHEMA};
 pub use error::ManifestError;
 pub use host::{Accept, HostManifest, HostOffer, Limits};

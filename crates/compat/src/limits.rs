@@ -56,6 +56,7 @@ pub(crate) fn device(device: &DeviceManifest, at: &str) -> Result<(), Breach> {
         ("loads", &device.loads),
         ("kernel", &device.kernel),
         ("mdev_type", &device.mdev_type),
+        ("no_migration", &device.no_migration),
         ("firmware", &device.firmware),
         ("host_driver", &device.host_driver),
     ];
@@ -102,6 +103,11 @@ pub(crate) fn device(device: &DeviceManifest, at: &str) -> Result<(), Breach> {
         && pci.class > 0xff_ffff
     {
         return Err(wrong(path("pci.class"), format!("{:#x} has more than 24 bits", pci.class)));
+    }
+    at_most(path("notes"), device.notes.len(), MAX_ITEMS)?;
+    for (n, note) in device.notes.iter().enumerate() {
+        short(path(&format!("notes[{n}].field")), &note.field)?;
+        short(path(&format!("notes[{n}].text")), &note.text)?;
     }
     at_most(path("config_mask"), device.config_mask.len(), MAX_ITEMS)?;
     at_most(path("capacity"), device.capacity.len(), MAX_ITEMS)?;

@@ -101,7 +101,7 @@ fn fit(device: &DeviceManifest, candidate: &Candidate<'_>, devices: usize, polic
     let mut findings = Findings::new(policy);
     let strict = device::compare(device, candidate.device, &mut findings);
     if devices > 1 {
-        live::peers(device, candidate.device, &mut findings);
+        live::peers(device, Some(candidate.device), &mut findings);
     }
     Fit { verdict: findings.verdict(), reasons: findings.reasons, strict }
 }

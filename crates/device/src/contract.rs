@@ -23,7 +23,7 @@ pub struct Capabilities {
     pub chunk: usize,
 }
 
-/// The reason why a device cannot be migrated, in a sentence for its operator.
+/// The reason why a device cannot be migrated, in a sentence for its operator that leaves the device's name to whoever shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotMigratable(pub String);
 
@@ -35,7 +35,7 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// Name of the device.
     fn id(&self) -> &DeviceId;
 
-    /// The device's manifest, from what it declares of itself.
+    /// The device's manifest, from what it declares of itself. A device that cannot migrate has one too, which says so.
     fn manifest(&self) -> Result<DeviceManifest, DeviceError>;
 
     /// The device's abilities in a migration, or the reason why it has none.

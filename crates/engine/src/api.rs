@@ -36,8 +36,6 @@ pub struct SourceConfig {
     pub offer: Offer,
     /// The devices, in manifest order.
     pub devices: Vec<DeviceFacts>,
-    /// Several devices may go without P2P, because none maps another's BAR.
-    pub no_peer_dma: bool,
     /// Longest time the guest may be paused. A ceiling, not a target.
     pub downtime_limit: Duration,
     /// Of the limit, what is kept back for everything after the decision to commit.

@@ -14,6 +14,7 @@ fn refused(vm: &mut VmProcess) -> Outcome<Value> {
     let ended = vm.until("the refusal", "query", |info| info["migration"].is_null())?;
     let ended = ended["last"].clone();
     same("status", ended["status"].as_str(), Some("failed"))?;
+    same("incompatible", ended["incompatible"].as_bool(), Some(true))?;
     Ok(ended)
 }
 
@@ -57,7 +58,7 @@ pub(crate) fn all_dirty() -> Outcome {
     source.until("the guest to work", "query-guest", |report| count(report, "dma-blocks") >= 16)?;
     destination.until("the destination to wait", "query", |_| true)?;
     let ended = refused(&mut source)?.to_string();
-    for said in ["net0", "no log of its DMA writes", "allow all of RAM"] {
+    for said in ["net0", "no log of its DMA writes", "dirty-all"] {
         holds(ended.contains(said), &format!("'{said}' is said: {ended}"))?;
     }
     runs_on(&mut source)?;

@@ -7,6 +7,8 @@ use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_device::ConfigRules;
 use vfio_migration_types::{Epoch, VmId};
 
+use crate::reasons;
+
 /// Options of a source. Begin with `SourceOptions::default()` and change what matters.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -28,7 +30,8 @@ pub struct SourceOptions {
     pub verify: bool,
     /// No device of this machine maps another's BAR: several devices may go without P2P. Off.
     pub no_peer_dma: bool,
-    /// Let a device without a DMA log migrate all the same: all RAM is sent once more in the downtime. Off: refused.
+    /// Let a device without a DMA log migrate all the same: all RAM is sent once more in the downtime. Off: refused, as
+    /// `dirty-none` or `dirty-all`; but a snapshot takes such devices always.
     pub allow_all_dirty: bool,
     /// Longest wait for the connection. 10 s.
     pub connect_timeout: Duration,
@@ -52,6 +55,8 @@ pub struct SourceOptions {
     pub device_map: DeviceMap,
     /// The machine goes into a file: what cannot move live may be saved.
     pub(crate) to_file: bool,
+    /// The machine is a device and nothing else: what a guest would miss, nobody misses.
+    pub(crate) device_alone: bool,
 }
 
 impl Default for SourceOptions {
@@ -75,7 +80,22 @@ impl Default for SourceOptions {
             policy: Policy::default(),
             device_map: DeviceMap::default(),
             to_file: false,
+            device_alone: false,
         }
+    }
+}
+
+impl SourceOptions {
+    /// The policy that this side's rules are asked with, in P0 and in P1: the caller's, and what the options allow beside it.
+    pub(crate) fn rules(&self) -> Policy {
+        let mut policy = self.policy.clone();
+        if self.allow_all_dirty {
+            reasons::allow(&mut policy, &reasons::DIRTY, "all of RAM may be sent while the guest is paused");
+        }
+        if self.no_peer_dma {
+            reasons::allow(&mut policy, &reasons::PEERS, "no device maps another's BAR for DMA");
+        }
+        policy
     }
 }
 
@@ -103,6 +123,8 @@ pub struct DestinationOptions {
     pub device_window: u64,
     /// The file that the guest comes from, if it does.
     pub(crate) from_file: Option<PathBuf>,
+    /// As [`SourceOptions::device_alone`].
+    pub(crate) device_alone: bool,
 }
 
 impl Default for DestinationOptions {
@@ -118,6 +140,7 @@ impl Default for DestinationOptions {
             lease: Duration::from_secs(60),
             device_window: 16 << 20,
             from_file: None,
+            device_alone: false,
         }
     }
 }

@@ -3,9 +3,15 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use vfio_migration_compat::{Allow, Policy, Reason, Report, Severity, Verdict, WhoCanFix};
+use vfio_migration_compat::{
+    Allow, DirtyTracking, MachineManifest, Policy, Reason, Report, Severity, Verdict, WhoCanFix,
+    check_left_behind, check_source,
+};
+use vfio_migration_device::NotMigratable;
 use vfio_migration_types::{Failure, Side};
 use vfio_migration_wire as wire;
+
+use crate::machine::MigratableDevice;
 
 /// Codes of what the source's devices cannot say of their writes.
 pub(crate) const DIRTY: [&str; 3] = ["dirty-none", "dirty-all", "unknown-dirty"];
@@ -58,6 +64,55 @@ pub(crate) fn from_wire(reasons: Vec<wire::Reason>) -> Vec<Reason> {
     reasons.into_iter().map(one).collect()
 }
 
+/// What stands against moving a machine away, whatever is at the other end: by its manifest, by what its devices answer, which
+/// is what a session meets, and by how its VMM hands them over. A manifest that claims more than its device can do does not
+/// help it. `alone`: the devices are all of the machine, and no guest misses their PCI functions.
+pub(crate) fn of_source(
+    manifest: &MachineManifest,
+    devices: &[MigratableDevice],
+    policy: &Policy,
+    alone: bool,
+) -> Report {
+    let mut opened = with_migration_known(manifest, devices);
+    for described in &mut opened.devices {
+        let moved = devices.iter().find(|moved| *moved.device.id() == described.id);
+        let Some(Ok(capabilities)) = moved.map(|moved| moved.device.capabilities()) else { continue };
+        described.flags = Some(capabilities.flags);
+        if !capabilities.dirty_log {
+            let (none, known) = (Some(false), described.dirty.unwrap_or_default());
+            described.dirty = Some(DirtyTracking { device_log: none, iommu: none, container: none, ..known });
+        }
+    }
+    let handed_over = devices.iter().filter(|moved| moved.pci.is_none() && !alone);
+    let left = handed_over.filter_map(|moved| left_behind(manifest, moved, policy)).collect();
+    with(check_source(&opened, policy), left)
+}
+
+/// `manifest`, with the word of each device on whether it can migrate at all.
+pub(crate) fn with_migration_known(
+    manifest: &MachineManifest,
+    devices: &[MigratableDevice],
+) -> MachineManifest {
+    let mut manifest = manifest.clone();
+    for described in &mut manifest.devices {
+        let moved = devices.iter().find(|moved| *moved.device.id() == described.id);
+        if let Some(Err(NotMigratable(why))) = moved.map(|moved| moved.device.capabilities()) {
+            described.no_migration = Some(why);
+        }
+    }
+    manifest
+}
+
+/// The reason against a device that its VMM hands over without its PCI function.
+pub(crate) fn left_behind(
+    manifest: &MachineManifest,
+    moved: &MigratableDevice,
+    policy: &Policy,
+) -> Option<Reason> {
+    let described = manifest.devices.iter().find(|described| described.id == *moved.device.id())?;
+    check_left_behind(described, policy)
+}
+
 /// Whether a machine may go where `report` is about; `to_file`: as a snapshot, for which less must hold.
 pub(crate) fn permits(report: &Report, to_file: bool) -> bool {
     let worst = if to_file { Verdict::SnapshotOnly } else { Verdict::LiveWithWarning };
@@ -96,6 +151,13 @@ pub(crate) fn report(reasons: &[Reason]) -> Report {
         reasons: reasons.to_vec(),
         ..Report::default()
     }
+}
+
+/// `report`, and those of `found` that it does not have already, with other values perhaps.
+pub(crate) fn with_missing(report: Report, mut found: Vec<Reason>) -> Report {
+    let what = |reason: &Reason| (reason.device.clone(), reason.code.clone(), reason.field.clone());
+    found.retain(|reason| !report.reasons.iter().any(|known| what(known) == what(reason)));
+    with(report, found)
 }
 
 /// `report`, and what was found besides.

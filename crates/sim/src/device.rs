@@ -69,7 +69,13 @@ impl SampleDevice {
         let mut parameters: Map<String, Value> = claimed.collect();
         // Without bulk state it is as a device that knows of none.
         parameters.insert("state_size".into(), json!({"value": options.state_size, "off": 0}));
-        json!({"model": options.model, "model_version": options.version_string(), "parameters": parameters})
+        let mut manifest = json!({
+            "model": options.model, "model_version": options.version_string(), "parameters": parameters,
+        });
+        for (name, text) in &options.fields {
+            manifest[name] = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone()));
+        }
+        manifest
     }
 
     /// Reads from a region: BAR0, BAR2 or configuration space. Works in every migration state.

@@ -21,6 +21,8 @@ pub struct Options {
     pub state_dirty_rate: u64,
     /// Time per descriptor; zero for as fast as it goes.
     pub dma_interval: Duration,
+    /// Whether it has migration at all.
+    pub migration: bool,
     /// Whether it has PRE_COPY.
     pub precopy: bool,
     /// Whether it has the P2P states. Over plain vfio-user, which has none, this counts for nothing.
@@ -33,6 +35,8 @@ pub struct Options {
     pub model: String,
     /// Parameters of the model that it claims to have, besides `state_size`. They are said, and do nothing.
     pub parameters: BTreeMap<String, String>,
+    /// Further fields of its manifest, each JSON or text. They are said, and do nothing.
+    pub fields: BTreeMap<String, String>,
     /// Version of the model, major and minor. State of the same major and of no newer minor is taken.
     pub version: (u16, u16),
     /// The third number of the version, which says nothing of the state.
@@ -51,12 +55,14 @@ impl Default for Options {
             state_size: 64 << 20,
             state_dirty_rate: 1 << 20,
             dma_interval: Duration::from_micros(500),
+            migration: true,
             precopy: true,
             p2p: true,
             extension: true,
             dirty_log: true,
             model: MODEL.to_owned(),
             parameters: BTreeMap::new(),
+            fields: BTreeMap::new(),
             version: (1, 0),
             patch: 0,
             vsc_bytes: [0; 5],

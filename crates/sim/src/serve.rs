@@ -199,7 +199,7 @@ impl Backend for SampleBackend {
     }
 
     fn migration_flags(&self) -> Result<MigrationFlags, Errno> {
-        Ok(self.device.migration_flags())
+        if self.device.options().migration { Ok(self.device.migration_flags()) } else { Err(Errno::NOTTY) }
     }
 
     fn mig_state(&self) -> Result<MigrationState, Errno> {
@@ -222,7 +222,8 @@ impl Backend for SampleBackend {
     }
 
     fn dma_logging_supported(&self) -> bool {
-        self.device.options().dirty_log
+        let options = self.device.options();
+        options.migration && options.dirty_log
     }
 
     fn dma_logging_start(&self, page_size: u64, ranges: &[IovaRange]) -> Result<u64, Errno> {

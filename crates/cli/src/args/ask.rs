@@ -14,7 +14,8 @@ use crate::words::{HostRoot, pair};
 const SIDES: &str = "A side is a file (a manifest of `describe`, or a list of KEY=VALUE), the socket of a vfio-user server, \
 vm:SOCKET for the control socket of a running `vm`, vfio:ADDRESS or mdev:UUID for a device of this host, or, as DST, the \
 address that a `vm` waits for a guest at: tcp:HOST:PORT or unix:PATH.\n\
-Exit codes: 0 it can move, live or by a snapshot as the verdict says, 1 failed, 2 usage, 3 the verdict is no.";
+Exit codes: 0 it can move, live or by a snapshot as the verdict says, 1 failed, 2 usage, 3 the verdict is no or, with --live, \
+snapshot-only: what `rehearse` and `migrate` exit with for the same reasons.";
 
 /// Options of `describe`.
 #[derive(Args, Clone, Debug)]
@@ -93,6 +94,9 @@ pub(crate) struct CheckCommand {
     /// Open devices of this host that are named, if nobody uses them, which resets them, and ask them.
     #[arg(long, conflicts_with_all = ["matrix", "baseline"])]
     pub(crate) probe: bool,
+    /// Whether it can move live: exit with 3 for what can only be saved and restored, too.
+    #[arg(long, conflicts_with_all = ["matrix", "baseline"])]
+    pub(crate) live: bool,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

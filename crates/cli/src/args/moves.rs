@@ -79,7 +79,7 @@ pub(crate) struct SaveCommand {
     pub(crate) control: Option<PathBuf>,
     /// The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or
     /// mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`.
-    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["stop", "verify", "allow_all_dirty"])]
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["stop", "verify"])]
     pub(crate) device: Option<String>,
     /// With --device: read all of its state while it is stopped, as if it had no PRE_COPY.
     #[arg(long, conflicts_with = "control")]

@@ -113,6 +113,9 @@ pub(crate) struct DeviceCommand {
     /// Pace of the DMA engine: one descriptor each.
     #[arg(long, default_value = "500us", value_parser = units::some_time, value_name = "TIME")]
     pub(crate) dma_interval: Duration,
+    /// No migration at all.
+    #[arg(long)]
+    pub(crate) no_migration: bool,
     /// No PRE_COPY: the state can only be saved while the device is stopped.
     #[arg(long)]
     pub(crate) no_precopy: bool,
@@ -134,6 +137,9 @@ pub(crate) struct DeviceCommand {
     /// A parameter of the model that it claims to have. May be given more than once.
     #[arg(long = "param", value_name = "NAME=VALUE", value_parser = pair)]
     pub(crate) parameters: Vec<(String, String)>,
+    /// A further field of its manifest, JSON or text: said, and nothing else. May be given more than once.
+    #[arg(long = "field", value_name = "NAME=JSON", value_parser = pair)]
+    pub(crate) fields: Vec<(String, String)>,
     /// Misbehave on purpose; may be given more than once. All are listed below.
     #[arg(long, value_name = "FAULT")]
     pub(crate) fault: Vec<String>,

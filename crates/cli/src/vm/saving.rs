@@ -32,6 +32,7 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
         return Err(Refused::generic(format!("the guest has stopped by itself and cannot be saved: {why}")));
     }
     let (mut options, how) = arguments.options.clone().into_source_options();
+    options.policy = vm.policy.clone();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     let source = Source::new(machine.clone(), options);
@@ -94,6 +95,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
     let attempt = AttemptInfo::beginning(id, attempt, epoch, AttemptKind::Restore, peer);
     history::session_began(&attempt, "incoming");
     let mut options = DestinationOptions::default();
+    options.policy = vm.policy.clone();
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
     options.suspend = vm.options.paused;

@@ -117,6 +117,34 @@ fn a_manifest_can_be_kept_and_compared_later() {
     assert!(exit == 1 && said.contains("model"), "{said}");
 }
 
+/// A slip in a server's manifest, and what is not its to say, are told where they are seen: on stderr, in the manifest, in
+/// the report.
+#[test]
+fn what_a_server_declares_in_vain_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_a, a) =
+        server(&dir, "a", &["--field", "firmwear=22", "--field", r#"flags={"p2p":true,"pre_copy":true}"#]);
+    let (_b, b) = server(&dir, "b", &["--field", r#"firmware="22""#]);
+    let output = run(&["describe", text(&a)]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for field in ["firmwear", "flags"] {
+        assert!(said.contains(field), "{field} in {said}");
+        assert!(
+            manifest["notes"].as_array().unwrap().iter().any(|note| note["field"] == field),
+            "{manifest}"
+        );
+    }
+    let (exit, report) = json_of(&["check", text(&a), text(&a)]);
+    assert_eq!((exit, report["verdict"].as_str()), (0, Some("live")), "{report}");
+    let notes = report["reasons"].as_array().unwrap().iter();
+    assert_eq!(notes.filter(|reason| reason["code"] == "field-ignored").count(), 4, "{report}");
+    let output = run(&["describe", text(&b)]);
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    let manifest: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((manifest["firmware"].as_str(), &manifest["notes"]), (Some("22"), &Value::Null));
+}
+
 #[test]
 fn this_host_describes_itself() {
     let output = run(&["describe", "--host", "--name", "here"]);

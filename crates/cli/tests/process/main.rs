@@ -1,5 +1,6 @@
 //! The command as its users run it: real processes, sockets, KVM.
 
+mod agreement;
 mod bad_input;
 mod cancel;
 mod compat;

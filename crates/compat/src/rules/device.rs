@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::{DevicePair, drivers, layout, live, strict, versions};
 use crate::codes;
 use crate::device::DeviceManifest;
-use crate::findings::Findings;
+use crate::findings::{Findings, Found};
 use crate::parameter::Parameter;
-use crate::text::{list, quote};
+use crate::text::{list, quote, sentence};
 use crate::tree::json;
 use crate::version::{ModelVersion, VersionRanges};
 
@@ -39,8 +39,27 @@ pub(crate) fn compare(
     layout::compare(pair, findings);
     versions::compare(pair, findings);
     drivers::compare(pair, findings);
-    live::device(pair, findings);
+    live::pair(pair, findings);
+    notes(pair, findings);
     strict
+}
+
+/// What the maker of either device declared in vain.
+fn notes(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
+    for (device, side) in [(pair.source, "source"), (pair.destination, "destination")] {
+        for note in &device.notes {
+            let text =
+                format!("{} is declared at the {side} in vain: {}", quote(&note.field), sentence(&note.text));
+            let (there, none) = (Value::from(note.text.as_str()), Value::Null);
+            let (source, destination) = if side == "source" { (there, none) } else { (none, there) };
+            let field = note.field.clone();
+            findings.add(
+                &codes::FIELD_IGNORED,
+                Some(pair.source),
+                Found { field, source, destination, text },
+            );
+        }
+    }
 }
 
 /// Major, then minor, or a range that the destination declares.

@@ -8,30 +8,71 @@ use crate::device::{DeviceManifest, DirtyTracking};
 use crate::findings::{Findings, Found};
 use crate::host::HostManifest;
 use crate::scalar::Scalar;
+use crate::text::sentence;
 use crate::tree::json;
 use crate::version::{ModelVersion, VersionRanges};
 
-/// Checks one device for live migration.
-pub(crate) fn device(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
-    dirty(pair, findings);
+/// What stands against moving a machine's device whatever is at the other end: so much a source knows before it has talked
+/// to anybody. `destination` is the device there, where it is known.
+pub(crate) fn source(
+    source: &DeviceManifest,
+    destination: Option<&DeviceManifest>,
+    findings: &mut Findings<'_>,
+) {
+    if let Some(why) = &source.no_migration {
+        cannot_migrate(source, (json(why), Value::Null), why, findings);
+    }
+    dirty(source, destination, findings);
+    policy(source, findings);
+}
+
+/// Checks one device for live migration to another.
+pub(crate) fn pair(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
+    source(pair.source, Some(pair.destination), findings);
+    if let Some(why) = &pair.destination.no_migration {
+        let values = (Value::Null, json(why));
+        cannot_migrate(
+            pair.source,
+            values,
+            &format!("{} at the destination: {why}", pair.destination.id),
+            findings,
+        );
+    }
     page_size(pair, findings);
-    policy(pair.source, findings);
+}
+
+/// A device without any migration goes nowhere, not into a file either.
+fn cannot_migrate(
+    device: &DeviceManifest,
+    (source, destination): (Value, Value),
+    why: &str,
+    findings: &mut Findings<'_>,
+) {
+    let text = format!("it cannot migrate: {}", sentence(why));
+    let found = Found { field: "no_migration".into(), source, destination, text };
+    findings.add(&codes::NOT_MIGRATABLE, Some(device), found);
 }
 
 /// The source's tracker: the destination's is of no matter until the way back.
-fn dirty(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
-    let (from, to) = (pair.source.dirty, pair.destination.dirty);
-    let pair = DevicePair { strict: false, ..pair };
+fn dirty(source: &DeviceManifest, destination: Option<&DeviceManifest>, findings: &mut Findings<'_>) {
+    let (from, to) = (source.dirty, destination.and_then(|destination| destination.dirty));
     let (code, text) = match tracked(from) {
         Some(Tracked::Exactly) => return,
-        Some(Tracked::Nothing) => (&codes::DIRTY_NONE, "nothing logs its DMA writes"),
-        Some(Tracked::Everything) => {
-            (&codes::DIRTY_ALL, "all memory that it may write counts as dirty, each time")
-        }
-        None if from == to => return,
+        Some(Tracked::Nothing) => (
+            &codes::DIRTY_NONE,
+            "it has no log of its DMA writes, and nothing else logs them: nobody would know which pages it wrote",
+        ),
+        Some(Tracked::Everything) => (
+            &codes::DIRTY_ALL,
+            "it has no log of its DMA writes: all memory that it may write counts as dirty, each time",
+        ),
+        // That nothing is known is said of a pair of which one side knows more.
+        None if destination.is_none_or(|destination| destination.dirty == from) => return,
         None => (&codes::UNKNOWN_DIRTY, "the source does not say who logs its DMA writes"),
     };
-    pair.say(findings, code, "dirty", (json(from), json(to)), text.to_owned());
+    let found =
+        Found { field: "dirty".into(), source: json(from), destination: json(to), text: text.to_owned() };
+    findings.add(code, Some(source), found);
 }
 
 enum Tracked {
@@ -103,14 +144,19 @@ fn state_size(
 
 /// With several devices each must be able to stop what it does to the others before the first is stopped (uAPI:
 /// `VFIO_MIGRATION_P2P`).
-pub(crate) fn peers(source: &DeviceManifest, destination: &DeviceManifest, findings: &mut Findings<'_>) {
+pub(crate) fn peers(
+    source: &DeviceManifest,
+    destination: Option<&DeviceManifest>,
+    findings: &mut Findings<'_>,
+) {
+    let there = destination.and_then(|destination| destination.flags);
     let (code, text) = match source.flags {
         Some(flags) if flags.p2p => return,
         Some(_) => (
             &codes::P2P_MISSING,
             "it cannot stop its peer-to-peer DMA (no P2P migration states), and there are other devices",
         ),
-        None if destination.flags.is_none() => return,
+        None if there.is_none() => return,
         None => (
             &codes::UNKNOWN_FLAGS,
             "the source does not say whether it can stop its peer-to-peer DMA, and there are other devices",
@@ -119,10 +165,29 @@ pub(crate) fn peers(source: &DeviceManifest, destination: &DeviceManifest, findi
     let found = Found {
         field: "flags.p2p".into(),
         source: json(source.flags.map(|flags| flags.p2p)),
-        destination: json(destination.flags.map(|flags| flags.p2p)),
+        destination: json(there.map(|flags| flags.p2p)),
         text: text.to_owned(),
     };
     findings.add(code, Some(source), found);
+}
+
+/// A PCI function whose VMM hands over the device alone: config space, BARs and interrupts are in no device's stream.
+pub(crate) fn left_behind(source: &DeviceManifest, findings: &mut Findings<'_>) {
+    let bars = source.regions.iter().flatten().filter(|region| region.index <= 5 && region.size > 0).count();
+    let vectors: u32 =
+        source.irqs.iter().flat_map(|irqs| irqs.values()).fold(0, |sum, n| sum.saturating_add(*n));
+    if source.pci.is_none() && bars == 0 && vectors == 0 {
+        return;
+    }
+    let text = format!(
+        "its PCI function does not move with it: config space, {bars} BARs and {vectors} interrupts would stay behind"
+    );
+    let (field, none) = ("pci".to_owned(), Value::Null);
+    findings.add(
+        &codes::PCI_LEFT_BEHIND,
+        Some(source),
+        Found { field, source: none.clone(), destination: none, text },
+    );
 }
 
 /// Checks what a host takes, and bears.

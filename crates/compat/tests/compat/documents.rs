@@ -166,6 +166,13 @@ fn what_a_server_declares_has_the_name_it_was_given() {
     let declared = DeviceManifest::declared(br#"{"id":"x","model":"m","later":1}"#, id.clone(), "s").unwrap();
     assert_eq!((&declared.id, declared.model.as_deref()), (&id, Some("m")));
     assert_eq!(declared.extra["later"], 1);
+    let vain: Vec<&str> = declared.notes.iter().map(|note| note.field.as_str()).collect();
+    assert_eq!(vain, ["id", "later"]);
+    let text = br#"{"schema":"x","parameters":{"q":{"value":1,"alowed":[1]}},"flags":{"p2p":1},"regions":7}"#;
+    let declared = DeviceManifest::declared(text, id.clone(), "s").unwrap();
+    let vain: Vec<&str> = declared.notes.iter().map(|note| note.field.as_str()).collect();
+    assert_eq!(vain, ["flags", "regions", "parameters.q.alowed"]);
+    assert_eq!((declared.flags, declared.regions), (None, None));
     let error = DeviceManifest::declared(br#"{"facts":{"a":{}}}"#, id.clone(), "s").unwrap_err();
     assert_eq!(error.path(), "facts.a");
     assert!(DeviceManifest::declared(b"[]", id, "s").is_err());
@@ -273,4 +280,28 @@ proptest! {
     fn any_text_of_lines_never_panics(text in "([a-c\\[\\]0-9\".={}]{0,12}\n){0,6}") {
         let _ = from_pairs(&text, "f");
     }
+}
+
+/// docs/devices.md tells the author of a server of every field that there is, and its example has none in vain.
+#[test]
+fn the_manifest_of_a_server_is_documented() {
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs");
+    let page = std::fs::read_to_string(format!("{docs}/devices.md")).unwrap();
+    let (_, section) = page.split_once("## The manifest of a vfio-user server").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let schema = std::fs::read(format!("{docs}/schemas/manifest-device.json")).unwrap();
+    let schema: Value = serde_json::from_slice(&schema).unwrap();
+    let (makers, rest) = section.split_once("Not the maker's to say").unwrap();
+    for field in schema["properties"].as_object().unwrap().keys().filter(|field| *field != "notes") {
+        let found_out = DeviceManifest::FOUND_OUT.contains(&field.as_str());
+        let (told, shown) =
+            if found_out { (rest, format!("`{field}`")) } else { (makers, format!("| `{field}` |")) };
+        assert!(told.contains(&shown), "{field} is not told of");
+    }
+    let (_, example) = section.split_once("```json\n").unwrap();
+    let (example, _) = example.split_once("```").unwrap();
+    let id = DeviceId::new("net0").unwrap();
+    let declared = DeviceManifest::declared(example.as_bytes(), id, "the example").unwrap();
+    assert_eq!(declared.notes, []);
+    assert_eq!(declared.parameters.len(), 2);
 }

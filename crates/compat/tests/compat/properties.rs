@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use vfio_migration_compat::{
     Allow, Allowed, Capability, DeviceManifest, DeviceMap, DirtyTracking, Driver, IntRange, MachineManifest,
     Parameter, PciIdentity, Policy, RamRegion, RegionManifest, Scalar, Severity, Verdict, check_devices,
-    check_machines, codes, worse,
+    check_machines, check_source, codes, worse,
 };
 use vfio_migration_types::{DeviceId, Gpa, MigrationFlags};
 
@@ -229,6 +229,21 @@ proptest! {
         let report = check_devices(&a, &b, &Policy { allow: all, ..Policy::default() });
         prop_assert!(report.verdict <= Verdict::LiveWithWarning);
         prop_assert_eq!(report.reasons.len(), check_devices(&a, &b, &Policy::default()).reasons.len());
+    }
+
+    /// What a source finds alone is among what the pair gives, with the same weight: it never refuses what the pair allows.
+    #[test]
+    fn a_source_alone_finds_nothing_that_the_pair_does_not(a in any_machine(), b in any_machine(), policy in any_policy()) {
+        let pair = check_machines(&a, &b, &DeviceMap::new(), &policy);
+        let matched = |device: &Option<String>| {
+            b.devices.iter().any(|other| device.as_deref().is_none_or(|name| name == other.id.as_str()))
+        };
+        for reason in check_source(&a, &policy).reasons.iter().filter(|reason| matched(&reason.device)) {
+            prop_assert!(pair.reasons.iter().any(|found| {
+                (&found.code, &found.device, &found.field, found.severity)
+                    == (&reason.code, &reason.device, &reason.field, reason.severity)
+            }), "{:?}", reason);
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::device::{HostDevice, HostDeviceKind};
 use super::facts;
 use super::files::{Roots, attribute, hex, read_head, read_text};
 use super::kernel::version;
+use super::obstacle::ObstacleCode;
 use super::pci::PciFacts;
 use crate::describe;
 use crate::hardware::RegionIndex;
@@ -43,6 +44,9 @@ impl HostDevice {
             backend: "kernel".into(),
             driver,
             kernel: version(roots).map(|version| version.release),
+            no_migration: self.obstacles.iter().find_map(|obstacle| {
+                (obstacle.code == ObstacleCode::NoMigrationInDriver).then(|| obstacle.text.clone())
+            }),
             ..DeviceManifest::new(id.clone())
         };
         match &self.kind {

@@ -139,7 +139,7 @@ impl KernelDevice {
             }
         }
         let driver = sys.as_ref().and_then(|sys| sys.driver.as_deref());
-        let flags = find_flags(&id, &device, driver);
+        let flags = find_flags(&device, driver);
         let reinit = match &flags {
             Ok(flags) if flags.pre_copy => uapi::opt_in_precopy_info_v2(fd).map_err(refused)?,
             _ => false,
@@ -182,19 +182,15 @@ impl KernelDevice {
 }
 
 /// The device's migration flags, or the reason why it has none.
-fn find_flags(
-    id: &DeviceId,
-    device: &Arc<OwnedFd>,
-    driver: Option<&str>,
-) -> Result<MigrationFlags, NotMigratable> {
+fn find_flags(device: &Arc<OwnedFd>, driver: Option<&str>) -> Result<MigrationFlags, NotMigratable> {
     uapi::migration_flags((**device).as_fd()).map_err(|error| {
         if !error.is_unsupported() {
-            return NotMigratable(format!("device {id}: {}", error_chain(&error)));
+            return NotMigratable(error_chain(&error));
         }
         let driver = driver.unwrap_or("not known");
         NotMigratable(format!(
-            "device {id}: its driver ({driver}) has no migration; plain vfio-pci never has, the vendor's variant driver \
-             may, if the device's firmware has it enabled"
+            "its driver ({driver}) has no migration; plain vfio-pci never has, the vendor's variant driver may, if the \
+             device's firmware has it enabled"
         ))
     })
 }

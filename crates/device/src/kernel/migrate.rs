@@ -26,10 +26,11 @@ impl Device for KernelDevice {
     }
 
     fn manifest(&self) -> Result<DeviceManifest, DeviceError> {
-        let flags = self.inner.flags.clone().map_err(|NotMigratable(why)| {
-            DeviceError::new(self.inner.id.clone(), "describing a device that cannot migrate", None, why)
-        })?;
-        self.describe(flags)
+        let (flags, no_migration) = match &self.inner.flags {
+            Ok(flags) => (Some(*flags), None),
+            Err(NotMigratable(why)) => (None, Some(why.clone())),
+        };
+        self.describe(flags, no_migration)
     }
 
     fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
@@ -148,7 +149,11 @@ impl KernelDevice {
 
     /// The manifest from sysfs and the PCI function. No kernel driver declares a model, so none is made up: equality is
     /// strict, the driver included, where sysfs has it.
-    fn describe(&self, flags: MigrationFlags) -> Result<DeviceManifest, DeviceError> {
+    fn describe(
+        &self,
+        flags: Option<MigrationFlags>,
+        no_migration: Option<String>,
+    ) -> Result<DeviceManifest, DeviceError> {
         let sys = self.inner.sys.as_ref();
         let driver = sys.and_then(|sys| {
             let version = sys.driver_version.clone();
@@ -159,9 +164,11 @@ impl KernelDevice {
             driver,
             kernel: attribute(Path::new("/proc/sys/kernel/osrelease")),
             mdev_type: sys.and_then(|sys| sys.mdev_type.clone()),
-            flags: Some(flags),
-            dirty: self.dirty(),
-            state_size: self.stop_copy_size()?,
+            // Of a device that cannot migrate nothing else is asked that only migration has.
+            dirty: if flags.is_some() { self.dirty() } else { None },
+            state_size: if flags.is_some() { self.stop_copy_size()? } else { None },
+            flags,
+            no_migration,
             firmware: sys.and_then(|sys| sys.firmware.clone()),
             facts: sys.map(SysDevice::facts).unwrap_or_default(),
             ..DeviceManifest::new(self.inner.id.clone())

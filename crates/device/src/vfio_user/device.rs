@@ -101,7 +101,7 @@ impl VfioUserDevice {
             return Err(DeviceError::new(id, "opening", None, what));
         }
         let client = Arc::new(client);
-        let flags = find_flags(&id, &client);
+        let flags = find_flags(&client);
         let known = flags.as_ref().ok().copied();
         let machine = StateMachine::new(id.clone(), Box::new(ServerPort(client.clone())), known);
         let mut inner = ServedDevice {
@@ -195,10 +195,9 @@ impl ServedDevice {
 }
 
 /// The device's migration flags, or the reason why it has none.
-fn find_flags(id: &DeviceId, client: &Client) -> Result<MigrationFlags, NotMigratable> {
-    let none = |why: String| NotMigratable(format!("device {id}: {why}"));
+fn find_flags(client: &Client) -> Result<MigrationFlags, NotMigratable> {
     client
         .migration_flags()
-        .map_err(|error| none(format!("its server does not say whether it can: {error}")))?
-        .ok_or_else(|| none("its server does not implement migration".into()))
+        .map_err(|error| NotMigratable(format!("its server does not say whether it can: {error}")))?
+        .ok_or_else(|| NotMigratable("its server does not implement migration".into()))
 }

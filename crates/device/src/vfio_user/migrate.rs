@@ -1,7 +1,7 @@
 //! The Device contract over vfio-user.
 
 use vfio_migration_compat::{DeviceManifest, DirtyTracking};
-use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
+use vfio_migration_types::{DeviceId, MigrationState};
 
 use super::device::{ServedDevice, VfioUserDevice};
 use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
@@ -17,10 +17,30 @@ impl Device for VfioUserDevice {
     }
 
     fn manifest(&self) -> Result<DeviceManifest, DeviceError> {
-        let capabilities = self.capabilities().map_err(|NotMigratable(why)| {
-            DeviceError::new(self.inner.id.clone(), "describing a device that cannot migrate", None, why)
-        })?;
-        self.describe(capabilities.flags, capabilities.dirty_log)
+        let declared = self.inner.declared()?;
+        let manifest = match self.capabilities() {
+            Ok(Capabilities { flags, dirty_log, .. }) => DeviceManifest {
+                flags: Some(flags),
+                no_migration: None,
+                // No IOMMU and no container is before a process.
+                dirty: Some(DirtyTracking {
+                    device_log: Some(dirty_log),
+                    iommu: Some(false),
+                    container: Some(false),
+                    ..DirtyTracking::default()
+                }),
+                state_size: self.stop_copy_size()?,
+                ..declared
+            },
+            Err(NotMigratable(why)) => DeviceManifest {
+                flags: None,
+                no_migration: Some(why),
+                dirty: None,
+                state_size: None,
+                ..declared
+            },
+        };
+        describe_hardware(self, DeviceManifest { backend: "vfio-user".into(), ..manifest })
     }
 
     fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
@@ -62,27 +82,6 @@ impl Device for VfioUserDevice {
 
     fn reset(&self) -> Result<(), DeviceError> {
         self.inner.machine.reset()
-    }
-}
-
-impl VfioUserDevice {
-    /// The manifest, from what the server declares and what its PCI function has.
-    fn describe(&self, flags: MigrationFlags, dirty_log: bool) -> Result<DeviceManifest, DeviceError> {
-        // No IOMMU and no container is before a process.
-        let dirty = DirtyTracking {
-            device_log: Some(dirty_log),
-            iommu: Some(false),
-            container: Some(false),
-            ..DirtyTracking::default()
-        };
-        let manifest = DeviceManifest {
-            backend: "vfio-user".into(),
-            flags: Some(flags),
-            dirty: Some(dirty),
-            state_size: self.stop_copy_size()?,
-            ..self.inner.declared()?
-        };
-        describe_hardware(self, manifest)
     }
 }
 

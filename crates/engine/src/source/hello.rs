@@ -1,45 +1,13 @@
-//! P1: version, manifest, reservation, and the judgement of both sides; before it, what this side cannot migrate at all.
+//! P1: version, manifest, reservation, and the judgement of both sides.
 
 use vfio_migration_types::{Phase, Side};
 use vfio_migration_wire::{Accept, FEATURE_REHEARSE, Hello, HelloReply, Message, Reason};
 
 use super::state::{AbortNotice, SourceEngine, State};
-use crate::api::{Abort, Rehearse, SourceAction, SourceOutcome, Time};
+use crate::api::{Rehearse, SourceAction, SourceOutcome, Time};
 use crate::failure::failure;
 
 impl SourceEngine {
-    /// Several devices stop one after the other. One that still runs may write into one that is already stopped, unless
-    /// all can be kept from starting such writes first: that is what P2P is for (uAPI: `VFIO_MIGRATION_P2P`).
-    pub(super) fn refuse_devices_without_p2p(&mut self) {
-        if self.config.no_peer_dma || self.config.devices.len() < 2 {
-            return;
-        }
-        let without: Vec<usize> = (0..self.config.devices.len())
-            .filter(|index| self.config.devices.get(*index).is_some_and(|device| !device.flags.p2p))
-            .collect();
-        let Some(first) = without.first() else { return };
-        let names: Vec<String> = without
-            .iter()
-            .filter_map(|index| self.config.devices.get(*index))
-            .map(|device| device.id.to_string())
-            .collect();
-        let text = format!(
-            "{} of {} devices cannot stop their peer-to-peer DMA (no P2P migration states): {}",
-            without.len(),
-            self.config.devices.len(),
-            names.join(", "),
-        );
-        let remedy = "state that no device maps another's BAR for DMA, if that is so; or migrate without these devices";
-        let cause = self.with_device(*first, failure(Side::Source, Phase::Plan, text, remedy));
-        self.finish(SourceOutcome::Aborted(Abort {
-            cause,
-            cancelled: false,
-            reset: Vec::new(),
-            locks_lost: Vec::new(),
-            restored: true,
-        }));
-    }
-
     pub(super) fn on_connected(&mut self, now: Time) {
         if self.state != State::Idle {
             return;

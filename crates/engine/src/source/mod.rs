@@ -31,8 +31,7 @@ use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::SourceState;
 
 impl SourceEngine {
-    /// A source that has not begun. A machine that cannot be migrated is refused at once: [`SourceEngine::poll_action`] is then
-    /// [`SourceAction::Finish`] before anything has moved.
+    /// A source that has not begun. Whether its machine can move at all was judged before: the rules are not known here.
     pub fn new(mut config: SourceConfig) -> Self {
         // A destination that selects it takes no COMMIT: it is offered exactly when none is to come.
         match config.rehearse {
@@ -40,7 +39,7 @@ impl SourceEngine {
             None => config.features &= !FEATURE_REHEARSE,
         }
         let devices = config.devices.len();
-        let mut source = Self {
+        Self {
             config,
             state: State::Idle,
             journal: SourceState::Owner,
@@ -57,9 +56,7 @@ impl SourceEngine {
             commit: SourceCommit::default(),
             rollback: None,
             rehearsal: RehearsalState::default(),
-        };
-        source.refuse_devices_without_p2p();
-        source
+        }
     }
 
     /// Takes an event that came at `now`. Never blocks. Call [`SourceEngine::poll_action`] until it is `None`

@@ -55,7 +55,6 @@ fn config() -> SourceConfig {
         features: FEATURES,
         offer: Offer::default(),
         devices: vec![],
-        no_peer_dma: false,
         downtime_limit: Duration::from_millis(300),
         commit_reserve: Duration::from_millis(50),
         give_up_after: None,

@@ -259,23 +259,6 @@ fn an_operator_may_hold_the_switchover() {
 }
 
 #[test]
-fn devices_without_p2p_are_refused_by_name_before_anything_moves() {
-    let flags = MigrationFlags { p2p: false, pre_copy: true };
-    let devices = vec![Device::new("net0"), Device { flags, ..Device::new("net1") }];
-    let script = Script { devices, ..Script::default() };
-    let (world, end) = World::play(script.clone());
-    let Some(SourceOutcome::Aborted(abort)) = &end.source else { panic!("{end:?}") };
-    assert_eq!(abort.cause.device.as_deref(), Some("net1"));
-    assert!(abort.cause.text.contains("net1"));
-    assert!(abort.restored && world.side.actions.is_empty() && world.link.to_destination.is_empty());
-    // The VMM may know better; and a single device has no peer.
-    let (world, end) = World::play(Script { no_peer_dma: true, ..script.clone() });
-    completed(&world, &end);
-    let (world, end) = World::play(Script { devices: script.devices[1..].to_vec(), ..script });
-    completed(&world, &end);
-}
-
-#[test]
 fn refusals_end_before_anything_moves() {
     let reasons =
         vec![Reason { code: "ram-layout".to_owned(), text: "other RAM".to_owned(), ..Reason::default() }];

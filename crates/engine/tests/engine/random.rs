@@ -244,7 +244,6 @@ fn source() -> SourceEngine {
         features: FEATURES,
         offer: Offer::default(),
         devices: vec![device("a"), device("b")],
-        no_peer_dma: false,
         downtime_limit: Duration::from_millis(300),
         commit_reserve: Duration::from_millis(50),
         give_up_after: Some(Duration::from_secs(100)),

@@ -3,12 +3,11 @@
 
 use std::sync::Arc;
 
-use vfio_migration::{IncomingError, InjectedFault, MigrateError};
+use vfio_migration::InjectedFault;
 use vfio_migration_device::Position;
-use vfio_migration_types::Phase;
 
 use super::machine::Toy;
-use super::pair::{Pair, Wanted, options, told};
+use super::pair::{Pair, options, refused};
 use super::tap::Tap;
 use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
@@ -76,21 +75,8 @@ pub(crate) fn one_lacks_p2p() -> Outcome {
     })?;
     let arcs = get(&pair.from[0], "arcs")?;
     let ended = pair.migrate(options())?;
-    let refused = match ended.source {
-        Err(MigrateError::NotBegun(failure)) => failure,
-        other => return Err(format!("it began: {other:?}").into()),
-    };
-    holds(matches!(ended.destination, Err(IncomingError::NotBegun(_))), "nothing came in")?;
-    let wanted = Wanted {
-        phase: Phase::Plan,
-        device: Some("card1"),
-        arc: None,
-        errno: None,
-        text: "1 of 2 devices cannot stop their peer-to-peer DMA (no P2P migration states): card1",
-        remedy: "state that no device maps another's BAR for DMA",
-        reset: false,
-    };
-    told(&refused, wanted)?;
+    let reason = refused(ended)?;
+    same("code and device", (&*reason.code, reason.device.as_deref()), ("p2p-missing", Some("card1")))?;
     same("arcs taken", get(&pair.from[0], "arcs")?, arcs)?;
     pair.goes_on_here()?;
     let mut options = options();

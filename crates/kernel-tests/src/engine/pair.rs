@@ -11,6 +11,7 @@ use vfio_migration::{
     Aborted, Arrived, Completed, Control, Destination, DestinationOptions, Failure, IncomingError,
     InjectedFault, Machine, MigrateError, Progress, Source, SourceOptions, inject,
 };
+use vfio_migration_compat::{Allow, Reason, Severity};
 use vfio_migration_device::Device;
 use vfio_migration_memory::{start_all, stop_all};
 use vfio_migration_types::{MigrationState, Phase, error_chain};
@@ -64,6 +65,9 @@ pub(crate) struct Wanted {
 pub(crate) fn options() -> SourceOptions {
     let mut options = SourceOptions::default();
     options.downtime_limit = DOWNTIME_LIMIT;
+    // The toy drives its devices by their registers alone, and has no PCI functions to hand over with them.
+    let code = "pci-left-behind".to_owned();
+    options.policy.allow.push(Allow { code, ..Allow::default() });
     options
 }
 
@@ -271,6 +275,21 @@ pub(crate) fn told(failure: &Failure, wanted: Wanted) -> Outcome {
         failure.remedy.contains(wanted.remedy),
         &format!("the remedy '{}' contains '{}'", failure.remedy, wanted.remedy),
     )
+}
+
+/// The one reason for which nothing began, at neither side.
+pub(crate) fn refused(ended: Ended) -> Outcome<Reason> {
+    let reasons = match ended.source {
+        Err(MigrateError::Refused(reasons)) => reasons,
+        other => return Err(format!("it was not refused: {other:?}").into()),
+    };
+    holds(matches!(ended.destination, Err(IncomingError::NotBegun(_))), "nothing came in")?;
+    let mut against: Vec<_> =
+        reasons.into_iter().filter(|reason| reason.severity > Severity::Warning).collect();
+    match (against.pop(), against.is_empty()) {
+        (Some(reason), true) => Ok(reason),
+        (reason, _) => Err(format!("not one reason: {reason:?} {against:?}").into()),
+    }
 }
 
 /// What the process holds.

@@ -5,13 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
-use vfio_migration::{IncomingError, MigrateError};
 use vfio_migration_device::{IommuHandle, KernelDevice, KernelOptions, TrackerKind};
-use vfio_migration_types::{DeviceId, Phase};
+use vfio_migration_types::DeviceId;
 use vfio_migration_uapi::{Type1, group_device, set_container};
 
 use super::machine::{Toy, map, ram};
-use super::pair::{Pair, Wanted, options, told};
+use super::pair::{Pair, options, refused};
 use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
 use crate::migdev::get;
@@ -45,21 +44,8 @@ pub(crate) fn needs_leave() -> Outcome {
     let pair = Pair::of(1, |_| Ok(()), handed_over)?;
     let arcs = get(&pair.from[0], "arcs")?;
     let ended = pair.migrate(options())?;
-    let refused = match ended.source {
-        Err(MigrateError::NotBegun(failure)) => failure,
-        other => return Err(format!("it began: {other:?}").into()),
-    };
-    holds(matches!(ended.destination, Err(IncomingError::NotBegun(_))), "nothing came in")?;
-    let wanted = Wanted {
-        phase: Phase::Plan,
-        device: Some("card0"),
-        arc: None,
-        errno: None,
-        text: "device card0 has no log of its DMA writes: nobody would know which pages it wrote",
-        remedy: "allow all of RAM to be sent again while the guest is paused",
-        reset: false,
-    };
-    told(&refused, wanted)?;
+    let reason = refused(ended)?;
+    same("code and device", (&*reason.code, reason.device.as_deref()), ("dirty-all", Some("card0")))?;
     same("arcs taken", get(&pair.from[0], "arcs")?, arcs)?;
     pair.goes_on_here()?;
     let mut options = options();

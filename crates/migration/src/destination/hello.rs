@@ -11,7 +11,7 @@ use vfio_migration_wire as wire;
 use crate::machine::Machine;
 use crate::offer::IncomingOffer;
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
-use crate::reasons;
+use crate::reasons::{self, left_behind, with_migration_known};
 use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
@@ -62,20 +62,17 @@ impl Worker<'_, '_, '_> {
         };
         let own = machine.manifest().map_err(|error| error.in_phase(Side::Destination, phase))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
-        let mut report = check_machines(&offered, &own, &map, &self.policy());
-        let mut refused = !reasons::permits(&report, self.options.from_file.is_some());
-        let mut against = |reason: Reason| {
-            refused = true;
-            report.reasons.push(reason);
-        };
+        let mut devices = machine.devices();
+        let policy = self.policy();
+        let report = check_machines(&offered, &with_migration_known(&own, &devices), &map, &policy);
+        let mut besides = Vec::new();
         if machine.id() != vm {
             let text = format!(
                 "VM {vm} is offered, and this machine is for VM {}: give both the same identity",
                 machine.id()
             );
-            against(Reason::new("vm-id", text));
+            besides.push(Reason::new("vm-id", text));
         }
-        let mut devices = machine.devices();
         for device in &offered.devices {
             let name =
                 map.destination(&device.id).or_else(|| self.options.policy.map.destination(&device.id));
@@ -83,19 +80,17 @@ impl Worker<'_, '_, '_> {
             let Some(at) = devices.iter().position(|moved| moved.device.id() == name) else {
                 if own.devices.iter().any(|device| device.id == *name) {
                     let text = format!("device {name} is in the manifest and not in the machine");
-                    against(Reason::new("device-missing", text));
+                    besides.push(Reason::new("device-missing", text));
                 }
                 continue;
             };
             let moved = devices.swap_remove(at);
-            if let Err(why) = moved.device.capabilities() {
-                let text = format!("device {name} cannot migrate: {}", why.0);
-                against(Reason {
-                    device: Some(device.id.to_string()),
-                    ..Reason::new("device-not-migratable", text)
-                });
-            }
             let name = device.id.clone();
+            let alone = self.options.device_alone || moved.pci.is_some();
+            if let Some(reason) = left_behind(&own, &moved, &policy).filter(|_| !alone) {
+                let text = format!("at the destination: {}", reason.text);
+                besides.push(Reason { device: Some(name.to_string()), text, ..reason });
+            }
             let rules = self.config_rules(own.devices.iter().find(|own| own.id == *moved.device.id()));
             self.devices.push(ArrivingDevice {
                 name,
@@ -106,7 +101,8 @@ impl Worker<'_, '_, '_> {
                 touched: false,
             });
         }
-        if refused {
+        let report = reasons::with(report, besides);
+        if !reasons::permits(&report, self.options.from_file.is_some()) {
             return Ok(DestinationEvent::Refused(reasons::to_wire(&report.reasons)));
         }
         let manifest =

@@ -53,12 +53,12 @@ pub fn restore_device(
         stop_copy_only: false,
         stays_stopped: options.leave_stopped,
     };
-    let arrived = snapshot.restore(DestinationOptions::default(), |offer| {
-        match LoneDevice::new(offer.vm, device.clone(), observer) {
+    let alone = DestinationOptions { device_alone: true, ..DestinationOptions::default() };
+    let arrived =
+        snapshot.restore(alone, |offer| match LoneDevice::new(offer.vm, device.clone(), observer) {
             Ok(machine) => Ok::<Arc<dyn Machine>, _>(Arc::new(machine)),
             Err(error) => Err(Reason::new("machine", error_chain(&error)).into()),
-        }
-    });
+        });
     let report = arrived.map_err(|error| failed(device.as_ref(), control, error))?.report;
     let precopy = report.devices.first().map_or(0, |device| device.precopy);
     Ok(DeviceReport {

@@ -56,8 +56,7 @@ pub fn save_device(
     let name = new_attempt_id().map_err(|error| failed(SaveError::Session(error)))?;
     let machine = LoneDevice::new(VmId(name.0), device.clone(), observer)?;
     let mut session = SourceOptions::default().for_saving();
-    // Nothing that the device writes is among what is saved.
-    session.allow_all_dirty = true;
+    session.device_alone = true;
     let source = Source::new(Arc::new(machine), session);
     control.attach(source.control());
     let how = SaveOptions { force, state_limit, ..SaveOptions::default() };

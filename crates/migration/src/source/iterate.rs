@@ -51,7 +51,7 @@ impl Worker<'_> {
 
     /// Whether a device writes RAM that nobody logs.
     pub(super) fn writes_unlogged(&self) -> bool {
-        self.options.allow_all_dirty && self.devices.iter().any(|device| device.device.dirty_log().is_none())
+        self.devices.iter().any(|device| device.device.dirty_log().is_none())
     }
 
     /// Adds what every dirty source saw since the last time.

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_migration_compat::MachineManifest;
+use vfio_migration_compat::{MachineManifest, Reason};
 use vfio_migration_device::Capabilities;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
-use vfio_migration_engine::{self as engine, DeviceFacts, SourceAction, SourceConfig, SourceOutcome};
+use vfio_migration_engine::{self as engine, DeviceFacts, SourceConfig};
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_chain};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Offer, VERSIONS, limits};
 
@@ -17,6 +17,7 @@ use crate::machine::{Machine, MigratableDevice};
 use crate::offer::names;
 use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
+use crate::reasons::{of_source, permits};
 use crate::rehearsal::Rehearse;
 use crate::report::{AttemptInfo, AttemptKind, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
@@ -37,6 +38,8 @@ pub(super) struct PlannedMigration {
     pub(super) attempt: AttemptId,
     pub(super) epoch: Epoch,
     pub(super) manifest: MachineManifest,
+    /// What was found of it, the devices' own answers included: the destination's word comes on top.
+    pub(super) own_reasons: Vec<Reason>,
     pub(super) devices: Vec<(MigratableDevice, Capabilities)>,
 }
 
@@ -75,11 +78,17 @@ impl PlannedMigration {
         info.epoch = epoch;
         // Apart from the journal: a device that is still asked when this has ended must not hold the VM's journal.
         let (asked, of_thread) = (options.clone(), Arc::clone(&machine));
-        let (manifest, devices) = unless_cancelled(&control, move || {
+        let (manifest, own, devices) = unless_cancelled(&control, move || {
             let manifest = of_thread
                 .manifest()
                 .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
-            Ok((manifest, usable_devices(of_thread.as_ref(), &asked)?))
+            let devices = of_thread.devices();
+            let own = of_source(&manifest, &devices, &asked.rules(), asked.device_alone);
+            // Who only asks is told everything at once, when the destination has been asked too.
+            if rehearse != Some(Rehearse::Ask) && !permits(&own, asked.to_file) {
+                return Err(MigrateError::Refused(own.reasons));
+            }
+            Ok((manifest, own, usable_devices(devices)?))
         })?;
         let json = manifest.to_json().map_err(|error| {
             not_begun(Phase::Plan, format!("the manifest cannot be written: {}", error_chain(&error)))
@@ -94,7 +103,7 @@ impl PlannedMigration {
         let verify = options.verify;
         let features =
             if verify { FEATURE_VERIFY } else { 0 } | if options.ram_crc { FEATURE_RAM_CRC } else { 0 };
-        let mut engine = engine::SourceEngine::new(SourceConfig {
+        let engine = engine::SourceEngine::new(SourceConfig {
             vm,
             attempt,
             epoch,
@@ -102,7 +111,6 @@ impl PlannedMigration {
             features,
             offer,
             devices: facts.collect(),
-            no_peer_dma: options.no_peer_dma,
             downtime_limit: limit,
             // COMMIT, its answer, and the start of the devices there: a tenth of the limit, within reason.
             commit_reserve: options.commit_reserve.unwrap_or(
@@ -115,12 +123,20 @@ impl PlannedMigration {
             peer_timeout: options.peer_timeout,
             rehearse,
         });
-        // An engine that refuses its configuration says so before anything else.
-        if let Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) = engine.poll_action() {
-            return Err(refused_here(abort.cause));
-        }
         let journal = Arc::new(journal);
-        let plan = Self { machine, options, control, uri, info, journal, attempt, epoch, manifest, devices };
+        let plan = Self {
+            machine,
+            options,
+            control,
+            uri,
+            info,
+            journal,
+            attempt,
+            epoch,
+            manifest,
+            own_reasons: own.reasons,
+            devices,
+        };
         Ok((plan, engine))
     }
 }
@@ -168,39 +184,26 @@ fn owned_epoch(file: JournalFile, options: &SourceOptions) -> Result<Epoch, Migr
     })
 }
 
-/// The machine's devices, if each of them can migrate.
+/// The machine's devices, with what each can do. One that cannot migrate does not, even if a policy took it for a warning.
 fn usable_devices(
-    machine: &dyn Machine,
-    options: &SourceOptions,
+    devices: Vec<MigratableDevice>,
 ) -> Result<Vec<(MigratableDevice, Capabilities)>, MigrateError> {
-    let devices = machine.devices();
     if devices.len() > usize::from(limits::DEVICES) {
         return Err(not_begun(
             Phase::Plan,
             format!("{} devices are more than can migrate at once", devices.len()),
         ));
     }
-    devices
-        .into_iter()
-        .map(|moved| {
+    let capabilities = |moved: MigratableDevice| match moved.device.capabilities() {
+        Ok(capabilities) => Ok((moved, capabilities)),
+        Err(why) => {
             let id = moved.device.id();
-            let capabilities = moved.device.capabilities().map_err(|why| {
-                refused_here(Failure::new(Side::Source, Phase::Plan, format!("device {id} cannot migrate: {}", why.0)).of_device(id))
-            })?;
-            if !capabilities.dirty_log && !options.allow_all_dirty {
-                let text = format!(
-                    "device {id} has no log of its DMA writes: nobody would know which pages it wrote"
-                );
-                let mut failure = Failure::new(Side::Source, Phase::Plan, text).of_device(id);
-                failure.remedy =
-                    "allow all of RAM to be sent again while the guest is paused, if its downtime may grow by \
-                                  that"
-                        .into();
-                return Err(refused_here(failure));
-            }
-            Ok((moved, capabilities))
-        })
-        .collect()
+            let reason =
+                Reason::new("device-not-migratable", format!("device {id} cannot migrate: {}", why.0));
+            Err(MigrateError::Refused(vec![Reason { device: Some(id.to_string()), ..reason }]))
+        }
+    };
+    devices.into_iter().map(capabilities).collect()
 }
 
 /// A name that no attempt had before.

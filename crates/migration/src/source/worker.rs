@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use vfio_migration_compat::MachineManifest;
+use vfio_migration_compat::{MachineManifest, Reason};
 use vfio_migration_engine::{DeviceProgress, SourceAction, SourceEvent};
 use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side};
@@ -46,6 +46,8 @@ pub(super) struct Worker<'a> {
     pub(super) epoch: Epoch,
     /// The manifest that was offered.
     pub(super) manifest: &'a MachineManifest,
+    /// What was found of it before anybody was asked.
+    pub(super) own_reasons: &'a [Reason],
     pub(super) functions: Vec<MigratableDevice>,
     pub(super) devices: Vec<DeviceSender<'a>>,
     pub(super) dirty: DirtyPages,
@@ -88,6 +90,7 @@ impl<'a> Worker<'a> {
             attempt: plan.attempt,
             epoch: plan.epoch,
             manifest: &plan.manifest,
+            own_reasons: &plan.own_reasons,
             functions: plan.devices.iter().map(|(moved, _)| moved.clone()).collect(),
             devices,
             ram_pages: 0,

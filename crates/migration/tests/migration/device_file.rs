@@ -169,7 +169,7 @@ fn nothing_is_touched_for_a_file_that_cannot_be() {
     assert!(matches!(error, DeviceFileError::File(SnapshotError::Unfit(FileError::Exists(_)))), "{error}");
     assert!(bench.untouched());
     std::fs::remove_file(&path).unwrap();
-    let plan = Plan { pages: 8, hot: 2, devices: vec![FakeDeviceKind::default()] };
+    let plan = Plan { pages: 8, hot: 2, devices: vec![FakeDeviceKind::default()], ..Plan::default() };
     let options = SourceOptions::default().for_saving();
     save(Source::new(Toy::booted(&plan), options), &path, SaveOptions::default(), |_| {}).unwrap();
     let error = bench.restore(&path).unwrap_err();

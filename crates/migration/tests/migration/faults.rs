@@ -33,7 +33,12 @@ fn into(source: &Arc<Toy>, machine: Arc<Toy>) -> Both {
 }
 
 fn small() -> Plan {
-    Plan { pages: 256, hot: 16, devices: vec![FakeDeviceKind { pieces: 40, ..FakeDeviceKind::default() }; 2] }
+    Plan {
+        pages: 256,
+        hot: 16,
+        devices: vec![FakeDeviceKind { pieces: 40, ..FakeDeviceKind::default() }; 2],
+        ..Plan::default()
+    }
 }
 
 #[test]

@@ -125,6 +125,13 @@ fn several_devices_of_every_kind_move_together() {
     assert_eq!(order.iter().filter(|line| *line == "commit").count(), 1);
 }
 
+/// The one reason for which a source refused, before it talked to anybody.
+fn refused_alone(source: Result<vfio_migration::Completed, MigrateError>) -> Reason {
+    let Err(MigrateError::Refused(reasons)) = source else { panic!("{source:?}") };
+    let [reason] = reasons.try_into().unwrap();
+    reason
+}
+
 #[test]
 fn several_devices_without_p2p_are_refused_by_name() {
     let bare =
@@ -132,8 +139,8 @@ fn several_devices_without_p2p_are_refused_by_name() {
     let plan = Plan { devices: vec![FakeDeviceKind::default(), bare], ..Plan::default() };
     let source = Toy::booted(&plan);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
-    let Err(MigrateError::NotBegun(failure)) = both.source else { panic!("{:?}", both.source) };
-    assert_eq!(failure.device.as_deref(), Some("toy1"), "{failure}");
+    let reason = refused_alone(both.source);
+    assert_eq!((&*reason.code, reason.device.as_deref()), ("p2p-missing", Some("toy1")));
     source.prove_running();
     let mut options = verified();
     options.no_peer_dma = true;
@@ -148,8 +155,8 @@ fn a_device_without_a_dirty_log_is_refused_unless_allowed() {
     };
     let source = Toy::booted(&plan);
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
-    let Err(MigrateError::NotBegun(failure)) = both.source else { panic!("{:?}", both.source) };
-    assert!(failure.text.contains("toy0") && failure.text.contains("log"), "{failure}");
+    let reason = refused_alone(both.source);
+    assert_eq!((&*reason.code, reason.device.as_deref()), ("dirty-none", Some("toy0")));
     let mut options = verified();
     options.allow_all_dirty = true;
     let (_, _, destination) =

@@ -31,8 +31,10 @@ fn rehearse(
     plan: &Plan,
     how: Rehearse,
     options: SourceOptions,
-    incoming: DestinationOptions,
+    mut incoming: DestinationOptions,
 ) -> Rehearsed {
+    // A source that never came is seen by its error, not by a test that hangs.
+    incoming.accept_timeout = Some(Duration::from_secs(30));
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
     let to = destination.local().clone();
     let machine = Toy::new(plan);
@@ -267,4 +269,42 @@ fn a_machine_that_changes_under_way_stays() {
         "it cost the guest something"
     );
     source.prove_running();
+}
+
+/// Config space, BARs and interrupts are in no device's own stream: a VMM that hands over a device without its function is told,
+/// by each way of asking, at either side, before anything begins.
+#[test]
+fn a_function_that_would_stay_behind_is_a_reason() {
+    let (whole, bare) = (Plan::default(), Plan { functions: false, ..Plan::default() });
+    for (from, to) in [(&bare, &bare), (&whole, &bare), (&bare, &whole)] {
+        let source = Toy::booted(from);
+        let ask = rehearse(&source, to, Rehearse::Ask, slow(), DestinationOptions::default());
+        let moved =
+            toy::migrate(&source, to, "tcp:127.0.0.1:0", slow(), DestinationOptions::default()).source;
+        for error in [ask.source.unwrap_err(), moved.unwrap_err()] {
+            assert!(matches!(error, MigrateError::Refused(_)), "{error:?}");
+            let report = error.report().unwrap();
+            let codes: Vec<&str> = report.reasons.iter().map(|reason| reason.code.as_str()).collect();
+            assert!(codes.iter().all(|code| *code == "pci-left-behind") && !codes.is_empty(), "{codes:?}");
+            assert_eq!(report.verdict, Verdict::No);
+        }
+        source.prove_running();
+    }
+    // A VMM that saves its functions among its own state says so.
+    let allow = Allow { code: "pci-left-behind".into(), ..Allow::default() };
+    let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+    options.policy.allow.push(allow);
+    incoming.policy = options.policy.clone();
+    let source = Toy::booted(&bare);
+    let (completed, _, destination) =
+        toy::migrate(&source, &bare, "tcp:127.0.0.1:0", options, incoming).unwrap();
+    toy::prove_moved(&source, &destination);
+    assert_eq!(completed.report.verdict, Verdict::LiveWithWarning);
+    // One that has no registers and no interrupts has no function to leave behind.
+    let devices = vec![FakeDeviceKind { vectors: 0, ..FakeDeviceKind::default() }];
+    let none = Plan { devices, functions: false, ..Plan::default() };
+    let (completed, ..) =
+        toy::migrate(&Toy::booted(&none), &none, "tcp:127.0.0.1:0", slow(), DestinationOptions::default())
+            .unwrap();
+    assert_eq!(completed.report.verdict, Verdict::Live);
 }

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 
 use crate::toy::*;
 use vfio_migration::{
-    Arrived, DestinationOptions, FileError, IncomingError, Machine, SaveError, SaveOptions, Saved, Snapshot,
-    SnapshotError, Source, SourceOptions, VmOwnership, ownership_at, read_journal, save,
+    Arrived, DestinationOptions, FileError, IncomingError, Machine, MigrateError, SaveError, SaveOptions, Saved,
+    Snapshot, SnapshotError, Source, SourceOptions, VmOwnership, ownership_at, read_journal, save,
 };
 use vfio_migration_types::{Epoch, MigrationState, PAGE_SIZE, RamOffset, Side};
 use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_bulk};
@@ -16,7 +16,8 @@ use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_b
 const TRAILER: usize = 48;
 
 fn small() -> Plan {
-    Plan { pages: 8, hot: 2, devices: vec![FakeDeviceKind { pieces: 2, ..FakeDeviceKind::default() }] }
+    let devices = vec![FakeDeviceKind { pieces: 2, ..FakeDeviceKind::default() }];
+    Plan { pages: 8, hot: 2, devices, ..Plan::default() }
 }
 
 fn saving(toy: &Arc<Toy>, path: &Path, state: Option<&Path>, how: SaveOptions) -> Result<Saved, SaveError> {
@@ -63,6 +64,35 @@ fn a_guest_goes_on_and_its_snapshot_comes_back() {
     assert_eq!(back.ram().read_u64(RamOffset(PAGE_SIZE * 1000 + 8)).unwrap(), 0);
     assert_eq!(back.ram().read_u64(RamOffset(PAGE_SIZE * 1001 + 8)).unwrap(), 1002);
     assert!(saved.bytes < 2048 * PAGE_SIZE * 5 / 6, "holes are in the file");
+}
+
+/// What cannot move live for lack of a log goes into a file all the same: all of RAM is written while the guest is paused.
+#[test]
+fn a_guest_whose_device_logs_nothing_is_saved_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snapshot");
+    let plan = Plan {
+        devices: vec![FakeDeviceKind { dirty_log: false, ..FakeDeviceKind::default() }],
+        ..Plan::default()
+    };
+    let toy = Toy::booted(&plan);
+    toy.prove_running();
+    let mut ending = SaveOptions::default();
+    ending.stop = true;
+    saving(&toy, &path, None, ending).unwrap();
+    let back = Toy::new(&plan);
+    restoring(&path, &back, None).unwrap();
+    prove_moved(&toy, &back);
+    // What would be unsound in a file too is refused as in a migration.
+    let bare = FakeDeviceKind {
+        flags: vfio_migration_types::MigrationFlags { p2p: false, pre_copy: true },
+        ..FakeDeviceKind::default()
+    };
+    let plan = Plan { devices: vec![bare.clone(), bare], ..Plan::default() };
+    let refused = saving(&Toy::booted(&plan), &dir.path().join("none"), None, SaveOptions::default());
+    let Err(SaveError::Session(MigrateError::Refused(reasons))) = refused else { panic!("{refused:?}") };
+    assert!(reasons.iter().all(|reason| reason.code == "p2p-missing") && reasons.len() == 2, "{reasons:?}");
+    assert_eq!(files(dir.path()), 1);
 }
 
 #[test]
@@ -151,7 +181,7 @@ fn no_damaged_file_passes() {
     let (path, bad) = (dir.path().join("snapshot"), dir.path().join("bad"));
     // Every byte costs three readings of the whole file: two pages with a hole between them, in two regions, are enough.
     let kind = FakeDeviceKind { pieces: 2, dma_pages: 1, ..FakeDeviceKind::default() };
-    let least = Plan { pages: 3, hot: 1, devices: vec![kind] };
+    let least = Plan { pages: 3, hot: 1, devices: vec![kind], ..Plan::default() };
     saving(&Toy::booted(&least), &path, None, SaveOptions::default()).unwrap();
     let sound = std::fs::read(&path).unwrap();
     let len = sound.len();

@@ -22,7 +22,7 @@ fn incoming() -> DestinationOptions {
 }
 
 fn plan() -> Plan {
-    Plan { pages: 64, hot: 8, devices: vec![] }
+    Plan { pages: 64, hot: 8, devices: vec![], ..Plan::default() }
 }
 
 fn connect(to: &Uri) -> TcpStream {

@@ -163,7 +163,9 @@ pub trait Backend: Send + Sync {
         Err(Errno::NOTTY)
     }
 
-    /// What the device says of itself: JSON text. Extension.
+    /// What the device says of itself: JSON text, an object. Which fields it may have, and which are found out from the device
+    /// and not its maker's to say, is in `docs/devices.md` of vfio-migrate, under "The manifest of a vfio-user server".
+    /// Extension.
     fn manifest(&self) -> Result<Vec<u8>, Errno> {
         Err(Errno::NOTTY)
     }

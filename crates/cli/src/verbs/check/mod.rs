@@ -56,12 +56,9 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
     } else {
         print(text(&report))?;
     }
-    Ok(exit(report.verdict))
-}
-
-/// The exit code of a verdict. A machine that can be saved and restored is not refused: it moves in another way.
-fn exit(verdict: Verdict) -> Exit {
-    if verdict == Verdict::No { Exit::Incompatible } else { Exit::Done }
+    // A machine that can be saved and restored moves in another way: it is refused when it is asked whether it moves live.
+    let worst = if options.live { Verdict::LiveWithWarning } else { Verdict::SnapshotOnly };
+    Ok(if report.verdict <= worst { Exit::Done } else { Exit::Incompatible })
 }
 
 fn compare(

@@ -98,7 +98,6 @@ impl World {
             features: FEATURES,
             offer: Offer { names: Vec::new(), manifest: b"{}".to_vec() },
             devices: script.devices.iter().map(script::Device::facts).collect(),
-            no_peer_dma: script.no_peer_dma,
             downtime_limit: script.limit,
             commit_reserve: script.reserve,
             give_up_after: script.give_up_after,

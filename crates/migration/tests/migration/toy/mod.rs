@@ -22,7 +22,7 @@ use vfio_migration::{
 use vfio_migration_compat::{MachineManifest, RamRegion, Reason};
 use vfio_migration_device::{Device, IrqRouter, MsiMessage};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
-use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, VmId};
+use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, RamOffset, VmId};
 
 pub use vfio_migration_device::testing::{FakeDevice, FakeDeviceKind, FakeFault, FakeFunction};
 
@@ -35,11 +35,13 @@ pub struct Plan {
     /// Pages that the guest keeps writing: the first ones.
     pub hot: u64,
     pub devices: Vec<FakeDeviceKind>,
+    /// The devices are handed over with their PCI functions.
+    pub functions: bool,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { pages: 2048, hot: 64, devices: vec![FakeDeviceKind::default()] }
+        Self { pages: 2048, hot: 64, devices: vec![FakeDeviceKind::default()], functions: true }
     }
 }
 
@@ -47,6 +49,7 @@ pub struct Toy {
     ram: Arc<GuestRam>,
     log: Arc<WriteLog>,
     devices: Vec<Arc<FakeDevice>>,
+    functions: bool,
     gate: Arc<Gate>,
     vcpu: Mutex<Option<JoinHandle<()>>>,
     /// What the guest has written so far: its own register.
@@ -105,6 +108,7 @@ impl Toy {
             ram,
             log,
             devices,
+            functions: plan.functions,
             gate,
             vcpu: Mutex::new(Some(vcpu)),
             sequence,
@@ -255,7 +259,10 @@ impl Machine for Toy {
         let pci = |device: &Arc<FakeDevice>| Arc::new(FakeFunction(device.clone())) as Arc<_>;
         self.devices
             .iter()
-            .map(|device| MigratableDevice { device: device.clone(), pci: Some(pci(device)) })
+            .map(|device| MigratableDevice {
+                device: device.clone(),
+                pci: self.functions.then(|| pci(device)),
+            })
             .collect()
     }
 
@@ -401,8 +408,15 @@ pub fn migrate_into(
         let session = Source::new(source.clone(), options);
         steer(session.control());
         let source = session.migrate_to(&to, |_| {});
-        // Nobody comes any more, or asks any more. An abort ends the destination without help.
-        if !matches!(source, Err(MigrateError::Aborted(_) | MigrateError::Refused(_))) {
+        // Nobody comes any more, or asks any more. An abort ends the destination without help, and so does a refusal that it
+        // heard of.
+        let heard = control.progress().is_some_and(|progress| progress.phase > Phase::Plan);
+        let ends = match &source {
+            Err(MigrateError::Aborted(_)) => true,
+            Err(MigrateError::Refused(_)) => heard,
+            _ => false,
+        };
+        if !ends {
             control.cancel();
         }
         let destination = arriving.join().unwrap();
