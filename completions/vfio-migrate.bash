@@ -199,7 +199,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__check)
-            opts="-v -h -V --matrix --baseline --model --policy --map --probe --live --json --verbose --help --version"
+            opts="-v -h -V --matrix --baseline --model --policy --map --probe --live --json --timeout --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -214,6 +214,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --map)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -321,7 +325,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__describe)
-            opts="-o -v -h -V --host --probe --name --site --format --output --json --verbose --help --version"
+            opts="-o -v -h -V --host --probe --name --site --format --output --json --timeout --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -344,6 +348,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 -o)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -405,12 +413,16 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__devices)
-            opts="-v -h -V --probe --all --json --verbose --help --version"
+            opts="-v -h -V --probe --all --json --timeout --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -859,7 +871,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__migrate)
-            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --pause-before-switchover --verify --detach --verbose --help --version"
+            opts="-v -h -V --control --json --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --pause-before-switchover --suspend --verify --detach --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -885,6 +897,10 @@ _vfio__migrate() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --ram-crc)
+                    COMPREPLY=($(compgen -W "on off" -- "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -893,7 +909,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__quit)
-            opts="-v -h -V --control --json --verbose --help --version"
+            opts="-v -h -V --control --json --force --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -911,7 +927,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__rehearse)
-            opts="-v -h -V --control --json --to --pause --downtime-limit --bandwidth --give-up --map --allow-all-dirty --verbose --help --version"
+            opts="-v -h -V --control --json --to --pause --downtime-limit --bandwidth --give-up --map --allow-all-dirty --ram-crc --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -939,6 +955,10 @@ _vfio__migrate() {
                     ;;
                 --map)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ram-crc)
+                    COMPREPLY=($(compgen -W "on off" -- "${cur}"))
                     return 0
                     ;;
                 *)
@@ -971,7 +991,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__save)
-            opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --json --verbose --help --version"
+            opts="-o -v -h -V --control --device --stop-copy-only --output --force --stop --verify --state-limit --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -990,6 +1010,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 -o)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --state-limit)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1027,7 +1051,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__status)
-            opts="-v -h -V --control --state-dir --watch --json --verbose --help --version"
+            opts="-v -h -V --control --state-dir --watch --timeout --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1038,6 +1062,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --state-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

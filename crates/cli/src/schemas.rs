@@ -1,9 +1,7 @@
 //! The JSON documents of the command: their schemas, and which verb prints which.
 
 use schemars::{Schema, schema_for};
-use vfio_migration_compat::{
-    DeviceManifest, HostManifest, MachineManifest, Matrix, Policy, Report,
-};
+use vfio_migration_compat::{DeviceManifest, HostManifest, MachineManifest, Matrix, Policy, Report};
 
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;

@@ -137,15 +137,15 @@ fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<Dev
     };
     // Looked at before we are one of its clients ourselves.
     let in_use = has_client(socket);
-    let manifest = VfioUserDevice::open(id, socket, Arc::new(ram), &options).and_then(|device| device.manifest()).map_err(
-        |error| match error.errno {
+    let manifest = VfioUserDevice::open(id, socket, Arc::new(ram), &options)
+        .and_then(|device| device.manifest())
+        .map_err(|error| match error.errno {
             Some(Errno::TIMEDOUT) => {
                 let error = CliError::failed(silent_server(socket, timeout, in_use));
                 Unasked { error, silent: true }
             }
             _ => Unasked::from(CliError::caused(&doing, &error)),
-        },
-    )?;
+        })?;
     for note in &manifest.notes {
         tracing::warn!("{}: its manifest has {:?}: {}", socket.display(), note.field, note.text);
     }

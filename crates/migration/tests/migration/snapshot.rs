@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 
 use crate::toy::*;
 use vfio_migration::{
-    Arrived, DestinationOptions, FileError, IncomingError, Machine, MigrateError, SaveError, SaveOptions, Saved,
-    Snapshot, SnapshotError, Source, SourceOptions, VmOwnership, ownership_at, read_journal, save,
+    Arrived, DestinationOptions, FileError, IncomingError, Machine, MigrateError, SaveError, SaveOptions,
+    Saved, Snapshot, SnapshotError, Source, SourceOptions, VmOwnership, ownership_at, read_journal, save,
 };
 use vfio_migration_types::{Epoch, MigrationState, PAGE_SIZE, RamOffset, Side};
 use vfio_migration_wire::{Bulk, Frame, FrameHeader, HEADER_LEN, encode, encode_bulk};
