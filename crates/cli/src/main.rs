@@ -21,6 +21,7 @@ mod progress_display;
 mod schemas;
 mod side;
 mod socket_clients;
+mod table;
 mod target;
 mod units;
 mod verbs;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::ProgressBar;
 
 pub(crate) use self::terminal::{
-    LogWriter, eprint_lines, eprintln_line, escape_json, print, print_json, printable_texts,
+    LogWriter, eprint_lines, eprintln_line, escape_json, print, print_json, printable_texts, terminal_columns,
 };
 
 /// Time between two plain lines.

@@ -32,21 +32,32 @@ pub fn check_machines(
     policy: &Policy,
 ) -> Report {
     let mut findings = Findings::new(policy);
-    machine::compare(source, destination, &mut findings);
-    let from = by_name(source, true, &mut findings);
-    let to = by_name(destination, false, &mut findings);
-    let matched = match_devices(&from, &to, map, &mut findings);
+    let (strict, names) = compare_machines(source, destination, map, &mut findings);
+    Report::of(findings.reasons, strict, names)
+}
+
+/// Compares two machines: whether equality was strict, and which device is which.
+pub(crate) fn compare_machines(
+    source: &MachineManifest,
+    destination: &MachineManifest,
+    map: &DeviceMap,
+    findings: &mut Findings<'_>,
+) -> (bool, BTreeMap<String, String>) {
+    machine::compare(source, destination, findings);
+    let from = by_name(source, true, findings);
+    let to = by_name(destination, false, findings);
+    let matched = match_devices(&from, &to, map, findings);
     let mut strict = false;
     let mut names = BTreeMap::new();
     for (id, other) in &matched {
         let (Some(source), Some(destination)) = (from.get(id), to.get(other)) else { continue };
-        strict |= device::compare(source, destination, &mut findings);
+        strict |= device::compare(source, destination, findings);
         if from.len() > 1 {
-            live::peers(source, Some(destination), &mut findings);
+            live::peers(source, Some(destination), findings);
         }
         names.insert(id.to_string(), other.to_string());
     }
-    Report::of(findings.reasons, strict, names)
+    (strict, names)
 }
 
 /// Whether anything stands against moving `source` that no destination can change: the part of [`check_machines`] that a source
@@ -103,8 +114,8 @@ fn by_name<'m>(machine: &'m MachineManifest, source: bool, findings: &mut Findin
 fn match_devices<'m>(
     from: &Devices<'m>,
     to: &Devices<'m>,
-    map: &'m DeviceMap,
-    findings: &mut Findings<'m>,
+    map: &DeviceMap,
+    findings: &mut Findings<'_>,
 ) -> BTreeMap<&'m DeviceId, &'m DeviceId> {
     let policy = findings.policy();
     for (source, destination) in &map.0 {

@@ -6,7 +6,8 @@
 //! - [`DeviceManifest`], [`MachineManifest`], [`HostManifest`]: what each says of itself; [`Document`] is one as a file.
 //! - [`check_devices`], [`check_machines`], [`check_placement`]: a [`Report`], that is a verdict and every reason;
 //!   [`check_source`]: so much of it as no destination can change.
-//! - [`matrix()`]: which device of which host can go to which host; [`baseline()`]: what a whole pool loads.
+//! - [`matrix()`]: which device of which host can go to which host; [`machine_matrix`]: which machine; [`baseline()`]: what a
+//!   whole pool loads.
 //! - [`Policy`]: what a site allows and asks for. [`explain`]: what a reason's code means.
 #![forbid(unsafe_code)]
 
@@ -37,7 +38,7 @@ mod text;
 mod tree;
 mod version;
 
-pub use baseline::{Baseline, BaselineError, baseline};
+pub use baseline::{Baseline, BaselineError, baseline, baselines};
 pub use check::{check_devices, check_left_behind, check_machines, check_source};
 pub use codes::{Explanation, codes, explain, session_codes};
 pub use device::{
@@ -48,7 +49,9 @@ pub use error::ManifestError;
 pub use host::{Accept, HostManifest, HostOffer, Limits};
 pub use machine::{MachineManifest, RamRegion};
 pub use mask::{MaskRule, MaskRuleError};
-pub use matrix::{Cell, Matrix, MatrixDevice, MatrixHost, matrix};
+pub use matrix::{
+    Cell, Matrix, MatrixDevice, MatrixError, MatrixHost, MatrixMachine, PoolMachine, machine_matrix, matrix,
+};
 pub use parameter::{Allowed, IntRange, Parameter};
 pub use placement::{check_device_placement, check_placement};
 pub use policy::{Allow, DeviceMap, MaskPolicy, Policy};

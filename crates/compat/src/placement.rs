@@ -6,11 +6,11 @@ use serde_json::Value;
 
 use crate::codes;
 use crate::device::DeviceManifest;
-use crate::findings::{Findings, Found};
+use crate::findings::{Comparing, Findings, Found, Rank};
 use crate::host::HostManifest;
 use crate::machine::MachineManifest;
 use crate::policy::Policy;
-use crate::report::{Reason, Report, Verdict};
+use crate::report::{Report, Verdict};
 use crate::rules::{device, live, machine};
 use crate::text::quote;
 use crate::tree::json;
@@ -21,15 +21,28 @@ use crate::tree::json;
 /// Machine state is not compared: a host has no machine yet.
 pub fn check_placement(source: &MachineManifest, host: &HostManifest, policy: &Policy) -> Report {
     let mut findings = Findings::new(policy);
-    machine::place(source, host, &mut findings);
+    let (strict, map) = place_machine(source, host, &mut findings, &Comparing::under(policy));
+    Report::of(findings.reasons, strict, map)
+}
+
+/// Places a machine: whether equality was strict, and which device is given which.
+pub(crate) fn place_machine(
+    source: &MachineManifest,
+    host: &HostManifest,
+    findings: &mut Findings<'_>,
+    comparing: &Comparing,
+) -> (bool, BTreeMap<String, String>) {
+    machine::place(source, host, findings);
     let mut devices: Vec<&DeviceManifest> = source.devices.iter().collect();
     devices.sort_by(|a, b| a.id.cmp(&b.id));
-    place(&devices, host, findings)
+    place(&devices, host, findings, comparing)
 }
 
 /// [`check_placement`] of one device alone.
 pub fn check_device_placement(source: &DeviceManifest, host: &HostManifest, policy: &Policy) -> Report {
-    place(&[source], host, Findings::new(policy))
+    let mut findings = Findings::new(policy);
+    let (strict, map) = place(&[source], host, &mut findings, &Comparing::under(policy));
+    Report::of(findings.reasons, strict, map)
 }
 
 /// A device of the host's, or an offer.
@@ -49,37 +62,50 @@ pub(crate) fn candidates(host: &HostManifest) -> Vec<Candidate<'_>> {
     all
 }
 
-/// Verdict on one device on one candidate.
-struct Fit {
-    verdict: Verdict,
-    reasons: Vec<Reason>,
-    strict: bool,
-}
-
-fn place(devices: &[&DeviceManifest], host: &HostManifest, mut findings: Findings<'_>) -> Report {
+fn place(
+    devices: &[&DeviceManifest],
+    host: &HostManifest,
+    findings: &mut Findings<'_>,
+    comparing: &Comparing,
+) -> (bool, BTreeMap<String, String>) {
     let policy = findings.policy();
     let candidates = candidates(host);
-    let fits: Vec<Vec<Fit>> = devices
-        .iter()
-        .map(|device| candidates.iter().map(|one| fit(device, one, devices.len(), policy)).collect())
-        .collect();
     let may_go = |from: usize, to: usize| {
         let (Some(device), Some(candidate)) = (devices.get(from), candidates.get(to)) else { return false };
         policy.map.destination(&device.id).is_none_or(|name| *name == candidate.device.id)
     };
-    let given = assign(&fits, &candidates, may_go);
+    // No more of each pair than how far it is: what stands against all but one of a host's devices is for nobody.
+    let ranks: Vec<Vec<Rank>> = devices
+        .iter()
+        .enumerate()
+        .map(|(n, device)| {
+            let mut nearest = Rank::FARTHEST;
+            let rank = |(to, candidate): (usize, &Candidate<'_>)| {
+                let mut findings = Findings::rank_below(policy, comparing, nearest);
+                fit(device, candidate, devices.len(), &mut findings);
+                let rank = findings.rank();
+                if rank.verdict == Verdict::No && may_go(n, to) {
+                    nearest = nearest.min(rank);
+                }
+                rank
+            };
+            candidates.iter().enumerate().map(rank).collect()
+        })
+        .collect();
+    let given = assign(&ranks, &candidates, may_go);
     let mut strict = false;
     let mut map = BTreeMap::new();
     for (n, device) in devices.iter().enumerate() {
-        live::host(device, host, &mut findings);
-        let row = fits.get(n).map(Vec::as_slice).unwrap_or_default();
+        live::host(device, host, findings);
+        let row = ranks.get(n).map(Vec::as_slice).unwrap_or_default();
         let nearest = || {
             let all = row.iter().enumerate().filter(|(to, _)| may_go(n, *to));
-            all.min_by_key(|(to, fit)| (fit.verdict, fit.reasons.len(), *to)).map(|(to, _)| to)
+            all.min_by_key(|(to, rank)| (**rank, *to)).map(|(to, _)| to)
         };
         let own = given.get(n).copied().flatten();
         let shown = own.or_else(nearest);
-        let candidate = shown.and_then(|to| candidates.get(to)).map(|candidate| candidate.device);
+        let shown = shown.and_then(|to| candidates.get(to));
+        let candidate = shown.map(|candidate| candidate.device);
         if own.is_none() {
             let instead = candidate.map_or_else(String::new, |one| format!("; the nearest is {}", one.id));
             let text = format!("host {} has no free device for it{instead}", quote(&host.name));
@@ -89,36 +115,40 @@ fn place(devices: &[&DeviceManifest], host: &HostManifest, mut findings: Finding
         } else if let Some(candidate) = candidate {
             map.insert(device.id.to_string(), candidate.id.to_string());
         }
-        if let Some(fit) = shown.and_then(|to| row.get(to)) {
-            strict |= fit.strict;
-            findings.reasons.extend(fit.reasons.iter().cloned());
+        if let Some(candidate) = shown {
+            strict |= fit(device, candidate, devices.len(), findings);
         }
     }
-    Report::of(findings.reasons, strict, map)
+    (strict, map)
 }
 
-fn fit(device: &DeviceManifest, candidate: &Candidate<'_>, devices: usize, policy: &Policy) -> Fit {
-    let mut findings = Findings::new(policy);
-    let strict = device::compare(device, candidate.device, &mut findings);
+/// Compares a device, one of so many of its machine, with a candidate. Returns whether equality was strict.
+fn fit(
+    device: &DeviceManifest,
+    candidate: &Candidate<'_>,
+    devices: usize,
+    findings: &mut Findings<'_>,
+) -> bool {
+    let strict = device::compare(device, candidate.device, findings);
     if devices > 1 {
-        live::peers(device, Some(candidate.device), &mut findings);
+        live::peers(device, Some(candidate.device), findings);
     }
-    Fit { verdict: findings.verdict(), reasons: findings.reasons, strict }
+    strict
 }
 
 /// Gives each device a candidate, the best verdicts first: a matching of a bipartite graph, grown by augmenting paths.
 fn assign(
-    fits: &[Vec<Fit>],
+    ranks: &[Vec<Rank>],
     candidates: &[Candidate<'_>],
     may_go: impl Fn(usize, usize) -> bool,
 ) -> Vec<Option<usize>> {
-    let mut given = vec![None; fits.len()];
+    let mut given = vec![None; ranks.len()];
     for level in [Verdict::Live, Verdict::LiveWithWarning, Verdict::SnapshotOnly] {
         let edge = |from: usize, to: usize| {
-            let fit = fits.get(from).and_then(|row| row.get(to));
-            may_go(from, to) && fit.is_some_and(|fit| fit.verdict <= level)
+            let rank = ranks.get(from).and_then(|row| row.get(to));
+            may_go(from, to) && rank.is_some_and(|rank| rank.verdict <= level)
         };
-        for from in 0..fits.len() {
+        for from in 0..ranks.len() {
             if given.get(from) == Some(&None) {
                 augment(from, candidates, &edge, &mut given, &mut vec![false; candidates.len()]);
             }
@@ -151,19 +181,9 @@ fn augment(
     false
 }
 
-/// Whether `device` may go to any host at all, for a matrix: what the host itself says of it.
-pub(crate) fn host_reasons(device: &DeviceManifest, host: &HostManifest, policy: &Policy) -> Vec<Reason> {
-    let mut findings = Findings::new(policy);
-    live::state(device, &mut findings);
-    live::host(device, host, &mut findings);
-    findings.reasons
-}
-
 /// The reason of a host that has nothing to give.
-pub(crate) fn nothing(device: &DeviceManifest, policy: &Policy) -> Vec<Reason> {
-    let mut findings = Findings::new(policy);
+pub(crate) fn nothing(device: &DeviceManifest, findings: &mut Findings<'_>) {
     let text = "the host has no device and offers none".to_owned();
     let found = Found { field: "id".into(), source: json(&device.id), destination: Value::Null, text };
     findings.add(&codes::HOST_NO_DEVICE, Some(device), found);
-    findings.reasons
 }

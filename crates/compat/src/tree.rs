@@ -1,6 +1,8 @@
 //! A stranger's JSON as a tree, with everything capped before anything is made of it.
 
 use std::cell::RefCell;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
@@ -50,6 +52,25 @@ pub fn read_json(bytes: &[u8], origin: &str, numbers: Numbers) -> Result<Value, 
 /// Reads a document of this crate's: whole numbers alone.
 pub(crate) fn parse(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> {
     read_json(bytes, origin, Numbers::Whole)
+}
+
+/// What either of two maps has, in the order of the keys, with the values of both.
+pub(crate) fn either<'m, K: Ord, V>(
+    from: &'m BTreeMap<K, V>,
+    to: &'m BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'m K, Option<&'m V>, Option<&'m V>)> {
+    let (mut from, mut to) = (from.iter().peekable(), to.iter().peekable());
+    std::iter::from_fn(move || {
+        let order = match (from.peek(), to.peek()) {
+            (Some((own, _)), Some((other, _))) => own.cmp(other),
+            (Some(_), None) => Ordering::Less,
+            (None, _) => Ordering::Greater,
+        };
+        let own = if order.is_le() { from.next() } else { None };
+        let other = if order.is_ge() { to.next() } else { None };
+        let (key, _) = own.or(other)?;
+        Some((key, own.map(|(_, value)| value), other.map(|(_, value)| value)))
+    })
 }
 
 /// As JSON; what cannot be shown is `null`.

@@ -27,6 +27,11 @@ impl ModelVersion {
     pub fn loads(self, source: Self) -> bool {
         self.major == source.major && self.minor >= source.minor
     }
+
+    /// The first and the last of the versions that it [`loads`](Self::loads).
+    pub(crate) fn loaded(self) -> (Self, Self) {
+        (Self { minor: 0, patch: 0, ..self }, Self { patch: u32::MAX, ..self })
+    }
 }
 
 impl fmt::Display for ModelVersion {
@@ -68,6 +73,12 @@ impl VersionRanges {
     /// Whether `version` is in one of them.
     pub fn contain(&self, version: ModelVersion) -> bool {
         self.0.iter().any(|(from, to)| *from <= version && to.is_none_or(|to| version <= to))
+    }
+
+    /// The first and the last version of each.
+    pub(crate) fn intervals(&self) -> impl Iterator<Item = (ModelVersion, ModelVersion)> + '_ {
+        let newest = ModelVersion { major: u32::MAX, minor: u32::MAX, patch: u32::MAX };
+        self.0.iter().map(move |(from, to)| (*from, to.unwrap_or(newest)))
     }
 
     /// The newest versions that the ranges name, those of ends that are not open.

@@ -21,14 +21,16 @@ snapshot-only: what `rehearse` and `migrate` exit with for the same reasons.";
 #[derive(Args, Clone, Debug)]
 #[command(
     after_help = "Without --probe no device of this host is opened, since that resets it: what only an open device tells is \
-null. A vfio-user server is connected to, and left as it is.\nExit codes: 0 described, 1 failed, 2 usage.",
-    group = clap::ArgGroup::new("what").args(["device", "host"]).required(true)
+null. A vfio-user server is connected to, and left as it is.\n\
+With --host the kernel's devices are listed anyway; name what this host has besides: the sockets of vfio-user servers that no \
+`vm` uses, and vm:SOCKET of running VMs for the vfio-user devices that these use.\nExit codes: 0 described, 1 failed, 2 usage.",
+    group = clap::ArgGroup::new("what").args(["devices", "host"]).required(true).multiple(true)
 )]
 pub(crate) struct DescribeCommand {
     /// The socket of a vfio-user server, vm:SOCKET for a running `vm`, vfio:ADDRESS, mdev:UUID, or a manifest's file.
     #[arg(value_name = "DEVICE")]
-    pub(crate) device: Option<String>,
-    /// This host: what it has and can give.
+    pub(crate) devices: Vec<String>,
+    /// This host: what it has and can give, with the vfio-user devices that are named.
     #[arg(long)]
     pub(crate) host: bool,
     /// Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them.
@@ -73,13 +75,15 @@ pub(crate) enum Format {
 #[derive(Args, Clone, Debug)]
 #[command(after_help = SIDES)]
 pub(crate) struct CheckCommand {
-    /// Two sides: what is to move, and where to. With --matrix or --baseline: a pool, as files of host manifests or folders of them.
+    /// Two sides: what is to move, and where to. With --matrix or --baseline: a pool, as manifests of hosts and machines, folders
+    /// of them, or vm:SOCKET.
     #[arg(value_name = "SRC DST", required = true, num_args = 1..)]
     pub(crate) sides: Vec<String>,
-    /// Which devices of which hosts can go to which hosts.
+    /// Which devices of which hosts can go to which hosts; where machines are named, which machine to which host, or without a host
+    /// to which machine. Whatever it says, the exit code is 0.
     #[arg(long, conflicts_with_all = ["baseline", "map"])]
     pub(crate) matrix: bool,
-    /// The newest version of each model, and the values of its parameters, that every host of the pool can load.
+    /// The newest version of each model, and the values of its parameters, that every host and machine of the pool can load.
     #[arg(long, conflicts_with = "map")]
     pub(crate) baseline: bool,
     /// With --baseline: of this model alone.

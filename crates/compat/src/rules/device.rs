@@ -1,7 +1,5 @@
 //! Rules for a pair of devices, in their order: model, version, parameters, layout, capabilities, versions behind it.
 
-use std::collections::BTreeSet;
-
 use serde_json::Value;
 
 use super::{DevicePair, drivers, layout, live, strict, versions};
@@ -10,7 +8,7 @@ use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
 use crate::parameter::Parameter;
 use crate::text::{list, quote, sentence};
-use crate::tree::json;
+use crate::tree::{either, json};
 use crate::version::{ModelVersion, VersionRanges};
 
 /// Compares two devices, all rules but those that need the whole machine. Returns whether equality was strict.
@@ -22,25 +20,25 @@ pub(crate) fn compare(
     let strict = source.model.is_none() && destination.model.is_none();
     let pair = DevicePair { source, destination, strict };
     if source.model != destination.model {
-        let values = (json(&source.model), json(&destination.model));
+        let values = || (json(&source.model), json(&destination.model));
         let undeclared =
             |model: &Option<String>| model.as_ref().map_or("undeclared".into(), |name| quote(name));
-        let (from, to) = (undeclared(&source.model), undeclared(&destination.model));
-        let text = format!("the model is {from} at the source, {to} at the destination");
+        let text = || {
+            let (from, to) = (undeclared(&source.model), undeclared(&destination.model));
+            format!("the model is {from} at the source, {to} at the destination")
+        };
         pair.say(findings, &codes::DEVICE_MODEL, "model", values, text);
     } else if !strict {
         version(pair, findings);
     }
-    if strict {
-        strict::compare(pair, findings);
-    } else {
-        parameters(pair, findings);
+    let declared = if strict { strict::compare } else { parameters };
+    let rules = [declared, layout::compare, versions::compare, drivers::compare, live::pair, notes];
+    for rule in rules {
+        if findings.is_decided() {
+            break;
+        }
+        rule(pair, findings);
     }
-    layout::compare(pair, findings);
-    versions::compare(pair, findings);
-    drivers::compare(pair, findings);
-    live::pair(pair, findings);
-    notes(pair, findings);
     strict
 }
 
@@ -65,7 +63,7 @@ fn notes(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
 /// Major, then minor, or a range that the destination declares.
 fn version(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (&pair.source.model_version, &pair.destination.model_version);
-    let values = (json(from), json(to));
+    let values = || (json(from), json(to));
     let (Some(from), Some(to)) = (from, to) else {
         if from != to {
             let field = "model_version";
@@ -76,54 +74,57 @@ fn version(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     if from == to {
         return;
     }
+    findings.look_at(pair.destination.loads.as_ref().map_or(0, String::len));
     let declared: Option<VersionRanges> =
         pair.destination.loads.as_deref().and_then(|ranges| ranges.parse().ok());
     let (source, destination) = (from.parse::<ModelVersion>(), to.parse::<ModelVersion>());
-    let (from, to) = (quote(from), quote(to));
     let code = match (source, destination) {
         (Ok(source), Ok(destination)) if destination.loads(source) => return,
         (Ok(source), _) if declared.is_some_and(|ranges| ranges.contain(source)) => return,
         (Ok(source), Ok(destination)) if source.major != destination.major => &codes::DEVICE_MODEL_MAJOR,
         _ => &codes::DEVICE_MODEL_VERSION,
     };
-    let text = format!(
-        "the model's version is {from} at the source; the destination has {to}, which does not load it"
-    );
+    let text = || {
+        let (from, to) = (quote(from), quote(to));
+        format!(
+            "the model's version is {from} at the source; the destination has {to}, which does not load it"
+        )
+    };
     pair.say(findings, code, "model_version", values, text);
 }
 
 /// Each parameter that is on must be known and its value taken.
 fn parameters(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (&pair.source.parameters, &pair.destination.parameters);
-    let names: BTreeSet<&String> = from.keys().chain(to.keys()).collect();
-    for name in names {
-        let field = format!("parameters.{name}");
-        let what = format!("parameter {}", quote(name));
+    for (name, source, destination) in either(from, to) {
+        if findings.is_decided() {
+            return;
+        }
+        findings.look_at(1 + destination.and_then(|it| it.allowed.as_ref()).map_or(0, Vec::len));
+        let field = || format!("parameters.{name}");
+        let what = || format!("parameter {}", quote(name));
         let value = |parameter: Option<&Parameter>| parameter.map_or(Value::Null, |it| it.value.json());
-        let (source, destination) = (from.get(name), to.get(name));
-        let values = (value(source), value(destination));
+        let values = || (value(source), value(destination));
         match (source, destination) {
             (Some(source), Some(destination)) if !destination.takes(&source.value) => {
-                let text = format!(
-                    "{what} is {} at the source; the destination has {}{}",
-                    source.value,
-                    destination.value,
-                    taken(destination)
-                );
+                let text = || {
+                    let (what, from, to) = (what(), &source.value, &destination.value);
+                    format!("{what} is {from} at the source; the destination has {to}{}", taken(destination))
+                };
                 pair.say(findings, &codes::DEVICE_PARAMETER, field, values, text);
             }
             (Some(source), None) if source.off.as_ref() != Some(&source.value) => {
+                let value = &source.value;
                 let text =
-                    format!("{what} is {} at the source; the destination does not know it", source.value);
+                    || format!("{} is {value} at the source; the destination does not know it", what());
                 pair.say(findings, &codes::DEVICE_PARAMETER_UNKNOWN, field, values, text);
             }
             (None, Some(destination))
                 if !destination.off.as_ref().is_some_and(|off| destination.takes(off)) =>
             {
-                let text = format!(
-                    "{what} is {} at the destination; the source does not know it",
-                    destination.value
-                );
+                let value = &destination.value;
+                let text =
+                    || format!("{} is {value} at the destination; the source does not know it", what());
                 pair.say(findings, &codes::DEVICE_PARAMETER_NEW, field, values, text);
             }
             _ => {}

@@ -97,6 +97,9 @@ static RULES: &[Rule] = &[
 pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let Some(rule) = rule(pair) else { return };
     for (name, how) in rule.facts {
+        if findings.is_decided() {
+            return;
+        }
         let (from, to) = (fact(pair.source, name), fact(pair.destination, name));
         let code = match (&from, &to) {
             (None, None) => continue,
@@ -106,11 +109,19 @@ pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
             },
             _ => &codes::UNKNOWN_DRIVER_FACT,
         };
-        let what = format!("the number of {name}");
-        let what = if *name == "ports" { what } else { format!("{}'s {name}", rule.driver) };
-        let values = (json(from), json(to));
+        let what = || match *name {
+            "ports" => "the number of ports".to_owned(),
+            name => format!("{}'s {name}", rule.driver),
+        };
+        let values = || (json(&from), json(&to));
         // The rule is the driver's own, whatever else is strict.
-        DevicePair { strict: false, ..pair }.differs(findings, code, format!("facts.{name}"), &what, values);
+        DevicePair { strict: false, ..pair }.differs(
+            findings,
+            code,
+            || format!("facts.{name}"),
+            what,
+            values,
+        );
     }
 }
 
@@ -133,7 +144,11 @@ pub(crate) fn knows_fact(pair: DevicePair<'_>, name: &str) -> bool {
 fn rule(pair: DevicePair<'_>) -> Option<&'static Rule> {
     let name = pair.source.driver_name()?;
     let same = pair.destination.driver_name() == Some(name);
-    RULES.iter().find(|rule| same && rule.driver == name.replace('-', "_"))
+    let called = |known: &str| {
+        let letters = name.bytes().map(|letter| if letter == b'-' { b'_' } else { letter });
+        known.len() == name.len() && known.bytes().eq(letters)
+    };
+    RULES.iter().find(|rule| same && called(rule.driver))
 }
 
 /// A fact, or what the PCI identity says in its place.

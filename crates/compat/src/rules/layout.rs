@@ -8,14 +8,22 @@ use super::DevicePair;
 use crate::codes::{self, ReasonCode};
 use crate::device::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 use crate::findings::Findings;
-use crate::tree::json;
+use crate::tree::{either, json};
 
 /// Compares the PCI layout of two devices.
 pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
-    identity(pair, findings);
-    regions(pair, findings);
-    irqs(pair, findings);
-    capabilities(pair, findings);
+    for rule in [identity, regions, irqs, capabilities] {
+        if findings.is_decided() {
+            break;
+        }
+        rule(pair, findings);
+    }
+}
+
+/// Lists that differ are sorted before they are compared, which is more work for each item than to look at it.
+fn look_at(findings: &Findings<'_>, pair: DevicePair<'_>, len: fn(&DeviceManifest) -> Option<usize>) {
+    let items = [pair.source, pair.destination].map(|device| len(device).unwrap_or(0));
+    findings.look_at(4 * (items[0] + items[1]));
 }
 
 fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
@@ -32,8 +40,8 @@ fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
         _ => &codes::DEVICE_PCI_IDENTITY,
     };
     let show = |pci: Option<PciIdentity>| pci.map_or_else(|| "PCI identity unknown".to_owned(), show_pci);
-    let text = format!("{} at the source, {} at the destination", show(from), show(to));
-    pair.say(findings, code, "pci", (json(from), json(to)), text);
+    let text = || format!("{} at the source, {} at the destination", show(from), show(to));
+    pair.say(findings, code, "pci", || (json(from), json(to)), text);
 }
 
 fn show_pci(pci: PciIdentity) -> String {
@@ -44,6 +52,10 @@ fn show_pci(pci: PciIdentity) -> String {
 }
 
 fn regions(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
+    if pair.source.regions == pair.destination.regions {
+        return;
+    }
+    look_at(findings, pair, |device| device.regions.as_ref().map(Vec::len));
     // A region of no bytes is a region that is not there: back ends differ in whether they list those.
     let by_index = |device: &DeviceManifest| -> Option<BTreeMap<u32, RegionManifest>> {
         let there = device.regions.as_ref()?.iter().filter(|region| region.size != 0);
@@ -54,17 +66,14 @@ fn regions(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let Some((from, to)) = both(pair, findings, codes, "regions", "the list of regions", maps) else {
         return;
     };
-    for index in from.keys().chain(to.keys()).collect::<BTreeSet<_>>() {
-        let (from, to) = (from.get(index), to.get(index));
+    for (index, from, to) in either(&from, &to) {
         let size = |region: Option<&RegionManifest>| region.map_or(0, |region| region.size);
         if size(from) != size(to) {
-            let values = (json(size(from)), json(size(to)));
-            let text = format!(
-                "region {index} has {:#x} bytes at the source, {:#x} at the destination",
-                size(from),
-                size(to)
-            );
-            pair.say(findings, codes.0, format!("regions.{index}.size"), values, text);
+            let (from, to) = (size(from), size(to));
+            let text =
+                || format!("region {index} has {from:#x} bytes at the source, {to:#x} at the destination");
+            let values = || (json(from), json(to));
+            pair.say(findings, codes.0, || format!("regions.{index}.size"), values, text);
             continue;
         }
         let access = |pick: fn(&RegionManifest) -> Option<bool>| (from.and_then(pick), to.and_then(pick));
@@ -73,15 +82,19 @@ fn regions(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
         {
             // Of a region whose size is known, access may be unknown at one side: nothing is gained by a warning.
             if from.zip(to).is_some_and(|(from, to)| from != to) {
-                let what = format!("{name} access to region {index}");
-                let field = format!("regions.{index}.{name}");
-                pair.differs(findings, codes.0, field, &what, (json(from), json(to)));
+                let what = || format!("{name} access to region {index}");
+                let field = || format!("regions.{index}.{name}");
+                pair.differs(findings, codes.0, field, what, || (json(from), json(to)));
             }
         }
     }
 }
 
 fn irqs(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
+    if pair.source.irqs == pair.destination.irqs {
+        return;
+    }
+    look_at(findings, pair, |device| device.irqs.as_ref().map(BTreeMap::len));
     let counts = |device: &DeviceManifest| -> Option<BTreeMap<u32, u32>> {
         let there = device.irqs.as_ref()?.iter().filter(|(_, count)| **count != 0);
         Some(there.map(|(index, count)| (*index, *count)).collect())
@@ -91,9 +104,8 @@ fn irqs(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let Some((from, to)) = both(pair, findings, codes, "irqs", "the list of interrupts", maps) else {
         return;
     };
-    for index in from.keys().chain(to.keys()).collect::<BTreeSet<_>>() {
-        let count = |map: &BTreeMap<u32, u32>| map.get(index).copied().unwrap_or(0);
-        let (from, to) = (count(&from), count(&to));
+    for (index, from, to) in either(&from, &to) {
+        let (from, to) = (from.copied().unwrap_or(0), to.copied().unwrap_or(0));
         if from != to {
             let kind = match index {
                 0 => "INTx",
@@ -101,52 +113,63 @@ fn irqs(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
                 2 => "MSI-X",
                 _ => "its own",
             };
-            let text =
-                format!("interrupts {index} ({kind}): {from} vectors at the source, {to} at the destination");
-            pair.say(findings, codes.0, format!("irqs.{index}"), (json(from), json(to)), text);
+            let text = || {
+                format!("interrupts {index} ({kind}): {from} vectors at the source, {to} at the destination")
+            };
+            pair.say(findings, codes.0, || format!("irqs.{index}"), || (json(from), json(to)), text);
         }
     }
 }
 
 fn capabilities(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
+    if pair.source.capabilities == pair.destination.capabilities {
+        return;
+    }
+    look_at(findings, pair, |device| device.capabilities.as_ref().map(Vec::len));
     let codes = (&codes::DEVICE_CAPABILITIES, &codes::UNKNOWN_CAPABILITIES);
-    let lists = (pair.source.capabilities.clone(), pair.destination.capabilities.clone());
+    let lists = (pair.source.capabilities.as_deref(), pair.destination.capabilities.as_deref());
     let name = "the list of PCI capabilities";
     let Some((from, to)) = both(pair, findings, codes, "capabilities", name, lists) else { return };
-    let (from, to): (BTreeSet<_>, BTreeSet<_>) = (from.into_iter().collect(), to.into_iter().collect());
+    let (from, to): (BTreeSet<_>, BTreeSet<_>) =
+        (from.iter().copied().collect(), to.iter().copied().collect());
     for capability in &from {
-        if !to.iter().any(|other| fits(pair, *capability, *other)) {
-            let instead = to.iter().find(|other| kind(other) == kind(capability));
-            let text = match instead {
+        if !has(&to, capability, pair.strict) {
+            let instead = of_kind(&to, capability);
+            let text = || match instead {
                 Some(other) => {
                     format!("{} at the source, {} at the destination", show(capability), show(other))
                 }
                 None => format!("the destination lacks {}", show(capability)),
             };
-            let values = (json(capability), json(instead));
-            pair.say(findings, codes.0, capability_field(capability), values, text);
+            let values = || (json(capability), json(instead));
+            pair.say(findings, codes.0, || capability_field(capability), values, text);
         }
     }
     // A guest's driver does not look for what was not there when it started. Where equality is strict, that is a difference still.
-    let new = to.iter().filter(|other| !from.iter().any(|own| kind(own) == kind(other)));
-    for capability in new.filter(|_| pair.strict) {
-        let text = format!("only the destination has {}", show(capability));
-        let values = (Value::Null, json(capability));
-        pair.say(findings, codes.0, capability_field(capability), values, text);
+    let new = to.iter().filter(|other| pair.strict && of_kind(&from, other).is_none());
+    for capability in new {
+        let text = || format!("only the destination has {}", show(capability));
+        let values = || (Value::Null, json(capability));
+        pair.say(findings, codes.0, || capability_field(capability), values, text);
     }
 }
 
-fn kind(capability: &Capability) -> (bool, u16) {
-    (capability.extended, capability.id)
+/// The first of a kind, in the order of the set: by kind, then place, then length, one that is not known before the others.
+fn of_kind<'m>(all: &'m BTreeSet<Capability>, wanted: &Capability) -> Option<&'m Capability> {
+    let (extended, id) = (wanted.extended, wanted.id);
+    let first = Capability { extended, id, offset: 0, len: None };
+    let found = all.range(first..).next();
+    found.filter(|found| (found.extended, found.id) == (extended, id))
 }
 
-fn fits(pair: DevicePair<'_>, own: Capability, other: Capability) -> bool {
-    let len = if pair.strict {
-        own.len == other.len
-    } else {
-        own.len.zip(other.len).is_none_or(|(own, other)| own == other)
-    };
-    kind(&own) == kind(&other) && own.offset == other.offset && len
+/// Whether a capability is there at the same place. A length that one side does not know differs where equality is strict alone.
+fn has(all: &BTreeSet<Capability>, own: &Capability, strict: bool) -> bool {
+    if strict || own.len.is_some() {
+        let unknown = Capability { len: None, ..*own };
+        return all.contains(own) || !strict && all.contains(&unknown);
+    }
+    let found = all.range(*own..).next();
+    found.is_some_and(|found| Capability { len: None, ..*found } == *own)
 }
 
 fn show(capability: &Capability) -> String {
@@ -177,8 +200,9 @@ fn both<T>(
             let side = |known: bool| json(known.then_some("known"));
             let (known, not) =
                 if from.is_some() { ("source", "destination") } else { ("destination", "source") };
-            let text = format!("{what} is known at the {known} and not at the {not}");
-            pair.say(findings, code, field, (side(from.is_some()), side(from.is_none())), text);
+            let text = || format!("{what} is known at the {known} and not at the {not}");
+            let values = || (side(from.is_some()), side(from.is_none()));
+            pair.say(findings, code, field, values, text);
             None
         }
     }

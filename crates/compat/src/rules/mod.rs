@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::codes::ReasonCode;
 use crate::device::DeviceManifest;
-use crate::findings::{Findings, Found};
+use crate::findings::{Findings, Found, Lazy};
 use crate::text::show;
 
 /// Two devices that are compared.
@@ -30,18 +30,16 @@ impl DevicePair<'_> {
         self,
         findings: &mut Findings<'_>,
         code: ReasonCode,
-        field: impl Into<String>,
-        what: &str,
-        values: (Value, Value),
+        field: impl Lazy<String>,
+        what: impl Lazy<String>,
+        values: impl Lazy<(Value, Value)>,
     ) {
-        let (from, to) = (show(&values.0), show(&values.1));
-        self.say(
-            findings,
-            code,
-            field,
-            values,
-            format!("{what} is {from} at the source, {to} at the destination"),
-        );
+        let found = || {
+            let (what, values) = (what.get(), values.get());
+            let (from, to) = (show(&values.0), show(&values.1));
+            (values, format!("{what} is {from} at the source, {to} at the destination"))
+        };
+        self.add(findings, code, field, found);
     }
 
     /// Adds a reason about a field with a sentence of its own.
@@ -49,13 +47,26 @@ impl DevicePair<'_> {
         self,
         findings: &mut Findings<'_>,
         code: ReasonCode,
-        field: impl Into<String>,
-        (source, destination): (Value, Value),
-        mut text: String,
+        field: impl Lazy<String>,
+        values: impl Lazy<(Value, Value)>,
+        text: impl Lazy<String>,
     ) {
-        if self.strict {
-            text.push_str(" (no model is declared, so equality is strict)");
-        }
-        findings.add(code, Some(self.source), Found { field: field.into(), source, destination, text });
+        self.add(findings, code, field, || (values.get(), text.get()));
+    }
+
+    fn add(
+        self,
+        findings: &mut Findings<'_>,
+        code: ReasonCode,
+        field: impl Lazy<String>,
+        found: impl FnOnce() -> ((Value, Value), String),
+    ) {
+        findings.add_with(code, Some(self.source), || {
+            let ((source, destination), mut text) = found();
+            if self.strict {
+                text.push_str(" (no model is declared, so equality is strict)");
+            }
+            Found { field: field.get(), source, destination, text }
+        });
     }
 }

@@ -24,7 +24,7 @@ pub(crate) fn compare(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     one(pair, findings, host_driver, "host_driver", "the host's driver", values);
     if from.config_mask != to.config_mask {
         let code = if pair.strict { &codes::STRICT_CONFIG_MASK } else { &codes::DEVICE_CONFIG_MASK };
-        let values = (json(&from.config_mask), json(&to.config_mask));
+        let values = || (json(&from.config_mask), json(&to.config_mask));
         pair.differs(findings, code, "config_mask", "the list of rules for config space", values);
     }
 }
@@ -52,5 +52,5 @@ fn one(
         _ if from.is_none() || to.is_none() => codes.unknown,
         _ => codes.differs,
     };
-    pair.differs(findings, code, field, what, (json(from), json(to)));
+    pair.differs(findings, code, field, what, || (json(from), json(to)));
 }

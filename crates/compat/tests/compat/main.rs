@@ -3,6 +3,7 @@
 mod bases;
 mod documents;
 mod foreign_text;
+mod largest;
 mod pairs;
 mod pools;
 mod properties;

@@ -58,7 +58,7 @@ fn a_thousand_hosts_cost_as_many_comparisons_as_they_have_kinds() {
             host(&format!("h{n}"), vec![own])
         })
         .collect();
-    let matrix = matrix(&hosts, &Policy::default());
+    let matrix = matrix(&hosts, &Policy::default()).unwrap();
     assert_eq!((matrix.devices.len(), matrix.hosts.len(), matrix.comparisons), (1000, 1000, 9));
     for (device, to, verdict) in [
         (0, 0, Verdict::Live),
@@ -100,7 +100,7 @@ fn each_cell_is_what_asking_for_the_pair_gives() {
         Policy { max_state_size: Some(6), ..Policy::default() },
         Policy { allow: vec![named], ..Policy::default() },
     ] {
-        let matrix = matrix(&hosts, &policy);
+        let matrix = matrix(&hosts, &policy).unwrap();
         let devices: Vec<&DeviceManifest> = hosts.iter().flat_map(|host| &host.devices).collect();
         for (n, device) in devices.iter().enumerate() {
             for (to, host) in hosts.iter().enumerate() {

@@ -23,11 +23,13 @@ use crate::words::{device_map, policy};
 
 pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
     let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
+    let local = HostAccess { roots: options.root.roots(), probe: options.probe };
+    let timeout = options.patience.timeout;
     if options.matrix {
-        return pool::matrix(&options.sides, &policy, options.json);
+        return pool::matrix(&options.sides, &policy, &local, timeout, options.json);
     }
     if options.baseline {
-        return pool::baseline(&options.sides, options.model.as_deref(), options.json);
+        return pool::baseline(&options.sides, options.model.as_deref(), &local, timeout, options.json);
     }
     let [source, destination] = options.sides.as_slice() else {
         let text = format!(
@@ -36,8 +38,6 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
         );
         return Err(CliError::new(Exit::Usage, text));
     };
-    let local = HostAccess { roots: options.root.roots(), probe: options.probe };
-    let timeout = options.patience.timeout;
     let (source, vm) = match side::resolve(source, None, &local, timeout)? {
         CheckSide::Known(document, vm) => (document, vm),
         CheckSide::Receiver(uri) => {

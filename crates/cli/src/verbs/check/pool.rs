@@ -1,26 +1,52 @@
-//! Many hosts at once: what can go where, and what all of them load.
+//! Many hosts and machines at once: what can go where, and what all of them load.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::Serialize;
-use vfio_migration_compat::{Baseline, HostManifest, Manifest, Matrix, Policy, Verdict};
+use vfio_migration_compat::{
+    Baseline, Cell, HostManifest, MachineManifest, Manifest, Matrix, Policy, PoolMachine, Verdict,
+};
 use vfio_migration_types::printable;
 
 use crate::exit::{CliError, Exit};
 use crate::output::{WaitingDisplay, print, print_json};
-use crate::side;
+use crate::probe::HostAccess;
+use crate::side::{self, CheckSide};
+use crate::table::{TableRow, list, table, width};
 use crate::verdict::json_word;
 
-/// `check --matrix`: the devices that can go where, over all hosts.
-pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Exit, CliError> {
-    let hosts = hosts(files, json)?;
-    let matrix = vfio_migration_compat::matrix(&hosts, policy);
+/// `check --matrix`: what can go where. With a machine among the sides, which machine to which host; else which device.
+pub(super) fn matrix(
+    sides: &[String],
+    policy: &Policy,
+    local: &HostAccess,
+    timeout: Duration,
+    json: bool,
+) -> Result<Exit, CliError> {
+    let Pool { hosts, machines } = pool(sides, local, timeout, json)?;
+    let matrix = if machines.is_empty() {
+        vfio_migration_compat::matrix(&hosts, policy)
+    } else {
+        vfio_migration_compat::machine_matrix(&machines, &hosts, policy)
+    };
+    let matrix = matrix.map_err(|error| CliError::caused("no matrix", &error))?;
+    if matrix.cells.is_empty() {
+        let names: Vec<&str> = hosts.iter().map(|host| host.name.as_str()).collect();
+        let text = format!(
+            "no matrix: none of these hosts has a device that could move: {}; `describe --host` lists vfio-user devices \
+             whose sockets it is given",
+            names.join(", ")
+        );
+        return Err(CliError::failed(text));
+    }
     if json {
         print_json(&matrix)?;
     } else {
-        print(table(&matrix))?;
+        let columns = if hosts.is_empty() { "machines" } else { "hosts" };
+        print(text(&matrix, columns, width()))?;
     }
     Ok(Exit::Done)
 }
@@ -28,7 +54,7 @@ pub(super) fn matrix(files: &[String], policy: &Policy, json: bool) -> Result<Ex
 /// What `check --baseline --json` prints.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct BaselineReport {
-    /// Per model, what every host loads.
+    /// Per model, what every host and machine loads.
     pub(crate) baselines: Vec<Baseline>,
     /// Models that have none.
     pub(crate) without: Vec<WithoutBaseline>,
@@ -39,27 +65,34 @@ pub(crate) struct BaselineReport {
 pub(crate) struct WithoutBaseline {
     /// Name of the model, as devices declare it.
     pub(crate) model: String,
-    /// Why no version of the model is loaded by all hosts.
+    /// Why no version of the model is loaded by all.
     pub(crate) why: String,
 }
 
-/// `check --baseline`: versions that all hosts load, of one model or of each that a host has or offers.
-pub(super) fn baseline(files: &[String], model: Option<&str>, json: bool) -> Result<Exit, CliError> {
-    let hosts = hosts(files, json)?;
-    let devices = hosts
-        .iter()
-        .flat_map(|host| host.devices.iter().chain(host.offers.iter().map(|offer| &offer.device)));
-    let models: BTreeSet<&str> = match model {
-        Some(model) => [model].into(),
-        None => devices.filter_map(|device| device.model.as_deref()).collect(),
+/// `check --baseline`: versions that all hosts and machines load, of one model or of each that one has or offers.
+pub(super) fn baseline(
+    sides: &[String],
+    model: Option<&str>,
+    local: &HostAccess,
+    timeout: Duration,
+    json: bool,
+) -> Result<Exit, CliError> {
+    let Pool { mut hosts, machines } = pool(sides, local, timeout, json)?;
+    // A machine's devices load what those of a host do.
+    hosts.extend(machines.into_iter().map(|PoolMachine { name, manifest, .. }| HostManifest {
+        name,
+        devices: manifest.devices,
+        ..HostManifest::default()
+    }));
+    let found = match model {
+        Some(model) => vec![(model.to_owned(), vfio_migration_compat::baseline(&hosts, model))],
+        None => vfio_migration_compat::baselines(&hosts),
     };
     let mut report = BaselineReport { baselines: Vec::new(), without: Vec::new() };
-    for model in models {
-        match vfio_migration_compat::baseline(&hosts, model) {
+    for (model, found) in found {
+        match found {
             Ok(baseline) => report.baselines.push(baseline),
-            Err(why) => {
-                report.without.push(WithoutBaseline { model: model.to_owned(), why: why.to_string() });
-            }
+            Err(why) => report.without.push(WithoutBaseline { model, why: why.to_string() }),
         }
     }
     if json {
@@ -82,18 +115,68 @@ fn baselines(report: &BaselineReport) -> String {
         text.push_str(&format!("{}: no baseline: {}\n", printable(&without.model), without.why));
     }
     if text.is_empty() {
-        text.push_str("no host of the pool has or offers a device that declares a model\n");
+        text.push_str("none of the pool has or offers a device that declares a model\n");
     }
     text
 }
 
-/// The files of a pool: those named, and those that end in `.json` in folders that are named.
-fn pool(named: &[String]) -> Result<Vec<PathBuf>, CliError> {
-    let mut files = Vec::new();
+/// What a pool has.
+struct Pool {
+    hosts: Vec<HostManifest>,
+    machines: Vec<PoolMachine>,
+}
+
+fn pool(sides: &[String], local: &HostAccess, timeout: Duration, json: bool) -> Result<Pool, CliError> {
+    let waiting = WaitingDisplay::new(!json, "reading the manifests of the pool");
+    let mut pool = Pool { hosts: Vec::new(), machines: Vec::new() };
+    let mut machines: Vec<(String, MachineManifest)> = Vec::new();
+    for side in expanded(sides)? {
+        waiting.tick();
+        let refused = |what: &str| {
+            let text = format!(
+                "{side} is {what}: a pool has hosts and machines; `describe --host` makes a host of devices"
+            );
+            Err(CliError::new(Exit::Usage, text))
+        };
+        match side::resolve(&side, None, local, timeout)? {
+            CheckSide::Known(document, _) => match document.manifest {
+                Manifest::Host(host) => pool.hosts.push(*host),
+                Manifest::Machine(machine) => machines.push((side, *machine)),
+                device @ Manifest::Device(_) => return refused(side::kind(&device)),
+            },
+            CheckSide::Receiver(_) => return refused("the address of a receiver"),
+        }
+    }
+    let mut names: BTreeMap<String, usize> = BTreeMap::new();
+    for (side, _) in &machines {
+        *names.entry(short(side)).or_default() += 1;
+    }
+    // A manifest names no machine: its file does, by its whole path where the short one would do for two.
+    pool.machines = machines
+        .into_iter()
+        .map(|(side, manifest)| {
+            let short = short(&side);
+            let name = if names.get(&short) == Some(&1) { short } else { side };
+            PoolMachine { name, manifest }
+        })
+        .collect();
+    Ok(pool)
+}
+
+/// The name of a file without its folders and ending; another side as it stands.
+fn short(side: &str) -> String {
+    let path = Path::new(side);
+    let stem = path.file_stem().filter(|_| path.is_file()).and_then(|stem| stem.to_str());
+    stem.unwrap_or(side).to_owned()
+}
+
+/// The sides of a pool: those named, and the files that end in `.json` in folders that are named.
+fn expanded(named: &[String]) -> Result<Vec<String>, CliError> {
+    let mut sides = Vec::new();
     for name in named {
         let path = Path::new(name);
         if !path.is_dir() {
-            files.push(path.to_owned());
+            sides.push(name.clone());
             continue;
         }
         let failed = |error: std::io::Error| CliError::caused(name, &error);
@@ -101,99 +184,59 @@ fn pool(named: &[String]) -> Result<Vec<PathBuf>, CliError> {
         for entry in std::fs::read_dir(path).map_err(failed)? {
             let file = entry.map_err(failed)?.path();
             if file.extension().is_some_and(|extension| extension == "json") {
-                inside.push(file);
+                inside.push(file.into_os_string().into_string().map_err(|file| {
+                    CliError::failed(format!("{}: the name of this file is no text", file.display()))
+                })?);
             }
         }
         if inside.is_empty() {
-            return Err(CliError::failed(format!(
-                "{name}: there is no host manifest (*.json) in this folder"
-            )));
+            return Err(CliError::failed(format!("{name}: there is no manifest (*.json) in this folder")));
         }
         inside.sort();
-        files.extend(inside);
+        sides.extend(inside);
     }
-    Ok(files)
+    Ok(sides)
 }
 
-fn hosts(files: &[String], json: bool) -> Result<Vec<HostManifest>, CliError> {
-    let waiting = WaitingDisplay::new(!json, "reading the hosts' manifests");
-    pool(files)?
-        .iter()
-        .map(|path| {
-            waiting.tick();
-            let file = path.display();
-            match side::read(path)?.manifest {
-                Manifest::Host(host) => Ok(*host),
-                other => {
-                    let text = format!(
-                        "{file} is the manifest of {}, and hosts are wanted here",
-                        side::kind(&other)
-                    );
-                    Err(CliError::new(Exit::Usage, text))
-                }
-            }
-        })
-        .collect()
-}
-
-/// One line per device that differs, one column per kind of host.
-fn table(matrix: &Matrix) -> String {
-    let groups = matrix.cells.first().map_or(0, Vec::len);
+/// The columns by letter, then a line per row that differs.
+fn text(matrix: &Matrix, columns: &str, width: usize) -> String {
     let mut text = String::new();
-    for group in 0..groups {
-        let names: Vec<&str> =
-            matrix.hosts.iter().filter(|host| host.group == group).map(|host| host.name.as_str()).collect();
-        text.push_str(&format!("hosts {}: {}\n", letter(group), first_few(&names)));
-    }
-    let rows: Vec<(String, Vec<String>)> = (0..matrix.cells.len())
-        .map(|group| {
-            let names: Vec<String> = matrix
-                .devices
-                .iter()
-                .filter(|device| device.group == group)
-                .map(|device| format!("{}/{}", device.host, device.device))
-                .collect();
-            let cells = matrix.cells.get(group).into_iter().flatten();
-            let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            (first_few(&names), cells.map(cell).collect())
-        })
-        .collect();
-    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).max(6);
-    let columns: Vec<usize> = (0..groups)
-        .map(|group| {
-            rows.iter().filter_map(|(_, cells)| cells.get(group)).map(|cell| cell.chars().count()).max()
-        })
-        .map(|most| most.unwrap_or(0).max(1))
-        .collect();
-    text.push_str(&format!("\n{:width$}", "device"));
-    for (group, column) in columns.iter().enumerate() {
-        text.push_str(&format!("  {:column$}", letter(group)));
-    }
-    text.push('\n');
-    for (name, cells) in rows {
-        text.push_str(&format!("{name:width$}"));
-        for (cell, column) in cells.iter().zip(&columns) {
-            text.push_str(&format!("  {cell:column$}"));
+    let letters: Vec<String> = (0..matrix.cells.first().map_or(0, Vec::len)).map(letter).collect();
+    let mut names: Vec<Vec<String>> = vec![Vec::new(); letters.len()];
+    for host in &matrix.hosts {
+        if let Some(names) = names.get_mut(host.group) {
+            names.push(printable(&host.name).into_owned());
         }
-        text.push('\n');
     }
+    for (letter, names) in letters.iter().zip(&names) {
+        text.push_str(&list(&format!("{columns} {letter}: "), names, width));
+    }
+    let mut rows: Vec<TableRow> =
+        matrix.cells.iter().map(|cells| (Vec::new(), cells.iter().map(cell).collect())).collect();
+    let devices =
+        matrix.devices.iter().map(|device| (format!("{}/{}", device.host, device.device), device.group));
+    let machines = matrix.machines.iter().map(|machine| (machine.name.clone(), machine.group));
+    for (name, group) in devices.chain(machines) {
+        if let Some((names, _)) = rows.get_mut(group) {
+            names.push(printable(&name).into_owned());
+        }
+    }
+    let head = if matrix.machines.is_empty() { "device" } else { "machine" };
+    text.push('\n');
+    text.push_str(&table(head, &letters, &rows, width));
     text
 }
 
-fn cell(cell: &vfio_migration_compat::Cell) -> String {
+/// The verdict, and behind it the codes of all reasons: a line each.
+fn cell(cell: &Cell) -> Vec<String> {
     let verdict = json_word(&cell.verdict);
-    match (cell.verdict, cell.codes.split_first()) {
-        (Verdict::Live, _) | (_, None) => verdict,
-        (_, Some((code, []))) => format!("{verdict} ({code})"),
-        (_, Some((code, more))) => format!("{verdict} ({code} and {} more)", more.len()),
-    }
-}
-
-/// The first few of many names.
-fn first_few(names: &[&str]) -> String {
-    const SHOWN: usize = 3;
-    let shown = names.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
-    if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }
+    let last = cell.codes.len().checked_sub(1).filter(|_| cell.verdict != Verdict::Live);
+    let Some(last) = last else { return vec![verdict] };
+    let lines = cell.codes.iter().enumerate().map(|(n, code)| {
+        let before = if n == 0 { format!("{verdict} (") } else { "  ".into() };
+        format!("{before}{code}{}", if n == last { ")" } else { "," })
+    });
+    lines.collect()
 }
 
 /// A, B, … Z, A1, …
