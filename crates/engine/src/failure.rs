@@ -44,6 +44,10 @@ pub(crate) fn with_device(devices: &[DeviceFacts], index: usize, mut failure: Fa
     failure
 }
 
+/// The remedy where RAM itself differs.
+const LOGS_MISS_WRITES: &str = "suspect the dirty logs of the source first, those of its devices (DMA that they did not report) \
+                                before the one of its vCPUs and the VMM's own writes; the network last";
+
 /// Compares what the source sent, by its own count, with what the destination reports to have. Found out on `side`.
 /// `devices` may be empty.
 pub(crate) fn compare(
@@ -83,7 +87,10 @@ pub(crate) fn compare(
         }
     }
     if totals.ram_digest.is_some() && totals.ram_digest != ready.ram_digest {
-        return Err(differ("RAM digests", hex(totals.ram_digest), hex(ready.ram_digest)));
+        let mut failure = differ("RAM digests", hex(totals.ram_digest), hex(ready.ram_digest));
+        // The stream is checked on its way; a write that no log reported is not, and a device's log is its own.
+        failure.remedy = LOGS_MISS_WRITES.to_owned();
+        return Err(failure);
     }
     Ok(())
 }

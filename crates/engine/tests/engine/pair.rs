@@ -324,6 +324,14 @@ fn ready_must_agree_in_everything() {
             let abort = aborted(&world, &end);
             assert!(abort.cause.text.contains(what), "{}", abort.cause.text);
             assert_eq!(abort.cause.phase, Phase::Ready);
+            if what == "RAM digests" {
+                let remedy = &abort.cause.remedy;
+                let place = |word: &str| remedy.find(word).unwrap_or_else(|| panic!("no {word} in {remedy}"));
+                assert!(
+                    place("devices (DMA") < place("vCPUs") && place("vCPUs") < place("network"),
+                    "{remedy}"
+                );
+            }
             let said = world.link.to_source.iter().any(|said| said.starts_with("Ready"));
             assert_eq!(said, corrupt_by_liar);
         }
