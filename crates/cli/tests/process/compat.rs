@@ -244,6 +244,138 @@ fn a_pool_of_hosts_has_a_matrix_and_a_baseline() {
     assert_eq!((exit, report["without"][0]["model"].as_str()), (3, Some("example.org/other")), "{report}");
 }
 
+#[test]
+fn a_host_has_the_vfio_user_devices_that_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_free, free) = server(&dir, "free.sock", &["--param", "queues=8"]);
+    let vm = Setup::new(dir.path(), "a").start();
+    let root = dir.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    let file = dir.path().join("h1.json");
+    let describe =
+        |more: &[&str]| run(&[&["describe", "--host", "--name", "h1", "--root", text(&root)], more].concat());
+    let (socket, control) = (format!("vfio-user:{}", free.display()), control(&vm));
+    let output = describe(&[&socket, &control, text(&free), "-o", text(&file)]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let host: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let devices = host["devices"].as_array().unwrap();
+    let names: Vec<&str> = devices.iter().map(|device| device["id"].as_str().unwrap()).collect();
+    assert_eq!(names, ["free", "a-dev0", "free-2"]);
+    assert!(
+        devices.iter().all(|device| device["backend"] == "vfio-user" && device["model"].is_string()),
+        "{host}"
+    );
+    assert_eq!(json_of(&["check", &control, text(&file)]).1["map"]["dev0"], "a-dev0");
+
+    // Which machine can go where: the one that runs, and one that needs what the host has not.
+    let machine = dir.path().join("web2.json");
+    assert!(run(&["describe", &control, "-o", text(&machine)]).status.success());
+    let other =
+        std::fs::read_to_string(&machine).unwrap().replace("vfio-migrate.org/sample", "example.org/other");
+    std::fs::write(&machine, other).unwrap();
+    let (exit, matrix) = json_of(&["check", "--matrix", &control, text(&machine), text(&file)]);
+    assert_eq!((exit, matrix["devices"].as_array().map(Vec::len)), (0, Some(0)), "{matrix}");
+    let names: Vec<&str> =
+        matrix["machines"].as_array().unwrap().iter().map(|it| it["name"].as_str().unwrap()).collect();
+    assert_eq!(names, [control.as_str(), "web2"]);
+    assert_ne!(matrix["cells"][0][0]["verdict"], "no", "{matrix}");
+    assert_eq!(matrix["cells"][1][0]["verdict"], "no", "{matrix}");
+    let words = run(&["check", "--matrix", &control, text(&machine)]);
+    let words = String::from_utf8(words.stdout).unwrap();
+    assert!(words.contains("machines A: ") && words.contains("device-model"), "{words}");
+    let (exit, report) = json_of(&["check", "--baseline", &control, text(&file)]);
+    assert_eq!((exit, report["baselines"][0]["model"].as_str()), (0, Some("vfio-migrate.org/sample")));
+
+    for (wrong, exit, why) in [
+        (vec!["vfio:0000:00:00.0"], 2, "listed anyway"),
+        (vec!["tcp:127.0.0.1:1"], 2, "receiver"),
+        (vec![text(&file)], 2, "a host"),
+        (vec!["/nowhere.sock"], 1, "/nowhere.sock"),
+    ] {
+        let output = describe(&wrong);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(exit) && said.contains(why), "{wrong:?}: {said}");
+    }
+    assert_eq!(failure_of(&["describe", text(&free), text(&free)]).0, 2);
+}
+
+#[test]
+fn a_matrix_leaves_no_name_out_and_says_when_there_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let files: Vec<PathBuf> = (0..20).map(|n| host(&dir, &format!("host{n}"), "1.2.0")).collect();
+    let mut all: Vec<&str> = files.iter().map(|file| text(file)).collect();
+    let newer = host(&dir, "newer", "1.3.0");
+    all.push(text(&newer));
+    let output = crate::support::command(&[&["check", "--matrix"], all.as_slice()].concat())
+        .env("COLUMNS", "60")
+        .output()
+        .unwrap();
+    let table = String::from_utf8(output.stdout).unwrap();
+    for n in 0..20 {
+        assert!(table.contains(&format!("host{n}/net0")), "{table}");
+    }
+    assert!(!table.contains(" more") && table.contains("newer/net0"), "{table}");
+    assert!(table.lines().all(|line| line.chars().count() <= 60), "{table}");
+
+    let empty = dir.path().join("empty.json");
+    let manifest = json!({"schema": "vfio-migrate.org/manifest/1", "kind": "host", "name": "bare"});
+    std::fs::write(&empty, manifest.to_string()).unwrap();
+    let (exit, said) = failure_of(&["check", "--matrix", text(&empty)]);
+    assert!(
+        exit == 1 && said.contains("none of these hosts has a device") && said.contains("bare"),
+        "{said}"
+    );
+}
+
+/// Runs the command with a limit on its CPU time and its memory, which the kernel keeps: neither depends on the machine's load.
+fn limited(arguments: &[&str]) -> (Option<i32>, String) {
+    let output = std::process::Command::new("sh")
+        .args(["-c", r#"ulimit -t 100 -v 3145728; exec "$0" "$@""#, env!("CARGO_BIN_EXE_vfio-migrate")])
+        .args(arguments)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).chars().take(500).collect();
+    (output.status.code(), said)
+}
+
+#[test]
+fn the_largest_hosts_take_bounded_time_and_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = |n: i64| {
+        json!({"id": format!("d{n}"), "model": "example.org/nic", "model_version": "1.2.0",
+            "dirty": {"device_log": true}, "parameters": {"queues": n}})
+    };
+    let files: Vec<String> = [0, 10_000]
+        .map(|first| {
+            let devices: Vec<Value> = (first..first + 4096).map(device).collect();
+            let offers: Vec<Value> = (first + 5000..first + 9096).map(|n| json!({"device": device(n)})).collect();
+            let host = json!({"schema": "vfio-migrate.org/manifest/1", "kind": "host", "name": format!("h{first}"),
+                "devices": devices, "offers": offers});
+            let file = dir.path().join(format!("{first}.json"));
+            std::fs::write(&file, host.to_string()).unwrap();
+            text(&file).to_owned()
+        })
+        .into();
+    let one = dir.path().join("one.json");
+    let mut device = device(-1);
+    device["schema"] = json!("vfio-migrate.org/manifest/1");
+    device["kind"] = json!("device");
+    std::fs::write(&one, device.to_string()).unwrap();
+    let [a, b] = [files[0].as_str(), files[1].as_str()];
+    for (arguments, exit) in [
+        (vec!["check", "--matrix", a, b], 0),
+        (vec!["check", "--matrix", a, b, "--json"], 0),
+        (vec!["check", "--baseline", a, b], 3),
+        (vec!["check", text(&one), a], 3),
+        (vec!["describe", a, "--format", "list"], 0),
+        (vec!["describe", a, "--format", "node-labels"], 0),
+        (vec!["describe", a, "--format", "resource-attributes"], 0),
+    ] {
+        let (found, said) = limited(&arguments);
+        assert_eq!(found, Some(exit), "{arguments:?}: {said}");
+    }
+}
+
 fn pair(dir: &TempDir, there: &[&str]) -> (Vm, Vm) {
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let incoming = [UUID, &["--incoming", "tcp:127.0.0.1:0"]].concat();
