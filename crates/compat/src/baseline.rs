@@ -212,7 +212,16 @@ fn parameters(hosts: &[Vec<&Own<'_>>]) -> Result<BTreeMap<String, Scalar>, Stuck
         let taken = taken(&having, &left);
         let fits = |choice: &&Choice| taken.iter().all(|host| host.takes(choice));
         let values = values(&having);
-        let choice = values.iter().find(fits).ok_or_else(|| name.clone())?;
+        let Some(choice) = values.iter().find(fits) else {
+            if !taken.iter().all(|host| host.unknown) {
+                return Err(name.clone());
+            }
+            // Each host has a candidate that does not know it.
+            for one in &having {
+                left.get_mut(one.host).map(|left| left.remove(&one.candidate));
+            }
+            continue;
+        };
         let mut keep: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); left.len()];
         for one in &having {
             if let Some(left) = left.get_mut(one.host) {

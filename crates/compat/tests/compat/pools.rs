@@ -211,6 +211,10 @@ fn a_parameter_that_some_do_not_know_stays_off() {
         matches!(baseline(&pool, "acme.com/nic"), Err(BaselineError::NoValue(name, _)) if name.contains("rss"))
     );
     assert_eq!(baseline(&pool[..1], "acme.com/nic").unwrap().parameters["rss"], true.into());
+    // Where it cannot be off, and each has a device that does not know it, it is left out.
+    newer.parameters.get_mut("rss").unwrap().off = None;
+    let pool = [host("a", vec![newer, device("y", "1.4.0", 4, 4)]), pool[1].clone()];
+    assert!(!baseline(&pool, "acme.com/nic").unwrap().parameters.contains_key("rss"));
 }
 
 #[test]
