@@ -44,7 +44,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "continue"
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "set" -d 'Change the limits of a migration while it runs'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "stop" -d 'Pause the guest of a running `vm`'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "cont" -d 'Let the guest of a running `vm` run'
-complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "quit" -d 'End a `vm`; with --force also one whose guest is there, and ends with it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'
@@ -52,9 +52,9 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "completio
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "man" -d 'Write the man pages of all verbs into a folder'
 complete -c vfio-migrate -n "__fish_vfio_migrate_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l memory -d 'Guest RAM' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l dirty-rate -d 'RAM that the guest dirties each second' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-state -d 'Internal state of each device' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-dirty-rate -d 'Internal state that each device changes each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l dirty-rate -d 'RAM that the guest dirties each second; 0 for none' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-state -d 'Internal state of each device, besides its registers' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-dirty-rate -d 'Internal state that each device changes each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devices -d 'Number of devices' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l transport -d 'How the two VMs talk' -r -f -a "tcp\t'TCP on loopback'
 unix\t'A unix socket'"
@@ -73,13 +73,15 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s v -l 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l socket -d 'Where to listen' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-size -d 'Internal state' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-dirty-rate -d 'Internal state changed each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-size -d 'Internal state, besides its registers' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l state-dirty-rate -d 'Internal state changed each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l dma-interval -d 'Pace of the DMA engine: one descriptor each' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model -d 'Model it claims to be' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR.PATCH' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l param -d 'A parameter of the model that it claims to have. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l field -d 'A further field of its manifest, JSON or text: said, and nothing else. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l fault -d 'Misbehave on purpose; may be given more than once. All are listed below' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-migration -d 'No migration at all'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-precopy -d 'No PRE_COPY: the state can only be saved while the device is stopped'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-p2p -d 'No peer-to-peer states'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-dirty-log -d 'No log of DMA writes'
@@ -94,11 +96,11 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l restore
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l control -d 'Control socket' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l uuid -d 'Identity of the VM. Without it a guest that starts gets a random one, and a guest that arrives keeps its own' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l state-dir -d 'Where the ownership journal lives. Without it a lost commit cannot be told from a lost answer after a crash' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused, also one that is restored or arrives: `cont` lets it run'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -106,12 +108,15 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s h -l he
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l bandwidth -d 'Bytes each second at most, while the guest runs. Without it, or with none, there is no cap' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
+off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l suspend -d 'Have the guest arrive paused: `cont` there lets it run. If it does not move, it runs on here'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest is paused meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l detach -d 'Return once the migration has begun'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -120,9 +125,11 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s V 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l to -d 'Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N of the `vm`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time; a rehearsal ends with what it has found' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs. Without it, or with none, there is no cap' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
+off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Pause the guest too, for as long as it would be paused, so that all of it is measured'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
@@ -135,7 +142,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l f
 node-labels\t'Kubernetes node labels, JSON'
 resource-attributes\t'Attributes of Kubernetes resources, JSON'
 list\t'Lines of KEY=VALUE'"
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all. A regular file that is there, or that a symbolic link there leads to, is replaced' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l host -d 'This host: what it has and can give, with the vfio-user devices that are named'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l probe -d 'Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l json -d 'Print JSON. A manifest is JSON anyway'
@@ -145,9 +153,11 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s V
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l model -d 'With --baseline: of this model alone' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts; where machines are named, which machine to which host, or without a host to which machine. Whatever it says, the exit code is 0'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host and machine of the pool can load'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l probe -d 'Open devices of this host that are named, if nobody uses them, which resets them, and ask them'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l live -d 'Whether it can move live: exit with 3 for what can only be saved and restored, too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s h -l help -d 'Print help'
@@ -159,11 +169,11 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s V 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l control -d 'Control socket of the `vm` whose guest is saved' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l device -d 'The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s o -l output -d 'File to write. It appears whole or not at all' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l state-limit -d 'Most bytes of state that each device may give, so that one whose state has no end does not fill the disk. Default: 16 times what the device estimates, and at least 1G; 64G for one that does not estimate it' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-copy-only -d 'With --device: read all of its state while it is stopped, as if it had no PRE_COPY'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a file that is there'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l force -d 'Replace a regular file that is there, or that a symbolic link there leads to'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop -d 'End the guest here: from then on it lives in the file. Otherwise it goes on'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l verify -d 'Write a digest of all RAM too, which the restore compares; the guest is paused meanwhile'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l allow-all-dirty -d 'Save even a device that logs no DMA: all of RAM is written while the guest is paused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s h -l help -d 'Print help'
@@ -177,6 +187,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s h 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l state-dir -d 'State directory of `vm`s, which need not run: who owns each VM by its journal, and how its last session ended' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l watch -d 'Keep showing it until the migration ends'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -201,7 +212,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -s h
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand continue" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l downtime-limit -d 'New limit on the downtime' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l bandwidth -d 'New cap on bytes each second; 0 for none' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l bandwidth -d 'New cap on bytes each second; none lifts it' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand set" -s h -l help -d 'Print help'
@@ -218,6 +229,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -s h -l 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand cont" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -l force -d 'End a guest that is here with it. Without this, a `vm` whose guest is here, running or paused, does not quit'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s V -l version -d 'Print version'
@@ -226,6 +238,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l j
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l probe -d 'Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it; one that is in use is left alone'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l all -d 'Every PCI function, also one that has nothing to do with VFIO'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l json -d 'Print one JSON object on stdout'
@@ -260,7 +273,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "set" -d 'Change the limits of a migration while it runs'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "stop" -d 'Pause the guest of a running `vm`'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "cont" -d 'Let the guest of a running `vm` run'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "quit" -d 'End a running `vm`, and a guest that is there with it'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "quit" -d 'End a `vm`; with --force also one whose guest is there, and ends with it'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "incoming" -d 'Let a running `vm`, whose guest has left, wait for a guest again'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "devices" -d 'List the VFIO devices of this host, and why each can or cannot migrate'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand help; and not __fish_seen_subcommand_from demo device vm migrate rehearse describe check explain save restore status history cancel continue set stop cont quit incoming devices doctor completions man help" -f -a "doctor" -d 'Examine this host: what it lacks for migrating VFIO devices, and what fixes it'

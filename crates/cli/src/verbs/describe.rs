@@ -67,7 +67,12 @@ pub(crate) fn run(options: &DescribeCommand) -> Result<Exit, CliError> {
 }
 
 /// What the only word names.
-fn one(words: &[String], name: Option<&str>, local: &HostAccess, timeout: Duration) -> Result<Document, CliError> {
+fn one(
+    words: &[String],
+    name: Option<&str>,
+    local: &HostAccess,
+    timeout: Duration,
+) -> Result<Document, CliError> {
     let [word] = words else {
         let text =
             format!("{} are named, and one is described; several are described with --host", words.len());
@@ -85,7 +90,12 @@ fn one(words: &[String], name: Option<&str>, local: &HostAccess, timeout: Durati
 }
 
 /// Adds the vfio-user devices that are named, each by its socket, or by a `vm` that uses it. They are called as their sockets are.
-fn user_devices(words: &[String], local: &HostAccess, timeout: Duration, host: &mut HostManifest) -> Result<(), CliError> {
+fn user_devices(
+    words: &[String],
+    local: &HostAccess,
+    timeout: Duration,
+    host: &mut HostManifest,
+) -> Result<(), CliError> {
     for word in words {
         let usage = |what: &str| {
             let text = format!(
