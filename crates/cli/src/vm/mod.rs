@@ -1,5 +1,7 @@
 //! `vm`: the process that runs a guest, or waits for one, and serves its control socket.
 
+#[cfg(test)]
+mod fault_sweep;
 mod faults;
 mod handler;
 mod history;
@@ -13,9 +15,10 @@ mod slot;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 
 use serde_json::Value;
+use vfio_migration::{Snapshot, Uri};
 use vfio_migration_types::Epoch;
 
 use self::handler::VmHandler;
@@ -24,23 +27,14 @@ use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
 use crate::args::serve::VmCommand;
 use crate::control::event::ControlEvent;
-use crate::control::server::Bound;
+use crate::control::server::{Bound, ControlServer};
 use crate::exit::{CliError, Exit};
 use crate::interrupt::{self, UserInterrupt};
+use crate::output::eprintln_line;
 use crate::words::uri;
 
 pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
-    let vm = Arc::new(RunningVm::new(options)?);
-    let uri = match &options.incoming {
-        Some(text) => Some(uri(text)?),
-        None => None,
-    };
-    // Checked whole before anything is made for it.
-    let snapshot = match options.restore.clone() {
-        Some(path) => Some(interrupt.watch(move || saving::open(&path))??),
-        None => None,
-    };
-    let epoch = if uri.is_none() && snapshot.is_none() { owned_epoch(&vm)? } else { Epoch(0) };
+    let prepared = Prepared::new(options, interrupt)?;
     let (quit, quitted) = mpsc::channel();
     let by_control = quit.clone();
     interrupt::on_end(options.exit_with_stdin, move || {
@@ -49,54 +43,95 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
     })?;
     // A signal that came before was heard by nobody else.
     interrupt.check()?;
-    // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
-    // whoever gets an answer finds everything in place.
-    let bound = match &options.control {
-        Some(path) => Some((path, Bound::at(path).map_err(|error| cannot_listen(path, &error))?)),
-        None => None,
-    };
-    match (uri, snapshot) {
-        (None, Some(snapshot)) => {
-            let slot = saving::restore(&vm, snapshot)?;
-            drop(vm.state.put_if(|_| true, slot));
-        }
-        (Some(uri), _) => {
-            let machine = build(&vm)?;
-            incoming::reserve(&vm)
-                .and_then(|_| incoming::listen(&vm, &uri, machine))
-                .map_err(|refused| CliError::failed(refused.desc))?;
-        }
-        (None, None) => {
-            let machine = build(&vm)?;
-            let doing = |error| CliError::caused("cannot start the guest", &error);
-            machine.boot(&vm.workload).map_err(doing)?;
-            if !options.paused {
-                machine.cont().map_err(doing)?;
-            }
-            drop(vm.state.put_if(|_| true, Slot::Here { machine, epoch }));
-        }
-    }
-    let _server = match bound {
-        Some((path, bound)) => {
-            let handler = Arc::new(VmHandler { vm: vm.clone(), quit: by_control });
-            let served = bound.serve(handler, vm.publisher.clone());
-            Some(served.map_err(|error| {
-                vm.end();
-                cannot_listen(path, &error)
-            })?)
-        }
-        None => None,
-    };
+    let started = prepared.start(by_control)?;
+    let vm = &started.vm;
     // Signals come through `quit`; the flag of a second one ends the process at once.
     let (mut watch, mut readiness) = (LostDeviceWatch::default(), ReadinessWatch::default());
     while quitted.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
-        watch.report_new(&vm);
-        readiness.tend(&vm);
+        watch.report_new(vm);
+        readiness.tend(vm);
     }
     drop(interrupt.clone());
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
     vm.end();
+    eprintln_line("vfio-migrate: the VM's process has ended");
     Ok(Exit::Done)
+}
+
+/// A `vm` whose command line has been judged, and for which nothing has been made yet.
+struct Prepared {
+    vm: Arc<RunningVm>,
+    uri: Option<Uri>,
+    snapshot: Option<Snapshot>,
+    epoch: Epoch,
+}
+
+/// A `vm` that runs a guest or waits for one, and answers its control socket.
+struct Started {
+    vm: Arc<RunningVm>,
+    _server: Option<ControlServer>,
+}
+
+impl Prepared {
+    fn new(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Self, CliError> {
+        let vm = Arc::new(RunningVm::new(options)?);
+        let uri = options.incoming.as_deref().map(uri).transpose()?;
+        // Checked whole before anything is made for it.
+        let snapshot = match options.restore.clone() {
+            Some(path) => Some(interrupt.watch(move || saving::open(&path))??),
+            None => None,
+        };
+        let epoch = if uri.is_none() && snapshot.is_none() { owned_epoch(&vm)? } else { Epoch(0) };
+        Ok(Self { vm, uri, snapshot, epoch })
+    }
+
+    /// Starts the guest, brings it back, or waits for it; `quit` is what the control socket ends the process by.
+    fn start(self, quit: Sender<()>) -> Result<Started, CliError> {
+        let Self { vm, uri, snapshot, epoch } = self;
+        // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
+        // whoever gets an answer finds everything in place.
+        let bound = match &vm.options.control {
+            Some(path) => Some((path, Bound::at(path).map_err(|error| cannot_listen(path, &error))?)),
+            None => None,
+        };
+        match (uri, snapshot) {
+            (None, Some(snapshot)) => {
+                let slot = saving::restore(&vm, snapshot)?;
+                drop(vm.state.put_if(|_| true, slot));
+            }
+            (Some(uri), _) => {
+                let machine = build(&vm)?;
+                incoming::reserve(&vm)
+                    .and_then(|_| incoming::listen(&vm, &uri, machine))
+                    .map_err(|refused| CliError::failed(refused.desc))?;
+            }
+            (None, None) => {
+                let machine = build(&vm)?;
+                let doing = |error| CliError::caused("cannot start the guest", &error);
+                machine.boot(&vm.workload).map_err(doing)?;
+                if !vm.options.paused {
+                    machine.cont().map_err(doing)?;
+                }
+                drop(vm.state.put_if(|_| true, Slot::Here { machine, epoch }));
+            }
+        }
+        if let Slot::Here { machine, .. } = vm.state.slot() {
+            let (id, is) = (machine.id(), if machine.is_running() { "runs" } else { "is paused" });
+            eprintln_line(format_args!("vfio-migrate: VM {id} {is}"));
+        }
+        let server = match bound {
+            Some((path, bound)) => {
+                let handler = Arc::new(VmHandler { vm: vm.clone(), quit });
+                let served = bound.serve(handler, vm.publisher.clone());
+                Some(served.map_err(|error| {
+                    vm.end();
+                    cannot_listen(path, &error)
+                })?)
+            }
+            None => None,
+        };
+        Ok(Started { vm, _server: server })
+    }
 }
 
 fn cannot_listen(path: &Path, error: &std::io::Error) -> CliError {
