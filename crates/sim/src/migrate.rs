@@ -196,8 +196,9 @@ impl SampleDevice {
         {
             let mut front = lock(&self.shared.front);
             front.active = true;
-            // The tail may have moved without a doorbell that reached this device.
-            front.registers.doorbell = true;
+            // The tail may have moved without a doorbell that reached this device. An engine that is off or stopped has none, and
+            // looks once it is switched on: a pause leaves no trace in it.
+            front.registers.doorbell |= front.registers.enabled && !front.registers.ring_error;
             (0..VECTORS).for_each(|vector| front.raise(vector));
         }
         self.shared.order(Some(mode));

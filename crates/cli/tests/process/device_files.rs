@@ -137,6 +137,24 @@ fn pre_copy_and_stop_copy_move_the_same_state() {
 }
 
 #[test]
+fn files_of_one_state_have_one_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name);
+    let idle = Server::calm(dir.path(), "a.sock");
+    let saves: Vec<Value> =
+        ["first", "second", "third"].map(|name| idle.save(&file(name), &["--stop-copy-only"])).into();
+    let digests: Vec<&str> = saves.iter().map(digest).collect();
+    assert!(digests.iter().all(|other| *other == digests[0]), "{digests:?}");
+    // Of the state: each file tells of its own session, too.
+    assert_ne!(saves[0]["file-digest"], saves[1]["file-digest"], "{saves:?}");
+    // So it is of another device that was never used, and of one that was only loaded.
+    let other = Server::calm(dir.path(), "b.sock");
+    assert_eq!(digest(&other.save(&file("other"), &["--stop-copy-only"])), digests[0]);
+    other.restore(&file("first"), &[]);
+    assert_eq!(digest(&other.save(&file("loaded"), &["--stop-copy-only"])), digests[0]);
+}
+
+#[test]
 fn what_does_not_fit_is_refused_before_the_device_is_touched() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
