@@ -3,6 +3,7 @@
 
 mod circles;
 mod floors;
+mod links;
 mod modules;
 mod names;
 mod packages;
@@ -31,6 +32,7 @@ pub(crate) fn check(top: &Path) -> Result<(), String> {
     circles::check(&tree, &mut breaches);
     printing::check(&tree, &mut breaches);
     packages::check(top, &tree, &mut breaches);
+    links::check(top, &tree, &mut breaches);
     if breaches.is_empty() { Ok(()) } else { Err(format!("house rules:\n  {}", breaches.join("\n  "))) }
 }
 

@@ -1,6 +1,8 @@
 //! The command line: the verbs, and which options each of them takes.
 
 pub(crate) mod ask;
+#[cfg(test)]
+mod documented;
 pub(crate) mod moves;
 pub(crate) mod serve;
 
