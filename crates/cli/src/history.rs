@@ -143,7 +143,9 @@ pub(crate) fn text(record: &HistoryRecord) -> String {
 /// How a session ended, in a few words: its status, where it stopped, the times.
 pub(crate) fn ending(migration: &MigrationInfo) -> String {
     let status = match migration.status {
-        MigrationStatus::Failed if migration.incompatible => "refused".to_owned(),
+        MigrationStatus::Failed | MigrationStatus::Rehearsed if migration.incompatible => {
+            "refused".to_owned()
+        }
         status => status.to_string(),
     };
     let mut text = format!("{status} after {} ms", migration.total_ms);
