@@ -3,6 +3,7 @@
 
 mod change;
 mod kernel_test;
+mod pictures;
 mod programs;
 mod rings;
 mod rules;
@@ -26,7 +27,10 @@ cargo xtask kernel-test --iommufd-mock [PART OF A NAME…]
                            pages; no part of the kernel ring
 cargo xtask soak [N]       run the demo N times in a row (20 when not given); every run must verify
 cargo xtask generate       write man pages, completions and schemas again
-cargo xtask rules          check the house rules alone (length and names of files, floors, circles, unsafe)
+cargo xtask pictures [NAME…]
+                           record the pictures in docs/pictures again, all or those that are named so, with the command
+                           that VFIO_MIGRATE names, or with a release build
+cargo xtask rules          check the house rules alone (length and names of files, floors, circles, unsafe, links)
 
 Rings: rules, lint, test, kernel, docs
 A ring that this machine cannot run is skipped with a loud line; with CI set that is a failure.";
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
             Err(_) => Err(format!("'{runs}' is no number of runs")),
         },
         ["generate"] => rings::generate(&top),
+        ["pictures", named @ ..] => pictures::make(&top, named),
         ["rules"] => rules::check(&top),
         _ => {
             eprintln!("{HELP}");
