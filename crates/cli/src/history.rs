@@ -98,6 +98,9 @@ impl History {
             if !path.exists() {
                 continue;
             }
+            if !path.is_file() {
+                return Err(CliError::failed(format!("{} is no regular file", path.display())));
+            }
             let bytes = read_capped(&path, READ_MAX)?;
             for line in bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
                 match parse(line) {

@@ -131,7 +131,9 @@ fn migration_line(info: &MigrationInfo, columns: Option<usize>) -> String {
     parts.push((4, format!("{}/s", format_size(info.rate))));
     parts.push((6, format!("{} s", info.total_ms / 1000)));
     if info.phase.as_deref() == Some("P3") && info.status == MigrationStatus::Active {
-        let left = info.remaining.checked_div(info.rate).filter(|_| !incoming && info.remaining > 0);
+        // Before anything has moved the rate says nothing.
+        let told = |seconds: &u64| !incoming && info.remaining > 0 && *seconds < 24 * 3600;
+        let left = info.remaining.checked_div(info.rate).filter(told);
         parts.extend(left.map(|seconds| (3, format!("pass ends in {} s", seconds.saturating_add(1)))));
     }
     if let Some(predicted) = info.expected_downtime_ms {

@@ -173,7 +173,7 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
 /// A cancel before there was a session: nothing is to be undone.
 pub(crate) fn cancelled(phase: Phase) -> MigrateError {
     MigrateError::Aborted(Box::new(Aborted {
-        cause: Failure::new(Side::Source, phase, "cancelled by the operator"),
+        cause: Failure::cancelled(Side::Source, phase, "cancelled by the operator"),
         cancelled: true,
         reset: Vec::new(),
         locks_lost: Vec::new(),

@@ -60,11 +60,26 @@ pub struct Failure {
     pub remedy: String,
 }
 
+/// Linux's errno of an operation that was cancelled.
+const ECANCELED: u32 = 125;
+
 impl Failure {
     /// A failure of no device and without errno, for which no remedy is known.
     pub fn new(side: Side, phase: Phase, text: impl Into<String>) -> Self {
         let (text, remedy) = (printable(&text.into()).into_owned(), String::new());
         Self { side, phase, device: None, arc: None, errno: None, text, remedy }
+    }
+
+    /// A cancel by the operator of `side`: no failure, but told as one. Its errno, ECANCELED, tells it from a failure at the
+    /// other side too.
+    pub fn cancelled(side: Side, phase: Phase, text: impl Into<String>) -> Self {
+        Self { errno: Some(ECANCELED), ..Self::new(side, phase, text) }
+    }
+
+    /// Whether it is a [cancel](Self::cancelled).
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.errno == Some(ECANCELED) && self.device.is_none() && self.arc.is_none()
     }
 
     /// The same, with what to do about it.

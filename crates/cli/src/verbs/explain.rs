@@ -30,7 +30,7 @@ pub(crate) struct ExplainedCode {
     /// What to do about it.
     remedy: &'static str,
     /// What other verbs mean by the same code; absent where no other has it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     also: Vec<ExplainedCode>,
 }
 

@@ -161,7 +161,7 @@ pub(crate) fn status(
 
 /// `cancel`: the migration is given up.
 pub(crate) fn cancel(target: &VmTarget) -> Result<Exit, CliError> {
-    request(target, ControlVerb::MigrateCancel, Value::Null, "cancelling; the guest goes on where it is")
+    request(target, ControlVerb::MigrateCancel, Value::Null, "cancelling")
 }
 
 /// `continue`: a migration that waits before its switchover goes on.

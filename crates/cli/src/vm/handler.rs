@@ -129,6 +129,9 @@ impl VmHandler {
         let Slot::Here { machine, .. } = self.vm.state.slot() else {
             return Err(Refused::generic("there is no running guest here that could be paused"));
         };
+        if let Some(why) = machine.failure() {
+            return Err(Refused::generic(format!("the guest has stopped by itself: {why}")));
+        }
         let ran = machine.is_running();
         machine.stop().map_err(|error| Refused::generic(error_chain(&error)))?;
         self.publish_if(ran, "STOP");
@@ -141,6 +144,9 @@ impl VmHandler {
             Slot::OwnedNotStarted { machine, epoch } => (machine, Some(epoch)),
             _ => return Err(Refused::generic("there is no guest here that could run")),
         };
+        if let Some(why) = machine.failure() {
+            return Err(Refused::generic(format!("the guest has stopped by itself and cannot go on: {why}")));
+        }
         if held.is_some() {
             // This side owns a guest that could not be started, or whose storage could not be locked: both are tried again.
             machine.take_locks().map_err(|error| Refused::generic(error_chain(&error)))?;

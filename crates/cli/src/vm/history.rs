@@ -27,7 +27,8 @@ const MOST_REASONS: usize = 16;
 
 /// Says that a session has begun.
 pub(super) fn session_began(attempt: &AttemptInfo, direction: &str) {
-    let (kind, way) = (kind(attempt.kind, true).name(), if direction == "incoming" { "from" } else { "to" });
+    let (kind, way) =
+        (kind(attempt.kind, true, false).name(), if direction == "incoming" { "from" } else { "to" });
     let AttemptInfo { vm, peer, attempt, .. } = attempt;
     tracing::info!(target: SESSION, "{kind} of VM {vm} {way} {} begins (attempt {attempt})", printable(peer));
 }
@@ -43,7 +44,8 @@ pub(super) fn session_ended(dir: Option<&Path>, progress: &Progress, info: &Migr
     if info.direction.as_deref() == Some("outgoing") && attempt.kind != AttemptKind::Save {
         info.downtime_limit_ms = Some(crate::units::milliseconds(progress.downtime_limit));
     }
-    record(dir, attempt, kind(attempt.kind, tried), info);
+    let outgoing = info.direction.as_deref() == Some("outgoing");
+    record(dir, attempt, kind(attempt.kind, tried, outgoing), info);
 }
 
 /// Says how a session ended, and writes it down.
@@ -76,10 +78,12 @@ pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKin
     }
 }
 
-/// A rehearsal in which nothing was `tried` was a mere question.
-fn kind(kind: AttemptKind, tried: bool) -> SessionKind {
+/// A rehearsal in which nothing was `tried` was a mere question, at the side that is asked.
+fn kind(kind: AttemptKind, tried: bool, outgoing: bool) -> SessionKind {
     match kind {
         AttemptKind::Rehearsal if tried => SessionKind::Rehearsal,
+        // A source only asks by rehearsing; a destination cannot tell a rehearsal that was refused at once from a question.
+        AttemptKind::Rehearsal if outgoing => SessionKind::Rehearsal,
         AttemptKind::Rehearsal => SessionKind::Check,
         AttemptKind::Save => SessionKind::Save,
         AttemptKind::Restore => SessionKind::Restore,

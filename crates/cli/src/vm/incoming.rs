@@ -74,9 +74,9 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     let of_thread = vm.clone();
     let begun = vm.state.begin(Steering::Incoming(control.clone()), reserved, Some(awaited), || {
         std::thread::Builder::new().name("migration".into()).spawn(move || {
-            let result = receive(&of_thread, &mut destination, &control);
+            let (result, came) = receive(&of_thread, &mut destination, &control);
             let owner = result.is_ok();
-            finish(&of_thread, result, control.is_cancelled());
+            finish(&of_thread, result, control.is_cancelled(), came);
             drop(of_thread);
             if owner && let Err(error) = destination.answer_queries(ANSWER_FOR) {
                 tracing::warn!(%error, "a source that lost our answer would find nobody to ask");
@@ -89,33 +89,41 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     Ok(())
 }
 
-/// Receives a guest. Two things end the wait: a guest that has arrived, and the operator; with `--once` also a session that
+/// Receives a guest, and says whether it was a session that ended the wait. Two things do: a guest that has arrived, and the operator; with `--once` also a session that
 /// ended otherwise, but for a rehearsal. After every other end the address is waited at on, with a machine built anew.
 fn receive(
     vm: &RunningVm,
     destination: &mut Destination,
     control: &IncomingControl,
-) -> Result<Arrived, IncomingError> {
+) -> (Result<Arrived, IncomingError>, bool) {
+    let attempt =
+        || control.last_progress().and_then(|progress| progress.attempt).map(|attempt| attempt.attempt);
     let only_one = matches!(destination.local(), Uri::Fd(_));
     loop {
         let lent = AtomicBool::new(false);
+        let before = attempt();
         let error = match destination.accept(|offer| admit(vm, offer, &lent)) {
-            Ok(arrived) => return Ok(arrived),
-            Err(error @ IncomingError::OwnedNotStarted(_)) => return Err(error),
+            Ok(arrived) => return (Ok(arrived), true),
+            Err(error @ IncomingError::OwnedNotStarted(_)) => return (Err(error), true),
             Err(error) => error,
         };
         let once = vm.options.once && !matches!(error, IncomingError::Rehearsed(_));
         if only_one || once || control.is_cancelled() {
-            return Err(error);
+            return (Err(error), attempt() != before);
         }
-        // Before the end is published: a client that reacts to it must find the devices free.
-        if lent.into_inner() {
-            let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
-            vm.presence.end();
-            // What keeps it from being built is in the status, and it is tried again.
-            drop(rebuild(vm, None));
+        let ended = info::not_arrived(vm, &error, false);
+        if !lent.into_inner() {
+            vm.end_attempt(ended);
+            continue;
         }
-        vm.end_attempt(info::not_arrived(vm, &error, false));
+        // What the session had is given up before its end is told, and built anew after it: nobody who is told finds the session
+        // neither under way nor ended.
+        let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
+        vm.presence.end();
+        retire(vm);
+        vm.end_attempt(ended);
+        // What keeps it from being built is in the status, and it is tried again.
+        drop(rebuild(vm, None));
     }
 }
 
@@ -152,19 +160,28 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
     inject_at_destination(vm.options.sabotage, machine).map_err(refused)
 }
 
+/// Drops the machine of a `vm` that waits. Whoever calls it holds `building`.
+fn retire(vm: &RunningVm) {
+    if let Slot::Awaited { at, not_ready, .. } = vm.state.slot() {
+        // What kept it from being built the last time is what is known until it is tried again.
+        let not_ready = not_ready.or_else(|| Some("its machine is being built anew".into()));
+        let waits = |slot: &Slot| matches!(slot, Slot::Awaited { .. });
+        drop(vm.state.put_if(waits, Slot::Awaited { machine: None, at, not_ready }));
+    }
+}
+
 /// Builds the machine of a `vm` that waits anew, of so much `memory` where its operator did not say how much. What keeps it
 /// from being built is in the status until it can be. Whoever calls it holds `building`.
 fn rebuild(vm: &RunningVm, memory: Option<u64>) -> Result<Arc<ReferenceMachine>, String> {
-    let waits = |slot: &Slot| matches!(slot, Slot::Awaited { .. });
+    // The old one first: a device takes one client at a time.
+    retire(vm);
+    let built = build_with_memory(vm, memory).map_err(|failure| failure.text);
     let Slot::Awaited { at, .. } = vm.state.slot() else {
         return Err("it no longer waits for a guest".into());
     };
-    let awaited = |machine, not_ready| Slot::Awaited { machine, at: at.clone(), not_ready };
-    // The old one first: a device takes one client at a time.
-    drop(vm.state.put_if(waits, awaited(None, Some("its machine is being built anew".into()))));
-    let built = build_with_memory(vm, memory).map_err(|failure| failure.text);
-    let slot = awaited(built.as_ref().ok().cloned(), built.as_ref().err().cloned());
-    drop(vm.state.put_if(waits, slot));
+    let (machine, not_ready) = (built.as_ref().ok().cloned(), built.as_ref().err().cloned());
+    let waits = |slot: &Slot| matches!(slot, Slot::Awaited { .. });
+    drop(vm.state.put_if(waits, Slot::Awaited { machine, at, not_ready }));
     built
 }
 
@@ -209,8 +226,8 @@ impl ReadinessWatch {
     }
 }
 
-/// Ends the wait.
-fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: bool) {
+/// Ends the wait; `came`: its last session is what ended it.
+fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: bool, came: bool) {
     let machine = vm.state.slot().machine().cloned();
     match (result, machine) {
         (Ok(arrived), Some(machine)) => {
@@ -224,6 +241,15 @@ fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: boo
             tracing::error!("a guest has arrived in no machine: a defect of this program");
         }
         (Err(error), machine) => {
+            if let IncomingError::Cancelled(_) = &error
+                && !came
+            {
+                // Nobody had come: what the last session came to stays what it was.
+                drop(vm.state.put_if(|_| true, Slot::Preparing));
+                drop(machine);
+                vm.presence.end();
+                return vm.state.end_wait(Slot::Empty);
+            }
             let ended = info::not_arrived(vm, &error, cancelled);
             let slot = match (&error, machine) {
                 (IncomingError::OwnedNotStarted(held), Some(machine)) => {

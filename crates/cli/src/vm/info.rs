@@ -35,7 +35,7 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
     let status = match slot {
         Slot::Here { machine, .. } if machine.failure().is_some() => VmStatus::Failed,
         Slot::Here { machine, .. } if machine.is_running() => VmStatus::Running,
-        Slot::Here { .. } | Slot::OwnedNotStarted { .. } | Slot::Leaving { .. } => VmStatus::Paused,
+        Slot::Here { .. } | Slot::OwnedNotStarted { .. } | Slot::Leaving(_) => VmStatus::Paused,
         Slot::Preparing | Slot::Awaited { .. } => VmStatus::Inmigrate,
         Slot::Left { .. } => VmStatus::Postmigrate,
         Slot::Empty => VmStatus::Idle,
@@ -44,12 +44,18 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
         Slot::Ended => VmStatus::Shutdown,
     };
     let machine = slot.machine();
+    let left = match slot {
+        Slot::Leaving(left) | Slot::Left { left, .. } => Some(left),
+        _ => None,
+    };
     let awaited = match slot {
         Slot::Awaited { at, not_ready, .. } => Some((at, not_ready)),
         _ => None,
     };
     StatusInfo {
-        uuid: machine.map_or(config.id, |machine| machine.id()).to_string(),
+        uuid: left
+            .map_or_else(|| machine.map_or(config.id, |machine| machine.id()), |left| left.vm)
+            .to_string(),
         status,
         guest: match config.accelerator {
             Accelerator::Kvm => "kvm".into(),
@@ -62,7 +68,8 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
             Slot::Left { to, .. } => Some(to.clone()),
             _ => None,
         },
-        memory: machine.map_or(config.memory, |machine| machine.memory()),
+        memory: left
+            .map_or_else(|| machine.map_or(config.memory, |machine| machine.memory()), |left| left.memory),
         devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
         lost_devices: machine
             .map(|machine| machine.lost_devices())
@@ -204,7 +211,9 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         MigrateError::Unresolved { .. } => (MigrationStatus::Unresolved, None),
         MigrateError::Aborted(aborted) => {
             let Aborted { cause, cancelled, .. } = aborted.as_ref();
-            let status = if *cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
+            // Whichever side's operator it was.
+            let cancelled = *cancelled || cause.is_cancelled();
+            let status = if cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
             (status, Some(cause))
         }
         MigrateError::NotBegun(failure) => (MigrationStatus::Failed, Some(failure)),
@@ -269,6 +278,9 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
             (MigrationStatus::NotStarted, Some(cause), &[][..])
         }
         IncomingError::Refused(reasons) => (failed, None, reasons.as_slice()),
+        IncomingError::Aborted(failure) if failure.is_cancelled() => {
+            (MigrationStatus::Cancelled, Some(failure), &[][..])
+        }
         IncomingError::NotBegun(failure) | IncomingError::Aborted(failure) => {
             (failed, Some(failure), &[][..])
         }

@@ -7,7 +7,7 @@ use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_source;
 use super::running::RunningVm;
-use super::slot::{Slot, Steering};
+use super::slot::{LeftGuest, Slot, Steering};
 use super::{history, info};
 use crate::control::event::ControlEvent;
 use crate::control::protocol::MigrateArguments;
@@ -113,11 +113,12 @@ pub(super) fn finish(
     match result {
         Ok(completed) => {
             // Before the end is published: a client that reacts to it must find the devices free.
-            drop(vm.state.put_if(|_| true, Slot::Leaving { epoch }));
+            let left = LeftGuest { vm: completed.vm, memory: machine.memory(), epoch: completed.epoch };
+            drop(vm.state.put_if(|_| true, Slot::Leaving(left)));
             drop(machine);
             vm.presence.end();
-            let left = Slot::Left { to: to.to_owned(), epoch: completed.epoch };
-            vm.end_session(info::completed(&completed), Some(left));
+            let slot = Slot::Left { left, to: to.to_owned() };
+            vm.end_session(info::completed(&completed), Some(slot));
         }
         Err(error) => {
             let ended = info::not_completed(vm, &error);

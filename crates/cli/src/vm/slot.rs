@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use vfio_migration::{Control, IncomingControl, Progress, Uri};
-use vfio_migration_types::Epoch;
+use vfio_migration_types::{Epoch, VmId};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use crate::control::protocol::MigrationInfo;
@@ -21,9 +21,9 @@ pub(super) enum Slot {
     /// came would be refused.
     Awaited { machine: Option<Arc<ReferenceMachine>>, at: Uri, not_ready: Option<String> },
     /// The guest has left, and its devices are being closed: for those who ask the migration is still under way.
-    Leaving { epoch: Epoch },
-    /// The guest has left: `to` there, or to that file, owns it under `epoch`.
-    Left { to: String, epoch: Epoch },
+    Leaving(LeftGuest),
+    /// The guest has left: `to` there, or to that file.
+    Left { left: LeftGuest, to: String },
     /// There is no guest, and none is awaited.
     #[default]
     Empty,
@@ -37,6 +37,16 @@ pub(super) enum Slot {
     Ended,
 }
 
+/// What is known of a guest once its machine is gone.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LeftGuest {
+    pub(super) vm: VmId,
+    /// Bytes of its RAM.
+    pub(super) memory: u64,
+    /// The epoch under which it is another's.
+    pub(super) epoch: Epoch,
+}
+
 impl Slot {
     /// The machine, in whichever state its guest is.
     pub(super) fn machine(&self) -> Option<&Arc<ReferenceMachine>> {
@@ -46,7 +56,7 @@ impl Slot {
             | Self::OwnedNotStarted { machine, .. } => Some(machine),
             Self::Awaited { machine, .. } => machine.as_ref(),
             Self::Preparing
-            | Self::Leaving { .. }
+            | Self::Leaving(_)
             | Self::Left { .. }
             | Self::Empty
             | Self::Failed
@@ -60,8 +70,8 @@ impl Slot {
             Self::Here { epoch, .. }
             | Self::Unresolved { epoch, .. }
             | Self::OwnedNotStarted { epoch, .. }
-            | Self::Leaving { epoch }
-            | Self::Left { epoch, .. } => *epoch,
+            | Self::Leaving(LeftGuest { epoch, .. })
+            | Self::Left { left: LeftGuest { epoch, .. }, .. } => *epoch,
             Self::Preparing | Self::Awaited { .. } | Self::Empty | Self::Failed | Self::Ended => Epoch(0),
         }
     }
@@ -164,6 +174,15 @@ impl VmState {
     /// Ends a session of a wait that goes on: `info` is how.
     pub(super) fn end_attempt(&self, info: MigrationInfo) {
         lock(&self.0).ended = Some(info);
+    }
+
+    /// Ends a wait to which nobody had come: the last session stays what it was.
+    pub(super) fn end_wait(&self, slot: Slot) {
+        let mut state = lock(&self.0);
+        state.steering = None;
+        let old = std::mem::replace(&mut state.slot, slot);
+        drop(state);
+        drop(old);
     }
 
     /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed.

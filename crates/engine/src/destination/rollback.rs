@@ -51,7 +51,7 @@ impl DestinationEngine {
             _ if self.can_abort() => {
                 self.rollback.cancelled = true;
                 let text = "given up by the destination's operator";
-                self.roll_back(failure(Side::Destination, self.phase, text, ""), now);
+                self.roll_back(Failure::cancelled(Side::Destination, self.phase, text), now);
             }
             _ => {}
         }

@@ -289,7 +289,7 @@ impl SourceEngine {
     }
 
     fn on_cancel(&mut self) {
-        let cause = failure(Side::Source, self.phase, "cancelled by the operator", "");
+        let cause = Failure::cancelled(Side::Source, self.phase, "cancelled by the operator");
         match self.state {
             State::Undoing => self.rehearsal.cancelled = Some(cause),
             State::AwaitingRehearsed => self.finish_cancelled(cause),

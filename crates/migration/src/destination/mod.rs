@@ -216,7 +216,7 @@ fn not_begun(error: ConnectError) -> IncomingError {
     let remedy = match error {
         ConnectError::Cancelled => {
             let text = "given up by the destination's operator";
-            return IncomingError::Cancelled(Failure::new(Side::Destination, Phase::Hello, text));
+            return IncomingError::Cancelled(Failure::cancelled(Side::Destination, Phase::Hello, text));
         }
         ConnectError::NotAStream(_) => "pass a connected stream socket",
         _ => "",
