@@ -5,8 +5,11 @@ use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 
 use clap::{Command, CommandFactory, Parser};
+use schemars::{JsonSchema, schema_for};
+use serde_json::Value;
 
 use super::Cli;
+use crate::control::protocol::{ControlVerb, MigrationStatus};
 
 /// The pages for users, with their texts. CHANGELOG.md tells what is gone, and decisions what was.
 fn pages() -> Vec<(PathBuf, String)> {
@@ -145,4 +148,63 @@ fn a_stale_command_line_is_found() {
     for good in ["save --control a -o f &", "status --watch --control a # note", "history … [--last N]"] {
         assert_eq!(wrong(&cli, &words(good)), None, "{good}");
     }
+}
+
+/// The words that stand for the values of an enum in JSON, in the order of their letters.
+fn words_of<T: JsonSchema>() -> Vec<String> {
+    fn collect(schema: &Value, words: &mut Vec<String>) {
+        match schema {
+            Value::Object(members) => {
+                words.extend(members.get("const").and_then(Value::as_str).map(str::to_owned));
+                let listed = members.get("enum").and_then(Value::as_array).into_iter().flatten();
+                words.extend(listed.filter_map(Value::as_str).map(str::to_owned));
+                members.values().for_each(|member| collect(member, words));
+            }
+            Value::Array(items) => items.iter().for_each(|item| collect(item, words)),
+            _ => {}
+        }
+    }
+    let mut words = Vec::new();
+    collect(schema_for!(T).as_value(), &mut words);
+    words.sort();
+    words
+}
+
+/// The code spans in the first cells of the table that comes after `heading`, but for its head, in the order of their letters.
+fn first_cells(page: &str, heading: &str) -> Vec<String> {
+    let (_, after) = page.split_once(heading).expect("the heading of the table");
+    let rows =
+        after.lines().skip_while(|line| !line.starts_with('|')).take_while(|line| line.starts_with('|'));
+    let cells = rows.skip(2).filter_map(|row| row.split('|').nth(1));
+    let mut spans: Vec<String> =
+        cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(str::to_owned).collect();
+    spans.sort();
+    spans
+}
+
+fn page(name: &str) -> String {
+    read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(name)).unwrap()
+}
+
+#[test]
+fn lists_of_verbs_and_statuses_are_whole() {
+    let cli = Cli::command();
+    let mut verbs: Vec<&str> =
+        cli.get_subcommands().filter(|verb| !verb.is_hide_set()).map(Command::get_name).collect();
+    verbs.sort_unstable();
+    let readme = page("README.md");
+    let row = readme
+        .lines()
+        .find(|line| line.contains("the command `vfio-migrate`: "))
+        .expect("the row of the command");
+    let mut listed: Vec<&str> =
+        row.split('`').skip(1).step_by(2).filter(|word| *word != "vfio-migrate").collect();
+    listed.sort_unstable();
+    assert_eq!(listed, verbs, "README's verbs");
+
+    let control = page("docs/control.md");
+    assert_eq!(first_cells(&control, "A request is an object."), words_of::<ControlVerb>());
+    let mut ended = words_of::<MigrationStatus>();
+    ended.retain(|word| word != "active" && word != "pre-switchover");
+    assert_eq!(first_cells(&control, "## How a migration ended"), ended);
 }
