@@ -11,7 +11,9 @@
 use std::time::Duration;
 
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, Phase, VmId};
-use vfio_migration_wire::{Accept, Applied, FinalEnd, Message, Offer, Ready, Reason, Running, VersionRange};
+use vfio_migration_wire::{
+    Accept, Applied, FinalEnd, Message, Offer, RamDigests, Ready, Reason, Running, VersionRange,
+};
 
 use crate::ownership::{DestinationState, SourceState};
 
@@ -148,6 +150,14 @@ pub enum SourceAction {
     },
     /// P5: release the storage locks. Answer: [`SourceEvent::LocksReleased`].
     ReleaseLocks,
+    /// P6: the destination's RAM differs, and it looks for the page. Digest these pages in chunks. Answer:
+    /// [`SourceEvent::RamDigested`].
+    DigestRam {
+        /// First page (RAM offset / 4096), as the destination said: it may lie outside of RAM.
+        first: u64,
+        /// Number of pages.
+        count: u64,
+    },
     /// Write the journal and fsync it. Answer: [`SourceEvent::Journaled`].
     Journal(SourceState),
     /// Undo everything that was done: interrupt the action under way, locks taken back, dirty logging off, devices RUNNING
@@ -208,6 +218,8 @@ pub enum SourceEvent {
     },
     /// Answers [`SourceAction::ReleaseLocks`].
     LocksReleased,
+    /// Answers [`SourceAction::DigestRam`]; the engine sends it.
+    RamDigested(RamDigests),
     /// Answers [`SourceAction::Journal`].
     Journaled(SourceState),
     /// Answers [`SourceAction::RollBack`].

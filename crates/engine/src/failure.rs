@@ -86,13 +86,19 @@ pub(crate) fn compare(
             return Err(with_device(devices, index, differ(&what, describe(sent), describe(got))));
         }
     }
-    if totals.ram_digest.is_some() && totals.ram_digest != ready.ram_digest {
-        let mut failure = differ("RAM digests", hex(totals.ram_digest), hex(ready.ram_digest));
-        // The stream is checked on its way; a write that no log reported is not, and a device's log is its own.
-        failure.remedy = LOGS_MISS_WRITES.to_owned();
-        return Err(failure);
+    if let Some(sent) = totals.ram_digest.filter(|sent| Some(*sent) != ready.ram_digest) {
+        return Err(ram_differs(side, sent, ready.ram_digest, ""));
     }
     Ok(())
+}
+
+/// The failure of RAM whose digest at the destination is not that of the source. `found` ends the sentence: what is known of
+/// where it differs, or nothing.
+pub fn ram_differs(side: Side, sent: [u8; 32], got: Option<[u8; 32]>, found: &str) -> Failure {
+    let text =
+        format!("RAM digests differ: {} sent, {} at the destination{found}", hex(Some(sent)), hex(got));
+    // The stream is checked on its way; a write that no log reported is not, and a device's log is its own.
+    failure(side, Phase::Ready, text, LOGS_MISS_WRITES)
 }
 
 fn describe(total: &DeviceTotal) -> String {
@@ -126,6 +132,8 @@ pub(crate) fn name(message: &Message) -> &'static str {
         Message::LocksFree => "LOCKS_FREE",
         Message::FinalEnd(_) => "FINAL_END",
         Message::Ready(_) => "READY",
+        Message::DigestRam { .. } => "DIGEST_RAM",
+        Message::RamDigests(_) => "RAM_DIGESTS",
         Message::Commit(_) => "COMMIT",
         Message::Declined(_) => "DECLINED",
         Message::Running(_) => "RUNNING",

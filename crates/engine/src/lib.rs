@@ -43,4 +43,5 @@ mod source;
 pub use api::*;
 pub use destination::DestinationEngine;
 pub use expected::work_timeout;
+pub use failure::ram_differs;
 pub use source::SourceEngine;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use vfio_migration_types::Bitmap;
+use vfio_migration_types::{Bitmap, RamOffset};
 
 use crate::error::MemoryError;
 
@@ -26,6 +26,13 @@ pub trait DirtySource: fmt::Debug + Send + Sync {
     /// # Errors
     /// The log is no longer to be trusted: the caller treats everything the source covers as dirty, or gives up.
     fn report(&self, into: &mut Bitmap) -> Result<(), MemoryError>;
+
+    /// Whether writes to the page at `offset` are this source's to report: a source of writes that reach a part of RAM
+    /// alone, such as a device's DMA, says so of that part. For messages.
+    fn covers(&self, offset: RamOffset) -> bool {
+        let _ = offset;
+        true
+    }
 
     /// Ends logging. Stopping a source that does not log succeeds, so that a rollback may always call it.
     fn stop(&self) -> Result<(), MemoryError>;

@@ -34,11 +34,15 @@ impl GuestRam {
     /// A snapshot: what is written later may be anywhere, and the dirty logs name it. Takes time by the page of data,
     /// tens of nanoseconds each, so it is for once per pass and not for once per run.
     pub fn data_extents(&self) -> Result<Vec<Range<RamOffset>>, MemoryError> {
+        self.data_extents_within(0, self.size())
+    }
+
+    fn data_extents_within(&self, from: u64, to: u64) -> Result<Vec<Range<RamOffset>>, MemoryError> {
         let mut extents = Vec::new();
-        let mut at = 0;
-        while let Some(start) = self.next_data(at)? {
+        let mut at = from;
+        while let Some(start) = self.next_data(at)?.filter(|start| *start < to) {
             let end = match rustix::fs::seek(&self.fd, SeekFrom::Hole(start)) {
-                Ok(end) => end.min(self.size()),
+                Ok(end) => end.min(to),
                 Err(source) => return Err(MemoryError::System { doing: "looking for holes".into(), source }),
             };
             // Empty when somebody punched the page between the two calls.
@@ -112,13 +116,23 @@ impl GuestRam {
     ///
     /// Of use only while nobody writes.
     pub fn digest(&self) -> Result<[u8; 32], MemoryError> {
+        self.digest_within(0, self.size())
+    }
+
+    /// The same of a part of RAM.
+    pub fn digest_of(&self, pages: Range<RamOffset>) -> Result<[u8; 32], MemoryError> {
+        self.check_pages(&pages)?;
+        self.digest_within(pages.start().0, pages.end())
+    }
+
+    fn digest_within(&self, from: u64, to: u64) -> Result<[u8; 32], MemoryError> {
         const PAGE: usize = as_usize(PAGE_SIZE);
         const ENTRY: usize = size_of::<u64>() + PAGE;
         // Several pages at once, because the hash is several times faster on long input.
         let mut buffer = vec![0; 16 * ENTRY];
         let mut used = 0;
         let mut hasher = blake3::Hasher::new();
-        for extent in self.data_extents()? {
+        for extent in self.data_extents_within(from, to)? {
             for at in (extent.start().0..extent.end()).step_by(PAGE) {
                 if self.is_zero_at(at, Holes::Excluded)? {
                     continue;

@@ -8,7 +8,7 @@ use crate::header::{FLAG_BODY, FLAG_BODY_CRC};
 use crate::kind::Kind;
 use crate::limits;
 use crate::message::{Bulk, DeviceEnd};
-use crate::message_codec::{check_device, decode_total, encode_total};
+use crate::message_codec::{check_device, check_pages, decode_total, encode_total};
 
 /// Bytes that [`encode`] appends at most.
 pub(crate) const LONGEST_HEAD: usize = 8 + limits::SECTION_NAME;
@@ -127,18 +127,6 @@ fn decode_device(kind: Kind, cursor: &mut Cursor<'_>) -> Result<u16, WireError> 
     cursor.reserved::<6>()?;
     check_device(kind, device)?;
     Ok(device)
-}
-
-/// At least one page, every page's number below [`limits::PAGE_NUMBERS`], and a body of at most [`limits::PAGES`].
-fn check_pages(kind: Kind, first: u64, count: u64) -> Result<(), WireError> {
-    let refuse = |field, value| Err(WireError::Value { frame: kind.name(), field, value });
-    if count == 0 || (kind.has_body() && count > limits::PAGES.into()) {
-        return refuse("count", count);
-    }
-    match first.checked_add(count) {
-        Some(end) if end <= limits::PAGE_NUMBERS => Ok(()),
-        _ => refuse("first", first),
-    }
 }
 
 /// A device's state has at most 2^64 - 1 bytes.

@@ -73,7 +73,7 @@ pub use header::{
 pub use kind::{FrameType, OPTIONAL};
 pub use message::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
-    Message, Offer, Ready, Reason, Running, VersionRange,
+    Message, Offer, RamDigests, Ready, Reason, Running, VersionRange,
 };
 pub use preamble::{Foreign, PREAMBLE};
 pub use version::{

@@ -43,6 +43,10 @@ pub const ERROR_DEVICE: usize = 64;
 pub const ERROR_TEXT: usize = 4096;
 /// Bytes of [`Failure::remedy`](vfio_migration_types::Failure::remedy). A longer one is cut by the encoder.
 pub const ERROR_REMEDY: usize = 1024;
+/// Digests in one [`RamDigests`](crate::RamDigests).
+pub const RAM_DIGESTS: u16 = 64;
+/// Bytes of [`RamDigests::logs`](crate::RamDigests::logs). A longer text is cut by the encoder.
+pub const DIRTY_LOGS: usize = 1024;
 /// Payload of an optional frame that this version does not know and skips.
 pub const SKIPPED: usize = 64 << 10;
 /// The longest payload of any frame: a section's.

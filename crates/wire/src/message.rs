@@ -70,6 +70,15 @@ pub enum Message {
     LocksFree,
     /// S: nothing more follows; load, verify, and say READY.
     FinalEnd(FinalEnd),
+    /// D, in place of READY, where the digest of its RAM is not that of [`FinalEnd`]: digest these pages in chunks.
+    DigestRam {
+        /// First page (RAM offset / 4096).
+        first: u64,
+        /// Number of pages, at least 1.
+        count: u64,
+    },
+    /// S: the digests that [`Message::DigestRam`] asks for.
+    RamDigests(RamDigests),
     /// D: everything is loaded and verified; nothing but COMMIT is missing.
     Ready(Ready),
     /// S: the guest is yours. Journalled as COMMITTING before it is said.
@@ -224,6 +233,21 @@ pub struct DeviceTotal {
     pub bytes: u64,
     /// Digest of all bytes in order.
     pub digest: [u8; 32],
+}
+
+/// Digests of a stretch of the source's RAM, by which the destination finds the first page that differs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RamDigests {
+    /// First page, as asked for.
+    pub first: u64,
+    /// Number of pages, as asked for.
+    pub count: u64,
+    /// Of each chunk, ascending, in the form of the digest of all RAM. A chunk is the smallest number of pages of which
+    /// [`limits::RAM_DIGESTS`](crate::limits::RAM_DIGESTS) chunks hold all; the last may be shorter. None from a source
+    /// that has no RAM to digest (a file).
+    pub digests: Vec<[u8; 32]>,
+    /// Where a single page was asked for: the dirty logs that it is for to report, for a person. Otherwise empty.
+    pub logs: String,
 }
 
 /// Counts and digests that the destination verified.

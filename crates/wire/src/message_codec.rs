@@ -7,8 +7,8 @@ use crate::error::WireError;
 use crate::kind::Kind;
 use crate::limits;
 use crate::message::{
-    Accept, Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease, Message, Offer, Ready,
-    Running, VersionRange,
+    Accept, Applied, Commit, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease, Message, Offer,
+    RamDigests, Ready, Running, VersionRange,
 };
 use crate::reason_codec::{decode_reasons, encode_reasons};
 
@@ -92,6 +92,13 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
             out.put_reserved::<1>();
             encode_devices(Kind::FinalEnd, end.ram_digest, &end.devices, out)?
         }
+        Message::DigestRam { first, count } => {
+            check_pages(Kind::DigestRam, *first, *count)?;
+            out.put_u64(*first);
+            out.put_u64(*count);
+            Kind::DigestRam
+        }
+        Message::RamDigests(digests) => encode_ram_digests(digests, out)?,
         Message::Ready(ready) => {
             out.put_u64(ready.ram_pages);
             out.put_u64(ready.verify_ns);
@@ -199,6 +206,11 @@ pub(crate) fn decode(kind: Kind, payload: &[u8], from_side: Side) -> Result<Mess
         }
         Kind::LocksFree => Message::LocksFree,
         Kind::FinalEnd => Message::FinalEnd(decode_final_end(&mut cursor)?),
+        Kind::DigestRam => {
+            let (first, count) = decode_stretch(kind, &mut cursor)?;
+            Message::DigestRam { first, count }
+        }
+        Kind::RamDigests => Message::RamDigests(decode_ram_digests(&mut cursor)?),
         Kind::Ready => Message::Ready(decode_ready(&mut cursor)?),
         Kind::Commit => {
             let epoch = Epoch(cursor.u64("epoch")?);
@@ -236,6 +248,18 @@ pub(crate) fn check_device(kind: Kind, device: u16) -> Result<(), WireError> {
         Ok(())
     } else {
         Err(WireError::Value { frame: kind.name(), field: "device", value: device.into() })
+    }
+}
+
+/// At least one page, every page's number below [`limits::PAGE_NUMBERS`], and a body of at most [`limits::PAGES`].
+pub(crate) fn check_pages(kind: Kind, first: u64, count: u64) -> Result<(), WireError> {
+    let refuse = |field, value| Err(WireError::Value { frame: kind.name(), field, value });
+    if count == 0 || (kind.has_body() && count > limits::PAGES.into()) {
+        return refuse("count", count);
+    }
+    match first.checked_add(count) {
+        Some(end) if end <= limits::PAGE_NUMBERS => Ok(()),
+        _ => refuse("first", first),
     }
 }
 
@@ -391,6 +415,38 @@ fn decode_ready(cursor: &mut Cursor<'_>) -> Result<Ready, WireError> {
     cursor.reserved::<1>()?;
     let (ram_digest, devices) = decode_devices(has_digest, cursor)?;
     Ok(Ready { ram_pages, ram_digest, verify_ns, sections, devices, vectors })
+}
+
+fn encode_ram_digests(digests: &RamDigests, out: &mut Vec<u8>) -> Result<Kind, WireError> {
+    let kind = Kind::RamDigests;
+    check_pages(kind, digests.first, digests.count)?;
+    let number = u16::try_from(digests.digests.len()).ok().filter(|number| *number <= limits::RAM_DIGESTS);
+    let value = digests.digests.len() as u64;
+    let number = number.ok_or(WireError::Value { frame: kind.name(), field: "digests", value })?;
+    out.put_u64(digests.first);
+    out.put_u64(digests.count);
+    out.put_u16(number);
+    out.put_reserved::<6>();
+    digests.digests.iter().for_each(|digest| out.put(digest));
+    out.put_text(&digests.logs, limits::DIRTY_LOGS);
+    Ok(kind)
+}
+
+fn decode_ram_digests(cursor: &mut Cursor<'_>) -> Result<RamDigests, WireError> {
+    let (first, count) = decode_stretch(Kind::RamDigests, cursor)?;
+    let number = cursor.u16("digests")?;
+    if number > limits::RAM_DIGESTS {
+        return Err(cursor.value("digests", number.into()));
+    }
+    cursor.reserved::<6>()?;
+    let digests = (0..number).map(|_| cursor.array("digest")).collect::<Result<_, _>>()?;
+    Ok(RamDigests { first, count, digests, logs: cursor.text("logs", limits::DIRTY_LOGS)?.to_owned() })
+}
+
+fn decode_stretch(kind: Kind, cursor: &mut Cursor<'_>) -> Result<(u64, u64), WireError> {
+    let (first, count) = (cursor.u64("first")?, cursor.u64("count")?);
+    check_pages(kind, first, count)?;
+    Ok((first, count))
 }
 
 fn decode_running(cursor: &mut Cursor<'_>, from_side: Side) -> Result<Running, WireError> {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration_memory::{DirtySource, MemoryError};
-use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, PAGE_SIZE, Range};
+use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, PAGE_SIZE, RamOffset, Range};
 use vfio_user_peer::{Client, Feature, FeatureOp, IovaRange};
 
 use super::dma::GuestDma;
@@ -134,6 +134,10 @@ impl DirtySource for ServerLog {
             into.or_scaled(start.0, &words, *granule);
         }
         Ok(())
+    }
+
+    fn covers(&self, offset: RamOffset) -> bool {
+        self.dma.reaches(offset)
     }
 
     fn stop(&self) -> Result<(), MemoryError> {

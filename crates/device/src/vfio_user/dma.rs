@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use vfio_migration_memory::{GuestRam, Mapping, MemoryError, WriteLog};
-use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
+use vfio_migration_types::{DeviceId, Gpa, Iova, RamOffset, Range};
 use vfio_user_peer::DmaHandler;
 
 use crate::hardware::DmaAccess;
@@ -64,6 +64,16 @@ impl GuestDma {
             window.shared && window.access.write && matches!(window.target, Target::Ram)
         };
         self.windows().iter().filter(logged).map(|window| window.iova).collect()
+    }
+
+    /// Whether a mapping that may be written holds this page of guest RAM.
+    pub(super) fn reaches(&self, page: RamOffset) -> bool {
+        self.windows().iter().any(|window| {
+            let start = self.ram.offset_of(Gpa(window.iova.start().0), window.iova.len());
+            matches!(window.target, Target::Ram)
+                && window.access.write
+                && start.is_some_and(|start| (start.0..start.0 + window.iova.len()).contains(&page.0))
+        })
     }
 
     /// Whether every mapping of guest RAM that may be written is served here, so that this side's log is exact alone.
@@ -138,5 +148,31 @@ impl DmaHandler for GuestDma {
             },
             Place::Mapping(mapping, offset) => mapping.write(offset, from),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vfio_migration_memory::RamSpec;
+    use vfio_migration_types::PAGE_SIZE;
+
+    use super::*;
+
+    #[test]
+    fn the_log_covers_what_may_be_written_and_is_mapped() {
+        let specs =
+            [RamSpec { gpa: Gpa(0), len: 8 * PAGE_SIZE }, RamSpec { gpa: Gpa(1 << 32), len: 8 * PAGE_SIZE }];
+        let ram = Arc::new(GuestRam::new("dma", &specs).unwrap());
+        let dma = GuestDma::new(&"net0".parse().unwrap(), ram);
+        let iova = |gpa: u64, pages: u64| Range::new(Iova(gpa), pages * PAGE_SIZE).unwrap();
+        let covered =
+            || (0..16).filter(|page| dma.reaches(RamOffset(page * PAGE_SIZE))).collect::<Vec<u64>>();
+        assert!(covered().is_empty());
+        dma.map(iova(2 * PAGE_SIZE, 2), DmaAccess { read: true, write: false }, true, None);
+        dma.map(iova(4 * PAGE_SIZE, 2), DmaAccess::BOTH, true, None);
+        dma.map(iova(1 << 32, 1), DmaAccess::BOTH, false, None);
+        assert_eq!(covered(), [4, 5, 8]);
+        dma.unmap(iova(4 * PAGE_SIZE, 2));
+        assert_eq!(covered(), [8]);
     }
 }

@@ -186,6 +186,9 @@ impl SourceEngine {
             }
             (state, Message::Applied(applied)) if state.has_iterated() => self.on_applied(applied, now),
             (State::AwaitingReady, Message::Ready(ready)) => self.on_ready(ready, now),
+            (State::AwaitingReady, Message::DigestRam { first, count }) if self.verify() => {
+                self.act(State::DigestingRam, SourceAction::DigestRam { first, count });
+            }
             (_, message) => self.abort(protocol(Side::Source, self.phase, &message), AbortNotice::Send),
         }
     }
@@ -214,6 +217,10 @@ impl SourceEngine {
             }
             (State::SendingFinal, SourceEvent::FinalSent { totals, .. }) => self.on_final_sent(totals, now),
             (State::ReleasingLocks, SourceEvent::LocksReleased) => self.on_locks_released(now),
+            (State::DigestingRam, SourceEvent::RamDigested(digests)) => {
+                self.state = State::AwaitingReady;
+                self.send(Message::RamDigests(digests));
+            }
             (State::JournalCommitting, SourceEvent::Journaled(SourceState::Committing)) => {
                 self.on_committing(now);
             }

@@ -59,6 +59,8 @@ pub(super) enum State {
     SendingFinal,
     ReleasingLocks,
     AwaitingReady,
+    /// The destination looks for the page that differs, instead of saying READY.
+    DigestingRam,
     JournalCommitting,
     AwaitingRunning,
     Asking,
@@ -285,6 +287,7 @@ impl State {
                 | Self::SendingFinal
                 | Self::ReleasingLocks
                 | Self::AwaitingReady
+                | Self::DigestingRam
         )
     }
 }

@@ -14,7 +14,7 @@ use vfio_migration_types::{
 };
 use vfio_migration_wire::{
     Accept, Applied, Commit, DeviceTotal, FEATURES, Final, FinalEnd, Hello, HelloReply, Message, Offer,
-    Ready, Running, VERSIONS,
+    RamDigests, Ready, Running, VERSIONS,
 };
 
 const VM: VmId = VmId([1; 16]);
@@ -90,6 +90,8 @@ fn message() -> impl Strategy<Value = Message> {
         any::<bool>().prop_map(|guest_ran| Message::Final(Final { guest_ran, identity: [0; 32] })),
         Just(Message::LocksFree),
         Just(Message::FinalEnd(totals())),
+        Just(Message::DigestRam { first: 0, count: 1 }),
+        Just(Message::RamDigests(RamDigests { count: 1, ..RamDigests::default() })),
         any::<u32>().prop_map(|vectors| Message::Ready(ready(vectors))),
         (epochs.clone(), attempts.clone())
             .prop_map(|(epoch, attempt)| Message::Commit(Commit { epoch, attempt })),
@@ -138,6 +140,7 @@ fn source_event() -> impl Strategy<Value = SourceEvent> {
         1 => Just(SourceEvent::Resumed),
         1 => Just(SourceEvent::FinalSent { totals: totals(), verify: Duration::MAX }),
         1 => Just(SourceEvent::LocksReleased),
+        1 => Just(SourceEvent::RamDigested(RamDigests { count: 1, ..RamDigests::default() })),
         2 => state.prop_map(SourceEvent::Journaled),
         1 => Just(SourceEvent::RolledBack { reset: vec![], not_reset: vec![], locks_lost: vec![], restored: false }),
         1 => Just(SourceEvent::CleanedUp),
@@ -214,6 +217,13 @@ fn helpful_source(action: &SourceAction) -> Vec<SourceEvent> {
         SourceAction::Resume => vec![SourceEvent::Resumed],
         SourceAction::SendFinal { .. } => {
             vec![SourceEvent::FinalSent { totals: totals(), verify: Duration::ZERO }]
+        }
+        SourceAction::DigestRam { first, count } => {
+            vec![SourceEvent::RamDigested(RamDigests {
+                first: *first,
+                count: *count,
+                ..RamDigests::default()
+            })]
         }
         SourceAction::ReleaseLocks => vec![SourceEvent::LocksReleased],
         SourceAction::Journal(state) => vec![SourceEvent::Journaled(*state)],

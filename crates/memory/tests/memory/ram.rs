@@ -168,7 +168,13 @@ fn digests_see_contents_and_not_allocation() {
     for bit in 0..8 {
         b.write(at, &[byte[0] ^ 1 << bit]).unwrap();
         assert_ne!(a.digest().unwrap(), b.digest().unwrap(), "bit {bit}");
+        // Its own page sees it, and no other part does.
+        for (part, same) in [(pages(294, 1), false), (pages(0, 294), true), (pages(295, 5), true)] {
+            assert_eq!(a.digest_of(part).unwrap() == b.digest_of(part).unwrap(), same, "{part:?}");
+        }
     }
+    assert_eq!(a.digest_of(pages(0, 300)).unwrap(), a.digest().unwrap());
+    assert!(a.digest_of(pages(0, 301)).is_err());
     b.write(at, &byte).unwrap();
     assert_eq!(a.digest().unwrap(), b.digest().unwrap());
 

@@ -2,11 +2,12 @@
 //! heap until they are loaded; messages go to the engine, in their place in the stream.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use vfio_migration_engine::DestinationEvent;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
-use vfio_migration_wire::{Bulk, Frame, Message, limits};
+use vfio_migration_wire::{Bulk, Frame, Message, RamDigests, limits};
 
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
@@ -38,6 +39,29 @@ pub(super) struct Received {
     pub(super) complete: AtomicBool,
     /// The feature `RAM_CRC` is in force.
     pub(super) ram_crc: AtomicBool,
+    /// RAM_DIGESTS, for the worker that asked.
+    pub(super) digests: DigestAnswers,
+}
+
+/// The way of RAM_DIGESTS from the reader to the worker that asked for it.
+#[derive(Debug, Default)]
+pub(super) struct DigestAnswers(Mutex<Option<SyncSender<RamDigests>>>);
+
+impl DigestAnswers {
+    /// Opens it: from now on answers are expected, one at a time.
+    pub(super) fn open(&self) -> Receiver<RamDigests> {
+        let (sender, receiver) = sync_channel(1);
+        *lock(&self.0) = Some(sender);
+        receiver
+    }
+
+    /// Hands an answer over. `false`: nobody has asked. An answer that is late is dropped.
+    pub(super) fn give(&self, answer: RamDigests) -> bool {
+        match &*lock(&self.0) {
+            Some(sender) => !matches!(sender.try_send(answer), Err(TrySendError::Full(_))),
+            None => false,
+        }
+    }
 }
 
 /// The reader's thread: until the connection ends, or something comes that must not.
@@ -221,6 +245,12 @@ fn control(
             events.send(DestinationEvent::Peer(message));
         }
         Message::Credit { .. } => {}
+        Message::RamDigests(digests) => {
+            if !received.digests.give(digests) {
+                let text = "the source said RAM_DIGESTS, which nobody asked for: protocol error";
+                return Err(Failure::new(Side::Destination, Phase::Ready, text).into());
+            }
+        }
         other => events.send(DestinationEvent::Peer(other)),
     }
     Ok(())

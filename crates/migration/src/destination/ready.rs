@@ -5,13 +5,17 @@
 //! PCI_COMMAND, then all routes in one commit, then each device's eventfds, and only then RESUMING → STOP.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use vfio_migration_device::PciState;
-use vfio_migration_types::{Failure, Phase, Side, error_chain};
-use vfio_migration_wire::{DeviceTotal, FinalEnd, Ready};
+use vfio_migration_engine::ram_differs;
+use vfio_migration_memory::GuestRam;
+use vfio_migration_types::{Failure, PAGE_SIZE, Phase, RamOffset, Run, Side, error_chain};
+use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, RamDigests, Ready};
 
 use crate::machine::{Machine, Section};
+use crate::ram::digests::{ComparedDigests, FirstDifference, digest_chunks, find_first_difference};
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
@@ -21,6 +25,11 @@ use crate::destination::worker::Worker;
 use crate::device::receive::DeviceReceiver;
 
 const PHASE: Phase = Phase::Ready;
+/// Time that the search may take, beside twice that of the digest of all RAM: its first round is as long as that, on both
+/// sides at once. The guest is paused meanwhile.
+const SEARCH_LIMIT: Duration = Duration::from_secs(2);
+/// Time after which a wait looks whether it was interrupted.
+const SLICE: Duration = Duration::from_millis(20);
 
 impl Worker<'_, '_, '_> {
     /// Loads and verifies. On success nothing but COMMIT is missing.
@@ -40,14 +49,18 @@ impl Worker<'_, '_, '_> {
 
         let begun = Instant::now();
         // Before anything here writes RAM (loading a paravirtual clock may).
+        let ram = machine.ram();
         let ram_digest = match totals.ram_digest {
-            Some(_) => {
-                Some(machine.ram().digest().map_err(|error| error.in_phase(Side::Destination, PHASE))?)
-            }
+            Some(_) => Some(ram.digest().map_err(|error| error.in_phase(Side::Destination, PHASE))?),
             None => None,
         };
         let verify = begun.elapsed();
         self.shared.interrupt.check()?;
+        if let (Some(sent), Some(got)) = (totals.ram_digest, ram_digest)
+            && sent != got
+        {
+            return Err(self.ram_differs(&ram, sent, got, verify)?.into());
+        }
 
         let begun = Instant::now();
         let sections = std::mem::take(&mut *lock(&sink.sections));
@@ -180,5 +193,71 @@ impl Worker<'_, '_, '_> {
         }
         self.step("interrupts connected", begun.elapsed());
         Ok(vectors)
+    }
+}
+
+impl Worker<'_, '_, '_> {
+    /// The failure of RAM that differs, with the first page that does, if it can be found in time. `digesting` is the time
+    /// that the digest of all RAM took.
+    pub(super) fn ram_differs(
+        &self,
+        ram: &GuestRam,
+        sent: [u8; 32],
+        got: [u8; 32],
+        digesting: Duration,
+    ) -> Result<Failure, WorkError> {
+        let limit = SEARCH_LIMIT.saturating_add(digesting.saturating_mul(2));
+        let until = Instant::now() + limit;
+        let answers = self.shared.received.digests.open();
+        let found = find_first_difference(ram.size() / PAGE_SIZE, |pages| {
+            self.ask_digests(ram, pages, &answers, until)
+        })?;
+        let found = match found {
+            FirstDifference::Page { page, logs } => {
+                let offset = RamOffset(page * PAGE_SIZE);
+                let gpa = ram
+                    .gpa_of(offset)
+                    .map_or_else(String::new, |gpa| format!("guest address {:#x}, ", gpa.0));
+                let logs = if logs.is_empty() { "no log of the source".to_owned() } else { logs };
+                format!(
+                    "; the first page that differs is at {gpa}RAM offset {:#x}, for these logs to report: {logs}",
+                    offset.0
+                )
+            }
+            FirstDifference::None => {
+                "; page by page they agree now: RAM is written on one side while the guest is paused"
+                    .to_owned()
+            }
+            FirstDifference::Unknown => String::new(),
+            FirstDifference::Unanswered => {
+                format!("; the page was not found within {} ms", limit.as_millis())
+            }
+        };
+        Ok(ram_differs(Side::Destination, sent, Some(got), &found))
+    }
+
+    fn ask_digests(
+        &self,
+        ram: &GuestRam,
+        pages: Run,
+        answers: &Receiver<RamDigests>,
+        until: Instant,
+    ) -> Result<Option<ComparedDigests>, WorkError> {
+        let Run { first, count } = pages;
+        self.link
+            .send(&Message::DigestRam { first, count })
+            .map_err(|error| WorkError::sending(error, Side::Destination, PHASE))?;
+        let interrupt = &self.shared.interrupt;
+        // Ours while the source digests too.
+        let ours =
+            digest_chunks(ram, pages, interrupt, |error| error.in_phase(Side::Destination, PHASE).into())?;
+        loop {
+            interrupt.check()?;
+            match answers.recv_timeout(SLICE) {
+                Ok(theirs) => return Ok(Some(ComparedDigests { theirs, ours })),
+                Err(RecvTimeoutError::Timeout) if Instant::now() < until => {}
+                Err(_) => return Ok(None),
+            }
+        }
     }
 }

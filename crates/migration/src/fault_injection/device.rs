@@ -10,7 +10,7 @@ use vfio_migration_device::{
     ResumingSession, SavingSession, TransitionError,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
-use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState};
+use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
 
 use crate::fault_injection::dirty::HiddenPages;
 use crate::fault_injection::stale::StalePages;
@@ -147,6 +147,10 @@ impl DirtySource for HidingLog {
     fn report(&self, into: &mut Bitmap) -> Result<(), MemoryError> {
         let log = self.log()?;
         self.hidden.report(into, |found| log.report(found))
+    }
+
+    fn covers(&self, offset: RamOffset) -> bool {
+        self.log().is_ok_and(|log| log.covers(offset))
     }
 
     fn stop(&self) -> Result<(), MemoryError> {

@@ -64,6 +64,10 @@ impl DirtySource for HidingSource {
         self.hidden.report(into, |found| self.source.report(found))
     }
 
+    fn covers(&self, offset: RamOffset) -> bool {
+        self.source.covers(offset)
+    }
+
     fn stop(&self) -> Result<(), MemoryError> {
         self.source.stop()
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use vfio_migration_memory::{DirtySource, GuestRam, report_all, start_all, stop_all};
-use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase, Side, error_chain};
+use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase, RamOffset, Side, error_chain};
 
 use crate::device::send::DeviceSender;
 use crate::ram::send::RamCounters;
@@ -78,6 +78,13 @@ impl DirtyPages {
         }
         counters.left.store(self.left(), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Names of the logs that the page at `offset` is for to report, the devices' first.
+    pub(crate) fn covering(&self, devices: &[DeviceSender<'_>], offset: RamOffset) -> Vec<String> {
+        let logs = devices.iter().filter_map(|device| device.device.dirty_log());
+        let logs = logs.map(|log| log as &dyn DirtySource).chain(self.own());
+        logs.filter(|log| log.covers(offset)).map(DirtySource::name).collect()
     }
 
     /// Counts all of RAM that was ever written as dirty: nobody logs what a device writes.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vfio_migration_types::{Failure, PAGE_SIZE, Phase, Side, error_chain};
 use vfio_migration_wire::{
-    Accept, Bulk, Commit, FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Hello, Message, Ready, VERSIONS,
+    Accept, Bulk, Commit, FEATURE_RAM_CRC, FEATURE_VERIFY, Frame, Hello, Message, RamDigests, Ready, VERSIONS,
 };
 
 use super::SnapshotError;
@@ -170,6 +170,12 @@ impl Player<'_> {
             let answer = self.answered.recv().map_err(|_| Unplayed::Ended)?;
             if wanted(&answer) {
                 return Ok(answer);
+            }
+            if let Message::DigestRam { first, count } = answer {
+                // There is no RAM here: the file has each page in many places, or in none.
+                let none = RamDigests { first, count, ..RamDigests::default() };
+                self.link.send(&Message::RamDigests(none))?;
+                continue;
             }
             if !matches!(answer, Message::InitialLoaded { .. } | Message::Applied(_)) {
                 tracing::debug!(?answer, "the destination of a snapshot gives up");

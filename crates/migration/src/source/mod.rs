@@ -17,6 +17,7 @@ pub(crate) mod plan;
 mod progress;
 mod quiesce;
 mod reader;
+mod ready;
 mod rollback;
 mod session;
 mod setup;

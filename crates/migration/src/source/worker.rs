@@ -173,6 +173,9 @@ impl<'a> Worker<'a> {
                 self.machine.release_locks().map_err(|error| error.in_phase(Side::Source, Phase::Final))?;
                 SourceEvent::LocksReleased
             }
+            SourceAction::DigestRam { first, count } => {
+                SourceEvent::RamDigested(self.digest_ram(first, count)?)
+            }
             SourceAction::Journal(state) => {
                 self.write_journal(state)?;
                 SourceEvent::Journaled(state)

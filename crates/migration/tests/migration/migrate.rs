@@ -435,8 +435,21 @@ fn the_digests_see_a_lost_page_and_a_stale_one() {
     for (what, kind) in kinds {
         let (both, source) = faulty(kind, true);
         let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{what}: {:?}", both.source) };
-        assert!(aborted.cause.text.contains("digest"), "{aborted}");
+        let text = &aborted.cause.text;
+        assert!(text.contains("digest"), "{aborted}");
         source.prove_restored();
+        // The page named is the first of those that were not the source's when nobody wrote any more. A guest that never
+        // ran at the destination has changed nothing there.
+        let page = usize::try_from(PAGE_SIZE).unwrap();
+        let sent = source.saved_hot.lock().unwrap().clone();
+        let mut got = vec![0; sent.len()];
+        both.machine.ram().read(RamOffset(0), &mut got).unwrap();
+        let first = sent.chunks(page).zip(got.chunks(page)).position(|(sent, got)| sent != got).unwrap();
+        let at = first * page;
+        let named = format!("at guest address {at:#x}, RAM offset {at:#x}, for these logs to report: ");
+        assert!(text.contains(&named), "{named}: {text}");
+        // Nobody's DMA is bounded here: any of the source's logs may have missed it.
+        assert!(text.ends_with(": toy0, vcpu"), "{text}");
         // The same with the digests blind: only what is in RAM can tell.
         let (both, source) = faulty(kind, false);
         let (.., destination) = both.unwrap();

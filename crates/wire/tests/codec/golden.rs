@@ -94,6 +94,8 @@ fn the_documented_limits_are_the_codes() {
         ("error device, bytes", limits::ERROR_DEVICE as u64),
         ("error text, bytes", limits::ERROR_TEXT as u64),
         ("error remedy, bytes", limits::ERROR_REMEDY as u64),
+        ("digests in one RAM_DIGESTS", limits::RAM_DIGESTS.into()),
+        ("logs named in RAM_DIGESTS, bytes", limits::DIRTY_LOGS as u64),
         ("skipped payload, bytes", limits::SKIPPED as u64),
         ("any payload, bytes", limits::PAYLOAD as u64),
     ] {

@@ -3,7 +3,7 @@
 use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, MigrationState, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
-    Message, Offer, Ready, Reason, Running, VersionRange,
+    Message, Offer, RamDigests, Ready, Reason, Running, VersionRange,
 };
 
 const VM: VmId = VmId(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff");
@@ -107,6 +107,25 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
         (
             "final_end_least",
             Message::FinalEnd(FinalEnd { ram_pages: 1, ram_digest: None, sections: 2, devices: Vec::new() }),
+        ),
+        ("digest_ram", Message::DigestRam { first: 0x0010_0000, count: 0x0102_0304 }),
+        (
+            "ram_digests",
+            Message::RamDigests(RamDigests {
+                first: 0x0010_0000,
+                count: 2,
+                digests: vec![[0xbb; 32], [0xcc; 32]],
+                logs: String::new(),
+            }),
+        ),
+        (
+            "ram_digests_of_page",
+            Message::RamDigests(RamDigests {
+                first: 5,
+                count: 1,
+                digests: vec![[0xbb; 32]],
+                logs: "device net0, kvm".into(),
+            }),
         ),
         (
             "ready",

@@ -8,7 +8,7 @@ use vfio_migration_types::{
 };
 use vfio_migration_wire::{
     Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
-    Message, Offer, Ready, Reason, Running, VersionRange, limits,
+    Message, Offer, RamDigests, Ready, Reason, Running, VersionRange, limits,
 };
 
 pub(crate) fn message() -> impl Strategy<Value = Message> {
@@ -62,6 +62,11 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         any::<(bool, [u8; 32])>()
             .prop_map(|(guest_ran, identity)| Message::Final(Final { guest_ran, identity })),
         final_end(),
+        stretch().prop_map(|(first, count)| Message::DigestRam { first, count }),
+        (stretch(), vec(any::<[u8; 32]>(), 0..=usize::from(limits::RAM_DIGESTS)), text(limits::DIRTY_LOGS))
+            .prop_map(|((first, count), digests, logs)| {
+                Message::RamDigests(RamDigests { first, count, digests, logs })
+            }),
         ready(),
         (any::<u64>(), bytes16()).prop_map(|(epoch, attempt)| {
             Message::Commit(Commit { epoch: Epoch(epoch), attempt: AttemptId(attempt) })
@@ -99,8 +104,7 @@ impl OwnedBulk {
 }
 
 pub(crate) fn bulk() -> impl Strategy<Value = OwnedBulk> {
-    let zero = (0..limits::PAGE_NUMBERS, any::<u64>())
-        .prop_map(|(first, count)| OwnedBulk::ZeroPages(first, 1 + count % (limits::PAGE_NUMBERS - first)));
+    let zero = stretch().prop_map(|(first, count)| OwnedBulk::ZeroPages(first, count));
     prop_oneof![
         (0..=limits::PAGE_NUMBERS - 256, 1..=limits::PAGES, any::<Option<u32>>())
             .prop_map(|(first, count, crc)| OwnedBulk::Pages(first, count, crc)),
@@ -175,6 +179,12 @@ fn text(max: usize) -> impl Strategy<Value = String> {
         let left = max - text.len();
         if fill { text + &"x".repeat(left) } else { text }
     })
+}
+
+/// First page and number of pages.
+fn stretch() -> impl Strategy<Value = (u64, u64)> {
+    (0..limits::PAGE_NUMBERS, any::<u64>())
+        .prop_map(|(first, count)| (first, 1 + count % (limits::PAGE_NUMBERS - first)))
 }
 
 fn device() -> impl Strategy<Value = u16> {

@@ -65,6 +65,8 @@ pub struct Toy {
     pub resume_faults: AtomicU64,
     /// Digest of RAM when everything had been loaded.
     pub loaded_digest: Mutex<Option<[u8; 32]>>,
+    /// The hot pages when the machine was read out, and nothing wrote them any more.
+    pub saved_hot: Mutex<Vec<u8>>,
 }
 
 /// Where the toy's vCPU stops.
@@ -120,6 +122,7 @@ impl Toy {
             clock: RamOffset(plan.hot * PAGE_SIZE + 16),
             resume_faults: AtomicU64::new(0),
             loaded_digest: Mutex::new(None),
+            saved_hot: Mutex::new(vec![0; usize::try_from(plan.hot * PAGE_SIZE).unwrap()]),
         })
     }
 
@@ -295,6 +298,7 @@ impl Machine for Toy {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.ram.write_u64(self.clock, sequence).unwrap();
         self.log.mark(self.clock, 8);
+        self.ram.read(RamOffset(0), &mut self.saved_hot.lock().unwrap()).unwrap();
         let bytes = sequence.to_le_bytes().to_vec();
         Ok(vec![Section { name: "toy.vcpu".into(), version: 1, bytes }])
     }
