@@ -152,10 +152,8 @@ fn a_host_is_drained_by_the_script_of_the_page() {
     let asked = ["check rehearsed"];
     let completed = [rehearsed, "migration completed"];
     let cancelled_first = [rehearsed, "migration cancelled"];
-    // A destination was not cancelled itself: the source gave up, and told it so.
-    let given_up = [rehearsed, "migration failed"];
     for (pair, at_source, at_destination, why) in [
-        (&refused, vec!["check refused"], vec!["check refused"; 2], Some(refusal)),
+        (&refused, vec!["rehearsal refused"], vec!["check refused"; 2], Some(refusal)),
         (
             &failing,
             [failed, failed].concat(),
@@ -165,7 +163,7 @@ fn a_host_is_drained_by_the_script_of_the_page() {
         (
             &cancelled,
             [cancelled_first, completed].concat(),
-            [&asked[..], &given_up, &asked, &completed].concat(),
+            [&asked[..], &cancelled_first, &asked, &completed].concat(),
             None,
         ),
         (&moves, completed.to_vec(), [&asked[..], &completed].concat(), None),
