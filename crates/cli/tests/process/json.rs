@@ -236,7 +236,8 @@ fn what_every_verb_prints_is_what_its_schema_says() {
     documents.take(&["migrate", from[0], from[1], &silent, "--detach"], 0, "migrate");
     documents.take(&["cancel", from[0], from[1]], 0, "acknowledged");
     drop(listener);
-    documents.take(&["quit", from[0], from[1]], 0, "acknowledged");
+    documents.take(&["quit", from[0], from[1]], 1, "failure");
+    documents.take(&["quit", "--force", from[0], from[1]], 0, "acknowledged");
     documents.take(&["history", "--state-dir", text(&state)], 0, "history");
     documents.take(&["history", "--state-dir", "/nonexistent"], 1, "failure");
     documents.take(&["status", "--state-dir", text(&state)], 0, "status-state-dir");
