@@ -138,3 +138,52 @@ fn why_it_failed_is_on_stderr_and_the_text_says_where_the_guest_is() {
     let printed = String::from_utf8(output.stdout).unwrap();
     assert!(printed.contains("running") && printed.contains("failed"), "{printed}");
 }
+
+/// Some of the sweep in `vm/fault_sweep.rs`, by real processes: also the faults that end the device's own.
+#[test]
+fn what_is_said_of_a_fault_is_what_is() {
+    // The fault at the source, at the destination, how it ends, and the exit code.
+    let cases: [(&[&str], &[&str], &str, i32); 7] = [
+        (&["fail-arc:RUNNING:PRE_COPY:EIO"], &[], "failed", 1),
+        (&["error-arc:PRE_COPY_P2P:STOP_COPY"], &[], "failed", 1),
+        (&["die-in-read:100000"], &[], "failed", 1),
+        (&["enodev-mid-stream:100000"], &[], "failed", 1),
+        (&[], &["error-arc:RESUMING:STOP"], "failed", 1),
+        (&[], &["hang-arc:RESUMING:STOP:200"], "completed", 0),
+        (&["wrong-size-estimate:1000"], &["short-read:4096"], "completed", 0),
+    ];
+    for (here, there, status, exit) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let words = |faults: &[&'static str]| -> Vec<&str> {
+            faults.iter().flat_map(|fault| ["--fault", *fault]).collect()
+        };
+        let (source, destination) = pair(dir.path(), [&words(here), &words(there)]);
+        source.warm();
+        let (code, report, said) = migrate(&source, &destination.incoming());
+        let told = &report["migration"];
+        let case = format!("{here:?} {there:?}: {told}\n{said}");
+        assert_eq!((code, told["status"].as_str()), (Some(exit), Some(status)), "{case}");
+        assert_eq!(source.query("query")["last"]["status"], status, "{case}");
+        let theirs = until("the destination's end", || {
+            Some(destination.query("query")["last"].take()).filter(|last| !last.is_null())
+        });
+        assert_eq!(theirs["status"], status, "{case}\n{theirs}");
+        if exit == 0 {
+            assert_eq!(
+                (source.status(), destination.status()),
+                ("postmigrate".into(), "running".into()),
+                "{case}"
+            );
+            destination.assert_whole();
+        } else {
+            let error = told["error"].as_str().unwrap();
+            assert!(said.contains(error) && error.contains("dev0"), "{case}");
+            assert_eq!(
+                (source.status(), destination.status()),
+                ("running".into(), "inmigrate".into()),
+                "{case}"
+            );
+            source.assert_runs();
+        }
+    }
+}
