@@ -279,6 +279,8 @@ pub struct Abort {
     pub cancelled: bool,
     /// Devices that had to be reset.
     pub reset: Vec<DeviceId>,
+    /// Devices that could neither go back nor be reset: the guest has them no more.
+    pub lost: Vec<DeviceId>,
     /// Storage locks that could not be taken back.
     pub locks_lost: Vec<String>,
     /// Whether the guest is as it was before the attempt.

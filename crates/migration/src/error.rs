@@ -62,6 +62,9 @@ pub struct Aborted {
     pub cancelled: bool,
     /// Devices that had to be reset: their guest state is gone.
     pub reset: Vec<DeviceId>,
+    /// Devices that could neither go back nor be reset: the guest has them no more.
+    #[serde(default)]
+    pub lost: Vec<DeviceId>,
     /// Storage locks that could not be taken back: the guest stays paused.
     pub locks_lost: Vec<String>,
     /// Whether the guest is as it was before the attempt: running, or paused if its operator had paused it.
@@ -72,11 +75,11 @@ impl fmt::Display for Aborted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verb = if self.cancelled { "cancelled" } else { "aborted" };
         write!(f, "the migration was {verb} {}", self.cause)?;
-        if self.restored {
+        match (self.restored, self.lost.as_slice()) {
             // It may have been paused by its operator before, and is then.
-            f.write_str("; the guest is here as it was before")?;
-        } else {
-            f.write_str("; the guest is not resumed here")?;
+            (true, []) => f.write_str("; the guest is here as it was before")?,
+            (true, [device, ..]) => write!(f, "; the guest is here, without device {device}")?,
+            (false, _) => f.write_str("; the guest is not resumed here")?,
         }
         for device in &self.reset {
             write!(f, "; device {device} had to be reset and lost its state")?;
@@ -176,6 +179,7 @@ pub(crate) fn cancelled(phase: Phase) -> MigrateError {
         cause: Failure::cancelled(Side::Source, phase, "cancelled by the operator"),
         cancelled: true,
         reset: Vec::new(),
+        lost: Vec::new(),
         locks_lost: Vec::new(),
         restored: true,
     }))

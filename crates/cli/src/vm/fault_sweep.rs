@@ -22,6 +22,7 @@ use crate::control::protocol::{
 };
 use crate::exit::Exit;
 use crate::follow::{OnInterrupt, follow, followed_text, text};
+use crate::history::History;
 use crate::interrupt::UserInterrupt;
 
 const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0003";
@@ -142,8 +143,15 @@ struct Told {
     event: MigrationInfo,
 }
 
-/// Migrates between a device with these faults at the source and one with those at the destination.
-fn migrate(dir: &Path, here: &[&str], there: &[&str], options: &Value) -> Told {
+/// Migrates between a device with these faults at the source and one with those at the destination, and does something
+/// `meanwhile`.
+fn migrate(
+    dir: &Path,
+    here: &[&str],
+    there: &[&str],
+    options: &Value,
+    meanwhile: impl FnOnce(&Side, &Side),
+) -> Told {
     let source = Side::start(dir, "source", here, &[]);
     let destination = Side::start(dir, "destination", there, &["--incoming", "tcp:127.0.0.1:0"]);
     wait_for("the guest's work", || source.loops() > 20);
@@ -155,6 +163,7 @@ fn migrate(dir: &Path, here: &[&str], there: &[&str], options: &Value) -> Told {
         arguments[key] = value.clone();
     }
     client.call(ControlVerb::Migrate, arguments).unwrap();
+    meanwhile(&source, &destination);
     let interrupt = UserInterrupt::default();
     let report =
         follow(&mut client, MigrationStatus::is_under_way, true, &interrupt, OnInterrupt::Cancel).unwrap();
@@ -231,6 +240,14 @@ impl Told {
             }
             other => panic!("{other:?}: {all}"),
         }
+        // What is found afterwards is what was said.
+        for (side, wanted) in [(source, last), (destination, arrived)] {
+            let history = History::read(&side.state).unwrap();
+            let record = history.last_of(UUID).unwrap_or_else(|| panic!("nothing in the history: {all}"));
+            let kept = &record.migration;
+            assert_eq!((kept.status, kept.guest), (wanted.status, wanted.guest), "the history: {all}");
+            assert_eq!((&kept.error, &kept.failure), (&wanted.error, &wanted.failure), "the history: {all}");
+        }
         // The journals: the guest has one owner, and it is the one that the texts mean.
         let moved = here.vm.status == VmStatus::Postmigrate;
         assert_eq!(
@@ -264,7 +281,7 @@ impl Told {
 fn sweep(cases: &[(&[&str], &[&str], MigrationStatus)], options: &Value) {
     for (here, there, wanted) in cases {
         let dir = tempfile::tempdir().unwrap();
-        let told = migrate(dir.path(), here, there, options);
+        let told = migrate(dir.path(), here, there, options, |_, _| {});
         let case = format!("{here:?} {there:?}");
         told.check(&case);
         assert_eq!(told.printed.migration.status, *wanted, "{case}: {:?}", told.printed.migration);
@@ -322,6 +339,7 @@ fn streams_and_reads() {
             // `die-in-read` ends its process, which is this one: see the tests with real processes.
             (&["enodev-mid-stream:4096"], NONE, Failed),
             (&["hold-dma:4"], NONE, Completed),
+            (&["lose-raise:0:40"], NONE, Completed),
             (NONE, &["short-read:4096"], Completed),
         ],
         &json!({}),
@@ -334,4 +352,28 @@ fn faults_that_digests_find() {
         &[(&["ignore-dirty-log:1"], NONE, Failed), (&["corrupt-tail"], NONE, Completed)],
         &json!({"verify": true}),
     );
+}
+
+#[test]
+fn a_cancel_at_either_side_is_one_at_both() {
+    for at_source in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = json!({"pause-before-switchover": true});
+        let told = migrate(dir.path(), NONE, NONE, &options, |source, destination| {
+            wait_for("the switchover to wait", || {
+                let migration = source.report().migration;
+                migration.is_some_and(|info| info.status == MigrationStatus::PreSwitchover)
+            });
+            let side = if at_source { source } else { destination };
+            side.client().call(ControlVerb::MigrateCancel, Value::Null).unwrap();
+        });
+        let case = if at_source { "cancelled at the source" } else { "cancelled at the destination" };
+        let arrived = told.destination.report().last.unwrap();
+        let ends = (told.printed.migration.status, arrived.status);
+        assert_eq!(ends, (MigrationStatus::Cancelled, MigrationStatus::Cancelled), "{case}");
+        // The operator of a receiver ends its wait with it.
+        if at_source {
+            told.check(case);
+        }
+    }
 }

@@ -83,6 +83,7 @@ impl SourceEngine {
             cause,
             cancelled: true,
             reset: Vec::new(),
+            lost: Vec::new(),
             locks_lost: Vec::new(),
             restored: true,
         }));

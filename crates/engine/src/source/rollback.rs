@@ -26,6 +26,7 @@ impl SourceEngine {
             cause,
             cancelled: notice == AbortNotice::SendCancelled,
             reset: Vec::new(),
+            lost: Vec::new(),
             locks_lost: Vec::new(),
             restored: true,
         };
@@ -41,8 +42,14 @@ impl SourceEngine {
     /// DECLINED: the destination will never run this attempt, and has that in its journal. Ours says OWNER before anything runs.
     pub(super) fn on_declined(&mut self, cause: Failure) {
         self.timer = None;
-        let outcome =
-            Abort { cause, cancelled: false, reset: Vec::new(), locks_lost: Vec::new(), restored: true };
+        let outcome = Abort {
+            cause,
+            cancelled: false,
+            reset: vec![],
+            lost: vec![],
+            locks_lost: vec![],
+            restored: true,
+        };
         self.rollback = Some(SourceRollback { outcome, journaled: false });
         self.journal_step(State::JournalDeclined, SourceStep::Declined);
     }
@@ -75,6 +82,7 @@ impl SourceEngine {
     ) {
         let Some(rollback) = &mut self.rollback else { return };
         rollback.outcome.reset = reset;
+        rollback.outcome.lost = not_reset.to_vec();
         for device in not_reset {
             let text = &rollback.outcome.cause.text;
             rollback.outcome.cause.text = append_not_reset(text, device);
@@ -113,7 +121,15 @@ impl SourceEngine {
             append_not_reset(&text, device)
         });
         let cause = failure(Side::Source, Phase::Clean, text, "see the source's log");
-        self.finish(SourceOutcome::Aborted(Abort { cause, cancelled: false, reset, locks_lost, restored }));
+        let lost = not_reset.to_vec();
+        self.finish(SourceOutcome::Aborted(Abort {
+            cause,
+            cancelled: false,
+            reset,
+            lost,
+            locks_lost,
+            restored,
+        }));
     }
 
     fn after_rollback(&mut self) {

@@ -78,16 +78,15 @@ pub fn save(
     observer: impl FnMut(&Progress),
 ) -> Result<Saved, SaveError> {
     let control = source.control();
-    let estimate = Estimate::of(&*source.machine);
-    let limits = StateLimits::new(&estimate, options.state_limit);
-    let (target, force) = (path.to_owned(), options.force);
-    // A disk may hang, and nothing that waits for it ends when it is told to.
-    let create = move || -> Result<Writer, SaveError> {
-        let file = AtomicFile::create(&target, force).map_err(SnapshotError::from)?;
+    let (target, machine) = (path.to_owned(), Arc::clone(&source.machine));
+    // A disk or a device may hang, and nothing that waits for it ends when it is told to.
+    let create = move || -> Result<(Writer, StateLimits), SaveError> {
+        let file = AtomicFile::create(&target, options.force).map_err(SnapshotError::from)?;
+        let estimate = Estimate::of(&*machine);
         estimate.check_room(&file)?;
-        Ok(Writer::new(file, &target)?)
+        Ok((Writer::new(file, &target)?, StateLimits::new(&estimate, options.state_limit)))
     };
-    let writer = match answer_unless(|| control.cancel_waits(), None, create) {
+    let (writer, limits) = match answer_unless(|| control.cancel_waits(), None, create) {
         Ok(created) => created?,
         Err(Unanswered::NoThread(error)) => return Err(failed("making a thread for", path)(error).into()),
         Err(Unanswered::GivenUp | Unanswered::Late) => {

@@ -182,6 +182,7 @@ pub(crate) fn into_result(
             cause: abort.cause,
             cancelled: abort.cancelled,
             reset: abort.reset,
+            lost: abort.lost,
             locks_lost: abort.locks_lost,
             restored: abort.restored,
         }))),
