@@ -41,7 +41,12 @@ pub(crate) fn alike_as_pci_functions() -> Outcome {
         pci::bind(&place)?;
         let both = as_function(pci::address(&place)?);
         pci::unbind(&place)?;
-        let (closed, open) = both?;
+        let (mut closed, open) = both?;
+        // Told from its driver alone; what was opened here tells of its hardware.
+        holds(
+            closed["no_migration"].take().is_string(),
+            &format!("why it does not migrate is known: {closed}"),
+        )?;
         contradiction("", &closed, &open).map_or(Ok(()), Err)?;
         for part in ["pci", "regions", "irqs", "capabilities"] {
             holds(!closed[part].is_null(), &format!("{part} is known: {closed}"))?;
