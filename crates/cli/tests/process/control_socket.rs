@@ -1,19 +1,13 @@
 //! The control socket of a `vm`, as its clients find it: what is a request, and who has a place.
 
+use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
-use serde_json::{Value, json};
-
-use crate::support::{PATIENCE, Setup, Vm, run};
+use crate::support::{PATIENCE, Vm, control, fails, run, software};
 
 /// Most clients at a time.
 const CLIENTS: usize = 32;
-
-fn software<'a>(dir: &'a Path, name: &'a str, more: &'a [&'a str]) -> Setup<'a> {
-    Setup { devices: 0, vm_arguments: more, ..Setup::new(dir, name) }
-}
 
 /// A connection, past the greeting.
 struct Client {
@@ -45,17 +39,6 @@ impl Client {
         self.send(line);
         self.line().expect("an answer")
     }
-}
-
-fn control(vm: &Vm) -> &str {
-    vm.control.to_str().unwrap()
-}
-
-fn fails(arguments: &[&str], exit: i32, says: &str) {
-    let output = run(arguments);
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(exit), "{arguments:?}: {told}");
-    assert!(told.contains(says), "{arguments:?} says: {told}");
 }
 
 #[test]

@@ -1,25 +1,8 @@
 //! Limits of nothing: a bandwidth, a time or a size of 0.
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 
-use crate::support::{Setup, Vm, run, until};
-
-fn software<'a>(dir: &'a Path, name: &'a str, more: &'a [&'a str]) -> Setup<'a> {
-    Setup { devices: 0, vm_arguments: more, ..Setup::new(dir, name) }
-}
-
-fn control(vm: &Vm) -> &str {
-    vm.control.to_str().unwrap()
-}
-
-fn fails(arguments: &[&str], exit: i32, says: &str) {
-    let output = run(arguments);
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(exit), "{arguments:?}: {told}");
-    assert!(told.contains(says), "{arguments:?} says: {told}");
-}
+use crate::support::{control, fails, run, software, until};
 
 #[test]
 fn limits_of_nothing_are_refused() {

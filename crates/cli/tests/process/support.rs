@@ -343,3 +343,21 @@ impl Vm {
         until_or("the guest to go on", goes_on, || self.state());
     }
 }
+
+/// A `vm` without devices, of these arguments.
+pub(crate) fn software<'a>(dir: &'a Path, name: &'a str, more: &'a [&'a str]) -> Setup<'a> {
+    Setup { devices: 0, vm_arguments: more, ..Setup::new(dir, name) }
+}
+
+/// The control socket of a `vm`, as a word of the command line.
+pub(crate) fn control(vm: &Vm) -> &str {
+    vm.control.to_str().unwrap()
+}
+
+/// Runs the command, which ends with this exit code and says this on stderr.
+pub(crate) fn fails(arguments: &[&str], exit: i32, says: &str) {
+    let output = run(arguments);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(exit), "{arguments:?}: {told}");
+    assert!(told.contains(says), "{arguments:?} says: {told}");
+}
