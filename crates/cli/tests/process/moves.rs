@@ -147,10 +147,13 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
     source.devices[1].kill();
     let event = events.recv_timeout(crate::support::PATIENCE).expect("an event");
     assert_eq!(
-        (&event["event"], &event["data"]),
-        (&json!("DEVICE_LOST"), &json!({"device": "dev1", "why": event["data"]["why"]})),
+        (&event["event"], &event["data"]["device"]),
+        (&json!("DEVICE_LOST"), &json!("dev1")),
         "{event}"
     );
+    // In whichever call it was noticed: it is gone, and not merely late.
+    let why = event["data"]["why"].as_str().unwrap();
+    assert!(!why.is_empty() && !why.contains("time limit"), "{event}");
     let status = source.info();
     assert_eq!(status["lost-devices"], json!(["dev1"]), "{status}");
     assert_eq!(status["status"], "running", "{status}");
