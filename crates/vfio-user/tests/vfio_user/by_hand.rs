@@ -1,10 +1,14 @@
-//! Messages written and read by hand, by servers that keep no rules.
+//! Messages written and read by hand, by servers and clients that keep no rules.
 #![expect(unreachable_pub, reason = "only the files of this program reach it")]
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use vfio_user_peer::codec::{Header, Kind};
+use vfio_user_peer::Errno;
+use vfio_user_peer::codec::{Command, Header, Kind, VersionCapabilities, VersionPayload};
+
+use crate::rig::Served;
 
 /// The next message; `None` once the other end has closed.
 pub fn read_message(stream: &mut UnixStream) -> Option<(Header, Vec<u8>)> {
@@ -22,4 +26,70 @@ pub fn message(header: Header, kind: Kind, body: &[u8]) -> Vec<u8> {
     let mut out = Header { size, kind, ..header }.encode().to_vec();
     out.extend_from_slice(body);
     out
+}
+
+/// A client that sends what it is told.
+pub struct Raw(pub UnixStream);
+
+impl Raw {
+    pub fn connect(served: &Served) -> Self {
+        let stream = UnixStream::connect(&served.path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        Self(stream)
+    }
+
+    pub fn negotiated(served: &Served) -> Self {
+        let mut raw = Self::connect(served);
+        let mut body = Vec::new();
+        let capabilities = VersionCapabilities { max_msg_fds: 1, ..VersionCapabilities::default() };
+        VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
+        assert!(matches!(raw.ask(Command::VERSION, &body), (Kind::Reply, _)));
+        raw
+    }
+
+    pub fn send(&mut self, command: Command, body: &[u8], no_reply: bool) {
+        let size = u32::try_from(16 + body.len()).unwrap();
+        let header = Header { id: 5, command, size, kind: Kind::Command { no_reply } };
+        self.0.write_all(&header.encode()).unwrap();
+        self.0.write_all(body).unwrap();
+    }
+
+    pub fn receive(&mut self) -> (Kind, Vec<u8>) {
+        let mut raw = [0; 16];
+        self.0.read_exact(&mut raw).unwrap();
+        let header = Header::decode(&raw).unwrap();
+        assert_eq!(header.id, 5);
+        let mut body = vec![0; header.body_len()];
+        self.0.read_exact(&mut body).unwrap();
+        (header.kind, body)
+    }
+
+    pub fn ask(&mut self, command: Command, body: &[u8]) -> (Kind, Vec<u8>) {
+        self.send(command, body, false);
+        self.receive()
+    }
+
+    pub fn refused(&mut self, command: Command, body: &[u8]) -> Errno {
+        match self.ask(command, body) {
+            (Kind::Error(errno), body) => {
+                assert!(body.is_empty(), "a refusal with a payload");
+                Errno::from_raw_os_error(i32::try_from(errno).unwrap())
+            }
+            other => panic!("{command} was not refused: {other:?}"),
+        }
+    }
+
+    /// Whether the stream is in step: a good request gets its good answer.
+    pub fn in_step(&mut self) {
+        let (kind, body) = self.ask(Command::DEVICE_GET_INFO, &words(&[16, 0, 0, 0]));
+        assert_eq!((kind, body.len()), (Kind::Reply, 16));
+    }
+
+    pub fn ended(mut self) -> bool {
+        matches!(self.0.read(&mut [0; 64]), Ok(0) | Err(_))
+    }
+}
+
+pub fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }

@@ -1,78 +1,13 @@
 //! Clients that lie, by hand: refused commands are read to their end, the stream stays in step, and the next client is served.
 
-use std::io::{IoSlice, Read, Write};
+use std::io::{IoSlice, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use crate::by_hand::{Raw, words};
 use crate::rig::{Device, Served, quick, quick_server, untouched};
-use vfio_user_peer::codec::{Command, Header, Kind, VersionCapabilities, VersionPayload};
+use vfio_user_peer::codec::{Command, Header, Kind};
 use vfio_user_peer::{ClientOptions, Errno, ServerOptions};
-
-struct Raw(UnixStream);
-
-impl Raw {
-    fn connect(served: &Served) -> Self {
-        let stream = UnixStream::connect(&served.path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        Self(stream)
-    }
-
-    fn negotiated(served: &Served) -> Self {
-        let mut raw = Self::connect(served);
-        let mut body = Vec::new();
-        let capabilities = VersionCapabilities { max_msg_fds: 1, ..VersionCapabilities::default() };
-        VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
-        assert!(matches!(raw.ask(Command::VERSION, &body), (Kind::Reply, _)));
-        raw
-    }
-
-    fn send(&mut self, command: Command, body: &[u8], no_reply: bool) {
-        let size = u32::try_from(16 + body.len()).unwrap();
-        let header = Header { id: 5, command, size, kind: Kind::Command { no_reply } };
-        self.0.write_all(&header.encode()).unwrap();
-        self.0.write_all(body).unwrap();
-    }
-
-    fn receive(&mut self) -> (Kind, Vec<u8>) {
-        let mut raw = [0; 16];
-        self.0.read_exact(&mut raw).unwrap();
-        let header = Header::decode(&raw).unwrap();
-        assert_eq!(header.id, 5);
-        let mut body = vec![0; header.body_len()];
-        self.0.read_exact(&mut body).unwrap();
-        (header.kind, body)
-    }
-
-    fn ask(&mut self, command: Command, body: &[u8]) -> (Kind, Vec<u8>) {
-        self.send(command, body, false);
-        self.receive()
-    }
-
-    fn refused(&mut self, command: Command, body: &[u8]) -> Errno {
-        match self.ask(command, body) {
-            (Kind::Error(errno), body) => {
-                assert!(body.is_empty(), "a refusal with a payload");
-                Errno::from_raw_os_error(i32::try_from(errno).unwrap())
-            }
-            other => panic!("{command} was not refused: {other:?}"),
-        }
-    }
-
-    /// Whether the stream is in step: a good request gets its good answer.
-    fn in_step(&mut self) {
-        let (kind, body) = self.ask(Command::DEVICE_GET_INFO, &words(&[16, 0, 0, 0]));
-        assert_eq!((kind, body.len()), (Kind::Reply, 16));
-    }
-
-    fn ended(mut self) -> bool {
-        matches!(self.0.read(&mut [0; 64]), Ok(0) | Err(_))
-    }
-}
-
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
 
 #[test]
 fn refused_commands_are_drained() {
