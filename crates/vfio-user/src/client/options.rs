@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, Extension, MAX_MSG_FDS};
+use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, Extension};
 
 /// Options of a [`Client`](super::Client). [`Default`] suits a VMM.
 #[derive(Clone)]
@@ -17,7 +17,7 @@ pub struct ClientOptions {
     pub connect_timeout: Duration,
     /// Most data in one message that this client takes and, where the server allows it, asks for. 1 MiB.
     pub max_data_xfer_size: u32,
-    /// Most descriptors in one message that this client takes; at most 64. 64.
+    /// Most descriptors in one message that this client takes; at most 64. 16, as QEMU has it.
     pub max_msg_fds: u32,
     /// Whether to ask for a second socket for the server's DMA requests. They then do not wait behind replies. True.
     pub twin_socket: bool,
@@ -35,7 +35,7 @@ impl Default for ClientOptions {
             timeout: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(5),
             max_data_xfer_size: DEFAULT_MAX_DATA_XFER_SIZE,
-            max_msg_fds: MAX_MSG_FDS,
+            max_msg_fds: 16,
             twin_socket: true,
             extension: Extension::ALL,
             dma: None,

@@ -26,6 +26,10 @@ pub const DMA_UNMAP_ALL: u32 = 1 << 1;
 
 const DMA_READABLE: u32 = 1 << 0;
 const DMA_WRITEABLE: u32 = 1 << 1;
+/// libvfio-user since 2026-06: the descriptor can be mapped.
+const DMA_MMAP: u32 = 1 << 2;
+/// libvfio-user since 2026-06: the descriptor can be read and written as a file.
+const DMA_FILE_IO: u32 = 1 << 3;
 /// `VFIO_REGION_INFO_CAP_SPARSE_MMAP`.
 const CAP_SPARSE_MMAP: u16 = 1;
 /// The most capabilities of one region that are followed: a chain that is longer goes in circles.
@@ -81,7 +85,8 @@ payload! {
     DmaMapPayload {
         /// Length of this struct.
         argsz: u32,
-        /// Bit 0 readable, bit 1 writeable.
+        /// Bit 0 readable, bit 1 writeable; bits 2 and 3 say what can be done with the descriptor: mapped, read and
+        /// written as a file.
         flags: u32,
         /// Offset in the descriptor's file.
         offset: u64,
@@ -241,10 +246,13 @@ pub fn dma_flags(prot: Prot) -> u32 {
     (if prot.read { DMA_READABLE } else { 0 }) | (if prot.write { DMA_WRITEABLE } else { 0 })
 }
 
-/// Rights from DMA_MAP's flags; `None` for flags that are not defined.
-pub fn prot_of_flags(flags: u32) -> Option<Prot> {
-    (flags & !(DMA_READABLE | DMA_WRITEABLE) == 0)
-        .then_some(Prot { read: flags & DMA_READABLE != 0, write: flags & DMA_WRITEABLE != 0 })
+/// Rights from DMA_MAP's flags, and whether a descriptor that comes with them can be mapped: where nothing is said of it, it
+/// can. `None` for flags that are not defined.
+pub fn prot_of_flags(flags: u32) -> Option<(Prot, bool)> {
+    let known = DMA_READABLE | DMA_WRITEABLE | DMA_MMAP | DMA_FILE_IO;
+    let prot = Prot { read: flags & DMA_READABLE != 0, write: flags & DMA_WRITEABLE != 0 };
+    let can_map = flags & (DMA_MMAP | DMA_FILE_IO) != DMA_FILE_IO;
+    (flags & !known == 0).then_some((prot, can_map))
 }
 
 /// The sparse mmap capability for `areas`, as it stands right behind a [`RegionInfoPayload`].

@@ -25,8 +25,8 @@ pub(super) fn bad(_: codec::CodecError) -> Errno {
 
 impl Session<'_> {
     pub(super) fn device_info(&self, body: &[u8]) -> Answer {
-        let ask = InfoPayload::decode_exact(body).map_err(bad)?;
-        fits(InfoPayload::SIZE, ask.argsz)?;
+        // What follows the struct is for later versions to add to it; some clients send as much as argsz says.
+        InfoPayload::decode_prefix(body).map_err(bad)?;
         let info = self.backend.device_info();
         let reset = if info.resettable { codec::DEVICE_FLAGS_RESET } else { 0 };
         let pci = if info.pci { codec::DEVICE_FLAGS_PCI } else { 0 };
@@ -36,15 +36,16 @@ impl Session<'_> {
     }
 
     pub(super) fn region_info(&self, body: &[u8]) -> Answer {
-        let ask = RegionInfoPayload::decode_exact(body).map_err(bad)?;
-        fits(RegionInfoPayload::SIZE, ask.argsz)?;
+        let ask = RegionInfoPayload::decode_prefix(body).map_err(bad)?;
         let info = self.region(ask.index)?;
         if info.areas.len() > MAX_TABLE {
             return Err(Errno::OVERFLOW);
         }
         let caps = if info.areas.is_empty() { Vec::new() } else { codec::encode_sparse_areas(&info.areas) };
         let need = RegionInfoPayload::SIZE + caps.len();
+        // Capabilities and the descriptor are all of them there or none: QEMU refuses FLAG_CAPS without an offset.
         let whole = need <= to_usize(ask.argsz);
+        let caps = if whole { caps } else { Vec::new() };
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
         let mut flags = flag(info.read, codec::REGION_FLAG_READ)
             | flag(info.write, codec::REGION_FLAG_WRITE)
@@ -54,21 +55,18 @@ impl Session<'_> {
             argsz: size_u32(need),
             flags,
             index: ask.index,
-            cap_offset: if caps.is_empty() || !whole { 0 } else { size_u32(RegionInfoPayload::SIZE) },
+            cap_offset: if caps.is_empty() { 0 } else { size_u32(RegionInfoPayload::SIZE) },
             size: info.size,
             offset: info.offset,
         };
         let mut out = reply.to_vec();
-        if whole {
-            out.extend_from_slice(&caps);
-        }
-        let fds = info.fd.into_iter().filter(|_| info.mmap).collect();
+        out.extend_from_slice(&caps);
+        let fds = info.fd.into_iter().filter(|_| info.mmap && whole).collect();
         Ok(Reply { body: out, fds })
     }
 
     pub(super) fn region_io_fds(&self, body: &[u8]) -> Answer {
-        let ask = IoFdsPayload::decode_exact(body).map_err(bad)?;
-        fits(IoFdsPayload::SIZE, ask.argsz)?;
+        let ask = IoFdsPayload::decode_prefix(body).map_err(bad)?;
         if ask.flags != 0 || ask.count != 0 {
             return Err(Errno::INVAL);
         }
@@ -109,8 +107,7 @@ impl Session<'_> {
     }
 
     pub(super) fn irq_info(&self, body: &[u8]) -> Answer {
-        let ask = InfoPayload::decode_exact(body).map_err(bad)?;
-        fits(InfoPayload::SIZE, ask.argsz)?;
+        let ask = InfoPayload::decode_prefix(body).map_err(bad)?;
         let info = self.irq(ask.index)?;
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
         let flags = flag(info.eventfd, irq_flags::INFO_EVENTFD)
@@ -150,7 +147,10 @@ impl Session<'_> {
             irq_flags::DATA_EVENTFD if fds.len() == count => IrqRequestData::Eventfd(fds),
             _ => return Err(Errno::INVAL),
         };
-        let connects = matches!(data, IrqRequestData::Eventfd(_));
+        if matches!(data, IrqRequestData::Eventfd(_)) {
+            // Before the device has it: one that fails half way keeps what it has connected so far.
+            self.irqs.insert(ask.index);
+        }
         self.backend.set_irqs(IrqRequest {
             index: ask.index,
             start: ask.start,
@@ -158,9 +158,6 @@ impl Session<'_> {
             action,
             data,
         })?;
-        if connects {
-            self.irqs.insert(ask.index);
-        }
         Ok(Reply::default())
     }
 
@@ -212,10 +209,10 @@ impl Session<'_> {
 
     pub(super) fn dma_map(&mut self, body: &[u8], mut fds: Vec<OwnedFd>) -> Answer {
         let ask = DmaMapPayload::decode_exact(body).map_err(bad)?;
-        let prot = codec::prot_of_flags(ask.flags).ok_or(Errno::INVAL)?;
+        let (prot, can_map) = codec::prot_of_flags(ask.flags).ok_or(Errno::INVAL)?;
         let page = self.terms.page;
         let aligned = ask.iova.is_multiple_of(page) && ask.len.is_multiple_of(page);
-        if ask.len == 0 || !aligned || fds.len() > 1 || to_usize(ask.argsz) < DmaMapPayload::SIZE {
+        if ask.len == 0 || !aligned || fds.len() > 1 {
             return Err(Errno::INVAL);
         }
         let last = ask.iova.checked_add(ask.len - 1).ok_or(Errno::OVERFLOW)?;
@@ -228,7 +225,8 @@ impl Session<'_> {
         if self.maps.len() >= self.terms.max_dma_maps {
             return Err(Errno::NOSPC);
         }
-        let fd = fds.pop();
+        // A file that cannot be mapped is of no use here: its memory is reached by messages.
+        let fd = fds.pop().filter(|_| can_map);
         let (iova, len, offset) = (ask.iova, ask.len, ask.offset);
         self.backend.dma_map(DmaMapping { iova, len, prot, fd, offset })?;
         self.maps.insert(iova, len);
@@ -295,11 +293,6 @@ impl Session<'_> {
         }
         Ok(count)
     }
-}
-
-/// Whether a reply's fixed part fits the room that the client has for it.
-pub(super) fn fits(need: usize, argsz: u32) -> Result<(), Errno> {
-    if to_usize(argsz) < need { Err(Errno::INVAL) } else { Ok(()) }
 }
 
 /// A length that was bounded before.

@@ -3,7 +3,8 @@
 use rustix::io::Errno;
 use vfio_migration_types::{MigrationFlags, MigrationState, path};
 
-use super::commands::{bad, fits, size_u32};
+use super::argsz::{check_feature, fits};
+use super::commands::{bad, size_u32};
 use super::session::{Logging, Reply, Session, to_usize};
 use crate::codec::{
     self, FEATURE_GET, FEATURE_INDEX, FEATURE_PROBE, FEATURE_SET, Feature, FeatureHead, LoggingControl,
@@ -17,7 +18,8 @@ type Answer = Result<Reply, Errno>;
 const MAX_MANIFEST: usize = 1 << 20;
 
 impl Session<'_> {
-    /// The kernel's order of checks (`vfio_ioctl_device_feature`, `vfio_check_feature`): flags, support, operation, payload.
+    /// The kernel's order of checks (`vfio_ioctl_device_feature`, `vfio_check_feature`): argsz of the head (before this is
+    /// called), flags, support, operation, argsz of the feature, payload.
     pub(super) fn feature(&mut self, body: &[u8]) -> Answer {
         let (head, data) = FeatureHead::decode_with_rest(body).map_err(bad)?;
         let op = head.flags & !FEATURE_INDEX;
@@ -37,15 +39,15 @@ impl Session<'_> {
         if !get && !set {
             return Err(Errno::INVAL);
         }
-        fits(FeatureHead::SIZE, head.argsz)?;
+        check_feature(feature, head.argsz)?;
         match feature {
             Feature::MIGRATION => {
                 let flags = self.flags()?.bits();
                 self.got(&head, &flags.to_ne_bytes())
             }
             Feature::MIG_DEVICE_STATE if get => {
-                let state =
-                    MigStatePayload { device_state: self.backend.mig_state()? as u32, data_fd: u32::MAX };
+                let state = self.shown(self.backend.mig_state()?);
+                let state = MigStatePayload { device_state: state as u32, data_fd: u32::MAX };
                 self.got(&head, &state.to_vec())
             }
             Feature::MIG_DEVICE_STATE => {
@@ -71,10 +73,10 @@ impl Session<'_> {
     }
 
     pub(super) fn mig_data_read(&mut self, body: &[u8]) -> Answer {
-        let ask = MigDataHead::decode_exact(body).map_err(bad)?;
+        let ask = MigDataHead::decode_prefix(body).map_err(bad)?;
         let size = to_usize(ask.size);
         let room = MigDataHead::SIZE.saturating_add(size);
-        if size > self.terms.max_mig_data || to_usize(ask.argsz) < room {
+        if size > self.terms.max_mig_data {
             return Err(Errno::INVAL);
         }
         if !self.backend.mig_state()?.is_saving() {
@@ -109,8 +111,7 @@ impl Session<'_> {
     }
 
     pub(super) fn precopy_info(&self, body: &[u8]) -> Answer {
-        let ask = PrecopyPayload::decode_exact(body).map_err(bad)?;
-        fits(PrecopyPayload::SIZE, ask.argsz)?;
+        PrecopyPayload::decode_prefix(body).map_err(bad)?;
         if !matches!(self.backend.mig_state()?, MigrationState::PreCopy | MigrationState::PreCopyP2p) {
             return Err(Errno::INVAL);
         }
@@ -163,24 +164,48 @@ impl Session<'_> {
     #[expect(clippy::unused_self, reason = "reads as the other steps of a feature")]
     fn got(&self, head: &FeatureHead, data: &[u8]) -> Answer {
         let need = FeatureHead::SIZE + data.len();
-        fits(need, head.argsz)?;
         let mut out = FeatureHead { argsz: size_u32(need), flags: head.flags }.to_vec();
         out.extend_from_slice(data);
         Ok(out.into())
     }
 
-    /// Walks to the state asked for, one arc at a time, and stays where an arc fails.
+    /// The state as the client may know it. The two peer-to-peer states exist for clients with the extension alone; to
+    /// others they are the states that they belong to, from which they differ in what the device does to other devices.
+    fn shown(&self, state: MigrationState) -> MigrationState {
+        match state {
+            MigrationState::RunningP2p if !self.terms.extension.p2p => MigrationState::Running,
+            MigrationState::PreCopyP2p if !self.terms.extension.p2p => MigrationState::PreCopy,
+            state => state,
+        }
+    }
+
+    /// Walks to the state asked for, one arc at a time, and stays where an arc fails; where that is a state that does not
+    /// exist for the client, it goes back to the last one on the way that does.
     fn set_state(&self, data: &[u8]) -> Result<(), Errno> {
-        let ask = MigStatePayload::decode_exact(data).map_err(bad)?;
+        let ask = MigStatePayload::decode_prefix(data).map_err(bad)?;
         let to = MigrationState::try_from(ask.device_state).map_err(|_| Errno::INVAL)?;
         // A state that this client must not know of does not exist for it.
         if !self.flags()?.has_state(to) {
             return Err(Errno::INVAL);
         }
+        let flags = self.backend.migration_flags()?;
         let from = self.backend.mig_state()?;
-        let walk = path(from, to, self.backend.migration_flags()?).map_err(|_| Errno::INVAL)?;
-        for state in walk {
-            self.backend.set_mig_state(state)?;
+        let mut known = self.shown(from);
+        for state in path(from, to, flags).map_err(|_| Errno::INVAL)? {
+            let failed = match self.backend.set_mig_state(state) {
+                Ok(()) => {
+                    known = if self.shown(state) == state { state } else { known };
+                    continue;
+                }
+                Err(failed) => failed,
+            };
+            let stays = self.backend.mig_state()?;
+            if self.shown(stays) != stays {
+                let back = path(stays, known, flags).unwrap_or_default();
+                // One that does not go back either is in the state that is shown for it.
+                let _ = back.into_iter().try_for_each(|state| self.backend.set_mig_state(state));
+            }
+            return Err(failed);
         }
         Ok(())
     }
@@ -195,7 +220,6 @@ impl Session<'_> {
         if ranges.iter().any(|range| !range.iova.is_multiple_of(page) || !range.len.is_multiple_of(page)) {
             return Err(Errno::INVAL);
         }
-        fits(FeatureHead::SIZE + data.len(), head.argsz)?;
         let chosen = match &self.logging {
             // The log goes on; only what it covers already can be asked for.
             Some(logging) if logging.covers(page, &ranges) => logging.chosen,
@@ -213,7 +237,7 @@ impl Session<'_> {
     }
 
     fn logging_report(&mut self, head: &FeatureHead, data: &[u8]) -> Answer {
-        let ask = LoggingReport::decode_exact(data).map_err(bad)?;
+        let ask = LoggingReport::decode_prefix(data).map_err(bad)?;
         if self.logging.is_none() || ask.length == 0 || ask.page_size < 4096 {
             return Err(Errno::INVAL);
         }

@@ -1,5 +1,6 @@
 //! The server: a device's end of vfio-user connections.
 
+mod argsz;
 mod backend;
 mod commands;
 mod dma;

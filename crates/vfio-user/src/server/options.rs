@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, DEFAULT_MAX_DMA_MAPS, DEFAULT_PGSIZES, MAX_MSG_FDS};
+use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, DEFAULT_MAX_DMA_MAPS, DEFAULT_PGSIZES};
+
+/// The most descriptors in one message that a server takes: QEMU's client refuses a server that announces more.
+pub(super) const LARGEST_MSG_FDS: u32 = 16;
 
 /// Options of a [`Server`](super::Server).
 #[derive(Clone, Copy, Debug)]
@@ -12,7 +15,7 @@ pub struct ServerOptions {
     pub message_timeout: Duration,
     /// Most data in one message. 1 MiB.
     pub max_data_xfer_size: u32,
-    /// Most descriptors in one message; at most 64. 64.
+    /// Most descriptors in one message; at most 16. 8, as libvfio-user has it. No client is told more than it announced itself.
     pub max_msg_fds: u32,
     /// Most DMA mappings at a time. 65535.
     pub max_dma_maps: u32,
@@ -27,7 +30,7 @@ impl Default for ServerOptions {
         Self {
             message_timeout: Duration::from_secs(10),
             max_data_xfer_size: DEFAULT_MAX_DATA_XFER_SIZE,
-            max_msg_fds: MAX_MSG_FDS,
+            max_msg_fds: 8,
             max_dma_maps: DEFAULT_MAX_DMA_MAPS,
             pgsizes: DEFAULT_PGSIZES,
             twin_socket: true,

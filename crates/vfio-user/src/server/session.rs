@@ -8,13 +8,14 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+use super::argsz::check_request;
 use super::backend::{Backend, IrqRequest, IrqRequestData};
 use super::dma::DmaChannel;
-use super::options::ServerOptions;
+use super::options::{LARGEST_MSG_FDS, ServerOptions};
 use super::stop::StopHandle;
 use crate::codec::{
-    Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_MSG_FDS, MAX_VERSION_DATA,
-    TwinSocket, VersionCapabilities, VersionPayload,
+    Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_VERSION_DATA, TwinSocket,
+    VersionCapabilities, VersionPayload,
 };
 use crate::conn::{Conn, ConnError, SocketMessage, Unfit};
 use crate::model::{IovaRange, IrqAction};
@@ -135,8 +136,10 @@ fn negotiate(
     } else {
         None
     };
+    let taken_fds = options.max_msg_fds.min(LARGEST_MSG_FDS);
     let ours = VersionCapabilities {
-        max_msg_fds: options.max_msg_fds.min(MAX_MSG_FDS),
+        // Some clients refuse a server that announces more than they would.
+        max_msg_fds: taken_fds.min(theirs.capabilities.max_msg_fds),
         max_data_xfer_size: options.max_data_xfer_size.clamp(1, MAX_DATA_XFER_SIZE),
         max_dma_maps: options.max_dma_maps,
         pgsizes: options.pgsizes,
@@ -151,7 +154,7 @@ fn negotiate(
     let (near, far) = pair.unzip();
     let fds: Vec<BorrowedFd<'_>> = far.iter().map(AsFd::as_fd).collect();
     let max_xfer = to_usize(ours.max_data_xfer_size);
-    conn.set_limits(max_xfer.saturating_add(MAX_HEAD), ours.max_msg_fds);
+    conn.set_limits(max_xfer.saturating_add(MAX_HEAD), taken_fds);
     conn.reply(&message.header, Kind::Reply, &body, &fds, limit)?;
     let client_xfer = theirs.capabilities.max_data_xfer_size;
     let twin = near.map(|fd| Conn::new(UnixStream::from(fd), 0, 0, Some(Arc::clone(&stop.event))));
@@ -205,6 +208,10 @@ impl Session<'_> {
             return Err(Errno::INVAL);
         }
         let body = &message.body;
+        if !self.knows(command) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        check_request(command, body)?;
         match command {
             // Negotiation happens once.
             Command::VERSION => Err(Errno::INVAL),
@@ -222,9 +229,18 @@ impl Session<'_> {
             Command::DEVICE_FEATURE => self.feature(body),
             Command::MIG_DATA_READ => self.mig_data_read(body),
             Command::MIG_DATA_WRITE => self.mig_data_write(body),
-            Command::X_PRECOPY_INFO if self.terms.extension.precopy_info => self.precopy_info(body),
-            Command::X_MANIFEST if self.terms.extension.manifest => self.manifest(body),
+            Command::X_PRECOPY_INFO => self.precopy_info(body),
+            Command::X_MANIFEST => self.manifest(body),
             _ => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    /// Whether a command, if it is one of the extension's, is in force.
+    fn knows(&self, command: Command) -> bool {
+        match command {
+            Command::X_PRECOPY_INFO => self.terms.extension.precopy_info,
+            Command::X_MANIFEST => self.terms.extension.manifest,
+            _ => true,
         }
     }
 

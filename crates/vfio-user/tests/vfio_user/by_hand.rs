@@ -1,10 +1,16 @@
 //! Messages written and read by hand, by servers and clients that keep no rules.
 #![expect(unreachable_pub, reason = "only the files of this program reach it")]
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use vfio_user_peer::Errno;
 use vfio_user_peer::codec::{Command, Header, Kind, VersionCapabilities, VersionPayload};
 
@@ -39,12 +45,18 @@ impl Raw {
     }
 
     pub fn negotiated(served: &Served) -> Self {
+        let capabilities = VersionCapabilities { max_msg_fds: 1, ..VersionCapabilities::default() };
+        Self::announcing(served, capabilities).0
+    }
+
+    /// With what the server answers to these capabilities.
+    pub fn announcing(served: &Served, capabilities: VersionCapabilities) -> (Self, VersionPayload) {
         let mut raw = Self::connect(served);
         let mut body = Vec::new();
-        let capabilities = VersionCapabilities { max_msg_fds: 1, ..VersionCapabilities::default() };
-        VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
-        assert!(matches!(raw.ask(Command::VERSION, &body), (Kind::Reply, _)));
-        raw
+        VersionPayload { major: 0, minor: 2, capabilities }.encode(&mut body);
+        let (kind, body) = raw.ask(Command::VERSION, &body);
+        assert_eq!(kind, Kind::Reply);
+        (raw, VersionPayload::decode(&body).unwrap())
     }
 
     pub fn send(&mut self, command: Command, body: &[u8], no_reply: bool) {
@@ -77,6 +89,38 @@ impl Raw {
             }
             other => panic!("{command} was not refused: {other:?}"),
         }
+    }
+
+    /// The reply to a request that goes with `fds`, and how many descriptors came with it.
+    pub fn ask_with_fds(
+        &mut self,
+        command: Command,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> (Kind, Vec<u8>, usize) {
+        let size = u32::try_from(16 + body.len()).unwrap();
+        let header = Header { id: 5, command, size, kind: Kind::Command { no_reply: false } }.encode();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
+        sendmsg(&self.0, &[IoSlice::new(&header), IoSlice::new(body)], &mut control, SendFlags::empty())
+            .unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut raw = [0; 16];
+        let got = recvmsg(&self.0, &mut [IoSliceMut::new(&mut raw)], &mut control, RecvFlags::WAITALL);
+        assert_eq!(got.unwrap().bytes, 16);
+        let came = control
+            .drain()
+            .map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => fds.count(),
+                _ => 0,
+            })
+            .sum();
+        let header = Header::decode(&raw).unwrap();
+        let mut body = vec![0; header.body_len()];
+        self.0.read_exact(&mut body).unwrap();
+        (header.kind, body, came)
     }
 
     /// Whether the stream is in step: a good request gets its good answer.

@@ -20,7 +20,10 @@ fn refused_commands_are_drained() {
     // Truncated and overlong payloads of commands that exist; longer than any message may be, too.
     for command in (1..=18).filter(|number| ![11, 12, 13, 14].contains(number)) {
         for len in [0, 1, 3, 7, 100, 5 << 20] {
-            raw.refused(Command(command), &vec![0xff; len]);
+            // GET_INFO looks at nothing but argsz, and takes requests of a later version.
+            if (command, len) != (4, 100) {
+                raw.refused(Command(command), &vec![0xff; len]);
+            }
         }
         raw.in_step();
     }
@@ -86,7 +89,7 @@ fn mappings_beyond_the_limits_are_refused() {
     };
     assert_eq!(raw.refused(Command::DMA_MAP, &map(3, 0x1000, 12)), Errno::INVAL);
     assert_eq!(raw.refused(Command::DMA_MAP, &map(3, 12, 0x1000)), Errno::INVAL);
-    assert_eq!(raw.refused(Command::DMA_MAP, &map(4, 0, 0x1000)), Errno::INVAL);
+    assert_eq!(raw.refused(Command::DMA_MAP, &map(16, 0, 0x1000)), Errno::INVAL);
     assert_eq!(raw.ask(Command::DMA_MAP, &map(3, 0, 0x1000)).0, Kind::Reply);
     assert_eq!(raw.refused(Command::DMA_MAP, &map(3, 0x1000, 0x1000)), Errno::NOSPC);
     raw.in_step();

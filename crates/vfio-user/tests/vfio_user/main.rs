@@ -4,6 +4,7 @@ mod by_hand;
 mod codec;
 mod commands;
 mod dma;
+mod foreign_clients;
 mod interop;
 mod lifecycle;
 mod lying_clients;

@@ -38,6 +38,8 @@ pub struct State {
     pub clients: u32,
     pub gone: u32,
     pub fail_arc: Option<MigrationState>,
+    /// Half of the eventfds are connected, and the request fails.
+    pub fail_irqs: bool,
 }
 
 pub struct Device {
@@ -82,6 +84,7 @@ impl Device {
             clients: 0,
             gone: 0,
             fail_arc: None,
+            fail_irqs: false,
         };
         Self {
             state: Mutex::new(state),
@@ -195,8 +198,12 @@ impl Backend for Device {
         ));
         match (action, data) {
             (IrqAction::Trigger, IrqRequestData::Eventfd(fds)) => {
-                for (vector, fd) in (start..).zip(fds) {
+                let taken = if state.fail_irqs { fds.len() / 2 } else { fds.len() };
+                for (vector, fd) in (start..).zip(fds.into_iter().take(taken)) {
                     state.irqs.insert((index, vector), fd);
+                }
+                if state.fail_irqs {
+                    return Err(Errno::NOSPC);
                 }
             }
             (IrqAction::Trigger, IrqRequestData::None) if count == 0 => {
