@@ -207,10 +207,11 @@ impl Client {
         Ok(())
     }
 
-    /// Writes `from` to region `index` at `offset`, in pieces of at most the negotiated size. Returns when the device took it.
+    /// Writes `from` to region `index` at `offset`, in pieces of at most the negotiated size, and of at most 32 KiB to a server
+    /// that does not speak the extension. Returns when the device took it.
     pub fn region_write(&self, index: u32, offset: u64, from: &[u8]) -> Result<(), ClientError> {
         let mut at = offset;
-        for piece in from.chunks(self.piece()) {
+        for piece in from.chunks(self.piece_behind(RegionAccess::SIZE)) {
             let count = size_u32(piece.len());
             let ask = RegionAccess { offset: at, region: index, count };
             let reply =

@@ -111,10 +111,11 @@ impl Client {
         Ok(got)
     }
 
-    /// Writes all of `from` as migration data, in pieces of at most the negotiated size.
+    /// Writes all of `from` as migration data, in pieces of at most the negotiated size, and of at most 32 KiB to a server
+    /// that does not speak the extension.
     pub fn mig_data_write(&self, from: &[u8]) -> Result<(), ClientError> {
         self.must_migrate()?;
-        for piece in from.chunks(self.piece()) {
+        for piece in from.chunks(self.piece_behind(MigDataHead::SIZE)) {
             // Servers disagree on what argsz means here; the request's own length satisfies all.
             let argsz = size_u32(MigDataHead::SIZE + piece.len());
             let head = MigDataHead { argsz, size: size_u32(piece.len()) };
@@ -125,10 +126,15 @@ impl Client {
     }
 
     /// Starts logging the device's DMA writes to `ranges` (everything, when empty) in pages of about `page_size`
-    /// bytes; returns the page size that the device chose.
+    /// bytes; returns the page size that the device chose. Where one request does not hold so many ranges (2045, to a server
+    /// that does not speak the extension), everything is logged.
     pub fn dma_logging_start(&self, page_size: u64, ranges: &[IovaRange]) -> Result<u64, ClientError> {
         self.must_migrate()?;
-        let num_ranges = self.fit("DMA logging ranges", ranges.len(), codec::MAX_LOGGING_RANGES)?;
+        self.fit("DMA logging ranges", ranges.len(), codec::MAX_LOGGING_RANGES)?;
+        let head = FeatureHead::SIZE + LoggingControl::SIZE;
+        let most = self.longest_payload().saturating_sub(head) / codec::LOGGING_RANGE_SIZE;
+        let ranges = if ranges.len() > most { &[] } else { ranges };
+        let num_ranges = size_u32(ranges.len());
         let mut data = LoggingControl { page_size, num_ranges, reserved: 0 }.to_vec();
         codec::encode_ranges(ranges, &mut data);
         let reply = self.feature(Feature::DMA_LOGGING_START, codec::FEATURE_SET, &data, data.len())?;

@@ -6,9 +6,13 @@ use rustix::io::Errno;
 
 use super::connection::Client;
 use super::dma::answer;
-use crate::codec::{CodecError, Command, Feature, FeatureHead, Kind};
+use crate::codec::{CodecError, Command, Extension, Feature, FeatureHead, HEADER_SIZE, Kind};
 use crate::conn::{ConnError, SocketMessage, SocketRequest, Unfit, deadline};
 use crate::error::ClientError;
+
+/// The longest message, header included, to a server that does not speak the extension. libvfio-user reads a payload
+/// with one recv(2), which gives no more than one buffer of the kernel's: 36,544 bytes have been seen.
+const LONGEST_PLAIN_MESSAGE: usize = 32 << 10;
 
 impl Client {
     /// A request with its payload in one piece.
@@ -33,6 +37,8 @@ impl Client {
         if let Some(why) = self.conn.death() {
             return Err(ClientError::ConnectionLost { why });
         }
+        let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
+        self.fit("the payload of a request, in bytes,", len, self.longest_payload())?;
         let request = SocketRequest { command, parts, fds, max_reply, deadline: deadline(self.timeout) };
         let handler = self.dma.as_deref();
         let max = self.announced_xfer;
@@ -107,9 +113,23 @@ impl Client {
         }
     }
 
-    /// The most data for one message.
+    /// The most data that one reply is asked for.
     pub(super) fn piece(&self) -> usize {
         usize::try_from(self.negotiated.max_data_xfer_size).unwrap_or(usize::MAX).max(1)
+    }
+
+    /// The most data in one request, behind `head` bytes that say what it is.
+    pub(super) fn piece_behind(&self, head: usize) -> usize {
+        self.piece().min(self.longest_payload().saturating_sub(head)).max(1)
+    }
+
+    /// The longest payload of a request.
+    pub(super) fn longest_payload(&self) -> usize {
+        match self.negotiated.extension {
+            Extension::NONE => LONGEST_PLAIN_MESSAGE - HEADER_SIZE,
+            // The negotiated size is one of data; the longest that comes with it is a table of ranges.
+            _ => u32::MAX as usize - HEADER_SIZE,
+        }
     }
 
     fn failure(&self, command: Command, error: ConnError) -> ClientError {

@@ -311,7 +311,8 @@ fn decode_areas(size: u64, bytes: &[u8], areas: &mut Vec<MmapArea>) -> Result<()
     Ok(())
 }
 
-/// The entries of the reply `body` to DEVICE_GET_REGION_IO_FDS. Entries may be longer than this version knows.
+/// The entries of the reply `body` to DEVICE_GET_REGION_IO_FDS. Entries may be longer than this version knows. libvfio-user's
+/// are of 48 bytes, and those of eventfds have their `datamatch` at the end of it, behind an offset in a file of its own.
 ///
 /// # Errors
 /// The entries do not fit the reply.
@@ -325,7 +326,14 @@ pub fn decode_io_fds(body: &[u8]) -> Result<Vec<IoFdEntry>, CodecError> {
     if stride < IoFdEntry::SIZE {
         return Err(CodecError::Truncated { need: count.saturating_mul(IoFdEntry::SIZE), have: rest.len() });
     }
-    rest.chunks_exact(stride).take(count).map(IoFdEntry::decode_prefix).collect()
+    let entry = |bytes| {
+        let (mut entry, rest) = IoFdEntry::decode_with_rest(bytes)?;
+        if let (IO_FD_EVENTFD, Ok((datamatch, _))) = (entry.kind, split::<8>(rest)) {
+            entry.value = u64::from_ne_bytes(*datamatch);
+        }
+        Ok(entry)
+    };
+    rest.chunks_exact(stride).take(count).map(entry).collect()
 }
 
 /// REGION_WRITE_MULTI with `writes`.

@@ -45,6 +45,8 @@ pub const MAX_IRQS: usize = 2048;
 pub const MAX_MULTI_WRITES: usize = 200;
 /// The most ranges in one DMA_LOGGING_START.
 pub const MAX_LOGGING_RANGES: usize = 4096;
+/// Length of one of them in bytes.
+pub const LOGGING_RANGE_SIZE: usize = 16;
 /// The most 64-bit words in the bitmap of one report: 64 MiB, for 2 TiB in pages of 4 KiB.
 pub const MAX_BITMAP_WORDS: usize = 8 << 20;
 /// The most bytes of JSON in a VERSION message.

@@ -5,6 +5,7 @@ mod codec;
 mod commands;
 mod dma;
 mod foreign_clients;
+mod foreign_servers;
 mod interop;
 mod lifecycle;
 mod lying_clients;
