@@ -90,7 +90,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s v -
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l memory -d 'Guest RAM. A guest that arrives or is restored brings its size with it, unless this says another; one that is started has 512M' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l device -d 'A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or mdev:UUID,id=NAME. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l device -d 'A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or mdev:UUID,id=NAME. Behind it: slot=N, its slot on the guest\'s PCI bus, 1 to 31 (else the first that is free; to be the same on both sides); pre-copy=off, for a device whose PRE_COPY is broken; vf-token=UUID, for a virtual function that has one (vfio by address). May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l incoming -d 'Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l restore -d 'Bring back the guest that `save` wrote into this file, instead of starting one' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l control -d 'Control socket' -r -F
@@ -167,7 +167,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s v 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand explain" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l control -d 'Control socket of the `vm` whose guest is saved' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l device -d 'The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l device -d 'The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`, ,pre-copy=off or ,vf-token=UUID as in `vm`' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -s o -l output -d 'File to write. It appears whole or not at all' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l state-limit -d 'Most bytes of state that each device may give, so that one whose state has no end does not fill the disk. Default: 16 times what the device estimates, and at least 1G; 64G for one that does not estimate it' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand save" -l stop-copy-only -d 'With --device: read all of its state while it is stopped, as if it had no PRE_COPY'

@@ -157,7 +157,9 @@ pub(crate) struct VmCommand {
     #[arg(long, value_parser = units::size, value_name = "SIZE")]
     pub(crate) memory: Option<u64>,
     /// A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or
-    /// mdev:UUID,id=NAME. May be given more than once.
+    /// mdev:UUID,id=NAME. Behind it: slot=N, its slot on the guest's PCI bus, 1 to 31 (else the first that is free; to be the same
+    /// on both sides); pre-copy=off, for a device whose PRE_COPY is broken; vf-token=UUID, for a virtual function that has
+    /// one (vfio by address). May be given more than once.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,
     /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.

@@ -57,6 +57,11 @@ impl RunningVm {
             if devices.iter().any(|other| other.id == device.id) {
                 return Err(usage(format!("--device: the id {} is there twice", device.id)));
             }
+            if let Some(slot) = device.slot
+                && devices.iter().any(|other| other.slot == Some(slot))
+            {
+                return Err(usage(format!("--device: slot {slot} is there twice")));
+            }
             devices.push(device);
         }
         let memory = options.memory.unwrap_or(MEMORY);

@@ -8,6 +8,7 @@ mod completions;
 mod control_socket;
 mod demo;
 mod device_files;
+mod device_options;
 mod drain;
 mod endings;
 mod foreign_text;

@@ -76,7 +76,7 @@ impl KernelDevice {
         options: &KernelOptions,
     ) -> Result<Self, DeviceError> {
         let opened = open::open(&id, path, options)?;
-        let device = Self::new(id, opened, ram)?;
+        let device = Self::new(id, opened, ram, options)?;
         if !options.keep_state {
             device.recover()?;
         }
@@ -95,7 +95,7 @@ impl KernelDevice {
         options: &KernelOptions,
     ) -> Result<Self, DeviceError> {
         let opened = open::adopt(&id, device, iommu, options)?;
-        Self::new(id, opened, ram)
+        Self::new(id, opened, ram, options)
     }
 
     /// The descriptor to give to KVM's VFIO device (`KVM_DEV_VFIO_FILE_ADD`): the group that the device was opened by,
@@ -119,7 +119,12 @@ impl KernelDevice {
         self.inner.reinit
     }
 
-    fn new(id: DeviceId, opened: AttachedDevice, ram: Arc<GuestRam>) -> Result<Self, DeviceError> {
+    fn new(
+        id: DeviceId,
+        opened: AttachedDevice,
+        ram: Arc<GuestRam>,
+        options: &KernelOptions,
+    ) -> Result<Self, DeviceError> {
         const DOING: &str = "asking what the device is made of";
         let AttachedDevice { device, group, iommu, sys } = opened;
         let fd = (*device).as_fd();
@@ -139,7 +144,8 @@ impl KernelDevice {
             }
         }
         let driver = sys.as_ref().and_then(|sys| sys.driver.as_deref());
-        let flags = find_flags(&device, driver);
+        let flags = find_flags(&device, driver)
+            .map(|flags| MigrationFlags { pre_copy: flags.pre_copy && options.pre_copy, ..flags });
         let reinit = match &flags {
             Ok(flags) if flags.pre_copy => uapi::opt_in_precopy_info_v2(fd).map_err(refused)?,
             _ => false,

@@ -27,11 +27,23 @@ pub struct KernelOptions {
     pub prefer_group: bool,
     /// Leave a device that is not RUNNING as it was found, because it holds a guest's state that a journal names.
     pub keep_state: bool,
+    /// Use the device's PRE_COPY, where it has one.
+    pub pre_copy: bool,
+    /// Token of a virtual function whose physical function has one: a UUID, in lower case. The device is then opened by
+    /// its group.
+    pub vf_token: Option<String>,
 }
 
 impl Default for KernelOptions {
     fn default() -> Self {
-        Self { sysfs: "/sys".into(), dev: "/dev".into(), prefer_group: false, keep_state: false }
+        Self {
+            sysfs: "/sys".into(),
+            dev: "/dev".into(),
+            prefer_group: false,
+            keep_state: false,
+            pre_copy: true,
+            vf_token: None,
+        }
     }
 }
 
@@ -122,7 +134,9 @@ impl Opener<'_> {
     fn found(&self, sys: SysDevice) -> Result<AttachedDevice, DeviceError> {
         sys.check_driver().map_err(|error| self.failed(error))?;
         let dev = &self.options.dev;
+        // By its own file it can be opened with a token only since Linux 6.17.
         if !self.options.prefer_group
+            && self.options.vf_token.is_none()
             && let Some(name) = &sys.vfio
         {
             let file = dev.join("vfio/devices").join(name);
@@ -188,7 +202,12 @@ impl Opener<'_> {
         }
         uapi::set_container(group.as_fd(), &container).map_err(|error| self.refused(error))?;
         container.set_iommu().map_err(|error| self.refused(error))?;
-        let text = CString::new(name).map_err(|_| self.failed(KernelError::Path(name.into())))?;
+        // The form in which vfio-pci takes a token (`vfio_pci_core_match`).
+        let text = match &self.options.vf_token {
+            Some(token) => format!("{name} vf_token={token}"),
+            None => name.into(),
+        };
+        let text = CString::new(text).map_err(|_| self.failed(KernelError::Path(name.into())))?;
         let device = uapi::group_device(group.as_fd(), &text).map_err(|error| match error.errno() {
             Some(Errno::NODEV) => {
                 self.failed(KernelError::NoDevice(format!("device {name} in {}", file.display())))

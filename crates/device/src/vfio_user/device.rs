@@ -32,6 +32,8 @@ pub struct VfioUserOptions {
     pub message_dma: bool,
     /// The device holds a guest's state that a journal names: leave it as it is.
     pub keep_state: bool,
+    /// Use the device's PRE_COPY, where it has one. Without it, its state is read while it is stopped.
+    pub pre_copy: bool,
 }
 
 impl Default for VfioUserOptions {
@@ -41,6 +43,7 @@ impl Default for VfioUserOptions {
             connect_timeout: Duration::from_secs(5),
             message_dma: false,
             keep_state: false,
+            pre_copy: true,
         }
     }
 }
@@ -101,7 +104,8 @@ impl VfioUserDevice {
             return Err(DeviceError::new(id, "opening", None, what));
         }
         let client = Arc::new(client);
-        let flags = find_flags(&client);
+        let flags = find_flags(&client)
+            .map(|flags| MigrationFlags { pre_copy: flags.pre_copy && options.pre_copy, ..flags });
         let known = flags.as_ref().ok().copied();
         let machine = StateMachine::new(id.clone(), Box::new(ServerPort(client.clone())), known);
         let mut inner = ServedDevice {

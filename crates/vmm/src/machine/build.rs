@@ -7,6 +7,7 @@ use vfio_migration_memory::GuestRam;
 
 use super::open::{OpenedDevice, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
+use super::slots::assign_slots;
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::IoBus;
 use crate::error::VmmError;
@@ -34,13 +35,7 @@ impl ReferenceMachine {
         let pci = Arc::new(PciBus::new(host.clone()));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let mut devices = Vec::new();
-        for (slot, device) in (1u8..).zip(&config.devices) {
-            if slot > PciBus::SLOTS {
-                return Err(VmmError::Refused(format!(
-                    "{} devices do not fit on the bus",
-                    config.devices.len()
-                )));
-            }
+        for (slot, device) in assign_slots(&config.devices)?.into_iter().zip(&config.devices) {
             let opened = open(device, &ram)?;
             opened.reset()?;
             let OpenedDevice { device, hardware, link, vfio_file, .. } = opened;

@@ -6,6 +6,8 @@ use std::str::FromStr;
 use vfio_migration_device::{KernelError, KernelPath};
 use vfio_migration_types::{DeviceId, VmId};
 
+use crate::pci::PciBus;
+
 /// A machine to build.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
@@ -37,6 +39,12 @@ pub struct DeviceConfig {
     pub id: DeviceId,
     /// Place of the device on this host; it may differ between the sides.
     pub path: DevicePath,
+    /// Its slot on the guest's PCI bus; `None` for the first that is free.
+    pub slot: Option<u8>,
+    /// Whether its PRE_COPY is used where it has one.
+    pub pre_copy: bool,
+    /// The token of a virtual function whose physical function has one, for vfio-pci: a UUID in lower case.
+    pub vf_token: Option<String>,
 }
 
 /// Place of a device on a host.
@@ -53,7 +61,7 @@ pub enum DevicePath {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "'{text}' describes no device: {why} (want vfio-user:SOCKET,id=NAME, vfio:ADDRESS,id=NAME, vfio:PATH,id=NAME or \
-     mdev:UUID,id=NAME)"
+     mdev:UUID,id=NAME, and behind it ,pre-copy=on|off ,slot=N or, for vfio, ,vf-token=UUID)"
 )]
 pub struct DeviceConfigError {
     text: String,
@@ -69,6 +77,11 @@ impl FromStr for DeviceConfig {
 }
 
 impl DeviceConfig {
+    /// The device at `path`, with no option set.
+    pub fn new(id: DeviceId, path: DevicePath) -> Self {
+        Self { id, path, slot: None, pre_copy: true, vf_token: None }
+    }
+
     /// A device that may go without a name, and is called `name` then.
     ///
     /// # Errors
@@ -80,12 +93,7 @@ impl DeviceConfig {
     fn parse(text: &str, otherwise: Option<&DeviceId>) -> Result<Self, DeviceConfigError> {
         let refuse = |why: String| DeviceConfigError { text: text.chars().take(200).collect(), why };
         let (kind, rest) = text.split_once(':').ok_or_else(|| refuse("it names no kind".into()))?;
-        let (place, name) = match (rest.split_once(','), otherwise) {
-            (Some((place, options)), _) => (place, options.strip_prefix("id=")),
-            (None, Some(name)) => (rest, Some(name.as_str())),
-            (None, None) => (rest, None),
-        };
-        let name = name.ok_or_else(|| refuse("it has no id".into()))?;
+        let (place, options) = rest.split_once(',').unwrap_or((rest, ""));
         let path = match kind {
             "vfio-user" if place.is_empty() => return Err(refuse("the socket's path is empty".into())),
             "vfio-user" => DevicePath::VfioUser(place.into()),
@@ -101,8 +109,65 @@ impl DeviceConfig {
             }
             _ => return Err(refuse("the kind is unknown".into())),
         };
-        let id = DeviceId::new(name).map_err(|error| refuse(error.to_string()))?;
-        Ok(Self { id, path })
+        let options = Options::parse(options).map_err(refuse)?;
+        let id = match (options.id, otherwise) {
+            (Some(id), _) => DeviceId::new(id).map_err(|error| refuse(error.to_string()))?,
+            (None, Some(name)) => name.clone(),
+            (None, None) => return Err(refuse("it has no id".into())),
+        };
+        if options.slot.is_some() && otherwise.is_some() {
+            return Err(refuse("a device without a guest has no slot".into()));
+        }
+        let pci = matches!(&path, DevicePath::Kernel(KernelPath::Pci(_) | KernelPath::Group { .. }));
+        if options.vf_token.is_some() && !pci {
+            return Err(refuse("vf-token is for a PCI function, by its address".into()));
+        }
+        let Options { slot, pre_copy, vf_token, .. } = options;
+        Ok(Self { id, path, slot, pre_copy: pre_copy.unwrap_or(true), vf_token })
+    }
+}
+
+/// What follows a device's place, each at most once and in any order.
+#[derive(Default)]
+struct Options<'a> {
+    id: Option<&'a str>,
+    slot: Option<u8>,
+    pre_copy: Option<bool>,
+    vf_token: Option<String>,
+}
+
+impl<'a> Options<'a> {
+    fn parse(text: &'a str) -> Result<Self, String> {
+        let mut options = Self::default();
+        for option in text.split(',').filter(|_| !text.is_empty()) {
+            let (name, value) =
+                option.split_once('=').ok_or_else(|| format!("'{option}' is no NAME=VALUE"))?;
+            let before = match name {
+                "id" => options.id.replace(value).is_some(),
+                "slot" => {
+                    let slot = value.parse().ok().filter(|slot| (1..=PciBus::SLOTS).contains(slot));
+                    let slot = slot.ok_or_else(|| format!("slot={value} is not 1 to {}", PciBus::SLOTS))?;
+                    options.slot.replace(slot).is_some()
+                }
+                "pre-copy" => {
+                    let on = match value {
+                        "on" => true,
+                        "off" => false,
+                        _ => return Err(format!("pre-copy={value} is neither on nor off")),
+                    };
+                    options.pre_copy.replace(on).is_some()
+                }
+                "vf-token" => {
+                    let token: VmId = value.parse().map_err(|_| format!("vf-token={value} is no UUID"))?;
+                    options.vf_token.replace(token.to_string()).is_some()
+                }
+                _ => return Err(format!("there is no option {name}")),
+            };
+            if before {
+                return Err(format!("{name} is there twice"));
+            }
+        }
+        Ok(options)
     }
 }
 
@@ -156,9 +221,28 @@ mod tests {
         for bad in ["vfio-user:", "vfio-user:/x,name=a", "/x"] {
             assert!(named(bad).is_err(), "{bad}");
         }
+        let all = "vfio:0000:01:00.0,slot=4,vf-token=83B8F4F2-509f-382f-3c1e-e6bfe0fa1001,pre-copy=off,id=a";
+        let all: DeviceConfig = all.parse().unwrap();
+        assert_eq!((all.slot, all.pre_copy, all.id.as_str()), (Some(4), false, "a"));
+        assert_eq!(all.vf_token.as_deref(), Some(uuid));
+        let plain: DeviceConfig = "vfio-user:/x,id=a".parse().unwrap();
+        assert_eq!((plain.slot, plain.pre_copy, plain.vf_token), (None, true, None));
+        assert!(!DeviceConfig::named("vfio-user:/x,pre-copy=off", &name).unwrap().pre_copy);
+        assert!(named("vfio-user:/x,slot=1").is_err(), "there is no bus");
+        assert!(why("vfio-user:/x,id=a,addr=5").contains("no option addr"));
         for bad in [
             "",
             "net0",
+            "vfio-user:/x,id=a,",
+            "vfio-user:/x,id=a,id=b",
+            "vfio-user:/x,id=a,slot=0",
+            "vfio-user:/x,id=a,slot=32",
+            "vfio-user:/x,id=a,slot=+4,slot=5",
+            "vfio-user:/x,id=a,pre-copy=no",
+            "vfio-user:/x,id=a,pre-copy",
+            "vfio-user:/x,id=a,vf-token=83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
+            "vfio:0000:01:00.0,id=a,vf-token=secret",
+            "vfio:/dev/vfio/devices/vfio0,id=a,vf-token=83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
             "vfio-user:/x",
             "vfio-user:,id=a",
             "vfio-user:/x,name=a",

@@ -9,6 +9,7 @@ mod config;
 mod open;
 mod processor;
 mod sections;
+mod slots;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};

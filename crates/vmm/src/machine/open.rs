@@ -63,16 +63,25 @@ pub fn open_alone(config: &DeviceConfig) -> Result<Arc<dyn Device>, VmmError> {
     let ram = Arc::new(GuestRam::new("device", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }])?);
     match &config.path {
         DevicePath::VfioUser(socket) => {
-            let options = VfioUserOptions { keep_state: true, ..VfioUserOptions::default() };
+            let options = VfioUserOptions { keep_state: true, ..served_options(config) };
             let device = VfioUserDevice::open(config.id.clone(), socket, ram, &options);
             Ok(Arc::new(device.map_err(VmmError::device)?))
         }
         DevicePath::Kernel(path) => {
-            let options = KernelOptions { keep_state: true, ..KernelOptions::default() };
+            let options = KernelOptions { keep_state: true, ..kernel_options(config) };
             let device = KernelDevice::open(config.id.clone(), path, ram, &options);
             Ok(Arc::new(device.map_err(VmmError::device)?))
         }
     }
+}
+
+fn served_options(config: &DeviceConfig) -> VfioUserOptions {
+    VfioUserOptions { pre_copy: config.pre_copy, ..VfioUserOptions::default() }
+}
+
+fn kernel_options(config: &DeviceConfig) -> KernelOptions {
+    let vf_token = config.vf_token.clone();
+    KernelOptions { pre_copy: config.pre_copy, vf_token, ..KernelOptions::default() }
 }
 
 /// Opens `config` for a guest with `ram`.
@@ -82,7 +91,7 @@ pub fn open_alone(config: &DeviceConfig) -> Result<Arc<dyn Device>, VmmError> {
 pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<OpenedDevice, VmmError> {
     match &config.path {
         DevicePath::VfioUser(socket) => {
-            let options = VfioUserOptions::default();
+            let options = served_options(config);
             let device = VfioUserDevice::open(config.id.clone(), socket, ram.clone(), &options);
             let device = Arc::new(device.map_err(VmmError::device)?);
             let served = device.clone();
@@ -96,7 +105,7 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<OpenedD
             })
         }
         DevicePath::Kernel(path) => {
-            let options = KernelOptions::default();
+            let options = kernel_options(config);
             let device = KernelDevice::open(config.id.clone(), path, ram.clone(), &options);
             let device = Arc::new(device.map_err(VmmError::device)?);
             let file = device.kvm_file().try_clone_to_owned();

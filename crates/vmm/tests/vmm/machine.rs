@@ -45,9 +45,9 @@ impl Devices {
     }
 
     fn build(&self, accelerator: Accelerator) -> Arc<ReferenceMachine> {
-        let device = |(index, socket): (usize, &PathBuf)| DeviceConfig {
-            id: DeviceId::new(format!("dev{index}")).unwrap(),
-            path: DevicePath::VfioUser(socket.clone()),
+        let device = |(index, socket): (usize, &PathBuf)| {
+            let id = DeviceId::new(format!("dev{index}")).unwrap();
+            DeviceConfig::new(id, DevicePath::VfioUser(socket.clone()))
         };
         let devices = self.sockets.iter().enumerate().map(device).collect();
         let config = MachineConfig { id: VmId([7; 16]), memory: MEMORY, vcpus: 1, accelerator, devices };
