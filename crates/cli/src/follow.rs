@@ -37,6 +37,9 @@ pub(crate) fn follow(
     let mut report = query(client)?;
     let mut progress = ProgressDisplay::new(!json);
     let mut cancelled = false;
+    if on_interrupt == OnInterrupt::Cancel {
+        interrupt.leaves("whether it is cancelled, and how it ends, `status` tells");
+    }
     while let Some(migration) = report.migration.as_ref().filter(|migration| goes_on(migration.status)) {
         progress.update(migration);
         let news = client.next_migration(PATIENCE);

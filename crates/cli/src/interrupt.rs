@@ -1,34 +1,117 @@
-//! Ctrl-C: noticed between steps, so that what was started is also ended.
+//! The user's wish to end, told by a signal: noticed between steps, so that what was started is also ended.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::exit::CliError;
+use rustix::process::Signal;
+
+use crate::exit::{CliError, Exit};
+use crate::output::eprintln_line;
+use crate::signals;
 
 /// Time after which a signal is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// The user's request to stop, made by a signal.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct UserInterrupt(Arc<AtomicBool>);
+pub(crate) struct UserInterrupt(Arc<Heard>);
+
+#[derive(Default)]
+struct Heard {
+    /// The number of the first signal; 0 before it.
+    first: AtomicI32,
+    at_first: Mutex<AtFirst>,
+    /// What goes on without this process when a second signal ends it.
+    left: Mutex<Option<&'static str>>,
+}
+
+/// What the first signal sets off.
+#[derive(Default)]
+enum AtFirst {
+    #[default]
+    Nothing,
+    Call(Box<dyn FnOnce() + Send>),
+    /// It came already.
+    Came,
+}
+
+impl fmt::Debug for Heard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Heard").field("first", &self.first).finish_non_exhaustive()
+    }
+}
 
 impl UserInterrupt {
-    /// Begins to listen for SIGINT and SIGTERM. The second one ends the process at once.
+    /// Begins to listen for the signals that ask the process to end. The second one ends it at once, and says so; should even
+    /// that not get through, the third ends it without a word.
     pub(crate) fn listen() -> Result<Self, CliError> {
+        let cannot = |error: std::io::Error| CliError::caused("cannot listen for signals", &error);
         let this = Self::default();
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            signal_hook::flag::register_conditional_shutdown(signal, 1, this.0.clone())
-                .and_then(|_| signal_hook::flag::register(signal, this.0.clone()))
-                .map_err(|error| CliError::caused("cannot listen for signals", &error))?;
+        let second = Arc::new(AtomicBool::new(false));
+        let heard: Vec<i32> = signals::heard().map(Signal::as_raw).collect();
+        for signal in &heard {
+            signal_hook::flag::register_conditional_shutdown(*signal, Exit::Failed as i32, second.clone())
+                .map_err(cannot)?;
         }
+        let mut signals = signal_hook::iterator::Signals::new(heard).map_err(cannot)?;
+        let of_thread = this.clone();
+        let thread = std::thread::Builder::new().name("signals".into()).spawn(move || {
+            let mut signals = signals.forever();
+            let Some(first) = signals.next() else { return };
+            of_thread.0.came(first);
+            if let Some(another) = signals.next() {
+                second.store(true, Ordering::Relaxed);
+                of_thread.0.end_at_once(another);
+            }
+        });
+        thread.map_err(|error| CliError::caused("cannot make a thread that listens for signals", &error))?;
         Ok(this)
     }
 
     /// Whether a signal came.
     pub(crate) fn requested(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.name().is_some()
+    }
+
+    /// The name of the first signal that came.
+    pub(crate) fn name(&self) -> Option<&'static str> {
+        match self.0.first.load(Ordering::Relaxed) {
+            0 => None,
+            signal => Some(name(signal)),
+        }
+    }
+
+    /// Says what goes on without this process, should a second signal end it.
+    pub(crate) fn leaves(&self, what: &'static str) {
+        *self.0.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
+    }
+
+    /// Calls `end` once, from another thread, when a signal comes, or has come, or when stdin ends if `with_stdin`.
+    pub(crate) fn on_end(
+        &self,
+        with_stdin: bool,
+        end: impl Fn() + Send + Sync + 'static,
+    ) -> Result<(), CliError> {
+        let end = Arc::new(end);
+        if with_stdin {
+            let end = end.clone();
+            let thread = std::thread::Builder::new().name("stdin".into());
+            let spawned = thread.spawn(move || {
+                // Nothing is expected; its end is what counts, and an error is an end too.
+                let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+                end();
+            });
+            spawned.map_err(|error| CliError::caused("cannot make a thread", &error))?;
+        }
+        let mut at_first = self.0.at_first.lock().unwrap_or_else(PoisonError::into_inner);
+        match *at_first {
+            AtFirst::Came => end(),
+            _ => *at_first = AtFirst::Call(Box::new(move || end())),
+        }
+        Ok(())
     }
 
     /// Does work that nothing else can interrupt, such as reading a file, on a thread of its own.
@@ -60,34 +143,34 @@ impl UserInterrupt {
 
     /// Fails when a signal came.
     pub(crate) fn check(&self) -> Result<(), CliError> {
-        if self.requested() { Err(CliError::failed("interrupted")) } else { Ok(()) }
+        match self.name() {
+            Some(name) => Err(CliError::failed(format!("interrupted by {name}"))),
+            None => Ok(()),
+        }
     }
 }
 
-/// Calls `end` once, from a thread of its own, when SIGINT or SIGTERM comes, or when stdin ends if `with_stdin`.
-pub(crate) fn on_end(with_stdin: bool, end: impl Fn() + Send + Sync + 'static) -> Result<(), CliError> {
-    let end = Arc::new(end);
-    let mut signals =
-        signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
-            .map_err(|error| CliError::caused("cannot listen for signals", &error))?;
-    let on_signal = end.clone();
-    let thread = |name: &str| std::thread::Builder::new().name(name.into());
-    let cannot = |error: std::io::Error| CliError::caused("cannot make a thread", &error);
-    thread("signals")
-        .spawn(move || {
-            if signals.forever().next().is_some() {
-                on_signal();
-            }
-        })
-        .map_err(cannot)?;
-    if with_stdin {
-        thread("stdin")
-            .spawn(move || {
-                // Nothing is expected; its end is what counts, and an error is an end too.
-                let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
-                end();
-            })
-            .map_err(cannot)?;
+impl Heard {
+    fn came(&self, signal: i32) {
+        self.first.store(signal, Ordering::Relaxed);
+        let mut at_first = self.at_first.lock().unwrap_or_else(PoisonError::into_inner);
+        if let AtFirst::Call(end) = std::mem::replace(&mut *at_first, AtFirst::Came) {
+            end();
+        }
     }
-    Ok(())
+
+    fn end_at_once(&self, signal: i32) {
+        let left = *self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = left.map_or(String::new(), |what| format!("; {what}"));
+        eprintln_line(format_args!("vfio-migrate: ended at once by a second signal, {}{left}", name(signal)));
+        std::process::exit(Exit::Failed as i32);
+    }
+}
+
+fn name(signal: i32) -> &'static str {
+    signal_hook::low_level::signal_name(signal).unwrap_or(match Signal::from_named_raw(signal) {
+        Some(Signal::POWER) => "SIGPWR",
+        Some(Signal::XCPU) => "SIGXCPU",
+        _ => "a signal",
+    })
 }

@@ -20,6 +20,7 @@ mod probe;
 mod progress_display;
 mod schemas;
 mod side;
+mod signals;
 mod socket_clients;
 mod table;
 mod target;
@@ -79,9 +80,10 @@ fn misused(error: clap::Error) -> ExitCode {
 }
 
 fn run(verb: CliVerb) -> Result<Exit, CliError> {
+    signals::settle()?;
     match verb {
         CliVerb::Demo(options) => demo::run(&options, &UserInterrupt::listen()?),
-        CliVerb::Device(options) => verbs::device::run(&options),
+        CliVerb::Device(options) => verbs::device::run(&options, &UserInterrupt::listen()?),
         CliVerb::Vm(options) => vm::run(&options, &UserInterrupt::listen()?),
         CliVerb::Migrate(options) => verbs::moves::migrate(&options, &UserInterrupt::listen()?),
         CliVerb::Rehearse(options) => verbs::moves::rehearse(&options, &UserInterrupt::listen()?),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use vfio_migration_types::{ArcError, Bitmap, Granule, MigrationFlags, MigrationState, PAGE_SIZE, path};
+use vfio_user_peer::StopHandle;
 
 use crate::bulk::PAGE;
 use crate::device::SampleDevice;
@@ -17,6 +18,9 @@ use crate::regs::{Registers, VECTORS};
 use crate::saving::{self, SamplePrecopy, SampleSaving};
 use crate::shared::{Mode, lock};
 use crate::stream::{Item, Parser, StreamHeader, model_hash};
+
+/// Interval at which an arc that hangs looks for the end of its server.
+const STOP_LOOKED_FOR: Duration = Duration::from_millis(100);
 
 /// Result of a read of device state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -356,23 +360,31 @@ impl SampleDevice {
         self.shared.orders_changed.notify_all();
     }
 
-    /// Waits for `time`, or without one until [`release_hang`](Self::release_hang) or the device's end.
+    /// Has arcs that hang by a scripted fault end with the server that `stop` ends.
+    pub(crate) fn hangs_until(&self, stop: &StopHandle) {
+        // A device is served by one server.
+        let _ = self.shared.stop.set(stop.clone());
+    }
+
+    /// Waits for `time`, or without one until [`release_hang`](Self::release_hang); no longer than the device is there and served.
     fn hang(&self, time: Option<Duration>) {
         let until = time.and_then(|time| std::time::Instant::now().checked_add(time));
-        let mut orders = lock(&self.shared.orders);
-        while !self.shared.ending.load(Ordering::Acquire) {
+        let shared = &self.shared;
+        let stopped = || shared.stop.get().is_some_and(StopHandle::is_stopped);
+        let mut orders = lock(&shared.orders);
+        while !shared.ending.load(Ordering::Acquire) && !stopped() {
             let left = until.map(|until| until.saturating_duration_since(std::time::Instant::now()));
             match left {
                 Some(Duration::ZERO) => return,
-                Some(left) => {
-                    orders = match self.shared.orders_changed.wait_timeout(orders, left) {
-                        Ok((orders, _)) => orders,
-                        Err(poisoned) => poisoned.into_inner().0,
-                    }
-                }
-                None if self.shared.hang_over.load(Ordering::Acquire) => return,
-                None => orders = crate::shared::wait(&self.shared.orders_changed, orders),
+                None if shared.hang_over.load(Ordering::Acquire) => return,
+                _ => {}
             }
+            // The end of a server wakes nobody here.
+            let slice = left.map_or(STOP_LOOKED_FOR, |left| left.min(STOP_LOOKED_FOR));
+            orders = match shared.orders_changed.wait_timeout(orders, slice) {
+                Ok((orders, _)) => orders,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
         }
     }
 

@@ -31,7 +31,9 @@ pub fn serve(path: impl AsRef<Path>, options: Options, stop: &StopHandle) -> Res
     // Listening comes first: a client of a device with much state finds the socket, and waits for its greeting.
     options.check()?;
     let server = Server::bind(path)?;
-    let backend = SampleBackend::new(Arc::new(SampleDevice::new(options)?));
+    let device = SampleDevice::new(options)?;
+    device.hangs_until(stop);
+    let backend = SampleBackend::new(Arc::new(device));
     server.serve(&backend, stop)?;
     Ok(())
 }

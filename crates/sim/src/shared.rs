@@ -2,13 +2,14 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::MigrationState;
+use vfio_user_peer::StopHandle;
 
 use crate::bulk::BulkState;
 use crate::dma::DmaTable;
@@ -49,6 +50,8 @@ pub(crate) struct Shared {
     pub(crate) ending: AtomicBool,
     /// Arcs that hang by a scripted fault may go on.
     pub(crate) hang_over: AtomicBool,
+    /// What ends the server, and with it an arc that hangs; unset for a device that is not served.
+    pub(crate) stop: OnceLock<StopHandle>,
     state: AtomicU32,
 }
 
@@ -118,6 +121,7 @@ impl Shared {
             kick: event()?,
             ending: AtomicBool::new(false),
             hang_over: AtomicBool::new(false),
+            stop: OnceLock::new(),
             state: AtomicU32::new(MigrationState::Running as u32),
             options,
         })

@@ -13,7 +13,7 @@ use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES};
 
 /// What Ctrl-C does to a migration that a verb waits for.
 const CTRL_C: &str = "Ctrl-C (SIGINT, SIGTERM) cancels the migration, and the guest goes on here, unless it is too late for that; the \
-command waits for the end and tells it. A second one ends the command at once. A command that is killed, or that was told \
+command waits for the end and tells it. A second one ends the command at once, and leaves the migration to the vm. A command that is killed, or that was told \
 to --detach, cancels nothing.";
 
 /// Options of `incoming`.

@@ -4,9 +4,9 @@ use vfio_migration_sim::{Fault, Options, serve};
 
 use crate::args::serve::DeviceCommand;
 use crate::exit::{CliError, Exit};
-use crate::interrupt;
+use crate::interrupt::UserInterrupt;
 
-pub(crate) fn run(options: &DeviceCommand) -> Result<Exit, CliError> {
+pub(crate) fn run(options: &DeviceCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let usage = |text: String| CliError::new(Exit::Usage, text);
     let faults = options
         .fault
@@ -42,7 +42,7 @@ pub(crate) fn run(options: &DeviceCommand) -> Result<Exit, CliError> {
     device.check().map_err(|error| usage(error.to_string()))?;
     let stop = vfio_user_peer::StopHandle::new().map_err(|error| CliError::caused("cannot begin", &error))?;
     let ended = stop.clone();
-    interrupt::on_end(options.exit_with_stdin, move || ended.stop())?;
+    interrupt.on_end(options.exit_with_stdin, move || ended.stop())?;
     serve(&options.socket, device, &stop)
         .map_err(|error| CliError::caused(&format!("cannot serve {}", options.socket.display()), &error))?;
     Ok(Exit::Done)

@@ -14,7 +14,7 @@ use vfio_migration_sim::{Fault, Options, serve};
 use vfio_migration_types::VmId;
 use vfio_user_peer::StopHandle;
 
-use super::{Prepared, Started};
+use super::{Started, start};
 use crate::args::{Cli, CliVerb};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{
@@ -79,7 +79,7 @@ impl Side {
         let words = [&words.concat()[..], &["--state-dir", &state_word]].concat();
         let CliVerb::Vm(options) = Cli::try_parse_from(words).unwrap().verb else { panic!() };
         let (quit, _) = mpsc::channel();
-        let started = Prepared::new(&options, &UserInterrupt::default()).unwrap().start(quit).unwrap();
+        let started = start(&options, &UserInterrupt::default(), quit).unwrap();
         Self { started, control, state, _device: device }
     }
 

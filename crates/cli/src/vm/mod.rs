@@ -29,33 +29,62 @@ use crate::args::serve::VmCommand;
 use crate::control::event::ControlEvent;
 use crate::control::server::{Bound, ControlServer};
 use crate::exit::{CliError, Exit};
-use crate::interrupt::{self, UserInterrupt};
+use crate::interrupt::UserInterrupt;
 use crate::output::eprintln_line;
 use crate::words::uri;
 
 pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
-    let prepared = Prepared::new(options, interrupt)?;
     let (quit, quitted) = mpsc::channel();
     let by_control = quit.clone();
-    interrupt::on_end(options.exit_with_stdin, move || {
+    interrupt.on_end(options.exit_with_stdin, move || {
         // The receiver is gone only when the process ends anyway.
         let _ = quit.send(());
     })?;
-    // A signal that came before was heard by nobody else.
-    interrupt.check()?;
-    let started = prepared.start(by_control)?;
+    let started = start(options, interrupt, by_control)?;
     let vm = &started.vm;
-    // Signals come through `quit`; the flag of a second one ends the process at once.
     let (mut watch, mut readiness) = (LostDeviceWatch::default(), ReadinessWatch::default());
     while quitted.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
         watch.report_new(vm);
         readiness.tend(vm);
     }
-    drop(interrupt.clone());
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
     vm.end();
-    eprintln_line("vfio-migrate: the VM's process has ended");
+    let by = interrupt.name().map_or(String::new(), |name| format!(" by {name}"));
+    eprintln_line(format_args!("vfio-migrate: the VM's process has ended{by}"));
     Ok(Exit::Done)
+}
+
+/// A `vm` that runs a guest or waits for one, and answers its control socket.
+struct Started {
+    vm: Arc<RunningVm>,
+    _server: Option<ControlServer>,
+}
+
+/// Makes a `vm` and everything that it needs; `quit` is what the control socket ends the process by.
+fn start(options: &VmCommand, interrupt: &UserInterrupt, quit: Sender<()>) -> Result<Started, CliError> {
+    // What files and devices take, no signal can shorten: it is left to itself then.
+    let of_thread = options.clone();
+    let prepared = interrupt.watch(move || Prepared::new(&of_thread))??;
+    let vm = prepared.vm.clone();
+    // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
+    // whoever gets an answer finds everything in place.
+    let bound = match &options.control {
+        Some(path) => Some((path, Bound::at(path).map_err(|error| cannot_listen(path, &error))?)),
+        None => None,
+    };
+    interrupt.watch(move || prepared.start()).inspect_err(|_| vm.end()).and_then(|started| started)?;
+    let server = match bound {
+        Some((path, bound)) => {
+            let handler = Arc::new(VmHandler { vm: vm.clone(), quit });
+            let served = bound.serve(handler, vm.publisher.clone());
+            Some(served.map_err(|error| {
+                vm.end();
+                cannot_listen(path, &error)
+            })?)
+        }
+        None => None,
+    };
+    Ok(Started { vm, _server: server })
 }
 
 /// A `vm` whose command line has been judged, and for which nothing has been made yet.
@@ -66,34 +95,19 @@ struct Prepared {
     epoch: Epoch,
 }
 
-/// A `vm` that runs a guest or waits for one, and answers its control socket.
-struct Started {
-    vm: Arc<RunningVm>,
-    _server: Option<ControlServer>,
-}
-
 impl Prepared {
-    fn new(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Self, CliError> {
+    fn new(options: &VmCommand) -> Result<Self, CliError> {
         let vm = Arc::new(RunningVm::new(options)?);
         let uri = options.incoming.as_deref().map(uri).transpose()?;
         // Checked whole before anything is made for it.
-        let snapshot = match options.restore.clone() {
-            Some(path) => Some(interrupt.watch(move || saving::open(&path))??),
-            None => None,
-        };
+        let snapshot = options.restore.as_deref().map(saving::open).transpose()?;
         let epoch = if uri.is_none() && snapshot.is_none() { owned_epoch(&vm)? } else { Epoch(0) };
         Ok(Self { vm, uri, snapshot, epoch })
     }
 
-    /// Starts the guest, brings it back, or waits for it; `quit` is what the control socket ends the process by.
-    fn start(self, quit: Sender<()>) -> Result<Started, CliError> {
+    /// Starts the guest, brings it back, or waits for it.
+    fn start(self) -> Result<(), CliError> {
         let Self { vm, uri, snapshot, epoch } = self;
-        // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
-        // whoever gets an answer finds everything in place.
-        let bound = match &vm.options.control {
-            Some(path) => Some((path, Bound::at(path).map_err(|error| cannot_listen(path, &error))?)),
-            None => None,
-        };
         match (uri, snapshot) {
             (None, Some(snapshot)) => {
                 let slot = saving::restore(&vm, snapshot)?;
@@ -119,18 +133,7 @@ impl Prepared {
             let (id, is) = (machine.id(), if machine.is_running() { "runs" } else { "is paused" });
             eprintln_line(format_args!("vfio-migrate: VM {id} {is}"));
         }
-        let server = match bound {
-            Some((path, bound)) => {
-                let handler = Arc::new(VmHandler { vm: vm.clone(), quit });
-                let served = bound.serve(handler, vm.publisher.clone());
-                Some(served.map_err(|error| {
-                    vm.end();
-                    cannot_listen(path, &error)
-                })?)
-            }
-            None => None,
-        };
-        Ok(Started { vm, _server: server })
+        Ok(())
     }
 }
 

@@ -21,6 +21,7 @@ mod moves;
 mod quit;
 mod receivers;
 mod sabotage;
+mod signals;
 mod silent;
 mod snapshots;
 mod support;

@@ -1,0 +1,224 @@
+//! What each signal does to each kind of process that the command becomes.
+
+use std::io::Read;
+use std::net::TcpListener;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+
+use crate::support::{PATIENCE, Setup, Vm, command, control, software, until};
+
+/// The signals that ask a process to end, by number and name.
+const ENDING: [(u32, &str); 5] =
+    [(2, "SIGINT"), (15, "SIGTERM"), (1, "SIGHUP"), (30, "SIGPWR"), (24, "SIGXCPU")];
+/// Those of the C library, which it sets while it uses them.
+const OF_THE_C_LIBRARY: [u32; 2] = [32, 33];
+
+/// What the default of a signal would be fatal: all of signal(7) but those that are ignored, stop, or let go on. The last eight
+/// are for whoever wants a process dead and its core.
+fn fatal() -> impl Iterator<Item = u32> {
+    let faults_and_quit = [3, 4, 5, 6, 7, 8, 11, 31];
+    let not_fatal = [17, 18, 19, 20, 21, 22, 23, 28];
+    (1..=64).filter(move |n| {
+        *n != 9 && !faults_and_quit.contains(n) && !not_fatal.contains(n) && !OF_THE_C_LIBRARY.contains(n)
+    })
+}
+
+fn kill(pid: u32, signal: u32) {
+    let words = [signal.to_string(), pid.to_string()];
+    assert!(Command::new("sh").args(["-c", "kill -$1 $2", "sh"]).args(words).status().unwrap().success());
+}
+
+/// The signals that the process catches or ignores.
+fn answered(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let mask = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        u64::from_str_radix(line.trim(), 16).unwrap()
+    };
+    mask("SigCgt:") | mask("SigIgn:")
+}
+
+fn answers(mask: u64, signal: u32) -> bool {
+    mask >> (signal - 1) & 1 == 1
+}
+
+/// A process of the command whose stderr is kept.
+fn started(arguments: &[&str]) -> Child {
+    command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn vm(dir: &Path) -> (Child, std::path::PathBuf) {
+    let socket = dir.join("control");
+    let words = ["vm", "--software", "--memory", "32M", "--dirty-rate", "1M", "--control"];
+    let child = started(&[&words[..], &[socket.to_str().unwrap()]].concat());
+    until("the guest", || greets(&socket));
+    (child, socket)
+}
+
+/// Whether a control socket answers.
+fn greets(socket: &Path) -> Option<()> {
+    let mut stream = UnixStream::connect(socket).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    stream.read_exact(&mut [0]).ok()
+}
+
+fn device(dir: &Path) -> Child {
+    let socket = dir.join("device");
+    let child = started(&["device", "--state-size", "1M", "--socket", socket.to_str().unwrap()]);
+    until("the device", || UnixStream::connect(&socket).ok());
+    child
+}
+
+/// A verb that cleans nothing up, while it waits for somebody who says nothing.
+fn asking(dir: &Path) -> (Child, UnixStream) {
+    let socket = dir.join("silent");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let child = started(&["cancel", "--control", socket.to_str().unwrap()]);
+    let (connection, _) = listener.accept().unwrap();
+    (child, connection)
+}
+
+#[test]
+fn every_signal_that_is_fatal_by_default_is_answered_by_every_verb() {
+    let dir = tempfile::tempdir().unwrap();
+    let (vm, _) = vm(dir.path());
+    let device = device(dir.path());
+    let (asking, _connection) = asking(dir.path());
+    for (mut child, hears) in [(vm, true), (device, true), (asking, false)] {
+        let mask = answered(child.id());
+        for signal in fatal() {
+            let ends = ENDING.iter().any(|(ending, _)| *ending == signal);
+            assert_eq!(answers(mask, signal), hears || !ends, "{signal} of {}", child.id());
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+#[test]
+fn no_stray_signal_ends_a_guest_a_device_or_a_question() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut vm, socket) = vm(dir.path());
+    let mut device = device(dir.path());
+    for signal in fatal().filter(|signal| ENDING.iter().all(|(ending, _)| ending != signal)) {
+        kill(vm.id(), signal);
+        kill(device.id(), signal);
+    }
+    greets(&socket).unwrap();
+    for child in [&mut vm, &mut device] {
+        assert!(child.try_wait().unwrap().is_none());
+        kill(child.id(), 15);
+        assert!(child.wait().unwrap().success());
+    }
+}
+
+#[test]
+fn every_signal_that_asks_for_an_end_gets_a_clean_one() {
+    let dir = tempfile::tempdir().unwrap();
+    for (signal, name) in ENDING {
+        let (vm, socket) = vm(dir.path());
+        kill(vm.id(), signal);
+        let output = vm.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{name}: {told}");
+        assert!(told.contains(&format!("the VM's process has ended by {name}")), "{told}");
+        assert!(!socket.exists(), "{name} left the control socket");
+        let mut device = device(dir.path());
+        kill(device.id(), signal);
+        assert!(device.wait().unwrap().success(), "{name}");
+        assert!(!dir.path().join("device").exists(), "{name} left the device's socket");
+    }
+}
+
+/// As nohup(1) starts it.
+#[test]
+fn a_hangup_that_was_ignored_from_the_start_stays_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("device");
+    let binary = env!("CARGO_BIN_EXE_vfio-migrate");
+    let script = format!("trap '' HUP; exec {binary} device --state-size 1M --socket {}", socket.display());
+    let mut device = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+    until("the device", || UnixStream::connect(&socket).ok());
+    kill(device.id(), 1);
+    kill(device.id(), 15);
+    assert!(device.wait().unwrap().success());
+}
+
+#[test]
+fn a_device_whose_arc_hangs_hears_a_signal() {
+    let dir = tempfile::tempdir().unwrap();
+    for fault in ["hang-arc:RUNNING:PRE_COPY", "hang-arc:RUNNING:PRE_COPY:600000"] {
+        let socket = dir.path().join("device");
+        let mut device = started(&[
+            "device",
+            "--state-size",
+            "1M",
+            "--fault",
+            fault,
+            "--socket",
+            socket.to_str().unwrap(),
+        ]);
+        until("the device", || UnixStream::connect(&socket).ok());
+        let name = format!("vfio-user:{}", socket.display());
+        let out = dir.path().join("out");
+        let mut saving = started(&["save", "--device", &name, "-o", out.to_str().unwrap()]);
+        let mut said = String::new();
+        let mut stderr = std::io::BufReader::new(device.stderr.take().unwrap());
+        while !said.contains("the arc hangs") {
+            assert_ne!(std::io::BufRead::read_line(&mut stderr, &mut said).unwrap(), 0, "{said}");
+        }
+        kill(device.id(), 15);
+        assert!(device.wait().unwrap().success());
+        saving.wait().unwrap();
+    }
+}
+
+/// Signals interrupt system calls: nothing of a migration may take that for an error.
+#[test]
+fn a_migration_under_a_rain_of_signals_completes() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: &["--software"], ..Setup::new(dir.path(), "a") }.start();
+    let target = Setup {
+        vm_arguments: &["--software", "--incoming", "tcp:127.0.0.1:0"],
+        ..Setup::new(dir.path(), "b")
+    }
+    .start();
+    source.warm();
+    let uri = target.incoming();
+    let pids: Vec<String> = [&source, &target]
+        .iter()
+        .flat_map(|vm| std::iter::once(&vm.process).chain(&vm.devices))
+        .map(|process| process.pid().to_string())
+        .collect();
+    let script = "while kill -USR1 $* && kill -40 $*; do :; done";
+    let mut rain = Command::new("sh").args(["-c", script, "sh"]).args(&pids).spawn().unwrap();
+    let info = source.migrate(&uri, Value::Null);
+    rain.kill().unwrap();
+    rain.wait().unwrap();
+    assert_eq!(info["status"], "completed", "{info}");
+    target.assert_whole();
+}
+
+/// The first asks for a cancel, which takes as long as the devices do; the second leaves it to the `vm`, and says so.
+#[test]
+fn a_second_signal_ends_a_follower_with_a_word() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm: Vm = software(dir.path(), "a", &["--software"]).start();
+    // It takes the connection, and never says anything.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let following = started(&["migrate", "--control", control(&vm), &uri]);
+    until("the session", || (vm.migration()["status"] == "active").then_some(()));
+    // One that cannot answer the request for a cancel.
+    kill(vm.process.pid(), 19);
+    kill(following.id(), 2);
+    kill(following.id(), 15);
+    let output = following.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    kill(vm.process.pid(), 18);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("ended at once by a second signal, SIGTERM; whether it is cancelled"), "{told}");
+}
