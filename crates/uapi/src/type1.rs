@@ -144,33 +144,6 @@ impl Type1 {
         self.mapped.remove(iova, || self.unmap_range(iova))
     }
 
-    /// As [`unmap`](Self::unmap), and ORs into `bitmap` which of its pages were dirty, which the kernel forgets with
-    /// the mapping. Only while dirty pages are tracked.
-    pub fn unmap_with_bitmap(
-        &self,
-        iova: Range<Iova>,
-        granule: Granule,
-        bitmap: &mut [u64],
-    ) -> Result<(), UapiError> {
-        let mut found = scratch(iova, granule, bitmap)?;
-        self.mapped.remove(iova, || {
-            let mut request = UnmapWithBitmap {
-                argsz: const { argsz(size_of::<UnmapWithBitmap>()) },
-                flags: uapi::VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
-                iova: iova.start().0,
-                size: iova.len(),
-                bitmap: describe(granule, &mut found),
-            };
-            // SAFETY: `struct vfio_iommu_type1_dma_unmap` and the `struct vfio_bitmap` that follows it with this flag;
-            // the kernel writes at most `size` bytes of the bitmap, which the slice has.
-            unsafe { rustix::ioctl::ioctl(&self.fd, Updater::<IOMMU_UNMAP_DMA, _>::new(&mut request)) }
-                .map_err(|source| UapiError::System {
-                    doing: "unmapping memory with its dirty pages",
-                    source,
-                })
-        })
-    }
-
     /// Begins to track dirty pages. Begun twice, it goes on.
     pub fn start_dirty(&self) -> Result<(), UapiError> {
         self.dirty_pages(uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_START, "starting the container's dirty tracking")
@@ -299,16 +272,6 @@ struct Unmap {
     size: u64,
 }
 
-/// `struct vfio_iommu_type1_dma_unmap` with `struct vfio_bitmap` for its data.
-#[repr(C)]
-struct UnmapWithBitmap {
-    argsz: u32,
-    flags: u32,
-    iova: u64,
-    size: u64,
-    bitmap: uapi::vfio_bitmap,
-}
-
 /// `struct vfio_iommu_type1_dirty_bitmap` with its data.
 #[repr(C)]
 struct DirtyReport {
@@ -374,7 +337,6 @@ mod tests {
         assert_eq!(size_of::<uapi::vfio_iommu_type1_info>(), 24);
         assert_eq!(size_of::<uapi::vfio_iommu_type1_dma_map>(), 32);
         assert_eq!((size_of::<Unmap>(), size_of::<uapi::vfio_iommu_type1_dma_unmap>()), (24, 24));
-        assert_eq!(std::mem::offset_of!(UnmapWithBitmap, bitmap), 24);
         assert_eq!(std::mem::offset_of!(DirtyReport, get), size_of::<uapi::vfio_iommu_type1_dirty_bitmap>());
         assert_eq!(size_of::<uapi::vfio_bitmap>(), 24);
         assert_eq!(std::mem::offset_of!(uapi::vfio_iommu_type1_info_cap_migration, pgsize_bitmap), 16);
