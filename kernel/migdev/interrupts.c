@@ -62,7 +62,7 @@ long interrupts_info(struct migdev *dev, unsigned long arg)
 	info.flags = 0;
 	info.count = 0;
 	if (info.index == VFIO_PCI_MSIX_IRQ_INDEX) {
-		info.flags = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_NORESIZE;
+		info.flags = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE;
 		info.count = VECTORS;
 	}
 	return copy_to_user((void __user *)arg, &info, size) ? -EFAULT : 0;

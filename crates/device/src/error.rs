@@ -2,6 +2,7 @@
 
 use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationState};
+use vfio_migration_uapi::UapiError;
 
 use crate::kernel::error::KernelError;
 
@@ -39,6 +40,16 @@ impl DeviceError {
             // A device's own file can be opened again; it is refused to bind it again (vfio_main.c, vfio_df_open).
             Some(KernelError::Refused { .. }) => matches!(self.errno, Some(Errno::BUSY | Errno::INVAL)),
             _ => false,
+        }
+    }
+
+    /// The number of interrupts that the host has, where it has fewer than
+    /// [`set_irq_eventfds`](crate::PciHardware::set_irq_eventfds) asked for: none is connected, and so many may be asked
+    /// for instead. At least 1, counted from the first of the kind.
+    pub fn fewer_interrupts(&self) -> Option<u32> {
+        match self.source.downcast_ref() {
+            Some(UapiError::FewerInterrupts { possible, .. }) => Some(*possible),
+            _ => None,
         }
     }
 

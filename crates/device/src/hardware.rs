@@ -46,6 +46,17 @@ impl IrqIndex {
     }
 }
 
+/// As the PCI specifications spell it.
+impl fmt::Display for IrqIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Intx => "INTx",
+            Self::Msi => "MSI",
+            Self::Msix => "MSI-X",
+        })
+    }
+}
+
 /// Properties of a region (`VFIO_DEVICE_GET_REGION_INFO`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciRegion {
@@ -132,10 +143,25 @@ pub trait PciHardware: fmt::Debug + Send + Sync {
     /// Number of interrupts of this kind; 0 where there are none. Known since the device was opened: no I/O.
     fn irq_count(&self, index: IrqIndex) -> u32;
 
+    /// Whether the kind is set up as a set (`VFIO_IRQ_INFO_NORESIZE`): an interrupt beyond those that were there when
+    /// it was enabled is connected only after all of it was disabled. Known since the device was opened: no I/O.
+    fn irq_noresize(&self, _index: IrqIndex) -> bool {
+        false
+    }
+
+    /// Enables the kind with no interrupt connected, where the device needs that to keep what it raises meanwhile
+    /// (MSI-X of a kernel device: its own pending bits). Elsewhere nothing is done, and nothing has to be.
+    fn enable_irqs(&self, _index: IrqIndex) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Connects interrupts `start ..` to eventfds, by as few SET_IRQS as the back end allows (one on the kernel,
     /// `max_msg_fds` at a time on vfio-user). `None` disconnects that one. Enables the kind when it was not.
     ///
     /// The device keeps its own reference to each descriptor.
+    ///
+    /// # Errors
+    /// Also when the host has not so many: see [`DeviceError::fewer_interrupts`].
     fn set_irq_eventfds(
         &self,
         index: IrqIndex,

@@ -117,7 +117,7 @@ impl Backend for SampleBackend {
         Ok(match index {
             irq::MSIX => {
                 let count = u32::try_from(VECTORS).map_err(|_| Errno::INVAL)?;
-                IrqInfo { count, eventfd: true, noresize: true, ..IrqInfo::default() }
+                IrqInfo { count, eventfd: true, ..IrqInfo::default() }
             }
             _ => IrqInfo::default(),
         })

@@ -31,6 +31,14 @@ pub enum UapiError {
     /// More interrupts in one call than a device can have.
     #[error("{0} interrupts are more than a device has")]
     TooManyInterrupts(usize),
+    /// The host has fewer interrupts than it was asked for, and the kernel has enabled none.
+    #[error("the host has {possible} of the {wanted} interrupts asked for, and enabled none")]
+    FewerInterrupts {
+        /// Interrupts of the kind that the call would have had in use, counted from the first.
+        wanted: u32,
+        /// Interrupts that could be had, at least 1: so many may be asked for instead.
+        possible: u32,
+    },
     /// An answer of the kernel whose capabilities lead nowhere: a driver's fault.
     #[error("the device describes itself inconsistently: {0}")]
     BadCapability(&'static str),

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use rustix::ioctl::{Opcode, Setter, Updater, opcode};
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Updater, opcode};
 use vfio_bindings::bindings::vfio as uapi;
 
 use crate::error::UapiError;
@@ -71,7 +71,7 @@ pub fn irq_info(device: BorrowedFd<'_>, index: u32) -> Result<Irqs, UapiError> {
 /// the kind when it was not. The device keeps a reference of its own to each.
 ///
 /// # Errors
-/// EINVAL for interrupts that the device does not have, and, with [`Irqs::noresize`], for more than were there first.
+/// [`UapiError::FewerInterrupts`]: the host has not so many, and none is connected. EINVAL for interrupts that the device does not have, and, with [`Irqs::noresize`], for more than were there first.
 pub fn set_irq_eventfds(
     device: BorrowedFd<'_>,
     index: u32,
@@ -154,8 +154,42 @@ fn set_irqs(
         *word = *value;
     }
     // SAFETY: `words` begins with `struct vfio_irq_set` and its data, argsz bytes of it, which the kernel only reads.
-    unsafe { rustix::ioctl::ioctl(device, Setter::<DEVICE_SET_IRQS, _>::new(words)) }
-        .map_err(|source| UapiError::System { doing, source })
+    let answer = unsafe { rustix::ioctl::ioctl(device, SetIrqs(words)) }
+        .map_err(|source| UapiError::System { doing, source })?;
+    all_enabled(answer, request)
+}
+
+/// A positive answer is no success: so many interrupts the host has, fewer than it was asked for, and none is enabled
+/// (`vfio_pci_intrs.c`, `vfio_msi_enable`). Counted from the first of the kind, whatever the call began at.
+fn all_enabled(answer: i32, request: Request) -> Result<(), UapiError> {
+    match u32::try_from(answer) {
+        Ok(possible) if possible > 0 => {
+            let wanted = request.start.saturating_add(request.count);
+            Err(UapiError::FewerInterrupts { wanted, possible })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// `VFIO_DEVICE_SET_IRQS`, with the number that it answers.
+struct SetIrqs<const WORDS: usize>([i32; WORDS]);
+
+// SAFETY: the ioctl takes a pointer to `struct vfio_irq_set`, which the words begin with, and only reads it.
+unsafe impl<const WORDS: usize> Ioctl for SetIrqs<WORDS> {
+    type Output = i32;
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        DEVICE_SET_IRQS
+    }
+
+    fn as_ptr(&mut self) -> *mut std::ffi::c_void {
+        self.0.as_mut_ptr().cast()
+    }
+
+    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut std::ffi::c_void) -> Result<i32, rustix::io::Errno> {
+        Ok(out)
+    }
 }
 
 #[cfg(test)]
@@ -168,6 +202,22 @@ mod tests {
         assert_eq!(size_of::<uapi::vfio_irq_info>(), 16);
         assert_eq!(size_of::<uapi::vfio_irq_set>(), 20);
         assert_eq!(std::mem::offset_of!(uapi::vfio_irq_set, data), 20);
+    }
+
+    #[test]
+    fn an_answer_that_is_a_number_is_a_refusal() {
+        let request = Request { flags: 0, index: 1, start: 2, count: 6 };
+        assert!(all_enabled(0, request).is_ok());
+        for possible in [1, 3, 7] {
+            let refused = all_enabled(possible, request).unwrap_err();
+            assert!(
+                matches!(refused, UapiError::FewerInterrupts { wanted: 8, possible: said } if said == possible.cast_unsigned())
+            );
+        }
+        assert_eq!(
+            all_enabled(1, request).unwrap_err().to_string(),
+            "the host has 1 of the 8 interrupts asked for, and enabled none"
+        );
     }
 
     #[test]

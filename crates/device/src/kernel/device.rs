@@ -47,6 +47,7 @@ pub(super) struct OpenDevice {
     pub(super) flags: Result<MigrationFlags, NotMigratable>,
     pub(super) regions: Regions,
     pub(super) irqs: [u32; 3],
+    pub(super) noresize: [bool; 3],
     pub(super) connected: [AtomicBool; 3],
     pub(super) resettable: bool,
     pub(super) reinit: bool,
@@ -134,11 +135,11 @@ impl KernelDevice {
             return Err(DeviceError::new(id, DOING, None, KernelError::NotPci(info.regions)));
         }
         let regions = find_regions(&id, fd, info.regions)?;
-        let mut irqs = [0; 3];
-        for (index, count) in (0..info.irqs).zip(&mut irqs) {
+        let (mut irqs, mut noresize) = ([0; 3], [false; 3]);
+        for (index, (count, noresize)) in (0..info.irqs).zip(irqs.iter_mut().zip(&mut noresize)) {
             match uapi::irq_info(fd, index) {
                 // MSI-X has at most 2048 vectors; more would be allocated for.
-                Ok(kind) => *count = kind.count.min(2048),
+                Ok(kind) => (*count, *noresize) = (kind.count.min(2048), kind.noresize),
                 Err(error) if error.errno() == Some(Errno::INVAL) => {}
                 Err(error) => return Err(refused(error)),
             }
@@ -168,6 +169,7 @@ impl KernelDevice {
                 flags,
                 regions,
                 irqs,
+                noresize,
                 resettable: info.resettable,
                 reinit,
             }),

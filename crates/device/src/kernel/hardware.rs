@@ -113,6 +113,14 @@ impl PciHardware for KernelDevice {
         self.inner.irqs.get(index.number() as usize).copied().unwrap_or(0)
     }
 
+    fn irq_noresize(&self, index: IrqIndex) -> bool {
+        self.inner.noresize.get(index.number() as usize).copied().unwrap_or(false)
+    }
+
+    fn enable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
+        self.set_irq_eventfds(index, 0, &[None])
+    }
+
     fn set_irq_eventfds(
         &self,
         index: IrqIndex,
@@ -124,7 +132,7 @@ impl PciHardware for KernelDevice {
             return Ok(());
         }
         uapi::set_irq_eventfds(self.inner.device_fd(), index.number(), start, eventfds)
-            .map_err(self.inner.refused(format!("connecting {index:?} interrupts")))?;
+            .map_err(self.inner.refused(format!("connecting {index} interrupts")))?;
         if let Some(connected) = self.inner.connected(index) {
             connected.store(true, Ordering::Release);
         }
@@ -132,23 +140,29 @@ impl PciHardware for KernelDevice {
     }
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
-        let was =
-            self.inner.connected(index).is_some_and(|connected| connected.swap(false, Ordering::AcqRel));
+        let connected = self.inner.connected(index);
+        let was = connected.is_some_and(|connected| connected.load(Ordering::Acquire));
         match uapi::disable_irqs(self.inner.device_fd(), index.number()) {
             // vfio-pci's answer for a kind that is not enabled.
-            Err(error) if !was && error.errno() == Some(Errno::INVAL) => Ok(()),
-            done => done.map_err(self.inner.refused(format!("disabling {index:?} interrupts"))),
+            Err(error) if was || error.errno() != Some(Errno::INVAL) => {
+                return Err(self.inner.refused(format!("disabling {index} interrupts"))(error));
+            }
+            _ => {}
         }
+        if let Some(connected) = connected {
+            connected.store(false, Ordering::Release);
+        }
+        Ok(())
     }
 
     fn trigger_irq(&self, index: IrqIndex, vector: u32) -> Result<(), DeviceError> {
         uapi::trigger_irq(self.inner.device_fd(), index.number(), vector)
-            .map_err(self.inner.refused(format!("raising {index:?} interrupt {vector}")))
+            .map_err(self.inner.refused(format!("raising {index} interrupt {vector}")))
     }
 
     fn mask_irq(&self, index: IrqIndex, vector: u32, masked: bool) -> Result<(), DeviceError> {
         uapi::mask_irq(self.inner.device_fd(), index.number(), vector, masked)
-            .map_err(self.inner.refused(format!("masking {index:?} interrupt {vector}")))
+            .map_err(self.inner.refused(format!("masking {index} interrupt {vector}")))
     }
 
     fn set_intx_resample(&self, eventfd: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::{DeviceId, Iova, Range};
+use vfio_migration_uapi::UapiError;
 
 use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
@@ -87,6 +88,8 @@ pub struct FakeHardware {
     doorbell: FakeEvent,
     /// Number of interrupts of each kind.
     irqs: [u32; 3],
+    /// Whether each kind is set up as a set.
+    noresize: [bool; 3],
     /// Whether it takes an eventfd that unmasks its pin.
     resamples: bool,
     /// Signalled whenever its pin is unmasked by a call.
@@ -117,6 +120,17 @@ pub struct FakeHardwareState {
     pub fail: bool,
     /// Whether its IOMMU takes no BAR of another device.
     pub no_peer_dma: bool,
+    /// Interrupts of a kind that the host has; `None` for as many as are asked for.
+    pub possible: Option<u32>,
+    /// Kinds that it refuses to disable, by their number.
+    pub keeps: BTreeSet<u32>,
+    /// Kinds that are enabled, by their number.
+    enabled: BTreeSet<u32>,
+    /// Interrupts that the enabled kind was set up with.
+    reach: u32,
+    /// Vectors that were raised while their kind was enabled and they were not connected: signalled as they are, as a
+    /// function's own pending bits are.
+    pub unsent: BTreeSet<u32>,
 }
 
 impl FakeHardware {
@@ -151,6 +165,11 @@ impl FakeHardware {
             dma: BTreeSet::new(),
             fail: false,
             no_peer_dma: false,
+            possible: None,
+            keeps: BTreeSet::new(),
+            enabled: BTreeSet::new(),
+            reach: 0,
+            unsent: BTreeSet::new(),
         };
         Self {
             id: DeviceId::new(name).unwrap(),
@@ -159,6 +178,7 @@ impl FakeHardware {
             offset,
             doorbell: FakeEvent::default(),
             irqs: [0, 0, 2],
+            noresize: [false, true, false],
             resamples: true,
             unmasked: FakeEvent::default(),
             state: Mutex::new(state),
@@ -191,21 +211,43 @@ impl FakeHardware {
         device
     }
 
+    /// One with `vectors` MSI-X vectors, whose table is at 0x10000 of BAR 0 and whose pending bits are at 0x20000.
+    pub fn of_vectors(name: &str, vectors: u16, noresize: bool) -> Self {
+        let large = |regions: &mut Vec<PciRegion>| regions[0].size = 0x4_0000;
+        let mut device = Self::with(name, mailbox(), 0, &large);
+        (device.irqs[2], device.noresize[2]) = (vectors.into(), noresize);
+        let state = device.state.get_mut().unwrap();
+        state.bar0.resize(0x4_0000, 0);
+        let [low, high] = (vectors - 1).to_le_bytes();
+        state.config[0x42..0x4c].copy_from_slice(&[low, high, 0, 0, 1, 0, 0, 0, 2, 0]);
+        device
+    }
+
+    /// Makes it have `irqs` interrupts of each kind.
+    pub fn set_irq_counts(&mut self, irqs: [u32; 3]) {
+        self.irqs = irqs;
+    }
+
     /// The regions that it declares.
     pub fn regions_mut(&mut self) -> &mut Vec<PciRegion> {
         &mut self.regions
     }
 
-    /// Raises an MSI-X vector, as the device does: nothing happens where no eventfd is connected. Returns whether one was.
+    /// Raises an MSI-X vector, as the device does: it is kept where no eventfd is connected while MSI-X is enabled. Returns
+    /// whether one was.
     pub fn raise(&self, vector: u32) -> bool {
         self.raise_as(IrqIndex::Msix, vector)
     }
 
     /// The same for any kind.
     pub fn raise_as(&self, kind: IrqIndex, vector: u32) -> bool {
-        let state = self.state.lock().unwrap();
+        let mut state = self.state.lock().unwrap();
         let event = state.events.get(&(kind.number(), vector));
-        event.is_some_and(|fd| rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok())
+        let sent = event.is_some_and(|fd| rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok());
+        if !sent && kind == IrqIndex::Msix && state.enabled.contains(&kind.number()) {
+            state.unsent.insert(vector);
+        }
+        sent
     }
 
     /// The device drives its pin.
@@ -314,6 +356,19 @@ impl PciHardware for FakeHardware {
         self.irqs[index.number() as usize]
     }
 
+    fn irq_noresize(&self, index: IrqIndex) -> bool {
+        self.noresize[index.number() as usize]
+    }
+
+    fn enable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
+        let mut state = self.doing(format!("irqs {} on", index.number()))?;
+        assert!(state.enabled.iter().all(|other| *other == index.number()), "another kind is connected");
+        if state.enabled.insert(index.number()) {
+            state.reach = 1;
+        }
+        Ok(())
+    }
+
     fn set_irq_eventfds(
         &self,
         index: IrqIndex,
@@ -323,10 +378,27 @@ impl PciHardware for FakeHardware {
         let mut state = self.doing(format!("irqs {} {start}+{}", index.number(), eventfds.len()))?;
         let kind = index.number();
         // As the kernel's vfio-pci: one kind at a time.
-        assert!(state.events.keys().all(|(other, _)| *other == kind), "another kind is connected");
+        assert!(state.enabled.iter().all(|other| *other == kind), "another kind is connected");
+        let wanted = start + u32::try_from(eventfds.len()).unwrap();
+        if let Some(possible) = state.possible.filter(|possible| *possible < wanted) {
+            let fewer = UapiError::FewerInterrupts { wanted, possible };
+            return Err(DeviceError::new(self.id.clone(), "connecting", None, fewer));
+        }
+        if self.noresize[kind as usize] && state.enabled.contains(&kind) {
+            let last = state.reach;
+            assert!(wanted <= last, "a set of {last} does not grow to {wanted} unless it is disabled first");
+        }
+        if state.enabled.insert(kind) {
+            state.reach = wanted;
+        }
         for (vector, fd) in (start..).zip(eventfds) {
             match fd {
-                Some(fd) => drop(state.events.insert((kind, vector), fd.try_clone_to_owned().unwrap())),
+                Some(fd) => {
+                    if index == IrqIndex::Msix && state.unsent.remove(&vector) {
+                        rustix::io::write(fd, &1u64.to_ne_bytes()).unwrap();
+                    }
+                    state.events.insert((kind, vector), fd.try_clone_to_owned().unwrap());
+                }
                 None => drop(state.events.remove(&(kind, vector))),
             }
         }
@@ -339,7 +411,17 @@ impl PciHardware for FakeHardware {
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
         let mut state = self.doing(format!("irqs {} off", index.number()))?;
+        if state.keeps.contains(&index.number()) {
+            return Err(DeviceError::new(
+                self.id.clone(),
+                "disabling",
+                Some(rustix::io::Errno::IO),
+                "made to fail",
+            ));
+        }
         state.events.retain(|(kind, _), _| *kind != index.number());
+        state.enabled.remove(&index.number());
+        state.unsent.clear();
         if index == IrqIndex::Intx {
             state.resample = None;
         }

@@ -65,6 +65,7 @@ pub(super) struct ServedDevice {
     pub(super) regions: Vec<PciRegion>,
     pub(super) files: Vec<Option<(Arc<OwnedFd>, u64)>>,
     pub(super) irqs: [u32; 3],
+    pub(super) noresize: [bool; 3],
     pub(super) log: ServerLog,
     pub(super) capabilities: OnceLock<Result<Capabilities, NotMigratable>>,
 }
@@ -114,6 +115,7 @@ impl VfioUserDevice {
             regions: Vec::new(),
             files: Vec::new(),
             irqs: [0; 3],
+            noresize: [false; 3],
             capabilities: OnceLock::new(),
             machine: Arc::new(machine),
             dma,
@@ -129,9 +131,12 @@ impl VfioUserDevice {
         {
             let irqs =
                 inner.client.irq_info(index).map_err(|error| inner.failed("asking for interrupts", error))?;
-            if let Some(count) = inner.irqs.get_mut(index as usize) {
+            if let Some((count, noresize)) =
+                inner.irqs.get_mut(index as usize).zip(inner.noresize.get_mut(index as usize))
+            {
                 // The specification allows 2048 MSI-X vectors; more is a lie that would be allocated for.
                 *count = irqs.count.min(2048);
+                *noresize = irqs.noresize;
             }
         }
         Ok(Self { inner: Arc::new(inner) })

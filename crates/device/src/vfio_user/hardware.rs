@@ -72,13 +72,17 @@ impl PciHardware for VfioUserDevice {
         self.inner.irqs.get(index.number() as usize).copied().unwrap_or(0)
     }
 
+    fn irq_noresize(&self, index: IrqIndex) -> bool {
+        self.inner.noresize.get(index.number() as usize).copied().unwrap_or(false)
+    }
+
     fn set_irq_eventfds(
         &self,
         index: IrqIndex,
         start: u32,
         eventfds: &[Option<BorrowedFd<'_>>],
     ) -> Result<(), DeviceError> {
-        let failed = |error| self.inner.failed(format!("connecting {index:?} interrupts"), error);
+        let failed = |error| self.inner.failed(format!("connecting {index} interrupts"), error);
         let mut at = start;
         // One message per run of connected, or of disconnected, interrupts: as a rule, one.
         for run in eventfds.chunk_by(|a, b| a.is_some() == b.is_some()) {
@@ -95,12 +99,12 @@ impl PciHardware for VfioUserDevice {
     }
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), DeviceError> {
-        let failed = |error| self.inner.failed(format!("disabling {index:?} interrupts"), error);
+        let failed = |error| self.inner.failed(format!("disabling {index} interrupts"), error);
         self.inner.client.irq_disable(index.number()).map_err(failed)
     }
 
     fn trigger_irq(&self, index: IrqIndex, vector: u32) -> Result<(), DeviceError> {
-        let failed = |error| self.inner.failed(format!("raising {index:?} interrupt {vector}"), error);
+        let failed = |error| self.inner.failed(format!("raising {index} interrupt {vector}"), error);
         self.inner.client.irq_trigger(index.number(), vector, 1).map_err(failed)
     }
 
@@ -111,7 +115,7 @@ impl PciHardware for VfioUserDevice {
         } else {
             client.irq_unmask(index.number(), vector, 1)
         };
-        done.map_err(|error| self.inner.failed(format!("masking {index:?} interrupt {vector}"), error))
+        done.map_err(|error| self.inner.failed(format!("masking {index} interrupt {vector}"), error))
     }
 
     fn set_intx_resample(&self, eventfd: Option<BorrowedFd<'_>>) -> Result<(), DeviceError> {
