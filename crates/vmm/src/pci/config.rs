@@ -197,6 +197,24 @@ impl ConfigSpace {
         out
     }
 
+    /// Takes capabilities of this kind out of the list, for a function that cannot serve them: a guest that found one would
+    /// enable it, and hear nothing.
+    pub(super) fn hide(&mut self, id: u8) {
+        loop {
+            let list = self.capabilities();
+            let Some(at) = list.iter().position(|cap| cap.id == id) else { return };
+            let pointer = match at.checked_sub(1).and_then(|before| list.get(before)) {
+                Some(before) => before.offset + 1,
+                None => CAPABILITY_LIST,
+            };
+            let next = list.get(at + 1).map_or(0, |next| next.offset);
+            self.emulate(pointer, &[0]);
+            if let Some(byte) = self.bytes.get_mut(usize::from(pointer)) {
+                [*byte, _] = next.to_le_bytes();
+            }
+        }
+    }
+
     /// Place of MSI-X, when the function has it and its structures lie in memory BARs.
     pub(super) fn msix(&self) -> Option<MsixLayout> {
         let capability = self.capabilities().into_iter().find(|cap| cap.id == CAP_MSIX)?.offset;
@@ -241,6 +259,17 @@ impl MsiLayout {
             maskable: control & MSI_MASKABLE != 0,
         };
         (layout.end() <= EXTENDED).then_some(layout)
+    }
+
+    /// Has the function ask for no more than the `offered` vectors of its device; `None` when there are none.
+    pub(super) fn limited(self, offered: u32, config: &mut ConfigSpace) -> Option<Self> {
+        let code = offered.min(self.vectors.into()).checked_ilog2()?;
+        let limited = Self { vectors: 1 << code, ..self };
+        let control = self.capability + MSI_CONTROL;
+        let byte = config.bytes.get_mut(usize::from(control))?;
+        *byte = *byte & !0xe | u8::try_from(code << 1).ok()?;
+        limited.emulate(config);
+        Some(limited)
     }
 
     /// Takes its registers from the device.

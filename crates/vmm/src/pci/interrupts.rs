@@ -20,38 +20,29 @@ pub(super) struct FunctionInterrupts {
     msi: Option<(MsiLayout, Vectors)>,
     msix_layout: Option<MsixLayout>,
     pub(super) msix: Vectors,
+    /// The device refused to disable a kind when that was last asked of it, so that what config space says is not so.
+    refused: bool,
 }
 
 impl FunctionInterrupts {
-    /// The interrupts that the device has, as after a reset. `msix` is where MSI-X is, if it makes sense.
+    /// The interrupts that the device has, as after a reset. `msi` and `msix` are where those lie that can be served.
     pub(super) fn new(
         slot: u8,
         hardware: &Arc<dyn PciHardware>,
         config: &ConfigSpace,
+        msi: Option<MsiLayout>,
         msix: Option<MsixLayout>,
-        router: &MsiRouter,
     ) -> Result<Self, PciFailure> {
         let making = failure("making eventfds");
-        let vectors = |kind: IrqIndex, count: u16| {
-            let first = router.allocate(count.into()).ok_or_else(|| {
-                ("setting interrupts aside".to_owned(), "the machine has no more interrupt numbers".into())
-            })?;
-            Vectors::new(kind, count, first).map_err(making)
-        };
         let intx = match config.bytes().get(usize::from(INTERRUPT_PIN)).copied().unwrap_or(0) {
             pin @ 1..=4 if hardware.irq_count(IrqIndex::Intx) > 0 => {
                 Some(Intx::new(Arc::clone(hardware), pin_of(slot, pin)).map_err(making)?)
             }
             _ => None,
         };
-        let msi = MsiLayout::find(config)
-            .map(|layout| {
-                let offered = u16::try_from(hardware.irq_count(IrqIndex::Msi)).unwrap_or(u16::MAX);
-                Ok((layout, vectors(IrqIndex::Msi, layout.vectors.min(offered))?))
-            })
-            .transpose()?;
-        let table = vectors(IrqIndex::Msix, msix.map_or(0, |layout| layout.vectors))?;
-        Ok(Self { intx, msi, msix_layout: msix, msix: table })
+        let msi = msi.map(|layout| (layout, Vectors::new(IrqIndex::Msi, layout.vectors)));
+        let table = Vectors::new(IrqIndex::Msix, msix.map_or(0, |layout| layout.vectors));
+        Ok(Self { intx, msi, msix_layout: msix, msix: table, refused: false })
     }
 
     /// The machine's interrupt that the pin raises.
@@ -90,6 +81,13 @@ impl FunctionInterrupts {
         if let Some(intx) = self.intx.as_mut().filter(|_| wanted == Wanted::Off) {
             result = result.and(intx.apply(Wanted::Off, irq_path.irq));
         }
+        // A device has one kind at a time: nothing is connected beside what it did not let go of.
+        self.refused = self.at_device(IrqIndex::Msix) && !msix_on
+            || self.at_device(IrqIndex::Msi) && !msi_on
+            || self.at_device(IrqIndex::Intx) && wanted == Wanted::Off;
+        if self.refused {
+            return result;
+        }
         if msix_on {
             result = result.and(self.msix.set_control(true, all_masked, irq_path));
         }
@@ -101,6 +99,33 @@ impl FunctionInterrupts {
             result = result.and(intx.apply(wanted, irq_path.irq));
         }
         result
+    }
+
+    /// The dword at `offset` of the MSI-X table was written.
+    pub(super) fn set_table(
+        &mut self,
+        offset: u64,
+        value: u32,
+        config: &ConfigSpace,
+        irq_path: IrqPath<'_>,
+    ) -> Result<(), PciFailure> {
+        let written = self.msix.set_table(offset, value, irq_path);
+        if self.refused { written.and(self.apply_masks(config, irq_path)) } else { written }
+    }
+
+    /// Whether the device has this kind enabled, as far as it said.
+    fn at_device(&self, kind: IrqIndex) -> bool {
+        match kind {
+            IrqIndex::Intx => self.intx.as_ref().is_some_and(Intx::is_at_device),
+            IrqIndex::Msi => self.msi.as_ref().is_some_and(|(_, vectors)| vectors.is_at_device()),
+            IrqIndex::Msix => self.msix.is_at_device(),
+        }
+    }
+
+    /// Disables what the device refused to disable before: ahead of a restore.
+    pub(super) fn clear(&mut self, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
+        let kinds = [IrqIndex::Intx, IrqIndex::Msi, IrqIndex::Msix];
+        if kinds.iter().any(|kind| self.at_device(*kind)) { self.reset(irq_path) } else { Ok(()) }
     }
 
     /// Register and value of MSI's pending bits.
@@ -155,9 +180,10 @@ impl FunctionInterrupts {
         saved: &PciState,
         config: &ConfigSpace,
         router: &dyn IrqRouter,
+        numbers: &MsiRouter,
     ) -> Result<(), PciFailure> {
         let (enabled, all_masked) = self.msix_control(config);
-        self.msix.stage(enabled, all_masked, &saved.vectors, router)?;
+        self.msix.stage(enabled, all_masked, &saved.vectors, router, numbers)?;
         let enabled = self.msi_enabled(config);
         if let Some((layout, vectors)) = &mut self.msi {
             let (_, targets) = layout.targets(config);
@@ -171,7 +197,7 @@ impl FunctionInterrupts {
                     pending: saved.msi_pending >> n & 1 != 0,
                 })
                 .collect();
-            vectors.stage(enabled, false, &states, router)?;
+            vectors.stage(enabled, false, &states, router, numbers)?;
         }
         Ok(())
     }
@@ -210,6 +236,7 @@ impl FunctionInterrupts {
         if let Some(intx) = &mut self.intx {
             result = result.and(intx.apply(Wanted::Off, irq_path.irq));
         }
+        self.refused = result.is_err();
         result
     }
 

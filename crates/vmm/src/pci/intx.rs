@@ -54,6 +54,11 @@ impl Intx {
         self.gsi
     }
 
+    /// Whether the device has the pin connected, as far as it said.
+    pub(super) fn is_at_device(&self) -> bool {
+        self.connected
+    }
+
     /// Brings it to what the guest wants.
     pub(super) fn apply(&mut self, wanted: Wanted, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         match wanted {
@@ -145,7 +150,14 @@ impl Intx {
         if let Err(error) = self.hardware.set_intx_resample(Some(self.resample.as_fd())) {
             tracing::debug!(device = %self.hardware.id(), %error, "the pin is unmasked by hand");
             let unmasker = Unmasker::new(Arc::clone(&self.hardware), Arc::clone(&self.resample));
-            self.unmasker = Some(unmasker.map_err(failure("making a thread that unmasks the pin"))?);
+            match unmasker {
+                Ok(unmasker) => self.unmasker = Some(unmasker),
+                Err(error) => {
+                    // A pin that nobody unmasks is raised once and never again.
+                    self.connected = self.hardware.disable_irqs(IrqIndex::Intx).is_err();
+                    return Err(failure("making a thread that unmasks the pin")(error));
+                }
+            }
         }
         Ok(())
     }
@@ -153,10 +165,13 @@ impl Intx {
     /// Goes on after a failure, and says the first.
     fn disconnect(&mut self, irq: &dyn Irqfds) -> Result<(), PciFailure> {
         let mut first = Ok(());
-        self.unmasker = None;
         if self.connected {
             first = self.hardware.disable_irqs(IrqIndex::Intx).map_err(failure("disabling the pin"));
-            self.connected = false;
+            // A device that refuses has it still.
+            self.connected = first.is_err();
+        }
+        if !self.connected {
+            self.unmasker = None;
         }
         let detached = self.detach(irq);
         // What was raised before does not outlive it.

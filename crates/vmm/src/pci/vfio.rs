@@ -12,11 +12,11 @@ use super::areas::map_memory;
 use super::backend::{BarDoorbell, Eventfd};
 use super::bars::{BARS, Bar, register};
 use super::compare::compare;
-use super::config::{ConfigSpace, MsixLayout};
+use super::config::{ConfigSpace, MsiLayout, MsixLayout};
 use super::flr::ResetRegisters;
 use super::host::PciHost;
 use super::interrupts::FunctionInterrupts;
-use super::registers::{COMMAND, HEADER_END, INTERRUPT_LINE};
+use super::registers::{CAP_MSI, CAP_MSIX, COMMAND, HEADER_END, INTERRUPT_LINE};
 use super::state::State;
 use super::vectors::{ENTRY, IrqPath, PciFailure};
 
@@ -75,16 +75,28 @@ impl VfioPciFunction {
         bars.iter().for_each(|bar| bar.define(&mut config));
         let layout = config.msix().filter(|layout| {
             let inside = |(bar, offset): (u8, u64), len: u64| {
-                bars.iter().any(|known| known.index == bar && offset + len <= known.size)
+                bars.iter().any(|known| known.index == bar && !known.io && offset + len <= known.size)
             };
             let vectors = u64::from(layout.vectors);
             let sane = inside(layout.table, vectors * ENTRY) && inside(layout.pba, vectors.div_ceil(64) * 8);
+            let offered = hardware.irq_count(IrqIndex::Msix);
             if !sane {
-                tracing::warn!(device = %id, ?layout, "MSI-X lies outside of the device's BARs: left out");
+                tracing::warn!(device = %id, ?layout, "MSI-X lies outside of the device's BARs: hidden");
+            } else if u32::from(layout.vectors) > offered {
+                let vectors = layout.vectors;
+                tracing::warn!(device = %id, vectors, offered, "the host serves fewer MSI-X vectors: hidden");
             }
-            sane && u32::from(layout.vectors) <= hardware.irq_count(IrqIndex::Msix)
+            sane && u32::from(layout.vectors) <= offered
         });
-        let interrupts = FunctionInterrupts::new(slot, &hardware, &config, layout, &host.router)
+        if layout.is_none() {
+            config.hide(CAP_MSIX);
+        }
+        let msi = MsiLayout::find(&config)
+            .and_then(|layout| layout.limited(hardware.irq_count(IrqIndex::Msi), &mut config));
+        if msi.is_none() {
+            config.hide(CAP_MSI);
+        }
+        let interrupts = FunctionInterrupts::new(slot, &hardware, &config, msi, layout)
             .map_err(|(doing, source)| failed(&doing, source))?;
 
         let (mut memory, mut doorbells): ([Vec<_>; BARS], [Vec<_>; BARS]) = Default::default();
@@ -281,11 +293,11 @@ impl VfioPciFunction {
             // PCI 3.0, 6.8.2: the table is written by aligned dwords and qwords; nothing else is defined.
             Some(Emulated::Table(at)) if at.is_multiple_of(4) && from.len().is_multiple_of(4) => {
                 let mut state = self.lock();
+                let State { config, interrupts, .. } = &mut *state;
                 for (index, part) in from.chunks_exact(4).enumerate() {
                     let value = part.try_into().map_or(0, u32::from_le_bytes);
-                    if let Err(failure) =
-                        state.interrupts.msix.set_table(at + 4 * index as u64, value, self.irq_path())
-                    {
+                    let offset = at + 4 * index as u64;
+                    if let Err(failure) = interrupts.set_table(offset, value, config, self.irq_path()) {
                         self.note(&self.failed(failure), "changing an interrupt");
                     }
                 }
@@ -310,7 +322,7 @@ impl VfioPciFunction {
     }
 
     fn irq_path(&self) -> IrqPath<'_> {
-        IrqPath { hardware: &*self.hardware, irq: &*self.host.irq, router: &*self.host.router }
+        IrqPath { hardware: &*self.hardware, irq: &*self.host.irq, router: &self.host.router }
     }
 
     fn write_command(&self, state: &State) -> Result<(), DeviceError> {
@@ -399,6 +411,7 @@ impl PciFunction for VfioPciFunction {
             }
         }
         let mut state = self.lock();
+        state.interrupts.clear(self.irq_path()).map_err(|failure| self.failed(failure))?;
         state.config = config;
         // Memory decode is on at the device before anything can touch a BAR that is mapped.
         let written = self.write_command(&state);
@@ -410,7 +423,7 @@ impl PciFunction for VfioPciFunction {
         self.check_interrupts(saved)?;
         let mut state = self.lock();
         let State { config, interrupts, .. } = &mut *state;
-        interrupts.stage(saved, config, router).map_err(|failure| self.failed(failure))
+        interrupts.stage(saved, config, router, &self.host.router).map_err(|failure| self.failed(failure))
     }
 
     fn connect_interrupts(&self, saved: &PciState) -> Result<u32, PciError> {

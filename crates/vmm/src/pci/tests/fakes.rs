@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_migration_device::MsiMessage;
-pub(crate) use vfio_migration_device::testing::{FakeHardware, mailbox, sample_config};
+pub(crate) use vfio_migration_device::testing::{FakeHardware, legacy_config, mailbox, sample_config};
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 

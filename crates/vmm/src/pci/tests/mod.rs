@@ -2,4 +2,6 @@
 
 pub(crate) mod fakes;
 mod functions;
+mod hidden;
 mod pin_msi;
+mod vectors;
