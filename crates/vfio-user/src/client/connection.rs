@@ -54,7 +54,10 @@ pub struct Client {
     pub(super) dma: Option<Arc<dyn DmaHandler>>,
     /// Number of DMA mappings.
     pub(super) maps: AtomicU32,
-    pub(super) no_migration: bool,
+    /// The server loses step over commands that it does not know, so that only [the first](super::request::BASICS) are sent:
+    /// the published crate `vfio_user`, up to 0.1.7 at least, refuses those without an errno and takes their payload for
+    /// the next message.
+    pub(super) basics_only: bool,
     pub(super) found: Option<MigrationState>,
     pub(super) stop: Arc<OwnedFd>,
     pub(super) thread: Option<JoinHandle<()>>,

@@ -25,6 +25,8 @@ use crate::error::ClientError;
 pub(crate) const VERSION: (u16, u16) = (0, 2);
 /// Pause between attempts to connect. There is no event to wait for: the socket may not exist yet.
 const RETRY: Duration = Duration::from_millis(10);
+/// How long a server that lost step has at least for listening again.
+const LISTENS_AGAIN: Duration = Duration::from_secs(1);
 
 impl Client {
     /// Connects to the server that listens on `path`, negotiates, and treats the device as `on_connect` says.
@@ -34,17 +36,23 @@ impl Client {
     pub fn connect(path: impl AsRef<Path>, options: ClientOptions) -> Result<Self, ClientError> {
         let path = path.as_ref();
         let mut client = from_parts(open(path, &options)?, &options, false)?;
-        if options.on_connect == OnConnect::Leave {
-            return Ok(client);
-        }
-        match client.recover_at_connect() {
-            Ok(()) => Ok(client),
-            // The server did not survive the question, or lost step over it: it has no migration. Start over, and never ask.
+        let asked = match options.on_connect {
+            OnConnect::Recover => client.recover_at_connect(),
+            // Changes nothing, and is asked now because the answer may cost the connection.
+            OnConnect::Leave => client.migration_flags().map(drop),
+        };
+        match asked {
+            // The server did not survive the question, or lost step over it. Start over, with what it knows for sure.
             Err(ClientError::ConnectionLost { .. } | ClientError::Protocol { .. }) if !client.is_alive() => {
                 drop(client);
+                // One that lost step may have to end before it listens again.
+                let connect_timeout = options.connect_timeout.max(LISTENS_AGAIN);
+                let options = ClientOptions { connect_timeout, ..options };
                 from_parts(open(path, &options)?, &options, true)
             }
-            Err(error) => Err(error),
+            // A silly answer is for whoever asks in earnest.
+            Err(_) if options.on_connect == OnConnect::Leave && client.is_alive() => Ok(client),
+            asked => asked.map(|()| client),
         }
     }
 
@@ -97,11 +105,7 @@ fn open(path: &Path, options: &ClientOptions) -> Result<UnixStream, ClientError>
     }
 }
 
-fn from_parts(
-    stream: UnixStream,
-    options: &ClientOptions,
-    no_migration: bool,
-) -> Result<Client, ClientError> {
+fn from_parts(stream: UnixStream, options: &ClientOptions, basics_only: bool) -> Result<Client, ClientError> {
     let io = |doing: &str| {
         let doing = doing.to_owned();
         move |source: std::io::Error| ClientError::Io { doing, source }
@@ -159,7 +163,7 @@ fn from_parts(
         announced_xfer: max_xfer,
         dma: options.dma.clone(),
         maps: std::sync::atomic::AtomicU32::new(0),
-        no_migration,
+        basics_only,
         found: None,
         stop,
         thread,

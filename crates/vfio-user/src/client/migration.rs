@@ -1,6 +1,5 @@
 //! Requests about migration: state, data, DMA logging, and what the extension adds.
 
-use rustix::io::Errno;
 use vfio_migration_types::{MigrationFlags, MigrationState};
 
 use super::connection::Client;
@@ -32,13 +31,9 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError::ConnectionLost`] when the server drops the connection on being asked, or refuses without an errno:
-    /// servers that know no migration do that and lose step. Connect anew with [`OnConnect::Leave`](super::OnConnect::Leave),
-    /// and do not ask; [`Client::connect`] with [`OnConnect::Recover`](super::OnConnect::Recover) has done so already, and
-    /// this is `None` then.
+    /// servers that know no migration do that and lose step. [`Client::connect`] has found that out, connected anew, and this
+    /// is `None` then; with [`Client::from_stream`] it is not known before it happens.
     pub fn migration_flags(&self) -> Result<Option<MigrationFlags>, ClientError> {
-        if self.no_migration {
-            return Ok(None);
-        }
         let reply = match self.feature(Feature::MIGRATION, codec::FEATURE_GET, &[], 8) {
             Ok(reply) => reply,
             Err(ClientError::Refused { errno: Some(_), .. }) => return Ok(None),
@@ -53,7 +48,6 @@ impl Client {
 
     /// The state that the device is in.
     pub fn mig_state(&self) -> Result<MigrationState, ClientError> {
-        self.must_migrate()?;
         let reply =
             self.feature(Feature::MIG_DEVICE_STATE, codec::FEATURE_GET, &[], MigStatePayload::SIZE)?;
         let state = self
@@ -68,7 +62,6 @@ impl Client {
     /// After a refusal the device may be anywhere on the way: ask with [`mig_state`](Self::mig_state). The peer-to-peer
     /// states need the extension ([`ClientError::NotNegotiated`]).
     pub fn set_mig_state(&self, to: MigrationState) -> Result<(), ClientError> {
-        self.must_migrate()?;
         let p2p = matches!(to, MigrationState::RunningP2p | MigrationState::PreCopyP2p);
         if p2p && !self.negotiated.extension.p2p {
             return Err(ClientError::NotNegotiated("the peer-to-peer states"));
@@ -88,7 +81,6 @@ impl Client {
     /// Reads migration data into the front of `into`, by one message of at most the negotiated size, and returns how
     /// much came. 0: there is no more (in PRE_COPY: for now). Less than asked for is no proof of the end.
     pub fn mig_data_read(&self, into: &mut [u8]) -> Result<usize, ClientError> {
-        self.must_migrate()?;
         let want = into.len().min(self.piece());
         let size = size_u32(want);
         let ask = MigDataHead { argsz: size_u32(MigDataHead::SIZE + want), size };
@@ -114,7 +106,6 @@ impl Client {
     /// Writes all of `from` as migration data, in pieces of at most the negotiated size, and of at most 32 KiB to a server
     /// that does not speak the extension.
     pub fn mig_data_write(&self, from: &[u8]) -> Result<(), ClientError> {
-        self.must_migrate()?;
         for piece in from.chunks(self.piece_behind(MigDataHead::SIZE)) {
             // Servers disagree on what argsz means here; the request's own length satisfies all.
             let argsz = size_u32(MigDataHead::SIZE + piece.len());
@@ -129,7 +120,6 @@ impl Client {
     /// bytes; returns the page size that the device chose. Where one request does not hold so many ranges (2045, to a server
     /// that does not speak the extension), everything is logged.
     pub fn dma_logging_start(&self, page_size: u64, ranges: &[IovaRange]) -> Result<u64, ClientError> {
-        self.must_migrate()?;
         self.fit("DMA logging ranges", ranges.len(), codec::MAX_LOGGING_RANGES)?;
         let head = FeatureHead::SIZE + LoggingControl::SIZE;
         let most = self.longest_payload().saturating_sub(head) / codec::LOGGING_RANGE_SIZE;
@@ -150,7 +140,6 @@ impl Client {
 
     /// Stops the log of the device's DMA writes.
     pub fn dma_logging_stop(&self) -> Result<(), ClientError> {
-        self.must_migrate()?;
         self.feature(Feature::DMA_LOGGING_STOP, codec::FEATURE_SET, &[], 0).map(drop)
     }
 
@@ -167,7 +156,6 @@ impl Client {
         page_size: u64,
         bitmap: &mut [u64],
     ) -> Result<(), ClientError> {
-        self.must_migrate()?;
         let pages = codec::pages(range.len, page_size).ok_or(ClientError::Limit {
             what: "the page size of a report (a power of two is wanted)",
             value: page_size,
@@ -220,14 +208,5 @@ impl Client {
             return Err(ClientError::NotNegotiated("the device's manifest"));
         }
         Ok(self.request(Command::X_MANIFEST, &[], &[], MAX_MANIFEST)?.body)
-    }
-
-    /// Refuses on the spot what a server without migration must not even be asked.
-    fn must_migrate(&self) -> Result<(), ClientError> {
-        if self.no_migration {
-            let command = Command::DEVICE_FEATURE;
-            return Err(ClientError::Refused { command, errno: Some(Errno::NOTTY) });
-        }
-        Ok(())
     }
 }

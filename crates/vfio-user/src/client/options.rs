@@ -69,10 +69,11 @@ pub enum OnConnect {
     /// Ask for the state and, if it is not RUNNING, do what [`Client::recover`](super::Client::recover) does.
     ///
     /// A server that knows no migration may lose step when asked (it answers the request and then takes its payload for
-    /// another one). [`Client::connect`](super::Client::connect) notices, connects anew without asking and remembers that there is no migration;
-    /// [`Client::from_stream`](super::Client::from_stream) cannot, and fails.
+    /// another one). [`Client::connect`](super::Client::connect) notices, connects anew and from then on sends nothing but what every server
+    /// knows, commands 1 to 5, 7 to 10 and 13; [`Client::from_stream`](super::Client::from_stream) cannot, and fails.
     Recover,
-    /// Ask nothing, change nothing. For a device whose state is to be kept, and for servers known to have no migration.
+    /// Change nothing. For a device whose state is to be kept. [`Client::connect`](super::Client::connect) asks whether the device has
+    /// migration, for the same reason; [`Client::from_stream`](super::Client::from_stream) asks nothing.
     Leave,
 }
 

@@ -30,9 +30,6 @@ impl Client {
     /// # Errors
     /// The device does not reach RUNNING.
     pub fn recover(&self) -> Result<Recovery, ClientError> {
-        if self.no_migration {
-            return Ok(Recovery::NoMigration);
-        }
         let from = match self.mig_state() {
             Ok(MigrationState::Running) => return Ok(Recovery::WasRunning),
             Ok(from) => from,

@@ -14,6 +14,20 @@ use crate::error::ClientError;
 /// with one recv(2), which gives no more than one buffer of the kernel's: 36,544 bytes have been seen.
 const LONGEST_PLAIN_MESSAGE: usize = 32 << 10;
 
+/// The commands that every server knows.
+pub(super) const BASICS: [Command; 10] = [
+    Command::VERSION,
+    Command::DMA_MAP,
+    Command::DMA_UNMAP,
+    Command::DEVICE_GET_INFO,
+    Command::DEVICE_GET_REGION_INFO,
+    Command::DEVICE_GET_IRQ_INFO,
+    Command::DEVICE_SET_IRQS,
+    Command::REGION_READ,
+    Command::REGION_WRITE,
+    Command::DEVICE_RESET,
+];
+
 impl Client {
     /// A request with its payload in one piece.
     pub(super) fn request(
@@ -37,6 +51,10 @@ impl Client {
         if let Some(why) = self.conn.death() {
             return Err(ClientError::ConnectionLost { why });
         }
+        if self.basics_only && !BASICS.contains(&command) {
+            // The kernel's word for what a device does not have.
+            return Err(ClientError::Refused { command, errno: Some(Errno::NOTTY) });
+        }
         let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
         self.fit("the payload of a request, in bytes,", len, self.longest_payload())?;
         let request = SocketRequest { command, parts, fds, max_reply, deadline: deadline(self.timeout) };
@@ -48,7 +66,18 @@ impl Client {
         let reply = reply.map_err(|error| self.failure(command, error))?;
         own_lack(&reply)?;
         match reply.header.kind {
-            Kind::Error(errno) => Err(ClientError::Refused { command, errno: real_errno(errno) }),
+            Kind::Error(errno) => {
+                let errno = real_errno(errno);
+                if errno.is_none() && !BASICS.contains(&command) {
+                    // Servers that do not know the command refuse it so, and take its payload for the next message.
+                    let why = format!(
+                        "the server refused {command} without an errno, as servers do that lose step over it"
+                    );
+                    self.conn.kill(why.clone());
+                    return Err(ClientError::ConnectionLost { why });
+                }
+                Err(ClientError::Refused { command, errno })
+            }
             _ => Ok(reply),
         }
     }
@@ -64,16 +93,7 @@ impl Client {
         let room = FeatureHead::SIZE + room.max(data.len());
         let ask = FeatureHead { argsz: super::device::size_u32(room), flags: u32::from(feature.0) | op };
         let command = Command::DEVICE_FEATURE;
-        let reply = match self.request_parts(command, &[&ask.to_vec(), data], &[], room) {
-            Err(ClientError::Refused { errno: None, .. }) => {
-                // Servers that do not know the command refuse it so, and take its payload for the next message.
-                let why = "the server refused DEVICE_FEATURE without an errno, as servers do that have no \
-                           migration and then lose step; connect anew without asking";
-                self.conn.kill(why);
-                return Err(ClientError::ConnectionLost { why: why.into() });
-            }
-            reply => reply?,
-        };
+        let reply = self.request_parts(command, &[&ask.to_vec(), data], &[], room)?;
         let head = self.parse(&reply, FeatureHead::decode_prefix)?;
         if head.flags != ask.flags {
             return Err(

@@ -8,7 +8,10 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
-use vfio_user_peer::{Client, ClientError, Prot, irq_index, region_index};
+use vfio_user_peer::{
+    Client, ClientError, Errno, Feature, FeatureOp, IovaRange, MigrationState, Prot, Recovery, irq_index,
+    region_index,
+};
 
 #[test]
 fn their_client_drives_our_server() {
@@ -123,7 +126,8 @@ fn their_server(dir: &std::path::Path, runs: u32) -> (std::path::PathBuf, std::t
 #[test]
 fn our_client_drives_their_server() {
     let dir = tempfile::tempdir().unwrap();
-    let (path, server) = their_server(dir.path(), 1);
+    // The question for migration costs the first connection.
+    let (path, server) = their_server(dir.path(), 2);
     let client = Client::connect(&path, untouched()).unwrap();
     let info = client.device_info().unwrap();
     assert!(info.resettable && info.num_regions == 9);
@@ -148,24 +152,55 @@ fn our_client_drives_their_server() {
     assert!(theirs.maps.is_empty() && theirs.resets == 1);
 }
 
-/// Their server answers DEVICE_FEATURE with an error without an errno and then takes its payload for a header.
+/// Their server answers what it does not know with an error without an errno, and then takes its payload for a header.
 #[test]
-fn asking_their_server_for_migration_costs_the_connection_and_no_more() {
-    let dir = tempfile::tempdir().unwrap();
-    let (path, server) = their_server(dir.path(), 2);
-    let client = Client::connect(&path, quick()).unwrap();
-    assert_eq!(client.migration_flags().unwrap(), None);
-    assert_eq!(client.state_at_connect(), None);
-    assert_eq!(client.mig_state().unwrap_err().errno(), Some(vfio_user_peer::Errno::NOTTY));
-    client.device_info().unwrap();
-    client.reset().unwrap();
-    drop(client);
-    server.join().unwrap();
+fn their_server_is_sent_only_what_it_knows() {
+    for options in [quick(), untouched()] {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, server) = their_server(dir.path(), 2);
+        let client = Client::connect(&path, options).unwrap();
+        assert_eq!(client.migration_flags().unwrap(), None);
+        assert_eq!(client.state_at_connect(), None);
+        let refused = |result: Result<(), ClientError>| {
+            assert_eq!(result.unwrap_err().errno(), Some(Errno::NOTTY));
+        };
+        // Whatever is asked: none of it is sent, and the stream stays in step.
+        refused(client.mig_state().map(drop));
+        refused(client.set_mig_state(MigrationState::Stop));
+        refused(client.mig_data_read(&mut [0; 8]).map(drop));
+        refused(client.mig_data_write(&[0; 8]));
+        refused(client.dma_logging_start(4096, &[]).map(drop));
+        refused(client.dma_logging_stop());
+        let page = IovaRange { iova: 0, len: 4096 };
+        refused(client.dma_logging_report(page, 4096, &mut [0]));
+        assert!(client.region_io_fds(0).unwrap().is_empty());
+        assert!(!client.probe_feature(Feature::MIGRATION, FeatureOp::Get).unwrap());
+        assert_eq!(client.recover().unwrap(), Recovery::NoMigration);
+        client.reset_to_running().unwrap();
+        assert_eq!(client.region_info(0).unwrap().size, 1 << 21);
+        client.region_write(0, 8, &[7; 8]).unwrap();
+        client.device_info().unwrap();
+        assert!(client.is_alive());
+        drop(client);
+        server.join().unwrap();
+    }
+}
 
-    let (path, server) = their_server(&dir.path().join("."), 1);
-    let client = Client::connect(&path, untouched()).unwrap();
-    let error = client.migration_flags().unwrap_err();
-    assert!(matches!(error, ClientError::ConnectionLost { .. }), "{error}");
-    drop(client);
-    server.join().unwrap();
+/// Over a stream there is no other connection to be had: it is lost, and says over what.
+#[test]
+fn a_server_that_loses_step_over_one_stream_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    for ask in [
+        |client: &Client| client.migration_flags().map(drop),
+        |client: &Client| client.region_io_fds(0).map(drop),
+    ] {
+        let (path, server) = their_server(&dir.path().join("."), 1);
+        let stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let client = Client::from_stream(stream, untouched()).unwrap();
+        let error = ask(&client).unwrap_err();
+        assert!(matches!(error, ClientError::ConnectionLost { .. }), "{error}");
+        assert!(error.to_string().contains("without an errno"), "{error}");
+        drop(client);
+        server.join().unwrap();
+    }
 }
