@@ -39,22 +39,81 @@ pub fn codes() -> impl Iterator<Item = &'static str> {
 
 /// Those of them that no two manifests give, but a session: the machine behind the manifest, the owner, a device that is tried.
 pub fn session_codes() -> impl Iterator<Item = &'static str> {
-    SESSION.iter().copied()
+    SessionCode::ALL.iter().filter(|code| !code.is_of_manifests()).map(|code| code.explanation().code)
 }
 
-static SESSION: [&str; 11] = [
-    "manifest",
-    "protocol-version",
-    "other-vm",
-    "vm-id",
-    "ownership",
-    "state-dir",
-    "machine",
-    "pci-left-behind",
-    "device-failed",
-    "rehearsal-obstacle",
-    "rehearsal-not-tried",
-];
+/// A reason that a session gives beside those of the rules. There is none without an entry in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SessionCode {
+    /// `manifest`: a manifest that cannot be read, or cannot be told.
+    Manifest,
+    /// `protocol-version`: no version that both sides speak.
+    ProtocolVersion,
+    /// `other-vm`: another VM is expected.
+    OtherVm,
+    /// `vm-id`: the machine that was built is another VM.
+    VmId,
+    /// `ownership`: the journal says that the guest is somebody else's.
+    Ownership,
+    /// `state-dir`: the state directory cannot be used.
+    StateDir,
+    /// `machine`: the VMM cannot build the machine, or has a reason of its own to refuse it.
+    Machine,
+    /// `pci-left-behind`: the VMM's PCI functions that are no VFIO devices do not move.
+    PciLeftBehind,
+    /// `device-failed`: a device could not do what was tried with it.
+    DeviceFailed,
+    /// `device-missing`: the machine lacks a device.
+    DeviceMissing,
+    /// `device-not-migratable`: a device cannot migrate.
+    DeviceNotMigratable,
+    /// `rehearsal-obstacle`: a migration would not come to its end.
+    RehearsalObstacle,
+    /// `rehearsal-not-tried`: what a rehearsal left out.
+    RehearsalNotTried,
+}
+
+impl SessionCode {
+    const ALL: [Self; 13] = [
+        Self::Manifest,
+        Self::ProtocolVersion,
+        Self::OtherVm,
+        Self::VmId,
+        Self::Ownership,
+        Self::StateDir,
+        Self::Machine,
+        Self::PciLeftBehind,
+        Self::DeviceFailed,
+        Self::DeviceMissing,
+        Self::DeviceNotMigratable,
+        Self::RehearsalObstacle,
+        Self::RehearsalNotTried,
+    ];
+
+    /// The rules give it as well.
+    fn is_of_manifests(self) -> bool {
+        matches!(self, Self::DeviceMissing | Self::DeviceNotMigratable)
+    }
+
+    pub(crate) fn explanation(self) -> ReasonCode {
+        match self {
+            Self::Manifest => &MANIFEST,
+            Self::ProtocolVersion => &PROTOCOL_VERSION,
+            Self::OtherVm => &OTHER_VM,
+            Self::VmId => &VM_ID,
+            Self::Ownership => &OWNERSHIP,
+            Self::StateDir => &STATE_DIR,
+            Self::Machine => &MACHINE,
+            Self::PciLeftBehind => &PCI_LEFT_BEHIND,
+            Self::DeviceFailed => &DEVICE_FAILED,
+            Self::DeviceMissing => &DEVICE_MISSING,
+            Self::DeviceNotMigratable => &NOT_MIGRATABLE,
+            Self::RehearsalObstacle => &REHEARSAL_OBSTACLE,
+            Self::RehearsalNotTried => &REHEARSAL_NOT_TRIED,
+        }
+    }
+}
 
 macro_rules! table {
     ($($name:ident, $code:literal, $severity:ident, $fix:ident: $meaning:literal, $cause:literal, $remedy:literal;)*) => {

@@ -40,7 +40,7 @@ mod version;
 
 pub use baseline::{Baseline, BaselineError, baseline, baselines};
 pub use check::{check_devices, check_left_behind, check_machines, check_source};
-pub use codes::{Explanation, codes, explain, session_codes};
+pub use codes::{Explanation, SessionCode, codes, explain, session_codes};
 pub use device::{
     Capability, DeviceManifest, DirtyTracking, Driver, Extra, ManifestNote, PciIdentity, RegionManifest,
 };

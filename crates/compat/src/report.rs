@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::codes::SessionCode;
 use crate::severity::{Severity, WhoCanFix};
 
 /// Whether something can move. Greater is worse.
@@ -58,20 +59,18 @@ pub struct Reason {
 }
 
 impl Reason {
-    /// A reason of `code` that is not of a rule here: its severity and who can fix it are the table's; a code that is not in
-    /// the table is a refusal.
-    pub fn new(code: impl Into<String>, text: impl Into<String>) -> Self {
-        let code = code.into();
-        let entry = crate::codes::explain(&code);
+    /// A reason of `code` that is not of a rule here: its severity and who can fix it are the table's.
+    pub fn new(code: SessionCode, text: impl Into<String>) -> Self {
+        let entry = code.explanation();
         Self {
             device: None,
             field: String::new(),
             source: Value::Null,
             destination: Value::Null,
-            severity: entry.map_or(Severity::No, |entry| entry.severity),
-            fix: entry.map_or(WhoCanFix::Host, |entry| entry.fix),
+            severity: entry.severity,
+            fix: entry.fix,
             text: text.into(),
-            code,
+            code: entry.code.to_owned(),
         }
     }
 }

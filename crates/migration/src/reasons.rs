@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use vfio_migration_compat::{
-    Allow, DirtyTracking, MachineManifest, Policy, Reason, Report, Severity, Verdict, WhoCanFix,
+    Allow, DirtyTracking, MachineManifest, Policy, Reason, Report, SessionCode, Severity, Verdict, WhoCanFix,
     check_left_behind, check_source,
 };
 use vfio_migration_device::NotMigratable;
@@ -137,7 +137,7 @@ pub(crate) fn of_device_failure(failure: &Failure) -> Option<Reason> {
         field: "migration".into(),
         source,
         destination,
-        ..Reason::new("device-failed", text)
+        ..Reason::new(SessionCode::DeviceFailed, text)
     })
 }
 

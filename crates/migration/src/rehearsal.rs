@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use vfio_migration_compat::{Reason, Report};
+use vfio_migration_compat::{Reason, Report, SessionCode};
 use vfio_migration_engine::{self as engine, PartName};
 use vfio_migration_types::{DeviceId, Failure};
 
@@ -121,13 +121,17 @@ impl Rehearsal {
             let text = format!("{obstacle}");
             let device = obstacle.device.clone();
             let field = "downtime".to_owned();
-            found.push(Reason { device, field, ..Reason::new("rehearsal-obstacle", text) });
+            found.push(Reason { device, field, ..Reason::new(SessionCode::RehearsalObstacle, text) });
         }
         for device in &self.not_rehearsed {
             let text =
                 "its state can only be read while the guest is paused, and was not tried: --pause tries it";
             let device = Some(device.to_string());
-            found.push(Reason { device, field: "flags".into(), ..Reason::new("rehearsal-not-tried", text) });
+            found.push(Reason {
+                device,
+                field: "flags".into(),
+                ..Reason::new(SessionCode::RehearsalNotTried, text)
+            });
         }
         reasons::with(self.report.clone(), found)
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vfio_migration::{
     Arrived, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer, Machine, Uri,
 };
-use vfio_migration_compat::Reason;
+use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
@@ -130,7 +130,7 @@ fn receive(
 /// Accepts the guest on offer; a VM that was given no identity takes the guest's, and one that was given no size of RAM takes
 /// that too.
 fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc<dyn Machine>, Box<Reason>> {
-    let refused = |text: String| Box::new(Reason::new("machine", text));
+    let refused = |text: String| Box::new(Reason::new(SessionCode::Machine, text));
     let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
     lent.store(true, Ordering::Relaxed);
     if let Some(Steering::Incoming(control)) = vm.state.steering()
@@ -155,7 +155,7 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
         machine.adopt(offer.vm);
     }
     if let Some(dir) = &vm.options.state_dir {
-        vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new("state-dir", text))?;
+        vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new(SessionCode::StateDir, text))?;
     }
     inject_at_destination(vm.options.sabotage, machine).map_err(refused)
 }

@@ -7,7 +7,7 @@ use vfio_migration::{
     AttemptInfo, AttemptKind, DestinationOptions, IncomingError, IncomingOffer, Machine, MigrateError,
     SaveError, Saved, Snapshot, Source, save,
 };
-use vfio_migration_compat::Reason;
+use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
@@ -111,7 +111,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
         Err(failure) => {
             let text = failure.to_string();
             not_built = Some(failure);
-            Err(Reason::new("machine", text).into())
+            Err(Reason::new(SessionCode::Machine, text).into())
         }
     });
     let ended = match &restored {

@@ -2,7 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use vfio_migration_compat::{DeviceManifest, DeviceMap, MachineManifest, Policy, Reason, check_machines};
+use vfio_migration_compat::{
+    DeviceManifest, DeviceMap, MachineManifest, Policy, Reason, SessionCode, check_machines,
+};
 use vfio_migration_device::{ConfigRule, ConfigRules};
 use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
@@ -37,11 +39,11 @@ impl Worker<'_, '_, '_> {
         };
         let offered = match MachineManifest::from_json(&offer.manifest) {
             Ok(offered) => offered,
-            Err(error) => return Ok(refuse(Reason::new("manifest", error_chain(&error)))),
+            Err(error) => return Ok(refuse(Reason::new(SessionCode::Manifest, error_chain(&error)))),
         };
         let map = match map(offer.names) {
             Ok(map) => map,
-            Err(text) => return Ok(refuse(Reason::new("manifest", text))),
+            Err(text) => return Ok(refuse(Reason::new(SessionCode::Manifest, text))),
         };
         if let Some(reason) = self.take_journal(attempt)? {
             return Ok(refuse(reason));
@@ -71,7 +73,7 @@ impl Worker<'_, '_, '_> {
                 "VM {vm} is offered, and this machine is for VM {}: give both the same identity",
                 machine.id()
             );
-            besides.push(Reason::new("vm-id", text));
+            besides.push(Reason::new(SessionCode::VmId, text));
         }
         for device in &offered.devices {
             let name =
@@ -80,7 +82,7 @@ impl Worker<'_, '_, '_> {
             let Some(at) = devices.iter().position(|moved| moved.device.id() == name) else {
                 if own.devices.iter().any(|device| device.id == *name) {
                     let text = format!("device {name} is in the manifest and not in the machine");
-                    besides.push(Reason::new("device-missing", text));
+                    besides.push(Reason::new(SessionCode::DeviceMissing, text));
                 }
                 continue;
             };
@@ -147,7 +149,7 @@ impl Worker<'_, '_, '_> {
             Some(known)
         };
         let refused = known.and_then(|known| known.epochs().may_take(attempt.epoch, attempt.attempt).err());
-        Ok(refused.map(|over| Reason::new("ownership", over.to_string())))
+        Ok(refused.map(|over| Reason::new(SessionCode::Ownership, over.to_string())))
     }
 }
 

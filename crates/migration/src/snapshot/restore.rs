@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_compat::{DeviceManifest, MachineManifest, Reason};
+use vfio_migration_compat::{DeviceManifest, MachineManifest, Reason, SessionCode};
 use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_chain};
 
@@ -150,7 +150,8 @@ impl Snapshot {
     fn check_owner(&self, options: &DestinationOptions) -> Result<(), IncomingError> {
         let Some(dir) = &options.state_dir else { return Ok(()) };
         let vm = self.vm();
-        let refuse = |text: String| Err(IncomingError::Refused(vec![Reason::new("ownership", text)]));
+        let refuse =
+            |text: String| Err(IncomingError::Refused(vec![Reason::new(SessionCode::Ownership, text)]));
         let unreadable = |error: crate::ownership::journal::JournalError| {
             IncomingError::NotBegun(error.in_phase(Side::Destination, Phase::Hello))
         };

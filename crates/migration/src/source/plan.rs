@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_migration_compat::{MachineManifest, Reason};
+use vfio_migration_compat::{MachineManifest, Reason, SessionCode};
 use vfio_migration_device::Capabilities;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_engine::{self as engine, DeviceFacts, SourceConfig};
@@ -198,8 +198,10 @@ fn usable_devices(
         Ok(capabilities) => Ok((moved, capabilities)),
         Err(why) => {
             let id = moved.device.id();
-            let reason =
-                Reason::new("device-not-migratable", format!("device {id} cannot migrate: {}", why.0));
+            let reason = Reason::new(
+                SessionCode::DeviceNotMigratable,
+                format!("device {id} cannot migrate: {}", why.0),
+            );
             Err(MigrateError::Refused(vec![Reason { device: Some(id.to_string()), ..reason }]))
         }
     };

@@ -9,7 +9,7 @@ use vfio_migration::{
     Control, Destination, DestinationOptions, IncomingError, InjectedFault, Machine, MigrateError, Source,
     SourceOptions, inject,
 };
-use vfio_migration_compat::Reason;
+use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::{Epoch, GuestOutcome, MigrationFlags, PAGE_SIZE, Phase, RamOffset};
 
 fn verified() -> SourceOptions {
@@ -191,7 +191,7 @@ fn a_builder_that_refuses_is_heard() {
     let to = destination.local().clone();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let full = Box::new(Reason::new("full", "this host is full"));
+            let full = Box::new(Reason::new(SessionCode::Machine, "this host is full"));
             destination.accept(|_| Err(full)).unwrap_err()
         });
         let error = Source::new(source.clone(), verified()).migrate_to(&to, |_| {}).unwrap_err();
