@@ -7,6 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use vfio_migration_types::printable;
+
 use crate::control::protocol::{MigrationInfo, MigrationStatus};
 use crate::exit::CliError;
 use crate::words::read_capped;
@@ -140,7 +142,10 @@ pub(crate) fn text(record: &HistoryRecord) -> String {
     if let Some(error) = &migration.error {
         text.push_str(&format!("\n    {error}"));
     }
-    text.lines().map(|line| printable(line) + "\n").collect()
+    for failure in &migration.left_undone {
+        text.push_str(&format!("\n    left undone: {}", failure.text));
+    }
+    text.lines().map(|line| printable(line).into_owned() + "\n").collect()
 }
 
 /// How a session ended, in a few words: its status, where it stopped, the times.
@@ -169,14 +174,10 @@ pub(crate) fn ending(migration: &MigrationInfo) -> String {
     text
 }
 
-/// `text` without anything that a terminal would obey: part of it was said by others.
-pub(crate) fn printable(text: &str) -> String {
-    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    text.chars().map(escaped).collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use vfio_migration_types::is_control;
+
     use super::*;
 
     #[test]
@@ -215,6 +216,6 @@ mod tests {
             },
             truncated: false,
         };
-        assert!(text(&record).chars().all(|c| c == '\n' || !c.is_control()), "{}", text(&record));
+        assert!(text(&record).chars().all(|c| c == '\n' || !is_control(c)), "{}", text(&record));
     }
 }

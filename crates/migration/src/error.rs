@@ -126,7 +126,7 @@ pub struct RehearsedHere {
 
 impl fmt::Display for RehearsedHere {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a migration was rehearsed, and nothing was to stay")?;
+        f.write_str("a rehearsal or a check ended, and nothing was to stay")?;
         if !self.refused.is_empty() {
             write!(f, "; it was refused: {}", sentences(&self.refused))?;
         }

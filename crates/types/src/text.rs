@@ -6,14 +6,37 @@ use std::borrow::Cow;
 /// Longest piece of foreign text in quotes, in characters.
 const QUOTED: usize = 80;
 
-/// Whether a terminal takes `character` as a command, or changes the order or the lines of what it shows because of it:
-/// control characters (C0, DEL, C1), Unicode's line and paragraph separators, and its `Bidi_Control`s.
+/// Whether `character` does something else on a terminal than show itself: control characters, which a terminal obeys; what changes
+/// the order or the lines of a text; and what is not seen at all (zero-width and format characters, fillers, tags, private and
+/// unassigned ones), by which two names that differ look the same.
 pub fn is_control(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-        )
+    if character.is_ascii() {
+        return character.is_ascii_control();
+    }
+    // Seen as nothing, although Unicode counts them as letters or marks (`Default_Ignorable_Code_Point`).
+    let invisible = matches!(
+        character,
+        '\u{34f}'
+            | '\u{115f}'
+            | '\u{1160}'
+            | '\u{17b4}'
+            | '\u{17b5}'
+            | '\u{180b}'..='\u{180f}'
+            | '\u{3164}'
+            | '\u{fe00}'..='\u{fe0f}'
+            | '\u{ffa0}'
+            | '\u{e0000}'..='\u{e0fff}'
+    );
+    invisible || !is_shown(character)
+}
+
+/// Whether the standard library, which has Unicode's tables, would show `character` behind another one as it is; any space is.
+fn is_shown(character: char) -> bool {
+    let mut pair = [b'a'; 5];
+    let len = 1 + character.encode_utf8(&mut pair[1..]).len();
+    let pair = std::str::from_utf8(&pair[..len]).unwrap_or_default();
+    let is_space = character.is_whitespace() && !matches!(character, '\u{85}' | '\u{2028}' | '\u{2029}');
+    is_space || pair.escape_debug().count() == 2
 }
 
 /// `text` on one line, each of its control characters as an escape (`\u{1b}`, `\n`).
@@ -48,7 +71,8 @@ pub fn quote(text: &str) -> String {
     if shown.len() < text.len() {
         shown.push('…');
     }
-    format!("{shown:?}")
+    // `Debug` leaves some that are not seen.
+    printable(&format!("{shown:?}")).into_owned()
 }
 
 #[cfg(test)]
@@ -66,7 +90,26 @@ mod tests {
         }
         assert_eq!(printable("a\u{1b}[2J\nb"), "a\\u{1b}[2J\\nb");
         assert_eq!(printable_lines("a\u{1b}\n\tb\r"), "a\\u{1b}\n\tb\\r");
-        assert!(matches!(printable("Überlänge, 長さ, ✓"), Cow::Borrowed(_)));
+        for shown in ["Überlänge, 長さ, ✓", "ü as u\u{308}", "नमस्ते", "a\u{a0}b\u{3000}c"]
+        {
+            assert!(matches!(printable(shown), Cow::Borrowed(_)), "{shown:?}");
+        }
+    }
+
+    /// Two names that look the same are the same.
+    #[test]
+    fn nothing_unseen_is_left() {
+        let ranges =
+            [0xad..=0xad, 0x600..=0x605, 0x200b..=0x200f, 0x2028..=0x202e, 0x2060..=0x206f, 0xfff0..=0xfffb];
+        let singles = [0x34f, 0x61c, 0x70f, 0x115f, 0x180e, 0x3164, 0xfe0f, 0xfeff, 0xffa0, 0x1_d173, 0xe000];
+        let planes = [0xe_0000..=0xe_01ef, 0xf_0000..=0xf_00ff, 0x10_fffd..=0x10_ffff];
+        for code in ranges.into_iter().chain(planes).flatten().chain(singles) {
+            let Some(character) = char::from_u32(code) else { continue };
+            let name = format!("net{character}0");
+            assert!(is_control(character), "U+{code:04X} is not seen");
+            assert_ne!(printable(&name), name);
+            assert!(printable(&name).is_ascii() && quote(&name).is_ascii(), "{name:?}");
+        }
     }
 
     #[test]

@@ -7,10 +7,10 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{JournalFile, JournalNote, VmOwnership, ownership_at, read_journal};
-use vfio_migration_types::{VmId, error_chain};
+use vfio_migration_types::{VmId, error_chain, printable};
 
 use crate::exit::{CliError, Exit};
-use crate::history::{History, HistoryRecord, printable, text};
+use crate::history::{History, HistoryRecord, text};
 use crate::output::{print, print_json};
 
 /// What `status --state-dir --json` prints.
@@ -181,16 +181,16 @@ fn for_people(vm: &KnownVm) -> String {
         Owner::Unknown => "not known".into(),
     };
     let process = if vm.process { ", a process has it" } else { "" };
-    let mut out = printable(&format!("VM {}: {owner}{process}", vm.uuid)) + "\n";
+    let mut out = printable(&format!("VM {}: {owner}{process}", vm.uuid)).into_owned() + "\n";
     for (side, entry) in [("sent", &vm.source), ("taken in", &vm.destination)] {
         let Some(entry) = entry else { continue };
         let at = entry.written.as_ref().map_or(String::new(), |at| format!(" at {at}"));
         let why = entry.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
         let line = format!("  {side}: {}{at}, attempt {}, {}{why}", entry.state, entry.attempt, entry.peer);
-        out += &(printable(&line) + "\n");
+        out += &(printable(&line).into_owned() + "\n");
     }
     if let Some(error) = &vm.error {
-        out += &(printable(&format!("  the journal cannot be believed: {error}")) + "\n");
+        out += &(printable(&format!("  the journal cannot be believed: {error}")).into_owned() + "\n");
     }
     if let Some(last) = &vm.last {
         out += &format!("  last: {}", text(last));

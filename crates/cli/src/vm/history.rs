@@ -12,10 +12,11 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use vfio_migration::{AttemptInfo, AttemptKind, Progress};
-use vfio_migration_types::{Phase, rfc3339};
+use vfio_migration_types::{Phase, is_control, printable, rfc3339};
 
 use crate::control::protocol::MigrationInfo;
-use crate::history::{FILE_MAX, HISTORY, HistoryRecord, LINE_MAX, OLDER, SessionKind, ending, printable};
+use crate::history::{FILE_MAX, HISTORY, HistoryRecord, LINE_MAX, OLDER, SessionKind, ending};
+use crate::units::milliseconds;
 
 /// Target of the lines that are said by default.
 const SESSION: &str = "session";
@@ -33,19 +34,31 @@ pub(super) fn session_began(attempt: &AttemptInfo, direction: &str) {
     tracing::info!(target: SESSION, "{kind} of VM {vm} {way} {} begins (attempt {attempt})", printable(peer));
 }
 
+/// `info`, which says how a session has ended, with the downtime that the session had last predicted and its limit.
+pub(super) fn with_foreseen(info: MigrationInfo, progress: &Progress) -> MigrationInfo {
+    let kind = progress.attempt.as_ref().map(|attempt| attempt.kind);
+    let limited =
+        info.direction.as_deref() == Some("outgoing") && kind.is_some_and(|kind| kind != AttemptKind::Save);
+    let predicted = info.expected_downtime_ms.or(progress.predicted_downtime.map(milliseconds));
+    MigrationInfo {
+        attempt: info.attempt.or(progress.attempt.as_ref().map(|attempt| attempt.attempt.to_string())),
+        expected_downtime_ms: predicted,
+        downtime_limit_ms: if limited {
+            Some(milliseconds(progress.downtime_limit))
+        } else {
+            info.downtime_limit_ms
+        },
+        ..info
+    }
+}
+
 /// Says how the session of which `progress` is the last has ended, and writes it down in the state directory `dir`. Nothing,
 /// if none was begun: nobody came.
 pub(super) fn session_ended(dir: Option<&Path>, progress: &Progress, info: &MigrationInfo) {
     let Some(attempt) = &progress.attempt else { return };
     let tried = progress.phases.iter().any(|time| time.phase >= Phase::Setup);
-    let mut info = info.clone();
-    let predicted = progress.predicted_downtime.map(crate::units::milliseconds);
-    info.expected_downtime_ms = info.expected_downtime_ms.or(predicted);
-    if info.direction.as_deref() == Some("outgoing") && attempt.kind != AttemptKind::Save {
-        info.downtime_limit_ms = Some(crate::units::milliseconds(progress.downtime_limit));
-    }
     let outgoing = info.direction.as_deref() == Some("outgoing");
-    record(dir, attempt, kind(attempt.kind, tried, outgoing), info);
+    record(dir, attempt, kind(attempt.kind, tried, outgoing), info.clone());
 }
 
 /// Says how a session ended, and writes it down.
@@ -60,6 +73,9 @@ pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKin
         printable(&attempt.peer),
         ending(&info)
     );
+    for failure in &info.left_undone {
+        tracing::info!(target: SESSION, "left undone: {}", printable(&failure.text));
+    }
     let Some(dir) = dir else { return };
     let record = HistoryRecord {
         version: 1,
@@ -166,7 +182,10 @@ fn line(record: &HistoryRecord) -> Result<String, Error> {
 fn written(record: &HistoryRecord) -> Result<String, Error> {
     let text = serde_json::to_string(record)?;
     let escaped = |c: char| match c {
-        c if c.is_control() => format!("\\u{:04x}", u32::from(c)),
+        // As JSON writes what lies beyond four digits: as two.
+        c if is_control(c) => {
+            c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect()
+        }
         c => c.to_string(),
     };
     let mut line: String = text.chars().map(escaped).collect();
@@ -222,7 +241,7 @@ mod tests {
         append(dir.path(), &peer).unwrap();
         let text = std::fs::read_to_string(dir.path().join(HISTORY)).unwrap();
         assert!(text.lines().all(|line| line.len() <= LINE_MAX));
-        assert!(text.chars().all(|c| c == '\n' || !c.is_control()));
+        assert!(text.chars().all(|c| c == '\n' || !is_control(c)));
         let history = History::read(dir.path()).unwrap();
         assert_eq!((history.records.len(), history.unreadable), (2, 0));
         assert!(history.records.iter().all(|record| record.truncated));

@@ -107,6 +107,7 @@ fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
         direction: Some(direction.into()),
         phase: Some(progress.phase.code().into()),
         phase_name: Some(progress.phase.name().into()),
+        attempt: progress.attempt.as_ref().map(|attempt| attempt.attempt.to_string()),
         total_ms: milliseconds(progress.elapsed),
         expected_downtime_ms: progress.predicted_downtime.map(milliseconds),
         downtime_limit_ms: limited.then(|| milliseconds(progress.downtime_limit)),

@@ -99,6 +99,7 @@ impl RunningVm {
 
     /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed. Every client gets it.
     pub(super) fn end_session(&self, info: MigrationInfo, slot: Option<Slot>) {
+        let info = self.foreseen(info);
         let event = ControlEvent::of_migration(&info);
         // First, so that who is told of the end finds it in the history.
         self.record_session(&info);
@@ -108,10 +109,19 @@ impl RunningVm {
 
     /// Ends a session of a wait that goes on. Every client gets it.
     pub(super) fn end_attempt(&self, info: MigrationInfo) {
+        let info = self.foreseen(info);
         let event = ControlEvent::of_migration(&info);
         self.record_session(&info);
         self.state.end_attempt(info);
         self.publisher.publish(&event);
+    }
+
+    /// `info` with what its session has foreseen, so that status, events and history say the same.
+    fn foreseen(&self, info: MigrationInfo) -> MigrationInfo {
+        match self.state.steering().and_then(|steering| steering.progress()) {
+            Some(progress) => history::with_foreseen(info, &progress),
+            None => info,
+        }
     }
 
     /// Says how the session that has ended did so, and writes it down: once, and nothing if none was begun.
