@@ -4,7 +4,7 @@
 //! manifest's own fields.
 
 use serde_json::{Map, Value};
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DEVICES_MAX, DeviceId};
 
 use crate::device::{DeviceManifest, ManifestNote};
 use crate::error::ManifestError;
@@ -244,7 +244,7 @@ impl MachineManifest {
     /// Longest manifest on the wire, in bytes.
     pub const MAX_BYTES: usize = 1 << 20;
     /// Most devices of a manifest.
-    pub const MAX_DEVICES: usize = 64;
+    pub const MAX_DEVICES: usize = DEVICES_MAX as usize;
 
     /// The manifest as JSON, without the document's two fields: UTF-8, compact, the same bytes for the same manifest.
     ///

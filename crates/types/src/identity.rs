@@ -140,6 +140,9 @@ impl fmt::Debug for AttemptId {
     }
 }
 
+/// Most devices of one machine: what the wire, a manifest, the reference VMM's bus and its guest program take.
+pub const DEVICES_MAX: u16 = 64;
+
 /// A device's name, given by whoever configures the VM and equal on both sides: 1 to 64 of `[A-Za-z0-9._-]`.
 ///
 /// A name, not a bus address: the destination's device may sit at another address.

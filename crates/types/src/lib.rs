@@ -20,7 +20,7 @@ pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
 pub use arcs::{ArcError, next_state, path};
 pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
 pub use failure::{Failure, Side, error_chain};
-pub use identity::{AttemptId, AttemptIdError, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
+pub use identity::{AttemptId, AttemptIdError, DEVICES_MAX, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
 pub use outcome::GuestOutcome;
 pub use phase::Phase;
 pub use state::{MigrationFlags, MigrationState, UnknownState};

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use vfio_migration_memory::MemoryError;
+use vfio_migration_types::DEVICES_MAX;
 use vmm_sys_util::errno;
 
 /// An error of the reference VMM.
@@ -42,6 +43,9 @@ pub enum VmmError {
     /// A request that this machine cannot grant; the text says why.
     #[error("{0}")]
     Refused(String),
+    /// More devices than a machine takes.
+    #[error("{0} devices are too many: a machine takes up to {DEVICES_MAX}")]
+    TooManyDevices(usize),
     /// A section of machine state cannot be loaded.
     #[error("the machine state `{section}` cannot be loaded: {reason}")]
     Section {

@@ -3,10 +3,10 @@
 //! They bound what a peer can make the other side allocate for a frame: one payload, never more than [`PAYLOAD`] bytes.
 //! They are part of protocol version 1: a peer may rely on them.
 
-use vfio_migration_types::PAGE_SIZE;
+use vfio_migration_types::{DEVICES_MAX, PAGE_SIZE};
 
 /// Devices of one machine; a device's index is below it.
-pub const DEVICES: u16 = 64;
+pub const DEVICES: u16 = DEVICES_MAX;
 /// Bytes of the machine's manifest, at least 2 (`{}`).
 pub const MANIFEST: usize = 1 << 20;
 /// Pages in one [`Bulk::Pages`](crate::Bulk::Pages): a body of at most 1 MiB.

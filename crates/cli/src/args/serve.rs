@@ -159,7 +159,7 @@ pub(crate) struct VmCommand {
     /// A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or
     /// mdev:UUID,id=NAME. Behind it: slot=N, its slot on the guest's PCI bus, 1 to 31 (else the first that is free; to be the same
     /// on both sides); pre-copy=off, for a device whose PRE_COPY is broken; vf-token=UUID, for a virtual function that has
-    /// one (vfio by address). May be given more than once.
+    /// one (vfio by address). May be given up to 64 times.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,
     /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.

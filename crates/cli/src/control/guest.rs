@@ -19,6 +19,8 @@ pub(crate) struct GuestInfo {
     pub(crate) pages_lost: u64,
     /// Full walks over all pages ever written.
     pub(crate) page_passes: u64,
+    /// Blocks that were asked of the device that was asked for fewest: it grows if all devices work.
+    pub(crate) least_posted: u64,
     /// Blocks that devices wrote by DMA and the guest took.
     pub(crate) dma_blocks: u64,
     /// Of them, written by a device into another's BAR.

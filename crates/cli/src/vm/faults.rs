@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use vfio_migration::{InjectedFault, Machine, inject};
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset};
-use vfio_migration_vmm::guest::Areas;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use crate::args::serve::Break;
@@ -38,7 +37,7 @@ pub(super) fn inject_at_destination(
 /// RAM in which the guest numbers every page: other pages it might not miss.
 fn numbered_pages(machine: &Arc<ReferenceMachine>) -> Result<std::ops::Range<RamOffset>, String> {
     let ram = machine.ram();
-    let areas = Areas::of(&ram).map_err(|error| error.to_string())?;
+    let areas = machine.numbered_areas().map_err(|error| error.to_string())?;
     let first =
         ram.offset_of(Gpa(areas.low_start), PAGE_SIZE).ok_or("the guest's pages are not in its RAM")?;
     Ok(first..RamOffset(ram.size()))

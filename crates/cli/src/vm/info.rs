@@ -375,6 +375,7 @@ pub(super) fn guest_info(report: &Report) -> GuestInfo {
         blocks_checked: report.blocks_checked,
         blocks_lost: report.blocks_lost,
         block_passes: report.block_passes,
+        least_posted: report.least_posted,
         interrupts: report.interrupts,
         interrupts_lost: report.interrupts_lost,
         spurious: report.spurious,

@@ -12,7 +12,7 @@ use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, VmId, error_chain};
 use vfio_migration_vmm::VmmError;
 use vfio_migration_vmm::machine::{
-    Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, kvm_answers,
+    Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, assign_places, kvm_answers,
 };
 
 use super::history;
@@ -57,13 +57,9 @@ impl RunningVm {
             if devices.iter().any(|other| other.id == device.id) {
                 return Err(usage(format!("--device: the id {} is there twice", device.id)));
             }
-            if let Some(slot) = device.slot
-                && devices.iter().any(|other| other.slot == Some(slot))
-            {
-                return Err(usage(format!("--device: slot {slot} is there twice")));
-            }
             devices.push(device);
         }
+        assign_places(&devices).map_err(|error| usage(format!("--device: {error}")))?;
         let memory = options.memory.unwrap_or(MEMORY);
         check_memory(memory)?;
         if let Some(text) = &options.incoming {

@@ -67,6 +67,6 @@ fn options_that_mean_nothing_are_told() {
         "vf-token is for a PCI function, by its address",
     );
     let twice = ["vm", "--device", "vfio-user:/x,id=a,slot=4", "--device", "vfio-user:/y,id=b,slot=4"];
-    fails(&twice, 2, "slot 4 is there twice");
+    fails(&twice, 2, "are both to be in slot 4");
     fails(&["save", "--device", "vfio-user:/x,slot=4", "-o", "/tmp/x.dev"], 2, "no slot");
 }

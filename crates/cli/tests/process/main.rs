@@ -18,6 +18,7 @@ mod history;
 mod host;
 mod json;
 mod limits;
+mod many_devices;
 mod moves;
 mod quit;
 mod receivers;

@@ -159,22 +159,43 @@ pub(crate) struct Setup<'a> {
     pub(crate) dir: &'a Path,
     pub(crate) name: &'a str,
     pub(crate) devices: usize,
+    pub(crate) memory: &'a str,
     pub(crate) device_arguments: &'a [&'a str],
     pub(crate) vm_arguments: &'a [&'a str],
 }
 
 impl<'a> Setup<'a> {
     pub(crate) fn new(dir: &'a Path, name: &'a str) -> Self {
-        Self { dir, name, devices: 1, device_arguments: &["--state-size", "4M"], vm_arguments: &[] }
+        Self {
+            dir,
+            name,
+            devices: 1,
+            memory: "64M",
+            device_arguments: &["--state-size", "4M"],
+            vm_arguments: &[],
+        }
     }
 
     pub(crate) fn start(&self) -> Vm {
-        let mut arguments: Vec<String> = ["vm", "--memory", "64M", "--dirty-rate", "4M", "--control"]
+        let (devices, arguments) = self.prepare();
+        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let process = Process::start(&words);
+        let vm = Vm { process, devices, control: self.control() };
+        until("the control socket", || vm.try_call("query", Value::Null)).expect("query");
+        vm
+    }
+
+    fn control(&self) -> PathBuf {
+        self.dir.join(format!("{}.control", self.name))
+    }
+
+    /// Starts the device servers; and the words of the command that makes the VM.
+    pub(crate) fn prepare(&self) -> (Vec<Process>, Vec<String>) {
+        let mut arguments: Vec<String> = ["vm", "--memory", self.memory, "--dirty-rate", "4M", "--control"]
             .iter()
             .map(ToString::to_string)
             .collect();
-        let control = self.dir.join(format!("{}.control", self.name));
-        arguments.push(control.display().to_string());
+        arguments.push(self.control().display().to_string());
         let mut devices = Vec::new();
         for n in 0..self.devices {
             let socket = self.dir.join(format!("{}-dev{n}.sock", self.name));
@@ -183,11 +204,7 @@ impl<'a> Setup<'a> {
             arguments.extend(["--device".into(), format!("vfio-user:{path},id=dev{n}")]);
         }
         arguments.extend(self.vm_arguments.iter().map(ToString::to_string));
-        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let process = Process::start(&words);
-        let vm = Vm { process, devices, control };
-        until("the control socket", || vm.try_call("query", Value::Null)).expect("query");
-        vm
+        (devices, arguments)
     }
 }
 

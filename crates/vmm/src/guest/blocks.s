@@ -19,6 +19,22 @@ vmg_serve_devices:
     pop rbx
     jmp vmg_acknowledge
 
+# Reports how many blocks were posted to the device that got fewest.
+vmg_find_least:
+    mov rcx, [r15 + V_DEVICES]
+    test rcx, rcx
+    jz 9f
+    mov edi, DEVS
+    mov rax, -1
+1:  cmp rax, [rdi + D_POSTED]
+    jbe 2f
+    mov rax, [rdi + D_POSTED]
+2:  add rdi, 512
+    dec rcx
+    jnz 1b
+    mov [r14 + R_LEAST_POSTED], rax
+9:  ret
+
 # Device rbx, flow rdx: checks what is between HANDLED and SEEN, at most BLOCKS_PER_TURN.
 vmg_take_blocks:
     push r12

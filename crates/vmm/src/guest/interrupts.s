@@ -50,11 +50,11 @@ vmg_look_for_lost:
 # end of a turn (vmg_acknowledge) and not here. Otherwise devices that are faster than the processor raise theirs again and
 # again, and of what waits the processor takes the highest vector: those of other devices would wait for ever.
 #
-# Sixteen stubs of eight bytes, then all as one with the vector's index on the stack.
+# Two stubs of eight bytes per device, then all as one with the vector's index on the stack.
 .balign 16
 vmg_device_stubs:
 .equ vmg_index, 0
-.rept 16
+.rept DEVICES_MAX * 2
 .balign 8
     push vmg_index
     jmp vmg_on_device
@@ -97,12 +97,18 @@ vmg_on_device:
 # one that is raised again.
 vmg_acknowledge:
     mov ecx, 0x10000          # what cannot be taken is for the search for lost interrupts to find
+    mov rsi, [r15 + V_DEVICES]
+    add rsi, 15               # 32 vectors, those of 16 devices, per register, 16 bytes apart
+    shr rsi, 4
     mov edx, LAPIC + LAPIC_IRR_DEVICES
-1:  mov eax, [rdx]
-    test ax, ax
-    jz 2f
+1:  dec rsi
+    js 2f
+3:  cmp dword ptr [rdx], 0
+    lea rdx, [rdx + 16]       # leaves the flags
+    je 1b
+    sub rdx, 16
     dec ecx
-    jnz 1b
+    jnz 3b
 2:  mov rcx, [r15 + V_DEVICES]
     add rcx, rcx
     mov edi, DEVS + D_FLOWS

@@ -1,7 +1,7 @@
 //! Where the guest program keeps its things in guest-physical memory. The assembler source has the same numbers.
 
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::PAGE_SIZE;
+use vfio_migration_types::{DEVICES_MAX, PAGE_SIZE};
 
 use crate::error::VmmError;
 use crate::layout;
@@ -24,12 +24,11 @@ pub const DATA: u64 = 0x2_0000;
 pub const PAGE_TABLES: u64 = 0x10_0000;
 /// End of the page tables.
 pub const PAGE_TABLES_END: u64 = 0x20_0000;
-/// Rings, source and target blocks of the first device; each device has [`DEVICE_STRIDE`] bytes.
+/// Rings, source and target blocks of the first device; each device has [`DEVICE_STRIDE`] bytes. Behind those of the last are
+/// the stamps: see [`Areas`].
 pub const DEVICES: u64 = 0x20_0000;
 /// Bytes set aside for each device.
 pub const DEVICE_STRIDE: u64 = 0x10_0000;
-/// Most sample devices the program drives.
-pub const DEVICES_MAX: u64 = 8;
 /// Within a device's bytes: its descriptor ring.
 pub const DEVICE_RING: u64 = 0;
 /// Within a device's bytes: the count of posted descriptors.
@@ -46,12 +45,12 @@ pub const DEVICE_TARGETS: u64 = 0x8_0000;
 pub const RING_SIZE: u64 = 64;
 /// Slots per device and flow.
 pub const SLOTS: u64 = 64;
-/// The stamp that each page of the areas is expected to hold, one `u64` per page.
-pub const STAMPS: u64 = 0xA0_0000;
 
-/// Areas of pages that the writer numbers: one below the 32-bit hole, one above.
+/// Areas of pages that the writer numbers: one below the 32-bit hole, one above; and where it keeps their numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Areas {
+    /// Address of the stamps that the pages are expected to hold, one `u64` per page.
+    pub stamps: u64,
     /// First address of the lower area.
     pub low_start: u64,
     /// Pages of the area below the hole, at least one.
@@ -63,11 +62,14 @@ pub struct Areas {
 }
 
 impl Areas {
-    /// All of `ram` that the program does not use otherwise.
+    /// All of `ram` that the program does not use otherwise where it drives `devices` sample devices.
     ///
     /// # Errors
-    /// The RAM is not laid out by [`layout::ram_regions`], or too little.
-    pub fn of(ram: &GuestRam) -> Result<Self, VmmError> {
+    /// The RAM is not laid out by [`layout::ram_regions`], or too little, or the devices are too many.
+    pub fn of(ram: &GuestRam, devices: u64) -> Result<Self, VmmError> {
+        if devices > u64::from(DEVICES_MAX) {
+            return Err(VmmError::TooManyDevices(usize::try_from(devices).unwrap_or(usize::MAX)));
+        }
         let regions: Vec<_> =
             ram.regions().iter().map(|region| RamSpec { gpa: region.gpa, len: region.len }).collect();
         let (low, high) = match regions.as_slice() {
@@ -81,15 +83,25 @@ impl Areas {
             }
         };
         let pages = ram.size() / PAGE_SIZE;
-        let low_start = (STAMPS + pages * 8).next_multiple_of(PAGE_SIZE);
+        let stamps = DEVICES + devices * DEVICE_STRIDE;
+        let low_start = (stamps + pages * 8).next_multiple_of(PAGE_SIZE);
         let fits = low.gpa.0 == 0
-            && low.len > low_start
             && low.len <= layout::RAM_LOW_END
             && high.is_none_or(|high| high.gpa.0 == layout::RAM_HIGH_BASE);
         if !fits {
             return Err(VmmError::Refused("the guest program cannot use this layout of RAM".to_owned()));
         }
+        if low.len <= low_start {
+            return Err(VmmError::Refused(format!(
+                "{} MiB of memory are too few for {devices} devices: the guest program keeps {} MiB for each below 4 GiB, \
+                 and {} MiB besides",
+                ram.size() >> 20,
+                DEVICE_STRIDE >> 20,
+                (low_start - devices * DEVICE_STRIDE).div_ceil(1 << 20)
+            )));
+        }
         Ok(Self {
+            stamps,
             low_start,
             low_pages: (low.len - low_start) / PAGE_SIZE,
             high_start: high.map_or(0, |high| high.gpa.0),

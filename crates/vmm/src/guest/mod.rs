@@ -44,3 +44,14 @@ pub fn image() -> &'static [u8] {
     // initialised bytes of the guest program between them.
     unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use vfio_migration_types::DEVICES_MAX;
+
+    #[test]
+    fn the_assembler_source_takes_as_many_devices_as_a_machine() {
+        let line = format!(".equ DEVICES_MAX, {DEVICES_MAX} ");
+        assert!(include_str!("program.s").contains(&line));
+    }
+}

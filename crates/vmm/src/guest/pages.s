@@ -32,11 +32,12 @@ vmg_write_pages:
     mov rcx, [r15 + V_WRITE_PAGE]
     mov rdi, [r15 + V_WRITE_AT]
     mov r10, [r15 + V_WRITE_END]
+    mov rsi, [r13 + B_STAMPS]
 2:  mov rdx, r8               # as many as the area has left
     call vmg_left_in_area
     sub r8, rdx
 3:  inc rax
-    mov [rcx*8 + STAMPS], rax
+    mov [rsi + rcx*8], rax
     mov [rdi], rax
     mov [rdi + 8], rcx
     mov [rdi + 4088], rax
@@ -85,10 +86,11 @@ vmg_check_pages:
     mov rcx, [r15 + V_CHECK_PAGE]
     mov rdi, [r15 + V_CHECK_AT]
     mov r10, [r15 + V_CHECK_END]
+    mov rsi, [r13 + B_STAMPS]
 1:  mov rdx, r8
     call vmg_left_in_area
     sub r8, rdx
-2:  mov rax, [rcx*8 + STAMPS]
+2:  mov rax, [rsi + rcx*8]
     test rax, rax
     jz 5f                     # never written
     cmp [rdi], rax
@@ -117,5 +119,5 @@ vmg_check_pages:
 5:  dec r11
     jmp 3b
 6:  inc qword ptr [r14 + R_PAGES_LOST]
-    mov qword ptr [rcx*8 + STAMPS], 0     # once is enough
+    mov qword ptr [rsi + rcx*8], 0     # once is enough
     jmp 3b

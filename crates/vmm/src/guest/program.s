@@ -24,6 +24,7 @@
 .equ B_IN_FLIGHT, 64
 .equ B_P2P, 72
 .equ B_TICK_US, 80
+.equ B_STAMPS, 88
 
 .equ REPORT, 0x6000
 .equ R_STAGE, 8
@@ -51,6 +52,7 @@
 .equ R_UART_BYTES_LOST, 184
 .equ R_UART_INTERRUPTS, 192
 .equ R_UART_INTERRUPTS_LOST, 200
+.equ R_LEAST_POSTED, 208   # by the device that posted fewest, looked at each tick
 
 # Variables. The interrupt handlers reach them by absolute address.
 .equ VARS, 0x20000
@@ -104,17 +106,17 @@
 .equ IDT, 0x30000
 .equ CODE_SELECTOR, 8
 .equ DEVICE_MEMORY, 0x200000
-.equ STAMPS, 0xA00000
+.equ DEVICES_MAX, 64       # 64 MiB of them, and the stamps behind those that there are
 
 .equ LAPIC, 0xFEE00000
 .equ LAPIC_TPR, 0x80
 .equ LAPIC_EOI, 0xB0
 .equ LAPIC_SPURIOUS, 0xF0
-.equ LAPIC_IRR_DEVICES, 0x220   # of the devices' vectors, and 16 more: which of them wait
+.equ LAPIC_IRR_DEVICES, 0x220   # of the first 32 of the devices' vectors: which of them wait
 .equ LAPIC_LVT_TIMER, 0x320
 .equ LAPIC_INITIAL, 0x380
 .equ LAPIC_DIVIDE, 0x3E0
-.equ DEVICE_VECTOR, 0x40  # and on, two per device
+.equ DEVICE_VECTOR, 0x40  # to 0xBF, two per device
 .equ TIMER_VECTOR, 0xE0   # above the devices': the processor takes the highest of those that wait, and takes few per second
                           # where KVM emulates it
 .equ SPURIOUS_VECTOR, 0xFF
@@ -123,6 +125,7 @@
 .equ IOAPIC_DATA, 0x10
 .equ IOAPIC_PINS, 24
 
+.equ PCI_END, 0x80010000   # past the last config address of bus 0
 .equ RING_SIZE, 64
 .equ PAGES_PER_TURN, 1024 # written at most
 .equ CHECK_SHIFT, 16      # a page is compared per 65.536 us of running, so that busy devices cannot starve the check
@@ -177,6 +180,7 @@ vmg_turn:
     mov [r14 + R_TICKS], rax
     call vmg_look_at_clock
     call vmg_look_for_lost
+    call vmg_find_least
     call vmg_write_pages
     call vmg_check_pages
     call vmg_serve_uart

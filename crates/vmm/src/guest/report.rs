@@ -1,7 +1,7 @@
 //! The two pages through which the VMM and the guest program talk.
 
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::Gpa;
+use vfio_migration_types::{DEVICES_MAX, Gpa};
 
 use super::map::{Areas, BOOT_INFO, REPORT};
 use crate::error::VmmError;
@@ -15,7 +15,7 @@ pub const REQUEST_WORD: u64 = 21;
 /// Index of the report's word that holds the longest gap.
 pub const GAP_WORD: u64 = 14;
 
-const REPORT_WORDS: usize = 26;
+const REPORT_WORDS: usize = 27;
 /// The longest block that the program takes: a slot is a page.
 const BLOCK_MAX: u64 = 4096;
 
@@ -46,7 +46,7 @@ impl BootInfo {
     pub fn new(ram: &GuestRam, bytes_per_second: u64, devices: u64, p2p: bool) -> Result<Self, VmmError> {
         Ok(Self {
             pages_per_second: bytes_per_second / 4096,
-            areas: Areas::of(ram)?,
+            areas: Areas::of(ram, devices)?,
             devices,
             block_len: 512,
             in_flight: 16,
@@ -60,15 +60,7 @@ impl BootInfo {
     /// # Errors
     /// A number is out of range, or the RAM cannot be written.
     pub fn write(&self, ram: &GuestRam) -> Result<(), VmmError> {
-        let valid = self.block_len.is_multiple_of(64)
-            && (128..=BLOCK_MAX).contains(&self.block_len)
-            && (1..=48).contains(&self.in_flight)
-            && self.devices <= super::map::DEVICES_MAX
-            && (100..=1_000_000).contains(&self.tick_us)
-            && self.pages_per_second <= 10_000_000;
-        if !valid {
-            return Err(VmmError::Refused(format!("the guest program cannot run with {self:?}")));
-        }
+        self.check()?;
         let words = [
             BOOT_MAGIC,
             self.pages_per_second,
@@ -81,9 +73,36 @@ impl BootInfo {
             self.in_flight,
             u64::from(self.p2p),
             self.tick_us,
+            self.areas.stamps,
         ];
         let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
         Ok(ram.write(place(ram, BOOT_INFO, bytes.len())?, &bytes)?)
+    }
+}
+
+impl BootInfo {
+    fn check(&self) -> Result<(), VmmError> {
+        if self.devices > u64::from(DEVICES_MAX) {
+            return Err(VmmError::TooManyDevices(usize::try_from(self.devices).unwrap_or(usize::MAX)));
+        }
+        let refuse = |what: &str, value: u64, takes: &str| {
+            Err(VmmError::Refused(format!(
+                "the guest program cannot run with {what} of {value}: it takes {takes}"
+            )))
+        };
+        if !self.block_len.is_multiple_of(64) || !(128..=BLOCK_MAX).contains(&self.block_len) {
+            return refuse("blocks", self.block_len, "multiples of 64 bytes, from 128 to 4096");
+        }
+        if !(1..=48).contains(&self.in_flight) {
+            return refuse("a number of descriptors in flight", self.in_flight, "1 to 48");
+        }
+        if !(100..=1_000_000).contains(&self.tick_us) {
+            return refuse("a tick in microseconds", self.tick_us, "100 to 1000000");
+        }
+        if self.pages_per_second > 10_000_000 {
+            return refuse("a rate of pages per second", self.pages_per_second, "up to 10000000");
+        }
+        Ok(())
     }
 }
 
@@ -158,6 +177,8 @@ pub struct Report {
     pub serial_interrupts: u64,
     /// Seconds of running in which the serial card had bytes to announce, and its pin none of them.
     pub serial_interrupts_lost: u64,
+    /// Blocks posted to the device that got fewest.
+    pub least_posted: u64,
 }
 
 impl Report {
@@ -208,6 +229,7 @@ impl Report {
             serial_bytes_lost: words[23],
             serial_interrupts: words[24],
             serial_interrupts_lost: words[25],
+            least_posted: words[26],
         })
     }
 

@@ -8,7 +8,7 @@
 # does not make up for it. So a burst may go without its interrupt; a second of running without any has lost it.
 
 .equ UART_ID, 0x32534348
-.equ UART_VECTOR, 0x50
+.equ UART_VECTOR, 0xD0     # past the devices'
 .equ UART_BURST, 8        # the card's 16 would read as none
 .equ UART_TICKS, 32       # between bursts
 .equ UART_IER, 1
@@ -26,8 +26,8 @@ vmg_start_uart:
     call vmg_config_read
     cmp eax, UART_ID
     je 2f
-    add edi, 0x800
-    cmp edi, 0x80010000
+    call vmg_next_function
+    cmp edi, PCI_END
     jb 1b
     pop rbx
     ret

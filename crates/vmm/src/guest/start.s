@@ -29,7 +29,7 @@ vmg_build_idt:
     call vmg_set_gate
     dec edi
     jns 2b
-    mov ebx, 15
+    mov ebx, DEVICES_MAX * 2 - 1
 3:  lea rax, [rip + vmg_device_stubs]
     lea rax, [rax + rbx*8]
     lea edi, [rbx + DEVICE_VECTOR]
@@ -83,7 +83,23 @@ vmg_config_write:
     out dx, eax
     ret
 
-# Every function 0 of bus 0 that is a sample device, up to eight.
+# Steps edi to the next function of bus 0 that may be there: functions 1 to 7 where function 0 says that its slot has several.
+# Past the last it is PCI_END.
+vmg_next_function:
+    test edi, 0x700
+    jnz 1f
+    mov esi, 0x0C             # the header type is byte 2 of this
+    call vmg_config_read
+    cmp eax, -1               # nothing is there
+    je 2f
+    test eax, 0x800000
+    jz 2f
+1:  add edi, 0x100
+    ret
+2:  add edi, 0x800
+    ret
+
+# Every function of bus 0 that is a sample device, up to DEVICES_MAX.
 vmg_find_devices:
     push rbx
     mov edi, 0x80000000
@@ -98,10 +114,10 @@ vmg_find_devices:
     inc rax
     mov [r15 + V_DEVICES], rax
     add rbx, 512
-    cmp eax, 8
+    cmp eax, DEVICES_MAX
     jae 3f
-2:  add edi, 0x800
-    cmp edi, 0x80010000
+2:  call vmg_next_function
+    cmp edi, PCI_END
     jb 1b
 3:  pop rbx
     mov rsi, [r15 + V_DEVICES]

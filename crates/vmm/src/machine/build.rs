@@ -7,11 +7,11 @@ use vfio_migration_memory::GuestRam;
 
 use super::open::{OpenedDevice, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
-use super::slots::assign_slots;
+use super::slots::assign_places;
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::IoBus;
 use crate::error::VmmError;
-use crate::guest::{BootInfo, SAMPLE_DEVICE};
+use crate::guest::{Areas, BootInfo, SAMPLE_DEVICE};
 use crate::kvm::KvmBackend;
 use crate::kvm::KvmVm;
 use crate::layout;
@@ -28,6 +28,7 @@ impl ReferenceMachine {
     /// # Errors
     /// Something is lacking; the text says what.
     pub fn build(config: MachineConfig) -> Result<Arc<Self>, VmmError> {
+        let places = assign_places(&config.devices)?;
         let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
         let router = Arc::new(MsiRouter::new(routes));
@@ -35,7 +36,7 @@ impl ReferenceMachine {
         let pci = Arc::new(PciBus::new(host.clone()));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let mut devices = Vec::new();
-        for (slot, device) in assign_slots(&config.devices)?.into_iter().zip(&config.devices) {
+        for (devfn, device) in places.into_iter().zip(&config.devices) {
             let opened = open(device, &ram)?;
             opened.reset()?;
             let OpenedDevice { device, hardware, link, vfio_file, .. } = opened;
@@ -44,7 +45,7 @@ impl ReferenceMachine {
                 None => None,
             };
             map_guest_ram(&*hardware, &ram).map_err(VmmError::device)?;
-            let function = VfioPciFunction::new(slot, hardware, host.clone()).map_err(VmmError::device)?;
+            let function = VfioPciFunction::new(devfn, hardware, host.clone()).map_err(VmmError::device)?;
             let function = Arc::new(function);
             pci.add(function.clone());
             devices.push(Attached { device, function, link, vfio_file });
@@ -70,14 +71,26 @@ impl ReferenceMachine {
     /// The RAM is too small for it, or KVM refuses.
     pub fn boot(&self, workload: &Workload) -> Result<(), VmmError> {
         self.pci.place_bars().map_err(VmmError::device)?;
-        // What is no sample device is for the guest to leave alone.
-        let samples = self.devices.iter().filter(|attached| attached.function.identity() == SAMPLE_DEVICE);
-        let devices = samples.count() as u64;
+        let devices = self.sample_devices();
         let mut info = BootInfo::new(&self.ram, workload.dirty_rate, devices, devices > 1)?;
         info.block_len = workload.block_len.into();
         info.in_flight = workload.in_flight.into();
         info.tick_us = workload.tick_us.into();
         self.processor.boot(&info)
+    }
+
+    /// The pages that the guest program numbers here, or would.
+    ///
+    /// # Errors
+    /// The RAM is too small for it.
+    pub fn numbered_areas(&self) -> Result<Areas, VmmError> {
+        Areas::of(&self.ram, self.sample_devices())
+    }
+
+    /// What is no sample device is for the guest to leave alone.
+    fn sample_devices(&self) -> u64 {
+        let samples = self.devices.iter().filter(|attached| attached.function.identity() == SAMPLE_DEVICE);
+        samples.count() as u64
     }
 }
 

@@ -24,6 +24,7 @@ use vfio_migration_types::{DeviceId, VmId};
 pub use config::{Accelerator, DeviceConfig, DeviceConfigError, DevicePath, MachineConfig, Workload};
 pub use open::open_alone;
 pub use processor::kvm_answers;
+pub use slots::assign_places;
 
 use crate::error::VmmError;
 use crate::guest::Report;

@@ -6,6 +6,7 @@ use std::sync::{PoisonError, RwLock};
 use vfio_migration_types::{Gpa, Range};
 
 use super::config::ConfigSpace;
+use super::devfn::Devfn;
 use super::registers::{BAR0, COMMAND, COMMAND_IO, COMMAND_MEMORY};
 use crate::layout;
 
@@ -136,7 +137,7 @@ fn low_half(value: u64) -> u32 {
 /// The BAR that an address belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hit {
-    pub(super) slot: u8,
+    pub(super) devfn: Devfn,
     pub(super) bar: u8,
     pub(super) offset: u64,
 }
@@ -144,20 +145,20 @@ pub(super) struct Hit {
 /// All BARs of one kind that are decoded: those in memory by address, or those in ports by port.
 #[derive(Debug, Default)]
 pub(super) struct AddressMap {
-    /// First address → (past the end, slot, BAR).
-    ranges: RwLock<BTreeMap<u64, (u64, u8, u8)>>,
+    /// First address → (past the end, function, BAR).
+    ranges: RwLock<BTreeMap<u64, (u64, Devfn, u8)>>,
 }
 
 impl AddressMap {
     /// Puts a BAR in; `false`, with nothing done, where another one is.
     #[must_use]
-    pub(super) fn insert(&self, range: &Range<u64>, slot: u8, bar: u8) -> bool {
+    pub(super) fn insert(&self, range: &Range<u64>, devfn: Devfn, bar: u8) -> bool {
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
         let before = ranges.range(..range.end()).next_back();
         if before.is_some_and(|(_, (end, _, _))| *end > range.start()) {
             return false;
         }
-        ranges.insert(range.start(), (range.end(), slot, bar));
+        ranges.insert(range.start(), (range.end(), devfn, bar));
         true
     }
 
@@ -169,9 +170,9 @@ impl AddressMap {
     /// The BAR in which all of `len` bytes at `at` lie.
     pub(super) fn find(&self, at: u64, len: usize) -> Option<Hit> {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
-        let (start, (end, slot, bar)) = ranges.range(..=at).next_back()?;
+        let (start, (end, devfn, bar)) = ranges.range(..=at).next_back()?;
         let last = at.checked_add(u64::try_from(len).ok()?)?;
-        (last <= *end).then_some(Hit { slot: *slot, bar: *bar, offset: at - start })
+        (last <= *end).then_some(Hit { devfn: *devfn, bar: *bar, offset: at - start })
     }
 }
 
@@ -238,14 +239,14 @@ mod tests {
     fn addresses_find_their_bar_and_overlap_is_refused() {
         let map = AddressMap::default();
         let range = |start: u64, len| Range::new(start, len).unwrap();
-        assert!(map.insert(&range(0x4000, 0x1000), 1, 0));
-        assert!(map.insert(&range(0x5000, 0x1000), 2, 2));
+        assert!(map.insert(&range(0x4000, 0x1000), Devfn::in_slot(1), 0));
+        assert!(map.insert(&range(0x5000, 0x1000), Devfn::in_slot(2), 2));
         for (start, len) in [(0x4000, 0x10), (0x3000, 0x1001), (0x5fff, 2), (0x3000, 0x10000)] {
-            assert!(!map.insert(&range(start, len), 3, 0), "{start:#x}");
+            assert!(!map.insert(&range(start, len), Devfn::in_slot(3), 0), "{start:#x}");
         }
-        assert_eq!(map.find(0x4ffc, 4), Some(Hit { slot: 1, bar: 0, offset: 0xffc }));
+        assert_eq!(map.find(0x4ffc, 4), Some(Hit { devfn: Devfn::in_slot(1), bar: 0, offset: 0xffc }));
         assert_eq!(map.find(0x4ffd, 4), None);
-        assert_eq!(map.find(0x5000, 8), Some(Hit { slot: 2, bar: 2, offset: 0 }));
+        assert_eq!(map.find(0x5000, 8), Some(Hit { devfn: Devfn::in_slot(2), bar: 2, offset: 0 }));
         assert_eq!(map.find(0x6000, 1), None);
         map.remove(0x5000);
         assert_eq!(map.find(0x5000, 8), None);

@@ -6,7 +6,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use vfio_migration_types::Gpa;
 
 use super::bars::{Bar, BarWindows, Hit};
+use super::devfn::Devfn;
 use super::host::PciHost;
+use super::registers::HEADER_TYPE;
 use super::vfio::VfioPciFunction;
 use crate::bus::{IoBus, unclaimed};
 use crate::layout;
@@ -15,23 +17,28 @@ use crate::layout;
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
 const CONFIG_ENABLE: u32 = 0x8000_0000;
+/// Bit of the header type (PCI 3.0, 6.2.1): there are further functions in this slot.
+const MULTI_FUNCTION: u8 = 0x80;
 
 /// Config space of the host bridge at 00:00.0: vendor and device of our own, class 06 00 00.
 const HOST_BRIDGE: [u8; 16] = [0x46, 0x56, 0x42, 0x48, 0, 0, 0, 0, 0, 0, 0x00, 0x06, 0, 0, 0, 0];
 
 /// BARs found no place.
 #[derive(Debug, thiserror::Error)]
-#[error("no room for BAR {bar} ({size:#x} bytes) of the device in slot {slot}")]
+#[error("no room for BAR {bar} ({size:#x} bytes) of the device at {devfn}")]
 pub struct PlaceError {
-    /// Slot on bus 0.
-    pub slot: u8,
+    /// Place of the device on bus 0.
+    pub devfn: Devfn,
     /// BAR number.
     pub bar: u8,
     /// Size of the BAR in bytes.
     pub size: u64,
 }
 
-/// PCI bus 0: the host bridge in slot 0, functions in slots from 1.
+/// PCI bus 0: the host bridge in slot 0, functions 0 to 7 in each slot from 1.
+///
+/// Whether a slot has several functions is for the bus to say: it answers for that bit of a header type, whatever the device's
+/// own says of where it is on its host.
 #[derive(Debug)]
 pub struct PciBus {
     host: Arc<PciHost>,
@@ -42,6 +49,8 @@ pub struct PciBus {
 impl PciBus {
     /// Slots of the bus that functions can be in.
     pub const SLOTS: u8 = 31;
+    /// Functions of a slot.
+    pub const FUNCTIONS: u8 = 8;
 
     /// A bus with its host bridge alone.
     pub fn new(host: Arc<PciHost>) -> Self {
@@ -53,7 +62,7 @@ impl PciBus {
         &self.host
     }
 
-    /// Puts a function into the slot that it was made for, which must be free.
+    /// Puts a function at the place that it was made for, which must be free.
     pub fn add(&self, function: Arc<VfioPciFunction>) {
         self.functions.write().unwrap_or_else(PoisonError::into_inner).push(function);
     }
@@ -100,37 +109,42 @@ impl PciBus {
                 window.0 = end.checked_next_multiple_of(least)?;
                 Some(start)
             });
-            let no_room = || PlaceError { slot: function.slot(), bar: bar.index, size: bar.size };
+            let no_room = || PlaceError { devfn: function.devfn(), bar: bar.index, size: bar.size };
             function.set_bar(bar, place.ok_or_else(no_room)?);
         }
         functions.iter().for_each(|function| function.set_line());
         Ok(())
     }
 
-    fn function(&self, slot: u8) -> Option<Arc<VfioPciFunction>> {
+    fn function(&self, devfn: Devfn) -> Option<Arc<VfioPciFunction>> {
         let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
-        functions.iter().find(|function| function.slot() == slot).cloned()
+        functions.iter().find(|function| function.devfn() == devfn).cloned()
     }
 
-    fn config_read(&self, device: u8, function: u8, register: u16, into: &mut [u8]) {
+    fn has_several(&self, slot: u8) -> bool {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.iter().filter(|function| function.devfn().slot() == slot).nth(1).is_some()
+    }
+
+    fn config_read(&self, devfn: Devfn, register: u16, into: &mut [u8]) {
         unclaimed(into);
-        if function != 0 {
-            return;
-        }
-        if device == 0 {
+        if devfn == Devfn::in_slot(0) {
             for (index, byte) in into.iter_mut().enumerate() {
                 let at = usize::from(register) + index;
                 *byte = HOST_BRIDGE.get(at).copied().unwrap_or(if at < 256 { 0 } else { 0xff });
             }
-        } else if let Some(function) = self.function(device) {
+        } else if let Some(function) = self.function(devfn) {
             function.config_read(register, into);
+            let header_type = HEADER_TYPE.checked_sub(register).map(usize::from);
+            if let Some(header_type) = header_type.and_then(|at| into.get_mut(at)) {
+                let several = self.has_several(devfn.slot());
+                *header_type = *header_type & !MULTI_FUNCTION | if several { MULTI_FUNCTION } else { 0 };
+            }
         }
     }
 
-    fn config_write(&self, device: u8, function: u8, register: u16, from: &[u8]) {
-        if function == 0
-            && let Some(function) = self.function(device)
-        {
+    fn config_write(&self, devfn: Devfn, register: u16, from: &[u8]) {
+        if let Some(function) = self.function(devfn) {
             function.config_write(register, from);
         }
     }
@@ -138,25 +152,25 @@ impl PciBus {
     /// The I/O BAR in which all of `len` ports from `port` lie.
     fn at_port(&self, port: u16, len: usize) -> Option<(Arc<VfioPciFunction>, Hit)> {
         let hit = self.host.ports.find(port.into(), len)?;
-        Some((self.function(hit.slot)?, hit))
+        Some((self.function(hit.devfn)?, hit))
     }
 
-    /// Device, function and register behind the data window of mechanism 1.
-    fn selected(&self, port: u16) -> Option<(u8, u8, u16)> {
+    /// Function and register behind the data window of mechanism 1.
+    fn selected(&self, port: u16) -> Option<(Devfn, u16)> {
         let address = self.config_address();
         let bus = address >> 16 & 0xff;
         let [low, middle, ..] = address.to_le_bytes();
         let register = u16::from(low & 0xfc) + (port - CONFIG_DATA);
-        (address & CONFIG_ENABLE != 0 && bus == 0).then_some((middle >> 3, middle & 7, register))
+        (address & CONFIG_ENABLE != 0 && bus == 0).then_some((Devfn::new(middle >> 3, middle & 7), register))
     }
 
-    /// Device, function and register behind an address in the memory-mapped config space.
-    fn ecam(gpa: Gpa, len: usize) -> Option<(u8, u8, u16)> {
+    /// Function and register behind an address in the memory-mapped config space.
+    fn ecam(gpa: Gpa, len: usize) -> Option<(Devfn, u16)> {
         let offset = gpa.0.checked_sub(layout::ECAM_BASE)?;
         offset.checked_add(u64::try_from(len).ok()?).filter(|end| *end <= layout::ECAM_LEN)?;
         let device = u8::try_from(offset >> 15 & 0x1f).ok()?;
         let function = u8::try_from(offset >> 12 & 7).ok()?;
-        Some((device, function, u16::try_from(offset & 0xfff).ok()?))
+        Some((Devfn::new(device, function), u16::try_from(offset & 0xfff).ok()?))
     }
 }
 
@@ -171,9 +185,9 @@ impl IoBus for PciBus {
         if port == CONFIG_ADDRESS && data.len() == 4 {
             data.copy_from_slice(&self.config_address().to_le_bytes());
         } else if in_data_window(port, data.len())
-            && let Some((device, function, register)) = self.selected(port)
+            && let Some((devfn, register)) = self.selected(port)
         {
-            self.config_read(device, function, register, data);
+            self.config_read(devfn, register, data);
         } else if let Some((function, hit)) = self.at_port(port, data.len()) {
             function.bar_read(hit.bar, hit.offset, data);
         }
@@ -183,9 +197,9 @@ impl IoBus for PciBus {
         if let (CONFIG_ADDRESS, Ok(dword)) = (port, <[u8; 4]>::try_from(data)) {
             self.set_config_address(u32::from_le_bytes(dword));
         } else if in_data_window(port, data.len())
-            && let Some((device, function, register)) = self.selected(port)
+            && let Some((devfn, register)) = self.selected(port)
         {
-            self.config_write(device, function, register, data);
+            self.config_write(devfn, register, data);
         } else if let Some((function, hit)) = self.at_port(port, data.len()) {
             function.bar_write(hit.bar, hit.offset, data);
         }
@@ -193,25 +207,25 @@ impl IoBus for PciBus {
 
     fn mmio_read(&self, gpa: Gpa, data: &mut [u8]) {
         unclaimed(data);
-        if let Some((device, function, register)) = Self::ecam(gpa, data.len()) {
+        if let Some((devfn, register)) = Self::ecam(gpa, data.len()) {
             // A qword is two dwords: config space knows no more.
             for (at, part) in (register..).step_by(4).zip(data.chunks_mut(4)) {
-                self.config_read(device, function, at, part);
+                self.config_read(devfn, at, part);
             }
         } else if let Some(hit) = self.host.addresses.find(gpa.0, data.len())
-            && let Some(function) = self.function(hit.slot)
+            && let Some(function) = self.function(hit.devfn)
         {
             function.bar_read(hit.bar, hit.offset, data);
         }
     }
 
     fn mmio_write(&self, gpa: Gpa, data: &[u8]) {
-        if let Some((device, function, register)) = Self::ecam(gpa, data.len()) {
+        if let Some((devfn, register)) = Self::ecam(gpa, data.len()) {
             for (at, part) in (register..).step_by(4).zip(data.chunks(4)) {
-                self.config_write(device, function, at, part);
+                self.config_write(devfn, at, part);
             }
         } else if let Some(hit) = self.host.addresses.find(gpa.0, data.len())
-            && let Some(function) = self.function(hit.slot)
+            && let Some(function) = self.function(hit.devfn)
         {
             function.bar_write(hit.bar, hit.offset, data);
         }

@@ -60,7 +60,7 @@ fn default_mask(own: &ConfigSpace) -> Vec<u8> {
     };
     set(0x00, &[0xff; 4]); // vendor, device
     set(0x08, &[0xff; 4]); // revision, class
-    set(HEADER_TYPE, &[0xff]);
+    set(HEADER_TYPE, &[0x7f]); // whether a slot has several functions is the bus's to say
     set(0x28, &[0xff; 8]); // CardBus CIS, subsystem
     set(CAPABILITY_LIST, &[0xff]);
     set(0x3d, &[0xff; 3]); // interrupt pin, min_gnt, max_lat

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use vfio_migration_device::{IrqIndex, IrqRouter, PciHardware, PciState, VectorState};
 
 use super::config::{ConfigSpace, MsiLayout, MsixLayout};
+use super::devfn::Devfn;
 use super::intx::{Intx, Wanted};
 use super::registers::{
     COMMAND, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_PIN, MSIX_CONTROL,
@@ -27,7 +28,7 @@ pub(super) struct FunctionInterrupts {
 impl FunctionInterrupts {
     /// The interrupts that the device has, as after a reset. `msi` and `msix` are where those lie that can be served.
     pub(super) fn new(
-        slot: u8,
+        devfn: Devfn,
         hardware: &Arc<dyn PciHardware>,
         config: &ConfigSpace,
         msi: Option<MsiLayout>,
@@ -36,7 +37,7 @@ impl FunctionInterrupts {
         let making = failure("making eventfds");
         let intx = match config.bytes().get(usize::from(INTERRUPT_PIN)).copied().unwrap_or(0) {
             pin @ 1..=4 if hardware.irq_count(IrqIndex::Intx) > 0 => {
-                Some(Intx::new(Arc::clone(hardware), pin_of(slot, pin)).map_err(making)?)
+                Some(Intx::new(Arc::clone(hardware), pin_of(devfn.slot(), pin)).map_err(making)?)
             }
             _ => None,
         };

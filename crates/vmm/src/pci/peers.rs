@@ -6,6 +6,8 @@ use vfio_migration_device::{DeviceError, DmaAccess, PciHardware, RegionIndex};
 use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{Gpa, Iova, Range};
 
+use super::devfn::Devfn;
+
 /// Lets the device reach all of guest RAM at its guest physical addresses: one mapping per region.
 ///
 /// # Errors
@@ -33,31 +35,31 @@ pub(super) struct Peers {
 
 #[derive(Debug, Default)]
 struct State {
-    members: Vec<(u8, Arc<dyn PciHardware>)>,
+    members: Vec<(Devfn, Arc<dyn PciHardware>)>,
     shared: Vec<Shared>,
 }
 
 /// A piece of a BAR that the other members may reach.
 #[derive(Clone, Debug)]
 struct Shared {
-    slot: u8,
+    devfn: Devfn,
     range: Range<Iova>,
     bar: u8,
     offset: u64,
-    /// The slots of those that do.
-    reached_by: Vec<u8>,
+    /// The functions that do.
+    reached_by: Vec<Devfn>,
 }
 
 impl Peers {
     /// Adds a device, which from now on reaches the BARs of the others.
-    pub(super) fn join(&self, slot: u8, hardware: Arc<dyn PciHardware>) -> Result<(), DeviceError> {
+    pub(super) fn join(&self, devfn: Devfn, hardware: Arc<dyn PciHardware>) -> Result<(), DeviceError> {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
         let mut failed = None;
         for piece in &mut *shared {
-            if let Some((_, owner)) = members.iter().find(|(member, _)| *member == piece.slot) {
+            if let Some((_, owner)) = members.iter().find(|(member, _)| *member == piece.devfn) {
                 match map(&*hardware, &**owner, piece) {
-                    Ok(reached) => piece.reached_by.extend(reached.then_some(slot)),
+                    Ok(reached) => piece.reached_by.extend(reached.then_some(devfn)),
                     Err(error) => {
                         failed = Some(error);
                         break;
@@ -66,40 +68,46 @@ impl Peers {
             }
         }
         if let Some(error) = failed {
-            shared.iter_mut().for_each(|piece| piece.forget(slot, &*hardware));
+            shared.iter_mut().for_each(|piece| piece.forget(devfn, &*hardware));
             return Err(error);
         }
-        members.push((slot, hardware));
+        members.push((devfn, hardware));
         Ok(())
     }
 
     /// Takes a device out: it reaches none, and is reached by none.
-    pub(super) fn leave(&self, slot: u8) {
+    pub(super) fn leave(&self, devfn: Devfn) {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
         for (member, hardware) in &*members {
             for piece in &mut *shared {
-                if piece.slot == slot || *member == slot {
+                if piece.devfn == devfn || *member == devfn {
                     piece.forget(*member, &**hardware);
                 }
             }
         }
-        members.retain(|(member, _)| *member != slot);
-        shared.retain(|piece| piece.slot != slot);
+        members.retain(|(member, _)| *member != devfn);
+        shared.retain(|piece| piece.devfn != devfn);
     }
 
     /// Lets the others reach a piece of a BAR: `len` bytes at `offset` of it, at `gpa`.
     ///
     /// # Errors
     /// None of them reaches it then.
-    pub(super) fn share(&self, slot: u8, bar: u8, piece: Range<u64>, gpa: Gpa) -> Result<(), DeviceError> {
+    pub(super) fn share(
+        &self,
+        devfn: Devfn,
+        bar: u8,
+        piece: Range<u64>,
+        gpa: Gpa,
+    ) -> Result<(), DeviceError> {
         let mut state = self.lock();
         let Ok(range) = Range::new(Iova(gpa.0), piece.len()) else { return Ok(()) };
-        let mut piece = Shared { slot, range, bar, offset: piece.start(), reached_by: Vec::new() };
-        let Some((_, owner)) = state.members.iter().find(|(member, _)| *member == slot) else {
+        let mut piece = Shared { devfn, range, bar, offset: piece.start(), reached_by: Vec::new() };
+        let Some((_, owner)) = state.members.iter().find(|(member, _)| *member == devfn) else {
             return Ok(());
         };
-        let others = || state.members.iter().filter(|(member, _)| *member != slot);
+        let others = || state.members.iter().filter(|(member, _)| *member != devfn);
         for (other, hardware) in others() {
             match map(&**hardware, &**owner, &piece) {
                 Ok(reached) => piece.reached_by.extend(reached.then_some(*other)),
@@ -114,9 +122,9 @@ impl Peers {
     }
 
     /// Takes away the piece of a BAR at `gpa`.
-    pub(super) fn unshare(&self, slot: u8, gpa: Gpa) {
+    pub(super) fn unshare(&self, devfn: Devfn, gpa: Gpa) {
         let mut state = self.lock();
-        let is_it = |piece: &Shared| piece.slot == slot && piece.range.start().0 == gpa.0;
+        let is_it = |piece: &Shared| piece.devfn == devfn && piece.range.start().0 == gpa.0;
         if let Some(at) = state.shared.iter().position(is_it) {
             let mut piece = state.shared.swap_remove(at);
             state.members.iter().for_each(|(member, hardware)| piece.forget(*member, &**hardware));
@@ -129,9 +137,9 @@ impl Peers {
 }
 
 impl Shared {
-    /// The member in `slot` reaches it no more, if it did.
-    fn forget(&mut self, slot: u8, hardware: &dyn PciHardware) {
-        if let Some(at) = self.reached_by.iter().position(|member| *member == slot) {
+    /// The member at `devfn` reaches it no more, if it did.
+    fn forget(&mut self, devfn: Devfn, hardware: &dyn PciHardware) {
+        if let Some(at) = self.reached_by.iter().position(|member| *member == devfn) {
             self.reached_by.swap_remove(at);
             unmap(hardware, self.range);
         }

@@ -41,7 +41,7 @@ impl VfioPciFunction {
     }
 
     fn place(&self, state: &State, bar: Bar, range: Range<u64>) -> Result<Placed, PciError> {
-        if !self.map_of(bar.io).insert(&range, self.slot, bar.index) {
+        if !self.map_of(bar.io).insert(&range, self.devfn, bar.index) {
             return Err(self.unfit(format!("BAR {} at {:#x} overlaps another", bar.index, range.start())));
         }
         let mut placed =
@@ -70,7 +70,7 @@ impl VfioPciFunction {
             if let Ok(piece) = Range::new(*offset, memory.len()) {
                 self.host
                     .peers
-                    .share(self.slot, bar.index, piece, gpa)
+                    .share(self.devfn, bar.index, piece, gpa)
                     .map_err(|error| ("mapping a BAR for DMA by its peers".to_owned(), error.into()))?;
                 placed.shared.push(gpa);
             }
@@ -91,7 +91,7 @@ impl VfioPciFunction {
             let detached = self.host.mapper.detach_doorbell(doorbell).map_err(doing("detaching a doorbell"));
             result = result.and(detached);
         }
-        placed.shared.iter().for_each(|gpa| self.host.peers.unshare(self.slot, *gpa));
+        placed.shared.iter().for_each(|gpa| self.host.peers.unshare(self.devfn, *gpa));
         for (gpa, memory) in &placed.mapped {
             let unmapped = self.host.mapper.unmap(*gpa, memory).map_err(doing("taking a BAR from the guest"));
             result = result.and(unmapped);

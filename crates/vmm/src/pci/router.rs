@@ -13,7 +13,8 @@ use crate::layout::{GSIS, IOAPIC_PINS};
 const MESSAGES_END: u32 = GSIS - 16;
 /// First pin of the IOAPIC that is a PCI function's: 16 to 23 are, and no chip has any of them.
 const FIRST_PCI_PIN: u32 = 16;
-/// The IOAPIC pin that pin `pin` (1 to 4) of the function in `slot` is wired to. Functions share pins.
+
+/// The IOAPIC pin that pin `pin` (1 to 4) of a function in `slot` is wired to. Functions share pins.
 pub(super) fn pin_of(slot: u8, pin: u8) -> u32 {
     let pins = IOAPIC_PINS - FIRST_PCI_PIN;
     FIRST_PCI_PIN + (u32::from(slot) + u32::from(pin.saturating_sub(1))) % pins

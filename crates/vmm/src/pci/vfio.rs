@@ -13,6 +13,7 @@ use super::backend::{BarDoorbell, Eventfd};
 use super::bars::{BARS, Bar, register};
 use super::compare::compare;
 use super::config::{ConfigSpace, MsiLayout, MsixLayout};
+use super::devfn::Devfn;
 use super::flr::ResetRegisters;
 use super::host::PciHost;
 use super::interrupts::FunctionInterrupts;
@@ -27,7 +28,7 @@ const HEADER: usize = HEADER_END as usize;
 /// its pin and vectors as interrupts of the guest. The stock [`PciFunction`].
 #[derive(Debug)]
 pub struct VfioPciFunction {
-    pub(super) slot: u8,
+    pub(super) devfn: Devfn,
     pub(super) hardware: Arc<dyn PciHardware>,
     pub(super) host: Arc<PciHost>,
     pub(super) bars: Vec<Bar>,
@@ -40,13 +41,13 @@ pub struct VfioPciFunction {
 }
 
 impl VfioPciFunction {
-    /// Makes the function of a device that was just opened or reset, for slot `slot` (1 to 31) of the bus.
+    /// Makes the function of a device that was just opened or reset, for place `devfn` of the bus.
     ///
     /// The other devices of the host become able to reach its BARs by DMA, and it theirs.
     ///
     /// # Errors
     /// Its config space or its regions cannot be had, or make no sense.
-    pub fn new(slot: u8, hardware: Arc<dyn PciHardware>, host: Arc<PciHost>) -> Result<Self, PciError> {
+    pub fn new(devfn: Devfn, hardware: Arc<dyn PciHardware>, host: Arc<PciHost>) -> Result<Self, PciError> {
         let id = hardware.id().clone();
         let failed = |doing: &str, source: Box<dyn std::error::Error + Send + Sync>| PciError::Failed {
             device: id.clone(),
@@ -96,7 +97,7 @@ impl VfioPciFunction {
         if msi.is_none() {
             config.hide(CAP_MSI);
         }
-        let interrupts = FunctionInterrupts::new(slot, &hardware, &config, msi, layout)
+        let interrupts = FunctionInterrupts::new(devfn, &hardware, &config, msi, layout)
             .map_err(|(doing, source)| failed(&doing, source))?;
 
         let (mut memory, mut doorbells): ([Vec<_>; BARS], [Vec<_>; BARS]) = Default::default();
@@ -122,7 +123,7 @@ impl VfioPciFunction {
         }
 
         host.peers
-            .join(slot, Arc::clone(&hardware))
+            .join(devfn, Arc::clone(&hardware))
             .map_err(|error| failed("letting it reach the other devices' BARs", Box::new(error)))?;
         let state = State {
             config: config.clone(),
@@ -133,12 +134,12 @@ impl VfioPciFunction {
         };
         let resets = ResetRegisters::find(&config);
         let (state, errors) = (Mutex::new(state), AtomicU64::new(0));
-        Ok(Self { slot, hardware, host, bars, layout, resets, pristine: config, state, errors })
+        Ok(Self { devfn, hardware, host, bars, layout, resets, pristine: config, state, errors })
     }
 
-    /// Slot on bus 0.
-    pub fn slot(&self) -> u8 {
-        self.slot
+    /// Slot and function on bus 0.
+    pub fn devfn(&self) -> Devfn {
+        self.devfn
     }
 
     /// The device behind the function.
@@ -166,7 +167,7 @@ impl VfioPciFunction {
     /// failure, and says the first.
     pub fn release(&self) -> Result<(), PciError> {
         let undone = self.undo();
-        self.host.peers.leave(self.slot);
+        self.host.peers.leave(self.devfn);
         undone
     }
 

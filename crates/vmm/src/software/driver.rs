@@ -1,11 +1,13 @@
 //! The driver of the sample device, and the checker of what it does.
 
+use vfio_migration_types::DEVICES_MAX;
+
 use super::cpu::Cpu;
 use super::orders::{BootOrders, ProgramFailure, word};
 use crate::guest::SAMPLE_DEVICE;
 use crate::guest::map::{
     DATA, DEVICE_DONE, DEVICE_RING, DEVICE_SLOTS, DEVICE_SOURCES, DEVICE_STRIDE, DEVICE_TAIL, DEVICE_TARGETS,
-    DEVICES, DEVICES_MAX, REPORT, RING_SIZE, SLOTS,
+    DEVICES, REPORT, RING_SIZE, SLOTS,
 };
 use crate::layout::LAPIC_BASE;
 
@@ -54,10 +56,15 @@ struct Flow<'a> {
 pub(super) fn start(cpu: &Cpu, orders: &BootOrders) -> Result<(), ProgramFailure> {
     let mut found = 0;
     for slot in 0..32u32 {
-        let config = 0x8000_0000 | slot << 11;
-        if config_read(cpu, config, 0) == SAMPLE_DEVICE && found < DEVICES_MAX {
-            DrivenDevice { cpu, index: found }.prepare(config)?;
-            found += 1;
+        let first = 0x8000_0000 | slot << 11;
+        // Function 0 says whether its slot has more; of an empty slot all bits read as ones.
+        let header = config_read(cpu, first, 0xc);
+        let functions = if header >> 16 & 0x80 != 0 && header != u32::MAX { 8 } else { 1 };
+        for config in (0..functions).map(|function| first | function << 8) {
+            if config_read(cpu, config, 0) == SAMPLE_DEVICE && found < u64::from(DEVICES_MAX) {
+                DrivenDevice { cpu, index: found }.prepare(config)?;
+                found += 1;
+            }
         }
     }
     if found != orders.devices {
@@ -84,6 +91,10 @@ pub(super) fn serve(cpu: &Cpu, orders: &BootOrders, run_clock: u64) -> Result<()
             flow.take(orders)?;
         }
         device.post(orders);
+    }
+    let posted = (0..orders.devices).map(|index| cpu.load64(DrivenDevice { cpu, index }.posted()));
+    if let Some(least) = posted.min() {
+        cpu.store64(REPORT + 8 * word::LEAST_POSTED, least);
     }
     for _ in 0..CHECKS_PER_TURN.min(orders.devices * 2 * SLOTS) {
         check_next(cpu, orders);

@@ -35,8 +35,8 @@ use crate::section::{SectionReader, SectionWriter};
 use cpu::Cpu;
 use program::{Pc, Program};
 
-/// The only section: name and version.
-const SECTION: (&str, u32) = ("software.vcpu", 1);
+/// The only section: name and version. The guest of version 1 had its stamps at a place of its own, whatever its boot page said.
+const SECTION: (&str, u32) = ("software.vcpu", 2);
 
 /// A guest that is a thread of this process.
 #[derive(Debug)]

@@ -42,4 +42,5 @@ pub(super) mod word {
     pub(in crate::software) const TICKS: u64 = 18;
     pub(in crate::software) const P2P_BLOCKS: u64 = 19;
     pub(in crate::software) const INTEGRITY: u64 = 20;
+    pub(in crate::software) const LEAST_POSTED: u64 = 26;
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::cpu::Cpu;
 use super::driver;
 use super::orders::{BootOrders, ProgramFailure, word};
-use crate::guest::map::{Areas, BOOT_INFO, DATA, REPORT, STAMPS};
+use crate::guest::map::{Areas, BOOT_INFO, DATA, REPORT};
 use crate::guest::{BOOT_MAGIC, GAP_WORD, REPORT_MAGIC, REQUEST_WORD};
 use crate::platform::{CLOCK_HIGH, CLOCK_LOW, FAILURE};
 
@@ -112,8 +112,13 @@ impl Program {
         if word(0) != BOOT_MAGIC {
             return Err(ProgramFailure { code: 1, detail: word(0) });
         }
-        let areas =
-            Areas { low_start: word(2), low_pages: word(3), high_start: word(4), high_pages: word(5) };
+        let areas = Areas {
+            stamps: word(11),
+            low_start: word(2),
+            low_pages: word(3),
+            high_start: word(4),
+            high_pages: word(5),
+        };
         Ok(BootOrders {
             pages_per_second: word(1),
             areas,
@@ -165,7 +170,7 @@ impl Program {
             self.cpu.store64(page, stamp);
             self.cpu.store64(page + 8, number);
             self.cpu.store64(page + PAGE - 8, stamp);
-            self.cpu.store64(STAMPS + 8 * number, stamp);
+            self.cpu.store64(orders.areas.stamps + 8 * number, stamp);
             number = (number + 1) % orders.areas.pages();
         }
         self.cpu.store64(WRITE_PAGE, number);
@@ -178,7 +183,7 @@ impl Program {
         let (mut checked, mut lost, mut passes) = (0, 0, 0);
         let mut number = self.cpu.load64(CHECK_PAGE);
         for _ in 0..CHECKS_PER_TURN.min(orders.areas.pages()) {
-            let expected = self.cpu.load64(STAMPS + 8 * number);
+            let expected = self.cpu.load64(orders.areas.stamps + 8 * number);
             if expected != 0 && expected & KNOWN_LOST == 0 {
                 checked += 1;
                 let page = orders.areas.page(number).unwrap_or(0);
@@ -186,7 +191,7 @@ impl Program {
                 if found != [expected, number, expected] {
                     lost += 1;
                     tracing::warn!(number, expected, ?found, "software guest: a page is lost");
-                    self.cpu.store64(STAMPS + 8 * number, expected | KNOWN_LOST);
+                    self.cpu.store64(orders.areas.stamps + 8 * number, expected | KNOWN_LOST);
                 }
             }
             number += 1;

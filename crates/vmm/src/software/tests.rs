@@ -15,7 +15,7 @@ use super::*;
 use crate::guest::{Areas, Report, Stage, map};
 use crate::layout;
 use crate::pci::tests::fakes::FakeHardware;
-use crate::pci::{BarWindows, MsiRouter, PciBus, PciHost, VfioPciFunction};
+use crate::pci::{BarWindows, Devfn, MsiRouter, PciBus, PciHost, VfioPciFunction};
 use crate::platform::PlatformBus;
 
 const MEMORY: u64 = 16 << 20;
@@ -137,7 +137,8 @@ impl Machine {
         let bus = Arc::new(PciBus::new(host.clone()));
         let samples: Vec<Sample> = (0..devices).map(Sample::new).collect();
         for (slot, sample) in (1..).zip(&samples) {
-            let function = VfioPciFunction::new(slot, sample.hardware.clone(), host.clone()).unwrap();
+            let function =
+                VfioPciFunction::new(Devfn::in_slot(slot), sample.hardware.clone(), host.clone()).unwrap();
             bus.add(Arc::new(function));
         }
         let platform: Arc<dyn IoBus> = Arc::new(PlatformBus::new(bus.clone()));
@@ -294,7 +295,7 @@ fn it_moves_again_and_again_and_loses_nothing() {
 fn it_finds_pages_that_were_lost() {
     let machine = Machine::boot(1);
     machine.wait("working", |report| report.pages_written > 3000);
-    let first = Areas::of(&machine.ram).unwrap().low_start / 4096;
+    let first = Areas::of(&machine.ram, machine.samples.len() as u64).unwrap().low_start / 4096;
     let machine = machine.migrate(|name, page| name != "software" || page < first);
     let report = machine.wait("pages to be missed", |report| report.pages_lost > 0);
     assert_eq!((report.blocks_lost, report.interrupts_lost), (0, 0));
@@ -364,10 +365,10 @@ fn state_that_makes_no_sense_is_refused() {
     let vm = SoftwareVm::new(ram).unwrap();
     let section = |version, bytes: &[u8]| Section { name: SECTION.0.into(), version, bytes: bytes.to_vec() };
     assert!(vm.load(&[]).is_err());
-    assert!(vm.load(&[section(2, &[0; 4])]).is_err());
-    assert!(vm.load(&[section(1, &[0; 3])]).is_err());
-    assert!(vm.load(&[section(1, &[9, 0, 0, 0])]).is_err());
-    assert!(vm.load(&[section(1, &[2, 0, 0, 0, 0])]).is_err());
-    vm.load(&[section(1, &[2, 0, 0, 0])]).unwrap();
-    assert_eq!(vm.save().unwrap(), [section(1, &[2, 0, 0, 0])]);
+    assert!(vm.load(&[section(1, &[0; 4])]).is_err());
+    assert!(vm.load(&[section(2, &[0; 3])]).is_err());
+    assert!(vm.load(&[section(2, &[9, 0, 0, 0])]).is_err());
+    assert!(vm.load(&[section(2, &[2, 0, 0, 0, 0])]).is_err());
+    vm.load(&[section(2, &[2, 0, 0, 0])]).unwrap();
+    assert_eq!(vm.save().unwrap(), [section(2, &[2, 0, 0, 0])]);
 }

@@ -33,7 +33,9 @@ impl Machine {
         let devices = (1u8..)
             .zip(devices)
             .map(|(slot, device)| {
-                bus.add(Arc::new(VfioPciFunction::new(slot, device.clone(), Arc::clone(&host)).unwrap()));
+                bus.add(Arc::new(
+                    VfioPciFunction::new(Devfn::in_slot(slot), device.clone(), Arc::clone(&host)).unwrap(),
+                ));
                 device
             })
             .collect();
@@ -110,6 +112,38 @@ impl Machine {
 
 pub(super) fn message(data: u32) -> MsiMessage {
     MsiMessage { address: 0xfee0_0000, data }
+}
+
+#[test]
+fn a_slot_with_several_functions_says_so_and_one_with_one_does_not() {
+    let (host, _, _) = fake_host();
+    let bus = PciBus::new(Arc::clone(&host));
+    let places = [Devfn::in_slot(1), Devfn::new(1, 7), Devfn::in_slot(2)];
+    for (index, place) in places.into_iter().enumerate() {
+        let device = FakeHardware::new(&format!("dev{index}"));
+        bus.add(Arc::new(VfioPciFunction::new(place, device, Arc::clone(&host)).unwrap()));
+    }
+    bus.place_bars().unwrap();
+    let read = |devfn: Devfn, register: u64, into: &mut [u8]| {
+        let place = u64::from(devfn.slot()) << 15 | u64::from(devfn.function()) << 12;
+        bus.mmio_read(Gpa(layout::ECAM_BASE + place + register), into);
+    };
+    for (place, bit) in places.into_iter().zip([0x80, 0x80, 0]) {
+        // As a byte, and in the dword and the qword around it.
+        let (mut byte, mut dword, mut qword) = ([0; 1], [0; 4], [0; 8]);
+        read(place, 0x0e, &mut byte);
+        read(place, 0x0c, &mut dword);
+        read(place, 0x08, &mut qword);
+        assert_eq!((byte[0], dword[2], qword[6]), (bit, bit, bit), "{place}");
+        let mut id = [0; 4];
+        read(place, 0, &mut id);
+        assert_eq!(u32::from_le_bytes(id), 0x4d53_5646, "{place}");
+    }
+    let mut none = [0; 4];
+    for place in [Devfn::new(1, 1), Devfn::new(2, 1), Devfn::new(0, 1)] {
+        read(place, 0, &mut none);
+        assert_eq!(none, [0xff; 4], "{place}");
+    }
 }
 
 #[test]

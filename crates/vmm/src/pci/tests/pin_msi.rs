@@ -8,7 +8,7 @@ use vfio_migration_device::{IrqIndex, MsiMessage, PciError, PciFunction, PciRegi
 use super::fakes::{FakeHardware, fake_host, mailbox};
 use super::functions::{Machine, message};
 use crate::bus::IoBus;
-use crate::pci::VfioPciFunction;
+use crate::pci::{Devfn, VfioPciFunction};
 
 /// The IOAPIC pin of slot 1.
 const LINE: u32 = 17;
@@ -329,7 +329,7 @@ fn a_config_space_that_ends_early_is_read_no_further() {
     assert_eq!(machine.devices[0].log(), [""; 0]);
     assert_eq!(machine.function().errors(), 0);
     let (host, ..) = fake_host();
-    let short = VfioPciFunction::new(1, Arc::new(with(63)), host);
+    let short = VfioPciFunction::new(Devfn::in_slot(1), Arc::new(with(63)), host);
     assert!(matches!(short, Err(PciError::Unfit { .. })));
 }
 

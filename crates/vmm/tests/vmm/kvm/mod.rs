@@ -43,7 +43,7 @@ fn a_corrupted_page_is_found_once() {
     let before = rig.wait("pages", |report| report.pages_written > 200 && report.page_passes >= 1);
     assert_eq!(before.lost(), 0);
     rig.pause();
-    let areas = Areas::of(&rig.ram).unwrap();
+    let areas = Areas::of(&rig.ram, 0).unwrap();
     // One word each of the first, second and last of the three that are compared.
     for (page, word) in [(10, 0), (11, 1), (12, 511)] {
         let at = rig.offset(areas.page(page).unwrap() + word * 8, 8);
@@ -109,7 +109,7 @@ fn a_move_that_loses_a_page_is_found() {
     rig.boot(20 << 20, 0, false);
     rig.wait("pages", |report| report.pages_written > 2000);
     rig.pause();
-    let page = Areas::of(&rig.ram).unwrap().page(1000).unwrap();
+    let page = Areas::of(&rig.ram, 0).unwrap().page(1000).unwrap();
     let to = rig.moved();
     to.ram.write(to.offset(page, 4096), &[0; 4096]).unwrap();
     to.vm.resume().unwrap();

@@ -8,7 +8,7 @@ use vfio_migration_device::{ConfigRules, IrqRouter, PciFunction, PciState};
 use vfio_migration_memory::GuestRam;
 use vfio_migration_sim::{Options, StateRead};
 use vfio_migration_types::MigrationState;
-use vfio_migration_vmm::pci::{PciBus, PciHost, VfioPciFunction, map_guest_ram};
+use vfio_migration_vmm::pci::{Devfn, PciBus, PciHost, VfioPciFunction, map_guest_ram};
 
 pub(crate) use hardware::Hardware;
 
@@ -26,7 +26,9 @@ impl SampleBus {
         for slot in 1..=u8::try_from(devices).unwrap() {
             let device = Hardware::new(&format!("dev{slot}"), options.clone());
             map_guest_ram(&*device, ram).unwrap();
-            bus.add(Arc::new(VfioPciFunction::new(slot, device.clone(), host.clone()).unwrap()));
+            bus.add(Arc::new(
+                VfioPciFunction::new(Devfn::in_slot(slot), device.clone(), host.clone()).unwrap(),
+            ));
             hardware.push(device);
         }
         Self { host, bus, hardware }

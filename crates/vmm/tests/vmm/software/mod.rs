@@ -45,7 +45,7 @@ fn it_drives_real_devices_and_loses_nothing() {
 #[test]
 fn what_was_put_wrong_in_pages_is_counted_and_nothing_else() {
     let machine = Machine::boot(SPLIT, 0, 2000, &options());
-    let areas = Areas::of(&machine.ram).unwrap();
+    let areas = Areas::of(&machine.ram, 0).unwrap();
     machine.wait("numbering pages", |report| report.pages_written > 1000);
     machine.vm.pause(PATIENCE).unwrap();
     // Each of the three words that carry something, and the whole page as a lost write leaves it.
@@ -102,7 +102,7 @@ fn many_pauses_among_interrupts_lose_none() {
 fn the_dirty_log_names_what_changed_and_no_other_page() {
     let machine = Machine::boot(SPLIT, 0, 20_000, &options());
     machine.wait("numbering pages", |report| report.pages_written > 1000);
-    let first_numbered = Areas::of(&machine.ram).unwrap().low_start / PAGE_SIZE;
+    let first_numbered = Areas::of(&machine.ram, 0).unwrap().low_start / PAGE_SIZE;
     let log = machine.vm.dirty_source();
     assert_eq!(log.name(), "software");
     machine.vm.pause(PATIENCE).unwrap();

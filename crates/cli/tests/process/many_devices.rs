@@ -1,0 +1,92 @@
+//! Guests with many devices: as many as a machine takes, on the functions of all its slots.
+
+use serde_json::json;
+
+use crate::support::{Setup, fails, software, until};
+
+const UUID: &[&str] = &["--uuid", "d0a3a9f8-2f0e-4b5e-9a43-0f6c1d1b7a64"];
+
+/// A guest of so many devices starts, uses each of them, moves, and uses each of them there.
+fn moves_with(devices: usize, more: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    // One vCPU checks what all devices do: together they keep the pace of one.
+    let pace = format!("{}us", 1000 * devices);
+    let device_arguments = ["--state-size", "64K", "--state-dirty-rate", "0", "--dma-interval", &pace];
+    let side = |name, arguments: &[&str]| {
+        let vm_arguments = &[UUID, more, arguments].concat();
+        let setup = Setup {
+            devices,
+            memory: "192M",
+            device_arguments: &device_arguments,
+            ..Setup::new(dir.path(), name)
+        };
+        Setup { vm_arguments, ..setup }.start()
+    };
+    let source = side("a", &[]);
+    let destination = side("b", &["--incoming", "tcp:127.0.0.1:0"]);
+    source.warm();
+    // More than the 16 of its ring that are in flight from the start.
+    until("all devices to work", || (source.counter("least-posted") > 20).then_some(()));
+    let info = source.migrate(&destination.incoming(), json!({"verify": true, "downtime-limit": 60_000}));
+    assert_eq!(info["status"], "completed", "{info}");
+    let arrived = destination.counter("least-posted");
+    // Those that were in flight when it arrived, and others.
+    until("all devices to work", || (destination.counter("least-posted") > arrived + 20).then_some(()));
+    // Each block was looked at when it came. A walk over the old ones of more devices takes longer than a test may.
+    if devices <= 16 {
+        destination.assert_whole();
+    }
+    let guest = destination.guest();
+    for lost in ["pages-lost", "blocks-lost", "interrupts-lost", "integrity-failures", "failure"] {
+        assert_eq!(guest[lost], 0, "{lost}: {guest}");
+    }
+    assert!(devices == 1 || destination.counter("p2p-blocks") > 0);
+}
+
+#[test]
+fn one_device_moves() {
+    moves_with(1, &[]);
+}
+
+#[test]
+fn eight_devices_move() {
+    moves_with(8, &[]);
+}
+
+#[test]
+fn sixteen_devices_move() {
+    moves_with(16, &[]);
+}
+
+#[test]
+fn sixteen_devices_of_the_software_guest_move() {
+    moves_with(16, &["--software"]);
+}
+
+#[test]
+fn sixty_four_devices_move() {
+    moves_with(64, &[]);
+}
+
+#[test]
+fn more_devices_than_a_machine_takes_are_refused_in_words_on_both_sides() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nobody.sock");
+    let devices: Vec<String> =
+        (0..65).map(|n| format!("--device=vfio-user:{},id=dev{n}", socket.display())).collect();
+    for more in [&[][..], &["--incoming", "tcp:127.0.0.1:0"]] {
+        let mut arguments = vec!["vm", "--memory", "192M"];
+        arguments.extend_from_slice(more);
+        arguments.extend(devices.iter().map(String::as_str));
+        fails(&arguments, 2, "65 devices are too many: a machine takes up to 64");
+    }
+}
+
+#[test]
+fn ram_that_is_too_small_for_the_devices_is_refused_in_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let setup = Setup { devices: 16, memory: "16M", ..software(dir.path(), "a", &[]) };
+    let (_devices, arguments) = setup.prepare();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    fails(&words, 1, "16 MiB of memory are too few for 16 devices");
+}
