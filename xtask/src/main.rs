@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 mod change;
+mod command;
 mod kernel_test;
 mod pictures;
 mod programs;
+mod qemu_peer;
 mod rings;
 mod rules;
 mod run;
@@ -32,7 +34,7 @@ cargo xtask pictures [NAME…]
                            that VFIO_MIGRATE names, or with a release build
 cargo xtask rules          check the house rules alone (length and names of files, floors, circles, unsafe, links)
 
-Rings: rules, lint, test, kernel, docs
+Rings: rules, lint, test, qemu-peer, kernel, docs
 A ring that this machine cannot run is skipped with a loud line; with CI set that is a failure.";
 
 fn main() -> ExitCode {

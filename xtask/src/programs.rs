@@ -26,6 +26,9 @@ pub(crate) struct Test {
     folder: PathBuf,
 }
 
+/// Test programs of the command that a ring of their own runs, and that ring.
+const OWN_RINGS: [(&str, &str); 1] = [("qemu_peer", "qemu-peer")];
+
 /// How tests ended.
 #[derive(Default)]
 pub(crate) struct Ended {
@@ -61,8 +64,23 @@ pub(crate) fn build(top: &Path) -> Result<Vec<Test>, String> {
     Ok(tests)
 }
 
-/// Runs them, as many at a time as there are processors. What a test says is shown if it fails.
-pub(crate) fn run(top: &Path, mut tests: Vec<Test>) -> Result<Ended, String> {
+impl Test {
+    /// The ring that this test is run by, where that is not the ring `test`: its program's name says it.
+    pub(crate) fn ring(&self) -> Option<&'static str> {
+        let mut words = self.title.split(' ');
+        (words.next() == Some("cli")).then(|| words.next()).flatten().and_then(|program| {
+            OWN_RINGS.into_iter().find(|(name, _)| *name == program).map(|(_, ring)| ring)
+        })
+    }
+}
+
+/// Runs them, as many at a time as there are processors, each with `variable` in its environment. What a test says is shown if
+/// it fails.
+pub(crate) fn run(
+    top: &Path,
+    mut tests: Vec<Test>,
+    variable: Option<(&str, &Path)>,
+) -> Result<Ended, String> {
     // What never ran here may be long, and goes first.
     tests.sort_by_key(|test| std::cmp::Reverse(test.last.unwrap_or(Duration::MAX)));
     let said = top.join("target/test-output");
@@ -79,7 +97,7 @@ pub(crate) fn run(top: &Path, mut tests: Vec<Test>) -> Result<Ended, String> {
                     let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
                     let Some(test) = next else { break };
                     let began = Instant::now();
-                    let verdict = run_one(&test, &said);
+                    let verdict = run_one(&test, &said, variable);
                     let took = began.elapsed();
                     ended.lock().unwrap_or_else(PoisonError::into_inner).note(&test.title, took, verdict);
                 }
@@ -184,11 +202,12 @@ fn list(program: &Program, times: &BTreeMap<String, Duration>) -> Result<Vec<Tes
 }
 
 /// What it says goes into a file, not through a pipe: a process that outlives a test would keep the pipe open.
-fn run_one(test: &Test, said: &Path) -> Result<Verdict, String> {
+fn run_one(test: &Test, said: &Path, variable: Option<(&str, &Path)>) -> Result<Verdict, String> {
     let to = File::create(said).and_then(|file| Ok((file.try_clone()?, file)));
     let (out, err) = to.map_err(|error| format!("{}: {error}", said.display()))?;
     let status = Command::new(&test.program)
         .args(["--exact", &test.name])
+        .envs(variable)
         .current_dir(&test.folder)
         .stdin(Stdio::null())
         .stdout(out)

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::change::Change;
 use crate::run::{Outcome, cargo, finish};
-use crate::{kernel_test, programs, rules, tools};
+use crate::{kernel_test, programs, qemu_peer, rules, tools};
 
 /// One ring.
 struct Ring {
@@ -29,7 +29,7 @@ struct Session<'a> {
 /// How many of the longest tests are named at the end.
 const LONGEST: usize = 10;
 
-const RINGS: [Ring; 5] = [
+const RINGS: [Ring; 6] = [
     Ring { name: "rules", what: "house rules", run: rules_ring, quick: true },
     Ring { name: "lint", what: "formatting and lints", run: lint, quick: true },
     Ring {
@@ -37,6 +37,15 @@ const RINGS: [Ring; 5] = [
         what: "pure tests, sockets, KVM, device servers, and the command's processes",
         run: test,
         quick: true,
+    },
+    Ring {
+        name: "qemu-peer",
+        what: "the sample device's server under QEMU's vfio-user client",
+        run: |session| match qemu_peer::fetch(session.top) {
+            Ok(unpacked) => own_ring(session, "qemu-peer", Some(("VFIO_MIGRATE_QEMU", &unpacked))),
+            Err(why) => Ok(Outcome::Skipped(format!("QEMU cannot be had: {why}"))),
+        },
+        quick: false,
     },
     Ring {
         name: "kernel",
@@ -141,13 +150,39 @@ fn test(session: &mut Session) -> Result<Outcome, String> {
     let began = Instant::now();
     let all = programs::build(session.top)?;
     eprintln!("built in {:.1} s", began.elapsed().as_secs_f64());
+    let all: Vec<_> = all.into_iter().filter(|test| test.ring().is_none()).collect();
     let found = all.len();
     let tests: Vec<_> = match &session.change {
         Some(change) => all.into_iter().filter(|test| change.wants(&test.home, test.last)).collect(),
         None => all,
     };
     let left_out = found - tests.len();
-    let ended = programs::run(session.top, tests)?;
+    let passed = run_programs(session, tests, left_out, None)?;
+    if !kvm_answers() {
+        let why = "/dev/kvm does not answer, so the KVM tests in it did nothing; the others passed";
+        return Ok(Outcome::Skipped(why.into()));
+    }
+    Ok(Outcome::Passed(Some(passed)))
+}
+
+/// Runs the tests of a ring that has a test program of its own, each with `variable` in its environment.
+fn own_ring(session: &mut Session, ring: &str, variable: Option<(&str, &Path)>) -> Result<Outcome, String> {
+    let tests: Vec<_> =
+        programs::build(session.top)?.into_iter().filter(|test| test.ring() == Some(ring)).collect();
+    if tests.is_empty() {
+        return Err("its test program was not found".into());
+    }
+    Ok(Outcome::Passed(Some(run_programs(session, tests, 0, variable)?)))
+}
+
+/// Runs tests and returns how many passed.
+fn run_programs(
+    session: &mut Session,
+    tests: Vec<programs::Test>,
+    left_out: usize,
+    variable: Option<(&str, &Path)>,
+) -> Result<u64, String> {
+    let ended = programs::run(session.top, tests, variable)?;
     session.took.extend(ended.took);
     println!(
         "{} passed, {} failed, {} ignored, {left_out} left out",
@@ -159,11 +194,7 @@ fn test(session: &mut Session) -> Result<Outcome, String> {
         eprintln!("These tests failed:\n  {}", ended.failed.join("\n  "));
         return Err(format!("{} tests", ended.failed.len()));
     }
-    if !kvm_answers() {
-        let why = "/dev/kvm does not answer, so the KVM tests in it did nothing; the others passed";
-        return Ok(Outcome::Skipped(why.into()));
-    }
-    Ok(Outcome::Passed(Some(ended.passed)))
+    Ok(ended.passed)
 }
 
 fn docs(session: &mut Session) -> Result<Outcome, String> {

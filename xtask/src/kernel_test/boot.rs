@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::command::{tail, text};
+use crate::command::{tail, text};
 
 /// A boot with all its tests takes half a minute on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(480);

@@ -1,6 +1,6 @@
 //! What the tests said on the machine's console.
 
-use super::command::tail;
+use crate::command::tail;
 
 /// The report on a console, if it is one. `all`: every test was to be run.
 pub(super) fn heard(text: &str, all: bool) -> Result<Report, String> {

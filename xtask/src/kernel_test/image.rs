@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::command::{command, failed, text};
+use crate::command::{command, failed, text};
 use crate::run::{BUILT, cargo};
 
 /// The programs that go into the image, and under which names.

@@ -5,10 +5,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::command::{command, failed, text};
 use super::console::heard;
 use super::packages::Packages;
 use super::{boot, finish, image, packages, step, words};
+use crate::command::{command, failed, text};
 use crate::run::Outcome;
 
 /// What the machine has. Everything is in the kernel: there are no modules.

@@ -4,7 +4,6 @@
 //! `target/kernel-test`, and found there again the next time.
 
 mod boot;
-mod command;
 mod console;
 mod image;
 mod mock;

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::command::{command, failed, text};
 use super::packages::Packages;
+use crate::command::{command, failed, text};
 
 /// Parts of the kernel's source that modules are built from.
 const PARTS: [&str; 6] = [

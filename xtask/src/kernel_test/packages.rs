@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::command::{command, failed};
+use crate::command::{command, failed};
 
 /// The kernel's series: its newest build is found through Debian's meta packages.
 const SERIES: &str = "6.12";

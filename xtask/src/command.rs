@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Runs a command to its end; an error holds the end of what it said.
-pub(super) fn command(program: &str, arguments: &[&str], dir: &Path) -> Result<String, String> {
+pub(crate) fn command(program: &str, arguments: &[&str], dir: &Path) -> Result<String, String> {
     let output = Command::new(program)
         .args(arguments)
         .current_dir(dir)
@@ -20,18 +20,18 @@ pub(super) fn command(program: &str, arguments: &[&str], dir: &Path) -> Result<S
 }
 
 /// A path as an argument.
-pub(super) fn text(path: &Path) -> Result<&str, String> {
+pub(crate) fn text(path: &Path) -> Result<&str, String> {
     path.to_str().ok_or_else(|| format!("{}: a path that is no text", path.display()))
 }
 
 /// Tells what went wrong with the file at `path`.
-pub(super) fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> String {
+pub(crate) fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> String {
     let path: PathBuf = path.into();
     move |error| format!("{}: {error}", path.display())
 }
 
 /// The last lines of a long text.
-pub(super) fn tail(text: &str) -> String {
+pub(crate) fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(30)..].join("\n")
 }
