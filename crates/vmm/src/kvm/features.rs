@@ -30,6 +30,11 @@ const FEATURE_LEAVES: [(u32, u32, &[Register]); 9] = [
 const CHANGING_BITS: [(u32, Register, u32); 3] =
     [(1, Register::Ecx, 27), (1, Register::Edx, 9), (7, Register::Ecx, 4)];
 
+/// VMX, in ECX of leaf 1.
+const CPUID_VMX: u32 = 1 << 5;
+/// SVM, in ECX of leaf 0x80000001.
+const CPUID_SVM: u32 = 1 << 2;
+
 /// Width of the classes of TSC frequencies, in kHz: wide against the error with which a kernel measures it.
 const TSC_CLASS: u32 = 32_000;
 
@@ -52,7 +57,7 @@ enum Register {
 pub fn cpu_features(kvm: &Kvm) -> Result<Vec<String>, VmmError> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("tell its CPUID table"))?;
-    let mut words = words(supported.as_slice());
+    let mut words = words(&without_nesting(supported.as_slice()));
     if !kvm.check_extension(Cap::TscControl) {
         let vm = kvm.create_vm().map_err(VmmError::kvm("create a machine"))?;
         let vcpu = vm.create_vcpu(0).map_err(VmmError::kvm("create a vCPU"))?;
@@ -72,16 +77,30 @@ pub fn offered_features() -> Result<Vec<String>, VmmError> {
 
 /// Features of `given` that a host lacks which supports `supported`.
 pub(super) fn missing(given: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Vec<String> {
-    words(given).difference(&words(supported)).cloned().collect()
+    words(given).difference(&words(&without_nesting(supported))).cloned().collect()
 }
 
-/// The table of vCPU `index`: all that KVM supports, with the vCPU's own APIC id.
+/// The table of vCPU `index`: all that KVM supports but nested virtualisation, with the vCPU's own APIC id.
 pub(super) fn for_vcpu(supported: &[kvm_cpuid_entry2], index: u8) -> Vec<kvm_cpuid_entry2> {
-    let mut table = supported.to_vec();
+    let mut table = without_nesting(supported);
     for entry in &mut table {
         match entry.function {
             1 => entry.ebx = entry.ebx & 0x00FF_FFFF | u32::from(index) << 24,
             0xB | 0x1F => entry.edx = u32::from(index),
+            _ => {}
+        }
+    }
+    table
+}
+
+/// A table without VMX and SVM: the state of a guest that uses them is not saved, so none is offered them.
+fn without_nesting(supported: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+    let mut table = supported.to_vec();
+    for entry in &mut table {
+        match entry.function {
+            1 => entry.ecx &= !CPUID_VMX,
+            0x8000_0001 => entry.ecx &= !CPUID_SVM,
+            0x8000_000A => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             _ => {}
         }
     }
@@ -201,6 +220,20 @@ mod tests {
         let mut other = table();
         other[0].ebx = 0;
         assert_eq!(missing(&table(), &other), ["vendor=GenuineIntel"]);
+    }
+
+    #[test]
+    fn nested_virtualisation_is_given_to_no_guest_and_taken_from_none() {
+        let host = [
+            leaf(1, 0, [0, 0, CPUID_VMX | 1, 0]),
+            leaf(0x8000_0001, 0, [0, 0, CPUID_SVM | 1, 0]),
+            leaf(0x8000_000A, 0, [1, 2, 3, 4]),
+        ];
+        let given = for_vcpu(&host, 0);
+        assert_eq!((given[0].ecx, given[1].ecx), (1, 1));
+        assert_eq!([given[2].eax, given[2].ebx, given[2].ecx, given[2].edx], [0; 4]);
+        assert!(missing(&given, &host).is_empty());
+        assert_eq!(missing(&host, &host), ["cpuid.1.0.ecx.5", "cpuid.80000001.0.ecx.2"]);
     }
 
     #[test]

@@ -18,8 +18,8 @@ use crate::bus::IoBus;
 use crate::error::{StopReason, VmmError};
 use crate::layout;
 
-/// Most vCPUs of a machine.
-pub const VCPUS_MAX: u8 = 16;
+/// Most vCPUs of a machine: more were never tested.
+pub const VCPUS_MAX: u8 = 1;
 
 /// A virtual machine.
 ///
@@ -85,7 +85,7 @@ impl KvmVm {
     /// `/dev/kvm` does not answer, or refuses.
     pub fn new(ram: Arc<GuestRam>, vcpus: u8) -> Result<Arc<Self>, VmmError> {
         if !(1..=VCPUS_MAX).contains(&vcpus) {
-            return Err(VmmError::Refused(format!("{vcpus} vCPUs: the machine takes 1 to {VCPUS_MAX}")));
+            return Err(VmmError::Refused(format!("{vcpus} vCPUs: the machine takes {VCPUS_MAX}")));
         }
         let kvm = Self::open()?;
         let fd = kvm.create_vm().map_err(VmmError::kvm("create a machine"))?;
