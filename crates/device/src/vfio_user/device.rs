@@ -19,6 +19,8 @@ use crate::session::state_machine::StateMachine;
 
 /// Most regions that a server may have. A PCI function has nine; a server may add its own.
 const REGIONS_MAX: u32 = 64;
+/// Most mappable areas of all its regions: each is a mapping of this process, and a memory slot of KVM's.
+const MMAP_AREAS_MAX: usize = 256;
 
 /// Options for opening a vfio-user device. [`Default`] suits a VMM.
 #[derive(Clone, Debug)]
@@ -134,8 +136,7 @@ impl VfioUserDevice {
             if let Some((count, noresize)) =
                 inner.irqs.get_mut(index as usize).zip(inner.noresize.get_mut(index as usize))
             {
-                // The specification allows 2048 MSI-X vectors; more is a lie that would be allocated for.
-                *count = irqs.count.min(2048);
+                *count = irqs.count;
                 *noresize = irqs.noresize;
             }
         }
@@ -162,26 +163,29 @@ impl ServedDevice {
         if info.size == 0 {
             return Ok(());
         }
+        let refuse = |what: String| {
+            DeviceError::new(self.id.clone(), format!("asking for region {index}"), None, what)
+        };
         let mut mappable = Vec::new();
         for area in info.mmap_areas() {
             let inside = area.offset.checked_add(area.size).is_some_and(|end| end <= info.size);
-            match Range::new(area.offset, area.size) {
-                Ok(range) if inside && !mappable.iter().any(|other: &Range<u64>| other.overlaps(&range)) => {
-                    mappable.push(range);
-                }
-                _ => {
-                    let what = format!(
-                        "mappable area {:#x}+{:#x} of {:#x} bytes",
-                        area.offset, area.size, info.size
-                    );
-                    return Err(DeviceError::new(
-                        self.id.clone(),
-                        format!("asking for region {index}"),
-                        None,
-                        what,
-                    ));
-                }
-            }
+            let range = Range::new(area.offset, area.size).ok().filter(|_| inside);
+            mappable.push(range.ok_or_else(|| {
+                let (start, len) = (area.offset, area.size);
+                refuse(format!("mappable area {start:#x}+{len:#x} of {:#x} bytes", info.size))
+            })?);
+        }
+        // Sorted, areas that overlap are neighbours.
+        mappable.sort_by_key(|area: &Range<u64>| area.start());
+        if let Some(pair) = mappable.windows(2).find(|pair| pair[0].overlaps(&pair[1])) {
+            return Err(refuse(format!("mappable areas that overlap at {:#x}", pair[1].start())));
+        }
+        let before: usize = self.regions.iter().map(|region| region.mappable.len()).sum();
+        if before + mappable.len() > MMAP_AREAS_MAX {
+            let in_all = before + mappable.len();
+            return Err(refuse(format!(
+                "{in_all} mappable areas of one device, where {MMAP_AREAS_MAX} are the most"
+            )));
         }
         if info.fd.is_none() {
             mappable.clear();
@@ -209,4 +213,86 @@ fn find_flags(client: &Client) -> Result<MigrationFlags, NotMigratable> {
         .migration_flags()
         .map_err(|error| NotMigratable(format!("its server does not say whether it can: {error}")))?
         .ok_or_else(|| NotMigratable("its server does not implement migration".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use vfio_migration_memory::RamSpec;
+    use vfio_migration_types::{Gpa, PAGE_SIZE};
+    use vfio_user_peer::{
+        Backend, DeviceInfo, DmaMapping, Errno, IrqInfo, IrqRequest, MmapArea, RegionInfo, Server,
+        StopHandle, region_index,
+    };
+
+    use super::*;
+
+    /// A device whose regions have so many mappable areas each, one behind the other, or all at one place.
+    struct Areas(u64, bool, Arc<OwnedFd>);
+
+    impl Backend for Areas {
+        fn device_info(&self) -> DeviceInfo {
+            DeviceInfo { resettable: false, pci: true, num_regions: region_index::COUNT, num_irqs: 0 }
+        }
+
+        fn region_info(&self, _index: u32) -> Result<RegionInfo, Errno> {
+            let place = |n: u64| if self.1 { 0 } else { n << 13 };
+            // From the last to the first: the order is nobody's promise.
+            let areas = (0..self.0).rev().map(|n| MmapArea { offset: place(n), size: 4096 }).collect();
+            let (size, fd) = (1 << 20, Some(Arc::clone(&self.2)));
+            Ok(RegionInfo { size, read: true, write: true, mmap: true, areas, offset: 0, fd })
+        }
+
+        fn irq_info(&self, _index: u32) -> Result<IrqInfo, Errno> {
+            Err(Errno::INVAL)
+        }
+
+        fn region_read(&self, _index: u32, _offset: u64, _into: &mut [u8]) -> Result<(), Errno> {
+            Ok(())
+        }
+
+        fn region_write(&self, _index: u32, _offset: u64, _from: &[u8]) -> Result<(), Errno> {
+            Ok(())
+        }
+
+        fn set_irqs(&self, _request: IrqRequest) -> Result<(), Errno> {
+            Ok(())
+        }
+
+        fn dma_map(&self, _mapping: DmaMapping) -> Result<(), Errno> {
+            Ok(())
+        }
+
+        fn dma_unmap(&self, _iova: u64, _len: u64) -> Result<(), Errno> {
+            Ok(())
+        }
+    }
+
+    fn open(areas: u64, overlap: bool) -> Result<usize, DeviceError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("areas.sock");
+        let server = Server::bind(&path).unwrap();
+        let file = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let (backend, stop) = (Areas(areas, overlap, Arc::new(file)), StopHandle::new().unwrap());
+        let ram = GuestRam::new("areas", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }]).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| server.serve(&backend, &stop).unwrap());
+            let options = VfioUserOptions::default();
+            let device = VfioUserDevice::open("net0".parse().unwrap(), &path, Arc::new(ram), &options);
+            let areas = device.map(|device| device.inner.regions.iter().map(|it| it.mappable.len()).sum());
+            stop.stop();
+            areas
+        })
+    }
+
+    #[test]
+    fn mappable_areas_are_counted_and_do_not_overlap() {
+        assert_eq!(open(28, false).unwrap(), 28 * 9);
+        let refused = |areas, overlap, says: &str| {
+            let error = vfio_migration_types::error_chain(&open(areas, overlap).unwrap_err());
+            assert!(error.contains(says), "{error}");
+        };
+        refused(29, false, "261 mappable areas of one device, where 256 are the most");
+        refused(2, true, "overlap at 0x0");
+        refused(65, false, "asking for region 0");
+    }
 }

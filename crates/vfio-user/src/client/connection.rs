@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -59,6 +59,8 @@ pub struct Client {
     /// the next message.
     pub(super) basics_only: bool,
     pub(super) found: Option<MigrationState>,
+    /// Requests that were sent after the negotiation.
+    pub(super) requests: AtomicU64,
     pub(super) stop: Arc<OwnedFd>,
     pub(super) thread: Option<JoinHandle<()>>,
 }
@@ -79,6 +81,12 @@ impl Client {
     /// while it works, as far as is known.
     pub fn lost(&self) -> Option<String> {
         self.conn.death().or_else(|| self.conn.peer_hung_up().then(|| "its server hung up".into()))
+    }
+
+    /// Number of requests sent since the negotiation. Every method of a client sends a number that what it is asked to do
+    /// bounds, whatever the server answers; this is for tests of that.
+    pub fn requests_sent(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 
     /// The state in which the device was found on connecting; `None` if it was not asked or has no migration.

@@ -47,11 +47,8 @@ impl Client {
             if info.index != index {
                 return Err(self.lie(&reply, format!("region {} instead of {index}", info.index)));
             }
-            if info.argsz > argsz {
-                if info.argsz > MAX_INFO_REPLY {
-                    return Err(self.lie(&reply, format!("a region description of {} bytes", info.argsz)));
-                }
-                argsz = info.argsz;
+            if let Some(more) = self.more_room(&reply, argsz, info.argsz)? {
+                argsz = more;
                 continue;
             }
             let areas = self.parse(&reply, |body| codec::decode_sparse_areas(&info, body))?;
@@ -91,11 +88,8 @@ impl Client {
             if table.index != index {
                 return Err(self.lie(&reply, format!("region {} instead of {index}", table.index)));
             }
-            if table.argsz > argsz {
-                if table.argsz > MAX_INFO_REPLY {
-                    return Err(self.lie(&reply, format!("a table of {} bytes", table.argsz)));
-                }
-                argsz = table.argsz;
+            if let Some(more) = self.more_room(&reply, argsz, table.argsz)? {
+                argsz = more;
                 continue;
             }
             return self.io_fds(reply);
@@ -109,6 +103,11 @@ impl Client {
         let info: InfoPayload = self.parse(&reply, InfoPayload::decode_prefix)?;
         if info.index != index {
             return Err(self.lie(&reply, format!("interrupt type {} instead of {index}", info.index)));
+        }
+        if usize::try_from(info.count).is_ok_and(|count| count > codec::MAX_IRQS) {
+            let what =
+                format!("{} interrupts of one type, where {} are the most", info.count, codec::MAX_IRQS);
+            return Err(self.lie(&reply, what));
         }
         Ok(IrqInfo {
             count: info.count,
@@ -301,6 +300,26 @@ impl Client {
     /// migration state, so ask, or use [`reset_to_running`](Self::reset_to_running).
     pub fn reset(&self) -> Result<(), ClientError> {
         self.request(Command::DEVICE_RESET, &[], &[], 0).map(drop)
+    }
+
+    /// How much room to offer in a second request, where the reply needs more than it was offered in the first.
+    fn more_room(
+        &self,
+        reply: &SocketMessage,
+        offered: u32,
+        needed: u32,
+    ) -> Result<Option<u32>, ClientError> {
+        let what = match needed {
+            _ if needed <= offered => return Ok(None),
+            _ if offered != FIRST_REGION_REPLY => {
+                format!("a reply that needs {needed} bytes, after it had the {offered} that it needed before")
+            }
+            _ if needed > MAX_INFO_REPLY => {
+                format!("a reply that needs {needed} bytes, where {MAX_INFO_REPLY} are the most")
+            }
+            _ => return Ok(Some(needed)),
+        };
+        Err(self.lie(reply, what))
     }
 
     fn irq_message(

@@ -165,6 +165,7 @@ fn from_parts(stream: UnixStream, options: &ClientOptions, basics_only: bool) ->
         maps: std::sync::atomic::AtomicU32::new(0),
         basics_only,
         found: None,
+        requests: std::sync::atomic::AtomicU64::new(0),
         stop,
         thread,
     })

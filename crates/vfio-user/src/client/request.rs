@@ -1,6 +1,7 @@
 //! How a request is made: limits before it, deadline over it, errors after it.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
@@ -57,6 +58,7 @@ impl Client {
         }
         let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
         self.fit("the payload of a request, in bytes,", len, self.longest_payload())?;
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let request = SocketRequest { command, parts, fds, max_reply, deadline: deadline(self.timeout) };
         let handler = self.dma.as_deref();
         let max = self.announced_xfer;

@@ -1,6 +1,6 @@
 //! Payloads of the commands about the device: regions, interrupts, DMA.
 
-use super::{CodecError, MAX_MULTI_WRITES, payload, split};
+use super::{CodecError, MAX_IO_FDS, MAX_MMAP_AREAS, MAX_MULTI_WRITES, payload, split};
 use crate::model::{MmapArea, Prot, RegionWrite};
 
 /// `VFIO_DEVICE_FLAGS_RESET`.
@@ -271,7 +271,7 @@ pub fn encode_sparse_areas(areas: &[MmapArea]) -> Vec<u8> {
 /// The mappable areas that the capabilities in `body`, the whole reply that begins with `info`, list. Areas lie within the region.
 ///
 /// # Errors
-/// The chain leaves the reply or goes in circles, or an area leaves the region.
+/// The chain leaves the reply or goes in circles, an area leaves the region, or there are more than [`MAX_MMAP_AREAS`].
 pub fn decode_sparse_areas(info: &RegionInfoPayload, body: &[u8]) -> Result<Vec<MmapArea>, CodecError> {
     let mut areas = Vec::new();
     if info.flags & REGION_FLAG_CAPS == 0 {
@@ -297,8 +297,13 @@ pub fn decode_sparse_areas(info: &RegionInfoPayload, body: &[u8]) -> Result<Vec<
 fn decode_areas(size: u64, bytes: &[u8], areas: &mut Vec<MmapArea>) -> Result<(), CodecError> {
     let (count, rest) = split::<4>(bytes)?;
     let (_, mut rest) = split::<4>(rest)?;
-    // Nothing is allocated from the count: every area takes its bytes from the slice.
-    for _ in 0..u32::from_ne_bytes(*count) {
+    let count = u32::from_ne_bytes(*count);
+    let in_all = usize::try_from(count).unwrap_or(usize::MAX).saturating_add(areas.len());
+    if in_all > MAX_MMAP_AREAS {
+        let what = format!("{in_all} mappable areas of one region, where {MAX_MMAP_AREAS} are the most");
+        return Err(CodecError::Invalid(what));
+    }
+    for _ in 0..count {
         let (offset, tail) = split::<8>(rest)?;
         let (len, tail) = split::<8>(tail)?;
         rest = tail;
@@ -315,12 +320,16 @@ fn decode_areas(size: u64, bytes: &[u8], areas: &mut Vec<MmapArea>) -> Result<()
 /// are of 48 bytes, and those of eventfds have their `datamatch` at the end of it, behind an offset in a file of its own.
 ///
 /// # Errors
-/// The entries do not fit the reply.
+/// The entries do not fit the reply, or there are more than [`MAX_IO_FDS`].
 pub fn decode_io_fds(body: &[u8]) -> Result<Vec<IoFdEntry>, CodecError> {
     let (head, rest) = IoFdsPayload::decode_with_rest(body)?;
     let count = usize::try_from(head.count).unwrap_or(usize::MAX);
     if count == 0 {
         return Ok(Vec::new());
+    }
+    if count > MAX_IO_FDS {
+        let what = format!("{count} descriptors for accesses to one region, where {MAX_IO_FDS} are the most");
+        return Err(CodecError::Invalid(what));
     }
     let stride = rest.len() / count;
     if stride < IoFdEntry::SIZE {

@@ -41,6 +41,10 @@ pub const MAX_MSG_FDS: u32 = 64;
 pub const MAX_DATA_XFER_SIZE: u32 = 64 << 20;
 /// The most interrupts in one SET_IRQS: MSI-X ends at 2048.
 pub const MAX_IRQS: usize = 2048;
+/// The most mappable areas of one region: each is a mapping of the client's, of which a process has 65,530.
+pub const MAX_MMAP_AREAS: usize = 64;
+/// The most descriptors that accesses to one region may go to: each is one of KVM's ioeventfds, of which a machine has 1000.
+pub const MAX_IO_FDS: usize = 128;
 /// The most writes in one REGION_WRITE_MULTI, as QEMU has it.
 pub const MAX_MULTI_WRITES: usize = 200;
 /// The most ranges in one DMA_LOGGING_START.

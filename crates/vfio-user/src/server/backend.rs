@@ -58,7 +58,7 @@ pub trait Backend: Send + Sync {
     /// Number of regions and interrupt types; constant.
     fn device_info(&self) -> DeviceInfo;
 
-    /// Region `index`, below `num_regions`. A region that the device lacks has size 0.
+    /// Region `index`, below `num_regions`. A region that the device lacks has size 0; one has at most 64 mappable areas.
     fn region_info(&self, index: u32) -> Result<RegionInfo, Errno>;
 
     /// Interrupt type `index`, below `num_irqs`. One that the device lacks has count 0.
@@ -70,7 +70,7 @@ pub trait Backend: Send + Sync {
     /// Writes `from` to region `index` at `offset`; the range lies within the region.
     fn region_write(&self, index: u32, offset: u64, from: &[u8]) -> Result<(), Errno>;
 
-    /// Descriptors that accesses to region `index` may go to; empty for none.
+    /// Descriptors that accesses to region `index` may go to, at most 128; empty for none.
     fn region_io_fds(&self, index: u32) -> Result<Vec<IoFd>, Errno> {
         let _ = index;
         Err(Errno::INVAL)

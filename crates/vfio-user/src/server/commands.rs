@@ -15,9 +15,6 @@ use crate::model::{DmaMapping, IoFdKind, IrqAction, RegionInfo};
 
 type Answer = Result<Reply, Errno>;
 
-/// The most entries of a table that goes into a reply: areas of a region, descriptors for accesses.
-const MAX_TABLE: usize = 4096;
-
 /// The errno for a malformed request.
 pub(super) fn bad(_: codec::CodecError) -> Errno {
     Errno::INVAL
@@ -38,7 +35,7 @@ impl Session<'_> {
     pub(super) fn region_info(&self, body: &[u8]) -> Answer {
         let ask = RegionInfoPayload::decode_prefix(body).map_err(bad)?;
         let info = self.region(ask.index)?;
-        if info.areas.len() > MAX_TABLE {
+        if info.areas.len() > codec::MAX_MMAP_AREAS {
             return Err(Errno::OVERFLOW);
         }
         let caps = if info.areas.is_empty() { Vec::new() } else { codec::encode_sparse_areas(&info.areas) };
@@ -72,7 +69,7 @@ impl Session<'_> {
         }
         self.region(ask.index)?;
         let entries = self.backend.region_io_fds(ask.index)?;
-        if entries.len() > MAX_TABLE {
+        if entries.len() > codec::MAX_IO_FDS {
             return Err(Errno::OVERFLOW);
         }
         let need = IoFdsPayload::SIZE + entries.len() * IoFdEntry::SIZE;

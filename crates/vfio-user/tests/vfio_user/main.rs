@@ -1,5 +1,6 @@
 //! Clients and servers against each other, against liars, and against another implementation.
 
+mod bounded;
 mod by_hand;
 mod codec;
 mod commands;
