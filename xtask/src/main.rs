@@ -34,7 +34,7 @@ cargo xtask pictures [NAME…]
                            that VFIO_MIGRATE names, or with a release build
 cargo xtask rules          check the house rules alone (length and names of files, floors, circles, unsafe, links)
 
-Rings: rules, lint, test, qemu-peer, kernel, docs
+Rings: rules, lint, test, qemu-peer, python-peers, kernel, docs
 A ring that this machine cannot run is skipped with a loud line; with CI set that is a failure.";
 
 fn main() -> ExitCode {

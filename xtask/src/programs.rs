@@ -27,7 +27,7 @@ pub(crate) struct Test {
 }
 
 /// Test programs of the command that a ring of their own runs, and that ring.
-const OWN_RINGS: [(&str, &str); 1] = [("qemu_peer", "qemu-peer")];
+const OWN_RINGS: [(&str, &str); 2] = [("qemu_peer", "qemu-peer"), ("python_peers", "python-peers")];
 
 /// How tests ended.
 #[derive(Default)]

@@ -29,7 +29,7 @@ struct Session<'a> {
 /// How many of the longest tests are named at the end.
 const LONGEST: usize = 10;
 
-const RINGS: [Ring; 6] = [
+const RINGS: [Ring; 7] = [
     Ring { name: "rules", what: "house rules", run: rules_ring, quick: true },
     Ring { name: "lint", what: "formatting and lints", run: lint, quick: true },
     Ring {
@@ -44,6 +44,18 @@ const RINGS: [Ring; 6] = [
         run: |session| match qemu_peer::fetch(session.top) {
             Ok(unpacked) => own_ring(session, "qemu-peer", Some(("VFIO_MIGRATE_QEMU", &unpacked))),
             Err(why) => Ok(Outcome::Skipped(format!("QEMU cannot be had: {why}"))),
+        },
+        quick: false,
+    },
+    Ring {
+        name: "python-peers",
+        what: "our vfio-user client and server at a server and a client in Python",
+        run: |session| {
+            if tools::python() {
+                own_ring(session, "python-peers", None)
+            } else {
+                Ok(Outcome::Skipped("python3 is not there and cannot be installed".into()))
+            }
         },
         quick: false,
     },

@@ -16,13 +16,26 @@ pub(crate) fn ready() {
     if wanted.is_empty() {
         return;
     }
-    eprintln!("installing {} …", wanted.join(" "));
-    let install = ["apt-get", "install", "-y", "-q", "--no-install-recommends"];
-    if runs(&["apt-get", "update"]) {
-        runs(&[&install[..], &wanted].concat());
-    }
+    install(&wanted);
     for package in missing() {
         eprintln!("SKIPPED: {package} is not there and cannot be installed; apt-get install {package}");
+    }
+}
+
+/// Whether there is a python3 that the peers in Python can be run by, installed if need be.
+pub(crate) fn python() -> bool {
+    let there = || runs(&["python3", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"]);
+    if !there() {
+        install(&["python3"]);
+    }
+    there()
+}
+
+fn install(packages: &[&str]) {
+    eprintln!("installing {} …", packages.join(" "));
+    let install = ["apt-get", "install", "-y", "-q", "--no-install-recommends"];
+    if runs(&["apt-get", "update"]) {
+        runs(&[&install[..], packages].concat());
     }
 }
 

@@ -1,0 +1,80 @@
+"""A vfio-user client that saves a device's state into a file, or loads it from one. Ends with 0 if all went as it should."""
+
+import argparse
+import json
+import os
+import socket
+import struct
+import sys
+
+from protocol import *
+
+PARSER = argparse.ArgumentParser()
+PARSER.add_argument("socket")
+PARSER.add_argument("verb", choices=["save", "load"])
+PARSER.add_argument("file")
+PARSER.add_argument("--max-msg-fds", type=int, default=1)
+PARSER.add_argument("--precopy", action="store_true")
+PARSER.add_argument("--piece", type=int, default=32768)
+ARGS = PARSER.parse_args()
+
+
+class Client:
+    def __init__(self):
+        self.stream = socket.socket(socket.AF_UNIX)
+        self.stream.connect(ARGS.socket)
+        self.number = 0
+        caps = {"max_msg_fds": ARGS.max_msg_fds, "max_data_xfer_size": LONGEST}
+        ask = struct.pack("=HH", 0, 1) + json.dumps({"capabilities": caps}).encode() + b"\0"
+        theirs = json.loads(self.ask(VERSION, ask)[4:].rstrip(b"\0"))["capabilities"]
+        assert theirs["max_msg_fds"] <= ARGS.max_msg_fds, theirs
+
+    def ask(self, command, body):
+        self.number = (self.number + 1) & 0xffff
+        self.stream.sendall(HEADER.pack(self.number, command, HEADER.size + len(body), 0, 0) + body)
+        (number, its, size, flags, code), fds = receive_header(self.stream)
+        assert not fds
+        reply = receive(self.stream, size - HEADER.size)
+        assert (number, its) == (self.number, command), (number, its)
+        if flags & ERROR:
+            sys.exit(f"command {command}: {os.strerror(code)}")
+        return reply
+
+    def go(self, state):
+        body = struct.pack("=IIII", 16, STATE | SET, state, 0xffffffff)
+        assert self.ask(FEATURE, body) == body
+        now = self.ask(FEATURE, struct.pack("=II", 16, STATE | GET))
+        assert struct.unpack_from("=I", now, 8)[0] == state, now
+
+    def read(self):
+        reply = self.ask(DATA_READ, struct.pack("=II", 8 + ARGS.piece, ARGS.piece))
+        size = struct.unpack_from("=II", reply)[1]
+        assert len(reply) == 8 + size
+        return reply[8:]
+
+    def write(self, data):
+        assert self.ask(DATA_WRITE, struct.pack("=II", 8 + len(data), len(data)) + data) == b""
+
+
+def save(client, file):
+    if ARGS.precopy:
+        client.go(PRE_COPY)
+        while data := client.read():
+            file.write(data)
+    client.go(STOP_COPY)
+    while data := client.read():
+        file.write(data)
+    client.go(STOP)
+    client.go(RUNNING)
+
+
+def load(client, file):
+    client.go(RESUMING)
+    while data := file.read(ARGS.piece):
+        client.write(data)
+    client.go(STOP)
+    client.go(RUNNING)
+
+
+with open(ARGS.file, "wb" if ARGS.verb == "save" else "rb") as opened:
+    (save if ARGS.verb == "save" else load)(Client(), opened)

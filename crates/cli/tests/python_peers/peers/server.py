@@ -1,0 +1,203 @@
+"""A vfio-user server: a PCI function whose migration state is bytes that follow from a seed.
+
+Says `state SHA256` when it listens, and `loaded SHA256` each time that it left RESUMING with a whole state. Each option of
+a deviation is one that is met in a server that exists."""
+
+import argparse
+import errno
+import hashlib
+import json
+import random
+import socket
+import struct
+
+from protocol import *
+
+PARSER = argparse.ArgumentParser()
+PARSER.add_argument("socket")
+PARSER.add_argument("--state", type=int, default=65536)
+PARSER.add_argument("--seed", type=int, default=1)
+PARSER.add_argument("--max-msg-fds", type=int, default=1)
+PARSER.add_argument("--one-recv", action="store_true", help="reads a body by one recv")
+PARSER.add_argument("--pad-reads", action="store_true", help="pads MIG_DATA_READ to what was asked for")
+PARSER.add_argument("--loses-step", action="store_true", help="knows 1-5, 7-10, 13, and does not drain the others")
+PARSER.add_argument("--no-region-in-stop-copy", action="store_true")
+PARSER.add_argument("--reset-keeps-state", action="store_true")
+ARGS = PARSER.parse_args()
+
+BARS = {0: 4096}
+ARCS = {(RUNNING, STOP), (STOP, RUNNING), (STOP, STOP_COPY), (STOP_COPY, STOP), (STOP, RESUMING), (RESUMING, STOP),
+        (RUNNING, PRE_COPY), (PRE_COPY, RUNNING), (PRE_COPY, STOP_COPY)}
+
+
+class Refused(Exception):
+    pass
+
+
+def say(word, state):
+    print(word, hashlib.sha256(state).hexdigest(), flush=True)
+
+
+class Device:
+    def __init__(self):
+        self.bytes = random.Random(ARGS.seed).randbytes(ARGS.state)
+        self.state, self.sent, self.loading = RUNNING, 0, None
+        self.config = bytearray(256)
+        struct.pack_into("<HH", self.config, 0, 0x1234, 0x5678)
+        self.config[8:12] = bytes([1, 0, 0, 0xff])
+        self.bar0 = bytearray(BARS[0])
+
+    def go(self, to):
+        """Walks to a state by the shortest way, which leads through no saving state."""
+        while self.state != to:
+            here = self.state
+            step = to if (here, to) in ARCS else STOP if here != STOP else None
+            if step is None or (here, step) not in ARCS or (here, to) == (STOP_COPY, PRE_COPY):
+                raise Refused(errno.EINVAL)
+            if here == RESUMING:
+                if self.loading and len(self.loading) != ARGS.state:
+                    raise Refused(errno.EINVAL)
+                if self.loading:
+                    self.bytes = bytes(self.loading)
+                    say("loaded", self.bytes)
+            if step == RESUMING:
+                self.loading = bytearray()
+            # The specification has one stream for both: what PRE_COPY gave is not given again.
+            if step == PRE_COPY or (step == STOP_COPY and here != PRE_COPY):
+                self.sent = 0
+            self.state = step
+
+    def region(self, index):
+        return {0: self.bar0, 7: self.config}.get(index)
+
+    def write_config(self, at, data):
+        for n, byte in enumerate(data, at):
+            if n in (4, 5) or 0x0c <= n < 0x0e or n == 0x3c:
+                self.config[n] = byte
+        if at == 0x10 and len(data) == 4:
+            struct.pack_into("<I", self.config, at, struct.unpack("<I", data)[0] & -BARS[0] & 0xffffffff)
+
+
+class Session:
+    def __init__(self, stream, device):
+        self.stream, self.device = stream, device
+
+    def serve(self):
+        while True:
+            (number, command, size, flags, _), fds = receive_header(self.stream)
+            close_all(fds)
+            known = command in (1, 2, 3, 4, 5, 7, 8, 9, 10, 13)
+            if ARGS.loses_step and not known:
+                self.stream.sendall(HEADER.pack(number, command, HEADER.size, REPLY | ERROR, 0))
+                continue
+            want = size - HEADER.size
+            if want < 0 or want > LONGEST + 64:
+                raise Closed
+            body = self.stream.recv(want) if ARGS.one_recv and want else receive(self.stream, want)
+            try:
+                if len(body) < want:
+                    raise Refused(errno.EINVAL)
+                reply = self.answer(command, body)
+                head = HEADER.pack(number, command, HEADER.size + len(reply), REPLY, 0)
+            except Refused as why:
+                reply, head = b"", HEADER.pack(number, command, HEADER.size, REPLY | ERROR, why.args[0])
+            if not flags & 0x10:
+                self.stream.sendall(head + reply)
+
+    def answer(self, command, body):
+        device = self.device
+        if command == VERSION:
+            caps = {"max_msg_fds": ARGS.max_msg_fds, "max_data_xfer_size": LONGEST}
+            return body[:4] + json.dumps({"capabilities": caps}).encode() + b"\0"
+        if command in (DMA_MAP, SET_IRQS):
+            return b""
+        if command == DMA_UNMAP:
+            return body[:24]
+        if command == GET_INFO:
+            return struct.pack("=IIII", 16, 3, 9, 5)
+        if command == GET_REGION_INFO:
+            index = struct.unpack_from("=I", body, 8)[0]
+            size = len(device.region(index) or b"")
+            return struct.pack("=IIIIQQ", 32, 3 if size else 0, index, 0, size, 0)
+        if command == GET_REGION_IO_FDS:
+            index = struct.unpack_from("=I", body, 8)[0]
+            return struct.pack("=IIII", 16, 0, index, 0)
+        if command == GET_IRQ_INFO:
+            return struct.pack("=IIII", 16, 0, struct.unpack_from("=I", body, 8)[0], 0)
+        if command in (REGION_READ, REGION_WRITE):
+            return self.region(command, body)
+        if command == RESET:
+            if not ARGS.reset_keeps_state:
+                device.state = RUNNING
+            return b""
+        if command == FEATURE:
+            return self.feature(body)
+        if command == DATA_READ:
+            size = struct.unpack_from("=II", body)[1]
+            if device.state not in (PRE_COPY, STOP_COPY) or size > LONGEST:
+                raise Refused(errno.EINVAL)
+            data = device.bytes[device.sent : device.sent + size]
+            device.sent += len(data)
+            padding = bytes(size - len(data)) if ARGS.pad_reads else b""
+            return struct.pack("=II", 8 + len(data), len(data)) + data + padding
+        if command == DATA_WRITE:
+            size = struct.unpack_from("=II", body)[1]
+            if device.state != RESUMING or size != len(body) - 8 or len(device.loading) + size > ARGS.state:
+                raise Refused(errno.EINVAL)
+            device.loading += body[8:]
+            return b""
+        raise Refused(errno.EINVAL)
+
+    def region(self, command, body):
+        at, index, count = struct.unpack_from("=QII", body)
+        region = self.device.region(index)
+        if region is None or at + count > len(region):
+            raise Refused(errno.EINVAL)
+        if ARGS.no_region_in_stop_copy and self.device.state == STOP_COPY:
+            raise Refused(errno.EINVAL)
+        if command == REGION_READ:
+            return body[:16] + bytes(region[at : at + count])
+        if index == 7:
+            self.device.write_config(at, body[16:])
+        else:
+            region[at : at + count] = body[16:]
+        return body[:16]
+
+    def feature(self, body):
+        flags, data = struct.unpack_from("=I", body, 4)[0], body[8:]
+        feature, op = flags & 0xffff, flags & ~0xffff
+        if op & PROBE:
+            if feature not in (MIGRATION, STATE, LOG_START, LOG_STOP, LOG_REPORT):
+                raise Refused(errno.EINVAL)
+            return body
+        if (feature, op) == (MIGRATION, GET):
+            return struct.pack("=IIQ", 16, flags, 5)
+        if (feature, op) == (STATE, GET):
+            return struct.pack("=IIII", 16, flags, self.device.state, 0xffffffff)
+        if (feature, op) == (STATE, SET):
+            self.device.go(struct.unpack_from("=I", data)[0])
+            return body
+        if (feature, op) in ((LOG_START, SET), (LOG_STOP, SET)):
+            return body
+        if (feature, op) == (LOG_REPORT, GET):
+            _, length, page = struct.unpack_from("=QQQ", data)
+            bits = bytes((length + 64 * page - 1) // (64 * page) * 8)
+            return struct.pack("=II", 8 + 24 + len(bits), flags) + data[:24] + bits
+        raise Refused(errno.EINVAL)
+
+
+def main():
+    device = Device()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(ARGS.socket)
+    listener.listen()
+    say("state", device.bytes)
+    while True:
+        stream, _ = listener.accept()
+        try:
+            Session(stream, device).serve()
+        except (Closed, ConnectionError):
+            stream.close()
+
+
+main()
