@@ -2,5 +2,6 @@
 //! other end. `cargo xtask test python-peers` runs these.
 
 mod clients;
+mod guests;
 mod peer;
 mod servers;

@@ -61,6 +61,11 @@ impl Server {
         self.digest("loaded")
     }
 
+    /// The number that it says next after `word`.
+    pub(crate) fn number(&mut self, word: &str) -> u64 {
+        self.digest(word).parse().expect("a number")
+    }
+
     fn digest(&mut self, word: &str) -> String {
         let mut line = String::new();
         self.said.read_line(&mut line).expect("it says something");

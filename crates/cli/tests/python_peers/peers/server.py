@@ -7,7 +7,9 @@ import argparse
 import errno
 import hashlib
 import json
+import mmap
 import random
+import select
 import socket
 import struct
 
@@ -23,6 +25,8 @@ PARSER.add_argument("--pad-reads", action="store_true", help="pads MIG_DATA_READ
 PARSER.add_argument("--loses-step", action="store_true", help="knows 1-5, 7-10, 13, and does not drain the others")
 PARSER.add_argument("--no-region-in-stop-copy", action="store_true")
 PARSER.add_argument("--reset-keeps-state", action="store_true")
+PARSER.add_argument("--dma", type=lambda word: int(word, 0), help="guest address that a running device counts up at")
+PARSER.add_argument("--hides-dirty", action="store_true", help="does not log what it writes")
 ARGS = PARSER.parse_args()
 
 BARS = {0: 4096}
@@ -42,6 +46,7 @@ class Device:
     def __init__(self):
         self.bytes = random.Random(ARGS.seed).randbytes(ARGS.state)
         self.state, self.sent, self.loading = RUNNING, 0, None
+        self.ram, self.at, self.count, self.dirty = None, 0, 0, False
         self.config = bytearray(256)
         struct.pack_into("<HH", self.config, 0, 0x1234, 0x5678)
         self.config[8:12] = bytes([1, 0, 0, 0xff])
@@ -65,7 +70,28 @@ class Device:
             # The specification has one stream for both: what PRE_COPY gave is not given again.
             if step == PRE_COPY or (step == STOP_COPY and here != PRE_COPY):
                 self.sent = 0
+            # A last write once all of RAM has gone ahead: only the log tells of it.
+            if step in (STOP, STOP_COPY):
+                self.work()
+            if step == STOP_COPY and self.ram:
+                print("wrote", self.count, flush=True)
             self.state = step
+
+    def map(self, body, fds):
+        _, _, offset, iova, size = struct.unpack_from("=IIQQQ", body)
+        if fds and ARGS.dma is not None and iova <= ARGS.dma < iova + size:
+            self.ram, self.at = mmap.mmap(fds[0], size, offset=offset), ARGS.dma - iova
+
+    def work(self):
+        """One write into guest RAM by a device that runs."""
+        if self.ram and self.state in (RUNNING, PRE_COPY):
+            if self.loading is not None:
+                # The first since it was loaded: what the other device wrote last has to be there.
+                print("found", struct.unpack_from("<Q", self.ram, self.at)[0], flush=True)
+                self.loading = None
+            self.count += 1
+            struct.pack_into("<Q", self.ram, self.at, self.count)
+            self.dirty = not ARGS.hides_dirty
 
     def region(self, index):
         return {0: self.bar0, 7: self.config}.get(index)
@@ -84,8 +110,9 @@ class Session:
 
     def serve(self):
         while True:
+            while ARGS.dma is not None and not select.select([self.stream], [], [], 0.005)[0]:
+                self.device.work()
             (number, command, size, flags, _), fds = receive_header(self.stream)
-            close_all(fds)
             known = command in (1, 2, 3, 4, 5, 7, 8, 9, 10, 13)
             if ARGS.loses_step and not known:
                 self.stream.sendall(HEADER.pack(number, command, HEADER.size, REPLY | ERROR, 0))
@@ -94,6 +121,9 @@ class Session:
             if want < 0 or want > LONGEST + 64:
                 raise Closed
             body = self.stream.recv(want) if ARGS.one_recv and want else receive(self.stream, want)
+            if command == DMA_MAP:
+                self.device.map(body, fds)
+            close_all(fds)
             try:
                 if len(body) < want:
                     raise Refused(errno.EINVAL)
@@ -164,7 +194,7 @@ class Session:
         return body[:16]
 
     def feature(self, body):
-        flags, data = struct.unpack_from("=I", body, 4)[0], body[8:]
+        device, flags, data = self.device, struct.unpack_from("=I", body, 4)[0], body[8:]
         feature, op = flags & 0xffff, flags & ~0xffff
         if op & PROBE:
             if feature not in (MIGRATION, STATE, LOG_START, LOG_STOP, LOG_REPORT):
@@ -180,8 +210,11 @@ class Session:
         if (feature, op) in ((LOG_START, SET), (LOG_STOP, SET)):
             return body
         if (feature, op) == (LOG_REPORT, GET):
-            _, length, page = struct.unpack_from("=QQQ", data)
-            bits = bytes((length + 64 * page - 1) // (64 * page) * 8)
+            first, length, page = struct.unpack_from("=QQQ", data)
+            bits = bytearray((length + 64 * page - 1) // (64 * page) * 8)
+            if device.ram and device.dirty and first <= ARGS.dma < first + length:
+                bit, device.dirty = (ARGS.dma - first) // page, False
+                bits[bit // 8] |= 1 << bit % 8
             return struct.pack("=II", 8 + 24 + len(bits), flags) + data[:24] + bits
         raise Refused(errno.EINVAL)
 
