@@ -43,6 +43,13 @@ struct Active {
     asked: Granule,
 }
 
+/// A log has no range to be of.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no mapping of guest RAM for the device's DMA is known; map it by the device (dma_map), before its log starts"
+)]
+struct UnknownRam;
+
 /// The finding of a trial of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tried {
@@ -146,7 +153,12 @@ impl DirtySource for TrackerLog {
             // With iommufd a second start would lose what the first has logged.
             return Err(MemoryError::AlreadyLogging { source_name: self.name.clone() });
         }
-        *active = Some(self.begin(self.windows.begin())?);
+        let mapped = self.windows.begin();
+        if mapped.is_empty() && !self.windows.knows_ram() {
+            // Whoever mapped the guest's RAM for the device did so elsewhere: nothing is known of what it writes.
+            return Err(self.failed("starting", UnknownRam));
+        }
+        *active = Some(self.begin(mapped)?);
         Ok(())
     }
 
@@ -381,12 +393,35 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_reaches_nothing_dirties_nothing() {
+    fn a_device_that_may_write_no_ram_dirties_nothing() {
         let fake = Arc::new(exact());
-        let log = TrackerLog::new("device t0".into(), Box::new(fake.clone()), Arc::default());
+        let windows = Arc::new(DmaWindows::default());
+        windows.add(DmaWindow { write: false, ..window(0, 16, 0) });
+        let log = TrackerLog::new("device t0".into(), Box::new(fake.clone()), windows);
         log.start().unwrap();
         assert!(dirty(&log).is_empty());
         log.stop().unwrap();
         assert_eq!(fake.state.lock().unwrap().starts, 0);
+    }
+
+    #[test]
+    fn a_log_that_knows_no_mapping_of_ram_refuses_to_start() {
+        let windows = Arc::new(DmaWindows::default());
+        let log = TrackerLog::new("device t0".into(), Box::new(Arc::new(exact())), windows.clone());
+        let refused = |log: &TrackerLog| {
+            let error = log.start().unwrap_err();
+            let text = vfio_migration_types::error_chain(&error);
+            assert!(text.contains("device t0") && text.contains("no mapping of guest RAM"), "{text}");
+            let mut into = Bitmap::new(PAGE_SIZE, Granule::PAGE);
+            assert!(matches!(log.report(&mut into), Err(MemoryError::NotLogging { .. })));
+        };
+        refused(&log);
+        // Another device's BAR says nothing of RAM.
+        let bar = Range::new(Iova(0xfe00_0000), PAGE_SIZE).unwrap();
+        windows.add(DmaWindow { iova: bar, write: true, ram: None });
+        refused(&log);
+        windows.add(window(0, 16, 0));
+        log.start().unwrap();
+        log.stop().unwrap();
     }
 }

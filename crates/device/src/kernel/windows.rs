@@ -62,6 +62,11 @@ impl DmaWindows {
         self.lock().ram().collect()
     }
 
+    /// Whether any guest RAM is mapped, for reading alone too.
+    pub(super) fn knows_ram(&self) -> bool {
+        self.lock().windows.iter().any(|window| window.ram.is_some())
+    }
+
     /// Guest RAM that changed hands since [`begin`](Self::begin), with its length in bytes.
     pub(super) fn moved(&self) -> Vec<(RamOffset, u64)> {
         self.lock().moved.clone()
