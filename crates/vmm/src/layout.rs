@@ -8,7 +8,7 @@
 //! 0x00_FEE0_0000  local APIC, and the target of MSIs
 //! 0x00_FFFB_C000  KVM's own pages (identity map, TSS), 4 pages
 //! 0x01_0000_0000  the rest of RAM
-//! 0x40_0000_0000  64-bit BARs, 1 GiB
+//! 0x40_0000_0000  64-bit BARs, 256 GiB: those below 1 GiB in the first GiB
 //! ```
 
 use vfio_migration_memory::RamSpec;
@@ -36,8 +36,10 @@ pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 pub const KVM_TSS: u64 = 0xFFFB_D000;
 /// Start of the window for 64-bit BARs. Needs 39 bits of guest-physical address.
 pub const MMIO64_BASE: u64 = 1 << 38;
-/// Bytes of the window for 64-bit BARs.
-pub const MMIO64_LEN: u64 = 1 << 30;
+/// Bytes of the window for 64-bit BARs: all that 39 bits of guest-physical address have.
+pub const MMIO64_LEN: u64 = 1 << 38;
+/// Bytes from the start of that window where the smaller BARs lie, which the guest program's page tables reach.
+pub const MMIO64_SMALL_LEN: u64 = 1 << 30;
 /// First of the ports for I/O BARs: the machine's own lie below.
 pub const PCI_PORTS_BASE: u64 = 0x1000;
 /// Number of ports for I/O BARs: all the rest.

@@ -72,11 +72,12 @@ pub fn load(vm: &KvmVm, info: &BootInfo) -> Result<(), VmmError> {
     })
 }
 
-/// Identity mapping with 2 MiB pages of the first 4 GiB, the RAM above, and the window of 64-bit BARs.
+/// Identity mapping with 2 MiB pages of the first 4 GiB, the RAM above, and the window of
+/// 64-bit BARs as far as those of the devices that it drives lie in it.
 fn write_page_tables(ram: &GuestRam) -> Result<(), VmmError> {
     let ram_end = ram.regions().iter().map(|region| region.gpa.0 + region.len).max().unwrap_or(0);
     let low = 0..ram_end.max(layout::RAM_HIGH_BASE).div_ceil(GIB);
-    let window = layout::MMIO64_BASE / GIB..(layout::MMIO64_BASE + layout::MMIO64_LEN).div_ceil(GIB);
+    let window = layout::MMIO64_BASE / GIB..(layout::MMIO64_BASE + layout::MMIO64_SMALL_LEN).div_ceil(GIB);
     let directory_pointers = PAGE_TABLES + PAGE;
     let mut table = PAGE_TABLES + 2 * PAGE;
     write_words(ram, PAGE_TABLES, &[directory_pointers | PTE_PRESENT_WRITABLE])?;

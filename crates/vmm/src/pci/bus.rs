@@ -95,13 +95,20 @@ impl PciBus {
         let BarWindows { low, high, ports } = self.host.windows;
         // What is free of each: first, and past the last.
         let mut low = (low.start().0, low.end());
-        let mut high = (high.start().0, high.end());
+        // Large ones apart: all small ones are within reach of a guest that maps the window's begin alone.
+        let (middle, end) =
+            (high.start().0.saturating_add(layout::MMIO64_SMALL_LEN).min(high.end()), high.end());
+        let mut high = (high.start().0, middle);
+        let mut large = (middle, end);
         let mut ports = (ports.start(), ports.end());
         for (function, bar) in bars {
             // One page of memory at least, so that no two BARs share one.
             let (window, least) = match bar {
                 Bar { io: true, .. } => (&mut ports, 1),
-                Bar { wide: true, prefetchable: true, .. } => (&mut high, 4096),
+                Bar { wide: true, prefetchable: true, size, .. } if size < layout::MMIO64_SMALL_LEN => {
+                    (&mut high, 4096)
+                }
+                Bar { wide: true, prefetchable: true, .. } => (&mut large, 4096),
                 _ => (&mut low, 4096),
             };
             let place = window.0.checked_next_multiple_of(bar.size).and_then(|start| {
