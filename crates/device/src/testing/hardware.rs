@@ -122,6 +122,8 @@ pub struct FakeHardwareState {
     pub no_peer_dma: bool,
     /// Interrupts of a kind that the host has; `None` for as many as are asked for.
     pub possible: Option<u32>,
+    /// Bytes of config space that it lets be written, by their offsets.
+    pub writable: BTreeSet<u64>,
     /// Kinds that it refuses to disable, by their number.
     pub keeps: BTreeSet<u32>,
     /// Kinds that are enabled, by their number.
@@ -166,6 +168,7 @@ impl FakeHardware {
             fail: false,
             no_peer_dma: false,
             possible: None,
+            writable: (0x53..0x58).collect(),
             keeps: BTreeSet::new(),
             enabled: BTreeSet::new(),
             reach: 0,
@@ -335,8 +338,10 @@ impl PciHardware for FakeHardware {
     fn region_write(&self, index: RegionIndex, offset: u64, from: &[u8]) -> Result<(), DeviceError> {
         let mut state = self.doing(format!("write {} {offset:#x} {from:x?}", index.0))?;
         if index == RegionIndex::CONFIG {
-            if (0x53..0x58).contains(&offset) {
-                state.config[offset as usize..][..from.len()].copy_from_slice(from);
+            for (at, byte) in
+                (offset..).zip(from).filter(|(at, _)| state.writable.contains(at)).collect::<Vec<_>>()
+            {
+                state.config[at as usize] = *byte;
             }
         } else if index.0 == 4 {
             state.ports[offset as usize..][..from.len()].copy_from_slice(from);

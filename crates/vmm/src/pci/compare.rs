@@ -3,14 +3,16 @@
 //! Compared by default: vendor, device, revision, class, header type, subsystem, interrupt pin and timing, where each
 //! capability lies and what it is, and what read-only registers of known capabilities say. Exempt: what a guest writes
 //! (COMMAND, STATUS, cache line, latency, BARs, interrupt line, the enable, mask, address and control bits of
-//! capabilities), and the contents of vendor-specific capabilities, in which hosts of one model differ.
+//! capabilities), and the contents of vendor-specific capabilities, in which hosts of one model differ. Registers of the
+//! device itself that a guest sets are put back by `own_registers`.
 
 use vfio_migration_device::{ConfigRules, PciError};
 use vfio_migration_types::DeviceId;
 
 use super::config::{ConfigCapability, ConfigSpace};
 use super::registers::{
-    CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_PM, CAP_VENDOR, CAP_VPD, CAPABILITY_LIST, EXTENDED, HEADER_TYPE,
+    CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_PM, CAP_VENDOR, CAP_VPD, CAPABILITY_LIST, EXT_RESIZABLE_BAR,
+    EXTENDED, HEADER_TYPE,
 };
 
 /// Checks `saved`, the source's config space, against the function's own.
@@ -75,13 +77,12 @@ fn default_mask(own: &ConfigSpace) -> Vec<u8> {
     }
 
     // Extended capabilities: where they lie and what they are; their contents are the driver's affair.
-    let mut next = EXTENDED;
-    let mut seen = 0;
-    while usize::from(next) + 4 <= own.len() && next >= EXTENDED && seen < 1024 {
-        let header = own.u32(next);
-        set(next, &[0xff; 4]);
-        next = u16::try_from(header >> 20).unwrap_or(0) & !3;
-        seen += 1;
+    for (id, offset) in own.extended_capabilities() {
+        set(offset, &[0xff; 4]);
+        if id == EXT_RESIZABLE_BAR {
+            // The size of a BAR is the device's, and where it lies depends on it.
+            set(offset + 4, &[0xff; 8]);
+        }
     }
     mask
 }

@@ -197,6 +197,21 @@ impl ConfigSpace {
         out
     }
 
+    /// The extended capabilities, as far as they are sane: ids and offsets.
+    pub(super) fn extended_capabilities(&self) -> Vec<(u16, u16)> {
+        let mut out: Vec<(u16, u16)> = Vec::new();
+        let mut next = EXTENDED;
+        while next >= EXTENDED
+            && usize::from(next) + 4 <= self.len()
+            && out.iter().all(|(_, offset)| *offset != next)
+        {
+            let header = self.u32(next);
+            out.push(((header & 0xffff) as u16, next));
+            next = u16::try_from(header >> 20).unwrap_or(0) & !3;
+        }
+        out
+    }
+
     /// Takes capabilities of this kind out of the list, for a function that cannot serve them: a guest that found one would
     /// enable it, and hear nothing.
     pub(super) fn hide(&mut self, id: u8) {

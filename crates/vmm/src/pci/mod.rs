@@ -20,6 +20,7 @@ mod flr;
 mod host;
 mod interrupts;
 mod intx;
+mod own_registers;
 mod peers;
 mod placing;
 mod registers;

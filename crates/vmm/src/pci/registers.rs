@@ -43,3 +43,10 @@ pub(super) const MSIX_PBA: u16 = 8;
 pub(super) const MSIX_CAP_LEN: u16 = 12;
 pub(super) const MSIX_ENABLE: u16 = 0x8000;
 pub(super) const MSIX_MASK_ALL: u16 = 0x4000;
+
+/// Advanced error reporting.
+pub(super) const EXT_AER: u16 = 0x01;
+/// Sizes of BARs.
+pub(super) const EXT_RESIZABLE_BAR: u16 = 0x15;
+/// Latency tolerance reporting.
+pub(super) const EXT_LTR: u16 = 0x18;

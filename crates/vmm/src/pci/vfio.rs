@@ -17,6 +17,7 @@ use super::devfn::Devfn;
 use super::flr::ResetRegisters;
 use super::host::PciHost;
 use super::interrupts::FunctionInterrupts;
+use super::own_registers::OwnRegister;
 use super::registers::{CAP_MSI, CAP_MSIX, COMMAND, HEADER_END, INTERRUPT_LINE};
 use super::state::State;
 use super::vectors::{ENTRY, IrqPath, PciFailure};
@@ -34,6 +35,7 @@ pub struct VfioPciFunction {
     pub(super) bars: Vec<Bar>,
     layout: Option<MsixLayout>,
     resets: ResetRegisters,
+    own_registers: Vec<OwnRegister>,
     /// Config space as it was when the device was opened.
     pristine: ConfigSpace,
     state: Mutex<State>,
@@ -132,9 +134,20 @@ impl VfioPciFunction {
             doorbells,
             placed: std::array::from_fn(|_| None),
         };
-        let resets = ResetRegisters::find(&config);
+        let (resets, own_registers) = (ResetRegisters::find(&config), OwnRegister::find(&config));
         let (state, errors) = (Mutex::new(state), AtomicU64::new(0));
-        Ok(Self { devfn, hardware, host, bars, layout, resets, pristine: config, state, errors })
+        Ok(Self {
+            devfn,
+            hardware,
+            host,
+            bars,
+            layout,
+            resets,
+            own_registers,
+            pristine: config,
+            state,
+            errors,
+        })
     }
 
     /// Slot and function on bus 0.
@@ -230,7 +243,7 @@ impl VfioPciFunction {
                     }
                     return;
                 }
-                Ok(()) => {}
+                Ok(()) => self.refresh_own(&mut state.config, at, own.len()),
                 Err(error) => self.note(&error, "writing config space"),
             }
         }
@@ -251,6 +264,16 @@ impl VfioPciFunction {
             let State { config, interrupts, .. } = state;
             if let Err(failure) = interrupts.apply_masks(config, self.irq_path()) {
                 self.note(&self.failed(failure), "switching interrupts");
+            }
+        }
+    }
+
+    /// Takes what the device made of a write to a register that a move puts back: a save asks the device nothing.
+    fn refresh_own(&self, config: &mut ConfigSpace, at: u16, len: usize) {
+        for register in self.own_registers.iter().filter(|register| register.touched(at, len)) {
+            match register.read(&*self.hardware) {
+                Ok(value) => config.refresh(register.offset(), &value),
+                Err(error) => self.note(&error, "reading config space"),
             }
         }
     }
@@ -417,6 +440,10 @@ impl PciFunction for VfioPciFunction {
         // Memory decode is on at the device before anything can touch a BAR that is mapped.
         let written = self.write_command(&state);
         written.map_err(|error| self.failed(("writing PCI_COMMAND".to_owned(), error.into())))?;
+        for register in &self.own_registers {
+            let value = register.restore(&*self.hardware, &saved.config, rules)?;
+            state.config.refresh(register.offset(), &value);
+        }
         self.place_all(&mut state)
     }
 

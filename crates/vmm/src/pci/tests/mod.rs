@@ -3,5 +3,6 @@
 pub(crate) mod fakes;
 mod functions;
 mod hidden;
+mod own_registers;
 mod pin_msi;
 mod vectors;
