@@ -83,14 +83,15 @@ SETTING(size_percent, SIZE_PERCENT, 100000, 100);
 SETTING(precopy_zero, PRECOPY_ZERO, 1, 0);
 SETTING(accept_truncated, ACCEPT_TRUNCATED, 1, 0);
 SETTING(log_omit_every, LOG_OMIT_EVERY, U64_MAX, 0);
+SETTING(irqs_possible, IRQS_POSSIBLE, VECTORS, 0);
 SETTING(arcs, ARCS, U64_MAX, 0);
 static struct setting_attribute attr_integrity = { __ATTR(integrity, 0444, setting_show, NULL), INTEGRITY, 0, 0 };
 
 static struct setting_attribute *const settings[] = {
 	&attr_state_size, &attr_dirty_rate, &attr_dma_interval_us, &attr_version, &attr_mig_flags, &attr_dma_log,
 	&attr_fail_arc, &attr_fail_errno, &attr_error_arc, &attr_arc_delay_ms, &attr_short_read, &attr_enodev_after,
-	&attr_size_percent, &attr_precopy_zero, &attr_accept_truncated, &attr_log_omit_every, &attr_arcs,
-	&attr_integrity,
+	&attr_size_percent, &attr_precopy_zero, &attr_accept_truncated, &attr_log_omit_every, &attr_irqs_possible,
+	&attr_arcs, &attr_integrity,
 };
 
 void migdev_settings_init(struct migdev *dev)
@@ -107,8 +108,8 @@ static struct attribute *attributes[] = {
 	&attr_fail_errno.attr.attr,
 	&attr_error_arc.attr.attr, &attr_arc_delay_ms.attr.attr, &attr_short_read.attr.attr,
 	&attr_enodev_after.attr.attr, &attr_size_percent.attr.attr, &attr_precopy_zero.attr.attr,
-	&attr_accept_truncated.attr.attr, &attr_log_omit_every.attr.attr, &attr_arcs.attr.attr,
-	&attr_integrity.attr.attr, NULL,
+	&attr_accept_truncated.attr.attr, &attr_log_omit_every.attr.attr,
+	&attr_irqs_possible.attr.attr, &attr_arcs.attr.attr, &attr_integrity.attr.attr, NULL,
 };
 
 static const struct attribute_group migdev_group = { .attrs = attributes };

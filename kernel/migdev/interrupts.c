@@ -71,8 +71,12 @@ long interrupts_info(struct migdev *dev, unsigned long arg)
 static long connect_all(struct migdev *dev, const struct vfio_irq_set *set, const s32 *fds)
 {
 	struct eventfd_ctx *events[VECTORS] = {};
+	u64 possible = READ_ONCE(dev->set[IRQS_POSSIBLE]);
 	u32 i;
 
+	/* As vfio-pci where the host has fewer vectors: none is enabled, and their number is the answer. */
+	if (possible && set->start + set->count > possible)
+		return possible;
 	/* All or none. */
 	for (i = 0; i < set->count; i++) {
 		if (fds[i] < 0)

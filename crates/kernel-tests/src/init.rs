@@ -72,6 +72,7 @@ fn there(need: Need) -> bool {
         Need::IommufdMock => "/sys/bus/iommufd_mock",
         Need::Edu => return crate::edu::place().is_some(),
         Need::Peer => return with_peer() && network::card().is_some(),
+        Need::NoRemapping => return crate::xhci::without_remapping(),
         Need::NoCdev => return !Path::new("/dev/iommu").exists(),
     };
     Path::new(path).exists()
@@ -90,6 +91,7 @@ fn run_all() {
     let tests: Vec<_> = TESTS
         .iter()
         .filter(|test| test.needs.contains(&Need::Peer) == with_peer)
+        .filter(|test| test.needs.contains(&Need::NoRemapping) == crate::xhci::without_remapping())
         .filter(|test| named(test.name) && test.needs.iter().all(|need| there(*need)))
         .collect();
     // Announced first: one that takes the machine down with it is missed then.

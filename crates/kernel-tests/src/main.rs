@@ -25,6 +25,7 @@ mod pin;
 mod refused;
 mod table;
 mod vm;
+mod xhci;
 
 use std::process::ExitCode;
 

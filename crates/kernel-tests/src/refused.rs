@@ -79,3 +79,30 @@ pub(crate) fn all_dirty() -> Outcome {
     })?;
     same("pages, blocks and interrupts lost", lost(&report), [0, 0, 0])
 }
+
+/// A destination whose host has fewer vectors than the guest has in use answers SET_IRQS with a number, and has enabled
+/// none: refused in ready, and the guest goes on at the source, its interrupts too.
+pub(crate) fn fewer_vectors() -> Outcome {
+    let instances = [Instance::new("migdev", "migdev-0")?, Instance::new("migdev", "migdev-0")?];
+    migdev::set(&instances[1], "irqs_possible", 1)?;
+    let [from, to] = instances.each_ref().map(|instance| format!("mdev:{},id=net0", instance.uuid()));
+    let mut destination = VmProcess::start("b", &to, &["--incoming", TARGET])?;
+    let mut source = VmProcess::start("a", &from, &[])?;
+    source.until("the guest to work", "query-guest", |report| count(report, "interrupts") >= 16)?;
+    destination.until("the destination to wait", "query", |_| true)?;
+    source.call("migrate", &json!({"uri": TARGET, "downtime-limit": DOWNTIME_LIMIT_MS}))?;
+    let ended = source.until("the refusal", "query", |info| info["migration"].is_null())?["last"].clone();
+    same("status", ended["status"].as_str(), Some("failed"))?;
+    let ended = ended.to_string();
+    for said in ["P6", "net0", "MSI-X", "the host has 1 of the 2 interrupts asked for, and enabled none"] {
+        holds(ended.contains(said), &format!("'{said}' is said: {ended}"))?;
+    }
+    let then = source.call("query-guest", &Value::Null)?;
+    let report = source.until("interrupts to go on", "query-guest", |report| {
+        count(report, "interrupts") >= count(&then, "interrupts") + 16
+            && count(report, "block-passes") > count(&then, "block-passes")
+            && count(report, "page-passes") > count(&then, "page-passes")
+    })?;
+    let lost = ["pages-lost", "blocks-lost", "interrupts-lost"].map(|what| count(&report, what));
+    same("pages, blocks and interrupts lost", lost, [0, 0, 0])
+}

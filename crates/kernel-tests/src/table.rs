@@ -6,6 +6,7 @@ use crate::check::Outcome;
 use crate::iommufd_mock::{table, tracker};
 use crate::{
     described, device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair, pin, refused,
+    xhci,
 };
 use vfio_migration_types::error_chain;
 
@@ -30,6 +31,8 @@ pub(crate) enum Need {
     Devlink,
     /// A second machine at the other end of a network link. On such a machine nothing else is tested.
     Peer,
+    /// No remapping of interrupts, and a function with several MSI vectors. On such a machine nothing else is tested.
+    NoRemapping,
 }
 
 impl Need {
@@ -44,6 +47,7 @@ impl Need {
             "devlink" => Self::Devlink,
             "edu" => Self::Edu,
             "peer" => Self::Peer,
+            "no-remapping" => Self::NoRemapping,
             "iommufd-mock" => Self::IommufdMock,
             _ => return None,
         })
@@ -203,6 +207,12 @@ pub(crate) const TESTS: &[KernelTest] = &[
         &[Need::Migdev, Need::Kvm, Need::Cdev],
         refused::all_dirty,
     ),
+    test(
+        "a_guest_is_refused_where_its_vectors_do_not_fit",
+        &[Need::Migdev, Need::Kvm],
+        refused::fewer_vectors,
+    ),
+    test("msi_of_which_the_host_has_fewer", &[Need::NoRemapping], xhci::fewer_vectors),
     test("two_machines_guest_moves_whole", &[Need::Peer, Need::Migdev, Need::Kvm], pair::moves_whole),
     test(
         "two_machines_guest_notices_what_is_lost",

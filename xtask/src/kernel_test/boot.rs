@@ -17,6 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(480);
 pub(super) enum Plugged {
     /// Devices without migration behind an IOMMU, for vfio-pci: edu, and a network card of PCI Express.
     Functions,
+    /// A USB controller with 16 MSI vectors, on a kernel told not to remap interrupts.
+    UnmappedVectors,
     /// A network card, whose frames go through a socket.
     Link { socket: UnixStream, address: &'static str },
 }
@@ -39,6 +41,10 @@ pub(super) fn boot(
     plugged: Plugged,
     given_up: &AtomicBool,
 ) -> Result<String, String> {
+    let words = match plugged {
+        Plugged::UnmappedVectors => format!("intremap=off {words}"),
+        _ => words.to_owned(),
+    };
     let line =
         format!("console=ttyS0 panic=-1 quiet intel_iommu=on no_timer_check nohz=off highres=off {words}");
     let mut qemu = Command::new("qemu-system-x86_64");
@@ -51,6 +57,10 @@ pub(super) fn boot(
         Plugged::Functions => {
             qemu.args(["-net", "none", "-device", "intel-iommu,intremap=on", "-device", "edu"])
                 .args(["-netdev", "hubport,id=nowhere,hubid=0", "-device", "e1000e,netdev=nowhere"])
+                .stdin(Stdio::null());
+        }
+        Plugged::UnmappedVectors => {
+            qemu.args(["-net", "none", "-device", "intel-iommu", "-device", "nec-usb-xhci,msi=on,msix=off"])
                 .stdin(Stdio::null());
         }
         Plugged::Link { socket, address } => {

@@ -95,6 +95,15 @@ const PAIR: Set = Set {
     has: "migdev,kvm,no-cdev,peer",
 };
 
+/// A host that does not remap interrupts.
+const UNMAPPED: Set = Set {
+    name: "unmapped",
+    what: "the kernel as Debian builds it, without remapping of interrupts",
+    modules: &["irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-core", "vfio-pci"],
+    rebuilt: false,
+    has: "no-remapping",
+};
+
 /// Runs the ring, or those of its tests whose name has one of `named` in it.
 pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
     if !cfg!(target_arch = "x86_64") {
@@ -114,28 +123,29 @@ pub(crate) fn run(top: &Path, named: &[&str]) -> Result<Outcome, String> {
             set.modules.iter().map(|name| kernel.module(name, set.rebuilt)).collect::<Result<_, _>>()?;
         image::make(&cache, set.name, &programs, &kernel.config, set.modules, files)
     };
-    let boot_one = |set: &Set| {
+    let boot_one = |set: &Set, plugged: boot::Plugged| {
         let alone = AtomicBool::new(false);
         let image = made(set)?;
         step(&format!("booting {}: {}", set.name, set.what), || {
             let words = words(set.has, named);
-            let text = boot::boot(&kernel.image, &image, &words, boot::Plugged::Functions, &alone)?;
+            let text = boot::boot(&kernel.image, &image, &words, plugged, &alone)?;
             console::heard(&text, named.is_empty()).map(|report| report.tests)
         })
     };
     // Each machine has one processor: two at once, whatever there are.
     let [one, other] = &SETS;
     let (left, right) = std::thread::scope(|scope| {
-        let left = scope.spawn(|| boot_one(one));
-        let right = boot_one(other);
+        let left = scope.spawn(|| boot_one(one, boot::Plugged::Functions));
+        let right = boot_one(other, boot::Plugged::Functions);
         (left.join().unwrap_or_else(|_| Err("the thread of its machine failed".into())), right)
     });
     let image = made(&PAIR)?;
     let both = step(&format!("booting {}: {}", PAIR.name, PAIR.what), || {
         pair::run(&kernel.image, &image, &words(PAIR.has, named), named.is_empty())
     });
+    let unmapped = boot_one(&UNMAPPED, boot::Plugged::UnmappedVectors);
     let mut rows = Vec::new();
-    for (set, tests) in [(one, left), (other, right), (&PAIR, both)] {
+    for (set, tests) in [(one, left), (other, right), (&PAIR, both), (&UNMAPPED, unmapped)] {
         let tests = tests.map_err(|why| format!("{}: {why}", set.name))?;
         rows.extend(tests.into_iter().map(|test| (set.name, test)));
     }
