@@ -3,6 +3,7 @@
 pub(crate) mod fakes;
 mod functions;
 mod hidden;
+mod large_bars;
 mod own_registers;
 mod pin_msi;
 mod vectors;
