@@ -20,7 +20,7 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
-    /// The server did not answer in time. The connection is dead: the reply might still come, and out of step.
+    /// The server did not answer in time. The connection goes on; the answer is dropped when it comes.
     #[error(
         "the server did not answer {command} within {after:?}{}",
         if *command == Command::VERSION { "; most serve one client at a time, so another may have it" } else { "" }

@@ -38,8 +38,10 @@ pub struct Negotiated {
 /// A connection to a vfio-user server.
 ///
 /// Every method may be called from any thread; one request is under way at a time, and each has a deadline
-/// ([`timeout`](super::ClientOptions::timeout)). After a request that ran into it, or a broken frame, the connection is
-/// dead: every later call fails with [`ConnectionLost`](crate::ClientError::ConnectionLost). A refusal by the server, or a
+/// ([`timeout`](super::ClientOptions::timeout)), which begins when no other is under way. After one that ran into it
+/// ([`Timeout`](crate::ClientError::Timeout)) the server is late, not gone: its late answer is dropped when it comes, and
+/// until then requests wait for it within their own limit, unsent. A server that hangs up, or a broken frame, ends the
+/// connection: every later call fails with [`ConnectionLost`](crate::ClientError::ConnectionLost). A refusal by the server, or a
 /// reply that makes no sense in a sound frame, leaves it alive.
 ///
 /// Dropping the client closes the connection and joins its threads.
@@ -48,6 +50,7 @@ pub struct Client {
     /// Where the DMA thread serves: the twin socket, or `conn`. `None` where there is no thread.
     pub(super) serving: Option<Arc<Conn>>,
     pub(super) timeout: Duration,
+    pub(super) transition_timeout: Duration,
     pub(super) negotiated: Negotiated,
     /// The `max_data_xfer_size` that the server was told.
     pub(super) announced_xfer: u32,
@@ -77,8 +80,8 @@ impl Client {
         self.lost().is_none()
     }
 
-    /// Why the connection no longer works: the server hung up, or a request ended it, be it that its answer was late. `None`
-    /// while it works, as far as is known.
+    /// Why the connection no longer works: the server hung up, or broke the protocol. `None` while it works, as far as
+    /// is known: a server that is late with an answer is not lost.
     pub fn lost(&self) -> Option<String> {
         self.conn.death().or_else(|| self.conn.peer_hung_up().then(|| "its server hung up".into()))
     }

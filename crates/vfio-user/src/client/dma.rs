@@ -92,11 +92,18 @@ pub(super) fn spawn(
     limit: Duration,
 ) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("vfio-user-dma".into()).spawn(move || {
-        while let Ok(message) = conn.next_command(limit) {
+        loop {
+            let message = match conn.next_command(limit) {
+                Ok(message) => message,
+                // A server that is late with the rest of a message.
+                Err(ConnError::Timeout) => continue,
+                Err(_) => return,
+            };
             let whole = answer(&message, handler.as_deref(), max);
             conn.recycle(message);
-            if conn.send_whole(&whole, limit).is_err() {
-                return;
+            match conn.send_whole(&whole, limit) {
+                Ok(()) | Err(ConnError::Timeout) => {}
+                Err(_) => return,
             }
         }
     })

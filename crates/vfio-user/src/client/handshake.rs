@@ -159,6 +159,7 @@ fn from_parts(stream: UnixStream, options: &ClientOptions, basics_only: bool) ->
         conn,
         serving,
         timeout: options.timeout,
+        transition_timeout: options.transition_timeout.max(options.timeout),
         negotiated,
         announced_xfer: max_xfer,
         dma: options.dma.clone(),
@@ -183,7 +184,7 @@ fn negotiate(
         parts: &[&body],
         fds: &[],
         max_reply: 4 + MAX_VERSION_DATA,
-        deadline: deadline(options.timeout),
+        limit: options.timeout,
     };
     let reply = conn.exchange(&request, None).map_err(|error| match error {
         ConnError::Timeout => ClientError::Timeout { command: Command::VERSION, after: options.timeout },

@@ -2,13 +2,14 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::connection::Client;
 use super::dma::answer;
-use crate::codec::{CodecError, Command, Extension, Feature, FeatureHead, HEADER_SIZE, Kind};
-use crate::conn::{ConnError, SocketMessage, SocketRequest, Unfit, deadline};
+use crate::codec::{self, CodecError, Command, Extension, Feature, FeatureHead, HEADER_SIZE, Kind};
+use crate::conn::{ConnError, SocketMessage, SocketRequest, Unfit};
 use crate::error::ClientError;
 
 /// The longest message, header included, to a server that does not speak the extension. libvfio-user reads a payload
@@ -59,13 +60,14 @@ impl Client {
         let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
         self.fit("the payload of a request, in bytes,", len, self.longest_payload())?;
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let request = SocketRequest { command, parts, fds, max_reply, deadline: deadline(self.timeout) };
+        let limit = self.limit(command, parts);
+        let request = SocketRequest { command, parts, fds, max_reply, limit };
         let handler = self.dma.as_deref();
         let max = self.announced_xfer;
         // With a twin socket the server has no business sending commands on this one; it is told so by a refusal.
         let handler = handler.filter(|_| !self.negotiated.twin_socket);
         let reply = self.conn.exchange(&request, Some(&|message| answer(message, handler, max)));
-        let reply = reply.map_err(|error| self.failure(command, error))?;
+        let reply = reply.map_err(|error| failure(command, limit, error))?;
         own_lack(&reply)?;
         match reply.header.kind {
             Kind::Error(errno) => {
@@ -154,13 +156,24 @@ impl Client {
         }
     }
 
-    fn failure(&self, command: Command, error: ConnError) -> ClientError {
-        match error {
-            ConnError::Timeout => ClientError::Timeout { command, after: self.timeout },
-            ConnError::Interrupted => ClientError::ConnectionLost { why: "the client was closed".into() },
-            ConnError::Closed(why) => ClientError::ConnectionLost { why },
-            ConnError::Violation(what) => ClientError::Protocol { command, what },
-        }
+    /// How long the answer to a request may take: longer where the device changes its state.
+    fn limit(&self, command: Command, parts: &[&[u8]]) -> Duration {
+        let set_state = u32::from(Feature::MIG_DEVICE_STATE.0) | codec::FEATURE_SET;
+        let sets_state = command == Command::DEVICE_FEATURE
+            && parts
+                .first()
+                .and_then(|head| FeatureHead::decode_prefix(head).ok())
+                .is_some_and(|head| head.flags == set_state);
+        if sets_state || command == Command::DEVICE_RESET { self.transition_timeout } else { self.timeout }
+    }
+}
+
+fn failure(command: Command, after: Duration, error: ConnError) -> ClientError {
+    match error {
+        ConnError::Timeout => ClientError::Timeout { command, after },
+        ConnError::Interrupted => ClientError::ConnectionLost { why: "the client was closed".into() },
+        ConnError::Closed(why) => ClientError::ConnectionLost { why },
+        ConnError::Violation(what) => ClientError::Protocol { command, what },
     }
 }
 

@@ -7,37 +7,42 @@
 //!   are handed to a closure (the client serves DMA there) or queued;
 //! * [`Conn::next_command`] takes it when there is something to read and no exchange under way.
 //!
-//! While an exchange sends, it also reads when the socket is full in the sending direction: two peers that send large
-//! requests at each other at once would wait for ever otherwise. What it reads is queued, since a reply cannot
-//! be put into the middle of a message.
+//! Whoever cannot send since the socket is full, or another thread sends, reads meanwhile: two peers that send large
+//! messages at each other would wait for ever otherwise. What is read is kept, since nothing can be put into the middle
+//! of a message that is being sent.
 //!
-//! Writing takes the `tx` lock for the length of a message. Lock order: `rx`, then `tx`.
+//! A wait that runs out of time leaves the stream in step: the rest of a message that was begun is sent before the next
+//! one, the rest of one that was half read is read on, and the late answer is known by its number and dropped. No other
+//! request is sent before that.
+//!
+//! Writing takes the `tx` lock for the length of a message. Lock order: `rx`, then `tx`; the other way round it is only tried.
 
 mod error;
+mod inbox;
 mod socket;
 
-use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
 pub(crate) use self::error::ConnError;
-use self::socket::{Received, read_full, send_some, wait};
+use self::inbox::{Awaited, Partial, Rx, matched};
+use self::socket::{read_full, send_some, wait};
 use crate::codec::{Command, HEADER_SIZE, Header, Kind};
 
 /// The largest payload of a refused message that is read and dropped to stay in step, in bytes. Beyond, the
 /// sender is not worth the time.
 const MAX_DRAIN: usize = 16 << 20;
-/// The most commands that are queued while a request of our own is under way.
-const MAX_QUEUE: usize = 256;
-/// The most payload bytes in that queue.
-const MAX_QUEUE_BYTES: usize = 16 << 20;
+/// The most bytes that are owed to a peer that reads nothing. It asked for all of them.
+const MAX_UNSENT: usize = 16 << 20;
+/// How often a lock that another thread holds while it sends or reads is tried again.
+const TRY_AGAIN: Duration = Duration::from_millis(5);
 
 /// One whole message of the socket, with its descriptors.
 #[derive(Debug)]
@@ -69,7 +74,8 @@ pub(crate) struct SocketRequest<'a> {
     pub(crate) fds: &'a [BorrowedFd<'a>],
     /// The longest reply payload that makes sense, in bytes.
     pub(crate) max_reply: usize,
-    pub(crate) deadline: Instant,
+    /// How long the answer may take, from when nobody else uses the socket.
+    pub(crate) limit: Duration,
 }
 
 /// What to do with a command of the peer that arrives during an exchange.
@@ -82,27 +88,14 @@ pub(crate) struct Conn {
     rx: Mutex<Rx>,
     /// Signalled, under `rx`, when the thread that serves commands comes back for the next.
     served: Condvar,
-    tx: Mutex<()>,
+    /// What is to be sent before anything else: the rest of a message that was begun.
+    tx: Mutex<Vec<u8>>,
     death: Mutex<Option<String>>,
     next_id: AtomicU16,
     /// Signalled when an exchange leaves commands in the queue.
     queued: OwnedFd,
     /// Ends every wait when readable.
     interrupt: Option<Arc<OwnedFd>>,
-}
-
-#[derive(Debug)]
-struct Rx {
-    queue: VecDeque<SocketMessage>,
-    queue_bytes: usize,
-    max_body: usize,
-    max_fds: usize,
-    /// Bytes of messages that were read whole.
-    consumed: u64,
-    /// A command was handed out, and its taker has not come back for another.
-    serving: bool,
-    /// A buffer to use again.
-    spare: Vec<u8>,
 }
 
 impl Conn {
@@ -117,17 +110,9 @@ impl Conn {
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, 1 << 20);
         Ok(Self {
             socket,
-            rx: Mutex::new(Rx {
-                queue: VecDeque::new(),
-                queue_bytes: 0,
-                max_body,
-                max_fds: usize::try_from(max_fds).unwrap_or(usize::MAX),
-                consumed: 0,
-                serving: false,
-                spare: Vec::new(),
-            }),
+            rx: Mutex::new(Rx::new(max_body, usize::try_from(max_fds).unwrap_or(usize::MAX))),
             served: Condvar::new(),
-            tx: Mutex::new(()),
+            tx: Mutex::new(Vec::new()),
             death: Mutex::new(None),
             next_id: AtomicU16::new(0),
             queued: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -169,10 +154,11 @@ impl Conn {
         // Bytes go unread unnoticed: nobody tells when a message begins to be read.
         const LOOK_AGAIN: Duration = Duration::from_millis(1);
         let mut rx = lock(&self.rx);
-        // Under `rx` no message is half read.
         let unread = rustix::io::ioctl_fionread(&self.socket)
             .map_err(|errno| ConnError::closed(format!("asking for unread bytes: {errno}")))?;
-        let target = rx.consumed.saturating_add(unread);
+        // What is half read is in neither.
+        let begun = rx.partial.as_ref().map_or(0, |partial| (partial.head + partial.filled) as u64);
+        let target = rx.consumed.saturating_add(begun).saturating_add(unread);
         loop {
             if rx.consumed >= target && !rx.serving && rx.queue.is_empty() {
                 return Ok(());
@@ -185,7 +171,9 @@ impl Conn {
         }
     }
 
-    /// Sends a request and waits for its reply, refusals included. Any error means that the connection is dead.
+    /// Sends a request and waits for its reply, refusals included. Its time begins when nobody else uses the socket; before,
+    /// the answer to an earlier one that is late gets as long. Any error but [`ConnError::Timeout`] means that the connection
+    /// is dead.
     pub(crate) fn exchange(
         &self,
         request: &SocketRequest<'_>,
@@ -194,23 +182,25 @@ impl Conn {
         let mut rx = lock(&self.rx);
         self.check_alive()?;
         let result = self.exchange_locked(&mut rx, request, serve);
-        if let Err(error) = &result {
+        let late = matches!(result, Err(ConnError::Timeout));
+        if let (Err(error), false) = (&result, late) {
             self.kill(error.why());
         }
-        if !rx.queue.is_empty() {
+        if late || !rx.queue.is_empty() {
             let _ = rustix::io::write(&self.queued, &1u64.to_ne_bytes());
         }
         result
     }
 
     /// Waits, without limit, for a command of the peer; once one begins it must be whole within `limit`.
-    /// Any error means that the connection is dead.
+    /// Any error but [`ConnError::Timeout`] means that the connection is dead.
     pub(crate) fn next_command(&self, limit: Duration) -> Result<SocketMessage, ConnError> {
         loop {
             let result = self.try_command(limit);
             match result {
                 Ok(Some(message)) => return Ok(message),
                 Ok(None) => {}
+                Err(ConnError::Timeout) => return Err(ConnError::Timeout),
                 Err(error) => {
                     self.kill(error.why());
                     return Err(error);
@@ -233,21 +223,29 @@ impl Conn {
             return Ok(());
         }
         self.check_alive()?;
-        let deadline = deadline(limit);
-        let tx = lock(&self.tx);
-        let result = self.send(None, to.id, to.command, kind, &[body], fds, deadline);
+        let mut tx = lock(&self.tx);
+        let mut begun = false;
+        let result =
+            self.send(None, &mut tx, to.id, to.command, kind, &[body], fds, deadline(limit), &mut begun);
         drop(tx);
         result.inspect_err(|error| self.kill(error.why()))
     }
 
-    /// Sends the bytes of a whole message, if any. An error means that the connection is dead.
+    /// Sends the bytes of a whole message, if any. After [`ConnError::Timeout`] what is left of it is sent before anything
+    /// else; any other error means that the connection is dead.
     pub(crate) fn send_whole(&self, message: &[u8], limit: Duration) -> Result<(), ConnError> {
         if message.is_empty() {
             return Ok(());
         }
-        let _tx = lock(&self.tx);
-        let result = self.send_bytes(None, &mut [IoSlice::new(message)], &[], deadline(limit));
-        result.inspect_err(|error| self.kill(error.why()))
+        let mut tx = lock(&self.tx);
+        let result =
+            self.send_bytes(None, &mut tx, &mut [IoSlice::new(message)], &[], deadline(limit), &mut true);
+        drop(tx);
+        result.inspect_err(|error| {
+            if !matches!(error, ConnError::Timeout) {
+                self.kill(error.why());
+            }
+        })
     }
 
     /// Gives a message's buffer back for the next.
@@ -267,23 +265,71 @@ impl Conn {
         request: &SocketRequest<'_>,
         serve: OnCommand<'_>,
     ) -> Result<SocketMessage, ConnError> {
+        if rx.awaited.is_some() {
+            self.answer(rx, serve, deadline(request.limit))?;
+        }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let kind = Kind::Command { no_reply: false };
-        let SocketRequest { command, parts, fds, deadline, .. } = *request;
-        let tx = lock(&self.tx);
-        self.send(Some(rx), id, command, kind, parts, fds, deadline)?;
+        let SocketRequest { command, parts, fds, max_reply, limit } = *request;
+        let mut tx = self.lock_tx(rx)?;
+        let deadline = deadline(limit);
+        let mut begun = false;
+        let sent = self.send(Some(rx), &mut tx, id, command, kind, parts, fds, deadline, &mut begun);
         drop(tx);
-        if let Some(serve) = serve {
-            while let Some(message) = rx.pop() {
-                self.serve_locked(rx, &message, serve, deadline)?;
-            }
+        if begun {
+            rx.awaited = Some(Awaited { id, command, max_reply });
         }
+        sent?;
+        self.answer(rx, serve, deadline)
+    }
+
+    /// The answer to the request that is awaited. The peer's commands are served meanwhile, those that were kept first: the
+    /// peer may answer only when they are.
+    fn answer(
+        &self,
+        rx: &mut Rx,
+        serve: OnCommand<'_>,
+        deadline: Instant,
+    ) -> Result<SocketMessage, ConnError> {
         loop {
-            let message = self.read(rx, request.max_reply, deadline)?;
-            match (message.header.kind, serve) {
-                (Kind::Command { .. }, Some(serve)) => self.serve_locked(rx, &message, serve, deadline)?,
-                (Kind::Command { .. }, None) => rx.push(message)?,
-                _ => return self.matched(message, id, request),
+            if let Some(serve) = serve {
+                while let Some(message) = rx.pop() {
+                    self.serve_locked(rx, &message, serve, deadline)?;
+                }
+            }
+            if let Some(message) = rx.answer.take() {
+                return match rx.awaited.take() {
+                    Some(awaited) => matched(message, awaited),
+                    None => Err(ConnError::Violation("a reply that nobody asked for".into())),
+                };
+            }
+            self.send_rest(rx, deadline)?;
+            let message = self.read(rx, deadline)?;
+            rx.place(message)?;
+        }
+    }
+
+    /// Sends what is left of a message that was begun.
+    fn send_rest(&self, rx: &mut Rx, deadline: Instant) -> Result<(), ConnError> {
+        let mut tx = self.lock_tx(rx)?;
+        if tx.is_empty() {
+            return Ok(());
+        }
+        self.send_bytes(Some(rx), &mut tx, &mut [], &[], deadline, &mut false)
+    }
+
+    /// The right to send. Whoever holds it may need somebody to read.
+    fn lock_tx(&self, rx: &mut Rx) -> Result<MutexGuard<'_, Vec<u8>>, ConnError> {
+        loop {
+            match self.tx.try_lock() {
+                Ok(tx) => return Ok(tx),
+                Err(TryLockError::Poisoned(tx)) => return Ok(tx.into_inner()),
+                Err(TryLockError::WouldBlock) if rx.has_room() => match self.read(rx, deadline(TRY_AGAIN)) {
+                    Ok(message) => rx.place(message)?,
+                    Err(ConnError::Timeout) => {}
+                    Err(error) => return Err(error),
+                },
+                Err(TryLockError::WouldBlock) => return Ok(lock(&self.tx)),
             }
         }
     }
@@ -299,41 +345,8 @@ impl Conn {
         if reply.is_empty() {
             return Ok(());
         }
-        let _tx = lock(&self.tx);
-        self.send_bytes(Some(rx), &mut [IoSlice::new(&reply)], &[], deadline)
-    }
-
-    fn matched(
-        &self,
-        message: SocketMessage,
-        id: u16,
-        request: &SocketRequest<'_>,
-    ) -> Result<SocketMessage, ConnError> {
-        let Header { id: got, command, .. } = message.header;
-        if got != id || command != request.command {
-            return Err(ConnError::Violation(format!(
-                "a reply to {command} number {got} where one to {} number {id} is due",
-                request.command
-            )));
-        }
-        if message.body.len() > request.max_reply && message.header.kind == Kind::Reply {
-            return Err(ConnError::Violation(format!(
-                "{} bytes in reply to {}, where {} are the most",
-                message.body.len(),
-                request.command,
-                request.max_reply
-            )));
-        }
-        let broken = match message.unfit {
-            Some(Unfit::PayloadTooLong) => Some("too long a payload"),
-            Some(Unfit::ExcessFds) => Some("more descriptors than were negotiated"),
-            // Whoever asked is told; the connection stays good.
-            Some(Unfit::NoRoomForFds) | None => None,
-        };
-        if let (Some(why), Kind::Reply) = (broken, message.header.kind) {
-            return Err(ConnError::Violation(format!("{why} in reply to {}", request.command)));
-        }
-        Ok(message)
+        let mut tx = self.lock_tx(rx)?;
+        self.send_bytes(Some(rx), &mut tx, &mut [IoSlice::new(&reply)], &[], deadline, &mut true)
     }
 
     /// A command from the queue or the socket, without waiting for one to begin.
@@ -346,29 +359,35 @@ impl Conn {
             return Ok(Some(message));
         }
         self.check_alive()?;
+        match self.send_rest(&mut rx, Instant::now()) {
+            Ok(()) | Err(ConnError::Timeout) => {}
+            Err(error) => return Err(error),
+        }
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
         match poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })) {
             Ok(0) | Err(Errno::INTR) => return Ok(None),
             Ok(_) => {}
             Err(errno) => return Err(ConnError::closed(format!("poll: {errno}"))),
         }
-        let message = self.read(&mut rx, 0, deadline(limit))?;
-        match message.header.kind {
-            Kind::Command { .. } => {
-                rx.serving = true;
-                Ok(Some(message))
+        let message = self.read(&mut rx, deadline(limit))?;
+        rx.place(message)?;
+        if let Some(message) = rx.answer.take() {
+            // Whoever asked has given up; nobody waits for it.
+            if let Some(awaited) = rx.awaited.take() {
+                matched(message, awaited)?;
             }
-            Kind::Reply | Kind::Error(_) => Err(ConnError::Violation(format!(
-                "a reply to {} that nobody asked for",
-                message.header.command
-            ))),
+            return Ok(None);
         }
+        let message = rx.pop();
+        rx.serving = message.is_some();
+        Ok(message)
     }
 
     /// Waits for anything to happen on the socket or in the queue.
     fn idle(&self) -> Result<(), ConnError> {
-        let mut fds =
-            vec![PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.queued, PollFlags::IN)];
+        let unsent = self.tx.try_lock().is_ok_and(|tx| !tx.is_empty());
+        let wanted = if unsent { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        let mut fds = vec![PollFd::new(&self.socket, wanted), PollFd::new(&self.queued, PollFlags::IN)];
         fds.extend(self.interrupt.as_ref().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
@@ -384,79 +403,95 @@ impl Conn {
         Ok(())
     }
 
-    /// Reads one message. A payload over the limits is dropped and the message marked unfit.
-    fn read(&self, rx: &mut Rx, max_reply: usize, deadline: Instant) -> Result<SocketMessage, ConnError> {
+    /// Reads one message. A payload over the limits is dropped and the message marked unfit. What is in when time runs out
+    /// is kept for the next call.
+    fn read(&self, rx: &mut Rx, deadline: Instant) -> Result<SocketMessage, ConnError> {
+        let mut partial = rx.partial.take().unwrap_or_default();
+        let header = match self.read_on(rx, &mut partial, deadline) {
+            Ok(header) => header,
+            Err(error) => {
+                if matches!(error, ConnError::Timeout) && partial.head > 0 {
+                    rx.partial = Some(partial);
+                }
+                return Err(error);
+            }
+        };
+        let Partial { mut body, received, too_long, .. } = partial;
+        if too_long {
+            body = Vec::new();
+        }
+        let unfit = match (received.excess, received.too_many_open, too_long) {
+            (true, ..) => Some(Unfit::ExcessFds),
+            (_, true, _) => Some(Unfit::NoRoomForFds),
+            (.., true) => Some(Unfit::PayloadTooLong),
+            _ => None,
+        };
+        rx.consumed = rx.consumed.saturating_add((HEADER_SIZE + header.body_len()) as u64);
+        Ok(SocketMessage { header, body, fds: received.fds, unfit })
+    }
+
+    fn read_on(&self, rx: &mut Rx, partial: &mut Partial, deadline: Instant) -> Result<Header, ConnError> {
         let interrupt = self.interrupt.as_ref().map(|fd| fd.as_fd());
-        let mut received = Received::default();
-        let mut raw = [0; HEADER_SIZE];
-        if !read_full(&self.socket, interrupt, &mut raw, &mut received, rx.max_fds, deadline)? {
+        let cut_off = || ConnError::closed("the peer closed it in the middle of a message");
+        let Partial { raw, head, header, body, filled, too_long, received } = partial;
+        if !read_full(&self.socket, interrupt, raw, head, received, rx.max_fds, deadline)? {
             return Err(ConnError::closed("the peer closed it"));
         }
-        let header = Header::decode(&raw).map_err(|error| ConnError::Violation(error.to_string()))?;
-        let len = header.body_len();
-        let limit = match header.kind {
-            Kind::Command { .. } => rx.max_body,
-            Kind::Reply => max_reply,
-            // A refusal has no payload. One that has is read past, and its payload is of no interest.
-            Kind::Error(_) => 0,
+        let header = match *header {
+            Some(header) => header,
+            None => {
+                let found = Header::decode(raw).map_err(|error| ConnError::Violation(error.to_string()))?;
+                let len = found.body_len();
+                let limit = match found.kind {
+                    Kind::Command { .. } => rx.max_body,
+                    Kind::Reply => rx.awaited.map_or(0, |awaited| awaited.max_reply),
+                    // A refusal has no payload. One that has is read past, and its payload is of no interest.
+                    Kind::Error(_) => 0,
+                };
+                *too_long = len > limit;
+                if *too_long && len > MAX_DRAIN {
+                    let command = found.command;
+                    return Err(ConnError::Violation(format!("{command} with {len} bytes of payload")));
+                }
+                if *too_long {
+                    body.resize(len.min(64 << 10), 0);
+                } else if len > 0 {
+                    *body = std::mem::take(&mut rx.spare);
+                    body.resize(len, 0);
+                }
+                *header = Some(found);
+                found
+            }
         };
-        let mut message = SocketMessage { header, body: Vec::new(), fds: Vec::new(), unfit: None };
-        if len > limit {
-            if len > MAX_DRAIN {
-                let command = header.command;
-                return Err(ConnError::Violation(format!("{command} with {len} bytes of payload")));
+        while *too_long && *filled < header.body_len() {
+            let piece = body.len().min(header.body_len() - *filled);
+            let mut got = 0;
+            let into = body.get_mut(..piece).unwrap_or_default();
+            let whole = read_full(&self.socket, interrupt, into, &mut got, received, rx.max_fds, deadline);
+            *filled += got;
+            if !whole? {
+                return Err(cut_off());
             }
-            message.unfit = Some(Unfit::PayloadTooLong);
-            self.drain(rx, len, &mut received, deadline)?;
-        } else if len > 0 {
-            let mut body = std::mem::take(&mut rx.spare);
-            body.resize(len, 0);
-            if !read_full(&self.socket, interrupt, &mut body, &mut received, rx.max_fds, deadline)? {
-                return Err(ConnError::closed("the peer closed it in the middle of a message"));
-            }
-            message.body = body;
         }
-        if received.excess {
-            message.unfit = Some(Unfit::ExcessFds);
-        } else if received.too_many_open {
-            message.unfit = Some(Unfit::NoRoomForFds);
+        if !*too_long && !read_full(&self.socket, interrupt, body, filled, received, rx.max_fds, deadline)? {
+            return Err(cut_off());
         }
-        message.fds = received.fds;
-        rx.consumed = rx.consumed.saturating_add((HEADER_SIZE + len) as u64);
-        Ok(message)
+        Ok(header)
     }
 
-    fn drain(
-        &self,
-        rx: &Rx,
-        mut len: usize,
-        received: &mut Received,
-        deadline: Instant,
-    ) -> Result<(), ConnError> {
-        let interrupt = self.interrupt.as_ref().map(|fd| fd.as_fd());
-        let mut sink = vec![0; len.min(64 << 10)];
-        while len > 0 {
-            let piece = sink.len().min(len);
-            let into = sink.get_mut(..piece).unwrap_or_default();
-            if !read_full(&self.socket, interrupt, into, received, rx.max_fds, deadline)? {
-                return Err(ConnError::closed("the peer closed it in the middle of a message"));
-            }
-            len -= piece;
-        }
-        Ok(())
-    }
-
-    /// Sends one message. The caller holds `tx`, and lends `rx` if it holds that too.
+    /// Sends one message. The caller holds `tx`, and lends `rx` if it holds that too. `begun` is set once a byte is out.
     #[expect(clippy::too_many_arguments, reason = "a message's fields, used in two places")]
     fn send(
         &self,
         rx: Option<&mut Rx>,
+        unsent: &mut Vec<u8>,
         id: u16,
         command: Command,
         kind: Kind,
         parts: &[&[u8]],
         fds: &[BorrowedFd<'_>],
         deadline: Instant,
+        begun: &mut bool,
     ) -> Result<(), ConnError> {
         let len = parts.iter().fold(HEADER_SIZE, |len, part| len.saturating_add(part.len()));
         let size = u32::try_from(len).map_err(|_| ConnError::Violation(format!("{len} bytes to be sent")))?;
@@ -466,71 +501,105 @@ impl Conn {
             .filter(|part| !part.is_empty())
             .map(IoSlice::new)
             .collect();
-        self.send_bytes(rx, &mut slices, fds, deadline)
+        self.send_bytes(rx, unsent, &mut slices, fds, deadline, begun)
     }
 
+    /// Sends `unsent`, then `slices`. If time runs out, what is left goes back into `unsent`; that of `slices` only if it is
+    /// `owed`, as it is once a byte of them is out.
     fn send_bytes(
         &self,
         mut rx: Option<&mut Rx>,
-        mut slices: &mut [IoSlice<'_>],
+        unsent: &mut Vec<u8>,
+        slices: &mut [IoSlice<'_>],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+        owed: &mut bool,
+    ) -> Result<(), ConnError> {
+        if !unsent.is_empty() {
+            let rest = std::mem::take(unsent);
+            let mut front: &mut [IoSlice<'_>] = &mut [IoSlice::new(&rest)];
+            let sent = self.send_slices(rx.as_deref_mut(), &mut front, &[], deadline, &mut true);
+            if sent.is_err() {
+                keep(unsent, front)?;
+                if *owed {
+                    keep(unsent, slices)?;
+                }
+            }
+            sent?;
+        }
+        let mut slices = slices;
+        let sent = self.send_slices(rx, &mut slices, fds, deadline, owed);
+        if sent.is_err() && *owed {
+            keep(unsent, slices)?;
+        }
+        sent
+    }
+
+    fn send_slices(
+        &self,
+        mut rx: Option<&mut Rx>,
+        slices: &mut &mut [IoSlice<'_>],
         mut fds: &[BorrowedFd<'_>],
         deadline: Instant,
+        begun: &mut bool,
     ) -> Result<(), ConnError> {
-        let interrupt = self.interrupt.as_ref().map(|fd| fd.as_fd());
         while !slices.is_empty() {
             match send_some(&self.socket, slices, fds) {
                 Ok(sent) => {
                     // Descriptors go with the first byte.
                     fds = &[];
-                    IoSlice::advance_slices(&mut slices, sent);
+                    *begun = true;
+                    IoSlice::advance_slices(slices, sent);
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let wanted = if rx.is_some() { PollFlags::OUT | PollFlags::IN } else { PollFlags::OUT };
-                    let ready = wait(&self.socket, interrupt, wanted, deadline)?;
-                    if let (Some(rx), true, false) = (rx.as_deref_mut(), ready.readable, ready.writable) {
-                        let message = self.read(rx, 0, deadline)?;
-                        rx.push_command(message)?;
+                Err(Errno::AGAIN) => match rx.as_deref_mut() {
+                    Some(rx) => self.wait_to_send(Some(rx), deadline, deadline)?,
+                    None => {
+                        let mut own = self.rx.try_lock().ok();
+                        // Another thread reads, but may be done before this one.
+                        let until =
+                            if own.is_some() { deadline } else { deadline.min(Instant::now() + TRY_AGAIN) };
+                        self.wait_to_send(own.as_deref_mut(), until, deadline)?;
                     }
-                }
+                },
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(ConnError::closed("the peer closed it")),
                 Err(errno) => return Err(ConnError::closed(format!("sending: {errno}"))),
             }
         }
         Ok(())
     }
-}
 
-impl Rx {
-    fn push_command(&mut self, message: SocketMessage) -> Result<(), ConnError> {
-        match message.header.kind {
-            Kind::Command { .. } => self.push(message),
-            _ => {
-                Err(ConnError::Violation(format!("a reply to {} before it was sent", message.header.command)))
+    /// Waits until the socket takes more or `until` has passed, and reads a message if one comes first.
+    fn wait_to_send(&self, rx: Option<&mut Rx>, until: Instant, deadline: Instant) -> Result<(), ConnError> {
+        let interrupt = self.interrupt.as_ref().map(|fd| fd.as_fd());
+        let rx = rx.filter(|rx| rx.has_room());
+        let wanted = if rx.is_some() { PollFlags::OUT | PollFlags::IN } else { PollFlags::OUT };
+        let ready = match wait(&self.socket, interrupt, wanted, until) {
+            Err(ConnError::Timeout) if until < deadline => return Ok(()),
+            ready => ready?,
+        };
+        if let (Some(rx), true, false) = (rx, ready.readable, ready.writable) {
+            // No longer than what has come: the peer may go on only when it is sent something.
+            match self.read(rx, Instant::now()) {
+                Ok(message) => rx.place(message)?,
+                Err(ConnError::Timeout) => {}
+                Err(error) => return Err(error),
             }
-        }
-    }
-
-    fn push(&mut self, message: SocketMessage) -> Result<(), ConnError> {
-        self.queue_bytes += message.body.len();
-        self.queue.push_back(message);
-        if self.queue.len() > MAX_QUEUE || self.queue_bytes > MAX_QUEUE_BYTES {
-            return Err(ConnError::Violation("more commands at once than can be queued".into()));
         }
         Ok(())
     }
+}
 
-    fn pop(&mut self) -> Option<SocketMessage> {
-        let message = self.queue.pop_front()?;
-        self.queue_bytes = self.queue_bytes.saturating_sub(message.body.len());
-        Some(message)
+/// Keeps what is left to be sent.
+fn keep(unsent: &mut Vec<u8>, slices: &[IoSlice<'_>]) -> Result<(), ConnError> {
+    let len = slices.iter().fold(unsent.len(), |len, slice| len.saturating_add(slice.len()));
+    if len > MAX_UNSENT {
+        return Err(ConnError::Violation("it asks for more and more, and takes nothing".into()));
     }
-
-    fn keep_spare(&mut self, body: Vec<u8>) {
-        if body.capacity() > self.spare.capacity() && body.capacity() <= MAX_DRAIN {
-            self.spare = body;
-        }
+    for slice in slices {
+        unsent.extend_from_slice(slice);
     }
+    Ok(())
 }
 
 /// The moment `limit` from now; a limit too long to be counted is as good as a year.

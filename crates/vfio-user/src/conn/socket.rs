@@ -71,28 +71,28 @@ pub(super) fn wait(
     }
 }
 
-/// Reads until `into` is full. `false`: the stream ended before its first byte.
+/// Reads until `into` is full, from `filled` on. `false`: the stream ended before its first byte.
 pub(super) fn read_full(
     socket: &UnixStream,
     interrupt: Option<BorrowedFd<'_>>,
     into: &mut [u8],
+    filled: &mut usize,
     received: &mut Received,
     max_fds: usize,
     deadline: Instant,
 ) -> Result<bool, ConnError> {
-    let mut filled = 0;
-    while filled < into.len() {
-        let rest = into.get_mut(filled..).unwrap_or_default();
+    while *filled < into.len() {
+        let rest = into.get_mut(*filled..).unwrap_or_default();
         match receive(socket, rest, received, max_fds) {
-            Ok(0) if filled == 0 => return Ok(false),
+            Ok(0) if *filled == 0 => return Ok(false),
             Ok(0) => return Err(ConnError::closed("the peer closed it in the middle of a message")),
-            Ok(bytes) => filled += bytes,
+            Ok(bytes) => *filled += bytes,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
                 wait(socket, interrupt, PollFlags::IN, deadline)?;
             }
             // A reset is how a peer that dies with unread data in its queue ends the stream.
-            Err(Errno::CONNRESET) if filled == 0 => return Ok(false),
+            Err(Errno::CONNRESET) if *filled == 0 => return Ok(false),
             Err(errno) => return Err(ConnError::closed(format!("receiving: {errno}"))),
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::codec::{Command, DmaAccess, Kind};
-use crate::conn::{Conn, SocketMessage, SocketRequest, deadline};
+use crate::conn::{Conn, ConnError, SocketMessage, SocketRequest};
 
 /// Reads and writes the client's memory by DMA_READ and DMA_WRITE.
 ///
@@ -72,10 +72,14 @@ impl DmaChannel {
         if self.conn.death().is_some() {
             return Err(Errno::NOTCONN);
         }
-        let request = SocketRequest { command, parts, fds: &[], max_reply, deadline: deadline(self.limit) };
+        let request = SocketRequest { command, parts, fds: &[], max_reply, limit: self.limit };
         let reply = self.conn.exchange(&request, None).map_err(|error| match error {
-            crate::conn::ConnError::Timeout => Errno::TIMEDOUT,
-            crate::conn::ConnError::Violation(_) => Errno::PROTO,
+            ConnError::Timeout => {
+                // Nobody could tell any more which of its memory a late answer stands for.
+                self.conn.kill("the client did not answer in time");
+                Errno::TIMEDOUT
+            }
+            ConnError::Violation(_) => Errno::PROTO,
             _ => Errno::NOTCONN,
         })?;
         match reply.header.kind {

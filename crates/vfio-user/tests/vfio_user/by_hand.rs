@@ -34,6 +34,15 @@ pub fn message(header: Header, kind: Kind, body: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Answers the version, without an extension or a twin socket.
+pub fn answer_version(stream: &mut UnixStream) {
+    let (header, _) = read_message(stream).unwrap();
+    let mut body = Vec::new();
+    let capabilities = VersionCapabilities { max_msg_fds: 4, ..VersionCapabilities::default() };
+    VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
+    stream.write_all(&message(header, Kind::Reply, &body)).unwrap();
+}
+
 /// A client that sends what it is told.
 pub struct Raw(pub UnixStream);
 

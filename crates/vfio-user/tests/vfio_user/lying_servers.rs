@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::by_hand::{message, read_message};
+use crate::by_hand::{answer_version, message, read_message};
 use crate::rig::untouched;
-use vfio_user_peer::codec::{Command, Header, Kind, VersionCapabilities, VersionPayload};
+use vfio_user_peer::codec::{Command, Header, Kind, VersionPayload};
 use vfio_user_peer::{
     Client, ClientError, ClientOptions, Errno, Feature, FeatureOp, IovaRange, MigrationState, OnConnect,
 };
@@ -17,14 +17,6 @@ const SHORT: Duration = Duration::from_millis(300);
 
 fn options() -> ClientOptions {
     ClientOptions { timeout: SHORT, ..untouched() }
-}
-
-fn answer_version(stream: &mut UnixStream) {
-    let (header, _) = read_message(stream).unwrap();
-    let mut body = Vec::new();
-    let capabilities = VersionCapabilities { max_msg_fds: 4, ..VersionCapabilities::default() };
-    VersionPayload { major: 0, minor: 1, capabilities }.encode(&mut body);
-    stream.write_all(&message(header, Kind::Reply, &body)).unwrap();
 }
 
 /// A server that negotiates, then gives each request's header and payload to `lie` and sends what that returns; it hangs
@@ -187,8 +179,8 @@ fn a_server_that_hangs_is_given_up() {
     let before = Instant::now();
     let error = client.device_info().unwrap_err();
     assert!(matches!(error, ClientError::Timeout { .. }), "{error}");
+    assert!(matches!(client.device_info(), Err(ClientError::Timeout { .. })));
     assert!(before.elapsed() < 10 * SHORT);
-    assert!(matches!(client.device_info(), Err(ClientError::ConnectionLost { .. })));
 }
 
 #[test]
