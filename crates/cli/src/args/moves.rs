@@ -78,7 +78,7 @@ pub(crate) struct SaveCommand {
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
     /// The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or
-    /// mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`, ,pre-copy=off or ,vf-token=UUID as in `vm`.
+    /// mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`, ,pre-copy=off, ,timeout=30s or ,vf-token=UUID as in `vm`.
     #[arg(long, value_name = "DEVICE", conflicts_with_all = ["stop", "verify"])]
     pub(crate) device: Option<String>,
     /// With --device: read all of its state while it is stopped, as if it had no PRE_COPY.

@@ -158,7 +158,8 @@ pub(crate) struct VmCommand {
     pub(crate) memory: Option<u64>,
     /// A device: vfio-user:SOCKET,id=NAME, vfio:0000:01:00.0,id=NAME, vfio:/dev/vfio/devices/vfio0,id=NAME or
     /// mdev:UUID,id=NAME. Behind it: slot=N, its slot on the guest's PCI bus, 1 to 31 (else the first that is free; to be the same
-    /// on both sides); pre-copy=off, for a device whose PRE_COPY is broken; vf-token=UUID, for a virtual function that has
+    /// on both sides); pre-copy=off, for a device whose PRE_COPY is broken; timeout=30s, the longest wait for a vfio-user device to change its
+    /// migration state; vf-token=UUID, for a virtual function that has
     /// one (vfio by address). May be given up to 64 times.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,

@@ -43,7 +43,7 @@ enum EventData {
     DeviceLost {
         /// Name of the device.
         device: String,
-        /// Why the connection is lost: the server hung up, or its answer was late.
+        /// Why the connection is lost: the server hung up, or broke the protocol.
         why: String,
     },
     /// `DISCONNECTED`: why the `vm` closes this connection.

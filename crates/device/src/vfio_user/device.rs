@@ -25,8 +25,10 @@ const MMAP_AREAS_MAX: usize = 256;
 /// Options for opening a vfio-user device. [`Default`] suits a VMM.
 #[derive(Clone, Debug)]
 pub struct VfioUserOptions {
-    /// Limit on each request. A state transition must fit into it. 10 s.
+    /// Limit on each request. 10 s.
     pub timeout: Duration,
+    /// The same for each change of the migration state and for a reset; at least `timeout`. 30 s.
+    pub transition_timeout: Duration,
     /// Longest wait for the server to come up. 5 s.
     pub connect_timeout: Duration,
     /// Keep guest memory's descriptor back, so that the server asks for each access (DMA_READ, DMA_WRITE). Slow; for
@@ -42,6 +44,7 @@ impl Default for VfioUserOptions {
     fn default() -> Self {
         Self {
             timeout: Duration::from_secs(10),
+            transition_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(5),
             message_dma: false,
             keep_state: false,
@@ -90,6 +93,7 @@ impl VfioUserDevice {
         let dma = Arc::new(GuestDma::new(&id, ram));
         let client_options = ClientOptions {
             timeout: options.timeout,
+            transition_timeout: options.transition_timeout,
             connect_timeout: options.connect_timeout,
             dma: Some(dma.clone()),
             on_connect: if options.keep_state { OnConnect::Leave } else { OnConnect::Recover },

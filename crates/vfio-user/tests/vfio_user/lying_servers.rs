@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::by_hand::{answer_version, message, read_message};
 use crate::rig::untouched;
-use vfio_user_peer::codec::{Command, Header, Kind, VersionPayload};
+use vfio_user_peer::codec::{Command, Header, Kind};
 use vfio_user_peer::{
     Client, ClientError, ClientOptions, Errno, Feature, FeatureOp, IovaRange, MigrationState, OnConnect,
 };

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use vfio_migration_device::{KernelError, KernelPath};
 use vfio_migration_types::{DeviceId, VmId};
@@ -43,6 +44,8 @@ pub struct DeviceConfig {
     pub slot: Option<u8>,
     /// Whether its PRE_COPY is used where it has one.
     pub pre_copy: bool,
+    /// Longest wait for a change of its migration state or its reset, for vfio-user; `None` for 30 s.
+    pub timeout: Option<Duration>,
     /// The token of a virtual function whose physical function has one, for vfio-pci: a UUID in lower case.
     pub vf_token: Option<String>,
 }
@@ -61,7 +64,7 @@ pub enum DevicePath {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "'{text}' describes no device: {why} (want vfio-user:SOCKET,id=NAME, vfio:ADDRESS,id=NAME, vfio:PATH,id=NAME or \
-     mdev:UUID,id=NAME, and behind it ,pre-copy=on|off ,slot=N or, for vfio, ,vf-token=UUID)"
+     mdev:UUID,id=NAME, and behind it ,pre-copy=on|off ,slot=N or, for vfio-user, ,timeout=30s, for vfio, ,vf-token=UUID)"
 )]
 pub struct DeviceConfigError {
     text: String,
@@ -79,7 +82,7 @@ impl FromStr for DeviceConfig {
 impl DeviceConfig {
     /// The device at `path`, with no option set.
     pub fn new(id: DeviceId, path: DevicePath) -> Self {
-        Self { id, path, slot: None, pre_copy: true, vf_token: None }
+        Self { id, path, slot: None, pre_copy: true, timeout: None, vf_token: None }
     }
 
     /// A device that may go without a name, and is called `name` then.
@@ -122,10 +125,16 @@ impl DeviceConfig {
         if options.vf_token.is_some() && !pci {
             return Err(refuse("vf-token is for a PCI function, by its address".into()));
         }
-        let Options { slot, pre_copy, vf_token, .. } = options;
-        Ok(Self { id, path, slot, pre_copy: pre_copy.unwrap_or(true), vf_token })
+        if options.timeout.is_some() && !matches!(path, DevicePath::VfioUser(_)) {
+            return Err(refuse("timeout is for vfio-user: nothing ends a wait for a driver".into()));
+        }
+        let Options { slot, pre_copy, timeout, vf_token, .. } = options;
+        Ok(Self { id, path, slot, pre_copy: pre_copy.unwrap_or(true), timeout, vf_token })
     }
 }
+
+/// The longest `timeout` of a device, in seconds.
+const TIMEOUT_MAX: u64 = 3600;
 
 /// What follows a device's place, each at most once and in any order.
 #[derive(Default)]
@@ -133,6 +142,7 @@ struct Options<'a> {
     id: Option<&'a str>,
     slot: Option<u8>,
     pre_copy: Option<bool>,
+    timeout: Option<Duration>,
     vf_token: Option<String>,
 }
 
@@ -156,6 +166,13 @@ impl<'a> Options<'a> {
                         _ => return Err(format!("pre-copy={value} is neither on nor off")),
                     };
                     options.pre_copy.replace(on).is_some()
+                }
+                "timeout" => {
+                    let seconds = value.strip_suffix('s').and_then(|seconds| seconds.parse().ok());
+                    let seconds = seconds.filter(|seconds| (1..=TIMEOUT_MAX).contains(seconds));
+                    let seconds =
+                        seconds.ok_or_else(|| format!("timeout={value} is not 1s to {TIMEOUT_MAX}s"))?;
+                    options.timeout.replace(Duration::from_secs(seconds)).is_some()
                 }
                 "vf-token" => {
                     let token: VmId = value.parse().map_err(|_| format!("vf-token={value} is no UUID"))?;
@@ -228,6 +245,9 @@ mod tests {
         let plain: DeviceConfig = "vfio-user:/x,id=a".parse().unwrap();
         assert_eq!((plain.slot, plain.pre_copy, plain.vf_token), (None, true, None));
         assert!(!DeviceConfig::named("vfio-user:/x,pre-copy=off", &name).unwrap().pre_copy);
+        let patient: DeviceConfig = "vfio-user:/x,timeout=90s,id=a".parse().unwrap();
+        assert_eq!(patient.timeout, Some(Duration::from_secs(90)));
+        assert!(why("mdev:83b8f4f2-509f-382f-3c1e-e6bfe0fa1001,id=a,timeout=9s").contains("for vfio-user"));
         assert!(named("vfio-user:/x,slot=1").is_err(), "there is no bus");
         assert!(why("vfio-user:/x,id=a,addr=5").contains("no option addr"));
         for bad in [
@@ -240,6 +260,9 @@ mod tests {
             "vfio-user:/x,id=a,slot=+4,slot=5",
             "vfio-user:/x,id=a,pre-copy=no",
             "vfio-user:/x,id=a,pre-copy",
+            "vfio-user:/x,id=a,timeout=30",
+            "vfio-user:/x,id=a,timeout=0s",
+            "vfio-user:/x,id=a,timeout=3601s",
             "vfio-user:/x,id=a,vf-token=83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
             "vfio:0000:01:00.0,id=a,vf-token=secret",
             "vfio:/dev/vfio/devices/vfio0,id=a,vf-token=83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",

@@ -76,7 +76,11 @@ pub fn open_alone(config: &DeviceConfig) -> Result<Arc<dyn Device>, VmmError> {
 }
 
 fn served_options(config: &DeviceConfig) -> VfioUserOptions {
-    VfioUserOptions { pre_copy: config.pre_copy, ..VfioUserOptions::default() }
+    let default = VfioUserOptions::default();
+    let transition_timeout = config.timeout.unwrap_or(default.transition_timeout);
+    // At least as long as any request, so a shorter one is one for all.
+    let timeout = default.timeout.min(transition_timeout);
+    VfioUserOptions { pre_copy: config.pre_copy, timeout, transition_timeout, ..default }
 }
 
 fn kernel_options(config: &DeviceConfig) -> KernelOptions {
