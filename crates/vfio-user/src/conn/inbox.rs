@@ -1,16 +1,40 @@
 //! What one socket has given so far: a message that is half read, commands that wait, the answer that is due.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 
 use super::error::ConnError;
 use super::socket::Received;
-use super::{MAX_DRAIN, SocketMessage, Unfit};
 use crate::codec::{Command, HEADER_SIZE, Header, Kind};
 
+/// The largest payload of a refused message that is read and dropped to stay in step, in bytes. Beyond, the
+/// sender is not worth the time.
+pub(super) const MAX_DRAIN: usize = 16 << 20;
 /// The most commands that are queued while a request of our own is under way.
 const MAX_QUEUE: usize = 256;
 /// The most payload bytes in that queue.
 const MAX_QUEUE_BYTES: usize = 16 << 20;
+
+/// One whole message of the socket, with its descriptors.
+#[derive(Debug)]
+pub(crate) struct SocketMessage {
+    pub(crate) header: Header,
+    pub(crate) body: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+    /// Why it cannot be granted, whatever it asks.
+    pub(crate) unfit: Option<Unfit>,
+}
+
+/// Why a whole message is of no use. What it carried too much was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unfit {
+    /// Its payload is above the limit.
+    PayloadTooLong,
+    /// It came with more descriptors than were negotiated.
+    ExcessFds,
+    /// Its descriptors could not be taken, since this process has too many open. The peer did nothing wrong.
+    NoRoomForFds,
+}
 
 /// The request that was sent and not answered. One is under way at a time. It outlives the wait for it: an answer that
 /// comes late is known by it, and dropped.

@@ -32,38 +32,15 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
 pub(crate) use self::error::ConnError;
-use self::inbox::{Awaited, Partial, Rx, matched};
+use self::inbox::{Awaited, MAX_DRAIN, Partial, Rx, matched};
+pub(crate) use self::inbox::{SocketMessage, Unfit};
 use self::socket::{read_full, send_some, wait};
 use crate::codec::{Command, HEADER_SIZE, Header, Kind};
 
-/// The largest payload of a refused message that is read and dropped to stay in step, in bytes. Beyond, the
-/// sender is not worth the time.
-const MAX_DRAIN: usize = 16 << 20;
 /// The most bytes that are owed to a peer that reads nothing. It asked for all of them.
 const MAX_UNSENT: usize = 16 << 20;
 /// How often a lock that another thread holds while it sends or reads is tried again.
 const TRY_AGAIN: Duration = Duration::from_millis(5);
-
-/// One whole message of the socket, with its descriptors.
-#[derive(Debug)]
-pub(crate) struct SocketMessage {
-    pub(crate) header: Header,
-    pub(crate) body: Vec<u8>,
-    pub(crate) fds: Vec<OwnedFd>,
-    /// Why it cannot be granted, whatever it asks.
-    pub(crate) unfit: Option<Unfit>,
-}
-
-/// Why a whole message is of no use. What it carried too much was dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unfit {
-    /// Its payload is above the limit.
-    PayloadTooLong,
-    /// It came with more descriptors than were negotiated.
-    ExcessFds,
-    /// Its descriptors could not be taken, since this process has too many open. The peer did nothing wrong.
-    NoRoomForFds,
-}
 
 /// A request to be sent.
 #[derive(Clone, Copy, Debug)]
