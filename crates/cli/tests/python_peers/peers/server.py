@@ -29,6 +29,8 @@ PARSER.add_argument("--dma", type=lambda word: int(word, 0), help="guest address
 PARSER.add_argument("--hides-dirty", action="store_true", help="does not log what it writes")
 ARGS = PARSER.parse_args()
 
+# Of a longer message one recv gets, now and then, no more than this: here, always.
+ONE_RECV = 36544
 BARS = {0: 4096}
 ARCS = {(RUNNING, STOP), (STOP, RUNNING), (STOP, STOP_COPY), (STOP_COPY, STOP), (STOP, RESUMING), (RESUMING, STOP),
         (RUNNING, PRE_COPY), (PRE_COPY, RUNNING), (PRE_COPY, STOP_COPY)}
@@ -120,7 +122,7 @@ class Session:
             want = size - HEADER.size
             if want < 0 or want > LONGEST + 64:
                 raise Closed
-            body = self.stream.recv(want) if ARGS.one_recv and want else receive(self.stream, want)
+            body = self.stream.recv(min(want, ONE_RECV)) if ARGS.one_recv and want else receive(self.stream, want)
             if command == DMA_MAP:
                 self.device.map(body, fds)
             close_all(fds)
