@@ -161,7 +161,7 @@ pub use device_file::{
 };
 pub use error::{Aborted, IncomingError, MigrateError, OwnedNotStarted, RehearsedHere};
 #[cfg(feature = "fault-injection")]
-pub use fault_injection::{InjectedFault, inject};
+pub use fault_injection::{InjectedFault, inject, leave_threads};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, IncomingOffer};
 pub use options::{DestinationOptions, SourceOptions};

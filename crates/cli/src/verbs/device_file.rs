@@ -210,11 +210,12 @@ fn watch(
     std::thread::scope(|scope| {
         let (ended, end) = channel::<()>();
         let of_thread = control.clone();
-        let working = scope.spawn(move || {
+        let working = std::thread::Builder::new().spawn_scoped(scope, move || {
             let result = work(&of_thread);
             drop(ended);
             result
         });
+        let working = working.map_err(|error| CliError::caused("there is no thread left", &error))?;
         while end.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
             let (moved, left) = control.progress();
             progress.update_bytes(done, moved, left);

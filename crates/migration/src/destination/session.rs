@@ -32,6 +32,7 @@ use crate::session::events::Events;
 use crate::session::host::nonce;
 use crate::session::lock::lock;
 use crate::session::rate::RateMeter;
+use crate::session::threads::{no_thread, spawn};
 use crate::snapshot::file_peer;
 
 /// Time after which the loop looks again for connections, and while one has sent nothing yet, at it.
@@ -92,11 +93,20 @@ pub(super) fn run(
         let (jobs, submitted) = mpsc::channel::<Job>();
         let shared = &shared;
         let worker = Worker::new(scope, options, Box::new(build), Arc::clone(&link), shared, events.clone());
-        let working = scope.spawn(move || worker.run(&submitted));
+        let working = spawn(scope, "worker", move || worker.run(&submitted));
         let (reader_link, reader_events) = (Arc::clone(&link), events.clone());
-        let reading = scope.spawn(move || {
+        let reading = spawn(scope, "reader", move || {
             read_loop(reader, &reader_link, &reader_events, &shared.sink, &shared.received);
         });
+        let (working, reading) = match (working, reading) {
+            (Ok(working), Ok(reading)) => (working, reading),
+            (Err(error), _) | (_, Err(error)) => {
+                let cause = no_thread(Side::Destination, Phase::Hello, "session", &error);
+                let _ = link.send(&Message::Abort(cause.clone()));
+                link.shutdown();
+                return (DestinationOutcome::Aborted(cause), None, None);
+            }
+        };
         events.send(DestinationEvent::Peer(hello));
         let session = Session {
             engine: engine::DestinationEngine::new(config, Duration::ZERO),

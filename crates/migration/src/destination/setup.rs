@@ -10,6 +10,7 @@ use crate::device::receive::DeviceReceiver;
 use crate::ram::receive::PageReceiver;
 use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;
+use crate::session::threads::{no_thread, spawn};
 use crate::session::work_error::{self, WorkError};
 
 impl Worker<'_, '_, '_> {
@@ -47,7 +48,8 @@ impl Worker<'_, '_, '_> {
             let Some(session) = arriving.session.take() else { continue };
             let (device, link, events) = (Arc::clone(device), Arc::clone(&self.link), self.events.clone());
             let written = Arc::clone(&written);
-            self.scope.spawn(move || device.write_to(session, &link, &events, &written));
+            spawn(self.scope, "loader", move || device.write_to(session, &link, &events, &written))
+                .map_err(|error| no_thread(Side::Destination, phase, "loader of a device's state", &error))?;
         }
         if self.shared.sink.set(sink).is_err() {
             return Err(Failure::new(

@@ -21,6 +21,13 @@ use crate::fault_injection::dirty::{HiddenPages, HidingSource};
 use crate::fault_injection::pci::MaskingFunction;
 use crate::fault_injection::stale::StalePages;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
+use crate::session::threads::injected;
+
+/// Lets the calling thread make so many threads of sessions, and no more, as a system does that has none left; `None`: as many
+/// as it wants.
+pub fn leave_threads(threads: Option<u32>) {
+    injected::leave(threads);
+}
 
 /// A fault to inject into a session, by its side and effect.
 #[derive(Clone, Debug, PartialEq, Eq)]

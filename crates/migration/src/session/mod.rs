@@ -8,4 +8,5 @@ pub(crate) mod interrupt;
 pub(crate) mod lock;
 pub(crate) mod parallel;
 pub(crate) mod rate;
+pub(crate) mod threads;
 pub(crate) mod work_error;

@@ -1,6 +1,9 @@
 //! Doing something with every device at once: a barrier is reached when the slowest device has reached it.
 
-/// Calls `work` for each item, each on a thread of its own, and returns the results in order. One item needs no thread.
+use crate::session::threads::task;
+
+/// Calls `work` for each item, each on a thread of its own, and returns the results in order. One item needs no thread; items
+/// for which there is none left wait for the others.
 pub(crate) fn for_each_device_parallel<T: Send, R: Send>(
     items: impl IntoIterator<Item = T>,
     work: impl Fn(T) -> R + Sync,
@@ -11,10 +14,7 @@ pub(crate) fn for_each_device_parallel<T: Send, R: Send>(
     }
     let work = &work;
     std::thread::scope(|scope| {
-        let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || work(item))).collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
+        let tasks: Vec<_> = items.into_iter().map(|item| task(scope, "device", move || work(item))).collect();
+        tasks.into_iter().filter_map(|task| task.finish()).collect()
     })
 }

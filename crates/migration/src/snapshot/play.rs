@@ -17,6 +17,7 @@ use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 use crate::session::interrupt::Interrupt;
+use crate::session::threads::{no_thread, spawn};
 
 /// Longest time that a device may take none of its state.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -48,7 +49,11 @@ pub(super) fn play(link: &Arc<Link>, frames: Frames, checked: &Checked, credits:
         let (answers, answered) = std::sync::mpsc::channel();
         let interrupt = Interrupt::default();
         let heard = interrupt.clone();
-        scope.spawn(move || read_loop(reader, credits, &answers, &heard));
+        if let Err(error) = spawn(scope, "reader", move || read_loop(reader, credits, &answers, &heard)) {
+            let failure = no_thread(Side::Source, Phase::Hello, "reader", &error);
+            let _ = link.send(&Message::Abort(failure));
+            return link.shutdown_write();
+        }
         let player = Player { link, frames, checked, credits, answered, interrupt };
         if let Err(Unplayed::File(error)) = player.play() {
             let _ =

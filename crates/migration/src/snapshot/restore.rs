@@ -27,6 +27,7 @@ use crate::ownership::journal::read_journal;
 use crate::ownership::status::{VmOwnership, ownership_at};
 use crate::regular_file;
 use crate::session::fail::InPhase;
+use crate::session::threads::{no_thread, spawn};
 
 /// A file that was found to be a whole, sound snapshot.
 #[derive(Debug)]
@@ -134,11 +135,16 @@ impl Snapshot {
         std::thread::scope(|scope| {
             let (done, waits) = std::sync::mpsc::channel();
             let (link, checked, credits) = (&link, &self.checked, credits.as_slice());
-            scope.spawn(move || {
+            let playing = spawn(scope, "player", move || {
                 play(link, frames, checked, credits);
                 drop(done);
             });
-            scope.spawn(move || keep_alive_until(link, &waits));
+            let alive = spawn(scope, "keep-alive", move || keep_alive_until(link, &waits));
+            if let Err(error) = playing.and(alive) {
+                link.shutdown();
+                let failure = no_thread(Side::Destination, Phase::Hello, "reading of the file", &error);
+                return Err(IncomingError::NotBegun(failure));
+            }
             let arrived = destination.accept(build);
             // Whatever the player waits for, nobody sends it any more.
             link.shutdown();

@@ -19,6 +19,7 @@ use crate::options::SourceOptions;
 use crate::regular_file::AtomicFile;
 use crate::report::{Completed, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::threads::spawn;
 use crate::source::Source;
 
 /// Longest pause of the guest while its last state is written: as long as the disk takes.
@@ -107,7 +108,9 @@ pub fn save(
     let ended = std::thread::scope(|scope| {
         let (done, waits) = mpsc::channel();
         let link = &link;
-        scope.spawn(move || keep_alive_until(link, &waits));
+        // Without it a disk that is slow ends the session, and is named; nothing is lost.
+        let alive = spawn(scope, "keep-alive", move || keep_alive_until(link, &waits));
+        let _ = alive.inspect_err(|error| tracing::warn!(%error, "no thread keeps the session alive"));
         let ended = source.into_file(path).migrate_over(here, observer);
         // Whatever the recorder waits for, nobody sends it any more.
         link.shutdown();

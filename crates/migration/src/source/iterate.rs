@@ -12,6 +12,7 @@ use vfio_migration_wire::Message;
 use crate::channel::limiter::SendContext;
 use crate::ram::send::PageSender;
 use crate::session::fail::InPhase;
+use crate::session::threads::task;
 use crate::session::work_error::{self, WorkError};
 use crate::source::worker::Worker;
 
@@ -84,18 +85,14 @@ impl Worker<'_> {
                 .iter_mut()
                 .filter(|device| last || device.session.is_some())
                 .map(|device| {
-                    scope.spawn(
-                        move || if last { device.drain(context) } else { device.precopy_pass(context) },
-                    )
+                    task(scope, "device", move || {
+                        if last { device.drain(context) } else { device.precopy_pass(context) }
+                    })
                 })
                 .collect();
             let ram = sender.send(pages, holes).map(|pages| sent = pages);
             let mut results = vec![ram];
-            results.extend(
-                devices
-                    .into_iter()
-                    .map(|device| device.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
-            );
+            results.extend(devices.into_iter().filter_map(|device| device.finish()));
             results
         });
         work_error::worst_of(results)?;

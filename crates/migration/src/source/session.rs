@@ -21,6 +21,7 @@ use crate::report::Progress;
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::events::Events;
 use crate::session::lock::lock;
+use crate::session::threads::{no_thread, spawn};
 use crate::source::attempt::{SourceCounters, SourceEnd, SourceShared};
 use crate::source::plan::PlannedMigration;
 use crate::source::progress::{ProgressReporter, into_result};
@@ -59,8 +60,15 @@ pub(super) fn run(
         let (jobs, submitted) = mpsc::channel();
         let reader = Reader::new(&link, Side::Destination);
         let (shared, link, reader_events) = (&shared, &link, events.clone());
-        let reading = scope.spawn(move || read_loop(reader, link, &reader_events, shared));
-        let working = scope.spawn(move || worker.run(&submitted, &events));
+        let reading = spawn(scope, "reader", move || read_loop(reader, link, &reader_events, shared));
+        let working = spawn(scope, "worker", move || worker.run(&submitted, &events));
+        let (reading, working) = match (reading, working) {
+            (Ok(reading), Ok(working)) => (reading, working),
+            (Err(error), _) | (_, Err(error)) => {
+                link.shutdown();
+                return Err(refused_here(no_thread(Side::Source, Phase::Hello, "session", &error)));
+            }
+        };
         let session = Session {
             engine,
             link,
@@ -77,10 +85,10 @@ pub(super) fn run(
         };
         let outcome = session.run(&mut reporter, &mut observer);
         liveness::close_gracefully(link, &working, &reading);
-        outcome
+        Ok(outcome)
     });
     plan.control.detach();
-    into_result(outcome, &reporter, &counters, &link, &plan.uri, plan.machine.id(), plan.attempt)
+    into_result(outcome?, &reporter, &counters, &link, &plan.uri, plan.machine.id(), plan.attempt)
 }
 
 /// The link over `socket`, with our preamble sent: whoever handed the socket over may have left it full.

@@ -8,4 +8,5 @@ mod progress;
 mod rehearsal;
 mod snapshot;
 mod strangers;
+mod threads;
 mod toy;
