@@ -12,6 +12,7 @@ mod irq;
 mod kick;
 mod lock;
 mod memory;
+mod msr;
 mod run;
 mod slots;
 mod state;

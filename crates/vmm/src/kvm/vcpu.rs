@@ -12,7 +12,7 @@
 //! 7. Pending events — exceptions, NMIs, the interrupt shadow — since the steps above may clear them.
 
 use kvm_bindings::{
-    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    CpuId, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
     kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -20,6 +20,7 @@ use vfio_migration::Section;
 use zerocopy::IntoBytes;
 
 use super::features;
+use super::msr::{MSR_BATCH, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, msr_table, read_msr};
 use crate::error::VmmError;
 use crate::section::{SectionReader, SectionWriter};
 
@@ -29,13 +30,6 @@ pub(super) const SECTION_VERSION: u32 = 1;
 /// Bytes of the XSAVE area of `KVM_GET_XSAVE`. A guest gets a larger one only if the process asked the kernel for it
 /// (`arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)`), which this VMM does not.
 const XSAVE_LEN: usize = 4096;
-
-const MSR_IA32_TSC: u32 = 0x10;
-const MSR_IA32_TSC_DEADLINE: u32 = 0x6E0;
-/// The Hyper-V enlightenments, which this machine's CPUID does not offer.
-const MSR_HYPERV: std::ops::Range<u32> = 0x4000_0000..0x4000_0200;
-/// MSRs per call: KVM takes 256.
-const MSR_BATCH: usize = 128;
 
 /// A difference between two TSC frequencies that is measurement error, in parts per million.
 const TSC_TOLERANCE_PPM: u64 = 250;
@@ -217,20 +211,12 @@ impl Vcpu {
             rest = rest.get(written..).unwrap_or_default();
             let Some((index, value)) = rest.first().filter(|_| written < batch.len()) else { continue };
             // One that cannot be written may hold the value already, as those do that describe the processor.
-            if self.read_msr(*index) != Some(*value) {
+            if read_msr(&self.fd, *index) != Some(*value) {
                 return Err(format!("MSR {index:#x} cannot be {value:#x} on this host"));
             }
             rest = rest.get(1..).unwrap_or_default();
         }
         Ok(())
-    }
-
-    fn read_msr(&self, index: u32) -> Option<u64> {
-        let mut table = msr_table(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
-        match self.fd.get_msrs(&mut table) {
-            Ok(1) => table.as_slice().first().map(|entry| entry.data),
-            _ => None,
-        }
     }
 }
 
@@ -276,20 +262,9 @@ pub(super) fn section_name(index: usize) -> String {
     format!("kvm.vcpu.{index}")
 }
 
-/// The MSRs that belong to a vCPU's state on this KVM.
-pub(super) fn migratable_msrs(kvm: &Kvm) -> Result<Vec<u32>, VmmError> {
-    let list = kvm.get_msr_index_list().map_err(VmmError::kvm("list its MSRs"))?;
-    Ok(list.as_slice().iter().copied().filter(|index| !MSR_HYPERV.contains(index)).collect())
-}
-
 fn read_cpuid(reader: &mut SectionReader<'_>) -> Result<kvm_cpuid_entry2, VmmError> {
     let mut word = || reader.u32();
     let (function, index, flags) = (word()?, word()?, word()?);
     let (eax, ebx, ecx, edx) = (word()?, word()?, word()?, word()?);
     Ok(kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() })
-}
-
-fn msr_table(entries: &[kvm_msr_entry]) -> Result<Msrs, VmmError> {
-    Msrs::from_entries(entries)
-        .map_err(|_| VmmError::Refused(format!("{} MSRs are too many for one call", entries.len())))
 }

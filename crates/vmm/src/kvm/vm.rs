@@ -13,7 +13,7 @@ use super::gate::Gate;
 use super::lock::lock;
 use super::slots::Slots;
 use super::vcpu::Vcpu;
-use super::{features, kick, run, vcpu};
+use super::{features, kick, msr, run};
 use crate::bus::IoBus;
 use crate::error::{StopReason, VmmError};
 use crate::layout;
@@ -101,7 +101,7 @@ impl KvmVm {
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("tell its CPUID table"))?;
         features::check_physical_bits(&cpuid)?;
-        let msrs = vcpu::migratable_msrs(&kvm)?;
+        let msrs = msr::migratable_msrs(&kvm)?;
         let gate = Arc::new(Gate::new(usize::from(vcpus))?);
         let vcpus = (0..vcpus)
             .map(|index| Ok(Arc::new(Mutex::new(Vcpu::new(&fd, index, &cpuid, &msrs)?))))
