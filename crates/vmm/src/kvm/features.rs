@@ -7,8 +7,9 @@
 use std::collections::BTreeSet;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
+use super::msr::{MSR_IA32_TSC, read_msr, write_msr};
 use crate::error::VmmError;
 use crate::layout;
 
@@ -38,6 +39,9 @@ const CPUID_SVM: u32 = 1 << 2;
 /// Width of the classes of TSC frequencies, in kHz: wide against the error with which a kernel measures it.
 const TSC_CLASS: u32 = 32_000;
 
+/// The word of a KVM that sets a guest's TSC when told to. Others give the guest the host's.
+pub(super) const TSC_WRITABLE: &str = "tsc-writable";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Register {
     Eax,
@@ -52,19 +56,35 @@ enum Register {
 /// A host that cannot scale the TSC also names the class of its frequency, `tsc-mhz=2496`: hosts of one class may
 /// still differ too much, which loading the vCPU finds out.
 ///
+/// `tsc-writable` is offered where KVM sets a guest's TSC: a guest to which the time that a move takes was promised
+/// not to count is refused by a host without it.
+///
 /// # Errors
 /// KVM does not tell.
 pub fn cpu_features(kvm: &Kvm) -> Result<Vec<String>, VmmError> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("tell its CPUID table"))?;
     let mut words = words(&without_nesting(supported.as_slice()));
+    let vm = kvm.create_vm().map_err(VmmError::kvm("create a machine"))?;
+    let vcpu = vm.create_vcpu(0).map_err(VmmError::kvm("create a vCPU"))?;
+    let khz = vcpu.get_tsc_khz().map_err(VmmError::kvm("tell the TSC's frequency"))?;
+    if sets_tsc(&vcpu, khz) {
+        words.insert(TSC_WRITABLE.to_owned());
+    }
     if !kvm.check_extension(Cap::TscControl) {
-        let vm = kvm.create_vm().map_err(VmmError::kvm("create a machine"))?;
-        let vcpu = vm.create_vcpu(0).map_err(VmmError::kvm("create a vCPU"))?;
-        let khz = vcpu.get_tsc_khz().map_err(VmmError::kvm("tell the TSC's frequency"))?;
         words.insert(format!("tsc-mhz={}", (khz + TSC_CLASS / 2) / TSC_CLASS * TSC_CLASS / 1000));
     }
     Ok(words.into_iter().collect())
+}
+
+/// Whether a TSC that is written an hour ahead is read back there. A KVM without hardware virtualisation takes the
+/// write, and gives the host's TSC all the same.
+fn sets_tsc(vcpu: &VcpuFd, khz: u32) -> bool {
+    let hour = u64::from(khz) * 1000 * 3600;
+    let Some(before) = read_msr(vcpu, MSR_IA32_TSC) else { return false };
+    let ahead = before.wrapping_add(hour);
+    write_msr(vcpu, MSR_IA32_TSC, ahead)
+        && read_msr(vcpu, MSR_IA32_TSC).is_some_and(|now| now.wrapping_sub(ahead) < hour)
 }
 
 /// CPU features that a guest could get on this host.

@@ -39,6 +39,12 @@ pub(super) fn read_msr(fd: &VcpuFd, index: u32) -> Option<u64> {
     }
 }
 
+/// Whether KVM takes a value for an MSR, which need not mean that it heeds it.
+pub(super) fn write_msr(fd: &VcpuFd, index: u32, data: u64) -> bool {
+    msr_table(&[kvm_msr_entry { index, data, ..Default::default() }])
+        .is_ok_and(|table| matches!(fd.set_msrs(&table), Ok(1)))
+}
+
 /// Entries as the calls of KVM take them, at most 256.
 pub(super) fn msr_table(entries: &[kvm_msr_entry]) -> Result<Msrs, VmmError> {
     Msrs::from_entries(entries)

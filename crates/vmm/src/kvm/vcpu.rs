@@ -8,7 +8,7 @@
 //! 4. the local APIC's registers would be refused or misread. It restarts its timer from the remaining count.
 //! 5. XCR0, then the XSAVE area, whose components XCR0 allows; debug registers.
 //! 6. MSRs, the TSC after all others and its deadline at the very end: the deadline is compared with the TSC, and is
-//!    dropped while the APIC's timer is not in deadline mode yet.
+//!    dropped while the APIC's timer is not in deadline mode yet. The TSC is read back, since not every KVM sets it.
 //! 7. Pending events — exceptions, NMIs, the interrupt shadow — since the steps above may clear them.
 
 use kvm_bindings::{
@@ -124,7 +124,13 @@ impl Vcpu {
         // features, which this one does not.
         unsafe { fd.set_xsave(&state.xsave) }.map_err(what("XSAVE area"))?;
         fd.set_debug_regs(&state.debug).map_err(what("debug registers"))?;
+        let tsc = state.msrs.iter().find(|(index, _)| *index == MSR_IA32_TSC).map(|(_, value)| *value);
         self.write_msrs(state.msrs).map_err(refused)?;
+        if let Some(saved) = tsc {
+            let now = read_msr(&self.fd, MSR_IA32_TSC);
+            let now = now.ok_or_else(|| refused("the TSC cannot be read back".to_owned()))?;
+            not_backwards(saved, now, state.tsc_khz).map_err(refused)?;
+        }
         self.fd.set_vcpu_events(&state.events).map_err(what("pending events"))
     }
 
@@ -220,6 +226,19 @@ impl Vcpu {
     }
 }
 
+/// A KVM that ignores a written TSC gives the host's, which may lie before what the guest has read already.
+fn not_backwards(saved: u64, now: u64, khz: u32) -> Result<(), String> {
+    if now >= saved {
+        return Ok(());
+    }
+    let ms = (saved - now) / u64::from(khz).max(1);
+    Err(format!(
+        "the guest's TSC would run backwards by {ms} ms, from {saved} to {now}: this host's KVM does not set it (it \
+         does not offer `{}`); move the guest to one that does, or that booted earlier",
+        features::TSC_WRITABLE
+    ))
+}
+
 /// What a vCPU's section holds.
 struct State {
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -267,4 +286,18 @@ fn read_cpuid(reader: &mut SectionReader<'_>) -> Result<kvm_cpuid_entry2, VmmErr
     let (function, index, flags) = (word()?, word()?, word()?);
     let (eax, ebx, ecx, edx) = (word()?, word()?, word()?, word()?);
     Ok(kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tsc_may_stand_still_or_go_on_and_is_never_taken_back() {
+        not_backwards(5_000, 5_000, 2_000_000).unwrap();
+        not_backwards(0, u64::MAX, 0).unwrap();
+        let error = not_backwards(9_000_000, 1_000_000, 2_000).unwrap_err();
+        assert!(error.contains("backwards by 4000 ms") && error.contains("`tsc-writable`"), "{error}");
+        not_backwards(1, 0, 0).unwrap_err();
+    }
 }

@@ -1,6 +1,7 @@
 //! The reference VMM on real KVM: the guest program boots, runs, checks, is paused, saved and loaded.
 #![expect(clippy::cast_possible_truncation, reason = "the numbers of the tests are small")]
 
+mod clock;
 mod ring;
 
 use std::sync::Arc;

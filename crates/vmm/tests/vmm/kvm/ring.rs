@@ -39,11 +39,15 @@ impl Rig {
         Self::with_bus(mib, |_, _| Arc::new(EmptyBus))
     }
 
+    pub(crate) fn ram(mib: u64) -> Arc<GuestRam> {
+        Arc::new(GuestRam::new("test", &layout::ram_regions(mib << 20).unwrap()).unwrap())
+    }
+
     pub(crate) fn with_bus(
         mib: u64,
         bus: impl FnOnce(&Arc<GuestRam>, &Arc<KvmVm>) -> Arc<dyn IoBus>,
     ) -> Self {
-        let ram = Arc::new(GuestRam::new("test", &layout::ram_regions(mib << 20).unwrap()).unwrap());
+        let ram = Self::ram(mib);
         let vm = KvmVm::new(Arc::clone(&ram), 1).unwrap();
         let platform = Arc::new(PlatformBus::new(bus(&ram, &vm)));
         let bus: Arc<dyn IoBus> = platform.clone();
