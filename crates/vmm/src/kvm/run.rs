@@ -27,6 +27,8 @@ pub(super) fn spawn(
         .spawn(move || {
             while gate.wait_for_order() == Order::Run {
                 let mut vcpu = lock(&vcpu);
+                // Here, as this thread alone may hold the vCPU while the gate is open.
+                vcpu.tell_of_pause();
                 let stopped = run(index, &mut vcpu, &gate, &*bus);
                 complete_instruction(&mut vcpu, &*bus);
                 drop(vcpu);

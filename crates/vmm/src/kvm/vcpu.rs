@@ -16,6 +16,7 @@ use kvm_bindings::{
     kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use rustix::io::Errno;
 use vfio_migration::Section;
 use zerocopy::IntoBytes;
 
@@ -132,6 +133,16 @@ impl Vcpu {
             not_backwards(saved, now, state.tsc_khz).map_err(refused)?;
         }
         self.fd.set_vcpu_events(&state.events).map_err(what("pending events"))
+    }
+
+    /// Has the guest's kvmclock say that it was stopped, so that its watchdogs take the gap for none of its own. A
+    /// guest without kvmclock (EINVAL) and a KVM without the call (ENOTTY) have nobody to tell.
+    pub(super) fn tell_of_pause(&self) {
+        let Err(error) = self.fd.kvmclock_ctrl() else { return };
+        let errno = Errno::from_raw_os_error(error.errno());
+        if errno != Errno::INVAL && errno != Errno::NOTTY {
+            tracing::warn!(vcpu = self.index, %error, "the guest is not told that it was paused");
+        }
     }
 
     /// Sets what a guest starts with: see [`crate::guest`].

@@ -171,7 +171,7 @@ impl KvmVm {
         Ok(())
     }
 
-    /// Lets the vCPUs run. Resuming a machine that runs does nothing.
+    /// Lets the vCPUs run, and has the guest's kvmclock say that it was stopped. Resuming a machine that runs does nothing.
     ///
     /// # Errors
     /// The machine was not started, or has stopped by itself.

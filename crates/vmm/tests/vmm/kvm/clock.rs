@@ -1,11 +1,21 @@
-//! A guest's clocks on real KVM: what is put back is there, or refused.
+//! A guest's clocks on real KVM: what is put back is there, or refused, and a pause is told.
+
+use std::time::Instant;
 
 use vfio_migration::Section;
+use vfio_migration_types::{PAGE_SIZE, RamOffset};
+use vfio_migration_vmm::guest::map;
 use vfio_migration_vmm::kvm::{KvmVm, VCPUS_MAX, cpu_features};
 
-use super::ring::{Rig, kvm_answers};
+use super::ring::{PATIENCE, Rig, kvm_answers};
 
 const MSR_IA32_TSC: u32 = 0x10;
+/// `MSR_KVM_SYSTEM_TIME_NEW`: where the guest wants its kvmclock; bit 0 turns it on.
+const MSR_KVM_SYSTEM_TIME: u32 = 0x4B56_4D01;
+/// Byte `flags` of `struct pvclock_vcpu_time_info`, and its `PVCLOCK_GUEST_STOPPED`.
+const CLOCK_FLAGS: u64 = 29;
+const GUEST_STOPPED: u64 = 2;
+
 /// The place of an MSR's value in a vCPU's section, whose end is the list of MSRs, 12 bytes each.
 fn msr_at(vcpu: &Section, index: u32) -> usize {
     let place = vcpu.bytes.rchunks_exact(12).position(|entry| entry[..4] == index.to_le_bytes());
@@ -49,6 +59,37 @@ fn a_tsc_that_would_run_backwards_is_refused() {
             let error = error.to_string();
             assert!(error.contains("run backwards by") && error.contains("`tsc-writable`"), "{error}");
         }
+    }
+}
+
+#[test]
+fn a_paused_guest_finds_in_its_kvmclock_that_it_was_stopped() {
+    if !kvm_answers() {
+        return;
+    }
+    let rig = Rig::new(64);
+    rig.boot(0, 0, false);
+    rig.wait("ticks", |report| report.ticks > 10);
+    rig.pause();
+    // The guest program uses no kvmclock: one is put where the first device's ring would be.
+    let page = rig.offset(map::DEVICES, PAGE_SIZE);
+    let clock = RamOffset(page.0 + CLOCK_FLAGS / 8 * 8);
+    let mut sections = rig.vm.save_state().unwrap();
+    set_msr(&mut sections, MSR_KVM_SYSTEM_TIME, map::DEVICES | 1);
+    rig.vm.load_state(&sections).unwrap();
+    let flags = || rig.ram.read_u64(clock).unwrap() >> (CLOCK_FLAGS % 8 * 8) & 0xFF;
+    for _ in 0..3 {
+        rig.vm.resume().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while flags() & GUEST_STOPPED == 0 {
+            assert!(Instant::now() < deadline, "flags {:#x}", flags());
+            std::thread::yield_now();
+        }
+        rig.pause();
+        // As the guest does when it has read it.
+        rig.ram
+            .write_u64(clock, rig.ram.read_u64(clock).unwrap() & !(GUEST_STOPPED << (CLOCK_FLAGS % 8 * 8)))
+            .unwrap();
     }
 }
 
