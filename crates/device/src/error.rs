@@ -67,7 +67,7 @@ pub enum Remedy {
     TryAnotherState,
     /// Only a reset helps: it is in ERROR, or its state is unknown.
     Reset,
-    /// The device does not answer any more.
+    /// The device does not answer: it is lost, or late.
     Lost,
 }
 

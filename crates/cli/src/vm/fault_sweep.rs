@@ -72,7 +72,7 @@ impl Side {
         let socket = path("device");
         let device = Served::start(&socket, options);
         let (control, state) = (path("control"), path("state"));
-        let word = format!("vfio-user:{},id=dev0", socket.display());
+        let word = format!("vfio-user:{},id=dev0,timeout=1s", socket.display());
         let (control_word, state_word) = (control.display().to_string(), state.display().to_string());
         let words = ["vfio-migrate", "vm", "--software", "--memory", "32M", "--dirty-rate", "1M", "--uuid"];
         let words = [&words[..], &[UUID, "--device", &word, "--control", &control_word], more];
@@ -305,9 +305,30 @@ fn arcs_at_the_source() {
             (&["fail-arc:STOP_COPY:STOP:EIO"], NONE, Completed),
             (&["error-arc:STOP_COPY:STOP"], NONE, Completed),
             (&["hang-arc:PRE_COPY:PRE_COPY_P2P:300"], NONE, Completed),
+            // Late for longer than the device has; it answers in the end, and stays.
+            (&["hang-arc:RUNNING:PRE_COPY:1500"], NONE, Failed),
+            (&["hang-arc:PRE_COPY:PRE_COPY_P2P:1500"], NONE, Failed),
+            (&["hang-arc:PRE_COPY_P2P:STOP_COPY:1500"], NONE, Failed),
         ],
         &json!({}),
     );
+}
+
+/// The limit passes long before the device is given up: what is told is the device all the same, and the time is the true one.
+#[test]
+fn a_device_that_outlasts_the_downtime_limit_is_named() {
+    for fault in ["hang-arc:PRE_COPY:PRE_COPY_P2P:1500", "hang-arc:PRE_COPY_P2P:STOP_COPY:1500"] {
+        let dir = tempfile::tempdir().unwrap();
+        let told = migrate(dir.path(), &[fault], NONE, &json!({"downtime-limit": 300}), |_, _| {});
+        told.check(fault);
+        let info = &told.printed.migration;
+        let failure = info.failure.as_ref().unwrap_or_else(|| panic!("{info:?}"));
+        assert_eq!((failure.device.as_deref(), failure.errno), (Some("dev0"), Some(110)), "{info:?}");
+        let (_, after) = failure.text.split_once("had been paused for ").expect(&failure.text);
+        let paused: u64 = after.split_once(' ').unwrap().0.parse().unwrap();
+        assert!(paused >= 900, "{info:?}");
+        assert!(failure.text.contains("above the downtime limit of 300 ms"), "{info:?}");
+    }
 }
 
 #[test]
@@ -324,6 +345,9 @@ fn arcs_at_the_destination() {
             (NONE, &["error-arc:RUNNING_P2P:RUNNING"], NotStarted),
             (NONE, &["hang-arc:RESUMING:STOP:300"], Completed),
             (NONE, &["hang-arc:RUNNING_P2P:RUNNING:300"], Completed),
+            (NONE, &["hang-arc:STOP:RESUMING:1500"], Failed),
+            (NONE, &["hang-arc:RESUMING:STOP:1500"], Failed),
+            (NONE, &["hang-arc:RUNNING_P2P:RUNNING:1500"], NotStarted),
         ],
         &json!({}),
     );

@@ -1,5 +1,6 @@
 //! A device's migration state machine: what is asked of it, and what its answers mean.
 
+use rustix::io::Errno;
 use vfio_migration_types::{ArcError, DeviceId, MigrationFlags, MigrationState, path};
 
 use super::error::SessionError;
@@ -99,7 +100,10 @@ impl StateMachine {
             return Ok(None);
         }
         self.port.set_state(from, to).map_err(|PortError { errno, source }| {
-            TransitionError::new(self.id.clone(), from, to, self.port.state().ok(), errno, source)
+            // Whoever has not answered would not answer that either, and is waited for once.
+            let late = errno == Some(Errno::TIMEDOUT);
+            let now = if late { None } else { self.port.state().ok() };
+            TransitionError::new(self.id.clone(), from, to, now, errno, source)
         })
     }
 

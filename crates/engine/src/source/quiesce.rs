@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{Phase, Side};
+use vfio_migration_types::{Failure, Phase, Side};
 
 use super::state::{AbortNotice, Pause, SourceEngine, State};
 use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, Time};
@@ -108,6 +108,23 @@ impl SourceEngine {
         )
     }
 
+    /// The limit had passed while a device was at work, and now the device says why it took so long: that is the cause.
+    pub(super) fn explain_over_limit(&mut self, cause: Failure, now: Time) {
+        let since = self.pause.paused_at.or(self.pause.asked_at).unwrap_or(now);
+        let (paused, limit) = (now.saturating_sub(since), self.config.downtime_limit);
+        let Some(rollback) = self.rollback.as_mut().filter(|_| self.pause.over_limit) else { return };
+        if cause.device.is_none() || rollback.outcome.cause.device.is_some() {
+            return;
+        }
+        let text = format!(
+            "{}; the guest had been paused for {} ms by then, above the downtime limit of {} ms",
+            cause.text,
+            paused.as_millis(),
+            limit.as_millis()
+        );
+        rollback.outcome.cause = Failure { text, ..cause };
+    }
+
     pub(super) fn abort_over_limit(&mut self, now: Time) {
         let since = self.pause.paused_at.or(self.pause.asked_at).unwrap_or(now);
         let paused = now.saturating_sub(since).saturating_sub(self.pause.verify);
@@ -117,6 +134,7 @@ impl SourceEngine {
             self.config.downtime_limit.as_millis(),
             self.pause.predicted.as_millis(),
         );
+        self.pause.over_limit = true;
         let remedy = "raise the downtime limit, or see why this phase took so long";
         self.conclude(failure(Side::Source, self.phase, text, remedy), now);
     }

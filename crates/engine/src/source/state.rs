@@ -128,6 +128,8 @@ pub(super) struct Pause {
     /// Of the manifest, just before the pause.
     pub(super) identity: [u8; 32],
     pub(super) predicted: Duration,
+    /// The watchdog has ended the attempt.
+    pub(super) over_limit: bool,
     /// Time spent on digests, which is no downtime.
     pub(super) verify: Duration,
     /// The digests are done, so the watchdog knows what to leave out.
