@@ -12,6 +12,8 @@
 //! through them, and the test below explores the product of both exhaustively: lossy, duplicating, reordering channel,
 //! crashes of either side at any point, a second attempt while messages of the first are still about.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
 use vfio_migration_wire::Message;
@@ -79,12 +81,31 @@ pub enum DestinationStep {
 #[non_exhaustive]
 pub enum OwnershipError {
     /// The source's state does not allow the step.
-    #[error("a source in state {0:?} cannot take the step {1:?}")]
+    #[error("a source in state {0} cannot take the step {1}")]
     Source(SourceState, SourceStep),
     /// The destination's state does not allow the step.
-    #[error("a destination in state {0:?} cannot take the step {1:?}")]
+    #[error("a destination in state {0} cannot take the step {1}")]
     Destination(DestinationState, DestinationStep),
 }
+
+/// Gives the values of an enum the names that texts and documents show.
+macro_rules! named {
+    ($of:ident: $($value:ident = $name:literal),+) => {
+        impl fmt::Display for $of {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$value => $name),+ })
+            }
+        }
+    };
+}
+
+named!(SourceState: Owner = "owner", Sending = "sending", Committing = "committing", Released = "released");
+named!(SourceStep: Begin = "begin", Abort = "abort", Commit = "commit", Declined = "declined", Running = "running");
+named!(
+    DestinationState: Reserved = "reserved", Loading = "loading", Ready = "ready", Owner = "owner",
+    Aborted = "aborted"
+);
+named!(DestinationStep: Load = "load", Ready = "ready", Commit = "commit", Abort = "abort");
 
 impl SourceState {
     /// The phase in which it is journaled.
@@ -371,6 +392,23 @@ mod tests {
     fn record(state: DestinationState) -> DestinationRecord {
         let (vm, attempt) = (VmId([1; 16]), AttemptId([2; 16]));
         DestinationRecord { vm, attempt, epoch: Epoch(7), state, peer: "tcp:a:1".to_owned() }
+    }
+
+    #[test]
+    fn states_are_shown_as_they_are_journaled() {
+        use DestinationState::{Aborted, Loading, Owner, Ready, Reserved};
+
+        let journaled = |state: serde_json::Value| state.as_str().map(str::to_owned);
+        for state in
+            [SourceState::Owner, SourceState::Sending, SourceState::Committing, SourceState::Released]
+        {
+            assert_eq!(journaled(serde_json::to_value(state).unwrap()), Some(state.to_string()));
+        }
+        for state in [Reserved, Loading, Ready, Owner, Aborted] {
+            assert_eq!(journaled(serde_json::to_value(state).unwrap()), Some(state.to_string()));
+        }
+        let refused = SourceState::Released.next(SourceStep::Begin).unwrap_err();
+        assert_eq!(refused.to_string(), "a source in state released cannot take the step begin");
     }
 
     #[test]

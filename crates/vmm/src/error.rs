@@ -101,7 +101,7 @@ pub enum StopReason {
     Unknown {
         /// Index of the vCPU.
         vcpu: usize,
-        /// Name of the exit, as KVM's bindings have it.
+        /// Exit in words: the errno, or the number of `KVM_EXIT_*`.
         exit: String,
     },
 }

@@ -1,5 +1,7 @@
 //! The one JSON object that `demo --json` prints, and the same for people.
 
+use std::fmt;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +76,15 @@ pub(crate) enum CaughtBy {
     Engine,
     /// The guest found it after the move.
     Guest,
+}
+
+impl fmt::Display for CaughtBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Engine => "engine",
+            Self::Guest => "guest",
+        })
+    }
 }
 
 /// Ids of the processes that the demo ran.
@@ -191,7 +202,7 @@ impl DemoReport {
             self.phases.iter().map(|phase| format!("{} {}", phase.name, phase.ms)).collect();
         row("phases, ms", phases.join("  "));
         if let Some(caught) = self.caught_by {
-            row("caught by", format!("{caught:?}").to_lowercase());
+            row("caught by", caught.to_string());
         }
         if let Some(error) = &self.error {
             row("error", error.clone());

@@ -138,7 +138,7 @@ fn entries(journal: JournalFile) -> (Option<JournalEntry>, Option<JournalEntry>)
     let (began, written, reason) = (None, None, None);
     let source = journal.source.map(|record| JournalEntry {
         attempt: record.attempt.to_string(),
-        state: format!("{:?}", record.state).to_lowercase(),
+        state: record.state.to_string(),
         epoch: record.epoch.0,
         peer: record.peer,
         began: began.clone(),
@@ -147,7 +147,7 @@ fn entries(journal: JournalFile) -> (Option<JournalEntry>, Option<JournalEntry>)
     });
     let destination = journal.destination.map(|record| JournalEntry {
         attempt: record.attempt.to_string(),
-        state: format!("{:?}", record.state).to_lowercase(),
+        state: record.state.to_string(),
         epoch: record.epoch.0,
         peer: record.peer,
         began,

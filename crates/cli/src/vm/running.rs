@@ -228,7 +228,9 @@ pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, CliError> {
                 epoch.0
             ),
         )),
-        Ok(other) => Err(CliError::failed(format!("VM {id} is not started here: {other:?}"))),
+        Ok(_) => Err(CliError::failed(format!(
+            "VM {id} is not started here: its ownership journal says something that this build does not know; use a newer one"
+        ))),
         Err(error) => Err(CliError::caused("the ownership journal cannot be believed", &error)),
     }
 }

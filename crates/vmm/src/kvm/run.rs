@@ -99,7 +99,8 @@ fn complete_instruction(vcpu: &mut Vcpu, bus: &dyn IoBus) {
 enum Fatal {
     Shutdown,
     InternalError,
-    Other(String),
+    EntryFailed { reason: u64 },
+    Unknown,
 }
 
 impl Fatal {
@@ -112,7 +113,15 @@ impl Fatal {
                 let suberror = unsafe { vcpu.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
                 StopReason::InternalError { vcpu: index, suberror, rip }
             }
-            Self::Other(exit) => StopReason::Unknown { vcpu: index, exit },
+            Self::EntryFailed { reason } => StopReason::Unknown {
+                vcpu: index,
+                exit: format!("a failed entry, reason {reason:#x} of the hardware"),
+            },
+            // Its number is KVM_EXIT_* of linux/kvm.h.
+            Self::Unknown => {
+                let exit = format!("exit reason {}", vcpu.fd.get_kvm_run().exit_reason);
+                StopReason::Unknown { vcpu: index, exit }
+            }
         }
     }
 }
@@ -126,7 +135,22 @@ fn serve(exit: VcpuExit<'_>, bus: &dyn IoBus) -> Option<Fatal> {
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
         VcpuExit::Shutdown | VcpuExit::SystemEvent(..) => return Some(Fatal::Shutdown),
         VcpuExit::InternalError => return Some(Fatal::InternalError),
-        other => return Some(Fatal::Other(format!("{other:?}"))),
+        VcpuExit::FailEntry(reason, _) => return Some(Fatal::EntryFailed { reason }),
+        _ => return Some(Fatal::Unknown),
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::EmptyBus;
+
+    #[test]
+    fn an_exit_that_the_machine_does_not_know_ends_it() {
+        let failed = serve(VcpuExit::FailEntry(0x8000_0021, 3), &EmptyBus);
+        assert!(matches!(failed, Some(Fatal::EntryFailed { reason: 0x8000_0021 })));
+        assert!(matches!(serve(VcpuExit::Nmi, &EmptyBus), Some(Fatal::Unknown)));
+        assert!(serve(VcpuExit::Hlt, &EmptyBus).is_none());
+    }
 }
