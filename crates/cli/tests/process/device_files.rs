@@ -268,7 +268,7 @@ fn nonsense_is_a_usage_error() {
     usage(&["save", "--control", "/x", "--stop-copy-only", "-o", "/x"], "cannot be used with");
     usage(&["save", "--device", "vfio-user:/x", "--stop", "-o", "/x"], "cannot be used with");
     usage(&["save", "--device", "floppy:/x", "-o", "/x"], "the kind is unknown");
-    usage(&["restore", "--device", "vfio-user:/x,name=a", "/x"], "it has no id");
+    usage(&["restore", "--device", "vfio-user:/x,name=a", "/x"], "there is no option name");
     fails(&["restore", "--device", "vfio-user:/x", "/nonexistent/file"], 1, "/nonexistent/file");
     let output = run(&["restore", "--device", "vfio-user:/x", "/nonexistent/file", "--json"]);
     let failure: Value = serde_json::from_slice(&output.stdout).unwrap();

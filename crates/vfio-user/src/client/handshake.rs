@@ -185,6 +185,7 @@ fn negotiate(
         fds: &[],
         max_reply: 4 + MAX_VERSION_DATA,
         limit: options.timeout,
+        after_reply: false,
     };
     let reply = conn.exchange(&request, None).map_err(|error| match error {
         ConnError::Timeout => ClientError::Timeout { command: Command::VERSION, after: options.timeout },

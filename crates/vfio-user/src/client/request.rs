@@ -61,7 +61,7 @@ impl Client {
         self.fit("the payload of a request, in bytes,", len, self.longest_payload())?;
         self.requests.fetch_add(1, Ordering::Relaxed);
         let limit = self.limit(command, parts);
-        let request = SocketRequest { command, parts, fds, max_reply, limit };
+        let request = SocketRequest { command, parts, fds, max_reply, limit, after_reply: false };
         let handler = self.dma.as_deref();
         let max = self.announced_xfer;
         // With a twin socket the server has no business sending commands on this one; it is told so by a refusal.

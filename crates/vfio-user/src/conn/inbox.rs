@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::thread::ThreadId;
 
 use super::error::ConnError;
 use super::socket::Received;
@@ -71,6 +72,8 @@ pub(super) struct Rx {
     pub(super) consumed: u64,
     /// A command was handed out, and its taker has not come back for another.
     pub(super) serving: bool,
+    /// Who took it; `None` once a request was held back for it in vain.
+    pub(super) taker: Option<ThreadId>,
     pub(super) partial: Option<Partial>,
     pub(super) awaited: Option<Awaited>,
     /// The answer to it, read while something else was done.
@@ -88,11 +91,18 @@ impl Rx {
             max_fds,
             consumed: 0,
             serving: false,
+            taker: None,
             partial: None,
             awaited: None,
             answer: None,
             spare: Vec::new(),
         }
+    }
+
+    /// Notes that the calling thread has a command to serve.
+    pub(super) fn hand_out(&mut self) {
+        self.serving = true;
+        self.taker = Some(std::thread::current().id());
     }
 
     /// Keeps a message for whoever it is for.

@@ -53,6 +53,9 @@ pub(crate) struct SocketRequest<'a> {
     pub(crate) max_reply: usize,
     /// How long the answer may take, from when nobody else uses the socket.
     pub(crate) limit: Duration,
+    /// Not before the command in service has been answered: QEMU 11.1 loses step over a command that comes before the
+    /// reply to its own.
+    pub(crate) after_reply: bool,
 }
 
 /// What to do with a command of the peer that arrives during an exchange.
@@ -157,6 +160,9 @@ impl Conn {
         serve: OnCommand<'_>,
     ) -> Result<SocketMessage, ConnError> {
         let mut rx = lock(&self.rx);
+        if request.after_reply {
+            rx = self.wait_for_reply(rx);
+        }
         self.check_alive()?;
         let result = self.exchange_locked(&mut rx, request, serve);
         let late = matches!(result, Err(ConnError::Timeout));
@@ -167,6 +173,25 @@ impl Conn {
             let _ = rustix::io::write(&self.queued, &1u64.to_ne_bytes());
         }
         result
+    }
+
+    /// Waits until the peer's command in service, if there is one, has been answered: for a moment only, since it may itself
+    /// wait for what is held back here, and not at all in its own service.
+    fn wait_for_reply<'a>(&'a self, mut rx: MutexGuard<'a, Rx>) -> MutexGuard<'a, Rx> {
+        const MOMENT: Duration = Duration::from_millis(20);
+        let begun = Instant::now();
+        let other =
+            |rx: &Rx| rx.serving && rx.taker.is_some_and(|taker| taker != std::thread::current().id());
+        while other(&rx) {
+            let left = MOMENT.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                // It waits for us: what follows is not held back any more.
+                rx.taker = None;
+                break;
+            }
+            (rx, _) = self.served.wait_timeout(rx, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        rx
     }
 
     /// Waits, without limit, for a command of the peer; once one begins it must be whole within `limit`.
@@ -247,7 +272,7 @@ impl Conn {
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let kind = Kind::Command { no_reply: false };
-        let SocketRequest { command, parts, fds, max_reply, limit } = *request;
+        let SocketRequest { command, parts, fds, max_reply, limit, .. } = *request;
         let mut tx = self.lock_tx(rx)?;
         let deadline = deadline(limit);
         let mut begun = false;
@@ -332,7 +357,7 @@ impl Conn {
         rx.serving = false;
         self.served.notify_all();
         if let Some(message) = rx.pop() {
-            rx.serving = true;
+            rx.hand_out();
             return Ok(Some(message));
         }
         self.check_alive()?;
@@ -356,7 +381,9 @@ impl Conn {
             return Ok(None);
         }
         let message = rx.pop();
-        rx.serving = message.is_some();
+        if message.is_some() {
+            rx.hand_out();
+        }
         Ok(message)
     }
 

@@ -72,7 +72,8 @@ impl DmaChannel {
         if self.conn.death().is_some() {
             return Err(Errno::NOTCONN);
         }
-        let request = SocketRequest { command, parts, fds: &[], max_reply, limit: self.limit };
+        let request =
+            SocketRequest { command, parts, fds: &[], max_reply, limit: self.limit, after_reply: true };
         let reply = self.conn.exchange(&request, None).map_err(|error| match error {
             ConnError::Timeout => {
                 // Nobody could tell any more which of its memory a late answer stands for.
