@@ -93,7 +93,12 @@ fn every_signal_that_is_fatal_by_default_is_answered_by_every_verb() {
         let mask = answered(child.id());
         for signal in fatal() {
             let ends = ENDING.iter().any(|(ending, _)| *ending == signal);
-            assert_eq!(answers(mask, signal), hears || !ends || answers(ours, signal), "{signal} of {}", child.id());
+            assert_eq!(
+                answers(mask, signal),
+                hears || !ends || answers(ours, signal),
+                "{signal} of {}",
+                child.id()
+            );
         }
         child.kill().unwrap();
         child.wait().unwrap();

@@ -498,6 +498,10 @@ fn reading_a_long_file_is_interrupted() {
         kill_process(Pid::from_child(&reading), Signal::TERM).unwrap();
         let output = reading.wait_with_output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
-        assert_eq!((output.status.code(), told.trim()), (Some(1), "vfio-migrate: interrupted by SIGTERM"), "{verb:?}");
+        assert_eq!(
+            (output.status.code(), told.trim()),
+            (Some(1), "vfio-migrate: interrupted by SIGTERM"),
+            "{verb:?}"
+        );
     }
 }
