@@ -4,11 +4,11 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use vfio_migration::{Uri, UriError};
+use vfio_migration::{Uri, UriError, open_regular};
 use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_device::ConfigRule;
 use vfio_migration_device::host::Roots;
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DeviceId, error_chain};
 use vfio_migration_vmm::layout::{RAM_MAX, RAM_MIN};
 
 use crate::exit::{CliError, Exit};
@@ -87,11 +87,11 @@ pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, CliErr
     pairs.iter().map(|(from, to)| Ok((device_id(from)?, device_id(to)?))).collect()
 }
 
-/// A file's bytes, at most one more than `most`.
+/// The bytes of a regular file, at most one more than `most`. Anything else, which could keep whoever opens it waiting, is refused.
 pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, CliError> {
     let failed = |error: std::io::Error| CliError::caused(&path.display().to_string(), &error);
     let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).map_err(failed)?;
+    let file = open_regular(path).map_err(|error| CliError::failed(error_chain(&error)))?;
     file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
     Ok(bytes)
 }

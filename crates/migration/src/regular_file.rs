@@ -17,6 +17,8 @@ use rustix::io::Errno;
 
 /// Permissions of a new file: what is saved of a guest is its owner's alone.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+/// Most symbolic links that the kernel follows in one path (path_resolution(7)).
+const LINKS_MAX: u32 = 40;
 /// Most attempts to give a file its name, while others put files there and take them away.
 const ATTEMPTS: u32 = 16;
 
@@ -52,6 +54,19 @@ pub enum FileError {
     /// The path has no last component that could be a file's name.
     #[error("{0} is the name of a directory, and of no file")]
     NoName(PathBuf),
+    /// The path leads to a file by a descriptor of the process that follows it, which may be another than the one that was asked.
+    #[error("{0} names a file by a descriptor of the process that opens it; name the file itself")]
+    ByDescriptor(PathBuf),
+    /// The process may not write so large a file (`RLIMIT_FSIZE`).
+    #[error(
+        "the file needs about {needed} bytes, and this process may write files of {limit} at most (RLIMIT_FSIZE: ulimit -f, LimitFSIZE=)"
+    )]
+    SizeLimit {
+        /// Bytes that a file of this process may have.
+        limit: u64,
+        /// Bytes that the file will have at least, as far as that is known.
+        needed: u64,
+    },
     /// The filesystem has no room for the file.
     #[error("{directory} has {free} bytes free, and the file needs about {needed}")]
     NoSpace {
@@ -90,7 +105,10 @@ fn regular(path: &Path, found: &Metadata) -> Result<(), FileError> {
 
 /// Opens a regular file to read it. Anything else is refused at once, unopened: a FIFO would wait for a writer, and some
 /// devices act on being opened.
-pub(crate) fn open(path: &Path) -> Result<File, FileError> {
+///
+/// # Errors
+/// There is no such file, it is not regular, or the system refuses.
+pub fn open_regular(path: &Path) -> Result<File, FileError> {
     let doing = "opening";
     regular(path, &std::fs::metadata(path).map_err(failed(doing, path))?)?;
     // Another file may have come since: this open never waits either.
@@ -152,11 +170,15 @@ impl AtomicFile {
         Ok(Self { file, directory, name, path, replace, temporary, named: false, replaced: None })
     }
 
-    /// Compares the room on the filesystem with the `needed` bytes.
+    /// Compares the room on the filesystem, and the size that a file of this process may have, with the `needed` bytes.
     ///
     /// # Errors
     /// There is less room than that.
     pub fn check_room(&self, needed: u64) -> Result<(), FileError> {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+        if let Some(limit) = limit.filter(|limit| *limit < needed) {
+            return Err(FileError::SizeLimit { limit, needed });
+        }
         match self.free() {
             Some(free) if free < needed => {
                 let directory = self.path.parent().unwrap_or(Path::new(".")).into();
@@ -347,6 +369,9 @@ fn judge(path: &Path, replace: bool) -> Result<(PathBuf, Option<Metadata>), File
     if path.as_os_str().as_bytes().ends_with(b"/") {
         return Err(FileError::NoName(path.into()));
     }
+    if by_descriptor(path) {
+        return Err(FileError::ByDescriptor(path.into()));
+    }
     // Also tells of a name that is too long.
     let found = match path.symlink_metadata() {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok((path.into(), None)),
@@ -366,6 +391,26 @@ fn judge(path: &Path, replace: bool) -> Result<(PathBuf, Option<Metadata>), File
     };
     regular(path, &found)?;
     if replace { Ok((end, Some(found))) } else { Err(FileError::Exists(path.into())) }
+}
+
+/// Whether a path, or a symbolic link on its way, is in procfs, where a process's descriptors have names, as /dev/stdout leads to.
+fn by_descriptor(path: &Path) -> bool {
+    let mut path = path.to_owned();
+    for _ in 0..LINKS_MAX {
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => ".".into(),
+        };
+        let procfs = |found: rustix::fs::StatFs| found.f_type == rustix::fs::PROC_SUPER_MAGIC;
+        if rustix::fs::statfs(&parent).is_ok_and(procfs) {
+            return true;
+        }
+        match std::fs::read_link(&path) {
+            Ok(to) => path = parent.join(to),
+            Err(_) => return false,
+        }
+    }
+    false
 }
 
 /// In a directory with the sticky bit only a file's owner, and the directory's, may replace it.
@@ -547,13 +592,13 @@ mod tests {
         let (file, fifo) = (dir.path().join("file"), dir.path().join("fifo"));
         std::fs::write(&file, "data").unwrap();
         rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, MODE, 0).unwrap();
-        open(&file).unwrap();
+        open_regular(&file).unwrap();
         for (path, kind) in [
             (fifo.as_path(), "a FIFO"),
             (dir.path(), "a directory"),
             (Path::new("/dev/null"), "a character device"),
         ] {
-            match open(path) {
+            match open_regular(path) {
                 Err(FileError::NotRegular { kind: found, .. }) => assert_eq!(found, kind),
                 other => panic!("{other:?}"),
             }

@@ -108,6 +108,16 @@ impl fmt::Display for Failure {
     }
 }
 
+/// What was reached, by the errno at the end of an error's text: of these nobody can guess it from the words of the errno.
+const LIMITS: [(&str, &str); 3] = [
+    (
+        "(os error 27)",
+        "by the limit on a file's size (RLIMIT_FSIZE: ulimit -f, LimitFSIZE=) or the filesystem's",
+    ),
+    ("(os error 24)", "by the limit on a process's descriptors (RLIMIT_NOFILE: ulimit -n, LimitNOFILE=)"),
+    ("(os error 23)", "by the host's limit on open files (fs.file-max)"),
+];
+
 /// An error with its causes on one line, which a terminal shows as it stands: whatever foreign text the errors quote, its
 /// control characters are escapes.
 pub fn error_chain(error: &dyn Error) -> String {
@@ -122,6 +132,11 @@ pub fn error_chain(error: &dyn Error) -> String {
         }
         cause = error.source();
     }
+    // Std and rustix write an errno alike.
+    if let Some((_, limit)) = LIMITS.iter().find(|(errno, _)| text.ends_with(errno)) {
+        text.push_str(", ");
+        text.push_str(limit);
+    }
     match printable(&text) {
         Cow::Borrowed(_) => text,
         Cow::Owned(shown) => shown,
@@ -131,6 +146,15 @@ pub fn error_chain(error: &dyn Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_that_was_reached_is_named() {
+        for (errno, says) in [(27, "RLIMIT_FSIZE"), (24, "RLIMIT_NOFILE"), (23, "fs.file-max")] {
+            let error = std::io::Error::from_raw_os_error(errno);
+            assert_eq!(error_chain(&error).matches(says).count(), 1);
+        }
+        assert!(!error_chain(&std::io::Error::from_raw_os_error(2)).contains("limit"));
+    }
 
     #[test]
     fn it_says_each_thing_once() {

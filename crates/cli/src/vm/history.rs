@@ -135,7 +135,7 @@ fn append(dir: &Path, record: &HistoryRecord) -> Result<(), Error> {
 /// write, and at worst a record lands in the older file.
 fn alone(dir: &Path) -> Option<File> {
     let path = dir.join(format!("{HISTORY}.lock"));
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path).ok()?;
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).ok()?;
     let begun = Instant::now();
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {

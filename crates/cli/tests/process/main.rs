@@ -11,6 +11,7 @@ mod device_files;
 mod device_options;
 mod drain;
 mod endings;
+mod files;
 mod foreign_servers;
 mod foreign_text;
 mod generated;

@@ -261,7 +261,8 @@ fn replace(dir: &Path, file: &JournalFile) -> Result<(), JournalError> {
 
 fn open_lock(path: &Path) -> Result<File, JournalError> {
     let mut options = OpenOptions::new();
-    options.create(true).truncate(false).write(true).open(path).map_err(failed("opening", path))
+    // To write alone would wait for a reader of a FIFO.
+    options.create(true).truncate(false).read(true).write(true).open(path).map_err(failed("opening", path))
 }
 
 fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> JournalError + 'a {

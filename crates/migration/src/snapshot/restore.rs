@@ -43,7 +43,7 @@ impl Snapshot {
     /// # Errors
     /// It is no regular file, no snapshot, damaged, cut short, too long, or of a later layout.
     pub fn open(path: &Path) -> Result<Self, SnapshotError> {
-        let file = regular_file::open(path)?;
+        let file = regular_file::open_regular(path)?;
         let checked = check(&file, path)?;
         Ok(Self { file, path: path.into(), checked })
     }
