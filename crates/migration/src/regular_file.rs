@@ -393,7 +393,7 @@ fn judge(path: &Path, replace: bool) -> Result<(PathBuf, Option<Metadata>), File
     if replace { Ok((end, Some(found))) } else { Err(FileError::Exists(path.into())) }
 }
 
-/// Whether a path, or a symbolic link on its way, is in procfs, where a process's descriptors have names, as /dev/stdout leads to.
+/// Whether a path, or a symbolic link on its way, names a process's descriptor in procfs, as /dev/stdout does.
 fn by_descriptor(path: &Path) -> bool {
     let mut path = path.to_owned();
     for _ in 0..LINKS_MAX {
@@ -402,7 +402,7 @@ fn by_descriptor(path: &Path) -> bool {
             _ => ".".into(),
         };
         let procfs = |found: rustix::fs::StatFs| found.f_type == rustix::fs::PROC_SUPER_MAGIC;
-        if rustix::fs::statfs(&parent).is_ok_and(procfs) {
+        if parent.ends_with("fd") && rustix::fs::statfs(&parent).is_ok_and(procfs) {
             return true;
         }
         match std::fs::read_link(&path) {
