@@ -100,7 +100,15 @@ fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError
     let mut client =
         ControlClient::connect(socket, patience).map_err(|error| CliError::caused("no contact", &error))?;
     let asked = |error: ControlError| error.failure("no manifest");
-    let manifest = client.call(ControlVerb::QueryManifest, Value::Null).map_err(asked)?;
+    let manifest = client.call(ControlVerb::QueryManifest, Value::Null).map_err(|error| match error {
+        // Of what it is asked for a manifest, only its devices can keep it waiting.
+        ControlError::Timeout(..) if answers(socket, patience) => CliError::failed(format!(
+            "no manifest: a device of the `vm` behind {} does not answer within {}; the `vm` itself does",
+            socket.display(),
+            format_time(patience)
+        )),
+        error => asked(error),
+    })?;
     let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())
         .map_err(|error| CliError::caused("no manifest", &error))?;
     let vm = client.query().map_err(asked)?.vm.uuid;
@@ -108,6 +116,11 @@ fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError
         .parse()
         .map_err(|_| CliError::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
     Ok((document, vm))
+}
+
+/// Whether the `vm` answers what it knows without its devices.
+fn answers(socket: &Path, patience: Duration) -> bool {
+    ControlClient::connect(socket, patience).and_then(|mut client| client.query()).is_ok()
 }
 
 /// A device server that could not be asked.

@@ -1,5 +1,6 @@
 //! What a machine says of itself.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
@@ -17,7 +18,7 @@ pub struct MachineManifest {
     pub accelerator: String,
     /// How many vCPUs the guest has: compared for equality.
     pub vcpus: u32,
-    /// RAM, in the order of its RAM offsets.
+    /// RAM, in the order of its RAM offsets. None: it takes the RAM of the guest that arrives.
     pub ram: Vec<RamRegion>,
     /// CPU features the guest was given and the destination must be able to give, by name: opaque words that are
     /// compared as sets (the destination may offer more).
@@ -45,5 +46,15 @@ impl MachineManifest {
     /// Bytes of guest RAM, over all regions.
     pub fn memory(&self) -> u64 {
         self.ram.iter().fold(0, |all, region| all.saturating_add(region.len))
+    }
+
+    /// This machine as a destination of `guest`: with the guest's RAM, where it has none of its own. For manifests that are compared
+    /// ahead of a migration; the machine that takes part in one has the RAM that it has.
+    pub fn with_ram_of(&self, guest: &Self) -> Cow<'_, Self> {
+        if self.ram.is_empty() && !guest.ram.is_empty() {
+            Cow::Owned(Self { ram: guest.ram.clone(), ..self.clone() })
+        } else {
+            Cow::Borrowed(self)
+        }
     }
 }

@@ -67,7 +67,11 @@ impl VmHandler {
     fn manifest(&self) -> Result<Value, Refused> {
         let slot = self.vm.state.slot();
         let machine = slot.machine().ok_or_else(|| Refused::generic("there is no machine here"))?;
-        let manifest = machine.manifest().map_err(|error| Refused::generic(error_chain(&error)))?;
+        let mut manifest = machine.manifest().map_err(|error| Refused::generic(error_chain(&error)))?;
+        if matches!(slot, Slot::Awaited { .. }) && self.vm.options.memory.is_none() {
+            // The guest brings its own: what the machine was built with for now says nothing.
+            manifest.ram.clear();
+        }
         let text = Document::from(manifest).to_json();
         serde_json::from_str(&text).map_err(|error| Refused::generic(error_chain(&error)))
     }

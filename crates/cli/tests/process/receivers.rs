@@ -200,3 +200,52 @@ fn a_guest_brings_the_size_of_its_ram_unless_told_otherwise() {
     assert_eq!(restored.info()["memory"], 64 << 20);
     restored.assert_whole();
 }
+
+#[test]
+fn one_that_takes_the_guests_ram_is_asked_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let source =
+        Setup { devices: 0, vm_arguments: &["--software", "--uuid", UUID], ..Setup::new(dir.path(), "a") }
+            .start();
+    let receiver = |name: &str, more: &[&str]| {
+        let control = dir.path().join(name);
+        let words = [
+            "vm",
+            "--software",
+            "--uuid",
+            UUID,
+            "--incoming",
+            "tcp:127.0.0.1:0",
+            "--control",
+            text(&control),
+        ];
+        let process = Process::start(&[&words[..], more].concat());
+        let asked = format!("vm:{}", text(&control));
+        until("the receiver", || {
+            run(&["status", "--control", text(&control)]).status.success().then_some(())
+        });
+        (process, asked)
+    };
+    let (_any, any) = receiver("any", &[]);
+    let (_other, other) = receiver("other", &["--memory", "32M"]);
+    let from = format!("vm:{}", text(&source.control));
+    let check = |to: &str| {
+        let output = run(&["check", &from, to]);
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (exit, told) = check(&any);
+    assert_eq!(exit, Some(0), "{told}");
+    // And by a manifest that was kept.
+    let file = dir.path().join("any.json");
+    assert!(run(&["describe", &any, "-o", text(&file)]).status.success());
+    let kept: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert!(!kept.to_string().contains("\"len\""), "it tells a size: {kept}");
+    assert_eq!(check(text(&file)).0, Some(0));
+    let matrix = run(&["check", "--matrix", "--json", &from, text(&file)]);
+    let matrix: Value = serde_json::from_slice(&matrix.stdout).unwrap();
+    assert_eq!(matrix["cells"][0][1], json!({"verdict": "live", "codes": []}), "{matrix}");
+    // The control: a size that the operator gave is told.
+    let (exit, told) = check(&other);
+    assert_eq!(exit, Some(3), "{told}");
+    assert!(told.contains("RAM is laid out differently"), "{told}");
+}

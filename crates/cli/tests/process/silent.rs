@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::{Setup, run};
 
@@ -137,6 +138,26 @@ fn a_device_that_has_a_client() {
     // The control: a device whose client has left is described.
     drop(vm.process);
     let (exit, told) = asked(&["describe", text(&socket)], Duration::ZERO);
+    assert_eq!(exit, Some(0), "{told}");
+}
+
+#[test]
+fn a_vm_whose_device_says_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup::new(dir.path(), "a").start();
+    let host = manifest(dir.path());
+    let name = format!("vm:{}", text(&vm.control));
+    let device = Pid::from_raw(i32::try_from(vm.devices[0].pid()).unwrap()).unwrap();
+    kill_process(device, Signal::STOP).unwrap();
+    for question in [&["describe", &name][..], &["check", &name, &host], &["describe", "--host", &name]] {
+        let (exit, told) = asked(question, Duration::from_millis(1900));
+        assert_eq!(exit, Some(1), "{question:?}: {told}");
+        let says = format!("a device of the `vm` behind {} does not answer within 2 s", text(&vm.control));
+        assert_eq!(told.matches(&says).count(), 1, "{question:?}: {told}");
+    }
+    kill_process(device, Signal::CONT).unwrap();
+    // The control: a device that goes on is described again, as soon as it has answered what it was asked before.
+    let (exit, told) = asked(&["describe", &name, "--timeout", "9s"], Duration::ZERO);
     assert_eq!(exit, Some(0), "{told}");
 }
 

@@ -41,7 +41,7 @@ pub fn machine_matrix(
         if let Some(host) = hosts.get(to) {
             place_machine(source, host, &mut findings, &comparing);
         } else if let Some(destination) = machines.get(to) {
-            compare_machines(source, &destination.manifest, &map, &mut findings);
+            compare_machines(source, &destination.manifest.with_ram_of(source), &map, &mut findings);
         }
         work::check(&comparing).map(|()| Cell::of(findings))
     };

@@ -73,7 +73,7 @@ fn compare(
         }
         (Manifest::Device(source), Manifest::Host(host)) => check_device_placement(source, host, policy),
         (Manifest::Machine(source), Manifest::Machine(destination)) => {
-            check_machines(source, destination, map, policy)
+            check_machines(source, &destination.with_ram_of(source), map, policy)
         }
         (Manifest::Machine(source), Manifest::Host(host)) => check_placement(source, host, policy),
         (source, destination) => {
