@@ -229,6 +229,10 @@ table! {
         "One side does not say what its PCI identity is.",
         "A manifest made without the device at hand, or of one that nobody opened.",
         "Describe the device where it is, with --probe where nobody uses it.";
+    NO_PCI_IDENTITY, "no-pci-identity", Warning, Device:
+        "The device has BARs or message interrupts, so it is a PCI function, and neither side says what its PCI identity is.",
+        "A manifest made by hand, or by a program that leaves the identity out: two devices of different vendors would look the same.",
+        "Describe the device where it is, with --probe where nobody uses it.";
     DEVICE_REGIONS, "device-regions", No, Device:
         "The regions differ in number, size or access.",
         "BARs of another size: other hardware, or a resizable BAR that was set otherwise.",

@@ -29,6 +29,12 @@ fn look_at(findings: &Findings<'_>, pair: DevicePair<'_>, len: fn(&DeviceManifes
 fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (pair.source.pci, pair.destination.pci);
     if from == to {
+        if from.is_none() && (is_function(pair.source) || is_function(pair.destination)) {
+            let text = "it has BARs or message interrupts, and neither side says what its PCI identity is";
+            let values = (Value::Null, Value::Null);
+            let pair = DevicePair { strict: false, ..pair };
+            pair.say(findings, &codes::NO_PCI_IDENTITY, "pci", values, || text.to_owned());
+        }
         return;
     }
     let same_but_revision =
@@ -42,6 +48,12 @@ fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let show = |pci: Option<PciIdentity>| pci.map_or_else(|| "PCI identity unknown".to_owned(), show_pci);
     let text = || format!("{} at the source, {} at the destination", show(from), show(to));
     pair.say(findings, code, "pci", || (json(from), json(to)), text);
+}
+
+/// A device with what only a PCI function has: BARs (VFIO regions 0 to 5), vectors of MSI or MSI-X (VFIO interrupts 1 and 2).
+fn is_function(device: &DeviceManifest) -> bool {
+    let bars = device.regions.iter().flatten().any(|region| region.index <= 5 && region.size > 0);
+    bars || device.irqs.iter().flatten().any(|(index, count)| [1, 2].contains(index) && *count > 0)
 }
 
 fn show_pci(pci: PciIdentity) -> String {

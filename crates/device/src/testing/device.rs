@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use vfio_migration_compat::{DeviceManifest, DirtyTracking, Parameter};
+use vfio_migration_compat::{DeviceManifest, DirtyTracking, Parameter, PciIdentity};
 use vfio_migration_memory::{DirtySource, GuestRam, WriteLog};
 use vfio_migration_types::{
     Bitmap, DeviceId, Granule, MigrationFlags, MigrationState as State, PAGE_SIZE, RamOffset,
@@ -445,6 +445,12 @@ impl Device for FakeDevice {
             model_version: Some("1.0".into()),
             backend: "vfio-user".into(),
             flags: Some(kind.flags),
+            // One without interrupts is no PCI function.
+            pci: (kind.vectors > 0).then(|| PciIdentity {
+                vendor: 0x1234,
+                device: 1,
+                ..PciIdentity::default()
+            }),
             regions: Some(vec![]),
             state_size: Some((kind.pieces * PIECE) as u64),
             irqs: Some(BTreeMap::from([(2, kind.vectors)])),
