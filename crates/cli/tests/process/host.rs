@@ -221,6 +221,15 @@ fn a_device_that_somebody_has_open_names_who() {
     assert_eq!(host.codes(), ["in-use"]);
     let device = &host.devices()[0];
     assert_eq!(device["users"], serde_json::json!([{"pid": 41, "command": "qemu"}]));
+    let text = |device: &Value| device["why-not"][0]["text"].as_str().unwrap().to_owned();
+    assert_eq!(text(device), "process 41 (qemu) has it, or its group, open");
+    // Each has to be ended: all are named.
+    for pid in 42..52 {
+        host.file(&format!("proc/{pid}/comm"), "dpdk\n");
+        host.link(&format!("proc/{pid}/fd/3"), &host.top().join("dev/vfio/7").display().to_string());
+    }
+    let text = text(&host.devices()[0]);
+    assert!((42..52).all(|pid| text.contains(&format!("{pid} (dpdk)"))), "{text}");
 }
 
 #[test]

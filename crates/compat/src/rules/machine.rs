@@ -36,12 +36,11 @@ pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, f
         let text = format!("RAM is laid out differently: source {from}; destination {to}");
         add(&codes::RAM_LAYOUT, "ram", (json(&source.ram), json(&destination.ram)), text);
     }
-    let lacking = lacking(&source.cpu, &destination.cpu);
-    if !lacking.is_empty() {
-        let shown: Vec<String> = lacking.iter().map(|feature| quote(feature)).collect();
-        let text = format!("the destination's CPU lacks what the guest was given: {}", list(&shown));
-        add(&codes::CPU_FEATURES, "cpu", (json(&lacking), Value::Array(Vec::new())), text);
-    }
+    cpu(source, &destination.cpu, "the destination's CPU", findings);
+    let mut add = |code: ReasonCode, field: &str, values: (Value, Value), text: String| {
+        let (source, destination) = values;
+        findings.add(code, None, Found { field: field.to_owned(), source, destination, text });
+    };
     for (name, version) in &source.sections {
         let field = format!("sections.{name}");
         let known = destination.sections.get(name);
@@ -64,6 +63,9 @@ pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, f
 
 /// Whether a host can give what the machine needs besides devices.
 pub(crate) fn place(source: &MachineManifest, host: &HostManifest, findings: &mut Findings<'_>) {
+    if let Some(given) = &host.cpu {
+        cpu(source, given, &format!("host {}'s CPU", quote(&host.name)), findings);
+    }
     let mut add = |code: ReasonCode, field: &str, source: Value, destination: Value, what: &str| {
         let text = format!(
             "{what}: the machine has {}, host {} gives {}",
@@ -73,15 +75,8 @@ pub(crate) fn place(source: &MachineManifest, host: &HostManifest, findings: &mu
         );
         findings.add(code, None, Found { field: field.to_owned(), source, destination, text });
     };
-    match &host.cpu {
-        None if source.cpu.is_empty() => {}
-        None => add(&codes::UNKNOWN_HOST, "cpu", json(&source.cpu), Value::Null, "CPU features"),
-        Some(given) => {
-            let lacking = lacking(&source.cpu, given);
-            if !lacking.is_empty() {
-                add(&codes::CPU_FEATURES, "cpu", json(&lacking), Value::Array(Vec::new()), "CPU features");
-            }
-        }
+    if host.cpu.is_none() && !source.cpu.is_empty() {
+        add(&codes::UNKNOWN_HOST, "cpu", json(&source.cpu), Value::Null, "CPU features");
     }
     match host.vcpus {
         None => add(&codes::UNKNOWN_HOST, "vcpus", json(source.vcpus), Value::Null, "vCPUs"),
@@ -98,6 +93,18 @@ pub(crate) fn place(source: &MachineManifest, host: &HostManifest, findings: &mu
         }
         Some(_) => {}
     }
+}
+
+/// All features that are lacking are named: the guest must be given none of them.
+fn cpu(source: &MachineManifest, given: &[String], whose: &str, findings: &mut Findings<'_>) {
+    let lacking = lacking(&source.cpu, given);
+    if lacking.is_empty() {
+        return;
+    }
+    let shown: Vec<String> = lacking.iter().map(|feature| quote(feature)).collect();
+    let text = format!("{whose} lacks what the guest was given: {}", shown.join(", "));
+    let (source, destination) = (json(&lacking), Value::Array(Vec::new()));
+    findings.add(&codes::CPU_FEATURES, None, Found { field: "cpu".to_owned(), source, destination, text });
 }
 
 /// What `given` lacks of `wanted`, in order, each once.

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 use vfio_migration_compat::{
-    Allow, DeviceMap, Policy, Report, Severity, Verdict, check_devices, check_machines, check_placement,
-    codes, explain, session_codes,
+    Allow, DeviceMap, HostManifest, MachineManifest, Policy, Report, Severity, Verdict, check_devices,
+    check_machines, check_placement, codes, explain, session_codes,
 };
 
 struct Row {
@@ -181,6 +181,23 @@ fn reasons_name_the_field_both_values_and_who_can_fix_it() {
             assert!(!reason.text.is_empty() && !reason.field.is_empty(), "{}", row.name);
             let entry = explain(&reason.code).unwrap();
             assert_eq!((reason.severity, reason.fix), (entry.severity, entry.fix), "{}", row.name);
+        }
+    }
+}
+
+/// A user has to take every one of them from the guest.
+#[test]
+fn every_feature_that_a_cpu_lacks_is_named() {
+    let features: Vec<String> = (0..30).map(|n| format!("feature{n}")).collect();
+    let source = MachineManifest { cpu: features.clone(), ..MachineManifest::default() };
+    let to_machine =
+        check_machines(&source, &MachineManifest::default(), &DeviceMap::new(), &Policy::default());
+    let host = HostManifest { name: "h".into(), cpu: Some(Vec::new()), ..HostManifest::default() };
+    let to_host = check_placement(&source, &host, &Policy::default());
+    for report in [to_machine, to_host] {
+        let reason = report.reasons.iter().find(|reason| reason.code == "cpu-features").unwrap();
+        for feature in &features {
+            assert!(reason.text.contains(&format!("\"{feature}\"")), "{feature}: {}", reason.text);
         }
     }
 }

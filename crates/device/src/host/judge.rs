@@ -160,13 +160,14 @@ fn bound(device: &HostDevice, place: &Surroundings<'_>, found: &mut Vec<Obstacle
         ));
     }
     files(device, found);
-    if let Some(user) = device.users.first() {
-        let more = match device.users.len() {
-            1 => String::new(),
-            n => format!(" and {} more", n - 1),
-        };
-        let command = user.command.as_deref().unwrap_or("unknown");
-        let text = format!("process {} ({command}){more} has it, or its group, open", user.pid);
+    if !device.users.is_empty() {
+        let users = device.users.iter().map(|user| {
+            let command = user.command.as_deref().unwrap_or("unknown");
+            format!("{} ({command})", user.pid)
+        });
+        let users = users.collect::<Vec<_>>().join(", ");
+        let (process, has) = if device.users.len() == 1 { ("process", "has") } else { ("processes", "have") };
+        let text = format!("{process} {users} {has} it, or its group, open");
         let change = "to move it, ask the VMM that has it; to look into it, end that VMM first";
         found.push(Obstacle::new(ObstacleCode::InUse, text, change, vec![]));
     }
