@@ -12,6 +12,7 @@ mod exit;
 mod follow;
 mod generated;
 mod history;
+mod inherited;
 mod interrupt;
 mod manual;
 mod move_options;
@@ -40,6 +41,7 @@ use interrupt::UserInterrupt;
 use vfio_migration_types::printable;
 
 fn main() -> ExitCode {
+    inherited::record();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return misused(error),

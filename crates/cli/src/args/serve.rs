@@ -163,7 +163,8 @@ pub(crate) struct VmCommand {
     /// one (vfio by address). May be given up to 64 times.
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,
-    /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N.
+    /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N,
+    /// a connected socket that this process is started with.
     #[arg(long, value_name = "URI")]
     pub(crate) incoming: Option<String>,
     /// With --incoming: wait for one migration only, and no longer if it fails or is refused.

@@ -66,7 +66,7 @@ pub(crate) struct NoArguments {}
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct MigrateArguments {
-    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
+    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`, a connected socket that the `vm` was started with.
     pub(crate) uri: String,
     #[serde(flatten)]
     pub(crate) options: MoveOptions,
@@ -88,7 +88,7 @@ pub(crate) struct SaveArguments {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct IncomingArguments {
-    /// Where to listen: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
+    /// Where to listen: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`, a connected socket that the `vm` was started with.
     pub(crate) uri: String,
 }
 

@@ -13,7 +13,7 @@ use crate::move_options::MoveOptions;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct RehearseArguments {
-    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`.
+    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`, a connected socket that the `vm` was started with.
     pub(crate) uri: String,
     #[serde(flatten)]
     pub(crate) options: MoveOptions,

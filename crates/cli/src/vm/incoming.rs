@@ -17,6 +17,7 @@ use super::slot::{Slot, Steering};
 use super::{history, info};
 use crate::control::event::ControlEvent;
 use crate::control::refused::Refused;
+use crate::inherited::claim;
 use crate::output::eprintln_line;
 use crate::words::uri;
 
@@ -65,6 +66,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.expect = vm.options.uuid;
     options.suspend = vm.options.paused;
     options.policy = vm.policy.clone();
+    let claim = claim(uri).map_err(|failure| Refused::generic(failure.text))?;
     let mut destination =
         Destination::listen(uri, options).map_err(|error| Refused::generic(error_chain(&error)))?;
     let at = destination.local().clone();
@@ -84,6 +86,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
         })
     });
     begun.map_err(|error| error.refused("there is a guest here"))?;
+    claim.spend();
     let who = vm.options.uuid.map_or_else(|| "a VM".into(), |id| format!("VM {id}"));
     eprintln_line(format_args!("vfio-migrate: {who} waits for a guest at {at}"));
     Ok(())

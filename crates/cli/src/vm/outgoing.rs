@@ -14,6 +14,7 @@ use crate::control::protocol::MigrateArguments;
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::exit::CliError;
+use crate::inherited::claim;
 use crate::words::uri;
 
 /// Begins to migrate; returns once the session has its thread.
@@ -34,10 +35,13 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     options.epoch = epoch;
     let faulty = inject_at_source(vm.options.sabotage, machine.clone()).map_err(Refused::generic)?;
     let source = Source::new(faulty, options);
+    let claim = claim(&target).map_err(refused)?;
     begin(vm, machine, source, "migration", move |vm, machine, source| {
         let result = source.migrate_to(&target, publish_changes(vm));
         finish(vm, machine, result, &target.to_string());
-    })
+    })?;
+    claim.spend();
+    Ok(())
 }
 
 /// Begins to rehearse; returns once the session has its thread.
@@ -53,10 +57,13 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     options.epoch = epoch;
     let how = if arguments.pause { Rehearse::Switchover } else { Rehearse::Precopy };
     let source = Source::new(machine.clone(), options);
+    let claim = claim(&target).map_err(refused)?;
     begin(vm, machine, source, "rehearsal", move |vm, machine, source| {
         drop(machine);
         finish_rehearsal(vm, source.rehearse_to(&target, how, publish_changes(vm)));
-    })
+    })?;
+    claim.spend();
+    Ok(())
 }
 
 /// Begins a session that sends the guest in `machine`, on a thread of its own: unless one is under way, or the guest is no

@@ -17,6 +17,7 @@ mod foreign_text;
 mod generated;
 mod history;
 mod host;
+mod inherited;
 mod json;
 mod limits;
 mod many_devices;

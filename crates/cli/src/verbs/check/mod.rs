@@ -14,6 +14,7 @@ use vfio_migration_types::VmId;
 
 use crate::args::ask::CheckCommand;
 use crate::exit::{CliError, Exit};
+use crate::inherited::claim;
 use crate::output::{print, print_json};
 use crate::probe::HostAccess;
 use crate::side::{self, CheckSide};
@@ -107,6 +108,7 @@ fn ask(
     (options.connect_timeout, options.peer_timeout) = (timeout, timeout);
     // A manifest's file names no VM; a receiver that expects a certain one will say so.
     let vm = vm.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
+    claim(uri)?.spend();
     // Ctrl-C ends the process: the receiver releases what it reserved when the connection ends.
     probe(machine, vm, uri, options, |_| {}).map_err(|error| {
         let failure = match &error {
