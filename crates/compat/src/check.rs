@@ -16,8 +16,8 @@ use crate::tree::json;
 
 /// Whether what `source` describes can run on what `destination` describes, and every reason.
 ///
-/// Devices are matched by name, or by a map: `map`, and the policy's where `map` is silent. Their order is never a
-/// reason, and neither is their back end.
+/// Devices are matched by name, or by a map: `map`, and the policy's where `map` is silent. Each must be where its guest sees
+/// it; their order and their back end are never reasons.
 ///
 /// Where both sides of a device declare a model, differences that the model knows to be harmless are none: a newer
 /// minor version, parameters that are allowed, more capabilities. Where neither does, whatever identifies the device
@@ -52,6 +52,7 @@ pub(crate) fn compare_machines(
     for (id, other) in &matched {
         let (Some(source), Some(destination)) = (from.get(id), to.get(other)) else { continue };
         strict |= device::compare(source, destination, findings);
+        machine::guest_address(source, destination, findings);
         if from.len() > 1 {
             live::peers(source, Some(destination), findings);
         }

@@ -186,6 +186,15 @@ table! {
         "A map that names a destination twice, or names one that another device has by its name.",
         "Correct the map.";
 
+    DEVICE_ADDRESS, "device-address", No, Configuration:
+        "The guest would find the device at another address of its PCI bus.",
+        "The devices were given in another order, or other slots were asked for.",
+        "Give the destination's device the address that it has at the source: with `vm`, the same order of --device, or slot=N behind it.";
+    UNKNOWN_DEVICE_ADDRESS, "unknown-device-address", Warning, Configuration:
+        "One side does not say where on its PCI bus the guest sees the device.",
+        "A VMM, or a version of one, that leaves it out of its manifest; or a manifest put together by hand.",
+        "See to it yourself that the device has the same address at both sides.";
+
     // The model.
     DEVICE_MODEL, "device-model", No, Device:
         "The models differ, or only one side declares one.",

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration_types::{DeviceId, MigrationFlags};
 
+use crate::address::GuestPciAddress;
 use crate::mask::MaskRule;
 use crate::parameter::Parameter;
 use crate::scalar::Scalar;
@@ -54,6 +55,9 @@ pub struct DeviceManifest {
     /// PCI identity, when it is a PCI function.
     #[serde(default)]
     pub pci: Option<PciIdentity>,
+    /// Where its guest sees it; `null` for a device that no guest has, or one that is no PCI function to its guest.
+    #[serde(default)]
+    pub guest_address: Option<GuestPciAddress>,
     /// Regions, by VFIO region index. One of no bytes is one that is not there.
     #[serde(default)]
     pub regions: Option<Vec<RegionManifest>>,
@@ -120,6 +124,7 @@ impl DeviceManifest {
             flags: None,
             no_migration: None,
             pci: None,
+            guest_address: None,
             regions: None,
             capabilities: None,
             config_mask: Vec::new(),

@@ -52,12 +52,20 @@ impl DeviceManifest {
     }
 }
 
+impl DeviceManifest {
+    /// Its name, what identifies it, and where the guest sees it, if that is known.
+    fn tree_in_machine(&self) -> Value {
+        let (id, tree) = (self.id.as_str(), self.identity_tree());
+        self.guest_address.map_or_else(|| json!([id, tree]), |address| json!([id, tree, address]))
+    }
+}
+
 impl MachineManifest {
-    /// A digest of what identifies it: the machine, and each device with its name. Not of the order of devices or CPU features.
+    /// A digest of what identifies it: the machine, and each device with its name and its place in the guest. Not of the order of devices or CPU features.
     pub fn identity_digest(&self) -> [u8; 32] {
-        let mut devices: Vec<_> =
-            self.devices.iter().map(|device| (device.id.as_str(), device.identity_tree())).collect();
-        devices.sort_by(|a, b| a.0.cmp(b.0));
+        let mut devices: Vec<&DeviceManifest> = self.devices.iter().collect();
+        devices.sort_by(|a, b| a.id.cmp(&b.id));
+        let devices: Vec<Value> = devices.into_iter().map(DeviceManifest::tree_in_machine).collect();
         let mut cpu: Vec<&String> = self.cpu.iter().collect();
         cpu.sort_unstable();
         cpu.dedup();

@@ -193,12 +193,13 @@ impl Manifest {
 
 impl DeviceManifest {
     /// The fields that are not a maker's to declare: they are found out from the device itself, or are its VMM's.
-    pub const FOUND_OUT: [&str; 10] = [
+    pub const FOUND_OUT: [&str; 11] = [
         "id",
         "backend",
         "flags",
         "no_migration",
         "pci",
+        "guest_address",
         "regions",
         "capabilities",
         "irqs",

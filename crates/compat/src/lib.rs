@@ -11,6 +11,7 @@
 //! - [`Policy`]: what a site allows and asks for. [`explain`]: what a reason's code means.
 #![forbid(unsafe_code)]
 
+mod address;
 mod baseline;
 mod check;
 mod codes;
@@ -38,6 +39,7 @@ mod text;
 mod tree;
 mod version;
 
+pub use address::{GuestPciAddress, GuestPciAddressError};
 pub use baseline::{Baseline, BaselineError, baseline, baselines};
 pub use check::{check_devices, check_left_behind, check_machines, check_source};
 pub use codes::{Explanation, SessionCode, codes, explain, session_codes};

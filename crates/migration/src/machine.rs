@@ -49,7 +49,8 @@ pub trait Machine: Send + Sync {
     fn id(&self) -> VmId;
 
     /// The machine's manifest: RAM layout, CPU, sections, and the manifest of each device, in the order of
-    /// [`devices`](Self::devices).
+    /// [`devices`](Self::devices), with the [`guest_address`](vfio_migration_compat::DeviceManifest::guest_address) of each
+    /// that is a PCI function to the guest: a device that has another at the destination is refused.
     fn manifest(&self) -> Result<MachineManifest, MachineError>;
 
     /// The guest's RAM, all of it.

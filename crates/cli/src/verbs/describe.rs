@@ -117,7 +117,9 @@ fn user_devices(
             Manifest::Machine(machine) if vm.is_some() => {
                 let own = machine.devices.into_iter().filter(|device| device.backend == "vfio-user");
                 own.map(|device| {
-                    Ok(DeviceManifest { id: device_id(&named(&called, device.id.as_str()))?, ..device })
+                    let id = device_id(&named(&called, device.id.as_str()))?;
+                    // Another guest may have it elsewhere.
+                    Ok(DeviceManifest { id, guest_address: None, ..device })
                 })
                 .collect::<Result<_, CliError>>()?
             }

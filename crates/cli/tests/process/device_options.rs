@@ -1,8 +1,9 @@
 //! What stands behind a device's place in `vm --device`.
 
 use std::path::Path;
+use std::process::Output;
 
-use crate::support::{Process, Setup, Vm, fails, until};
+use crate::support::{Process, Setup, Vm, control, fails, run, until};
 use serde_json::json;
 
 const INCOMING: &[&str] = &["--incoming", "tcp:127.0.0.1:0"];
@@ -51,6 +52,58 @@ fn a_device_is_in_the_slot_that_was_asked_for() {
     let destination = start(dir.path(), "b", &[",slot=2", "", ",slot=31"], &[], INCOMING);
     source.warm();
     let info = source.migrate(&destination.incoming(), json!({"verify": true}));
+    assert_eq!(info["status"], "completed", "{info}");
+    destination.assert_whole();
+}
+
+#[test]
+fn a_device_that_the_guest_would_find_in_another_slot_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = start(dir.path(), "a", &["", ""], &[], &[]);
+    source.warm();
+    // The first as it would be by another order of its devices; the second is where the guest has it.
+    let destination = start(dir.path(), "b", &[",slot=3", ",slot=2"], &[], INCOMING);
+    let (from, to) = (format!("vm:{}", control(&source)), destination.incoming());
+    let told = |output: &Output| String::from_utf8_lossy(&output.stdout).into_owned();
+    let check = run(&["check", &from, &to]);
+    assert_eq!(check.status.code(), Some(3), "{check:?}");
+    let rehearse = run(&["rehearse", "--control", control(&source), "--to", &to]);
+    assert_eq!(rehearse.status.code(), Some(3), "{rehearse:?}");
+    for output in [&check, &rehearse] {
+        let text = told(output);
+        assert!(
+            text.contains("device dev0: the guest has it at 00:01.0") && text.contains("be at 00:03.0"),
+            "{text}"
+        );
+        assert!(text.contains("[device-address]") && !text.contains("dev1"), "{text}");
+    }
+    let files =
+        [("a.json", &from), ("b.json", &format!("vm:{}", control(&destination)))].map(|(name, vm)| {
+            let file = dir.path().join(name).display().to_string();
+            assert!(run(&["describe", vm, "-o", &file]).status.success());
+            file
+        });
+    let check = run(&["check", &files[0], &files[1], "--json"]);
+    assert_eq!(check.status.code(), Some(3), "{check:?}");
+    assert_eq!(told(&check).matches("device-address").count(), 1, "{check:?}");
+    let info = source.migrate(&to, json!({}));
+    assert_eq!(info["status"], "failed", "{info}");
+    assert_eq!(info["reasons"][0]["code"], "device-address", "{info}");
+    source.assert_runs();
+}
+
+#[test]
+fn devices_in_another_order_move_when_each_is_given_its_slot() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = start(dir.path(), "a", &["", ""], &[], &[]);
+    source.warm();
+    let map = json!({"dev0": "dev1", "dev1": "dev0"});
+    let refused = start(dir.path(), "b", &["", ""], &[], INCOMING);
+    let info = source.migrate(&refused.incoming(), json!({"device-map": map}));
+    assert_eq!(info["status"], "failed", "{info}");
+    assert_eq!(info["reasons"].to_string().matches("device-address").count(), 2, "{info}");
+    let destination = start(dir.path(), "c", &[",slot=2", ",slot=1"], &[], INCOMING);
+    let info = source.migrate(&destination.incoming(), json!({"device-map": map, "verify": true}));
     assert_eq!(info["status"], "completed", "{info}");
     destination.assert_whole();
 }

@@ -1,10 +1,11 @@
-//! Rules for a machine without its devices.
+//! Rules for a machine: what it is without its devices, and where in it they are.
 
 use std::collections::BTreeSet;
 
 use serde_json::Value;
 
 use crate::codes::{self, ReasonCode};
+use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
 use crate::host::HostManifest;
 use crate::machine::{MachineManifest, RamRegion};
@@ -59,6 +60,36 @@ pub(crate) fn compare(source: &MachineManifest, destination: &MachineManifest, f
             Some(_) => {}
         }
     }
+}
+
+/// Where the guest sees a device is of its machine, and what its drivers found there stays so when it moves.
+pub(crate) fn guest_address(
+    source: &DeviceManifest,
+    destination: &DeviceManifest,
+    findings: &mut Findings<'_>,
+) {
+    let (from, to) = (source.guest_address, destination.guest_address);
+    let (code, text) = match (from, to) {
+        (Some(from), Some(to)) if from != to => (
+            &codes::DEVICE_ADDRESS,
+            format!("the guest has it at {from} on its PCI bus; at the destination it would be at {to}"),
+        ),
+        (Some(from), None) => (
+            &codes::UNKNOWN_DEVICE_ADDRESS,
+            format!(
+                "the guest has it at {from} on its PCI bus; the destination does not say where it would be"
+            ),
+        ),
+        (None, Some(to)) => (
+            &codes::UNKNOWN_DEVICE_ADDRESS,
+            format!(
+                "the source does not say where on its PCI bus the guest has it; at the destination it would be at {to}"
+            ),
+        ),
+        _ => return,
+    };
+    let field = "guest_address".to_owned();
+    findings.add(code, Some(source), Found { field, source: json(from), destination: json(to), text });
 }
 
 /// Whether a host can give what the machine needs besides devices.

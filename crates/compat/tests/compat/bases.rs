@@ -86,8 +86,14 @@ fn machine() -> Value {
         "ram": [{"gpa": 0, "len": 1_073_741_824}],
         "cpu": ["avx", "sse2"],
         "sections": {"vcpu": 3, "clock": 1},
-        "devices": [sample("net0"), sample("net1")],
+        "devices": [at("00:04.0", sample("net0")), at("00:05.0", sample("net1"))],
     })
+}
+
+/// A device of a machine, where its guest sees it.
+fn at(address: &str, mut device: Value) -> Value {
+    device["guest_address"] = address.into();
+    device
 }
 
 /// A host that has room for [`machine`]: one device, and another that it could create.

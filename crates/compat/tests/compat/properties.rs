@@ -272,10 +272,13 @@ proptest! {
             capacity: BTreeMap::from([("vram".into(), 7)]),
             state_size: Some(77),
             iommu_page_sizes: Some(1),
+            guest_address: Some("00:1f.7".parse().unwrap()),
             dirty: None,
             ..device.clone()
         };
         prop_assert_eq!(moved.identity(), digest);
+        let elsewhere = DeviceManifest { guest_address: moved.guest_address, ..device.clone() };
+        prop_assert_ne!(machine_of(&[&elsewhere]).identity_digest(), machine_of(&[&device]).identity_digest());
         let changes: [fn(&mut DeviceManifest); 12] = [
             |device| device.model = Some("zz".into()),
             |device| device.model_version = Some("77.0".into()),

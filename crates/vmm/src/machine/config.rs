@@ -20,7 +20,7 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// The processor that runs the guest.
     pub accelerator: Accelerator,
-    /// Devices, in the order of their slots.
+    /// Devices; those that ask for no slot get, in this order, the slots that are free.
     pub devices: Vec<DeviceConfig>,
 }
 

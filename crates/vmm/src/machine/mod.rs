@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
-use vfio_migration_compat::{MachineManifest, RamRegion};
+use vfio_migration_compat::{DeviceManifest, MachineManifest, RamRegion};
 use vfio_migration_device::{Device, IrqRouter};
 use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{DeviceId, VmId};
@@ -210,8 +210,12 @@ impl Machine for ReferenceMachine {
     }
 
     fn manifest(&self) -> Result<MachineManifest, MachineError> {
-        let devices = self.devices.iter().map(|attached| attached.device.manifest());
-        let devices = devices.collect::<Result<Vec<_>, _>>().map_err(failed("describing the devices"))?;
+        let describe = |attached: &Attached| {
+            let guest_address = Some(attached.function.devfn().into());
+            attached.device.manifest().map(|device| DeviceManifest { guest_address, ..device })
+        };
+        let devices = self.devices.iter().map(describe).collect::<Result<Vec<_>, _>>();
+        let devices = devices.map_err(failed("describing the devices"))?;
         Ok(MachineManifest {
             machine: MACHINE.into(),
             accelerator: self.processor.name().into(),

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use vfio_migration_compat::GuestPciAddress;
+
 /// Slot (1 to 31) and function (0 to 7) on bus 0, in one byte as in the address of a config access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Devfn(u8);
@@ -28,8 +30,15 @@ impl Devfn {
     }
 }
 
+impl From<Devfn> for GuestPciAddress {
+    fn from(place: Devfn) -> Self {
+        Self { domain: 0, bus: 0, slot: place.slot(), function: place.function() }
+    }
+}
+
+/// As `lspci` in the guest shows it.
 impl fmt::Display for Devfn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "00:{:02x}.{}", self.slot(), self.function())
+        GuestPciAddress::from(*self).fmt(f)
     }
 }
