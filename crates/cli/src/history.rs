@@ -19,8 +19,8 @@ pub(crate) const HISTORY: &str = "history.jsonl";
 pub(crate) const OLDER: &str = "history.jsonl.1";
 /// Longest line, in bytes, with its end.
 pub(crate) const LINE_MAX: usize = 64 << 10;
-/// Most bytes that are read of a file: far above what one that is begun anew in time can have.
-const READ_MAX: usize = 32 << 20;
+/// Most bytes that are read of a file: twice what one that is begun anew in time can have.
+const READ_MAX: usize = 2 << 20;
 /// Size of the file, in bytes, from which a new one is begun.
 pub(crate) const FILE_MAX: u64 = 1 << 20;
 
@@ -104,6 +104,12 @@ impl History {
                 return Err(CliError::failed(format!("{} is no regular file", path.display())));
             }
             let bytes = read_capped(&path, READ_MAX)?;
+            if bytes.len() > READ_MAX {
+                return Err(CliError::failed(format!(
+                    "{} is longer than {READ_MAX} bytes, which no `vm` writes: move it away",
+                    path.display()
+                )));
+            }
             for line in bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
                 match parse(line) {
                     Some(record) => history.records.push(record),

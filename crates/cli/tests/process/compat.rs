@@ -327,55 +327,6 @@ fn a_matrix_leaves_no_name_out_and_says_when_there_is_none() {
     );
 }
 
-/// Runs the command with a limit on its CPU time and its memory, which the kernel keeps: neither depends on the machine's load.
-fn limited(arguments: &[&str]) -> (Option<i32>, String) {
-    let output = std::process::Command::new("sh")
-        .args(["-c", r#"ulimit -t 100 -v 3145728; exec "$0" "$@""#, env!("CARGO_BIN_EXE_vfio-migrate")])
-        .args(arguments)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).chars().take(500).collect();
-    (output.status.code(), said)
-}
-
-#[test]
-fn the_largest_hosts_take_bounded_time_and_memory() {
-    let dir = tempfile::tempdir().unwrap();
-    let device = |n: i64| {
-        json!({"id": format!("d{n}"), "model": "example.org/nic", "model_version": "1.2.0",
-            "dirty": {"device_log": true}, "parameters": {"queues": n}})
-    };
-    let files: Vec<String> = [0, 10_000]
-        .map(|first| {
-            let devices: Vec<Value> = (first..first + 4096).map(device).collect();
-            let offers: Vec<Value> = (first + 5000..first + 9096).map(|n| json!({"device": device(n)})).collect();
-            let host = json!({"schema": "vfio-migrate.org/manifest/1", "kind": "host", "name": format!("h{first}"),
-                "devices": devices, "offers": offers});
-            let file = dir.path().join(format!("{first}.json"));
-            std::fs::write(&file, host.to_string()).unwrap();
-            text(&file).to_owned()
-        })
-        .into();
-    let one = dir.path().join("one.json");
-    let mut device = device(-1);
-    device["schema"] = json!("vfio-migrate.org/manifest/1");
-    device["kind"] = json!("device");
-    std::fs::write(&one, device.to_string()).unwrap();
-    let [a, b] = [files[0].as_str(), files[1].as_str()];
-    for (arguments, exit) in [
-        (vec!["check", "--matrix", a, b], 0),
-        (vec!["check", "--matrix", a, b, "--json"], 0),
-        (vec!["check", "--baseline", a, b], 3),
-        (vec!["check", text(&one), a], 3),
-        (vec!["describe", a, "--format", "list"], 0),
-        (vec!["describe", a, "--format", "node-labels"], 0),
-        (vec!["describe", a, "--format", "resource-attributes"], 0),
-    ] {
-        let (found, said) = limited(&arguments);
-        assert_eq!(found, Some(exit), "{arguments:?}: {said}");
-    }
-}
-
 fn pair(dir: &TempDir, there: &[&str]) -> (Vm, Vm) {
     let source = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
     let incoming = [UUID, &["--incoming", "tcp:127.0.0.1:0"]].concat();

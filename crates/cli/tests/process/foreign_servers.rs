@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
 use vfio_user_peer::{
-    Backend, DeviceInfo, DmaMapping, Errno, IrqRequest, RegionInfo, Server, StopHandle, irq_index,
+    Backend, DeviceInfo, DmaMapping, Errno, Extension, IrqRequest, RegionInfo, Server, StopHandle, irq_index,
     region_index,
 };
 
@@ -98,8 +98,8 @@ fn loses_step(dir: &Path) -> PathBuf {
     path
 }
 
-/// A device of nothing at all, as libvfio-user's sample `null`.
-struct Null;
+/// A device of nothing at all, as libvfio-user's sample `null`; with a manifest, if there is one.
+pub(crate) struct Null(pub(crate) Option<Vec<u8>>);
 
 impl Backend for Null {
     fn device_info(&self) -> DeviceInfo {
@@ -134,12 +134,20 @@ impl Backend for Null {
     fn dma_unmap(&self, _iova: u64, _len: u64) -> Result<(), Errno> {
         Ok(())
     }
+
+    fn extension(&self) -> Extension {
+        Extension { manifest: self.0.is_some(), ..Extension::default() }
+    }
+
+    fn manifest(&self) -> Result<Vec<u8>, Errno> {
+        self.0.clone().ok_or(Errno::NOTTY)
+    }
 }
 
 fn null(dir: &Path) -> PathBuf {
     let path = dir.join("null.sock");
     let server = Server::bind(&path).unwrap();
-    std::thread::spawn(move || server.serve(&Null, &StopHandle::new().unwrap()));
+    std::thread::spawn(move || server.serve(&Null(None), &StopHandle::new().unwrap()));
     path
 }
 

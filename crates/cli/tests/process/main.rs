@@ -19,6 +19,7 @@ mod history;
 mod host;
 mod inherited;
 mod json;
+mod largest;
 mod limits;
 mod many_devices;
 mod moves;
