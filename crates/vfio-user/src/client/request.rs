@@ -8,13 +8,9 @@ use rustix::io::Errno;
 
 use super::connection::Client;
 use super::dma::answer;
-use crate::codec::{self, CodecError, Command, Extension, Feature, FeatureHead, HEADER_SIZE, Kind};
+use crate::codec::{self, CodecError, Command, Feature, FeatureHead, Kind};
 use crate::conn::{ConnError, SocketMessage, SocketRequest, Unfit};
 use crate::error::ClientError;
-
-/// The longest message, header included, to a server that does not speak the extension. libvfio-user reads a payload
-/// with one recv(2), which gives no more than one buffer of the kernel's: 36,544 bytes have been seen.
-const LONGEST_PLAIN_MESSAGE: usize = 32 << 10;
 
 /// The commands that every server knows.
 pub(super) const BASICS: [Command; 10] = [
@@ -149,11 +145,7 @@ impl Client {
 
     /// The longest payload of a request.
     pub(super) fn longest_payload(&self) -> usize {
-        match self.negotiated.extension {
-            Extension::NONE => LONGEST_PLAIN_MESSAGE - HEADER_SIZE,
-            // The negotiated size is one of data; the longest that comes with it is a table of ranges.
-            _ => u32::MAX as usize - HEADER_SIZE,
-        }
+        self.negotiated.extension.longest_payload()
     }
 
     /// How long the answer to a request may take: longer where the device changes its state.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::header::HEADER_SIZE;
 use super::{
     CodecError, DEFAULT_MAX_DATA_XFER_SIZE, DEFAULT_MAX_DMA_MAPS, DEFAULT_MAX_MSG_FDS, DEFAULT_PGSIZES,
     MAX_VERSION_DATA, split,
@@ -24,6 +25,10 @@ pub struct Extension {
     pub manifest: bool,
 }
 
+/// The longest message, header included, to a peer that does not speak the extension. libvfio-user reads a payload
+/// with one recv(2), which gives no more than one buffer of the kernel's: 36,544 bytes have been seen.
+const LONGEST_PLAIN_MESSAGE: usize = 32 << 10;
+
 impl Extension {
     /// The version of the extension that this crate speaks.
     pub const VERSION: u64 = 1;
@@ -31,6 +36,15 @@ impl Extension {
     pub const ALL: Self = Self { p2p: true, precopy_info: true, data_size: true, manifest: true };
     /// No extension.
     pub const NONE: Self = Self { p2p: false, precopy_info: false, data_size: false, manifest: false };
+
+    /// The longest payload of one message to a peer that speaks this much of the extension.
+    pub(crate) fn longest_payload(self) -> usize {
+        match self {
+            Self::NONE => LONGEST_PLAIN_MESSAGE - HEADER_SIZE,
+            // The negotiated size is one of data; the longest that comes with it is a table of ranges.
+            _ => u32::MAX as usize - HEADER_SIZE,
+        }
+    }
 
     /// The extensions that both sides announce.
     pub fn and(self, other: Self) -> Self {

@@ -14,8 +14,8 @@ use super::dma::DmaChannel;
 use super::options::{LARGEST_MSG_FDS, ServerOptions};
 use super::stop::StopHandle;
 use crate::codec::{
-    Command, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_VERSION_DATA, TwinSocket,
-    VersionCapabilities, VersionPayload,
+    Command, DmaAccess, Extension, Kind, MAX_DATA_XFER_SIZE, MAX_LOGGING_RANGES, MAX_VERSION_DATA,
+    TwinSocket, VersionCapabilities, VersionPayload,
 };
 use crate::conn::{Conn, ConnError, SocketMessage, Unfit};
 use crate::model::{IovaRange, IrqAction};
@@ -161,7 +161,9 @@ fn negotiate(
     let twin = twin.transpose().map_err(|errno| ConnError::Closed(format!("the twin socket: {errno}")))?;
     let twin = twin.map(Arc::new);
     let dma_conn = twin.as_ref().unwrap_or(conn);
-    let dma = DmaChannel::new(Arc::clone(dma_conn), to_usize(client_xfer.min(MAX_DATA_XFER_SIZE)), limit);
+    let longest = theirs.capabilities.extension.longest_payload().saturating_sub(DmaAccess::SIZE);
+    let piece = to_usize(client_xfer.min(MAX_DATA_XFER_SIZE)).min(longest);
+    let dma = DmaChannel::new(Arc::clone(dma_conn), piece, limit);
     let terms = Terms {
         max_xfer,
         max_mig_data: max_xfer.min(to_usize(client_xfer)),

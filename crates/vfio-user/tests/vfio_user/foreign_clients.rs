@@ -247,3 +247,34 @@ fn mappings_that_say_what_their_descriptor_can_are_taken() {
     [0u64, 0x10_0000, 0x1000].iter().for_each(|number| body.extend(number.to_ne_bytes()));
     assert_eq!(raw.refused(Command::DMA_MAP, &body), Errno::INVAL);
 }
+
+/// libvfio-user reads a payload with one recv(2), which gives no more than about 36 KiB of a longer one.
+#[test]
+fn dma_by_message_is_no_longer_than_a_client_without_the_extension_reads_at_once() {
+    for (extension, longest) in [(Extension::NONE, 32 << 10), (Extension::ALL, 16 + 16 + 100_000)] {
+        let served = Served::start();
+        let capabilities = VersionCapabilities { extension, twin_socket: Default::default(), ..LIBVFIO_USER };
+        let (Raw(mut stream), _) = Raw::announcing(&served, capabilities);
+        let dma = served.device.channel();
+        let device = std::thread::spawn(move || {
+            let (data, mut back) = (vec![3; 100_000], vec![0; 100_000]);
+            dma.write(0x1000, &data).and_then(|()| dma.read(0x1000, &mut back)).map(|()| back == data)
+        });
+        let (mut written, mut read, mut seen) = (0, 0, 0);
+        while written + read < 200_000 {
+            let (header, body) = read_message(&mut stream).unwrap();
+            let count = usize::try_from(u64::from_ne_bytes(body[8..16].try_into().unwrap())).unwrap();
+            let mut reply = body[..16].to_vec();
+            if header.command == Command::DMA_WRITE {
+                written += count;
+            } else {
+                reply.resize(16 + count, 3);
+                read += count;
+            }
+            seen = seen.max(16 + body.len()).max(16 + reply.len());
+            std::io::Write::write_all(&mut stream, &message(header, Kind::Reply, &reply)).unwrap();
+        }
+        assert_eq!(device.join().unwrap(), Ok(true));
+        assert_eq!((written, read, seen), (100_000, 100_000, longest), "{extension:?}");
+    }
+}
