@@ -20,6 +20,8 @@
 mod error;
 mod inbox;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -41,6 +43,8 @@ use crate::codec::{Command, HEADER_SIZE, Header, Kind};
 const MAX_UNSENT: usize = 16 << 20;
 /// How often a lock that another thread holds while it sends or reads is tried again.
 const TRY_AGAIN: Duration = Duration::from_millis(5);
+/// How long a request is held back for the answer to the peer's command, which may itself wait for the request.
+const HOLD: Duration = Duration::from_millis(20);
 
 /// A request to be sent.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +80,8 @@ pub(crate) struct Conn {
     queued: OwnedFd,
     /// Ends every wait when readable.
     interrupt: Option<Arc<OwnedFd>>,
+    /// [`HOLD`].
+    hold: Duration,
 }
 
 impl Conn {
@@ -97,6 +103,7 @@ impl Conn {
             next_id: AtomicU16::new(0),
             queued: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             interrupt,
+            hold: HOLD,
         })
     }
 
@@ -178,12 +185,11 @@ impl Conn {
     /// Waits until the peer's command in service, if there is one, has been answered: for a moment only, since it may itself
     /// wait for what is held back here, and not at all in its own service.
     fn wait_for_reply<'a>(&'a self, mut rx: MutexGuard<'a, Rx>) -> MutexGuard<'a, Rx> {
-        const MOMENT: Duration = Duration::from_millis(20);
         let begun = Instant::now();
         let other =
             |rx: &Rx| rx.serving && rx.taker.is_some_and(|taker| taker != std::thread::current().id());
         while other(&rx) {
-            let left = MOMENT.saturating_sub(begun.elapsed());
+            let left = self.hold.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 // It waits for us: what follows is not held back any more.
                 rx.taker = None;
