@@ -218,7 +218,8 @@ impl Conn {
         }
     }
 
-    /// Answers `message` unless it wants no answer. An error means that the connection is dead.
+    /// Answers `message` unless it wants no answer. What a peer has not taken within `limit` is sent before anything else. An
+    /// error means that the connection is dead.
     pub(crate) fn reply(
         &self,
         to: &Header,
@@ -232,11 +233,15 @@ impl Conn {
         }
         self.check_alive()?;
         let mut tx = lock(&self.tx);
-        let mut begun = false;
+        // Descriptors go with the first byte, and are not kept for later.
+        let mut owed = fds.is_empty();
         let result =
-            self.send(None, &mut tx, to.id, to.command, kind, &[body], fds, deadline(limit), &mut begun);
+            self.send(None, &mut tx, to.id, to.command, kind, &[body], fds, deadline(limit), &mut owed);
         drop(tx);
-        result.inspect_err(|error| self.kill(error.why()))
+        match result {
+            Err(ConnError::Timeout) if owed => Ok(()),
+            result => result.inspect_err(|error| self.kill(error.why())),
+        }
     }
 
     /// Sends the bytes of a whole message, if any. After [`ConnError::Timeout`] what is left of it is sent before anything
@@ -377,7 +382,11 @@ impl Conn {
             Ok(_) => {}
             Err(errno) => return Err(ConnError::closed(format!("poll: {errno}"))),
         }
-        let message = self.read(&mut rx, deadline(limit))?;
+        let message = match self.read(&mut rx, deadline(limit)) {
+            // The rest of an answer that is late; nobody waits for it.
+            Err(ConnError::Timeout) if rx.awaited.is_some() => return Ok(None),
+            message => message?,
+        };
         rx.place(message)?;
         if let Some(message) = rx.answer.take() {
             // Whoever asked has given up; nobody waits for it.

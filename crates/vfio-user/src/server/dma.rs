@@ -16,7 +16,7 @@ use crate::conn::{Conn, ConnError, SocketMessage, SocketRequest};
 #[derive(Clone)]
 pub struct DmaChannel {
     conn: Arc<Conn>,
-    /// The client's max_data_xfer_size, capped.
+    /// Most bytes of one request, or of its answer.
     max: usize,
     limit: Duration,
 }
@@ -29,8 +29,8 @@ impl DmaChannel {
     /// Fills `into` from the client's memory at bus address `iova`, in pieces of the size that the client takes.
     ///
     /// # Errors
-    /// The client's own errno; EIO if it gave none; EPROTO for a reply that makes no sense; ETIMEDOUT; ENOTCONN. What
-    /// was read before a failure is in `into`.
+    /// The client's own errno; EIO if it gave none; EPROTO for a reply that makes no sense; ETIMEDOUT for one that is late, before
+    /// which nothing else is asked; ENOTCONN. What was read before a failure is in `into`.
     pub fn read(&self, iova: u64, into: &mut [u8]) -> Result<(), Errno> {
         let mut at = iova;
         for piece in into.chunks_mut(self.max) {
@@ -51,7 +51,7 @@ impl DmaChannel {
     /// Writes `from` to the client's memory at bus address `iova`, in pieces of the size that the client takes.
     ///
     /// # Errors
-    /// As for [`read`](Self::read). What was written before a failure stays.
+    /// As for [`read`](Self::read). What was written before a failure stays, and one that is late may still be written.
     pub fn write(&self, iova: u64, from: &[u8]) -> Result<(), Errno> {
         let mut at = iova;
         for piece in from.chunks(self.max) {
@@ -75,11 +75,8 @@ impl DmaChannel {
         let request =
             SocketRequest { command, parts, fds: &[], max_reply, limit: self.limit, after_reply: true };
         let reply = self.conn.exchange(&request, None).map_err(|error| match error {
-            ConnError::Timeout => {
-                // Nobody could tell any more which of its memory a late answer stands for.
-                self.conn.kill("the client did not answer in time");
-                Errno::TIMEDOUT
-            }
+            // Late, and not gone: its answer is known by its number, and dropped when it comes.
+            ConnError::Timeout => Errno::TIMEDOUT,
             ConnError::Violation(_) => Errno::PROTO,
             _ => Errno::NOTCONN,
         })?;

@@ -10,8 +10,9 @@ pub(super) const LARGEST_MSG_FDS: u32 = 16;
 /// Options of a [`Server`](super::Server).
 #[derive(Clone, Copy, Debug)]
 pub struct ServerOptions {
-    /// How long a message may take from its first byte to its last, in either direction, and the client's answer to a DMA
-    /// request; after it the client is dropped. How long a client may be silent is not limited. 10 s.
+    /// How long a command may take from its first byte to its last: after it the client is dropped. Also how long the server
+    /// waits for a client that does not read a reply, or does not answer a DMA request: such a client is late, and stays; the
+    /// request fails with ETIMEDOUT. How long a client may be silent is not limited. 10 s.
     pub message_timeout: Duration,
     /// Most data in one message. 1 MiB.
     pub max_data_xfer_size: u32,

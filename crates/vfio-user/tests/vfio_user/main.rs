@@ -8,6 +8,7 @@ mod dma;
 mod foreign_clients;
 mod foreign_servers;
 mod interop;
+mod late_clients;
 mod late_servers;
 mod lifecycle;
 mod lying_clients;
