@@ -26,6 +26,11 @@ use crate::scalar::Scalar;
 /// # Errors
 /// There is too much to compare.
 pub fn matrix(hosts: &[HostManifest], policy: &Policy) -> Result<Matrix, MatrixError> {
+    within(hosts, policy, work::MAX_WORK)
+}
+
+/// [`matrix`] with no more work than `most`.
+fn within(hosts: &[HostManifest], policy: &Policy, most: u64) -> Result<Matrix, MatrixError> {
     let comparing = Comparing::under(policy);
     let named = policy.allow.iter().any(|allow| allow.device.is_some());
     let mut kinds = Kinds { named, devices: Vec::new(), numbers: Numbered::default() };
@@ -68,7 +73,7 @@ pub fn matrix(hosts: &[HostManifest], policy: &Policy) -> Result<Matrix, MatrixE
             best.clear();
             for places in &places {
                 best.push(ranks.best(places));
-                work::check(&comparing)?;
+                work::check(&comparing, most)?;
             }
         }
         let cells = columns.iter().zip(&best).map(|((host, _), best)| {
@@ -78,7 +83,7 @@ pub fn matrix(hosts: &[HostManifest], policy: &Policy) -> Result<Matrix, MatrixE
         if let Some(place) = numbers.get_mut(number) {
             *place = answers.row(cells);
         }
-        work::check(&comparing)?;
+        work::check(&comparing, most)?;
     }
     matrix.comparisons = ranks.compared;
     let rows: Vec<usize> =
@@ -319,5 +324,40 @@ impl<'k> Ranks<'k> {
             *place = Some(known);
         }
         known.rank
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vfio_migration_types::DeviceId;
+
+    use super::*;
+    use crate::parameter::Parameter;
+
+    const PARAMETERS: u64 = 64;
+
+    /// A host of devices of which each differs from each in the last of what is compared.
+    fn host(name: &str, first: u64, count: u64) -> HostManifest {
+        let device = |n: u64| DeviceManifest {
+            model: Some("acme.com/nic".into()),
+            parameters: (0..PARAMETERS).map(|p| (format!("p{p:02}"), Parameter::new(1))).collect(),
+            host_driver: Some(n.to_string()),
+            ..DeviceManifest::new(DeviceId::new(format!("d{n}")).unwrap())
+        };
+        let devices = (first..first + count).map(device).collect();
+        HostManifest { name: name.into(), devices, ..HostManifest::default() }
+    }
+
+    #[test]
+    fn what_differs_in_too_much_is_refused() {
+        let of =
+            |count, most| within(&[host("a", 0, count), host("b", count, count)], &Policy::default(), most);
+        // Each device is compared with all of the other host, and no parameter is left out.
+        let least = |devices: u64, candidates: u64| 2 * devices * candidates * PARAMETERS;
+        let enough = of(24, 2 * least(24, 24)).unwrap();
+        assert!(enough.comparisons >= 2 * 24 * 24, "{}", enough.comparisons);
+        assert_eq!(of(24, least(24, 24)), Err(MatrixError::TooMuch));
+        // So are two of the largest hosts, with an offer beside each device, long before their end.
+        assert!(least(4096, 2 * 4096) > 10 * work::MAX_WORK);
     }
 }

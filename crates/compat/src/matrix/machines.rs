@@ -43,7 +43,7 @@ pub fn machine_matrix(
         } else if let Some(destination) = machines.get(to) {
             compare_machines(source, &destination.manifest.with_ram_of(source), &map, &mut findings);
         }
-        work::check(&comparing).map(|()| Cell::of(findings))
+        work::check(&comparing, work::MAX_WORK).map(|()| Cell::of(findings))
     };
     let mut answers = Answers::default();
     let mut rows = Vec::with_capacity(machines.len());

@@ -5,7 +5,7 @@ use crate::findings::Comparing;
 
 /// Most work for one matrix, in items looked at: some seconds. Two of the largest hosts are within it where a parameter or the
 /// model tells their devices apart.
-const MAX_WORK: u64 = 1 << 28;
+pub(super) const MAX_WORK: u64 = 1 << 28;
 
 /// The reason for which a pool has no matrix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +19,7 @@ pub enum MatrixError {
     TooMuch,
 }
 
-/// Ends what takes too long.
-pub(super) fn check(comparing: &Comparing) -> Result<(), MatrixError> {
-    if comparing.work() > MAX_WORK { Err(MatrixError::TooMuch) } else { Ok(()) }
+/// Ends what takes more work than `most`.
+pub(super) fn check(comparing: &Comparing, most: u64) -> Result<(), MatrixError> {
+    if comparing.work() > most { Err(MatrixError::TooMuch) } else { Ok(()) }
 }
