@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::control::awaited::sentence;
 use crate::control::client::ControlClient;
 use crate::control::protocol::{
     ArrivedGuest, ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport,
@@ -112,6 +113,12 @@ fn vm_text(vm: &StatusInfo) -> String {
             "lost: {lost} (no connection to their servers; the guest cannot be moved any more)\n"
         ));
     }
+    if let Some(awaited) = &vm.pending_rollback {
+        let awaited = sentence(awaited);
+        text.push_str(&format!(
+            "still being undone after a cancel: {awaited}; no session can begin before that\n"
+        ));
+    }
     if let Some(incoming) = &vm.incoming {
         text.push_str(&format!("waits for a guest at {incoming}\n"));
     }
@@ -147,6 +154,9 @@ fn migration_text(name: &str, migration: &MigrationInfo) -> String {
         text.push_str(&format!(", {} left", format_size(migration.remaining)));
     }
     text.push('\n');
+    for awaited in migration.waits_for.iter().filter(|_| migration.status.is_under_way()) {
+        text.push_str(&format!("waits: {awaited}\n"));
+    }
     if let Some(ms) = migration.downtime_ms {
         text.push_str(&format!("downtime: {ms} ms\n"));
     } else if let Some(ms) = migration.expected_downtime_ms.filter(|_| migration.status.is_under_way()) {

@@ -123,6 +123,11 @@ fn migration_line(info: &MigrationInfo, columns: Option<usize>) -> String {
     if info.status == MigrationStatus::PreSwitchover {
         parts.push((0, "waits for `continue`".into()));
     }
+    if info.status == MigrationStatus::Cancelling {
+        parts.push((0, "cancelling".into()));
+    }
+    // Whoever waits too is told for what.
+    parts.extend(info.waits_for.first().map(|awaited| (0, awaited.to_string())));
     parts.push((5, format!("{} moved", format_size(done))));
     if !incoming {
         // A destination is not told what is left.

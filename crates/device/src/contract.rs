@@ -1,6 +1,7 @@
 //! The traits a back end implements.
 
 use std::fmt;
+use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_memory::DirtySource;
@@ -71,6 +72,13 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// # Errors
     /// The device is of no further use, and is never said to have been aborted cleanly.
     fn reset(&self) -> Result<(), DeviceError>;
+
+    /// Longest time that the back end waits for the device's answer: to a change of its migration state or a reset
+    /// (`transition`), or to anything else. `None`: until it comes, as for a kernel driver.
+    fn answer_limit(&self, transition: bool) -> Option<Duration> {
+        let _ = transition;
+        None
+    }
 }
 
 /// A device's DMA log is a dirty source that also knows its granule.

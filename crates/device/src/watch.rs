@@ -161,6 +161,10 @@ impl Device for WatchedDevice {
         self.observer.went(self.id(), MigrationState::Running, true, begun.elapsed());
         Ok(())
     }
+
+    fn answer_limit(&self, transition: bool) -> Option<Duration> {
+        self.device.answer_limit(transition)
+    }
 }
 
 /// A session under watch.

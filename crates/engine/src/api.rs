@@ -233,6 +233,12 @@ pub enum SourceEvent {
         /// Whether the guest runs again (or stays paused, as its operator had left it).
         restored: bool,
     },
+    /// While [`SourceAction::RollBack`] or the journal after it is under way, the guest runs, and the operator has cancelled:
+    /// something does not answer, and is not waited for. The session goes on with both behind the attempt's end.
+    RollBackLate {
+        /// What does not answer, one failure each.
+        left_undone: Vec<Failure>,
+    },
     /// Answers [`SourceAction::CleanUp`].
     CleanedUp,
     /// The action under way failed.
@@ -285,6 +291,8 @@ pub struct Abort {
     pub locks_lost: Vec<String>,
     /// Whether the guest is as it was before the attempt.
     pub restored: bool,
+    /// What did not answer when the operator cancelled, and is being undone behind this end. The guest runs.
+    pub left_undone: Vec<Failure>,
 }
 
 /// Times and totals of a completed migration, as far as the engine knows them.

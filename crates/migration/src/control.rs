@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vfio_migration_engine::SourceEvent;
@@ -11,6 +12,7 @@ use vfio_migration_types::{DeviceId, Failure, Side};
 use crate::channel::limiter::Limiter;
 use crate::options::SourceOptions;
 use crate::report::Progress;
+use crate::session::awaited::{AwaitedAnswer, AwaitedAnswers};
 use crate::session::lock::lock;
 
 /// Steers an outgoing migration from any thread. Outlives the session without harm: it then does nothing.
@@ -23,6 +25,28 @@ struct Shared {
     limiter: Limiter,
     progress: Mutex<Progress>,
     inbox: Mutex<Inbox>,
+    left: Mutex<Option<LeftBehind>>,
+}
+
+/// The worker of a session whose end did not wait for it.
+#[derive(Debug)]
+pub(crate) struct LeftBehind {
+    pub(crate) thread: JoinHandle<()>,
+    pub(crate) answers: AwaitedAnswers,
+    /// What it could not undo, once it has ended.
+    pub(crate) not_undone: Arc<Mutex<Vec<Failure>>>,
+}
+
+/// What is being undone behind the end of a session: a cancel does not wait for a device that does not answer, while the guest
+/// runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PendingRollback {
+    /// Nothing was left to be undone.
+    None,
+    /// It is under way: with the answers that it waits for, the longest first. No other attempt may begin with this machine.
+    UnderWay(Vec<AwaitedAnswer>),
+    /// All of it is undone, but for this.
+    Ended(Vec<Failure>),
 }
 
 /// Requests that were made before the session could take them.
@@ -39,12 +63,16 @@ impl Control {
             limiter: Limiter::new(options.bandwidth),
             progress: Mutex::new(progress),
             inbox: Mutex::default(),
+            left: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
     }
 
-    /// Gives the migration up: the guest goes on at the source, within a second plus what its devices take. Too late
-    /// once COMMIT has been sent; then nothing happens. May be called at any time, any number of times.
+    /// Gives the migration up: the guest goes on at the source. The session ends within a second while the guest runs, whatever
+    /// it waits for: what does not answer is undone behind its end, as [`pending_rollback`](Self::pending_rollback) tells. A guest
+    /// that is paused goes on when its devices have answered: until then [`Progress::cancelling`] is set, and
+    /// [`Progress::awaited`] says what is waited for. Too late once COMMIT has been sent; then nothing happens. May be called at
+    /// any time, any number of times.
     pub fn cancel(&self) {
         self.send(SourceEvent::Cancel);
     }
@@ -78,6 +106,20 @@ impl Control {
     /// The migration's progress now, or at its end.
     pub fn progress(&self) -> Progress {
         lock(&self.shared.progress).clone()
+    }
+
+    /// What is being undone behind the end of the session, or could not be.
+    pub fn pending_rollback(&self) -> PendingRollback {
+        match &*lock(&self.shared.left) {
+            None => PendingRollback::None,
+            Some(left) if left.thread.is_finished() => PendingRollback::Ended(lock(&left.not_undone).clone()),
+            Some(left) => PendingRollback::UnderWay(left.answers.longer_than(Duration::ZERO)),
+        }
+    }
+
+    /// The session ends, and its worker goes on.
+    pub(crate) fn leave_behind(&self, left: LeftBehind) {
+        *lock(&self.shared.left) = Some(left);
     }
 
     pub(crate) fn limiter(&self) -> &Limiter {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,13 @@ pub struct Aborted {
     pub locks_lost: Vec<String>,
     /// Whether the guest is as it was before the attempt: running, or paused if its operator had paused it.
     pub restored: bool,
+    /// Time for which the attempt had the guest paused; zero if it never did, or the guest is paused still.
+    #[serde(default, rename = "stood_ms", with = "crate::millis")]
+    pub stood: Duration,
+    /// What did not answer when the operator cancelled. It is undone behind this end, as
+    /// [`Control::pending_rollback`](crate::Control::pending_rollback) tells: another attempt begins when it is. The guest runs.
+    #[serde(default)]
+    pub left_undone: Vec<Failure>,
 }
 
 impl fmt::Display for Aborted {
@@ -182,6 +190,8 @@ pub(crate) fn cancelled(phase: Phase) -> MigrateError {
         lost: Vec::new(),
         locks_lost: Vec::new(),
         restored: true,
+        stood: Duration::ZERO,
+        left_undone: Vec::new(),
     }))
 }
 

@@ -125,8 +125,8 @@
 //! ```
 //!
 //! There is no global state, no async runtime, no thread that outlives a call
-//! (but that of a question which a device, a disk or a name server does not answer, after a cancel), and no logging set-up: events go to
-//! `tracing`, whoever listens. This crate decides nothing: `vfio-migration-engine` does. It knows no hypervisor and no
+//! (but those that wait for a device, a disk or a name server which does not answer, after a cancel:
+//! [`Control::pending_rollback`]), and no logging set-up: events go to `tracing`, whoever listens. This crate decides nothing: `vfio-migration-engine` does. It knows no hypervisor and no
 //! device: those are behind [`Machine`] and [`Device`](vfio_migration_device::Device).
 #![forbid(unsafe_code)]
 
@@ -139,6 +139,7 @@ mod error;
 #[cfg(feature = "fault-injection")]
 mod fault_injection;
 mod machine;
+mod millis;
 mod offer;
 mod options;
 mod ownership;
@@ -153,7 +154,7 @@ mod snapshot;
 mod source;
 mod uri;
 
-pub use control::{Control, IncomingControl};
+pub use control::{Control, IncomingControl, PendingRollback};
 pub use destination::Destination;
 pub use device_file::{
     DeviceArc, DeviceControl, DeviceFate, DeviceFileError, DeviceReport, RestoreDeviceOptions,
@@ -173,6 +174,7 @@ pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{
     ArrivalReport, AttemptInfo, AttemptKind, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime,
 };
+pub use session::awaited::{AwaitedAnswer, Request};
 pub use snapshot::{
     DeviceState, GuestNotResumed, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save,
 };

@@ -26,7 +26,7 @@ pub struct Rehearsal {
     /// Rates that were measured.
     pub rates: Rates,
     /// The downtime that is to be expected; `None` when nothing was measured to predict it from.
-    #[serde(rename = "predicted_downtime_ms", with = "crate::report::millis_option")]
+    #[serde(rename = "predicted_downtime_ms", with = "crate::millis::option")]
     pub predicted_downtime: Option<Duration>,
     /// Parts of the predicted downtime, in order.
     pub parts: Vec<PredictedPart>,
@@ -35,7 +35,7 @@ pub struct Rehearsal {
     /// Payload moved by the rehearsal.
     pub bytes: Bytes,
     /// Duration of the rehearsal in all.
-    #[serde(rename = "total_ms", with = "crate::report::millis")]
+    #[serde(rename = "total_ms", with = "crate::millis")]
     pub total: Duration,
     /// Time of each phase that was entered.
     pub phases: Vec<PhaseTime>,
@@ -62,7 +62,7 @@ pub struct PredictedPart {
     /// The part's purpose: `quiesce`, `round-trips`, `ram`, `device NAME`, `final`, `load`, `start`.
     pub name: String,
     /// The part's duration.
-    #[serde(rename = "ms", with = "crate::report::millis")]
+    #[serde(rename = "ms", with = "crate::millis")]
     pub took: Duration,
     /// The ground on which the duration is known.
     pub basis: Basis,

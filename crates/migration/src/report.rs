@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_compat::Report;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, Phase, VmId, rfc3339};
 
+use crate::session::awaited::AwaitedAnswer;
+
 /// Progress of a migration, at either side. Counts are of this side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -16,7 +18,7 @@ pub struct Progress {
     /// Iteration of the pre-copy, from 1; 0 before.
     pub iteration: u32,
     /// Since the session began.
-    #[serde(rename = "elapsed_ms", with = "millis")]
+    #[serde(rename = "elapsed_ms", with = "crate::millis")]
     pub elapsed: Duration,
     /// Whether the guest is paused because of this session.
     pub paused: bool,
@@ -34,10 +36,10 @@ pub struct Progress {
     /// Bytes per second on the wire, headers included, over the last second or so; at the destination, payload.
     pub rate: u64,
     /// The downtime, were the guest paused now; `None` until there is something to predict it from.
-    #[serde(rename = "predicted_downtime_ms", with = "millis_option")]
+    #[serde(rename = "predicted_downtime_ms", with = "crate::millis::option")]
     pub predicted_downtime: Option<Duration>,
     /// The limit in force.
-    #[serde(rename = "downtime_limit_ms", with = "millis")]
+    #[serde(rename = "downtime_limit_ms", with = "crate::millis")]
     pub downtime_limit: Duration,
     /// Per device, in manifest order.
     pub devices: Vec<DeviceStatus>,
@@ -47,6 +49,12 @@ pub struct Progress {
     /// The attempt, once it is known: at the destination, when its source has said so.
     #[serde(default)]
     pub attempt: Option<AttemptInfo>,
+    /// It was cancelled, and is being undone.
+    #[serde(default)]
+    pub cancelling: bool,
+    /// Answers that have been waited for longer than a device takes as a rule, the longest first.
+    #[serde(default)]
+    pub awaited: Vec<AwaitedAnswer>,
 }
 
 /// What a session is about, and with whom.
@@ -107,6 +115,8 @@ impl Default for Progress {
             devices: Vec::new(),
             phases: Vec::new(),
             attempt: None,
+            cancelling: false,
+            awaited: Vec::new(),
         }
     }
 }
@@ -145,7 +155,7 @@ pub struct PhaseTime {
     /// The phase that took it.
     pub phase: Phase,
     /// In all, if it was entered more than once.
-    #[serde(rename = "ms", with = "millis")]
+    #[serde(rename = "ms", with = "crate::millis")]
     pub took: Duration,
 }
 
@@ -165,20 +175,20 @@ pub struct Completed {
     /// `"tcp"`, `"unix"` or `"fd"`.
     pub transport: String,
     /// From the call to the end of the session, clean-up included.
-    #[serde(rename = "total_ms", with = "millis")]
+    #[serde(rename = "total_ms", with = "crate::millis")]
     pub total: Duration,
     /// What became of the guest there.
     pub guest: GuestOutcome,
     /// vCPUs paused here to vCPUs running there, less `verify`; `None` while they do not run.
-    #[serde(rename = "downtime_ms", with = "millis_option")]
+    #[serde(rename = "downtime_ms", with = "crate::millis::option")]
     pub downtime: Option<Duration>,
     /// Whether `downtime` was read from one clock (both sides on one host); else the answer's way back is in it.
     pub one_clock: bool,
     /// The downtime that had been predicted when the guest was paused.
-    #[serde(rename = "predicted_downtime_ms", with = "millis")]
+    #[serde(rename = "predicted_downtime_ms", with = "crate::millis")]
     pub predicted: Duration,
     /// Time spent on RAM digests while the guest was paused, both sides.
-    #[serde(rename = "verify_ms", with = "millis")]
+    #[serde(rename = "verify_ms", with = "crate::millis")]
     pub verify: Duration,
     /// Iterations of the pre-copy.
     pub iterations: u32,
@@ -216,7 +226,7 @@ pub struct ArrivalReport {
     /// [`IncomingError::OwnedNotStarted`](crate::IncomingError::OwnedNotStarted).
     pub guest: GuestOutcome,
     /// From the connection to the running guest.
-    #[serde(rename = "total_ms", with = "millis")]
+    #[serde(rename = "total_ms", with = "crate::millis")]
     pub total: Duration,
     /// RAM pages placed, data and zero.
     pub ram_pages: u64,
@@ -227,7 +237,7 @@ pub struct ArrivalReport {
     /// Number of interrupt vectors armed.
     pub vectors: u32,
     /// Time the RAM digest took.
-    #[serde(rename = "verify_ms", with = "millis")]
+    #[serde(rename = "verify_ms", with = "crate::millis")]
     pub verify: Duration,
     /// Steps of loading in order, each with its time.
     pub steps: Vec<StepTime>,
@@ -241,44 +251,6 @@ pub struct StepTime {
     /// Name of the step.
     pub step: String,
     /// Time that the step took.
-    #[serde(rename = "ms", with = "millis")]
+    #[serde(rename = "ms", with = "crate::millis")]
     pub took: Duration,
-}
-
-/// Durations as milliseconds with a fraction.
-pub(crate) mod millis {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(crate) fn serialize<S: Serializer>(duration: &Duration, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_f64(duration.as_secs_f64() * 1000.0)
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-        let millis = f64::deserialize(from)?;
-        Duration::try_from_secs_f64(millis / 1000.0).map_err(serde::de::Error::custom)
-    }
-}
-
-/// The same for what may be absent.
-pub(crate) mod millis_option {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    #[expect(clippy::ref_option, reason = "the signature is serde's")]
-    pub(crate) fn serialize<S: Serializer>(duration: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
-        match duration {
-            Some(duration) => super::millis::serialize(duration, to),
-            None => to.serialize_none(),
-        }
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
-        let millis = Option::<f64>::deserialize(from)?;
-        millis
-            .map(|millis| Duration::try_from_secs_f64(millis / 1000.0).map_err(serde::de::Error::custom))
-            .transpose()
-    }
 }

@@ -1,5 +1,6 @@
 //! The control socket of `vm`: newline JSON with QMP-like verbs and events, documented in `docs/control.md`.
 
+pub(crate) mod awaited;
 pub(crate) mod client;
 pub(crate) mod clients;
 pub(crate) mod event;

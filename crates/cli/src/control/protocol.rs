@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vfio_migration_compat::Reason;
 
+use super::awaited::AwaitedInfo;
 use super::failure::FailureInfo;
 use super::rehearsal::RehearsalInfo;
 use crate::bandwidth::Bandwidth;
@@ -142,6 +143,10 @@ pub(crate) struct StatusInfo {
     /// moved any more.
     #[serde(default)]
     pub(crate) lost_devices: Vec<String>,
+    /// While a session that was cancelled is still being undone behind its end: the answers that this waits for. No other session can
+    /// begin before it is undone. Null while nothing is left to be undone.
+    #[serde(default)]
+    pub(crate) pending_rollback: Option<Vec<AwaitedInfo>>,
     /// How often the VM has changed owner.
     pub(crate) epoch: u64,
 }
@@ -203,6 +208,8 @@ pub(crate) enum MigrationStatus {
     Active,
     /// Waiting for `migrate-continue`.
     PreSwitchover,
+    /// Cancelled, and being undone: `waits-for` says what is waited for.
+    Cancelling,
     /// The guest has moved, and is at the destination what it was to be: running, or paused as it was sent.
     Completed,
     /// The guest is the destination's, which could not start it and holds it paused: `failure` says why.
@@ -224,6 +231,7 @@ impl fmt::Display for MigrationStatus {
         f.write_str(match self {
             Self::Active => "under way",
             Self::PreSwitchover => "waits for `continue`",
+            Self::Cancelling => "cancelling",
             Self::Completed => "completed",
             Self::NotStarted => "moved, and not started",
             Self::Unknown => "moved, and not known whether it runs",
@@ -239,7 +247,7 @@ impl MigrationStatus {
     /// Whether it is under way.
     pub(crate) fn is_under_way(self) -> bool {
         match self {
-            Self::Active | Self::PreSwitchover => true,
+            Self::Active | Self::PreSwitchover | Self::Cancelling => true,
             Self::Completed
             | Self::NotStarted
             | Self::Unknown
@@ -289,7 +297,7 @@ pub(crate) struct MigrationInfo {
     /// What became of the guest at the destination, once it is the destination's.
     #[serde(default)]
     pub(crate) guest: Option<ArrivedGuest>,
-    /// Milliseconds that the guest was paused, once it runs again at the destination.
+    /// Milliseconds that the guest was paused, once it runs again: at the destination, or here after a migration that was undone.
     pub(crate) downtime_ms: Option<u64>,
     /// Whether `downtime-ms` was read from one clock, both sides being on one host; else the answer's way back is in it.
     #[serde(default)]
@@ -331,9 +339,13 @@ pub(crate) struct MigrationInfo {
     #[serde(default)]
     pub(crate) failure: Option<FailureInfo>,
     /// What could not be done after the guest was the destination's, such as releasing a device: no harm to the guest, but work for
-    /// a person.
+    /// a person. Of one that was cancelled: what did not answer, and is undone when it does; once it is, what could not be.
     #[serde(default)]
     pub(crate) left_undone: Vec<FailureInfo>,
+    /// While it is under way: answers that have been waited for longer than a second, or a fifth of one when it is being cancelled, the
+    /// longest first.
+    #[serde(default)]
+    pub(crate) waits_for: Vec<AwaitedInfo>,
     /// The two sides do not fit: nothing was begun.
     pub(crate) incompatible: bool,
     /// Why not, or what should be known, by the rules of both sides.
@@ -346,9 +358,10 @@ impl MigrationInfo {
     /// The exit code of a verb that asked for it.
     pub(crate) fn exit(&self) -> Exit {
         match self.status {
-            MigrationStatus::Completed | MigrationStatus::Active | MigrationStatus::PreSwitchover => {
-                Exit::Done
-            }
+            MigrationStatus::Completed
+            | MigrationStatus::Active
+            | MigrationStatus::PreSwitchover
+            | MigrationStatus::Cancelling => Exit::Done,
             MigrationStatus::NotStarted | MigrationStatus::Unknown => Exit::NotStarted,
             MigrationStatus::Unresolved => Exit::Unresolved,
             MigrationStatus::Cancelled | MigrationStatus::Failed | MigrationStatus::Rehearsed
@@ -390,6 +403,7 @@ impl MigrationInfo {
             error: None,
             failure: None,
             left_undone: Vec::new(),
+            waits_for: Vec::new(),
             incompatible: false,
             reasons: Vec::new(),
             rehearsal: None,

@@ -162,6 +162,7 @@ impl<'a> Stage<'a> {
             MigrationStatus::Unresolved
             | MigrationStatus::Active
             | MigrationStatus::PreSwitchover
+            | MigrationStatus::Cancelling
             | MigrationStatus::Rehearsed => {}
         }
         // A VM that dies afterwards, or a digest that differs, is no success whatever the guest says.

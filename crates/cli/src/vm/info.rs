@@ -11,8 +11,10 @@ use vfio_migration_types::{Phase, error_chain};
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
 
+use super::rollback;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
+use crate::control::awaited::AwaitedInfo;
 use crate::control::failure::FailureInfo;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
@@ -24,8 +26,9 @@ use crate::units::milliseconds;
 
 /// The VM and its migration at one moment: the two never contradict each other.
 pub(super) fn report(vm: &RunningVm) -> StatusReport {
+    let pending = rollback::awaited(&vm.state.pending_rollback());
     vm.state.read(|slot, steering, last| StatusReport {
-        vm: status(&vm.config, slot),
+        vm: StatusInfo { pending_rollback: pending, ..status(&vm.config, slot) },
         migration: steering.and_then(of_steering),
         last: last.cloned(),
     })
@@ -77,6 +80,7 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
             .iter()
             .map(|(device, _)| device.to_string())
             .collect(),
+        pending_rollback: None,
         epoch: slot.epoch().0,
     }
 }
@@ -99,7 +103,11 @@ pub(super) fn incoming(progress: &Progress) -> MigrationInfo {
 }
 
 fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
-    let status = if progress.waiting { MigrationStatus::PreSwitchover } else { MigrationStatus::Active };
+    let status = match (progress.cancelling, progress.waiting) {
+        (true, _) => MigrationStatus::Cancelling,
+        (false, true) => MigrationStatus::PreSwitchover,
+        (false, false) => MigrationStatus::Active,
+    };
     // While a file is written, the guest is paused for as long as the disk takes.
     let to_file = progress.attempt.as_ref().is_some_and(|attempt| attempt.kind == AttemptKind::Save);
     let limited = direction == "outgoing" && !to_file;
@@ -117,6 +125,7 @@ fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
         devices: devices(&progress.devices),
         remaining: progress.remaining,
         rate: progress.rate,
+        waits_for: progress.awaited.iter().map(AwaitedInfo::from).collect(),
         ..MigrationInfo::new(status)
     }
 }
@@ -131,7 +140,8 @@ fn at_end(vm: &RunningVm, status: MigrationStatus) -> MigrationInfo {
         None => None,
     };
     let last = last.unwrap_or_else(|| MigrationInfo::new(status));
-    MigrationInfo { status, remaining: 0, rate: 0, expected_downtime_ms: None, ..last }
+    let waits_for = Vec::new();
+    MigrationInfo { status, remaining: 0, rate: 0, expected_downtime_ms: None, waits_for, ..last }
 }
 
 /// What became of the guest, as the state of its migration.
@@ -208,10 +218,23 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
 
 /// The migration of a source whose guest has not moved, or of which nobody knows.
 pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
+    let (mut downtime_ms, mut left_undone) = (None, Vec::new());
     let (status, failure) = match error {
         MigrateError::Unresolved { .. } => (MigrationStatus::Unresolved, None),
         MigrateError::Aborted(aborted) => {
-            let Aborted { cause, cancelled, .. } = aborted.as_ref();
+            let Aborted {
+                cause,
+                cancelled,
+                stood,
+                left_undone: undone_later,
+                // In the text of the error.
+                reset: _,
+                lost: _,
+                locks_lost: _,
+                restored: _,
+            } = aborted.as_ref();
+            downtime_ms = (!stood.is_zero()).then(|| milliseconds(*stood));
+            left_undone = undone_later.iter().map(FailureInfo::from).collect();
             // Whichever side's operator it was.
             let cancelled = *cancelled || cause.is_cancelled();
             let status = if cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
@@ -225,6 +248,8 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
         error: Some(error_chain(error)),
         failure: failure.map(FailureInfo::from),
+        downtime_ms,
+        left_undone,
         ..at_end(vm, status)
     }
 }

@@ -9,6 +9,7 @@ mod incoming;
 mod info;
 mod outgoing;
 mod presence;
+mod rollback;
 mod running;
 mod saving;
 mod slot;
@@ -23,6 +24,7 @@ use vfio_migration_types::Epoch;
 
 use self::handler::VmHandler;
 use self::incoming::ReadinessWatch;
+use self::rollback::RollbackWatch;
 use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
 use crate::args::serve::VmCommand;
@@ -43,9 +45,11 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
     let started = start(options, interrupt, by_control)?;
     let vm = &started.vm;
     let (mut watch, mut readiness) = (LostDeviceWatch::default(), ReadinessWatch::default());
+    let mut rollback = RollbackWatch::default();
     while quitted.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
         watch.report_new(vm);
         readiness.tend(vm);
+        rollback.tend(vm);
     }
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
     vm.end();

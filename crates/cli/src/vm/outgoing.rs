@@ -93,6 +93,7 @@ pub(super) fn begin(
 /// The observer of an outgoing session: publishes each iteration, and the beginning and end of a wait before the switchover.
 pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
     let mut last = (0, false);
+    let mut told = Vec::new();
     let mut began = false;
     move |progress| {
         if let Some(attempt) = progress.attempt.as_ref().filter(|_| !std::mem::replace(&mut began, true)) {
@@ -102,7 +103,14 @@ pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
         if progress.iteration != last.0 {
             vm.publisher.publish(&ControlEvent::of_pass(&info));
         }
-        if progress.waiting != last.1 {
+        // While it is cancelled: each answer that it waits for is told once.
+        let waits = progress.cancelling.then(|| {
+            let answers = progress.awaited.iter();
+            answers.map(|answer| (answer.device.clone(), answer.request)).collect::<Vec<_>>()
+        });
+        let news = waits.as_ref().is_some_and(|waits| waits.iter().any(|answer| !told.contains(answer)));
+        told.extend(waits.into_iter().flatten());
+        if progress.waiting != last.1 || news {
             vm.publisher.publish(&ControlEvent::of_migration(&info));
         }
         last = (progress.iteration, progress.waiting);

@@ -3,10 +3,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use vfio_migration::{Control, IncomingControl, Progress, Uri};
+use vfio_migration::{AwaitedAnswer, Control, Failure, IncomingControl, PendingRollback, Progress, Uri};
 use vfio_migration_types::{Epoch, VmId};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
+use crate::control::awaited::{AwaitedInfo, sentence};
+use crate::control::failure::FailureInfo;
 use crate::control::protocol::MigrationInfo;
 use crate::control::refused::Refused;
 
@@ -107,10 +109,39 @@ struct State {
     /// The handle of the session that `thread` runs. It outlives `steering`: after a guest has arrived, the thread answers for a
     /// while a source that lost the answer to its COMMIT, and is stopped by this.
     last: Option<Steering>,
+    /// That what it left is undone was said.
+    rollback_told: bool,
     thread: Option<JoinHandle<()>>,
 }
 
+impl State {
+    fn pending_rollback(&self) -> PendingRollback {
+        match &self.last {
+            Some(Steering::Outgoing(control)) => control.pending_rollback(),
+            Some(Steering::Incoming(_)) | None => PendingRollback::None,
+        }
+    }
+}
+
 impl VmState {
+    /// What the last session left to be undone behind its end.
+    pub(super) fn pending_rollback(&self) -> PendingRollback {
+        lock(&self.0).pending_rollback()
+    }
+
+    /// What the last session left is undone, but for what is returned with the session's report, which says so from now on. Once,
+    /// and not when another session has begun.
+    pub(super) fn rollback_ended(&self) -> Option<(Vec<Failure>, MigrationInfo)> {
+        let mut state = lock(&self.0);
+        let PendingRollback::Ended(not_undone) = state.pending_rollback() else { return None };
+        if state.steering.is_some() || std::mem::replace(&mut state.rollback_told, true) {
+            return None;
+        }
+        let ended = state.ended.as_mut()?;
+        ended.left_undone = not_undone.iter().map(FailureInfo::from).collect();
+        Some((not_undone, ended.clone()))
+    }
+
     /// Reads the slot, the session under way, and how the last one ended, all of one moment.
     pub(super) fn read<T>(
         &self,
@@ -154,6 +185,9 @@ impl VmState {
         if !fits(&state.slot) {
             return Err(BeginError::Changed);
         }
+        if let PendingRollback::UnderWay(awaited) = state.pending_rollback() {
+            return Err(BeginError::RollbackPending(awaited));
+        }
         // The thread of the last session has at most a late question to answer, which its journal answers too.
         if let Some(Steering::Incoming(control)) = state.last.take() {
             control.cancel();
@@ -164,6 +198,7 @@ impl VmState {
         // The new thread needs this lock to end, so what is set after its start is set before its end.
         state.thread = Some(spawn().map_err(BeginError::Thread)?);
         state.last = Some(steering.clone());
+        state.rollback_told = false;
         state.steering = Some(steering);
         if let Some(slot) = becomes {
             state.slot = slot;
@@ -215,6 +250,8 @@ impl VmState {
 #[derive(Debug)]
 pub(super) enum BeginError {
     UnderWay,
+    /// The last session is still being undone.
+    RollbackPending(Vec<AwaitedAnswer>),
     /// The guest is no longer where it was.
     Changed,
     Thread(std::io::Error),
@@ -225,6 +262,14 @@ impl BeginError {
     pub(super) fn refused(self, changed: &str) -> Refused {
         match self {
             Self::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
+            Self::RollbackPending(awaited) => {
+                let awaited: Vec<_> = awaited.iter().map(AwaitedInfo::from).collect();
+                let text = format!(
+                    "the last session is still being undone: {}; another can begin once it has (`status` tells)",
+                    sentence(&awaited)
+                );
+                Refused::new("MigrationActive", text)
+            }
             Self::Changed => Refused::generic(changed),
             Self::Thread(error) => Refused::generic(format!("cannot make a thread: {error}")),
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{Process, Setup, Vm, command, until};
+use crate::support::{PATIENCE, Process, Setup, Vm, command, run, until};
 
 /// The second in which a cancel must end a wait, and what a busy host adds to it.
 const WITHIN: Duration = Duration::from_secs(4);
@@ -145,4 +145,142 @@ fn a_destination_that_waits_is_cancelled_and_says_so() {
     vm.call("migrate-cancel", Value::Null).unwrap();
     until("the end of the wait", || (vm.status() == "idle").then_some(()));
     assert_eq!(vm.migration(), Value::Null, "nobody had come: no session was cancelled");
+}
+
+/// The answers that what a cancel left to be undone waits for; null when nothing is left.
+fn pending(vm: &Vm) -> Value {
+    vm.info()["pending-rollback"].clone()
+}
+
+/// What is left of a cancelled session is told, keeps others from beginning, and is undone when the device answers.
+#[test]
+fn a_device_server_that_stops_in_pre_copy_does_not_hold_a_cancel_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup::new(dir.path(), "a").start();
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    vm.warm();
+    let to = there.incoming();
+    let control = vm.control.to_str().unwrap();
+    for by_signal in [false, true] {
+        let following = if by_signal {
+            Some(following(&["migrate", "--control", control, &to, "--bandwidth", "1M"]))
+        } else {
+            vm.begin(&to, json!({"max-bandwidth": 1 << 20}));
+            None
+        };
+        until("the pre-copy", || {
+            let info = vm.migration();
+            (info["status"] == "active" && info["phase"] == "P3").then_some(())
+        });
+        let stopped = Stopped::new(&vm.devices[0]);
+        let begun = Instant::now();
+        match following {
+            None => drop(vm.call("migrate-cancel", Value::Null).unwrap()),
+            Some(following) => {
+                signal(following.id(), Signal::TERM);
+                let output = following.wait_with_output().unwrap();
+                let told = String::from_utf8_lossy(&output.stderr);
+                assert_eq!(output.status.code(), Some(1), "{told}");
+                assert!(told.contains("left undone: dev0 has not answered"), "{told}");
+            }
+        }
+        let info = vm.ended();
+        assert!(begun.elapsed() < WITHIN, "the cancel took {:?}: {info}", begun.elapsed());
+        assert_eq!(info["status"], "cancelled", "{info}");
+        let late = &info["left-undone"][0];
+        assert_eq!((&late["device"], &late["errno"]), (&json!("dev0"), &json!(110)), "{late}");
+        assert_eq!(vm.status(), "running");
+        assert_eq!(pending(&vm)[0]["device"], "dev0", "{}", vm.info());
+        for (verb, arguments) in [
+            ("migrate", json!({"uri": to})),
+            ("rehearse", json!({"uri": to})),
+            ("save", json!({"path": dir.path().join("file")})),
+        ] {
+            let refused = vm.call(verb, arguments).unwrap_err();
+            assert!(refused.contains("still being undone: dev0 has not answered"), "{verb}: {refused}");
+        }
+        let status = run(&["status", "--control", control]);
+        let told = String::from_utf8_lossy(&status.stdout);
+        assert!(told.contains("still being undone after a cancel: dev0 has not answered"), "{told}");
+        // The receiver heard of it, and is free again.
+        until("the other side", || (there.migration()["status"] == "cancelled").then_some(()));
+        assert_eq!(there.incoming(), to);
+        let events = vm.events();
+        drop(stopped);
+        until("the rest to be undone", || pending(&vm).is_null().then_some(()));
+        let event = events.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(
+            (&event["event"], &event["data"]["left-undone"]),
+            (&json!("MIGRATION"), &json!([])),
+            "{event}"
+        );
+        vm.assert_whole();
+    }
+    assert_eq!(vm.migrate(&to, json!({}))["status"], "completed");
+    there.assert_whole();
+}
+
+/// An arc that never ends: the process that has it ends all the same.
+#[test]
+fn an_arc_that_never_ends_holds_neither_a_cancel_nor_the_end_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let faulty = &["--state-size", "4M", "--fault", "hang-arc:RUNNING:PRE_COPY"];
+    let mut vm = Setup { device_arguments: faulty, ..Setup::new(dir.path(), "a") }.start();
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    vm.warm();
+    vm.begin(&there.incoming(), json!({}));
+    until("the arc", || vm.migration()["waits-for"].as_array()?.first().cloned());
+    let begun = Instant::now();
+    vm.call("migrate-cancel", Value::Null).unwrap();
+    let info = vm.ended();
+    assert!(begun.elapsed() < WITHIN, "{:?}: {info}", begun.elapsed());
+    assert_eq!(info["status"], "cancelled", "{info}");
+    assert_eq!(info["left-undone"][0]["arc"], json!({"from": "RUNNING", "to": "PRE_COPY"}), "{info}");
+    assert!(info["error"].as_str().unwrap().contains("the guest is here as it was"), "{info}");
+    assert_eq!(pending(&vm)[0]["arc"], json!({"from": "RUNNING", "to": "PRE_COPY"}));
+    let begun = Instant::now();
+    signal(vm.process.pid(), Signal::TERM);
+    assert!(vm.process.child.wait().unwrap().success());
+    assert!(begun.elapsed() < WITHIN, "{:?}", begun.elapsed());
+}
+
+/// A guest that is paused waits for its device, and it is told which, in status and event.
+#[test]
+fn a_cancel_in_the_switchover_says_which_device_it_waits_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let faulty = &["--state-size", "4M", "--fault", "hang-arc:PRE_COPY:PRE_COPY_P2P:5000"];
+    let vm = Setup { device_arguments: faulty, ..Setup::new(dir.path(), "a") }.start();
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    vm.warm();
+    vm.begin(&there.incoming(), json!({}));
+    until("the switchover", || (vm.migration()["phase"] == "P4" && vm.status() == "paused").then_some(()));
+    let events = vm.events();
+    let begun = Instant::now();
+    vm.call("migrate-cancel", Value::Null).unwrap();
+    let event = events.recv_timeout(PATIENCE).unwrap();
+    assert!(begun.elapsed() < WITHIN, "{:?}", begun.elapsed());
+    let waits = &event["data"]["waits-for"][0];
+    assert_eq!(
+        (&event["data"]["status"], &waits["device"]),
+        (&json!("cancelling"), &json!("dev0")),
+        "{event}"
+    );
+    assert_eq!(waits["arc"], json!({"from": "PRE_COPY", "to": "PRE_COPY_P2P"}), "{event}");
+    assert_eq!(waits["limit-ms"], 30_000, "{event}");
+    let status = run(&["status", "--control", vm.control.to_str().unwrap()]);
+    let told = String::from_utf8_lossy(&status.stdout);
+    assert!(
+        told.contains("cancelling") && told.contains("waits: dev0 has not answered PRE_COPY to"),
+        "{told}"
+    );
+    assert!(told.contains("at most 30 s"), "{told}");
+    let info = vm.ended();
+    assert_eq!((&info["status"], &info["left-undone"]), (&json!("cancelled"), &json!([])), "{info}");
+    // The arc took five seconds, and the guest stood that long.
+    assert!((3_000..60_000).contains(&info["downtime-ms"].as_u64().unwrap()), "{info}");
+    assert_eq!(vm.status(), "running");
+    vm.assert_whole();
 }

@@ -335,7 +335,9 @@ impl Vm {
     pub(crate) fn ended(&self) -> Value {
         until("the migration to end", || {
             let info = self.migration();
-            (info["status"] != "active" && info["status"] != "pre-switchover").then_some(info)
+            let under_way =
+                ["active", "pre-switchover", "cancelling"].iter().any(|word| info["status"] == *word);
+            (!under_way).then_some(info)
         })
     }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -88,6 +88,10 @@ pub enum FakeFault {
     SetRunning,
     /// STOP to RUNNING_P2P or RUNNING.
     BackToRunning,
+    /// The arc by which a saving session ends.
+    EndSaving,
+    /// The question in PRE_COPY how much is left. It hangs and does not fail.
+    Progress,
 }
 
 impl FakeFault {
@@ -95,6 +99,9 @@ impl FakeFault {
         match (from, to) {
             (State::PreCopy, State::PreCopyP2p) => Some(Self::GoP2p),
             (_, State::PreCopy | State::PreCopyP2p) if !from.is_saving() => Some(Self::BeginPrecopy),
+            (_, State::Stop | State::Running | State::RunningP2p) if from.is_saving() => {
+                Some(Self::EndSaving)
+            }
             (_, State::StopCopy) => Some(Self::GoStopCopy),
             (_, State::Resuming) => Some(Self::BeginResuming),
             (State::Resuming, State::Stop) => Some(Self::Finish),
@@ -126,8 +133,17 @@ struct Core {
     another: AtomicBool,
     journal: Arc<Mutex<Vec<String>>>,
     fault: Mutex<Option<FakeFault>>,
+    hang: Mutex<Hang>,
+    let_go: Condvar,
     reinit: AtomicBool,
     reset_fault: AtomicBool,
+}
+
+/// Calls that do not return before they are let go.
+#[derive(Default)]
+struct Hang {
+    at: Option<FakeFault>,
+    hanging: usize,
 }
 
 struct Guts {
@@ -173,6 +189,8 @@ impl FakeDevice {
             another: AtomicBool::new(false),
             journal: journal.clone(),
             fault: Mutex::new(None),
+            hang: Mutex::default(),
+            let_go: Condvar::new(),
             reinit: AtomicBool::new(false),
             reset_fault: AtomicBool::new(false),
             kind,
@@ -206,6 +224,22 @@ impl FakeDevice {
     /// Makes it fail at `fault` from now on.
     pub fn fail_at(&self, fault: FakeFault) {
         *self.core.fault.lock().unwrap() = Some(fault);
+    }
+
+    /// Makes what could fail at `fault` not return from now on.
+    pub fn hang_at(&self, fault: FakeFault) {
+        self.core.hang.lock().unwrap().at = Some(fault);
+    }
+
+    /// Whether a call does not return.
+    pub fn hangs(&self) -> bool {
+        self.core.hang.lock().unwrap().hanging > 0
+    }
+
+    /// Lets go what does not return, now and later.
+    pub fn let_go(&self) {
+        self.core.hang.lock().unwrap().at = None;
+        self.core.let_go.notify_all();
     }
 
     /// Makes its resets fail from now on.
@@ -262,6 +296,13 @@ impl Core {
     }
 
     fn check(&self, fault: Option<FakeFault>, errno: Errno) -> Result<(), PortError> {
+        let mut hang = self.hang.lock().unwrap();
+        while fault.is_some() && hang.at == fault {
+            hang.hanging += 1;
+            hang = self.let_go.wait(hang).unwrap();
+            hang.hanging -= 1;
+        }
+        drop(hang);
         if fault.is_some() && *self.fault.lock().unwrap() == fault {
             return Err(scripted(errno));
         }
@@ -411,6 +452,7 @@ impl PortStream for FakePort {
     }
 
     fn precopy_info(&self) -> Result<Option<PrecopyProgress>, PortError> {
+        self.0.check(Some(FakeFault::Progress), Errno::IO)?;
         let mut lock = self.0.guts.lock().unwrap();
         let guts = &mut *lock;
         let reinit = guts.initial == 0 && self.0.reinit.swap(false, Ordering::Relaxed);

@@ -67,6 +67,8 @@ pub(super) struct ServedDevice {
     pub(super) machine: Arc<StateMachine>,
     pub(super) dma: Arc<GuestDma>,
     pub(super) message_dma: bool,
+    /// Limits on its answers: to a change of state, and to anything else.
+    pub(super) limits: (Duration, Duration),
     pub(super) regions: Vec<PciRegion>,
     pub(super) files: Vec<Option<(Arc<OwnedFd>, u64)>>,
     pub(super) irqs: [u32; 3],
@@ -118,6 +120,7 @@ impl VfioUserDevice {
         let mut inner = ServedDevice {
             log: ServerLog::new(id.clone(), client.clone(), dma.clone()),
             message_dma: options.message_dma,
+            limits: (options.transition_timeout.max(options.timeout), options.timeout),
             regions: Vec::new(),
             files: Vec::new(),
             irqs: [0; 3],

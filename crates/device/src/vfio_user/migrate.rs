@@ -1,5 +1,7 @@
 //! The Device contract over vfio-user.
 
+use std::time::Duration;
+
 use vfio_migration_compat::{DeviceManifest, DirtyTracking};
 use vfio_migration_types::{DeviceId, MigrationState};
 
@@ -82,6 +84,11 @@ impl Device for VfioUserDevice {
 
     fn reset(&self) -> Result<(), DeviceError> {
         self.inner.machine.reset()
+    }
+
+    fn answer_limit(&self, transition: bool) -> Option<Duration> {
+        let (of_transition, of_any) = self.inner.limits;
+        Some(if transition { of_transition } else { of_any })
     }
 }
 

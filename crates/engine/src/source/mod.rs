@@ -115,6 +115,12 @@ impl SourceEngine {
         self.rollback.as_ref().map(|rollback| &rollback.outcome.cause)
     }
 
+    /// Whether the attempt, or a rehearsal at its end, is being undone: the events that answer it, or
+    /// [`SourceEvent::RollBackLate`], end it.
+    pub fn is_rolling_back(&self) -> bool {
+        matches!(self.state, State::RollingBack | State::JournalOwner | State::Undoing)
+    }
+
     /// Version and features in force, once the destination has answered.
     pub fn negotiated(&self) -> Option<HelloReply> {
         self.negotiated
@@ -233,6 +239,10 @@ impl SourceEngine {
             (State::RollingBack, SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }) => {
                 self.on_rolled_back(reset, &not_reset, locks_lost, restored);
             }
+            (
+                State::RollingBack | State::JournalOwner | State::Undoing,
+                SourceEvent::RollBackLate { left_undone },
+            ) => self.on_rollback_late(left_undone),
             (State::Undoing, SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }) => {
                 self.on_undone(reset, &not_reset, locks_lost, restored, now);
             }
@@ -300,7 +310,7 @@ impl SourceEngine {
         let cause = Failure::cancelled(Side::Source, self.phase, "cancelled by the operator");
         match self.state {
             State::Undoing => self.rehearsal.cancelled = Some(cause),
-            State::AwaitingRehearsed => self.finish_cancelled(cause),
+            State::AwaitingRehearsed => self.finish_cancelled(cause, Vec::new()),
             _ => self.abort(cause, AbortNotice::SendCancelled),
         }
     }

@@ -29,6 +29,7 @@ impl SourceEngine {
             lost: Vec::new(),
             locks_lost: Vec::new(),
             restored: true,
+            left_undone: Vec::new(),
         };
         let state = self.state;
         self.rollback = Some(SourceRollback { outcome, journaled: false });
@@ -49,6 +50,7 @@ impl SourceEngine {
             lost: vec![],
             locks_lost: vec![],
             restored: true,
+            left_undone: vec![],
         };
         self.rollback = Some(SourceRollback { outcome, journaled: false });
         self.journal_step(State::JournalDeclined, SourceStep::Declined);
@@ -129,7 +131,25 @@ impl SourceEngine {
             lost,
             locks_lost,
             restored,
+            left_undone: Vec::new(),
         }));
+    }
+
+    /// Something does not answer, and the operator does not wait for it: the guest runs, and what is left to be undone is the
+    /// session's, behind this end.
+    pub(super) fn on_rollback_late(&mut self, left_undone: Vec<Failure>) {
+        if let Some(rollback) = &mut self.rollback {
+            rollback.outcome.left_undone = left_undone;
+            let to_journal = self.state == State::RollingBack && !rollback.journaled;
+            if to_journal && self.config.rehearse.is_none() {
+                self.journal_owner();
+            }
+            if self.state != State::Done {
+                self.finish_aborted();
+            }
+        } else if let Some(cause) = self.rehearsal.cancelled.take() {
+            self.finish_cancelled(cause, left_undone);
+        }
     }
 
     fn after_rollback(&mut self) {

@@ -300,3 +300,31 @@ fn a_lost_answer_is_asked_for_with_pauses_until_a_person_is() {
     assert!((8..30).contains(&asked.len()), "{asked:?}");
     assert!(asked[0] <= Duration::from_millis(100));
 }
+
+/// Nothing that is late is waited for: the journal is written behind the end, and what comes after it is nobody's.
+#[test]
+fn a_rollback_that_is_late_ends_the_attempt() {
+    let late = || SourceEvent::RollBackLate { left_undone: vec![error()] };
+    let finished = |actions: &[SourceAction]| match actions.last() {
+        Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) => abort.clone(),
+        other => panic!("{other:?}"),
+    };
+    let mut source = iterating(config());
+    assert!(!source.is_rolling_back());
+    assert_eq!(tell(&mut source, SourceEvent::Cancel).last(), Some(&SourceAction::RollBack));
+    assert!(source.is_rolling_back());
+    let actions = tell(&mut source, late());
+    assert_eq!(actions.first(), Some(&SourceAction::Journal(SourceState::Owner)), "{actions:?}");
+    let abort = finished(&actions);
+    assert!(abort.cancelled && abort.restored && abort.left_undone == [error()], "{abort:?}");
+    assert_eq!(tell(&mut source, SourceEvent::Journaled(SourceState::Owner)), []);
+    // The journal itself.
+    let mut source = iterating(config());
+    tell(&mut source, SourceEvent::Cancel);
+    let back =
+        SourceEvent::RolledBack { reset: vec![], not_reset: vec![], locks_lost: vec![], restored: true };
+    assert_eq!(tell(&mut source, back), [SourceAction::Journal(SourceState::Owner)]);
+    let actions = tell(&mut source, late());
+    assert_eq!(actions.len(), 1, "{actions:?}");
+    assert_eq!(finished(&actions).left_undone, [error()]);
+}

@@ -14,6 +14,8 @@ pub(crate) const GRACE: Duration = Duration::from_millis(250);
 const KEEP_ALIVE: Duration = Duration::from_millis(250);
 /// Silence below this proves nothing: the other side pings, but only so often, and not when its host is busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
+/// Time after which a cancel does not wait for an answer any more, if the guest runs. Most devices change their state in less.
+pub(crate) const UNANSWERED: Duration = Duration::from_millis(400);
 /// Time that a last message may take to reach the peer.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
@@ -34,22 +36,22 @@ pub(crate) fn keep_alive_until(link: &Link, ended: &Receiver<()>) {
     }
 }
 
-/// Ends the connection when the last message has been sent and received, or after a while without that. `working` sends
-/// it, and ends with its job queue, which the caller has closed; `reading` ends when the peer closes, which it does
-/// when it has read the last message. A peer that does not is not waited for.
+/// Ends the connection when the last message has been sent and received, or after a while without that. `working` says whether
+/// the thread that sends it has ended, as it does with its job queue, which the caller has closed; `reading` ends when the peer
+/// closes, which it does when it has read the last message. A peer that does not is not waited for.
 pub(crate) fn close_gracefully(
     link: &Link,
-    working: &ScopedJoinHandle<'_, ()>,
+    work_ended: impl Fn() -> bool,
     reading: &ScopedJoinHandle<'_, ()>,
 ) {
     let begun = Instant::now();
-    let ends = |thread: &ScopedJoinHandle<'_, ()>| {
-        while !thread.is_finished() && begun.elapsed() < CLOSE_LIMIT {
+    let wait = |ended: &dyn Fn() -> bool| {
+        while !ended() && begun.elapsed() < CLOSE_LIMIT {
             std::thread::sleep(Duration::from_millis(1));
         }
     };
-    ends(working);
+    wait(&work_ended);
     link.shutdown_write();
-    ends(reading);
+    wait(&|| reading.is_finished());
     link.shutdown();
 }

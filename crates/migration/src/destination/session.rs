@@ -134,7 +134,7 @@ pub(super) fn run(
             rate: RateMeter::default(),
         };
         let ended = session.run();
-        liveness::close_gracefully(&link, &working, &reading);
+        liveness::close_gracefully(&link, || working.is_finished(), &reading);
         for device in shared.sink.get().iter().flat_map(|sink| &sink.devices) {
             device.close();
         }

@@ -35,14 +35,14 @@ impl DeviceCounters {
 
 /// One device at the source: its session, and how far its stream is.
 #[derive(Debug)]
-pub(crate) struct DeviceSender<'a> {
+pub(crate) struct DeviceSender {
     pub(crate) index: u16,
     pub(crate) id: DeviceId,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) capabilities: Capabilities,
     pub(crate) session: Option<Box<dyn SavingSession>>,
-    pub(crate) credit: &'a Credit,
-    pub(crate) counters: &'a DeviceCounters,
+    pub(crate) credit: Arc<Credit>,
+    pub(crate) counters: Arc<DeviceCounters>,
     sequence: u64,
     offset: u64,
     hasher: blake3::Hasher,
@@ -53,13 +53,13 @@ pub(crate) struct DeviceSender<'a> {
     buffer: Vec<u8>,
 }
 
-impl<'a> DeviceSender<'a> {
+impl DeviceSender {
     pub(crate) fn new(
         index: u16,
         device: Arc<dyn Device>,
         capabilities: Capabilities,
-        credit: &'a Credit,
-        counters: &'a DeviceCounters,
+        credit: Arc<Credit>,
+        counters: Arc<DeviceCounters>,
     ) -> Self {
         let chunk = capabilities.chunk.clamp(4096, limits::DEVICE_DATA);
         Self {

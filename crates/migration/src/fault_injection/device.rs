@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::Read as _;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
@@ -113,6 +114,10 @@ impl Device for FaultyDevice {
 
     fn reset(&self) -> Result<(), DeviceError> {
         self.device.reset()
+    }
+
+    fn answer_limit(&self, transition: bool) -> Option<Duration> {
+        self.device.answer_limit(transition)
     }
 }
 

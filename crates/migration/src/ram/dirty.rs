@@ -44,7 +44,7 @@ impl DirtyPages {
     pub(crate) fn start(
         &mut self,
         sources: Vec<Arc<dyn DirtySource>>,
-        devices: &[DeviceSender<'_>],
+        devices: &[DeviceSender],
         ram: &GuestRam,
     ) -> Result<(), WorkError> {
         let phase = Phase::Setup;
@@ -65,7 +65,7 @@ impl DirtyPages {
     /// Adds what every log saw since the last time.
     pub(crate) fn report(
         &mut self,
-        devices: &[DeviceSender<'_>],
+        devices: &[DeviceSender],
         counters: &RamCounters,
         phase: Phase,
     ) -> Result<(), WorkError> {
@@ -81,7 +81,7 @@ impl DirtyPages {
     }
 
     /// Names of the logs that the page at `offset` is for to report, the devices' first.
-    pub(crate) fn covering(&self, devices: &[DeviceSender<'_>], offset: RamOffset) -> Vec<String> {
+    pub(crate) fn covering(&self, devices: &[DeviceSender], offset: RamOffset) -> Vec<String> {
         let logs = devices.iter().filter_map(|device| device.device.dirty_log());
         let logs = logs.map(|log| log as &dyn DirtySource).chain(self.own());
         logs.filter(|log| log.covers(offset)).map(DirtySource::name).collect()
@@ -96,7 +96,7 @@ impl DirtyPages {
     }
 
     /// Ends every log. What fails is logged: a log that goes on costs time, not correctness.
-    pub(crate) fn stop(&mut self, devices: &[DeviceSender<'_>]) {
+    pub(crate) fn stop(&mut self, devices: &[DeviceSender]) {
         if !std::mem::take(&mut self.logging) {
             return;
         }

@@ -2,7 +2,7 @@
 
 use std::io::Error;
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder, Scope, ScopedJoinHandle};
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 use vfio_migration_types::{Failure, Phase, Side};
 
@@ -20,6 +20,16 @@ pub(crate) fn spawn<'scope, T: Send + 'scope>(
     #[cfg(any(test, feature = "fault-injection"))]
     injected::check()?;
     Builder::new().name(name.into()).spawn_scoped(scope, work)
+}
+
+/// The same for a thread that may outlive its maker.
+pub(crate) fn spawn_free<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, Error> {
+    #[cfg(any(test, feature = "fault-injection"))]
+    injected::check()?;
+    Builder::new().name(name.into()).spawn(work)
 }
 
 /// The failure for a thread that could not be made.

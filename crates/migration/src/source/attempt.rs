@@ -1,11 +1,11 @@
 //! State that the threads of an attempt share, and the attempt's successful ends.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vfio_migration_compat::Report;
 use vfio_migration_engine::{self as engine, DeviceProgress};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Failure, Phase};
 use vfio_migration_wire::FEATURE_RAM_CRC;
 
 use crate::channel::credit::Credit;
@@ -21,7 +21,15 @@ use crate::session::interrupt::Interrupt;
 pub(crate) struct SourceShared {
     pub(crate) interrupt: Interrupt,
     pub(crate) ram_crc: AtomicBool,
-    pub(crate) credits: Vec<Credit>,
+    pub(crate) credits: Vec<Arc<Credit>>,
+    /// The message that says why the attempt is given up was sent, by whichever thread came to it first.
+    pub(crate) abort_sent: AtomicBool,
+    /// The guest is paused by this attempt, or is about to be. Locked by whoever decides that it may not be any more.
+    pub(crate) pausing: Mutex<bool>,
+    /// The session has ended, and its worker undoes what is left by itself.
+    pub(crate) left_behind: AtomicBool,
+    /// What could not be undone.
+    pub(crate) not_undone: Arc<Mutex<Vec<Failure>>>,
     /// The cause of a record of the journal that is about to be written: why the attempt was given up.
     pub(crate) journal_reason: Mutex<Option<String>>,
     /// The engine's phase, by its index in [`Phase::ALL`].
@@ -51,11 +59,23 @@ pub(crate) struct SourceCounters {
     pub(crate) paused_ns: AtomicU64,
     /// Jobs finished, whatever came of them.
     pub(crate) jobs_done: AtomicU64,
-    pub(crate) devices: Vec<DeviceCounters>,
+    /// Nanoseconds for which the guest was paused, all pauses that have ended.
+    pub(crate) stood_ns: AtomicU64,
+    pub(crate) devices: Vec<Arc<DeviceCounters>>,
     /// Progress that each device last reported, and the bytes that it had given until then.
     pub(crate) device_progress: Mutex<Vec<(DeviceProgress, u64)>>,
     /// The verdict of both sides' rules.
     pub(crate) report: Mutex<Report>,
+}
+
+impl SourceCounters {
+    /// The pause under way has ended, at `now` (CLOCK_MONOTONIC, nanoseconds); `ran`: a guest that ran before runs again.
+    pub(crate) fn pause_ended(&self, now: u64, ran: bool) {
+        let began = self.paused_ns.swap(0, Ordering::AcqRel);
+        if began != 0 && ran {
+            self.stood_ns.fetch_add(now.saturating_sub(began), Ordering::AcqRel);
+        }
+    }
 }
 
 /// The successful end of a session.

@@ -8,7 +8,7 @@ use crate::session::work_error::WorkError;
 
 use crate::source::worker::Worker;
 
-impl Worker<'_> {
+impl Worker {
     /// Ends the pause for good, the saving sessions (STOP_COPY to STOP, where a driver frees what it held: kept out of
     /// the downtime), and the logs.
     pub(super) fn clean_up(&mut self) -> Result<(), WorkError> {

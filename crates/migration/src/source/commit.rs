@@ -13,6 +13,7 @@ use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
@@ -25,11 +26,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Time after which a waiter looks again whether it was replaced.
 const SLICE: Duration = Duration::from_millis(100);
 
-impl Worker<'_> {
+impl Worker {
     /// Asks once. The answer is the destination's, or the loss of the connection.
     pub(super) fn ask_again(&mut self) -> Option<SourceEvent> {
         self.shared.interrupt.clear();
-        if matches!(self.uri, Uri::Fd(_)) {
+        if matches!(self.plan.uri, Uri::Fd(_)) {
             return Some(SourceEvent::LinkLost(
                 "a connection that was handed over cannot be made again".into(),
             ));
@@ -43,9 +44,9 @@ impl Worker<'_> {
     }
 
     fn ask(&self) -> Result<Message, Result<WorkError, String>> {
-        let limit = self.options.connect_timeout.min(PATIENCE);
+        let limit = self.plan.options.connect_timeout.min(PATIENCE);
         let replaced = || self.shared.interrupt.raised();
-        let socket = connect::connect(self.uri, limit, replaced).map_err(|error| match error {
+        let socket = connect::connect(&self.plan.uri, limit, replaced).map_err(|error| match error {
             ConnectError::Cancelled => Ok(WorkError::Interrupted),
             error => Err(error_chain(&error)),
         })?;
@@ -73,10 +74,10 @@ impl Worker<'_> {
     pub(super) fn record(&self, state: SourceState) -> SourceRecord {
         SourceRecord {
             vm: self.machine.id(),
-            attempt: self.attempt,
-            epoch: self.epoch,
+            attempt: self.plan.attempt,
+            epoch: self.plan.epoch,
             state,
-            peer: self.peer.to_owned(),
+            peer: self.plan.info.peer.to_owned(),
         }
     }
 
@@ -95,6 +96,7 @@ impl Worker<'_> {
         // whichever of SENDING and OWNER is last on disk, the guest is this side's.
         if !matches!(state, SourceState::Sending | SourceState::Owner) {
             return self
+                .plan
                 .journal
                 .write_source(record, reason)
                 .map_err(|error| failed(error.in_phase(Side::Source, phase)));
@@ -106,7 +108,8 @@ impl Worker<'_> {
         if self.journal_hangs {
             return Err(hangs("the state directory did not answer when it was written before"));
         }
-        let journal = Arc::clone(self.journal);
+        let journal = Arc::clone(&self.plan.journal);
+        let _wait = self.plan.answers.wait(None, Request::Journal, None);
         let given_up = || sending && self.shared.interrupt.raised();
         match answer_unless(given_up, None, move || journal.write_source(record, reason)) {
             Ok(written) => written.map_err(|error| failed(error.in_phase(Side::Source, phase))),

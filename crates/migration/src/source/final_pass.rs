@@ -10,12 +10,13 @@ use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
 use crate::machine::{MachineError, Section};
+use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
 use crate::source::worker::Worker;
 
-impl Worker<'_> {
+impl Worker {
     /// Sends the machine's state, the last pages and each device's state to its end. Returns the totals, and how long
     /// the digest of RAM took.
     pub(super) fn send_final(&mut self, verify: bool) -> Result<(FinalEnd, Duration), WorkError> {
@@ -55,7 +56,11 @@ impl Worker<'_> {
         let mut sections = Vec::new();
         for moved in &self.functions {
             let Some(pci) = &moved.pci else { continue };
-            let state = pci.save().map_err(|error| error.in_phase(Side::Source, phase))?;
+            let wait =
+                self.plan.answers.wait(Some(pci.id()), Request::PciState, moved.device.answer_limit(false));
+            let state = pci.save();
+            drop(wait);
+            let state = state.map_err(|error| error.in_phase(Side::Source, phase))?;
             let bytes = state.encode().map_err(|error| {
                 Failure::new(Side::Source, phase, error_chain(&error)).of_device(pci.id())
             })?;

@@ -16,7 +16,7 @@ use crate::session::threads::task;
 use crate::session::work_error::{self, WorkError};
 use crate::source::worker::Worker;
 
-impl Worker<'_> {
+impl Worker {
     pub(super) fn iterate(&mut self, iteration: u32) -> Result<IterationReport, WorkError> {
         let phase = Phase::Iterate;
         let begun = Instant::now();
@@ -65,7 +65,7 @@ impl Worker<'_> {
         let last = phase == Phase::Final;
         let context = SendContext {
             link: &self.link,
-            limiter: self.control.limiter(),
+            limiter: self.plan.control.limiter(),
             interrupt: &self.shared.interrupt,
             patience: self.patience(last),
         };

@@ -12,6 +12,7 @@ use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_c
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Offer, VERSIONS, limits};
 
 use crate::control::Control;
+use crate::device::tracked::tracked;
 use crate::error::{MigrateError, cancelled, not_begun, refused_here};
 use crate::machine::{Machine, MigratableDevice};
 use crate::offer::names;
@@ -21,6 +22,7 @@ use crate::reasons::{of_source, permits};
 use crate::rehearsal::Rehearse;
 use crate::report::{AttemptInfo, AttemptKind, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::awaited::AwaitedAnswers;
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
 use crate::snapshot::file_peer;
@@ -41,6 +43,8 @@ pub(super) struct PlannedMigration {
     /// What was found of it, the devices' own answers included: the destination's word comes on top.
     pub(super) own_reasons: Vec<Reason>,
     pub(super) devices: Vec<(MigratableDevice, Capabilities)>,
+    /// What the session waits for.
+    pub(super) answers: AwaitedAnswers,
 }
 
 impl PlannedMigration {
@@ -124,6 +128,7 @@ impl PlannedMigration {
             rehearse,
         });
         let journal = Arc::new(journal);
+        let answers = AwaitedAnswers::default();
         let plan = Self {
             machine,
             options,
@@ -135,7 +140,11 @@ impl PlannedMigration {
             epoch,
             manifest,
             own_reasons: own.reasons,
-            devices,
+            devices: devices
+                .into_iter()
+                .map(|(moved, capabilities)| (tracked(moved, &answers), capabilities))
+                .collect(),
+            answers,
         };
         Ok((plan, engine))
     }

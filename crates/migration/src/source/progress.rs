@@ -12,6 +12,7 @@ use crate::error::{Aborted, MigrateError};
 use crate::machine::MigratableDevice;
 use crate::rehearsal::Rehearsal;
 use crate::report::{AttemptInfo, Bytes, Completed, DeviceStatus, PhaseTime, Progress};
+use crate::session::awaited::{AwaitedAnswer, AwaitedAnswers};
 use crate::session::host::boot_id;
 use crate::session::lock::lock;
 use crate::session::rate::RateMeter;
@@ -23,6 +24,26 @@ use crate::source::attempt::SourceCounters;
 
 /// Time after which the observer is called again while nothing but counts changes.
 const EVERY: Duration = Duration::from_millis(200);
+
+/// Time after which an answer is told as one that is waited for: few devices take so long. Somebody who has cancelled
+/// wants to know sooner.
+const LATE: Duration = Duration::from_secs(1);
+const LATE_CANCELLING: Duration = Duration::from_millis(200);
+
+/// What a session waits for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waits<'a> {
+    pub(crate) answers: &'a AwaitedAnswers,
+    /// It was cancelled.
+    pub(crate) cancelling: bool,
+}
+
+impl Waits<'_> {
+    /// Answers that are to be told.
+    pub(crate) fn awaited(self) -> Vec<AwaitedAnswer> {
+        self.answers.longer_than(if self.cancelling { LATE_CANCELLING } else { LATE })
+    }
+}
 
 /// Turns the engine's progress and the workers' counts into what the caller sees, a few times a second.
 #[derive(Debug)]
@@ -56,6 +77,7 @@ impl ProgressReporter {
         entered: &[(Phase, Duration)],
         counters: &SourceCounters,
         wire_bytes: u64,
+        waits: Waits<'_>,
         now_or_never: bool,
     ) -> Option<Progress> {
         let now = Instant::now();
@@ -89,6 +111,8 @@ impl ProgressReporter {
             devices,
             phases: phases(entered, elapsed),
             attempt: Some(self.attempt.clone()),
+            cancelling: waits.cancelling,
+            awaited: waits.awaited(),
         })
     }
 
@@ -185,6 +209,8 @@ pub(crate) fn into_result(
             lost: abort.lost,
             locks_lost: abort.locks_lost,
             restored: abort.restored,
+            stood: Duration::from_nanos(counters.stood_ns.load(Ordering::Acquire)),
+            left_undone: abort.left_undone,
         }))),
         SourceOutcome::Refused(reasons) => Err(MigrateError::Refused(crate::reasons::from_wire(reasons))),
         SourceOutcome::Unresolved(why) => Err(MigrateError::Unresolved { why }),
@@ -238,8 +264,9 @@ fn devices_left(counters: &SourceCounters) -> u64 {
 }
 
 fn bytes(counters: &SourceCounters) -> Bytes {
-    let sum =
-        |count: fn(&crate::device::send::DeviceCounters) -> u64| counters.devices.iter().map(count).sum();
+    let sum = |count: fn(&crate::device::send::DeviceCounters) -> u64| {
+        counters.devices.iter().map(|device| count(device)).sum()
+    };
     Bytes {
         ram: counters.ram.bytes.load(Ordering::Relaxed),
         device_precopy: sum(|device| device.precopy.load(Ordering::Relaxed)),

@@ -8,20 +8,25 @@ use vfio_migration_types::{Failure, MigrationState, Phase, Side};
 
 use crate::device::send::DeviceSender;
 use crate::machine::Paused;
+use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::host::monotonic_ns;
+use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::{self, WorkError};
 
 use crate::source::worker::Worker;
 
-impl Worker<'_> {
+impl Worker {
     /// The machine must still be what was offered and judged; asked while the guest runs.
     pub(super) fn unchanged_identity(&self) -> Result<[u8; 32], WorkError> {
-        let now = self.machine.manifest().map_err(|error| error.in_phase(Side::Source, Phase::Quiesce))?;
+        let wait = self.plan.answers.wait(None, Request::Manifest, None);
+        let now = self.machine.manifest();
+        drop(wait);
+        let now = now.map_err(|error| error.in_phase(Side::Source, Phase::Quiesce))?;
         let identity = now.identity_digest();
-        if identity != self.manifest.identity_digest() {
-            let changed = now.devices.iter().zip(&self.manifest.devices).find(|(now, then)| now != then);
+        if identity != self.plan.manifest.identity_digest() {
+            let changed = now.devices.iter().zip(&self.plan.manifest.devices).find(|(now, then)| now != then);
             let text = match changed {
                 Some((device, _)) => format!("device {} is not what was offered any more", device.id),
                 None => "the machine is not what was offered any more".to_owned(),
@@ -35,6 +40,12 @@ impl Worker<'_> {
 
     /// Pauses the guest. The token is kept until the attempt is undone or committed.
     pub(super) fn pause(&mut self) -> Result<bool, WorkError> {
+        {
+            // An attempt that was given up until here has not paused the guest, and never will.
+            let mut pausing = lock(&self.shared.pausing);
+            self.shared.interrupt.check()?;
+            *pausing = true;
+        }
         // Before, not after: the downtime begins when the first vCPU is paused.
         let now = monotonic_ns();
         let paused =
@@ -51,8 +62,9 @@ impl Worker<'_> {
         if let Some(paused) = &mut self.paused {
             paused.end().map_err(|error| error.in_phase(Side::Source, Phase::Quiesce))?;
         }
-        self.paused = None;
-        self.counters.paused_ns.store(0, Ordering::Release);
+        let ran = self.paused.take().is_some_and(|paused| paused.ran());
+        self.counters.pause_ended(monotonic_ns(), ran);
+        *lock(&self.shared.pausing) = false;
         Ok(())
     }
 
@@ -67,7 +79,7 @@ impl Worker<'_> {
     }
 }
 
-fn take(device: &mut DeviceSender<'_>, barrier: Barrier) -> Result<(), TransitionError> {
+fn take(device: &mut DeviceSender, barrier: Barrier) -> Result<(), TransitionError> {
     let p2p = device.flags().p2p;
     match (&mut device.session, barrier) {
         (Some(session), Barrier::Running) => session.go(Position::PreCopy),

@@ -8,7 +8,7 @@ use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 use crate::source::worker::Worker;
 
-impl Worker<'_> {
+impl Worker {
     pub(super) fn digest_ram(&self, first: u64, count: u64) -> Result<RamDigests, WorkError> {
         let interrupt = &self.shared.interrupt;
         let digests = digest_chunks(&self.ram, Run { first, count }, interrupt, |error| {

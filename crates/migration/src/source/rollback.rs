@@ -1,15 +1,21 @@
 //! The way back: everything that the attempt did is undone, with the same barrier that led there.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use vfio_migration_device::{Device, DeviceError, TransitionError};
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::{DeviceId, MigrationState, error_chain};
 
 use crate::device::send::DeviceSender;
 use crate::machine::{LockError, Paused};
+use crate::session::host::monotonic_ns;
+use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
 
+use crate::source::attempt::SourceShared;
 use crate::source::worker::Worker;
 
 /// Time that the destination may take to release the storage locks, once it knows that it must.
@@ -17,7 +23,7 @@ const LOCKS_LIMIT: Duration = Duration::from_secs(5);
 /// Pause between two tries.
 const LOCKS_PAUSE: Duration = Duration::from_millis(5);
 
-impl Worker<'_> {
+impl Worker {
     /// Undoes what was done, as far as it can be undone: what cannot is in the answer.
     pub(super) fn roll_back(&mut self) -> SourceEvent {
         // The action under way has ended: this one is not to be interrupted.
@@ -33,7 +39,7 @@ impl Worker<'_> {
         // A guest whose device neither went back nor was reset must not be resumed beside a device in no known state. One that
         // was never paused is left as it is: its device is lost to it already.
         let lost = !locks_lost.is_empty() || !not_reset.is_empty();
-        let policy = self.options.keep_paused_if_reset && !reset.is_empty();
+        let policy = self.plan.options.keep_paused_if_reset && !reset.is_empty();
         if policy && !lost && self.paused.is_none() {
             match Paused::pause(&self.machine) {
                 Ok(paused) => self.paused = Some(paused),
@@ -44,6 +50,7 @@ impl Worker<'_> {
         }
         // A machine that panicked while it was paused left no token: nobody knows whether its guest is paused.
         let mut restored = !self.pause_unknown;
+        let ran = self.paused.as_ref().is_some_and(Paused::ran);
         match self.paused.take() {
             Some(mut paused) if lost || policy => {
                 paused.keep_paused();
@@ -58,7 +65,9 @@ impl Worker<'_> {
             }
             None => {}
         }
-        self.counters.paused_ns.store(0, Ordering::Release);
+        self.counters.pause_ended(monotonic_ns(), ran && restored);
+        // One that stays paused is waited for to the end: whoever asks is told so.
+        *lock(&self.shared.pausing) = !restored;
         // Last: it takes time, and the guest need not wait for it.
         self.dirty.stop(&self.devices);
         SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }
@@ -82,11 +91,13 @@ impl Worker<'_> {
     /// reset, and those that needed it and could not be.
     fn devices_back(&mut self) -> (Vec<DeviceId>, Vec<DeviceId>) {
         let mut lost = vec![false; self.devices.len()];
+        let shared = &*self.shared;
         for step in [end_session, to_p2p, to_running] as [Step; 3] {
             let work = self.devices.iter_mut().zip(&mut lost).filter(|(_, lost)| !**lost);
             for_each_device_parallel(work, |(device, lost)| {
-                if let Err(error) = step(device) {
-                    tracing::error!(device = %device.id, %error, "a device cannot go back by itself and is reset");
+                let asked = Arc::clone(&device.device);
+                if let Err(error) = patiently(shared, &*asked, || step(device)) {
+                    tracing::error!(device = %device.id, error = %error.text, "a device cannot go back by itself and is reset");
                     device.session = None;
                     *lost = true;
                 }
@@ -95,9 +106,10 @@ impl Worker<'_> {
         let resets =
             self.devices.iter().zip(&lost).filter(|(_, lost)| **lost).map(|(device, _)| &device.device);
         let results = for_each_device_parallel(resets, |device| {
-            let done = device.reset().map_err(|error| {
-                tracing::error!(device = %device.id(), error = %error_chain(&error), "the reset failed too");
-            });
+            let done =
+                patiently(shared, &**device, || device.reset().map_err(StepError::from)).map_err(|error| {
+                    tracing::error!(device = %device.id(), error = %error.text, "the reset failed too");
+                });
             (device.id().clone(), done.is_ok())
         });
         let (reset, not_reset): (Vec<_>, Vec<_>) = results.into_iter().partition(|(_, done)| *done);
@@ -106,25 +118,63 @@ impl Worker<'_> {
     }
 }
 
-/// One device's part of one step back.
-type Step = fn(&mut DeviceSender<'_>) -> Result<(), String>;
+/// One device's part of one step back. Where it fails for an answer that is late, it may be taken again.
+type Step = fn(&mut DeviceSender) -> Result<(), StepError>;
 
-fn end_session(device: &mut DeviceSender<'_>) -> Result<(), String> {
+/// Why a device did not take a step back.
+struct StepError {
+    /// It has not answered in time, and may yet.
+    late: bool,
+    text: String,
+}
+
+impl From<TransitionError> for StepError {
+    fn from(error: TransitionError) -> Self {
+        Self { late: error.errno == Some(Errno::TIMEDOUT), text: error_chain(&error) }
+    }
+}
+
+impl From<DeviceError> for StepError {
+    fn from(error: DeviceError) -> Self {
+        Self { late: error.errno == Some(Errno::TIMEDOUT), text: error_chain(&error) }
+    }
+}
+
+/// Does `step`. Once the session has ended, nobody waits for it: a `device` that is late is waited for until it answers, and
+/// the step taken again.
+fn patiently(
+    shared: &SourceShared,
+    device: &dyn Device,
+    mut step: impl FnMut() -> Result<(), StepError>,
+) -> Result<(), StepError> {
+    loop {
+        let done = step();
+        let late = done.as_ref().is_err_and(|error| error.late);
+        if !late || !shared.left_behind.load(Ordering::Acquire) {
+            return done;
+        }
+        while device.state().is_err_and(|error| error.errno == Some(Errno::TIMEDOUT)) {
+            tracing::debug!(device = %device.id(), "a device is still late");
+        }
+    }
+}
+
+fn end_session(device: &mut DeviceSender) -> Result<(), StepError> {
     match device.session.take() {
-        Some(session) => session.end().map(drop).map_err(|error| error_chain(&error)),
+        Some(session) => Ok(session.end().map(drop)?),
         None => Ok(()),
     }
 }
 
 /// A device that never left RUNNING need not go anywhere: it is asked first.
-fn to_p2p(device: &mut DeviceSender<'_>) -> Result<(), String> {
-    let state = device.device.state().map_err(|error| error_chain(&error))?;
+fn to_p2p(device: &mut DeviceSender) -> Result<(), StepError> {
+    let state = device.device.state()?;
     if state == MigrationState::Running || !device.flags().p2p {
         return Ok(());
     }
-    device.device.set_state(MigrationState::RunningP2p).map_err(|error| error_chain(&error))
+    Ok(device.device.set_state(MigrationState::RunningP2p)?)
 }
 
-fn to_running(device: &mut DeviceSender<'_>) -> Result<(), String> {
-    device.device.set_state(MigrationState::Running).map_err(|error| error_chain(&error))
+fn to_running(device: &mut DeviceSender) -> Result<(), StepError> {
+    Ok(device.device.set_state(MigrationState::Running)?)
 }

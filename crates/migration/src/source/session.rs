@@ -10,21 +10,19 @@ use vfio_migration_engine::{self as engine, SourceAction, SourceEvent, SourceOut
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::Message;
 
-use crate::channel::credit::Credit;
 use crate::channel::link::Link;
-use crate::channel::liveness::{self, GRACE, TICK};
+use crate::channel::liveness::{self, GRACE, TICK, UNANSWERED, close_gracefully};
 use crate::channel::reader::Reader;
-use crate::control::Control;
-use crate::device::send::DeviceCounters;
+use crate::control::{Control, LeftBehind};
 use crate::error::{MigrateError, cancelled, refused_here};
 use crate::report::Progress;
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::events::Events;
 use crate::session::lock::lock;
-use crate::session::threads::{no_thread, spawn};
+use crate::session::threads::{no_thread, spawn, spawn_free};
 use crate::source::attempt::{SourceCounters, SourceEnd, SourceShared};
 use crate::source::plan::PlannedMigration;
-use crate::source::progress::{ProgressReporter, into_result};
+use crate::source::progress::{ProgressReporter, Waits, into_result};
 use crate::source::reader::read_loop;
 use crate::source::worker::Worker;
 
@@ -39,29 +37,31 @@ pub(super) fn run(
     begun: Instant,
     mut observer: impl FnMut(&Progress),
 ) -> Result<SourceEnd, MigrateError> {
+    let plan = Arc::new(plan);
     let link = connected(socket, &plan.control)?;
-    let counters = SourceCounters {
-        devices: plan.devices.iter().map(|_| DeviceCounters::default()).collect(),
+    let counters = Arc::new(SourceCounters {
+        devices: plan.devices.iter().map(|_| Arc::default()).collect(),
         ..SourceCounters::default()
-    };
+    });
     // Until the logs run and the first pass is known, all that was ever written is left.
     let written = plan.machine.ram().data_extents().unwrap_or_default();
     let left = written.iter().map(|extent| extent.len()).fold(0, u64::saturating_add);
     counters.ram.left.store(left, Ordering::Relaxed);
-    let credits = plan.devices.iter().map(|_| Credit::default()).collect();
-    let shared = SourceShared { credits, ..SourceShared::default() };
+    let credits = plan.devices.iter().map(|_| Arc::default()).collect();
+    let shared = Arc::new(SourceShared { credits, ..SourceShared::default() });
     let (sender, queue) = mpsc::channel();
     let events = Events::new(sender.clone());
     plan.control.attach(sender);
     let worker = Worker::new(&plan, &link, &shared, &counters);
     let mut reporter =
         ProgressReporter::new(begun, plan.machine.ram().size(), &plan.devices, plan.info.clone());
-    let outcome = std::thread::scope(|scope| {
+    let ended = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel();
         let reader = Reader::new(&link, Side::Destination);
         let (shared, link, reader_events) = (&shared, &link, events.clone());
         let reading = spawn(scope, "reader", move || read_loop(reader, link, &reader_events, shared));
-        let working = spawn(scope, "worker", move || worker.run(&submitted, &events));
+        // Free, because a device that does not answer holds it up: a cancel leaves it behind.
+        let working = spawn_free("worker", move || worker.run(&submitted, &events));
         let (reading, working) = match (reading, working) {
             (Ok(reading), Ok(working)) => (reading, working),
             (Err(error), _) | (_, Err(error)) => {
@@ -76,19 +76,29 @@ pub(super) fn run(
             counters: &counters,
             jobs,
             events: queue,
-            control: &plan.control,
+            plan: &plan,
             begun,
-            peer_timeout: plan.options.peer_timeout,
             submitted: 0,
             interrupted: None,
+            interrupted_at: begun,
+            abort: None,
+            cancelled: None,
             link_lost: false,
         };
         let outcome = session.run(&mut reporter, &mut observer);
-        liveness::close_gracefully(link, &working, &reading);
-        Ok(outcome)
+        let left_behind = shared.left_behind.load(Ordering::Acquire);
+        close_gracefully(link, || left_behind || working.is_finished(), &reading);
+        Ok((outcome, working))
     });
     plan.control.detach();
-    into_result(outcome?, &reporter, &counters, &link, &plan.uri, plan.machine.id(), plan.attempt)
+    let (outcome, working) = ended?;
+    if shared.left_behind.load(Ordering::Acquire) {
+        let (answers, not_undone) = (plan.answers.clone(), Arc::clone(&shared.not_undone));
+        plan.control.leave_behind(LeftBehind { thread: working, answers, not_undone });
+    } else if let Err(panic) = working.join() {
+        std::panic::resume_unwind(panic);
+    }
+    into_result(outcome, &reporter, &counters, &link, &plan.uri, plan.machine.id(), plan.attempt)
 }
 
 /// The link over `socket`, with our preamble sent: whoever handed the socket over may have left it full.
@@ -110,17 +120,21 @@ fn connected(socket: OwnedFd, control: &Control) -> Result<Arc<Link>, MigrateErr
 /// The loop, on the caller's thread.
 struct Session<'a> {
     engine: engine::SourceEngine,
-    link: &'a Link,
-    shared: &'a SourceShared,
+    link: &'a Arc<Link>,
+    shared: &'a Arc<SourceShared>,
     counters: &'a SourceCounters,
     jobs: Sender<SourceAction>,
     events: Receiver<SourceEvent>,
-    control: &'a Control,
+    plan: &'a PlannedMigration,
     begun: Instant,
-    peer_timeout: Duration,
     submitted: u64,
     /// Actions were interrupted, up to the job of this number: a link that holds them up is cut.
     interrupted: Option<u64>,
+    interrupted_at: Instant,
+    /// ABORT, once the engine has asked for it, until it is sent.
+    abort: Option<Message>,
+    /// Time at which the operator cancelled, if that was first heard then.
+    cancelled: Option<Instant>,
     link_lost: bool,
 }
 
@@ -140,6 +154,9 @@ impl Session<'_> {
             match self.events.recv_timeout(due) {
                 Ok(event) => {
                     self.link_lost |= matches!(event, SourceEvent::LinkLost(_));
+                    if event == SourceEvent::Cancel {
+                        self.cancelled.get_or_insert_with(Instant::now);
+                    }
                     self.engine.handle(event, self.now());
                     self.shared.note(&self.engine);
                 }
@@ -153,6 +170,7 @@ impl Session<'_> {
                 self.engine.handle(SourceEvent::Tick, now);
             }
             self.watch();
+            self.leave_unanswered();
         }
     }
 
@@ -160,15 +178,19 @@ impl Session<'_> {
     fn act(&mut self) -> Option<SourceOutcome> {
         while let Some(action) = self.engine.poll_action() {
             tracing::debug!(?action, "action");
-            match action {
-                SourceAction::Finish(outcome) => return Some(outcome),
+            match &action {
+                SourceAction::Finish(outcome) => return Some(outcome.clone()),
                 // The way back must not wait for what is being sent, the abort itself included.
-                SourceAction::RollBack => self.interrupt(self.submitted),
-                SourceAction::Send(Message::Abort(_)) => self.interrupt(self.submitted + 1),
-                SourceAction::AskAgain => self.shared.interrupt.raise(),
-                SourceAction::Journal(_) => {
-                    *lock(&self.shared.journal_reason) = self.engine.abort_cause().map(ToString::to_string);
+                SourceAction::RollBack => {
+                    self.note_reason();
+                    self.interrupt(self.submitted);
                 }
+                SourceAction::Send(message @ Message::Abort(_)) => {
+                    self.abort = Some(message.clone());
+                    self.interrupt(self.submitted + 1);
+                }
+                SourceAction::AskAgain => self.shared.interrupt.raise(),
+                SourceAction::Journal(_) => self.note_reason(),
                 _ => {}
             }
             self.submitted += 1;
@@ -180,11 +202,64 @@ impl Session<'_> {
         None
     }
 
+    /// Has the journal's next record say why the attempt is given up, if it is: also one that is written behind the attempt's end.
+    fn note_reason(&self) {
+        if let Some(cause) = self.engine.abort_cause() {
+            *lock(&self.shared.journal_reason) = Some(cause.to_string());
+        }
+    }
+
+    /// Ends a cancelled attempt whose guest runs, when something does not answer: what is left to be undone is the worker's, behind
+    /// the end. A guest that is paused waits: a device that may be on its way from one state to another must not run.
+    fn leave_unanswered(&mut self) {
+        let due = self.cancelled.is_some_and(|at| at.elapsed() >= UNANSWERED);
+        if !due || !self.engine.is_rolling_back() || self.shared.left_behind.load(Ordering::Acquire) {
+            return;
+        }
+        // No guest runs with a device that moves alone.
+        if *lock(&self.shared.pausing) && !self.plan.options.device_alone {
+            return;
+        }
+        let late = self.plan.answers.longer_than(UNANSWERED);
+        if late.is_empty() {
+            return;
+        }
+        for answer in &late {
+            tracing::warn!(%answer, "the cancel does not wait for it");
+        }
+        let phase = self.engine.phase();
+        let left_undone = late.iter().map(|answer| answer.left_undone(Side::Source, phase)).collect();
+        // First: the worker waits longer once nobody waits for it.
+        self.shared.left_behind.store(true, Ordering::Release);
+        let now = self.now();
+        self.engine.handle(SourceEvent::RollBackLate { left_undone }, now);
+    }
+
+    /// Sends ABORT while the worker, whose job that is, waits for a device: the destination need not wait for that too.
+    fn send_abort(&mut self) {
+        let Some(abort) = self.abort.take() else { return };
+        if self.shared.abort_sent.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let link = Arc::clone(self.link);
+        // On a thread of its own: the connection may take nothing. It is cut then, and the thread ends.
+        let sending = spawn_free("abort", move || {
+            if let Err(error) = link.send(&abort) {
+                tracing::debug!(error = %error_chain(&error), "the destination does not hear of the abort");
+            }
+        });
+        drop(
+            sending
+                .inspect_err(|error| tracing::warn!(%error, "no thread to say that the attempt is given up")),
+        );
+    }
+
     /// Interrupts the action under way. If the jobs up to number `job` are not done soon, and it is the link that holds
     /// them up, the link is cut.
     fn interrupt(&mut self, job: u64) {
         self.shared.interrupt.raise();
         self.interrupted = Some(job);
+        self.interrupted_at = Instant::now();
     }
 
     /// Watches for what no event reports: an action that does not notice its interrupt, a peer that went silent.
@@ -198,20 +273,24 @@ impl Session<'_> {
                     "the connection did not take what was being sent when the migration was given up",
                 );
                 self.interrupted = None;
+            } else if self.interrupted_at.elapsed() > GRACE {
+                self.send_abort();
             }
         }
         if self.link_lost {
             return;
         }
-        liveness::keep_alive(self.link, "the destination", self.peer_timeout);
+        liveness::keep_alive(self.link, "the destination", self.plan.options.peer_timeout);
     }
 
     fn report(&self, reporter: &mut ProgressReporter, observer: &mut impl FnMut(&Progress), last: bool) {
         let progress = self.engine.progress(self.now());
+        let waits = Waits { answers: &self.plan.answers, cancelling: self.cancelled.is_some() };
+        let wire_bytes = self.link.wire_bytes();
         if let Some(progress) =
-            reporter.update(&progress, self.engine.phases(), self.counters, self.link.wire_bytes(), last)
+            reporter.update(&progress, self.engine.phases(), self.counters, wire_bytes, waits, last)
         {
-            self.control.set_progress(progress.clone());
+            self.plan.control.set_progress(progress.clone());
             observer(&progress);
         }
     }

@@ -11,7 +11,7 @@ use crate::session::work_error::{self, WorkError};
 
 use crate::source::worker::Worker;
 
-impl Worker<'_> {
+impl Worker {
     pub(super) fn set_up(&mut self) -> Result<Vec<DeviceProgress>, WorkError> {
         self.dirty.start(self.machine.dirty_sources(), &self.devices, &self.ram)?;
         // The first pass sends all of it.

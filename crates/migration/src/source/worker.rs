@@ -6,18 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use vfio_migration_compat::{MachineManifest, Reason};
 use vfio_migration_engine::{DeviceProgress, SourceAction, SourceEvent};
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side};
+use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
 use crate::channel::link::Link;
-use crate::control::Control;
-use crate::device::send::{DeviceCounters, DeviceSender};
+use crate::device::send::DeviceSender;
 use crate::machine::{Machine, MigratableDevice, Paused};
-use crate::options::SourceOptions;
-use crate::ownership::journal::Journal;
 use crate::ram::dirty::DirtyPages;
 use crate::session::events::Events;
 use crate::session::fail::{InPhase, panicked};
@@ -25,31 +21,19 @@ use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 use crate::source::attempt::{SourceCounters, SourceShared};
 use crate::source::plan::PlannedMigration;
-use crate::uri::Uri;
 
 /// Everything the worker holds while the attempt lasts. What is undone in a rollback is in its fields.
-pub(super) struct Worker<'a> {
+pub(super) struct Worker {
     pub(super) machine: Arc<dyn Machine>,
     pub(super) ram: Arc<GuestRam>,
-    pub(super) options: &'a SourceOptions,
-    pub(super) control: &'a Control,
-    pub(super) uri: &'a Uri,
-    /// The other end as the journal names it.
-    pub(super) peer: &'a str,
+    pub(super) plan: Arc<PlannedMigration>,
     pub(super) link: Arc<Link>,
-    pub(super) shared: &'a SourceShared,
-    pub(super) counters: &'a SourceCounters,
-    pub(super) journal: &'a Arc<Journal>,
+    pub(super) shared: Arc<SourceShared>,
+    pub(super) counters: Arc<SourceCounters>,
     /// A write of the journal was given up, and may still be under way.
     pub(super) journal_hangs: bool,
-    pub(super) attempt: AttemptId,
-    pub(super) epoch: Epoch,
-    /// The manifest that was offered.
-    pub(super) manifest: &'a MachineManifest,
-    /// What was found of it before anybody was asked.
-    pub(super) own_reasons: &'a [Reason],
     pub(super) functions: Vec<MigratableDevice>,
-    pub(super) devices: Vec<DeviceSender<'a>>,
+    pub(super) devices: Vec<DeviceSender>,
     pub(super) dirty: DirtyPages,
     /// Pages sent, data and zero, each time they were sent.
     pub(super) ram_pages: u64,
@@ -59,38 +43,32 @@ pub(super) struct Worker<'a> {
     pub(super) pause_unknown: bool,
 }
 
-impl<'a> Worker<'a> {
+impl Worker {
     pub(super) fn new(
-        plan: &'a PlannedMigration,
+        plan: &Arc<PlannedMigration>,
         link: &Arc<Link>,
-        shared: &'a SourceShared,
-        counters: &'a SourceCounters,
+        shared: &Arc<SourceShared>,
+        counters: &Arc<SourceCounters>,
     ) -> Self {
         let ram = plan.machine.ram();
         let devices = (0..)
             .zip(&plan.devices)
             .zip(shared.credits.iter().zip(&counters.devices))
             .map(|((index, (moved, capabilities)), (credit, counts))| {
-                DeviceSender::new(index, Arc::clone(&moved.device), *capabilities, credit, counts)
+                let (device, credit, counts) =
+                    (Arc::clone(&moved.device), Arc::clone(credit), Arc::clone(counts));
+                DeviceSender::new(index, device, *capabilities, credit, counts)
             })
             .collect();
         Self {
             machine: Arc::clone(&plan.machine),
             dirty: DirtyPages::new(&ram),
             ram,
-            options: &plan.options,
-            control: &plan.control,
-            uri: &plan.uri,
-            peer: &plan.info.peer,
+            plan: Arc::clone(plan),
             link: Arc::clone(link),
-            shared,
-            counters,
-            journal: &plan.journal,
+            shared: Arc::clone(shared),
+            counters: Arc::clone(counters),
             journal_hangs: false,
-            attempt: plan.attempt,
-            epoch: plan.epoch,
-            manifest: &plan.manifest,
-            own_reasons: &plan.own_reasons,
             functions: plan.devices.iter().map(|(moved, _)| moved.clone()).collect(),
             devices,
             ram_pages: 0,
@@ -114,6 +92,7 @@ impl<'a> Worker<'a> {
             };
             self.counters.jobs_done.fetch_add(1, Ordering::Release);
             if let Some(event) = answer {
+                self.note_not_undone(&event);
                 events.send(event);
             }
         }
@@ -121,6 +100,24 @@ impl<'a> Worker<'a> {
         if self.dirty.is_logging() && !self.paused.as_ref().is_some_and(Paused::stays_paused) {
             let _ = self.guarded(SourceAction::RollBack);
         }
+    }
+
+    /// Keeps what a rollback could not undo, for whoever asks when nobody listens to events any more.
+    fn note_not_undone(&self, event: &SourceEvent) {
+        let SourceEvent::RolledBack { reset, not_reset, restored, .. } = event else { return };
+        let failure = |text: &str| Failure::new(Side::Source, Phase::Clean, text);
+        let reset = reset.iter().map(|device| {
+            failure(&format!("device {device} had to be reset and lost its state")).of_device(device)
+        });
+        let lost = not_reset.iter().map(|device| {
+            failure(&format!("device {device} could neither go back nor be reset")).of_device(device)
+        });
+        let mut not_undone: Vec<_> = reset.chain(lost).collect();
+        if !restored {
+            not_undone
+                .push(failure("the guest is paused here").with_remedy("see to its devices, then resume it"));
+        }
+        *lock(&self.shared.not_undone) = not_undone;
     }
 
     /// Does a job. The VMM's code and its devices' run in it: a panic of theirs is a failure like any other, or the session
@@ -146,7 +143,10 @@ impl<'a> Worker<'a> {
     fn job(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
         Ok(Some(match job {
             SourceAction::Send(message) => {
-                self.send(&message)?;
+                let abort = matches!(message, Message::Abort(_));
+                if !(abort && self.shared.abort_sent.swap(true, Ordering::AcqRel)) {
+                    self.send(&message)?;
+                }
                 return Ok(None);
             }
             SourceAction::Judge(accept) => self.judge(accept)?,
@@ -197,7 +197,7 @@ impl<'a> Worker<'a> {
     pub(super) fn device_progress(&mut self, phase: Phase) -> Result<Vec<DeviceProgress>, WorkError> {
         let progress =
             self.devices.iter_mut().map(|device| device.progress(phase)).collect::<Result<Vec<_>, _>>()?;
-        let moved = self.counters.devices.iter().map(DeviceCounters::moved);
+        let moved = self.counters.devices.iter().map(|device| device.moved());
         *lock(&self.counters.device_progress) = progress.iter().copied().zip(moved).collect();
         Ok(progress)
     }
@@ -205,10 +205,10 @@ impl<'a> Worker<'a> {
     /// Time that the destination may grant a device nothing. The engine's watchdog sees to it while the guest is
     /// paused, but not during a final pass that ends in a digest, of which it does not know how long it may take.
     pub(super) fn patience(&self, last: bool) -> Duration {
-        let work = vfio_migration_engine::work_timeout(self.options.peer_timeout);
+        let work = vfio_migration_engine::work_timeout(self.plan.options.peer_timeout);
         let costs_nothing = self.paused.as_ref().is_none_or(|paused| !paused.ran());
-        if last && self.options.verify && !costs_nothing {
-            work.min(self.options.downtime_limit)
+        if last && self.plan.options.verify && !costs_nothing {
+            work.min(self.plan.options.downtime_limit)
         } else {
             work
         }

@@ -10,3 +10,4 @@ mod snapshot;
 mod strangers;
 mod threads;
 mod toy;
+mod unanswered;

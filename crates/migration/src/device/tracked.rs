@@ -1,0 +1,230 @@
+//! A device whose answers are [awaited](crate::session::awaited): a pass-through that takes note of each request until it is
+//! answered.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vfio_migration_compat::DeviceManifest;
+use vfio_migration_device::{
+    Capabilities, Chunk, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress,
+    ResumingSession, SavingSession, TransitionError,
+};
+use vfio_migration_memory::{DirtySource, MemoryError};
+use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
+
+use crate::machine::MigratableDevice;
+use crate::session::awaited::{AwaitedAnswers, Request, Wait};
+use crate::session::lock::lock;
+
+/// A device, and where its requests are taken note of.
+#[derive(Clone, Debug)]
+pub(crate) struct TrackedDevice {
+    requests: Requests,
+    log: TrackedLog,
+}
+
+/// The same as `moved`, with its requests taken note of in `answers`.
+pub(crate) fn tracked(moved: MigratableDevice, answers: &AwaitedAnswers) -> MigratableDevice {
+    let MigratableDevice { device, pci } = moved;
+    let at = Arc::new(Mutex::new(MigrationState::Running));
+    let requests = Requests { device, answers: answers.clone(), at };
+    let log = TrackedLog(requests.clone());
+    MigratableDevice { device: Arc::new(TrackedDevice { requests, log }), pci }
+}
+
+#[derive(Clone, Debug)]
+struct Requests {
+    device: Arc<dyn Device>,
+    answers: AwaitedAnswers,
+    /// Where the last transition led, for the name of the next. A device begins a session in RUNNING.
+    at: Arc<Mutex<MigrationState>>,
+}
+
+impl Requests {
+    fn wait(&self, request: Request) -> Wait {
+        let transition = matches!(request, Request::Transition { .. } | Request::Reset);
+        self.answers.wait(Some(self.device.id()), request, self.device.answer_limit(transition))
+    }
+
+    /// Takes the device to `to`.
+    fn go<T>(
+        &self,
+        to: MigrationState,
+        transition: impl FnOnce() -> Result<T, TransitionError>,
+    ) -> Result<T, TransitionError> {
+        let from = *lock(&self.at);
+        let _wait = self.wait(Request::Transition { from, to });
+        let gone = transition();
+        match &gone {
+            Ok(_) => *lock(&self.at) = to,
+            Err(error) => {
+                if let Some(now) = error.now {
+                    *lock(&self.at) = now;
+                }
+            }
+        }
+        gone
+    }
+
+    fn reset(&self, reset: impl FnOnce() -> Result<(), DeviceError>) -> Result<(), DeviceError> {
+        let _wait = self.wait(Request::Reset);
+        reset()?;
+        *lock(&self.at) = MigrationState::Running;
+        Ok(())
+    }
+
+    fn session<S>(&self, session: S) -> Tracked<S> {
+        Tracked { session, requests: self.clone() }
+    }
+}
+
+impl Device for TrackedDevice {
+    fn id(&self) -> &DeviceId {
+        self.requests.device.id()
+    }
+
+    fn manifest(&self) -> Result<DeviceManifest, DeviceError> {
+        let _wait = self.requests.wait(Request::Capabilities);
+        self.requests.device.manifest()
+    }
+
+    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
+        let _wait = self.requests.wait(Request::Capabilities);
+        self.requests.device.capabilities()
+    }
+
+    fn state(&self) -> Result<MigrationState, DeviceError> {
+        let _wait = self.requests.wait(Request::State);
+        let state = self.requests.device.state()?;
+        *lock(&self.requests.at) = state;
+        Ok(state)
+    }
+
+    fn set_state(&self, to: MigrationState) -> Result<(), TransitionError> {
+        self.requests.go(to, || self.requests.device.set_state(to))
+    }
+
+    fn begin_precopy(&self) -> Result<Box<dyn SavingSession>, TransitionError> {
+        let session = self.requests.go(MigrationState::PreCopy, || self.requests.device.begin_precopy())?;
+        Ok(Box::new(self.requests.session(session)))
+    }
+
+    fn begin_stop_copy(&self) -> Result<Box<dyn SavingSession>, TransitionError> {
+        let session =
+            self.requests.go(MigrationState::StopCopy, || self.requests.device.begin_stop_copy())?;
+        Ok(Box::new(self.requests.session(session)))
+    }
+
+    fn begin_resuming(&self) -> Result<Box<dyn ResumingSession>, TransitionError> {
+        let session = self.requests.go(MigrationState::Resuming, || self.requests.device.begin_resuming())?;
+        Ok(Box::new(self.requests.session(session)))
+    }
+
+    fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError> {
+        let _wait = self.requests.wait(Request::Progress);
+        self.requests.device.stop_copy_size()
+    }
+
+    fn dirty_log(&self) -> Option<&dyn DirtyLog> {
+        self.requests.device.dirty_log().is_some().then_some(&self.log as &dyn DirtyLog)
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        self.requests.reset(|| self.requests.device.reset())
+    }
+
+    fn answer_limit(&self, transition: bool) -> Option<Duration> {
+        self.requests.device.answer_limit(transition)
+    }
+}
+
+/// The log of a device that has one.
+#[derive(Clone, Debug)]
+struct TrackedLog(Requests);
+
+impl TrackedLog {
+    fn ask(&self, request: impl FnOnce(&dyn DirtyLog) -> Result<(), MemoryError>) -> Result<(), MemoryError> {
+        let _wait = self.0.wait(Request::DirtyLog);
+        match self.0.device.dirty_log() {
+            Some(log) => request(log),
+            None => Err(MemoryError::NotLogging { source_name: self.name() }),
+        }
+    }
+}
+
+impl DirtySource for TrackedLog {
+    fn name(&self) -> String {
+        let log = self.0.device.dirty_log();
+        log.map_or_else(|| format!("device {}", self.0.device.id()), DirtySource::name)
+    }
+
+    fn start(&self) -> Result<(), MemoryError> {
+        self.ask(|log| log.start())
+    }
+
+    fn report(&self, into: &mut Bitmap) -> Result<(), MemoryError> {
+        self.ask(|log| log.report(into))
+    }
+
+    fn covers(&self, offset: RamOffset) -> bool {
+        self.0.device.dirty_log().is_none_or(|log| log.covers(offset))
+    }
+
+    fn stop(&self) -> Result<(), MemoryError> {
+        self.ask(|log| log.stop())
+    }
+}
+
+impl DirtyLog for TrackedLog {
+    fn granule(&self) -> Granule {
+        self.0.device.dirty_log().map_or(Granule::PAGE, DirtyLog::granule)
+    }
+}
+
+#[derive(Debug)]
+struct Tracked<S> {
+    session: S,
+    requests: Requests,
+}
+
+impl SavingSession for Tracked<Box<dyn SavingSession>> {
+    fn position(&self) -> Position {
+        self.session.position()
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError> {
+        let _wait = self.requests.wait(Request::Read);
+        self.session.read(buf)
+    }
+
+    fn progress(&mut self) -> Result<Option<PrecopyProgress>, DeviceError> {
+        let _wait = self.requests.wait(Request::Progress);
+        self.session.progress()
+    }
+
+    fn go(&mut self, to: Position) -> Result<(), TransitionError> {
+        self.requests.go(to.state(), || self.session.go(to))
+    }
+
+    fn end(self: Box<Self>) -> Result<MigrationState, TransitionError> {
+        let Self { session, requests } = *self;
+        requests.go(session.position().after(), || session.end())
+    }
+}
+
+impl ResumingSession for Tracked<Box<dyn ResumingSession>> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
+        let _wait = self.requests.wait(Request::Write);
+        self.session.write(bytes)
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), TransitionError> {
+        let Self { session, requests } = *self;
+        requests.go(MigrationState::Stop, || session.finish())
+    }
+
+    fn abort(self: Box<Self>) -> Result<(), DeviceError> {
+        let Self { session, requests } = *self;
+        requests.reset(|| session.abort())
+    }
+}
