@@ -266,4 +266,28 @@ mod tests {
         let last = history.records.last().unwrap().migration.error.as_ref().unwrap();
         assert!(last.starts_with(&format!("{} ", written - 1)));
     }
+
+    #[test]
+    fn processes_that_write_at_once_lose_nothing() {
+        const WRITERS: usize = 8;
+        for _ in 0..20 {
+            let dir = tempfile::tempdir().unwrap();
+            // As full as a file gets: each finds that another is due.
+            let full = written(&record("before")).unwrap();
+            let lines = usize::try_from(FILE_MAX).unwrap() / full.len() + 1;
+            std::fs::write(dir.path().join(HISTORY), full.repeat(lines)).unwrap();
+            let together = std::sync::Barrier::new(WRITERS);
+            std::thread::scope(|scope| {
+                for number in 0..WRITERS {
+                    let (dir, together) = (dir.path(), &together);
+                    scope.spawn(move || {
+                        together.wait();
+                        append(dir, &record(&format!("{number}"))).unwrap();
+                    });
+                }
+            });
+            let history = History::read(dir.path()).unwrap();
+            assert_eq!((history.records.len(), history.unreadable), (lines + WRITERS, 0));
+        }
+    }
 }

@@ -130,6 +130,28 @@ fn a_refused_migration_can_be_tried_again_at_once() {
 }
 
 #[test]
+fn a_guest_that_did_not_come_can_be_started_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let words = ["--uuid", UUID, "--state-dir", text(&state)];
+    let source = Setup { vm_arguments: &words, ..Setup::new(dir.path(), "a") }.start();
+    source.warm();
+    let receiver = receiver(dir.path(), &["--state-dir", text(&state)]);
+    let at = receiver.incoming();
+    source.begin(&at, json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
+    source.call("migrate-cancel", Value::Null).unwrap();
+    assert_eq!(source.ended()["status"], "cancelled");
+    until("the receiver to hear of it", || (receiver.query("query")["migration"].is_null()).then_some(()));
+    drop(source);
+    // The receiver waits on, and has no part of the VM that it was offered.
+    let again = Setup { vm_arguments: &words, ..Setup::new(dir.path(), "c") }.start();
+    again.warm();
+    assert_eq!(receiver.incoming(), at);
+    assert_arrives(&again, &receiver);
+}
+
+#[test]
 fn it_accepts_again_once_descriptors_are_to_be_had() {
     let dir = tempfile::tempdir().unwrap();
     let source = source(dir.path());
