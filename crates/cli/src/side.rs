@@ -87,8 +87,7 @@ pub(crate) fn read(path: &Path) -> Result<Document, CliError> {
 fn of_socket(path: &Path, name: Option<&str>, timeout: Duration) -> Result<CheckSide, CliError> {
     match of_server(path, name, timeout) {
         Ok(device) => Ok(CheckSide::Known(device.into(), None)),
-        // A `vm` would have greeted meanwhile.
-        Err(server) if server.silent => Err(server.error),
+        Err(server) if server.no_vm => Err(server.error),
         Err(server) => match of_vm(path, timeout) {
             Ok((document, vm)) => Ok(CheckSide::Known(document, Some(vm))),
             Err(vm) => Err(CliError::failed(format!("{}; and it is no `vm` either: {vm}", server.error))),
@@ -126,13 +125,13 @@ fn answers(socket: &Path, patience: Duration) -> bool {
 /// A device server that could not be asked.
 struct Unasked {
     error: CliError,
-    /// It said nothing.
-    silent: bool,
+    /// No `vm` is behind the socket: a server answered, or nobody did, and a `vm` would have greeted.
+    no_vm: bool,
 }
 
 impl From<CliError> for Unasked {
     fn from(error: CliError) -> Self {
-        Self { error, silent: false }
+        Self { error, no_vm: false }
     }
 }
 
@@ -150,14 +149,16 @@ fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<Dev
     };
     // Looked at before we are one of its clients ourselves.
     let in_use = has_client(socket);
+    let mut answered = false;
     let manifest = VfioUserDevice::open(id, socket, Arc::new(ram), &options)
+        .inspect(|_| answered = true)
         .and_then(|device| device.manifest())
         .map_err(|error| match error.errno {
             Some(Errno::TIMEDOUT) => {
                 let error = CliError::failed(silent_server(socket, timeout, in_use));
-                Unasked { error, silent: true }
+                Unasked { error, no_vm: true }
             }
-            _ => Unasked::from(CliError::caused(&doing, &error)),
+            _ => Unasked { error: CliError::caused(&doing, &error), no_vm: answered },
         })?;
     for note in &manifest.notes {
         tracing::warn!("{}: its manifest has {:?}: {}", socket.display(), note.field, note.text);

@@ -128,8 +128,10 @@ pub enum IncomingError {
 pub struct RehearsedHere {
     /// Reasons of the side whose rules refused it; empty if none did.
     pub refused: Vec<Reason>,
-    /// The failure that ended it early, or that kept something from being released.
+    /// The failure that ended it early, or its cancel.
     pub cause: Option<Failure>,
+    /// The failure that kept something from being released at its end.
+    pub left_undone: Option<Failure>,
 }
 
 impl fmt::Display for RehearsedHere {
@@ -138,8 +140,11 @@ impl fmt::Display for RehearsedHere {
         if !self.refused.is_empty() {
             write!(f, "; it was refused: {}", sentences(&self.refused))?;
         }
-        match &self.cause {
-            Some(cause) => write!(f, "; {cause}"),
+        if let Some(cause) = &self.cause {
+            write!(f, "; it {} {cause}", if cause.is_cancelled() { "was cancelled" } else { "failed" })?;
+        }
+        match &self.left_undone {
+            Some(failure) => write!(f, "; not all could be released {failure}"),
             None => Ok(()),
         }
     }

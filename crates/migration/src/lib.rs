@@ -164,7 +164,7 @@ pub use error::{Aborted, IncomingError, MigrateError, OwnedNotStarted, Rehearsed
 #[cfg(feature = "fault-injection")]
 pub use fault_injection::{InjectedFault, inject, leave_threads};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
-pub use offer::{Arrived, IncomingOffer};
+pub use offer::{Arrived, IncomingOffer, NotBuilt};
 pub use options::{DestinationOptions, SourceOptions};
 pub use ownership::journal::{JournalError, JournalFile, JournalNote, read_journal};
 pub use ownership::status::{VmOwnership, ownership_at};

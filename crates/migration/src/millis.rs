@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serializer};
+use vfio_migration_types::as_millis_f64;
 
 pub(crate) fn serialize<S: Serializer>(duration: &Duration, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_f64(duration.as_secs_f64() * 1000.0)
+    to.serialize_f64(as_millis_f64(*duration))
 }
 
 pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use vfio_migration_compat::{DeviceMap, MachineManifest};
+use vfio_migration_compat::{DeviceMap, MachineManifest, Reason};
 use vfio_migration_types::{AttemptId, Epoch, VmId};
 
 use crate::machine::Machine;
@@ -21,6 +21,23 @@ pub struct IncomingOffer {
     pub epoch: Epoch,
     /// The manifest of the source's machine.
     pub manifest: MachineManifest,
+}
+
+/// Why there is no machine for a guest on offer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotBuilt {
+    /// It is not taken here, and another attempt comes to the same: the source is refused, with this reason.
+    #[error("{}", .0.text)]
+    Refused(Box<Reason>),
+    /// It could not be built now, in a sentence: the attempt fails, and another may not.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<Reason> for NotBuilt {
+    fn from(reason: Reason) -> Self {
+        Self::Refused(Box::new(reason))
+    }
 }
 
 /// A guest that arrived: this machine owns it, and runs it unless it was sent paused.

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{Basis, MigrateError, Rehearsal};
 use vfio_migration_compat::{Reason, Report, Verdict};
+use vfio_migration_types::as_millis_f64;
 
 use crate::move_options::MoveOptions;
 
@@ -78,15 +79,11 @@ impl RehearsalInfo {
                 ram_dirty: rates.ram_dirty,
                 devices: rates.devices,
             },
-            predicted_downtime_ms: found.predicted_downtime.map(|time| time.as_secs_f64() * 1e3),
+            predicted_downtime_ms: found.predicted_downtime.map(as_millis_f64),
             parts: found
                 .parts
                 .into_iter()
-                .map(|part| PartInfo {
-                    name: part.name,
-                    ms: part.took.as_secs_f64() * 1e3,
-                    basis: part.basis,
-                })
+                .map(|part| PartInfo { name: part.name, ms: as_millis_f64(part.took), basis: part.basis })
                 .collect(),
             ..Self::refused(report)
         }

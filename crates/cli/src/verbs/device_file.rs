@@ -13,7 +13,7 @@ use vfio_migration::{
     Snapshot, restore_device, save_device,
 };
 use vfio_migration_device::Device;
-use vfio_migration_types::{DeviceId, MigrationState, error_chain};
+use vfio_migration_types::{DeviceId, MigrationState, as_millis_f64, error_chain};
 use vfio_migration_vmm::machine::{DeviceConfig, open_alone};
 
 use crate::args::moves::{RestoreCommand, SaveCommand};
@@ -250,7 +250,7 @@ impl From<DeviceReport> for DeviceFileReport {
             from: arc.from.to_string(),
             to: arc.to.to_string(),
             reset: arc.reset,
-            ms: milliseconds(arc.took),
+            ms: as_millis_f64(arc.took),
         });
         Self {
             driver: report.device.driver.as_ref().map(|driver| driver.name.clone()),
@@ -266,16 +266,12 @@ impl From<DeviceReport> for DeviceFileReport {
             stopcopy_bytes: report.stopcopy,
             state_digest: hexadecimal(&report.state_digest),
             arcs: arcs.collect(),
-            total_ms: milliseconds(report.took),
+            total_ms: as_millis_f64(report.took),
             left_in: report.left_in.to_string(),
             again: None,
             same_state: None,
         }
     }
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
 }
 
 fn hexadecimal(digest: &[u8; 32]) -> String {

@@ -28,8 +28,13 @@ const MOST_REASONS: usize = 16;
 
 /// Says that a session has begun.
 pub(super) fn session_began(attempt: &AttemptInfo, direction: &str) {
-    let (kind, way) =
-        (kind(attempt.kind, true, false).name(), if direction == "incoming" { "from" } else { "to" });
+    let incoming = direction == "incoming";
+    // Which of the two it is, a destination sees when something is tried.
+    let kind = match attempt.kind {
+        AttemptKind::Rehearsal if incoming => "rehearsal or check",
+        attempted => kind(attempted, true, false).name(),
+    };
+    let way = if incoming { "from" } else { "to" };
     let AttemptInfo { vm, peer, attempt, .. } = attempt;
     tracing::info!(target: SESSION, "{kind} of VM {vm} {way} {} begins (attempt {attempt})", printable(peer));
 }

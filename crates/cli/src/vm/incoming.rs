@@ -5,7 +5,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
-    Arrived, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer, Machine, Uri,
+    Arrived, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer, Machine,
+    NotBuilt, Uri,
 };
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
@@ -132,8 +133,7 @@ fn receive(
 
 /// Accepts the guest on offer; a VM that was given no identity takes the guest's, and one that was given no size of RAM takes
 /// that too.
-fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc<dyn Machine>, Box<Reason>> {
-    let refused = |text: String| Box::new(Reason::new(SessionCode::Machine, text));
+fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc<dyn Machine>, NotBuilt> {
     let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
     lent.store(true, Ordering::Relaxed);
     if let Some(Steering::Incoming(control)) = vm.state.steering()
@@ -152,7 +152,7 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
     let at_hand = vm.state.slot().machine().filter(|machine| fits(machine)).cloned();
     let machine = match at_hand {
         Some(machine) => machine,
-        None => rebuild(vm, memory).map_err(refused)?,
+        None => rebuild(vm, memory).map_err(NotBuilt::Failed)?,
     };
     if vm.options.uuid.is_none() {
         machine.adopt(offer.vm);
@@ -160,7 +160,7 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
     if let Some(dir) = &vm.options.state_dir {
         vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new(SessionCode::StateDir, text))?;
     }
-    inject_at_destination(vm.options.sabotage, machine).map_err(refused)
+    inject_at_destination(vm.options.sabotage, machine).map_err(NotBuilt::Failed)
 }
 
 /// Drops the machine of a `vm` that waits. Whoever calls it holds `building`.

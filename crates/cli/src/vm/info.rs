@@ -144,6 +144,17 @@ fn at_end(vm: &RunningVm, status: MigrationStatus) -> MigrationInfo {
     MigrationInfo { status, remaining: 0, rate: 0, expected_downtime_ms: None, waits_for, ..last }
 }
 
+/// The same of one that failed, in the phase of its failure: the session may have been in another when it heard of it.
+fn failed_in(failure: Option<&Failure>, ended: MigrationInfo) -> MigrationInfo {
+    let Some(failure) = failure else { return ended };
+    MigrationInfo {
+        phase: Some(failure.phase.code().into()),
+        phase_name: Some(failure.phase.name().into()),
+        failure: Some(FailureInfo::from(failure)),
+        ..ended
+    }
+}
+
 /// What became of the guest, as the state of its migration.
 fn ended(guest: &GuestOutcome) -> (MigrationStatus, ArrivedGuest) {
     match guest {
@@ -247,10 +258,9 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         incompatible: matches!(error, MigrateError::Refused(_)),
         reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
         error: Some(error_chain(error)),
-        failure: failure.map(FailureInfo::from),
         downtime_ms,
         left_undone,
-        ..at_end(vm, status)
+        ..failed_in(failure, at_end(vm, status))
     }
 }
 
@@ -298,6 +308,7 @@ pub(super) fn arrived(vm: &RunningVm, report: &ArrivalReport) -> MigrationInfo {
 /// The migration of a destination whose guest has not arrived, or could not be started.
 pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool) -> MigrationInfo {
     let failed = if cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
+    let mut left_undone = Vec::new();
     let (status, failure, reasons) = match error {
         IncomingError::OwnedNotStarted(held) => {
             let OwnedNotStarted { cause, .. } = held.as_ref();
@@ -312,19 +323,25 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
         }
         IncomingError::Cancelled(failure) => (MigrationStatus::Cancelled, Some(failure), &[][..]),
         IncomingError::Rehearsed(rehearsed) => {
-            let RehearsedHere { refused, cause } = rehearsed.as_ref();
-            (MigrationStatus::Rehearsed, cause.as_ref(), refused.as_slice())
+            let RehearsedHere { refused, cause, left_undone: kept } = rehearsed.as_ref();
+            left_undone = kept.iter().map(FailureInfo::from).collect();
+            let status = match cause {
+                None => MigrationStatus::Rehearsed,
+                Some(cause) if cause.is_cancelled() => MigrationStatus::Cancelled,
+                Some(_) => MigrationStatus::Failed,
+            };
+            (status, cause.as_ref(), refused.as_slice())
         }
     };
     let incompatible = matches!(error, IncomingError::Refused(_)) || !reasons.is_empty();
     MigrationInfo {
         guest: (status == MigrationStatus::NotStarted).then_some(ArrivedGuest::NotStarted),
         incompatible,
-        error: (status != MigrationStatus::Rehearsed || incompatible || failure.is_some())
+        error: (status != MigrationStatus::Rehearsed || incompatible || !left_undone.is_empty())
             .then(|| error_chain(error)),
-        failure: failure.map(FailureInfo::from),
         reasons: reasons.to_vec(),
-        ..at_end(vm, status)
+        left_undone,
+        ..failed_in(failure, at_end(vm, status))
     }
 }
 

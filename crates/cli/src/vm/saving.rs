@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use vfio_migration::{
     AttemptInfo, AttemptKind, DestinationOptions, IncomingError, IncomingOffer, Machine, MigrateError,
-    SaveError, Saved, Snapshot, Source, save,
+    NotBuilt, SaveError, Saved, Snapshot, Source, save,
 };
-use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
@@ -111,7 +110,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
         Err(failure) => {
             let text = failure.to_string();
             not_built = Some(failure);
-            Err(Reason::new(SessionCode::Machine, text).into())
+            Err(NotBuilt::Failed(text))
         }
     });
     let ended = match &restored {

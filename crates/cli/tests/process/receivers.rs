@@ -64,7 +64,8 @@ fn it_waits_on_after_everything_but_a_guest() {
     let other = Setup::new(others.path(), "other").start();
     let asked = run(&["check", &format!("vm:{}", text(&other.control)), &at]);
     assert_eq!(asked.status.code(), Some(3), "{asked:?}");
-    assert_eq!(next_end(&receiver, &events, &at)["status"], "failed");
+    let end = next_end(&receiver, &events, &at);
+    assert_eq!((&end["status"], &end["incompatible"]), (&json!("rehearsed"), &json!(true)), "{end}");
 
     // A question that is answered.
     let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
@@ -122,11 +123,72 @@ fn a_refused_migration_can_be_tried_again_at_once() {
         let info = receiver.info();
         info["not-ready"].as_str().is_some_and(|why| why.contains("dev0")).then_some(())
     });
+    // That passes: no refusal, and nothing about the two does not fit.
     let info = source.migrate(&at, json!({}));
-    assert_eq!(info["status"], "failed", "nothing can arrive: {info}");
+    assert_eq!(
+        (&info["status"], &info["incompatible"], &info["failure"]["side"]),
+        (&json!("failed"), &json!(false), &json!("destination")),
+        "nothing can arrive: {info}"
+    );
+    assert!(info["error"].as_str().unwrap().contains("dev0"), "{info}");
+    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
+    assert_eq!(asked.status.code(), Some(1), "{asked:?}");
     receiver.devices[0] = Process::start(&["device", "--socket", text(&socket), "--state-size", "4M"]);
     until("the receiver to be ready", || receiver.info()["not-ready"].is_null().then_some(()));
     assert_arrives(&source, &receiver);
+}
+
+#[test]
+fn who_is_refused_at_once_is_written_down_and_a_question_ends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { vm_arguments: &[], ..Setup::new(dir.path(), "a") }.start();
+    source.warm();
+    let state = dir.path().join("state");
+    let receiver = receiver(dir.path(), &["--once", "--state-dir", text(&state)]);
+    let at = receiver.incoming();
+    let other = source.info()["uuid"].clone();
+    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
+    assert_eq!(asked.status.code(), Some(3), "{asked:?}");
+    until("the question to end", || (receiver.query("query")["migration"].is_null()).then_some(()));
+    assert_eq!(receiver.incoming(), at, "it waits on");
+    let info = source.migrate(&at, json!({}));
+    assert_eq!((&info["status"], &info["incompatible"]), (&json!("failed"), &json!(true)), "{info}");
+    until("the wait to end", || (receiver.status() == "failed").then_some(()));
+    let history = run(&["history", "--state-dir", text(&state), "--json"]);
+    let history: Value = serde_json::from_slice(&history.stdout).unwrap();
+    let told = |n: usize| {
+        let record = &history["records"][n];
+        let migration = &record["migration"];
+        (
+            record["kind"].clone(),
+            record["vm"].clone(),
+            migration["status"].clone(),
+            record["attempt"].is_string(),
+        )
+    };
+    let ended = |kind: &str, status: &str| (json!(kind), other.clone(), json!(status), true);
+    assert_eq!([told(0), told(1)], [ended("check", "rehearsed"), ended("migration", "failed")], "{history}");
+}
+
+#[test]
+fn a_rehearsal_that_is_cancelled_is_so_at_both_sides() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = source(dir.path());
+    let receiver = receiver(dir.path(), &[]);
+    let events = receiver.events();
+    let at = receiver.incoming();
+    source.call("rehearse", json!({"uri": at, "max-bandwidth": 200_000})).unwrap();
+    until("the rehearsal to be in pre-copy", || {
+        (source.migration()["phase-name"] == "pre-copy").then_some(())
+    });
+    source.call("migrate-cancel", Value::Null).unwrap();
+    assert_eq!(source.ended()["status"], "cancelled");
+    let end = next_end(&receiver, &events, &at);
+    assert_eq!(
+        (&end["status"], end["error"].as_str().unwrap().contains("rehearsal")),
+        (&json!("cancelled"), true),
+        "{end}"
+    );
 }
 
 #[test]

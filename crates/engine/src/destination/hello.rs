@@ -10,6 +10,8 @@ use crate::ownership::DestinationState;
 impl DestinationEngine {
     pub(super) fn on_hello(&mut self, hello: &Hello, now: Time) {
         self.timer = None;
+        // Who came is told of one that is refused at once, too.
+        self.attempt = Some(Attempt { vm: hello.vm, attempt: hello.attempt, epoch: hello.epoch });
         if let Some(expected) = self.config.expect.filter(|expected| *expected != hello.vm) {
             let text = format!("VM {} is expected here, not VM {}", expected, hello.vm);
             return self.refuse(vec![refusal("other-vm", text)], now);
@@ -22,7 +24,6 @@ impl DestinationEngine {
             );
             return self.refuse(vec![refusal("protocol-version", text)], now);
         };
-        self.attempt = Some(Attempt { vm: hello.vm, attempt: hello.attempt, epoch: hello.epoch });
         let reply = HelloReply { version, features: hello.features & self.config.features };
         self.negotiated = Some(reply);
         self.send(Message::HelloReply(reply));

@@ -39,6 +39,7 @@ impl Accepted {
     /// Refuses the connection: no migration is taken in now.
     pub(crate) fn turn_away(self) {
         let why = "no migration is taken in here now";
+        tracing::warn!(peer = %self.link.peer(), "a migration was turned away: {why}");
         let _ = self.link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why)));
         self.link.shutdown_write();
     }

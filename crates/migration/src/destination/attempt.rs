@@ -23,8 +23,6 @@ pub(super) struct DestinationShared {
     pub(super) ram_total: AtomicU64,
     /// The other end, as the journal and the progress name it.
     pub(super) peer: String,
-    /// The cause of a record of the journal that is about to be written: why the attempt was given up.
-    pub(super) journal_reason: Mutex<Option<String>>,
     pub(super) jobs_done: AtomicU64,
     pub(super) steps: Mutex<Vec<StepTime>>,
     /// The journal's record, as far as it is on disk.

@@ -26,6 +26,7 @@ impl Worker<'_, '_, '_> {
         &self,
         state: DestinationState,
         attempt: Option<Attempt>,
+        given_up: Option<String>,
     ) -> Result<(), WorkError> {
         let phase = state.phase();
         let (Some(journal), Some(attempt)) = (&self.journal, attempt) else {
@@ -43,9 +44,8 @@ impl Worker<'_, '_, '_> {
             state,
             peer: self.shared.peer.clone(),
         };
-        let reason = lock(&self.shared.journal_reason).take();
         journal
-            .write_destination(record.clone(), reason)
+            .write_destination(record.clone(), given_up)
             .map_err(|error| error.in_phase(Side::Destination, phase))?;
         *lock(&self.shared.record) = Some(record);
         Ok(())

@@ -11,7 +11,7 @@ use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
 use crate::machine::Machine;
-use crate::offer::IncomingOffer;
+use crate::offer::{IncomingOffer, NotBuilt};
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
 use crate::reasons::{self, left_behind, with_migration_known};
 use crate::session::fail::InPhase;
@@ -60,7 +60,8 @@ impl Worker<'_, '_, '_> {
         let offer = IncomingOffer { vm, attempt, epoch, manifest: offered.clone() };
         let machine = match build(&offer) {
             Ok(machine) => machine,
-            Err(reason) => return Ok(refuse(*reason)),
+            Err(NotBuilt::Refused(reason)) => return Ok(refuse(*reason)),
+            Err(NotBuilt::Failed(text)) => return Err(Failure::new(Side::Destination, phase, text).into()),
         };
         let own = machine.manifest().map_err(|error| error.in_phase(Side::Destination, phase))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");

@@ -24,7 +24,6 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_migration_compat::Reason;
 use vfio_migration_engine::Attempt;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
@@ -36,7 +35,7 @@ use crate::destination::commit::KnownOutcome;
 use crate::destination::session::Place;
 use crate::error::IncomingError;
 use crate::machine::Machine;
-use crate::offer::{Arrived, IncomingOffer};
+use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::uri::Uri;
 
@@ -108,7 +107,7 @@ impl Destination {
     /// `fd:N` that there is no next one.
     pub fn accept(
         &mut self,
-        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
         loop {
@@ -155,7 +154,7 @@ impl Destination {
     fn session(
         &mut self,
         accepted: Accepted,
-        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
         self.control.begin_session();
         let place = Place {

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_engine::{Attempt, DestinationOutcome};
 use vfio_migration_types::{Failure, Phase, Side};
-use vfio_migration_wire as wire;
 
 use crate::destination::attempt::DestinationShared;
 use crate::device::receive::DeviceReceiver;
@@ -53,10 +52,7 @@ pub(super) fn into_result(
         )
     };
     let rehearsal = shared.rehearsal.load(Ordering::Acquire);
-    let rehearsed = |refused: Vec<wire::Reason>, cause: Option<Failure>| {
-        let refused = reasons::from_wire(refused);
-        IncomingError::Rehearsed(Box::new(RehearsedHere { refused, cause }))
-    };
+    let rehearsed = |here: RehearsedHere| Err(IncomingError::Rehearsed(Box::new(here)));
     match outcome {
         DestinationOutcome::Owner { epoch, ready, guest } => {
             let (Some(machine), Some(attempt)) = (machine, attempt) else {
@@ -86,9 +82,15 @@ pub(super) fn into_result(
             None => Err(IncomingError::Aborted(lost())),
         },
         // However a rehearsal ends, nobody was to come.
-        DestinationOutcome::Refused(reasons) if rehearsal => Err(rehearsed(reasons, None)),
-        DestinationOutcome::Aborted(cause) if rehearsal => Err(rehearsed(Vec::new(), Some(cause))),
-        DestinationOutcome::Rehearsed(left_undone) => Err(rehearsed(Vec::new(), left_undone)),
+        DestinationOutcome::Refused(reasons) if rehearsal => {
+            rehearsed(RehearsedHere { refused: reasons::from_wire(reasons), ..RehearsedHere::default() })
+        }
+        DestinationOutcome::Aborted(cause) if rehearsal => {
+            rehearsed(RehearsedHere { cause: Some(cause), ..RehearsedHere::default() })
+        }
+        DestinationOutcome::Rehearsed(left_undone) => {
+            rehearsed(RehearsedHere { left_undone, ..RehearsedHere::default() })
+        }
         DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
         DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause)),
         DestinationOutcome::Cancelled(cause) => Err(IncomingError::Cancelled(cause)),

@@ -5,7 +5,6 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
-use vfio_migration_compat::Reason;
 use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
@@ -25,7 +24,7 @@ use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
 use crate::error::IncomingError;
 use crate::machine::Machine;
-use crate::offer::{Arrived, IncomingOffer};
+use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
 use crate::session::events::Events;
@@ -53,7 +52,7 @@ pub(super) struct Place<'a> {
 pub(super) fn run(
     place: Place<'_>,
     accepted: Accepted,
-    build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+    build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
 ) -> (Result<Arrived, IncomingError>, Option<KnownOutcome>) {
     let begun = Instant::now();
     let Accepted { link, reader, hello } = accepted;
@@ -197,6 +196,11 @@ impl Session<'_> {
                 Ok(event) => {
                     match &event {
                         DestinationEvent::LinkLost(_) => self.link_lost = true,
+                        // What is refused at once was a rehearsal, too.
+                        DestinationEvent::Peer(Message::Hello(hello)) => {
+                            let rehearsal = hello.features & FEATURES & FEATURE_REHEARSE != 0;
+                            self.shared.rehearsal.store(rehearsal, Ordering::Release);
+                        }
                         DestinationEvent::Started(running) => self.running = Some(running.clone()),
                         _ => {}
                     }
@@ -234,19 +238,18 @@ impl Session<'_> {
                 DestinationAction::Journal(DestinationState::Aborted) | DestinationAction::Release => {
                     self.giving_up = true;
                     self.shared.interrupt.raise();
-                    *lock(&self.shared.journal_reason) = self.engine.abort_cause().map(ToString::to_string);
                 }
                 DestinationAction::Send(Message::HelloReply(reply)) => {
                     // Before the answer: pages that come later are held to it.
                     let crc = reply.features & FEATURE_RAM_CRC != 0;
                     self.shared.received.ram_crc.store(crc, Ordering::Release);
-                    let rehearsal = reply.features & FEATURE_REHEARSE != 0;
-                    self.shared.rehearsal.store(rehearsal, Ordering::Release);
                 }
                 _ => {}
             }
             self.submitted += 1;
-            if self.jobs.send((action, self.engine.attempt())).is_err() {
+            let given_up = self.engine.abort_cause().map(ToString::to_string);
+            let job = Job { action, attempt: self.engine.attempt(), given_up };
+            if self.jobs.send(job).is_err() {
                 return Some(self.worker_gone());
             }
             if self.submitted.saturating_sub(self.shared.jobs_done.load(Ordering::Acquire)) > MOST_JOBS {

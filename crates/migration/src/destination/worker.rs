@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::thread::Scope;
 
-use vfio_migration_compat::Reason;
 use vfio_migration_engine::{Attempt, DestinationAction, DestinationEvent};
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::Message;
@@ -14,7 +13,7 @@ use vfio_migration_wire::Message;
 use crate::channel::link::Link;
 use crate::destination::attempt::{ArrivingDevice, DestinationShared};
 use crate::machine::Machine;
-use crate::offer::IncomingOffer;
+use crate::offer::{IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::ownership::journal::Journal;
 use crate::report::StepTime;
@@ -24,8 +23,7 @@ use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
 /// Builds the machine for an offer.
-pub(super) type Build<'a> =
-    Box<dyn FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send + 'a>;
+pub(super) type Build<'a> = Box<dyn FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send + 'a>;
 
 /// Everything the worker holds while the attempt lasts. What a release undoes is in its fields.
 pub(super) struct Worker<'scope, 'env, 'a> {
@@ -43,8 +41,14 @@ pub(super) struct Worker<'scope, 'env, 'a> {
     pub(super) locked: bool,
 }
 
-/// A job: the engine's action, and the attempt it is about, once that is known.
-pub(super) type Job = (DestinationAction, Option<Attempt>);
+/// A job: the engine's action, and what the engine knew when it asked for it.
+pub(super) struct Job {
+    pub(super) action: DestinationAction,
+    /// The attempt that it is about, once that is known.
+    pub(super) attempt: Option<Attempt>,
+    /// Why the attempt is given up, where it is.
+    pub(super) given_up: Option<String>,
+}
 
 impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
     pub(super) fn new(
@@ -72,10 +76,10 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
 
     /// Works until the job queue is closed.
     pub(super) fn run(mut self, jobs: &Receiver<Job>) {
-        for (action, attempt) in jobs {
-            let phase = phase_of(&action);
+        for job in jobs {
+            let phase = phase_of(&job.action);
             // The VMM's code and the devices' is called here: a panic of theirs must not leave a session without an end.
-            let done = catch_unwind(AssertUnwindSafe(|| self.job(action, attempt)))
+            let done = catch_unwind(AssertUnwindSafe(|| self.job(job)))
                 .unwrap_or_else(|panic| Err(panicked(Side::Destination, phase, panic.as_ref()).into()));
             let answer = match done {
                 Ok(answer) => answer,
@@ -92,11 +96,8 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
         }
     }
 
-    fn job(
-        &mut self,
-        action: DestinationAction,
-        attempt: Option<Attempt>,
-    ) -> Result<Option<DestinationEvent>, WorkError> {
+    fn job(&mut self, job: Job) -> Result<Option<DestinationEvent>, WorkError> {
+        let Job { action, attempt, given_up } = job;
         Ok(Some(match action {
             DestinationAction::Send(message) => {
                 if matches!(message, Message::Abort(_) | Message::Declined(_)) {
@@ -120,7 +121,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             }
             DestinationAction::Load { totals } => DestinationEvent::Loaded(self.load(&totals)?),
             DestinationAction::Journal(state) => {
-                self.write_journal(state, attempt)?;
+                self.write_journal(state, attempt, given_up)?;
                 DestinationEvent::Journaled(state)
             }
             DestinationAction::Start { epoch, run_guest } => {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_device::{Device, NotMigratable};
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
@@ -13,6 +12,7 @@ use super::machine::{LoneDevice, LoneObserver};
 use super::report::DeviceReport;
 use crate::error::IncomingError;
 use crate::machine::Machine;
+use crate::offer::NotBuilt;
 use crate::options::DestinationOptions;
 use crate::snapshot::Snapshot;
 
@@ -57,7 +57,7 @@ pub fn restore_device(
     let arrived =
         snapshot.restore(alone, |offer| match LoneDevice::new(offer.vm, device.clone(), observer) {
             Ok(machine) => Ok::<Arc<dyn Machine>, _>(Arc::new(machine)),
-            Err(error) => Err(Reason::new(SessionCode::Machine, error_chain(&error)).into()),
+            Err(error) => Err(NotBuilt::Failed(error_chain(&error))),
         });
     let report = arrived.map_err(|error| failed(device.as_ref(), control, error))?.report;
     let precopy = report.devices.first().map_or(0, |device| device.precopy);

@@ -21,7 +21,7 @@ use crate::destination::Destination;
 use crate::device_file::KIND;
 use crate::error::IncomingError;
 use crate::machine::Machine;
-use crate::offer::{Arrived, IncomingOffer};
+use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::ownership::journal::read_journal;
 use crate::ownership::status::{VmOwnership, ownership_at};
@@ -116,7 +116,7 @@ impl Snapshot {
     pub fn restore(
         self,
         options: DestinationOptions,
-        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, Box<Reason>> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {

@@ -110,10 +110,14 @@ impl Source {
             rehearse,
         )?;
         let cancelled = || plan.control.cancel_waits();
-        let socket = connect::connect(uri, plan.options.connect_timeout, cancelled).map_err(|error| {
+        let connecting = || {
             let (phase, elapsed) = (Phase::Hello, begun.elapsed());
             let phases = vec![PhaseTime { phase, took: elapsed }];
             plan.control.set_progress(Progress { phase, elapsed, phases, ..plan.control.progress() });
+        };
+        connecting();
+        let socket = connect::connect(uri, plan.options.connect_timeout, cancelled).map_err(|error| {
+            connecting();
             not_connected(error)
         })?;
         session::run(plan, engine, socket, begun, observer)

@@ -191,8 +191,8 @@ fn a_builder_that_refuses_is_heard() {
     let to = destination.local().clone();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let full = Box::new(Reason::new(SessionCode::Machine, "this host is full"));
-            destination.accept(|_| Err(full)).unwrap_err()
+            let full = Reason::new(SessionCode::Machine, "this host is full");
+            destination.accept(|_| Err(full.into())).unwrap_err()
         });
         let error = Source::new(source.clone(), verified()).migrate_to(&to, |_| {}).unwrap_err();
         assert!(error.to_string().contains("this host is full"), "{error}");

@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 
 use vfio_migration::{
     Arrived, Completed, Destination, DestinationOptions, IncomingError, IncomingOffer, LockError, Machine,
-    MachineError, MigratableDevice, MigrateError, Paused, Section, Source, SourceOptions, Uri,
+    MachineError, MigratableDevice, MigrateError, NotBuilt, Paused, Section, Source, SourceOptions, Uri,
 };
-use vfio_migration_compat::{MachineManifest, RamRegion, Reason};
+use vfio_migration_compat::{MachineManifest, RamRegion};
 use vfio_migration_device::{Device, IrqRouter, MsiMessage};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, RamOffset, VmId};
@@ -403,7 +403,7 @@ pub fn migrate_into(
     std::thread::scope(|scope| {
         let control = destination.control();
         let arriving = scope.spawn(move || {
-            let arrived = destination.accept(|_: &IncomingOffer| Ok::<Arc<dyn Machine>, Box<Reason>>(built));
+            let arrived = destination.accept(|_: &IncomingOffer| Ok::<Arc<dyn Machine>, NotBuilt>(built));
             if arrived.is_ok() {
                 destination.answer_queries(Duration::from_secs(30)).unwrap();
             }
