@@ -1,6 +1,6 @@
 //! VMs moved by hand over their control sockets: again and again, paused, cancelled, killed.
 
-use crate::support::{Setup, run, until};
+use crate::support::{Process, Setup, run, until};
 use serde_json::{Value, json};
 
 const UUID: &[&str] = &["--uuid", "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d41"];
@@ -158,6 +158,13 @@ fn a_device_server_that_dies_under_a_running_guest_is_reported() {
     assert_eq!(status["lost-devices"], json!(["dev1"]), "{status}");
     assert_eq!(status["status"], "running", "{status}");
     source.assert_runs();
+    // A server that is started again knows nothing of what the guest did with the device.
+    let socket = dir.path().join("a-dev1.sock");
+    source.devices[1] =
+        Process::start(&["device", "--socket", socket.to_str().unwrap(), "--state-size", "4M"]);
+    until("the server to listen", || std::os::unix::net::UnixStream::connect(&socket).ok());
+    source.assert_runs();
+    assert_eq!(source.info()["lost-devices"], json!(["dev1"]));
     source.begin(&destination.incoming(), json!({}));
     let info = source.ended();
     assert_eq!(info["status"], "failed", "{info}");

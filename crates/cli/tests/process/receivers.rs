@@ -138,6 +138,59 @@ fn a_refused_migration_can_be_tried_again_at_once() {
     assert_arrives(&source, &receiver);
 }
 
+/// Starts the receiver's device server again, at the same path.
+fn restart_device(dir: &std::path::Path, receiver: &mut Vm) {
+    let socket = dir.join("b-dev0.sock");
+    receiver.devices[0] = Process::start(&["device", "--socket", text(&socket), "--state-size", "4M"]);
+    until("the server to listen", || std::os::unix::net::UnixStream::connect(&socket).ok());
+}
+
+#[test]
+fn a_device_server_that_is_started_again_is_taken_back_while_nobody_looks() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = source(dir.path());
+    let mut receiver = receiver(dir.path(), &[]);
+    let at = receiver.incoming();
+    receiver.devices[0].kill();
+    restart_device(dir.path(), &mut receiver);
+    // At once: whether the loss was seen meanwhile or not.
+    let info = source.migrate(&at, json!({"verify": true}));
+    assert_eq!(info["status"], "completed", "{info}");
+    receiver.assert_whole();
+    assert_eq!(receiver.info()["lost-devices"], json!([]));
+}
+
+#[test]
+fn a_device_server_that_is_started_again_is_taken_back_between_two_attempts() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = source(dir.path());
+    let mut receiver = receiver(dir.path(), &[]);
+    let at = receiver.incoming();
+    let events = receiver.events();
+    // It dies with half a state in it.
+    source.begin(&at, json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
+    receiver.devices[0].kill();
+    source.call("migrate-continue", Value::Null).ok();
+    let info = source.ended();
+    assert_eq!(info["status"], "failed", "{info}");
+    assert!(info["error"].as_str().unwrap().contains("dev0"), "{info}");
+    assert_eq!(next_end(&receiver, &events, &at)["status"], "failed");
+    restart_device(dir.path(), &mut receiver);
+    // And again, with nothing in it, after an attempt that it survived.
+    until("the receiver to be ready", || receiver.info()["not-ready"].is_null().then_some(()));
+    source.begin(&at, json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
+    source.call("migrate-cancel", Value::Null).unwrap();
+    assert_eq!(source.ended()["status"], "cancelled");
+    assert_eq!(next_end(&receiver, &events, &at)["status"], "cancelled");
+    receiver.devices[0].kill();
+    restart_device(dir.path(), &mut receiver);
+    let info = source.migrate(&at, json!({"verify": true}));
+    assert_eq!(info["status"], "completed", "{info}");
+    receiver.assert_whole();
+}
+
 #[test]
 fn who_is_refused_at_once_is_written_down_and_a_question_ends_nothing() {
     let dir = tempfile::tempdir().unwrap();
