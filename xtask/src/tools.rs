@@ -24,7 +24,7 @@ pub(crate) fn ready() {
 
 /// Whether there is a python3 that the peers in Python can be run by, installed if need be.
 pub(crate) fn python() -> bool {
-    let there = || runs(&["python3", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"]);
+    let there = || runs(&["python3", "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]);
     if !there() {
         install(&["python3"]);
     }

@@ -1,38 +1,8 @@
 //! The Python client at our server: what it saved of one sample device it loads into another.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use crate::peer::python;
-
-/// A sample device's server, ended by its stdin.
-struct Device(Child);
-
-impl Device {
-    fn start(socket: &Path, arguments: &[&str]) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
-            .args(["device", "--exit-with-stdin", "--state-dirty-rate", "0", "--socket"])
-            .arg(socket)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .spawn()
-            .expect("the command starts");
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while !socket.exists() {
-            assert!(Instant::now() < deadline, "no socket");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        Self(child)
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
-}
+use crate::peer::{Own, python};
 
 fn client(socket: &Path, verb: &str, file: &Path, arguments: &[&str]) {
     let output =
@@ -45,7 +15,7 @@ fn moves(size: &str, arguments: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let state = ["--state-size", size];
-    let _servers = [Device::start(&at("from"), &state), Device::start(&at("to"), &state)];
+    let _servers = [Own::device(&at("from"), &state), Own::device(&at("to"), &state)];
     client(&at("from"), "save", &at("once"), arguments);
     client(&at("to"), "load", &at("once"), arguments);
     client(&at("to"), "save", &at("twice"), arguments);

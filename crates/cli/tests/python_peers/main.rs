@@ -4,4 +4,5 @@
 mod clients;
 mod guests;
 mod peer;
+mod relay;
 mod servers;

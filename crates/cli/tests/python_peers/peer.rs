@@ -1,8 +1,15 @@
 //! The Python programs as processes, and the command beside them.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Longest wait for anything.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A program of `peers`, to be given its arguments.
 pub(crate) fn python(program: &str) -> Command {
@@ -24,6 +31,66 @@ pub(crate) fn succeeds(arguments: &[&str]) {
     let output = run(arguments);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{arguments:?}: {}\n{said}", output.status);
+}
+
+/// Waits until `done` gives something.
+pub(crate) fn until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A process of the command, ended by its stdin.
+#[derive(Debug)]
+pub(crate) struct Own(Child);
+
+impl Own {
+    /// Starts it, and waits until `socket` is there.
+    pub(crate) fn start(arguments: &[&str], socket: &Path) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
+            .args(arguments)
+            .arg("--exit-with-stdin")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the command starts");
+        until("the socket", || socket.exists().then_some(()));
+        Self(child)
+    }
+
+    /// A sample device's server, whose state does not change by itself.
+    pub(crate) fn device(socket: &Path, arguments: &[&str]) -> Self {
+        let path = socket.to_str().expect("a text");
+        let device = ["device", "--state-dirty-rate", "0", "--socket", path];
+        Self::start(&[&device[..], arguments].concat(), socket)
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// What a `vm` answers over its control socket.
+pub(crate) fn ask(control: &Path, verb: &str) -> Value {
+    let mut stream = UnixStream::connect(control).expect("a control socket");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
+    writeln!(stream, r#"{{"execute": "{verb}", "id": 1}}"#).expect("it is sent");
+    for line in BufReader::new(stream).lines() {
+        let mut line: Value = serde_json::from_str(&line.expect("an answer")).expect("JSON");
+        assert_eq!(line.get("error"), None, "{verb}");
+        if line.get("return").is_some() {
+            return line["return"].take();
+        }
+    }
+    panic!("no answer to {verb}");
 }
 
 /// The Python server, killed when dropped.

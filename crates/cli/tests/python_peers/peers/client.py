@@ -1,12 +1,9 @@
 """A vfio-user client that saves a device's state into a file, or loads it from one. Ends with 0 if all went as it should."""
 
 import argparse
-import json
-import os
-import socket
 import struct
-import sys
 
+from connection import Client
 from protocol import *
 
 PARSER = argparse.ArgumentParser()
@@ -19,27 +16,7 @@ PARSER.add_argument("--piece", type=int, default=32768)
 ARGS = PARSER.parse_args()
 
 
-class Client:
-    def __init__(self):
-        self.stream = socket.socket(socket.AF_UNIX)
-        self.stream.connect(ARGS.socket)
-        self.number = 0
-        caps = {"max_msg_fds": ARGS.max_msg_fds, "max_data_xfer_size": LONGEST}
-        ask = struct.pack("=HH", 0, 1) + json.dumps({"capabilities": caps}).encode() + b"\0"
-        theirs = json.loads(self.ask(VERSION, ask)[4:].rstrip(b"\0"))["capabilities"]
-        assert theirs["max_msg_fds"] <= ARGS.max_msg_fds, theirs
-
-    def ask(self, command, body):
-        self.number = (self.number + 1) & 0xffff
-        self.stream.sendall(HEADER.pack(self.number, command, HEADER.size + len(body), 0, 0) + body)
-        (number, its, size, flags, code), fds = receive_header(self.stream)
-        assert not fds
-        reply = receive(self.stream, size - HEADER.size)
-        assert (number, its) == (self.number, command), (number, its)
-        if flags & ERROR:
-            sys.exit(f"command {command}: {os.strerror(code)}")
-        return reply
-
+class Saver(Client):
     def go(self, state):
         body = struct.pack("=IIII", 16, STATE | SET, state, 0xffffffff)
         assert self.ask(FEATURE, body) == body
@@ -77,4 +54,4 @@ def load(client, file):
 
 
 with open(ARGS.file, "wb" if ARGS.verb == "save" else "rb") as opened:
-    (save if ARGS.verb == "save" else load)(Client(), opened)
+    (save if ARGS.verb == "save" else load)(Saver(ARGS.socket, ARGS.max_msg_fds), opened)

@@ -8,11 +8,13 @@ import errno
 import hashlib
 import json
 import mmap
+import os
 import random
 import select
 import socket
 import struct
 
+from connection import Client
 from protocol import *
 
 PARSER = argparse.ArgumentParser()
@@ -27,11 +29,18 @@ PARSER.add_argument("--no-region-in-stop-copy", action="store_true")
 PARSER.add_argument("--reset-keeps-state", action="store_true")
 PARSER.add_argument("--dma", type=lambda word: int(word, 0), help="guest address that a running device counts up at")
 PARSER.add_argument("--hides-dirty", action="store_true", help="does not log what it writes")
+PARSER.add_argument("--like", metavar="SOCKET", help="has the config space, regions and interrupts of this server's device")
+PARSER.add_argument("--any-state", action="store_true", help="takes a state of any length, and gives it back as it came")
+PARSER.add_argument("--spoils", action="store_true", help="gives back a state in which one byte is another")
+PARSER.add_argument("--ioeventfds-48", action="store_true", help="has a doorbell, in an entry of 48 bytes")
+PARSER.add_argument("--refuses-when-stopped", action="store_true",
+                    help="in STOP and STOP_COPY takes REGION_READ and _WRITE, DEVICE_FEATURE and MIG_DATA_READ alone")
 ARGS = PARSER.parse_args()
 
 # Of a longer message one recv gets, now and then, no more than this: here, always.
 ONE_RECV = 36544
 BARS = {0: 4096}
+MOST = 1 << 28
 ARCS = {(RUNNING, STOP), (STOP, RUNNING), (STOP, STOP_COPY), (STOP_COPY, STOP), (STOP, RESUMING), (RESUMING, STOP),
         (RUNNING, PRE_COPY), (PRE_COPY, RUNNING), (PRE_COPY, STOP_COPY)}
 
@@ -49,10 +58,17 @@ class Device:
         self.bytes = random.Random(ARGS.seed).randbytes(ARGS.state)
         self.state, self.sent, self.loading = RUNNING, 0, None
         self.ram, self.at, self.count, self.dirty = None, 0, 0, False
-        self.config = bytearray(256)
-        struct.pack_into("<HH", self.config, 0, 0x1234, 0x5678)
-        self.config[8:12] = bytes([1, 0, 0, 0xff])
-        self.bar0 = bytearray(BARS[0])
+        self.irqs = [(0, 0)] * 5
+        if ARGS.like:
+            sizes, self.irqs, config = Client(ARGS.like).layout()
+            self.regions = [bytearray(size) for size in sizes]
+            self.regions[CONFIG][:] = config
+        else:
+            self.regions = [bytearray(BARS.get(index, 0)) for index in range(9)]
+            self.regions[CONFIG] = bytearray(256)
+            struct.pack_into("<HH", self.regions[CONFIG], 0, 0x1234, 0x5678)
+            self.regions[CONFIG][8:12] = bytes([1, 0, 0, 0xff])
+        self.doorbell = os.eventfd(0, os.EFD_CLOEXEC) if ARGS.ioeventfds_48 else None
 
     def go(self, to):
         """Walks to a state by the shortest way, which leads through no saving state."""
@@ -62,7 +78,7 @@ class Device:
             if step is None or (here, step) not in ARCS or (here, to) == (STOP_COPY, PRE_COPY):
                 raise Refused(errno.EINVAL)
             if here == RESUMING:
-                if self.loading and len(self.loading) != ARGS.state:
+                if self.loading and not ARGS.any_state and len(self.loading) != ARGS.state:
                     raise Refused(errno.EINVAL)
                 if self.loading:
                     self.bytes = bytes(self.loading)
@@ -96,14 +112,25 @@ class Device:
             self.dirty = not ARGS.hides_dirty
 
     def region(self, index):
-        return {0: self.bar0, 7: self.config}.get(index)
+        return self.regions[index] if index < len(self.regions) else b""
 
     def write_config(self, at, data):
+        config = self.regions[CONFIG]
         for n, byte in enumerate(data, at):
             if n in (4, 5) or 0x0c <= n < 0x0e or n == 0x3c:
-                self.config[n] = byte
-        if at == 0x10 and len(data) == 4:
-            struct.pack_into("<I", self.config, at, struct.unpack("<I", data)[0] & -BARS[0] & 0xffffffff)
+                config[n] = byte
+        bar = (at - 0x10) // 4
+        if 0 <= bar < 6 and at % 4 == 0 and len(data) == 4 and self.regions[bar]:
+            kind = config[at] & 0xf
+            place = struct.unpack("<I", data)[0] & -len(self.regions[bar]) & 0xffffffff
+            struct.pack_into("<I", config, at, place | kind)
+
+    def migrates(self):
+        """The state as it is given away."""
+        if not ARGS.spoils:
+            return self.bytes
+        middle = len(self.bytes) // 2
+        return self.bytes[:middle] + bytes([self.bytes[middle] ^ 1]) + self.bytes[middle + 1 :]
 
 
 class Session:
@@ -126,18 +153,24 @@ class Session:
             if command == DMA_MAP:
                 self.device.map(body, fds)
             close_all(fds)
+            own = []
             try:
-                if len(body) < want:
+                if len(body) < want or len(fds) > ARGS.max_msg_fds:
                     raise Refused(errno.EINVAL)
-                reply = self.answer(command, body)
+                reply = self.answer(command, body, own)
                 head = HEADER.pack(number, command, HEADER.size + len(reply), REPLY, 0)
             except Refused as why:
                 reply, head = b"", HEADER.pack(number, command, HEADER.size, REPLY | ERROR, why.args[0])
             if not flags & 0x10:
-                self.stream.sendall(head + reply)
+                sent = socket.send_fds(self.stream, [head + reply], own) if own else 0
+                self.stream.sendall((head + reply)[sent:])
 
-    def answer(self, command, body):
+    def answer(self, command, body, fds):
+        """The payload of a reply. Descriptors that go with it are put into `fds`."""
         device = self.device
+        taken = (REGION_READ, REGION_WRITE, FEATURE, DATA_READ)
+        if ARGS.refuses_when_stopped and device.state in (STOP, STOP_COPY) and command not in (VERSION, *taken):
+            raise Refused(errno.EINVAL)
         if command == VERSION:
             caps = {"max_msg_fds": ARGS.max_msg_fds, "max_data_xfer_size": LONGEST}
             return body[:4] + json.dumps({"capabilities": caps}).encode() + b"\0"
@@ -146,16 +179,25 @@ class Session:
         if command == DMA_UNMAP:
             return body[:24]
         if command == GET_INFO:
-            return struct.pack("=IIII", 16, 3, 9, 5)
+            return struct.pack("=IIII", 16, 3, len(device.regions), len(device.irqs))
         if command == GET_REGION_INFO:
             index = struct.unpack_from("=I", body, 8)[0]
-            size = len(device.region(index) or b"")
+            size = len(device.region(index))
             return struct.pack("=IIIIQQ", 32, 3 if size else 0, index, 0, size, 0)
         if command == GET_REGION_IO_FDS:
-            index = struct.unpack_from("=I", body, 8)[0]
-            return struct.pack("=IIII", 16, 0, index, 0)
+            argsz, _, index, _ = struct.unpack_from("=IIII", body)
+            if index != 0 or device.doorbell is None:
+                return struct.pack("=IIII", 16, 0, index, 0)
+            # A file of shadows, whose offset is where the specification has `datamatch`, and that behind it.
+            entry = struct.pack("=QQIIIIQQ", 0x100, 4, 0, 0, 1, 0, 0, 0x1234)
+            if argsz < 16 + len(entry):
+                return struct.pack("=IIII", 16 + len(entry), 0, index, 1)
+            fds.append(device.doorbell)
+            return struct.pack("=IIII", 16 + len(entry), 0, index, 1) + entry
         if command == GET_IRQ_INFO:
-            return struct.pack("=IIII", 16, 0, struct.unpack_from("=I", body, 8)[0], 0)
+            index = struct.unpack_from("=I", body, 8)[0]
+            flags, count = device.irqs[index]
+            return struct.pack("=IIII", 16, flags, index, count)
         if command in (REGION_READ, REGION_WRITE):
             return self.region(command, body)
         if command == RESET:
@@ -168,13 +210,14 @@ class Session:
             size = struct.unpack_from("=II", body)[1]
             if device.state not in (PRE_COPY, STOP_COPY) or size > LONGEST:
                 raise Refused(errno.EINVAL)
-            data = device.bytes[device.sent : device.sent + size]
+            data = device.migrates()[device.sent : device.sent + size]
             device.sent += len(data)
             padding = bytes(size - len(data)) if ARGS.pad_reads else b""
             return struct.pack("=II", 8 + len(data), len(data)) + data + padding
         if command == DATA_WRITE:
             size = struct.unpack_from("=II", body)[1]
-            if device.state != RESUMING or size != len(body) - 8 or len(device.loading) + size > ARGS.state:
+            most = MOST if ARGS.any_state else ARGS.state
+            if device.state != RESUMING or size != len(body) - 8 or len(device.loading) + size > most:
                 raise Refused(errno.EINVAL)
             device.loading += body[8:]
             return b""
@@ -183,13 +226,13 @@ class Session:
     def region(self, command, body):
         at, index, count = struct.unpack_from("=QII", body)
         region = self.device.region(index)
-        if region is None or at + count > len(region):
+        if at + count > len(region):
             raise Refused(errno.EINVAL)
         if ARGS.no_region_in_stop_copy and self.device.state == STOP_COPY:
             raise Refused(errno.EINVAL)
         if command == REGION_READ:
             return body[:16] + bytes(region[at : at + count])
-        if index == 7:
+        if index == CONFIG:
             self.device.write_config(at, body[16:])
         else:
             region[at : at + count] = body[16:]
