@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use vfio_migration_types::VmId;
+use vfio_migration_types::{DEVICES_MAX, VmId};
 
 use crate::units;
 use crate::words::{UNITS_AND_EXIT_CODES, pair};
@@ -29,8 +29,8 @@ pub(crate) struct DemoCommand {
     /// Internal state that each device changes each second; 0 for none.
     #[arg(long, default_value = "1M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) device_dirty_rate: u64,
-    /// Number of devices.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8), value_name = "N")]
+    /// Number of devices, up to 64. Each has a server on either side, with memory for its state.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(DEVICES_MAX)), value_name = "N")]
     pub(crate) devices: u8,
     /// How the two VMs talk.
     #[arg(long, default_value = "tcp", value_enum)]

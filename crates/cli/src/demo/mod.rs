@@ -25,12 +25,17 @@ use crate::progress_display::ProgressDisplay;
 use crate::units::milliseconds;
 use crate::words::check_memory;
 
-/// Longest wait for the guest to boot and to have something worth moving.
+/// Longest wait for the guest to boot and to have something worth moving, with up to 8 devices.
 const WARM_UP: Duration = Duration::from_secs(60);
-/// Longest wait for the guest to have looked at everything once it has moved.
+/// Longest wait for the guest to have looked at everything once it has moved, with up to 8 devices.
 const JUDGEMENT: Duration = Duration::from_secs(120);
 /// Time that the guest must have run at the destination: an interrupt counts as lost after one second.
 const INTERRUPT_PATIENCE: Duration = Duration::from_millis(1600);
+
+/// How long to wait with so many devices: the more there are, the more one guest and its VM have to look at.
+fn patience(with_eight: Duration, devices: u8) -> Duration {
+    with_eight * u32::from(devices.div_ceil(8))
+}
 
 /// Runs the demo and prints its report.
 pub(crate) fn run(options: &DemoCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
@@ -110,7 +115,7 @@ impl<'a> Stage<'a> {
             let mut process = Process::start(&format!("{} VM", side.name), &side.vm(&uuid))?;
             let pid = if side.is_source() { &mut pids.source } else { &mut pids.destination };
             *pid = process.pid();
-            let control = process.control(&side.control)?;
+            let control = process.control(&side.control, patience(processes::PATIENCE, options.devices))?;
             Ok((process, control))
         });
         Ok(Self {
@@ -183,7 +188,7 @@ impl<'a> Stage<'a> {
     fn warm_up(&mut self) -> Result<(), CliError> {
         let options = self.options;
         let waiting = WaitingDisplay::new(!options.json, "the guest boots and starts its work");
-        until(self.interrupt, WARM_UP, "the guest to start its work", || {
+        until(self.interrupt, patience(WARM_UP, options.devices), "the guest to start its work", || {
             waiting.tick();
             let info = guest(&mut self.source.1)?;
             if info.stage > STAGE_RUNNING || info.failure != 0 {
@@ -262,8 +267,11 @@ impl<'a> Stage<'a> {
         let devices = self.options.devices;
         let waiting =
             WaitingDisplay::new(!self.options.json, "the guest, moved, checks everything it ever wrote");
-        let verdict =
-            until(self.interrupt, JUDGEMENT, "the guest to check everything after the move", || {
+        let verdict = until(
+            self.interrupt,
+            patience(JUDGEMENT, devices),
+            "the guest to check everything after the move",
+            || {
                 waiting.tick();
                 let now = guest(&mut self.destination.1)?;
                 // Two more full walks: the first may have begun before the move.
@@ -273,7 +281,8 @@ impl<'a> Stage<'a> {
                 let enough = pages && blocks && began.elapsed() >= INTERRUPT_PATIENCE;
                 // A guest that has lost something may well be stuck with it.
                 Ok(enough || (Counts::lost(&now).any() && began.elapsed() >= 3 * INTERRUPT_PATIENCE))
-            });
+            },
+        );
         drop(waiting);
         let after = guest(&mut self.destination.1)?;
         report.checked = Counts::checked(&after);

@@ -10,8 +10,8 @@ use crate::control::client::ControlClient;
 use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
 
-/// Longest wait for a child to come up, or to leave.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest wait for a child to come up.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A child process of this same program. It leaves when its stdin ends, so that none outlives the demo even if
 /// the demo is killed.
@@ -56,18 +56,23 @@ impl Process {
         self.child.id()
     }
 
-    /// Waits until the process listens at `socket` and answers, and connects to its control socket.
-    pub(crate) fn control(&mut self, socket: &Path) -> Result<ControlClient, CliError> {
-        self.until(socket, || ControlClient::connect(socket, PATIENCE).ok())
+    /// Waits until the process listens at `socket` and answers, up to `patience`, and connects to its control socket.
+    pub(crate) fn control(&mut self, socket: &Path, patience: Duration) -> Result<ControlClient, CliError> {
+        self.until(socket, patience, || ControlClient::connect(socket, PATIENCE).ok())
     }
 
     /// Waits until a socket file is there.
     pub(crate) fn listening(&mut self, socket: &Path) -> Result<(), CliError> {
-        self.until(socket, || socket.exists().then_some(()))
+        self.until(socket, PATIENCE, || socket.exists().then_some(()))
     }
 
-    fn until<T>(&mut self, socket: &Path, mut ready: impl FnMut() -> Option<T>) -> Result<T, CliError> {
-        let deadline = Instant::now() + PATIENCE;
+    fn until<T>(
+        &mut self,
+        socket: &Path,
+        patience: Duration,
+        mut ready: impl FnMut() -> Option<T>,
+    ) -> Result<T, CliError> {
+        let deadline = Instant::now() + patience;
         loop {
             if let Some(value) = ready() {
                 return Ok(value);

@@ -83,6 +83,11 @@ fn more_devices_than_a_machine_takes_are_refused_in_words_on_both_sides() {
 }
 
 #[test]
+fn the_demo_takes_as_many_devices_as_a_machine() {
+    fails(&["demo", "--devices", "65"], 2, "65 is not in 1..=64");
+}
+
+#[test]
 fn ram_that_is_too_small_for_the_devices_is_refused_in_words() {
     let dir = tempfile::tempdir().unwrap();
     let setup = Setup { devices: 16, memory: "16M", ..software(dir.path(), "a", &[]) };
