@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -12,9 +12,11 @@ use vfio_migration_device::{
     TrackerKind,
 };
 use vfio_migration_memory::{GuestRam, Mapping, RamSpec};
-use vfio_migration_types::{DeviceId, Gpa, Iova, Range, error_chain};
+use vfio_migration_types::{DeviceId, Gpa, Granule, Iova, RamOffset, Range, error_chain};
+use vfio_migration_uapi::Dma;
 
 use crate::check::{Outcome, holds, same};
+use crate::instance::Opened;
 use crate::pci;
 
 const LEN: u64 = 1 << 20;
@@ -37,6 +39,27 @@ pub(crate) fn bind() -> Outcome<String> {
     let place = place().ok_or("there is no edu")?;
     pci::bind(&place)?;
     Ok(pci::address(&place)?.to_owned())
+}
+
+/// A type1 container knows nothing of what an IOMMU's hardware saw: while a group behind one is in it, and pins nothing, every
+/// page that is mapped is dirty, every time.
+pub(crate) fn container_finds_every_page_dirty() -> Outcome {
+    let address = bind()?;
+    let group = fs::read_link(format!("/sys/bus/pci/devices/{address}/iommu_group"))?;
+    let group = Path::new("/dev/vfio").join(group.file_name().ok_or("a group without a number")?);
+    let opened = Opened::by_group(&group, &address)?;
+    let container = opened.container()?;
+    let ram = Arc::new(GuestRam::new("ktest", &[RamSpec { gpa: Gpa(0), len: LEN }])?);
+    let iova = Range::new(Iova(0), LEN)?;
+    container.map(iova, &ram.host_memory(RamOffset(0), LEN)?, Dma::BOTH)?;
+    container.start_dirty()?;
+    for _ in 0..3 {
+        let mut bits = [0; 4];
+        container.report_dirty(iova, Granule::PAGE, &mut bits)?;
+        same("dirty pages", bits, [u64::MAX; 4])?;
+    }
+    container.stop_dirty()?;
+    Ok(container.unmap(iova)?)
 }
 
 pub(crate) fn does_not_migrate() -> Outcome {

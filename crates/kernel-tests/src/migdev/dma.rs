@@ -6,7 +6,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use vfio_migration_types::{Granule, MigrationState};
 use vfio_migration_uapi::{
-    device_info, disable_irqs, irq_info, mask_irq, region_info, report_dma_logging, start_dma_logging,
+    Type1, device_info, disable_irqs, irq_info, mask_irq, region_info, report_dma_logging, start_dma_logging,
     stop_dma_logging, trigger_irq,
 };
 
@@ -98,14 +98,49 @@ fn writes_and_logs(mut driver: MigdevDriver) -> Outcome {
     holds(report_dma_logging(driver.fd()?, all()?, granule, &mut bits).is_err(), "no report after STOP")
 }
 
+/// The bits of a type1 container, which sets those of what a mediated device writes through it: the same pages as the device's
+/// own log has, and none of what was only read.
+pub(crate) fn exact_by_container() -> Outcome {
+    let instance = small()?;
+    let mut driver = by_group(&instance)?;
+    container(&driver)?.start_dirty()?;
+    same("dirty pages before there is DMA", container_report(&driver)?, BTreeSet::new())?;
+    driver.enable()?;
+    let mut wanted = BTreeSet::from([DONE / 4096]);
+    for (at, len) in [(0x4_0000, 128), (0x4_2fc0, 4096), (0x5_0000, 65536), (0x6_ff80, 128)] {
+        driver.post(Job { at, len, flags: 0 })?;
+        wanted.extend(at / 4096..=(at + u64::from(len) - 1) / 4096);
+    }
+    driver.wait(0, 4)?;
+    driver.write32(CONTROL, 0)?;
+    same("dirty pages", container_report(&driver)?, wanted)?;
+    same("dirty pages, asked again", container_report(&driver)?, BTreeSet::new())?;
+    Ok(container(&driver)?.stop_dirty()?)
+}
+
+fn container(driver: &MigdevDriver) -> Outcome<&Type1> {
+    match &driver.handle {
+        Handle::Group(opened) => opened.container(),
+        Handle::Cdev(_) => Err("a device of its own file has no container".into()),
+    }
+}
+
+fn container_report(driver: &MigdevDriver) -> Outcome<BTreeSet<u64>> {
+    let mut bits = vec![0; usize::try_from(LEN / 4096 / 64)?];
+    container(driver)?.report_dirty(all()?, Granule::PAGE, &mut bits)?;
+    Ok(pages(&bits))
+}
+
+fn pages(bits: &[u64]) -> BTreeSet<u64> {
+    let dirty = |n: &u64| bits.get((n / 64) as usize).is_some_and(|word| word >> (n % 64) & 1 == 1);
+    (0..LEN / 4096).filter(dirty).collect()
+}
+
 /// The log's pages; none where this kernel's reports are not supported.
 pub(super) fn report(driver: &MigdevDriver, granule: Granule) -> Outcome<Option<BTreeSet<u64>>> {
     let mut bits = vec![0u64; usize::try_from(LEN / 4096 / 64)?];
     match report_dma_logging(driver.fd()?, all()?, granule, &mut bits) {
-        Ok(()) => {
-            let dirty = |n: &u64| bits.get((n / 64) as usize).is_some_and(|word| word >> (n % 64) & 1 == 1);
-            Ok(Some((0..LEN / 4096).filter(dirty).collect()))
-        }
+        Ok(()) => Ok(Some(pages(&bits))),
         Err(error) if error.errno() == Some(Errno::OPNOTSUPP) => Ok(None),
         Err(error) => Err(error.into()),
     }
