@@ -84,6 +84,9 @@ pub(crate) fn text(report: &StatusReport) -> String {
         for failure in &last.left_undone {
             text.push_str(&format!("  left undone: {}\n", failure.text));
         }
+        if let Some(at) = &last.started {
+            text.push_str(&format!("  `cont` started the guest at {at}\n"));
+        }
     }
     text
 }

@@ -68,6 +68,8 @@ pub(crate) enum SessionKind {
     Save,
     /// To bring the guest back from a file.
     Restore,
+    /// To start a guest that the session before had left paused: a `cont`.
+    Start,
 }
 
 impl SessionKind {
@@ -79,6 +81,7 @@ impl SessionKind {
             Self::Check => "check",
             Self::Save => "save",
             Self::Restore => "restore",
+            Self::Start => "start",
         }
     }
 }

@@ -68,7 +68,8 @@ pub struct Aborted {
     pub lost: Vec<DeviceId>,
     /// Storage locks that could not be taken back: the guest stays paused.
     pub locks_lost: Vec<String>,
-    /// Whether the guest is as it was before the attempt: running, or paused if its operator had paused it.
+    /// Whether the guest is as it was before the attempt: running, or paused if its operator had paused it. If not,
+    /// [`start_held`](crate::start_held) tries again to let it run.
     pub restored: bool,
     /// Time for which the attempt had the guest paused; zero if it never did, or the guest is paused still.
     #[serde(default, rename = "stood_ms", with = "crate::millis")]
@@ -119,6 +120,7 @@ pub enum IncomingError {
     #[error("{0}")]
     Rehearsed(Box<RehearsedHere>),
     /// This side owns the guest, and could not start it: the guest is held paused, and nobody else may run it.
+    /// [`OwnedNotStarted::start`] tries again.
     #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
     OwnedNotStarted(Box<OwnedNotStarted>),
 }

@@ -138,6 +138,7 @@ mod device_file;
 mod error;
 #[cfg(feature = "fault-injection")]
 mod fault_injection;
+mod held;
 mod machine;
 mod millis;
 mod offer;
@@ -163,6 +164,7 @@ pub use device_file::{
 pub use error::{Aborted, IncomingError, MigrateError, OwnedNotStarted, RehearsedHere};
 #[cfg(feature = "fault-injection")]
 pub use fault_injection::{InjectedFault, inject, leave_threads};
+pub use held::start_held;
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, IncomingOffer, NotBuilt};
 pub use options::{DestinationOptions, SourceOptions};

@@ -338,6 +338,9 @@ pub(crate) struct MigrationInfo {
     /// The failure behind `error` by its parts, where there is one.
     #[serde(default)]
     pub(crate) failure: Option<FailureInfo>,
+    /// Of one that left the guest paused: when a later `cont` started it, RFC 3339 in UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) started: Option<String>,
     /// What could not be done after the guest was the destination's, such as releasing a device: no harm to the guest, but work for
     /// a person. Of one that was cancelled: what did not answer, and is undone when it does; once it is, what could not be.
     #[serde(default)]
@@ -402,6 +405,7 @@ impl MigrationInfo {
             device_digest_match: None,
             error: None,
             failure: None,
+            started: None,
             left_undone: Vec::new(),
             waits_for: Vec::new(),
             incompatible: false,

@@ -27,7 +27,7 @@ use crate::interrupt::UserInterrupt;
 
 const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0003";
 /// Longest wait for anything.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A device server on a thread.
 struct Served {
@@ -56,10 +56,10 @@ impl Drop for Served {
 }
 
 /// One side: a `vm` with a device, and a client of its control socket.
-struct Side {
+pub(super) struct Side {
     started: Started,
     control: PathBuf,
-    state: PathBuf,
+    pub(super) state: PathBuf,
     _device: Served,
 }
 
@@ -83,16 +83,16 @@ impl Side {
         Self { started, control, state, _device: device }
     }
 
-    fn client(&self) -> ControlClient {
+    pub(super) fn client(&self) -> ControlClient {
         ControlClient::connect(&self.control, PATIENCE).unwrap()
     }
 
-    fn report(&self) -> StatusReport {
+    pub(super) fn report(&self) -> StatusReport {
         self.client().query().unwrap()
     }
 
     /// How often the guest went round, if there is one.
-    fn loops(&self) -> u64 {
+    pub(super) fn loops(&self) -> u64 {
         let report = self.client().call(ControlVerb::QueryGuest, Value::Null);
         report.ok().and_then(|report| report["loops"].as_u64()).unwrap_or(0)
     }
@@ -125,7 +125,7 @@ impl Drop for Side {
     }
 }
 
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+pub(super) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < PATIENCE, "waited in vain for {what}");
@@ -134,18 +134,18 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// What was said of one migration, and what is.
-struct Told {
-    source: Side,
-    destination: Side,
+pub(super) struct Told {
+    pub(super) source: Side,
+    pub(super) destination: Side,
     /// What `migrate` would print and exit with.
-    printed: FollowedReport,
+    pub(super) printed: FollowedReport,
     /// The `MIGRATION` event of the end.
     event: MigrationInfo,
 }
 
 /// Migrates between a device with these faults at the source and one with those at the destination, and does something
 /// `meanwhile`.
-fn migrate(
+pub(super) fn migrate(
     dir: &Path,
     here: &[&str],
     there: &[&str],
@@ -181,7 +181,7 @@ fn migrate(
 
 impl Told {
     /// Everything that was said agrees with everything that is.
-    fn check(&self, case: &str) {
+    pub(super) fn check(&self, case: &str) {
         let Self { source, destination, printed, event } = self;
         let (here, there) = (source.report(), destination.report());
         let info = &printed.migration;

@@ -10,7 +10,7 @@ use vfio_migration_types::error_chain;
 
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use super::{incoming, info, outgoing, saving};
+use super::{held, incoming, info, outgoing, saving};
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
@@ -143,25 +143,19 @@ impl VmHandler {
     }
 
     fn cont(&self) -> Result<(), Refused> {
-        let (machine, held) = match self.vm.state.slot() {
-            Slot::Here { machine, .. } => (machine, None),
-            Slot::OwnedNotStarted { machine, epoch } => (machine, Some(epoch)),
+        let (machine, was_held) = match self.vm.state.slot() {
+            Slot::Here { machine, .. } => (machine, false),
+            Slot::OwnedNotStarted { machine, .. } => (machine, true),
             _ => return Err(Refused::generic("there is no guest here that could run")),
         };
         if let Some(why) = machine.failure() {
             return Err(Refused::generic(format!("the guest has stopped by itself and cannot go on: {why}")));
         }
-        if held.is_some() {
-            // This side owns a guest that could not be started, or whose storage could not be locked: both are tried again.
-            machine.take_locks().map_err(|error| Refused::generic(error_chain(&error)))?;
-            machine.release();
+        if was_held {
+            return held::start(&self.vm);
         }
         let ran = machine.is_running();
         machine.cont().map_err(|error| Refused::generic(error_chain(&error)))?;
-        if let Some(epoch) = held {
-            let same = |slot: &Slot| matches!(slot, Slot::OwnedNotStarted { machine: now, .. } if Arc::ptr_eq(now, &machine));
-            drop(self.vm.state.put_if(same, Slot::Here { machine: machine.clone(), epoch }));
-        }
         self.publish_if(!ran, "RESUME");
         Ok(())
     }

@@ -139,8 +139,8 @@ pub(super) fn finish(
             let ended = info::not_completed(vm, &error);
             let slot = match &error {
                 MigrateError::Unresolved { .. } => Some(Slot::Unresolved { machine, epoch }),
-                // The storage may be in use elsewhere: `cont` tries again to lock it.
-                MigrateError::Aborted(aborted) if !aborted.locks_lost.is_empty() => {
+                // A device is not what it was, or the storage may be in use elsewhere: `cont` tries again.
+                MigrateError::Aborted(aborted) if !aborted.restored => {
                     Some(Slot::OwnedNotStarted { machine, epoch })
                 }
                 _ => {
@@ -154,11 +154,9 @@ pub(super) fn finish(
 }
 
 fn finish_rehearsal(vm: &RunningVm, result: Result<Rehearsal, MigrateError>) {
-    // Without its storage locks the guest stays paused, as after any migration that was undone.
+    // A guest that could not be let go on stays paused, as after any migration that was undone.
     let slot = match (&result, vm.state.slot()) {
-        (Err(MigrateError::Aborted(aborted)), Slot::Here { machine, epoch })
-            if !aborted.locks_lost.is_empty() =>
-        {
+        (Err(MigrateError::Aborted(aborted)), Slot::Here { machine, epoch }) if !aborted.restored => {
             Some(Slot::OwnedNotStarted { machine, epoch })
         }
         _ => None,

@@ -40,6 +40,8 @@ pub(super) struct RunningVm {
     pub(super) presence: Presence,
     /// Held by whoever builds the machine of a `vm` that waits, or takes it for a session.
     pub(super) building: Mutex<()>,
+    /// Held by whoever starts a guest that a session left paused.
+    pub(super) starting: Mutex<()>,
     /// The attempt whose end was told and written down last.
     told: Mutex<Option<AttemptId>>,
 }
@@ -89,6 +91,7 @@ impl RunningVm {
             state: VmState::default(),
             presence: Presence::default(),
             building: Mutex::default(),
+            starting: Mutex::default(),
             told: Mutex::default(),
         })
     }

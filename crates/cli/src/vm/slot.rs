@@ -31,7 +31,7 @@ pub(super) enum Slot {
     Empty,
     /// Nobody knows which side owns the guest: it is paused here.
     Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch },
-    /// This side owns the guest, which is paused: it could not be started, or its storage could not be locked again.
+    /// This side owns the guest, which a session left paused: it could not be started here, or not be let go on.
     OwnedNotStarted { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// No guest came the one time that it was waited for.
     Failed,
@@ -153,6 +153,18 @@ impl VmState {
 
     pub(super) fn slot(&self) -> Slot {
         lock(&self.0).slot.clone()
+    }
+
+    /// The handle of the session under way, or of the last that was.
+    pub(super) fn last_steering(&self) -> Option<Steering> {
+        lock(&self.0).last.clone()
+    }
+
+    /// The guest that the last session left paused was started `at` this time.
+    pub(super) fn set_started(&self, at: String) {
+        if let Some(ended) = &mut lock(&self.0).ended {
+            ended.started = Some(at);
+        }
     }
 
     pub(super) fn steering(&self) -> Option<Steering> {

@@ -87,6 +87,10 @@ fn a_guest_that_could_not_be_started_is_no_success() {
             assert_eq!(destination.status(), "running");
             // Not `assert_whole`: an interrupt that was due while it was held is late by the guest's clock.
             destination.assert_runs();
+            let posted = destination.counter("least-posted");
+            until("blocks of the device", || {
+                (destination.counter("least-posted") > posted + 20).then_some(())
+            });
             let guest = destination.guest();
             assert_eq!((&guest["pages-lost"], &guest["blocks-lost"]), (&json!(0), &json!(0)), "{guest}");
         }

@@ -24,7 +24,7 @@ const WAYS: [(u64, &[Step]); 4] = [
     (1, &[(Quiesce, Running, Stop), (Quiesce, Stop, StopCopy)]),
 ];
 const SOUND: &str = "the device is in a sound state; its driver's log says why it refused";
-const RESET: &str = "the device needs a reset";
+const RESET: &str = "only a reset helps, which loses the device's state";
 
 /// Has arc number `arc` from now on fail, by `fault`.
 fn arm(instance: &Instance, fault: &str, arc: u64) -> Outcome {

@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use vfio_migration_types::{Epoch, Failure, GuestOutcome, MigrationState, Phase, Side};
+use vfio_migration_types::{Epoch, GuestOutcome, Phase, Side};
 use vfio_migration_wire::Running;
 
 use crate::session::fail::InPhase;
 use crate::session::host::{boot_id, monotonic_ns};
-use crate::session::parallel::for_each_device_parallel;
-use crate::session::work_error::{self, WorkError};
+use crate::session::start_devices::{StartFrom, start_devices};
+use crate::session::work_error::WorkError;
 
 use crate::destination::worker::Worker;
 
@@ -17,27 +17,8 @@ impl Worker<'_, '_, '_> {
     pub(super) fn start(&mut self, epoch: Epoch, run_guest: bool) -> Result<Running, WorkError> {
         let machine = self.machine(Phase::Run)?;
         let begun = Instant::now();
-        // No device may reach for another's memory before that one answers: all of them first, then all of them on.
-        for state in [MigrationState::RunningP2p, MigrationState::Running] {
-            let moved = for_each_device_parallel(
-                self.devices.iter().map(|incoming| &incoming.moved.device),
-                |device| {
-                    let flags = device
-                        .capabilities()
-                        .map_err(|why| {
-                            Failure::new(Side::Destination, Phase::Run, why.0).of_device(device.id())
-                        })?
-                        .flags;
-                    if flags.has_state(state) {
-                        device
-                            .set_state(state)
-                            .map_err(|error| error.in_phase(Side::Destination, Phase::Run))?;
-                    }
-                    Ok(())
-                },
-            );
-            work_error::worst_of(moved)?;
-        }
+        let devices = self.devices.iter().map(|incoming| &incoming.moved.device);
+        start_devices(devices, StartFrom::Stop, Side::Destination)?;
         self.step("devices STOP to RUNNING", begun.elapsed());
         let begun = Instant::now();
         machine.resume(run_guest).map_err(|error| error.in_phase(Side::Destination, Phase::Run))?;

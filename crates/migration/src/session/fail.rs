@@ -45,7 +45,7 @@ impl InPhase for TransitionError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         let remedy = match self.remedy {
             Remedy::TryAnotherState => "the device is in a sound state; its driver's log says why it refused",
-            Remedy::Reset => "the device needs a reset",
+            Remedy::Reset => "only a reset helps, which loses the device's state",
             _ => "the device does not answer: restart its server, or reset the host's function",
         };
         Failure {

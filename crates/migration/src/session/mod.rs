@@ -9,5 +9,6 @@ pub(crate) mod interrupt;
 pub(crate) mod lock;
 pub(crate) mod parallel;
 pub(crate) mod rate;
+pub(crate) mod start_devices;
 pub(crate) mod threads;
 pub(crate) mod work_error;

@@ -10,7 +10,7 @@ use crate::toy::proxy::{self, Cut};
 use crate::toy::*;
 use vfio_migration::{
     Destination, DestinationOptions, GuestOutcome, IncomingError, Machine, MigrateError, Side, Source,
-    SourceOptions, Uri, read_journal,
+    SourceOptions, Uri, read_journal, start_held,
 };
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 
@@ -192,6 +192,18 @@ fn a_guest_that_cannot_be_started_is_held_and_owned() {
     assert_eq!(held.cause.device.as_deref(), Some("toy0"));
     source.prove_standing();
     both.machine.prove_standing();
+    // It can be tried again: what fails still is named, and what stops failing starts, devices first.
+    let again = held.start().unwrap_err();
+    assert_eq!(
+        (again.side, again.arc, &again.device),
+        (Side::Destination, held.cause.arc, &held.cause.device)
+    );
+    both.machine.prove_standing();
+    both.machine.device(0).fail_at(FakeFault::ReadPrecopy);
+    held.start().unwrap();
+    both.machine.prove_running();
+    let order = both.machine.journal.lock().unwrap().clone();
+    assert_eq!(order.last().map(String::as_str), Some("resume"), "after the devices: {order:?}");
 }
 
 #[test]
@@ -239,6 +251,13 @@ fn a_device_that_cannot_even_be_reset_holds_the_guest_and_is_named() {
     assert!(!aborted.restored && aborted.reset.is_empty(), "{aborted:?}");
     assert!(aborted.cause.text.contains("device toy0"), "{aborted:?}");
     source.prove_standing();
+    // Nor is it let go on beside a device that is stopped, until that one goes back after all.
+    let again = start_held(&*source, Side::Source).unwrap_err();
+    assert_eq!((again.device.as_deref(), again.side), (Some("toy0"), Side::Source), "{again}");
+    source.prove_standing();
+    source.device(0).fail_at(FakeFault::ReadPrecopy);
+    start_held(&*source, Side::Source).unwrap();
+    source.prove_running();
 }
 
 #[test]

@@ -1,0 +1,97 @@
+//! What is said and done after a session's end: verbs that come later agree with what the session told, and with what is.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::fault_sweep::{PATIENCE, Side, migrate, wait_for};
+use crate::control::protocol::{ControlVerb, MigrationStatus, VmStatus};
+use crate::follow::text;
+use crate::history::{History, SessionKind};
+
+const NONE: &[&str] = &[];
+
+/// The last record of the only VM in the state directory.
+fn last_record(side: &Side) -> crate::history::HistoryRecord {
+    History::read(&side.state).unwrap().records.pop().unwrap()
+}
+
+/// Proof that the guest runs and its device works: blocks come.
+fn prove_whole(side: &Side) {
+    let posted = || {
+        let guest = side.client().call(ControlVerb::QueryGuest, Value::Null).unwrap();
+        guest["least-posted"].as_u64().unwrap()
+    };
+    let before = posted();
+    wait_for("blocks of the device", || posted() > before + 20);
+}
+
+fn cont(side: &Side) -> Result<(), String> {
+    side.client().call(ControlVerb::Cont, Value::Null).map(drop).map_err(|error| error.to_string())
+}
+
+/// `cont` of a guest that a session left paused started it, and all that was told says so.
+fn check_started(side: &Side, case: &str) {
+    let mut listener = side.client();
+    // A device that was late comes to its end in time.
+    let mut refused = String::new();
+    wait_for("`cont` to be taken", || cont(side).map_err(|why| refused = why).is_ok());
+    assert_eq!(side.report().vm.status, VmStatus::Running, "{case} {refused}");
+    prove_whole(side);
+    let report = side.report();
+    let last = report.last.as_ref().unwrap();
+    assert!(last.started.is_some() && text(&report).contains("`cont` started"), "{case}: {last:?}");
+    let record = last_record(side);
+    assert_eq!((record.kind, record.migration.status), (SessionKind::Start, MigrationStatus::Completed));
+    let resumed = std::iter::from_fn(|| listener.next_event(PATIENCE).unwrap());
+    assert!({ resumed }.any(|event| event.event == "RESUME"), "{case}");
+}
+
+/// It could not, and the refusal says why; nothing else has changed.
+fn check_refused(side: &Side, case: &str, says: &[&str]) {
+    let refused = cont(side).unwrap_err();
+    for part in says {
+        assert!(refused.contains(part), "{case}: no {part} in {refused}");
+    }
+    assert_eq!(side.report().vm.status, VmStatus::Paused, "{case}: {refused}");
+    let loops = side.loops();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(side.loops(), loops, "{case}: it runs");
+    let record = last_record(side);
+    assert_eq!((record.kind, record.migration.status), (SessionKind::Start, MigrationStatus::Failed));
+}
+
+#[test]
+fn cont_starts_the_devices_of_a_guest_that_could_not_be_started() {
+    const P2P: &str = "STOP to RUNNING_P2P";
+    let reset = ["dev0", "ERROR to RUNNING_P2P", "only a reset helps, which loses", "os error 5"];
+    let cases: &[(&str, &[&str])] = &[
+        ("fail-arc:STOP:RUNNING_P2P:EIO:1", &[]),
+        ("fail-arc:RUNNING_P2P:RUNNING:EIO:1", &[]),
+        ("hang-arc:RUNNING_P2P:RUNNING:1500", &[]),
+        ("fail-arc:STOP:RUNNING_P2P:EIO", &["dev0", P2P, "os error 5"]),
+        ("error-arc:STOP:RUNNING_P2P", &reset),
+        ("error-arc:RUNNING_P2P:RUNNING", &reset),
+    ];
+    for (fault, refusal) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let told = migrate(dir.path(), NONE, &[fault], &json!({}), |_, _| {});
+        told.check(fault);
+        assert_eq!(told.printed.migration.status, MigrationStatus::NotStarted, "{fault}");
+        match refusal {
+            [] => check_started(&told.destination, fault),
+            says => check_refused(&told.destination, fault, says),
+        }
+    }
+}
+
+/// The same guest at its source: it was left paused, since a device neither went back nor was reset in time.
+#[test]
+fn cont_takes_the_devices_of_a_guest_back_that_was_not_let_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let fault = "hang-arc:PRE_COPY_P2P:STOP_COPY:6000";
+    let told = migrate(dir.path(), &[fault], NONE, &json!({}), |_, _| {});
+    told.check(fault);
+    assert_eq!(told.source.report().vm.status, VmStatus::Paused, "{fault}");
+    check_started(&told.source, fault);
+}
