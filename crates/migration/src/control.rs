@@ -190,7 +190,9 @@ impl IncomingControl {
         Self { shared: Arc::new(Incoming { cancelled, sessions: Mutex::default() }) }
     }
 
-    /// Gives the incoming migration, or the wait for one, up. Too late once COMMIT has arrived; then nothing happens.
+    /// Gives the incoming migration, or the wait for one, up. The source is told within a second; the session ends when all is
+    /// released, which takes as long as its devices: [`Progress::awaited`] says what is waited for. Too late once COMMIT has
+    /// arrived; then nothing happens.
     pub fn cancel(&self) {
         self.shared.cancelled.store(true, std::sync::atomic::Ordering::Release);
     }

@@ -19,6 +19,7 @@ use super::history;
 use super::presence::{self, Presence};
 use super::slot::{Slot, Steering, VmState};
 use crate::args::serve::VmCommand;
+use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::clients::Publisher;
 use crate::control::event::ControlEvent;
 use crate::control::protocol::MigrationInfo;
@@ -165,10 +166,17 @@ impl RunningVm {
 
     fn end_sessions(&self) {
         self.state.cancel();
-        self.state.join();
+        let awaited: Vec<_> = self.state.join().iter().map(AwaitedInfo::from).collect();
+        if !awaited.is_empty() {
+            eprintln_line(format_args!(
+                "vfio-migrate: the session that was cancelled is not waited for: {}",
+                sentence(&awaited)
+            ));
+        }
     }
 
-    /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner.
+    /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner. One that waits for
+    /// a device is not: it is being undone, and the guest is this side's, or never came.
     pub(super) fn end(&self) {
         self.end_sessions();
         drop(self.state.put_if(|_| true, Slot::Ended));

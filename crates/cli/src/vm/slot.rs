@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vfio_migration::{AwaitedAnswer, Control, Failure, IncomingControl, PendingRollback, Progress, Uri};
 use vfio_migration_types::{Epoch, VmId};
@@ -11,6 +12,11 @@ use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::failure::FailureInfo;
 use crate::control::protocol::MigrationInfo;
 use crate::control::refused::Refused;
+
+/// Time after which the end of the process does not wait for a session that something holds up.
+const HELD_UP: Duration = Duration::from_millis(300);
+/// Interval at which its thread is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// The place of the guest, and with it the work that the process may begin.
 #[derive(Clone, Debug, Default)]
@@ -250,11 +256,31 @@ impl VmState {
         }
     }
 
-    pub(super) fn join(&self) {
-        let thread = lock(&self.0).thread.take();
-        if let Some(thread) = thread {
-            let _ = thread.join();
+    /// Waits for the session's thread to end. One that is cancelled and held up by what does not answer is left to itself after a
+    /// while: the answers that it waits for are returned.
+    pub(super) fn join(&self) -> Vec<AwaitedAnswer> {
+        let (thread, session) = {
+            let mut state = lock(&self.0);
+            (state.thread.take(), state.last.clone())
+        };
+        let Some(thread) = thread else { return Vec::new() };
+        let mut held_up = None;
+        while !thread.is_finished() {
+            let progress = session.as_ref().and_then(Steering::progress);
+            let awaited = progress.filter(|progress| progress.cancelling).map(|progress| progress.awaited);
+            match awaited.filter(|awaited| !awaited.is_empty()) {
+                Some(awaited) => {
+                    let since = held_up.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= HELD_UP {
+                        return awaited;
+                    }
+                }
+                None => held_up = None,
+            }
+            std::thread::sleep(LOOK_EVERY);
         }
+        let _ = thread.join();
+        Vec::new()
     }
 }
 

@@ -284,3 +284,69 @@ fn a_cancel_in_the_switchover_says_which_device_it_waits_for() {
     assert_eq!(vm.status(), "running");
     vm.assert_whole();
 }
+
+/// A receiver whose device does not answer tells who waits for it, and holds up neither the source nor its own end.
+#[test]
+fn a_receiver_whose_device_does_not_answer_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup::new(dir.path(), "a").start();
+    vm.warm();
+    let other = Setup { devices: 0, vm_arguments: &["--software"], ..Setup::new(dir.path(), "c") }.start();
+    for (name, by_source) in [("b", true), ("d", false)] {
+        let faulty = &["--state-size", "4M", "--fault", "hang-arc:STOP:RESUMING"];
+        let arguments = &["--incoming", "tcp:127.0.0.1:0"];
+        let there =
+            Setup { device_arguments: faulty, vm_arguments: arguments, ..Setup::new(dir.path(), name) };
+        let mut there = there.start();
+        let to = there.incoming();
+        vm.begin(&to, json!({}));
+        until("the arc", || there.migration()["waits-for"].as_array()?.first().cloned());
+        let begun = Instant::now();
+        if by_source {
+            vm.call("migrate-cancel", Value::Null).unwrap();
+        } else {
+            there.call("migrate-cancel", Value::Null).unwrap();
+        }
+        let info = vm.ended();
+        assert!(begun.elapsed() < WITHIN, "{:?}: {info}", begun.elapsed());
+        assert_eq!((&info["status"], &info["left-undone"]), (&json!("cancelled"), &json!([])), "{info}");
+        vm.assert_runs();
+        let waits = until("the device to be named", || {
+            let info = there.migration();
+            (info["status"] == "cancelling").then(|| info["waits-for"][0].clone())
+        });
+        assert_eq!(waits["device"], "dev0", "{waits}");
+        let refused = other.migrate(&to, json!({}));
+        let why = refused["error"].as_str().unwrap();
+        assert!(why.contains("still being undone; dev0 has not answered"), "{refused}");
+        let begun = Instant::now();
+        if by_source {
+            signal(there.process.pid(), Signal::TERM);
+        } else {
+            there.call("quit", Value::Null).unwrap();
+        }
+        assert!(there.process.child.wait().unwrap().success());
+        assert!(begun.elapsed() < WITHIN, "{:?}", begun.elapsed());
+    }
+    vm.assert_whole();
+}
+
+/// The guest is paused, and its device does not answer: the process ends by a signal all the same, and the guest with it.
+#[test]
+fn a_switchover_that_stands_still_does_not_hold_the_end_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let faulty = &["--state-size", "4M", "--fault", "hang-arc:PRE_COPY:PRE_COPY_P2P"];
+    let mut vm = Setup { device_arguments: faulty, ..Setup::new(dir.path(), "a") }.start();
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    vm.warm();
+    let to = there.incoming();
+    vm.begin(&to, json!({}));
+    until("the switchover", || (vm.migration()["phase"] == "P4" && vm.status() == "paused").then_some(()));
+    let begun = Instant::now();
+    signal(vm.process.pid(), Signal::TERM);
+    assert!(vm.process.child.wait().unwrap().success());
+    assert!(begun.elapsed() < WITHIN, "{:?}", begun.elapsed());
+    until("the other side", || (there.migration()["status"] == "cancelled").then_some(()));
+    assert_eq!(there.incoming(), to);
+}

@@ -126,6 +126,19 @@ impl DestinationEngine {
         }
     }
 
+    /// ABORT, while the source has yet to be told that the attempt is given up: for a session that cannot do so in turn, because
+    /// something does not answer.
+    pub fn owed_abort(&self) -> Option<Message> {
+        let rolling_back = matches!(self.state, State::JournalAborted | State::Releasing);
+        let told = self.rollback.source_gave_up || self.rollback.source_notified || !self.link;
+        (rolling_back && !told).then(|| Message::Abort(self.cause()))
+    }
+
+    /// Whether the source gave the attempt up: nothing more is to be said to it.
+    pub fn source_gave_up(&self) -> bool {
+        self.rollback.source_gave_up && !self.rollback.rehearsed
+    }
+
     fn on_answer(&mut self, event: DestinationEvent, now: Time) {
         match (self.state, event) {
             (State::Reserving, DestinationEvent::Reserved { manifest, reasons, identity }) => {

@@ -229,7 +229,7 @@ impl DestinationEngine {
         self.timer = Some(ExpectedAnswer::within(timeout, "a question", now));
     }
 
-    fn cause(&self) -> Failure {
+    pub(super) fn cause(&self) -> Failure {
         self.rollback.cause.clone().unwrap_or_else(|| self.error("given up"))
     }
 }

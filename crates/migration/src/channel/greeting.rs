@@ -36,9 +36,10 @@ pub(crate) struct Accepted {
 }
 
 impl Accepted {
-    /// Refuses the connection: no migration is taken in now.
-    pub(crate) fn turn_away(self) {
-        let why = "no migration is taken in here now";
+    /// Refuses the connection: no migration is taken in now. `why`, where that is known.
+    pub(crate) fn turn_away(self, why: Option<&str>) {
+        let why = why.map_or(String::new(), |why| format!(": {why}"));
+        let why = format!("no migration is taken in here now{why}");
         tracing::warn!(peer = %self.link.peer(), "a migration was turned away: {why}");
         let _ = self.link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why)));
         self.link.shutdown_write();

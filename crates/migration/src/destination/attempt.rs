@@ -1,21 +1,28 @@
 //! State that the threads of an attempt share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use vfio_migration_device::{ConfigRules, PciState, ResumingSession};
 use vfio_migration_engine::ownership::DestinationRecord;
 use vfio_migration_types::DeviceId;
 
+use crate::destination::locks::StorageLocks;
 use crate::destination::reader::{Received, Sink};
 use crate::machine::MigratableDevice;
 use crate::report::StepTime;
+use crate::session::awaited::AwaitedAnswers;
 use crate::session::interrupt::Interrupt;
 
 /// State that the threads of an attempt share.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct DestinationShared {
     pub(super) interrupt: Interrupt,
+    /// What the session waits for.
+    pub(super) answers: AwaitedAnswers,
+    pub(super) locks: Arc<StorageLocks>,
+    /// The message that says why the attempt is given up was sent, by whichever thread came to it first.
+    pub(super) abort_sent: AtomicBool,
     pub(super) sink: OnceLock<Sink>,
     pub(super) received: Received,
     /// Nothing is to stay, and nothing is journaled.

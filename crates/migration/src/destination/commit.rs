@@ -10,6 +10,7 @@ use vfio_migration_wire::{Message, Running};
 use crate::channel::link::Link;
 use crate::destination::worker::Worker;
 use crate::ownership::journal::{Journal, JournalSide, read_journal};
+use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
@@ -44,6 +45,7 @@ impl Worker<'_, '_, '_> {
             state,
             peer: self.shared.peer.clone(),
         };
+        let _wait = self.shared.answers.wait(None, Request::Journal, None);
         journal
             .write_destination(record.clone(), given_up)
             .map_err(|error| error.in_phase(Side::Destination, phase))?;

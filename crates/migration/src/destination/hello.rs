@@ -10,10 +10,12 @@ use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
+use crate::device::tracked::tracked;
 use crate::machine::Machine;
 use crate::offer::{IncomingOffer, NotBuilt};
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
 use crate::reasons::{self, left_behind, with_migration_known};
+use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
@@ -58,12 +60,18 @@ impl Worker<'_, '_, '_> {
         };
         let Attempt { vm, attempt, epoch } = attempt;
         let offer = IncomingOffer { vm, attempt, epoch, manifest: offered.clone() };
-        let machine = match build(&offer) {
+        let wait = self.shared.answers.wait(None, Request::Machine, None);
+        let built = build(&offer);
+        drop(wait);
+        let machine = match built {
             Ok(machine) => machine,
             Err(NotBuilt::Refused(reason)) => return Ok(refuse(*reason)),
             Err(NotBuilt::Failed(text)) => return Err(Failure::new(Side::Destination, phase, text).into()),
         };
-        let own = machine.manifest().map_err(|error| error.in_phase(Side::Destination, phase))?;
+        let wait = self.shared.answers.wait(None, Request::Manifest, None);
+        let own = machine.manifest();
+        drop(wait);
+        let own = own.map_err(|error| error.in_phase(Side::Destination, phase))?;
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
         let mut devices = machine.devices();
         let policy = self.policy();
@@ -87,7 +95,7 @@ impl Worker<'_, '_, '_> {
                 }
                 continue;
             };
-            let moved = devices.swap_remove(at);
+            let moved = tracked(devices.swap_remove(at), &self.shared.answers);
             let name = device.id.clone();
             let alone = self.options.device_alone || moved.pci.is_some();
             if let Some(reason) = left_behind(&own, &moved, &policy).filter(|_| !alone) {

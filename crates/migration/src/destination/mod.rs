@@ -10,6 +10,7 @@
 mod attempt;
 mod commit;
 mod hello;
+mod locks;
 mod progress;
 mod reader;
 mod ready;
@@ -141,7 +142,7 @@ impl Destination {
             }
             match self.greet(Some(left)) {
                 Ok(Ok(Greeting::Query(link, query))) => self.answer(&link, query),
-                Ok(Ok(Greeting::Session(session))) => session.turn_away(),
+                Ok(Ok(Greeting::Session(session))) => session.turn_away(None),
                 Ok(Err(why)) => tracing::warn!(%why, "a connection was dropped that is no migration"),
                 Err(ConnectError::NobodyCame(_) | ConnectError::Cancelled | ConnectError::Used(_)) => {
                     return Ok(());

@@ -23,6 +23,7 @@ use crate::session::work_error::{self, WorkError};
 
 use crate::destination::worker::Worker;
 use crate::device::receive::DeviceReceiver;
+use crate::device::tracked::pci_answer;
 
 const PHASE: Phase = Phase::Ready;
 /// Time that the search may take, beside twice that of the digest of all RAM: its first round is as long as that, on both
@@ -162,17 +163,21 @@ impl Worker<'_, '_, '_> {
             .iter()
             .filter_map(|incoming| {
                 let state = incoming.pci_state.as_ref()?;
-                Some((incoming.moved.pci.as_ref()?, state, &incoming.rules))
+                let moved = &incoming.moved;
+                Some((moved.pci.as_ref()?, state, &incoming.rules, moved))
             })
             .collect();
-        for (pci, state, rules) in &functions {
+        let answers = &self.shared.answers;
+        for (pci, state, rules, moved) in &functions {
+            let _wait = pci_answer(answers, moved);
             pci.restore_config(state, rules).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
         self.step("config space and BARs", begun.elapsed());
 
         let begun = Instant::now();
         let router = machine.irq_router();
-        for (pci, state, _) in &functions {
+        for (pci, state, _, moved) in &functions {
+            let _wait = pci_answer(answers, moved);
             pci.stage_interrupts(state, router.as_ref())
                 .map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
@@ -187,7 +192,8 @@ impl Worker<'_, '_, '_> {
 
         let begun = Instant::now();
         let mut vectors = 0;
-        for (pci, state, _) in &functions {
+        for (pci, state, _, moved) in &functions {
+            let _wait = pci_answer(answers, moved);
             vectors +=
                 pci.connect_interrupts(state).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }

@@ -2,6 +2,8 @@
 
 use vfio_migration_types::{Failure, Phase, Side};
 
+use crate::device::tracked::pci_answer;
+use crate::session::awaited::AwaitedAnswers;
 use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::WorkError;
@@ -15,13 +17,8 @@ impl Worker<'_, '_, '_> {
         // The action under way has ended: this one is not to be interrupted.
         self.shared.interrupt.clear();
         // First: a reset takes time, and the source may be waiting for its locks. Nothing here writes any storage.
-        let unlocked = match self.machine.as_ref().filter(|_| self.locked) {
-            Some(machine) => {
-                machine.release_locks().map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
-            }
-            None => Ok(()),
-        };
-        self.locked = false;
+        let unlocked = self.shared.locks.release();
+        let unlocked = unlocked.map_err(|error| error.in_phase(Side::Destination, Phase::Clean));
         if let Some(sink) = self.shared.sink.get() {
             for (incoming, queue) in self.devices.iter_mut().zip(&sink.devices) {
                 // A session that was taken back from its thread is in its place already.
@@ -30,8 +27,9 @@ impl Worker<'_, '_, '_> {
                 }
             }
         }
-        let mut failures =
-            for_each_device_parallel(self.devices.iter_mut().filter(|incoming| incoming.touched), reset);
+        let answers = &self.shared.answers;
+        let touched = self.devices.iter_mut().filter(|incoming| incoming.touched);
+        let mut failures = for_each_device_parallel(touched, |incoming| reset(incoming, answers));
         failures.push(unlocked);
         self.devices.clear();
         self.machine = None;
@@ -40,10 +38,13 @@ impl Worker<'_, '_, '_> {
 }
 
 /// The VMM's side first, so that nothing of the VMM reaches for a device that is being reset.
-fn reset(incoming: &mut ArrivingDevice) -> Result<(), Failure> {
+fn reset(incoming: &mut ArrivingDevice, answers: &AwaitedAnswers) -> Result<(), Failure> {
     incoming.touched = false;
     let undone = match &incoming.moved.pci {
-        Some(pci) => pci.undo().map_err(|error| error.in_phase(Side::Destination, Phase::Clean)),
+        Some(pci) => {
+            let _wait = pci_answer(answers, &incoming.moved);
+            pci.undo().map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
+        }
         None => Ok(()),
     };
     let reset = match incoming.session.take() {

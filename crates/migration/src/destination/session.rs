@@ -9,7 +9,7 @@ use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
-use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, rfc3339};
+use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, error_chain, rfc3339};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
 use crate::channel::connect::Listener;
@@ -31,7 +31,7 @@ use crate::session::events::Events;
 use crate::session::host::nonce;
 use crate::session::lock::lock;
 use crate::session::rate::RateMeter;
-use crate::session::threads::{no_thread, spawn};
+use crate::session::threads::{no_thread, spawn, spawn_free};
 use crate::snapshot::file_peer;
 
 /// Time after which the loop looks again for connections, and while one has sent nothing yet, at it.
@@ -122,7 +122,8 @@ pub(super) fn run(
             running: None,
             link_lost: false,
             cancelled: false,
-            giving_up: false,
+            giving_up: None,
+            done_for_worker: false,
             submitted: 0,
             polled: begun,
             from_file: options.from_file.is_some(),
@@ -147,7 +148,7 @@ pub(super) fn run(
 /// The loop, on the caller's thread.
 struct Session<'a> {
     engine: engine::DestinationEngine,
-    link: &'a Link,
+    link: &'a Arc<Link>,
     shared: &'a DestinationShared,
     jobs: Sender<Job>,
     events: Receiver<DestinationEvent>,
@@ -162,8 +163,10 @@ struct Session<'a> {
     running: Option<Running>,
     link_lost: bool,
     cancelled: bool,
-    /// The attempt is being undone.
-    giving_up: bool,
+    /// The attempt is being undone, up to the job of this number, since then.
+    giving_up: Option<(u64, Instant)>,
+    /// What the worker cannot do while something does not answer was done for it.
+    done_for_worker: bool,
     submitted: u64,
     polled: Instant,
     from_file: bool,
@@ -183,6 +186,7 @@ impl Session<'_> {
         loop {
             if let Some(outcome) = self.act() {
                 self.report();
+                self.outlast_worker();
                 if let DestinationOutcome::OwnedNotStarted { epoch, cause } = &outcome {
                     let guest = GuestOutcome::NotStarted(Box::new(cause.clone()));
                     self.running = Some(Running { epoch: *epoch, guest, boot_id: [0; 16], at_ns: 0 });
@@ -236,7 +240,8 @@ impl Session<'_> {
                     continue;
                 }
                 DestinationAction::Journal(DestinationState::Aborted) | DestinationAction::Release => {
-                    self.giving_up = true;
+                    let (_, since) = self.giving_up.unwrap_or((0, Instant::now()));
+                    self.giving_up = Some((self.submitted + 1, since));
                     self.shared.interrupt.raise();
                 }
                 DestinationAction::Send(Message::HelloReply(reply)) => {
@@ -292,7 +297,10 @@ impl Session<'_> {
                 let now = self.now();
                 self.engine.handle(DestinationEvent::Peer(Message::Query { vm, attempt, epoch }), now);
             }
-            Some(Ok(Greeting::Session(session))) => session.turn_away(),
+            Some(Ok(Greeting::Session(session))) => {
+                let why = self.giving_up.map(|_| self.still_undone());
+                session.turn_away(why.as_deref());
+            }
             Some(Err(why)) => tracing::debug!(%why, "a connection was dropped"),
             None => {}
         }
@@ -303,13 +311,67 @@ impl Session<'_> {
             let now = self.now();
             self.engine.handle(DestinationEvent::Cancel, now);
         }
-        if self.giving_up && self.link.blocked() > GRACE {
+        if self.giving_up.is_some() && self.link.blocked() > GRACE {
             self.link.give_up("the source did not take what was being sent when the migration was given up");
         }
+        self.relieve_worker();
         if self.link_lost {
             return;
         }
         liveness::keep_alive(self.link, "the source", self.peer_timeout);
+    }
+
+    /// Whether the worker is still at what is to be undone.
+    fn is_undoing(&self) -> bool {
+        let done = self.shared.jobs_done.load(Ordering::Acquire);
+        self.giving_up.is_some_and(|(job, _)| done < job)
+    }
+
+    /// Does for a worker that waits for a device what the source cannot wait for: the storage locks go back, without which its guest
+    /// does not, and it is told that the attempt is given up. No device that does not answer writes any storage: it is not running.
+    fn relieve_worker(&mut self) {
+        let due = self.giving_up.is_some_and(|(_, since)| since.elapsed() > GRACE);
+        if !due || self.done_for_worker || !self.is_undoing() {
+            return;
+        }
+        self.done_for_worker = true;
+        let told = self.engine.source_gave_up();
+        let abort = self.engine.owed_abort().filter(|_| !self.shared.abort_sent.swap(true, Ordering::AcqRel));
+        let (link, locks) = (Arc::clone(self.link), Arc::clone(&self.shared.locks));
+        // On a thread of its own: neither the VMM nor the connection need be quick.
+        let relieving = spawn_free("abort", move || {
+            if let Err(error) = locks.release() {
+                tracing::warn!(error = %error_chain(&error), "a storage lock could not be released yet");
+            }
+            if let Some(Err(error)) = abort.map(|abort| link.send(&abort)) {
+                tracing::debug!(error = %error_chain(&error), "the source does not hear of the abort");
+            }
+            if told {
+                // It waits for the end of the connection alone.
+                link.shutdown_write();
+            }
+        });
+        drop(
+            relieving.inspect_err(
+                |error| tracing::warn!(%error, "no thread to tell the source what it waits for"),
+            ),
+        );
+    }
+
+    /// Waits on for a worker that is held up by what does not answer, and tells whoever asks why no other guest is taken in.
+    fn outlast_worker(&mut self) {
+        while self.is_undoing() && !self.shared.answers.longer_than(Duration::ZERO).is_empty() {
+            self.report();
+            self.poll_listener();
+            std::thread::sleep(POLL_PENDING);
+        }
+    }
+
+    /// Why no other guest is taken in.
+    fn still_undone(&self) -> String {
+        let awaited = self.shared.answers.to_tell(true);
+        let awaited: Vec<_> = awaited.iter().map(|answer| format!("; {answer}")).collect();
+        format!("the last attempt is still being undone{}", awaited.concat())
     }
 
     fn report(&mut self) {
@@ -324,6 +386,9 @@ impl Session<'_> {
             }
         }
         let bytes = bytes(self.shared, &devices);
+        // Whichever side's operator it was.
+        let by_source = self.engine.abort_cause().is_some_and(Failure::is_cancelled);
+        let cancelling = self.giving_up.is_some() && (self.cancelled || by_source);
         self.control.set_progress(Progress {
             phase,
             iteration: u32::try_from(self.shared.received.iteration.load(Ordering::Relaxed))
@@ -336,6 +401,8 @@ impl Session<'_> {
             devices,
             phases: self.phases.clone(),
             attempt: self.attempt_info(),
+            cancelling,
+            awaited: self.shared.answers.to_tell(cancelling),
             ..Progress::default()
         });
     }

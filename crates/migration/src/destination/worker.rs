@@ -38,7 +38,6 @@ pub(super) struct Worker<'scope, 'env, 'a> {
     /// A kernel device of this machine pins RAM.
     pub(super) pinned: bool,
     pub(super) devices: Vec<ArrivingDevice>,
-    pub(super) locked: bool,
 }
 
 /// A job: the engine's action, and what the engine knew when it asked for it.
@@ -70,7 +69,6 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             machine: None,
             pinned: false,
             devices: Vec::new(),
-            locked: false,
         }
     }
 
@@ -103,6 +101,10 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
                 if matches!(message, Message::Abort(_) | Message::Declined(_)) {
                     self.locks_back();
                 }
+                let abort = matches!(message, Message::Abort(_));
+                if abort && self.shared.abort_sent.swap(true, Ordering::AcqRel) {
+                    return Ok(None);
+                }
                 self.link
                     .send(&message)
                     .map_err(|error| WorkError::sending(error, Side::Destination, Phase::Hello))?;
@@ -115,8 +117,8 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             }
             DestinationAction::TakeLocks => {
                 let machine = self.machine(Phase::Final)?;
-                machine.take_locks().map_err(|error| error.in_phase(Side::Destination, Phase::Final))?;
-                self.locked = true;
+                let taken = self.shared.locks.take(&machine);
+                taken.map_err(|error| error.in_phase(Side::Destination, Phase::Final))?;
                 DestinationEvent::LocksTaken
             }
             DestinationAction::Load { totals } => DestinationEvent::Loaded(self.load(&totals)?),
@@ -125,6 +127,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
                 DestinationEvent::Journaled(state)
             }
             DestinationAction::Start { epoch, run_guest } => {
+                self.shared.locks.keep();
                 DestinationEvent::Started(self.start(epoch, run_guest)?)
             }
             DestinationAction::Release => {
@@ -140,13 +143,9 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
 
     /// The source takes its locks back as soon as it receives that we gave up: ours must be gone by then. A failure is
     /// not final, the release tries again.
-    fn locks_back(&mut self) {
-        let Some(machine) = self.machine.as_ref().filter(|_| self.locked) else { return };
-        match machine.release_locks() {
-            Ok(()) => self.locked = false,
-            Err(error) => {
-                tracing::warn!(error = %error_chain(&error), "a storage lock could not be released yet")
-            }
+    fn locks_back(&self) {
+        if let Err(error) = self.shared.locks.release() {
+            tracing::warn!(error = %error_chain(&error), "a storage lock could not be released yet");
         }
     }
 

@@ -32,6 +32,11 @@ pub(crate) fn tracked(moved: MigratableDevice, answers: &AwaitedAnswers) -> Migr
     MigratableDevice { device: Arc::new(TrackedDevice { requests, log }), pci }
 }
 
+/// Takes note that something is asked of the PCI function of `moved`, which the VMM asks of its device.
+pub(crate) fn pci_answer(answers: &AwaitedAnswers, moved: &MigratableDevice) -> Wait {
+    answers.wait(Some(moved.device.id()), Request::PciState, moved.device.answer_limit(false))
+}
+
 #[derive(Clone, Debug)]
 struct Requests {
     device: Arc<dyn Device>,

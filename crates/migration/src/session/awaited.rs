@@ -38,6 +38,8 @@ pub enum Request {
     DirtyLog,
     /// To a device's PCI function: give, or take, your config space and interrupts.
     PciState,
+    /// To the VMM: a machine for the guest that arrives.
+    Machine,
     /// To the VMM: the machine's manifest, for which it may ask its devices.
     Manifest,
     /// To the state directory: take this record of the journal.
@@ -56,11 +58,17 @@ impl fmt::Display for Request {
             Self::Capabilities => "a question what it can do",
             Self::DirtyLog => "a request to its dirty log",
             Self::PciState => "a request to its PCI function",
+            Self::Machine => "a request for a machine",
             Self::Manifest => "a request for the machine's manifest",
             Self::Journal => "a write of the journal",
         })
     }
 }
+
+/// Time after which an answer is told as one that is waited for: few devices take so long. Somebody who has cancelled
+/// wants to know sooner.
+const LATE: Duration = Duration::from_secs(1);
+const LATE_CANCELLING: Duration = Duration::from_millis(200);
 
 /// An answer that is waited for. Its text is a sentence: `net0 has not answered RUNNING to PRE_COPY for 12 s`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,6 +166,11 @@ impl AwaitedAnswers {
         let (device, at) = (device.cloned(), Instant::now());
         awaited.requests.push(Sent { number, device, request, at, limit });
         Wait { of: self.clone(), number }
+    }
+
+    /// Those that are to be told of a session that is under way, which is being cancelled or not.
+    pub(crate) fn to_tell(&self, cancelling: bool) -> Vec<AwaitedAnswer> {
+        self.longer_than(if cancelling { LATE_CANCELLING } else { LATE })
     }
 
     /// Those that have been waited for at least so long, the longest first.

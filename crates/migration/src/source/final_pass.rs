@@ -9,8 +9,8 @@ use vfio_migration_memory::Holes;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
+use crate::device::tracked::pci_answer;
 use crate::machine::{MachineError, Section};
-use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
 
@@ -56,8 +56,7 @@ impl Worker {
         let mut sections = Vec::new();
         for moved in &self.functions {
             let Some(pci) = &moved.pci else { continue };
-            let wait =
-                self.plan.answers.wait(Some(pci.id()), Request::PciState, moved.device.answer_limit(false));
+            let wait = pci_answer(&self.plan.answers, moved);
             let state = pci.save();
             drop(wait);
             let state = state.map_err(|error| error.in_phase(Side::Source, phase))?;

@@ -25,11 +25,6 @@ use crate::source::attempt::SourceCounters;
 /// Time after which the observer is called again while nothing but counts changes.
 const EVERY: Duration = Duration::from_millis(200);
 
-/// Time after which an answer is told as one that is waited for: few devices take so long. Somebody who has cancelled
-/// wants to know sooner.
-const LATE: Duration = Duration::from_secs(1);
-const LATE_CANCELLING: Duration = Duration::from_millis(200);
-
 /// What a session waits for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Waits<'a> {
@@ -41,7 +36,7 @@ pub(crate) struct Waits<'a> {
 impl Waits<'_> {
     /// Answers that are to be told.
     pub(crate) fn awaited(self) -> Vec<AwaitedAnswer> {
-        self.answers.longer_than(if self.cancelling { LATE_CANCELLING } else { LATE })
+        self.answers.to_tell(self.cancelling)
     }
 }
 

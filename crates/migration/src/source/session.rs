@@ -285,7 +285,9 @@ impl Session<'_> {
 
     fn report(&self, reporter: &mut ProgressReporter, observer: &mut impl FnMut(&Progress), last: bool) {
         let progress = self.engine.progress(self.now());
-        let waits = Waits { answers: &self.plan.answers, cancelling: self.cancelled.is_some() };
+        // Not where it came too late.
+        let cancelling = self.cancelled.is_some() && self.engine.is_rolling_back();
+        let waits = Waits { answers: &self.plan.answers, cancelling };
         let wire_bytes = self.link.wire_bytes();
         if let Some(progress) =
             reporter.update(&progress, self.engine.phases(), self.counters, wire_bytes, waits, last)

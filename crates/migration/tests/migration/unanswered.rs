@@ -2,11 +2,12 @@
 //! paused the one is named that is waited for.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
     Aborted, Control, Destination, DestinationOptions, IncomingControl, IncomingError, Machine, MigrateError,
-    PendingRollback, Rehearse, Source, SourceOptions,
+    PendingRollback, Rehearse, Source, SourceOptions, Uri,
 };
 use vfio_migration_types::{MigrationState as State, Phase};
 
@@ -48,6 +49,22 @@ impl Attempt {
         hangs: impl Fn() -> bool + Send,
         after: impl FnOnce(&Control, &IncomingControl) + Send,
     ) -> Self {
+        let cancel = |control: &Control, _: &IncomingControl| control.cancel();
+        Self::given_up(toy, there, rehearse, hangs, cancel, |control, receiving, _, _| {
+            after(control, receiving)
+        })
+    }
+
+    /// The same, given up as `cancel` says; `after` also gets the address, and whether the source has ended.
+    fn given_up(
+        toy: &Arc<Toy>,
+        there: &Arc<Toy>,
+        rehearse: Option<Rehearse>,
+        hangs: impl Fn() -> bool + Send,
+        cancel: impl FnOnce(&Control, &IncomingControl) + Send,
+        after: impl FnOnce(&Control, &IncomingControl, &Uri, &AtomicBool) + Send,
+    ) -> Self {
+        let source_ended = AtomicBool::new(false);
         let mut incoming = DestinationOptions::default();
         incoming.peer_timeout = FAR;
         let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
@@ -63,8 +80,8 @@ impl Attempt {
             let cancelling = scope.spawn(|| {
                 wait_for("the device to hang", hangs);
                 let at = Instant::now();
-                control.cancel();
-                after(&control, &receiving);
+                cancel(&control, &receiving);
+                after(&control, &receiving, &to, &source_ended);
                 at
             });
             let ended = match rehearse {
@@ -72,6 +89,7 @@ impl Attempt {
                 Some(how) => source.rehearse_to(&to, how, |_| {}).map(drop),
             };
             let ended_at = Instant::now();
+            source_ended.store(true, Ordering::Release);
             let at = cancelling.join().unwrap();
             let (there, destination_at) = arriving.join().unwrap();
             let (took, destination_took) = (ended_at - at, destination_at - at);
@@ -212,5 +230,49 @@ fn a_device_that_does_not_answer_while_the_guest_is_paused() {
         assert_eq!(attempt.control.pending_rollback(), PendingRollback::None);
         assert!(attempt.there.to_string().contains("cancelled"), "{}", attempt.there);
         toy.prove_restored();
+    }
+}
+
+/// A destination whose device does not answer holds nobody up but itself: neither side's operator, nor the source's storage locks.
+#[test]
+fn a_device_of_the_destination_that_does_not_answer() {
+    let cases = [
+        (FakeFault::BeginResuming, "RUNNING to RESUMING"),
+        (FakeFault::Write, "a write of its state"),
+        (FakeFault::Finish, "RESUMING to STOP"),
+    ];
+    for by_source in [true, false] {
+        for (fault, says) in cases {
+            let (toy, there) = (Toy::booted(&plan()), Toy::new(&plan()));
+            there.device(1).hang_at(fault);
+            let attempt = Attempt::given_up(
+                &toy,
+                &there,
+                None,
+                || there.device(1).hangs(),
+                |control, receiving| if by_source { control.cancel() } else { receiving.cancel() },
+                |_, receiving, to, source_ended| {
+                    wait_for("the source to end", || source_ended.load(Ordering::Acquire));
+                    toy.prove_restored();
+                    let named = || {
+                        let progress = receiving.progress().expect("it is still under way");
+                        let says = progress.awaited.iter().any(|answer| answer.to_string().contains(says));
+                        progress.cancelling && says
+                    };
+                    wait_for("the device to be named", named);
+                    let other = Source::new(Toy::booted(&plan()), patient());
+                    let error = other.migrate_to(to, |_| {}).unwrap_err().to_string();
+                    let why = format!("still being undone; toy1 has not answered {says}");
+                    assert!(error.contains(&why), "{error}");
+                    there.device(1).let_go();
+                },
+            );
+            assert!(attempt.took < WITHIN, "{fault:?}: {:?}", attempt.took);
+            let MigrateError::Aborted(aborted) = &attempt.error else { panic!("{:?}", attempt.error) };
+            assert!(aborted.restored && aborted.left_undone.is_empty(), "{aborted:?}");
+            assert!(aborted.locks_lost.is_empty() && aborted.cause.is_cancelled(), "{aborted:?}");
+            assert!(attempt.there.to_string().contains("cancelled"), "{}", attempt.there);
+            assert_eq!(there.device(1).at(), State::Running, "it was not reset");
+        }
     }
 }

@@ -1,0 +1,35 @@
+//! The storage locks of the machine that a guest arrives in: given back by whoever comes to it first.
+
+use std::sync::{Arc, Mutex};
+
+use crate::machine::{LockError, Machine};
+use crate::session::lock::lock;
+
+/// The storage locks, while an attempt may have them.
+#[derive(Default)]
+pub(super) struct StorageLocks(Mutex<Option<Arc<dyn Machine>>>);
+
+impl StorageLocks {
+    /// Takes all of them.
+    pub(super) fn take(&self, machine: &Arc<dyn Machine>) -> Result<(), LockError> {
+        let mut held = lock(&self.0);
+        machine.take_locks()?;
+        *held = Some(Arc::clone(machine));
+        Ok(())
+    }
+
+    /// Releases them, if they are held. After a failure they are, and this can be tried again.
+    pub(super) fn release(&self) -> Result<(), LockError> {
+        let mut held = lock(&self.0);
+        if let Some(machine) = &*held {
+            machine.release_locks()?;
+        }
+        *held = None;
+        Ok(())
+    }
+
+    /// The guest has arrived: they are the machine's from now on.
+    pub(super) fn keep(&self) {
+        *lock(&self.0) = None;
+    }
+}
