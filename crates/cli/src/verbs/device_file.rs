@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,9 @@ use crate::units::format_size;
 
 /// Time after which progress is looked at again, and Ctrl-C.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Time after which a device that does not answer is not waited for, once the work with it is cancelled. That of a session that
+/// ends without it is less.
+const UNANSWERED: Duration = Duration::from_millis(1500);
 /// The name of a device that nobody names.
 const NAME: &str = "dev0";
 
@@ -93,10 +96,11 @@ pub(crate) fn save(command: &SaveCommand, device: &str, interrupt: &UserInterrup
     how.state_limit = command.options.state_limit.map(NonZeroU64::get);
     let doing = format!("cannot save {device}");
     check_target(&command.output, how.force, &doing)?;
-    let report = watch(interrupt, !command.json, "saved", |control| {
+    let (of_thread, output) = (interrupt.clone(), command.output.clone());
+    let report = watch(interrupt, !command.json, "saved", move |control| {
         let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
-        interrupt.check()?;
-        let report = save_device(&device, &command.output, how, control);
+        of_thread.check()?;
+        let report = save_device(&device, &output, how, control);
         Ok(report.map_err(|error| failed(&doing, &error))?.into())
     })?;
     print_report(&report, command.json, "saved into")
@@ -113,11 +117,12 @@ pub(crate) fn restore(command: &RestoreCommand, interrupt: &UserInterrupt) -> Re
     let file = command.file.clone();
     let snapshot = interrupt.watch(move || Snapshot::open(&file))?;
     let snapshot = snapshot.map_err(|error| CliError::caused(&doing, &error))?;
-    let report = watch(interrupt, !command.json, "loaded", |control| {
-        let config = fitting(&snapshot, command)?;
-        interrupt.check()?;
+    let (of_thread, json, command) = (interrupt.clone(), command.json, command.clone());
+    let report = watch(interrupt, !json, "loaded", move |control| {
+        let config = fitting(&snapshot, &command)?;
+        of_thread.check()?;
         let device = open_alone(&config).map_err(|error| CliError::caused(&doing, &error))?;
-        interrupt.check()?;
+        of_thread.check()?;
         match &command.save_again {
             None => {
                 let report = restore_device(snapshot, &device, stopped(command.leave_stopped), control);
@@ -130,7 +135,7 @@ pub(crate) fn restore(command: &RestoreCommand, interrupt: &UserInterrupt) -> Re
             }
         }
     })?;
-    print_report(&report, command.json, "restored from")
+    print_report(&report, json, "restored from")
 }
 
 /// Judges where a file is to be written before a device is opened: opening it may reset it.
@@ -198,33 +203,38 @@ fn parse(text: &str, name: Option<&DeviceId>) -> Result<DeviceConfig, CliError> 
     DeviceConfig::named(text, &otherwise).map_err(|error| usage(error.to_string()))
 }
 
-/// Does `work` on a thread of its own, shows how far it is, and cancels it on Ctrl-C.
+/// Does `work` on a thread of its own, shows how far it is, and cancels it on Ctrl-C. A device that does not answer then is not
+/// waited for: the process ends, and what there was of a file with it.
 fn watch(
     interrupt: &UserInterrupt,
     shown: bool,
     done: &str,
-    work: impl FnOnce(&DeviceControl) -> Result<DeviceFileReport, CliError> + Send,
+    work: impl FnOnce(&DeviceControl) -> Result<DeviceFileReport, CliError> + Send + 'static,
 ) -> Result<DeviceFileReport, CliError> {
     let control = DeviceControl::default();
     let mut progress = ProgressDisplay::new(shown);
-    std::thread::scope(|scope| {
-        let (ended, end) = channel::<()>();
-        let of_thread = control.clone();
-        let working = std::thread::Builder::new().spawn_scoped(scope, move || {
-            let result = work(&of_thread);
-            drop(ended);
-            result
-        });
-        let working = working.map_err(|error| CliError::caused("there is no thread left", &error))?;
-        while end.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
-            let (moved, left) = control.progress();
-            progress.update_bytes(done, moved, left);
-            if interrupt.requested() {
-                control.cancel();
-            }
+    let (ended, end) = channel::<()>();
+    let of_thread = control.clone();
+    let working = std::thread::Builder::new().name("device".into()).spawn(move || {
+        let result = work(&of_thread);
+        drop(ended);
+        result
+    });
+    let working = working.map_err(|error| CliError::caused("there is no thread left", &error))?;
+    let mut cancelled = None;
+    while end.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+        let (moved, left) = control.progress();
+        progress.update_bytes(done, moved, left);
+        let Some(name) = interrupt.name() else { continue };
+        let since = *cancelled.get_or_insert_with(Instant::now);
+        control.cancel();
+        if since.elapsed() >= UNANSWERED {
+            return Err(CliError::failed(format!(
+                "interrupted by {name} while the device does not answer; it is left on its way, and a reset ends that"
+            )));
         }
-        working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    }
+    working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn failed(doing: &str, error: &DeviceFileError) -> CliError {

@@ -274,3 +274,55 @@ fn nonsense_is_a_usage_error() {
     let failure: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(failure["exit"], 1);
 }
+
+/// Whatever it waits for of the device, a signal ends it, and nothing is left of the file.
+#[test]
+fn a_device_that_does_not_answer_is_not_waited_for_after_a_signal() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let dir = tempfile::tempdir().unwrap();
+    let calm = Server::calm(dir.path(), "calm");
+    let whole = dir.path().join("whole");
+    calm.save(&whole, &[]);
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    let file = out.join("file");
+    let saves =
+        ["RUNNING:PRE_COPY", "PRE_COPY:PRE_COPY_P2P", "PRE_COPY_P2P:STOP_COPY"].map(|arc| (arc, true));
+    for (signal, (arc, saving)) in [Signal::INT, Signal::TERM]
+        .into_iter()
+        .cycle()
+        .zip(saves.into_iter().chain([("STOP:RESUMING", false)]))
+    {
+        let fault = format!("hang-arc:{arc}");
+        let socket = dir.path().join(format!("hangs-{arc}"));
+        let path = socket.to_str().unwrap();
+        let mut server = command(&["device", "--socket", path, "--state-size", "4M", "--fault", &fault])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        until("the socket", || socket.exists().then_some(()));
+        let name = format!("vfio-user:{path}");
+        let words = if saving {
+            ["save", "--device", &name, "-o", text(&file)]
+        } else {
+            ["restore", "--device", &name, text(&whole), "--json"]
+        };
+        let child = command(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut said = std::io::BufReader::new(server.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("the arc hangs") {
+            line.clear();
+            assert_ne!(std::io::BufRead::read_line(&mut said, &mut line).unwrap(), 0, "{arc} was not taken");
+        }
+        let begun = std::time::Instant::now();
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5), "{arc}: {:?}: {told}", begun.elapsed());
+        assert_eq!(output.status.code(), Some(1), "{arc}: {told}");
+        assert!(told.contains("interrupted"), "{arc}: {told}");
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0, "{arc}: a file was left");
+        kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
+        server.wait().unwrap();
+    }
+}

@@ -107,15 +107,19 @@ fn leave_open_session(device: &dyn Device) -> Result<bool, DeviceFileError> {
 }
 
 fn failed(device: &dyn Device, control: &DeviceControl, error: SaveError) -> DeviceFileError {
-    let fate =
-        || DeviceFate { device: device.id().clone(), reset: control.was_reset(), now: device.state().ok() };
+    let device_now = || device.state().ok();
+    let fate = || DeviceFate { device: device.id().clone(), reset: control.was_reset(), now: device_now() };
     match error {
         SaveError::File(error) => DeviceFileError::File(error),
         SaveError::NotResumed(held) => {
             DeviceFileError::WholeFile { failure: held.0.cause.into(), fate: fate() }
         }
         SaveError::Session(MigrateError::Aborted(aborted)) if aborted.cancelled => {
-            DeviceFileError::Cancelled(fate())
+            // One that does not answer is not asked.
+            let answers = aborted.left_undone.is_empty();
+            let (device, reset) = (device.id().clone(), control.was_reset());
+            let now = if answers { device_now() } else { None };
+            DeviceFileError::Cancelled(DeviceFate { device, reset, now })
         }
         SaveError::Session(MigrateError::Aborted(aborted)) => {
             DeviceFileError::Failed { failure: aborted.cause.into(), fate: fate() }

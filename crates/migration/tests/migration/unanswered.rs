@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
-    Aborted, Control, Destination, DestinationOptions, IncomingControl, IncomingError, Machine, MigrateError,
-    PendingRollback, Rehearse, Source, SourceOptions, Uri,
+    Aborted, Control, Destination, DestinationOptions, DeviceControl, DeviceFileError, IncomingControl,
+    IncomingError, Machine, MigrateError, PendingRollback, Rehearse, SaveDeviceOptions, SaveError,
+    SaveOptions, Source, SourceOptions, Uri, save, save_device,
 };
 use vfio_migration_types::{MigrationState as State, Phase};
 
@@ -275,4 +276,51 @@ fn a_device_of_the_destination_that_does_not_answer() {
             assert_eq!(there.device(1).at(), State::Running, "it was not reset");
         }
     }
+}
+
+/// Into a file it is the same, and none is left; of a device alone no guest waits, whatever state it is in.
+#[test]
+fn a_device_that_does_not_answer_while_it_is_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let toy = Toy::booted(&plan());
+    toy.device(1).hang_at(FakeFault::ReadPrecopy);
+    let source = Source::new(toy.clone(), patient().for_saving());
+    let control = source.control();
+    std::thread::scope(|scope| {
+        let cancelling = scope.spawn(|| {
+            wait_for("the device to hang", || toy.device(1).hangs());
+            control.cancel();
+            Instant::now()
+        });
+        let error = save(source, &path, SaveOptions::default(), |_| {}).unwrap_err();
+        let took = cancelling.join().unwrap().elapsed();
+        assert!(took < WITHIN, "{took:?}");
+        let SaveError::Session(MigrateError::Aborted(aborted)) = &error else { panic!("{error:?}") };
+        assert_eq!(aborted.left_undone[0].device.as_deref(), Some("toy1"), "{aborted:?}");
+    });
+    toy.device(1).let_go();
+    wait_for("the rollback", || control.pending_rollback() == PendingRollback::Ended(Vec::new()));
+    toy.prove_restored();
+    for fault in [FakeFault::BeginPrecopy, FakeFault::GoStopCopy, FakeFault::ReadStopCopy] {
+        let toy = Toy::booted(&plan());
+        let device = toy.devices()[0].device.clone();
+        toy.device(0).hang_at(fault);
+        let control = DeviceControl::default();
+        std::thread::scope(|scope| {
+            let cancelling = scope.spawn(|| {
+                wait_for("the device to hang", || toy.device(0).hangs());
+                control.cancel();
+                Instant::now()
+            });
+            let error = save_device(&device, &path, SaveDeviceOptions::default(), &control).unwrap_err();
+            let took = cancelling.join().unwrap().elapsed();
+            assert!(took < WITHIN, "{fault:?}: {took:?}");
+            let DeviceFileError::Cancelled(fate) = &error else { panic!("{fault:?}: {error:?}") };
+            assert_eq!(fate.now, None, "{fault:?}");
+        });
+        toy.device(0).let_go();
+        wait_for("the device to run again", || toy.device(0).at() == State::Running);
+    }
+    wait_for("the files to be gone", || std::fs::read_dir(dir.path()).unwrap().next().is_none());
 }
