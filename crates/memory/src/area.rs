@@ -53,20 +53,8 @@ impl Area {
 
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MemoryError> {
         let from = self.pointer(offset, into.len() as u64)?;
-        let (head, words) = split(from, into.len());
-        let (first, rest) = into.split_at_mut(head);
-        let (middle, last) = rest.split_at_mut(words * WORD);
-        // SAFETY: `pointer` has checked that all of `into.len()` bytes from `from` are mapped; `split` aligns the
-        // middle part to a word, and the three parts add up to that length.
-        unsafe {
-            load_bytes(from, first);
-            let mut at = from.add(head).cast::<u64>();
-            for word in middle.chunks_exact_mut(WORD) {
-                word.copy_from_slice(&AtomicU64::from_ptr(at.as_ptr()).load(Ordering::Relaxed).to_ne_bytes());
-                at = at.add(1);
-            }
-            load_bytes(at.cast(), last);
-        }
+        // SAFETY: `pointer` has checked that all of `into.len()` bytes from `from` are mapped.
+        unsafe { load(from, into) };
         Ok(())
     }
 
@@ -150,6 +138,26 @@ impl Drop for Area {
         // took on by contract not to outlive it.
         let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
         debug_assert!(unmapped.is_ok(), "munmap of our own mapping: {unmapped:?}");
+    }
+}
+
+/// Copies `into.len()` bytes from `from` through atomics: aligned words are read whole.
+///
+/// # Safety
+/// The `into.len()` bytes from `from` are mapped, and nobody holds a reference to them.
+pub(crate) unsafe fn load(from: NonNull<u8>, into: &mut [u8]) {
+    let (head, words) = split(from, into.len());
+    let (first, rest) = into.split_at_mut(head);
+    let (middle, last) = rest.split_at_mut(words * WORD);
+    // SAFETY: by this function's contract; `split` aligns the middle part to a word, and the three parts add up to the length.
+    unsafe {
+        load_bytes(from, first);
+        let mut at = from.add(head).cast::<u64>();
+        for word in middle.as_chunks_mut::<WORD>().0 {
+            *word = AtomicU64::from_ptr(at.as_ptr()).load(Ordering::Relaxed).to_ne_bytes();
+            at = at.add(1);
+        }
+        load_bytes(at.cast(), last);
     }
 }
 

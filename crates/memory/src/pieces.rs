@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags};
 
-use crate::area::store;
+use crate::area::{load, store};
 
 /// Most pieces per system call: the kernel's UIO_MAXIOV (`include/uapi/linux/uio.h`).
 const MAX_PIECES: usize = 1024;
@@ -81,8 +81,27 @@ impl<'a> Pieces<'a> {
         rustix::io::readv(from, unsafe { std::slice::from_raw_parts_mut(base, len) })
     }
 
+    /// Appends to `into` a copy of what is left, at most `most` bytes of it: for a transport that must have the bytes in hand,
+    /// to encrypt them. Does not advance. Returns the bytes copied.
+    pub fn copy_out(&self, into: &mut Vec<u8>, most: usize) -> usize {
+        let begun = into.len();
+        for piece in self.rest() {
+            let (at, step) = (into.len(), piece.len.min(most - (into.len() - begun)));
+            if step == 0 {
+                break;
+            }
+            into.resize(at + step, 0);
+            if let (Some(base), Some(to)) = (NonNull::new(piece.base), into.get_mut(at..)) {
+                // SAFETY: the piece is memory that stays mapped for `'a`, of at least `step` bytes, and is accessed through
+                // atomics alone.
+                unsafe { load(base, to) };
+            }
+        }
+        into.len() - begun
+    }
+
     /// Copies as much of `bytes` into the pieces as they have room for, and advances by it; returns how much that was. For
-    /// what was read ahead of them. Not logged as dirty.
+    /// what was read ahead of them, or decrypted. Not logged as dirty.
     pub fn fill(&mut self, bytes: &[u8]) -> usize {
         let mut done = 0;
         while let (Some(piece), Some(rest)) =
