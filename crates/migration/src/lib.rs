@@ -153,6 +153,7 @@ mod report;
 mod session;
 mod snapshot;
 mod source;
+mod tls;
 mod uri;
 
 pub use control::{Control, IncomingControl, PendingRollback};
@@ -176,10 +177,16 @@ pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{
     ArrivalReport, AttemptInfo, AttemptKind, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime,
 };
+pub use rustls;
 pub use session::awaited::{AwaitedAnswer, Request};
 pub use snapshot::{
     DeviceState, GuestNotResumed, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save,
 };
 pub use source::Source;
+pub use tls::config::{ALPN, Security, TlsDirectory, own_identity};
+pub use tls::error::TlsError;
+pub use tls::files::{CA_FILE, TlsRole, has_any};
+pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
+pub use tls::security::{ConnectionSecurity, SecurityKind};
 pub use uri::{Uri, UriError};
 pub use vfio_migration_types::{Failure, GuestOutcome, Side};

@@ -8,6 +8,7 @@ use vfio_migration_device::ConfigRules;
 use vfio_migration_types::{Epoch, VmId};
 
 use crate::reasons;
+use crate::tls::config::Security;
 
 /// Options of a source. Begin with `SourceOptions::default()` and change what matters.
 #[derive(Clone, Debug)]
@@ -49,6 +50,8 @@ pub struct SourceOptions {
     /// The epoch under which this side owns the guest: what [`Arrived::epoch`](crate::Arrived) said, or 0 for a guest
     /// that was booted here. A journal that knows a later one wins.
     pub epoch: Epoch,
+    /// How the connection is secured, where it is none over a unix socket: those stay as they are. Plain text.
+    pub security: Security,
     /// This side's policy: what it allows and asks for. The destination has a policy of its own; the stricter holds.
     pub policy: Policy,
     /// Devices that have another name at the destination.
@@ -77,6 +80,7 @@ impl Default for SourceOptions {
             keep_paused_if_reset: false,
             state_dir: None,
             epoch: Epoch(0),
+            security: Security::default(),
             policy: Policy::default(),
             device_map: DeviceMap::default(),
             to_file: false,
@@ -113,6 +117,8 @@ pub struct DestinationOptions {
     pub state_dir: Option<PathBuf>,
     /// Config-space bytes that may, or may not, differ: exceptions to the default mask.
     pub config_rules: ConfigRules,
+    /// How connections are secured, where they are none over a unix socket: those stay as they are. Plain text.
+    pub security: Security,
     /// This side's policy: what it allows and asks for. The source has a policy of its own; the stricter holds.
     pub policy: Policy,
     /// The guest arrives paused, whatever its source asks for, and is its operator's to resume. Off.
@@ -135,6 +141,7 @@ impl Default for DestinationOptions {
             expect: None,
             state_dir: None,
             config_rules: ConfigRules::default(),
+            security: Security::default(),
             policy: Policy::default(),
             suspend: false,
             lease: Duration::from_secs(60),

@@ -8,6 +8,7 @@ use vfio_migration_compat::Report;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, Phase, VmId, rfc3339};
 
 use crate::session::awaited::AwaitedAnswer;
+use crate::tls::security::ConnectionSecurity;
 
 /// Progress of a migration, at either side. Counts are of this side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -73,12 +74,15 @@ pub struct AttemptInfo {
     pub peer: String,
     /// When it began, by the host's wall clock: RFC 3339 in UTC.
     pub began: String,
+    /// How its connection is secured, and what the peer has proved to be; `None` before there is one, and of a file.
+    #[serde(default)]
+    pub security: Option<ConnectionSecurity>,
 }
 
 impl AttemptInfo {
     /// An attempt that begins now.
     pub fn beginning(vm: VmId, attempt: AttemptId, epoch: Epoch, kind: AttemptKind, peer: String) -> Self {
-        Self { vm, attempt, epoch, kind, peer, began: rfc3339(SystemTime::now()) }
+        Self { vm, attempt, epoch, kind, peer, began: rfc3339(SystemTime::now()), security: None }
     }
 }
 

@@ -6,13 +6,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustls::ServerConfig;
 
+use crate::channel::tls::Tls;
+use crate::channel::transport::{Socket, Transport, TransportError};
 use crate::session::abandon::{Unanswered, answer_unless};
+use crate::tls::config::Security;
+use crate::tls::error::TlsError;
+use crate::tls::files::TlsRole;
 use crate::uri::Uri;
 
 /// The reason why there is no connection.
@@ -35,24 +42,76 @@ pub(crate) enum ConnectError {
     NobodyCame(Duration),
     #[error("the one connection behind {0} has been used")]
     Used(Uri),
+    #[error("there is no secure connection to {uri}")]
+    Insecure {
+        uri: Uri,
+        #[source]
+        source: TransportError,
+    },
+    #[error("{uri} cannot be listened on securely")]
+    Unprepared {
+        uri: Uri,
+        #[source]
+        source: TlsError,
+    },
     #[error("cancelled")]
     Cancelled,
     #[error("there is no thread to connect on")]
     NoThread(#[source] io::Error),
 }
 
-/// Connects to a destination, within `limit`, and unless it is `given_up`.
+/// Connects to a destination, and secures the connection, within `limit`, and unless it is `given_up`.
 pub(crate) fn connect(
     uri: &Uri,
+    security: &Security,
     limit: Duration,
     given_up: impl Fn() -> bool,
-) -> Result<OwnedFd, ConnectError> {
-    let wanted = uri.clone();
+) -> Result<Box<dyn Transport>, ConnectError> {
+    let (wanted, security) = (uri.clone(), security.clone());
+    let until = Instant::now() + limit;
     // Neither a name's resolution nor a connect ends when it is told to.
-    within(uri, limit, given_up, move || match &wanted {
-        Uri::Tcp { host, port } => connect_tcp(&wanted, host, *port, limit),
-        Uri::Unix(path) => connect_unix(&wanted, path, limit),
-        Uri::Fd(number) => take_over(*number),
+    within(uri, limit, given_up, move || {
+        let socket = match &wanted {
+            Uri::Tcp { host, port } => connect_tcp(&wanted, host, *port, limit)?,
+            Uri::Unix(path) => connect_unix(&wanted, path, limit)?,
+            Uri::Fd(number) => take_over(*number)?,
+        };
+        secured(socket, &wanted, &security, until.saturating_duration_since(Instant::now()))
+    })
+}
+
+/// A source's connection over `socket`, secured if it is no unix socket.
+pub(crate) fn secured(
+    socket: OwnedFd,
+    uri: &Uri,
+    security: &Security,
+    limit: Duration,
+) -> Result<Box<dyn Transport>, ConnectError> {
+    if !begins_with_tls(&socket, security) {
+        return Ok(as_it_is(socket, security));
+    }
+    let insecure = |source: TransportError| ConnectError::Insecure { uri: uri.clone(), source };
+    let Some(config) = security.client().map_err(|error| insecure(error.into()))? else {
+        return Ok(as_it_is(socket, security));
+    };
+    security.warn_of_expiry(TlsRole::Client);
+    let host = match uri {
+        Uri::Tcp { host, .. } => host.as_str(),
+        Uri::Unix(_) | Uri::Fd(_) => "",
+    };
+    let name = security.server_name(host).map_err(|error| insecure(error.into()))?;
+    Tls::connect(socket, config, name, limit).map(|tls| Box::new(tls) as Box<dyn Transport>).map_err(insecure)
+}
+
+/// Unix sockets stay as they are: nobody is on their way.
+fn begins_with_tls(socket: &OwnedFd, security: &Security) -> bool {
+    security.is_tls() && rustix::net::sockopt::socket_domain(socket) != Ok(AddressFamily::UNIX)
+}
+
+fn as_it_is(socket: OwnedFd, security: &Security) -> Box<dyn Transport> {
+    Box::new(match security {
+        Security::Vouched(peer) => Socket::vouched(socket, peer.clone()),
+        _ => Socket::new(socket),
     })
 }
 
@@ -60,8 +119,8 @@ fn within(
     uri: &Uri,
     limit: Duration,
     given_up: impl Fn() -> bool,
-    work: impl FnOnce() -> Result<OwnedFd, ConnectError> + Send + 'static,
-) -> Result<OwnedFd, ConnectError> {
+    work: impl FnOnce() -> Result<Box<dyn Transport>, ConnectError> + Send + 'static,
+) -> Result<Box<dyn Transport>, ConnectError> {
     match answer_unless(given_up, Some(limit), work) {
         Ok(connected) => connected,
         Err(Unanswered::GivenUp) => Err(ConnectError::Cancelled),
@@ -148,6 +207,10 @@ pub(crate) fn check_stream(socket: &OwnedFd, number: RawFd) -> Result<(), Connec
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: ListenerSocket,
+    uri: Uri,
+    security: Security,
+    /// What the latest connection was taken with: certificates that are being replaced may not fit each other for a moment.
+    latest: Option<Arc<ServerConfig>>,
     backoff: Backoff,
 }
 
@@ -197,14 +260,17 @@ impl Drop for Unlink {
 
 impl Listener {
     /// Binds, and returns the address: with the port that port 0 became.
-    pub(crate) fn bind(uri: &Uri) -> Result<(Self, Uri), ConnectError> {
+    pub(crate) fn bind(uri: &Uri, security: &Security) -> Result<(Self, Uri), ConnectError> {
         let failed = |source| ConnectError::System { doing: "listening on", uri: uri.clone(), source };
         match uri {
             Uri::Tcp { host, port } => {
                 let listener = TcpListener::bind((host.as_str(), *port)).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 let port = listener.local_addr().map_err(failed)?.port();
-                Ok((Self::of(ListenerSocket::Tcp(listener)), Uri::Tcp { host: host.clone(), port }))
+                Ok((
+                    Self::of(ListenerSocket::Tcp(listener), uri, security)?,
+                    Uri::Tcp { host: host.clone(), port },
+                ))
             }
             Uri::Unix(path) => {
                 remove_dead_socket(path);
@@ -212,19 +278,28 @@ impl Listener {
                 let unlink = Unlink(path.clone());
                 listener.set_nonblocking(true).map_err(failed)?;
                 let socket = ListenerSocket::Unix { listener, _unlink: unlink };
-                Ok((Self::of(socket), uri.clone()))
+                Ok((Self::of(socket, uri, security)?, uri.clone()))
             }
-            Uri::Fd(number) => Ok((Self::connected(take_over(*number)?, uri.clone()), uri.clone())),
+            Uri::Fd(number) => Ok((Self::connected(take_over(*number)?, uri, security)?, uri.clone())),
         }
     }
 
     /// The one connection that was handed over.
-    pub(crate) fn connected(socket: OwnedFd, uri: Uri) -> Self {
-        Self::of(ListenerSocket::Connected(Some(socket), uri))
+    pub(crate) fn connected(socket: OwnedFd, uri: &Uri, security: &Security) -> Result<Self, ConnectError> {
+        Self::of(ListenerSocket::Connected(Some(socket), uri.clone()), uri, security)
     }
 
-    fn of(socket: ListenerSocket) -> Self {
-        Self { socket, backoff: Backoff::default() }
+    fn of(socket: ListenerSocket, uri: &Uri, security: &Security) -> Result<Self, ConnectError> {
+        let latest = match &socket {
+            ListenerSocket::Unix { .. } => None,
+            // Before anybody connects, since only the operator can mend what is missing.
+            _ => security.server().map_err(|source| ConnectError::Unprepared { uri: uri.clone(), source })?,
+        };
+        if latest.is_some() {
+            security.warn_of_expiry(TlsRole::Server);
+        }
+        let (uri, security) = (uri.clone(), security.clone());
+        Ok(Self { socket, uri, security, latest, backoff: Backoff::default() })
     }
 
     /// Whether there is one connection, and no next one.
@@ -240,8 +315,37 @@ impl Listener {
         }
     }
 
-    /// The next connection, if one waits. What goes wrong with an accept passes: it is logged, and tried again a little later.
-    pub(crate) fn try_accept(&mut self) -> Option<OwnedFd> {
+    /// The next connection, if one waits, with certificates `read_anew` or as they were. What goes wrong with an accept passes:
+    /// it is logged, and tried again a little later.
+    pub(crate) fn try_accept(&mut self, read_anew: bool) -> Option<Box<dyn Transport>> {
+        self.accept().and_then(|socket| self.secure(socket, read_anew))
+    }
+
+    /// The connection over `socket`, whose handshake, if it has one, is still to come.
+    fn secure(&mut self, socket: OwnedFd, read_anew: bool) -> Option<Box<dyn Transport>> {
+        if !begins_with_tls(&socket, &self.security) {
+            return Some(as_it_is(socket, &self.security));
+        }
+        if read_anew {
+            match self.security.server() {
+                Ok(config) => self.latest = config,
+                Err(error) => tracing::warn!(
+                    %error, uri = %self.uri,
+                    "certificates cannot be read again; the ones that were read before are used"
+                ),
+            }
+        }
+        let config = Arc::clone(self.latest.as_ref()?);
+        match Tls::accepted(socket, config) {
+            Ok(tls) => Some(Box::new(tls)),
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be taken");
+                None
+            }
+        }
+    }
+
+    fn accept(&mut self) -> Option<OwnedFd> {
         if self.backoff.active() {
             return None;
         }

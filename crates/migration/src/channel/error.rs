@@ -3,6 +3,9 @@
 use rustix::io::Errno;
 use vfio_migration_wire::WireError;
 
+use crate::channel::transport::TransportError;
+use crate::tls::error::TlsError;
+
 /// An error that ends a connection. The connection's own failures, and what of them is not the connection's: a stream
 /// that makes no sense, and memory that cannot be read or written where it was to be moved from or to.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +26,8 @@ pub(crate) enum ChannelError {
         #[source]
         source: Errno,
     },
+    #[error("the connection is not secure")]
+    Tls(#[source] TlsError),
     #[error("the peer's stream is damaged")]
     Wire(#[from] WireError),
     #[error("bulk data came where only a control message can")]
@@ -31,10 +36,11 @@ pub(crate) enum ChannelError {
 
 impl ChannelError {
     /// The error that a failed call on a connection amounts to.
-    pub(crate) fn of(doing: &'static str) -> impl FnOnce(Errno) -> Self {
-        move |source| match source {
-            Errno::FAULT => Self::Memory { doing, source },
-            _ => Self::System { doing, source },
+    pub(crate) fn of(doing: &'static str) -> impl FnOnce(TransportError) -> Self {
+        move |error| match error {
+            TransportError::System(source @ Errno::FAULT) => Self::Memory { doing, source },
+            TransportError::System(source) => Self::System { doing, source },
+            TransportError::Tls(error) => Self::Tls(error),
         }
     }
 }

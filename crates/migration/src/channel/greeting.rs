@@ -1,7 +1,7 @@
 //! Connections whose first message has not come. None of them is waited for: a stray connection, or one that
 //! sends a byte now and then, holds up neither a session nor the next one to come.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use vfio_migration_wire::Message;
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
+use crate::channel::transport::Transport;
 
 /// Connections that may wait at once. For one more the oldest is dropped.
 const MOST: usize = 64;
@@ -26,6 +27,13 @@ pub(crate) enum Greeting {
     Session(Box<Accepted>),
     /// QUERY: a source asks what became of an attempt.
     Query(Arc<Link>, Attempt),
+}
+
+/// A connection that did not begin as a migration does.
+pub(crate) struct DroppedConnection {
+    /// Where it came from.
+    pub(crate) peer: String,
+    pub(crate) why: String,
 }
 
 /// A connection whose HELLO has been read.
@@ -68,12 +76,12 @@ impl PendingConnections {
     }
 
     /// Takes in a connection, which has `patience` to send its first message whole. To be asked before: [`has_room`](Self::has_room).
-    pub(crate) fn add(&mut self, socket: OwnedFd, patience: Duration) {
+    pub(crate) fn add(&mut self, transport: Box<dyn Transport>, patience: Duration) {
         if self.waiting.len() >= MOST {
             tracing::warn!("too many connections send nothing: the oldest is dropped");
             self.waiting.remove(0).link.shutdown();
         }
-        let link = Link::accepted(socket);
+        let link = Link::accepted(transport);
         let reader = Reader::new(&link, Side::Source);
         self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now() });
     }
@@ -88,7 +96,7 @@ impl PendingConnections {
     }
 
     /// The next whose first message has come, or why one was dropped. Never waits.
-    pub(crate) fn poll(&mut self) -> Option<Result<Greeting, String>> {
+    pub(crate) fn poll(&mut self) -> Option<Result<Greeting, DroppedConnection>> {
         for at in 0..self.waiting.len() {
             let pending = self.waiting.get_mut(at)?;
             let first = match pending.reader.first() {
@@ -104,7 +112,7 @@ impl PendingConnections {
 }
 
 impl PendingConnection {
-    fn accepted(self, first: Result<Message, String>) -> Result<Greeting, String> {
+    fn accepted(self, first: Result<Message, String>) -> Result<Greeting, DroppedConnection> {
         let Self { link, reader, .. } = self;
         let why = match first {
             Ok(Message::Query { vm, attempt, epoch }) => {
@@ -120,7 +128,8 @@ impl PendingConnection {
         let told: Result<(), ChannelError> =
             link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
         tracing::debug!(told = told.is_ok(), "a connection is dropped");
+        let peer = link.peer();
         link.shutdown();
-        Err(why)
+        Err(DroppedConnection { peer, why })
     }
 }

@@ -4,7 +4,6 @@
 //! others are blocked in, calls [`Link::shutdown`]; every blocked read and write then returns.
 
 use std::io::IoSlice;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
@@ -16,8 +15,9 @@ use vfio_migration_types::{PAGE_SIZE, error_chain};
 use vfio_migration_wire::{Bulk, Crc, Message, PREAMBLE, encode, encode_bulk};
 
 use crate::channel::error::ChannelError;
-use crate::channel::transport::{Socket, Transport};
+use crate::channel::transport::Transport;
 use crate::session::lock::lock;
+use crate::tls::security::ConnectionSecurity;
 
 /// A connection. Closed when the last holder drops it.
 #[derive(Debug)]
@@ -47,19 +47,15 @@ struct WriteHalf {
 }
 
 impl Link {
-    /// Takes a connected stream socket, and sends the preamble: the side that connects.
-    pub(crate) fn new(fd: OwnedFd) -> Result<Arc<Self>, ChannelError> {
-        let link = Self::accepted(fd);
+    /// Takes a connection, and sends the preamble: the side that connects.
+    pub(crate) fn new(transport: Box<dyn Transport>) -> Result<Arc<Self>, ChannelError> {
+        let link = Self::accepted(transport);
         link.welcome()?;
         Ok(link)
     }
 
-    /// Takes a stream socket of somebody who connected. Nothing is sent before the peer's preamble has been read.
-    pub(crate) fn accepted(fd: OwnedFd) -> Arc<Self> {
-        Self::over(Box::new(Socket(fd)))
-    }
-
-    fn over(transport: Box<dyn Transport>) -> Arc<Self> {
+    /// Takes the connection of somebody who connected. Nothing is sent before the peer's preamble has been read.
+    pub(crate) fn accepted(transport: Box<dyn Transport>) -> Arc<Self> {
         Arc::new(Self {
             transport,
             write: Mutex::new(WriteHalf { sequence: 0, broken: false, pong: None, reserved: true }),
@@ -115,6 +111,11 @@ impl Link {
     /// The address at the other end, for a person to read.
     pub(crate) fn peer(&self) -> String {
         self.transport.peer()
+    }
+
+    /// How the connection is secured, and what the peer has proved to be.
+    pub(crate) fn security(&self) -> ConnectionSecurity {
+        self.transport.security()
     }
 
     /// Everything written so far, headers included.
@@ -282,9 +283,14 @@ mod tests {
 
     use super::*;
     use crate::channel::reader::Reader;
+    use crate::channel::transport::{Socket, TransportError};
     use crate::session::work_error::WorkError;
 
     const PAGES: u64 = 2 * limits::PAGES as u64;
+
+    fn socket(stream: UnixStream) -> Box<dyn Transport> {
+        Box::new(Socket::new(stream.into()))
+    }
 
     fn ram() -> GuestRam {
         GuestRam::new("test", &[RamSpec { gpa: Gpa(0), len: PAGES * PAGE_SIZE }]).unwrap()
@@ -312,10 +318,10 @@ mod tests {
         let (a, b) = UnixStream::pair().unwrap();
         a.set_nonblocking(true).unwrap();
         b.set_nonblocking(true).unwrap();
-        let there = Link::accepted(b.into());
+        let there = Link::accepted(socket(b));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let here = Link::new(a.into()).unwrap();
+                let here = Link::new(socket(a)).unwrap();
                 for first in [0, limits::PAGES.into()] {
                     send(&here, &source, first).unwrap();
                 }
@@ -335,7 +341,7 @@ mod tests {
     #[test]
     fn nothing_is_sent_before_the_first_message() {
         let (a, mut b) = UnixStream::pair().unwrap();
-        let link = Link::new(a.into()).unwrap();
+        let link = Link::new(socket(a)).unwrap();
         link.keep_alive(Duration::ZERO);
         link.send(&Message::Begin { lease: [1; 16] }).unwrap();
         link.keep_alive(Duration::ZERO);
@@ -355,7 +361,7 @@ mod tests {
         a.write_all(frame.head()).unwrap();
         a.write_all(&[1; 5000]).unwrap();
         a.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut reader = Reader::new(&Link::accepted(b.into()), Side::Source);
+        let mut reader = Reader::new(&Link::accepted(socket(b)), Side::Source);
         reader.next().unwrap();
         let error = reader.body(&mut ram().pieces(&[pages(0, 3)]).unwrap()).unwrap_err();
         assert!(matches!(error, ChannelError::Cut { missing: 7288 }), "{error:?}");
@@ -365,7 +371,7 @@ mod tests {
     fn a_blocked_sender_gives_up_when_its_link_is_shut_down() {
         let source = filled();
         let (a, mut b) = UnixStream::pair().unwrap();
-        let link = Link::new(a.into()).unwrap();
+        let link = Link::new(socket(a)).unwrap();
         std::thread::scope(|scope| {
             let sender = scope.spawn(|| send(&link, &source, 0));
             // Some of the frame has come, so the sender is inside; nobody reads the rest.
@@ -382,24 +388,24 @@ mod tests {
     struct NoMemory(Socket);
 
     impl Transport for NoMemory {
-        fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
+        fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, TransportError> {
             self.0.write(parts)
         }
 
-        fn write_pieces(&self, _: &[u8], _: &Pieces<'_>) -> Result<usize, Errno> {
-            Err(Errno::FAULT)
+        fn write_pieces(&self, _: &[u8], _: &Pieces<'_>) -> Result<usize, TransportError> {
+            Err(Errno::FAULT.into())
         }
 
-        fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        fn read(&self, into: &mut [u8]) -> Result<usize, TransportError> {
             self.0.read(into)
         }
 
-        fn read_now(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        fn read_now(&self, into: &mut [u8]) -> Result<usize, TransportError> {
             self.0.read_now(into)
         }
 
-        fn read_pieces(&self, _: &Pieces<'_>) -> Result<usize, Errno> {
-            Err(Errno::FAULT)
+        fn read_pieces(&self, _: &mut Pieces<'_>) -> Result<usize, TransportError> {
+            Err(Errno::FAULT.into())
         }
 
         fn wait(&self, flags: PollFlags, limit: Duration) -> bool {
@@ -410,6 +416,10 @@ mod tests {
             self.0.shutdown(how);
         }
 
+        fn is_proven(&self) -> bool {
+            self.0.is_proven()
+        }
+
         fn fd(&self) -> BorrowedFd<'_> {
             self.0.fd()
         }
@@ -417,12 +427,16 @@ mod tests {
         fn peer(&self) -> String {
             self.0.peer()
         }
+
+        fn security(&self) -> ConnectionSecurity {
+            self.0.security()
+        }
     }
 
     #[test]
     fn a_fault_of_memory_is_no_lost_connection() {
         let (a, _b) = UnixStream::pair().unwrap();
-        let link = Link::over(Box::new(NoMemory(Socket(a.into()))));
+        let link = Link::accepted(Box::new(NoMemory(Socket::new(a.into()))));
         link.welcome().unwrap();
         let error = send(&link, &filled(), 0).unwrap_err();
         assert!(matches!(error, ChannelError::Memory { source: Errno::FAULT, .. }), "{error:?}");

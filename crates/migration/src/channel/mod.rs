@@ -8,4 +8,5 @@ pub(crate) mod limiter;
 pub(crate) mod link;
 pub(crate) mod liveness;
 pub(crate) mod reader;
+pub(crate) mod tls;
 pub(crate) mod transport;

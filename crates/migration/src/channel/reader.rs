@@ -9,10 +9,13 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use vfio_migration_memory::Pieces;
 use vfio_migration_types::Side;
-use vfio_migration_wire::{Frame, FrameHeader, HEADER_LEN, Message, OPTIONAL, PREAMBLE, check_preamble};
+use vfio_migration_wire::{
+    Foreign, Frame, FrameHeader, HEADER_LEN, Message, OPTIONAL, PREAMBLE, WireError, check_preamble,
+};
 
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
+use crate::channel::transport::TransportError;
 
 /// Reads the frames of a connection, in order.
 #[derive(Debug)]
@@ -83,6 +86,10 @@ impl Reader {
                 return Ok(Some(message));
             }
             if !self.more()? {
+                // A source over TLS says nothing before it is told that its certificate is taken.
+                if self.link.transport.is_proven() {
+                    self.link.welcome()?;
+                }
                 return Ok(None);
             }
         }
@@ -137,8 +144,8 @@ impl Reader {
                 self.heard();
                 Ok(true)
             }
-            Err(Errno::AGAIN) => Ok(false),
-            Err(errno) => Err(ChannelError::of(RECEIVING)(errno)),
+            Err(TransportError::System(Errno::AGAIN)) => Ok(false),
+            Err(error) => Err(ChannelError::of(RECEIVING)(error)),
         }
     }
 
@@ -146,9 +153,8 @@ impl Reader {
     pub(crate) fn body(&mut self, into: &mut Pieces<'_>) -> Result<(), ChannelError> {
         self.at += into.fill(self.buffer.get(self.at..).unwrap_or_default());
         while into.left() > 0 {
-            match self.link.transport.read_pieces(into).map_err(ChannelError::of(RECEIVING))? {
-                0 => return Err(ChannelError::Cut { missing: into.left() }),
-                read => into.advance(read),
+            if self.link.transport.read_pieces(into).map_err(ChannelError::of(RECEIVING))? == 0 {
+                return Err(ChannelError::Cut { missing: into.left() });
             }
             self.heard();
         }
@@ -163,7 +169,13 @@ impl Reader {
     fn header(&mut self) -> Result<FrameHeader, ChannelError> {
         if !self.greeted {
             let mut preamble = [0; PREAMBLE.len()];
-            self.first_of(&mut preamble)?;
+            if let Err(error) = self.first_of(&mut preamble) {
+                // An alert of TLS is shorter than a preamble.
+                return Err(match check_preamble(&preamble) {
+                    Err(foreign @ WireError::Foreign(Foreign::Tls)) => foreign.into(),
+                    _ => error,
+                });
+            }
             check_preamble(&preamble)?;
             self.link.welcome()?;
             self.greeted = true;

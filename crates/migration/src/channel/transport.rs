@@ -8,26 +8,39 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use rustix::net::{AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
 use vfio_migration_memory::Pieces;
+
+use crate::tls::error::TlsError;
+use crate::tls::identity::PeerIdentity;
+use crate::tls::security::{ConnectionSecurity, SecurityKind};
+
+/// The reason why a transport does not move bytes.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum TransportError {
+    #[error(transparent)]
+    System(#[from] Errno),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
 
 /// A connected stream. Reads and writes block until they have moved something, and move what they can; a
 /// [`shutdown`](Self::shutdown) from another thread ends them.
 pub(crate) trait Transport: fmt::Debug + Send + Sync {
     /// Takes some of `parts`, in order; returns how many bytes.
-    fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno>;
+    fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, TransportError>;
 
     /// Takes some of `head`, then of `body`, straight from memory; returns how many bytes. EFAULT: the memory's fault.
-    fn write_pieces(&self, head: &[u8], body: &Pieces<'_>) -> Result<usize, Errno>;
+    fn write_pieces(&self, head: &[u8], body: &Pieces<'_>) -> Result<usize, TransportError>;
 
     /// Gives some bytes, at most as many as `into` holds; 0 at the end of the stream.
-    fn read(&self, into: &mut [u8]) -> Result<usize, Errno>;
+    fn read(&self, into: &mut [u8]) -> Result<usize, TransportError>;
 
     /// The same without waiting: EAGAIN when nothing is there.
-    fn read_now(&self, into: &mut [u8]) -> Result<usize, Errno>;
+    fn read_now(&self, into: &mut [u8]) -> Result<usize, TransportError>;
 
-    /// Gives some bytes straight into memory; 0 at the end of the stream. EFAULT: the memory's fault.
-    fn read_pieces(&self, into: &Pieces<'_>) -> Result<usize, Errno>;
+    /// Gives some bytes straight into memory, and advances `into` by them; 0 at the end of the stream. EFAULT: the memory's fault.
+    fn read_pieces(&self, into: &mut Pieces<'_>) -> Result<usize, TransportError>;
 
     /// Sleeps until something can be read (or written), for at most `limit`. Says whether something can.
     fn wait(&self, flags: PollFlags, limit: Duration) -> bool;
@@ -35,43 +48,56 @@ pub(crate) trait Transport: fmt::Debug + Send + Sync {
     /// Ends one direction, or both; what has arrived can still be read.
     fn shutdown(&self, how: Shutdown);
 
+    /// Whether the peer has proved to be one that may be here, and waits for our first word.
+    fn is_proven(&self) -> bool;
+
     /// The descriptor, to be waited for together with others.
     fn fd(&self) -> BorrowedFd<'_>;
 
     /// The address at the other end, for a person to read.
     fn peer(&self) -> String;
+
+    /// How it is secured, and what the peer has proved to be.
+    fn security(&self) -> ConnectionSecurity;
 }
 
 /// A stream socket as it is: TCP, unix, or one that was handed over.
 #[derive(Debug)]
-pub(crate) struct Socket(pub(crate) OwnedFd);
+pub(crate) struct Socket {
+    socket: OwnedFd,
+    /// What whoever handed it over says that its peer has proved.
+    vouched: Option<PeerIdentity>,
+}
 
 impl Transport for Socket {
-    fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
+    fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, TransportError> {
         self.blocking(PollFlags::OUT, || {
             let mut control = SendAncillaryBuffer::default();
-            rustix::net::sendmsg(&self.0, parts, &mut control, SendFlags::NOSIGNAL)
+            rustix::net::sendmsg(&self.socket, parts, &mut control, SendFlags::NOSIGNAL)
         })
     }
 
-    fn write_pieces(&self, head: &[u8], body: &Pieces<'_>) -> Result<usize, Errno> {
+    fn write_pieces(&self, head: &[u8], body: &Pieces<'_>) -> Result<usize, TransportError> {
         self.blocking(PollFlags::OUT, || body.send(self.fd(), head))
     }
 
-    fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
+    fn read(&self, into: &mut [u8]) -> Result<usize, TransportError> {
         self.blocking(PollFlags::IN, || {
-            rustix::net::recv(&self.0, &mut *into, RecvFlags::empty()).map(|(read, _)| read)
+            rustix::net::recv(&self.socket, &mut *into, RecvFlags::empty()).map(|(read, _)| read)
         })
     }
 
-    fn read_now(&self, into: &mut [u8]) -> Result<usize, Errno> {
-        rustix::io::retry_on_intr(|| {
-            rustix::net::recv(&self.0, &mut *into, RecvFlags::DONTWAIT).map(|(read, _)| read)
-        })
+    fn read_now(&self, into: &mut [u8]) -> Result<usize, TransportError> {
+        let read = rustix::io::retry_on_intr(|| {
+            rustix::net::recv(&self.socket, &mut *into, RecvFlags::DONTWAIT).map(|(read, _)| read)
+        });
+        Ok(read?)
     }
 
-    fn read_pieces(&self, into: &Pieces<'_>) -> Result<usize, Errno> {
-        self.blocking(PollFlags::IN, || into.receive(self.fd()))
+    fn read_pieces(&self, into: &mut Pieces<'_>) -> Result<usize, TransportError> {
+        let read = self.blocking(PollFlags::IN, || into.receive(self.fd()))?;
+        into.advance(read);
+        Ok(read)
     }
 
     fn wait(&self, flags: PollFlags, limit: Duration) -> bool {
@@ -81,28 +107,55 @@ impl Transport for Socket {
     }
 
     fn shutdown(&self, how: Shutdown) {
-        let _ = rustix::net::shutdown(&self.0, how);
+        let _ = rustix::net::shutdown(&self.socket, how);
+    }
+
+    fn is_proven(&self) -> bool {
+        false
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 
     fn peer(&self) -> String {
-        match rustix::net::getpeername(&self.0).map(|address| address.map(SocketAddr::try_from)) {
+        match rustix::net::getpeername(&self.socket).map(|address| address.map(SocketAddr::try_from)) {
             Ok(Some(Ok(address))) => format!("tcp:{address}"),
             _ => "a unix socket".to_owned(),
         }
     }
+
+    fn security(&self) -> ConnectionSecurity {
+        let kind = match &self.vouched {
+            Some(_) => SecurityKind::Vouched,
+            None if self.is_unix() => SecurityKind::Unix,
+            None => SecurityKind::PlainText,
+        };
+        ConnectionSecurity { kind, cipher: None, peer: self.vouched.clone() }
+    }
 }
 
 impl Socket {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        Self { socket, vouched: None }
+    }
+
+    /// A stream that whoever handed it over has secured, with the identity that its peer has proved to him.
+    pub(crate) fn vouched(socket: OwnedFd, peer: PeerIdentity) -> Self {
+        Self { socket, vouched: Some(peer) }
+    }
+
+    /// Whether it stays within the host.
+    pub(crate) fn is_unix(&self) -> bool {
+        rustix::net::sockopt::socket_domain(&self.socket) == Ok(AddressFamily::UNIX)
+    }
+
     /// Whoever else holds a descriptor that was handed over may have made it non-blocking.
     fn blocking(
         &self,
         ready: PollFlags,
         mut call: impl FnMut() -> Result<usize, Errno>,
-    ) -> Result<usize, Errno> {
+    ) -> Result<usize, TransportError> {
         loop {
             match call() {
                 Err(Errno::INTR) => {}
@@ -110,7 +163,7 @@ impl Socket {
                     let mut polled = [PollFd::from_borrowed_fd(self.fd(), ready)];
                     rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None))?;
                 }
-                done => return done,
+                done => return Ok(done?),
             }
         }
     }

@@ -29,7 +29,7 @@ use vfio_migration_engine::Attempt;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
 use crate::channel::connect::{self, ConnectError, Listener};
-use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections};
+use crate::channel::greeting::{Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections};
 use crate::channel::link::Link;
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
@@ -58,7 +58,7 @@ impl Destination {
     /// # Errors
     /// The address cannot be listened on.
     pub fn listen(uri: &Uri, options: DestinationOptions) -> Result<Self, IncomingError> {
-        let (listener, local) = Listener::bind(uri).map_err(not_begun)?;
+        let (listener, local) = Listener::bind(uri, &options.security).map_err(not_begun)?;
         Ok(Self::new(listener, local, options))
     }
 
@@ -70,7 +70,7 @@ impl Destination {
         let number = std::os::fd::AsRawFd::as_raw_fd(&socket);
         connect::check_stream(&socket, number).map_err(not_begun)?;
         let local = Uri::Fd(number);
-        let listener = Listener::connected(socket, local.clone());
+        let listener = Listener::connected(socket, &local, &options.security).map_err(not_begun)?;
         Ok(Self::new(listener, local, options))
     }
 
@@ -116,13 +116,15 @@ impl Destination {
             match self.greet(limit).map_err(not_begun)? {
                 Ok(Greeting::Session(session)) => return self.session(*session, build),
                 Ok(Greeting::Query(link, query)) => self.answer(&link, query),
-                Err(why) if self.listener.is_connected() => {
+                Err(DroppedConnection { why, .. }) if self.listener.is_connected() => {
                     let remedy = "check what is connected to the descriptor";
                     return Err(IncomingError::NotBegun(
                         Failure::new(Side::Destination, Phase::Hello, why).with_remedy(remedy),
                     ));
                 }
-                Err(why) => tracing::warn!(%why, "a connection was dropped that is no migration"),
+                Err(DroppedConnection { peer, why }) => {
+                    tracing::warn!(%why, %peer, "a connection was dropped that is no migration")
+                }
             }
         }
     }
@@ -143,7 +145,9 @@ impl Destination {
             match self.greet(Some(left)) {
                 Ok(Ok(Greeting::Query(link, query))) => self.answer(&link, query),
                 Ok(Ok(Greeting::Session(session))) => session.turn_away(None),
-                Ok(Err(why)) => tracing::warn!(%why, "a connection was dropped that is no migration"),
+                Ok(Err(DroppedConnection { peer, why })) => {
+                    tracing::warn!(%why, %peer, "a connection was dropped that is no migration")
+                }
                 Err(ConnectError::NobodyCame(_) | ConnectError::Cancelled | ConnectError::Used(_)) => {
                     return Ok(());
                 }
@@ -176,7 +180,10 @@ impl Destination {
 
     /// The next connection whose first message comes, or why one was dropped; waits for `limit` (`None`: without end), or
     /// until cancelled.
-    fn greet(&mut self, limit: Option<Duration>) -> Result<Result<Greeting, String>, ConnectError> {
+    fn greet(
+        &mut self,
+        limit: Option<Duration>,
+    ) -> Result<Result<Greeting, DroppedConnection>, ConnectError> {
         let begun = Instant::now();
         loop {
             if self.control.is_cancelled() {
@@ -187,7 +194,7 @@ impl Destination {
                 return Ok(greeting);
             }
             let has_room = self.pending.has_room();
-            if has_room && let Some(socket) = self.listener.try_accept() {
+            if has_room && let Some(socket) = self.listener.try_accept(true) {
                 self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE));
                 continue;
             }

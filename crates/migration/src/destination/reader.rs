@@ -108,9 +108,10 @@ impl From<Failure> for ReadError {
 impl From<ChannelError> for ReadError {
     fn from(error: ChannelError) -> Self {
         match error {
-            ChannelError::Closed | ChannelError::Cut { .. } | ChannelError::System { .. } => {
-                Self::Link(error)
-            }
+            ChannelError::Closed
+            | ChannelError::Cut { .. }
+            | ChannelError::System { .. }
+            | ChannelError::Tls(_) => Self::Link(error),
             other => Self::Failed(other.in_phase(Side::Destination, Phase::Iterate)),
         }
     }

@@ -13,7 +13,7 @@ use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, error_chain, rfc3
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
 use crate::channel::connect::Listener;
-use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections};
+use crate::channel::greeting::{Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections};
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK};
 use crate::control::IncomingControl;
@@ -287,7 +287,8 @@ impl Session<'_> {
         }
         self.polled = Instant::now();
         if self.pending.has_room()
-            && let Some(socket) = self.listener.try_accept()
+            // A guest's downtime does not wait for the disk that certificates are on.
+            && let Some(socket) = self.listener.try_accept(false)
         {
             self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE));
         }
@@ -301,7 +302,9 @@ impl Session<'_> {
                 let why = self.giving_up.map(|_| self.still_undone());
                 session.turn_away(why.as_deref());
             }
-            Some(Err(why)) => tracing::debug!(%why, "a connection was dropped"),
+            Some(Err(DroppedConnection { peer, why })) => {
+                tracing::debug!(%why, %peer, "a connection was dropped")
+            }
             None => {}
         }
     }
@@ -418,7 +421,8 @@ impl Session<'_> {
             AttemptKind::Migration
         };
         let (peer, began) = (self.peer.clone(), self.began.clone());
-        Some(AttemptInfo { vm, attempt, epoch, kind, peer, began })
+        let security = (!self.from_file).then(|| self.link.security());
+        Some(AttemptInfo { vm, attempt, epoch, kind, peer, began, security })
     }
 
     fn now(&self) -> Duration {

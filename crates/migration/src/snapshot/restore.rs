@@ -17,6 +17,7 @@ use super::{DeviceState, SnapshotError, states};
 use crate::channel::credit::Credit;
 use crate::channel::link::Link;
 use crate::channel::liveness::keep_alive_until;
+use crate::channel::transport::Socket;
 use crate::destination::Destination;
 use crate::device_file::KIND;
 use crate::error::IncomingError;
@@ -129,7 +130,7 @@ impl Snapshot {
         let credits: Vec<Credit> = self.checked.manifest.devices.iter().map(|_| Credit::default()).collect();
         let options = DestinationOptions { from_file: Some(self.path.clone()), ..options };
         let mut destination = Destination::over(here, options)?;
-        let link = Link::new(there).map_err(|error| {
+        let link = Link::new(Box::new(Socket::new(there))).map_err(|error| {
             IncomingError::NotBegun(Failure::new(Side::Destination, Phase::Hello, error_chain(&error)))
         })?;
         std::thread::scope(|scope| {

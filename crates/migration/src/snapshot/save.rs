@@ -14,6 +14,7 @@ use super::record::{Recorded, Unrecorded, record};
 use super::{DeviceState, GuestNotResumed, SaveError, SnapshotError, states};
 use crate::channel::link::Link;
 use crate::channel::liveness::keep_alive_until;
+use crate::channel::transport::Socket;
 use crate::error::{MigrateError, cancelled};
 use crate::options::SourceOptions;
 use crate::regular_file::AtomicFile;
@@ -96,7 +97,7 @@ pub fn save(
     };
     let (here, there) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|errno| failed("making a socket for", path)(errno.into()))?;
-    let link = Link::accepted(there);
+    let link = Link::accepted(Box::new(Socket::new(there)));
     let (of_thread, commit) = (Arc::clone(&link), options.stop);
     let (answer, recorded) = mpsc::channel();
     let recording = std::thread::Builder::new().name("recorder".into()).spawn(move || {

@@ -46,7 +46,8 @@ impl Worker {
     fn ask(&self) -> Result<Message, Result<WorkError, String>> {
         let limit = self.plan.options.connect_timeout.min(PATIENCE);
         let replaced = || self.shared.interrupt.raised();
-        let socket = connect::connect(&self.plan.uri, limit, replaced).map_err(|error| match error {
+        let (uri, security) = (&self.plan.uri, &self.plan.options.security);
+        let socket = connect::connect(uri, security, limit, replaced).map_err(|error| match error {
             ConnectError::Cancelled => Ok(WorkError::Interrupted),
             error => Err(error_chain(&error)),
         })?;

@@ -1,6 +1,5 @@
 //! The session's loop: what happens becomes the engine's events, the engine's actions become the worker's jobs.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -13,6 +12,7 @@ use vfio_migration_wire::Message;
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK, UNANSWERED, close_gracefully};
 use crate::channel::reader::Reader;
+use crate::channel::transport::Transport;
 use crate::control::{Control, LeftBehind};
 use crate::error::{MigrateError, cancelled, refused_here};
 use crate::report::Progress;
@@ -31,14 +31,15 @@ const GONE: &str = "the session's own threads are gone: a defect of this program
 
 /// Runs a planned migration over a connected socket, to its end.
 pub(super) fn run(
-    plan: PlannedMigration,
+    mut plan: PlannedMigration,
     engine: engine::SourceEngine,
-    socket: OwnedFd,
+    socket: Box<dyn Transport>,
     begun: Instant,
     mut observer: impl FnMut(&Progress),
 ) -> Result<SourceEnd, MigrateError> {
-    let plan = Arc::new(plan);
     let link = connected(socket, &plan.control)?;
+    plan.info.security = (!plan.options.to_file).then(|| link.security());
+    let plan = Arc::new(plan);
     let counters = Arc::new(SourceCounters {
         devices: plan.devices.iter().map(|_| Arc::default()).collect(),
         ..SourceCounters::default()
@@ -102,7 +103,7 @@ pub(super) fn run(
 }
 
 /// The link over `socket`, with our preamble sent: whoever handed the socket over may have left it full.
-fn connected(socket: OwnedFd, control: &Control) -> Result<Arc<Link>, MigrateError> {
+fn connected(socket: Box<dyn Transport>, control: &Control) -> Result<Arc<Link>, MigrateError> {
     let link = Link::accepted(socket);
     let failed = |text| refused_here(Failure::new(Side::Source, Phase::Hello, text));
     let of_thread = Arc::clone(&link);

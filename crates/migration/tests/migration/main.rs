@@ -9,5 +9,6 @@ mod rehearsal;
 mod snapshot;
 mod strangers;
 mod threads;
+mod tls;
 mod toy;
 mod unanswered;

@@ -7,6 +7,7 @@
     reason = "shared by several test programs, each of which uses a part"
 )]
 
+pub mod pki;
 pub mod proxy;
 
 use std::collections::BTreeMap;
@@ -138,6 +139,21 @@ impl Toy {
         toy.locked.store(true, Ordering::Relaxed);
         toy.run();
         toy
+    }
+
+    /// Writes `bytes` where nobody else writes.
+    pub fn plant(&self, bytes: &[u8]) {
+        let at = self.clock.0 + 8 * PAGE_SIZE;
+        for (index, word) in (0..).zip(bytes.chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..word.len()].copy_from_slice(word);
+            self.ram.write_u64(RamOffset(at + index * 8), u64::from_le_bytes(whole)).unwrap();
+        }
+    }
+
+    /// The state of its first device.
+    pub fn device_state(&self) -> Vec<u8> {
+        self.devices.first().map(|device| device.frozen()).unwrap_or_default()
     }
 
     pub fn run(&self) {
@@ -412,12 +428,11 @@ pub fn migrate_into(
         let session = Source::new(source.clone(), options);
         steer(session.control());
         let source = session.migrate_to(&to, |_| {});
-        // Nobody comes any more, or asks any more. An abort ends the destination without help, and so does a refusal that it
-        // heard of.
+        // Nobody comes any more, or asks any more. An abort or a refusal ends the destination without help, if it heard of the
+        // attempt.
         let heard = control.progress().is_some_and(|progress| progress.phase > Phase::Plan);
         let ends = match &source {
-            Err(MigrateError::Aborted(_)) => true,
-            Err(MigrateError::Refused(_)) => heard,
+            Err(MigrateError::Aborted(_) | MigrateError::Refused(_)) => heard,
             _ => false,
         };
         if !ends {

@@ -1,0 +1,414 @@
+//! A connection over TLS 1.3. What is encrypted, and with what, is [`tls`](crate::tls)'s; here are the bytes.
+//!
+//! Reader and writers share the state of the connection under one lock, which nobody holds while the socket is waited for.
+
+use std::io::{BufRead, ErrorKind, IoSlice, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{SendFlags, Shutdown};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+use vfio_migration_memory::Pieces;
+
+use crate::channel::transport::{Socket, Transport, TransportError};
+use crate::session::lock::lock;
+use crate::tls::error::TlsError;
+use crate::tls::identity::PeerIdentity;
+use crate::tls::security::{ConnectionSecurity, SecurityKind};
+
+/// Plain text that is encrypted at once.
+const STEP: usize = 256 << 10;
+/// Encrypted bytes that are received at once; and of somebody who has proved nothing yet, of whom there may be many.
+const RECEIVE: usize = 256 << 10;
+const RECEIVE_OF_STRANGER: usize = 4 << 10;
+
+/// A socket with TLS over it.
+#[derive(Debug)]
+pub(crate) struct Tls {
+    socket: Socket,
+    state: Mutex<State>,
+    /// Encrypted bytes that wait to be sent, in the order in which they were made. Locked before `state`, and while sending.
+    out: Mutex<Out>,
+}
+
+#[derive(Debug)]
+struct State {
+    connection: Connection,
+    /// Received and not yet taken by `connection`.
+    received: Vec<u8>,
+    at: usize,
+    /// The socket has ended.
+    ended: bool,
+    failed: Option<TlsError>,
+}
+
+#[derive(Debug, Default)]
+struct Out {
+    plain: Vec<u8>,
+    sealed: Vec<u8>,
+    sent: usize,
+}
+
+/// What can be had of a connection without receiving more.
+enum Ready {
+    Bytes(usize),
+    End,
+    Nothing,
+}
+
+impl Tls {
+    /// Connects to a peer that has to prove that it is `name`, and waits for its first word, within `limit`: only by that word is
+    /// it known that it takes our certificate, and what is sent before would cut off its reason why not.
+    pub(crate) fn connect(
+        socket: OwnedFd,
+        config: Arc<ClientConfig>,
+        name: ServerName<'static>,
+        limit: Duration,
+    ) -> Result<Self, TransportError> {
+        let connection = ClientConnection::new(config, name).map_err(TlsError::of)?;
+        let tls = Self::new(socket, Connection::Client(connection));
+        let until = Instant::now() + limit;
+        while !tls.has_word() {
+            tls.flush(true)?;
+            if tls.step()? {
+                continue;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(TlsError::Late(limit).into());
+            }
+            tls.socket.wait(PollFlags::IN, left);
+        }
+        Ok(tls)
+    }
+
+    /// Takes the connection of somebody who connected. The handshake goes on as the connection is read.
+    pub(crate) fn accepted(socket: OwnedFd, config: Arc<ServerConfig>) -> Result<Self, TlsError> {
+        let connection = ServerConnection::new(config).map_err(TlsError::of)?;
+        Ok(Self::new(socket, Connection::Server(connection)))
+    }
+
+    fn new(socket: OwnedFd, mut connection: Connection) -> Self {
+        // What may be encrypted at once is bounded by `STEP`.
+        connection.set_buffer_limit(None);
+        let state = State { connection, received: Vec::new(), at: 0, ended: false, failed: None };
+        Self { socket: Socket::new(socket), state: Mutex::new(state), out: Mutex::default() }
+    }
+
+    fn handshaking(&self) -> bool {
+        lock(&self.state).connection.is_handshaking()
+    }
+
+    /// Whether something of the peer's can be read.
+    fn has_word(&self) -> bool {
+        lock(&self.state).connection.reader().fill_buf().is_ok_and(|bytes| !bytes.is_empty())
+    }
+
+    /// Takes what has arrived, without waiting; says whether anything had.
+    fn step(&self) -> Result<bool, TransportError> {
+        match self.receive(true) {
+            Ok(()) => {}
+            Err(TransportError::System(Errno::AGAIN)) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        let taken = lock(&self.state).take();
+        if let Err(error) = taken {
+            self.say_why();
+            return Err(error.into());
+        }
+        if lock(&self.state).ended && !self.has_word() {
+            return Err(if self.handshaking() { TlsError::NoHandshake } else { TlsError::HungUp }.into());
+        }
+        Ok(true)
+    }
+
+    /// Receives some encrypted bytes.
+    fn receive(&self, now: bool) -> Result<(), TransportError> {
+        // One thread reads a connection, so nobody else's bytes can come between.
+        let (mut buffer, most) = {
+            let mut state = lock(&self.state);
+            if state.ended {
+                return Ok(());
+            }
+            let most = if state.connection.is_handshaking() { RECEIVE_OF_STRANGER } else { RECEIVE };
+            (std::mem::take(&mut state.received), most)
+        };
+        buffer.resize(most, 0);
+        let read = if now { self.socket.read_now(&mut buffer) } else { self.socket.read(&mut buffer) };
+        buffer.truncate(*read.as_ref().unwrap_or(&0));
+        let mut state = lock(&self.state);
+        state.received = buffer;
+        state.at = 0;
+        state.ended = read? == 0;
+        Ok(())
+    }
+
+    /// Gives `take` what has been decrypted, until it has taken something; receives until there is something.
+    fn read_with(&self, now: bool, mut take: impl FnMut(&[u8]) -> usize) -> Result<usize, TransportError> {
+        loop {
+            let ready = lock(&self.state).ready(&mut take);
+            match ready {
+                Ok(Ready::Bytes(taken)) => return Ok(taken),
+                Ok(Ready::End) => return Ok(0),
+                Ok(Ready::Nothing) => {
+                    // What the handshake has to say, or an answer to a change of keys.
+                    self.flush(false)?;
+                    self.receive(now)?;
+                }
+                Err(error) => {
+                    self.say_why();
+                    return Err(error.into());
+                }
+            }
+        }
+    }
+
+    /// Sends what `connection` has to say. `wait`: until it is sent; otherwise what can be sent at once, and nothing while
+    /// somebody else sends, who then does it.
+    fn flush(&self, wait: bool) -> Result<(), TransportError> {
+        let mut out = if wait {
+            lock(&self.out)
+        } else {
+            match self.out.try_lock() {
+                Ok(out) => out,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return Ok(()),
+            }
+        };
+        lock(&self.state).seal(&mut out);
+        self.send(&mut out, wait)
+    }
+
+    fn send(&self, out: &mut Out, wait: bool) -> Result<(), TransportError> {
+        while let Some(rest) = out.sealed.get(out.sent..).filter(|rest| !rest.is_empty()) {
+            let sent = if wait {
+                self.socket.write(&[IoSlice::new(rest)])
+            } else {
+                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                match rustix::net::send(self.socket.fd(), rest, flags) {
+                    Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+                    sent => sent.map_err(TransportError::from),
+                }
+            };
+            out.sent += sent?;
+        }
+        out.sealed.clear();
+        out.sent = 0;
+        Ok(())
+    }
+
+    /// Tells the peer, by an alert, why its bytes are refused; if that can be done at once.
+    fn say_why(&self) {
+        let _ = self.flush(false);
+    }
+
+    /// Encrypts what `fill` gives, and sends it whole. Returns what `fill` gave.
+    fn write_with(&self, fill: impl FnOnce(&mut Vec<u8>)) -> Result<usize, TransportError> {
+        let mut out = lock(&self.out);
+        out.plain.clear();
+        let mut plain = std::mem::take(&mut out.plain);
+        fill(&mut plain);
+        let written = {
+            let mut state = lock(&self.state);
+            if let Some(failed) = &state.failed {
+                return Err(failed.clone().into());
+            }
+            let written = state.connection.writer().write_all(&plain);
+            state.seal(&mut out);
+            written
+        };
+        let len = plain.len();
+        out.plain = plain;
+        written.map_err(|error| TlsError::Setup(error.to_string()))?;
+        self.send(&mut out, true)?;
+        Ok(len)
+    }
+}
+
+impl State {
+    /// Moves what the connection has to say behind what waits to be sent.
+    fn seal(&mut self, out: &mut Out) {
+        while self.connection.wants_write() {
+            // A vector takes everything.
+            if self.connection.write_tls(&mut out.sealed).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Decrypts what has been received, as far as there is room for it.
+    fn take(&mut self) -> Result<(), TlsError> {
+        if let Some(failed) = &self.failed {
+            return Err(failed.clone());
+        }
+        loop {
+            let mut rest = self.received.get(self.at..).unwrap_or_default();
+            if rest.is_empty() {
+                if self.ended && self.connection.wants_read() {
+                    // So that the reader hears of an end without a farewell.
+                    let _ = self.connection.read_tls(&mut std::io::empty());
+                }
+                return Ok(());
+            }
+            let before = rest.len();
+            match self.connection.read_tls(&mut rest) {
+                Ok(_) => self.at += before - rest.len(),
+                // It has decrypted enough, which has to be read first.
+                Err(_) => return Ok(()),
+            }
+            let done = self.connection.process_new_packets().map_err(TlsError::of);
+            match done {
+                Ok(io) if io.plaintext_bytes_to_read() > 0 => return Ok(()),
+                Ok(_) => {}
+                Err(error) => {
+                    self.failed = Some(error.clone());
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn ready(&mut self, take: &mut impl FnMut(&[u8]) -> usize) -> Result<Ready, TlsError> {
+        let mut taken = 0;
+        loop {
+            let (stepped, end) = {
+                let mut reader = self.connection.reader();
+                match reader.fill_buf() {
+                    Ok([]) => (0, true),
+                    Ok(bytes) => {
+                        let stepped = take(bytes);
+                        reader.consume(stepped);
+                        (stepped, stepped == 0)
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => (0, false),
+                    Err(_) if taken > 0 => return Ok(Ready::Bytes(taken)),
+                    Err(_) => return Err(TlsError::Truncated),
+                }
+            };
+            taken += stepped;
+            if end {
+                return Ok(if taken > 0 { Ready::Bytes(taken) } else { Ready::End });
+            }
+            if stepped == 0 {
+                let before = self.at;
+                let left = self.received.len() - self.at;
+                if left == 0 && !self.ended {
+                    return Ok(if taken > 0 { Ready::Bytes(taken) } else { Ready::Nothing });
+                }
+                match self.take() {
+                    Err(error) if taken == 0 => return Err(error),
+                    Err(_) => return Ok(Ready::Bytes(taken)),
+                    Ok(()) if left == 0 || self.at == before => {
+                        // The end is known now, or nothing more can be decrypted.
+                        if left == 0 {
+                            return self.after_end(taken);
+                        }
+                        return Ok(if taken > 0 { Ready::Bytes(taken) } else { Ready::Nothing });
+                    }
+                    Ok(()) => {}
+                }
+            }
+        }
+    }
+
+    /// What there is once the socket has ended, and all that came has been taken.
+    fn after_end(&mut self, taken: usize) -> Result<Ready, TlsError> {
+        if taken > 0 {
+            return Ok(Ready::Bytes(taken));
+        }
+        match self.connection.reader().fill_buf() {
+            Ok([]) => Ok(Ready::End),
+            _ => Err(TlsError::Truncated),
+        }
+    }
+}
+
+impl Transport for Tls {
+    fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, TransportError> {
+        self.write_with(|plain| {
+            for part in parts {
+                let room = STEP - plain.len();
+                plain.extend_from_slice(part.get(..room.min(part.len())).unwrap_or_default());
+            }
+        })
+    }
+
+    fn write_pieces(&self, head: &[u8], body: &Pieces<'_>) -> Result<usize, TransportError> {
+        self.write_with(|plain| {
+            plain.extend_from_slice(head.get(..head.len().min(STEP)).unwrap_or_default());
+            body.copy_out(plain, STEP - plain.len());
+        })
+    }
+
+    fn read(&self, into: &mut [u8]) -> Result<usize, TransportError> {
+        let mut done = 0;
+        self.read_with(false, |bytes| copy(bytes, into, &mut done))
+    }
+
+    fn read_now(&self, into: &mut [u8]) -> Result<usize, TransportError> {
+        let mut done = 0;
+        self.read_with(true, |bytes| copy(bytes, into, &mut done))
+    }
+
+    fn read_pieces(&self, into: &mut Pieces<'_>) -> Result<usize, TransportError> {
+        self.read_with(false, |bytes| into.fill(bytes))
+    }
+
+    fn wait(&self, flags: PollFlags, limit: Duration) -> bool {
+        let ready = flags.contains(PollFlags::IN) && {
+            let mut state = lock(&self.state);
+            state.at < state.received.len() || state.connection.reader().fill_buf().is_ok()
+        };
+        ready || self.socket.wait(flags, limit)
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        if how != Shutdown::Read {
+            let mut state = lock(&self.state);
+            if !state.connection.is_handshaking() {
+                state.connection.send_close_notify();
+            }
+            drop(state);
+            // Whoever is inside a frame is not waited for: then the peer sees the stream cut, which it is.
+            let _ = self.flush(false);
+        }
+        self.socket.shutdown(how);
+    }
+
+    fn is_proven(&self) -> bool {
+        !self.handshaking()
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.fd()
+    }
+
+    fn peer(&self) -> String {
+        self.socket.peer()
+    }
+
+    fn security(&self) -> ConnectionSecurity {
+        let state = lock(&self.state);
+        let cipher = state.connection.negotiated_cipher_suite().map(|suite| suite.suite());
+        let leaf = state.connection.peer_certificates().and_then(<[_]>::first);
+        ConnectionSecurity {
+            kind: SecurityKind::Tls,
+            cipher: cipher.and_then(|cipher| cipher.as_str()).map(str::to_owned),
+            peer: leaf.and_then(|leaf| PeerIdentity::of(leaf).ok()),
+        }
+    }
+}
+
+fn copy(bytes: &[u8], into: &mut [u8], done: &mut usize) -> usize {
+    let rest = into.get_mut(*done..).unwrap_or_default();
+    let step = rest.len().min(bytes.len());
+    if let (Some(to), Some(from)) = (rest.get_mut(..step), bytes.get(..step)) {
+        to.copy_from_slice(from);
+    }
+    *done += step;
+    step
+}

@@ -1,0 +1,167 @@
+//! The reasons why a connection is not secure, each with what to do.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustls::{AlertDescription, CertificateError};
+use vfio_migration_types::{quote, rfc3339};
+
+use crate::regular_file::FileError;
+
+/// The reason why a connection is not made, or not gone on with, for its security's sake.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// A file of keys or certificates cannot be opened.
+    #[error("{}", vfio_migration_types::error_chain(.0.as_ref()))]
+    Open(Arc<FileError>),
+    /// A file of keys or certificates cannot be read.
+    #[error("{} cannot be read: {source}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What its reading gave.
+        source: Arc<std::io::Error>,
+    },
+    /// A file holds something else than what it is named for, or too much of it.
+    #[error("{} {what}", .path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the sentence goes on.
+        what: String,
+    },
+    /// Others than its owner may read or change a private key.
+    #[error("{} may be read or changed by others than its owner (mode {mode:04o}): chmod 600 it", .path.display())]
+    LooseKey {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A private key that is not its certificate's.
+    #[error("{} is not the key of {}", .key.display(), .certificate.display())]
+    KeyMismatch {
+        /// The key's file.
+        key: PathBuf,
+        /// The certificate's file.
+        certificate: PathBuf,
+    },
+    /// There is no name for the destination to prove.
+    #[error(
+        "{} is no name that a certificate could prove: name the destination as its certificate does (--tls-hostname)",
+        quote(.0)
+    )]
+    NoName(String),
+    /// The configuration cannot be used.
+    #[error("TLS cannot be set up: {0}")]
+    Setup(String),
+    /// The peer's certificate is refused here.
+    #[error("{0}")]
+    Refused(String),
+    /// The peer has refused this side.
+    #[error("the peer refused this side: {0}")]
+    RefusedByPeer(String),
+    /// What the peer says is no TLS 1.3, or not ours.
+    #[error("the peer does not speak TLS 1.3 as it must: {0}; is it plain text there?")]
+    Protocol(String),
+    /// The connection ended without the peer having closed it, as anybody on the way can bring about.
+    #[error("the connection was cut: the peer had not closed it (no close_notify)")]
+    Truncated,
+    /// A record is not as it was sent, by accident or because somebody on the way changed it.
+    #[error("what was received was damaged on the way: it does not decrypt")]
+    Damaged,
+    /// The peer hung up in the handshake.
+    #[error("the peer ended the connection instead of a TLS handshake: is it plain text there?")]
+    NoHandshake,
+    /// The peer hung up after the handshake, and before its first word.
+    #[error("the peer ended the connection after the TLS handshake: its log says why")]
+    HungUp,
+    /// The handshake did not end in time.
+    #[error("the peer did not end the TLS handshake within {0:?}: is it plain text there?")]
+    Late(std::time::Duration),
+}
+
+impl TlsError {
+    /// Tells what rustls found.
+    pub(crate) fn of(error: rustls::Error) -> Self {
+        use rustls::Error as E;
+        match error {
+            E::InvalidCertificate(refused) => Self::Refused(certificate(&refused)),
+            E::NoCertificatesPresented => Self::Refused("the peer showed no certificate".to_owned()),
+            E::AlertReceived(alert) => Self::RefusedByPeer(by_alert(alert)),
+            E::NoApplicationProtocol => {
+                Self::Protocol("it speaks another protocol inside than vfio-migrate/1 (ALPN)".to_owned())
+            }
+            E::DecryptError => Self::Damaged,
+            E::General(text) => Self::Setup(text),
+            other => Self::Protocol(other.to_string()),
+        }
+    }
+}
+
+/// What is wrong with the peer's certificate.
+fn certificate(error: &CertificateError) -> String {
+    use CertificateError as C;
+    let time = |at: &rustls::pki_types::UnixTime| {
+        rfc3339(std::time::UNIX_EPOCH + std::time::Duration::from_secs(at.as_secs()))
+    };
+    match error {
+        C::Expired => "the peer's certificate has expired: make it a new one".to_owned(),
+        C::ExpiredContext { not_after, .. } => {
+            format!("the peer's certificate expired at {}: make it a new one", time(not_after))
+        }
+        C::NotValidYet => "the peer's certificate is not valid yet: are the clocks of both hosts right?".to_owned(),
+        C::NotValidYetContext { not_before, .. } => format!(
+            "the peer's certificate is not valid before {}: are the clocks of both hosts right?",
+            time(not_before)
+        ),
+        C::UnknownIssuer => "the peer's certificate is not of a CA that is trusted here: both hosts need the same ca-cert.pem".to_owned(),
+        C::BadSignature => "the peer's certificate is not of a CA that is trusted here, though of one of that name: both \
+                            hosts need the same ca-cert.pem"
+            .to_owned(),
+        C::NotValidForName => "the peer's certificate is another host's".to_owned(),
+        C::NotValidForNameContext { expected, presented } => {
+            let named: Vec<String> = presented.iter().take(8).map(|name| quote(bare(name))).collect();
+            let expected = quote(&expected.to_str());
+            let named = if named.is_empty() { "nobody".to_owned() } else { named.join(", ") };
+            format!("the peer's certificate is not {expected}'s: it names {named} (--tls-hostname, if that is the right host)")
+        }
+        C::InvalidPurpose | C::InvalidPurposeContext { .. } => {
+            "the peer's certificate is not made for this purpose: its extended key usage must have serverAuth at a destination, clientAuth at a source".to_owned()
+        }
+        C::Revoked => "the peer's certificate is revoked".to_owned(),
+        C::Other(other) => other.to_string(),
+        other => format!("the peer's certificate is refused: {other}"),
+    }
+}
+
+/// A name of a certificate without the words that rustls puts around it: `DnsName("a")`, `IpAddress(1.2.3.4)`.
+fn bare(presented: &str) -> &str {
+    let inner = presented.split_once('(').map_or(presented, |(_, inner)| inner);
+    inner.trim_end_matches(')').trim_matches('"')
+}
+
+/// What the peer says it has against us, by the one byte in which TLS says it.
+fn by_alert(alert: AlertDescription) -> String {
+    use AlertDescription as A;
+    match alert {
+        A::CertificateExpired => {
+            "our certificate is not valid by its clock: make a new one, or set the clocks right".to_owned()
+        }
+        A::UnknownCA => {
+            "it does not trust the CA of our certificate: both hosts need the same ca-cert.pem".to_owned()
+        }
+        A::CertificateRequired => "it wants a certificate and we have shown none".to_owned(),
+        A::BadCertificate | A::CertificateUnknown | A::CertificateRevoked | A::UnsupportedCertificate => {
+            "it does not take our certificate: its log says why".to_owned()
+        }
+        A::AccessDenied => "our certificate is not among those that may come".to_owned(),
+        A::ProtocolVersion => "it does not speak TLS 1.3".to_owned(),
+        A::NoApplicationProtocol => "it serves something else than migrations at this address".to_owned(),
+        A::DecryptError | A::BadRecordMac | A::DecodeError | A::RecordOverflow => {
+            format!("what reached it was damaged on the way (TLS alert {alert:?})")
+        }
+        other => format!("TLS alert {other:?}"),
+    }
+}

@@ -1,0 +1,187 @@
+//! Keys and certificates in a directory, in the layout that QEMU and libvirt use for migration.
+
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use rustls::crypto::ring::default_provider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+
+use crate::regular_file::open_regular;
+use crate::tls::error::TlsError;
+use crate::tls::identity::PeerIdentity;
+
+/// Longest file that is read: a bundle of CAs is far shorter.
+const LONGEST: u64 = 1 << 20;
+/// Most certificates in one file.
+const MOST_CERTIFICATES: usize = 64;
+/// The file of the certificates of the CAs that are trusted.
+pub const CA_FILE: &str = "ca-cert.pem";
+
+/// The end of a connection that a certificate is for: a listening destination is a server, a source a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsRole {
+    /// A source.
+    Client,
+    /// A destination.
+    Server,
+}
+
+impl TlsRole {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Server => "server",
+        }
+    }
+
+    /// The certificate's file name.
+    pub fn certificate_file(self) -> String {
+        format!("{}-cert.pem", self.word())
+    }
+
+    /// The private key's file name.
+    pub fn key_file(self) -> String {
+        format!("{}-key.pem", self.word())
+    }
+}
+
+/// A certificate with its private key, which is wiped from memory when dropped.
+pub(crate) struct OwnCertificate {
+    pub(crate) key: CertifiedKey,
+    pub(crate) identity: PeerIdentity,
+}
+
+/// The certificate and key of `role` in `directory`.
+pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCertificate, TlsError> {
+    let path = directory.join(role.certificate_file());
+    let chain = certificates(&path)?;
+    let key_path = directory.join(role.key_file());
+    let key = private_key(&key_path)?;
+    let content = |what: &str| TlsError::Content { path: key_path.clone(), what: what.to_owned() };
+    let signing = default_provider()
+        .key_provider
+        .load_private_key(key)
+        .map_err(|_| content("holds no private key of a kind that TLS 1.3 knows"))?;
+    let key = CertifiedKey::new(chain, signing);
+    match key.keys_match() {
+        Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
+        Err(_) => return Err(TlsError::KeyMismatch { key: key_path, certificate: path }),
+    }
+    let leaf = key.cert.first().ok_or_else(|| no_certificate(&path))?;
+    let identity = PeerIdentity::of(leaf).map_err(|_| TlsError::Content {
+        path: path.clone(),
+        what: "holds a certificate that cannot be read".into(),
+    })?;
+    if identity.not_after < SystemTime::now() {
+        let what =
+            format!("expired at {}: make a new one", vfio_migration_types::rfc3339(identity.not_after));
+        return Err(TlsError::Content { path, what });
+    }
+    Ok(OwnCertificate { key, identity })
+}
+
+/// All certificates of a file, at least one.
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let text = read(path)?.bytes;
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).take(MOST_CERTIFICATES + 1).collect();
+    match all {
+        Ok(all) if all.len() > MOST_CERTIFICATES => Err(TlsError::Content {
+            path: path.into(),
+            what: format!("holds more than {MOST_CERTIFICATES} certificates"),
+        }),
+        Ok(all) if !all.is_empty() => Ok(all),
+        _ => Err(no_certificate(path)),
+    }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    let mut file = read(path)?;
+    if is_loose(file.mode, file.owner, rustix::process::geteuid().as_raw()) {
+        file.wipe();
+        return Err(TlsError::LooseKey { path: path.into(), mode: file.mode & 0o7777 });
+    }
+    let key = PrivateKeyDer::from_pem_slice(&file.bytes);
+    file.wipe();
+    key.map_err(|_| TlsError::Content {
+        path: path.into(),
+        what: "holds no private key in PEM (one with a passphrase cannot be used)".into(),
+    })
+}
+
+fn no_certificate(path: &Path) -> TlsError {
+    TlsError::Content { path: path.into(), what: "holds no certificate in PEM".into() }
+}
+
+struct Contents {
+    bytes: Vec<u8>,
+    mode: u32,
+    owner: u32,
+}
+
+impl Contents {
+    fn wipe(&mut self) {
+        self.bytes.fill(0);
+        std::hint::black_box(&self.bytes);
+    }
+}
+
+/// Reads a regular file, whole, with the permissions of the very file that was read.
+fn read(path: &Path) -> Result<Contents, TlsError> {
+    let file = open_regular(path).map_err(|source| TlsError::Open(Arc::new(source)))?;
+    let failed = |source| TlsError::File { path: path.into(), source: Arc::new(source) };
+    let found = file.metadata().map_err(failed)?;
+    // In one piece: what a growing vector leaves behind is not wiped.
+    let mut bytes = Vec::with_capacity(usize::try_from(found.len().min(LONGEST)).unwrap_or(0) + 1);
+    file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > LONGEST {
+        return Err(TlsError::Content { path: path.into(), what: format!("is longer than {LONGEST} bytes") });
+    }
+    Ok(Contents { bytes, mode: found.mode(), owner: found.uid() })
+}
+
+/// Whether others than those whom its owner meant may read or change a key: anybody but the owner; where the owner is another
+/// user than `we` are, who lends it to our group, anybody beyond that.
+fn is_loose(mode: u32, owner: u32, we: u32) -> bool {
+    let allowed = if owner == we { 0o700 } else { 0o740 };
+    mode & 0o777 & !allowed != 0
+}
+
+/// Whether `directory` has any of the files of the layout.
+pub fn has_any(directory: &Path) -> bool {
+    [CA_FILE.to_owned(), TlsRole::Client.certificate_file(), TlsRole::Server.certificate_file()]
+        .iter()
+        .any(|name| directory.join(name).exists())
+}
+
+/// The path of a file of the layout, for an error or a listing.
+pub(crate) fn ca_path(directory: &Path) -> PathBuf {
+    directory.join(CA_FILE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_its_owners_or_lent_to_our_group_by_another() {
+        let (root, we) = (0, 1000);
+        for (mode, owner, loose) in [
+            (0o100600, we, false),
+            (0o100400, we, false),
+            (0o100640, we, true),
+            (0o100604, we, true),
+            (0o100620, we, true),
+            (0o100640, root, false),
+            (0o100660, root, true),
+            (0o100644, root, true),
+            (0o100602, root, true),
+        ] {
+            assert_eq!(is_loose(mode, owner, we), loose, "{mode:o} of {owner}");
+        }
+    }
+}

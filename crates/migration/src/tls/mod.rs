@@ -1,0 +1,11 @@
+//! TLS 1.3 with certificates on both sides: who a peer is, and what is trusted.
+//!
+//! The bytes of a connection are [`channel::tls`](crate::channel)'s; here is what a connection is made with. Nothing secret is
+//! ever part of an error, a log line or `Debug`.
+
+pub(crate) mod config;
+pub(crate) mod error;
+pub(crate) mod files;
+pub(crate) mod identity;
+pub(crate) mod security;
+pub(crate) mod trust;

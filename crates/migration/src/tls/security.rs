@@ -1,0 +1,42 @@
+//! How a connection was secured, for whoever watches a session or reads of it later.
+
+use serde::{Deserialize, Serialize};
+
+use crate::tls::identity::PeerIdentity;
+
+/// How a connection is secured, and what its peer has proved to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionSecurity {
+    /// What secures it.
+    pub kind: SecurityKind,
+    /// The cipher suite, by its name in TLS.
+    pub cipher: Option<String>,
+    /// What the peer has proved to be; `None` where nothing is proved.
+    pub peer: Option<PeerIdentity>,
+}
+
+/// What secures a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SecurityKind {
+    /// Nothing: whoever is on the way reads and changes what is sent.
+    PlainText,
+    /// It is a unix socket, and leaves the host only through a process of it.
+    Unix,
+    /// TLS 1.3.
+    Tls,
+    /// Whoever handed it over says that it is secured.
+    Vouched,
+}
+
+impl SecurityKind {
+    /// As texts and documents name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PlainText => "plain-text",
+            Self::Unix => "unix",
+            Self::Tls => "tls",
+            Self::Vouched => "vouched",
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Which certificates of a peer are taken: those of a trusted CA, or those whose public key is pinned.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::ring::default_provider;
+use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
+    SignatureScheme,
+};
+
+use crate::tls::error::TlsError;
+use crate::tls::files::certificates;
+use crate::tls::identity::{PeerIdentity, Pin};
+
+/// Whom a side trusts.
+#[derive(Clone, Debug)]
+pub(crate) enum Trust {
+    /// Whoever has a certificate of one of these CAs; a server's must name the host that was connected to.
+    Authorities(Arc<RootCertStore>),
+    /// Whoever has one of these keys, whatever its certificate says.
+    Pins(Arc<BTreeSet<Pin>>),
+}
+
+impl Trust {
+    /// The CAs of a file.
+    pub(crate) fn authorities(path: &Path) -> Result<Self, TlsError> {
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(path)? {
+            roots.add(certificate).map_err(|_| TlsError::Content {
+                path: path.into(),
+                what: "holds a certificate that cannot be a CA's".into(),
+            })?;
+        }
+        Ok(Self::Authorities(Arc::new(roots)))
+    }
+
+    /// Looks at the certificate of a destination.
+    pub(crate) fn server_verifier(&self) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
+        let setup = |error: rustls::server::VerifierBuilderError| TlsError::Setup(error.to_string());
+        Ok(match self {
+            Self::Authorities(roots) => {
+                let builder = WebPkiServerVerifier::builder_with_provider(
+                    Arc::clone(roots),
+                    Arc::new(default_provider()),
+                );
+                builder.build().map_err(setup)?
+            }
+            Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
+        })
+    }
+
+    /// Looks at the certificate of a source, which has to show one.
+    pub(crate) fn client_verifier(&self) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+        let setup = |error: rustls::server::VerifierBuilderError| TlsError::Setup(error.to_string());
+        Ok(match self {
+            Self::Authorities(roots) => {
+                let builder = WebPkiClientVerifier::builder_with_provider(
+                    Arc::clone(roots),
+                    Arc::new(default_provider()),
+                );
+                // Whom we trust is nothing that a stranger has to know.
+                builder.clear_root_hint_subjects().build().map_err(setup)?
+            }
+            Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
+        })
+    }
+}
+
+/// Takes certificates by their public key alone, while they are valid. That the peer has the key, the handshake's signature proves.
+#[derive(Debug)]
+struct PinVerifier {
+    pins: Arc<BTreeSet<Pin>>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl PinVerifier {
+    fn new(pins: &Arc<BTreeSet<Pin>>) -> Self {
+        Self { pins: Arc::clone(pins), algorithms: default_provider().signature_verification_algorithms }
+    }
+
+    fn check(&self, leaf: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
+        let identity =
+            PeerIdentity::of(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        if !self.pins.contains(&identity.pin) {
+            return Err(refused(NotPinned(identity.pin)));
+        }
+        let now = UNIX_EPOCH + Duration::from_secs(now.as_secs());
+        if now > identity.not_after {
+            return Err(Error::InvalidCertificate(CertificateError::ExpiredContext {
+                time: unix(now),
+                not_after: unix(identity.not_after),
+            }));
+        }
+        Ok(())
+    }
+
+    fn signed(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, leaf, signature, &self.algorithms)
+    }
+}
+
+fn unix(time: SystemTime) -> UnixTime {
+    UnixTime::since_unix_epoch(time.duration_since(UNIX_EPOCH).unwrap_or_default())
+}
+
+fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the peer's key {0} is not among those that are pinned")]
+struct NotPinned(Pin);
+
+/// TLS 1.2 is not offered, so nothing of it is ever verified.
+fn no_tls12() -> Error {
+    Error::General("TLS 1.2 is not spoken".into())
+}
+
+impl ServerCertVerifier for PinVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.check(leaf, now).map(|()| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed(message, leaf, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for PinVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.check(leaf, now).map(|()| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed(message, leaf, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,614 @@
+//! Migrations over TLS: who is let in, what is noticed, and that nothing can be read on the way.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::toy::pki::{Ca, Host};
+use crate::toy::*;
+use rcgen::ExtendedKeyUsagePurpose;
+use vfio_migration::rustls::pki_types::pem::PemObject;
+use vfio_migration::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use vfio_migration::rustls::server::WebPkiClientVerifier;
+use vfio_migration::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use vfio_migration::{
+    ALPN, CA_FILE, ConnectionSecurity, Destination, DestinationOptions, IncomingControl, IncomingError,
+    Machine, MigrateError, PeerIdentity, Pin, Security, SecurityKind, Source, SourceOptions, TlsDirectory,
+    TlsRole, Uri, own_identity,
+};
+use vfio_migration_types::error_chain;
+
+const HOST: &str = "127.0.0.1";
+
+fn plan() -> Plan {
+    Plan { pages: 64, hot: 8, ..Plan::default() }
+}
+
+/// With certificates of a directory; a connection that was handed over leads to [`HOST`].
+fn secure(directory: &Path) -> Security {
+    Security::Directory(TlsDirectory { server_name: Some(HOST.into()), ..TlsDirectory::new(directory) })
+}
+
+fn source_options(security: Security) -> SourceOptions {
+    let mut options = SourceOptions::default();
+    options.security = security;
+    options.connect_timeout = Duration::from_secs(5);
+    options.downtime_limit = Duration::from_secs(10);
+    options
+}
+
+fn destination_options(security: Security) -> DestinationOptions {
+    let mut options = DestinationOptions::default();
+    options.security = security;
+    options.peer_timeout = Duration::from_secs(5);
+    options
+}
+
+/// Migrates between two hosts, over `route`.
+fn attempt(source: Security, destination: Security, route: impl FnOnce(&Uri) -> Uri) -> (Arc<Toy>, Both) {
+    let toy = Toy::booted(&plan());
+    let both = migrate_by(
+        &toy,
+        &plan(),
+        "tcp:127.0.0.1:0",
+        source_options(source),
+        destination_options(destination),
+        |_, to| route(to),
+        |_| {},
+    );
+    (toy, both)
+}
+
+fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind((HOST, 0)).unwrap();
+    let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (here, listener.accept().unwrap().0)
+}
+
+/// What both sides say of an attempt over one connection, which must fail with the guest going on.
+fn refused(source: Security, destination: Security) -> (String, String) {
+    let (here, there) = tcp_pair();
+    let toy = Toy::booted(&plan());
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || {
+            let mut place = Destination::over(there.into(), destination_options(destination))?;
+            place.accept(|_| Ok::<Arc<dyn Machine>, _>(Toy::new(&plan())))
+        });
+        let left = Source::new(toy.clone(), source_options(source)).migrate_over(here.into(), |_| {});
+        let arrived = arriving.join().unwrap();
+        toy.prove_running();
+        (error_chain(&left.expect_err("it migrated")), error_chain(&arrived.expect_err("it arrived")))
+    })
+}
+
+/// What the source says of a destination whose certificate it refuses.
+fn refused_here(source: &Security, destination: &Path) -> String {
+    let (here, there) = refused(source.clone(), secure(destination));
+    assert!(there.contains("the peer refused this side"), "{there}");
+    here
+}
+
+/// What the destination says of a source whose certificate it refuses; the source hears of it.
+fn refused_there(source: &Path, destination: &Security) -> String {
+    let (here, there) = refused(secure(source), destination.clone());
+    assert!(here.contains("the peer refused this side"), "{here}");
+    there
+}
+
+/// Ends a destination's wait, however a test ends.
+struct Waiting(IncomingControl);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+#[test]
+fn a_guest_moves_between_hosts_that_trust_each_other() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    let toy = Toy::booted(&plan());
+    let (mut control, mut incoming) = (None, None);
+    // The name that the destination has to prove is that of its address.
+    let both = migrate_by(
+        &toy,
+        &plan(),
+        "tcp:127.0.0.1:0",
+        source_options(Security::Directory(TlsDirectory::new(here.path()))),
+        destination_options(secure(there.path())),
+        |there, to| {
+            incoming = Some(there.clone());
+            to.clone()
+        },
+        |here| control = Some(here),
+    );
+    let (_, _, machine) = both.unwrap();
+    prove_moved(&toy, &machine);
+    // Each side knows who the other was.
+    let of_source = control.unwrap().progress().attempt.unwrap().security.unwrap();
+    let of_destination = incoming.unwrap().last_progress().unwrap().attempt.unwrap().security.unwrap();
+    for (security, directory, role, name) in [
+        (of_source, there.path(), TlsRole::Server, HOST),
+        (of_destination, here.path(), TlsRole::Client, "host-a"),
+    ] {
+        let ConnectionSecurity { kind, cipher, peer } = security;
+        assert_eq!(kind, SecurityKind::Tls);
+        assert!(cipher.unwrap().starts_with("TLS13_"));
+        let peer = peer.unwrap();
+        assert_eq!(peer, own_identity(directory, role).unwrap());
+        assert_eq!(peer.names, [name]);
+    }
+}
+
+#[test]
+fn the_name_that_is_connected_to_is_the_one_that_must_be_proved() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named("host-c")));
+    let (toy, both) =
+        attempt(Security::Directory(TlsDirectory::new(here.path())), secure(there.path()), Uri::clone);
+    toy.prove_running();
+    let text = error_chain(&both.source.unwrap_err());
+    assert!(text.contains("is not \"127.0.0.1\"'s: it names \"host-c\""), "{text}");
+    // A connection that was handed over leads to nobody by name.
+    let (text, _) = refused(Security::Directory(TlsDirectory::new(here.path())), secure(there.path()));
+    assert!(text.contains("--tls-hostname"), "{text}");
+}
+
+/// Every way in which certificates do not fit, each with what its judge says; the other side hears that it was refused.
+#[test]
+fn whoever_does_not_prove_who_he_is_is_refused() {
+    let (ca, stranger) = (Ca::new(), Ca::new());
+    let here = ca.host(&Host::named("host-a"));
+    let there = ca.host(&Host::named(HOST));
+    let (a, b) = (secure(here.path()), secure(there.path()));
+    let only = |purpose: ExtendedKeyUsagePurpose| (purpose.clone(), purpose);
+    let wrong_ca = |host: &Host| {
+        let directory = ca.host(host);
+        stranger.certify(directory.path(), host);
+        directory
+    };
+
+    // The destination's certificate, seen by the source before it sends anything.
+    for (directory, says) in [
+        (ca.host(&Host::named("host-c")), "it names \"host-c\""),
+        (ca.host(&Host { years: (2090, 2091), ..Host::named(HOST) }), "not valid before 2090-01-01"),
+        (
+            ca.host(&Host { purposes: only(ExtendedKeyUsagePurpose::ClientAuth), ..Host::named(HOST) }),
+            "its extended key usage must have serverAuth at a destination",
+        ),
+        (wrong_ca(&Host::named(HOST)), "not of a CA that is trusted here"),
+    ] {
+        let text = refused_here(&a, directory.path());
+        assert!(text.contains(says), "{text}");
+    }
+
+    // The source's certificate, seen by the destination before it allocates anything.
+    for (directory, says) in [
+        (ca.host(&Host { years: (2090, 2091), ..Host::named("host-a") }), "not valid before 2090-01-01"),
+        (
+            ca.host(&Host { purposes: only(ExtendedKeyUsagePurpose::ServerAuth), ..Host::named("host-a") }),
+            "clientAuth at a source",
+        ),
+        (wrong_ca(&Host::named("host-a")), "not of a CA that is trusted here"),
+    ] {
+        let text = refused_there(directory.path(), &b);
+        assert!(text.contains(says), "{text}");
+    }
+
+    // No certificate at all.
+    let mut nameless =
+        ClientConfig::builder().with_root_certificates(roots(here.path())).with_no_client_auth();
+    nameless.alpn_protocols = vec![ALPN.to_vec()];
+    let (toy, both) = attempt(Security::Client(Arc::new(nameless)), b, Uri::clone);
+    toy.prove_running();
+    let text = error_chain(&both.source.unwrap_err());
+    assert!(text.contains("it wants a certificate and we have shown none"), "{text}");
+}
+
+#[test]
+fn plain_text_and_tls_do_not_meet() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    let (text, peer) = refused(secure(here.path()), Security::PlainText);
+    assert!(text.contains("instead of a TLS handshake: is it plain text there?"), "{text}");
+    assert!(peer.contains("TLS"), "{peer}");
+    let (text, peer) = refused(Security::PlainText, secure(there.path()));
+    assert!(text.contains("TLS"), "{text}");
+    assert!(peer.contains("does not speak TLS 1.3") && peer.contains("is it plain text there?"), "{peer}");
+}
+
+/// Something else that is served over TLS with the same certificates is not taken for a migration.
+#[test]
+fn another_protocol_inside_is_refused() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    let mut config = client_config(here.path());
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let (toy, both) = attempt(Security::Client(Arc::new(config)), secure(there.path()), Uri::clone);
+    let text = error_chain(&both.source.unwrap_err());
+    assert!(text.contains("it serves something else than migrations"), "{text}");
+    toy.prove_running();
+}
+
+fn chain(directory: &Path, role: TlsRole) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+    let certificate = CertificateDer::from_pem_file(directory.join(role.certificate_file())).unwrap();
+    (vec![certificate], PrivateKeyDer::from_pem_file(directory.join(role.key_file())).unwrap())
+}
+
+fn roots(directory: &Path) -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(directory.join(CA_FILE)).unwrap()).unwrap();
+    roots
+}
+
+fn client_config(directory: &Path) -> ClientConfig {
+    let (certificates, key) = chain(directory, TlsRole::Client);
+    let builder = ClientConfig::builder().with_root_certificates(roots(directory));
+    let mut config = builder.with_client_auth_cert(certificates, key).unwrap();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config
+}
+
+/// A VMM that has its certificates from elsewhere brings its own configuration.
+#[test]
+fn a_vmm_brings_its_own_configuration() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    let (certificates, key) = chain(there.path(), TlsRole::Server);
+    let verifier = WebPkiClientVerifier::builder(Arc::new(roots(there.path()))).build().unwrap();
+    let builder = ServerConfig::builder().with_client_cert_verifier(verifier);
+    let mut server = builder.with_single_cert(certificates, key).unwrap();
+    server.alpn_protocols = vec![ALPN.to_vec()];
+    let client = Security::Client(Arc::new(client_config(here.path())));
+    let server = Security::Server(Arc::new(server));
+    let (toy, both) = attempt(client.clone(), server.clone(), Uri::clone);
+    let (_, _, machine) = both.unwrap();
+    prove_moved(&toy, &machine);
+    // Each for its own side.
+    let (text, _) = refused(server, Security::PlainText);
+    assert!(text.contains("a destination's configuration was given to a source"), "{text}");
+    let listened = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), destination_options(client));
+    let text = error_chain(&listened.unwrap_err());
+    assert!(text.contains("a source's configuration was given to a destination"), "{text}");
+}
+
+/// A VMM that has secured the stream itself says with whom it talks.
+#[test]
+fn a_stream_that_somebody_vouches_for_has_an_identity() {
+    let peer = |name: &str| PeerIdentity {
+        names: vec![name.to_owned()],
+        pin: Pin::of_key(name.as_bytes()),
+        not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000),
+    };
+    let (here, there) = tcp_pair();
+    let toy = Toy::booted(&plan());
+    let source = Source::new(toy, source_options(Security::Vouched(peer("host-b"))));
+    let (control, mut seen) = (source.control(), None);
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(|| {
+            let options = destination_options(Security::Vouched(peer("host-a")));
+            let mut place = Destination::over(there.into(), options).unwrap();
+            place.accept(|_| Ok::<Arc<dyn Machine>, _>(Toy::new(&plan()))).unwrap();
+            place.control().last_progress().unwrap().attempt.unwrap().security.unwrap()
+        });
+        source.migrate_over(here.into(), |progress| seen = Some(progress.clone())).unwrap();
+        assert_eq!(arriving.join().unwrap().peer, Some(peer("host-a")));
+    });
+    let security = control.progress().attempt.unwrap().security.unwrap();
+    assert_eq!((security.kind, security.peer), (SecurityKind::Vouched, Some(peer("host-b"))));
+    // The progress that carries it reads back as it was written.
+    let seen = seen.unwrap();
+    let read: vfio_migration::Progress =
+        serde_json::from_str(&serde_json::to_string(&seen).unwrap()).unwrap();
+    assert_eq!(read.attempt, seen.attempt);
+}
+
+/// A peer that is silent in the handshake is given up in time, on both sides.
+#[test]
+fn a_handshake_that_does_not_end_is_given_up() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    let (one, _silent) = tcp_pair();
+    let mut options = source_options(secure(here.path()));
+    options.connect_timeout = Duration::from_millis(200);
+    let toy = Toy::booted(&plan());
+    let error = Source::new(toy.clone(), options).migrate_over(one.into(), |_| {}).unwrap_err();
+    assert!(error_chain(&error).contains("the peer did not end the TLS handshake within 200ms"), "{error}");
+    toy.prove_running();
+
+    let (_silent, one) = tcp_pair();
+    let mut options = destination_options(secure(there.path()));
+    options.peer_timeout = Duration::from_millis(200);
+    let mut place = Destination::over(one.into(), options).unwrap();
+    let error = place.accept(|_| Ok::<Arc<dyn Machine>, _>(Toy::new(&plan()))).unwrap_err();
+    assert!(error_chain(&error).contains("it said nothing within 200ms"), "{error}");
+}
+
+/// More strangers than may wait, each inside its handshake: the rightful source comes in all the same.
+#[test]
+fn strangers_in_the_handshake_hold_up_nobody() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    let mut strangers = Vec::new();
+    let begun = Instant::now();
+    let (toy, both) = attempt(secure(here.path()), secure(there.path()), |to| {
+        let Uri::Tcp { port, .. } = to else { panic!("{to}") };
+        for _ in 0..100 {
+            let mut stranger = TcpStream::connect((HOST, *port)).unwrap();
+            // The beginning of a ClientHello.
+            stranger.write_all(&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3]).unwrap();
+            strangers.push(stranger);
+        }
+        to.clone()
+    });
+    let (_, _, machine) = both.unwrap();
+    prove_moved(&toy, &machine);
+    assert!(begun.elapsed() < Duration::from_secs(30));
+}
+
+/// What somebody on the way has noted of a session is worth nothing to him.
+#[test]
+fn a_session_that_is_replayed_is_refused() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    let mut noted = Arc::default();
+    let (_, both) = attempt(secure(here.path()), secure(there.path()), |to| {
+        let (at, seen) = wire(to, None, None);
+        noted = seen;
+        at
+    });
+    both.unwrap();
+    let noted: Vec<u8> = noted.lock().unwrap().0.clone();
+    let (mut replaying, one) = tcp_pair();
+    std::thread::spawn(move || {
+        let _ = replaying.write_all(&noted);
+        let _ = replaying.read_to_end(&mut Vec::new());
+    });
+    let mut place = Destination::over(one.into(), destination_options(secure(there.path()))).unwrap();
+    let error = place.accept(|_| Ok::<Arc<dyn Machine>, _>(Toy::new(&plan()))).unwrap_err();
+    assert!(error_chain(&error).contains("damaged on the way: it does not decrypt"), "{error}");
+}
+
+/// An end that the peer did not announce is a failure, wherever in the stream it comes.
+#[test]
+fn a_stream_that_is_cut_between_records_is_no_end() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    for after in [100_000, 150_000] {
+        let (toy, both) =
+            attempt(secure(here.path()), secure(there.path()), |to| wire(to, None, Some(after)).0);
+        toy.prove_running();
+        let text = error_chain(&both.destination.unwrap_err());
+        assert!(text.contains("no close_notify"), "{text}");
+        both.source.unwrap_err();
+    }
+}
+
+/// What the destination is started with is looked at before anybody comes.
+#[test]
+fn files_that_cannot_be_used_are_named_at_once() {
+    let listen = |directory: &Path| {
+        let options = destination_options(secure(directory));
+        match Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options) {
+            Err(IncomingError::NotBegun(failure)) => failure.to_string(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let ca = Ca::new();
+    let key = TlsRole::Server.key_file();
+    let certificate = TlsRole::Server.certificate_file();
+    let empty = tempfile::tempdir().unwrap();
+    let text = listen(empty.path());
+    assert!(text.contains(&certificate) && text.contains("No such file"), "{text}");
+
+    let host = ca.host(&Host::named(HOST));
+    std::fs::set_permissions(host.path().join(&key), std::fs::Permissions::from_mode(0o640)).unwrap();
+    let text = listen(host.path());
+    assert!(text.contains(&key) && text.contains("0640") && text.contains("chmod 600"), "{text}");
+
+    let host = ca.host(&Host::named(HOST));
+    std::fs::write(host.path().join(&key), "no key").unwrap();
+    let text = listen(host.path());
+    assert!(text.contains(&key) && text.contains("holds no private key"), "{text}");
+
+    let host = ca.host(&Host::named(HOST));
+    let other = ca.host(&Host::named(HOST));
+    std::fs::copy(other.path().join(&key), host.path().join(&key)).unwrap();
+    let text = listen(host.path());
+    assert!(text.contains("is not the key of") && text.contains(&certificate), "{text}");
+
+    let host = ca.host(&Host { years: (2001, 2002), ..Host::named(HOST) });
+    let text = listen(host.path());
+    assert!(text.contains(&certificate) && text.contains("expired at 2002-01-01"), "{text}");
+
+    let host = ca.host(&Host::named(HOST));
+    std::fs::write(host.path().join(CA_FILE), "").unwrap();
+    let text = listen(host.path());
+    assert!(text.contains(CA_FILE) && text.contains("holds no certificate"), "{text}");
+}
+
+#[test]
+fn pinned_keys_need_no_ca_and_no_name() {
+    let (ca, other) = (Ca::new(), Ca::new());
+    let (here, there) = (ca.host(&Host::named("a")), other.host(&Host::named("b")));
+    std::fs::remove_file(here.path().join(CA_FILE)).unwrap();
+    let pin = |directory: &Path, role| own_identity(directory, role).unwrap().pin;
+    let pinned = |directory: &Path, pins: &[Pin]| {
+        let pins: BTreeSet<Pin> = pins.iter().copied().collect();
+        Security::Directory(TlsDirectory { pins, ..TlsDirectory::new(directory) })
+    };
+    let of_source = pin(here.path(), TlsRole::Client);
+    let of_destination = pin(there.path(), TlsRole::Server);
+    let right = || pinned(here.path(), &[of_destination]);
+    let (toy, both) = attempt(right(), pinned(there.path(), &[of_source]), Uri::clone);
+    let (_, _, machine) = both.unwrap();
+    prove_moved(&toy, &machine);
+    let (text, _) = refused(pinned(here.path(), &[of_source]), pinned(there.path(), &[of_source]));
+    assert!(text.contains(&of_destination.to_string()) && text.contains("pinned"), "{text}");
+    let (text, peer) = refused(right(), pinned(there.path(), &[of_destination]));
+    assert!(peer.contains(&of_source.to_string()) && peer.contains("pinned"), "{peer}");
+    assert!(text.contains("the peer refused this side"), "{text}");
+}
+
+/// Certificates are replaced while a destination waits; while they do not fit each other, the old ones serve.
+#[test]
+fn certificates_rotate_while_a_destination_waits() {
+    let (ca, next) = (Ca::new(), Ca::new());
+    let (here, there) = (ca.host(&Host::named("a")), ca.host(&Host::named(HOST)));
+    let options = destination_options(secure(there.path()));
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
+    let to = destination.local().clone();
+    let waiting = Waiting(destination.control());
+    let machine = Toy::new(&plan());
+    let built = machine.clone();
+    std::thread::scope(|scope| {
+        let _waiting = waiting;
+        scope.spawn(move || {
+            let arrived = destination.accept(|_| Ok::<Arc<dyn Machine>, _>(built));
+            if arrived.is_ok() {
+                destination.answer_queries(Duration::from_secs(30)).unwrap();
+            }
+        });
+        let toy = Toy::booted(&plan());
+        let go = |directory: &Path| {
+            Source::new(toy.clone(), source_options(secure(directory))).migrate_to(&to, |_| {})
+        };
+        // Half replaced: the key is gone, and the old certificate still proves who it is.
+        let key = there.path().join(TlsRole::Server.key_file());
+        std::fs::remove_file(&key).unwrap();
+        let stranger = next.host(&Host::named("a"));
+        let text = error_chain(&go(stranger.path()).unwrap_err());
+        assert!(text.contains("not of a CA that is trusted here"), "{text}");
+        // Whole: certificate and CA are others, and so are those whom they trust.
+        let new = next.host(&Host::named(HOST));
+        for entry in std::fs::read_dir(new.path()).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), there.path().join(entry.file_name())).unwrap();
+        }
+        let text = error_chain(&go(here.path()).unwrap_err());
+        assert!(text.contains("not of a CA that is trusted here"), "{text}");
+        go(stranger.path()).unwrap();
+        prove_moved(&toy, &machine);
+    });
+}
+
+/// What passes in each direction: to the destination, and back.
+type Noted = Arc<Mutex<(Vec<u8>, Vec<u8>)>>;
+
+/// Somebody on the way who notes all that passes, flips one bit of it where he is told to (to the destination, or back), and cuts
+/// both ways after so many bytes to the destination.
+fn wire(to: &Uri, flip: Option<(bool, u64)>, cut: Option<u64>) -> (Uri, Noted) {
+    let Uri::Tcp { host, port } = to.clone() else { panic!("{to}") };
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = Uri::Tcp { host: HOST.into(), port: listener.local_addr().unwrap().port() };
+    let seen = Noted::default();
+    let noted = seen.clone();
+    std::thread::spawn(move || {
+        let (source, _) = listener.accept().unwrap();
+        let destination = TcpStream::connect((host.as_str(), port)).unwrap();
+        // A second connection, which asks what became of COMMIT, finds nobody.
+        drop(listener);
+        let back = (destination.try_clone().unwrap(), source.try_clone().unwrap(), noted.clone());
+        std::thread::spawn(move || {
+            let flip = flip.filter(|flip| !flip.0).map(|flip| flip.1);
+            pass(back.0, back.1, flip, None, |piece| back.2.lock().unwrap().1.extend_from_slice(piece));
+        });
+        let flip = flip.filter(|flip| flip.0).map(|flip| flip.1);
+        pass(source, destination, flip, cut, |piece| noted.lock().unwrap().0.extend_from_slice(piece));
+    });
+    (at, seen)
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, flip: Option<u64>, cut: Option<u64>, note: impl Fn(&[u8])) {
+    let mut passed = 0;
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(read) = from.read(&mut buffer) {
+        let left = cut.map_or(read, |cut| read.min(usize::try_from(cut - passed).unwrap()));
+        let piece = &mut buffer[..left];
+        if piece.is_empty() {
+            break;
+        }
+        let before = passed;
+        passed += piece.len() as u64;
+        if let Some(at) = flip.filter(|at| (before..passed).contains(at)) {
+            piece[usize::try_from(at - before).unwrap()] ^= 0x10;
+        }
+        note(piece);
+        if to.write_all(piece).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Write);
+    if cut.is_some() {
+        let _ = from.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+    haystack.windows(needle.len()).any(|window| window == needle)
+}
+
+#[test]
+fn nothing_of_the_guest_can_be_read_on_the_way() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("a")), ca.host(&Host::named(HOST)));
+    // A whole number of words, so that it stands in RAM without a gap.
+    let canary = b"a canary in guest RAM: 0123456789abcdef!";
+    let passed = |source: Security, destination: Security| {
+        let toy = Toy::booted(&plan());
+        toy.plant(canary);
+        let mut seen = Noted::default();
+        let both = migrate_by(
+            &toy,
+            &plan(),
+            "tcp:127.0.0.1:0",
+            source_options(source),
+            destination_options(destination),
+            |_, to| {
+                let (at, noted) = wire(to, None, None);
+                seen = noted;
+                at
+            },
+            |_| {},
+        );
+        both.unwrap();
+        let of_device = toy.device_state();
+        let of_device = of_device[of_device.len() / 2..][..32].to_vec();
+        let (there, back) = &*seen.lock().unwrap();
+        let found = |needle: &[u8]| contains(there, needle) || contains(back, needle);
+        [found(canary), found(&of_device)]
+    };
+    assert_eq!(passed(secure(here.path()), secure(there.path())), [false, false]);
+    assert_eq!(passed(Security::PlainText, Security::PlainText), [true, true]);
+}
+
+/// One bit of what is on the wire, at many places of both directions, the handshake's most of all: another guest never arrives.
+#[test]
+fn a_flipped_bit_is_noticed_wherever_it_is() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("a")), ca.host(&Host::named(HOST)));
+    let mut places: Vec<(bool, u64)> = (0..12).map(|step| (true, 1500 + step * 25_013)).collect();
+    for way in [true, false] {
+        places.extend((0..24).map(|step| (way, step * 67)));
+    }
+    let mut failed = 0;
+    for place in &places {
+        let (toy, both) =
+            attempt(secure(here.path()), secure(there.path()), |to| wire(to, Some(*place), None).0);
+        match (both.source, both.destination) {
+            (Ok(_), Ok(_)) => prove_moved(&toy, &both.machine),
+            (Err(MigrateError::Unresolved { .. }), _) => failed += 1,
+            (Err(_), Err(_)) => {
+                failed += 1;
+                toy.prove_running();
+            }
+            (source, destination) => panic!("{place:?}: {source:?}\n{destination:?}"),
+        }
+    }
+    assert!(failed >= places.len() / 2, "only {failed} of {} flips were noticed", places.len());
+}

@@ -1,0 +1,76 @@
+//! Certificates for tests: a CA, and hosts that it vouches for, in directories as hosts have them.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    date_time_ymd,
+};
+use tempfile::TempDir;
+use vfio_migration::{CA_FILE, TlsRole};
+
+/// A CA of our own.
+pub struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+/// What a host's certificates say. Begin with [`Host::named`].
+pub struct Host {
+    pub names: Vec<String>,
+    /// First and last year of validity.
+    pub years: (i32, i32),
+    /// What the server's certificate may be used for, and the client's.
+    pub purposes: (ExtendedKeyUsagePurpose, ExtendedKeyUsagePurpose),
+}
+
+impl Host {
+    pub fn named(name: &str) -> Self {
+        Self {
+            names: vec![name.to_owned()],
+            years: (2020, 2090),
+            purposes: (ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth),
+        }
+    }
+}
+
+impl Ca {
+    pub fn new() -> Self {
+        let mut params = CertificateParams::new([]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "a CA for tests");
+        let key = KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    /// A directory with all that `host` needs, in which this CA is trusted.
+    pub fn host(&self, host: &Host) -> TempDir {
+        let directory = TempDir::new().unwrap();
+        std::fs::write(directory.path().join(CA_FILE), &self.pem).unwrap();
+        self.certify(directory.path(), host);
+        directory
+    }
+
+    /// Gives the host of `directory` certificates of this CA; whom it trusts stays.
+    pub fn certify(&self, directory: &Path, host: &Host) {
+        let (server, client) = &host.purposes;
+        for (role, purpose) in [(TlsRole::Server, server), (TlsRole::Client, client)] {
+            let mut params = CertificateParams::new(host.names.clone()).unwrap();
+            params.not_before = date_time_ymd(host.years.0, 1, 1);
+            params.not_after = date_time_ymd(host.years.1, 1, 1);
+            params.extended_key_usages = vec![purpose.clone()];
+            let key = KeyPair::generate().unwrap();
+            let certificate = params.signed_by(&key, &self.issuer).unwrap();
+            std::fs::write(directory.join(role.certificate_file()), certificate.pem()).unwrap();
+            write_key(&directory.join(role.key_file()), &key.serialize_pem());
+        }
+    }
+}
+
+/// Writes a private key as its owner alone may read it.
+pub fn write_key(path: &Path, pem: &str) {
+    std::fs::write(path, pem).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+}
