@@ -57,6 +57,8 @@ checks! {
         "`modprobe vfio`.";
     DevIommu, "dev-iommu": "`/dev/iommu`, iommufd; this or `dev-vfio` is enough.",
         "`modprobe iommufd`.";
+    TlsCreds, "tls-creds": "The certificates of `--tls-creds`: whether they can be used, and until when.",
+        "`vfio-migrate tls host` makes new ones.";
     DeviceFiles, "device-files": "The files of devices that are bound to VFIO.",
         "`setfacl`, for this user.";
     DevKvm, "dev-kvm": "`/dev/kvm`: without it guests are emulated in software.",

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use vfio_migration_types::printable;
 
 use crate::control::protocol::{MigrationInfo, MigrationStatus};
+use crate::control::security::SecurityInfo;
 use crate::exit::CliError;
 use crate::words::read_capped;
 
@@ -147,7 +148,8 @@ pub(crate) fn text(record: &HistoryRecord) -> String {
     let HistoryRecord { vm, kind, peer, began, migration, .. } = record;
     let way = if migration.direction.as_deref() == Some("incoming") { "from" } else { "to" };
     let peer = peer.as_ref().map_or(String::new(), |peer| format!(" {way} {peer}"));
-    let mut text = format!("{began}  VM {vm}  {}{peer}: {}", kind.name(), ending(migration));
+    let how = migration.security.as_ref().map_or(String::new(), SecurityInfo::text);
+    let mut text = format!("{began}  VM {vm}  {}{peer}{how}: {}", kind.name(), ending(migration));
     if let Some(error) = &migration.error {
         text.push_str(&format!("\n    {error}"));
     }

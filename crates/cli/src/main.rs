@@ -25,6 +25,7 @@ mod signals;
 mod socket_clients;
 mod table;
 mod target;
+mod tls_options;
 mod units;
 mod verbs;
 mod verdict;
@@ -113,6 +114,7 @@ fn run(verb: CliVerb) -> Result<Exit, CliError> {
         CliVerb::Set(options) => verbs::moves::set(&options),
         CliVerb::Devices(options) => verbs::devices::run(&options),
         CliVerb::Doctor(options) => verbs::doctor::run(&options),
+        CliVerb::Tls(options) => verbs::tls::run(&options),
         CliVerb::Completions { shell } => {
             output::print(completions::script(shell))?;
             Ok(Exit::Done)

@@ -27,7 +27,7 @@ const VFIO: (&str, &str) = ("/dev/vfio, /dev/iommu", "the kernel's VFIO devices"
 const SYSFS: (&str, &str) =
     ("/sys/bus/pci, /sys/class/vfio-dev, /sys/bus/mdev", "what the kernel says of devices");
 
-const PAGES: [Extra; 24] = [
+const PAGES: [Extra; 25] = [
     Extra {
         verb: "demo",
         examples: &[
@@ -252,6 +252,21 @@ const PAGES: [Extra; 24] = [
         see_also: &["completions"],
     },
     Extra {
+        verb: "tls",
+        examples: &[
+            ("vfio-migrate tls init ca", "makes a private CA"),
+            ("vfio-migrate tls host host-b --ca ca", "makes what host-b needs, in ./host-b"),
+            ("vfio-migrate tls show /etc/vfio-migrate", "for whom and until when it is good"),
+        ],
+        files: &[
+            ("ca-cert.pem", "the CA that is trusted"),
+            ("server-cert.pem, server-key.pem", "of a host at which guests arrive"),
+            ("client-cert.pem, client-key.pem", "of a host which guests leave"),
+            ("ca-key.pem", "the CA's own key; it does not leave its host"),
+        ],
+        see_also: &["vm", "migrate"],
+    },
+    Extra {
         verb: "",
         examples: &[("vfio-migrate demo", "shows all of it on this host, and changes nothing")],
         files: &[CONTROL, STATE],
@@ -295,6 +310,25 @@ fn page(command: &Command, verb: &str) -> std::io::Result<(String, Vec<u8>)> {
             (format!("vfio-migrate-{}(1)", verb.get_name()), about)
         });
         section(&mut page, "VERBS", &tagged(lines));
+    }
+    let parts: Vec<&Command> =
+        command.get_subcommands().filter(|part| !verb.is_empty() && !part.is_hide_set()).collect();
+    if !parts.is_empty() {
+        let lines = parts.into_iter().map(|part| {
+            let usage = part.clone().render_usage().to_string();
+            let about = part.get_about().map(ToString::to_string).unwrap_or_default();
+            let options =
+                part.get_arguments().filter(|option| option.get_long().is_some()).filter_map(|option| {
+                    let help =
+                        option.get_help().filter(|_| !option.is_global_set() && option.get_id() != "help")?;
+                    Some(format!(" --{}: {help}.", option.get_long()?))
+                });
+            (
+                usage.trim_start_matches("Usage: ").to_owned(),
+                format!("{about}.{}", options.collect::<String>()),
+            )
+        });
+        section(&mut page, "SUBCOMMANDS", &tagged(lines));
     }
     let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
     let (notes, exit) = help.split_once("Exit codes: ").unwrap_or((help.as_str(), ""));

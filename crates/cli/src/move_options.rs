@@ -2,16 +2,18 @@
 //! its schemas, and for the session itself.
 
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use vfio_migration::{SaveOptions, SourceOptions};
+use vfio_migration::{Pin, SaveOptions, Security, SourceOptions};
 
 use crate::bandwidth::Bandwidth;
 use crate::exit::CliError;
+use crate::tls_options::{AskedSecurity, absolute};
 use crate::units;
 use crate::words::{device_map, pair};
 
@@ -63,6 +65,40 @@ pub(crate) struct MoveOptions {
     #[arg(long, help = "Move even a device that logs no DMA: all of RAM is sent while the guest is paused")]
     #[serde(default)]
     pub(crate) allow_all_dirty: bool,
+    /// Absolute path of the folder of certificates for this session, instead of that of `vm --tls-creds`.
+    #[arg(
+        long,
+        value_parser = absolute,
+        value_name = "DIR",
+        help = "Folder of certificates and keys for this session, instead of that of vm --tls-creds"
+    )]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls_creds: Option<PathBuf>,
+    /// Name that the destination's certificate must have, where it is not the host in its address.
+    #[arg(
+        long,
+        value_name = "NAME",
+        help = "Name that the destination's certificate must have, where it is not the host in its address"
+    )]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls_hostname: Option<String>,
+    /// Public keys by one of which the destination is trusted, whatever its certificate says; absent: those of `vm --tls-pin`.
+    #[arg(
+        long = "tls-pin",
+        value_name = "PIN",
+        help = "Trust the destination by this public key, as `tls pin` prints it there. May be given more than once"
+    )]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(with = "Vec<String>")]
+    pub(crate) tls_pins: Vec<Pin>,
+    /// The connection is to go as it is: whoever is on the way reads and changes the guest.
+    #[arg(
+        long,
+        conflicts_with_all = ["tls_creds", "tls_hostname", "tls_pins"],
+        help = "Say that the connection is to go as it is: whoever is on the way reads and changes the guest"
+    )]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) insecure_plaintext: bool,
     /// Checksum RAM while the guest runs too. Absent: false.
     #[arg(
         long,
@@ -80,6 +116,17 @@ fn on_off() -> impl TypedValueParser<Value = bool> {
 }
 
 impl MoveOptions {
+    /// How the session's connection is secured, in a process that was started with `process`.
+    pub(crate) fn security(&self, process: Security) -> Result<Security, CliError> {
+        let asked = AskedSecurity {
+            creds: self.tls_creds.as_ref(),
+            hostname: self.tls_hostname.as_ref(),
+            pins: &self.tls_pins,
+            insecure_plaintext: self.insecure_plaintext,
+        };
+        asked.over(process)
+    }
+
     pub(crate) fn into_source_options(self) -> Result<SourceOptions, CliError> {
         let mut options = SourceOptions::default();
         if let Some(limit) = self.downtime_limit {
@@ -228,7 +275,8 @@ mod tests {
     #[test]
     fn the_command_line_and_the_control_socket_say_the_same() {
         let words = "migrate --control c tcp:h:1 --downtime-limit 1.5ms --bandwidth 1K --give-up 2s --map a=b \
-                     --allow-all-dirty --ram-crc on --suspend --verify";
+                     --allow-all-dirty --ram-crc on --suspend --verify --tls-creds /etc/pki/qemu --tls-hostname host-b \
+                     --tls-pin sha256:00000000000000000000000000000000000000000000000000000000000000ff";
         let CliVerb::Migrate(command) = parsed(&words.split(' ').collect::<Vec<_>>()) else {
             panic!("no migrate")
         };
@@ -241,6 +289,8 @@ mod tests {
                 "uri": "tcp:h:1", "downtime-limit": 2, "max-bandwidth": 1024, "give-up-after": 2000,
                 "device-map": {"a": "b"}, "allow-all-dirty": true, "verify": true,
                 "pause-before-switchover": false, "post-copy": false, "ram-crc": true, "suspend": true,
+                "tls-creds": "/etc/pki/qemu", "tls-hostname": "host-b",
+                "tls-pins": ["sha256:00000000000000000000000000000000000000000000000000000000000000ff"],
             })
         );
         let heard: MigrateArguments = serde_json::from_value(document).unwrap();

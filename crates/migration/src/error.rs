@@ -180,7 +180,7 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         ConnectError::NotAStream(_)
         | ConnectError::System { uri: Uri::Fd(_), .. }
         | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
-        ConnectError::Insecure { .. } => "check the certificates of both hosts",
+        ConnectError::Insecure { .. } => "check the certificates of both hosts: `vfio-migrate tls show`",
         _ => "check the address, and that a destination listens there",
     };
     let errno =

@@ -185,7 +185,7 @@ pub use snapshot::{
 pub use source::Source;
 pub use tls::config::{ALPN, Security, TlsDirectory, own_identity};
 pub use tls::error::TlsError;
-pub use tls::files::{CA_FILE, TlsRole, has_any};
+pub use tls::files::{CA_FILE, TlsRole, trusted_authorities};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
 pub use tls::security::{ConnectionSecurity, SecurityKind};
 pub use uri::{Uri, UriError};

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use vfio_migration_types::VmId;
 
 use crate::target::AnswerTimeout;
+use crate::tls_options::TlsOptions;
 use crate::units;
 use crate::words::{HostRoot, pair};
 
@@ -98,6 +99,11 @@ pub(crate) struct CheckCommand {
     /// Open devices of this host that are named, if nobody uses them, which resets them, and ask them.
     #[arg(long, conflicts_with_all = ["matrix", "baseline"])]
     pub(crate) probe: bool,
+    #[command(flatten)]
+    pub(crate) tls: TlsOptions,
+    /// With --tls-creds: name that the receiver's certificate must have, where it is not the host in its address.
+    #[arg(long, value_name = "NAME", requires = "tls_creds")]
+    pub(crate) tls_hostname: Option<String>,
     /// Whether it can move live: exit with 3 for what can only be saved and restored, too.
     #[arg(long, conflicts_with_all = ["matrix", "baseline"])]
     pub(crate) live: bool,
@@ -182,6 +188,9 @@ pub(crate) struct DoctorCommand {
     /// RAM of the guest that is meant: the limit on locked memory must have room for it.
     #[arg(long, value_parser = units::some_size, value_name = "SIZE")]
     pub(crate) memory: Option<NonZeroU64>,
+    /// Folder of certificates that is meant, as `vm` takes it: whether they can be used, and until when.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_creds: Option<PathBuf>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

@@ -71,6 +71,8 @@ fn is_form(words: &[String]) -> bool {
 /// The options among the words that the verb, the first of them, does not have.
 fn unknown_options(cli: &Command, words: &[String]) -> Vec<String> {
     let verb = words.first().and_then(|verb| cli.find_subcommand(verb)).expect("a verb");
+    // `tls host`
+    let verb = words.get(1).and_then(|part| verb.find_subcommand(part)).unwrap_or(verb);
     let known = |name: &str| {
         let options = verb.get_arguments().chain(cli.get_arguments());
         ["help", "version"].contains(&name)

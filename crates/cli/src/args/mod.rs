@@ -5,6 +5,7 @@ pub(crate) mod ask;
 mod documented;
 pub(crate) mod moves;
 pub(crate) mod serve;
+pub(crate) mod tls;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use self::moves::{
     StatusCommand,
 };
 use self::serve::{DemoCommand, DeviceCommand, VmCommand};
+use self::tls::TlsCommand;
 use crate::target::VmTarget;
 use crate::words::EXIT_CODES;
 
@@ -79,6 +81,8 @@ pub(crate) enum CliVerb {
     Devices(DevicesCommand),
     /// Examine this host: what it lacks for migrating VFIO devices, and what fixes it.
     Doctor(DoctorCommand),
+    /// Make certificates for hosts that have none, and say what those that are there are worth.
+    Tls(TlsCommand),
     /// Print a shell completion script.
     #[command(after_help = FILE_EXIT_CODES)]
     Completions {
@@ -125,6 +129,7 @@ impl CliVerb {
             Self::Demo(_)
             | Self::Device(_)
             | Self::Vm(_)
+            | Self::Tls(_)
             | Self::Completions { .. }
             | Self::Man { .. }
             | Self::Generate { .. } => false,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use vfio_migration_types::{DEVICES_MAX, VmId};
 
+use crate::tls_options::{LAYOUT, TlsOptions};
 use crate::units;
 use crate::words::{UNITS_AND_EXIT_CODES, pair};
 
@@ -150,7 +151,7 @@ pub(crate) struct DeviceCommand {
 
 /// Options of `vm`.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = UNITS_AND_EXIT_CODES)]
+#[command(after_help = format!("{LAYOUT}\n{UNITS_AND_EXIT_CODES}"))]
 pub(crate) struct VmCommand {
     /// Guest RAM. A guest that arrives or is restored brings its size with it, unless this says another; one that is started has
     /// 512M.
@@ -197,6 +198,8 @@ pub(crate) struct VmCommand {
     /// File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go.
     #[arg(long, value_name = "FILE")]
     pub(crate) policy: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) tls: TlsOptions,
     /// Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once.
     #[arg(long, value_name = "RULE")]
     pub(crate) config_rule: Vec<String>,

@@ -10,4 +10,5 @@ pub(crate) mod protocol;
 pub(crate) mod refused;
 pub(crate) mod rehearsal;
 mod request;
+pub(crate) mod security;
 pub(crate) mod server;

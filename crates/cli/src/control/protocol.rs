@@ -11,6 +11,7 @@ use vfio_migration_compat::Reason;
 use super::awaited::AwaitedInfo;
 use super::failure::FailureInfo;
 use super::rehearsal::RehearsalInfo;
+use super::security::SecurityInfo;
 use crate::bandwidth::Bandwidth;
 use crate::exit::Exit;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
@@ -294,6 +295,9 @@ pub(crate) struct MigrationInfo {
     /// What carried it: `"tcp"`, `"unix"` or `"fd"`.
     #[serde(default)]
     pub(crate) transport: Option<String>,
+    /// How its connection is secured, and what the peer has proved to be; null before there is one, and of a file.
+    #[serde(default)]
+    pub(crate) security: Option<SecurityInfo>,
     /// What became of the guest at the destination, once it is the destination's.
     #[serde(default)]
     pub(crate) guest: Option<ArrivedGuest>,
@@ -387,6 +391,7 @@ impl MigrationInfo {
             total_ms: 0,
             attempt: None,
             transport: None,
+            security: None,
             guest: None,
             downtime_ms: None,
             one_clock: false,

@@ -7,8 +7,9 @@ use std::path::Path;
 use rustix::fs::{MemfdFlags, memfd_create};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use vfio_migration::{TlsRole, own_identity, trusted_authorities};
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
-use vfio_migration_types::error_chain;
+use vfio_migration_types::{error_chain, rfc3339};
 
 use crate::args::ask::DoctorCommand;
 use crate::check_id::CheckId;
@@ -66,7 +67,8 @@ pub(crate) struct HostCheck {
 
 pub(crate) fn run(options: &DoctorCommand) -> Result<Exit, CliError> {
     let roots = options.root.roots();
-    let report = examine(&roots, options.memory.map(NonZeroU64::get));
+    let mut report = examine(&roots, options.memory.map(NonZeroU64::get));
+    report.checks.extend(options.tls_creds.as_deref().map(tls_creds));
     if options.json {
         print_json(&report)?
     } else {
@@ -96,6 +98,34 @@ fn examine(roots: &Roots, memory: Option<u64>) -> DoctorReport {
     checks.push(memfd);
     let missing = checks.iter().any(|check| check.status == CheckStatus::Missing);
     DoctorReport { kernel: release, kernel_devices: !missing, vfio_user, checks }
+}
+
+/// The certificates that a `vm` would be started with. A host that only sends, or only receives, has those for that alone.
+fn tls_creds(dir: &Path) -> HostCheck {
+    let mut found = vec![trusted_authorities(dir).map(|_| None)];
+    let roles = [TlsRole::Server, TlsRole::Client];
+    let none = !roles.iter().any(|role| dir.join(role.certificate_file()).exists());
+    for role in roles {
+        let file = role.certificate_file();
+        if none || dir.join(&file).exists() {
+            found.push(own_identity(dir, role).map(|own| Some((file, own))));
+        }
+    }
+    let (mut wrong, mut until) = (Vec::new(), Vec::new());
+    for file in found {
+        match file {
+            Ok(None) => {}
+            Ok(Some((file, own))) => {
+                let text = format!("{file} expires at {}", rfc3339(own.not_after));
+                if own.expires_soon() { wrong.push(text) } else { until.push(text) }
+            }
+            Err(error) => wrong.push(error.to_string()),
+        }
+    }
+    let (status, found) =
+        if wrong.is_empty() { (CheckStatus::Ok, until) } else { (CheckStatus::Warn, wrong) };
+    let means = "guests move over TLS with these alone";
+    check(CheckId::TlsCreds, status, found.join("; "), means, Some("vfio-migrate tls host NAME --force"))
 }
 
 fn check(

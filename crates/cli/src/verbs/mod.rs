@@ -10,3 +10,4 @@ pub(crate) mod explain;
 pub(crate) mod history;
 pub(crate) mod moves;
 pub(crate) mod state_dir;
+pub(crate) mod tls;

@@ -15,6 +15,7 @@ use vfio_migration::{AttemptInfo, AttemptKind, Progress};
 use vfio_migration_types::{Phase, is_control, printable, rfc3339};
 
 use crate::control::protocol::MigrationInfo;
+use crate::control::security::SecurityInfo;
 use crate::history::{FILE_MAX, HISTORY, HistoryRecord, LINE_MAX, OLDER, SessionKind, ending};
 use crate::units::milliseconds;
 
@@ -35,8 +36,13 @@ pub(super) fn session_began(attempt: &AttemptInfo, direction: &str) {
         attempted => kind(attempted, true, false).name(),
     };
     let way = if incoming { "from" } else { "to" };
+    let how = security(attempt).map_or(String::new(), |security| security.text());
     let AttemptInfo { vm, peer, attempt, .. } = attempt;
-    tracing::info!(target: SESSION, "{kind} of VM {vm} {way} {} begins (attempt {attempt})", printable(peer));
+    tracing::info!(target: SESSION, "{kind} of VM {vm} {way} {} begins (attempt {attempt}){how}", printable(peer));
+}
+
+fn security(attempt: &AttemptInfo) -> Option<SecurityInfo> {
+    attempt.security.as_ref().map(SecurityInfo::from)
 }
 
 /// `info`, which says how a session has ended, with the downtime that the session had last predicted and its limit.
@@ -47,6 +53,7 @@ pub(super) fn with_foreseen(info: MigrationInfo, progress: &Progress) -> Migrati
     let predicted = info.expected_downtime_ms.or(progress.predicted_downtime.map(milliseconds));
     MigrationInfo {
         attempt: info.attempt.or(progress.attempt.as_ref().map(|attempt| attempt.attempt.to_string())),
+        security: info.security.or(progress.attempt.as_ref().and_then(security)),
         expected_downtime_ms: predicted,
         downtime_limit_ms: if limited {
             Some(milliseconds(progress.downtime_limit))

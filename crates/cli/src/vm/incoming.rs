@@ -67,6 +67,7 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.expect = vm.options.uuid;
     options.suspend = vm.options.paused;
     options.policy = vm.policy.clone();
+    options.security = vm.options.tls.security();
     let claim = claim(uri).map_err(|failure| Refused::generic(failure.text))?;
     let mut destination =
         Destination::listen(uri, options).map_err(|error| Refused::generic(error_chain(&error)))?;

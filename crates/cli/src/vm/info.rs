@@ -22,6 +22,7 @@ use crate::control::protocol::{
     TransferInfo, VmStatus,
 };
 use crate::control::rehearsal::RehearsalInfo;
+use crate::control::security::SecurityInfo;
 use crate::units::milliseconds;
 
 /// The VM and its migration at one moment: the two never contradict each other.
@@ -116,6 +117,11 @@ fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
         phase: Some(progress.phase.code().into()),
         phase_name: Some(progress.phase.name().into()),
         attempt: progress.attempt.as_ref().map(|attempt| attempt.attempt.to_string()),
+        security: progress
+            .attempt
+            .as_ref()
+            .and_then(|attempt| attempt.security.as_ref())
+            .map(SecurityInfo::from),
         total_ms: milliseconds(progress.elapsed),
         expected_downtime_ms: progress.predicted_downtime.map(milliseconds),
         downtime_limit_ms: limited.then(|| milliseconds(progress.downtime_limit)),

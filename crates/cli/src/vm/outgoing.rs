@@ -23,6 +23,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     let options = arguments.options.clone().into_source_options().map_err(refused)?;
     let mut options = arguments.switchover.clone().into_source_options(options).map_err(refused)?;
     let target = uri(&arguments.uri).map_err(refused)?;
+    let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
         return Err(Refused::generic("there is no guest here that could move"));
     };
@@ -31,6 +32,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
         return Err(Refused::generic(text));
     }
     options.policy = vm.policy.clone();
+    options.security = security;
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     let faulty = inject_at_source(vm.options.sabotage, machine.clone()).map_err(Refused::generic)?;
@@ -49,10 +51,12 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     let refused = |failure: CliError| Refused::generic(failure.text);
     let mut options = arguments.options.clone().into_source_options().map_err(refused)?;
     let target = uri(&arguments.uri).map_err(refused)?;
+    let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
         return Err(Refused::generic("there is no guest here that could move"));
     };
     options.policy = vm.policy.clone();
+    options.security = security;
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     let how = if arguments.pause { Rehearse::Switchover } else { Rehearse::Precopy };

@@ -31,4 +31,5 @@ mod silent;
 mod snapshots;
 mod support;
 mod targets;
+mod tls;
 mod watch;

@@ -151,11 +151,15 @@ fn is_loose(mode: u32, owner: u32, we: u32) -> bool {
     mode & 0o777 & !allowed != 0
 }
 
-/// Whether `directory` has any of the files of the layout.
-pub fn has_any(directory: &Path) -> bool {
-    [CA_FILE.to_owned(), TlsRole::Client.certificate_file(), TlsRole::Server.certificate_file()]
-        .iter()
-        .any(|name| directory.join(name).exists())
+/// What the certificates of the CAs that `directory` trusts say.
+///
+/// # Errors
+/// What is wrong with its [`CA_FILE`].
+pub fn trusted_authorities(directory: &Path) -> Result<Vec<PeerIdentity>, TlsError> {
+    let path = ca_path(directory);
+    let unreadable =
+        || TlsError::Content { path: path.clone(), what: "holds a certificate that cannot be read".into() };
+    certificates(&path)?.iter().map(|der| PeerIdentity::of(der).map_err(|_| unreadable())).collect()
 }
 
 /// The path of a file of the layout, for an error or a listing.

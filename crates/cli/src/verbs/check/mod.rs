@@ -18,6 +18,7 @@ use crate::inherited::claim;
 use crate::output::{print, print_json};
 use crate::probe::HostAccess;
 use crate::side::{self, CheckSide};
+use crate::tls_options::AskedSecurity;
 use crate::units::format_time;
 use crate::verdict::text;
 use crate::words::{device_map, policy};
@@ -50,7 +51,7 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
     let map = device_map(&options.map)?;
     let report = match side::resolve(destination, None, &local, timeout)? {
         CheckSide::Known(destination, _) => compare(&source, &destination, &map, &policy)?,
-        CheckSide::Receiver(uri) => ask(&source, vm, &uri, map, policy, timeout)?,
+        CheckSide::Receiver(uri) => ask(&source, vm, &uri, source_options(options, map, policy)?, timeout)?,
     };
     if options.json {
         print_json(&report)?;
@@ -88,13 +89,27 @@ fn compare(
     })
 }
 
+/// What a receiver is asked with.
+fn source_options(command: &CheckCommand, map: DeviceMap, policy: Policy) -> Result<SourceOptions, CliError> {
+    let mut options = SourceOptions::default();
+    options.device_map = map;
+    options.policy = policy;
+    let asked = AskedSecurity {
+        creds: None,
+        hostname: command.tls_hostname.as_ref(),
+        pins: &[],
+        insecure_plaintext: command.tls.insecure_plaintext,
+    };
+    options.security = asked.over(command.tls.security())?;
+    Ok(options)
+}
+
 /// Asks a receiver, which judges by its own rules too.
 fn ask(
     source: &Document,
     vm: Option<VmId>,
     uri: &Uri,
-    map: DeviceMap,
-    policy: Policy,
+    mut options: SourceOptions,
     timeout: Duration,
 ) -> Result<Report, CliError> {
     let Manifest::Machine(machine) = &source.manifest else {
@@ -102,9 +117,6 @@ fn ask(
         return Err(CliError::new(Exit::Usage, text));
     };
     let machine: MachineManifest = (**machine).clone();
-    let mut options = SourceOptions::default();
-    options.device_map = map;
-    options.policy = policy;
     (options.connect_timeout, options.peer_timeout) = (timeout, timeout);
     // A manifest's file names no VM; a receiver that expects a certain one will say so.
     let vm = vm.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));

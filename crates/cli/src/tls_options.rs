@@ -1,0 +1,122 @@
+//! How connections over TCP are secured: the options of `vm`, `check`, `migrate` and `rehearse`, and what they come to.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use vfio_migration::{Pin, Security, TlsDirectory};
+
+use crate::exit::{CliError, Exit};
+
+/// What the certificates' folder holds, for help texts.
+pub(crate) const LAYOUT: &str = "With --tls-creds DIR connections over TCP are secured by TLS 1.3, and both sides prove who they are. DIR is laid out as \
+QEMU and libvirt have it: ca-cert.pem; server-cert.pem and server-key.pem where a guest arrives; client-cert.pem and client-key.pem where one \
+leaves. `vfio-migrate tls` makes them. Unix sockets stay as they are.";
+
+/// Options of a process that opens connections, or takes them.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct TlsOptions {
+    /// Folder of certificates and keys: connections over TCP are secured with them.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_creds: Option<PathBuf>,
+    /// With --tls-creds: trust peers by this public key, whatever their certificates say, and no CA. As `tls pin` prints it. May be
+    /// given more than once.
+    #[arg(long = "tls-pin", value_name = "PIN", requires = "tls_creds")]
+    pub(crate) tls_pins: Vec<Pin>,
+    /// Say that connections over TCP are to go as they are: whoever is on the way reads and changes the guest.
+    #[arg(long, conflicts_with = "tls_creds")]
+    pub(crate) insecure_plaintext: bool,
+}
+
+impl TlsOptions {
+    /// How these connections are secured.
+    pub(crate) fn security(&self) -> Security {
+        match &self.tls_creds {
+            Some(path) => Security::Directory(TlsDirectory {
+                pins: self.tls_pins.iter().copied().collect(),
+                ..TlsDirectory::new(path)
+            }),
+            None => Security::PlainText,
+        }
+    }
+}
+
+/// What one session asks for beyond what its process was started with.
+#[derive(Debug)]
+pub(crate) struct AskedSecurity<'a> {
+    pub(crate) creds: Option<&'a PathBuf>,
+    pub(crate) hostname: Option<&'a String>,
+    pub(crate) pins: &'a [Pin],
+    pub(crate) insecure_plaintext: bool,
+}
+
+impl AskedSecurity<'_> {
+    /// How the session's connection is secured, in a process that was started with `process`.
+    pub(crate) fn over(&self, process: Security) -> Result<Security, CliError> {
+        let usage = |text: &str| Err(CliError::new(Exit::Usage, text));
+        let named = self.hostname.is_some() || !self.pins.is_empty();
+        if self.insecure_plaintext {
+            if self.creds.is_some() || named {
+                return usage("--insecure-plaintext and TLS exclude each other");
+            }
+            return Ok(Security::PlainText);
+        }
+        if let Some(path) = self.creds.filter(|path| !path.is_absolute()) {
+            return usage(&format!("tls-creds: {} is no absolute path", path.display()));
+        }
+        let own = self.creds.map(|path| Security::Directory(TlsDirectory::new(path)));
+        match own.unwrap_or(process) {
+            Security::Directory(mut directory) => {
+                directory.server_name = self.hostname.cloned();
+                if !self.pins.is_empty() {
+                    directory.pins = self.pins.iter().copied().collect();
+                }
+                Ok(Security::Directory(directory))
+            }
+            _ if named => usage("a name or a key to expect needs TLS: --tls-creds DIR, here or of the `vm`"),
+            other => Ok(other),
+        }
+    }
+}
+
+/// A folder, by a path that means the same to a process elsewhere.
+pub(crate) fn absolute(text: &str) -> Result<PathBuf, String> {
+    std::path::absolute(text).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked<'a>() -> AskedSecurity<'a> {
+        AskedSecurity { creds: None, hostname: None, pins: &[], insecure_plaintext: false }
+    }
+
+    #[test]
+    fn a_session_takes_what_its_process_has_or_asks_for_its_own() {
+        let process = || Security::Directory(TlsDirectory::new("/etc/pki/a"));
+        let (other, name) = (PathBuf::from("/etc/pki/b"), "host-b".to_owned());
+        let path = |security: Result<Security, CliError>| match security {
+            Ok(Security::Directory(directory)) => {
+                (directory.path, directory.server_name, directory.pins.len())
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(path(asked().over(process())), ("/etc/pki/a".into(), None, 0));
+        let pins = [Pin::of_key(b"a key")];
+        let more = AskedSecurity { hostname: Some(&name), pins: &pins, ..asked() };
+        assert_eq!(path(more.over(process())), ("/etc/pki/a".into(), Some(name.clone()), 1));
+        let own = AskedSecurity { creds: Some(&other), ..asked() };
+        assert_eq!(path(own.over(Security::PlainText)), (other.clone(), None, 0));
+        assert!(matches!(asked().over(Security::PlainText), Ok(Security::PlainText)));
+        let aloud = AskedSecurity { insecure_plaintext: true, ..asked() };
+        assert!(matches!(aloud.over(process()), Ok(Security::PlainText)));
+        let relative = PathBuf::from("pki");
+        for refused in [
+            AskedSecurity { creds: Some(&other), insecure_plaintext: true, ..asked() },
+            AskedSecurity { creds: Some(&relative), ..asked() },
+            AskedSecurity { hostname: Some(&name), ..asked() },
+        ] {
+            refused.over(Security::PlainText).unwrap_err();
+        }
+    }
+}
