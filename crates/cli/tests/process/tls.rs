@@ -312,7 +312,9 @@ fn a_source_refuses_an_openssl_that_speaks_something_older() {
     let file = |name: &str| words(&pki.b.join(name)).to_owned();
     let (ca, certificate, key) = (file("ca-cert.pem"), file("server-cert.pem"), file("server-key.pem"));
     // A port that was free a moment ago: s_server does not say which one 0 became before it is asked.
-    for (version, says) in [("-tls1_2", "it does not speak TLS 1.3"), ("-tls1_3", "another protocol inside than vfio-migrate/1")] {
+    for (version, says) in
+        [("-tls1_2", "it does not speak TLS 1.3"), ("-tls1_3", "another protocol inside than vfio-migrate/1")]
+    {
         let port = TcpListener::bind((HOST, 0)).unwrap().local_addr().unwrap().port().to_string();
         let server = Command::new("openssl")
             .args(["s_server", "-accept", &format!("{HOST}:{port}"), "-cert", &certificate, "-key", &key])

@@ -16,6 +16,7 @@ use vfio_migration_memory::Pieces;
 
 use crate::channel::transport::{Socket, Transport, TransportError};
 use crate::session::lock::lock;
+use crate::tls::config::ALPN;
 use crate::tls::error::TlsError;
 use crate::tls::identity::PeerIdentity;
 use crate::tls::security::{ConnectionSecurity, SecurityKind};
@@ -260,7 +261,15 @@ impl State {
                 // It has decrypted enough, which has to be read first.
                 Err(_) => return Ok(()),
             }
-            let done = self.connection.process_new_packets().map_err(TlsError::of);
+            let done = self.connection.process_new_packets().map_err(TlsError::of).and_then(|io| {
+                // A peer that leaves the protocol out is taken by TLS, and not by us.
+                let named = self.connection.alpn_protocol() == Some(ALPN);
+                if named || self.connection.is_handshaking() {
+                    Ok(io)
+                } else {
+                    Err(TlsError::other_protocol())
+                }
+            });
             match done {
                 Ok(io) if io.plaintext_bytes_to_read() > 0 => return Ok(()),
                 Ok(_) => {}

@@ -83,6 +83,11 @@ pub enum TlsError {
 }
 
 impl TlsError {
+    /// The peer does not name our protocol.
+    pub(crate) fn other_protocol() -> Self {
+        Self::Protocol("it speaks another protocol inside than vfio-migrate/1 (ALPN)".to_owned())
+    }
+
     /// Tells what rustls found.
     pub(crate) fn of(error: rustls::Error) -> Self {
         use rustls::Error as E;
@@ -90,9 +95,7 @@ impl TlsError {
             E::InvalidCertificate(refused) => Self::Refused(certificate(&refused)),
             E::NoCertificatesPresented => Self::Refused("the peer showed no certificate".to_owned()),
             E::AlertReceived(alert) => Self::RefusedByPeer(by_alert(alert)),
-            E::NoApplicationProtocol => {
-                Self::Protocol("it speaks another protocol inside than vfio-migrate/1 (ALPN)".to_owned())
-            }
+            E::NoApplicationProtocol => Self::other_protocol(),
             E::DecryptError => Self::Damaged,
             E::General(text) => Self::Setup(text),
             other => Self::Protocol(other.to_string()),

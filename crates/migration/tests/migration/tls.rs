@@ -233,6 +233,18 @@ fn another_protocol_inside_is_refused() {
     let text = error_chain(&both.source.unwrap_err());
     assert!(text.contains("it serves something else than migrations"), "{text}");
     toy.prove_running();
+
+    // A side that names none at all, be it source or destination.
+    let says = "another protocol inside than vfio-migrate/1";
+    let mut config = client_config(here.path());
+    config.alpn_protocols = Vec::new();
+    let (toy, both) = attempt(Security::Client(Arc::new(config)), secure(there.path()), Uri::clone);
+    toy.prove_running();
+    both.source.unwrap_err();
+    let mut config = server_config(there.path());
+    config.alpn_protocols = Vec::new();
+    let (text, _) = refused(secure(here.path()), Security::Server(Arc::new(config)));
+    assert!(text.contains(says), "{text}");
 }
 
 fn chain(directory: &Path, role: TlsRole) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
@@ -254,16 +266,21 @@ fn client_config(directory: &Path) -> ClientConfig {
     config
 }
 
+fn server_config(directory: &Path) -> ServerConfig {
+    let (certificates, key) = chain(directory, TlsRole::Server);
+    let verifier = WebPkiClientVerifier::builder(Arc::new(roots(directory))).build().unwrap();
+    let builder = ServerConfig::builder().with_client_cert_verifier(verifier);
+    let mut config = builder.with_single_cert(certificates, key).unwrap();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config
+}
+
 /// A VMM that has its certificates from elsewhere brings its own configuration.
 #[test]
 fn a_vmm_brings_its_own_configuration() {
     let ca = Ca::new();
     let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
-    let (certificates, key) = chain(there.path(), TlsRole::Server);
-    let verifier = WebPkiClientVerifier::builder(Arc::new(roots(there.path()))).build().unwrap();
-    let builder = ServerConfig::builder().with_client_cert_verifier(verifier);
-    let mut server = builder.with_single_cert(certificates, key).unwrap();
-    server.alpn_protocols = vec![ALPN.to_vec()];
+    let server = server_config(there.path());
     let client = Security::Client(Arc::new(client_config(here.path())));
     let server = Security::Server(Arc::new(server));
     let (toy, both) = attempt(client.clone(), server.clone(), Uri::clone);
