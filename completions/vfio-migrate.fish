@@ -55,7 +55,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l memor
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l dirty-rate -d 'RAM that the guest dirties each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-state -d 'Internal state of each device, besides its registers' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l device-dirty-rate -d 'Internal state that each device changes each second; 0 for none' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devices -d 'Number of devices' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devices -d 'Number of devices, up to 64. Each has a server on either side, with memory for its state' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l transport -d 'How the two VMs talk' -r -f -a "tcp\t'TCP on loopback'
 unix\t'A unix socket'"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
