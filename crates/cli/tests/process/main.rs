@@ -9,6 +9,7 @@ mod control_socket;
 mod demo;
 mod device_files;
 mod device_options;
+mod device_servers;
 mod drain;
 mod endings;
 mod files;

@@ -1,5 +1,6 @@
 //! The server: a device's end of vfio-user connections.
 
+mod accept;
 mod argsz;
 mod backend;
 mod commands;
@@ -10,14 +11,11 @@ mod session;
 mod stop;
 
 use std::io::ErrorKind;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-
+use self::accept::Acceptor;
 pub use self::backend::{Backend, IrqRequest, IrqRequestData};
 pub use self::dma::DmaChannel;
 pub use self::options::ServerOptions;
@@ -65,10 +63,14 @@ impl Server {
     /// Serves `backend` to one client at a time, each until it leaves, until `stop` is used. A client that breaks the
     /// protocol is dropped, and the next served; others wait in the listening queue.
     ///
+    /// Where the system is short of something that a client needs, descriptors above all, it warns once (by a `tracing` event, as
+    /// of all that a server has to tell) and tries again until there is some.
+    ///
     /// # Errors
-    /// The listening socket failed.
+    /// The listening socket is of no more use: something has shut it down or closed it.
     pub fn serve(&self, backend: &dyn Backend, stop: &StopHandle) -> Result<(), ServerError> {
-        while let Some(stream) = self.accept(stop)? {
+        let mut acceptor = Acceptor::new(&self.listener, stop);
+        while let Some(stream) = acceptor.next_client()? {
             session::serve(stream, backend, &self.options, stop);
         }
         Ok(())
@@ -82,33 +84,6 @@ impl Server {
         stop: &StopHandle,
     ) {
         session::serve(stream, backend, options, stop);
-    }
-
-    fn accept(&self, stop: &StopHandle) -> Result<Option<UnixStream>, ServerError> {
-        loop {
-            if stop.is_stopped() {
-                return Ok(None);
-            }
-            match self.listener.accept() {
-                Ok((stream, _)) => return Ok(Some(stream)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                // The client left before it was accepted, or a signal came.
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) =>
-                {
-                    continue;
-                }
-                Err(error) => return Err(ServerError::io("accepting a client", error)),
-            }
-            let mut fds = [
-                PollFd::new(&self.listener, PollFlags::IN),
-                PollFd::from_borrowed_fd(stop.event.as_fd(), PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(ServerError::io("waiting for a client", errno)),
-            }
-        }
     }
 }
 
