@@ -116,6 +116,12 @@ fn vm_text(vm: &StatusInfo) -> String {
             "lost: {lost} (no connection to their servers; the guest cannot be moved any more)\n"
         ));
     }
+    if !vm.reset_devices.is_empty() {
+        let reset = vm.reset_devices.join(", ");
+        text.push_str(&format!(
+            "reset: {reset} (by a session that was undone; what the guest had in it is lost, until it sets it up anew)\n"
+        ));
+    }
     if let Some(awaited) = &vm.pending_rollback {
         let awaited = sentence(awaited);
         text.push_str(&format!(

@@ -80,21 +80,35 @@ pub struct Aborted {
     pub left_undone: Vec<Failure>,
 }
 
+impl Aborted {
+    /// Whether the guest is as it was before the attempt, and each of its devices, and nothing is left to be undone.
+    pub fn is_as_before(&self) -> bool {
+        // All of it, so that what is new is asked too.
+        let Self { cause: _, cancelled: _, reset, lost, locks_lost, restored, stood: _, left_undone } = self;
+        *restored && reset.is_empty() && lost.is_empty() && locks_lost.is_empty() && left_undone.is_empty()
+    }
+}
+
 impl fmt::Display for Aborted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verb = if self.cancelled { "cancelled" } else { "aborted" };
         write!(f, "the migration was {verb} {}", self.cause)?;
-        match (self.restored, self.lost.as_slice()) {
+        if self.is_as_before() {
             // It may have been paused by its operator before, and is then.
-            (true, []) => f.write_str("; the guest is here as it was before")?,
-            (true, [device, ..]) => write!(f, "; the guest is here, without device {device}")?,
-            (false, _) => f.write_str("; the guest is not resumed here")?,
+            return f.write_str("; the guest is here as it was before");
+        }
+        f.write_str(if self.restored { "; the guest is here" } else { "; the guest is not resumed here" })?;
+        for (index, device) in self.lost.iter().enumerate().filter(|_| self.restored) {
+            write!(f, "{} device {device}", if index == 0 { ", without" } else { " and" })?;
         }
         for device in &self.reset {
             write!(f, "; device {device} had to be reset and lost its state")?;
         }
         for lock in &self.locks_lost {
             write!(f, "; the storage lock {lock} could not be taken back")?;
+        }
+        if !self.left_undone.is_empty() {
+            f.write_str("; not all of it was undone by then")?;
         }
         Ok(())
     }

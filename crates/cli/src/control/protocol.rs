@@ -144,6 +144,10 @@ pub(crate) struct StatusInfo {
     /// moved any more.
     #[serde(default)]
     pub(crate) lost_devices: Vec<String>,
+    /// Those of them that a migration, rehearsal or save which was undone had to reset under the guest, or tried to: the state that the guest had in
+    /// them is lost. For as long as the guest is here.
+    #[serde(default)]
+    pub(crate) reset_devices: Vec<String>,
     /// While a session that was cancelled is still being undone behind its end: the answers that this waits for. No other session can
     /// begin before it is undone. Null while nothing is left to be undone.
     #[serde(default)]

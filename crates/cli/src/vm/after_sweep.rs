@@ -95,3 +95,41 @@ fn cont_takes_the_devices_of_a_guest_back_that_was_not_let_go_on() {
     assert_eq!(told.source.report().vm.status, VmStatus::Paused, "{fault}");
     check_started(&told.source, fault);
 }
+
+/// Neither the text nor the status hides that a device is not what it was.
+#[test]
+fn a_guest_whose_device_was_reset_is_not_said_to_be_as_it_was() {
+    for fault in
+        ["error-arc:RUNNING:PRE_COPY", "error-arc:PRE_COPY:PRE_COPY_P2P", "error-arc:PRE_COPY_P2P:STOP_COPY"]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let told = migrate(dir.path(), &[fault], NONE, &json!({}), |_, _| {});
+        told.check(fault);
+        let error = told.printed.migration.error.as_ref().unwrap();
+        assert!(
+            error.contains("; the guest is here; device dev0 had to be reset and lost its state"),
+            "{error}"
+        );
+        assert_eq!(told.source.report().vm.reset_devices, ["dev0"], "{fault}");
+        // The next session does not wipe it out.
+        let arguments = json!({"uri": "tcp:127.0.0.1:1"});
+        told.source.client().call(ControlVerb::Migrate, arguments).unwrap();
+        wait_for("the next session's end", || told.source.report().migration.is_none());
+        assert_eq!(told.source.report().vm.reset_devices, ["dev0"], "{fault}");
+    }
+}
+
+#[test]
+fn a_guest_whose_device_does_not_answer_a_cancel_is_not_said_to_be_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let fault = "hang-arc:RUNNING:PRE_COPY:4000";
+    let told = migrate(dir.path(), &[fault], NONE, &json!({}), |source, _| {
+        let waits = |info: &crate::control::protocol::MigrationInfo| info.phase.as_deref() == Some("P2");
+        wait_for("the device to be asked", || source.report().migration.as_ref().is_some_and(waits));
+        source.client().call(ControlVerb::MigrateCancel, Value::Null).unwrap();
+    });
+    told.check(fault);
+    let info = &told.printed.migration;
+    assert_eq!(info.status, MigrationStatus::Cancelled, "{info:?}");
+    assert!(info.error.as_ref().unwrap().contains("; the guest is here"), "{info:?}");
+}

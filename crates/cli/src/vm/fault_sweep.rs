@@ -230,11 +230,15 @@ impl Told {
                 assert!(info.error.is_some() && info.guest.is_none() && !runs[1], "{all}");
                 assert!(info.downtime_ms.is_none() || runs[0], "the pause is over: {all}");
                 assert_eq!(runs[0], here.vm.status == VmStatus::Running, "{all}");
-                assert_eq!(
-                    runs[0],
-                    said.contains("as it was before") || !said.contains("not resumed"),
-                    "{said}\n{all}"
-                );
+                assert_eq!(runs[0], !said.contains("not resumed"), "{said}\n{all}");
+                let (reset, lost) = (&here.vm.reset_devices, &here.vm.lost_devices);
+                let whole = runs[0] && reset.is_empty() && lost.is_empty() && info.left_undone.is_empty();
+                assert!(whole || !said.contains("as it was before"), "{said}\n{all}");
+                let (lost_state, without) =
+                    (said.contains("lost its state"), said.contains("without device"));
+                assert!(!lost_state || !reset.is_empty(), "it is shown nowhere: {said}\n{all}");
+                assert!(!without || !reset.is_empty() || !lost.is_empty(), "{said}\n{all}");
+                assert_eq!(!reset.is_empty(), text(&here).contains("\nreset: dev0 ("), "{said}\n{all}");
                 assert_eq!(there.vm.status, VmStatus::Inmigrate, "it waits on: {all}");
                 assert_ne!(arrived.status, MigrationStatus::Completed, "{all}");
             }

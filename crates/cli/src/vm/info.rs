@@ -81,6 +81,13 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
             .iter()
             .map(|(device, _)| device.to_string())
             .collect(),
+        reset_devices: machine
+            .filter(|_| awaited.is_none())
+            .map(|machine| machine.reset_devices())
+            .unwrap_or_default()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
         pending_rollback: None,
         epoch: slot.epoch().0,
     }
@@ -244,7 +251,7 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
                 cancelled,
                 stood,
                 left_undone: undone_later,
-                // In the text of the error.
+                // In the text of the error, and the devices in the VM's own document.
                 reset: _,
                 lost: _,
                 locks_lost: _,

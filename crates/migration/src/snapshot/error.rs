@@ -71,18 +71,18 @@ pub enum SnapshotError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SaveError {
-    /// The file; the guest goes on.
+    /// The file; the guest is as it was.
     #[error("the snapshot cannot be written")]
     File(#[from] SnapshotError),
     /// The machine could not be read out; the error says what became of the guest.
     #[error("the machine cannot be saved")]
     Session(#[from] MigrateError),
-    /// The file is whole, and the guest could not go on afterwards: it is paused here.
-    #[error("the snapshot is whole, but the guest could not go on")]
+    /// The file is whole, and the guest is not as it was: it could not go on and is paused here, or a device of it lost its state.
+    #[error("the snapshot is whole, but the guest is not as it was before")]
     NotResumed(#[source] GuestNotResumed),
 }
 
-/// A machine that was saved and did not go on: what is left of it.
+/// A machine that was saved and did not go on as it was: what is left of it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct GuestNotResumed(pub Box<Aborted>);

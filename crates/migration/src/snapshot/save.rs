@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_types::Phase;
+use vfio_migration_types::{Phase, error_chain};
 
 use super::estimate::{Estimate, StateLimits};
 use super::file::{Writer, failed};
@@ -136,11 +136,20 @@ pub fn save(
             Ok(Saved { bytes, digest, devices: states(&devices), completed: Some(completed) })
         }
         (Ok(Recorded { bytes, digest, devices, committed: false }), Err(MigrateError::Aborted(aborted))) => {
-            if aborted.restored && aborted.reset.is_empty() {
+            if aborted.is_as_before() {
                 Ok(Saved { bytes, digest, devices: states(&devices), completed: None })
             } else {
                 Err(SaveError::NotResumed(GuestNotResumed(aborted)))
             }
+        }
+        // What became of the guest matters more, and the cause of its end is the file.
+        (Err(Unrecorded::File(error)), Err(MigrateError::Aborted(mut aborted)))
+            if !aborted.is_as_before() =>
+        {
+            if !aborted.cancelled {
+                aborted.cause.text = error_chain(&error);
+            }
+            Err(SaveError::Session(MigrateError::Aborted(aborted)))
         }
         (Err(Unrecorded::File(error)), _) => Err(SaveError::File(error)),
         (_, Err(error)) => Err(SaveError::Session(error)),

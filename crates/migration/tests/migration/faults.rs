@@ -93,6 +93,7 @@ fn a_device_that_cannot_go_back_is_reset_and_named() {
     let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options(), incoming());
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
     assert_eq!(aborted.reset.iter().map(|id| id.as_str()).collect::<Vec<_>>(), ["toy0"]);
+    assert!(!aborted.is_as_before() && !aborted.to_string().contains("as it was before"), "{aborted}");
     source.prove_restored();
 }
 

@@ -127,6 +127,7 @@ fn a_device_that_does_not_answer_while_the_guest_runs() {
             );
             let [late] = &aborted.left_undone[..] else { panic!("{fault:?}: {aborted:?}") };
             assert_eq!((late.device.as_deref(), late.arc), (Some("toy1"), arc));
+            assert!(!aborted.to_string().contains("as it was before"), "{aborted}");
             assert!(late.text.contains("toy1 has not answered") && late.text.contains(says), "{late}");
             assert!(attempt.there.to_string().contains("cancelled"), "{}", attempt.there);
             // The guest goes on; what is left is told for as long as it is.

@@ -7,6 +7,7 @@ use vfio_migration_memory::GuestRam;
 
 use super::open::{OpenedDevice, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
+use super::reset_device::NotedDevice;
 use super::slots::assign_places;
 use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
 use crate::bus::IoBus;
@@ -48,7 +49,8 @@ impl ReferenceMachine {
             let function = VfioPciFunction::new(devfn, hardware, host.clone()).map_err(VmmError::device)?;
             let function = Arc::new(function);
             pci.add(function.clone());
-            devices.push(Attached { device, function, link, vfio_file });
+            let noted = Arc::new(NotedDevice::new(device.clone()));
+            devices.push(Attached { device, noted, function, link, vfio_file });
         }
         host.gate().close();
         processor.start(&(platform.clone() as Arc<dyn IoBus>))?;
@@ -70,6 +72,7 @@ impl ReferenceMachine {
     /// # Errors
     /// The RAM is too small for it, or KVM refuses.
     pub fn boot(&self, workload: &Workload) -> Result<(), VmmError> {
+        self.forget_resets();
         self.pci.place_bars().map_err(VmmError::device)?;
         let devices = self.sample_devices();
         let mut info = BootInfo::new(&self.ram, workload.dirty_rate, devices, devices > 1)?;

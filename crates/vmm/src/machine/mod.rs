@@ -8,6 +8,7 @@ mod build;
 mod config;
 mod open;
 mod processor;
+mod reset_device;
 mod sections;
 mod slots;
 
@@ -32,6 +33,7 @@ use crate::pci::{PciBus, PciHost, VfioPciFunction};
 use crate::platform::PlatformBus;
 use open::DeviceLink;
 use processor::Processor;
+use reset_device::NotedDevice;
 
 /// Kind of the machine in its manifest.
 const MACHINE: &str = "vfio-migrate/q1";
@@ -57,6 +59,8 @@ pub struct ReferenceMachine {
 /// A device and its function.
 struct Attached {
     device: Arc<dyn Device>,
+    /// The same, as a migration gets it.
+    noted: Arc<NotedDevice>,
     function: Arc<VfioPciFunction>,
     link: DeviceLink,
     /// VFIO file of the device, which the processor was told of.
@@ -123,6 +127,13 @@ impl ReferenceMachine {
     pub fn lost_devices(&self) -> Vec<(DeviceId, String)> {
         let lost = |attached: &Attached| Some((attached.device.id().clone(), attached.link.lost()?));
         self.devices.iter().filter_map(lost).collect()
+    }
+
+    /// Devices that work and were reset under the guest, or were to be, by a migration that was undone: the state that the guest had in
+    /// them is gone. Until another guest starts in this machine, or comes in.
+    pub fn reset_devices(&self) -> Vec<DeviceId> {
+        let reset = |attached: &&Attached| attached.noted.was_reset() && attached.link.lost().is_none();
+        self.devices.iter().filter(reset).map(|attached| attached.device.id().clone()).collect()
     }
 
     /// The guest program's report.
@@ -199,6 +210,13 @@ impl ReferenceMachine {
         }
     }
 
+    /// Another guest has, or gets, the devices.
+    fn forget_resets(&self) {
+        for attached in &self.devices {
+            attached.noted.forget();
+        }
+    }
+
     fn run(&self) -> MutexGuard<'_, Run> {
         self.run.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -245,7 +263,7 @@ impl Machine for ReferenceMachine {
         self.devices
             .iter()
             .map(|attached| MigratableDevice {
-                device: attached.device.clone(),
+                device: attached.noted.clone(),
                 pci: Some(attached.function.clone()),
             })
             .collect()
@@ -281,6 +299,7 @@ impl Machine for ReferenceMachine {
 
     fn load(&self, sections: Vec<Section>) -> Result<(), MachineError> {
         self.run().held = true;
+        self.forget_resets();
         self.load_sections(&sections).map_err(failed("loading the machine's state"))
     }
 
