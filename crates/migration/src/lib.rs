@@ -164,7 +164,7 @@ pub use device_file::{
 };
 pub use error::{Aborted, IncomingError, MigrateError, OwnedNotStarted, RehearsedHere};
 #[cfg(feature = "fault-injection")]
-pub use fault_injection::{InjectedFault, inject, leave_threads};
+pub use fault_injection::{HeldFile, InjectedFault, inject, leave_threads};
 pub use held::start_held;
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, IncomingOffer, NotBuilt};

@@ -90,7 +90,7 @@ pub enum FakeFault {
     BackToRunning,
     /// The arc by which a saving session ends.
     EndSaving,
-    /// The question in PRE_COPY how much is left. It hangs and does not fail.
+    /// The questions how much is left. In PRE_COPY it also fails.
     Progress,
 }
 
@@ -534,6 +534,7 @@ impl Device for FakeDevice {
     }
 
     fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError> {
+        let _ = self.core.check(Some(FakeFault::Progress), Errno::IO);
         let guts = self.core.guts.lock().unwrap();
         let left = guts.changed.iter().filter(|changed| **changed).count();
         Ok(Some(((left + 1) * (PIECE + 8)) as u64))

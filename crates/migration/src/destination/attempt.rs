@@ -7,7 +7,7 @@ use vfio_migration_device::{ConfigRules, PciState, ResumingSession};
 use vfio_migration_engine::ownership::DestinationRecord;
 use vfio_migration_types::DeviceId;
 
-use crate::destination::locks::StorageLocks;
+use crate::destination::final_pass::StorageLocks;
 use crate::destination::reader::{Received, Sink};
 use crate::machine::MigratableDevice;
 use crate::report::StepTime;

@@ -149,6 +149,7 @@ impl Worker<'_, '_, '_> {
     fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, WorkError> {
         let failed = |error: JournalError| error.in_phase(Side::Destination, Phase::Hello);
         let dir = self.options.state_dir.as_deref();
+        let _wait = self.shared.answers.wait(None, Request::Journal, None);
         let known = if self.shared.rehearsal.load(Ordering::Acquire) {
             dir.map_or(Ok(None), |dir| read_journal(dir, attempt.vm)).map_err(failed)?
         } else {

@@ -9,8 +9,8 @@
 
 mod attempt;
 mod commit;
+mod final_pass;
 mod hello;
-mod locks;
 mod progress;
 mod reader;
 mod ready;

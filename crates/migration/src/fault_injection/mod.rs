@@ -9,6 +9,7 @@ mod pci;
 mod stale;
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vfio_migration_compat::MachineManifest;
@@ -22,11 +23,35 @@ use crate::fault_injection::pci::MaskingFunction;
 use crate::fault_injection::stale::StalePages;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use crate::session::threads::injected;
+use crate::snapshot::held_file;
 
 /// Lets the calling thread make so many threads of sessions, and no more, as a system does that has none left; `None`: as many
 /// as it wants.
 pub fn leave_threads(threads: Option<u32>) {
     injected::leave(threads);
+}
+
+/// Holds what is saved into the file at a path, as a disk does that hangs, until it is dropped.
+#[derive(Debug)]
+pub struct HeldFile(PathBuf);
+
+impl HeldFile {
+    /// Holds the file at `path`.
+    pub fn at(path: &Path) -> Self {
+        held_file::hold(path);
+        Self(path.into())
+    }
+
+    /// Whether somebody waits to write into it.
+    pub fn is_waited_for(&self) -> bool {
+        held_file::is_waited_for(&self.0)
+    }
+}
+
+impl Drop for HeldFile {
+    fn drop(&mut self) {
+        held_file::let_go(&self.0);
+    }
 }
 
 /// A fault to inject into a session, by its side and effect.

@@ -42,7 +42,7 @@ pub enum Request {
     Machine,
     /// To the VMM: the machine's manifest, for which it may ask its devices.
     Manifest,
-    /// To the state directory: take this record of the journal.
+    /// To the state directory: give what the journal says, or take a record of it.
     Journal,
 }
 
@@ -60,7 +60,7 @@ impl fmt::Display for Request {
             Self::PciState => "a request to its PCI function",
             Self::Machine => "a request for a machine",
             Self::Manifest => "a request for the machine's manifest",
-            Self::Journal => "a write of the journal",
+            Self::Journal => "a request for the journal",
         })
     }
 }
@@ -210,7 +210,10 @@ mod tests {
             late[0].to_string().starts_with("net0 has not answered RUNNING to PRE_COPY for 0.0 s"),
             "{late:?}"
         );
-        assert!(late[1].to_string().starts_with("the state directory has not answered a write"), "{late:?}");
+        assert!(
+            late[1].to_string().starts_with("the state directory has not answered a request"),
+            "{late:?}"
+        );
         let failure = late[0].left_undone(Side::Source, Phase::Setup);
         assert_eq!((failure.device.as_deref(), failure.errno), (Some("net0"), Some(110)));
         assert_eq!(answers.longer_than(Duration::from_secs(60)), []);

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FileType, FlockOperation, Mode, flock, mknodat};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vfio_migration::{
-    Control, Destination, DestinationOptions, IncomingError, LockError, Machine, MachineError,
+    Control, Destination, DestinationOptions, HeldFile, IncomingError, LockError, Machine, MachineError,
     MigratableDevice, MigrateError, Paused, Rehearse, SaveError, SaveOptions, Section, Source, SourceOptions,
     Uri, probe, save,
 };
@@ -449,6 +449,93 @@ fn a_destination_that_loads() {
         );
         let error = sending.unwrap().join().unwrap();
         assert!(matches!(&error, MigrateError::Aborted(aborted) if !aborted.cancelled), "{error:?}");
+    });
+    toy.prove_restored();
+}
+
+/// The disk takes nothing: neither when the file is created, nor later.
+#[test]
+fn a_file_that_cannot_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let toy = Toy::booted(&plan());
+    let saved = |source: Source| match save(source, &path, SaveOptions::default(), |_| {}) {
+        Err(SaveError::Session(error)) => Err::<(), _>(error),
+        other => panic!("{other:?}"),
+    };
+    let held = HeldFile::at(&path);
+    let source = Source::new(toy.clone(), patient().for_saving());
+    is_cancelled(&cancelled(source, |_| wait_for("the disk", || held.is_waited_for()), saved));
+    drop(held);
+    let mut options = patient().for_saving();
+    options.bandwidth = Some(64 << 10);
+    let mut held = None;
+    let source = Source::new(toy.clone(), options);
+    let waiting = |control: &Control| {
+        wait_for("the pre-copy", || control.progress().phase == Phase::Iterate);
+        let disk = held.insert(HeldFile::at(&path));
+        wait_for("the disk", || disk.is_waited_for());
+    };
+    is_cancelled(&cancelled(source, waiting, saved));
+    toy.prove_restored();
+    // What is written late is gone again.
+    drop(held);
+    wait_for("the file to be gone", || std::fs::read_dir(dir.path()).unwrap().next().is_none());
+}
+
+/// Before anything is created the devices are asked how much there is to be saved.
+#[test]
+fn a_device_that_does_not_say_how_much_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let small = FakeDeviceKind { pieces: 30, ..FakeDeviceKind::default() };
+    let toy = Toy::booted(&Plan { devices: vec![small], ..plan() });
+    toy.device(0).hang_at(FakeFault::Progress);
+    let source = Source::new(toy.clone(), patient().for_saving());
+    let error = cancelled(
+        source,
+        |_| wait_for("the question", || toy.device(0).hangs()),
+        |source| match save(source, &path, SaveOptions::default(), |_| {}) {
+            Err(SaveError::Session(error)) => Err::<(), _>(error),
+            other => panic!("{other:?}"),
+        },
+    );
+    is_cancelled(&error);
+    toy.device(0).let_go();
+    toy.prove_restored();
+    wait_for("the file to be gone", || std::fs::read_dir(dir.path()).unwrap().next().is_none());
+}
+
+/// The source does not wait for the disk of its destination, which says that it does.
+#[test]
+fn a_journal_of_the_destination_that_cannot_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = hold(&dir.path().join(format!("{VM}.lock")));
+    let toy = Toy::booted(&plan());
+    let mut options = incoming();
+    options.state_dir = Some(dir.path().to_owned());
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
+    let (to, receiving) = (destination.local().clone(), destination.control());
+    std::thread::scope(|scope| {
+        let built = Toy::new(&plan());
+        let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
+        let named = |cancelling: bool| {
+            let progress = receiving.progress()?;
+            let answer = progress.awaited.first()?.to_string();
+            (progress.cancelling == cancelling && answer.contains("the state directory has not answered"))
+                .then_some(())
+        };
+        let source = Source::new(toy.clone(), patient());
+        let error = cancelled(
+            source,
+            |_| wait_for("the disk to be named", || named(false).is_some()),
+            |source| source.migrate_to(&to, |_| {}),
+        );
+        is_cancelled(&error);
+        wait_for("the disk to be named", || named(true).is_some());
+        drop(held);
+        let error = arriving.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("cancelled"), "{error}");
     });
     toy.prove_restored();
 }

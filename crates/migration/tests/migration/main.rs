@@ -12,3 +12,4 @@ mod threads;
 mod tls;
 mod toy;
 mod unanswered;
+mod waits;

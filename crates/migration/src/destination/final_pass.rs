@@ -1,4 +1,4 @@
-//! The storage locks of the machine that a guest arrives in: given back by whoever comes to it first.
+//! P5: the storage locks change hands. On the way back whoever comes to it first gives them back.
 
 use std::sync::{Arc, Mutex};
 
