@@ -1,24 +1,41 @@
 //! A line that a client sends, read strictly: what two readers could take for two requests is none.
 
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use vfio_migration_compat::{Numbers, read_json};
 
 use super::protocol::ControlRequest;
 use super::refused::Refused;
 
-/// Reads a line. The `id` comes back whatever it is and whatever the rest of the line is worth.
-pub(super) fn read(line: &[u8]) -> (Option<Value>, Result<ControlRequest, Refused>) {
+/// Reads a line. The `id` comes back as it was sent, digit for digit, whatever it is and whatever the rest of the line is worth:
+/// the client that wrote it waits for an answer of that id.
+pub(super) fn read(line: &[u8]) -> (Option<Box<RawValue>>, Result<ControlRequest, Refused>) {
+    let id = id(line);
     match read_json(line, "not a request", Numbers::Any) {
-        Ok(Value::Object(mut members)) => (members.remove("id"), request(members)),
-        Ok(_) => (None, not_a_request("it is no object")),
-        // JSON all the same, it may be: the client that wrote it waits for an answer of that id.
-        Err(error) => {
-            let id = serde_json::from_slice(line)
-                .ok()
-                .and_then(|mut line: Value| line.as_object_mut()?.remove("id"));
-            (id, Err(Refused::new(NOT_FOUND, error.to_string())))
+        Ok(Value::Object(mut members)) => {
+            members.remove("id");
+            (id, request(members))
         }
+        Ok(_) => (None, not_a_request("it is no object")),
+        Err(error) => (id, Err(Refused::new(NOT_FOUND, error.to_string()))),
     }
+}
+
+/// The `id` of a line that is JSON; of one that has two, none.
+fn id(line: &[u8]) -> Option<Box<RawValue>> {
+    #[derive(Deserialize)]
+    struct Members {
+        #[serde(default, deserialize_with = "raw")]
+        id: Option<Box<RawValue>>,
+    }
+    // An `Option` would take null for none.
+    fn raw<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Box<RawValue>>, D::Error> {
+        Box::deserialize(from).map(Some)
+    }
+    // A list would do for members in their order.
+    let object = line.trim_ascii_start().starts_with(b"{");
+    serde_json::from_slice(line).ok().filter(|_| object).and_then(|members: Members| members.id)
 }
 
 /// The class of a line that is no request.
@@ -38,24 +55,26 @@ fn request(members: Map<String, Value>) -> Result<ControlRequest, Refused> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
     use crate::control::protocol::ControlVerb;
 
     #[test]
     fn what_could_be_read_in_two_ways_is_no_request() {
         for (line, says, id) in [
-            (r#"{"execute":"query","execute":"quit","id":1}"#, "at execute: named twice", Some(json!(1))),
+            (r#"{"execute":"query","execute":"quit","id":1}"#, "at execute: named twice", Some("1")),
             (
                 r#"{"execute":"quit","arguments":{"force":false,"force":true}}"#,
                 "at arguments.force: named twice",
                 None,
             ),
             (r#"{"execute":"quit","arguments":{},"arguments":{}}"#, "at arguments: named twice", None),
-            (r#"{"execute":"query","id":{"a":1,"a":2}}"#, "at id.a: named twice", Some(json!({"a": 2}))),
+            (r#"{"execute":"query","id":{"a":1,"a":2}}"#, "at id.a: named twice", Some(r#"{"a":1,"a":2}"#)),
+            (r#"{"execute":"query","id":1,"id":2}"#, "at id: named twice", None),
+            (r#"{"execute":"query","id":1,"i\u0064":1}"#, "at id: named twice", None),
+            (r#"{"execute":"query","id":1e400}"#, "number out of range", Some("1e400")),
+            (r#"[{"a":1,"a":2}]"#, "named twice", None),
             (r#"{"execute":"query","arguments":[]}"#, "they are no object", None),
-            (r#"{"execute":"query","arguments":"x","id":null}"#, "they are no object", Some(Value::Null)),
+            (r#"{"execute":"query","arguments":"x","id":null}"#, "they are no object", Some("null")),
             (r#"{"execute":"query","arguments":0}"#, "they are no object", None),
             (r#"["query"]"#, "it is no object", None),
             (r#"["query",{}]"#, "it is no object", None),
@@ -63,7 +82,7 @@ mod tests {
             ("null", "it is no object", None),
             ("\u{feff}{\"execute\":\"query\"}", "byte order mark", None),
             (r#"{"execute":"query"} {"execute":"quit"}"#, "trailing characters", None),
-            (r#"{"execute":"fly","id":7}"#, "unknown variant `fly`", Some(json!(7))),
+            (r#"{"execute":"fly","id":7}"#, "unknown variant `fly`", Some("7")),
             (r#"{"execute":"query","exec":1}"#, "unknown field `exec`", None),
             (r#"{"arguments":{}}"#, "missing field `execute`", None),
             ("", "not a request", None),
@@ -71,7 +90,7 @@ mod tests {
             let (found, request) = read(line.as_bytes());
             let refused = request.expect_err(line);
             assert!(refused.desc.contains(says), "{line}: {}", refused.desc);
-            assert_eq!(found, id, "{line}");
+            assert_eq!(found.as_deref().map(RawValue::get), id, "{line}");
         }
     }
 
@@ -82,9 +101,25 @@ mod tests {
             r#"{"execute":"query","arguments":null,"id":ID}"#,
             r#"{"execute":"query","arguments":{},"id":ID}"#,
         ] {
-            for id in ["1.5", "-1", "\"x\"", "[1,2]", "{\"a\":null}", "true", "null"] {
+            for id in [
+                "1.5",
+                "-1",
+                "\"x\"",
+                "[1,2]",
+                "{\"a\":null}",
+                "true",
+                "null",
+                "18446744073709551617",
+                "123456789012345678901234567890",
+                "0.1000000000000000055511151231257827",
+                "1e2",
+                "-0",
+                "1.0",
+                "\"\\u0061\"",
+                "{\"b\": 1, \"a\": 2}",
+            ] {
                 let (found, request) = read(line.replace("ID", id).as_bytes());
-                assert_eq!(found.map(|id| id.to_string()).as_deref(), Some(id));
+                assert_eq!(found.as_deref().map(RawValue::get), Some(id));
                 assert_eq!(request.expect(line).execute, ControlVerb::Query);
             }
         }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::clients::{Client, Publisher};
@@ -101,35 +103,38 @@ fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
         let reply = if whole || (line.len() as u64) < LINE_MAX {
             answer(&line, handler)
         } else {
-            refusal(
-                &Refused::new("GenericError", format!("the request is longer than {LINE_MAX} bytes")),
-                None,
-            )
+            reply(None, Err(Refused::generic(format!("the request is longer than {LINE_MAX} bytes"))))
         };
-        if client.write_line(&reply.to_string()).is_err() || !whole {
+        if client.write_line(&reply).is_err() || !whole {
             return;
         }
         client.answered();
     }
 }
 
-fn answer(line: &[u8], handler: &dyn Handler) -> Value {
+fn answer(line: &[u8], handler: &dyn Handler) -> String {
     let (id, request) = request::read(line);
-    match request.and_then(|request| handler.call(request.execute, request.arguments)) {
-        Ok(value) => with_id(json!({"return": value}), id.as_ref()),
-        Err(refused) => refusal(&refused, id.as_ref()),
-    }
+    let answer = request.and_then(|request| handler.call(request.execute, request.arguments));
+    reply(id.as_deref(), answer)
 }
 
-fn refusal(refused: &Refused, id: Option<&Value>) -> Value {
-    with_id(json!({"error": {"class": refused.class, "desc": refused.desc}}), id)
-}
-
-fn with_id(mut reply: Value, id: Option<&Value>) -> Value {
-    if let Some(id) = id {
-        reply["id"] = id.clone();
+/// The line of an answer; `id` is as it was sent.
+fn reply(id: Option<&RawValue>, answer: Result<Value, Refused>) -> String {
+    #[derive(Serialize)]
+    struct Reply<'a> {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<Refused>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<&'a RawValue>,
+        #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
+        value: Option<Value>,
     }
-    reply
+    let (value, error) = match answer {
+        Ok(value) => (Some(value), None),
+        Err(refused) => (None, Some(refused)),
+    };
+    // JSON that was read is written again: nothing of it can fail.
+    serde_json::to_string(&Reply { error, id, value }).unwrap_or_default()
 }
 
 /// The file of a socket that we bound. Dropping it removes the file, if it is still ours.

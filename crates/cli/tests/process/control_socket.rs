@@ -35,6 +35,11 @@ impl Client {
         Some(serde_json::from_str(&line).expect("JSON"))
     }
 
+    /// The next line as it is.
+    fn text(&mut self) -> String {
+        self.lines.next().expect("a line").expect("a line in time")
+    }
+
     fn answer(&mut self, line: &str) -> Value {
         self.send(line);
         self.line().expect("an answer")
@@ -73,6 +78,35 @@ fn a_line_that_can_be_read_in_two_ways_is_refused() {
     // The controls: what is left out may be null.
     assert!(client.answer(r#"{"execute":"query","arguments":null,"id":1.5}"#)["return"].is_object());
     assert_eq!(client.answer(r#"{"execute":"stop","arguments":{}}"#)["event"], "STOP");
+}
+
+#[test]
+fn an_id_comes_back_as_it_was_sent_and_two_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = software(dir.path(), "a", &["--software"]).start();
+    let mut client = Client::of(&vm);
+    for id in [
+        "18446744073709551617",
+        "123456789012345678901234567890",
+        "0.10000000000000000555",
+        "1e2",
+        "-0",
+        r#"{"b": 1, "a": 2}"#,
+    ] {
+        client.send(&format!(r#"{{"execute":"migrate-cancel","id":{id}}}"#));
+        let answer = client.text();
+        assert!(answer.contains("no migration is under way"), "{answer}");
+        assert!(answer.ends_with(&format!(r#","id":{id}}}"#)), "{id}: {answer}");
+    }
+    client.send(r#"{"execute":"stop","id":1e400}"#);
+    let answer = client.text();
+    assert!(answer.contains("number out of range") && answer.contains(r#""id":1e400"#), "{answer}");
+    for twice in [r#"{"execute":"stop","id":1,"id":2}"#, r#"{"id":1,"execute":"stop","i\u0064":1}"#] {
+        let answer = client.answer(twice);
+        assert!(answer["error"]["desc"].as_str().unwrap().contains("named twice"), "{twice}: {answer}");
+        assert!(answer.get("id").is_none(), "{twice}: {answer}");
+    }
+    assert_eq!(vm.status(), "running");
 }
 
 #[test]
