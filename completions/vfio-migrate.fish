@@ -123,7 +123,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s v 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l control -d 'Control socket of the `vm`' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l to -d 'Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N, a connected socket that the `vm` was started with' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l to -d 'Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets), fd:N, a connected socket that the `vm` was started with, or fd:NAME, one that was passed to it (getfd)' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l bandwidth -d 'Bytes each second at most, while the guest runs. Without it, or with none, there is no cap' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l give-up -d 'Give up when the guest is still running here after this time, not counting the time in which only `continue` is waited for; a rehearsal ends with what it has found' -r

@@ -2,6 +2,7 @@
 //! device servers. `vfio-migrate --help` says what it does.
 #![forbid(unsafe_code)]
 
+mod address;
 mod args;
 mod bandwidth;
 mod check_id;

@@ -6,8 +6,8 @@ use vfio_migration_compat::{DeviceManifest, HostManifest, MachineManifest, Matri
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, QuitArguments, SaveArguments,
-    StatusReport,
+    FdArguments, IncomingArguments, MigrateArguments, MigrationInfo, ParameterArguments, QuitArguments,
+    SaveArguments, StatusReport,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
@@ -123,6 +123,7 @@ pub(crate) fn by_name() -> Vec<(&'static str, Schema)> {
         ("rehearse", schema_for!(RehearseReport)),
         ("rehearse-arguments", schema_for!(RehearseArguments)),
         ("save-arguments", schema_for!(SaveArguments)),
+        ("fd-arguments", schema_for!(FdArguments)),
         ("quit-arguments", schema_for!(QuitArguments)),
         ("migrate-incoming-arguments", schema_for!(IncomingArguments)),
         ("migrate-set-parameters-arguments", schema_for!(ParameterArguments)),

@@ -56,6 +56,8 @@ pub struct SourceOptions {
     pub policy: Policy,
     /// Devices that have another name at the destination.
     pub device_map: DeviceMap,
+    /// What the journal and whoever watches know the other end by. `None`: its address.
+    pub peer_name: Option<String>,
     /// The machine goes into a file: what cannot move live may be saved.
     pub(crate) to_file: bool,
     /// The machine is a device and nothing else: what a guest would miss, nobody misses.
@@ -83,6 +85,7 @@ impl Default for SourceOptions {
             security: Security::default(),
             policy: Policy::default(),
             device_map: DeviceMap::default(),
+            peer_name: None,
             to_file: false,
             device_alone: false,
         }

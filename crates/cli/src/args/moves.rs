@@ -22,8 +22,8 @@ to --detach, cancels nothing.";
 pub(crate) struct IncomingCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
-    /// Where to listen: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N, a
-    /// connected socket that the `vm` was started with.
+    /// Where to listen: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets), fd:N, a
+    /// connected socket that the `vm` was started with, or fd:NAME, one that was passed to it (getfd).
     #[arg(value_name = "URI")]
     pub(crate) uri: String,
 }
@@ -54,8 +54,8 @@ pub(crate) struct StatusCommand {
 pub(crate) struct MigrateCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
-    /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N, a
-    /// connected socket that the `vm` was started with.
+    /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets), fd:N, a
+    /// connected socket that the `vm` was started with, or fd:NAME, one that was passed to it (getfd).
     #[arg(value_name = "URI")]
     pub(crate) uri: String,
     #[command(flatten)]
@@ -156,8 +156,8 @@ ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not."
 pub(crate) struct RehearseCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
-    /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets) or fd:N, a
-    /// connected socket that the `vm` was started with.
+    /// Where to: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets), fd:N, a
+    /// connected socket that the `vm` was started with, or fd:NAME, one that was passed to it (getfd).
     #[arg(long, value_name = "URI")]
     pub(crate) to: String,
     /// Pause the guest too, for as long as it would be paused, so that all of it is measured.

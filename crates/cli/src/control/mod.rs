@@ -6,6 +6,7 @@ pub(crate) mod clients;
 pub(crate) mod event;
 pub(crate) mod failure;
 pub(crate) mod guest;
+mod lines;
 pub(crate) mod protocol;
 pub(crate) mod refused;
 pub(crate) mod rehearsal;

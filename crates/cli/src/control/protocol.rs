@@ -34,6 +34,10 @@ pub(crate) enum ControlVerb {
     QueryManifest,
     /// Save the guest into a file. Arguments: [`SaveArguments`]. Returns when it has begun.
     Save,
+    /// Keep the descriptor that is passed with the request. Arguments: [`FdArguments`].
+    Getfd,
+    /// Close a descriptor that is kept. Arguments: [`FdArguments`].
+    Closefd,
     /// Wait for a guest again, after the last one left. Arguments: [`IncomingArguments`].
     MigrateIncoming,
     /// Change limits. Arguments: [`ParameterArguments`].
@@ -68,7 +72,8 @@ pub(crate) struct NoArguments {}
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct MigrateArguments {
-    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`, a connected socket that the `vm` was started with.
+    /// Where to: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`, a connected socket that the `vm` was started with, or `fd:NAME`, one that
+    /// was passed to it by `getfd`.
     pub(crate) uri: String,
     #[serde(flatten)]
     pub(crate) options: MoveOptions,
@@ -90,8 +95,17 @@ pub(crate) struct SaveArguments {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct IncomingArguments {
-    /// Where to listen: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`, a connected socket that the `vm` was started with.
+    /// Where to listen: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`, a connected socket that the `vm` was started with, or `fd:NAME`, one
+    /// that was passed to it by `getfd`.
     pub(crate) uri: String,
+}
+
+/// Arguments of `getfd` and `closefd`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct FdArguments {
+    /// Name of the descriptor: a letter, and at most 63 letters, digits, `-`, `_` and `.` behind it.
+    pub(crate) fdname: String,
 }
 
 /// Arguments of `migrate-set-parameters`.

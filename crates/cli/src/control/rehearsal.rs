@@ -14,7 +14,8 @@ use crate::move_options::MoveOptions;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct RehearseArguments {
-    /// Where to: `unix:PATH`, `tcp:HOST:PORT` or `fd:N`, a connected socket that the `vm` was started with.
+    /// Where to: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`, a connected socket that the `vm` was started with, or `fd:NAME`, one that
+    /// was passed to it by `getfd`.
     pub(crate) uri: String,
     #[serde(flatten)]
     pub(crate) options: MoveOptions,

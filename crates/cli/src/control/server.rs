@@ -1,6 +1,7 @@
 //! The server of the control socket: one thread for each client.
 
-use std::io::{BufRead, BufReader, Error, ErrorKind, Read};
+use std::io::{Error, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,18 +13,23 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::clients::{Client, Publisher};
+use super::lines::{LINE_MAX, Line, Lines, Passed};
 use super::protocol::ControlVerb;
 use super::refused::Refused;
 use super::request;
 
-/// Longest request line: a client that sends more is refused and dropped.
-const LINE_MAX: u64 = 64 << 10;
 /// Pause after a client could not be accepted. Nothing tells when it could be.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// The answers to requests.
 pub(crate) trait Handler: Send + Sync {
-    fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused>;
+    /// `descriptor` came with the request: with [`ControlVerb::Getfd`] always, and with no other.
+    fn call(
+        &self,
+        verb: ControlVerb,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, Refused>;
 }
 
 /// A control socket being served. Dropping it removes the socket file and ends its clients.
@@ -91,17 +97,16 @@ fn begin(client: Arc<Client>, handler: &Arc<dyn Handler>, publisher: &Publisher)
 }
 
 fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
-    let mut reader = BufReader::new(stream);
+    let mut lines = Lines::of(stream);
     loop {
-        let mut line = Vec::new();
-        match reader.by_ref().take(LINE_MAX).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
+        let line = match lines.next() {
+            Ok(line) if !line.bytes.is_empty() => line,
+            _ => return,
+        };
         client.asks();
-        let whole = line.last() == Some(&b'\n');
-        let reply = if whole || (line.len() as u64) < LINE_MAX {
-            answer(&line, handler)
+        let whole = line.is_whole();
+        let reply = if whole || line.bytes.len() < LINE_MAX {
+            answer(line, handler)
         } else {
             reply(None, Err(Refused::generic(format!("the request is longer than {LINE_MAX} bytes"))))
         };
@@ -112,10 +117,38 @@ fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
     }
 }
 
-fn answer(line: &[u8], handler: &dyn Handler) -> String {
-    let (id, request) = request::read(line);
-    let answer = request.and_then(|request| handler.call(request.execute, request.arguments));
+fn answer(line: Line, handler: &dyn Handler) -> String {
+    let (id, request) = request::read(&line.bytes);
+    let answer = request.and_then(|request| {
+        let descriptor = descriptor(request.execute, line.passed)?;
+        handler.call(request.execute, request.arguments, descriptor)
+    });
     reply(id.as_deref(), answer)
+}
+
+/// The descriptor that came with a request which takes one. Passed with any other, it might be meant for something that is
+/// done otherwise without it.
+fn descriptor(verb: ControlVerb, mut passed: Passed) -> Result<Option<OwnedFd>, Refused> {
+    let refused = |why: &str| Err(Refused::generic(why));
+    let lost = passed.lost;
+    match (verb, passed.descriptors.pop()) {
+        (ControlVerb::Getfd, Some(descriptor)) if passed.descriptors.is_empty() && !lost => {
+            Ok(Some(descriptor))
+        }
+        (ControlVerb::Getfd, Some(_)) => {
+            refused("more than one descriptor came with the request, and getfd takes one; all are closed")
+        }
+        (ControlVerb::Getfd, None) if lost => refused(
+            "the descriptor cannot be taken in: this process has no place for one more (RLIMIT_NOFILE: ulimit -n, LimitNOFILE=)",
+        ),
+        (ControlVerb::Getfd, None) => {
+            refused("no descriptor came with the request: it is passed beside the line (SCM_RIGHTS)")
+        }
+        (_, None) if !lost => Ok(None),
+        _ => refused(
+            "a descriptor came with the request, which is not carried out: only getfd takes one; it is closed",
+        ),
+    }
 }
 
 /// The line of an answer; `id` is as it was sent.
@@ -188,7 +221,7 @@ fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{BufRead, BufReader, Read, Write};
 
     use super::*;
     use crate::control::client::ControlClient;
@@ -197,7 +230,7 @@ mod tests {
     struct Echo;
 
     impl Handler for Echo {
-        fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused> {
+        fn call(&self, verb: ControlVerb, arguments: Value, _: Option<OwnedFd>) -> Result<Value, Refused> {
             match verb {
                 ControlVerb::Query => Ok(arguments),
                 _ => Err(Refused::new("GenericError", "no")),
@@ -246,7 +279,7 @@ mod tests {
         let (_dir, path, _server, _publisher) = served();
         let mut stream = UnixStream::connect(&path).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        stream.write_all(&vec![b'x'; usize::try_from(LINE_MAX).unwrap()]).unwrap();
+        stream.write_all(&vec![b'x'; LINE_MAX]).unwrap();
         let mut all = String::new();
         BufReader::new(stream).read_to_string(&mut all).unwrap();
         assert!(all.contains("longer than"), "{all}");

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vfio_migration_compat::Verdict;
 
+use crate::address::Address;
 use crate::args::moves::{
     IncomingCommand, MigrateCommand, QuitCommand, RehearseCommand, SaveCommand, SetCommand, StatusCommand,
 };
@@ -24,7 +25,7 @@ use crate::output::{eprintln_line, print, print_json};
 use crate::target::VmTarget;
 use crate::units::{format_size, milliseconds};
 use crate::verdict;
-use crate::words::{device_map, uri};
+use crate::words::device_map;
 
 /// What `rehearse --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -54,7 +55,7 @@ pub(crate) struct ActionReply {
 /// `migrate`: asks a running `vm` to move its guest, and waits for the end.
 pub(crate) fn migrate(command: &MigrateCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     // A word that is no address is a usage error, whether or not the `vm` can be reached.
-    uri(&command.uri)?;
+    command.uri.parse::<Address>()?;
     let arguments = MigrateArguments {
         uri: command.uri.clone(),
         options: command.options.clone(),
@@ -92,7 +93,7 @@ fn tell_end(report: StatusReport, json: bool) -> Result<Exit, CliError> {
 
 /// `rehearse`: everything up to the switchover for real, and undone.
 pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
-    uri(&command.to)?;
+    command.to.parse::<Address>()?;
     device_map(&command.options.device_map)?;
     let arguments =
         RehearseArguments { uri: command.to.clone(), options: command.options.clone(), pause: command.pause };
@@ -197,7 +198,7 @@ pub(crate) fn quit(command: &QuitCommand) -> Result<Exit, CliError> {
 
 /// `incoming`: a `vm` that has no guest waits for one again.
 pub(crate) fn incoming(command: &IncomingCommand) -> Result<Exit, CliError> {
-    uri(&command.uri)?;
+    command.uri.parse::<Address>()?;
     let arguments = IncomingArguments { uri: command.uri.clone() };
     request(&command.target, ControlVerb::MigrateIncoming, json!(arguments), "it waits for a guest")
 }

@@ -1,5 +1,6 @@
 //! The verbs of the control socket, as a `vm` answers them.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -11,15 +12,17 @@ use vfio_migration_types::error_chain;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use super::{held, incoming, info, outgoing, saving};
+use crate::address::SocketName;
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    ControlVerb, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments, QuitArguments,
-    SaveArguments,
+    ControlVerb, FdArguments, IncomingArguments, MigrateArguments, NoArguments, ParameterArguments,
+    QuitArguments, SaveArguments,
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::control::server::Handler;
+use crate::exit::CliError;
 
 /// Answers the control socket of one `vm`.
 pub(super) struct VmHandler {
@@ -28,12 +31,19 @@ pub(super) struct VmHandler {
 }
 
 impl Handler for VmHandler {
-    fn call(&self, verb: ControlVerb, arguments: Value) -> Result<Value, Refused> {
+    fn call(
+        &self,
+        verb: ControlVerb,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, Refused> {
         let takes_some = matches!(
             verb,
             ControlVerb::Migrate
                 | ControlVerb::Rehearse
                 | ControlVerb::Save
+                | ControlVerb::Getfd
+                | ControlVerb::Closefd
                 | ControlVerb::MigrateIncoming
                 | ControlVerb::MigrateSetParameters
                 | ControlVerb::Quit
@@ -48,6 +58,12 @@ impl Handler for VmHandler {
             ControlVerb::Rehearse => outgoing::rehearse(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
             ControlVerb::QueryManifest => return self.manifest(),
             ControlVerb::Save => saving::begin(&self.vm, &parse::<SaveArguments>(arguments)?)?,
+            ControlVerb::Getfd => {
+                let socket =
+                    descriptor.ok_or_else(|| Refused::generic("no descriptor came with the request"))?;
+                self.vm.passed.keep(socket_name(arguments)?, socket)?;
+            }
+            ControlVerb::Closefd => self.vm.passed.close(&socket_name(arguments)?)?,
             ControlVerb::MigrateIncoming => {
                 incoming::again(&self.vm, &parse::<IncomingArguments>(arguments)?.uri)?;
             }
@@ -174,6 +190,13 @@ impl VmHandler {
             self.vm.publisher.publish(&ControlEvent::new(event, Value::Null));
         }
     }
+}
+
+fn socket_name(arguments: Value) -> Result<SocketName, Refused> {
+    parse::<FdArguments>(arguments)?
+        .fdname
+        .parse()
+        .map_err(|failure: CliError| Refused::generic(failure.text))
 }
 
 fn no_migration() -> Refused {

@@ -16,11 +16,11 @@ use super::faults::inject_at_destination;
 use super::running::{RunningVm, build, build_with_memory};
 use super::slot::{Slot, Steering};
 use super::{history, info};
+use crate::address::Address;
 use crate::control::event::ControlEvent;
 use crate::control::refused::Refused;
-use crate::inherited::claim;
+use crate::exit::CliError;
 use crate::output::eprintln_line;
-use crate::words::uri;
 
 /// Time for which the destination still answers a source that lost the answer to its COMMIT.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
@@ -29,11 +29,11 @@ const BUILD_EVERY: Duration = Duration::from_secs(1);
 
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.
 pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
-    let uri = uri(text).map_err(|failure| Refused::generic(failure.text))?;
+    let address: Address = text.parse().map_err(|failure: CliError| Refused::generic(failure.text))?;
     let before = reserve(vm)?;
     let begun = build(vm)
         .map_err(|failure| Refused::generic(failure.text))
-        .and_then(|machine| listen(vm, &uri, machine));
+        .and_then(|machine| listen(vm, &address, machine));
     if begun.is_err() {
         // Only what we reserved ourselves is given back.
         drop(vm.state.put_if(|slot| matches!(slot, Slot::Preparing), before));
@@ -58,9 +58,13 @@ pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
     })
 }
 
-/// Waits at `uri` for a guest that goes into `machine`; returns once the address is bound. The place must have been
+/// Waits at `address` for a guest that goes into `machine`; returns once the address is bound. The place must have been
 /// [reserved](reserve).
-pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachine>) -> Result<(), Refused> {
+pub(super) fn listen(
+    vm: &Arc<RunningVm>,
+    address: &Address,
+    machine: Arc<ReferenceMachine>,
+) -> Result<(), Refused> {
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
@@ -68,10 +72,13 @@ pub(super) fn listen(vm: &Arc<RunningVm>, uri: &Uri, machine: Arc<ReferenceMachi
     options.suspend = vm.options.paused;
     options.policy = vm.policy.clone();
     options.security = vm.options.tls.security();
-    let claim = claim(uri).map_err(|failure| Refused::generic(failure.text))?;
-    let mut destination =
-        Destination::listen(uri, options).map_err(|error| Refused::generic(error_chain(&error)))?;
-    let at = destination.local().clone();
+    let claim = vm.passed.claim(address)?;
+    let mut destination = Destination::listen(claim.endpoint().uri(), options)
+        .map_err(|error| Refused::generic(error_chain(&error)))?;
+    let at = match address {
+        Address::Uri(_) => Address::Uri(destination.local().clone()),
+        Address::Passed(_) => address.clone(),
+    };
     let control = destination.control();
     let awaited = Slot::Awaited { machine: Some(machine), at: at.clone(), not_ready: None };
     let reserved = |slot: &Slot| matches!(slot, Slot::Preparing);

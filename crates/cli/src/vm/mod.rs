@@ -11,6 +11,7 @@ mod history;
 mod incoming;
 mod info;
 mod outgoing;
+mod passed;
 mod presence;
 mod rollback;
 mod running;
@@ -30,6 +31,7 @@ use self::incoming::ReadinessWatch;
 use self::rollback::RollbackWatch;
 use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
+use crate::address::Address;
 use crate::args::serve::VmCommand;
 use crate::control::event::ControlEvent;
 use crate::control::server::{Bound, ControlServer};
@@ -123,7 +125,7 @@ impl Prepared {
             (Some(uri), _) => {
                 let machine = build(&vm)?;
                 incoming::reserve(&vm)
-                    .and_then(|_| incoming::listen(&vm, &uri, machine))
+                    .and_then(|_| incoming::listen(&vm, &Address::Uri(uri), machine))
                     .map_err(|refused| CliError::failed(refused.desc))?;
             }
             (None, None) => {

@@ -9,20 +9,19 @@ use super::faults::inject_at_source;
 use super::running::RunningVm;
 use super::slot::{LeftGuest, Slot, Steering};
 use super::{history, info};
+use crate::address::Address;
 use crate::control::event::ControlEvent;
 use crate::control::protocol::MigrateArguments;
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::exit::CliError;
-use crate::inherited::claim;
-use crate::words::uri;
 
 /// Begins to migrate; returns once the session has its thread.
 pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
     let refused = |failure: CliError| Refused::generic(failure.text);
     let options = arguments.options.clone().into_source_options().map_err(refused)?;
     let mut options = arguments.switchover.clone().into_source_options(options).map_err(refused)?;
-    let target = uri(&arguments.uri).map_err(refused)?;
+    let target: Address = arguments.uri.parse().map_err(refused)?;
     let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
         return Err(Refused::generic("there is no guest here that could move"));
@@ -35,11 +34,13 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     options.security = security;
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
+    options.peer_name = Some(target.to_string());
     let faulty = inject_at_source(vm.options.sabotage, machine.clone()).map_err(Refused::generic)?;
     let source = Source::new(faulty, options);
-    let claim = claim(&target).map_err(refused)?;
+    let claim = vm.passed.claim(&target)?;
+    let endpoint = claim.endpoint();
     begin(vm, machine, source, "migration", move |vm, machine, source| {
-        let result = source.migrate_to(&target, publish_changes(vm));
+        let result = source.migrate_to(endpoint.uri(), publish_changes(vm));
         finish(vm, machine, result, &target.to_string());
     })?;
     claim.spend();
@@ -50,7 +51,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
 pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Result<(), Refused> {
     let refused = |failure: CliError| Refused::generic(failure.text);
     let mut options = arguments.options.clone().into_source_options().map_err(refused)?;
-    let target = uri(&arguments.uri).map_err(refused)?;
+    let target: Address = arguments.uri.parse().map_err(refused)?;
     let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
     let Slot::Here { machine, epoch } = vm.state.slot() else {
         return Err(Refused::generic("there is no guest here that could move"));
@@ -59,12 +60,14 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     options.security = security;
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
+    options.peer_name = Some(target.to_string());
     let how = if arguments.pause { Rehearse::Switchover } else { Rehearse::Precopy };
     let source = Source::new(machine.clone(), options);
-    let claim = claim(&target).map_err(refused)?;
+    let claim = vm.passed.claim(&target)?;
+    let endpoint = claim.endpoint();
     begin(vm, machine, source, "rehearsal", move |vm, machine, source| {
         drop(machine);
-        finish_rehearsal(vm, source.rehearse_to(&target, how, publish_changes(vm)));
+        finish_rehearsal(vm, source.rehearse_to(endpoint.uri(), how, publish_changes(vm)));
     })?;
     claim.spend();
     Ok(())

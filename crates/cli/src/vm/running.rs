@@ -16,6 +16,7 @@ use vfio_migration_vmm::machine::{
 };
 
 use super::history;
+use super::passed::PassedSockets;
 use super::presence::{self, Presence};
 use super::slot::{Slot, Steering, VmState};
 use crate::args::serve::VmCommand;
@@ -39,6 +40,7 @@ pub(super) struct RunningVm {
     pub(super) publisher: Publisher,
     pub(super) state: VmState,
     pub(super) presence: Presence,
+    pub(super) passed: PassedSockets,
     /// Held by whoever builds the machine of a `vm` that waits, or takes it for a session.
     pub(super) building: Mutex<()>,
     /// Held by whoever starts a guest that a session left paused.
@@ -91,6 +93,7 @@ impl RunningVm {
             publisher: Publisher::default(),
             state: VmState::default(),
             presence: Presence::default(),
+            passed: PassedSockets::default(),
             building: Mutex::default(),
             starting: Mutex::default(),
             told: Mutex::default(),
@@ -179,6 +182,7 @@ impl RunningVm {
     /// a device is not: it is being undone, and the guest is this side's, or never came.
     pub(super) fn end(&self) {
         self.end_sessions();
+        self.passed.end();
         drop(self.state.put_if(|_| true, Slot::Ended));
     }
 }

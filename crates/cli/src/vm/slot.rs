@@ -4,10 +4,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vfio_migration::{AwaitedAnswer, Control, Failure, IncomingControl, PendingRollback, Progress, Uri};
+use vfio_migration::{AwaitedAnswer, Control, Failure, IncomingControl, PendingRollback, Progress};
 use vfio_migration_types::{Epoch, VmId};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
+use crate::address::Address;
 use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::failure::FailureInfo;
 use crate::control::protocol::MigrationInfo;
@@ -27,7 +28,7 @@ pub(super) enum Slot {
     Preparing,
     /// No guest yet: this address waits for it. Without a machine, since something for it cannot be had just now, a guest that
     /// came would be refused.
-    Awaited { machine: Option<Arc<ReferenceMachine>>, at: Uri, not_ready: Option<String> },
+    Awaited { machine: Option<Arc<ReferenceMachine>>, at: Address, not_ready: Option<String> },
     /// The guest has left, and its devices are being closed: for those who ask the migration is still under way.
     Leaving(LeftGuest),
     /// The guest has left: `to` there, or to that file.

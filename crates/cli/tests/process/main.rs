@@ -16,6 +16,7 @@ mod files;
 mod foreign_servers;
 mod foreign_text;
 mod generated;
+mod getfd;
 mod history;
 mod host;
 mod inherited;

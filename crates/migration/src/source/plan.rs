@@ -66,7 +66,8 @@ impl PlannedMigration {
             (None, Some(_)) => AttemptKind::Save,
             (None, None) => AttemptKind::Migration,
         };
-        let peer = file.map_or_else(|| uri.to_string(), |path| file_peer(&path));
+        let named = || options.peer_name.clone().unwrap_or_else(|| uri.to_string());
+        let peer = file.map_or_else(named, |path| file_peer(&path));
         let mut info = AttemptInfo::beginning(vm, attempt, options.epoch, kind, peer);
         // Before anything can fail: who looks afterwards sees what it was.
         control.set_progress(Progress { attempt: Some(info.clone()), ..control.progress() });
