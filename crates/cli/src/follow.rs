@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::control::awaited::sentence;
-use crate::control::client::ControlClient;
+use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::{
     ArrivedGuest, ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport,
 };
@@ -35,38 +35,58 @@ pub(crate) fn follow(
     interrupt: &UserInterrupt,
     on_interrupt: OnInterrupt,
 ) -> Result<StatusReport, CliError> {
-    let mut report = query(client)?;
     let mut progress = ProgressDisplay::new(!json);
     let mut cancelled = false;
     if on_interrupt == OnInterrupt::Cancel {
         interrupt.leaves("whether it is cancelled, and how it ends, `status` tells");
     }
+    let mut report = query(client, &mut progress, on_interrupt, &mut cancelled)?;
     while let Some(migration) = report.migration.as_ref().filter(|migration| goes_on(migration.status)) {
         progress.update(migration);
-        let news = client.next_migration(PATIENCE);
-        let news = news.map_err(|error| CliError::caused("lost the vm", &error))?;
+        let news = match client.next_migration(PATIENCE) {
+            Err(ControlError::Interrupted(_)) => None,
+            news => news.map_err(|error| CliError::caused("lost the vm", &error))?,
+        };
         if on_interrupt == OnInterrupt::Leave {
             interrupt.check()?;
         } else if interrupt.requested() && !cancelled {
             cancelled = true;
-            // Too late to cancel is not a failure: the loop goes on to the end.
-            if let Err(error) = client.call(ControlVerb::MigrateCancel, Value::Null) {
-                progress.message(format_args!("vfio-migrate: {error}"));
-            }
+            cancel(client, &mut progress);
         }
         match news {
             Some(migration) if goes_on(migration.status) => report.migration = Some(migration),
             // The event says how it ended, but not where the guest is now. Nor need this migration have ended: an event that
             // comes late can be of the one before.
-            Some(_) => report = query(client)?,
+            Some(_) => report = query(client, &mut progress, on_interrupt, &mut cancelled)?,
             None => {}
         }
     }
     Ok(report)
 }
 
-fn query(client: &mut ControlClient) -> Result<StatusReport, CliError> {
-    client.query().map_err(|error| error.failure("no answer"))
+/// Asks how the VM and its migration are. Where an interrupt that keeps the answer away is to cancel the migration, it does.
+fn query(
+    client: &mut ControlClient,
+    progress: &mut ProgressDisplay,
+    on_interrupt: OnInterrupt,
+    cancelled: &mut bool,
+) -> Result<StatusReport, CliError> {
+    let mut answer = client.query();
+    if matches!(answer, Err(ControlError::Interrupted(_))) && on_interrupt == OnInterrupt::Cancel {
+        *cancelled = true;
+        cancel(client, progress);
+        answer = client.query();
+    }
+    answer.map_err(|error| error.failure("no answer"))
+}
+
+/// Cancels the migration. From here on it is waited for, whatever else the user asks for: a second signal ends the process.
+fn cancel(client: &mut ControlClient, progress: &mut ProgressDisplay) {
+    client.disregard_interrupt();
+    // Too late to cancel is not a failure: the migration is followed to its end.
+    if let Err(error) = client.call(ControlVerb::MigrateCancel, Value::Null) {
+        progress.message(format_args!("vfio-migrate: {error}"));
+    }
 }
 
 /// The VM, its migration and the last one for people.

@@ -96,8 +96,8 @@ fn of_socket(path: &Path, name: Option<&str>, timeout: Duration) -> Result<Check
 }
 
 fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError> {
-    let mut client =
-        ControlClient::connect(socket, patience).map_err(|error| CliError::caused("no contact", &error))?;
+    let mut client = ControlClient::connect(socket, patience, None)
+        .map_err(|error| CliError::caused("no contact", &error))?;
     let asked = |error: ControlError| error.failure("no manifest");
     let manifest = client.call(ControlVerb::QueryManifest, Value::Null).map_err(|error| match error {
         // Of what it is asked for a manifest, only its devices can keep it waiting.
@@ -119,7 +119,7 @@ fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError
 
 /// Whether the `vm` answers what it knows without its devices.
 fn answers(socket: &Path, patience: Duration) -> bool {
-    ControlClient::connect(socket, patience).and_then(|mut client| client.query()).is_ok()
+    ControlClient::connect(socket, patience, None).and_then(|mut client| client.query()).is_ok()
 }
 
 /// A device server that could not be asked.

@@ -7,6 +7,7 @@ use clap::Args;
 
 use crate::control::client::ControlClient;
 use crate::exit::CliError;
+use crate::interrupt::UserInterrupt;
 use crate::units;
 use crate::words::EXIT_CODES;
 
@@ -34,12 +35,17 @@ pub(crate) struct VmTarget {
 }
 
 impl VmTarget {
-    pub(crate) fn connect(&self) -> Result<ControlClient, CliError> {
-        self.connect_within(ANSWER)
+    pub(crate) fn connect(&self, interrupt: Option<&UserInterrupt>) -> Result<ControlClient, CliError> {
+        self.connect_within(ANSWER, interrupt)
     }
 
-    /// Connects; the greeting, and each answer, may take `timeout`.
-    pub(crate) fn connect_within(&self, timeout: Duration) -> Result<ControlClient, CliError> {
-        ControlClient::connect(&self.control, timeout).map_err(|error| CliError::caused("no contact", &error))
+    /// Connects; the greeting, and each answer, may take `timeout`. A verb that listens for signals passes what it hears.
+    pub(crate) fn connect_within(
+        &self,
+        timeout: Duration,
+        interrupt: Option<&UserInterrupt>,
+    ) -> Result<ControlClient, CliError> {
+        ControlClient::connect(&self.control, timeout, interrupt)
+            .map_err(|error| CliError::caused("no contact", &error))
     }
 }

@@ -14,12 +14,17 @@ use super::event::{self, ControlEvent};
 use super::protocol::{ControlRequest, ControlVerb, MigrationInfo, StatusReport};
 use super::refused::Refused;
 use crate::exit::CliError;
+use crate::interrupt::UserInterrupt;
 use crate::output::printable_texts;
 use crate::units::format_time;
 
 /// Longest silence of a migration that is followed, before its `vm` is asked: there are no events within an iteration, where
 /// what is left changes all the same.
 const QUIET: Duration = Duration::from_secs(1);
+/// Time that a `vm` has for an answer once the user has asked for the end: one that is only slow says what has begun.
+const GRACE: Duration = Duration::from_millis(500);
+/// Time after which a wait looks whether the user asks for the end.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Least patience with a `vm` that is followed, whose machine may be taken apart or built just then.
 const BUSY: Duration = Duration::from_secs(30);
 
@@ -38,6 +43,8 @@ pub(crate) enum ControlError {
     Disconnected(String),
     #[error("the control socket speaks something else: {0}")]
     Garbled(String),
+    #[error("interrupted by {0}")]
+    Interrupted(&'static str),
     #[error("{}", .0.desc)]
     Refused(Refused),
 }
@@ -60,6 +67,8 @@ pub(crate) struct ControlClient {
     /// Path of the socket, as it is shown.
     path: String,
     timeout: Duration,
+    /// What a wait is given up for.
+    interrupt: Option<UserInterrupt>,
     events: VecDeque<ControlEvent>,
     partial: Vec<u8>,
     /// Time at which the state of the migration last came, by event or answer.
@@ -67,27 +76,44 @@ pub(crate) struct ControlClient {
 }
 
 impl ControlClient {
-    /// Connects to `path`; the connection, the greeting and each answer may take `timeout`.
-    pub(crate) fn connect(path: &Path, timeout: Duration) -> Result<Self, ControlError> {
+    /// Connects to `path`; the connection, the greeting and each answer may take `timeout`. Once the user has asked for the end by
+    /// `interrupt`, what is waited for has [`GRACE`] left.
+    pub(crate) fn connect(
+        path: &Path,
+        timeout: Duration,
+        interrupt: Option<&UserInterrupt>,
+    ) -> Result<Self, ControlError> {
         let shown = path.display().to_string();
-        let stream = match connect(path, timeout) {
-            Err(Errno::AGAIN) => return Err(ControlError::Timeout(shown, timeout)),
-            Err(errno) => return Err(ControlError::Connect(shown, errno.into())),
-            Ok(stream) => stream,
+        let mut wait = Wait::of(timeout, interrupt);
+        let stream = loop {
+            let Some(slice) = wait.slice() else {
+                return Err(wait.ended().unwrap_or(ControlError::Timeout(shown, timeout)));
+            };
+            match connect(path, slice) {
+                Ok(stream) => break stream,
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(errno) => return Err(ControlError::Connect(shown, errno.into())),
+            }
         };
         let mut client = Self {
             reader: BufReader::new(stream),
             path: shown,
             timeout,
+            interrupt: interrupt.cloned(),
             events: VecDeque::new(),
             partial: Vec::new(),
             news: Instant::now(),
         };
-        let greeting = client.line(Instant::now() + timeout)?.ok_or_else(|| client.silent())?;
+        let greeting = client.line(timeout)?.ok_or_else(|| client.silent())?;
         if greeting.get("vfio-migrate").is_none() {
             return Err(ControlError::Garbled(greeting.to_string()));
         }
         Ok(client)
+    }
+
+    /// Waits on from here whatever the user asks for: the request to end has been seen.
+    pub(crate) fn disregard_interrupt(&mut self) {
+        self.interrupt = None;
     }
 
     fn silent(&self) -> ControlError {
@@ -108,7 +134,8 @@ impl ControlClient {
         })?;
         let deadline = Instant::now() + self.timeout;
         loop {
-            let mut answer = self.line(deadline)?.ok_or_else(|| self.silent())?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut answer = self.line(left)?.ok_or_else(|| self.silent())?;
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }
@@ -150,7 +177,7 @@ impl ControlClient {
     /// The next event, kept or new; `None` when none comes within `patience`.
     pub(crate) fn next_event(&mut self, patience: Duration) -> Result<Option<ControlEvent>, ControlError> {
         if self.events.is_empty()
-            && let Some(line) = self.line(Instant::now() + patience)?
+            && let Some(line) = self.line(patience)?
         {
             self.keep_event(line)?;
         }
@@ -160,7 +187,7 @@ impl ControlClient {
     /// The reason why the other end is closed: said before it was, if it was.
     fn why_closed(&mut self) -> ControlError {
         loop {
-            match self.line(Instant::now() + self.timeout) {
+            match self.line(self.timeout) {
                 Ok(Some(_)) => {}
                 Ok(None) => return ControlError::Closed,
                 Err(error) => return error,
@@ -175,14 +202,12 @@ impl ControlClient {
         Ok(())
     }
 
-    /// One line of JSON, or `None` when the deadline passes first; what came of a line is kept for the next call.
-    fn line(&mut self, deadline: Instant) -> Result<Option<Value>, ControlError> {
+    /// One line of JSON, or `None` when none comes within `patience`; what came of a line is kept for the next call.
+    fn line(&mut self, patience: Duration) -> Result<Option<Value>, ControlError> {
+        let mut wait = Wait::of(patience, self.interrupt.as_ref());
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(None);
-            }
-            self.reader.get_ref().set_read_timeout(Some(left)).map_err(ControlError::Io)?;
+            let Some(slice) = wait.slice() else { return wait.ended().map_or(Ok(None), Err) };
+            self.reader.get_ref().set_read_timeout(Some(slice)).map_err(ControlError::Io)?;
             match self.reader.read_until(b'\n', &mut self.partial) {
                 Ok(0) => return Err(ControlError::Closed),
                 Ok(_) if self.partial.last() == Some(&b'\n') => {
@@ -197,13 +222,48 @@ impl ControlClient {
                 }
                 Ok(_) => return Err(ControlError::Closed),
                 Err(error) => match error.kind() {
-                    std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => return Ok(None),
-                    std::io::ErrorKind::Interrupted => {}
+                    std::io::ErrorKind::WouldBlock
+                    | std::io::ErrorKind::TimedOut
+                    | std::io::ErrorKind::Interrupted => {}
                     std::io::ErrorKind::ConnectionReset => return Err(ControlError::Closed),
                     _ => return Err(ControlError::Io(error)),
                 },
             }
         }
+    }
+}
+
+/// A wait with an end, which the user can bring forward.
+#[derive(Debug)]
+struct Wait {
+    end: Instant,
+    interrupt: Option<UserInterrupt>,
+    /// The signal by which the user asked for the end, while the end is what it was brought forward to.
+    interrupted: Option<&'static str>,
+}
+
+impl Wait {
+    fn of(patience: Duration, interrupt: Option<&UserInterrupt>) -> Self {
+        Self { end: Instant::now() + patience, interrupt: interrupt.cloned(), interrupted: None }
+    }
+
+    /// Time after which to look again; `None` when the wait is over.
+    fn slice(&mut self) -> Option<Duration> {
+        if let Some(signal) = self.interrupt.as_ref().and_then(UserInterrupt::name)
+            && self.interrupted.is_none()
+        {
+            let end = Instant::now() + GRACE;
+            if end < self.end {
+                (self.end, self.interrupted) = (end, Some(signal));
+            }
+        }
+        let left = self.end.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then(|| left.min(LOOK_EVERY))
+    }
+
+    /// Why it ended, if not by its own end.
+    fn ended(&self) -> Option<ControlError> {
+        self.interrupted.map(ControlError::Interrupted)
     }
 }
 

@@ -253,7 +253,7 @@ mod tests {
     #[test]
     fn answers_refuses_and_publishes() {
         let (_dir, path, _server, publisher) = served();
-        let mut client = ControlClient::connect(&path, Duration::from_secs(5)).unwrap();
+        let mut client = ControlClient::connect(&path, Duration::from_secs(5), None).unwrap();
         assert_eq!(client.call(ControlVerb::Query, json!({"a": 1})).unwrap(), json!({"a": 1}));
         assert!(client.call(ControlVerb::Quit, Value::Null).unwrap_err().to_string().contains("no"));
         publisher.publish(&ControlEvent::new("STOP", Value::Null));

@@ -58,7 +58,7 @@ impl Process {
 
     /// Waits until the process listens at `socket` and answers, up to `patience`, and connects to its control socket.
     pub(crate) fn control(&mut self, socket: &Path, patience: Duration) -> Result<ControlClient, CliError> {
-        self.until(socket, patience, || ControlClient::connect(socket, PATIENCE).ok())
+        self.until(socket, patience, || ControlClient::connect(socket, PATIENCE, None).ok())
     }
 
     /// Waits until a socket file is there.

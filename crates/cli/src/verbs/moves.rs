@@ -12,7 +12,7 @@ use crate::address::Address;
 use crate::args::moves::{
     IncomingCommand, MigrateCommand, QuitCommand, RehearseCommand, SaveCommand, SetCommand, StatusCommand,
 };
-use crate::control::client::ControlError;
+use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::{
     ControlVerb, FollowedReport, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments,
     QuitArguments, SaveArguments, StatusReport,
@@ -61,11 +61,22 @@ pub(crate) fn migrate(command: &MigrateCommand, interrupt: &UserInterrupt) -> Re
         options: command.options.clone(),
         switchover: command.switchover.clone(),
     };
-    let mut client = command.target.connect()?;
-    client.call(ControlVerb::Migrate, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let mut client = command.target.connect(Some(interrupt))?;
+    begin(&mut client, ControlVerb::Migrate, json!(arguments))?;
     let goes_on = |state: MigrationStatus| !command.detach && state.is_under_way();
     let report = follow(&mut client, goes_on, command.target.json, interrupt, OnInterrupt::Cancel)?;
     tell_end(report, command.target.json)
+}
+
+/// Asks for a session, which is followed then.
+fn begin(client: &mut ControlClient, verb: ControlVerb, arguments: Value) -> Result<(), CliError> {
+    match client.call(verb, arguments) {
+        Ok(_) => Ok(()),
+        Err(error @ ControlError::Interrupted(_)) => Err(CliError::failed(format!(
+            "{error} before the `vm` answered: whether it has begun, and how it ends, `status` tells"
+        ))),
+        Err(error) => Err(error.failure("refused")),
+    }
 }
 
 /// Prints how what was followed has ended; why it failed, and what was left undone, goes to stderr.
@@ -97,8 +108,8 @@ pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> 
     device_map(&command.options.device_map)?;
     let arguments =
         RehearseArguments { uri: command.to.clone(), options: command.options.clone(), pause: command.pause };
-    let mut client = command.target.connect()?;
-    client.call(ControlVerb::Rehearse, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let mut client = command.target.connect(Some(interrupt))?;
+    begin(&mut client, ControlVerb::Rehearse, json!(arguments))?;
     let json = command.target.json;
     let report =
         follow(&mut client, MigrationStatus::is_under_way, json, interrupt, OnInterrupt::Cancel)?.latest();
@@ -135,8 +146,8 @@ pub(crate) fn save(
         .to_str()
         .ok_or_else(|| CliError::new(Exit::Usage, format!("{} is not UTF-8", path.display())))?;
     let arguments = SaveArguments { path: path.into(), options: command.options.clone() };
-    let mut client = target.connect()?;
-    client.call(ControlVerb::Save, json!(arguments)).map_err(|error| error.failure("refused"))?;
+    let mut client = target.connect(Some(interrupt))?;
+    begin(&mut client, ControlVerb::Save, json!(arguments))?;
     let report =
         follow(&mut client, MigrationStatus::is_under_way, command.json, interrupt, OnInterrupt::Cancel)?;
     tell_end(report, command.json)
@@ -149,7 +160,7 @@ pub(crate) fn status(
     interrupt: &UserInterrupt,
 ) -> Result<Exit, CliError> {
     let target = VmTarget { control: control.to_owned(), json: command.json };
-    let mut client = target.connect_within(command.patience.timeout)?;
+    let mut client = target.connect_within(command.patience.timeout, Some(interrupt))?;
     let goes_on = |state: MigrationStatus| command.watch && state.is_under_way();
     let report = follow(&mut client, goes_on, command.json, interrupt, OnInterrupt::Leave)?;
     if command.json {
@@ -204,7 +215,7 @@ pub(crate) fn incoming(command: &IncomingCommand) -> Result<Exit, CliError> {
 }
 
 fn request(target: &VmTarget, verb: ControlVerb, arguments: Value, done: &str) -> Result<Exit, CliError> {
-    match target.connect()?.call(verb, arguments) {
+    match target.connect(None)?.call(verb, arguments) {
         Ok(_) => {}
         // The process may be gone before its answer is read.
         Err(ControlError::Closed | ControlError::Disconnected(_)) if verb == ControlVerb::Quit => {}

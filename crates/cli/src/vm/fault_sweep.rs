@@ -84,7 +84,7 @@ impl Side {
     }
 
     pub(super) fn client(&self) -> ControlClient {
-        ControlClient::connect(&self.control, PATIENCE).unwrap()
+        ControlClient::connect(&self.control, PATIENCE, None).unwrap()
     }
 
     pub(super) fn report(&self) -> StatusReport {

@@ -49,18 +49,33 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
     })?;
     let started = start(options, interrupt, by_control)?;
     let vm = &started.vm;
-    let (mut watch, mut readiness) = (LostDeviceWatch::default(), ReadinessWatch::default());
-    let mut rollback = RollbackWatch::default();
-    while quitted.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
-        watch.report_new(vm);
-        readiness.tend(vm);
-        rollback.tend(vm);
-    }
+    let watching = watch(vm)?;
+    // Both ends of the channel are held as long as the process may end by it.
+    let _ = quitted.recv();
+    drop(watching);
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
     vm.end();
     let by = interrupt.name().map_or(String::new(), |name| format!(" by {name}"));
     eprintln_line(format_args!("vfio-migrate: the VM's process has ended{by}"));
     Ok(Exit::Done)
+}
+
+/// Looks after the devices of `vm`, on a thread of its own, until the sender is dropped: a device that is opened anew may
+/// keep whoever opens it waiting, and a signal is heard all the same.
+fn watch(vm: &Arc<RunningVm>) -> Result<Sender<()>, CliError> {
+    let (watching, ended) = mpsc::channel();
+    let vm = vm.clone();
+    let thread = std::thread::Builder::new().name("devices".into()).spawn(move || {
+        let (mut lost, mut readiness) = (LostDeviceWatch::default(), ReadinessWatch::default());
+        let mut rollback = RollbackWatch::default();
+        while ended.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+            lost.report_new(&vm);
+            readiness.tend(&vm);
+            rollback.tend(&vm);
+        }
+    });
+    thread.map_err(|error| CliError::caused("cannot make a thread that looks after devices", &error))?;
+    Ok(watching)
 }
 
 /// A `vm` that runs a guest or waits for one, and answers its control socket.

@@ -1,14 +1,16 @@
 //! What each signal does to each kind of process that the command becomes.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{PATIENCE, Setup, Vm, control, software, until};
+use crate::support::{PATIENCE, Process, Setup, Vm, control, software, until};
 
 /// The signals that ask a process to end, by number and name.
 const ENDING: [(u32, &str); 5] =
@@ -203,6 +205,78 @@ fn a_migration_under_a_rain_of_signals_completes() {
     rain.wait().unwrap();
     assert_eq!(info["status"], "completed", "{info}");
     target.assert_whole();
+}
+
+/// Each verb that asks a `vm`, at one that takes the connection and says nothing, or greets and answers nothing.
+#[test]
+fn whoever_waits_for_a_silent_vm_ends_when_a_signal_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("silent");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let socket = socket.to_str().unwrap();
+    let out = dir.path().join("out").display().to_string();
+    let verbs: &[(&[&str], bool)] = &[
+        (&["migrate", "tcp:127.0.0.1:1", "--control", socket], true),
+        (&["rehearse", "--to", "tcp:127.0.0.1:1", "--control", socket], true),
+        (&["save", "-o", &out, "--control", socket], true),
+        (&["status", "--timeout", "60s", "--control", socket], true),
+        (&["status", "--watch", "--timeout", "60s", "--control", socket], true),
+        (&["set", "--bandwidth", "1M", "--control", socket], false),
+        (&["incoming", "tcp:127.0.0.1:0", "--control", socket], false),
+        (&["cancel", "--control", socket], false),
+        (&["quit", "--control", socket], false),
+    ];
+    for greeting in ["", "{\"vfio-migrate\": {\"version\": \"0\"}}\n"] {
+        let mut waiting = Vec::new();
+        for (words, hears) in verbs {
+            let child = started(words);
+            let (mut connection, _) = listener.accept().unwrap();
+            connection.set_read_timeout(Some(PATIENCE)).unwrap();
+            connection.write_all(greeting.as_bytes()).unwrap();
+            if !greeting.is_empty() {
+                connection.read_exact(&mut [0]).unwrap();
+            }
+            kill(child.id(), 2);
+            waiting.push((child, connection, words, hears));
+        }
+        let begun = Instant::now();
+        for (child, _connection, words, hears) in waiting {
+            let output = child.wait_with_output().unwrap();
+            let told = String::from_utf8_lossy(&output.stderr);
+            let ended =
+                if *hears { output.status.code() == Some(1) } else { output.status.signal() == Some(2) };
+            assert!(ended, "{words:?}: {}: {told}", output.status);
+            assert!(!hears || told.contains("interrupted by SIGINT"), "{words:?}: {told}");
+        }
+        // Half a second each, all at the same time; they would wait for 30 s.
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    }
+}
+
+/// A receiver opens a device anew that it has lost, and the server that is there now says nothing.
+#[test]
+fn a_receiver_whose_device_says_nothing_hears_a_signal() {
+    let dir = tempfile::tempdir().unwrap();
+    let words = ["--software", "--incoming", "tcp:127.0.0.1:0"];
+    let setup = Setup { vm_arguments: &words, ..Setup::new(dir.path(), "a") };
+    let (mut devices, mut words) = setup.prepare();
+    words
+        .iter_mut()
+        .filter(|word| word.starts_with("vfio-user:"))
+        .for_each(|word| word.push_str(",timeout=100s"));
+    let control = dir.path().join("a.control");
+    let process = Process::start(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut vm = Vm { process, devices: Vec::new(), control };
+    until("the control socket", || vm.try_call("query", Value::Null)).unwrap();
+    devices[0].kill();
+    let path = dir.path().join("a-dev0.sock");
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).unwrap();
+    let (_connection, _) = listener.accept().unwrap();
+    let begun = Instant::now();
+    kill(vm.process.pid(), 15);
+    assert!(vm.process.child.wait().unwrap().success());
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }
 
 /// The first asks for a cancel, which takes as long as the devices do; the second leaves it to the `vm`, and says so.
