@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use rustix::net::{AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, getpeername, sockopt};
 use vfio_migration_memory::Pieces;
 
 use crate::tls::error::TlsError;
@@ -67,6 +67,22 @@ pub(crate) struct Socket {
     socket: OwnedFd,
     /// What whoever handed it over says that its peer has proved.
     vouched: Option<PeerIdentity>,
+    /// The address at the other end as it was when the connection was taken: of one that has ended, the system no longer says.
+    peer: String,
+}
+
+/// The address at the other end of a connection, for a person to read.
+fn peer_name(socket: &OwnedFd) -> String {
+    if let Ok(Some(Ok(address))) = getpeername(socket).map(|address| address.map(SocketAddr::try_from)) {
+        return format!("tcp:{address}");
+    }
+    match sockopt::socket_domain(socket) {
+        Ok(AddressFamily::UNIX) => "a unix socket".to_owned(),
+        Ok(AddressFamily::INET | AddressFamily::INET6) => "a TCP connection that has ended".to_owned(),
+        Ok(AddressFamily::VSOCK) => "a vsock socket".to_owned(),
+        Ok(family) => format!("a socket of address family {}", family.as_raw()),
+        Err(errno) => format!("a socket of an unknown address family ({errno})"),
+    }
 }
 
 impl Transport for Socket {
@@ -119,10 +135,7 @@ impl Transport for Socket {
     }
 
     fn peer(&self) -> String {
-        match rustix::net::getpeername(&self.socket).map(|address| address.map(SocketAddr::try_from)) {
-            Ok(Some(Ok(address))) => format!("tcp:{address}"),
-            _ => "a unix socket".to_owned(),
-        }
+        self.peer.clone()
     }
 
     fn security(&self) -> ConnectionSecurity {
@@ -137,17 +150,17 @@ impl Transport for Socket {
 
 impl Socket {
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket, vouched: None }
+        Self { peer: peer_name(&socket), socket, vouched: None }
     }
 
     /// A stream that whoever handed it over has secured, with the identity that its peer has proved to him.
     pub(crate) fn vouched(socket: OwnedFd, peer: PeerIdentity) -> Self {
-        Self { socket, vouched: Some(peer) }
+        Self { peer: peer_name(&socket), socket, vouched: Some(peer) }
     }
 
     /// Whether it stays within the host.
     pub(crate) fn is_unix(&self) -> bool {
-        rustix::net::sockopt::socket_domain(&self.socket) == Ok(AddressFamily::UNIX)
+        sockopt::socket_domain(&self.socket) == Ok(AddressFamily::UNIX)
     }
 
     /// Whoever else holds a descriptor that was handed over may have made it non-blocking.
@@ -166,5 +179,43 @@ impl Socket {
                 done => return Ok(done?),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// Ends a connection so that the kernel forgets the other end: by a reset.
+    fn reset(stream: TcpStream) {
+        sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+        drop(stream);
+    }
+
+    #[test]
+    fn a_peer_that_has_left_is_known_by_its_own_name() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connected = || {
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (accepted, address) = listener.accept().unwrap();
+            (stream, OwnedFd::from(accepted), address)
+        };
+        let ended = |socket: &OwnedFd| while getpeername(socket).is_ok() {};
+        let (stream, accepted, address) = connected();
+        let socket = Socket::new(accepted);
+        reset(stream);
+        ended(&socket.socket);
+        assert_eq!(socket.peer(), format!("tcp:{address}"));
+        // It left before it was taken.
+        let (stream, accepted, _) = connected();
+        reset(stream);
+        ended(&accepted);
+        assert_eq!(Socket::new(accepted).peer(), "a TCP connection that has ended");
+        let (unix, other) = UnixStream::pair().unwrap();
+        drop(other);
+        assert_eq!(Socket::new(unix.into()).peer(), "a unix socket");
     }
 }
