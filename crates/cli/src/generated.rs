@@ -6,6 +6,7 @@ use clap_complete::{Generator, Shell};
 
 use crate::completions;
 use crate::exit::{CliError, Exit};
+use crate::words::write_regular;
 use crate::{manual, schemas};
 
 /// Writes `man/`, `completions/`, `docs/schemas/` and `docs/json.md` under `top`.
@@ -19,14 +20,14 @@ pub(crate) fn generate(top: &Path) -> Result<Exit, CliError> {
     manual::write(&top.join("man"))?;
     for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
         let file = scripts.join(shell.file_name("vfio-migrate"));
-        std::fs::write(file, completions::script(shell)).map_err(doing)?;
+        write_regular(&file, completions::script(shell).as_bytes())?;
     }
-    std::fs::write(docs.join("json.md"), schemas::page()).map_err(doing)?;
+    write_regular(&docs.join("json.md"), schemas::page().as_bytes())?;
     for (name, schema) in schemas::by_name() {
         let mut text = serde_json::to_string_pretty(&schema)
             .map_err(|error| CliError::caused(&format!("cannot write the schema of {name}"), &error))?;
         text.push('\n');
-        std::fs::write(docs.join(format!("schemas/{name}.json")), text).map_err(doing)?;
+        write_regular(&docs.join(format!("schemas/{name}.json")), text.as_bytes())?;
     }
     Ok(Exit::Done)
 }

@@ -8,6 +8,7 @@ use clap_mangen::Man;
 use crate::args::Cli;
 use crate::exit::CliError;
 use crate::schemas;
+use crate::words::write_regular;
 
 /// What the page of a verb says beyond its `--help`.
 struct Extra {
@@ -279,7 +280,7 @@ pub(crate) fn write(dir: &Path) -> Result<(), CliError> {
     let failed = |error: std::io::Error| CliError::caused(&dir.display().to_string(), &error);
     std::fs::create_dir_all(dir).map_err(failed)?;
     for (name, page) in pages().map_err(failed)? {
-        std::fs::write(dir.join(name), page).map_err(failed)?;
+        write_regular(&dir.join(name), &page)?;
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 //! Words of the command line that several verbs take: their syntax, and what they name.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use vfio_migration::{Uri, UriError, open_regular};
+use vfio_migration::{Uri, UriError, open_regular, open_regular_to_append};
 use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_device::ConfigRule;
 use vfio_migration_device::host::Roots;
@@ -94,6 +94,13 @@ pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, CliError>
     let file = open_regular(path).map_err(|error| CliError::failed(error_chain(&error)))?;
     file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
     Ok(bytes)
+}
+
+/// Writes a regular file that may be half written when that fails. Anything else at its path is refused.
+pub(crate) fn write_regular(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
+    let failed = |error: std::io::Error| CliError::caused(&path.display().to_string(), &error);
+    let mut file = open_regular_to_append(path).map_err(|error| CliError::failed(error_chain(&error)))?;
+    file.set_len(0).and_then(|()| file.write_all(bytes)).map_err(failed)
 }
 
 pub(crate) fn device_id(name: &str) -> Result<DeviceId, CliError> {

@@ -172,7 +172,7 @@ pub use options::{DestinationOptions, SourceOptions};
 pub use ownership::journal::{JournalError, JournalFile, JournalNote, read_journal};
 pub use ownership::status::{VmOwnership, ownership_at};
 pub use probe::probe;
-pub use regular_file::{AtomicFile, FileError, open_regular};
+pub use regular_file::{AtomicFile, FileError, open_regular, open_regular_to_append};
 pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{
     ArrivalReport, AttemptInfo, AttemptKind, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime,

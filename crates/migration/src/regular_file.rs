@@ -8,7 +8,7 @@ use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -116,6 +116,27 @@ pub fn open_regular(path: &Path) -> Result<File, FileError> {
     let file =
         rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(doing, path)(errno.into()))?;
     let file = File::from(file);
+    regular(path, &file.metadata().map_err(failed(doing, path))?)?;
+    Ok(file)
+}
+
+/// Opens a regular file to read it and to append to it, and makes one where there is none. Anything else is refused at once.
+///
+/// # Errors
+/// Something else is there, or the system refuses.
+pub fn open_regular_to_append(path: &Path) -> Result<File, FileError> {
+    let doing = "opening";
+    match std::fs::metadata(path) {
+        Ok(found) => regular(path, &found)?,
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(doing, path)(error)),
+    }
+    let mut options = File::options();
+    options.read(true).append(true).create(true);
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    options.custom_flags(flags.bits().cast_signed());
+    let file = options.open(path).map_err(failed(doing, path))?;
+    // Another may have come since.
     regular(path, &file.metadata().map_err(failed(doing, path))?)?;
     Ok(file)
 }

@@ -3,7 +3,7 @@
 //! The record is written where the session is over and its guest runs again, here or there, so that a slow disk costs
 //! nobody's downtime. That it cannot be written is said, and changes nothing else.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Error, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use vfio_migration::{AttemptInfo, AttemptKind, Progress};
-use vfio_migration_types::{Phase, is_control, printable, rfc3339};
+use vfio_migration::{AttemptInfo, AttemptKind, Progress, open_regular_to_append};
+use vfio_migration_types::{Phase, error_chain, is_control, printable, rfc3339};
 
 use crate::control::protocol::MigrationInfo;
 use crate::control::security::SecurityInfo;
@@ -122,11 +122,11 @@ fn kind(kind: AttemptKind, tried: bool, outgoing: bool) -> SessionKind {
 /// Appends a record by one write, and has it on disk when it returns.
 fn append(dir: &Path, record: &HistoryRecord) -> Result<(), Error> {
     let path = dir.join(HISTORY);
-    let _alone = alone(dir);
+    let _alone = alone(dir)?;
     if path.metadata().is_ok_and(|file| file.len() >= FILE_MAX) {
         std::fs::rename(&path, dir.join(OLDER))?;
     }
-    let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
+    let mut file = open_regular_to_append(&path).map_err(|error| Error::other(error_chain(&error)))?;
     let len = file.metadata()?.len();
     let mut last = [b'\n'];
     if len > 0 {
@@ -145,17 +145,17 @@ fn append(dir: &Path, record: &HistoryRecord) -> Result<(), Error> {
 
 /// The lock by which processes write one after the other. Who does not get it in time writes all the same: a line is one
 /// write, and at worst a record lands in the older file.
-fn alone(dir: &Path) -> Option<File> {
-    let path = dir.join(format!("{HISTORY}.lock"));
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).ok()?;
+fn alone(dir: &Path) -> Result<Option<File>, Error> {
+    let file = open_regular_to_append(&dir.join(format!("{HISTORY}.lock")))
+        .map_err(|error| Error::other(error_chain(&error)))?;
     let begun = Instant::now();
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Some(file),
+            Ok(()) => return Ok(Some(file)),
             Err(Errno::WOULDBLOCK | Errno::INTR) if begun.elapsed() < LOCK_PATIENCE => {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            Err(_) => return None,
+            Err(_) => return Ok(None),
         }
     }
 }

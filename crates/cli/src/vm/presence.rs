@@ -4,13 +4,14 @@
 //! the kernel takes back with the process. It is shared while a guest is here or on its way here, since both sides of a
 //! migration may keep their journals in one folder, and it has to be had alone for a moment to start a guest.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use vfio_migration_types::VmId;
+use vfio_migration::open_regular_to_append;
+use vfio_migration_types::{VmId, error_chain};
 
 /// The lock of the VM whose guest is here.
 #[derive(Debug, Default)]
@@ -57,8 +58,7 @@ pub(super) fn prepare(dir: &Path) -> Result<(), String> {
 
 fn open(dir: &Path, vm: VmId) -> Result<File, String> {
     let path = dir.join(format!("{vm}.vm.lock"));
-    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-    opened.map_err(|error| format!("the lock {} cannot be used: {error}", path.display()))
+    open_regular_to_append(&path).map_err(|error| format!("the lock cannot be used: {}", error_chain(&error)))
 }
 
 fn lock(file: &File, operation: FlockOperation, dir: &Path, vm: VmId) -> Result<(), String> {

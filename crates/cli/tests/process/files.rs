@@ -41,6 +41,63 @@ fn a_fifo_is_refused_wherever_a_file_can_be_named() {
     }
 }
 
+/// Whatever a state directory has, a FIFO or a directory at one of its names keeps nobody waiting and is left alone.
+#[test]
+fn a_state_directory_has_regular_files_alone() {
+    const VM: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    let state_word = state.to_str().unwrap();
+    let put = |name: &str| {
+        let path = state.join(name);
+        let _ = std::fs::remove_file(&path);
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        path
+    };
+    let (journal, lock) = (format!("{VM}.json"), format!("{VM}.vm.lock"));
+    for name in [&journal, &lock] {
+        let fifo = put(name);
+        fails(
+            &["vm", "--software", "--memory", "32M", "--uuid", VM, "--state-dir", state_word],
+            1,
+            "is a FIFO",
+        );
+        if *name == journal {
+            let output = run(&["status", "--state-dir", state_word]);
+            assert_eq!(output.status.code(), Some(1), "{output:?}");
+            assert!(String::from_utf8_lossy(&output.stdout).contains("is a FIFO"), "{output:?}");
+        }
+        std::fs::remove_file(fifo).unwrap();
+    }
+    let words = ["--software", "--uuid", VM, "--state-dir", state_word];
+    let vm = software(dir.path(), "a", &words).start();
+    let receiver = software(dir.path(), "b", &["--software", "--incoming", "tcp:127.0.0.1:0"]).start();
+    let to = receiver.incoming();
+    let history = put("history.jsonl");
+    for name in [format!("{VM}.source.lock"), format!("{VM}.lock"), journal] {
+        let fifo = put(&name);
+        let info = vm.migrate(&to, json!({}));
+        assert_eq!(info["status"], "failed", "{name}: {info}");
+        assert!(info["error"].as_str().unwrap().contains("is a FIFO"), "{name}: {info}");
+        vm.assert_runs();
+        std::fs::remove_file(fifo).unwrap();
+    }
+    std::fs::remove_file(history).unwrap();
+    // A record that was not written whole; nobody but the journal's owner has anything there.
+    put(&format!("{VM}.json.tmp"));
+    let lock = state.join("history.jsonl.lock");
+    std::fs::remove_file(&lock).unwrap();
+    std::fs::create_dir(lock).unwrap();
+    let info = vm.migrate(&to, json!({}));
+    assert_eq!(info["status"], "completed", "{info}");
+    receiver.assert_runs();
+    let pages = dir.path().join("man");
+    std::fs::create_dir(&pages).unwrap();
+    assert!(Command::new("mkfifo").arg(pages.join("vfio-migrate.1")).status().unwrap().success());
+    fails(&["man", pages.to_str().unwrap()], 1, "is a FIFO");
+}
+
 #[test]
 fn a_name_that_leads_to_a_descriptor_is_no_target() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,8 +4,8 @@
 //! the file holds the old record or the new one. A process that restarts has lost its guest's RAM; from the journal it
 //! learns what it was, and can report that to whoever asks.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::SystemTime;
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_engine::ownership::{DestinationRecord, KnownEpochs, SourceRecord};
 use vfio_migration_types::{Epoch, VmId, rfc3339};
 
+use crate::regular_file::{FileError, open_regular, open_regular_to_append};
 use crate::session::lock::lock;
 
 /// Layout of a journal that is written.
@@ -54,6 +55,8 @@ pub struct JournalNote {
     pub reason: Option<String>,
 }
 
+/// Most bytes that are read of a journal: what one has is a few thousand.
+const LARGEST: u64 = 1 << 20;
 /// Longest reason in a note, in characters. Part of it may be the peer's text.
 const LONGEST_REASON: usize = 1000;
 
@@ -84,6 +87,9 @@ pub enum JournalError {
         #[source]
         source: std::io::Error,
     },
+    /// What is at the file's path is no regular file.
+    #[error(transparent)]
+    NotRegular(FileError),
     /// The file is not a journal.
     #[error("{path} is no journal of this version; move it away if you know who owns the VM")]
     Content {
@@ -128,11 +134,12 @@ enum JournalPlace {
 /// Reads the records of a VM in a state directory; `None` when it has none.
 pub fn read_journal(dir: &Path, vm: VmId) -> Result<Option<JournalFile>, JournalError> {
     let path = dir.join(format!("{vm}.json"));
-    let text = match std::fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(JournalError::File { doing: "reading", path, source }),
+    let file = match open_regular(&path) {
+        Err(FileError::System { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(not_opened)?,
     };
+    let mut text = Vec::new();
+    file.take(LARGEST).read_to_end(&mut text).map_err(failed("reading", &path))?;
     match serde_json::from_slice::<JournalFile>(&text) {
         Ok(file) if matches!(file.version, 1 | VERSION) && file.vm == vm => Ok(Some(file)),
         Ok(_) => {
@@ -251,7 +258,14 @@ fn replace(dir: &Path, file: &JournalFile) -> Result<(), JournalError> {
     let temporary = dir.join(format!("{}.json.tmp", file.vm));
     let text = serde_json::to_vec_pretty(file)
         .map_err(|source| JournalError::Content { path: path.clone(), source })?;
-    let mut out = File::create(&temporary).map_err(failed("creating", &temporary))?;
+    // What a process that died has left there, or anybody put there, is not written to.
+    match std::fs::remove_file(&temporary) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(failed("removing", &temporary)(error));
+        }
+        _ => {}
+    }
+    let mut out = File::create_new(&temporary).map_err(failed("creating", &temporary))?;
     out.write_all(&text).map_err(failed("writing", &temporary))?;
     out.sync_all().map_err(failed("syncing", &temporary))?;
     std::fs::rename(&temporary, &path).map_err(failed("replacing", &path))?;
@@ -260,9 +274,14 @@ fn replace(dir: &Path, file: &JournalFile) -> Result<(), JournalError> {
 }
 
 fn open_lock(path: &Path) -> Result<File, JournalError> {
-    let mut options = OpenOptions::new();
-    // To write alone would wait for a reader of a FIFO.
-    options.create(true).truncate(false).read(true).write(true).open(path).map_err(failed("opening", path))
+    open_regular_to_append(path).map_err(not_opened)
+}
+
+fn not_opened(error: FileError) -> JournalError {
+    match error {
+        FileError::System { doing, path, source } => JournalError::File { doing, path, source },
+        error => JournalError::NotRegular(error),
+    }
 }
 
 fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> JournalError + 'a {
