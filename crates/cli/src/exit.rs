@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::control::refused::Refused;
-use vfio_migration_types::{error_chain, printable};
+use vfio_migration_types::{error_chain_of, printable};
 
 /// The end of a run of the command, as its exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl CliError {
 
     /// `error` with its chain of causes on one line.
     pub(crate) fn caused(doing: &str, error: &(dyn std::error::Error + 'static)) -> Self {
-        Self::failed(format!("{doing}: {}", error_chain(error)))
+        Self::failed(error_chain_of(doing, error))
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use vfio_migration::Uri;
+use vfio_migration_types::error_chain;
 
 use crate::exit::CliError;
 
@@ -21,7 +22,7 @@ static AT_START: OnceLock<Result<Mutex<BTreeMap<RawFd, bool>>, String>> = OnceLo
 /// Records what this process was started with. To be called before it opens anything.
 pub(crate) fn record() {
     AT_START.get_or_init(|| {
-        let sockets = sockets().map_err(|error| format!("{OPEN} cannot be read: {error}"))?;
+        let sockets = sockets().map_err(|error| format!("{OPEN} cannot be read: {}", error_chain(&error)))?;
         Ok(Mutex::new(sockets.into_iter().map(|number| (number, false)).collect()))
     });
 }

@@ -44,7 +44,7 @@ impl SampleDevice {
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || run(&shared));
             let no_thread = |error: std::io::Error| {
                 let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
-                SimError::new(errno, "no thread for the device")
+                SimError::new(errno, "no thread is left for the device (ulimit -u, TasksMax= or pids.max)")
             };
             device.threads.push(thread.map_err(no_thread)?);
         }

@@ -118,10 +118,23 @@ const LIMITS: [(&str, &str); 3] = [
     ("(os error 23)", "by the host's limit on open files (fs.file-max)"),
 ];
 
+/// The same of EAGAIN, which is a limit's only where a thread was to be made.
+const NO_THREAD: (&str, &str) =
+    ("(os error 11)", "by the limit on threads (RLIMIT_NPROC: ulimit -u, TasksMax= or pids.max)");
+
 /// An error with its causes on one line, which a terminal shows as it stands: whatever foreign text the errors quote, its
 /// control characters are escapes.
 pub fn error_chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
+    chain(error.to_string(), error)
+}
+
+/// The same behind what was being done: of a thread that cannot be made that alone may say that it is one.
+pub fn error_chain_of(doing: &str, error: &dyn Error) -> String {
+    chain(format!("{doing}: {error}"), error)
+}
+
+/// `text`, which ends with `error`, with the error's causes.
+fn chain(mut text: String, error: &dyn Error) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let next = error.to_string();
@@ -133,7 +146,8 @@ pub fn error_chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     // Std and rustix write an errno alike.
-    if let Some((_, limit)) = LIMITS.iter().find(|(errno, _)| text.ends_with(errno)) {
+    let of_threads = Some(&NO_THREAD).filter(|_| text.contains("thread"));
+    if let Some((_, limit)) = LIMITS.iter().chain(of_threads).find(|(errno, _)| text.ends_with(errno)) {
         text.push_str(", ");
         text.push_str(limit);
     }
@@ -147,13 +161,22 @@ pub fn error_chain(error: &dyn Error) -> String {
 mod tests {
     use super::*;
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("there is no thread to ask on")]
+    struct NoThread(#[source] std::io::Error);
+
     #[test]
     fn a_limit_that_was_reached_is_named() {
         for (errno, says) in [(27, "RLIMIT_FSIZE"), (24, "RLIMIT_NOFILE"), (23, "fs.file-max")] {
             let error = std::io::Error::from_raw_os_error(errno);
             assert_eq!(error_chain(&error).matches(says).count(), 1);
         }
-        assert!(!error_chain(&std::io::Error::from_raw_os_error(2)).contains("limit"));
+        for errno in [2, 11] {
+            assert!(!error_chain(&std::io::Error::from_raw_os_error(errno)).contains("limit"));
+        }
+        let error = std::io::Error::from_raw_os_error(11);
+        assert!(error_chain_of("cannot make a thread", &error).ends_with("pids.max)"));
+        assert!(error_chain(&NoThread(error)).ends_with("RLIMIT_NPROC: ulimit -u, TasksMax= or pids.max)"));
     }
 
     #[test]

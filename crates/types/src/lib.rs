@@ -20,7 +20,7 @@ mod wall_clock;
 pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
 pub use arcs::{ArcError, next_state, path};
 pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
-pub use failure::{Failure, Side, error_chain};
+pub use failure::{Failure, Side, error_chain, error_chain_of};
 pub use identity::{AttemptId, AttemptIdError, DEVICES_MAX, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
 pub use millis::as_millis_f64;
 pub use outcome::GuestOutcome;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::net::SendFlags;
+use vfio_migration_types::error_chain;
 
 use super::event::ControlEvent;
 
@@ -122,7 +123,7 @@ impl Publisher {
         }
         lock(&self.clients).push(client.clone());
         if let Err(error) = serve(client.clone()) {
-            client.close(&format!("it cannot be served: {error}"));
+            client.close(&format!("it cannot be served: {}", error_chain(&error)));
             self.forget(&client);
         }
     }

@@ -88,12 +88,13 @@ impl Drop for ControlServer {
 /// Gives a client its thread.
 fn begin(client: Arc<Client>, handler: &Arc<dyn Handler>, publisher: &Publisher) -> std::io::Result<()> {
     let reader = client.reader()?;
+    let no_thread = |error: Error| Error::other(format!("there is no thread for it: {error}"));
     let (handler, publisher) = (handler.clone(), publisher.clone());
-    std::thread::Builder::new().name("control-client".into()).spawn(move || {
+    let made = std::thread::Builder::new().name("control-client".into()).spawn(move || {
         serve(reader, &client, &*handler);
         publisher.forget(&client);
-    })?;
-    Ok(())
+    });
+    made.map(drop).map_err(no_thread)
 }
 
 fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {

@@ -93,17 +93,17 @@ fn start(options: &VmCommand, interrupt: &UserInterrupt, quit: Sender<()>) -> Re
     // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
     // whoever gets an answer finds everything in place.
     let bound = match &options.control {
-        Some(path) => Some((path, Bound::at(path).map_err(|error| cannot_listen(path, &error))?)),
+        Some(path) => Some(Bound::at(path).map_err(|error| cannot_listen(path, &error))?),
         None => None,
     };
     interrupt.watch(move || prepared.start()).inspect_err(|_| vm.end()).and_then(|started| started)?;
     let server = match bound {
-        Some((path, bound)) => {
+        Some(bound) => {
             let handler = Arc::new(VmHandler { vm: vm.clone(), quit });
             let served = bound.serve(handler, vm.publisher.clone());
             Some(served.map_err(|error| {
                 vm.end();
-                cannot_listen(path, &error)
+                CliError::caused("cannot make a thread for the control socket", &error)
             })?)
         }
         None => None,

@@ -49,8 +49,9 @@ impl Presence {
 
 /// Makes the folder if it is not there, and finds out now whether a journal can be written there.
 pub(super) fn prepare(dir: &Path) -> Result<(), String> {
-    let failed =
-        |error: std::io::Error| format!("the state folder {} cannot be used: {error}", dir.display());
+    let failed = |error: std::io::Error| {
+        format!("the state folder {} cannot be used: {}", dir.display(), error_chain(&error))
+    };
     std::fs::create_dir_all(dir).map_err(failed)?;
     tempfile::tempfile_in(dir).map_err(failed)?;
     Ok(())
@@ -66,7 +67,7 @@ fn lock(file: &File, operation: FlockOperation, dir: &Path, vm: VmId) -> Result<
         Errno::WOULDBLOCK => {
             format!("another process has VM {vm}, by its lock in {}: end that one first", dir.display())
         }
-        errno => format!("VM {vm} cannot be locked in {}: {}", dir.display(), std::io::Error::from(errno)),
+        errno => format!("VM {vm} cannot be locked in {}: {}", dir.display(), error_chain(&errno)),
     })
 }
 

@@ -13,6 +13,7 @@ use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::failure::FailureInfo;
 use crate::control::protocol::MigrationInfo;
 use crate::control::refused::Refused;
+use crate::exit::CliError;
 
 /// Time after which the end of the process does not wait for a session that something holds up.
 const HELD_UP: Duration = Duration::from_millis(300);
@@ -310,7 +311,7 @@ impl BeginError {
                 Refused::new("MigrationActive", text)
             }
             Self::Changed => Refused::generic(changed),
-            Self::Thread(error) => Refused::generic(format!("cannot make a thread: {error}")),
+            Self::Thread(error) => Refused::generic(CliError::caused("cannot make a thread", &error).text),
         }
     }
 }

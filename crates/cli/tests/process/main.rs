@@ -28,6 +28,7 @@ mod moves;
 mod quit;
 mod receivers;
 mod sabotage;
+mod scarce;
 mod signals;
 mod silent;
 mod snapshots;

@@ -125,7 +125,7 @@ fn within(
         Ok(connected) => connected,
         Err(Unanswered::GivenUp) => Err(ConnectError::Cancelled),
         Err(Unanswered::Late) => Err(ConnectError::TimedOut { uri: uri.clone(), limit }),
-        Err(Unanswered::NoThread(error)) => Err(ConnectError::NoThread(error)),
+        Err(Unanswered::NoThread(error)) => Err(ConnectError::NoThread(error.0)),
     }
 }
 

@@ -14,8 +14,13 @@ pub(crate) enum Unanswered {
     /// It did not come in time.
     Late,
     /// There is no thread to do the work.
-    NoThread(std::io::Error),
+    NoThread(NoThread),
 }
+
+/// The system has no thread left.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no thread for it")]
+pub(crate) struct NoThread(#[source] pub(crate) std::io::Error);
 
 /// Does `work` on a thread of its own, and waits for its answer: for at most `limit` (`None`: without end), and until
 /// `given_up` says so. The thread of work that is not waited for any more ends when the work does, and drops its answer.
@@ -33,7 +38,7 @@ pub(crate) fn answer_unless<T: Send + 'static>(
         // Nobody may be waiting any more.
         drop(answer.send(work()));
     });
-    let thread = thread.map_err(Unanswered::NoThread)?;
+    let thread = thread.map_err(|error| Unanswered::NoThread(NoThread(error)))?;
     loop {
         match answered.recv_timeout(SLICE) {
             Ok(answer) => {

@@ -90,7 +90,7 @@ pub fn save(
     };
     let (writer, limits) = match answer_unless(|| control.cancel_waits(), None, create) {
         Ok(created) => created?,
-        Err(Unanswered::NoThread(error)) => return Err(failed("making a thread for", path)(error).into()),
+        Err(Unanswered::NoThread(error)) => return Err(failed("making a thread for", path)(error.0).into()),
         Err(Unanswered::GivenUp | Unanswered::Late) => {
             return Err(SaveError::Session(cancelled(Phase::Plan)));
         }

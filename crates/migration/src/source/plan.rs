@@ -158,9 +158,7 @@ fn unless_cancelled<T: Send + 'static>(
 ) -> Result<T, MigrateError> {
     match answer_unless(|| control.cancel_waits(), None, work) {
         Ok(answer) => answer,
-        Err(Unanswered::NoThread(error)) => {
-            Err(not_begun(Phase::Plan, format!("there is no thread for a question: {}", error_chain(&error))))
-        }
+        Err(Unanswered::NoThread(error)) => Err(not_begun(Phase::Plan, error_chain(&error))),
         Err(Unanswered::GivenUp | Unanswered::Late) => Err(cancelled(Phase::Plan)),
     }
 }
