@@ -320,8 +320,9 @@ fn page(command: &Command, verb: &str) -> std::io::Result<(String, Vec<u8>)> {
             let about = part.get_about().map(ToString::to_string).unwrap_or_default();
             let options =
                 part.get_arguments().filter(|option| option.get_long().is_some()).filter_map(|option| {
-                    let help =
-                        option.get_help().filter(|_| !option.is_global_set() && option.get_id() != "help")?;
+                    let help = option.get_help().filter(|_| {
+                        !option.is_global_set() && option.get_id() != "help" && option.get_id() != "version"
+                    })?;
                     Some(format!(" --{}: {help}.", option.get_long()?))
                 });
             (

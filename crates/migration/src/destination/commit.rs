@@ -14,12 +14,16 @@ use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
+use crate::tls::config::Security;
+use crate::tls::security::ConnectionSecurity;
 
 /// The outcome of the latest attempt.
 #[derive(Clone, Debug)]
 pub(super) struct KnownOutcome {
     pub(super) record: DestinationRecord,
     pub(super) running: Option<Running>,
+    /// How its connection was secured, and who the source was.
+    pub(super) security: ConnectionSecurity,
 }
 
 impl Worker<'_, '_, '_> {
@@ -52,6 +56,19 @@ impl Worker<'_, '_, '_> {
         *lock(&self.shared.record) = Some(record);
         Ok(())
     }
+}
+
+/// Refuses a question of somebody else than the source of `session`: the answer may be that nobody will ever run the guest here.
+/// Says whether it did.
+pub(super) fn refuse_stranger(link: &Link, session: &ConnectionSecurity, security: &Security) -> bool {
+    if link.security().is_of(session, security.proves_names()) {
+        return false;
+    }
+    tracing::warn!(peer = %link.peer(), "somebody else than its source asked what became of a migration");
+    let text = "only the source of a migration is told what became of it";
+    let _ = link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Commit, text)));
+    link.shutdown_write();
+    true
 }
 
 /// Answers one question. An outcome that is not known is answered as unknown, which decides nothing.

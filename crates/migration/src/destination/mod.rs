@@ -175,6 +175,10 @@ impl Destination {
     }
 
     fn answer(&self, link: &Link, query: Attempt) {
+        let own = self.known.as_ref().filter(|known| known.record.attempt == query.attempt);
+        if own.is_some_and(|known| commit::refuse_stranger(link, &known.security, &self.options.security)) {
+            return;
+        }
         commit::answer(self.known.as_ref(), self.options.state_dir.as_deref(), link, query);
     }
 

@@ -18,7 +18,7 @@ use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK};
 use crate::control::IncomingControl;
 use crate::destination::attempt::DestinationShared;
-use crate::destination::commit::KnownOutcome;
+use crate::destination::commit::{KnownOutcome, refuse_stranger};
 use crate::destination::progress::{bytes, into_result, statuses};
 use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
@@ -33,6 +33,7 @@ use crate::session::lock::lock;
 use crate::session::rate::RateMeter;
 use crate::session::threads::{no_thread, spawn, spawn_free};
 use crate::snapshot::file_peer;
+use crate::tls::config::Security;
 
 /// Time after which the loop looks again for connections, and while one has sent nothing yet, at it.
 const POLL_LISTENER: Duration = Duration::from_millis(50);
@@ -119,6 +120,7 @@ pub(super) fn run(
             control,
             begun,
             peer_timeout: options.peer_timeout,
+            security: &options.security,
             running: None,
             link_lost: false,
             cancelled: false,
@@ -140,7 +142,8 @@ pub(super) fn run(
         }
         ended
     });
-    let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running });
+    let security = link.security();
+    let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, security });
     let machine = lock(&machine).take();
     (into_result(outcome, machine, attempt, &shared, begun), known)
 }
@@ -159,6 +162,7 @@ struct Session<'a> {
     control: &'a IncomingControl,
     begun: Instant,
     peer_timeout: Duration,
+    security: &'a Security,
     /// RUNNING, as it was sent, for a source that lost it.
     running: Option<Running>,
     link_lost: bool,
@@ -293,6 +297,8 @@ impl Session<'_> {
             self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE));
         }
         match self.pending.poll() {
+            Some(Ok(Greeting::Query(link, _)))
+                if refuse_stranger(&link, &self.link.security(), self.security) => {}
             Some(Ok(Greeting::Query(link, Attempt { vm, attempt, epoch }))) => {
                 self.asking = Some(link);
                 let now = self.now();

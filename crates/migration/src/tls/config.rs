@@ -77,6 +77,11 @@ impl Security {
         }
     }
 
+    /// Whether a CA vouches for the names of peers.
+    pub(crate) fn proves_names(&self) -> bool {
+        matches!(self, Self::Directory(directory) if directory.pins.is_empty())
+    }
+
     /// Says if our own certificate of `role` expires soon.
     pub(crate) fn warn_of_expiry(&self, role: TlsRole) {
         if let Self::Directory(directory) = self

@@ -15,6 +15,21 @@ pub struct ConnectionSecurity {
     pub peer: Option<PeerIdentity>,
 }
 
+impl ConnectionSecurity {
+    /// Whether the peer of a connection like this may speak of a session whose connection was `session`: it is the same one.
+    /// Nobody is told from another where nothing is proved. `by_name`: a CA vouches for names, so that whoever was given a new key
+    /// meanwhile is known all the same.
+    pub(crate) fn is_of(&self, session: &Self, by_name: bool) -> bool {
+        match (&self.peer, &session.peer) {
+            (_, None) => true,
+            (Some(asking), Some(known)) => {
+                asking.pin == known.pin || (by_name && !known.names.is_empty() && asking.names == known.names)
+            }
+            (None, Some(_)) => false,
+        }
+    }
+}
+
 /// What secures a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
