@@ -122,23 +122,24 @@ fn newest(pool: &[HostManifest], hosts: &[&[Own<'_>]]) -> String {
 /// A device or an offer of the model.
 struct Own<'h> {
     version: ModelVersion,
-    ranges: VersionRanges,
+    ranges: Option<&'h VersionRanges>,
     parameters: &'h BTreeMap<String, Parameter>,
 }
 
 impl Own<'_> {
     fn loads(&self, version: ModelVersion) -> bool {
-        self.version.loads(version) || self.ranges.contain(version)
+        self.version.loads(version) || self.ranges.is_some_and(|ranges| ranges.contain(version))
     }
 
     /// The versions it speaks of.
     fn names(&self) -> Vec<ModelVersion> {
-        std::iter::once(self.version).chain(self.ranges.ends()).collect()
+        std::iter::once(self.version).chain(self.ranges.iter().flat_map(|ranges| ranges.ends())).collect()
     }
 
     /// The versions it loads, first and last of each stretch.
     fn intervals(&self) -> Vec<(ModelVersion, ModelVersion)> {
-        std::iter::once(self.version.loaded()).chain(self.ranges.intervals()).collect()
+        let declared = self.ranges.iter().flat_map(|ranges| ranges.intervals());
+        std::iter::once(self.version.loaded()).chain(declared).collect()
     }
 }
 
@@ -148,8 +149,8 @@ fn candidates<'h>(host: &'h HostManifest, wanted: impl Fn(&str) -> bool) -> BTre
         let Some(model) = device.model.as_deref().filter(|model| wanted(model)) else { continue };
         let version = device.model_version.as_ref().and_then(|version| version.parse().ok());
         let Some(version) = version else { continue };
-        let ranges = device.loads.as_ref().and_then(|ranges| ranges.parse().ok()).unwrap_or_default();
-        candidates.entry(model).or_default().push(Own { version, ranges, parameters: &device.parameters });
+        let own = Own { version, ranges: device.loads.as_ref(), parameters: &device.parameters };
+        candidates.entry(model).or_default().push(own);
     }
     candidates
 }

@@ -10,6 +10,7 @@ use crate::address::GuestPciAddress;
 use crate::mask::MaskRule;
 use crate::parameter::Parameter;
 use crate::scalar::Scalar;
+use crate::version::VersionRanges;
 
 /// Fields that this version does not know, kept as they came.
 pub type Extra = BTreeMap<String, serde_json::Value>;
@@ -29,7 +30,8 @@ pub struct DeviceManifest {
     pub model_version: Option<String>,
     /// Versions it loads besides those of its own major that are no newer than its own minor: `"1.2.0-1.9.9,2.0.0-"`.
     #[serde(default)]
-    pub loads: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub loads: Option<VersionRanges>,
     /// Parameters of the model.
     #[serde(default)]
     pub parameters: BTreeMap<String, Parameter>,

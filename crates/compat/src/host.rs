@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceManifest, Extra};
 use crate::parameter::Allowed;
+use crate::version::VersionRanges;
 
 /// A host, as a scheduler knows it without asking it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -63,7 +64,8 @@ pub struct Accept {
     pub model: String,
     /// Versions of it, `"1.2.0-1.9.9,2.0.0-"`; `null` for all.
     #[serde(default)]
-    pub versions: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub versions: Option<VersionRanges>,
     /// Values of its parameters; one that is not named may have any.
     #[serde(default)]
     pub parameters: BTreeMap<String, Vec<Allowed>>,

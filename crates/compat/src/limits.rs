@@ -53,7 +53,6 @@ pub(crate) fn device(device: &DeviceManifest, at: &str) -> Result<(), Breach> {
     let texts = [
         ("model", &device.model),
         ("model_version", &device.model_version),
-        ("loads", &device.loads),
         ("kernel", &device.kernel),
         ("mdev_type", &device.mdev_type),
         ("no_migration", &device.no_migration),
@@ -63,11 +62,9 @@ pub(crate) fn device(device: &DeviceManifest, at: &str) -> Result<(), Breach> {
     for (field, text) in texts {
         short(path(field), text.as_deref().unwrap_or_default())?;
     }
+    short(path("loads"), device.loads.as_ref().map_or("", VersionRanges::text))?;
     if let Some(version) = &device.model_version {
         version.parse::<ModelVersion>().map_err(|error| wrong(path("model_version"), error))?;
-    }
-    if let Some(ranges) = &device.loads {
-        ranges.parse::<VersionRanges>().map_err(|error| wrong(path("loads"), error))?;
     }
     at_most(path("parameters"), device.parameters.len(), MAX_ITEMS)?;
     for (name, parameter) in &device.parameters {
@@ -161,10 +158,7 @@ pub(crate) fn host(host: &HostManifest) -> Result<(), Breach> {
     devices(&host.devices, "devices", |device| device)?;
     devices(&host.offers, "offers", |offer| &offer.device)?;
     for (n, Accept { versions, parameters, .. }) in host.accepts.iter().flatten().enumerate() {
-        if let Some(ranges) = versions {
-            let path = format!("accepts[{n}].versions");
-            ranges.parse::<VersionRanges>().map_err(|error| wrong(path, error))?;
-        }
+        short(format!("accepts[{n}].versions"), versions.as_ref().map_or("", VersionRanges::text))?;
         at_most(format!("accepts[{n}].parameters"), parameters.len(), MAX_ITEMS)?;
     }
     Ok(())

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// `X.Y.Z`, or `X.Y` where Z is 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ModelVersion {
@@ -63,27 +65,42 @@ fn version(text: &str) -> Option<ModelVersion> {
 }
 
 /// Ranges of versions, `"1.2.0-1.9.9,2.0.0-"`: both ends included, an open end for whatever is newer, a single version for itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct VersionRanges(Vec<(ModelVersion, Option<ModelVersion>)>);
+/// They are read once, where a document is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct VersionRanges {
+    text: String,
+    ranges: Vec<(ModelVersion, Option<ModelVersion>)>,
+}
 
 impl VersionRanges {
     /// Most ranges in one text.
     pub const MAX: usize = 64;
 
+    /// As they were written.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Number of ranges.
+    pub(crate) fn len(&self) -> usize {
+        self.ranges.len()
+    }
+
     /// Whether `version` is in one of them.
     pub fn contain(&self, version: ModelVersion) -> bool {
-        self.0.iter().any(|(from, to)| *from <= version && to.is_none_or(|to| version <= to))
+        self.ranges.iter().any(|(from, to)| *from <= version && to.is_none_or(|to| version <= to))
     }
 
     /// The first and the last version of each.
     pub(crate) fn intervals(&self) -> impl Iterator<Item = (ModelVersion, ModelVersion)> + '_ {
         let newest = ModelVersion { major: u32::MAX, minor: u32::MAX, patch: u32::MAX };
-        self.0.iter().map(move |(from, to)| (*from, to.unwrap_or(newest)))
+        self.ranges.iter().map(move |(from, to)| (*from, to.unwrap_or(newest)))
     }
 
     /// The newest versions that the ranges name, those of ends that are not open.
     pub fn ends(&self) -> impl Iterator<Item = ModelVersion> + '_ {
-        self.0.iter().map(|(from, to)| to.unwrap_or(*from))
+        self.ranges.iter().map(|(from, to)| to.unwrap_or(*from))
     }
 }
 
@@ -92,7 +109,24 @@ impl FromStr for VersionRanges {
 
     fn from_str(text: &str) -> Result<Self, VersionError> {
         let want = "list of version ranges (want, for example, 1.2.0-1.9.9,2.0.0-)";
-        ranges(text).map(Self).ok_or_else(|| VersionError { text: crate::text::quote(text), want })
+        match ranges(text) {
+            Some(ranges) => Ok(Self { text: text.to_owned(), ranges }),
+            None => Err(VersionError { text: crate::text::quote(text), want }),
+        }
+    }
+}
+
+impl From<VersionRanges> for String {
+    fn from(ranges: VersionRanges) -> Self {
+        ranges.text
+    }
+}
+
+impl TryFrom<String> for VersionRanges {
+    type Error = VersionError;
+
+    fn try_from(text: String) -> Result<Self, VersionError> {
+        text.parse()
     }
 }
 

@@ -74,9 +74,8 @@ fn version(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     if from == to {
         return;
     }
-    findings.look_at(pair.destination.loads.as_ref().map_or(0, String::len));
-    let declared: Option<VersionRanges> =
-        pair.destination.loads.as_deref().and_then(|ranges| ranges.parse().ok());
+    let declared = pair.destination.loads.as_ref();
+    findings.look_at(declared.map_or(0, VersionRanges::len));
     let (source, destination) = (from.parse::<ModelVersion>(), to.parse::<ModelVersion>());
     let code = match (source, destination) {
         (Ok(source), Ok(destination)) if destination.loads(source) => return,

@@ -10,7 +10,7 @@ use crate::host::HostManifest;
 use crate::scalar::Scalar;
 use crate::text::sentence;
 use crate::tree::json;
-use crate::version::{ModelVersion, VersionRanges};
+use crate::version::ModelVersion;
 
 /// What stands against moving a machine's device whatever is at the other end: so much a source knows before it has talked
 /// to anybody. `destination` is the device there, where it is known.
@@ -208,9 +208,7 @@ pub(crate) fn host(source: &DeviceManifest, host: &HostManifest, findings: &mut 
     let version = source.model_version.as_deref().and_then(|text| text.parse::<ModelVersion>().ok());
     let taken = models.iter().filter(|accept| match &accept.versions {
         None => true,
-        Some(ranges) => ranges
-            .parse::<VersionRanges>()
-            .is_ok_and(|ranges| version.is_some_and(|version| ranges.contain(version))),
+        Some(ranges) => version.is_some_and(|version| ranges.contain(version)),
     });
     let taken: Vec<_> = taken.collect();
     if taken.is_empty() {

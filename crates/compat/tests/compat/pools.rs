@@ -225,7 +225,7 @@ fn a_pool_without_a_baseline_says_why() {
     assert!(matches!(baseline(&pool, "other"), Err(BaselineError::NoDevice(host, _)) if host.contains('a')));
     assert_eq!(baseline(&[], "acme.com/nic"), Err(BaselineError::Empty));
     let mut loads = pool.clone();
-    loads[1].devices[0].loads = Some("1.0-1.3".into());
+    loads[1].devices[0].loads = Some("1.0-1.3".parse().unwrap());
     assert_eq!(baseline(&loads, "acme.com/nic").unwrap().version, "1.3.0");
 }
 

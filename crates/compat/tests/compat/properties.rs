@@ -71,7 +71,7 @@ prop_compose! {
         layout in layout(),
         model in word(),
         model_version in version(),
-        loads in option::of(prop_oneof![Just("1.0-1.9"), Just("2.0-"), Just("?")].prop_map(str::to_owned)),
+        loads in option::of(prop_oneof![Just("1.0-1.9"), Just("2.0-")].prop_map(|text| text.parse().unwrap())),
         parameters in btree_map("[pq]", parameter(), 0..3),
         driver in option::of((prop_oneof![Just("mtty"), Just("qat_vfio_pci"), Just("mlx5_vfio_pci"), Just("other")], version())),
         flags in option::of(any::<(bool, bool)>()),
