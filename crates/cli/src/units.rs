@@ -48,10 +48,8 @@ pub(crate) fn some_time(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Whole milliseconds, as the control socket takes them. Rounded up: what is short must not become nothing.
-pub(crate) fn milliseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
-}
+/// As the control socket has times.
+pub(crate) use vfio_migration_types::milliseconds;
 
 /// Times in documents: whole [`milliseconds`], at least one, or nothing.
 pub(crate) mod whole_milliseconds {

@@ -44,7 +44,7 @@ pub struct Progress {
     pub downtime_limit: Duration,
     /// Per device, in manifest order.
     pub devices: Vec<DeviceStatus>,
-    /// Time in each phase so far, in order; whatever comes of the attempt, at its end they are those that it went through.
+    /// Time in each phase so far, in order, together `elapsed`; whatever comes of the attempt, at its end they are those that it went through.
     #[serde(default)]
     pub phases: Vec<PhaseTime>,
     /// The attempt, once it is known: at the destination, when its source has said so.
@@ -178,7 +178,7 @@ pub struct Completed {
     pub epoch: Epoch,
     /// `"tcp"`, `"unix"` or `"fd"`.
     pub transport: String,
-    /// From the call to the end of the session, clean-up included.
+    /// From the call to the end of the session, clean-up included: what the `phases` took together.
     #[serde(rename = "total_ms", with = "crate::millis")]
     pub total: Duration,
     /// What became of the guest there.
@@ -229,7 +229,7 @@ pub struct ArrivalReport {
     /// Whether its vCPUs run, or it is paused as it was sent. A guest that could not be started is
     /// [`IncomingError::OwnedNotStarted`](crate::IncomingError::OwnedNotStarted).
     pub guest: GuestOutcome,
-    /// From the connection to the running guest.
+    /// From the connection to the end of the session.
     #[serde(rename = "total_ms", with = "crate::millis")]
     pub total: Duration,
     /// RAM pages placed, data and zero.

@@ -15,7 +15,7 @@ mod outcome;
 mod phase;
 mod state;
 mod text;
-mod wall_clock;
+mod time;
 
 pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
 pub use arcs::{ArcError, next_state, path};
@@ -27,4 +27,4 @@ pub use outcome::GuestOutcome;
 pub use phase::Phase;
 pub use state::{MigrationFlags, MigrationState, UnknownState};
 pub use text::{is_control, printable, printable_lines, quote};
-pub use wall_clock::rfc3339;
+pub use time::{milliseconds, rfc3339};

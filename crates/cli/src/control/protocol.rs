@@ -300,9 +300,9 @@ pub(crate) struct MigrationInfo {
     pub(crate) status: MigrationStatus,
     /// `"outgoing"` at the source, `"incoming"` at the destination.
     pub(crate) direction: Option<String>,
-    /// Code of the phase, `"P1"` to `"P9"`.
+    /// Code of the phase, `"P0"` to `"P9"`.
     pub(crate) phase: Option<String>,
-    /// Its name: `"hello"`, `"setup"`, `"pre-copy"`, `"quiesce"`, `"final"`, `"ready"`, `"commit"`, `"run"`, `"clean-up"`.
+    /// Its name: `"plan"`, `"hello"`, `"setup"`, `"pre-copy"`, `"quiesce"`, `"final"`, `"ready"`, `"commit"`, `"run"`, `"clean-up"`.
     #[serde(default)]
     pub(crate) phase_name: Option<String>,
     /// Milliseconds since it began, like all times here whole and rounded up.
@@ -349,7 +349,7 @@ pub(crate) struct MigrationInfo {
     pub(crate) remaining: u64,
     /// Bytes each second on the wire, lately.
     pub(crate) rate: u64,
-    /// What each phase took so far, also of a migration that did not complete.
+    /// What each phase took so far, also of a migration that did not complete: together `total-ms`, but that each is rounded up.
     pub(crate) phases: Vec<PhaseInfo>,
     /// RAM at the source's pause equals RAM before the destination ran; absent when not asked for.
     pub(crate) ram_digest_match: Option<bool>,
@@ -494,7 +494,7 @@ pub(crate) struct TransferInfo {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct PhaseInfo {
-    /// Code of the phase, `"P1"` to `"P9"`.
+    /// Code of the phase, `"P0"` to `"P9"`.
     pub(crate) phase: String,
     /// Its name.
     pub(crate) name: String,

@@ -7,7 +7,7 @@ use vfio_migration::{
     IncomingError, MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
 };
 use vfio_migration_compat::Report as CheckReport;
-use vfio_migration_types::{Phase, error_chain};
+use vfio_migration_types::error_chain;
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
 
@@ -362,6 +362,7 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
 pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
     MigrationInfo {
         total_ms: milliseconds(found.total),
+        expected_downtime_ms: found.predicted_downtime.map(milliseconds),
         error: found.left_undone.as_ref().map(|failure: &Failure| failure.to_string()),
         left_undone: found.left_undone.iter().map(FailureInfo::from).collect(),
         phases: phases(&found.phases),
@@ -396,16 +397,13 @@ fn devices(devices: &[DeviceStatus]) -> Vec<DeviceInfo> {
     devices.iter().map(device).collect()
 }
 
-/// The phases of a session, but for the plan, which is none of it.
 fn phases(times: &[PhaseTime]) -> Vec<PhaseInfo> {
-    let of_session = times.iter().filter(|time| time.phase != Phase::Plan);
-    of_session
-        .map(|time| PhaseInfo {
-            phase: time.phase.code().into(),
-            name: time.phase.name().into(),
-            ms: milliseconds(time.took),
-        })
-        .collect()
+    let phase = |time: &PhaseTime| PhaseInfo {
+        phase: time.phase.code().into(),
+        name: time.phase.name().into(),
+        ms: milliseconds(time.took),
+    };
+    times.iter().map(phase).collect()
 }
 
 /// The report page of the guest as `query-guest` returns it.

@@ -16,7 +16,7 @@ fn assert_verified(arguments: &[&str]) -> serde_json::Value {
     assert_eq!(report["device_digest_match"], true);
     let names: Vec<&str> =
         report["phases"].as_array().unwrap().iter().map(|phase| phase["phase"].as_str().unwrap()).collect();
-    assert_eq!(names, ["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9"]);
+    assert_eq!(names, ["P0", "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9"]);
     report
 }
 

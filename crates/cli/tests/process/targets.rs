@@ -245,11 +245,10 @@ fn a_guest_is_saved_into_a_regular_file_or_not_paused_at_all() {
         until("the guest to go on", || (vm.counter("loops") > loops).then_some(()));
         if !output.status.success() {
             // It did not come to where RAM is read, so neither to where the guest is paused.
-            assert_eq!(
-                (&migration["iterations"], &migration["phases"]),
-                (&0.into(), &Value::Array(vec![])),
-                "{report}"
-            );
+            let phases: Vec<&Value> =
+                migration["phases"].as_array().unwrap().iter().map(|phase| &phase["phase"]).collect();
+            assert_eq!(migration["iterations"], 0, "{report}");
+            assert!(phases.iter().all(|phase| *phase == "P0"), "{report}");
             assert_eq!(
                 (&migration["transferred"]["ram"], &migration["downtime-ms"]),
                 (&0.into(), &Value::Null),

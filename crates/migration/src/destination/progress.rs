@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vfio_migration_engine::{Attempt, DestinationOutcome};
 use vfio_migration_types::{Failure, Phase, Side};
@@ -42,7 +42,7 @@ pub(super) fn into_result(
     machine: Option<Arc<dyn Machine>>,
     attempt: Option<Attempt>,
     shared: &DestinationShared,
-    begun: Instant,
+    took: Duration,
 ) -> Result<Arrived, IncomingError> {
     let lost = || {
         Failure::new(
@@ -64,7 +64,7 @@ pub(super) fn into_result(
                 attempt: attempt.attempt,
                 epoch,
                 guest,
-                total: begun.elapsed(),
+                total: took,
                 ram_pages: ready.ram_pages,
                 sections: ready.sections,
                 bytes: bytes(shared, &devices),

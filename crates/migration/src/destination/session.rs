@@ -89,7 +89,7 @@ pub(super) fn run(
         lease,
         lease_time: options.lease,
     };
-    let (outcome, running, attempt) = std::thread::scope(|scope| {
+    let (outcome, running, attempt, took) = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel::<Job>();
         let shared = &shared;
         let worker = Worker::new(scope, options, Box::new(build), Arc::clone(&link), shared, events.clone());
@@ -104,7 +104,7 @@ pub(super) fn run(
                 let cause = no_thread(Side::Destination, Phase::Hello, "session", &error);
                 let _ = link.send(&Message::Abort(cause.clone()));
                 link.shutdown();
-                return (DestinationOutcome::Aborted(cause), None, None);
+                return (DestinationOutcome::Aborted(cause), None, None, begun.elapsed());
             }
         };
         events.send(DestinationEvent::Peer(hello));
@@ -145,7 +145,7 @@ pub(super) fn run(
     let security = link.security();
     let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, security });
     let machine = lock(&machine).take();
-    (into_result(outcome, machine, attempt, &shared, begun), known)
+    (into_result(outcome, machine, attempt, &shared, took), known)
 }
 
 /// The loop, on the caller's thread.
@@ -186,16 +186,17 @@ struct Session<'a> {
 
 impl Session<'_> {
     /// Runs until the engine has finished. The job queue closes with it, and the worker ends.
-    fn run(mut self) -> (DestinationOutcome, Option<Running>, Option<Attempt>) {
+    fn run(mut self) -> (DestinationOutcome, Option<Running>, Option<Attempt>, Duration) {
         loop {
             if let Some(outcome) = self.act() {
                 self.report();
                 self.outlast_worker();
+                let took = self.report();
                 if let DestinationOutcome::OwnedNotStarted { epoch, cause } = &outcome {
                     let guest = GuestOutcome::NotStarted(Box::new(cause.clone()));
                     self.running = Some(Running { epoch: *epoch, guest, boot_id: [0; 16], at_ns: 0 });
                 }
-                return (outcome, self.running, self.engine.attempt());
+                return (outcome, self.running, self.engine.attempt(), took);
             }
             self.report();
             let tick = if self.pending.is_empty() { TICK } else { POLL_PENDING };
@@ -219,7 +220,7 @@ impl Session<'_> {
                     let gone = "the session's own threads are gone: a defect of this program";
                     let outcome =
                         DestinationOutcome::Aborted(Failure::new(Side::Destination, Phase::Hello, gone));
-                    return (outcome, None, self.engine.attempt());
+                    return (outcome, None, self.engine.attempt(), self.now());
                 }
             }
             self.poll_listener();
@@ -383,16 +384,19 @@ impl Session<'_> {
         format!("the last attempt is still being undone{}", awaited.concat())
     }
 
-    fn report(&mut self) {
+    /// Tells how the session stands, and since when it does.
+    fn report(&mut self) -> Duration {
         let devices = statuses(self.shared);
         let (phase, now, elapsed) = (self.engine.phase(), Instant::now(), self.begun.elapsed());
-        match self.phases.last_mut().filter(|last| last.phase == phase) {
-            Some(last) => last.took = elapsed.saturating_sub(self.entered),
-            None => {
-                self.entered = elapsed;
-                self.phases.push(PhaseTime { phase, took: Duration::ZERO });
-                self.rate.restart();
-            }
+        // Up to now it was in the phase before: together they are what has elapsed.
+        if let Some(last) = self.phases.last_mut() {
+            last.took = elapsed.saturating_sub(self.entered);
+        }
+        if self.phases.last().is_none_or(|last| last.phase != phase) {
+            let took = if self.phases.is_empty() { elapsed } else { Duration::ZERO };
+            self.entered = elapsed.saturating_sub(took);
+            self.phases.push(PhaseTime { phase, took });
+            self.rate.restart();
         }
         let bytes = bytes(self.shared, &devices);
         // Whichever side's operator it was.
@@ -414,6 +418,7 @@ impl Session<'_> {
             awaited: self.shared.answers.to_tell(cancelling),
             ..Progress::default()
         });
+        elapsed
     }
 
     /// What the session is about, once the source has said so.

@@ -27,7 +27,6 @@ use std::fmt;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use vfio_migration_types::Phase;
 
@@ -100,7 +99,6 @@ impl Source {
         rehearse: Option<Rehearse>,
         observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
-        let begun = Instant::now();
         let (plan, engine) = PlannedMigration::new(
             self.machine,
             self.options,
@@ -111,8 +109,9 @@ impl Source {
         )?;
         let cancelled = || plan.control.cancel_waits();
         let connecting = || {
-            let (phase, elapsed) = (Phase::Hello, begun.elapsed());
-            let phases = vec![PhaseTime { phase, took: elapsed }];
+            let (phase, elapsed) = (Phase::Hello, plan.begun.elapsed());
+            let took = elapsed.saturating_sub(plan.took);
+            let phases = vec![PhaseTime { phase: Phase::Plan, took: plan.took }, PhaseTime { phase, took }];
             plan.control.set_progress(Progress { phase, elapsed, phases, ..plan.control.progress() });
         };
         connecting();
@@ -121,7 +120,7 @@ impl Source {
             connecting();
             not_connected(error)
         })?;
-        session::run(plan, engine, socket, begun, observer)
+        session::run(plan, engine, socket, observer)
     }
 
     /// Migrates over a stream socket that is already connected to the destination. The session takes it over.
@@ -155,7 +154,6 @@ impl Source {
         rehearse: Option<Rehearse>,
         observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
-        let begun = Instant::now();
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
         let uri = Uri::Fd(number);
         let (plan, engine) =
@@ -164,7 +162,7 @@ impl Source {
         let options = &plan.options;
         let socket = connect::secured(socket, &plan.uri, &options.security, options.connect_timeout)
             .map_err(not_connected)?;
-        session::run(plan, engine, socket, begun, observer)
+        session::run(plan, engine, socket, observer)
     }
 }
 

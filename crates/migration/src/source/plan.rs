@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vfio_migration_compat::{MachineManifest, Reason, SessionCode};
 use vfio_migration_device::Capabilities;
@@ -20,7 +20,7 @@ use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::reasons::{of_source, permits};
 use crate::rehearsal::Rehearse;
-use crate::report::{AttemptInfo, AttemptKind, Progress};
+use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::awaited::AwaitedAnswers;
 use crate::session::fail::InPhase;
@@ -43,12 +43,32 @@ pub(super) struct PlannedMigration {
     /// What was found of it, the devices' own answers included: the destination's word comes on top.
     pub(super) own_reasons: Vec<Reason>,
     pub(super) devices: Vec<(MigratableDevice, Capabilities)>,
+    pub(super) begun: Instant,
+    /// Time that the plan took.
+    pub(super) took: Duration,
     /// What the session waits for.
     pub(super) answers: AwaitedAnswers,
 }
 
 impl PlannedMigration {
     pub(super) fn new(
+        machine: Arc<dyn Machine>,
+        options: SourceOptions,
+        control: Control,
+        uri: Uri,
+        file: Option<PathBuf>,
+        rehearse: Option<Rehearse>,
+    ) -> Result<(Self, engine::SourceEngine), MigrateError> {
+        let (begun, watched) = (Instant::now(), control.clone());
+        Self::begun_at(begun, machine, options, control, uri, file, rehearse).inspect_err(|_| {
+            let (phase, elapsed) = (Phase::Plan, begun.elapsed());
+            let phases = vec![PhaseTime { phase, took: elapsed }];
+            watched.set_progress(Progress { phase, elapsed, phases, ..watched.progress() });
+        })
+    }
+
+    fn begun_at(
+        begun: Instant,
         machine: Arc<dyn Machine>,
         options: SourceOptions,
         control: Control,
@@ -146,6 +166,8 @@ impl PlannedMigration {
                 .map(|(moved, capabilities)| (tracked(moved, &answers), capabilities))
                 .collect(),
             answers,
+            begun,
+            took: begun.elapsed(),
         };
         Ok((plan, engine))
     }

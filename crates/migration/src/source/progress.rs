@@ -3,24 +3,20 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use vfio_migration_device::Capabilities;
 use vfio_migration_engine::{self as engine, SourceOutcome, SourceSummary};
 use vfio_migration_types::{AttemptId, DeviceId, Phase, VmId};
 
 use crate::channel::link::Link;
 use crate::error::{Aborted, MigrateError};
-use crate::machine::MigratableDevice;
 use crate::rehearsal::Rehearsal;
 use crate::report::{AttemptInfo, Bytes, Completed, DeviceStatus, PhaseTime, Progress};
 use crate::session::awaited::{AwaitedAnswer, AwaitedAnswers};
 use crate::session::host::boot_id;
 use crate::session::lock::lock;
 use crate::session::rate::RateMeter;
+use crate::source::attempt::{SourceCounters, SourceEnd};
+use crate::source::plan::PlannedMigration;
 use crate::uri::Uri;
-
-use crate::source::attempt::SourceEnd;
-
-use crate::source::attempt::SourceCounters;
 
 /// Time after which the observer is called again while nothing but counts changes.
 const EVERY: Duration = Duration::from_millis(200);
@@ -44,6 +40,8 @@ impl Waits<'_> {
 #[derive(Debug)]
 pub(crate) struct ProgressReporter {
     begun: Instant,
+    /// Time that the plan took, before the engine began.
+    planned: Duration,
     ram_total: u64,
     names: Vec<DeviceId>,
     /// Which of them have pre-copy, in the same order.
@@ -54,15 +52,18 @@ pub(crate) struct ProgressReporter {
 }
 
 impl ProgressReporter {
-    pub(crate) fn new(
-        begun: Instant,
-        ram_total: u64,
-        devices: &[(MigratableDevice, Capabilities)],
-        attempt: AttemptInfo,
-    ) -> Self {
-        let names = devices.iter().map(|(moved, _)| moved.device.id().clone()).collect();
-        let precopy = devices.iter().map(|(_, capabilities)| capabilities.flags.pre_copy).collect();
-        Self { begun, ram_total, names, precopy, last: None, rate: RateMeter::default(), attempt }
+    pub(crate) fn new(plan: &PlannedMigration) -> Self {
+        let devices = plan.devices.iter();
+        Self {
+            begun: plan.begun,
+            planned: plan.took,
+            ram_total: plan.machine.ram().size(),
+            names: devices.clone().map(|(moved, _)| moved.device.id().clone()).collect(),
+            precopy: devices.map(|(_, capabilities)| capabilities.flags.pre_copy).collect(),
+            last: None,
+            rate: RateMeter::default(),
+            attempt: plan.info.clone(),
+        }
     }
 
     /// A new picture, if it is time for one.
@@ -104,11 +105,17 @@ impl ProgressReporter {
             predicted_downtime: engine.predicted,
             downtime_limit: engine.limit,
             devices,
-            phases: phases(entered, elapsed),
+            phases: self.phases(entered, elapsed),
             attempt: Some(self.attempt.clone()),
             cancelling: waits.cancelling,
             awaited: waits.awaited(),
         })
+    }
+
+    /// What the engine `entered`, and before it the plan and the connecting, which is part of the first phase with the other side.
+    fn phases(&self, entered: &[(Phase, Duration)], total: Duration) -> Vec<PhaseTime> {
+        let before = [(Phase::Plan, Duration::ZERO), (Phase::Hello, self.planned)];
+        phases(&[&before, entered].concat(), total)
     }
 
     /// Devices without pre-copy, where only pre-copy was tried.
@@ -173,7 +180,7 @@ pub(crate) fn into_result(
                 iterations: summary.iterations,
                 bytes: bytes(counters),
                 wire_bytes: link.wire_bytes(),
-                phases: phases(&summary.phases, total),
+                phases: reporter.phases(&summary.phases, total),
                 // The engine compared both with what was sent before it committed.
                 ram_digest_match: summary.ready.ram_digest.map(|_| true),
                 device_digest_match: true,
@@ -185,7 +192,7 @@ pub(crate) fn into_result(
         }
         SourceOutcome::Rehearsed(found) => {
             let (total, report) = (reporter.begun.elapsed(), lock(&counters.report).clone());
-            let phases = phases(&found.phases, total);
+            let phases = reporter.phases(&found.phases, total);
             let not_rehearsed = reporter.not_rehearsed(&found);
             Ok(SourceEnd::Rehearsed(Rehearsal::new(
                 *found,
@@ -230,7 +237,7 @@ fn downtime(summary: &SourceSummary, paused_ns: u64) -> (Option<Duration>, bool)
     (Some(stood.saturating_sub(summary.verify)), one_clock)
 }
 
-/// Time of each phase, entered once or more.
+/// Time of each phase, entered once or more. Together they are `total`.
 fn phases(entered: &[(Phase, Duration)], total: Duration) -> Vec<PhaseTime> {
     Phase::ALL
         .into_iter()

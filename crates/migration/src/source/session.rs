@@ -34,7 +34,6 @@ pub(super) fn run(
     mut plan: PlannedMigration,
     engine: engine::SourceEngine,
     socket: Box<dyn Transport>,
-    begun: Instant,
     mut observer: impl FnMut(&Progress),
 ) -> Result<SourceEnd, MigrateError> {
     let link = connected(socket, &plan.control)?;
@@ -54,8 +53,7 @@ pub(super) fn run(
     let events = Events::new(sender.clone());
     plan.control.attach(sender);
     let worker = Worker::new(&plan, &link, &shared, &counters);
-    let mut reporter =
-        ProgressReporter::new(begun, plan.machine.ram().size(), &plan.devices, plan.info.clone());
+    let mut reporter = ProgressReporter::new(&plan);
     let ended = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel();
         let reader = Reader::new(&link, Side::Destination);
@@ -78,10 +76,10 @@ pub(super) fn run(
             jobs,
             events: queue,
             plan: &plan,
-            begun,
+            begun: plan.begun,
             submitted: 0,
             interrupted: None,
-            interrupted_at: begun,
+            interrupted_at: plan.begun,
             abort: None,
             cancelled: None,
             link_lost: false,

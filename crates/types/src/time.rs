@@ -1,4 +1,4 @@
-//! Wall-clock times as documents have them.
+//! Times as documents and texts have them.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +14,11 @@ pub fn rfc3339(at: SystemTime) -> String {
         second % 60,
         since.subsec_millis()
     )
+}
+
+/// Whole milliseconds, rounded up: what is short must not become nothing.
+pub fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }
 
 /// Year, month and day of a day counted from 1970-01-01: eras of 400 years, each of which begins on the first of March.
