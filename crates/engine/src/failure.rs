@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_types::{Failure, Phase, Side, milliseconds};
 use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, Ready};
 
 use crate::api::DeviceFacts;
@@ -23,7 +23,7 @@ pub(crate) fn protocol(side: Side, phase: Phase, message: &Message) -> Failure {
 
 /// The answer that the peer must give has not come in time.
 pub(crate) fn silence(side: Side, phase: Phase, what: &str, waited: Duration) -> Failure {
-    let text = format!("the {} has not said {what} within {} ms", side.other(), waited.as_millis());
+    let text = format!("the {} has not said {what} within {} ms", side.other(), milliseconds(waited));
     let silence = failure(side, phase, text, "check the network and the other side, then migrate again");
     Failure { errno: Some(ETIMEDOUT), ..silence }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_types::{Failure, Phase, Side, milliseconds};
 use vfio_migration_wire::Applied;
 
 use super::state::{AbortNotice, Rounds, SourceEngine, State, WaitKind};
@@ -351,7 +351,7 @@ impl SourceEngine {
 
     /// Names what needs most of the downtime.
     pub(super) fn too_big(&self, why: &str, prediction: &Prediction) -> Failure {
-        let limit = self.config.downtime_limit.as_millis();
+        let limit = milliseconds(self.config.downtime_limit);
         let largest =
             (0..prediction.devices.len()).max_by_key(|index| prediction.devices.get(*index).copied());
         let largest = largest.and_then(|index| Some((index, *prediction.devices.get(index)?)));
@@ -366,9 +366,9 @@ impl SourceEngine {
         };
         let text = format!(
             "{what} needs {} ms of the {limit} ms of the downtime limit, which {why}",
-            needs.as_millis()
+            milliseconds(needs)
         );
-        let enough = prediction.total().saturating_add(self.config.commit_reserve).as_millis();
+        let enough = milliseconds(prediction.total().saturating_add(self.config.commit_reserve));
         let raise = format!("raise the downtime limit above {enough} ms");
         let remedy = match (index, what.as_str()) {
             (None, "RAM") => format!("{raise}, use a faster network, or let the guest write less"),

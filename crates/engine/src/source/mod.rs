@@ -16,6 +16,7 @@ mod setup;
 mod state;
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
@@ -55,6 +56,7 @@ impl SourceEngine {
             pause: Pause::default(),
             commit: SourceCommit::default(),
             rollback: None,
+            concluded_at: None,
             rehearsal: RehearsalState::default(),
         }
     }
@@ -126,6 +128,16 @@ impl SourceEngine {
         self.negotiated
     }
 
+    /// The downtime, were the guest paused now. While it is paused, what was predicted of that pause; of an attempt that was given up
+    /// for it, what was predicted then: what its cause says.
+    fn predicted(&self, now: Time) -> Option<Duration> {
+        if self.pause.asked_at.is_some() {
+            return Some(self.pause.predicted);
+        }
+        let at = self.concluded_at.unwrap_or(now);
+        self.model.predict(at).map(|prediction| prediction.total())
+    }
+
     /// The migration's progress, for a person to see.
     pub fn progress(&self, now: Time) -> EngineProgress {
         let (ram_left, device_left) = self.model.left();
@@ -140,7 +152,7 @@ impl SourceEngine {
             ram_left,
             device_left,
             bandwidth: self.model.bandwidth(),
-            predicted: self.model.predict(now).map(|prediction| prediction.total()),
+            predicted: self.predicted(now),
             limit: self.config.downtime_limit,
             waiting: waiting.map(|waiting| match waiting {
                 WaitKind::Initial => SwitchoverWait::InitialBytes(

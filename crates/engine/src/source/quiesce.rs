@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_types::{Failure, Phase, Side, milliseconds};
 
 use super::state::{AbortNotice, Pause, SourceEngine, State};
 use crate::api::{Barrier, DeviceProgress, Rehearse, SourceAction, Time};
@@ -119,8 +119,8 @@ impl SourceEngine {
         let text = format!(
             "{}; the guest had been paused for {} ms by then, above the downtime limit of {} ms",
             cause.text,
-            paused.as_millis(),
-            limit.as_millis()
+            milliseconds(paused),
+            milliseconds(limit)
         );
         rollback.outcome.cause = Failure { text, ..cause };
     }
@@ -130,9 +130,9 @@ impl SourceEngine {
         let paused = now.saturating_sub(since).saturating_sub(self.pause.verify);
         let text = format!(
             "the guest has been paused for {} ms and would stay paused above the downtime limit of {} ms ({} ms were predicted)",
-            paused.as_millis(),
-            self.config.downtime_limit.as_millis(),
-            self.pause.predicted.as_millis(),
+            milliseconds(paused),
+            milliseconds(self.config.downtime_limit),
+            milliseconds(self.pause.predicted),
         );
         self.pause.over_limit = true;
         let remedy = "raise the downtime limit, or see why this phase took so long";

@@ -14,6 +14,7 @@ use crate::failure::link_lost;
 impl SourceEngine {
     /// The migration would not come to its end. A rehearsal has found that out; a migration is undone.
     pub(super) fn conclude(&mut self, cause: Failure, now: Time) {
+        self.concluded_at = Some(now);
         if self.config.rehearse.is_some() {
             self.end_rehearsal(Some(cause), now);
         } else {
@@ -24,6 +25,7 @@ impl SourceEngine {
     /// Keeps what was found, and has both sides undone.
     pub(super) fn end_rehearsal(&mut self, obstacle: Option<Failure>, now: Time) {
         self.timer = None;
+        self.concluded_at = Some(now);
         let (wire, load, ram_dirty, devices_dirty) = self.model.rates();
         self.rehearsal.result = RehearsalResult {
             obstacle,

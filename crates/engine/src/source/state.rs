@@ -34,6 +34,8 @@ pub struct SourceEngine {
     pub(super) pause: Pause,
     pub(super) commit: SourceCommit,
     pub(super) rollback: Option<SourceRollback>,
+    /// When pre-copy or the pause was given up for what it would cost, or a rehearsal had found what it would.
+    pub(super) concluded_at: Option<Time>,
     pub(super) rehearsal: RehearsalState,
 }
 
