@@ -231,14 +231,18 @@ impl SampleDevice {
     /// Resets the function: RUNNING, with nothing enabled, every migration session gone. DMA mappings, connected
     /// vectors and a log stay.
     pub fn reset(&self) -> Result<(), SimError> {
+        let mut migration = lock(&self.migration);
+        migration.resets += 1;
         let fails = self.options().fault(|fault| match fault {
-            Fault::FailReset(errno) => Some(*errno),
+            Fault::FailReset { errno, from } if from.is_none_or(|from| migration.resets >= from) => {
+                Some(*errno)
+            }
             _ => None,
         });
         if let Some(errno) = fails {
             return Err(SimError::new(errno, "scripted: the reset fails"));
         }
-        self.reset_with(&mut lock(&self.migration))
+        self.reset_with(&mut migration)
     }
 
     pub(crate) fn reset_with(&self, migration: &mut SampleMigration) -> Result<(), SimError> {

@@ -56,8 +56,16 @@ pub enum Fault {
         /// Number of the raise, from 1.
         nth: u64,
     },
-    /// `fail-reset:ERRNO`: a reset fails and changes nothing.
-    FailReset(Errno),
+    /// `hang-read[:MS]`: once the device is stopped, the first read of its state does not return for so long; never, without a
+    /// time.
+    HangRead(Option<Duration>),
+    /// `fail-reset:ERRNO[:N]`: resets fail and change nothing, from the N-th on; all of them without a number.
+    FailReset {
+        /// Errno that the reset answers.
+        errno: Errno,
+        /// The first reset that fails, from 1.
+        from: Option<u64>,
+    },
     /// `hold-dma:N`: the last N descriptors of the ring wait until more follow them, or until the device is told to leave
     /// RUNNING: it carries them out on the way. Allowed to a device, and the worst that its peers can meet: however long
     /// it was idle, it writes to them once more while it stops.
@@ -103,9 +111,10 @@ pub const FAULT_FORMS: &[(&str, &str)] = &[
     ("enodev-mid-stream:BYTES", "the session is gone after so many bytes, as by a reset"),
     ("corrupt-tail", "a byte of the last state is altered; no checksum tells"),
     ("endless-state", "once the device is stopped, its state has no end"),
+    ("hang-read[:MS]", "once the device is stopped, the first read of its state takes so long"),
     ("ignore-dirty-log[:N]", "the DMA log omits each page with a multiple of N (2)"),
     ("lose-raise:VECTOR:N", "the N-th interrupt of a vector is counted and not sent"),
-    ("fail-reset:ERRNO", "a reset fails and changes nothing"),
+    ("fail-reset:ERRNO[:N]", "resets fail and change nothing, from the N-th on"),
     ("hold-dma:N", "the last N DMA writes wait for more, or for the stop"),
 ];
 
@@ -141,7 +150,11 @@ impl FromStr for Fault {
                 false => words.at_least_one()?,
             }),
             "lose-raise" => Self::LoseRaise { vector: words.number()?, nth: words.at_least_one()? },
-            "fail-reset" => Self::FailReset(words.errno()?),
+            "hang-read" => Self::HangRead(words.number_if_any()?.map(Duration::from_millis)),
+            "fail-reset" => Self::FailReset {
+                errno: words.errno()?,
+                from: if words.rest.is_empty() { None } else { Some(words.at_least_one()?) },
+            },
             "hold-dma" => Self::HoldDma(words.at_least_one()?),
             _ => {
                 let forms: Vec<&str> = FAULT_FORMS.iter().map(|(form, _)| *form).collect();
@@ -175,7 +188,14 @@ impl fmt::Display for Fault {
             Self::EndlessState => f.write_str("endless-state"),
             Self::IgnoreDirtyLog(every) => write!(f, "ignore-dirty-log:{every}"),
             Self::LoseRaise { vector, nth } => write!(f, "lose-raise:{vector}:{nth}"),
-            Self::FailReset(errno) => write!(f, "fail-reset:{}", Name(*errno)),
+            Self::HangRead(time) => {
+                f.write_str("hang-read")?;
+                time.map_or(Ok(()), |time| write!(f, ":{}", time.as_millis()))
+            }
+            Self::FailReset { errno, from } => {
+                write!(f, "fail-reset:{}", Name(*errno))?;
+                from.map_or(Ok(()), |from| write!(f, ":{from}"))
+            }
             Self::HoldDma(descriptors) => write!(f, "hold-dma:{descriptors}"),
         }
     }
@@ -269,6 +289,9 @@ mod tests {
             "ignore-dirty-log:3",
             "lose-raise:1:12",
             "fail-reset:EBUSY",
+            "fail-reset:EBUSY:2",
+            "hang-read",
+            "hang-read:300",
             "hold-dma:2",
         ] {
             let fault: Fault = text.parse().unwrap();
@@ -292,6 +315,7 @@ mod tests {
             "short-read:-1",
             "corrupt-tail:1",
             "ignore-dirty-log:0",
+            "fail-reset:EIO:0",
             "die-in-read:99999999999999999999",
         ] {
             assert!(text.parse::<Fault>().is_err(), "{text}");

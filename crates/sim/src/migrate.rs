@@ -78,6 +78,9 @@ impl SampleDevice {
             return Err(no_session(&migration, "no saving session is open"));
         };
         let allowed = self.fault_limit(&mut migration, into.len())?;
+        if self.state() == MigrationState::StopCopy {
+            self.hang_in_read(&mut migration);
+        }
         let SampleSession::Saving(saving) = &mut migration.session else {
             return Err(invalid("no saving session is open"));
         };
@@ -385,6 +388,18 @@ impl SampleDevice {
                 Ok((orders, _)) => orders,
                 Err(poisoned) => poisoned.into_inner().0,
             };
+        }
+    }
+
+    /// Lets the faults strike that are about the first read of a stopped device.
+    fn hang_in_read(&self, migration: &mut SampleMigration) {
+        for (n, fault) in self.options().faults.iter().enumerate() {
+            if let Fault::HangRead(time) = fault
+                && strikes(&mut migration.struck, n, 1)
+            {
+                tracing::warn!("scripted: the read hangs");
+                self.hang(*time);
+            }
         }
     }
 

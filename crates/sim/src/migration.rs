@@ -19,6 +19,8 @@ pub(crate) struct SampleMigration {
     pub(crate) session: SampleSession,
     /// Arcs taken or tried.
     pub(crate) arcs: u64,
+    /// Resets done or tried.
+    pub(crate) resets: u64,
     /// Strikes of each fault, by its place in the script.
     pub(crate) struck: Vec<u32>,
     /// Bytes read or written in the session.

@@ -247,6 +247,22 @@ fn a_reset_fails() {
     device.set_state(Stop).unwrap();
     assert_eq!(device.reset().unwrap_err().errno(), Errno::IO);
     assert_eq!(device.state(), Stop);
+    let device = self::device(faulty("fail-reset:EIO:2"));
+    device.set_state(Stop).unwrap();
+    device.reset().unwrap();
+    assert_eq!(device.state(), Running);
+    assert_eq!(device.reset().unwrap_err().errno(), Errno::IO);
+}
+
+#[test]
+fn a_read_of_the_stopped_device_hangs_once() {
+    let device = device(faulty("hang-read:200"));
+    device.set_state(PreCopy).unwrap();
+    read_all(&device);
+    device.set_state(StopCopy).unwrap();
+    let begun = Instant::now();
+    read_all(&device);
+    assert!(begun.elapsed() >= Duration::from_millis(200));
 }
 
 #[test]
