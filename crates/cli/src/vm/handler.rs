@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use serde_json::{Value, json};
-use vfio_migration::Machine;
+use vfio_migration::{AttemptKind, Machine, Progress};
 use vfio_migration_compat::Document;
-use vfio_migration_types::error_chain;
+use vfio_migration_types::{Phase, error_chain};
 
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
@@ -113,18 +113,17 @@ impl VmHandler {
     }
 
     fn cancel(&self) -> Result<(), Refused> {
-        match self.vm.state.steering() {
-            Some(Steering::Outgoing(control)) => {
-                if control.progress().phase >= vfio_migration_types::Phase::Commit {
-                    return Err(Refused::new(
-                        "TooLate",
-                        "the commit is under way; it can no longer be cancelled",
-                    ));
-                }
-                control.cancel();
-            }
-            Some(Steering::Incoming(control)) => control.cancel(),
-            None => return Err(no_migration()),
+        let steering = self.vm.state.steering().ok_or_else(no_migration)?;
+        let under_way = match &steering {
+            Steering::Outgoing(control) => Some(control.progress()),
+            Steering::Incoming(control) => control.progress(),
+        };
+        if under_way.is_some_and(|progress| is_committing(&progress)) {
+            return Err(Refused::new("TooLate", "the commit is under way; it can no longer be cancelled"));
+        }
+        match steering {
+            Steering::Outgoing(control) => control.cancel(),
+            Steering::Incoming(control) => control.cancel(),
         }
         Ok(())
     }
@@ -199,6 +198,12 @@ fn socket_name(arguments: Value) -> Result<SocketName, Refused> {
         .map_err(|failure: CliError| Refused::generic(failure.text))
 }
 
+/// Whether the guest may be the destination's already. A rehearsal never comes to that.
+fn is_committing(progress: &Progress) -> bool {
+    let rehearsal = progress.attempt.as_ref().is_some_and(|attempt| attempt.kind == AttemptKind::Rehearsal);
+    progress.phase >= Phase::Commit && !rehearsal
+}
+
 fn no_migration() -> Refused {
     Refused::new("NoMigration", "no migration is under way")
 }
@@ -210,4 +215,30 @@ fn parse<T: serde::de::DeserializeOwned>(arguments: Value) -> Result<T, Refused>
 
 fn to_json<T: serde::Serialize>(document: &T) -> Result<Value, Refused> {
     serde_json::to_value(document).map_err(|error| Refused::generic(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use vfio_migration::AttemptInfo;
+    use vfio_migration_types::{AttemptId, Epoch, VmId};
+
+    use super::*;
+
+    #[test]
+    fn only_what_commits_can_be_too_late_to_cancel() {
+        for (kind, late) in [
+            (AttemptKind::Migration, true),
+            (AttemptKind::Save, true),
+            (AttemptKind::Restore, true),
+            (AttemptKind::Rehearsal, false),
+        ] {
+            let attempt =
+                AttemptInfo::beginning(VmId([1; 16]), AttemptId([2; 16]), Epoch(0), kind, "unix:/x".into());
+            for phase in Phase::ALL {
+                let mut progress = Progress::default();
+                (progress.phase, progress.attempt) = (phase, Some(attempt.clone()));
+                assert_eq!(is_committing(&progress), late && phase >= Phase::Commit, "{kind:?} {phase}");
+            }
+        }
+    }
 }

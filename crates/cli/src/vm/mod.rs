@@ -1,8 +1,6 @@
 //! `vm`: the process that runs a guest, or waits for one, and serves its control socket.
 
 #[cfg(test)]
-mod after_sweep;
-#[cfg(test)]
 mod fault_sweep;
 mod faults;
 mod handler;

@@ -1,15 +1,28 @@
 //! What is said and done after a session's end: verbs that come later agree with what the session told, and with what is.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::fault_sweep::{PATIENCE, Side, migrate, wait_for};
+use super::sides::{PATIENCE, Side, Told, migrate_between, pair, wait_for};
 use crate::control::protocol::{ControlVerb, MigrationStatus, VmStatus};
 use crate::follow::text;
 use crate::history::{History, SessionKind};
 
 const NONE: &[&str] = &[];
+
+/// A migration between devices that have a second for a transition.
+fn migrate(
+    dir: &Path,
+    here: &[&str],
+    there: &[&str],
+    options: &Value,
+    meanwhile: impl FnOnce(&Side, &Side),
+) -> Told {
+    let (source, destination) = pair(dir, here, there, "1s");
+    migrate_between(source, destination, options, meanwhile)
+}
 
 /// The last record of the only VM in the state directory.
 fn last_record(side: &Side) -> crate::history::HistoryRecord {
