@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use rustix::io::Errno;
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::DEVICES_MAX;
 use vmm_sys_util::errno;
@@ -75,6 +76,21 @@ impl VmmError {
     pub(crate) fn section(section: &str, reason: impl Into<String>) -> Self {
         Self::Section { section: section.to_owned(), reason: reason.into() }
     }
+}
+
+/// The errno at the bottom of an error, where a system call refused.
+pub(crate) fn errno_within(error: &(dyn std::error::Error + 'static)) -> Option<Errno> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(refused) = error.downcast_ref::<errno::Error>() {
+            return Some(Errno::from_raw_os_error(refused.errno()));
+        }
+        if let Some(refused) = error.downcast_ref::<std::io::Error>() {
+            return Errno::from_io_error(refused);
+        }
+        at = error.source();
+    }
+    None
 }
 
 /// The reason for which a machine stopped by itself.

@@ -143,7 +143,7 @@ fn why_it_failed_is_on_stderr_and_the_text_says_where_the_guest_is() {
     assert!(printed.contains("running") && printed.contains("failed"), "{printed}");
 }
 
-/// Some of the sweep in `vm/fault_sweep.rs`, by real processes: also the faults that end the device's own.
+/// Some of the sweep in `src/vm/fault_sweep`, by real processes: also the faults that end the device's own.
 #[test]
 fn what_is_said_of_a_fault_is_what_is() {
     // The fault at the source, at the destination, how it ends, and the exit code.

@@ -45,3 +45,15 @@ fn man_pages_completions_and_schemas_are_the_codes() {
         );
     }
 }
+
+/// A phase has a name for people, and a code for programs alone.
+#[test]
+fn man_pages_name_no_phase_by_its_code() {
+    let top = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    for (name, page) in files(&top.join("man")) {
+        let page = String::from_utf8(page).unwrap();
+        let code = |word: &&str| matches!(word.as_bytes(), [b'P', digit] if digit.is_ascii_digit());
+        let found = page.split(|c: char| !c.is_ascii_alphanumeric()).find(code);
+        assert_eq!(found, None, "{name}");
+    }
+}

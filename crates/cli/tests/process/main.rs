@@ -23,6 +23,7 @@ mod inherited;
 mod json;
 mod largest;
 mod limits;
+mod losses;
 mod many_devices;
 mod moves;
 mod quit;

@@ -86,10 +86,16 @@ impl InPhase for MemoryError {
 
 /// The errno at the bottom of an error, where there is one.
 fn errno_within(error: &(dyn Error + 'static)) -> Option<Errno> {
+    let of_call = |error: &std::io::Error| Errno::from_io_error(error);
+    within::<Errno>(error).copied().or_else(|| within(error).and_then(of_call))
+}
+
+/// The first error of a type among an error and its causes.
+fn within<'e, E: Error + 'static>(error: &'e (dyn Error + 'static)) -> Option<&'e E> {
     let mut at = Some(error);
     while let Some(error) = at {
-        if let Some(errno) = error.downcast_ref::<Errno>() {
-            return Some(*errno);
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
         }
         at = error.source();
     }
@@ -104,7 +110,14 @@ impl InPhase for ChannelError {
 
 impl InPhase for MachineError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
-        Failure { errno: number(self.errno), ..Failure::new(side, phase, error_chain(self)) }
+        let text = error_chain(self);
+        // The VMM tells in its own words what a device did.
+        let of_device = within::<DeviceError>(self).map(|error| error.in_phase(side, phase));
+        let cause =
+            of_device.or_else(|| within::<TransitionError>(self).map(|error| error.in_phase(side, phase)));
+        let cause = cause.unwrap_or_else(|| Failure::new(side, phase, ""));
+        let told = Failure::new(side, phase, text);
+        Failure { errno: number(self.errno.or(errno_within(self))).or(cause.errno), text: told.text, ..cause }
     }
 }
 

@@ -27,7 +27,7 @@ pub use open::open_alone;
 pub use processor::kvm_answers;
 pub use slots::assign_places;
 
-use crate::error::VmmError;
+use crate::error::{VmmError, errno_within};
 use crate::guest::Report;
 use crate::pci::{PciBus, PciHost, VfioPciFunction};
 use crate::platform::PlatformBus;
@@ -342,7 +342,7 @@ impl Drop for ReferenceMachine {
 fn failed<E: std::error::Error + Send + Sync + 'static>(
     doing: &'static str,
 ) -> impl FnOnce(E) -> MachineError {
-    move |error| MachineError::new(doing, error)
+    move |error| MachineError { errno: errno_within(&error), ..MachineError::new(doing, error) }
 }
 
 #[cfg(test)]
