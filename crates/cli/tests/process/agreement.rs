@@ -82,10 +82,10 @@ fn agree(dir: &Path, n: usize, case: &Case) {
     let (vm, moves) = (format!("vm:{control}"), verdict == "live");
     let exit = if moves { 0 } else { 3 };
 
-    let (checked, report) = asked(&["check", "--live", &vm, &address]);
+    let (checked, report) = asked(&["check", "--live", "--timeout", "60s", &vm, &address]);
     assert_eq!((checked, report["verdict"].as_str()), (exit, Some(verdict)), "{what}: {report}");
     assert_eq!(against(&report), codes, "{what}: {report}");
-    let (checked, _) = asked(&["check", &vm, &address]);
+    let (checked, _) = asked(&["check", "--timeout", "60s", &vm, &address]);
     assert_eq!(checked, if verdict == "no" { 3 } else { 0 }, "{what}: a snapshot is a way too");
 
     // A receiver whose machine was refused makes another.
