@@ -326,7 +326,8 @@ fn a_receiver_whose_device_does_not_answer_says_so() {
         if by_source {
             signal(there.process.pid(), Signal::TERM);
         } else {
-            there.call("quit", Value::Null).unwrap();
+            // The process may be gone before its answer is read.
+            drop(there.try_call("quit", Value::Null));
         }
         assert!(there.process.child.wait().unwrap().success());
         assert!(begun.elapsed() < WITHIN, "{:?}", begun.elapsed());
