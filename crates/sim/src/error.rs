@@ -8,8 +8,7 @@ use rustix::io::Errno;
 /// A request that the device refuses, or could not carry out.
 ///
 /// The errno is the contract, since it is all that crosses a vfio-user socket; the text is for logs and tests.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} ({})", Name(*errno))]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SimError {
     errno: Errno,
     what: Cow<'static, str>,
@@ -37,6 +36,18 @@ impl SimError {
         self.death
     }
 }
+
+impl fmt::Display for SimError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match name(self.errno) {
+            Some(name) => write!(f, "{} ({name})", self.what),
+            // In the system's words, by which `error_chain` knows a limit that was reached.
+            None => write!(f, "{}: {}", self.what, self.errno),
+        }
+    }
+}
+
+impl std::error::Error for SimError {}
 
 /// EINVAL because of `what`.
 pub(crate) fn invalid(what: impl Into<Cow<'static, str>>) -> SimError {
@@ -68,13 +79,17 @@ pub(crate) fn errno_by_name(name: &str) -> Option<Errno> {
     NAMES.iter().find(|(known, _)| *known == name).map(|(_, errno)| *errno)
 }
 
+fn name(errno: Errno) -> Option<&'static str> {
+    NAMES.iter().find(|(_, known)| *known == errno).map(|(name, _)| *name)
+}
+
 /// Prints an errno by its name, or by its number when it is not one of those that scripts use.
 pub(crate) struct Name(pub(crate) Errno);
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match NAMES.iter().find(|(_, errno)| *errno == self.0) {
-            Some((name, _)) => f.write_str(name),
+        match name(self.0) {
+            Some(name) => f.write_str(name),
             None => write!(f, "errno {}", self.0.raw_os_error()),
         }
     }

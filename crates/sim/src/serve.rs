@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
-use vfio_migration_types::{MigrationFlags, MigrationState};
+use vfio_migration_types::{MigrationFlags, MigrationState, error_chain};
 use vfio_user_peer::{
     Backend, DeviceInfo, DmaChannel, DmaMapping, Extension, IoFd, IoFdKind, IovaRange, IrqAction, IrqInfo,
     IrqRequest, IrqRequestData, MmapArea, PrecopyInfo, RegionInfo, Server, ServerError, StopHandle,
@@ -77,7 +77,7 @@ impl SampleBackend {
 
     fn answer<T>(&self, result: Result<T, SimError>) -> Result<T, Errno> {
         result.map_err(|error| {
-            tracing::info!(%error, "refused");
+            tracing::info!("refused: {}", error_chain(&error));
             if error.is_death() {
                 (self.die)();
             }

@@ -109,13 +109,15 @@ impl fmt::Display for Failure {
 }
 
 /// What was reached, by the errno at the end of an error's text: of these nobody can guess it from the words of the errno.
-const LIMITS: [(&str, &str); 3] = [
+const LIMITS: [(&str, &str); 4] = [
     (
         "(os error 27)",
         "by the limit on a file's size (RLIMIT_FSIZE: ulimit -f, LimitFSIZE=) or the filesystem's",
     ),
     ("(os error 24)", "by the limit on a process's descriptors (RLIMIT_NOFILE: ulimit -n, LimitNOFILE=)"),
     ("(os error 23)", "by the host's limit on open files (fs.file-max)"),
+    // sendmsg(2), for descriptors in messages that nobody has taken yet.
+    ("(os error 109)", "by the limit on descriptors on their way (RLIMIT_NOFILE of the user's processes)"),
 ];
 
 /// The same of EAGAIN, which is a limit's only where a thread was to be made.
@@ -167,7 +169,9 @@ mod tests {
 
     #[test]
     fn a_limit_that_was_reached_is_named() {
-        for (errno, says) in [(27, "RLIMIT_FSIZE"), (24, "RLIMIT_NOFILE"), (23, "fs.file-max")] {
+        for (errno, says) in
+            [(27, "RLIMIT_FSIZE"), (24, "RLIMIT_NOFILE"), (23, "fs.file-max"), (109, "RLIMIT_NOFILE")]
+        {
             let error = std::io::Error::from_raw_os_error(errno);
             assert_eq!(error_chain(&error).matches(says).count(), 1);
         }

@@ -164,7 +164,7 @@ fn failure(command: Command, after: Duration, error: ConnError) -> ClientError {
     match error {
         ConnError::Timeout => ClientError::Timeout { command, after },
         ConnError::Interrupted => ClientError::ConnectionLost { why: "the client was closed".into() },
-        ConnError::Closed(why) => ClientError::ConnectionLost { why },
+        ConnError::Closed(why) | ConnError::GivenUp(why) => ClientError::ConnectionLost { why },
         ConnError::Violation(what) => ClientError::Protocol { command, what },
     }
 }

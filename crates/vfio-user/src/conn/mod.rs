@@ -74,7 +74,7 @@ pub(crate) struct Conn {
     served: Condvar,
     /// What is to be sent before anything else: the rest of a message that was begun.
     tx: Mutex<Vec<u8>>,
-    death: Mutex<Option<String>>,
+    death: Mutex<Option<Death>>,
     next_id: AtomicU16,
     /// Signalled when an exchange leaves commands in the queue.
     queued: OwnedFd,
@@ -82,6 +82,21 @@ pub(crate) struct Conn {
     interrupt: Option<Arc<OwnedFd>>,
     /// [`HOLD`].
     hold: Duration,
+}
+
+/// The end of a connection.
+#[derive(Debug)]
+struct Death {
+    why: String,
+    /// This end dropped the peer.
+    drops_peer: bool,
+}
+
+impl AsFd for Conn {
+    /// The socket, to be waited for.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl Conn {
@@ -116,12 +131,26 @@ impl Conn {
 
     /// The reason for which the connection is dead, if it is.
     pub(crate) fn death(&self) -> Option<String> {
-        lock(&self.death).clone()
+        lock(&self.death).as_ref().map(|death| death.why.clone())
     }
 
     /// Ends the connection, for every thread that uses it. The first reason given stays.
     pub(crate) fn kill(&self, why: impl Into<String>) {
-        lock(&self.death).get_or_insert_with(|| why.into());
+        self.die(Death { why: why.into(), drops_peer: false });
+    }
+
+    /// Ends the connection because of `error`, as [`kill`](Self::kill) does.
+    pub(crate) fn end(&self, error: &ConnError) {
+        self.die(Death { why: error.why(), drops_peer: error.drops_peer() });
+    }
+
+    /// The reason for which this end ended the connection, where the peer would have stayed.
+    pub(crate) fn dropped_for(&self) -> Option<String> {
+        lock(&self.death).as_ref().filter(|death| death.drops_peer).map(|death| death.why.clone())
+    }
+
+    fn die(&self, death: Death) {
+        lock(&self.death).get_or_insert(death);
         // Fails only on a socket that is shut down already.
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
@@ -142,7 +171,7 @@ impl Conn {
         const LOOK_AGAIN: Duration = Duration::from_millis(1);
         let mut rx = lock(&self.rx);
         let unread = rustix::io::ioctl_fionread(&self.socket)
-            .map_err(|errno| ConnError::closed(format!("asking for unread bytes: {errno}")))?;
+            .map_err(|errno| ConnError::system("asking for unread bytes", errno))?;
         // What is half read is in neither.
         let begun = rx.partial.as_ref().map_or(0, |partial| (partial.head + partial.filled) as u64);
         let target = rx.consumed.saturating_add(begun).saturating_add(unread);
@@ -174,7 +203,7 @@ impl Conn {
         let result = self.exchange_locked(&mut rx, request, serve);
         let late = matches!(result, Err(ConnError::Timeout));
         if let (Err(error), false) = (&result, late) {
-            self.kill(error.why());
+            self.end(error);
         }
         if late || !rx.queue.is_empty() {
             let _ = rustix::io::write(&self.queued, &1u64.to_ne_bytes());
@@ -210,11 +239,30 @@ impl Conn {
                 Ok(None) => {}
                 Err(ConnError::Timeout) => return Err(ConnError::Timeout),
                 Err(error) => {
-                    self.kill(error.why());
+                    self.end(&error);
                     return Err(error);
                 }
             }
             self.idle()?;
+        }
+    }
+
+    /// Waits for the peer's first command, which must be whole within `limit`. An error means that the connection is dead.
+    pub(crate) fn first_command(&self, limit: Duration) -> Result<SocketMessage, ConnError> {
+        let until = deadline(limit);
+        let interrupt = self.interrupt.as_ref().map(|fd| fd.as_fd());
+        loop {
+            let waited = wait(&self.socket, interrupt, PollFlags::IN, until);
+            let first =
+                waited.and_then(|_| self.try_command(until.saturating_duration_since(Instant::now())));
+            match first {
+                Ok(Some(message)) => return Ok(message),
+                Ok(None) => {}
+                Err(error) => {
+                    self.end(&error);
+                    return Err(error);
+                }
+            }
         }
     }
 
@@ -240,7 +288,7 @@ impl Conn {
         drop(tx);
         match result {
             Err(ConnError::Timeout) if owed => Ok(()),
-            result => result.inspect_err(|error| self.kill(error.why())),
+            result => result.inspect_err(|error| self.end(error)),
         }
     }
 
@@ -256,7 +304,7 @@ impl Conn {
         drop(tx);
         result.inspect_err(|error| {
             if !matches!(error, ConnError::Timeout) {
-                self.kill(error.why());
+                self.end(error);
             }
         })
     }
@@ -362,8 +410,9 @@ impl Conn {
         self.send_bytes(Some(rx), &mut tx, &mut [IoSlice::new(&reply)], &[], deadline, &mut true)
     }
 
-    /// A command from the queue or the socket, without waiting for one to begin.
-    fn try_command(&self, limit: Duration) -> Result<Option<SocketMessage>, ConnError> {
+    /// A command from the queue or the socket, without waiting for one to begin. Once one begins it must be whole within `limit`;
+    /// after [`ConnError::Timeout`] what has come of it is kept, and the rest read by the next call.
+    pub(crate) fn try_command(&self, limit: Duration) -> Result<Option<SocketMessage>, ConnError> {
         let mut rx = lock(&self.rx);
         rx.serving = false;
         self.served.notify_all();
@@ -380,7 +429,7 @@ impl Conn {
         match poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })) {
             Ok(0) | Err(Errno::INTR) => return Ok(None),
             Ok(_) => {}
-            Err(errno) => return Err(ConnError::closed(format!("poll: {errno}"))),
+            Err(errno) => return Err(ConnError::system("polling", errno)),
         }
         let message = match self.read(&mut rx, deadline(limit)) {
             // The rest of an answer that is late; nobody waits for it.
@@ -410,7 +459,7 @@ impl Conn {
         fds.extend(self.interrupt.as_ref().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(ConnError::closed(format!("poll: {errno}"))),
+            Err(errno) => return Err(ConnError::system("polling", errno)),
         }
         if fds.get(2).is_some_and(|fd| !fd.revents().is_empty()) {
             return Err(ConnError::Interrupted);
@@ -582,7 +631,7 @@ impl Conn {
                     }
                 },
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(ConnError::closed("the peer closed it")),
-                Err(errno) => return Err(ConnError::closed(format!("sending: {errno}"))),
+                Err(errno) => return Err(ConnError::system("sending", errno)),
             }
         }
         Ok(())

@@ -53,7 +53,7 @@ pub(super) fn wait(
         fds.extend(interrupt.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
         match poll(&mut fds, Some(&left)) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(ConnError::closed(format!("poll: {errno}"))),
+            Err(errno) => return Err(ConnError::system("polling", errno)),
         }
         let mut events = fds.iter().map(PollFd::revents);
         let socket_events = events.next().unwrap_or(PollFlags::empty());
@@ -93,7 +93,7 @@ pub(super) fn read_full(
             }
             // A reset is how a peer that dies with unread data in its queue ends the stream.
             Err(Errno::CONNRESET) if *filled == 0 => return Ok(false),
-            Err(errno) => return Err(ConnError::closed(format!("receiving: {errno}"))),
+            Err(errno) => return Err(ConnError::system("receiving", errno)),
         }
     }
     Ok(true)

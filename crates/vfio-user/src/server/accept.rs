@@ -1,4 +1,4 @@
-//! Accepting clients, also while the system is short of what one needs.
+//! Accepting clients: also while the system is short of what one needs, and beside connections that say nothing.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,50 +8,99 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vfio_migration_types::error_chain;
 
+use super::options::ServerOptions;
+use super::session::{connection, warn_of_drop};
 use super::stop::StopHandle;
+use crate::conn::{Conn, ConnError, SocketMessage};
 use crate::error::ServerError;
+
+/// Connections that may be silent at once. For one more the one silent longest is dropped.
+const MOST: usize = 16;
+/// Silence for which none is dropped for another's sake: a client says its version at once.
+const LEAST_PATIENCE: Duration = Duration::from_millis(250);
 
 /// The shortest and the longest pause after a client could not be accepted. Nothing tells when it could be.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
-/// A listening socket, and what its clients wait for.
+/// A listening socket, and the connections whose first message has not come.
 pub(super) struct Acceptor<'a> {
     listener: &'a UnixListener,
+    options: &'a ServerOptions,
     stop: &'a StopHandle,
     shortage: Shortage,
+    /// The oldest first.
+    waiting: Vec<SilentConnection>,
+}
+
+/// A connection whose first message is not there whole.
+struct SilentConnection {
+    conn: Conn,
+    since: Instant,
+}
+
+/// Why a connection is dropped that has not said its version.
+pub(super) fn silent(within: Duration) -> String {
+    format!("it did not say its version within {within:?}")
 }
 
 impl<'a> Acceptor<'a> {
-    pub(super) fn new(listener: &'a UnixListener, stop: &'a StopHandle) -> Self {
-        Self { listener, stop, shortage: Shortage::default() }
+    pub(super) fn new(listener: &'a UnixListener, options: &'a ServerOptions, stop: &'a StopHandle) -> Self {
+        Self { listener, options, stop, shortage: Shortage::default(), waiting: Vec::new() }
     }
 
-    /// Waits for the next client; `None` once `stop` was used.
+    /// Waits for the next client, and its first message; `None` once `stop` was used.
     ///
     /// # Errors
     /// The listening socket is of no more use. What the system is short of passes, and is no error.
-    pub(super) fn next_client(&mut self) -> Result<Option<UnixStream>, ServerError> {
+    pub(super) fn next_client(&mut self) -> Result<Option<(Conn, SocketMessage)>, ServerError> {
         while !self.stop.is_stopped() {
-            if let Some(stream) = self.accept()? {
-                return Ok(Some(stream));
+            if let Some(client) = self.greeted() {
+                return Ok(Some(client));
             }
-            self.wait();
+            if !self.accept()? {
+                self.wait();
+            }
         }
         Ok(None)
     }
 
-    fn accept(&mut self) -> Result<Option<UnixStream>, ServerError> {
-        if self.shortage.pause_left().is_some() {
-            return Ok(None);
+    /// The first whose message is there whole. Never waits; drops those that had their time.
+    fn greeted(&mut self) -> Option<(Conn, SocketMessage)> {
+        let limit = self.options.handshake_timeout;
+        let mut at = 0;
+        while let Some(one) = self.waiting.get(at) {
+            let why = match one.conn.try_command(Duration::ZERO) {
+                Ok(Some(message)) => return Some((self.waiting.remove(at).conn, message)),
+                // Nothing, or a part: what has come of it is kept.
+                Ok(None) | Err(ConnError::Timeout) if one.since.elapsed() < limit => {
+                    at += 1;
+                    continue;
+                }
+                Ok(None) | Err(ConnError::Timeout) => Some(silent(limit)),
+                Err(error) => error.drops_peer().then(|| error.why()),
+            };
+            self.waiting.remove(at);
+            if let Some(why) = why {
+                warn_of_drop(&why);
+            }
+        }
+        None
+    }
+
+    /// Takes in one connection, if one waits and there is room.
+    fn accept(&mut self) -> Result<bool, ServerError> {
+        const DOING: &str = "accepting a client";
+        if self.shortage.pause_left().is_some() || self.full_for().is_some() {
+            return Ok(false);
         }
         let error = match self.listener.accept() {
             Ok((stream, _)) => {
                 self.shortage = Shortage::default();
-                return Ok(Some(stream));
+                self.take_in(stream);
+                return Ok(true);
             }
             Err(error) => error,
         };
-        const DOING: &str = "accepting a client";
         match Errno::from_io_error(&error) {
             // The client left before it was accepted, or a signal came.
             Some(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => {}
@@ -60,17 +109,40 @@ impl<'a> Acceptor<'a> {
             }
             _ => self.shortage.met(DOING, error),
         }
-        Ok(None)
+        Ok(false)
     }
 
-    /// Waits until there is somebody to accept, a pause is over, or `stop` is used.
+    fn take_in(&mut self, stream: UnixStream) {
+        if self.waiting.len() >= MOST {
+            self.waiting.remove(0);
+            warn_of_drop("it did not say its version, and was silent longest of too many");
+        }
+        match connection(stream, self.stop) {
+            Ok(conn) => self.waiting.push(SilentConnection { conn, since: Instant::now() }),
+            Err(error) => warn_of_drop(&error.why()),
+        }
+    }
+
+    /// How long there is no room for one more; `None` where there is.
+    fn full_for(&self) -> Option<Duration> {
+        let oldest = self.waiting.first().filter(|_| self.waiting.len() >= MOST)?;
+        Some(LEAST_PATIENCE.saturating_sub(oldest.since.elapsed())).filter(|left| !left.is_zero())
+    }
+
+    /// Waits until there is somebody to accept or something to read, a time has passed, or `stop` is used.
     fn wait(&mut self) {
-        let left = self.shortage.pause_left();
+        let limit = self.options.handshake_timeout;
+        let held_back = self.shortage.pause_left().max(self.full_for());
+        let oldest = self.waiting.first().map(|one| limit.saturating_sub(one.since.elapsed()));
+        let timeout = [held_back, oldest].into_iter().flatten().min();
         let mut fds = vec![PollFd::from_borrowed_fd(self.stop.event.as_fd(), PollFlags::IN)];
-        // It would be readable all through a pause.
-        fds.extend(left.is_none().then(|| PollFd::new(self.listener, PollFlags::IN)));
-        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-        match poll(&mut fds, timeout.as_ref()) {
+        // It would be readable all the time.
+        fds.extend(held_back.is_none().then(|| PollFd::new(self.listener, PollFlags::IN)));
+        fds.extend(self.waiting.iter().map(|one| PollFd::new(&one.conn, PollFlags::IN)));
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let polled = poll(&mut fds, timeout.as_ref());
+        drop(fds);
+        match polled {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => {
                 self.shortage.met("waiting for a client", errno);

@@ -15,7 +15,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use self::accept::Acceptor;
+use self::accept::{Acceptor, silent};
 pub use self::backend::{Backend, IrqRequest, IrqRequestData};
 pub use self::dma::DmaChannel;
 pub use self::options::ServerOptions;
@@ -61,7 +61,8 @@ impl Server {
     }
 
     /// Serves `backend` to one client at a time, each until it leaves, until `stop` is used. A client that breaks the
-    /// protocol is dropped, and the next served; others wait in the listening queue.
+    /// protocol is dropped, and the next served; others wait in the listening queue. Whoever connects and does not say its version is
+    /// waited for [beside the others](ServerOptions::handshake_timeout): the first that says it is served.
     ///
     /// Where the system is short of something that a client needs, descriptors above all, it warns once (by a `tracing` event, as
     /// of all that a server has to tell) and tries again until there is some.
@@ -69,21 +70,31 @@ impl Server {
     /// # Errors
     /// The listening socket is of no more use: something has shut it down or closed it.
     pub fn serve(&self, backend: &dyn Backend, stop: &StopHandle) -> Result<(), ServerError> {
-        let mut acceptor = Acceptor::new(&self.listener, stop);
-        while let Some(stream) = acceptor.next_client()? {
-            session::serve(stream, backend, &self.options, stop);
+        let mut acceptor = Acceptor::new(&self.listener, &self.options, stop);
+        while let Some((conn, first)) = acceptor.next_client()? {
+            session::serve(conn, &first, backend, &self.options, stop);
         }
         Ok(())
     }
 
-    /// Serves one client on a connected stream until it leaves or `stop` is used.
+    /// Serves one client on a connected stream until it leaves or `stop` is used, if it says its version in time.
     pub fn serve_stream(
         stream: UnixStream,
         backend: &dyn Backend,
         options: &ServerOptions,
         stop: &StopHandle,
     ) {
-        session::serve(stream, backend, options, stop);
+        let conn = session::connection(stream, stop);
+        let greeted = conn.and_then(|conn| {
+            let late = || silent(options.handshake_timeout);
+            let first = conn.first_command(options.handshake_timeout).map_err(|error| error.or_late(late))?;
+            Ok((conn, first))
+        });
+        match greeted {
+            Ok((conn, first)) => session::serve(conn, &first, backend, options, stop),
+            Err(error) if error.drops_peer() => session::warn_of_drop(&error.why()),
+            Err(_) => {}
+        }
     }
 }
 

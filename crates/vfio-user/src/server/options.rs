@@ -12,8 +12,11 @@ pub(super) const LARGEST_MSG_FDS: u32 = 16;
 pub struct ServerOptions {
     /// How long a command may take from its first byte to its last: after it the client is dropped. Also how long the server
     /// waits for a client that does not read a reply, or does not answer a DMA request: such a client is late, and stays; the
-    /// request fails with ETIMEDOUT. How long a client may be silent is not limited. 10 s.
+    /// request fails with ETIMEDOUT. How long a client may be silent that has said its version is not limited. 10 s.
     pub message_timeout: Duration,
+    /// How long a connection has to say its version: until that message is there whole it is no client, and keeps no other from
+    /// becoming one. After it the connection is dropped. 5 s.
+    pub handshake_timeout: Duration,
     /// Most data in one message. 1 MiB.
     pub max_data_xfer_size: u32,
     /// Most descriptors in one message; at most 16. 8, as libvfio-user has it. No client is told more than it announced itself.
@@ -30,6 +33,7 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             message_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(5),
             max_data_xfer_size: DEFAULT_MAX_DATA_XFER_SIZE,
             max_msg_fds: 8,
             max_dma_maps: DEFAULT_MAX_DMA_MAPS,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use vfio_migration_types::{error_chain, printable};
 
 use super::argsz::check_request;
 use super::backend::{Backend, IrqRequest, IrqRequestData};
@@ -71,18 +72,41 @@ pub(super) struct Session<'a> {
     pub(super) logging: Option<Logging>,
     /// A buffer for data on its way out.
     pub(super) scratch: Vec<u8>,
+    /// It was said that a command failed for want of something that the system is short of.
+    told_shortage: bool,
 }
 
-/// Serves a client until it leaves, breaks the protocol, or `stop` is used.
-pub(super) fn serve(stream: UnixStream, backend: &dyn Backend, options: &ServerOptions, stop: &StopHandle) {
+/// A connection to a client that has said nothing yet.
+pub(super) fn connection(stream: UnixStream, stop: &StopHandle) -> Result<Conn, ConnError> {
     // Accepted sockets do not inherit O_NONBLOCK on Linux, and all I/O here asks for it per call.
     let max_body = 4 + MAX_VERSION_DATA;
-    let interrupt = Some(Arc::clone(&stop.event));
-    let Ok(conn) = Conn::new(stream, max_body, 0, interrupt) else { return };
+    let conn = Conn::new(stream, max_body, 0, Some(Arc::clone(&stop.event)));
+    conn.map_err(|errno| ConnError::system("making an eventfd for it", errno))
+}
+
+/// Says why a client that would have stayed is dropped.
+pub(super) fn warn_of_drop(why: &str) {
+    tracing::warn!("a client was dropped: {}", printable(why));
+}
+
+/// Serves a client, whose first message has come, until it leaves, breaks the protocol, or `stop` is used.
+pub(super) fn serve(
+    conn: Conn,
+    first: &SocketMessage,
+    backend: &dyn Backend,
+    options: &ServerOptions,
+    stop: &StopHandle,
+) {
     let conn = Arc::new(conn);
-    let Ok((terms, dma)) = negotiate(&conn, backend, options, stop) else {
-        conn.kill("the negotiation failed");
-        return;
+    let (terms, dma) = match negotiate(&conn, first, backend, options, stop) {
+        Ok(negotiated) => negotiated,
+        Err(error) => {
+            conn.end(&error);
+            if let Some(why) = conn.dropped_for() {
+                warn_of_drop(&why);
+            }
+            return;
+        }
     };
     backend.client_connected(dma.0);
     let mut session = Session {
@@ -92,10 +116,14 @@ pub(super) fn serve(stream: UnixStream, backend: &dyn Backend, options: &ServerO
         irqs: std::collections::BTreeSet::new(),
         logging: None,
         scratch: Vec::new(),
+        told_shortage: false,
     };
-    let outcome = session.run(&conn, options);
-    let why = outcome.err().map_or_else(String::new, |error| error.why());
-    conn.kill(why);
+    if let Err(error) = session.run(&conn, options) {
+        conn.end(&error);
+    }
+    if let Some(why) = conn.dropped_for() {
+        warn_of_drop(&why);
+    }
     if let Some(twin) = dma.1 {
         twin.kill("the client left");
     }
@@ -108,17 +136,21 @@ type Dma = (DmaChannel, Option<Arc<Conn>>);
 
 fn negotiate(
     conn: &Arc<Conn>,
+    message: &SocketMessage,
     backend: &dyn Backend,
     options: &ServerOptions,
     stop: &StopHandle,
 ) -> Result<(Terms, Dma), ConnError> {
     let limit = options.message_timeout;
-    let message = conn.next_command(limit)?;
-    let refuse = |errno: Errno, why: String| {
+    let answer = |errno: Errno| {
         let kind = Kind::Error(errno.raw_os_error().unsigned_abs());
         let _ = conn.reply(&message.header, kind, &[], &[], limit);
+    };
+    let refuse = |errno: Errno, why: String| {
+        answer(errno);
         ConnError::Violation(why)
     };
+    const TWIN: &str = "making a twin socket for it";
     if message.header.command != Command::VERSION || message.unfit.is_some() {
         return Err(refuse(Errno::INVAL, format!("{} before VERSION", message.header.command)));
     }
@@ -132,7 +164,8 @@ fn negotiate(
     }
     let pair = if options.twin_socket && theirs.capabilities.twin_socket.supported {
         let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
-        Some(pair.map_err(|errno| refuse(errno, format!("the twin socket: {errno}")))?)
+        let pair = pair.inspect_err(|errno| answer(*errno));
+        Some(pair.map_err(|errno| ConnError::system(TWIN, errno))?)
     } else {
         None
     };
@@ -158,7 +191,7 @@ fn negotiate(
     conn.reply(&message.header, Kind::Reply, &body, &fds, limit)?;
     let client_xfer = theirs.capabilities.max_data_xfer_size;
     let twin = near.map(|fd| Conn::new(UnixStream::from(fd), 0, 0, Some(Arc::clone(&stop.event))));
-    let twin = twin.transpose().map_err(|errno| ConnError::Closed(format!("the twin socket: {errno}")))?;
+    let twin = twin.transpose().map_err(|errno| ConnError::system(TWIN, errno))?;
     let twin = twin.map(Arc::new);
     let dma_conn = twin.as_ref().unwrap_or(conn);
     let longest = theirs.capabilities.extension.longest_payload().saturating_sub(DmaAccess::SIZE);
@@ -179,22 +212,38 @@ impl Session<'_> {
     fn run(&mut self, conn: &Conn, options: &ServerOptions) -> Result<(), ConnError> {
         let limit = options.message_timeout;
         loop {
-            let mut message = conn.next_command(limit)?;
+            let begun = conn.next_command(limit);
+            let mut message = begun
+                .map_err(|error| error.or_late(|| format!("a command was not whole within {limit:?}")))?;
             let header = message.header;
+            let no_reply = |error: ConnError| {
+                error.or_late(|| format!("it did not take the reply to {} within {limit:?}", header.command))
+            };
             match self.execute(&mut message) {
                 Ok(reply) => {
                     let fds: Vec<BorrowedFd<'_>> = reply.fds.iter().map(|fd| fd.as_fd()).collect();
-                    conn.reply(&header, Kind::Reply, &reply.body, &fds, limit)?;
+                    conn.reply(&header, Kind::Reply, &reply.body, &fds, limit).map_err(no_reply)?;
                     self.keep_scratch(reply.body);
                 }
                 Err(errno) => {
+                    self.warn_of_shortage(header.command, errno);
                     let kind = Kind::Error(errno.raw_os_error().unsigned_abs());
-                    conn.reply(&header, kind, &[], &[], limit)?;
+                    conn.reply(&header, kind, &[], &[], limit).map_err(no_reply)?;
                 }
             }
             // Descriptors that the command did not take are closed with the message.
             conn.recycle(message);
         }
+    }
+
+    /// Says once of a client that a command failed since the system is short of something: the client hears no more than the errno.
+    fn warn_of_shortage(&mut self, command: Command, errno: Errno) {
+        if !matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) || self.told_shortage
+        {
+            return;
+        }
+        self.told_shortage = true;
+        tracing::warn!("{command} failed: {}", error_chain(&errno));
     }
 
     fn execute(&mut self, message: &mut SocketMessage) -> Result<Reply, Errno> {

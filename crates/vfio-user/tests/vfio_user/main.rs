@@ -14,3 +14,4 @@ mod lifecycle;
 mod lying_clients;
 mod lying_servers;
 mod rig;
+mod silent_clients;
