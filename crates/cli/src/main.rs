@@ -43,6 +43,7 @@ use interrupt::UserInterrupt;
 use vfio_migration_types::printable;
 
 fn main() -> ExitCode {
+    let settled = signals::settle();
     inherited::record();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
     };
     init_logging(cli.verbose);
     let json = cli.verb.json();
-    let exit = match run(cli.verb) {
+    let exit = match settled.and_then(|()| run(cli.verb)) {
         Ok(exit) => exit,
         Err(failure) => {
             output::eprintln_line(format_args!("vfio-migrate: {failure}"));
@@ -84,7 +85,6 @@ fn misused(error: clap::Error) -> ExitCode {
 }
 
 fn run(verb: CliVerb) -> Result<Exit, CliError> {
-    signals::settle()?;
     match verb {
         CliVerb::Demo(options) => demo::run(&options, &UserInterrupt::listen()?),
         CliVerb::Device(options) => verbs::device::run(&options, &UserInterrupt::listen()?),

@@ -5,12 +5,15 @@
 //! - Those without effect are for other programs: a timer, a limit, a mistyped `kill`. None of them may end a guest.
 //! - SIGQUIT ends the process at once and leaves a core, as do the signals of a fault. SIGPIPE is ignored by the Rust runtime.
 //!   The stop signals stop the process, and SIGCONT lets it go on.
+//!
+//! What the parent blocked or ignored is forgotten, SIGHUP under nohup(1) apart.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rustix::io::Errno;
 use rustix::process::Signal;
+use vfio_migration_vmm::inherited_signals::{reset_dispositions, unblock_all};
 
 use crate::exit::CliError;
 
@@ -33,9 +36,10 @@ const WITHOUT_EFFECT: [Signal; 8] = [
 /// The real-time signals of Linux, those included that the C library keeps for itself.
 const REAL_TIME: std::ops::RangeInclusive<i32> = 32..=64;
 
-/// Settles what the signals without effect do. A handler that does nothing, and not SIG_IGN, because what is ignored is so in
-/// every program that this one starts.
+/// Settles what every signal does, whatever was inherited. Those without effect have a handler that does nothing, and not SIG_IGN,
+/// because what is ignored is so in every program that this one starts.
 pub(crate) fn settle() -> Result<(), CliError> {
+    reset_dispositions(&[Signal::HUP, Signal::PIPE].map(Signal::as_raw));
     let nothing = Arc::new(AtomicBool::new(false));
     for signal in WITHOUT_EFFECT.into_iter().map(Signal::as_raw).chain(REAL_TIME) {
         match signal_hook::flag::register(signal, nothing.clone()) {
@@ -46,6 +50,8 @@ pub(crate) fn settle() -> Result<(), CliError> {
             Err(error) => return Err(CliError::caused("cannot settle what signals do", &error)),
         }
     }
+    // Last, since what has waited arrives at once.
+    unblock_all();
     Ok(())
 }
 

@@ -5,12 +5,14 @@
 //! - [`pci`]: the PCI bus, VFIO functions on it, MSI-X.
 //! - [`guest`]: the bare-metal program that runs inside and checks that nothing is lost.
 //! - [`software`]: the same program for hosts without KVM.
+//! - [`inherited_signals`]: a process that begins as if its parent had left nothing of its own.
 //! - [`machine`]: all of it put together, as the migration library sees a VMM.
 
 pub mod bus;
 pub mod clock;
 pub mod error;
 pub mod guest;
+pub mod inherited_signals;
 pub mod kvm;
 pub mod layout;
 pub mod machine;

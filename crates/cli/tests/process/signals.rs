@@ -18,13 +18,18 @@ const ENDING: [(u32, &str); 5] =
 /// Those of the C library, which it sets while it uses them.
 const OF_THE_C_LIBRARY: [u32; 2] = [32, 33];
 
-/// What the default of a signal would be fatal: all of signal(7) but those that are ignored, stop, or let go on. The last eight
-/// are for whoever wants a process dead and its core.
+/// For whoever wants a process dead and its core.
+const FAULTS_AND_QUIT: [u32; 8] = [3, 4, 5, 6, 7, 8, 11, 31];
+
+/// How a process may come into the world, as options of env(1).
+const INHERITED: [&str; 3] = ["--default-signal", "--block-signal", "--ignore-signal"];
+
+/// The signals whose default is fatal: all of signal(7) but those that are ignored, stop, or let go on, and those that leave a core
+/// here too.
 fn fatal() -> impl Iterator<Item = u32> {
-    let faults_and_quit = [3, 4, 5, 6, 7, 8, 11, 31];
     let not_fatal = [17, 18, 19, 20, 21, 22, 23, 28];
     (1..=64).filter(move |n| {
-        *n != 9 && !faults_and_quit.contains(n) && !not_fatal.contains(n) && !OF_THE_C_LIBRARY.contains(n)
+        *n != 9 && !FAULTS_AND_QUIT.contains(n) && !not_fatal.contains(n) && !OF_THE_C_LIBRARY.contains(n)
     })
 }
 
@@ -47,18 +52,26 @@ fn answers(mask: u64, signal: u32) -> bool {
     mask >> (signal - 1) & 1 == 1
 }
 
-/// A process of the command whose stderr is kept.
-/// Starts a verb with every signal as it is by default, even where this test runs under nohup.
+/// Starts a verb with every signal as it is by default, even where this test runs under nohup. Its stderr is kept.
 fn started(arguments: &[&str]) -> Child {
-    let mut env = Command::new("env");
-    env.args(["--default-signal", env!("CARGO_BIN_EXE_vfio-migrate")]).args(arguments);
+    started_as("--default-signal", arguments)
+}
+
+/// Starts a verb with its signals as this option of env(1) says, and without cores.
+fn started_as(signals: &str, arguments: &[&str]) -> Child {
+    let mut env = Command::new("prlimit");
+    env.args(["--core=0", "env", signals, env!("CARGO_BIN_EXE_vfio-migrate")]).args(arguments);
     env.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 fn vm(dir: &Path) -> (Child, std::path::PathBuf) {
+    vm_as("--default-signal", dir)
+}
+
+fn vm_as(signals: &str, dir: &Path) -> (Child, std::path::PathBuf) {
     let socket = dir.join("control");
     let words = ["vm", "--software", "--memory", "32M", "--dirty-rate", "1M", "--control"];
-    let child = started(&[&words[..], &[socket.to_str().unwrap()]].concat());
+    let child = started_as(signals, &[&words[..], &[socket.to_str().unwrap()]].concat());
     until("the guest", || greets(&socket));
     (child, socket)
 }
@@ -71,36 +84,85 @@ fn greets(socket: &Path) -> Option<()> {
 }
 
 fn device(dir: &Path) -> Child {
+    device_as("--default-signal", dir)
+}
+
+fn device_as(signals: &str, dir: &Path) -> Child {
     let socket = dir.join("device");
-    let child = started(&["device", "--state-size", "1M", "--socket", socket.to_str().unwrap()]);
+    let child = started_as(signals, &["device", "--state-size", "1M", "--socket", socket.to_str().unwrap()]);
     until("the device", || UnixStream::connect(&socket).ok());
     child
 }
 
 /// A verb that cleans nothing up, while it waits for somebody who says nothing.
-fn asking(dir: &Path) -> (Child, UnixStream) {
+fn asking_as(signals: &str, dir: &Path) -> (Child, UnixStream) {
     let socket = dir.join("silent");
+    let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).unwrap();
-    let child = started(&["cancel", "--control", socket.to_str().unwrap()]);
+    let child = started_as(signals, &["cancel", "--control", socket.to_str().unwrap()]);
     let (connection, _) = listener.accept().unwrap();
     (child, connection)
 }
 
 #[test]
 fn every_signal_that_is_fatal_by_default_is_answered_by_every_verb() {
-    let dir = tempfile::tempdir().unwrap();
-    let (vm, _) = vm(dir.path());
-    let device = device(dir.path());
-    let (asking, _connection) = asking(dir.path());
-    for (mut child, hears) in [(vm, true), (device, true), (asking, false)] {
-        let mask = answered(child.id());
-        for signal in fatal() {
-            let ends = ENDING.iter().any(|(ending, _)| *ending == signal);
-            assert_eq!(answers(mask, signal), hears || !ends, "{signal} of {}", child.id());
+    for signals in INHERITED {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, _) = vm_as(signals, dir.path());
+        let device = device_as(signals, dir.path());
+        let (asking, _connection) = asking_as(signals, dir.path());
+        for (mut child, hears) in [(vm, true), (device, true), (asking, false)] {
+            let mask = answered(child.id());
+            for signal in fatal() {
+                let ends = ENDING.iter().any(|(ending, _)| *ending == signal);
+                // A hangup stays ignored.
+                let ignored = signal == 1 && signals == "--ignore-signal";
+                assert_eq!(
+                    answers(mask, signal),
+                    hears || !ends || ignored,
+                    "{signals}: {signal} of {}",
+                    child.id()
+                );
+            }
+            for task in std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap() {
+                let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+                let blocked = status.lines().find(|line| line.starts_with("SigBlk:")).unwrap();
+                assert_eq!(blocked, "SigBlk:\t0000000000000000", "{signals}");
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
         }
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
+}
+
+/// What the processes of a host ignore, of all that is not without effect: a broken pipe, and a hangup that was ignored before.
+#[test]
+fn nothing_that_was_ignored_stays_so_but_a_hangup() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut device = device_as("--ignore-signal", dir.path());
+    let status = std::fs::read_to_string(format!("/proc/{}/status", device.id())).unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+    let of_the_c_library = OF_THE_C_LIBRARY.iter().fold(0, |mask, signal| mask | 1 << (signal - 1));
+    assert_eq!(ignored & !of_the_c_library, 1 << (1 - 1) | 1 << (13 - 1), "{ignored:#x}");
+    kill(device.id(), 15);
+    assert!(device.wait().unwrap().success());
+}
+
+#[test]
+fn every_signal_of_a_fault_ends_the_process_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for signals in INHERITED {
+        for signal in FAULTS_AND_QUIT {
+            let mut device = device_as(signals, dir.path());
+            kill(device.id(), signal);
+            let status = device.wait().unwrap();
+            assert_eq!(status.signal().map(i32::unsigned_abs), Some(signal), "{signals}: {status}");
+        }
+    }
+    let (mut vm, _) = vm(dir.path());
+    kill(vm.id(), 11);
+    assert_eq!(vm.wait().unwrap().signal(), Some(11));
 }
 
 #[test]
@@ -123,15 +185,18 @@ fn no_stray_signal_ends_a_guest_a_device_or_a_question() {
 #[test]
 fn every_signal_that_asks_for_an_end_gets_a_clean_one() {
     let dir = tempfile::tempdir().unwrap();
-    for (signal, name) in ENDING {
-        let (vm, socket) = vm(dir.path());
+    let blocked = ENDING.map(|ending| ("--block-signal", ending));
+    for (signals, (signal, name)) in
+        ENDING.map(|ending| ("--default-signal", ending)).into_iter().chain(blocked)
+    {
+        let (vm, socket) = vm_as(signals, dir.path());
         kill(vm.id(), signal);
         let output = vm.wait_with_output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{name}: {told}");
         assert!(told.contains(&format!("the VM's process has ended by {name}")), "{told}");
         assert!(!socket.exists(), "{name} left the control socket");
-        let mut device = device(dir.path());
+        let mut device = device_as(signals, dir.path());
         kill(device.id(), signal);
         assert!(device.wait().unwrap().success(), "{name}");
         assert!(!dir.path().join("device").exists(), "{name} left the device's socket");
