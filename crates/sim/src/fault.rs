@@ -26,7 +26,8 @@ pub enum Fault {
     },
     /// `error-arc:FROM:TO`: the arc fails with EIO and leaves the device in ERROR.
     ErrorArc(Which),
-    /// `hang-arc:FROM:TO[:MS]`: the arc does not return for so long; never, without a time.
+    /// `hang-arc:FROM:TO[:TIME]`: the arc does not return for so long; never, without a time. A number without a unit counts
+    /// milliseconds.
     HangArc {
         /// Arc at which the fault strikes.
         which: Which,
@@ -104,7 +105,8 @@ pub const FAULT_FORMS: &[(&str, &str)] = &[
     ("fail-arc:FROM:TO:ERRNO[:TIMES]", "this arc fails; the device stays where it was"),
     ("fail-arc:N:ERRNO", "the N-th arc fails, whatever it is"),
     ("error-arc:FROM:TO, error-arc:N", "the arc fails with EIO and leaves the device in ERROR"),
-    ("hang-arc:FROM:TO[:MS], hang-arc:N[:MS]", "the arc takes so long; for ever, without a time"),
+    ("hang-arc:FROM:TO[:TIME]", "the arc takes so long (as 300ms, 15s); for ever, without a time"),
+    ("hang-arc:N[:TIME]", "the same of the N-th arc"),
     ("short-read:N", "a read of device state gives at most N bytes"),
     ("wrong-size-estimate:PERCENT", "the size estimate is so many percent of the right one"),
     ("die-in-read:BYTES", "the server vanishes once it gave so many bytes of state"),
@@ -135,10 +137,7 @@ impl FromStr for Fault {
                 Self::FailArc { which, errno, times }
             }
             "error-arc" => Self::ErrorArc(words.which()?),
-            "hang-arc" => Self::HangArc {
-                which: words.which()?,
-                time: words.number_if_any()?.map(Duration::from_millis),
-            },
+            "hang-arc" => Self::HangArc { which: words.which()?, time: words.time_if_any()? },
             "short-read" => Self::ShortRead(words.at_least_one()?),
             "wrong-size-estimate" => Self::WrongSizeEstimate(words.number()?),
             "die-in-read" => Self::DieInRead(words.number()?),
@@ -178,7 +177,14 @@ impl fmt::Display for Fault {
             Self::ErrorArc(which) => write!(f, "error-arc:{which}"),
             Self::HangArc { which, time } => {
                 write!(f, "hang-arc:{which}")?;
-                time.map_or(Ok(()), |time| write!(f, ":{}", time.as_millis()))
+                match time {
+                    None => Ok(()),
+                    Some(time) if time.subsec_nanos() == 0 => write!(f, ":{}s", time.as_secs()),
+                    Some(time) if time.subsec_nanos() % 1_000_000 == 0 => {
+                        write!(f, ":{}ms", time.as_millis())
+                    }
+                    Some(time) => write!(f, ":{}us", time.as_micros()),
+                }
             }
             Self::ShortRead(bytes) => write!(f, "short-read:{bytes}"),
             Self::WrongSizeEstimate(percent) => write!(f, "wrong-size-estimate:{percent}"),
@@ -245,6 +251,32 @@ impl<'a> Words<'a> {
         if self.rest.is_empty() { Ok(None) } else { self.number().map(Some) }
     }
 
+    /// A number and its unit; milliseconds without one.
+    fn time_if_any(&mut self) -> Result<Option<Duration>, FaultError> {
+        if self.rest.is_empty() {
+            return Ok(None);
+        }
+        let word = self.next()?;
+        let end = word.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(word.len());
+        let (number, unit) = word.split_at(end);
+        let seconds = match unit {
+            "us" => Some(1e-6),
+            "ms" | "" => Some(1e-3),
+            "s" => Some(1.0),
+            "m" | "min" => Some(60.0),
+            "h" => Some(3600.0),
+            _ => None,
+        };
+        let time = seconds.zip(number.parse::<f64>().ok());
+        let time = time.and_then(|(unit, number)| Duration::try_from_secs_f64(number * unit).ok());
+        // No finer than a fault is printed.
+        let time = time.and_then(|time| u64::try_from(time.as_nanos().div_ceil(1000)).ok());
+        match time {
+            Some(time) => Ok(Some(Duration::from_micros(time))),
+            None => Err(self.error(format!("`{word}` is no time (want a number with us, ms, s, m or h)"))),
+        }
+    }
+
     fn errno(&mut self) -> Result<Errno, FaultError> {
         let word = self.next()?;
         errno_by_name(word).ok_or_else(|| self.error(format!("`{word}` is no errno that is known here")))
@@ -278,8 +310,9 @@ mod tests {
             "fail-arc:3:ENOMEM",
             "error-arc:RESUMING:STOP",
             "hang-arc:STOP:STOP_COPY",
-            "hang-arc:STOP:STOP_COPY:250",
-            "hang-arc:2:7",
+            "hang-arc:STOP:STOP_COPY:250ms",
+            "hang-arc:STOP:STOP_COPY:15s",
+            "hang-arc:2:70us",
             "short-read:1",
             "wrong-size-estimate:1000",
             "die-in-read:65536",
@@ -299,6 +332,13 @@ mod tests {
             let name = text.split(':').next().unwrap();
             assert!(FAULT_FORMS.iter().any(|(form, _)| form.starts_with(name)), "{name} is not in the help");
         }
+        for (time, milliseconds) in
+            [("7", 7), ("7ms", 7), ("1.5s", 1500), ("2m", 120_000), ("1h", 3_600_000), ("0", 0)]
+        {
+            let fault =
+                Fault::HangArc { which: Which::Nth(1), time: Some(Duration::from_millis(milliseconds)) };
+            assert_eq!(format!("hang-arc:1:{time}").parse(), Ok(fault), "{time}");
+        }
         assert_eq!("ignore-dirty-log".parse(), Ok(Fault::IgnoreDirtyLog(2)));
     }
 
@@ -311,6 +351,13 @@ mod tests {
             "fail-arc:PRE_COPY:EIO",
             "fail-arc:PRE_COPY:STOP_COPY:EWHAT",
             "fail-arc:1:EIO:2",
+            "hang-arc:1:",
+            "hang-arc:1:s",
+            "hang-arc:1:1.5.2s",
+            "hang-arc:1:7d",
+            "hang-arc:1:-1s",
+            "hang-arc:1:1e9s",
+            "hang-arc:1:99999999999999999999h",
             "short-read:0",
             "short-read:-1",
             "corrupt-tail:1",
