@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{self, sockopt};
+use vfio_migration_types::error_chain;
 
 use super::connection::{Client, Negotiated};
 use super::dma;
@@ -43,12 +44,15 @@ impl Client {
         };
         match asked {
             // The server did not survive the question, or lost step over it. Start over, with what it knows for sure.
-            Err(ClientError::ConnectionLost { .. } | ClientError::Protocol { .. }) if !client.is_alive() => {
+            Err(lost @ (ClientError::ConnectionLost { .. } | ClientError::Protocol { .. }))
+                if !client.is_alive() =>
+            {
                 drop(client);
                 // One that lost step may have to end before it listens again.
                 let connect_timeout = options.connect_timeout.max(LISTENS_AGAIN);
                 let options = ClientOptions { connect_timeout, ..options };
-                from_parts(open(path, &options)?, &options, true)
+                let again = open(path, &options).and_then(|stream| from_parts(stream, &options, true));
+                again.map_err(|error| took_one_only(lost, &error))
             }
             // A silly answer is for whoever asks in earnest.
             Err(_) if options.on_connect == OnConnect::Leave && client.is_alive() => Ok(client),
@@ -64,6 +68,19 @@ impl Client {
         }
         Ok(client)
     }
+}
+
+/// The error for a server that is lost over the first question and cannot be reached again: neither alone says what it is.
+fn took_one_only(lost: ClientError, again: &ClientError) -> ClientError {
+    let why = match lost {
+        ClientError::ConnectionLost { why } => why,
+        other => error_chain(&other),
+    };
+    let again = error_chain(again);
+    let why = format!(
+        "it answered, left or lost step at a command that it may not know ({why}), and takes no second connection ({again})"
+    );
+    ClientError::ConnectionLost { why }
 }
 
 /// Connects; fails with [`ErrorKind::TimedOut`] when the server's queue has no place for `patience`.

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use crate::by_hand::{message, read_message, words};
+use crate::by_hand::{answer_version, message, read_message, words};
 use crate::rig::{Served, memfd, quick};
 use vfio_user_peer::codec::{Command, Kind, VersionCapabilities, VersionPayload};
 use vfio_user_peer::{
@@ -122,5 +122,27 @@ fn datamatch_is_read_where_the_entry_has_it() {
             "{stride}"
         );
         thread.join().unwrap();
+    }
+}
+
+/// Neither the loss alone nor the refusal of the second connection would say what such a server is.
+#[test]
+fn a_server_that_loses_step_and_accepts_once_is_told_as_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("once.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let serving = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        drop(listener);
+        answer_version(&mut stream);
+        let (header, _) = read_message(&mut stream).unwrap();
+        stream.write_all(&message(header, Kind::Error(0), &[])).unwrap();
+    });
+    let error = Client::connect(&path, quick()).unwrap_err().to_string();
+    serving.join().unwrap();
+    for says in
+        ["it answered", "DEVICE_FEATURE", "lost step", "no second connection", "refused (os error 111)"]
+    {
+        assert_eq!(error.matches(says).count(), 1, "{says}: {error}");
     }
 }
