@@ -53,6 +53,9 @@ pub struct Progress {
     /// It was cancelled, and is being undone.
     #[serde(default)]
     pub cancelling: bool,
+    /// At the destination: the epoch under which the guest is this side's, once its journal says so.
+    #[serde(default)]
+    pub owned: Option<Epoch>,
     /// Answers that have been waited for longer than a device takes as a rule, the longest first.
     #[serde(default)]
     pub awaited: Vec<AwaitedAnswer>,
@@ -120,6 +123,7 @@ impl Default for Progress {
             phases: Vec::new(),
             attempt: None,
             cancelling: false,
+            owned: None,
             awaited: Vec::new(),
         }
     }

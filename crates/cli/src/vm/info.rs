@@ -29,14 +29,25 @@ use crate::units::milliseconds;
 pub(super) fn report(vm: &RunningVm) -> StatusReport {
     let pending = rollback::awaited(&vm.state.pending_rollback());
     vm.state.read(|slot, steering, last| StatusReport {
-        vm: StatusInfo { pending_rollback: pending, ..status(&vm.config, slot) },
+        vm: StatusInfo { pending_rollback: pending, ..status(&vm.config, slot, steering) },
         migration: steering.and_then(of_steering),
         last: last.cloned(),
     })
 }
 
-fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
+fn status(config: &MachineConfig, slot: &Slot, steering: Option<&Steering>) -> StatusInfo {
+    // A guest that has come, and whose start is under way, is not awaited any more.
+    let owned = match (slot, steering) {
+        (Slot::Awaited { .. }, Some(Steering::Incoming(control))) => {
+            control.progress().and_then(|progress| progress.owned)
+        }
+        _ => None,
+    };
     let status = match slot {
+        Slot::Awaited { machine: Some(machine), .. } if owned.is_some() && machine.is_running() => {
+            VmStatus::Running
+        }
+        Slot::Awaited { .. } if owned.is_some() => VmStatus::Paused,
         Slot::Here { machine, .. } if machine.failure().is_some() => VmStatus::Failed,
         Slot::Here { machine, .. } if machine.is_running() => VmStatus::Running,
         Slot::Here { .. } | Slot::OwnedNotStarted { .. } | Slot::Leaving(_) => VmStatus::Paused,
@@ -53,7 +64,7 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
         _ => None,
     };
     let awaited = match slot {
-        Slot::Awaited { at, not_ready, .. } => Some((at, not_ready)),
+        Slot::Awaited { at, not_ready, .. } if owned.is_none() => Some((at, not_ready)),
         _ => None,
     };
     StatusInfo {
@@ -89,7 +100,7 @@ fn status(config: &MachineConfig, slot: &Slot) -> StatusInfo {
             .map(ToString::to_string)
             .collect(),
         pending_rollback: None,
-        epoch: slot.epoch().0,
+        epoch: owned.unwrap_or_else(|| slot.epoch()).0,
     }
 }
 

@@ -16,7 +16,7 @@ mod state;
 
 use std::collections::VecDeque;
 
-use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_types::{Epoch, Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
 pub use self::state::DestinationEngine;
@@ -83,6 +83,11 @@ impl DestinationEngine {
     /// The phase under way.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// The epoch under which the guest is this side's, by its journal; `None` while it is not.
+    pub fn owned(&self) -> Option<Epoch> {
+        matches!(self.state, State::Starting | State::Owner).then(|| self.next_epoch()).flatten()
     }
 
     /// Why the attempt is being given up, if it is.

@@ -414,6 +414,7 @@ impl Session<'_> {
             devices,
             phases: self.phases.clone(),
             attempt: self.attempt_info(),
+            owned: self.engine.owned(),
             cancelling,
             awaited: self.shared.answers.to_tell(cancelling),
             ..Progress::default()

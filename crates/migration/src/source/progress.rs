@@ -108,6 +108,7 @@ impl ProgressReporter {
             phases: self.phases(entered, elapsed),
             attempt: Some(self.attempt.clone()),
             cancelling: waits.cancelling,
+            owned: None,
             awaited: waits.awaited(),
         })
     }

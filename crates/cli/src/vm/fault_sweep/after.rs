@@ -4,9 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vfio_migration::VmOwnership;
+use vfio_migration_types::Epoch;
 
 use super::sides::{PATIENCE, Side, Told, migrate_between, pair, wait_for};
-use crate::control::protocol::{ControlVerb, MigrationStatus, VmStatus};
+use crate::control::protocol::{ControlVerb, MigrationInfo, MigrationStatus, VmStatus};
 use crate::follow::text;
 use crate::history::{History, SessionKind};
 
@@ -137,7 +139,7 @@ fn a_guest_whose_device_does_not_answer_a_cancel_is_not_said_to_be_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let fault = "hang-arc:RUNNING:PRE_COPY:4000";
     let told = migrate(dir.path(), &[fault], NONE, &json!({}), |source, _| {
-        let waits = |info: &crate::control::protocol::MigrationInfo| info.phase.as_deref() == Some("P2");
+        let waits = |info: &MigrationInfo| info.phase.as_deref() == Some("P2");
         wait_for("the device to be asked", || source.report().migration.as_ref().is_some_and(waits));
         source.client().call(ControlVerb::MigrateCancel, Value::Null).unwrap();
     });
@@ -145,4 +147,33 @@ fn a_guest_whose_device_does_not_answer_a_cancel_is_not_said_to_be_as_it_was() {
     let info = &told.printed.migration;
     assert_eq!(info.status, MigrationStatus::Cancelled, "{info:?}");
     assert!(info.error.as_ref().unwrap().contains("; the guest is here"), "{info:?}");
+}
+
+/// From the commit on the receiver says what its journal says, and takes no cancel.
+#[test]
+fn a_receiver_that_owns_the_guest_takes_no_cancel_and_says_whose_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let fault = "hang-arc:RUNNING_P2P:RUNNING:900";
+    let told = migrate(dir.path(), NONE, &[fault], &json!({}), |_, destination| {
+        let mut seen = None;
+        wait_for("the start", || {
+            let report = destination.report();
+            let starts = |info: &MigrationInfo| info.phase.as_deref() == Some("P8");
+            seen = Some(report.vm).filter(|_| report.migration.as_ref().is_some_and(starts));
+            seen.is_some() || report.last.is_some()
+        });
+        let vm = seen.expect("the start takes long");
+        assert_ne!(vm.status, VmStatus::Inmigrate, "{vm:?}");
+        assert_eq!((vm.epoch, &vm.incoming), (1, &None), "{vm:?}");
+        assert_eq!(destination.owner(), VmOwnership::Ours(Epoch(1)));
+        let cancelled = destination.client().call(ControlVerb::MigrateCancel, Value::Null);
+        let refused = cancelled.unwrap_err().to_string();
+        // It may have come to its end meanwhile.
+        assert!(
+            refused.contains("can no longer be cancelled") || refused.contains("no migration"),
+            "{refused}"
+        );
+    });
+    told.check(fault);
+    assert_eq!(told.printed.migration.status, MigrationStatus::Completed);
 }

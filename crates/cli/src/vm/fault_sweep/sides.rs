@@ -75,7 +75,7 @@ pub(super) struct Side {
 }
 
 impl Side {
-    fn start(dir: &Path, name: &str, faults: &[&str], timeout: &str, more: &[&str]) -> Self {
+    pub(super) fn start(dir: &Path, name: &str, faults: &[&str], timeout: &str, more: &[&str]) -> Self {
         Self::try_start(dir, name, faults, timeout, more).unwrap()
     }
 
