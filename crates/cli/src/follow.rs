@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::control::awaited::sentence;
 use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::{
-    ArrivedGuest, ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport,
+    ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport,
 };
 use crate::exit::CliError;
 use crate::interrupt::UserInterrupt;
@@ -167,11 +167,7 @@ fn migration_text(name: &str, migration: &MigrationInfo) -> String {
     let mut text = format!(
         "{name}: {}{}{}, {} ms, iteration {}, {} RAM, {} device state live, {} stopped",
         migration.direction.as_ref().map_or(String::new(), |direction| format!("{direction}, ")),
-        // One that is paused there completed as well as one that runs.
-        match migration.guest {
-            Some(ArrivedGuest::Paused) => format!("{}, paused as it was sent", migration.status),
-            _ => migration.status.to_string(),
-        },
+        migration.status_text(),
         phase.map_or(String::new(), |phase| format!(" in {phase}")),
         migration.total_ms,
         migration.iterations,

@@ -165,7 +165,7 @@ pub(crate) fn ending(migration: &MigrationInfo) -> String {
         MigrationStatus::Failed | MigrationStatus::Rehearsed if migration.incompatible => {
             "refused".to_owned()
         }
-        status => status.to_string(),
+        _ => migration.status_text(),
     };
     let mut text = format!("{status} after {} ms", migration.total_ms);
     let early = matches!(

@@ -10,7 +10,9 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, Phase, VmId};
+use vfio_migration_types::{
+    AttemptId, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, PauseCause, Phase, VmId,
+};
 use vfio_migration_wire::{
     Accept, Applied, FinalEnd, Message, Offer, RamDigests, Ready, Reason, Running, VersionRange,
 };
@@ -308,6 +310,8 @@ pub struct SourceSummary {
     pub running_at: Time,
     /// RUNNING, which says what became of the guest at the destination.
     pub running: Running,
+    /// Why the guest is paused there, if it is.
+    pub paused: Option<PauseCause>,
     /// READY, whose counts and digests agree with those of the source.
     pub ready: Ready,
     /// Time spent on digests while the guest was paused.
@@ -502,8 +506,10 @@ pub enum DestinationOutcome {
         epoch: Epoch,
         /// READY, as it was sent.
         ready: Ready,
-        /// What became of it: it runs, or is paused as it was sent.
+        /// What became of it: it runs, or is paused as it was to be.
         guest: GuestOutcome,
+        /// Why it is paused, if it is.
+        paused: Option<PauseCause>,
     },
     /// The guest is ours, but it could not be started: it stays paused, and nobody else may run it.
     OwnedNotStarted {

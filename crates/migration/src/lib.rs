@@ -189,4 +189,4 @@ pub use tls::files::{CA_FILE, TlsRole, trusted_authorities};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
 pub use tls::security::{ConnectionSecurity, SecurityKind};
 pub use uri::{Uri, UriError};
-pub use vfio_migration_types::{Failure, GuestOutcome, Side};
+pub use vfio_migration_types::{Failure, GuestOutcome, PauseCause, Side};

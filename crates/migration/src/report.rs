@@ -5,7 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::Report;
-use vfio_migration_types::{AttemptId, DeviceId, Epoch, Failure, GuestOutcome, Phase, VmId, rfc3339};
+use vfio_migration_types::{
+    AttemptId, DeviceId, Epoch, Failure, GuestOutcome, PauseCause, Phase, VmId, rfc3339,
+};
 
 use crate::session::awaited::AwaitedAnswer;
 use crate::tls::security::ConnectionSecurity;
@@ -187,6 +189,9 @@ pub struct Completed {
     pub total: Duration,
     /// What became of the guest there.
     pub guest: GuestOutcome,
+    /// Why it is paused there, if it is.
+    #[serde(default)]
+    pub paused: Option<PauseCause>,
     /// vCPUs paused here to vCPUs running there, less `verify`; `None` while they do not run.
     #[serde(rename = "downtime_ms", with = "crate::millis::option")]
     pub downtime: Option<Duration>,
@@ -230,9 +235,12 @@ pub struct ArrivalReport {
     pub attempt: AttemptId,
     /// The epoch under which it is ours.
     pub epoch: Epoch,
-    /// Whether its vCPUs run, or it is paused as it was sent. A guest that could not be started is
+    /// Whether its vCPUs run, or it is paused as it was to be. A guest that could not be started is
     /// [`IncomingError::OwnedNotStarted`](crate::IncomingError::OwnedNotStarted).
     pub guest: GuestOutcome,
+    /// Why it is paused, if it is.
+    #[serde(default)]
+    pub paused: Option<PauseCause>,
     /// From the connection to the end of the session.
     #[serde(rename = "total_ms", with = "crate::millis")]
     pub total: Duration,

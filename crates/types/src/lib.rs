@@ -23,7 +23,7 @@ pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
 pub use failure::{Failure, Side, error_chain, error_chain_of};
 pub use identity::{AttemptId, AttemptIdError, DEVICES_MAX, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
 pub use millis::as_millis_f64;
-pub use outcome::GuestOutcome;
+pub use outcome::{GuestOutcome, PauseCause};
 pub use phase::Phase;
 pub use state::{MigrationFlags, MigrationState, UnknownState};
 pub use text::{is_control, printable, printable_lines, quote};

@@ -209,6 +209,8 @@ pub struct Applied {
 pub struct Final {
     /// Whether it ran when the migration paused it: a guest that its operator had paused arrives paused.
     pub guest_ran: bool,
+    /// Whether it is to arrive paused although it ran.
+    pub suspend: bool,
     /// Digest of the identity that the source's manifest has now. The destination has judged one of the same digest.
     pub identity: [u8; 32],
 }

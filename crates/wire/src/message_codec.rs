@@ -80,7 +80,8 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
         }
         Message::Final(last) => {
             out.put_u8(last.guest_ran.into());
-            out.put_reserved::<3>();
+            out.put_u8(last.suspend.into());
+            out.put_reserved::<2>();
             out.put(&last.identity);
             Kind::Final
         }
@@ -201,8 +202,9 @@ pub(crate) fn decode(kind: Kind, payload: &[u8], from_side: Side) -> Result<Mess
         }
         Kind::Final => {
             let guest_ran = cursor.bool("guest_ran")?;
-            cursor.reserved::<3>()?;
-            Message::Final(Final { guest_ran, identity: cursor.array("identity")? })
+            let suspend = cursor.bool("suspend")?;
+            cursor.reserved::<2>()?;
+            Message::Final(Final { guest_ran, suspend, identity: cursor.array("identity")? })
         }
         Kind::LocksFree => Message::LocksFree,
         Kind::FinalEnd => Message::FinalEnd(decode_final_end(&mut cursor)?),

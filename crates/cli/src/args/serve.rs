@@ -186,7 +186,8 @@ pub(crate) struct VmCommand {
     /// RAM that the guest dirties each second; 0 for none.
     #[arg(long, default_value = "50M", value_parser = units::size, value_name = "SIZE")]
     pub(crate) dirty_rate: u64,
-    /// Start the guest paused, also one that is restored or arrives: `cont` lets it run.
+    /// Start the guest paused, also one that is restored or that --incoming waits for: `cont` lets it run. Not one that `incoming`
+    /// waits for later.
     #[arg(long)]
     pub(crate) paused: bool,
     /// Use the software guest even where KVM answers.

@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vfio_migration::PauseCause;
 use vfio_migration_compat::Reason;
 
 use super::awaited::AwaitedInfo;
@@ -229,7 +230,7 @@ pub(crate) enum MigrationStatus {
     PreSwitchover,
     /// Cancelled, and being undone: `waits-for` says what is waited for.
     Cancelling,
-    /// The guest has moved, and is at the destination what it was to be: running, or paused as it was sent.
+    /// The guest has moved, and is at the destination what it was to be: running, or paused (`paused-by`).
     Completed,
     /// The guest is the destination's, which could not start it and holds it paused: `failure` says why.
     NotStarted,
@@ -284,12 +285,37 @@ impl MigrationStatus {
 pub(crate) enum ArrivedGuest {
     /// Its vCPUs run.
     Running,
-    /// It is paused, as it was sent or was to arrive.
+    /// It is paused, as it was to be: `paused-by` says why.
     Paused,
     /// It could not be started, and is held paused.
     NotStarted,
     /// Whether it runs is not known.
     Unknown,
+}
+
+/// Why a guest that is the destination's, or a file's, is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum PausedBy {
+    /// It was paused before it was sent.
+    Operator,
+    /// Its source asked for that (`migrate --suspend`).
+    Source,
+    /// Its receiver was started so (`vm --paused`).
+    Destination,
+    /// It was saved (`save --stop`): it is in the file.
+    File,
+}
+
+impl From<PauseCause> for PausedBy {
+    fn from(cause: PauseCause) -> Self {
+        match cause {
+            PauseCause::BeforeItWasSent => Self::Operator,
+            PauseCause::SourceAsked => Self::Source,
+            PauseCause::DestinationAsked => Self::Destination,
+            PauseCause::IntoFile => Self::File,
+        }
+    }
 }
 
 /// How a migration stands: the same document on both sides.
@@ -319,6 +345,9 @@ pub(crate) struct MigrationInfo {
     /// What became of the guest at the destination, once it is the destination's.
     #[serde(default)]
     pub(crate) guest: Option<ArrivedGuest>,
+    /// Why it is paused, if it is.
+    #[serde(default)]
+    pub(crate) paused_by: Option<PausedBy>,
     /// Milliseconds that the guest was paused, once it runs again: at the destination, or here after a migration that was undone.
     pub(crate) downtime_ms: Option<u64>,
     /// Whether `downtime-ms` was read from one clock, both sides being on one host; else the answer's way back is in it.
@@ -380,6 +409,22 @@ pub(crate) struct MigrationInfo {
 }
 
 impl MigrationInfo {
+    /// Its status in words, with what is so of a guest that does not run although all went well.
+    pub(crate) fn status_text(&self) -> String {
+        let guest = match (self.guest, self.paused_by) {
+            (Some(ArrivedGuest::Paused), Some(PausedBy::Operator)) => ", paused as it was before",
+            (Some(ArrivedGuest::Paused), Some(PausedBy::Source)) => ", paused as its source asked",
+            (Some(ArrivedGuest::Paused), Some(PausedBy::Destination)) => {
+                ", paused as its receiver was started"
+            }
+            (Some(ArrivedGuest::Paused), Some(PausedBy::File)) => ", in the file",
+            (Some(ArrivedGuest::Paused), None) => ", paused",
+            // The status says it.
+            (Some(ArrivedGuest::Running | ArrivedGuest::NotStarted | ArrivedGuest::Unknown) | None, _) => "",
+        };
+        format!("{}{guest}", self.status)
+    }
+
     /// The exit code of a verb that asked for it.
     pub(crate) fn exit(&self) -> Exit {
         match self.status {
@@ -411,6 +456,7 @@ impl MigrationInfo {
             transport: None,
             security: None,
             guest: None,
+            paused_by: None,
             downtime_ms: None,
             one_clock: false,
             verify_ms: 0,

@@ -33,7 +33,7 @@ pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
     let before = reserve(vm)?;
     let begun = build(vm)
         .map_err(|failure| Refused::generic(failure.text))
-        .and_then(|machine| listen(vm, &address, machine));
+        .and_then(|machine| listen(vm, &address, machine, false));
     if begun.is_err() {
         // Only what we reserved ourselves is given back.
         drop(vm.state.put_if(|slot| matches!(slot, Slot::Preparing), before));
@@ -58,18 +58,19 @@ pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
     })
 }
 
-/// Waits at `address` for a guest that goes into `machine`; returns once the address is bound. The place must have been
+/// Waits at `address` for a guest that goes into `machine`, where it is to arrive `paused` or to run; returns once the address is bound. The place must have been
 /// [reserved](reserve).
 pub(super) fn listen(
     vm: &Arc<RunningVm>,
     address: &Address,
     machine: Arc<ReferenceMachine>,
+    paused: bool,
 ) -> Result<(), Refused> {
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
     options.expect = vm.options.uuid;
-    options.suspend = vm.options.paused;
+    options.suspend = paused;
     options.policy = vm.policy.clone();
     options.security = vm.options.tls.security();
     let claim = vm.passed.claim(address)?;

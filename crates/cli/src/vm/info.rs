@@ -18,7 +18,7 @@ use crate::control::awaited::AwaitedInfo;
 use crate::control::failure::FailureInfo;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
-    ArrivedGuest, DeviceInfo, MigrationInfo, MigrationStatus, PhaseInfo, StatusInfo, StatusReport,
+    ArrivedGuest, DeviceInfo, MigrationInfo, MigrationStatus, PausedBy, PhaseInfo, StatusInfo, StatusReport,
     TransferInfo, VmStatus,
 };
 use crate::control::rehearsal::RehearsalInfo;
@@ -199,6 +199,7 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
         transport,
         total,
         guest,
+        paused,
         downtime,
         one_clock,
         predicted,
@@ -231,6 +232,7 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
         attempt: Some(attempt.to_string()),
         transport: Some(transport.clone()),
         guest: Some(arrived),
+        paused_by: paused.map(PausedBy::from),
         downtime_ms: downtime.map(milliseconds),
         one_clock: *one_clock,
         verify_ms: milliseconds(*verify),
@@ -306,6 +308,7 @@ pub(super) fn arrived(vm: &RunningVm, report: &ArrivalReport) -> MigrationInfo {
         epoch: _,
         attempt,
         guest,
+        paused,
         total,
         // Counts and times of loading, for who embeds the library.
         ram_pages: _,
@@ -320,6 +323,7 @@ pub(super) fn arrived(vm: &RunningVm, report: &ArrivalReport) -> MigrationInfo {
     MigrationInfo {
         attempt: Some(attempt.to_string()),
         guest: Some(arrived),
+        paused_by: paused.map(PausedBy::from),
         verify_ms: milliseconds(*verify),
         total_ms: milliseconds(*total),
         transferred: transferred(*bytes),

@@ -138,7 +138,7 @@ impl Prepared {
             (Some(uri), _) => {
                 let machine = build(&vm)?;
                 incoming::reserve(&vm)
-                    .and_then(|_| incoming::listen(&vm, &Address::Uri(uri), machine))
+                    .and_then(|_| incoming::listen(&vm, &Address::Uri(uri), machine, vm.options.paused))
                     .map_err(|refused| CliError::failed(refused.desc))?;
             }
             (None, None) => {

@@ -1,6 +1,6 @@
 //! P5: the last pages, machine state and device data come, and the storage locks are taken.
 
-use vfio_migration_types::{Phase, Side};
+use vfio_migration_types::{PauseCause, Phase, Side};
 use vfio_migration_wire::{Final, FinalEnd};
 
 use super::state::{DestinationEngine, LockHandover, State};
@@ -14,7 +14,7 @@ impl DestinationEngine {
             let remedy = "migrate again, so that what it is now is compared";
             return self.abort(failure(Side::Destination, Phase::Quiesce, text, remedy), now);
         }
-        self.final_pass.guest_ran = message.guest_ran && !self.config.suspend;
+        self.final_pass.paused = PauseCause::of(message.guest_ran, message.suspend, self.config.suspend);
         self.phase = Phase::Final;
         self.state = State::FinalPass;
     }

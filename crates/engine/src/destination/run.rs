@@ -12,7 +12,8 @@ impl DestinationEngine {
         self.journal = Some(DestinationState::Owner);
         self.phase = Phase::Run;
         let Some(epoch) = self.next_epoch() else { return };
-        self.act(State::Starting, DestinationAction::Start { epoch, run_guest: self.final_pass.guest_ran });
+        let run_guest = self.final_pass.paused.is_none();
+        self.act(State::Starting, DestinationAction::Start { epoch, run_guest });
     }
 
     pub(super) fn on_started(&mut self, running: Running) {
@@ -20,7 +21,8 @@ impl DestinationEngine {
         self.send_running(running.clone());
         let (Some(epoch), Some(ready)) = (self.next_epoch(), self.final_pass.ready.clone()) else { return };
         self.state = State::Owner;
-        self.finish(DestinationOutcome::Owner { epoch, ready, guest: running.guest });
+        let paused = self.final_pass.paused;
+        self.finish(DestinationOutcome::Owner { epoch, ready, guest: running.guest, paused });
     }
 
     /// The guest is ours and stays paused. The source is sent whose it is, and why it does not run; it must not take back

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use vfio_migration_types::{Epoch, Failure, Phase, Side};
+use vfio_migration_types::{Epoch, Failure, PauseCause, Phase, Side};
 use vfio_migration_wire::{Accept, FEATURE_REHEARSE, FinalEnd, HelloReply, Message, Ready, Reason, Running};
 
 use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationOutcome, Time};
@@ -84,7 +84,8 @@ pub(super) struct IterationCounts {
 /// P5 and P6: the storage locks, what the source sent and what was loaded of it.
 #[derive(Debug, Default)]
 pub(super) struct FinalPass {
-    pub(super) guest_ran: bool,
+    /// Why the guest is to be paused here; `None`: it is to run.
+    pub(super) paused: Option<PauseCause>,
     pub(super) locks: LockHandover,
     pub(super) totals: Option<FinalEnd>,
     pub(super) ready: Option<Ready>,

@@ -1,6 +1,6 @@
 //! P8 and P9: RUNNING came, so the guest is the destination's; RELEASED is journaled, and what is left here released.
 
-use vfio_migration_types::Phase;
+use vfio_migration_types::{GuestOutcome, PauseCause, Phase};
 use vfio_migration_wire::Running;
 
 use super::state::{SourceEngine, State};
@@ -28,7 +28,12 @@ impl SourceEngine {
         let (Some(ready), Some(running)) = (self.commit.ready.take(), self.commit.running.take()) else {
             return;
         };
+        // One that runs is not paused; one that was not asked to be paused by this side was by the other.
+        let paused = (running.guest == GuestOutcome::Paused)
+            .then(|| PauseCause::of(self.pause.guest_ran, self.config.suspend, true))
+            .flatten();
         let summary = SourceSummary {
+            paused,
             iterations: self.rounds.iteration,
             paused_at: self.pause.paused_at.unwrap_or_default(),
             ready_at: self.commit.ready_at.unwrap_or_default(),

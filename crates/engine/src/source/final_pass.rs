@@ -10,9 +10,8 @@ impl SourceEngine {
     pub(super) fn begin_final_pass(&mut self, now: Time) {
         self.enter(Phase::Final, now);
         let Pause { guest_ran, identity, .. } = self.pause;
-        // What the destination is to do. On the way back the guest runs if it ran, whatever was asked for there.
-        let guest_ran = guest_ran && !self.config.suspend;
-        self.send(Message::Final(Final { guest_ran, identity }));
+        // On the way back the guest runs if it ran, whatever was asked for there.
+        self.send(Message::Final(Final { guest_ran, suspend: self.config.suspend, identity }));
         self.act(State::SendingFinal, SourceAction::SendFinal { verify: self.verify() });
     }
 

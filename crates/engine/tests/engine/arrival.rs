@@ -1,7 +1,7 @@
 //! A guest that is to arrive paused.
 
-use vfio_migration_engine::SourceOutcome;
-use vfio_migration_types::GuestOutcome;
+use vfio_migration_engine::{DestinationOutcome, SourceOutcome};
+use vfio_migration_types::{GuestOutcome, PauseCause};
 
 use crate::world::script::Script;
 use crate::world::{Guest, World};
@@ -13,7 +13,11 @@ fn a_guest_arrives_paused_where_either_side_asks_for_it() {
         let Some(SourceOutcome::Completed(summary)) = &end.source else { panic!("{end:?}") };
         assert_eq!(summary.running.guest, GuestOutcome::Paused);
         assert_eq!(world.other.guest, Guest::Paused);
-        let sent = format!("Final(Final {{ guest_ran: {}", !suspend);
+        let cause = if suspend { PauseCause::SourceAsked } else { PauseCause::DestinationAsked };
+        assert_eq!(summary.paused, Some(cause));
+        let Some(DestinationOutcome::Owner { paused, .. }) = &end.destination else { panic!("{end:?}") };
+        assert_eq!(*paused, Some(cause), "both sides say the same");
+        let sent = format!("Final(Final {{ guest_ran: true, suspend: {suspend}");
         assert!(world.link.to_destination.iter().any(|message| message.starts_with(&sent)));
     }
 }

@@ -7,7 +7,7 @@ use vfio_migration_engine::{
     Abort, DestinationEvent, DestinationOutcome, SourceAction, SourceEngine, SourceEvent, SourceOutcome,
     SourceSummary,
 };
-use vfio_migration_types::{GuestOutcome, MigrationFlags, Phase, VmId};
+use vfio_migration_types::{GuestOutcome, MigrationFlags, PauseCause, Phase, VmId};
 use vfio_migration_wire::{Reason, VersionRange};
 
 use crate::world::script::{Corrupt, Device, Direction, Fault, MS, SECOND, Script, What};
@@ -129,6 +129,7 @@ fn a_paused_guest_arrives_paused() {
     let (world, end) = World::play(Script { guest_runs: false, ..Script::default() });
     let summary = completed(&world, &end);
     assert_eq!(summary.running.guest, GuestOutcome::Paused);
+    assert_eq!(summary.paused, Some(PauseCause::BeforeItWasSent));
     assert_eq!(world.other.guest, Guest::Paused);
     assert!(world.link.to_destination.iter().any(|sent| sent.starts_with("Final(Final { guest_ran: false")));
 }

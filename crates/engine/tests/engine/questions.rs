@@ -57,7 +57,7 @@ fn ready() -> DestinationEngine {
         DestinationEvent::Journaled(DestinationState::Loading),
         DestinationEvent::ResumingBegun,
         DestinationEvent::Peer(Message::EndIteration { iteration: 1 }),
-        DestinationEvent::Peer(Message::Final(Final { guest_ran: true, identity: [0; 32] })),
+        DestinationEvent::Peer(Message::Final(Final { guest_ran: true, suspend: false, identity: [0; 32] })),
         DestinationEvent::Peer(Message::LocksFree),
         DestinationEvent::LocksTaken,
         DestinationEvent::Peer(Message::FinalEnd(totals)),

@@ -87,7 +87,11 @@ fn message() -> impl Strategy<Value = Message> {
         (small, any::<u64>(), any::<u64>()).prop_map(|(iteration, device_bytes, device_ns)| {
             Message::Applied(Applied { iteration, device_bytes, device_ns })
         }),
-        any::<bool>().prop_map(|guest_ran| Message::Final(Final { guest_ran, identity: [0; 32] })),
+        any::<(bool, bool)>().prop_map(|(guest_ran, suspend)| Message::Final(Final {
+            guest_ran,
+            suspend,
+            identity: [0; 32]
+        })),
         Just(Message::LocksFree),
         Just(Message::FinalEnd(totals())),
         Just(Message::DigestRam { first: 0, count: 1 }),
@@ -479,7 +483,11 @@ fn helpful_destination(action: &DestinationAction) -> Vec<DestinationEvent> {
         DestinationAction::Send(Message::Accept(_)) => peer(Message::Begin { lease: [5; 16] }),
         DestinationAction::Send(Message::Begun) => vec![
             DestinationEvent::Peer(Message::EndIteration { iteration: 1 }),
-            DestinationEvent::Peer(Message::Final(Final { guest_ran: true, identity: [0; 32] })),
+            DestinationEvent::Peer(Message::Final(Final {
+                guest_ran: true,
+                suspend: false,
+                identity: [0; 32],
+            })),
             DestinationEvent::Peer(Message::LocksFree),
             DestinationEvent::Peer(Message::FinalEnd(totals())),
         ],

@@ -200,7 +200,7 @@ fn commit_in_a_rehearsal_is_an_error() {
         DestinationEvent::Reserved { manifest: vec![], reasons: vec![], identity: [0; 32] },
         DestinationEvent::Peer(Message::Begin { lease: [5; 16] }),
         DestinationEvent::ResumingBegun,
-        DestinationEvent::Peer(Message::Final(Final { guest_ran: true, identity: [0; 32] })),
+        DestinationEvent::Peer(Message::Final(Final { guest_ran: true, suspend: false, identity: [0; 32] })),
         DestinationEvent::Peer(Message::FinalEnd(totals)),
         DestinationEvent::Loaded(ready.clone()),
     ] {

@@ -54,7 +54,7 @@ pub(super) fn into_result(
     let rehearsal = shared.rehearsal.load(Ordering::Acquire);
     let rehearsed = |here: RehearsedHere| Err(IncomingError::Rehearsed(Box::new(here)));
     match outcome {
-        DestinationOutcome::Owner { epoch, ready, guest } => {
+        DestinationOutcome::Owner { epoch, ready, guest, paused } => {
             let (Some(machine), Some(attempt)) = (machine, attempt) else {
                 return Err(IncomingError::Aborted(lost()));
             };
@@ -64,6 +64,7 @@ pub(super) fn into_result(
                 attempt: attempt.attempt,
                 epoch,
                 guest,
+                paused,
                 total: took,
                 ram_pages: ready.ram_pages,
                 sections: ready.sections,

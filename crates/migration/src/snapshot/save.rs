@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_types::{Phase, error_chain};
+use vfio_migration_types::{PauseCause, Phase, error_chain};
 
 use super::estimate::{Estimate, StateLimits};
 use super::file::{Writer, failed};
@@ -132,7 +132,8 @@ pub fn save(
         },
     };
     match (recorded, ended) {
-        (Ok(Recorded { bytes, digest, devices, committed: true }), Ok(completed)) => {
+        (Ok(Recorded { bytes, digest, devices, committed: true }), Ok(mut completed)) => {
+            completed.paused = Some(PauseCause::IntoFile);
             Ok(Saved { bytes, digest, devices: states(&devices), completed: Some(completed) })
         }
         (Ok(Recorded { bytes, digest, devices, committed: false }), Err(MigrateError::Aborted(aborted))) => {

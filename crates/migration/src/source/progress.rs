@@ -174,6 +174,7 @@ pub(crate) fn into_result(
                 .into(),
                 total,
                 guest: summary.running.guest,
+                paused: summary.paused,
                 downtime,
                 one_clock,
                 predicted: summary.predicted,

@@ -10,7 +10,7 @@ use vfio_migration::{
     SourceOptions, inject,
 };
 use vfio_migration_compat::{Reason, SessionCode};
-use vfio_migration_types::{Epoch, GuestOutcome, MigrationFlags, PAGE_SIZE, Phase, RamOffset};
+use vfio_migration_types::{Epoch, GuestOutcome, MigrationFlags, PAGE_SIZE, PauseCause, Phase, RamOffset};
 
 fn verified() -> SourceOptions {
     let mut options = SourceOptions::default();
@@ -308,6 +308,8 @@ fn a_guest_arrives_paused_where_either_side_asks_for_it() {
             migrate(&source, &plan, "tcp:127.0.0.1:0", options, incoming).unwrap();
         assert_eq!((completed.guest, completed.downtime), (GuestOutcome::Paused, None));
         assert_eq!(arrived.report.guest, GuestOutcome::Paused);
+        let cause = if asked_here { PauseCause::SourceAsked } else { PauseCause::DestinationAsked };
+        assert_eq!((completed.paused, arrived.report.paused), (Some(cause), Some(cause)));
         prove_moved(&source, &destination);
         destination.prove_standing();
         destination.resume(true).unwrap();

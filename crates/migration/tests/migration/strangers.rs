@@ -117,7 +117,7 @@ impl Peer {
 }
 
 fn last(machine: &Toy) -> Final {
-    Final { guest_ran: true, identity: machine.manifest().unwrap().identity_digest() }
+    Final { guest_ran: true, suspend: false, identity: machine.manifest().unwrap().identity_digest() }
 }
 
 /// A destination that takes in what `speak` sends.

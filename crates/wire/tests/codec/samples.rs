@@ -92,8 +92,9 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
             Message::Applied(Applied { iteration: 9, device_bytes: 0x1122_3344_5566, device_ns: 77 }),
         ),
         ("credit", Message::Credit { device: 2, bytes: 0x0100_0000 }),
-        ("final", Message::Final(Final { guest_ran: true, identity: [0x1d; 32] })),
-        ("final_guest_stood", Message::Final(Final { guest_ran: false, identity: [0; 32] })),
+        ("final", Message::Final(Final { guest_ran: true, suspend: false, identity: [0x1d; 32] })),
+        ("final_guest_stood", Message::Final(Final { guest_ran: false, suspend: false, identity: [0; 32] })),
+        ("final_suspend", Message::Final(Final { guest_ran: true, suspend: true, identity: [0; 32] })),
         ("locks_free", Message::LocksFree),
         (
             "final_end",

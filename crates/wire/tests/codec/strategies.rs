@@ -59,8 +59,11 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         any::<u32>().prop_map(|iteration| Message::EndIteration { iteration }),
         applied,
         (device(), any::<u64>()).prop_map(|(device, bytes)| Message::Credit { device, bytes }),
-        any::<(bool, [u8; 32])>()
-            .prop_map(|(guest_ran, identity)| Message::Final(Final { guest_ran, identity })),
+        any::<(bool, bool, [u8; 32])>().prop_map(|(guest_ran, suspend, identity)| Message::Final(Final {
+            guest_ran,
+            suspend,
+            identity
+        })),
         final_end(),
         stretch().prop_map(|(first, count)| Message::DigestRam { first, count }),
         (stretch(), vec(any::<[u8; 32]>(), 0..=usize::from(limits::RAM_DIGESTS)), text(limits::DIRTY_LOGS))

@@ -7,10 +7,12 @@ use serde_json::{Value, json};
 use vfio_migration::VmOwnership;
 use vfio_migration_types::Epoch;
 
-use super::sides::{PATIENCE, Side, Told, migrate_between, pair, wait_for};
-use crate::control::protocol::{ControlVerb, MigrationInfo, MigrationStatus, VmStatus};
+use super::sides::{PATIENCE, PATIENT, Side, Told, migrate_between, pair, wait_for};
+use crate::control::protocol::{
+    ArrivedGuest, ControlVerb, MigrationInfo, MigrationStatus, PausedBy, VmStatus,
+};
 use crate::follow::text;
-use crate::history::{History, SessionKind};
+use crate::history::{History, HistoryRecord, SessionKind, ending};
 
 const NONE: &[&str] = &[];
 
@@ -27,7 +29,7 @@ fn migrate(
 }
 
 /// The last record of the only VM in the state directory.
-fn last_record(side: &Side) -> crate::history::HistoryRecord {
+fn last_record(side: &Side) -> HistoryRecord {
     History::read(&side.state).unwrap().records.pop().unwrap()
 }
 
@@ -176,4 +178,82 @@ fn a_receiver_that_owns_the_guest_takes_no_cancel_and_says_whose_it_is() {
     });
     told.check(fault);
     assert_eq!(told.printed.migration.status, MigrationStatus::Completed);
+}
+
+/// What is told of a guest that is paused although all went well.
+fn check_paused(info: &MigrationInfo, by: PausedBy, says: &str) {
+    assert_eq!(
+        (info.status, info.guest),
+        (MigrationStatus::Completed, Some(ArrivedGuest::Paused)),
+        "{info:?}"
+    );
+    assert_eq!((info.paused_by, info.downtime_ms), (Some(by), None), "{info:?}");
+    assert!(info.status_text().ends_with(says) && ending(info).contains(says), "{}", ending(info));
+}
+
+#[test]
+fn why_a_guest_is_paused_is_told_as_it_is() {
+    let receiver: &[&str] = &["--incoming", "tcp:127.0.0.1:0"];
+    let receiver_paused = &[receiver, &["--paused"]].concat()[..];
+    let cases = [
+        (true, json!({}), receiver, PausedBy::Operator, ", paused as it was before"),
+        (false, json!({"suspend": true}), receiver, PausedBy::Source, ", paused as its source asked"),
+        (false, json!({}), receiver_paused, PausedBy::Destination, ", paused as its receiver was started"),
+    ];
+    for (stopped, mut arguments, receiver, by, says) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Side::start(dir.path(), "source", NONE, PATIENT, &[]);
+        let destination = Side::start(dir.path(), "destination", NONE, PATIENT, receiver);
+        wait_for("the guest's work", || source.loops() > 20);
+        if stopped {
+            source.client().call(ControlVerb::Stop, Value::Null).unwrap();
+        }
+        arguments["uri"] = destination.report().vm.incoming.unwrap().into();
+        arguments["downtime-limit"] = 8000.into();
+        source.client().call(ControlVerb::Migrate, arguments).unwrap();
+        for side in [&source, &destination] {
+            wait_for("the end", || side.report().migration.is_none() && side.report().last.is_some());
+            let report = side.report();
+            check_paused(report.last.as_ref().unwrap(), by, says);
+            assert!(text(&report).contains(says), "{}", text(&report));
+            assert_eq!(last_record(side).migration.paused_by, Some(by));
+        }
+        assert_eq!(destination.report().vm.status, VmStatus::Paused);
+    }
+}
+
+fn save_and_stop(side: &Side, file: &std::path::Path) {
+    let arguments = json!({"path": file, "stop": true});
+    side.client().call(ControlVerb::Save, arguments).unwrap();
+    wait_for("the file", || side.report().migration.is_none() && side.report().last.is_some());
+    check_paused(side.report().last.as_ref().unwrap(), PausedBy::File, ", in the file");
+}
+
+/// A guest that ran when it was saved is in the file, and `--paused` holds the one guest that it was said of.
+#[test]
+fn a_file_is_no_pause_and_a_later_guest_is_not_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
+    let origin = Side::start(dir.path(), "origin", NONE, PATIENT, &[]);
+    wait_for("the guest's work", || origin.loops() > 20);
+    save_and_stop(&origin, &first);
+    let there =
+        Side::start(dir.path(), "there", NONE, PATIENT, &["--restore", first.to_str().unwrap(), "--paused"]);
+    assert_eq!(there.report().vm.status, VmStatus::Paused);
+    assert_eq!(last_record(&there).migration.paused_by, Some(PausedBy::Destination));
+    save_and_stop(&there, &second);
+    let here = Side::start(dir.path(), "here", NONE, PATIENT, &["--restore", second.to_str().unwrap()]);
+    cont(&here).unwrap();
+    there.client().call(ControlVerb::MigrateIncoming, json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+    let to = there.report().vm.incoming.unwrap();
+    let arguments = json!({"uri": to, "downtime-limit": 8000});
+    here.client().call(ControlVerb::Migrate, arguments).unwrap();
+    wait_for("the end", || here.report().migration.is_none() && here.report().last.is_some());
+    let last = here.report().last.unwrap();
+    assert_eq!(
+        (last.status, last.guest),
+        (MigrationStatus::Completed, Some(ArrivedGuest::Running)),
+        "{last:?}"
+    );
+    wait_for("the guest to run there", || there.report().vm.status == VmStatus::Running);
 }
