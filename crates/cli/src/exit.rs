@@ -20,7 +20,7 @@ pub(crate) enum Exit {
     Usage = 2,
     /// The two sides do not fit; nothing was begun.
     Incompatible = 3,
-    /// The owner of the guest is not known: it is paused on both sides until somebody decides.
+    /// The owner of the guest is not known: it is paused here, or not started, and the text says what to look at.
     Unresolved = 4,
     /// The guest is the destination's, and does not run there, or nobody knows whether it does.
     NotStarted = 5,

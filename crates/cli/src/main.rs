@@ -27,6 +27,7 @@ mod socket_clients;
 mod table;
 mod target;
 mod tls_options;
+mod undecided;
 mod units;
 mod verbs;
 mod verdict;

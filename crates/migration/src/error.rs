@@ -30,7 +30,9 @@ pub enum MigrateError {
     #[error("{0}")]
     Aborted(Box<Aborted>),
     /// COMMIT was sent and its outcome is not known: the guest is paused here, and nothing runs by itself.
-    #[error("who owns the guest is not known: {why}; the guest is paused here until a person decides")]
+    #[error(
+        "who owns the guest is not known: {why}; the guest is paused here, and ends here if the other side has it"
+    )]
     Unresolved {
         /// The known facts, for the person who decides.
         why: String,

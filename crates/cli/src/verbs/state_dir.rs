@@ -12,6 +12,7 @@ use vfio_migration_types::{VmId, error_chain, printable};
 use crate::exit::{CliError, Exit};
 use crate::history::{History, HistoryRecord, text};
 use crate::output::{print, print_json};
+use crate::undecided::UndecidedGuest;
 
 /// What `status --state-dir --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -98,12 +99,18 @@ pub(crate) fn status(dir: &Path, json: bool) -> Result<Exit, CliError> {
     let of_history = history.records.iter().filter_map(|record| record.vm.parse().ok());
     let ids: BTreeSet<VmId> = of_journals.chain(of_history).collect();
     let vms: Vec<_> = ids.into_iter().map(|id| known(dir, id, &history)).collect();
-    let exit = if vms.iter().any(|vm| vm.error.is_some()) { Exit::Failed } else { Exit::Done };
+    let exit = if vms.iter().any(|vm| vm.error.is_some()) {
+        Exit::Failed
+    } else if vms.iter().any(|vm| vm.owner == Owner::Undecided) {
+        Exit::Unresolved
+    } else {
+        Exit::Done
+    };
     let report = StateDirReport { vms, unreadable: history.unreadable };
     if json {
         print_json(&report)?;
     } else {
-        print(report.vms.iter().map(for_people).collect::<String>())?;
+        print(report.vms.iter().map(|vm| for_people(dir, vm)).collect::<String>())?;
     }
     Ok(exit)
 }
@@ -171,7 +178,7 @@ fn has_process(dir: &Path, id: VmId) -> bool {
     })
 }
 
-fn for_people(vm: &KnownVm) -> String {
+fn for_people(dir: &Path, vm: &KnownVm) -> String {
     let epoch = vm.epoch.map_or(String::new(), |epoch| format!(" (epoch {epoch})"));
     let peer = vm.peer.as_deref().unwrap_or("nobody knows where");
     let owner = match vm.owner {
@@ -182,6 +189,12 @@ fn for_people(vm: &KnownVm) -> String {
     };
     let process = if vm.process { ", a process has it" } else { "" };
     let mut out = printable(&format!("VM {}: {owner}{process}", vm.uuid)).into_owned() + "\n";
+    if vm.owner == Owner::Undecided {
+        let why = "the answer to its commit was lost, or is on its way";
+        let journal = Some(dir.join(format!("{}.json", vm.uuid)));
+        let guest = UndecidedGuest { why, peer, journal, is_here: vm.process };
+        out += &(printable(&format!("  {guest}")).into_owned() + "\n");
+    }
     for (side, entry) in [("sent", &vm.source), ("taken in", &vm.destination)] {
         let Some(entry) = entry else { continue };
         let at = entry.written.as_ref().map_or(String::new(), |at| format!(" at {at}"));

@@ -145,9 +145,8 @@ impl VmHandler {
     }
 
     fn stop(&self) -> Result<(), Refused> {
-        let Slot::Here { machine, .. } = self.vm.state.slot() else {
-            return Err(Refused::generic("there is no running guest here that could be paused"));
-        };
+        let slot = self.vm.state.slot();
+        let Slot::Here { machine, .. } = slot else { return Err(slot.refusal("be paused")) };
         if let Some(why) = machine.failure() {
             return Err(Refused::generic(format!("the guest has stopped by itself: {why}")));
         }
@@ -161,7 +160,7 @@ impl VmHandler {
         let (machine, was_held) = match self.vm.state.slot() {
             Slot::Here { machine, .. } => (machine, false),
             Slot::OwnedNotStarted { machine, .. } => (machine, true),
-            _ => return Err(Refused::generic("there is no guest here that could run")),
+            slot => return Err(slot.refusal("run")),
         };
         if let Some(why) = machine.failure() {
             return Err(Refused::generic(format!("the guest has stopped by itself and cannot go on: {why}")));

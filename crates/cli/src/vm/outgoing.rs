@@ -15,6 +15,7 @@ use crate::control::protocol::MigrateArguments;
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::exit::CliError;
+use crate::undecided::{UndecidedGuest, journal_file};
 
 /// Begins to migrate; returns once the session has its thread.
 pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Result<(), Refused> {
@@ -23,9 +24,8 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     let mut options = arguments.switchover.clone().into_source_options(options).map_err(refused)?;
     let target: Address = arguments.uri.parse().map_err(refused)?;
     let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
-    let Slot::Here { machine, epoch } = vm.state.slot() else {
-        return Err(Refused::generic("there is no guest here that could move"));
-    };
+    let slot = vm.state.slot();
+    let Slot::Here { machine, epoch } = slot else { return Err(slot.refusal("move")) };
     if let Some(why) = machine.failure() {
         let text = format!("the guest has stopped by itself and cannot move: {why}");
         return Err(Refused::generic(text));
@@ -53,9 +53,8 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     let mut options = arguments.options.clone().into_source_options().map_err(refused)?;
     let target: Address = arguments.uri.parse().map_err(refused)?;
     let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
-    let Slot::Here { machine, epoch } = vm.state.slot() else {
-        return Err(Refused::generic("there is no guest here that could move"));
-    };
+    let slot = vm.state.slot();
+    let Slot::Here { machine, epoch } = slot else { return Err(slot.refusal("move")) };
     options.policy = vm.policy.clone();
     options.security = security;
     options.state_dir = vm.options.state_dir.clone();
@@ -143,9 +142,14 @@ pub(super) fn finish(
             vm.end_session(info::completed(&completed), Some(slot));
         }
         Err(error) => {
-            let ended = info::not_completed(vm, &error);
+            let mut ended = info::not_completed(vm, &error);
             let slot = match &error {
-                MigrateError::Unresolved { .. } => Some(Slot::Unresolved { machine, epoch }),
+                MigrateError::Unresolved { why } => {
+                    let journal = vm.options.state_dir.as_ref().map(|dir| journal_file(dir, machine.id()));
+                    let text = UndecidedGuest { why, peer: to, journal, is_here: true }.to_string();
+                    ended.error = Some(text.clone());
+                    Some(Slot::Unresolved { machine, epoch, text })
+                }
                 // A device is not what it was, or the storage may be in use elsewhere: `cont` tries again.
                 MigrateError::Aborted(aborted) if !aborted.restored => {
                     Some(Slot::OwnedNotStarted { machine, epoch })

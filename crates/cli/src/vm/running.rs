@@ -27,6 +27,7 @@ use crate::control::protocol::MigrationInfo;
 use crate::control::refused::Refused;
 use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
+use crate::undecided::{UndecidedGuest, journal_file};
 use crate::units::format_size;
 use crate::words::{check_memory, config_rule, policy, uri};
 
@@ -151,7 +152,8 @@ impl RunningVm {
             Slot::Here { machine, .. } if machine.failure().is_some() => return Ok(()),
             Slot::Here { machine, .. } if machine.is_running() => "runs here",
             Slot::Here { .. } | Slot::OwnedNotStarted { .. } => "is paused here",
-            Slot::Unresolved { .. } => "is paused here, and may run nowhere else",
+            // What to do says more than what would end.
+            slot @ Slot::Unresolved { .. } => return Err(slot.refusal("end")),
             Slot::Preparing
             | Slot::Awaited { .. }
             | Slot::Leaving { .. }
@@ -221,7 +223,7 @@ pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, CliError> {
     let Some(dir) = &vm.options.state_dir else { return Ok(Epoch(0)) };
     let id = vm.config.id;
     vm.presence.start(dir, id).map_err(CliError::failed)?;
-    let file = dir.join(format!("{id}.json"));
+    let file = journal_file(dir, id);
     let remedy = format!("if you are sure that it runs nowhere else, remove {}", file.display());
     match ownership_at(dir, id) {
         Ok(VmOwnership::Unknown) => Ok(Epoch(0)),
@@ -238,10 +240,13 @@ pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, CliError> {
         ))),
         Ok(VmOwnership::Undecided { epoch, peer }) => Err(CliError::new(
             Exit::Unresolved,
-            format!(
-                "the commit of VM {id} to {peer} (epoch {}) is undecided: it may run there, so it is not started here; {remedy}",
-                epoch.0
-            ),
+            UndecidedGuest {
+                why: &format!("the commit of VM {id} to {peer} (epoch {}) is undecided", epoch.0),
+                peer: &peer,
+                journal: Some(file),
+                is_here: false,
+            }
+            .to_string(),
         )),
         Ok(_) => Err(CliError::failed(format!(
             "VM {id} is not started here: its ownership journal says something that this build does not know; use a newer one"

@@ -24,9 +24,8 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
     if !path.is_absolute() || path.file_name().is_none() {
         return Err(Refused::generic(format!("{} is no absolute path of a file", path.display())));
     }
-    let Slot::Here { machine, epoch } = vm.state.slot() else {
-        return Err(Refused::generic("there is no guest here that could be saved"));
-    };
+    let slot = vm.state.slot();
+    let Slot::Here { machine, epoch } = slot else { return Err(slot.refusal("be saved")) };
     if let Some(why) = machine.failure() {
         return Err(Refused::generic(format!("the guest has stopped by itself and cannot be saved: {why}")));
     }

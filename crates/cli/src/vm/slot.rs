@@ -37,8 +37,8 @@ pub(super) enum Slot {
     /// There is no guest, and none is awaited.
     #[default]
     Empty,
-    /// Nobody knows which side owns the guest: it is paused here.
-    Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch },
+    /// Nobody knows which side owns the guest: it is paused here. The text says what is known, and what can be done.
+    Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch, text: String },
     /// This side owns the guest, which a session left paused: it could not be started here, or not be let go on.
     OwnedNotStarted { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// No guest came the one time that it was waited for.
@@ -58,6 +58,23 @@ pub(super) struct LeftGuest {
 }
 
 impl Slot {
+    /// Why nothing can be done that takes a guest which is here and runs, or may run: `doing`, as in "could move".
+    pub(super) fn refusal(&self, doing: &str) -> Refused {
+        let nobody =
+            |why: String| Refused::generic(format!("there is no guest here that could {doing}{why}"));
+        match self {
+            Self::Unresolved { text, .. } => Refused::generic(text.clone()),
+            Self::Here { .. } => Refused::generic("the guest is here"),
+            Self::OwnedNotStarted { .. } => Refused::generic(
+                "a session left the guest paused here: `cont` tries to start it, and before that it can be neither moved nor saved",
+            ),
+            Self::Preparing | Self::Awaited { .. } => nobody(": one is awaited".into()),
+            Self::Leaving(_) => nobody(": it is leaving".into()),
+            Self::Left { to, .. } => nobody(format!(": it has left for {to}")),
+            Self::Empty | Self::Failed | Self::Ended => nobody(String::new()),
+        }
+    }
+
     /// The machine, in whichever state its guest is.
     pub(super) fn machine(&self) -> Option<&Arc<ReferenceMachine>> {
         match self {

@@ -251,6 +251,12 @@ fn a_vm_that_has_moved_or_may_have_is_not_started_here_again() {
     let stderr = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(4), "{stderr}");
     assert!(stderr.contains("undecided"), "{stderr}");
+    let told = run(&["status", "--state-dir", &state]);
+    let said = String::from_utf8_lossy(&told.stdout);
+    assert_eq!(told.status.code(), Some(4), "{said}");
+    for text in [&stderr, &said] {
+        assert!(text.contains("Look at tcp:127.0.0.1:") && text.contains("then start `vm` again"), "{text}");
+    }
     destination.assert_whole();
 }
 

@@ -4,9 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vfio_migration::VmOwnership;
+use vfio_migration::{MigrateError, VmOwnership};
 use vfio_migration_types::Epoch;
 
+use super::super::outgoing;
 use super::sides::{PATIENCE, PATIENT, Side, Told, migrate_between, pair, wait_for};
 use crate::control::protocol::{
     ArrivedGuest, ControlVerb, MigrationInfo, MigrationStatus, PausedBy, VmStatus,
@@ -256,4 +257,34 @@ fn a_file_is_no_pause_and_a_later_guest_is_not_held() {
         "{last:?}"
     );
     wait_for("the guest to run there", || there.report().vm.status == VmStatus::Running);
+}
+
+/// Whoever asks gets one text, which says what can be done.
+#[test]
+fn a_guest_whose_owner_is_not_known_is_told_in_one_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let side = Side::start(dir.path(), "source", NONE, PATIENT, &[]);
+    let machine = side.started.vm.state.slot().machine().unwrap().clone();
+    let lost = MigrateError::Unresolved { why: "its answer was lost".into() };
+    outgoing::finish(&side.started.vm, machine, Err(lost), "tcp:192.0.2.1:7000");
+    let report = side.report();
+    let last = report.last.as_ref().unwrap();
+    let told = last.error.clone().unwrap();
+    assert_eq!((report.vm.status, last.status), (VmStatus::Unresolved, MigrationStatus::Unresolved));
+    let journal = format!("remove {}", side.state.display());
+    for part in ["its answer was lost", "Look at tcp:192.0.2.1:7000", "`quit --force`", &journal] {
+        assert!(told.contains(part), "no {part} in {told}");
+    }
+    assert!(text(&report).contains(&told));
+    for (verb, arguments) in [
+        (ControlVerb::Cont, Value::Null),
+        (ControlVerb::Stop, Value::Null),
+        (ControlVerb::Quit, Value::Null),
+        (ControlVerb::Migrate, json!({"uri": "tcp:127.0.0.1:1"})),
+        (ControlVerb::Rehearse, json!({"uri": "tcp:127.0.0.1:1"})),
+        (ControlVerb::Save, json!({"path": dir.path().join("file")})),
+    ] {
+        let refused = side.client().call(verb, arguments).unwrap_err().to_string();
+        assert!(refused.contains(&told), "{verb:?}: {refused}");
+    }
 }
