@@ -103,7 +103,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l tls-cre
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l tls-pin -d 'With --tls-creds: trust peers by this public key, whatever their certificates say, and no CA. As `tls pin` prints it. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused, also one that is restored or arrives: `cont` lets it run'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused, also one that is restored or that --incoming waits for: `cont` lets it run. Not one that `incoming` waits for later'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l insecure-plaintext -d 'Say that connections over TCP are to go as they are: whoever is on the way reads and changes the guest'
