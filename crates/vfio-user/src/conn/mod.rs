@@ -364,6 +364,10 @@ impl Conn {
                 };
             }
             self.send_rest(rx, deadline)?;
+            // Whoever waits for the right to send reads meanwhile.
+            if rx.answer.is_some() || (serve.is_some() && !rx.queue.is_empty()) {
+                continue;
+            }
             let message = self.read(rx, deadline)?;
             rx.place(message)?;
         }
@@ -398,6 +402,11 @@ impl Conn {
         match self.send_rest(&mut rx, Instant::now()) {
             Ok(()) | Err(ConnError::Timeout) => {}
             Err(error) => return Err(error),
+        }
+        // Whoever waits for the right to send reads meanwhile.
+        if let Some(message) = rx.pop() {
+            rx.hand_out();
+            return Ok(Some(message));
         }
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
         match poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })) {

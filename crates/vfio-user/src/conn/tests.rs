@@ -1,4 +1,4 @@
-//! Requests that are held back until the peer's own command has been answered.
+//! Requests that are held back until the command of the peer is answered, and what is read while another thread sends.
 
 use std::io::{ErrorKind, Read, Write};
 use std::thread::{JoinHandle, spawn};
@@ -94,4 +94,58 @@ fn a_command_that_waits_for_the_request_gets_it() {
     ask(&conn).join().unwrap().unwrap();
     conn.reply(&command, Kind::Reply, &[], &[], LONG).unwrap();
     assert_eq!(peer.join().unwrap().id, 7);
+}
+
+/// Waits until the connection has read all that its peer has sent.
+fn all_read(conn: &Conn) {
+    while rustix::io::ioctl_fionread(&conn.socket).unwrap() > 0 {
+        std::thread::yield_now();
+    }
+}
+
+/// A connection whose peer has sent a command.
+fn commanded() -> (Arc<Conn>, UnixStream) {
+    let (near, mut peer) = UnixStream::pair().unwrap();
+    let kind = Kind::Command { no_reply: false };
+    let header = Header { id: 9, command: Command::DMA_WRITE, size: 16, kind };
+    peer.write_all(&header.encode()).unwrap();
+    peer.set_read_timeout(Some(LONG / 2)).unwrap();
+    (Arc::new(Conn::new(near, 64, 0, None).unwrap()), peer)
+}
+
+#[test]
+fn what_is_read_while_another_thread_sends_is_served() {
+    let (conn, mut peer) = commanded();
+    let sending = lock(&conn.tx);
+    let waiting = spawn({
+        let conn = Arc::clone(&conn);
+        move || {
+            let serve =
+                |message: &SocketMessage| Header { kind: Kind::Reply, ..message.header }.encode().to_vec();
+            let mut rx = lock(&conn.rx);
+            rx.awaited = Some(Awaited { id: 1, command: Command::DMA_READ, max_reply: 0 });
+            conn.answer(&mut rx, Some(&serve), deadline(LONG))
+        }
+    });
+    all_read(&conn);
+    drop(sending);
+    assert_eq!(next(&mut peer).id, 9);
+    let reply = Header { id: 1, command: Command::DMA_READ, size: 16, kind: Kind::Reply };
+    peer.write_all(&reply.encode()).unwrap();
+    waiting.join().unwrap().unwrap();
+}
+
+#[test]
+fn what_is_read_while_another_thread_sends_is_handed_out() {
+    let (conn, _peer) = commanded();
+    let sending = lock(&conn.tx);
+    let (sender, taken) = std::sync::mpsc::channel();
+    let taking = spawn({
+        let conn = Arc::clone(&conn);
+        move || sender.send(conn.next_command(LONG).map(|message| message.header.id))
+    });
+    all_read(&conn);
+    drop(sending);
+    assert_eq!(taken.recv_timeout(LONG / 2).unwrap().unwrap(), 9);
+    taking.join().unwrap().unwrap();
 }
