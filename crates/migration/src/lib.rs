@@ -139,6 +139,8 @@ mod error;
 #[cfg(feature = "fault-injection")]
 mod fault_injection;
 mod held;
+#[cfg(any(test, feature = "fault-injection"))]
+mod held_file;
 mod machine;
 mod millis;
 mod offer;

@@ -57,7 +57,7 @@ pub enum Fault {
         /// Number of the raise, from 1.
         nth: u64,
     },
-    /// `hang-read[:MS]`: once the device is stopped, the first read of its state does not return for so long; never, without a
+    /// `hang-read[:TIME]`: once the device is stopped, the first read of its state does not return for so long; never, without a
     /// time.
     HangRead(Option<Duration>),
     /// `fail-reset:ERRNO[:N]`: resets fail and change nothing, from the N-th on; all of them without a number.
@@ -113,7 +113,7 @@ pub const FAULT_FORMS: &[(&str, &str)] = &[
     ("enodev-mid-stream:BYTES", "the session is gone after so many bytes, as by a reset"),
     ("corrupt-tail", "a byte of the last state is altered; no checksum tells"),
     ("endless-state", "once the device is stopped, its state has no end"),
-    ("hang-read[:MS]", "once the device is stopped, the first read of its state takes so long"),
+    ("hang-read[:TIME]", "once the device is stopped, the first read of its state takes so long"),
     ("ignore-dirty-log[:N]", "the DMA log omits each page with a multiple of N (2)"),
     ("lose-raise:VECTOR:N", "the N-th interrupt of a vector is counted and not sent"),
     ("fail-reset:ERRNO[:N]", "resets fail and change nothing, from the N-th on"),
@@ -149,7 +149,7 @@ impl FromStr for Fault {
                 false => words.at_least_one()?,
             }),
             "lose-raise" => Self::LoseRaise { vector: words.number()?, nth: words.at_least_one()? },
-            "hang-read" => Self::HangRead(words.number_if_any()?.map(Duration::from_millis)),
+            "hang-read" => Self::HangRead(words.time_if_any()?),
             "fail-reset" => Self::FailReset {
                 errno: words.errno()?,
                 from: if words.rest.is_empty() { None } else { Some(words.at_least_one()?) },

@@ -70,6 +70,7 @@ fn device(which: usize, most: usize) -> Value {
         "id": "net0", "model": "example.org/nic", "model_version": "1.2.0",
         "loads": (0..64).map(|n| format!("{n}.{which}.0-{n}.{which}.9")).collect::<Vec<_>>().join(","),
         "dirty": {"device_log": true},
+        "pci": {"vendor": 0x1234, "device": 1, "subsystem_vendor": 0, "subsystem": 0, "revision": 0, "class": 0x02_0000},
         "config_mask": list(&|n| json!(format!("ignore {n:#x}+1"))),
         "capabilities": list(&|n| json!({"id": n % 256, "offset": n, "extended": true, "len": which})),
         "regions": list(&|n| json!({"index": n, "size": which, "read": true})),

@@ -21,9 +21,9 @@ use crate::fault_injection::device::{FaultyDevice, OneByOne};
 use crate::fault_injection::dirty::{HiddenPages, HidingSource};
 use crate::fault_injection::pci::MaskingFunction;
 use crate::fault_injection::stale::StalePages;
+use crate::held_file;
 use crate::machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use crate::session::threads::injected;
-use crate::snapshot::held_file;
 
 /// Lets the calling thread make so many threads of sessions, and no more, as a system does that has none left; `None`: as many
 /// as it wants.
@@ -31,7 +31,7 @@ pub fn leave_threads(threads: Option<u32>) {
     injected::leave(threads);
 }
 
-/// Holds what is saved into the file at a path, as a disk does that hangs, until it is dropped.
+/// Holds what is saved into the file at a path, or read of a journal there, as a disk does that hangs, until it is dropped.
 #[derive(Debug)]
 pub struct HeldFile(PathBuf);
 
@@ -42,7 +42,7 @@ impl HeldFile {
         Self(path.into())
     }
 
-    /// Whether somebody waits to write into it.
+    /// Whether somebody waits for it.
     pub fn is_waited_for(&self) -> bool {
         held_file::is_waited_for(&self.0)
     }

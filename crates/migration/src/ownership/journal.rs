@@ -134,6 +134,8 @@ enum JournalPlace {
 /// Reads the records of a VM in a state directory; `None` when it has none.
 pub fn read_journal(dir: &Path, vm: VmId) -> Result<Option<JournalFile>, JournalError> {
     let path = dir.join(format!("{vm}.json"));
+    #[cfg(any(test, feature = "fault-injection"))]
+    crate::held_file::wait(&path);
     let file = match open_regular(&path) {
         Err(FileError::System { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(None),
         file => file.map_err(not_opened)?,

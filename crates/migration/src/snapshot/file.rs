@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use vfio_migration_wire::{Bulk, Crc, FrameHeader, HEADER_LEN, Message, WireError, encode, encode_bulk};
 
 use super::SnapshotError;
+#[cfg(any(test, feature = "fault-injection"))]
+use crate::held_file;
 use crate::regular_file::AtomicFile;
 
 /// The first bytes of every snapshot, before the layout's number.
@@ -86,7 +88,7 @@ impl Writer {
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), SnapshotError> {
         #[cfg(any(test, feature = "fault-injection"))]
-        injected::wait(&self.path);
+        held_file::wait(&self.path);
         self.hasher.update(bytes);
         self.written += bytes.len() as u64;
         self.out.write_all(bytes).map_err(failed("writing", &self.path))
@@ -94,40 +96,6 @@ impl Writer {
 
     fn unsound(&self, source: WireError) -> SnapshotError {
         SnapshotError::Frame { frame: self.sequence, source }
-    }
-}
-
-/// Files whose disk hangs, for tests.
-#[cfg(any(test, feature = "fault-injection"))]
-pub(crate) mod injected {
-    use std::path::{Path, PathBuf};
-    use std::sync::{Condvar, Mutex, PoisonError};
-
-    use crate::session::lock::lock;
-
-    /// Paths, and whether somebody waits to write there.
-    static HELD: Mutex<Vec<(PathBuf, bool)>> = Mutex::new(Vec::new());
-    static LET_GO: Condvar = Condvar::new();
-
-    pub(crate) fn hold(path: &Path) {
-        lock(&HELD).push((path.into(), false));
-    }
-
-    pub(crate) fn is_waited_for(path: &Path) -> bool {
-        lock(&HELD).iter().any(|(held, waited)| held == path && *waited)
-    }
-
-    pub(crate) fn let_go(path: &Path) {
-        lock(&HELD).retain(|(held, _)| held != path);
-        LET_GO.notify_all();
-    }
-
-    pub(super) fn wait(path: &Path) {
-        let mut held = lock(&HELD);
-        while let Some((_, waited)) = held.iter_mut().find(|(held, _)| held == path) {
-            *waited = true;
-            held = LET_GO.wait(held).unwrap_or_else(PoisonError::into_inner);
-        }
     }
 }
 

@@ -15,8 +15,6 @@ mod restore;
 mod save;
 
 pub use error::{GuestNotResumed, SaveError, SnapshotError};
-#[cfg(feature = "fault-injection")]
-pub(crate) use file::injected as held_file;
 pub use restore::Snapshot;
 pub use save::{SaveOptions, Saved, save};
 

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FileType, FlockOperation, Mode, flock, mknodat};
+use rustix::fs::{FlockOperation, flock};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use vfio_migration::{
     Control, Destination, DestinationOptions, HeldFile, IncomingError, LockError, Machine, MachineError,
@@ -322,19 +322,17 @@ fn a_journal_that_does_not_answer() {
     let state = dir.path().join("state");
     std::fs::create_dir(&state).unwrap();
     let journal = state.join(format!("{VM}.json"));
-    mknodat(rustix::fs::CWD, &journal, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let held = HeldFile::at(&journal);
     let toy = Toy::booted(&plan());
     let mut options = patient();
-    options.state_dir = Some(state.clone());
+    options.state_dir = Some(state);
     let to: Uri = "tcp:127.0.0.1:1".parse().unwrap();
     let error = cancelled(
         Source::new(toy.clone(), options),
-        |_| wait_for("the journal to be opened", || state.join(format!("{VM}.source.lock")).exists()),
+        |_| wait_for("the journal to be opened", || held.is_waited_for()),
         |source| source.migrate_to(&to, |_| {}),
     );
     is_cancelled(&error);
-    // Lets the reader go.
-    drop(File::options().write(true).open(&journal).unwrap());
 }
 
 /// Runs a session against a destination that takes it in; the destination's end, too.

@@ -1,10 +1,9 @@
 //! A cancel in every phase, by the operator of either side.
 
-use std::fs::File;
 use std::sync::PoisonError;
 
-use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
+use vfio_migration::HeldFile;
 
 use super::sides::{PATIENT, Side, UUID, migrate, migrate_between, pair, wait_for};
 use crate::control::protocol::{ControlVerb, MigrationStatus};
@@ -102,21 +101,18 @@ fn a_cancel_that_comes_too_late_is_refused_at_both_sides() {
     }
 }
 
-/// The journal is a FIFO that nobody writes.
+/// The disk with the journal hangs.
 #[test]
 fn a_cancel_before_anybody_is_talked_to() {
     let dir = tempfile::tempdir().unwrap();
     let (source, destination) = pair(dir.path(), &[], &[], PATIENT);
-    let in_state = |what: &str| source.state.join(format!("{UUID}.{what}"));
-    let (journal, lock) = (in_state("json"), in_state("source.lock"));
-    mknodat(CWD, &journal, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let held = HeldFile::at(&source.state.join(format!("{UUID}.json")));
     let told = migrate_between(source, destination, &json!({}), |source, _| {
-        wait_for("the journal to be opened", || lock.exists());
+        wait_for("the journal to be opened", || held.is_waited_for());
         assert!(in_phase(source, "P0"));
         cancel(source).unwrap();
         wait_for("the end", || source.report().migration.is_none());
-        drop(File::options().write(true).open(&journal));
-        std::fs::remove_file(&journal).unwrap();
+        drop(held);
     });
     assert_eq!(told.printed.migration.status, MigrationStatus::Cancelled);
     told.check("in the plan");

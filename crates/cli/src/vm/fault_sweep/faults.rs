@@ -123,10 +123,13 @@ sweeps! {
         || on_the_way_back("error-arc", ""),
         || vec![here(&["error-arc:1"], Failed), there(&["error-arc:1"], Failed)],
     ]);
-    arcs_that_are_slow: "hang-arc:FROM:TO[:MS], hang-arc:N[:MS]" => all(&[
+    arcs_that_are_slow: "hang-arc:FROM:TO[:TIME]" => all(&[
         || at_each_arc("hang-arc", ":200").into_iter().map(|case| Case { ends: Completed, ..case }).collect(),
-        || vec![here(&["hang-arc:2:200"], Completed), there(&["hang-arc:2:200"], Completed)],
     ]);
+    the_nth_arc_is_slow: "hang-arc:N[:TIME]" => vec![
+        here(&["hang-arc:2:200"], Completed),
+        there(&["hang-arc:2:200ms"], Completed),
+    ];
     reads_that_are_short: "short-read:N" => vec![
         here(&["short-read:4096"], Completed),
         there(&["short-read:4096"], Completed),
@@ -166,7 +169,7 @@ sweeps! {
         here(&["lose-raise:0:40"], Completed),
         there(&["lose-raise:0:1"], Completed),
     ];
-    reads_that_hang: "hang-read[:MS]" => vec![
+    reads_that_hang: "hang-read[:TIME]" => vec![
         here(&["hang-read:200"], Completed),
         // A destination's device is not read.
         there(&["hang-read"], Completed),
