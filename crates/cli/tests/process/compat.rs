@@ -201,9 +201,10 @@ fn codes_are_explained() {
 }
 
 fn host(dir: &TempDir, name: &str, version: &str) -> PathBuf {
+    let pci = json!({"vendor": 0x1234, "device": 1, "subsystem_vendor": 0, "subsystem": 0, "revision": 0, "class": 0x02_0000});
     let device = json!({
         "id": "net0", "model": "example.org/nic", "model_version": version, "flags": {"p2p": true, "pre_copy": true},
-        "dirty": {"device_log": true}, "regions": [{"index": 0, "size": 4096}], "irqs": {"2": 4},
+        "dirty": {"device_log": true}, "pci": pci, "regions": [{"index": 0, "size": 4096}], "irqs": {"2": 4},
         "parameters": {"queues": {"value": 8, "allowed": [{"min": 1, "max": 16}]}},
     });
     let host =
