@@ -1,6 +1,7 @@
 //! House keeping. `cargo xtask test` installs what the tests need and passes every one of them.
 #![forbid(unsafe_code)]
 
+mod bounded;
 mod change;
 mod command;
 mod kernel_test;

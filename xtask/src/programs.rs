@@ -10,7 +10,11 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::bounded::{self, End};
 use crate::run::BUILT;
+
+/// Several times what the longest test takes beside other load.
+const BOUND: Duration = Duration::from_secs(300);
 
 /// One test.
 pub(crate) struct Test {
@@ -205,17 +209,22 @@ fn list(program: &Program, times: &BTreeMap<String, Duration>) -> Result<Vec<Tes
 fn run_one(test: &Test, said: &Path, variable: Option<(&str, &Path)>) -> Result<Verdict, String> {
     let to = File::create(said).and_then(|file| Ok((file.try_clone()?, file)));
     let (out, err) = to.map_err(|error| format!("{}: {error}", said.display()))?;
-    let status = Command::new(&test.program)
+    let end = Command::new(&test.program)
         .args(["--exact", &test.name])
         .envs(variable)
         .current_dir(&test.folder)
         .stdin(Stdio::null())
         .stdout(out)
         .stderr(err)
-        .status()
-        .map_err(|error| format!("cannot start {}: {error}", test.program.display()))?;
+        .spawn()
+        .and_then(|child| bounded::wait(child, BOUND))
+        .map_err(|error| format!("cannot run {}: {error}", test.program.display()))?;
     let text = std::fs::read(said).map_err(|error| format!("{}: {error}", said.display()))?;
     let text = String::from_utf8_lossy(&text);
+    let status = match end {
+        End::Status(status) => status,
+        End::Hung(doing) => return Err(format!("not ended within {BOUND:?}, and killed\n{doing}{text}")),
+    };
     // Its word too, so that a test that was not found is none that passed.
     match text.rsplit("test result: ").next() {
         Some(end) if status.success() && end.starts_with("ok. 1 passed; 0 failed") => Ok(Verdict::Passed),
