@@ -11,6 +11,7 @@ use crate::destination::final_pass::StorageLocks;
 use crate::destination::reader::{Received, Sink};
 use crate::machine::MigratableDevice;
 use crate::report::StepTime;
+use crate::session::abort::AbortOnce;
 use crate::session::awaited::AwaitedAnswers;
 use crate::session::interrupt::Interrupt;
 
@@ -21,8 +22,7 @@ pub(super) struct DestinationShared {
     /// What the session waits for.
     pub(super) answers: AwaitedAnswers,
     pub(super) locks: Arc<StorageLocks>,
-    /// The message that says why the attempt is given up was sent, by whichever thread came to it first.
-    pub(super) abort_sent: AtomicBool,
+    pub(super) abort: AbortOnce,
     pub(super) sink: OnceLock<Sink>,
     pub(super) received: Received,
     /// Nothing is to stay, and nothing is journaled.

@@ -136,7 +136,7 @@ pub(super) fn run(
             rate: RateMeter::default(),
         };
         let ended = session.run();
-        liveness::close_gracefully(&link, || working.is_finished(), &reading);
+        liveness::close_gracefully(&link, || working.is_finished() && !shared.abort.is_under_way(), &reading);
         for device in shared.sink.get().iter().flat_map(|sink| &sink.devices) {
             device.close();
         }
@@ -346,7 +346,7 @@ impl Session<'_> {
         }
         self.done_for_worker = true;
         let told = self.engine.source_gave_up();
-        let abort = self.engine.owed_abort().filter(|_| !self.shared.abort_sent.swap(true, Ordering::AcqRel));
+        let abort = self.engine.owed_abort().filter(|_| self.shared.abort.take());
         let (link, locks) = (Arc::clone(self.link), Arc::clone(&self.shared.locks));
         // On a thread of its own: neither the VMM nor the connection need be quick.
         let relieving = spawn_free("abort", move || {
@@ -361,11 +361,10 @@ impl Session<'_> {
                 link.shutdown_write();
             }
         });
-        drop(
-            relieving.inspect_err(
-                |error| tracing::warn!(%error, "no thread to tell the source what it waits for"),
-            ),
-        );
+        match relieving {
+            Ok(thread) => self.shared.abort.sent_by(thread),
+            Err(error) => tracing::warn!(%error, "no thread to tell the source what it waits for"),
+        }
     }
 
     /// Waits on for a worker that is held up by what does not answer, and tells whoever asks why no other guest is taken in.

@@ -102,7 +102,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
                     self.locks_back();
                 }
                 let abort = matches!(message, Message::Abort(_));
-                if abort && self.shared.abort_sent.swap(true, Ordering::AcqRel) {
+                if abort && !self.shared.abort.take() {
                     return Ok(None);
                 }
                 self.link

@@ -1,6 +1,7 @@
 //! Code that the sessions of both sides share: threads, failures, progress, and what they ask of the host.
 
 pub(crate) mod abandon;
+pub(crate) mod abort;
 pub(crate) mod awaited;
 pub(crate) mod events;
 pub(crate) mod fail;

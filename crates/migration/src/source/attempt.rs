@@ -14,6 +14,7 @@ use crate::error::{MigrateError, not_begun};
 use crate::ram::send::RamCounters;
 use crate::rehearsal::Rehearsal;
 use crate::report::Completed;
+use crate::session::abort::AbortOnce;
 use crate::session::interrupt::Interrupt;
 
 /// State that the threads of an attempt share.
@@ -22,8 +23,7 @@ pub(crate) struct SourceShared {
     pub(crate) interrupt: Interrupt,
     pub(crate) ram_crc: AtomicBool,
     pub(crate) credits: Vec<Arc<Credit>>,
-    /// The message that says why the attempt is given up was sent, by whichever thread came to it first.
-    pub(crate) abort_sent: AtomicBool,
+    pub(crate) abort: AbortOnce,
     /// The guest is paused by this attempt, or is about to be. Locked by whoever decides that it may not be any more.
     pub(crate) pausing: Mutex<bool>,
     /// The session has ended, and its worker undoes what is left by itself.

@@ -86,7 +86,8 @@ pub(super) fn run(
         };
         let outcome = session.run(&mut reporter, &mut observer);
         let left_behind = shared.left_behind.load(Ordering::Acquire);
-        close_gracefully(link, || left_behind || working.is_finished(), &reading);
+        let work_ended = || (left_behind || working.is_finished()) && !shared.abort.is_under_way();
+        close_gracefully(link, work_ended, &reading);
         Ok((outcome, working))
     });
     plan.control.detach();
@@ -237,7 +238,7 @@ impl Session<'_> {
     /// Sends ABORT while the worker, whose job that is, waits for a device: the destination need not wait for that too.
     fn send_abort(&mut self) {
         let Some(abort) = self.abort.take() else { return };
-        if self.shared.abort_sent.swap(true, Ordering::AcqRel) {
+        if !self.shared.abort.take() {
             return;
         }
         let link = Arc::clone(self.link);
@@ -247,10 +248,10 @@ impl Session<'_> {
                 tracing::debug!(error = %error_chain(&error), "the destination does not hear of the abort");
             }
         });
-        drop(
-            sending
-                .inspect_err(|error| tracing::warn!(%error, "no thread to say that the attempt is given up")),
-        );
+        match sending {
+            Ok(thread) => self.shared.abort.sent_by(thread),
+            Err(error) => tracing::warn!(%error, "no thread to say that the attempt is given up"),
+        }
     }
 
     /// Interrupts the action under way. If the jobs up to number `job` are not done soon, and it is the link that holds

@@ -144,7 +144,7 @@ impl Worker {
         Ok(Some(match job {
             SourceAction::Send(message) => {
                 let abort = matches!(message, Message::Abort(_));
-                if !(abort && self.shared.abort_sent.swap(true, Ordering::AcqRel)) {
+                if !abort || self.shared.abort.take() {
                     self.send(&message)?;
                 }
                 return Ok(None);
