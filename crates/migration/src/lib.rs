@@ -156,6 +156,8 @@ mod session;
 mod snapshot;
 mod source;
 mod tls;
+mod unix_listener;
+mod unix_peer;
 mod uri;
 
 pub use control::{Control, IncomingControl, PendingRollback};
@@ -190,5 +192,7 @@ pub use tls::error::TlsError;
 pub use tls::files::{CA_FILE, TlsRole, trusted_authorities};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
 pub use tls::security::{ConnectionSecurity, SecurityKind};
+pub use unix_listener::bind_unix;
+pub use unix_peer::{AllowedUnixPeers, UnixPeer, UnixPeerError};
 pub use uri::{Uri, UriError};
 pub use vfio_migration_types::{Failure, GuestOutcome, PauseCause, Side};

@@ -1,4 +1,4 @@
-//! VFIO and iommufd ioctls over borrowed descriptors.
+//! VFIO and iommufd ioctls over borrowed descriptors, and who is at the other end of a unix socket.
 //!
 //! Each function is one system call, typed: what it is asked and what the kernel answered, errno kept. All take a
 //! descriptor that the caller owns, however it came by it. Nothing here remembers a device (the two address spaces,
@@ -26,6 +26,7 @@ mod mapped;
 mod migration;
 #[cfg(feature = "iommufd-mock")]
 mod mock;
+mod peer_credentials;
 mod report;
 mod type1;
 
@@ -49,4 +50,5 @@ pub use mock::{
     MOCK_HUGE_PAGE, MOCK_KIND, MOCK_PAGE, MOCK_START, MockDevice, MockKind, attach_mock_device,
     dirty_mock_pages, make_mock_device,
 };
+pub use peer_credentials::{PeerCredentials, peer_credentials};
 pub use type1::{Type1, Type1Dirty, Type1Info};

@@ -27,7 +27,7 @@ const FLOORS: [Floor; 14] = [
     floor("memory", &["types", "uapi"], &[]),
     floor("engine", &["types", "wire", "compat"], &[]),
     floor("device", &["types", "compat", "memory", "uapi", "vfio-user"], &["sim"]),
-    floor("migration", &["types", "wire", "compat", "memory", "engine", "device"], &["sim"]),
+    floor("migration", &["types", "uapi", "wire", "compat", "memory", "engine", "device"], &["sim"]),
     floor("vmm", &["types", "compat", "memory", "device", "migration"], &["sim"]),
     floor("cli", &["types", "compat", "memory", "device", "vfio-user", "migration", "vmm", "sim"], &["wire"]),
     floor("sim", &["types", "vfio-user", "memory"], &[]),
