@@ -1329,7 +1329,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --once --restore --control --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --tls-creds --tls-pin --insecure-plaintext --config-rule --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --once --restore --control --control-group --control-read-group --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --tls-creds --tls-pin --insecure-plaintext --config-rule --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1352,6 +1352,14 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --control-group)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --control-read-group)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

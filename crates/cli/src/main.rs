@@ -2,6 +2,7 @@
 //! device servers. `vfio-migrate --help` says what it does.
 #![forbid(unsafe_code)]
 
+mod accounts;
 mod address;
 mod args;
 mod bandwidth;

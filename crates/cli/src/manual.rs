@@ -21,7 +21,10 @@ struct Extra {
     see_also: &'static [&'static str],
 }
 
-const CONTROL: (&str, &str) = ("the socket of --control", "made by vfio-migrate-vm(1), for its owner alone");
+const CONTROL: (&str, &str) = (
+    "the socket of --control",
+    "made by vfio-migrate-vm(1): for its user, root, and the groups of --control-group and --control-read-group",
+);
 const STATE: (&str, &str) =
     ("the folder of vm --state-dir", "the journal that says who owns the guest; it outlives the process");
 const VFIO: (&str, &str) = ("/dev/vfio, /dev/iommu", "the kernel's VFIO devices");
@@ -59,6 +62,10 @@ const PAGES: [Extra; 25] = [
                 "waits for one",
             ),
             ("vfio-migrate vm --restore guest.img --control /tmp/a.ctl", "brings back what save wrote"),
+            (
+                "vfio-migrate vm --control /run/a.ctl --control-group libvirt --control-read-group monitor",
+                "runs a guest that the members of one group steer, and those of another watch",
+            ),
         ],
         files: &[CONTROL, STATE, ("/dev/kvm", "without it the software guest runs"), VFIO],
         see_also: &["migrate", "status", "incoming", "save", "quit"],

@@ -96,8 +96,8 @@ fn of_socket(path: &Path, name: Option<&str>, timeout: Duration) -> Result<Check
 }
 
 fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError> {
-    let mut client = ControlClient::connect(socket, patience, None)
-        .map_err(|error| CliError::caused("no contact", &error))?;
+    let mut client =
+        ControlClient::connect(socket, patience, None).map_err(|error| error.failure("no contact"))?;
     let asked = |error: ControlError| error.failure("no manifest");
     let manifest = client.call(ControlVerb::QueryManifest, Value::Null).map_err(|error| match error {
         // Of what it is asked for a manifest, only its devices can keep it waiting.

@@ -45,7 +45,6 @@ impl VmTarget {
         timeout: Duration,
         interrupt: Option<&UserInterrupt>,
     ) -> Result<ControlClient, CliError> {
-        ControlClient::connect(&self.control, timeout, interrupt)
-            .map_err(|error| CliError::caused("no contact", &error))
+        ControlClient::connect(&self.control, timeout, interrupt).map_err(|error| error.failure("no contact"))
     }
 }

@@ -174,9 +174,15 @@ pub(crate) struct VmCommand {
     /// Bring back the guest that `save` wrote into this file, instead of starting one.
     #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
     pub(crate) restore: Option<PathBuf>,
-    /// Control socket.
+    /// Control socket: for the user that this process runs as, and root.
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
+    /// Group, by name or number, whose members may use the control socket too.
+    #[arg(long, value_name = "GROUP", requires = "control")]
+    pub(crate) control_group: Option<String>,
+    /// Group, by name or number, whose members may ask over the control socket and get its events, and no more: for monitors.
+    #[arg(long, value_name = "GROUP", requires = "control")]
+    pub(crate) control_read_group: Option<String>,
     /// Identity of the VM. Without it a guest that starts gets a random one, and a guest that arrives keeps its own.
     #[arg(long, value_name = "UUID")]
     pub(crate) uuid: Option<VmId>,

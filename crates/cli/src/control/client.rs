@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{self, sockopt};
+use rustix::process::geteuid;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::event::{self, ControlEvent};
 use super::protocol::{ControlRequest, ControlVerb, MigrationInfo, StatusReport};
-use super::refused::Refused;
+use super::refused::{PERMISSION_DENIED, Refused};
 use crate::exit::CliError;
 use crate::interrupt::UserInterrupt;
 use crate::output::printable_texts;
@@ -33,6 +35,12 @@ const BUSY: Duration = Duration::from_secs(30);
 pub(crate) enum ControlError {
     #[error("cannot reach the control socket {0}; is that `vm` running?")]
     Connect(String, #[source] std::io::Error),
+    #[error(
+        "user {uid} may not use the control socket {0}: the user that its `vm` runs as, root, and the members of its \
+         --control-group and --control-read-group may",
+        uid = geteuid().as_raw()
+    )]
+    Denied(String, #[source] std::io::Error),
     #[error("the control socket failed")]
     Io(#[source] std::io::Error),
     #[error("the `vm` closed its control socket")]
@@ -55,6 +63,7 @@ impl ControlError {
         let failure = CliError::caused(doing, self);
         match self {
             Self::Refused(refused) => failure.of_class(&refused.class),
+            Self::Denied(..) => failure.of_class(PERMISSION_DENIED),
             _ => failure,
         }
     }
@@ -92,6 +101,9 @@ impl ControlClient {
             match connect(path, slice) {
                 Ok(stream) => break stream,
                 Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(errno @ (Errno::ACCESS | Errno::PERM)) => {
+                    return Err(ControlError::Denied(shown, errno.into()));
+                }
                 Err(errno) => return Err(ControlError::Connect(shown, errno.into())),
             }
         };
@@ -105,6 +117,9 @@ impl ControlClient {
             news: Instant::now(),
         };
         let greeting = client.line(timeout)?.ok_or_else(|| client.silent())?;
+        if let Some(Ok(refused)) = greeting.get("error").map(Refused::deserialize) {
+            return Err(ControlError::Refused(refused));
+        }
         if greeting.get("vfio-migrate").is_none() {
             return Err(ControlError::Garbled(greeting.to_string()));
         }

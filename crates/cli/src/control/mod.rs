@@ -1,5 +1,6 @@
 //! The control socket of `vm`: newline JSON with QMP-like verbs and events, documented in `docs/control.md`.
 
+pub(crate) mod access;
 pub(crate) mod awaited;
 pub(crate) mod client;
 pub(crate) mod clients;
@@ -13,3 +14,4 @@ pub(crate) mod rehearsal;
 mod request;
 pub(crate) mod security;
 pub(crate) mod server;
+pub(crate) mod verbs;

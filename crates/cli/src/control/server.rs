@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::SendFlags;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use vfio_migration::bind_unix;
 
+use super::access::{Caller, ControlAccess};
 use super::clients::{Client, Publisher};
 use super::lines::{LINE_MAX, Line, Lines, Passed};
 use super::protocol::ControlVerb;
@@ -44,13 +47,15 @@ pub(crate) struct ControlServer {
 pub(crate) struct Bound {
     place: Place,
     listener: UnixListener,
+    access: ControlAccess,
 }
 
 impl Bound {
-    /// Binds `path`. A socket file that nobody listens on any more is replaced; any other file is left alone.
-    pub(crate) fn at(path: &Path) -> std::io::Result<Self> {
-        let (place, listener) = Place::bind(path)?;
-        Ok(Self { place, listener })
+    /// Binds `path`, for those who have `access`. A socket file that nobody listens on any more is replaced; any other file is
+    /// left alone.
+    pub(crate) fn at(path: &Path, access: ControlAccess) -> std::io::Result<Self> {
+        let (place, listener) = Place::bind(path, &access)?;
+        Ok(Self { place, listener, access })
     }
 
     pub(crate) fn serve(
@@ -58,15 +63,17 @@ impl Bound {
         handler: Arc<dyn Handler>,
         publisher: Publisher,
     ) -> std::io::Result<ControlServer> {
-        let Self { place, listener } = self;
+        let Self { place, listener, access } = self;
         let server = ControlServer { _place: place, publisher: publisher.clone() };
         let greeting = json!({"vfio-migrate": {"version": env!("CARGO_PKG_VERSION")}}).to_string();
         std::thread::Builder::new().name("control".into()).spawn(move || {
             for stream in listener.incoming() {
                 match stream {
-                    Ok(stream) => {
-                        publisher.admit(stream, &greeting, |client| begin(client, &handler, &publisher))
-                    }
+                    Ok(stream) => match access.caller(&stream) {
+                        Ok(caller) => publisher
+                            .admit(stream, caller, &greeting, |client| begin(client, &handler, &publisher)),
+                        Err(refused) => turn_away(&stream, refused),
+                    },
                     Err(error) => {
                         tracing::warn!(%error, "a client of the control socket could not be taken in");
                         // What is short now, descriptors above all, is there again when others have ended.
@@ -82,6 +89,16 @@ impl Bound {
 impl Drop for ControlServer {
     fn drop(&mut self) {
         self.publisher.end();
+    }
+}
+
+/// Tells somebody who may do nothing why, in place of the greeting.
+fn turn_away(stream: &UnixStream, refused: Refused) {
+    let line = reply(None, Err(refused));
+    // Whoever has just connected has room for a line; nothing is waited for.
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    if let Err(error) = rustix::net::send(stream, format!("{line}\n").as_bytes(), flags) {
+        tracing::debug!(%error, "a caller of the control socket was refused and could not be told");
     }
 }
 
@@ -107,7 +124,7 @@ fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
         client.asks();
         let whole = line.is_whole();
         let reply = if whole || line.bytes.len() < LINE_MAX {
-            answer(line, handler)
+            answer(line, client.caller(), handler)
         } else {
             reply(None, Err(Refused::generic(format!("the request is longer than {LINE_MAX} bytes"))))
         };
@@ -118,9 +135,10 @@ fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
     }
 }
 
-fn answer(line: Line, handler: &dyn Handler) -> String {
+fn answer(line: Line, caller: &Caller, handler: &dyn Handler) -> String {
     let (id, request) = request::read(&line.bytes);
     let answer = request.and_then(|request| {
+        caller.check(request.execute)?;
         let descriptor = descriptor(request.execute, line.passed)?;
         handler.call(request.execute, request.arguments, descriptor)
     });
@@ -181,11 +199,12 @@ struct Place {
 
 impl Place {
     /// Binds `path`. A socket file that nobody listens on any more is replaced; any other file is left alone.
-    fn bind(path: &Path) -> std::io::Result<(Self, UnixListener)> {
-        let listener = match UnixListener::bind(path) {
+    fn bind(path: &Path, access: &ControlAccess) -> std::io::Result<(Self, UnixListener)> {
+        let callers = access.any();
+        let listener = match bind_unix(path, &callers) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
                 clear(path)?;
-                UnixListener::bind(path)
+                bind_unix(path, &callers)
             }
             other => other,
         }?;
@@ -240,7 +259,7 @@ mod tests {
     }
 
     fn bind(path: &Path, publisher: Publisher) -> std::io::Result<ControlServer> {
-        Bound::at(path)?.serve(Arc::new(Echo), publisher)
+        Bound::at(path, ControlAccess::default())?.serve(Arc::new(Echo), publisher)
     }
 
     fn served() -> (tempfile::TempDir, std::path::PathBuf, ControlServer, Publisher) {
@@ -301,12 +320,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("precious");
         std::fs::write(&path, "data").unwrap();
-        let error = Place::bind(&path).unwrap_err();
+        let own = ControlAccess::default();
+        let error = Place::bind(&path, &own).unwrap_err();
         assert!(error.to_string().contains("left alone"), "{error}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "data");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(Place::bind(&link).is_err());
+        assert!(Place::bind(&link, &own).is_err());
         assert!(link.exists() && path.exists());
     }
 
@@ -314,9 +334,10 @@ mod tests {
     fn only_our_own_socket_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control");
-        let (place, listener) = Place::bind(&path).unwrap();
+        let own = ControlAccess::default();
+        let (place, listener) = Place::bind(&path, &own).unwrap();
         std::fs::rename(&path, dir.path().join("kept")).unwrap();
-        let (_other, _) = Place::bind(&path).unwrap();
+        let (_other, _) = Place::bind(&path, &own).unwrap();
         drop((place, listener));
         assert!(path.exists(), "the file that took the path is not ours");
     }

@@ -37,18 +37,7 @@ impl Handler for VmHandler {
         arguments: Value,
         descriptor: Option<OwnedFd>,
     ) -> Result<Value, Refused> {
-        let takes_some = matches!(
-            verb,
-            ControlVerb::Migrate
-                | ControlVerb::Rehearse
-                | ControlVerb::Save
-                | ControlVerb::Getfd
-                | ControlVerb::Closefd
-                | ControlVerb::MigrateIncoming
-                | ControlVerb::MigrateSetParameters
-                | ControlVerb::Quit
-        );
-        if !takes_some {
+        if !verb.needs().arguments {
             let NoArguments {} = parse(arguments.clone())?;
         }
         match verb {

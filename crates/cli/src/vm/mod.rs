@@ -29,8 +29,10 @@ use self::incoming::ReadinessWatch;
 use self::rollback::RollbackWatch;
 use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
+use crate::accounts::gid;
 use crate::address::Address;
 use crate::args::serve::VmCommand;
+use crate::control::access::ControlAccess;
 use crate::control::event::ControlEvent;
 use crate::control::server::{Bound, ControlServer};
 use crate::exit::{CliError, Exit};
@@ -91,7 +93,10 @@ fn start(options: &VmCommand, interrupt: &UserInterrupt, quit: Sender<()>) -> Re
     // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
     // whoever gets an answer finds everything in place.
     let bound = match &options.control {
-        Some(path) => Some(Bound::at(path).map_err(|error| cannot_listen(path, &error))?),
+        Some(path) => {
+            let bound = Bound::at(path, prepared.access.clone());
+            Some(bound.map_err(|error| cannot_listen(path, &error))?)
+        }
         None => None,
     };
     interrupt.watch(move || prepared.start()).inspect_err(|_| vm.end()).and_then(|started| started)?;
@@ -112,6 +117,8 @@ fn start(options: &VmCommand, interrupt: &UserInterrupt, quit: Sender<()>) -> Re
 /// A `vm` whose command line has been judged, and for which nothing has been made yet.
 struct Prepared {
     vm: Arc<RunningVm>,
+    /// Who may use the control socket.
+    access: ControlAccess,
     uri: Option<Uri>,
     snapshot: Option<Snapshot>,
     epoch: Epoch,
@@ -120,16 +127,22 @@ struct Prepared {
 impl Prepared {
     fn new(options: &VmCommand) -> Result<Self, CliError> {
         let vm = Arc::new(RunningVm::new(options)?);
+        let group =
+            |option, group: &Option<String>| group.as_deref().map(|group| gid(option, group)).transpose();
+        let access = ControlAccess::of_groups(
+            group("--control-group", &options.control_group)?,
+            group("--control-read-group", &options.control_read_group)?,
+        );
         let uri = options.incoming.as_deref().map(uri).transpose()?;
         // Checked whole before anything is made for it.
         let snapshot = options.restore.as_deref().map(saving::open).transpose()?;
         let epoch = if uri.is_none() && snapshot.is_none() { owned_epoch(&vm)? } else { Epoch(0) };
-        Ok(Self { vm, uri, snapshot, epoch })
+        Ok(Self { vm, access, uri, snapshot, epoch })
     }
 
     /// Starts the guest, brings it back, or waits for it.
     fn start(self) -> Result<(), CliError> {
-        let Self { vm, uri, snapshot, epoch } = self;
+        let Self { vm, access: _, uri, snapshot, epoch } = self;
         match (uri, snapshot) {
             (None, Some(snapshot)) => {
                 let slot = saving::restore(&vm, snapshot)?;

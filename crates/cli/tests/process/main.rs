@@ -2,6 +2,7 @@
 
 mod agreement;
 mod bad_input;
+mod callers;
 mod cancel;
 mod compat;
 mod completions;
