@@ -95,18 +95,29 @@ fn allow(more: u64) {
     setrlimit(Resource::Nofile, limit).unwrap();
 }
 
-/// What a server is short of passes, and so does the wait of its clients. A limit of 0 fails even the server's polls.
+/// Stops a server, also when the test fails: whoever waits for it would wait for ever.
+struct Stopping<'a>(&'a StopHandle);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// What a server is short of passes, and so does the wait of its clients. A limit of 0 fails even the server's polls: a server of
+/// its own for it, as one that still sees its last client off would fail in that.
 #[test]
 fn a_server_outlives_a_shortage_of_descriptors() {
     let (told, warnings) = channel();
     tracing::subscriber::set_global_default(Warnings(told)).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("device.sock");
-    let (server, stop) = (Server::bind(&path).unwrap(), StopHandle::new().unwrap());
     let before = getrlimit(Resource::Nofile);
-    std::thread::scope(|scope| {
-        let serving = scope.spawn(|| server.serve(&Null, &stop));
-        for none in [false, true] {
+    for none in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("device.sock");
+        let (server, stop) = (Server::bind(&path).unwrap(), StopHandle::new().unwrap());
+        std::thread::scope(|scope| {
+            let serving = scope.spawn(|| server.serve(&Null, &stop));
+            let stopping = Stopping(&stop);
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
             let socket = UnixStream::from(socket.unwrap());
             allow(0);
@@ -121,9 +132,9 @@ fn a_server_outlives_a_shortage_of_descriptors() {
             setrlimit(Resource::Nofile, before).unwrap();
             let client = Client::from_stream(socket, ClientOptions::default()).unwrap();
             assert_eq!(client.device_info().unwrap().num_regions, 9);
-        }
-        stop.stop();
-        serving.join().unwrap().unwrap();
-    });
+            drop(stopping);
+            serving.join().unwrap().unwrap();
+        });
+    }
     assert_eq!(warnings.try_recv().ok(), None, "told once each");
 }
