@@ -232,9 +232,9 @@ pub struct SourceRecord {
 }
 
 impl SourceRecord {
-    /// The question of a source that lost the answer to its COMMIT.
-    pub fn query(&self) -> Message {
-        Message::Query { vm: self.vm, attempt: self.attempt, epoch: self.epoch.next() }
+    /// The question of a source that lost the answer to its COMMIT, with its connection's `proof` (zero: it has none).
+    pub fn query(&self, proof: [u8; 32]) -> Message {
+        Message::Query { vm: self.vm, attempt: self.attempt, epoch: self.epoch.next(), proof }
     }
 }
 

@@ -63,7 +63,7 @@ kinds! {
     HelloReply    0x0002 "HELLO_REPLY"    16, 16;
     Refuse        0x0003 "REFUSE"         4, REASONS;
     Abort         0x0004 "ABORT"          22, ERROR;
-    Query         0x0005 "QUERY"          40, 40;
+    Query         0x0005 "QUERY"          72, 72;
     Running       0x0006 "RUNNING"        40, 40 + ERROR;
     Declined      0x0007 "DECLINED"       22, ERROR;
     // Control.

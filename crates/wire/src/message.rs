@@ -97,6 +97,8 @@ pub enum Message {
         attempt: AttemptId,
         /// The epoch the commit would begin.
         epoch: Epoch,
+        /// Over TLS: what only the source of the session can say on this very connection. Zero: nothing is proved.
+        proof: [u8; 32],
     },
     /// S, in a rehearsal ([`FEATURE_REHEARSE`](crate::FEATURE_REHEARSE)): that was all; release everything.
     EndRehearsal,

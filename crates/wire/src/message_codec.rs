@@ -130,10 +130,11 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
             encode_error(error, out);
             Kind::Abort
         }
-        Message::Query { vm, attempt, epoch } => {
+        Message::Query { vm, attempt, epoch, proof } => {
             out.put(&vm.0);
             out.put(&attempt.0);
             out.put_u64(epoch.0);
+            out.put(proof);
             Kind::Query
         }
         Message::EndRehearsal => Kind::EndRehearsal,
@@ -225,6 +226,7 @@ pub(crate) fn decode(kind: Kind, payload: &[u8], from_side: Side) -> Result<Mess
             vm: VmId(cursor.array("vm")?),
             attempt: AttemptId(cursor.array("attempt")?),
             epoch: Epoch(cursor.u64("epoch")?),
+            proof: cursor.array("proof")?,
         },
         Kind::EndRehearsal => Message::EndRehearsal,
         Kind::Rehearsed => {

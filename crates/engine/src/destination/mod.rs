@@ -55,7 +55,7 @@ impl DestinationEngine {
     /// After [`DestinationAction::Finish`], a [`Message::Query`] is still answered; everything else is ignored.
     pub fn handle(&mut self, event: DestinationEvent, now: Time) {
         match event {
-            DestinationEvent::Peer(Message::Query { vm, attempt, epoch }) => {
+            DestinationEvent::Peer(Message::Query { vm, attempt, epoch, .. }) => {
                 self.on_query(Attempt { vm, attempt, epoch }, now);
             }
             _ if matches!(self.state, State::Done | State::Owner) => self.after_the_end(&event),

@@ -16,7 +16,7 @@ const ATTEMPT: AttemptId = AttemptId([2; 16]);
 const EPOCH: Epoch = Epoch(7);
 const NOW: Duration = Duration::ZERO;
 const COMMIT: Commit = Commit { epoch: Epoch(8), attempt: ATTEMPT };
-const QUERY: Message = Message::Query { vm: VM, attempt: ATTEMPT, epoch: Epoch(8) };
+const QUERY: Message = Message::Query { vm: VM, attempt: ATTEMPT, epoch: Epoch(8), proof: [0; 32] };
 
 fn running() -> Running {
     Running { epoch: Epoch(8), guest: GuestOutcome::Running, boot_id: [0; 16], at_ns: 5 }
@@ -133,7 +133,7 @@ fn a_question_about_something_else_decides_nothing() {
     for (vm, attempt, epoch) in
         [(VmId([9; 16]), ATTEMPT, Epoch(8)), (VM, AttemptId([9; 16]), Epoch(8)), (VM, ATTEMPT, Epoch(7))]
     {
-        let actions = hear(&mut destination, Message::Query { vm, attempt, epoch });
+        let actions = hear(&mut destination, Message::Query { vm, attempt, epoch, proof: [0; 32] });
         assert!(matches!(&actions[..], [DestinationAction::Answer(Message::Abort(_))]), "{actions:?}");
     }
     assert_eq!(

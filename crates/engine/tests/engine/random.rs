@@ -102,7 +102,12 @@ fn message() -> impl Strategy<Value = Message> {
         Just(Message::Declined(error())),
         epochs.clone().prop_map(|epoch| Message::Running(running(epoch))),
         Just(Message::Abort(error())),
-        (epochs, attempts).prop_map(|(epoch, attempt)| Message::Query { vm: VM, attempt, epoch }),
+        (epochs, attempts).prop_map(|(epoch, attempt)| Message::Query {
+            vm: VM,
+            attempt,
+            epoch,
+            proof: [0; 32]
+        }),
         Just(Message::Ping { token: 1 }),
     ]
 }

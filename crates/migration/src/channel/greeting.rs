@@ -26,7 +26,16 @@ pub(crate) enum Greeting {
     /// HELLO: a source wants a session.
     Session(Box<Accepted>),
     /// QUERY: a source asks what became of an attempt.
-    Query(Arc<Link>, Attempt),
+    Query(Question),
+}
+
+/// The question of a source that lost the answer to its COMMIT.
+pub(crate) struct Question {
+    pub(crate) link: Arc<Link>,
+    /// With the epoch that the commit would begin.
+    pub(crate) about: Attempt,
+    /// What it says to prove that it was in the session.
+    pub(crate) proof: [u8; 32],
 }
 
 /// A connection that did not begin as a migration does.
@@ -115,8 +124,9 @@ impl PendingConnection {
     fn accepted(self, first: Result<Message, String>) -> Result<Greeting, DroppedConnection> {
         let Self { link, reader, .. } = self;
         let why = match first {
-            Ok(Message::Query { vm, attempt, epoch }) => {
-                return Ok(Greeting::Query(link, Attempt { vm, attempt, epoch }));
+            Ok(Message::Query { vm, attempt, epoch, proof }) => {
+                let about = Attempt { vm, attempt, epoch };
+                return Ok(Greeting::Query(Question { link, about, proof }));
             }
             Ok(hello @ Message::Hello(_)) => {
                 return Ok(Greeting::Session(Box::new(Accepted { link, reader, hello })));

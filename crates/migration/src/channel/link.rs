@@ -118,6 +118,11 @@ impl Link {
         self.transport.security()
     }
 
+    /// A secret that both ends derive from the connection; `None` where it has none.
+    pub(crate) fn export(&self, label: &[u8], context: &[u8]) -> Option<[u8; 32]> {
+        self.transport.export(label, context)
+    }
+
     /// Everything written so far, headers included.
     pub(crate) fn wire_bytes(&self) -> u64 {
         self.wire_bytes.load(Ordering::Relaxed)
@@ -430,6 +435,10 @@ mod tests {
 
         fn security(&self) -> ConnectionSecurity {
             self.0.security()
+        }
+
+        fn export(&self, label: &[u8], context: &[u8]) -> Option<[u8; 32]> {
+            self.0.export(label, context)
         }
     }
 

@@ -1,5 +1,6 @@
 //! One connection between the two sides: making it, frames over it, and how much may be sent.
 
+pub(crate) mod binding;
 pub(crate) mod connect;
 pub(crate) mod credit;
 pub(crate) mod error;

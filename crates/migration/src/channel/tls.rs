@@ -410,6 +410,10 @@ impl Transport for Tls {
             peer: leaf.and_then(|leaf| PeerIdentity::of(leaf).ok()),
         }
     }
+
+    fn export(&self, label: &[u8], context: &[u8]) -> Option<[u8; 32]> {
+        lock(&self.state).connection.export_keying_material([0; 32], label, Some(context)).ok()
+    }
 }
 
 fn copy(bytes: &[u8], into: &mut [u8], done: &mut usize) -> usize {

@@ -59,6 +59,10 @@ pub(crate) trait Transport: fmt::Debug + Send + Sync {
 
     /// How it is secured, and what the peer has proved to be.
     fn security(&self) -> ConnectionSecurity;
+
+    /// A secret for a use of its own (`label`, `context`) that both ends derive from the connection, and nobody else can; `None` where there
+    /// is none.
+    fn export(&self, label: &[u8], context: &[u8]) -> Option<[u8; 32]>;
 }
 
 /// A stream socket as it is: TCP, unix, or one that was handed over.
@@ -145,6 +149,10 @@ impl Transport for Socket {
             None => SecurityKind::PlainText,
         };
         ConnectionSecurity { kind, cipher: None, peer: self.vouched.clone() }
+    }
+
+    fn export(&self, _: &[u8], _: &[u8]) -> Option<[u8; 32]> {
+        None
     }
 }
 

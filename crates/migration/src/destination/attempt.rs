@@ -7,6 +7,7 @@ use vfio_migration_device::{ConfigRules, PciState, ResumingSession};
 use vfio_migration_engine::ownership::DestinationRecord;
 use vfio_migration_types::DeviceId;
 
+use crate::channel::binding::SessionKey;
 use crate::destination::final_pass::StorageLocks;
 use crate::destination::reader::{Received, Sink};
 use crate::machine::MigratableDevice;
@@ -30,6 +31,7 @@ pub(super) struct DestinationShared {
     pub(super) ram_total: AtomicU64,
     /// The other end, as the journal and the progress name it.
     pub(super) peer: String,
+    pub(super) session_key: Option<SessionKey>,
     pub(super) jobs_done: AtomicU64,
     pub(super) steps: Mutex<Vec<StepTime>>,
     /// The journal's record, as far as it is on disk.

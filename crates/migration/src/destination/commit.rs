@@ -7,9 +7,11 @@ use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, Quer
 use vfio_migration_types::{Epoch, Failure, GuestOutcome, Phase, Side, error_chain};
 use vfio_migration_wire::{Message, Running};
 
+use crate::channel::binding::SessionKey;
+use crate::channel::greeting::Question;
 use crate::channel::link::Link;
 use crate::destination::worker::Worker;
-use crate::ownership::journal::{Journal, JournalSide, read_journal};
+use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
@@ -22,8 +24,32 @@ use crate::tls::security::ConnectionSecurity;
 pub(super) struct KnownOutcome {
     pub(super) record: DestinationRecord,
     pub(super) running: Option<Running>,
-    /// How its connection was secured, and who the source was.
-    pub(super) security: ConnectionSecurity,
+    pub(super) source: SessionSource,
+}
+
+/// The source of a session, as its connection tells it from everybody else.
+#[derive(Clone, Debug)]
+pub(super) struct SessionSource {
+    /// How the connection was secured, and who the source proved to be.
+    security: ConnectionSecurity,
+    key: Option<SessionKey>,
+}
+
+impl SessionSource {
+    pub(super) fn of(link: &Link, key: Option<&SessionKey>) -> Self {
+        Self { security: link.security(), key: key.cloned() }
+    }
+
+    /// Whether it is the source who asks, in a process whose connections are secured like `security`.
+    fn asks(&self, question: &Question, security: &Security) -> bool {
+        is_bound(self.key.as_ref(), question)
+            && question.link.security().is_of(&self.security, security.proves_names())
+    }
+}
+
+/// Whether a question comes from within the session that has `key`. Of a session without one everybody may have been in it.
+fn is_bound(key: Option<&SessionKey>, question: &Question) -> bool {
+    key.is_none_or(|key| key.is_proved(&question.link, question.proof))
 }
 
 impl Worker<'_, '_, '_> {
@@ -51,43 +77,58 @@ impl Worker<'_, '_, '_> {
         };
         let _wait = self.shared.answers.wait(None, Request::Journal, None);
         journal
-            .write_destination(record.clone(), given_up)
+            .write_destination(record.clone(), self.shared.session_key.clone(), given_up)
             .map_err(|error| error.in_phase(Side::Destination, phase))?;
         *lock(&self.shared.record) = Some(record);
         Ok(())
     }
 }
 
-/// Refuses a question of somebody else than the source of `session`: the answer may be that nobody will ever run the guest here.
-/// Says whether it did.
-pub(super) fn refuse_stranger(link: &Link, session: &ConnectionSecurity, security: &Security) -> bool {
-    if link.security().is_of(session, security.proves_names()) {
-        return false;
+/// Refuses a question of somebody else than `source`: the answer may be that nobody will ever run the guest here. Says whether it did.
+pub(super) fn refuse_stranger(question: &Question, source: &SessionSource, security: &Security) -> bool {
+    let is_stranger = !source.asks(question, security);
+    if is_stranger {
+        let message = Message::Abort(stranger(question));
+        let _ = question.link.send(&message);
+        question.link.shutdown_write();
     }
-    tracing::warn!(peer = %link.peer(), "somebody else than its source asked what became of a migration");
-    let text = "only the source of a migration is told what became of it";
-    let _ = link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Commit, text)));
-    link.shutdown_write();
-    true
+    is_stranger
+}
+
+fn stranger(question: &Question) -> Failure {
+    tracing::warn!(
+        peer = %question.link.peer(), attempt = %question.about.attempt,
+        "somebody else than its source asked what became of a migration"
+    );
+    Failure::new(Side::Destination, Phase::Commit, "only the source of a migration is told what became of it")
 }
 
 /// Answers one question. An outcome that is not known is answered as unknown, which decides nothing.
-pub(super) fn answer(known: Option<&KnownOutcome>, state_dir: Option<&Path>, link: &Link, query: Attempt) {
-    let message = answer_to(known, state_dir, query);
-    tracing::info!(vm = %query.vm, attempt = %query.attempt, ?message, "a source asked what became of its COMMIT");
+pub(super) fn answer(known: Option<&KnownOutcome>, state_dir: Option<&Path>, question: &Question) {
+    let Question { link, about, .. } = question;
+    let message = answer_to(known, state_dir, question);
+    tracing::info!(vm = %about.vm, attempt = %about.attempt, ?message, "a source asked what became of its COMMIT");
     if let Err(error) = link.send(&message) {
         tracing::warn!(error = %error_chain(&error), "the answer could not be sent");
     }
     link.shutdown_write();
 }
 
-fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, query: Attempt) -> Message {
+fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, question: &Question) -> Message {
+    let query = question.about;
     let unknown = |text: String| Message::Abort(Failure::new(Side::Destination, Phase::Commit, text));
     let own = known.filter(|known| known.record.attempt == query.attempt);
     let record = match (own, state_dir) {
         (Some(known), _) => Some(known.record.clone()),
         (None, Some(dir)) => match read_journal(dir, query.vm) {
-            Ok(file) => file.and_then(|file| file.destination),
+            Ok(file) => {
+                let file = file.unwrap_or_else(|| JournalFile::empty(query.vm));
+                let asked = file.destination.as_ref().is_some_and(|record| record.attempt == query.attempt);
+                if asked && !is_bound(file.destination_key.as_ref(), question) {
+                    return Message::Abort(stranger(question));
+                }
+                file.destination
+            }
             Err(error) => return unknown(error_chain(&error)),
         },
         (None, None) => None,
@@ -110,7 +151,8 @@ fn abort(state_dir: Option<&Path>, query: Attempt, cause: Failure) -> Result<Mes
     let Some(dir) = state_dir else { return Ok(Message::Declined(cause)) };
     let journal = Journal::open(Some(dir), query.vm, JournalSide::Destination)
         .map_err(|error| error.in_phase(Side::Destination, Phase::Commit).text)?;
-    let record = journal.read().map_err(|error| error_chain(&error))?.destination;
+    let JournalFile { destination: record, destination_key: key, .. } =
+        journal.read().map_err(|error| error_chain(&error))?;
     match answer_query(record.as_ref(), query.vm, query.attempt, query.epoch) {
         QueryAnswer::Running { epoch } => Ok(Message::Running(untold(epoch))),
         QueryAnswer::Decline(cause) => Ok(Message::Declined(cause)),
@@ -118,7 +160,7 @@ fn abort(state_dir: Option<&Path>, query: Attempt, cause: Failure) -> Result<Mes
             let Some(record) = record else { return Err("there is no record".into()) };
             let record = DestinationRecord { state: DestinationState::Aborted, ..record };
             let reason = "the source asked what became of it, and it had come to nothing".to_owned();
-            journal.write_destination(record, Some(reason)).map_err(|error| error_chain(&error))?;
+            journal.write_destination(record, key, Some(reason)).map_err(|error| error_chain(&error))?;
             Ok(Message::Declined(cause))
         }
         QueryAnswer::Unknown(cause) => Ok(Message::Abort(cause)),

@@ -25,12 +25,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_migration_engine::Attempt;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
 use crate::channel::connect::{self, ConnectError, Listener};
-use crate::channel::greeting::{Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections};
-use crate::channel::link::Link;
+use crate::channel::greeting::{
+    Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
+};
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
 use crate::destination::session::Place;
@@ -115,7 +115,7 @@ impl Destination {
             let limit = self.options.accept_timeout.map(|limit| limit.saturating_sub(begun.elapsed()));
             match self.greet(limit).map_err(not_begun)? {
                 Ok(Greeting::Session(session)) => return self.session(*session, build),
-                Ok(Greeting::Query(link, query)) => self.answer(&link, query),
+                Ok(Greeting::Query(question)) => self.answer(&question),
                 Err(DroppedConnection { why, .. }) if self.listener.is_connected() => {
                     let remedy = "check what is connected to the descriptor";
                     return Err(IncomingError::NotBegun(
@@ -143,7 +143,7 @@ impl Destination {
                 return Ok(());
             }
             match self.greet(Some(left)) {
-                Ok(Ok(Greeting::Query(link, query))) => self.answer(&link, query),
+                Ok(Ok(Greeting::Query(question))) => self.answer(&question),
                 Ok(Ok(Greeting::Session(session))) => session.turn_away(None),
                 Ok(Err(DroppedConnection { peer, why })) => {
                     tracing::warn!(%why, %peer, "a connection was dropped that is no migration")
@@ -174,12 +174,12 @@ impl Destination {
         arrived
     }
 
-    fn answer(&self, link: &Link, query: Attempt) {
-        let own = self.known.as_ref().filter(|known| known.record.attempt == query.attempt);
-        if own.is_some_and(|known| commit::refuse_stranger(link, &known.security, &self.options.security)) {
+    fn answer(&self, question: &Question) {
+        let own = self.known.as_ref().filter(|known| known.record.attempt == question.about.attempt);
+        if own.is_some_and(|known| commit::refuse_stranger(question, &known.source, &self.options.security)) {
             return;
         }
-        commit::answer(self.known.as_ref(), self.options.state_dir.as_deref(), link, query);
+        commit::answer(self.known.as_ref(), self.options.state_dir.as_deref(), question);
     }
 
     /// The next connection whose first message comes, or why one was dropped; waits for `limit` (`None`: without end), or

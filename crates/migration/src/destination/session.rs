@@ -12,13 +12,16 @@ use vfio_migration_engine::{
 use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, error_chain, rfc3339};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
+use crate::channel::binding::SessionKey;
 use crate::channel::connect::Listener;
-use crate::channel::greeting::{Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections};
+use crate::channel::greeting::{
+    Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
+};
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK};
 use crate::control::IncomingControl;
 use crate::destination::attempt::DestinationShared;
-use crate::destination::commit::{KnownOutcome, refuse_stranger};
+use crate::destination::commit::{KnownOutcome, SessionSource, refuse_stranger};
 use crate::destination::progress::{bytes, into_result, statuses};
 use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
@@ -70,7 +73,13 @@ pub(super) fn run(
         }
     };
     let peer = options.from_file.as_deref().map_or_else(|| link.peer(), file_peer);
-    let shared = DestinationShared { peer, ..DestinationShared::default() };
+    // Now, since a connection that has failed gives none.
+    let session_key = match &hello {
+        Message::Hello(hello) => SessionKey::of(&link, hello.attempt),
+        _ => None,
+    };
+    let source = SessionSource::of(&link, session_key.as_ref());
+    let shared = DestinationShared { peer, session_key, ..DestinationShared::default() };
     let machine: Mutex<Option<Arc<dyn Machine>>> = Mutex::new(None);
     let kept = &machine;
     let build = move |offer: &IncomingOffer| {
@@ -121,6 +130,7 @@ pub(super) fn run(
             begun,
             peer_timeout: options.peer_timeout,
             security: &options.security,
+            source: &source,
             running: None,
             link_lost: false,
             cancelled: false,
@@ -142,8 +152,7 @@ pub(super) fn run(
         }
         ended
     });
-    let security = link.security();
-    let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, security });
+    let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, source });
     let machine = lock(&machine).take();
     (into_result(outcome, machine, attempt, &shared, took), known)
 }
@@ -163,6 +172,7 @@ struct Session<'a> {
     begun: Instant,
     peer_timeout: Duration,
     security: &'a Security,
+    source: &'a SessionSource,
     /// RUNNING, as it was sent, for a source that lost it.
     running: Option<Running>,
     link_lost: bool,
@@ -298,12 +308,14 @@ impl Session<'_> {
             self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE));
         }
         match self.pending.poll() {
-            Some(Ok(Greeting::Query(link, _)))
-                if refuse_stranger(&link, &self.link.security(), self.security) => {}
-            Some(Ok(Greeting::Query(link, Attempt { vm, attempt, epoch }))) => {
+            Some(Ok(Greeting::Query(question))) if refuse_stranger(&question, self.source, self.security) => {
+            }
+            Some(Ok(Greeting::Query(Question { link, about, proof }))) => {
                 self.asking = Some(link);
+                let Attempt { vm, attempt, epoch } = about;
+                let query = Message::Query { vm, attempt, epoch, proof };
                 let now = self.now();
-                self.engine.handle(DestinationEvent::Peer(Message::Query { vm, attempt, epoch }), now);
+                self.engine.handle(DestinationEvent::Peer(query), now);
             }
             Some(Ok(Greeting::Session(session))) => {
                 let why = self.giving_up.map(|_| self.still_undone());

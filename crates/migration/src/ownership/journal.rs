@@ -4,8 +4,9 @@
 //! the file holds the old record or the new one. A process that restarts has lost its guest's RAM; from the journal it
 //! learns what it was, and can report that to whoever asks.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::SystemTime;
@@ -15,17 +16,18 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_engine::ownership::{DestinationRecord, KnownEpochs, SourceRecord};
 use vfio_migration_types::{Epoch, VmId, rfc3339};
 
+use crate::channel::binding::SessionKey;
 use crate::regular_file::{FileError, open_regular, open_regular_to_append};
 use crate::session::lock::lock;
 
 /// Layout of a journal that is written.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// A journal file: the records of one VM on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JournalFile {
-    /// Layout of this file: 2. One of layout 1, which has no notes, is read too.
+    /// Layout of this file: 3. Those of layout 1, which have no notes, and 2, which have no key, are read too.
     pub version: u32,
     /// The VM whose records they are.
     pub vm: VmId,
@@ -41,6 +43,9 @@ pub struct JournalFile {
     /// The same of `destination`.
     #[serde(default, rename = "destination-note", skip_serializing_if = "Option::is_none")]
     pub destination_note: Option<JournalNote>,
+    /// The secret of `destination`'s session, where TLS gave one: by it a process that was started since knows its source.
+    #[serde(default, rename = "destination-key", skip_serializing_if = "Option::is_none")]
+    pub(crate) destination_key: Option<SessionKey>,
 }
 
 /// When and why a record was written. Times are RFC 3339, by the host's wall clock.
@@ -143,7 +148,7 @@ pub fn read_journal(dir: &Path, vm: VmId) -> Result<Option<JournalFile>, Journal
     let mut text = Vec::new();
     file.take(LARGEST).read_to_end(&mut text).map_err(failed("reading", &path))?;
     match serde_json::from_slice::<JournalFile>(&text) {
-        Ok(file) if matches!(file.version, 1 | VERSION) && file.vm == vm => Ok(Some(file)),
+        Ok(file) if matches!(file.version, 1..=VERSION) && file.vm == vm => Ok(Some(file)),
         Ok(_) => {
             let source = serde::de::Error::custom("another version, or another VM's file");
             Err(JournalError::Content { path, source })
@@ -199,10 +204,11 @@ impl Journal {
         })
     }
 
-    /// Writes the destination's record. On return it is on disk.
+    /// Writes the destination's record, and its session's secret. On return they are on disk.
     pub(crate) fn write_destination(
         &self,
         record: DestinationRecord,
+        key: Option<SessionKey>,
         reason: Option<String>,
     ) -> Result<(), JournalError> {
         self.change(|file| {
@@ -210,6 +216,7 @@ impl Journal {
             let before = file.destination_note.take().filter(|_| same);
             file.destination_note = Some(JournalNote::now(before.as_ref(), reason));
             file.destination = Some(record);
+            file.destination_key = key;
         })
     }
 
@@ -233,7 +240,7 @@ impl Journal {
 }
 
 impl JournalFile {
-    fn empty(vm: VmId) -> Self {
+    pub(crate) fn empty(vm: VmId) -> Self {
         Self {
             version: VERSION,
             vm,
@@ -241,6 +248,7 @@ impl JournalFile {
             destination: None,
             source_note: None,
             destination_note: None,
+            destination_key: None,
         }
     }
 
@@ -267,7 +275,13 @@ fn replace(dir: &Path, file: &JournalFile) -> Result<(), JournalError> {
         }
         _ => {}
     }
-    let mut out = File::create_new(&temporary).map_err(failed("creating", &temporary))?;
+    // What it holds of a session's secret is our user's alone.
+    let mut out = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)
+        .map_err(failed("creating", &temporary))?;
     out.write_all(&text).map_err(failed("writing", &temporary))?;
     out.sync_all().map_err(failed("syncing", &temporary))?;
     std::fs::rename(&temporary, &path).map_err(failed("replacing", &path))?;
@@ -292,6 +306,8 @@ fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use vfio_migration_engine::ownership::{DestinationState, SourceState};
     use vfio_migration_types::AttemptId;
 
@@ -325,7 +341,7 @@ mod tests {
         let source = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
         let destination = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
         source.write_source(source_record(SourceState::Released, 3), None).unwrap();
-        destination.write_destination(destination_record(DestinationState::Owner, 4), None).unwrap();
+        destination.write_destination(destination_record(DestinationState::Owner, 4), None, None).unwrap();
         let file = read_journal(dir.path(), VM).unwrap().unwrap();
         assert_eq!(file.epochs().released, Some(Epoch(3)));
         assert_eq!(file.owned_epoch(), Some(Epoch(5)));
@@ -351,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_of_layout_1_is_read_and_written_as_layout_2() {
+    fn a_journal_of_layout_1_is_read_and_written_as_layout_3() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(format!("{VM}.json"));
         let old = format!(
@@ -362,12 +378,29 @@ mod tests {
         std::fs::write(&path, old).unwrap();
         let journal = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
         assert_eq!(journal.read().unwrap().source.unwrap().attempt, AttemptId([9; 16]));
-        journal.write_destination(destination_record(DestinationState::Reserved, 4), None).unwrap();
+        journal.write_destination(destination_record(DestinationState::Reserved, 4), None, None).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        assert!(text.contains(r#""version": 2"#) && text.contains(&"09".repeat(16)), "{text}");
+        assert!(text.contains(r#""version": 3"#) && text.contains(&"09".repeat(16)), "{text}");
         let file = journal.read().unwrap();
         assert_eq!(file.source.unwrap().peer, "fd:26");
         assert_eq!(file.source_note, None, "nobody knows when");
+    }
+
+    #[test]
+    fn a_session_s_key_is_kept_with_its_record_and_for_our_user_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
+        let key: SessionKey = serde_json::from_value("5a".repeat(32).into()).unwrap();
+        for state in [DestinationState::Reserved, DestinationState::Owner] {
+            journal.write_destination(destination_record(state, 4), Some(key.clone()), None).unwrap();
+            assert_eq!(journal.read().unwrap().destination_key, Some(key.clone()));
+        }
+        let path = dir.path().join(format!("{VM}.json"));
+        assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(format!("{key:?}"), "SessionKey(..)");
+        // The next attempt's record comes with its own key, or none.
+        journal.write_destination(destination_record(DestinationState::Reserved, 5), None, None).unwrap();
+        assert_eq!(journal.read().unwrap().destination_key, None);
     }
 
     #[test]

@@ -91,8 +91,7 @@ mod tests {
                 state,
                 peer: peer(),
             }),
-            source_note: None,
-            destination_note: None,
+            ..JournalFile::empty(VM)
         }
     }
 
@@ -128,7 +127,7 @@ mod tests {
     fn a_journal_that_makes_no_sense_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(ownership_at(dir.path(), VM).unwrap(), VmOwnership::Unknown);
-        for text in ["", "{}", "nonsense", r#"{"version":3,"vm":"07070707-0707-0707-0707-070707070707"}"#] {
+        for text in ["", "{}", "nonsense", r#"{"version":4,"vm":"07070707-0707-0707-0707-070707070707"}"#] {
             std::fs::write(dir.path().join(format!("{VM}.json")), text).unwrap();
             assert!(ownership_at(dir.path(), VM).is_err(), "{text}");
         }

@@ -8,6 +8,7 @@ use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_types::{Failure, Side, error_chain};
 use vfio_migration_wire::Message;
 
+use crate::channel::binding::NO_PROOF;
 use crate::channel::connect::{self, ConnectError};
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
@@ -53,7 +54,8 @@ impl Worker {
         })?;
         let told = |error: ChannelError| Err(error_chain(&error));
         let link = Link::new(socket).map_err(told)?;
-        link.send(&self.record(SourceState::Committing).query()).map_err(told)?;
+        let proof = self.session_key.as_ref().and_then(|key| key.proof(&link)).unwrap_or(NO_PROOF);
+        link.send(&self.record(SourceState::Committing).query(proof)).map_err(told)?;
         let mut reader = Reader::new(&link, Side::Destination);
         let until = Instant::now() + PATIENCE;
         loop {

@@ -11,6 +11,7 @@ use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
+use crate::channel::binding::SessionKey;
 use crate::channel::link::Link;
 use crate::device::send::DeviceSender;
 use crate::machine::{Machine, MigratableDevice, Paused};
@@ -28,6 +29,8 @@ pub(super) struct Worker {
     pub(super) ram: Arc<GuestRam>,
     pub(super) plan: Arc<PlannedMigration>,
     pub(super) link: Arc<Link>,
+    /// Derived at the beginning: a connection that has failed gives none.
+    pub(super) session_key: Option<SessionKey>,
     pub(super) shared: Arc<SourceShared>,
     pub(super) counters: Arc<SourceCounters>,
     /// A write of the journal was given up, and may still be under way.
@@ -66,6 +69,7 @@ impl Worker {
             ram,
             plan: Arc::clone(plan),
             link: Arc::clone(link),
+            session_key: SessionKey::of(link, plan.attempt),
             shared: Arc::clone(shared),
             counters: Arc::clone(counters),
             journal_hangs: false,

@@ -118,7 +118,7 @@ fn what_is_frozen_has_not_moved() {
             (2, "HELLO_REPLY", 16, 16),
             (3, "REFUSE", 4, 610_308),
             (4, "ABORT", 22, 5206),
-            (5, "QUERY", 40, 40),
+            (5, "QUERY", 72, 72),
             (6, "RUNNING", 40, 5246),
             (7, "DECLINED", 22, 5206)
         ]

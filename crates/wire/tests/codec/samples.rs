@@ -71,7 +71,7 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
         ("refuse_without_reason", Message::Refuse(Vec::new())),
         ("abort", Message::Abort(full.clone())),
         ("abort_least", Message::Abort(empty)),
-        ("query", Message::Query { vm: VM, attempt: ATTEMPT, epoch: Epoch(42) }),
+        ("query", Message::Query { vm: VM, attempt: ATTEMPT, epoch: Epoch(42), proof: [0xa5; 32] }),
         ("offer", Message::Offer(Offer { names, manifest: manifest() })),
         ("offer_least", Message::Offer(Offer { names: Vec::new(), manifest: b"{}".to_vec() })),
         (

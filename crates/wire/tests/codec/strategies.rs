@@ -36,10 +36,11 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     let applied = any::<(u32, u64, u64)>().prop_map(|(iteration, device_bytes, device_ns)| {
         Message::Applied(Applied { iteration, device_bytes, device_ns })
     });
-    let query = ids.prop_map(|(vm, attempt, epoch)| Message::Query {
+    let query = (ids, any::<[u8; 32]>()).prop_map(|((vm, attempt, epoch), proof)| Message::Query {
         vm: VmId(vm),
         attempt: AttemptId(attempt),
         epoch: Epoch(epoch),
+        proof,
     });
     prop_oneof![
         hello,

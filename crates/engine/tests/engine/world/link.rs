@@ -156,7 +156,7 @@ impl World {
             || (self.destination.is_some()
                 && (self.script.listens_after_end || self.other.outcome.is_none()));
         if up && listens {
-            let query = Message::Query { vm: VM, attempt: ATTEMPT, epoch: EPOCH.next() };
+            let query = Message::Query { vm: VM, attempt: ATTEMPT, epoch: EPOCH.next(), proof: [0; 32] };
             self.after(self.script.latency, Happening::Asked(question, query));
         } else {
             let refused = SourceEvent::LinkLost("connection refused".to_owned());
