@@ -229,7 +229,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__check)
-            opts="-v -h -V --matrix --baseline --model --policy --map --probe --tls-creds --tls-pin --insecure-plaintext --tls-hostname --live --json --timeout --verbose --help --version"
+            opts="-v -h -V --matrix --baseline --model --policy --map --probe --tls-creds --tls-pin --insecure-plaintext --allow-uid --allow-gid --tls-hostname --live --json --timeout --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -252,6 +252,14 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --tls-pin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --allow-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --allow-gid)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1329,7 +1337,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --once --restore --control --control-group --control-read-group --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --tls-creds --tls-pin --insecure-plaintext --config-rule --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --once --restore --control --control-group --control-read-group --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --tls-creds --tls-pin --insecure-plaintext --allow-uid --allow-gid --config-rule --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1384,6 +1392,14 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --tls-pin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --allow-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --allow-gid)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -1,14 +1,20 @@
-//! Groups that an option names: by number, or by a name of this host's own file.
+//! Users and groups that an option names: by number, or by a name of this host's own files.
 
 use std::path::Path;
 
 use crate::exit::{CliError, Exit};
 use crate::words::read_capped;
 
-/// Where this host's own groups are: group(5).
+/// Where this host's own users are, and its own groups: passwd(5), group(5).
+const USERS: &str = "/etc/passwd";
 const GROUPS: &str = "/etc/group";
-/// Most bytes that are read of it.
+/// Most bytes that are read of either.
 const FILE_MAX: usize = 16 << 20;
+
+/// The id of the user that `option` names.
+pub(crate) fn uid(option: &str, user: &str) -> Result<u32, CliError> {
+    id(option, "user", user, Path::new(USERS))
+}
 
 /// The id of the group that `option` names.
 pub(crate) fn gid(option: &str, group: &str) -> Result<u32, CliError> {
@@ -31,7 +37,7 @@ fn id(option: &str, kind: &str, text: &str, file: &Path) -> Result<u32, CliError
     })
 }
 
-/// The id behind `name`: its line's third field.
+/// The id behind `name`: its line's third field in both files.
 fn find(file: &str, name: &str) -> Option<u32> {
     file.lines().find_map(|line| {
         let mut fields = line.split(':');
@@ -46,6 +52,7 @@ mod tests {
 
     #[test]
     fn an_account_is_a_number_or_a_name_of_the_hosts_files() {
+        assert_eq!((uid("--x", "0").unwrap(), uid("--x", "root").unwrap()), (0, 0));
         assert_eq!(gid("--x", "0").unwrap(), 0);
         assert_eq!(gid("--x", "root").unwrap(), 0);
         assert_eq!(gid("--x", "4711").unwrap(), 4711);

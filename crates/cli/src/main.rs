@@ -19,6 +19,7 @@ mod interrupt;
 mod manual;
 mod move_options;
 mod output;
+mod peer_options;
 mod probe;
 mod progress_display;
 mod schemas;

@@ -10,7 +10,7 @@ use crate::exit::{CliError, Exit};
 /// What the certificates' folder holds, for help texts.
 pub(crate) const LAYOUT: &str = "With --tls-creds DIR connections over TCP are secured by TLS 1.3, and both sides prove who they are. DIR is laid out as \
 QEMU and libvirt have it: ca-cert.pem; server-cert.pem and server-key.pem where a guest arrives; client-cert.pem and client-key.pem where one \
-leaves. `vfio-migrate tls` makes them. Unix sockets stay as they are.";
+leaves. `vfio-migrate tls` makes them. Unix sockets are not encrypted: the kernel says who is at their other end.";
 
 /// Options of a process that opens connections, or takes them.
 #[derive(Args, Clone, Debug, Default)]

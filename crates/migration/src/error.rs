@@ -197,6 +197,7 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         | ConnectError::System { uri: Uri::Fd(_), .. }
         | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
         ConnectError::Insecure { .. } => "check the certificates of both hosts: `vfio-migrate tls show`",
+        ConnectError::Stranger { .. } => "see whose process listens there",
         _ => "check the address, and that a destination listens there",
     };
     let errno =

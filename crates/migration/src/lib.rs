@@ -191,7 +191,7 @@ pub use tls::config::{ALPN, Security, TlsDirectory, own_identity};
 pub use tls::error::TlsError;
 pub use tls::files::{CA_FILE, TlsRole, trusted_authorities};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
-pub use tls::security::{ConnectionSecurity, SecurityKind};
+pub use tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
 pub use unix_listener::bind_unix;
 pub use unix_peer::{AllowedUnixPeers, UnixPeer, UnixPeerError};
 pub use uri::{Uri, UriError};

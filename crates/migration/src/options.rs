@@ -9,6 +9,7 @@ use vfio_migration_types::{Epoch, VmId};
 
 use crate::reasons;
 use crate::tls::config::Security;
+use crate::unix_peer::AllowedUnixPeers;
 
 /// Options of a source. Begin with `SourceOptions::default()` and change what matters.
 #[derive(Clone, Debug)]
@@ -52,6 +53,8 @@ pub struct SourceOptions {
     pub epoch: Epoch,
     /// How the connection is secured, where it is none over a unix socket: those stay as they are. Plain text.
     pub security: Security,
+    /// Whose process may be at the other end of a unix socket besides this process's own user's and root's. Nobody's.
+    pub unix_peers: AllowedUnixPeers,
     /// This side's policy: what it allows and asks for. The destination has a policy of its own; the stricter holds.
     pub policy: Policy,
     /// Devices that have another name at the destination.
@@ -83,6 +86,7 @@ impl Default for SourceOptions {
             state_dir: None,
             epoch: Epoch(0),
             security: Security::default(),
+            unix_peers: AllowedUnixPeers::default(),
             policy: Policy::default(),
             device_map: DeviceMap::default(),
             peer_name: None,
@@ -122,6 +126,9 @@ pub struct DestinationOptions {
     pub config_rules: ConfigRules,
     /// How connections are secured, where they are none over a unix socket: those stay as they are. Plain text.
     pub security: Security,
+    /// As [`SourceOptions::unix_peers`]. Where it names somebody the file of the socket lets anybody connect, and a connection of
+    /// whoever is not named is refused before anything is read from it.
+    pub unix_peers: AllowedUnixPeers,
     /// This side's policy: what it allows and asks for. The source has a policy of its own; the stricter holds.
     pub policy: Policy,
     /// The guest arrives paused, whatever its source asks for, and is its operator's to resume. Off.
@@ -145,6 +152,7 @@ impl Default for DestinationOptions {
             state_dir: None,
             config_rules: ConfigRules::default(),
             security: Security::default(),
+            unix_peers: AllowedUnixPeers::default(),
             policy: Policy::default(),
             suspend: false,
             lease: Duration::from_secs(60),

@@ -79,7 +79,12 @@ impl AllowedUnixPeers {
     /// He may not, or nobody knows who he is.
     pub fn check(&self, socket: impl AsFd) -> Result<UnixPeer, UnixPeerError> {
         let peer = UnixPeer::of(socket)?;
-        if self.allows(&peer) { Ok(peer) } else { Err(UnixPeerError::NotAllowed(peer)) }
+        self.check_peer(&peer)?;
+        Ok(peer)
+    }
+
+    pub(crate) fn check_peer(&self, peer: &UnixPeer) -> Result<(), UnixPeerError> {
+        if self.allows(peer) { Ok(()) } else { Err(UnixPeerError::NotAllowed(peer.clone())) }
     }
 }
 
@@ -95,9 +100,13 @@ pub enum UnixPeerError {
     /// The kernel does not tell who it is.
     #[error("it is not known who is at the other end of the socket")]
     Unknown(#[source] UapiError),
+    /// The kernel did not tell it when the connection was made.
+    #[error("it is not known who is at the other end of the unix socket")]
+    Untold,
     /// It is somebody who may not be there.
     #[error(
-        "at the other end of the socket is {0}, which is neither this side's own user ({own}) nor root, nor one that is allowed",
+        "{0}, is at the other end of the unix socket, and may not: it is neither of this side's own user ({own}) nor root's, \
+         and neither its user nor a group of its is allowed (--allow-uid, --allow-gid)",
         own = own_user()
     )]
     NotAllowed(UnixPeer),

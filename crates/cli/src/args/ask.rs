@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use vfio_migration_types::VmId;
 
+use crate::peer_options::PeerOptions;
 use crate::target::AnswerTimeout;
 use crate::tls_options::TlsOptions;
 use crate::units;
@@ -101,6 +102,8 @@ pub(crate) struct CheckCommand {
     pub(crate) probe: bool,
     #[command(flatten)]
     pub(crate) tls: TlsOptions,
+    #[command(flatten)]
+    pub(crate) peers: PeerOptions,
     /// With --tls-creds: name that the receiver's certificate must have, where it is not the host in its address.
     #[arg(long, value_name = "NAME", requires = "tls_creds")]
     pub(crate) tls_hostname: Option<String>,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use vfio_migration_types::{DEVICES_MAX, VmId};
 
+use crate::peer_options::PeerOptions;
 use crate::tls_options::{LAYOUT, TlsOptions};
 use crate::units;
 use crate::words::{UNITS_AND_EXIT_CODES, pair};
@@ -207,6 +208,8 @@ pub(crate) struct VmCommand {
     pub(crate) policy: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) tls: TlsOptions,
+    #[command(flatten)]
+    pub(crate) peers: PeerOptions,
     /// Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once.
     #[arg(long, value_name = "RULE")]
     pub(crate) config_rule: Vec<String>,

@@ -2,11 +2,12 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use vfio_migration::{ConnectionSecurity, PeerIdentity, SecurityKind};
+use vfio_migration::{ConnectionSecurity, PeerIdentity, SecurityKind, SocketKind, UnixPeer};
 use vfio_migration_types::{quote, rfc3339};
 
 /// How a connection is secured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 #[schemars(rename = "Security")]
 pub(crate) struct SecurityInfo {
     /// What secures it.
@@ -15,6 +16,40 @@ pub(crate) struct SecurityInfo {
     pub(crate) cipher: Option<String>,
     /// What the peer has proved to be; null where nothing is proved.
     pub(crate) peer: Option<PeerInfo>,
+    /// What it goes over; null in a record of an older build.
+    #[serde(default)]
+    pub(crate) socket: Option<SocketWord>,
+    /// The process at the other end of a unix socket, by the kernel's word; null of other sockets.
+    #[serde(default)]
+    pub(crate) unix_peer: Option<UnixPeerInfo>,
+}
+
+/// What a connection goes over, also one that was handed over as a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schemars(rename = "Socket")]
+pub(crate) enum SocketWord {
+    /// TCP.
+    Tcp,
+    /// A unix socket.
+    Unix,
+    /// A vsock socket, between a virtual machine and its host.
+    Vsock,
+    /// A stream socket of another family.
+    Other,
+}
+
+/// The process at the other end of a unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schemars(rename = "UnixPeer")]
+pub(crate) struct UnixPeerInfo {
+    /// User id.
+    pub(crate) uid: u32,
+    /// Group id.
+    pub(crate) gid: u32,
+    /// Process id; null of one in another PID namespace.
+    pub(crate) pid: Option<u32>,
 }
 
 /// What secures a connection.
@@ -46,7 +81,7 @@ pub(crate) struct PeerInfo {
 
 impl From<&ConnectionSecurity> for SecurityInfo {
     fn from(security: &ConnectionSecurity) -> Self {
-        let ConnectionSecurity { kind, cipher, peer } = security;
+        let ConnectionSecurity { kind, cipher, peer, socket, unix_peer } = security;
         let kind = match kind {
             SecurityKind::PlainText => SecuredBy::PlainText,
             SecurityKind::Unix => SecuredBy::Unix,
@@ -58,12 +93,23 @@ impl From<&ConnectionSecurity> for SecurityInfo {
             pin: pin.to_string(),
             not_after: rfc3339(*not_after),
         });
-        Self { kind, cipher: cipher.clone(), peer }
+        let socket = socket.map(|socket| match socket {
+            SocketKind::Tcp => SocketWord::Tcp,
+            SocketKind::Unix => SocketWord::Unix,
+            SocketKind::Vsock => SocketWord::Vsock,
+            _ => SocketWord::Other,
+        });
+        let unix_peer = unix_peer.as_ref().map(|UnixPeer { uid, gid, pid, .. }| UnixPeerInfo {
+            uid: *uid,
+            gid: *gid,
+            pid: *pid,
+        });
+        Self { kind, cipher: cipher.clone(), peer, socket, unix_peer }
     }
 }
 
 impl SecurityInfo {
-    /// For a person, behind a comma; empty of a unix socket.
+    /// For a person, behind a comma; empty of a unix socket whose peer is not known.
     pub(crate) fn text(&self) -> String {
         let who = self.peer.as_ref().map_or(String::new(), |peer| {
             let name = peer.names.first().map_or_else(|| "nobody".to_owned(), |name| quote(name));
@@ -71,7 +117,13 @@ impl SecurityInfo {
         });
         match self.kind {
             SecuredBy::PlainText => ", in plain text".to_owned(),
-            SecuredBy::Unix => String::new(),
+            SecuredBy::Unix => {
+                self.unix_peer.as_ref().map_or(String::new(), |UnixPeerInfo { uid, pid, .. }| {
+                    let pid =
+                        pid.map_or_else(|| "of another PID namespace".to_owned(), |pid| pid.to_string());
+                    format!(", with process {pid} of user {uid}")
+                })
+            }
             SecuredBy::Tls => format!(", over TLS{who}"),
             SecuredBy::Vouched => format!(", over a stream that was secured before{who}"),
         }

@@ -72,6 +72,7 @@ pub(super) fn listen(
     options.expect = vm.options.uuid;
     options.suspend = paused;
     options.policy = vm.policy.clone();
+    options.unix_peers = vm.unix_peers.clone();
     options.security = vm.options.tls.security();
     let claim = vm.passed.claim(address)?;
     let mut destination = Destination::listen(claim.endpoint().uri(), options)

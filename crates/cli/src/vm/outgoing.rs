@@ -32,6 +32,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     }
     options.policy = vm.policy.clone();
     options.security = security;
+    options.unix_peers = vm.unix_peers.clone();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     options.peer_name = Some(target.to_string());
@@ -57,6 +58,7 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     let Slot::Here { machine, epoch } = slot else { return Err(slot.refusal("move")) };
     options.policy = vm.policy.clone();
     options.security = security;
+    options.unix_peers = vm.unix_peers.clone();
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     options.peer_name = Some(target.to_string());

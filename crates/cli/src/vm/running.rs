@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
-use vfio_migration::{VmOwnership, ownership_at};
+use vfio_migration::{AllowedUnixPeers, VmOwnership, ownership_at};
 use vfio_migration_compat::Policy;
 use vfio_migration_device::ConfigRules;
 use vfio_migration_memory::MemoryError;
@@ -38,6 +38,8 @@ pub(super) struct RunningVm {
     pub(super) options: VmCommand,
     pub(super) rules: ConfigRules,
     pub(super) policy: Policy,
+    /// Who may be at the other end of a migration's unix socket.
+    pub(super) unix_peers: AllowedUnixPeers,
     pub(super) publisher: Publisher,
     pub(super) state: VmState,
     pub(super) presence: Presence,
@@ -83,6 +85,7 @@ impl RunningVm {
             presence::prepare(dir).map_err(CliError::failed)?;
         }
         let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
+        let unix_peers = options.peers.allowed()?;
         let accelerator = accelerator(options)?;
         let workload = Workload { dirty_rate: options.dirty_rate, ..Workload::default() };
         Ok(Self {
@@ -91,6 +94,7 @@ impl RunningVm {
             options: options.clone(),
             rules,
             policy,
+            unix_peers,
             publisher: Publisher::default(),
             state: VmState::default(),
             presence: Presence::default(),

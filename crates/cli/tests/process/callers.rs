@@ -1,101 +1,17 @@
 //! Who may use the control socket of a `vm`: callers of other users and groups, as processes of theirs.
-//!
-//! Only root can start these. Without it the tests say so, and see what they can: what is refused to nobody.
 
-use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::Output;
 
 use serde_json::Value;
 
-use crate::support::{PATIENCE, Process, Vm, control, run, software, until};
-
-/// Groups that nobody on this host has.
-const OPERATORS: &str = "54321";
-const MONITORS: &str = "54322";
-
-/// A user of the host: uid, gid, and supplementary groups.
-#[derive(Clone, Copy, Debug)]
-struct User(&'static str, &'static str, Option<&'static str>);
-
-/// One who is in neither group.
-const STRANGER: User = User("54001", "54001", None);
-const OPERATOR: User = User("54002", OPERATORS, None);
-const ALSO_OPERATOR: User = User("54003", "54003", Some(OPERATORS));
-const MONITOR: User = User("54004", MONITORS, None);
-const ALSO_MONITOR: User = User("54005", "54005", Some("54009,54322"));
-
-/// A folder that others may look into, with the command in it where they cannot reach it where it is.
-struct Place {
-    dir: tempfile::TempDir,
-    command: PathBuf,
-}
-
-impl Place {
-    /// `None` where nobody can be another user.
-    fn new() -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!(
-                "NOT TESTED: callers of other users. Only root can start them; this is user {:?}",
-                rustix::process::geteuid()
-            );
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
-        let own = PathBuf::from(env!("CARGO_BIN_EXE_vfio-migrate"));
-        let mut place = Self { dir, command: own.clone() };
-        let reachable =
-            place.as_user(STRANGER).arg("--version").output().is_ok_and(|output| output.status.success());
-        if !reachable {
-            place.command = place.dir.path().join("vfio-migrate");
-            std::fs::copy(own, &place.command).unwrap();
-        }
-        Some(place)
-    }
-
-    fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
-    /// The command as that user.
-    fn as_user(&self, User(uid, gid, groups): User) -> Command {
-        let mut command = Command::new("setpriv");
-        command.args(["--reuid", uid, "--regid", gid]);
-        match groups {
-            Some(groups) => command.args(["--groups", groups]),
-            None => command.arg("--clear-groups"),
-        };
-        command.arg(&self.command).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, user: User, arguments: &[&str]) -> Output {
-        self.as_user(user).args(arguments).output().expect("setpriv of util-linux")
-    }
-
-    /// Starts a `vm`, whose stderr goes into the file that is returned, by a shell that sets this umask.
-    fn vm(&self, umask: &str, more: &[&str]) -> (Vm, PathBuf) {
-        let setup = software(self.path(), "a", more);
-        let (devices, arguments) = setup.prepare();
-        let log = self.path().join("log");
-        let child = Command::new("sh")
-            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_vfio-migrate")])
-            .args(&arguments)
-            .args(["--software", "--exit-with-stdin"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).unwrap())
-            .spawn()
-            .expect("the command starts");
-        let vm = Vm { process: Process::of(child), devices, control: self.path().join("a.control") };
-        until("the control socket", || vm.try_call("query", Value::Null)).expect("query");
-        (vm, log)
-    }
-}
+use crate::other_users::{
+    ALSO_MONITOR, ALSO_OPERATOR, MONITOR, MONITORS, OPERATOR, OPERATORS, Place, STRANGER, said,
+};
+use crate::support::{PATIENCE, control, run};
 
 fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
@@ -113,19 +29,12 @@ fn denied(output: &Output) -> String {
     printed["error"]["desc"].as_str().expect("a sentence").to_owned()
 }
 
-/// What the `vm` said of a caller.
-fn said(log: &Path, words: &[&str]) {
-    let text = std::fs::read_to_string(log).unwrap();
-    let found = text.lines().any(|line| words.iter().all(|word| line.contains(word)));
-    assert!(found, "{words:?} in\n{text}");
-}
-
 /// A socket that others may use is one whose mode says so; a loose umask makes none of it, and a tight one none less.
 #[test]
 fn only_its_own_user_reaches_a_socket_that_nobody_else_was_given() {
     let Some(place) = Place::new() else { return };
     for umask in ["000", "022", "277"] {
-        let (vm, _) = place.vm(umask, &[]);
+        let (vm, _) = place.vm(None, "a", umask, &[]);
         assert_eq!(mode(&vm.control), 0o600, "umask {umask}");
         for arguments in [vec!["status"], vec!["quit", "--force"], vec!["stop"]] {
             let output =
@@ -146,7 +55,8 @@ fn only_its_own_user_reaches_a_socket_that_nobody_else_was_given() {
 #[test]
 fn members_of_a_group_do_all_of_another_only_ask_and_others_nothing() {
     let Some(place) = Place::new() else { return };
-    let (vm, log) = place.vm("077", &["--control-group", OPERATORS, "--control-read-group", MONITORS]);
+    let (vm, log) =
+        place.vm(None, "a", "077", &["--control-group", OPERATORS, "--control-read-group", MONITORS]);
     let at = control(&vm);
     assert_eq!(mode(&vm.control), 0o666);
     let verbs: [&[&str]; 10] = [
@@ -194,7 +104,7 @@ fn members_of_a_group_do_all_of_another_only_ask_and_others_nothing() {
 #[test]
 fn who_may_do_nothing_is_told_in_place_of_the_greeting_and_costs_no_place() {
     let Some(place) = Place::new() else { return };
-    let (vm, _) = place.vm("022", &["--control-read-group", MONITORS]);
+    let (vm, _) = place.vm(None, "a", "022", &["--control-read-group", MONITORS]);
     let mut own = BufReader::new(UnixStream::connect(&vm.control).unwrap());
     own.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
     let mut line = String::new();

@@ -34,7 +34,7 @@ fn asked(vm: &Vm, line: &str, passed: &[BorrowedFd<'_>]) -> Result<Value, String
     }
 }
 
-fn getfd(vm: &Vm, name: &str, passed: &[BorrowedFd<'_>]) -> Result<Value, String> {
+pub(crate) fn getfd(vm: &Vm, name: &str, passed: &[BorrowedFd<'_>]) -> Result<Value, String> {
     asked(vm, &json!({"execute": "getfd", "arguments": {"fdname": name}}).to_string(), passed)
 }
 

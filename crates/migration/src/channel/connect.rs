@@ -20,6 +20,8 @@ use crate::session::abandon::{Unanswered, answer_unless};
 use crate::tls::config::Security;
 use crate::tls::error::TlsError;
 use crate::tls::files::TlsRole;
+use crate::unix_listener::bind_unix;
+use crate::unix_peer::{AllowedUnixPeers, UnixPeerError};
 use crate::uri::Uri;
 
 /// The reason why there is no connection.
@@ -54,20 +56,28 @@ pub(crate) enum ConnectError {
         #[source]
         source: TlsError,
     },
+    #[error("nothing is sent to {uri}")]
+    Stranger {
+        uri: Uri,
+        #[source]
+        source: UnixPeerError,
+    },
     #[error("cancelled")]
     Cancelled,
     #[error("there is no thread to connect on")]
     NoThread(#[source] io::Error),
 }
 
-/// Connects to a destination, and secures the connection, within `limit`, and unless it is `given_up`.
+/// Connects to a destination, and secures the connection, within `limit`, and unless it is `given_up`. Over a unix socket it must
+/// be one of the `peers`.
 pub(crate) fn connect(
     uri: &Uri,
     security: &Security,
+    peers: &AllowedUnixPeers,
     limit: Duration,
     given_up: impl Fn() -> bool,
 ) -> Result<Box<dyn Transport>, ConnectError> {
-    let (wanted, security) = (uri.clone(), security.clone());
+    let (wanted, security, peers) = (uri.clone(), security.clone(), peers.clone());
     let until = Instant::now() + limit;
     // Neither a name's resolution nor a connect ends when it is told to.
     within(uri, limit, given_up, move || {
@@ -76,19 +86,23 @@ pub(crate) fn connect(
             Uri::Unix(path) => connect_unix(&wanted, path, limit)?,
             Uri::Fd(number) => take_over(*number)?,
         };
-        secured(socket, &wanted, &security, until.saturating_duration_since(Instant::now()))
+        secured(socket, &wanted, &security, &peers, until.saturating_duration_since(Instant::now()))
     })
 }
 
-/// A source's connection over `socket`, secured if it is no unix socket.
+/// A source's connection over `socket`, secured if it is no unix socket, else to one of the `peers`.
 pub(crate) fn secured(
     socket: OwnedFd,
     uri: &Uri,
     security: &Security,
+    peers: &AllowedUnixPeers,
     limit: Duration,
 ) -> Result<Box<dyn Transport>, ConnectError> {
     if !begins_with_tls(&socket, security) {
-        return Ok(as_it_is(socket, security));
+        let transport = as_it_is(socket, security);
+        let stranger = |source| ConnectError::Stranger { uri: uri.clone(), source };
+        transport.security().check_unix_peer(peers).map_err(stranger)?;
+        return Ok(transport);
     }
     let insecure = |source: TransportError| ConnectError::Insecure { uri: uri.clone(), source };
     let Some(config) = security.client().map_err(|error| insecure(error.into()))? else {
@@ -259,8 +273,13 @@ impl Drop for Unlink {
 }
 
 impl Listener {
-    /// Binds, and returns the address: with the port that port 0 became.
-    pub(crate) fn bind(uri: &Uri, security: &Security) -> Result<(Self, Uri), ConnectError> {
+    /// Binds, and returns the address: with the port that port 0 became. The file of a unix socket lets whoever may be among the
+    /// `peers` connect.
+    pub(crate) fn bind(
+        uri: &Uri,
+        security: &Security,
+        peers: &AllowedUnixPeers,
+    ) -> Result<(Self, Uri), ConnectError> {
         let failed = |source| ConnectError::System { doing: "listening on", uri: uri.clone(), source };
         match uri {
             Uri::Tcp { host, port } => {
@@ -274,7 +293,7 @@ impl Listener {
             }
             Uri::Unix(path) => {
                 remove_dead_socket(path);
-                let listener = UnixListener::bind(path).map_err(failed)?;
+                let listener = bind_unix(path, peers).map_err(failed)?;
                 let unlink = Unlink(path.clone());
                 listener.set_nonblocking(true).map_err(failed)?;
                 let socket = ListenerSocket::Unix { listener, _unlink: unlink };

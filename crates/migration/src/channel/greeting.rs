@@ -13,6 +13,7 @@ use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 use crate::channel::transport::Transport;
+use crate::unix_peer::{AllowedUnixPeers, UnixPeerError};
 
 /// Connections that may wait at once. For one more the oldest is dropped.
 const MOST: usize = 64;
@@ -67,6 +68,8 @@ impl Accepted {
 #[derive(Debug, Default)]
 pub(crate) struct PendingConnections {
     waiting: Vec<PendingConnection>,
+    /// Who may be at the other end of a unix socket.
+    peers: AllowedUnixPeers,
 }
 
 #[derive(Debug)]
@@ -75,24 +78,34 @@ struct PendingConnection {
     reader: Reader,
     patience: Duration,
     since: Instant,
+    /// Why nothing is read of it.
+    refused: Option<UnixPeerError>,
 }
 
 impl PendingConnections {
+    /// None yet; over unix sockets these may be heard.
+    pub(crate) fn of(peers: AllowedUnixPeers) -> Self {
+        Self { waiting: Vec::new(), peers }
+    }
+
     /// Whether one more may be taken in: there is room, or one has been silent long enough to be dropped.
     pub(crate) fn has_room(&self) -> bool {
         let oldest = self.waiting.first().filter(|_| self.waiting.len() >= MOST);
         oldest.is_none_or(|oldest| oldest.since.elapsed() >= LEAST_PATIENCE)
     }
 
-    /// Takes in a connection, which has `patience` to send its first message whole. To be asked before: [`has_room`](Self::has_room).
+    /// Takes in a connection, which has `patience` to send its first message whole. Of who may not be there nothing is read: he is
+    /// told why. To be asked before: [`has_room`](Self::has_room).
     pub(crate) fn add(&mut self, transport: Box<dyn Transport>, patience: Duration) {
-        if self.waiting.len() >= MOST {
+        let refused = transport.security().check_unix_peer(&self.peers).err();
+        // One that is refused goes at the next look, and takes nobody's place.
+        if refused.is_none() && self.waiting.len() >= MOST {
             tracing::warn!("too many connections send nothing: the oldest is dropped");
             self.waiting.remove(0).link.shutdown();
         }
         let link = Link::accepted(transport);
         let reader = Reader::new(&link, Side::Source);
-        self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now() });
+        self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now(), refused });
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -108,6 +121,12 @@ impl PendingConnections {
     pub(crate) fn poll(&mut self) -> Option<Result<Greeting, DroppedConnection>> {
         for at in 0..self.waiting.len() {
             let pending = self.waiting.get_mut(at)?;
+            if let Some(refused) = pending.refused.take() {
+                // It is a process of this host, which may know what it has to do with.
+                let welcomed = pending.link.welcome();
+                tracing::debug!(welcomed = welcomed.is_ok(), "a peer is refused");
+                return Some(self.waiting.remove(at).accepted(Err(error_chain(&refused))));
+            }
             let first = match pending.reader.first() {
                 Ok(Some(message)) => Ok(message),
                 Ok(None) if pending.since.elapsed() < pending.patience => continue,

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::io::Errno;
 use rustix::net::Shutdown;
 use vfio_migration_memory::Pieces;
 use vfio_migration_types::{PAGE_SIZE, error_chain};
@@ -68,13 +69,20 @@ impl Link {
         })
     }
 
-    /// Sends the preamble, unless it has been sent.
+    /// Sends the preamble, unless it has been sent. That the peer is gone is no failure yet: it may have said why, which is
+    /// still to be read.
     pub(crate) fn welcome(&self) -> Result<(), ChannelError> {
         let mut half = lock(&self.write);
         if std::mem::take(&mut half.reserved) {
             let sent = self.write_all(&[&PREAMBLE]);
             self.writing.store(0, Ordering::Relaxed);
-            sent?;
+            match sent {
+                Err(error @ ChannelError::System { source: Errno::PIPE | Errno::CONNRESET, .. }) => {
+                    half.broken = true;
+                    lock(&self.broken).get_or_insert_with(|| error_chain(&error));
+                }
+                sent => sent?,
+            }
         }
         Ok(())
     }
@@ -281,7 +289,6 @@ mod tests {
     use std::os::fd::BorrowedFd;
     use std::os::unix::net::UnixStream;
 
-    use rustix::io::Errno;
     use vfio_migration_memory::{GuestRam, RamSpec};
     use vfio_migration_types::{Gpa, Phase, RamOffset, Range, Side};
     use vfio_migration_wire::{Frame, limits};

@@ -408,6 +408,8 @@ impl Transport for Tls {
             kind: SecurityKind::Tls,
             cipher: cipher.and_then(|cipher| cipher.as_str()).map(str::to_owned),
             peer: leaf.and_then(|leaf| PeerIdentity::of(leaf).ok()),
+            socket: Some(self.socket.kind()),
+            unix_peer: None,
         }
     }
 

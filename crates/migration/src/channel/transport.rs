@@ -10,10 +10,12 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, getpeername, sockopt};
 use vfio_migration_memory::Pieces;
+use vfio_migration_types::error_chain;
 
 use crate::tls::error::TlsError;
 use crate::tls::identity::PeerIdentity;
-use crate::tls::security::{ConnectionSecurity, SecurityKind};
+use crate::tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
+use crate::unix_peer::UnixPeer;
 
 /// The reason why a transport does not move bytes.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -71,8 +73,20 @@ pub(crate) struct Socket {
     socket: OwnedFd,
     /// What whoever handed it over says that its peer has proved.
     vouched: Option<PeerIdentity>,
+    kind: SocketKind,
+    /// The process at the other end, of a unix socket.
+    unix_peer: Option<UnixPeer>,
     /// The address at the other end as it was when the connection was taken: of one that has ended, the system no longer says.
     peer: String,
+}
+
+fn kind(socket: &OwnedFd) -> SocketKind {
+    match sockopt::socket_domain(socket) {
+        Ok(AddressFamily::INET | AddressFamily::INET6) => SocketKind::Tcp,
+        Ok(AddressFamily::UNIX) => SocketKind::Unix,
+        Ok(AddressFamily::VSOCK) => SocketKind::Vsock,
+        Ok(_) | Err(_) => SocketKind::Other,
+    }
 }
 
 /// The address at the other end of a connection, for a person to read.
@@ -145,10 +159,11 @@ impl Transport for Socket {
     fn security(&self) -> ConnectionSecurity {
         let kind = match &self.vouched {
             Some(_) => SecurityKind::Vouched,
-            None if self.is_unix() => SecurityKind::Unix,
+            None if self.kind == SocketKind::Unix => SecurityKind::Unix,
             None => SecurityKind::PlainText,
         };
-        ConnectionSecurity { kind, cipher: None, peer: self.vouched.clone() }
+        let (peer, socket, unix_peer) = (self.vouched.clone(), Some(self.kind), self.unix_peer.clone());
+        ConnectionSecurity { kind, cipher: None, peer, socket, unix_peer }
     }
 
     fn export(&self, _: &[u8], _: &[u8]) -> Option<[u8; 32]> {
@@ -158,17 +173,22 @@ impl Transport for Socket {
 
 impl Socket {
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { peer: peer_name(&socket), socket, vouched: None }
+        let kind = kind(&socket);
+        let unix_peer = (kind == SocketKind::Unix).then(|| UnixPeer::of(&socket));
+        let unix_peer = unix_peer.and_then(|known| {
+            known.inspect_err(|error| tracing::warn!(error = %error_chain(error), "a peer is not known")).ok()
+        });
+        Self { peer: peer_name(&socket), socket, kind, unix_peer, vouched: None }
     }
 
     /// A stream that whoever handed it over has secured, with the identity that its peer has proved to him.
     pub(crate) fn vouched(socket: OwnedFd, peer: PeerIdentity) -> Self {
-        Self { peer: peer_name(&socket), socket, vouched: Some(peer) }
+        Self { vouched: Some(peer), ..Self::new(socket) }
     }
 
-    /// Whether it stays within the host.
-    pub(crate) fn is_unix(&self) -> bool {
-        sockopt::socket_domain(&self.socket) == Ok(AddressFamily::UNIX)
+    /// What it is.
+    pub(crate) fn kind(&self) -> SocketKind {
+        self.kind
     }
 
     /// Whoever else holds a descriptor that was handed over may have made it non-blocking.
@@ -196,6 +216,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::unix_peer::{AllowedUnixPeers, UnixPeerError, own_user};
 
     /// Ends a connection so that the kernel forgets the other end: by a reset.
     fn reset(stream: TcpStream) {
@@ -225,5 +246,32 @@ mod tests {
         let (unix, other) = UnixStream::pair().unwrap();
         drop(other);
         assert_eq!(Socket::new(unix.into()).peer(), "a unix socket");
+    }
+
+    /// A connection over a unix socket with a process of that user.
+    fn with(uid: u32) -> ConnectionSecurity {
+        let socket = OwnedFd::from(UnixStream::pair().unwrap().0);
+        let security = Socket::new(socket).security();
+        assert_eq!(security.socket, Some(SocketKind::Unix));
+        let peer = security.unix_peer.expect("a pair is its maker's");
+        assert_eq!((peer.uid, peer.pid), (own_user(), Some(std::process::id())));
+        ConnectionSecurity { unix_peer: Some(UnixPeer { uid, ..peer }), ..security }
+    }
+
+    #[test]
+    fn over_a_unix_socket_one_user_is_told_from_another() {
+        let (one, other) = (own_user() + 54_001, own_user() + 54_002);
+        let untold = ConnectionSecurity { unix_peer: None, ..with(one) };
+        assert!(with(one).is_of(&with(one), false) && with(0).is_of(&with(one), false));
+        assert!(!with(other).is_of(&with(one), true) && !untold.is_of(&with(one), true));
+        assert!(with(other).is_of(&untold, false), "nobody is told from another where nothing is known");
+        let nobody_else = AllowedUnixPeers::default();
+        with(own_user()).check_unix_peer(&nobody_else).unwrap();
+        assert!(with(one).check_unix_peer(&nobody_else).unwrap_err().to_string().contains("user 5"));
+        assert!(matches!(untold.check_unix_peer(&nobody_else), Err(UnixPeerError::Untold)));
+        // Whoever vouches for a connection has looked who is there, and over TCP nobody has a user.
+        for kind in [SecurityKind::Vouched, SecurityKind::Tls, SecurityKind::PlainText] {
+            ConnectionSecurity { kind, ..with(one) }.check_unix_peer(&nobody_else).unwrap();
+        }
     }
 }

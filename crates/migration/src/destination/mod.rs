@@ -58,7 +58,8 @@ impl Destination {
     /// # Errors
     /// The address cannot be listened on.
     pub fn listen(uri: &Uri, options: DestinationOptions) -> Result<Self, IncomingError> {
-        let (listener, local) = Listener::bind(uri, &options.security).map_err(not_begun)?;
+        let (listener, local) =
+            Listener::bind(uri, &options.security, &options.unix_peers).map_err(not_begun)?;
         Ok(Self::new(listener, local, options))
     }
 
@@ -75,14 +76,8 @@ impl Destination {
     }
 
     fn new(listener: Listener, local: Uri, options: DestinationOptions) -> Self {
-        Self {
-            listener,
-            local,
-            options,
-            control: IncomingControl::new(),
-            known: None,
-            pending: PendingConnections::default(),
-        }
+        let pending = PendingConnections::of(options.unix_peers.clone());
+        Self { listener, local, options, control: IncomingControl::new(), known: None, pending }
     }
 
     /// Address that it listens at: with the port that was given for port 0.

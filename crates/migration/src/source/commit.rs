@@ -47,8 +47,9 @@ impl Worker {
     fn ask(&self) -> Result<Message, Result<WorkError, String>> {
         let limit = self.plan.options.connect_timeout.min(PATIENCE);
         let replaced = || self.shared.interrupt.raised();
-        let (uri, security) = (&self.plan.uri, &self.plan.options.security);
-        let socket = connect::connect(uri, security, limit, replaced).map_err(|error| match error {
+        let (uri, options) = (&self.plan.uri, &self.plan.options);
+        let connected = connect::connect(uri, &options.security, &options.unix_peers, limit, replaced);
+        let socket = connected.map_err(|error| match error {
             ConnectError::Cancelled => Ok(WorkError::Interrupted),
             error => Err(error_chain(&error)),
         })?;

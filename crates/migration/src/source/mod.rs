@@ -115,8 +115,8 @@ impl Source {
             plan.control.set_progress(Progress { phase, elapsed, phases, ..plan.control.progress() });
         };
         connecting();
-        let (security, limit) = (&plan.options.security, plan.options.connect_timeout);
-        let socket = connect::connect(uri, security, limit, cancelled).map_err(|error| {
+        let SourceOptions { security, unix_peers, connect_timeout: limit, .. } = &plan.options;
+        let socket = connect::connect(uri, security, unix_peers, *limit, cancelled).map_err(|error| {
             connecting();
             not_connected(error)
         })?;
@@ -159,9 +159,9 @@ impl Source {
         let (plan, engine) =
             PlannedMigration::new(self.machine, self.options, self.control, uri, self.file, rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
-        let options = &plan.options;
-        let socket = connect::secured(socket, &plan.uri, &options.security, options.connect_timeout)
-            .map_err(not_connected)?;
+        let SourceOptions { security, unix_peers, connect_timeout: limit, .. } = &plan.options;
+        let socket =
+            connect::secured(socket, &plan.uri, security, unix_peers, *limit).map_err(not_connected)?;
         session::run(plan, engine, socket, observer)
     }
 }

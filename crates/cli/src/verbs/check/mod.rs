@@ -100,6 +100,7 @@ fn source_options(command: &CheckCommand, map: DeviceMap, policy: Policy) -> Res
         pins: &[],
         insecure_plaintext: command.tls.insecure_plaintext,
     };
+    options.unix_peers = command.peers.allowed()?;
     options.security = asked.over(command.tls.security())?;
     Ok(options)
 }

@@ -14,7 +14,7 @@ use rcgen::ExtendedKeyUsagePurpose;
 use vfio_migration::rustls::ClientConfig;
 use vfio_migration::{
     ALPN, CA_FILE, ConnectionSecurity, Destination, IncomingError, Machine, PeerIdentity, Pin, Security,
-    SecurityKind, Source, TlsDirectory, TlsRole, Uri, own_identity,
+    SecurityKind, SocketKind, Source, TlsDirectory, TlsRole, Uri, own_identity,
 };
 use vfio_migration_types::error_chain;
 
@@ -64,7 +64,8 @@ fn a_guest_moves_between_hosts_that_trust_each_other() {
         (of_source, there.path(), TlsRole::Server, HOST),
         (of_destination, here.path(), TlsRole::Client, "host-a"),
     ] {
-        let ConnectionSecurity { kind, cipher, peer } = security;
+        let ConnectionSecurity { kind, cipher, peer, socket, unix_peer } = security;
+        assert_eq!((socket, unix_peer), (Some(SocketKind::Tcp), None));
         assert_eq!(kind, SecurityKind::Tls);
         assert!(cipher.unwrap().starts_with("TLS13_"));
         let peer = peer.unwrap();
