@@ -151,6 +151,12 @@ fn vm_text(vm: &StatusInfo) -> String {
     if let Some(incoming) = &vm.incoming {
         text.push_str(&format!("waits for a guest at {incoming}\n"));
     }
+    if let Some(expected) = &vm.expected {
+        text.push_str(&format!("{expected}\n"));
+    }
+    if let Some(refused) = vm.refused.as_ref().filter(|refused| refused.count > 0) {
+        text.push_str(&format!("{refused}\n"));
+    }
     if let Some(why) = &vm.not_ready {
         text.push_str(&format!("not ready for one: {why}\n"));
     }

@@ -11,6 +11,7 @@ mod completions;
 mod control;
 mod demo;
 mod exit;
+mod expect_file;
 mod follow;
 mod generated;
 mod history;

@@ -67,7 +67,13 @@ const PAGES: [Extra; 25] = [
                 "runs a guest that the members of one group steer, and those of another watch",
             ),
         ],
-        files: &[CONTROL, STATE, ("/dev/kvm", "without it the software guest runs"), VFIO],
+        files: &[
+            CONTROL,
+            STATE,
+            ("the file of --expect", "TOML or JSON, as docs/schemas/expect.json describes it"),
+            ("/dev/kvm", "without it the software guest runs"),
+            VFIO,
+        ],
         see_also: &["migrate", "status", "incoming", "save", "quit"],
     },
     Extra {

@@ -13,6 +13,7 @@ use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::demo::report::DemoReport;
 use crate::exit::FailureReport;
+use crate::expect_file::ExpectDocument;
 use crate::history::HistoryRecord;
 use crate::verbs::check::pool::BaselineReport;
 use crate::verbs::describe::ResourceReport;
@@ -98,7 +99,7 @@ pub(crate) fn page() -> String {
         "| any | it cannot do what it was asked for, also because of its command line | [{FAILURE}](schemas/{FAILURE}.json) |\n\n\
          What a failed verb prints has its exit code in `exit`, and why it failed in `error`: `class` for programs, `desc` for\n\
          people. Documents of the control socket are in [control.md](control.md), among them the [error](schemas/error.json) of a\n\
-         refused request; a site's [policy](schemas/policy.json) is read by `check` and `vm`.\n",
+         refused request; a site's [policy](schemas/policy.json) is read by `check` and `vm`, and what a `vm` is to [expect](schemas/expect.json) by `vm`.\n",
     ));
     text
 }
@@ -133,6 +134,7 @@ pub(crate) fn by_name() -> Vec<(&'static str, Schema)> {
         ("manifest-machine", schema_for!(MachineManifest)),
         ("manifest-host", schema_for!(HostManifest)),
         ("policy", schema_for!(Policy)),
+        ("expect", schema_for!(ExpectDocument)),
         ("check", schema_for!(Report)),
         ("check-matrix", schema_for!(Matrix)),
         ("check-baseline", schema_for!(BaselineReport)),

@@ -12,7 +12,7 @@ use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
 use vfio_migration_device::host::scan;
 use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{DeviceId, Gpa, VmId};
+use vfio_migration_types::{DeviceId, Epoch, Gpa, VmId};
 
 use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::ControlVerb;
@@ -25,8 +25,8 @@ use crate::words::{device_id, read_capped, uri};
 /// A side of `check`, by what its word on the command line names.
 #[derive(Debug)]
 pub(crate) enum CheckSide {
-    /// A device, machine or host with a manifest. A running `vm` has its identity too.
-    Known(Document, Option<VmId>),
+    /// A device, machine or host with a manifest. A running `vm` has its identity too, and the epoch under which it owns its guest.
+    Known(Document, Option<(VmId, Epoch)>),
     /// The address at which a `vm` waits for a guest.
     Receiver(Uri),
 }
@@ -95,7 +95,7 @@ fn of_socket(path: &Path, name: Option<&str>, timeout: Duration) -> Result<Check
     }
 }
 
-fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError> {
+fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, (VmId, Epoch)), CliError> {
     let mut client =
         ControlClient::connect(socket, patience, None).map_err(|error| error.failure("no contact"))?;
     let asked = |error: ControlError| error.failure("no manifest");
@@ -110,11 +110,12 @@ fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, VmId), CliError
     })?;
     let document = Document::parse(manifest.to_string().as_bytes(), &socket.display().to_string())
         .map_err(|error| CliError::caused("no manifest", &error))?;
-    let vm = client.query().map_err(asked)?.vm.uuid;
-    let vm = vm
+    let vm = client.query().map_err(asked)?.vm;
+    let uuid = vm
+        .uuid
         .parse()
-        .map_err(|_| CliError::failed(format!("the `vm` says that it is '{vm}', which is no UUID")))?;
-    Ok((document, vm))
+        .map_err(|_| CliError::failed(format!("the `vm` says that it is '{}', which is no UUID", vm.uuid)))?;
+    Ok((document, (uuid, Epoch(vm.epoch))))
 }
 
 /// Whether the `vm` answers what it knows without its devices.

@@ -50,8 +50,24 @@ pub enum SessionCode {
     Manifest,
     /// `protocol-version`: no version that both sides speak.
     ProtocolVersion,
+    /// `no-expectation`: it is not known whom to expect.
+    NoExpectation,
+    /// `other-source`: other sources are expected.
+    OtherSource,
+    /// `may-not-ask`: the source may only move.
+    MayNotAsk,
+    /// `may-not-move`: the source may only ask.
+    MayNotMove,
     /// `other-vm`: another VM is expected.
     OtherVm,
+    /// `old-epoch`: the VM is expected under a later epoch.
+    OldEpoch,
+    /// `too-large`: less RAM is expected.
+    TooLarge,
+    /// `too-many-attempts`: no further attempt is expected.
+    TooManyAttempts,
+    /// `too-many-arrivals`: no further guest is expected.
+    TooManyArrivals,
     /// `vm-id`: the machine that was built is another VM.
     VmId,
     /// `ownership`: the journal says that the guest is somebody else's.
@@ -75,10 +91,18 @@ pub enum SessionCode {
 }
 
 impl SessionCode {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 21] = [
         Self::Manifest,
         Self::ProtocolVersion,
+        Self::NoExpectation,
+        Self::OtherSource,
+        Self::MayNotAsk,
+        Self::MayNotMove,
         Self::OtherVm,
+        Self::OldEpoch,
+        Self::TooLarge,
+        Self::TooManyAttempts,
+        Self::TooManyArrivals,
         Self::VmId,
         Self::Ownership,
         Self::StateDir,
@@ -96,11 +120,24 @@ impl SessionCode {
         matches!(self, Self::DeviceMissing | Self::DeviceNotMigratable)
     }
 
+    /// The code, as reports have it: `other-vm`.
+    pub fn name(self) -> &'static str {
+        self.explanation().code
+    }
+
     pub(crate) fn explanation(self) -> ReasonCode {
         match self {
             Self::Manifest => &MANIFEST,
             Self::ProtocolVersion => &PROTOCOL_VERSION,
+            Self::NoExpectation => &NO_EXPECTATION,
+            Self::OtherSource => &OTHER_SOURCE,
+            Self::MayNotAsk => &MAY_NOT_ASK,
+            Self::MayNotMove => &MAY_NOT_MOVE,
             Self::OtherVm => &OTHER_VM,
+            Self::OldEpoch => &OLD_EPOCH,
+            Self::TooLarge => &TOO_LARGE,
+            Self::TooManyAttempts => &TOO_MANY_ATTEMPTS,
+            Self::TooManyArrivals => &TOO_MANY_ARRIVALS,
             Self::VmId => &VM_ID,
             Self::Ownership => &OWNERSHIP,
             Self::StateDir => &STATE_DIR,
@@ -481,10 +518,42 @@ table! {
         "The two sides have no version of the protocol in common.",
         "Releases that are far apart.",
         "Update the older side.";
+    NO_EXPECTATION, "no-expectation", No, Configuration:
+        "The destination does not know whom to expect, and takes nobody.",
+        "The file of `vm --expect` is missing there, or wrong.",
+        "Look at the log of the destination, or at its `status`, and mend the file: it is read anew for each source.";
+    OTHER_SOURCE, "other-source", No, Configuration:
+        "The destination does not expect this source.",
+        "Its name or its key is not in what the destination was told to expect.",
+        "Send from a host that is expected, or have this one added to the file of `vm --expect`.";
+    MAY_NOT_ASK, "may-not-ask", No, Configuration:
+        "The destination does not let this source ask.",
+        "What it was told to expect lets the source move, or nothing.",
+        "Move without asking, or have `ask` added to what the source may.";
+    MAY_NOT_MOVE, "may-not-move", No, Configuration:
+        "The destination lets this source ask, and not move a guest there.",
+        "What it was told to expect lets the source ask alone.",
+        "Have `move` added to what the source may.";
     OTHER_VM, "other-vm", No, Configuration:
         "The destination waits for another VM.",
-        "It was started with the identity of another.",
-        "Send the VM that is waited for, or start the destination without an identity.";
+        "It was started with the identity of another, or told to expect another.",
+        "Send the VM that is waited for, start the destination without an identity, or have the file of `vm --expect` changed.";
+    OLD_EPOCH, "old-epoch", No, Configuration:
+        "The source owns the VM under an epoch that is older than the destination expects.",
+        "It has moved since, and this is an old copy of it.",
+        "Find out where the VM runs; do not start the old copy.";
+    TOO_LARGE, "too-large", No, Configuration:
+        "The guest has more RAM than the destination expects.",
+        "Another guest than was planned for, or a limit that is too low.",
+        "Send it where there is room for it, or have `max_memory` raised.";
+    TOO_MANY_ATTEMPTS, "too-many-attempts", No, Configuration:
+        "As many attempts were made as the destination expects.",
+        "The attempts before failed.",
+        "See why they failed, and have the destination told to expect more.";
+    TOO_MANY_ARRIVALS, "too-many-arrivals", No, Configuration:
+        "As many guests have arrived as the destination expects.",
+        "The guest that it was to take was there before.",
+        "Have the destination told to expect another.";
     VM_ID, "vm-id", No, Configuration:
         "The destination's machine has the identity of another VM.",
         "It was started with the identity of another.",

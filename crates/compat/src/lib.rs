@@ -61,5 +61,5 @@ pub use report::{Reason, Report, Verdict, worse};
 pub use scalar::Scalar;
 pub use severity::{Severity, WhoCanFix};
 pub use site::SiteFacts;
-pub use tree::{Numbers, read_json};
+pub use tree::{Numbers, read_json, read_toml_or_json};
 pub use version::{ModelVersion, VersionError, VersionRanges};

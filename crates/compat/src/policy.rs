@@ -99,14 +99,7 @@ impl Policy {
     /// The path in the document and the rule that it breaks. A field or a code that is not known is refused: a policy
     /// that silently does nothing is none.
     pub fn parse(text: &[u8], origin: &str) -> Result<Self, ManifestError> {
-        tree::at_most_bytes(origin, text.len(), Self::MAX_BYTES)?;
-        let json = text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
-        let policy: Self = if json {
-            let tree = tree::parse(text, origin)?;
-            tree::typed(tree, origin)?
-        } else {
-            tree::toml(text, origin)?
-        };
+        let policy: Self = tree::read_toml_or_json(text, origin, Self::MAX_BYTES)?;
         policy.check(origin)?;
         Ok(policy)
     }

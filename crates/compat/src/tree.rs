@@ -49,6 +49,21 @@ pub fn read_json(bytes: &[u8], origin: &str, numbers: Numbers) -> Result<Value, 
         .map_err(|error| ManifestError::new(origin, path.to_string(), error.to_string()))
 }
 
+/// Reads a document that people write: JSON when it begins with `{`, TOML otherwise, of at most `max` bytes. `origin`, a file's name for
+/// example, goes into errors.
+///
+/// # Errors
+/// The path in the document and the rule that it breaks.
+pub fn read_toml_or_json<T: DeserializeOwned>(
+    bytes: &[u8],
+    origin: &str,
+    max: usize,
+) -> Result<T, ManifestError> {
+    at_most_bytes(origin, bytes.len(), max)?;
+    let json = bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+    if json { typed(parse(bytes, origin)?, origin) } else { toml(bytes, origin) }
+}
+
 /// Reads a document of this crate's: whole numbers alone.
 pub(crate) fn parse(bytes: &[u8], origin: &str) -> Result<Value, ManifestError> {
     read_json(bytes, origin, Numbers::Whole)

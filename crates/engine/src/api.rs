@@ -398,8 +398,6 @@ pub struct DestinationConfig {
     pub features: u64,
     /// Longest silence of the source where something must come from it.
     pub peer_timeout: Duration,
-    /// Only this VM is let in; `None`: any.
-    pub expect: Option<VmId>,
     /// The guest arrives paused, whatever FINAL says.
     pub suspend: bool,
     /// Nonce of the lease that this attempt is granted: random, new for each.

@@ -11,6 +11,7 @@ use vfio_migration_types::{DeviceId, Failure, Side};
 
 use crate::channel::limiter::Limiter;
 use crate::options::SourceOptions;
+use crate::refused::{RefusedConnection, RefusedConnections};
 use crate::report::Progress;
 use crate::session::awaited::{AwaitedAnswer, AwaitedAnswers};
 use crate::session::lock::lock;
@@ -175,6 +176,7 @@ pub struct IncomingControl {
 struct Incoming {
     cancelled: std::sync::atomic::AtomicBool,
     sessions: Mutex<Sessions>,
+    refusals: Mutex<Refusals>,
 }
 
 /// The session that is under way, and the one before it.
@@ -184,10 +186,27 @@ struct Sessions {
     last: Option<Progress>,
 }
 
+/// Connections that were refused, and whoever wants to hear of each.
+#[derive(Default)]
+struct Refusals {
+    so_far: RefusedConnections,
+    listener: Option<Arc<RefusalListener>>,
+}
+
+type RefusalListener = dyn Fn(&RefusedConnection) + Send + Sync;
+
+impl fmt::Debug for Refusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Refusals").field("so_far", &self.so_far).finish_non_exhaustive()
+    }
+}
+
 impl IncomingControl {
     pub(crate) fn new() -> Self {
         let cancelled = false.into();
-        Self { shared: Arc::new(Incoming { cancelled, sessions: Mutex::default() }) }
+        Self {
+            shared: Arc::new(Incoming { cancelled, sessions: Mutex::default(), refusals: Mutex::default() }),
+        }
     }
 
     /// Gives the incoming migration, or the wait for one, up. The source is told within a second; the session ends when all is
@@ -207,6 +226,28 @@ impl IncomingControl {
         lock(&self.shared.sessions).last.clone()
     }
 
+    /// Connections that were refused since the destination was made.
+    pub fn refused(&self) -> RefusedConnections {
+        lock(&self.shared.refusals).so_far.clone()
+    }
+
+    /// Calls `listener` for each connection that is refused from now on, on a thread of the destination's: it must not block.
+    pub fn on_refused(&self, listener: impl Fn(&RefusedConnection) + Send + Sync + 'static) {
+        lock(&self.shared.refusals).listener = Some(Arc::new(listener));
+    }
+
+    pub(crate) fn refused_one(&self, refused: RefusedConnection) {
+        let listener = {
+            let mut refusals = lock(&self.shared.refusals);
+            refusals.so_far.count += 1;
+            refusals.so_far.last = Some(refused.clone());
+            refusals.listener.clone()
+        };
+        if let Some(listener) = listener {
+            listener(&refused);
+        }
+    }
+
     /// Whether [`cancel`](Self::cancel) was called.
     pub fn is_cancelled(&self) -> bool {
         self.shared.cancelled.load(std::sync::atomic::Ordering::Acquire)
@@ -219,6 +260,11 @@ impl IncomingControl {
     pub(crate) fn end_session(&self) {
         let mut sessions = lock(&self.shared.sessions);
         sessions.last = sessions.present.take();
+    }
+
+    /// The session was none: its source was refused before anything was made for it.
+    pub(crate) fn discard_session(&self) {
+        lock(&self.shared.sessions).present = None;
     }
 
     pub(crate) fn set_progress(&self, progress: Progress) {

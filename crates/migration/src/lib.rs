@@ -130,12 +130,14 @@
 //! device: those are behind [`Machine`] and [`Device`](vfio_migration_device::Device).
 #![forbid(unsafe_code)]
 
+mod admission;
 mod channel;
 mod control;
 mod destination;
 mod device;
 mod device_file;
 mod error;
+mod expectation;
 #[cfg(feature = "fault-injection")]
 mod fault_injection;
 mod held;
@@ -149,6 +151,7 @@ mod ownership;
 mod probe;
 mod ram;
 mod reasons;
+mod refused;
 mod regular_file;
 mod rehearsal;
 mod report;
@@ -167,6 +170,9 @@ pub use device_file::{
     SaveDeviceOptions, restore_device, save_device,
 };
 pub use error::{Aborted, IncomingError, MigrateError, OwnedNotStarted, RehearsedHere};
+pub use expectation::{
+    Expectation, ExpectationCounts, ExpectationError, Expectations, ExpectedSource, Right, Unexpected,
+};
 #[cfg(feature = "fault-injection")]
 pub use fault_injection::{HeldFile, InjectedFault, inject, leave_threads};
 pub use held::start_held;
@@ -176,6 +182,7 @@ pub use options::{DestinationOptions, SourceOptions};
 pub use ownership::journal::{JournalError, JournalFile, JournalNote, read_journal};
 pub use ownership::status::{VmOwnership, ownership_at};
 pub use probe::probe;
+pub use refused::{RefusalCause, RefusedConnection, RefusedConnections};
 pub use regular_file::{AtomicFile, FileError, open_regular, open_regular_to_append};
 pub use rehearsal::{Basis, PredictedPart, Rates, Rehearsal, Rehearse};
 pub use report::{

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_device::ConfigRules;
-use vfio_migration_types::{Epoch, VmId};
+use vfio_migration_types::Epoch;
 
+use crate::expectation::Expectations;
 use crate::reasons;
 use crate::tls::config::Security;
 use crate::unix_peer::AllowedUnixPeers;
@@ -118,8 +119,9 @@ pub struct DestinationOptions {
     pub accept_timeout: Option<Duration>,
     /// Longest silence of the source. 30 s.
     pub peer_timeout: Duration,
-    /// Only this VM is let in; `None`: any.
-    pub expect: Option<VmId>,
+    /// Who is let in, and with what: an [`Expectation`](crate::Expectation), or what is read anew for each source that comes. Whatever
+    /// comes over a connection that is secured as it must be.
+    pub expect: Expectations,
     /// Folder of the journal; as [`SourceOptions::state_dir`].
     pub state_dir: Option<PathBuf>,
     /// Config-space bytes that may, or may not, differ: exceptions to the default mask.
@@ -148,7 +150,7 @@ impl Default for DestinationOptions {
         Self {
             accept_timeout: None,
             peer_timeout: Duration::from_secs(30),
-            expect: None,
+            expect: Expectations::default(),
             state_dir: None,
             config_rules: ConfigRules::default(),
             security: Security::default(),

@@ -206,6 +206,10 @@ pub(crate) struct VmCommand {
     /// File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go.
     #[arg(long, value_name = "FILE")]
     pub(crate) policy: Option<PathBuf>,
+    /// File (TOML or JSON) that says who may come to a VM that waits, for what, with which VM, from which epoch on, how large and how
+    /// often. It is read anew for each source that comes; while it is missing or wrong, nobody is taken.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) expect: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) tls: TlsOptions,
     #[command(flatten)]

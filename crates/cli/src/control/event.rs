@@ -4,17 +4,19 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::expected::RefusalInfo;
 use super::protocol::MigrationInfo;
 
 const MIGRATION: &str = "MIGRATION";
 const MIGRATION_PASS: &str = "MIGRATION_PASS";
+const MIGRATION_REFUSED: &str = "MIGRATION_REFUSED";
 const DISCONNECTED: &str = "DISCONNECTED";
 
 /// What a client is sent unasked when something happens.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(rename = "Event")]
 pub(crate) struct ControlEvent {
-    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`,
+    /// `"MIGRATION"`, `"MIGRATION_PASS"`, `"MIGRATION_REFUSED"`, `"DEVICE_LOST"`, `"STOP"`, `"RESUME"`, `"SHUTDOWN"`,
     /// `"DISCONNECTED"`.
     pub(crate) event: String,
     /// What the event announces, as it is from then on.
@@ -39,6 +41,8 @@ enum EventData {
     },
     /// `MIGRATION`: the migration.
     Migration(Box<MigrationInfo>),
+    /// `MIGRATION_REFUSED`: the connection that a `vm` which waits has refused.
+    Refused(Box<RefusalInfo>),
     /// `DEVICE_LOST`: the device to whose vfio-user server the connection is lost.
     DeviceLost {
         /// Name of the device.
@@ -84,6 +88,11 @@ impl ControlEvent {
         let mut data = json!(info);
         data["pass"] = info.iterations.into();
         Self::new(MIGRATION_PASS, data)
+    }
+
+    /// `MIGRATION_REFUSED`: somebody came who is not expected, or not now.
+    pub(crate) fn of_refusal(refused: &RefusalInfo) -> Self {
+        Self::new(MIGRATION_REFUSED, json!(refused))
     }
 
     /// `DISCONNECTED`: the connection that it goes over is closed after it.

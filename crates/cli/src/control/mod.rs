@@ -5,6 +5,7 @@ pub(crate) mod awaited;
 pub(crate) mod client;
 pub(crate) mod clients;
 pub(crate) mod event;
+pub(crate) mod expected;
 pub(crate) mod failure;
 pub(crate) mod guest;
 mod lines;

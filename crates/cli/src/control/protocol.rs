@@ -10,6 +10,7 @@ use vfio_migration::PauseCause;
 use vfio_migration_compat::Reason;
 
 use super::awaited::AwaitedInfo;
+use super::expected::{ExpectedInfo, RefusalsInfo};
 use super::failure::FailureInfo;
 use super::rehearsal::RehearsalInfo;
 use super::security::SecurityInfo;
@@ -167,6 +168,12 @@ pub(crate) struct StatusInfo {
     /// begin before it is undone. Null while nothing is left to be undone.
     #[serde(default)]
     pub(crate) pending_rollback: Option<Vec<AwaitedInfo>>,
+    /// While it waits for a guest and was told what to expect (`--expect`, `--uuid`): what that is now.
+    #[serde(default)]
+    pub(crate) expected: Option<ExpectedInfo>,
+    /// Connections that were refused, of one that waits for a guest, or has waited and was not asked to move it since.
+    #[serde(default)]
+    pub(crate) refused: Option<RefusalsInfo>,
     /// How often the VM has changed owner.
     pub(crate) epoch: u64,
 }

@@ -69,7 +69,7 @@ pub(super) fn listen(
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
     options.config_rules = vm.rules.clone();
-    options.expect = vm.options.uuid;
+    options.expect = vm.expect.clone();
     options.suspend = paused;
     options.policy = vm.policy.clone();
     options.unix_peers = vm.unix_peers.clone();
@@ -82,6 +82,8 @@ pub(super) fn listen(
         Address::Passed(_) => address.clone(),
     };
     let control = destination.control();
+    let publisher = vm.publisher.clone();
+    control.on_refused(move |refused| publisher.publish(&ControlEvent::of_refusal(&refused.into())));
     let awaited = Slot::Awaited { machine: Some(machine), at: at.clone(), not_ready: None };
     let reserved = |slot: &Slot| matches!(slot, Slot::Preparing);
     let of_thread = vm.clone();

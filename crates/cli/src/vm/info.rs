@@ -11,10 +11,11 @@ use vfio_migration_types::error_chain;
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
 
-use super::rollback;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
+use super::{expected, rollback};
 use crate::control::awaited::AwaitedInfo;
+use crate::control::expected::RefusalsInfo;
 use crate::control::failure::FailureInfo;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::{
@@ -27,11 +28,20 @@ use crate::units::milliseconds;
 
 /// The VM and its migration at one moment: the two never contradict each other.
 pub(super) fn report(vm: &RunningVm) -> StatusReport {
-    let pending = rollback::awaited(&vm.state.pending_rollback());
-    vm.state.read(|slot, steering, last| StatusReport {
-        vm: StatusInfo { pending_rollback: pending, ..status(&vm.config, slot, steering) },
-        migration: steering.and_then(of_steering),
-        last: last.cloned(),
+    let pending_rollback = rollback::awaited(&vm.state.pending_rollback());
+    // Before the lock: it is a file as a rule.
+    let expected = expected::info(&vm.options, &vm.expect);
+    let refused = match vm.state.last_steering() {
+        Some(Steering::Incoming(control)) => Some(RefusalsInfo::from(&control.refused())),
+        Some(Steering::Outgoing(_)) | None => None,
+    };
+    vm.state.read(|slot, steering, last| {
+        let expected = expected.filter(|_| matches!(slot, Slot::Preparing | Slot::Awaited { .. }));
+        StatusReport {
+            vm: StatusInfo { pending_rollback, expected, refused, ..status(&vm.config, slot, steering) },
+            migration: steering.and_then(of_steering),
+            last: last.cloned(),
+        }
     })
 }
 
@@ -100,6 +110,8 @@ fn status(config: &MachineConfig, slot: &Slot, steering: Option<&Steering>) -> S
             .map(ToString::to_string)
             .collect(),
         pending_rollback: None,
+        expected: None,
+        refused: None,
         epoch: owned.unwrap_or_else(|| slot.epoch()).0,
     }
 }

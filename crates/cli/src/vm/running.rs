@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
-use vfio_migration::{AllowedUnixPeers, VmOwnership, ownership_at};
+use vfio_migration::{AllowedUnixPeers, Expectations, VmOwnership, ownership_at};
 use vfio_migration_compat::Policy;
 use vfio_migration_device::ConfigRules;
 use vfio_migration_memory::MemoryError;
@@ -15,10 +15,10 @@ use vfio_migration_vmm::machine::{
     Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, assign_places, kvm_answers,
 };
 
-use super::history;
 use super::passed::PassedSockets;
 use super::presence::{self, Presence};
 use super::slot::{Slot, Steering, VmState};
+use super::{expected, history};
 use crate::args::serve::VmCommand;
 use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::clients::Publisher;
@@ -40,6 +40,8 @@ pub(super) struct RunningVm {
     pub(super) policy: Policy,
     /// Who may be at the other end of a migration's unix socket.
     pub(super) unix_peers: AllowedUnixPeers,
+    /// Who may come while it waits, and with what.
+    pub(super) expect: Expectations,
     pub(super) publisher: Publisher,
     pub(super) state: VmState,
     pub(super) presence: Presence,
@@ -70,8 +72,9 @@ impl RunningVm {
         assign_places(&devices).map_err(|error| usage(format!("--device: {error}")))?;
         let memory = options.memory.unwrap_or(MEMORY);
         check_memory(memory)?;
+        let expect = expected::expectations(options);
         if let Some(text) = &options.incoming {
-            uri(text)?;
+            expected::check(&expect, &uri(text)?, &options.tls.security())?;
         }
         let rules = options.config_rule.iter().map(|text| {
             config_rule(text).ok_or_else(|| {
@@ -95,6 +98,7 @@ impl RunningVm {
             rules,
             policy,
             unix_peers,
+            expect,
             publisher: Publisher::default(),
             state: VmState::default(),
             presence: Presence::default(),

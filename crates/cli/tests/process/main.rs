@@ -13,6 +13,7 @@ mod device_options;
 mod device_servers;
 mod drain;
 mod endings;
+mod expectation;
 mod files;
 mod foreign_servers;
 mod foreign_text;

@@ -41,6 +41,20 @@ fn next_end(receiver: &Vm, events: &std::sync::mpsc::Receiver<Value>, at: &str) 
     end
 }
 
+/// The next refusal at the receiver, which counts it and waits on as if nobody had come.
+fn next_refusal(receiver: &Vm, events: &std::sync::mpsc::Receiver<Value>, at: &str) -> Value {
+    let before = receiver.query("query")["last"].take();
+    let refused = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
+        .inspect(|event| assert_ne!(event["event"], "MIGRATION", "a refusal is no session: {event}"))
+        .find(|event| event["event"] == "MIGRATION_REFUSED")
+        .expect("a refusal")["data"]
+        .take();
+    let report = receiver.query("query");
+    assert_eq!(report["vm"]["refused"]["last"], refused, "{report}");
+    assert_eq!((&report["last"], &report["vm"]["incoming"]), (&before, &json!(at)), "{report}");
+    refused
+}
+
 fn assert_arrives(source: &Vm, receiver: &Vm) {
     let info = source.migrate(&receiver.incoming(), json!({}));
     assert_eq!(info["status"], "completed", "{info}");
@@ -64,8 +78,8 @@ fn it_waits_on_after_everything_but_a_guest() {
     let other = Setup::new(others.path(), "other").start();
     let asked = run(&["check", &format!("vm:{}", text(&other.control)), &at]);
     assert_eq!(asked.status.code(), Some(3), "{asked:?}");
-    let end = next_end(&receiver, &events, &at);
-    assert_eq!((&end["status"], &end["incompatible"]), (&json!("rehearsed"), &json!(true)), "{end}");
+    let refused = next_refusal(&receiver, &events, &at);
+    assert_eq!((&refused["code"], &refused["wanted"]), (&json!("other-vm"), &json!("ask")), "{refused}");
 
     // A question that is answered.
     let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
@@ -74,8 +88,10 @@ fn it_waits_on_after_everything_but_a_guest() {
 
     // A stranger with a VM that is not expected.
     let info = other.migrate(&at, json!({}));
-    assert_eq!(info["status"], "failed", "{info}");
-    assert_eq!(next_end(&receiver, &events, &at)["status"], "failed");
+    assert_eq!((&info["status"], &info["incompatible"]), (&json!("failed"), &json!(true)), "{info}");
+    let refused = next_refusal(&receiver, &events, &at);
+    assert_eq!((&refused["code"], &refused["wanted"]), (&json!("other-vm"), &json!("move")), "{refused}");
+    assert_eq!(refused["vm"], other.info()["uuid"]);
 
     // An attempt that its operator cancels, and one whose source dies.
     source.begin(&at, json!({"pause-before-switchover": true}));
@@ -191,15 +207,26 @@ fn a_device_server_that_is_started_again_is_taken_back_between_two_attempts() {
     receiver.assert_whole();
 }
 
+/// One whose device is not that of [`source`].
+fn receiver_that_does_not_fit(dir: &std::path::Path, more: &[&str]) -> Vm {
+    let words = [&["--uuid", UUID, "--incoming", "tcp:127.0.0.1:0"], more].concat();
+    let device_arguments = &["--state-size", "4M", "--param", "queues=4"];
+    Setup { device_arguments, vm_arguments: &words, ..Setup::new(dir, "b") }.start()
+}
+
 #[test]
-fn who_is_refused_at_once_is_written_down_and_a_question_ends_nothing() {
+fn who_is_refused_is_written_down_and_a_question_ends_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let source = Setup { vm_arguments: &[], ..Setup::new(dir.path(), "a") }.start();
-    source.warm();
+    let source = source(dir.path());
     let state = dir.path().join("state");
-    let receiver = receiver(dir.path(), &["--once", "--state-dir", text(&state)]);
+    let receiver = receiver_that_does_not_fit(dir.path(), &["--once", "--state-dir", text(&state)]);
     let at = receiver.incoming();
-    let other = source.info()["uuid"].clone();
+    // Somebody who is not expected ends no wait, and fills no history.
+    let others = tempfile::tempdir().unwrap();
+    let other = Setup::new(others.path(), "other").start();
+    assert_eq!(other.migrate(&at, json!({}))["status"], "failed");
+    until("the refusal to be counted", || (receiver.info()["refused"]["count"] == 1).then_some(()));
+    assert_eq!(receiver.incoming(), at);
     let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
     assert_eq!(asked.status.code(), Some(3), "{asked:?}");
     until("the question to end", || (receiver.query("query")["migration"].is_null()).then_some(()));
@@ -219,7 +246,7 @@ fn who_is_refused_at_once_is_written_down_and_a_question_ends_nothing() {
             record["attempt"].is_string(),
         )
     };
-    let ended = |kind: &str, status: &str| (json!(kind), other.clone(), json!(status), true);
+    let ended = |kind: &str, status: &str| (json!(kind), json!(UUID), json!(status), true);
     assert_eq!([told(0), told(1)], [ended("check", "rehearsed"), ended("migration", "failed")], "{history}");
 }
 
@@ -289,10 +316,8 @@ fn it_accepts_again_once_descriptors_are_to_be_had() {
 #[test]
 fn once_is_once() {
     let dir = tempfile::tempdir().unwrap();
-    let receiver = receiver(dir.path(), &["--once"]);
-    let others = tempfile::tempdir().unwrap();
-    let other = Setup::new(others.path(), "other").start();
-    let info = other.migrate(&receiver.incoming(), json!({}));
+    let receiver = receiver_that_does_not_fit(dir.path(), &["--once"]);
+    let info = source(dir.path()).migrate(&receiver.incoming(), json!({}));
     assert_eq!(info["status"], "failed", "{info}");
     until("it to give up", || (receiver.status() == "failed").then_some(()));
     let said = run(&["status", "--control", text(&receiver.control)]);

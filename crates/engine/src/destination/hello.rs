@@ -12,10 +12,6 @@ impl DestinationEngine {
         self.timer = None;
         // Who came is told of one that is refused at once, too.
         self.attempt = Some(Attempt { vm: hello.vm, attempt: hello.attempt, epoch: hello.epoch });
-        if let Some(expected) = self.config.expect.filter(|expected| *expected != hello.vm) {
-            let text = format!("VM {} is expected here, not VM {}", expected, hello.vm);
-            return self.refuse(vec![refusal("other-vm", text)], now);
-        }
         let ours = self.config.versions;
         let Some(version) = negotiate(hello.versions, ours) else {
             let text = format!(

@@ -37,7 +37,6 @@ fn ready() -> DestinationEngine {
         versions: VERSIONS,
         features: FEATURES,
         peer_timeout: Duration::from_secs(5),
-        expect: None,
         suspend: false,
         lease: [5; 16],
         lease_time: Duration::from_secs(60),

@@ -421,7 +421,6 @@ proptest! {
             lease: [5; 16],
             lease_time: Duration::from_secs(60),
             peer_timeout: Duration::from_secs(5),
-            expect: None,
             suspend: false,
         };
         let mut destination = DestinationEngine::new(config, Duration::ZERO);

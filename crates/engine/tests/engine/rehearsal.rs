@@ -182,7 +182,6 @@ fn commit_in_a_rehearsal_is_an_error() {
         versions: VERSIONS,
         features: FEATURES,
         peer_timeout: SECOND,
-        expect: None,
         suspend: false,
         lease: [5; 16],
         lease_time: SECOND,

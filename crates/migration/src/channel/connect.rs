@@ -17,7 +17,7 @@ use rustls::ServerConfig;
 use crate::channel::tls::Tls;
 use crate::channel::transport::{Socket, Transport, TransportError};
 use crate::session::abandon::{Unanswered, answer_unless};
-use crate::tls::config::Security;
+use crate::tls::config::{Proof, Security};
 use crate::tls::error::TlsError;
 use crate::tls::files::TlsRole;
 use crate::unix_listener::bind_unix;
@@ -119,7 +119,11 @@ pub(crate) fn secured(
 
 /// Unix sockets stay as they are: nobody is on their way.
 fn begins_with_tls(socket: &OwnedFd, security: &Security) -> bool {
-    security.is_tls() && rustix::net::sockopt::socket_domain(socket) != Ok(AddressFamily::UNIX)
+    security.is_tls() && !is_unix(socket)
+}
+
+fn is_unix(socket: &OwnedFd) -> bool {
+    rustix::net::sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
 }
 
 fn as_it_is(socket: OwnedFd, security: &Security) -> Box<dyn Transport> {
@@ -319,6 +323,18 @@ impl Listener {
         }
         let (uri, security) = (uri.clone(), security.clone());
         Ok(Self { socket, uri, security, latest, backoff: Backoff::default() })
+    }
+
+    /// What connections prove of their peers here, and what they are, as a sentence goes on.
+    pub(crate) fn proof(&self) -> (Proof, &'static str) {
+        let unix = (self.security.proof_over_unix(), "over a unix socket");
+        match &self.socket {
+            ListenerSocket::Unix { .. } => unix,
+            ListenerSocket::Connected(Some(socket), _) if is_unix(socket) => unix,
+            ListenerSocket::Tcp(_) | ListenerSocket::Connected(..) => {
+                (self.security.proof(), "in plain text")
+            }
+        }
     }
 
     /// Whether there is one connection, and no next one.

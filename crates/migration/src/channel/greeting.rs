@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_engine::Attempt;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
-use vfio_migration_wire::Message;
+use vfio_migration_wire::{Hello, Message, Reason};
 
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
@@ -41,25 +41,35 @@ pub(crate) struct Question {
 
 /// A connection that did not begin as a migration does.
 pub(crate) struct DroppedConnection {
-    /// Where it came from.
-    pub(crate) peer: String,
+    pub(crate) link: Arc<Link>,
     pub(crate) why: String,
+    /// It was closed by its peer, who had not said a word.
+    pub(crate) left: bool,
 }
 
 /// A connection whose HELLO has been read.
 pub(crate) struct Accepted {
     pub(crate) link: Arc<Link>,
     pub(crate) reader: Reader,
-    pub(crate) hello: Message,
+    pub(crate) hello: Hello,
 }
 
 impl Accepted {
-    /// Refuses the connection: no migration is taken in now. `why`, where that is known.
-    pub(crate) fn turn_away(self, why: Option<&str>) {
+    /// Refuses the connection: no migration is taken in now. `why`, where that is known. Returns what its source is told.
+    pub(crate) fn turn_away(&self, why: Option<&str>) -> String {
         let why = why.map_or(String::new(), |why| format!(": {why}"));
         let why = format!("no migration is taken in here now{why}");
-        tracing::warn!(peer = %self.link.peer(), "a migration was turned away: {why}");
-        let _ = self.link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why)));
+        self.end(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
+        why
+    }
+
+    /// Refuses the connection, for these reasons.
+    pub(crate) fn refuse(&self, reasons: Vec<Reason>) {
+        self.end(&Message::Refuse(reasons));
+    }
+
+    fn end(&self, last: &Message) {
+        let _ = self.link.send(last);
         self.link.shutdown_write();
     }
 }
@@ -125,29 +135,33 @@ impl PendingConnections {
                 // It is a process of this host, which may know what it has to do with.
                 let welcomed = pending.link.welcome();
                 tracing::debug!(welcomed = welcomed.is_ok(), "a peer is refused");
-                return Some(self.waiting.remove(at).accepted(Err(error_chain(&refused))));
+                return Some(self.waiting.remove(at).accepted(Err(error_chain(&refused)), false));
             }
+            let mut left = false;
             let first = match pending.reader.first() {
                 Ok(Some(message)) => Ok(message),
                 Ok(None) if pending.since.elapsed() < pending.patience => continue,
                 Ok(None) => Err(format!("it said nothing within {:?}", pending.patience)),
-                Err(error) => Err(error_chain(&error)),
+                Err(error) => {
+                    left = matches!(error, ChannelError::Closed);
+                    Err(error_chain(&error))
+                }
             };
-            return Some(self.waiting.remove(at).accepted(first));
+            return Some(self.waiting.remove(at).accepted(first, left));
         }
         None
     }
 }
 
 impl PendingConnection {
-    fn accepted(self, first: Result<Message, String>) -> Result<Greeting, DroppedConnection> {
+    fn accepted(self, first: Result<Message, String>, left: bool) -> Result<Greeting, DroppedConnection> {
         let Self { link, reader, .. } = self;
         let why = match first {
             Ok(Message::Query { vm, attempt, epoch, proof }) => {
                 let about = Attempt { vm, attempt, epoch };
                 return Ok(Greeting::Query(Question { link, about, proof }));
             }
-            Ok(hello @ Message::Hello(_)) => {
+            Ok(Message::Hello(hello)) => {
                 return Ok(Greeting::Session(Box::new(Accepted { link, reader, hello })));
             }
             Ok(_) => "it began with neither HELLO nor QUERY".to_owned(),
@@ -157,8 +171,7 @@ impl PendingConnection {
         let told: Result<(), ChannelError> =
             link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
         tracing::debug!(told = told.is_ok(), "a connection is dropped");
-        let peer = link.peer();
         link.shutdown();
-        Err(DroppedConnection { peer, why })
+        Err(DroppedConnection { link, why, left })
     }
 }

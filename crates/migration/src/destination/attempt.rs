@@ -10,6 +10,7 @@ use vfio_migration_types::DeviceId;
 use crate::channel::binding::SessionKey;
 use crate::destination::final_pass::StorageLocks;
 use crate::destination::reader::{Received, Sink};
+use crate::expectation::{Expectation, Unexpected};
 use crate::machine::MigratableDevice;
 use crate::report::StepTime;
 use crate::session::abort::AbortOnce;
@@ -32,6 +33,11 @@ pub(super) struct DestinationShared {
     /// The other end, as the journal and the progress name it.
     pub(super) peer: String,
     pub(super) session_key: Option<SessionKey>,
+    /// What is expected of what the source brings, and whether it may know that.
+    pub(super) expectation: Expectation,
+    pub(super) told_expectation: bool,
+    /// What it brought is not expected, so that nothing was made for it.
+    pub(super) unexpected: OnceLock<Unexpected>,
     pub(super) jobs_done: AtomicU64,
     pub(super) steps: Mutex<Vec<StepTime>>,
     /// The journal's record, as far as it is on disk.

@@ -88,18 +88,26 @@ impl Worker<'_, '_, '_> {
 pub(super) fn refuse_stranger(question: &Question, source: &SessionSource, security: &Security) -> bool {
     let is_stranger = !source.asks(question, security);
     if is_stranger {
-        let message = Message::Abort(stranger(question));
-        let _ = question.link.send(&message);
-        question.link.shutdown_write();
+        refuse(question);
     }
     is_stranger
 }
 
-fn stranger(question: &Question) -> Failure {
-    tracing::warn!(
-        peer = %question.link.peer(), attempt = %question.about.attempt,
-        "somebody else than its source asked what became of a migration"
-    );
+/// Whether who asks proves that he was in the session, by what the journal has of it; `None`: it has nothing that could be proved.
+pub(super) fn is_proved_by_journal(state_dir: Option<&Path>, question: &Question) -> Option<bool> {
+    let file = read_journal(state_dir?, question.about.vm).ok()??;
+    let asked = file.destination.as_ref().is_some_and(|record| record.attempt == question.about.attempt);
+    let key = file.destination_key.as_ref().filter(|_| asked)?;
+    Some(is_bound(Some(key), question))
+}
+
+/// Refuses a question of somebody else than the source.
+pub(super) fn refuse(question: &Question) {
+    let _ = question.link.send(&Message::Abort(stranger()));
+    question.link.shutdown_write();
+}
+
+fn stranger() -> Failure {
     Failure::new(Side::Destination, Phase::Commit, "only the source of a migration is told what became of it")
 }
 
@@ -125,7 +133,7 @@ fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, question: &
                 let file = file.unwrap_or_else(|| JournalFile::empty(query.vm));
                 let asked = file.destination.as_ref().is_some_and(|record| record.attempt == query.attempt);
                 if asked && !is_bound(file.destination_key.as_ref(), question) {
-                    return Message::Abort(stranger(question));
+                    return Message::Abort(stranger());
                 }
                 file.destination
             }

@@ -43,6 +43,12 @@ impl Worker<'_, '_, '_> {
             Ok(offered) => offered,
             Err(error) => return Ok(refuse(Reason::new(SessionCode::Manifest, error_chain(&error)))),
         };
+        // Before the journal, devices and RAM are looked at.
+        if let Err(unexpected) = self.shared.expectation.judge_memory(offered.memory()) {
+            let told = unexpected.told(self.shared.told_expectation);
+            let _ = self.shared.unexpected.set(unexpected);
+            return Ok(refuse(told));
+        }
         let map = match map(offer.names) {
             Ok(map) => map,
             Err(text) => return Ok(refuse(Reason::new(SessionCode::Manifest, text))),

@@ -27,14 +27,16 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
+use crate::admission::{Admission, Admitted};
 use crate::channel::connect::{self, ConnectError, Listener};
 use crate::channel::greeting::{
     Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
 };
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
-use crate::destination::session::Place;
+use crate::destination::session::{Ended, Place};
 use crate::error::IncomingError;
+use crate::expectation::Expectations;
 use crate::machine::Machine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
@@ -46,6 +48,7 @@ pub struct Destination {
     local: Uri,
     options: DestinationOptions,
     control: IncomingControl,
+    admission: Admission,
     /// Outcome of the latest attempt, for a source that asks.
     known: Option<KnownOutcome>,
     /// Connections that have sent nothing yet.
@@ -60,7 +63,7 @@ impl Destination {
     pub fn listen(uri: &Uri, options: DestinationOptions) -> Result<Self, IncomingError> {
         let (listener, local) =
             Listener::bind(uri, &options.security, &options.unix_peers).map_err(not_begun)?;
-        Ok(Self::new(listener, local, options))
+        Self::new(listener, local, options)
     }
 
     /// Receives over a stream socket that is already connected to a source. The session takes it over.
@@ -72,12 +75,20 @@ impl Destination {
         connect::check_stream(&socket, number).map_err(not_begun)?;
         let local = Uri::Fd(number);
         let listener = Listener::connected(socket, &local, &options.security).map_err(not_begun)?;
-        Ok(Self::new(listener, local, options))
+        Self::new(listener, local, options)
     }
 
-    fn new(listener: Listener, local: Uri, options: DestinationOptions) -> Self {
+    fn new(listener: Listener, local: Uri, options: DestinationOptions) -> Result<Self, IncomingError> {
+        let control = IncomingControl::new();
+        // A file is no source: whoever has it restored has chosen it.
+        let expect =
+            if options.from_file.is_some() { Expectations::default() } else { options.expect.clone() };
+        let admission = Admission::new(expect, listener.proof(), control.clone()).map_err(|error| {
+            let text = format!("nobody can be taken at {local}: {error}");
+            IncomingError::NotBegun(Failure::new(Side::Destination, Phase::Hello, text))
+        })?;
         let pending = PendingConnections::of(options.unix_peers.clone());
-        Self { listener, local, options, control: IncomingControl::new(), known: None, pending }
+        Ok(Self { listener, local, options, control, admission, known: None, pending })
     }
 
     /// Address that it listens at: with the port that was given for port 0.
@@ -94,8 +105,9 @@ impl Destination {
     /// refuse it; it is called on a thread of the session, at most once. The machine's vCPUs must not run, and its RAM
     /// holds whatever the VMM put there: it is made zero before the guest's comes.
     ///
-    /// A connection that does not begin as a migration does is dropped, and the next one is waited for (not so with
-    /// `fd:N`, where there is no next one). May be called again after an error.
+    /// A source that is not [expected](DestinationOptions::expect), or brings what is not, is refused, and so is a connection that does not
+    /// begin as a migration does; the next one is waited for (not so with `fd:N`, where there is no next one).
+    /// [`IncomingControl::refused`] tells of them. May be called again after an error.
     ///
     /// # Errors
     /// Nothing ran here, and every device is reset and released; but see [`IncomingError::OwnedNotStarted`]. A rehearsal ends so too:
@@ -106,10 +118,21 @@ impl Destination {
         build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
+        let mut build = Some(build);
         loop {
             let limit = self.options.accept_timeout.map(|limit| limit.saturating_sub(begun.elapsed()));
             match self.greet(limit).map_err(not_begun)? {
-                Ok(Greeting::Session(session)) => return self.session(*session, build),
+                Ok(Greeting::Session(accepted)) => match self.admission.admit(&accepted) {
+                    Ok(admitted) => {
+                        if let Some(ended) = self.session(*accepted, &admitted, &mut build) {
+                            return ended;
+                        }
+                    }
+                    Err(reasons) if self.listener.is_connected() => {
+                        return Err(IncomingError::Refused(reasons));
+                    }
+                    Err(_) => {}
+                },
                 Ok(Greeting::Query(question)) => self.answer(&question),
                 Err(DroppedConnection { why, .. }) if self.listener.is_connected() => {
                     let remedy = "check what is connected to the descriptor";
@@ -117,9 +140,7 @@ impl Destination {
                         Failure::new(Side::Destination, Phase::Hello, why).with_remedy(remedy),
                     ));
                 }
-                Err(DroppedConnection { peer, why }) => {
-                    tracing::warn!(%why, %peer, "a connection was dropped that is no migration")
-                }
+                Err(dropped) => self.admission.dropped(dropped),
             }
         }
     }
@@ -139,10 +160,8 @@ impl Destination {
             }
             match self.greet(Some(left)) {
                 Ok(Ok(Greeting::Query(question))) => self.answer(&question),
-                Ok(Ok(Greeting::Session(session))) => session.turn_away(None),
-                Ok(Err(DroppedConnection { peer, why })) => {
-                    tracing::warn!(%why, %peer, "a connection was dropped that is no migration")
-                }
+                Ok(Ok(Greeting::Session(session))) => self.admission.turn_away(&session, None),
+                Ok(Err(dropped)) => self.admission.dropped(dropped),
                 Err(ConnectError::NobodyCame(_) | ConnectError::Cancelled | ConnectError::Used(_)) => {
                     return Ok(());
                 }
@@ -151,30 +170,63 @@ impl Destination {
         }
     }
 
-    fn session(
+    /// Runs a session. `None`: what its source brought was not expected, and the next is waited for.
+    fn session<F>(
         &mut self,
         accepted: Accepted,
-        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
-    ) -> Result<Arrived, IncomingError> {
+        admitted: &Admitted,
+        build: &mut Option<F>,
+    ) -> Option<Result<Arrived, IncomingError>>
+    where
+        F: FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
+    {
         self.control.begin_session();
+        self.admission.count_attempt(admitted, true);
+        let (link, hello) = (Arc::clone(&accepted.link), accepted.hello.clone());
         let place = Place {
             listener: &mut self.listener,
             pending: &mut self.pending,
             options: &self.options,
             control: &self.control,
+            admission: &self.admission,
         };
-        let (arrived, known) = session::run(place, accepted, build);
+        let Ended { arrived, known, unexpected } = session::run(place, accepted, admitted, build);
+        if let Some(unexpected) = unexpected {
+            self.control.discard_session();
+            self.admission.count_attempt(admitted, false);
+            self.admission.refused_in_session(&link, &hello, unexpected);
+            // It may have been cancelled meanwhile, which the next wait finds.
+            return self.listener.is_connected().then_some(arrived);
+        }
+        if matches!(arrived, Ok(_) | Err(IncomingError::OwnedNotStarted(_))) {
+            self.admission.count_arrival(admitted);
+        }
         self.known = known;
         self.control.end_session();
-        arrived
+        Some(arrived)
     }
 
-    fn answer(&self, question: &Question) {
+    fn answer(&mut self, question: &Question) {
+        let dir = self.options.state_dir.as_deref();
         let own = self.known.as_ref().filter(|known| known.record.attempt == question.about.attempt);
-        if own.is_some_and(|known| commit::refuse_stranger(question, &known.source, &self.options.security)) {
-            return;
+        // Whoever was let in with it is told what became of it, whoever is expected now.
+        let was_in_session = match own {
+            Some(known) => !commit::refuse_stranger(question, &known.source, &self.options.security),
+            None => match commit::is_proved_by_journal(dir, question) {
+                Some(proved) => {
+                    if !proved {
+                        commit::refuse(question);
+                    }
+                    proved
+                }
+                None if self.admission.may_query(&question.link) => true,
+                None => return,
+            },
+        };
+        if !was_in_session {
+            return self.admission.asked_for_another(&question.link);
         }
-        commit::answer(self.known.as_ref(), self.options.state_dir.as_deref(), question);
+        commit::answer(self.known.as_ref(), dir, question);
     }
 
     /// The next connection whose first message comes, or why one was dropped; waits for `limit` (`None`: without end), or

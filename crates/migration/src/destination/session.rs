@@ -12,11 +12,10 @@ use vfio_migration_engine::{
 use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, error_chain, rfc3339};
 use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
 
+use crate::admission::{Admission, Admitted};
 use crate::channel::binding::SessionKey;
 use crate::channel::connect::Listener;
-use crate::channel::greeting::{
-    Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
-};
+use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections, Question};
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK};
 use crate::control::IncomingControl;
@@ -26,6 +25,7 @@ use crate::destination::progress::{bytes, into_result, statuses};
 use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
 use crate::error::IncomingError;
+use crate::expectation::Unexpected;
 use crate::machine::Machine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
@@ -50,17 +50,37 @@ pub(super) struct Place<'a> {
     pub(super) pending: &'a mut PendingConnections,
     pub(super) options: &'a DestinationOptions,
     pub(super) control: &'a IncomingControl,
+    pub(super) admission: &'a Admission,
 }
 
-/// Runs one session to its end. Also returns what became of the attempt, for a source that asks later.
-pub(super) fn run(
+/// What a session came to.
+pub(super) struct Ended {
+    pub(super) arrived: Result<Arrived, IncomingError>,
+    /// What became of the attempt, for a source that asks later.
+    pub(super) known: Option<KnownOutcome>,
+    /// What the source brought was not expected: it was refused, and nothing was made for it.
+    pub(super) unexpected: Option<Unexpected>,
+}
+
+impl From<IncomingError> for Ended {
+    fn from(error: IncomingError) -> Self {
+        Self { arrived: Err(error), known: None, unexpected: None }
+    }
+}
+
+/// Runs one session to its end. What builds the machine is left where none was asked for.
+pub(super) fn run<F>(
     place: Place<'_>,
     accepted: Accepted,
-    build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
-) -> (Result<Arrived, IncomingError>, Option<KnownOutcome>) {
+    admitted: &Admitted,
+    build: &mut Option<F>,
+) -> Ended
+where
+    F: FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
+{
     let begun = Instant::now();
     let Accepted { link, reader, hello } = accepted;
-    let Place { listener, pending, options, control } = place;
+    let Place { listener, pending, options, control, admission } = place;
     let lease = match nonce() {
         Ok(lease) => lease,
         Err(errno) => {
@@ -69,21 +89,27 @@ pub(super) fn run(
                 Phase::Hello,
                 format!("no random number for the lease: {errno}"),
             );
-            return (Err(IncomingError::NotBegun(failure)), None);
+            return IncomingError::NotBegun(failure).into();
         }
     };
     let peer = options.from_file.as_deref().map_or_else(|| link.peer(), file_peer);
     // Now, since a connection that has failed gives none.
-    let session_key = match &hello {
-        Message::Hello(hello) => SessionKey::of(&link, hello.attempt),
-        _ => None,
-    };
+    let session_key = SessionKey::of(&link, hello.attempt);
     let source = SessionSource::of(&link, session_key.as_ref());
-    let shared = DestinationShared { peer, session_key, ..DestinationShared::default() };
+    let shared = DestinationShared {
+        peer,
+        session_key,
+        expectation: admitted.expectation.clone(),
+        told_expectation: admission.names(&link, &admitted.expectation),
+        ..DestinationShared::default()
+    };
     let machine: Mutex<Option<Arc<dyn Machine>>> = Mutex::new(None);
     let kept = &machine;
     let build = move |offer: &IncomingOffer| {
-        let built = build(offer)?;
+        let taken = build.take().ok_or_else(|| {
+            NotBuilt::Failed("a second machine was asked for: a defect of this program".into())
+        })?;
+        let built = taken(offer)?;
         *lock(kept) = Some(Arc::clone(&built));
         Ok(built)
     };
@@ -93,7 +119,6 @@ pub(super) fn run(
         versions: VERSIONS,
         features: FEATURES,
         peer_timeout: options.peer_timeout,
-        expect: options.expect,
         suspend: options.suspend,
         lease,
         lease_time: options.lease,
@@ -116,7 +141,7 @@ pub(super) fn run(
                 return (DestinationOutcome::Aborted(cause), None, None, begun.elapsed());
             }
         };
-        events.send(DestinationEvent::Peer(hello));
+        events.send(DestinationEvent::Peer(Message::Hello(hello)));
         let session = Session {
             engine: engine::DestinationEngine::new(config, Duration::ZERO),
             link: &link,
@@ -127,6 +152,7 @@ pub(super) fn run(
             pending,
             asking: None,
             control,
+            admission,
             begun,
             peer_timeout: options.peer_timeout,
             security: &options.security,
@@ -154,7 +180,8 @@ pub(super) fn run(
     });
     let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, source });
     let machine = lock(&machine).take();
-    (into_result(outcome, machine, attempt, &shared, took), known)
+    let arrived = into_result(outcome, machine, attempt, &shared, took);
+    Ended { arrived, known, unexpected: shared.unexpected.into_inner() }
 }
 
 /// The loop, on the caller's thread.
@@ -169,6 +196,7 @@ struct Session<'a> {
     /// The connection of the latest question.
     asking: Option<Arc<Link>>,
     control: &'a IncomingControl,
+    admission: &'a Admission,
     begun: Instant,
     peer_timeout: Duration,
     security: &'a Security,
@@ -309,6 +337,7 @@ impl Session<'_> {
         }
         match self.pending.poll() {
             Some(Ok(Greeting::Query(question))) if refuse_stranger(&question, self.source, self.security) => {
+                self.admission.asked_for_another(&question.link);
             }
             Some(Ok(Greeting::Query(Question { link, about, proof }))) => {
                 self.asking = Some(link);
@@ -319,11 +348,9 @@ impl Session<'_> {
             }
             Some(Ok(Greeting::Session(session))) => {
                 let why = self.giving_up.map(|_| self.still_undone());
-                session.turn_away(why.as_deref());
+                self.admission.turn_away(&session, why.as_deref());
             }
-            Some(Err(DroppedConnection { peer, why })) => {
-                tracing::debug!(%why, %peer, "a connection was dropped")
-            }
+            Some(Err(dropped)) => self.admission.dropped(dropped),
             None => {}
         }
     }

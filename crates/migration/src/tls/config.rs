@@ -51,6 +51,17 @@ impl TlsDirectory {
     }
 }
 
+/// What a destination learns of a source from its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// Nothing.
+    Nothing,
+    /// That it has a certain key. The names beside it are its own word.
+    Key,
+    /// Its key, and names for which somebody vouches who is trusted.
+    Name,
+}
+
 /// How the connections of one side are secured.
 #[derive(Clone, Debug, Default)]
 pub enum Security {
@@ -80,6 +91,21 @@ impl Security {
     /// Whether a CA vouches for the names of peers.
     pub(crate) fn proves_names(&self) -> bool {
         matches!(self, Self::Directory(directory) if directory.pins.is_empty())
+    }
+
+    /// What a source proves over a connection that is secured so.
+    pub(crate) fn proof(&self) -> Proof {
+        match self {
+            Self::PlainText => Proof::Nothing,
+            Self::Directory(directory) if !directory.pins.is_empty() => Proof::Key,
+            // Of a configuration of the VMM's own, its verifier.
+            Self::Directory(_) | Self::Client(_) | Self::Server(_) | Self::Vouched(_) => Proof::Name,
+        }
+    }
+
+    /// The same over a unix socket, which stays as it is.
+    pub(crate) fn proof_over_unix(&self) -> Proof {
+        if matches!(self, Self::Vouched(_)) { Proof::Name } else { Proof::Nothing }
     }
 
     /// Says if our own certificate of `role` expires soon.

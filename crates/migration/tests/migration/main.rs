@@ -2,6 +2,7 @@
 
 mod cancel;
 mod device_file;
+mod expectation;
 mod faults;
 mod migrate;
 mod progress;

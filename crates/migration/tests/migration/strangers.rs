@@ -48,20 +48,20 @@ fn hello(features: u64) -> Message {
 }
 
 /// A source by hand.
-struct Peer {
+pub(crate) struct Peer {
     stream: TcpStream,
     sent: u64,
     heard: u64,
 }
 
 impl Peer {
-    fn new(to: &Uri) -> Self {
+    pub(crate) fn new(to: &Uri) -> Self {
         let mut stream = connect(to);
         stream.write_all(&PREAMBLE).unwrap();
         Self { stream, sent: 0, heard: 0 }
     }
 
-    fn say(&mut self, message: &Message) {
+    pub(crate) fn say(&mut self, message: &Message) {
         self.stream.write_all(&encode(message, self.sent).unwrap()).unwrap();
         self.sent += 1;
     }
@@ -75,7 +75,7 @@ impl Peer {
         }
     }
 
-    fn hear(&mut self) -> Message {
+    pub(crate) fn hear(&mut self) -> Message {
         if self.heard == 0 {
             let mut preamble = [0; PREAMBLE.len()];
             self.stream.read_exact(&mut preamble).unwrap();
@@ -96,7 +96,7 @@ impl Peer {
         }
     }
 
-    fn hear_abort(&mut self) -> String {
+    pub(crate) fn hear_abort(&mut self) -> String {
         loop {
             if let Message::Abort(cause) | Message::Declined(cause) = self.hear() {
                 return cause.text;

@@ -10,7 +10,7 @@ use vfio_migration_compat::{
     DeviceMap, Document, MachineManifest, Manifest, Policy, Report, Verdict, check_device_placement,
     check_devices, check_machines, check_placement,
 };
-use vfio_migration_types::VmId;
+use vfio_migration_types::{Epoch, VmId};
 
 use crate::args::ask::CheckCommand;
 use crate::exit::{CliError, Exit};
@@ -108,7 +108,7 @@ fn source_options(command: &CheckCommand, map: DeviceMap, policy: Policy) -> Res
 /// Asks a receiver, which judges by its own rules too.
 fn ask(
     source: &Document,
-    vm: Option<VmId>,
+    vm: Option<(VmId, Epoch)>,
     uri: &Uri,
     mut options: SourceOptions,
     timeout: Duration,
@@ -119,8 +119,9 @@ fn ask(
     };
     let machine: MachineManifest = (**machine).clone();
     (options.connect_timeout, options.peer_timeout) = (timeout, timeout);
-    // A manifest's file names no VM; a receiver that expects a certain one will say so.
-    let vm = vm.unwrap_or_else(|| VmId(*uuid::Uuid::new_v4().as_bytes()));
+    // A manifest's file names no VM, nor an epoch; a receiver that expects certain ones will say so.
+    let (vm, epoch) = vm.unwrap_or_else(|| (VmId(*uuid::Uuid::new_v4().as_bytes()), Epoch(0)));
+    options.epoch = epoch;
     claim(uri)?.spend();
     // Ctrl-C ends the process: the receiver releases what it reserved when the connection ends.
     probe(machine, vm, uri, options, |_| {}).map_err(|error| {

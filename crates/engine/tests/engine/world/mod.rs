@@ -112,7 +112,6 @@ impl World {
                 versions: script.destination_versions,
                 features: script.destination_features,
                 peer_timeout: script.peer_timeout,
-                expect: script.expect,
                 suspend: script.suspend_there,
                 lease: LEASE,
                 lease_time: script.lease_time,

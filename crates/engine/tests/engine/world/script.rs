@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use vfio_migration_engine::{DestinationEvent, DeviceFacts, Rehearse, SourceEvent, Time};
-use vfio_migration_types::{DeviceId, MigrationFlags, VmId};
+use vfio_migration_types::{DeviceId, MigrationFlags};
 use vfio_migration_wire::{FEATURES, Ready, Reason, VERSIONS, VersionRange};
 
 pub const MS: Duration = Duration::from_millis(1);
@@ -77,7 +77,6 @@ pub struct Script {
     pub source_versions: VersionRange,
     pub destination_versions: VersionRange,
     pub destination_features: u64,
-    pub expect: Option<VmId>,
     pub refuse: Option<Vec<Reason>>,
     /// The source's own rules refuse.
     pub refuse_here: Option<Vec<Reason>>,
@@ -210,7 +209,6 @@ impl Default for Script {
             source_versions: VERSIONS,
             destination_versions: VERSIONS,
             destination_features: FEATURES,
-            expect: None,
             refuse: None,
             refuse_here: None,
             rehearse: None,

@@ -17,18 +17,18 @@ use vfio_migration_types::error_chain;
 
 use crate::toy::*;
 
-pub(super) const HOST: &str = "127.0.0.1";
+pub(crate) const HOST: &str = "127.0.0.1";
 
-pub(super) fn plan() -> Plan {
+pub(crate) fn plan() -> Plan {
     Plan { pages: 64, hot: 8, ..Plan::default() }
 }
 
 /// With certificates of a directory; a connection that was handed over leads to [`HOST`].
-pub(super) fn secure(directory: &Path) -> Security {
+pub(crate) fn secure(directory: &Path) -> Security {
     Security::Directory(TlsDirectory { server_name: Some(HOST.into()), ..TlsDirectory::new(directory) })
 }
 
-pub(super) fn source_options(security: Security) -> SourceOptions {
+pub(crate) fn source_options(security: Security) -> SourceOptions {
     let mut options = SourceOptions::default();
     options.security = security;
     options.connect_timeout = Duration::from_secs(5);
@@ -36,7 +36,7 @@ pub(super) fn source_options(security: Security) -> SourceOptions {
     options
 }
 
-pub(super) fn destination_options(security: Security) -> DestinationOptions {
+pub(crate) fn destination_options(security: Security) -> DestinationOptions {
     let mut options = DestinationOptions::default();
     options.security = security;
     options.peer_timeout = Duration::from_secs(5);
@@ -44,7 +44,7 @@ pub(super) fn destination_options(security: Security) -> DestinationOptions {
 }
 
 /// Migrates between two hosts, over `route`.
-pub(super) fn attempt(
+pub(crate) fn attempt(
     source: Security,
     destination: Security,
     route: impl FnOnce(&Uri) -> Uri,
@@ -62,14 +62,14 @@ pub(super) fn attempt(
     (toy, both)
 }
 
-pub(super) fn tcp_pair() -> (TcpStream, TcpStream) {
+pub(crate) fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((HOST, 0)).unwrap();
     let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     (here, listener.accept().unwrap().0)
 }
 
 /// What both sides say of an attempt over one connection, which must fail with the guest going on.
-pub(super) fn refused(source: Security, destination: Security) -> (String, String) {
+pub(crate) fn refused(source: Security, destination: Security) -> (String, String) {
     let (here, there) = tcp_pair();
     let toy = Toy::booted(&plan());
     std::thread::scope(|scope| {
@@ -85,7 +85,7 @@ pub(super) fn refused(source: Security, destination: Security) -> (String, Strin
 }
 
 /// Ends a destination's wait, however a test ends.
-pub(super) struct Waiting(pub(super) IncomingControl);
+pub(crate) struct Waiting(pub(crate) IncomingControl);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
@@ -93,7 +93,7 @@ impl Drop for Waiting {
     }
 }
 
-pub(super) fn chain(
+pub(crate) fn chain(
     directory: &Path,
     role: TlsRole,
 ) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
@@ -101,13 +101,13 @@ pub(super) fn chain(
     (vec![certificate], PrivateKeyDer::from_pem_file(directory.join(role.key_file())).unwrap())
 }
 
-pub(super) fn roots(directory: &Path) -> RootCertStore {
+pub(crate) fn roots(directory: &Path) -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(directory.join(CA_FILE)).unwrap()).unwrap();
     roots
 }
 
-pub(super) fn client_config(directory: &Path) -> ClientConfig {
+pub(crate) fn client_config(directory: &Path) -> ClientConfig {
     let (certificates, key) = chain(directory, TlsRole::Client);
     let builder = ClientConfig::builder().with_root_certificates(roots(directory));
     let mut config = builder.with_client_auth_cert(certificates, key).unwrap();
@@ -115,7 +115,7 @@ pub(super) fn client_config(directory: &Path) -> ClientConfig {
     config
 }
 
-pub(super) fn server_config(directory: &Path) -> ServerConfig {
+pub(crate) fn server_config(directory: &Path) -> ServerConfig {
     let (certificates, key) = chain(directory, TlsRole::Server);
     let verifier = WebPkiClientVerifier::builder(Arc::new(roots(directory))).build().unwrap();
     let builder = ServerConfig::builder().with_client_cert_verifier(verifier);

@@ -1,7 +1,7 @@
 //! Migrations over TLS: who is let in, and with what.
 
 mod binding;
-mod hosts;
+pub(crate) mod hosts;
 mod wire;
 
 use std::collections::BTreeSet;

@@ -1,0 +1,205 @@
+//! The file of `vm --expect`: what a receiver is told to expect, by whoever sends guests there.
+
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vfio_migration::{Expectation, ExpectedSource, Pin, Right};
+use vfio_migration_compat::{ManifestError, read_toml_or_json};
+use vfio_migration_types::{Epoch, VmId};
+
+use crate::exit::CliError;
+use crate::words::read_capped;
+
+/// Longest file, in bytes.
+const MAX_BYTES: usize = 256 << 10;
+
+/// What a receiver takes. What is not named may be anything, or anybody who is trusted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Expectation")]
+pub(crate) struct ExpectDocument {
+    /// The VM that may be offered, by its UUID.
+    #[schemars(with = "Option<String>")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) vm: Option<VmId>,
+    /// Who may come. An empty list is nobody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sources: Option<Vec<ExpectedEntry>>,
+    /// What sources may do that say nothing else: both, where it is not named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) may: Option<Vec<RightWord>>,
+    /// The least epoch under which its source owns the VM. Each move makes it one more; a guest that was never moved has 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) min_epoch: Option<u64>,
+    /// Most bytes of RAM that the guest may have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_memory: Option<u64>,
+    /// Most attempts to move that are let in, whatever becomes of them. Questions and rehearsals do not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_attempts: Option<u64>,
+    /// Most guests that may arrive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_arrivals: Option<u64>,
+}
+
+/// A source that may come. It has to prove all that is named, and that is its name, its key, or both.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "ExpectedSource")]
+pub(crate) struct ExpectedEntry {
+    /// A DNS name or IP address of its certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    /// Its public key, `"sha256:"` and 64 hexadecimal digits.
+    #[schemars(with = "Option<String>")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pin: Option<Pin>,
+    /// What it may do; where it is not named, what `may` of the document says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) may: Option<Vec<RightWord>>,
+}
+
+/// What a source may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schemars(rename = "Right")]
+pub(crate) enum RightWord {
+    /// Ask whether a guest could come: `check`, `rehearse`.
+    Ask,
+    /// Move a guest there.
+    Move,
+}
+
+impl RightWord {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ask => "ask",
+            Self::Move => "move",
+        }
+    }
+}
+
+impl From<RightWord> for Right {
+    fn from(word: RightWord) -> Self {
+        match word {
+            RightWord::Ask => Self::Ask,
+            RightWord::Move => Self::Move,
+        }
+    }
+}
+
+impl From<Right> for RightWord {
+    fn from(right: Right) -> Self {
+        match right {
+            Right::Ask => Self::Ask,
+            Right::Move => Self::Move,
+        }
+    }
+}
+
+impl From<ExpectDocument> for Expectation {
+    fn from(document: ExpectDocument) -> Self {
+        let ExpectDocument { vm, sources, may, min_epoch, max_memory, max_attempts, max_arrivals } = document;
+        let rights = |words: Vec<RightWord>| words.into_iter().map(Right::from).collect();
+        let source = |ExpectedEntry { name, pin, may }| ExpectedSource { name, pin, may: may.map(rights) };
+        let any = Self::default();
+        Self {
+            sources: sources.map(|sources| sources.into_iter().map(source).collect()),
+            may: may.map_or(any.may, rights),
+            vm,
+            min_epoch: min_epoch.map_or(any.min_epoch, Epoch),
+            max_memory,
+            max_attempts,
+            max_arrivals,
+        }
+    }
+}
+
+impl From<Expectation> for ExpectDocument {
+    fn from(expectation: Expectation) -> Self {
+        let Expectation { sources, may, vm, min_epoch, max_memory, max_attempts, max_arrivals } = expectation;
+        let words =
+            |rights: std::collections::BTreeSet<Right>| rights.into_iter().map(RightWord::from).collect();
+        let entry = |ExpectedSource { name, pin, may }| ExpectedEntry { name, pin, may: may.map(words) };
+        Self {
+            vm,
+            sources: sources.map(|sources| sources.into_iter().map(entry).collect()),
+            may: Some(words(may)),
+            min_epoch: Some(min_epoch.0).filter(|epoch| *epoch > 0),
+            max_memory,
+            max_attempts,
+            max_arrivals,
+        }
+    }
+}
+
+/// Reads the file.
+pub(crate) fn read(path: &Path) -> Result<ExpectDocument, CliError> {
+    let bytes = read_capped(path, MAX_BYTES)?;
+    parse(&bytes, &path.display().to_string()).map_err(CliError::failed)
+}
+
+fn parse(bytes: &[u8], origin: &str) -> Result<ExpectDocument, String> {
+    // As it is while somebody writes it: no leave for everybody.
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Err(format!(
+            "{origin}: it is empty, and an empty file lets nobody in (`{{}}` is whoever is trusted)"
+        ));
+    }
+    let document: ExpectDocument =
+        read_toml_or_json(bytes, origin, MAX_BYTES).map_err(|error: ManifestError| error.to_string())?;
+    let nobody = |entry: &ExpectedEntry| entry.name.is_none() && entry.pin.is_none();
+    match document.sources.iter().flatten().position(nobody) {
+        Some(n) => Err(format!("{origin}: at sources[{n}]: it needs a name, a pin, or both")),
+        None => Ok(document),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn toml_and_json_say_the_same() {
+        let pin = Pin::of_key(b"a key");
+        let toml = format!(
+            "vm = \"0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0002\"\nmin_epoch = 3\nmax_attempts = 2\n\
+             [[sources]]\nname = \"host-a\"\n[[sources]]\npin = \"{pin}\"\nmay = [\"ask\"]\n"
+        );
+        let json = format!(
+            "{{\"vm\": \"0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0002\", \"min_epoch\": 3, \"max_attempts\": 2, \
+             \"sources\": [{{\"name\": \"host-a\"}}, {{\"pin\": \"{pin}\", \"may\": [\"ask\"]}}]}}"
+        );
+        let document = parse(toml.as_bytes(), "a").unwrap();
+        assert_eq!(document, parse(json.as_bytes(), "b").unwrap());
+        let expectation = Expectation::from(document.clone());
+        let sources = expectation.sources.clone().unwrap();
+        assert_eq!((sources.len(), sources[1].may.clone()), (2, Some([Right::Ask].into())));
+        // What was left out is told as what it comes to.
+        let may = Some(vec![RightWord::Ask, RightWord::Move]);
+        assert_eq!(ExpectDocument::from(expectation), ExpectDocument { may, ..document });
+        assert_eq!(Expectation::from(parse(b"{}", "c").unwrap()), Expectation::default());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_and_lets_nobody_in() {
+        for (text, says) in [
+            ("", "it is empty"),
+            (" \n", "it is empty"),
+            ("{\"vm\": \"0d5c8a92\"}", "at vm: '0d5c8a92' is not a UUID"),
+            ("vms = 3", "unknown field `vms`"),
+            ("{\"max_memory\": -1}", "max_memory"),
+            ("[[sources]]\nmay = [\"move\"]", "at sources[0]: it needs a name, a pin, or both"),
+            (
+                "[[sources]]\nname = \"a\"\n[[sources]]\npin = \"sha256:00\"",
+                "at sources[1].pin: a pin is sha256:",
+            ),
+            ("[[sources]]\nname = \"a\"\nmay = [\"fly\"]", "unknown variant `fly`"),
+            ("{\"vm\": \"0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0002\"", "EOF"),
+        ] {
+            let told = parse(text.as_bytes(), "expect.toml").unwrap_err();
+            assert!(told.starts_with("expect.toml") && told.contains(says), "{text}: {told}");
+        }
+    }
+}

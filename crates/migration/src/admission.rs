@@ -1,0 +1,155 @@
+//! Who is let in: each source that comes is judged by what is expected at that moment, before anything is made for it, and whoever
+//! is refused is told why as far as he may know.
+
+use std::time::SystemTime;
+
+use vfio_migration_compat::Reason;
+use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_wire::{Hello, Message};
+
+use crate::channel::greeting::{Accepted, DroppedConnection};
+use crate::channel::link::Link;
+use crate::control::IncomingControl;
+use crate::expectation::{Expectation, ExpectationError, Expectations, Newcomer, Right, Unexpected};
+use crate::reasons;
+use crate::refused::{RefusalCause, RefusedConnection};
+use crate::tls::config::Proof;
+
+/// The judge at the door of one destination.
+#[derive(Debug)]
+pub(crate) struct Admission {
+    expectations: Expectations,
+    /// What connections prove of their peers here.
+    proof: Proof,
+    /// What was expected when somebody came the last time.
+    latest: Result<Expectation, ExpectationError>,
+    control: IncomingControl,
+}
+
+/// A source that is let in, and what is expected of what it brings.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) expectation: Expectation,
+    pub(crate) wants: Right,
+}
+
+impl Admission {
+    /// # Errors
+    /// What is expected now can be held to by no connection `of` this kind, which prove this of their peers. What cannot be read now may be later.
+    pub(crate) fn new(
+        expectations: Expectations,
+        (proof, of): (Proof, &'static str),
+        control: IncomingControl,
+    ) -> Result<Self, ExpectationError> {
+        let latest = expectations.read();
+        match &latest {
+            Ok(expectation) => expectation.provable(proof, of)?,
+            Err(error) => {
+                tracing::warn!("no source is taken as long as it is not known whom to expect: {error}")
+            }
+        }
+        Ok(Self { expectations, proof, latest, control })
+    }
+
+    /// Judges a source that wants a session. One that is refused is told so; the reasons are for this side.
+    pub(crate) fn admit(&mut self, accepted: &Accepted) -> Result<Admitted, Vec<Reason>> {
+        self.latest = self.expectations.read();
+        self.judge(accepted).map_err(|unexpected| {
+            self.refuse(accepted, unexpected.clone());
+            vec![Reason::new(unexpected.code(), unexpected.to_string())]
+        })
+    }
+
+    /// Refuses a source because no session can be had now, `why`, if that is known. What is expected is not read: a guest's downtime does
+    /// not wait for the disk that it is on.
+    pub(crate) fn turn_away(&self, accepted: &Accepted, why: Option<&str>) {
+        if let Err(unexpected) = self.judge(accepted) {
+            return self.refuse(accepted, unexpected);
+        }
+        let text = accepted.turn_away(why);
+        self.record(&accepted.link, Some(&accepted.hello), RefusalCause::NotNow(text));
+    }
+
+    /// Whether who asks on `link` what became of a migration may come at all. If not, it is refused.
+    pub(crate) fn may_query(&mut self, link: &Link) -> bool {
+        self.latest = self.expectations.read();
+        let security = link.security();
+        let expected = self.latest.as_ref();
+        if expected.is_ok_and(|expected| !expected.rights(security.peer.as_ref(), self.proof).is_empty()) {
+            return true;
+        }
+        let unexpected = self
+            .latest
+            .as_ref()
+            .err()
+            .map_or(Unexpected::OtherSource, |error| Unexpected::NotKnown(error.clone()));
+        let text = unexpected.told(false).text;
+        let _ = link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Commit, text)));
+        link.shutdown_write();
+        self.record(link, None, unexpected.into());
+        false
+    }
+
+    /// Somebody asked on `link` what became of a migration whose source he is not, and was refused.
+    pub(crate) fn asked_for_another(&self, link: &Link) {
+        self.record(link, None, RefusalCause::AskedForAnother);
+    }
+
+    /// A connection was dropped before it had said what it came for.
+    pub(crate) fn dropped(&self, dropped: DroppedConnection) {
+        let DroppedConnection { link, why, left } = dropped;
+        if left {
+            tracing::debug!(peer = %link.peer(), "a connection was closed by its peer");
+            return;
+        }
+        self.record(&link, None, RefusalCause::NoMigration(why));
+    }
+
+    /// Counts an attempt that was let in, or one less: what came with it was not expected.
+    pub(crate) fn count_attempt(&self, admitted: &Admitted, made: bool) {
+        if admitted.wants == Right::Move {
+            self.expectations.count(&admitted.expectation, |counts| {
+                let attempts = counts.attempts;
+                counts.attempts = if made { attempts + 1 } else { attempts.saturating_sub(1) };
+            });
+        }
+    }
+
+    /// Counts a guest that has arrived.
+    pub(crate) fn count_arrival(&self, admitted: &Admitted) {
+        self.expectations.count(&admitted.expectation, |counts| counts.arrivals += 1);
+    }
+
+    /// Writes down that the source of a session, which has been told, was refused for what it brought.
+    pub(crate) fn refused_in_session(&self, link: &Link, hello: &Hello, unexpected: Unexpected) {
+        self.record(link, Some(hello), unexpected.into());
+    }
+
+    /// Whether what is expected is told to the source of this connection.
+    pub(crate) fn names(&self, link: &Link, expectation: &Expectation) -> bool {
+        expectation.names(link.security().peer.as_ref(), self.proof)
+    }
+
+    fn judge(&self, accepted: &Accepted) -> Result<Admitted, Unexpected> {
+        let expectation = self.latest.clone().map_err(Unexpected::NotKnown)?;
+        let security = accepted.link.security();
+        let who = Newcomer { hello: &accepted.hello, peer: security.peer.as_ref(), proof: self.proof };
+        expectation.judge(&who, self.expectations.counts())?;
+        let wants = who.wants();
+        Ok(Admitted { expectation, wants })
+    }
+
+    fn refuse(&self, accepted: &Accepted, unexpected: Unexpected) {
+        let named = self.latest.as_ref().is_ok_and(|latest| self.names(&accepted.link, latest));
+        accepted.refuse(reasons::to_wire(&[unexpected.told(named)]));
+        self.record(&accepted.link, Some(&accepted.hello), unexpected.into());
+    }
+
+    fn record(&self, link: &Link, hello: Option<&Hello>, why: RefusalCause) {
+        let (security, proof) = (link.security(), self.proof);
+        let wanted = hello.map(|hello| (Newcomer { hello, peer: None, proof }.wants(), hello.vm));
+        let refused = RefusedConnection { at: SystemTime::now(), from: link.peer(), security, wanted, why };
+        tracing::warn!("a connection was refused: {refused}");
+        self.control.refused_one(refused);
+    }
+}
