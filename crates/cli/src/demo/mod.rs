@@ -83,9 +83,19 @@ struct Stage<'a> {
     interrupt: &'a UserInterrupt,
     source: (Process, ControlClient),
     destination: (Process, ControlClient),
-    _devices: Vec<Process>,
+    devices: Vec<Process>,
     // Last, so that the processes have left before their sockets go.
     _dir: tempfile::TempDir,
+}
+
+/// The VMs first: a VM whose device has left has lost it. Those of one kind leave side by side.
+impl Drop for Stage<'_> {
+    fn drop(&mut self) {
+        let mut vms = [&mut self.source.0, &mut self.destination.0];
+        vms.iter_mut().for_each(|vm| vm.leave());
+        vms.into_iter().for_each(Process::end);
+        self.devices.iter_mut().for_each(Process::leave);
+    }
 }
 
 impl<'a> Stage<'a> {
@@ -118,14 +128,7 @@ impl<'a> Stage<'a> {
             let control = process.control(&side.control, patience(processes::PATIENCE, options.devices))?;
             Ok((process, control))
         });
-        Ok(Self {
-            options,
-            interrupt,
-            source: source?,
-            destination: destination?,
-            _devices: devices,
-            _dir: dir,
-        })
+        Ok(Self { options, interrupt, source: source?, destination: destination?, devices, _dir: dir })
     }
 
     fn play(mut self, report: &mut DemoReport) -> Result<Exit, CliError> {

@@ -1,6 +1,7 @@
 //! The processes of a demo: device servers and VMs, each ended when the demo ends, however it ends.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
@@ -12,6 +13,10 @@ use crate::output::eprintln_line;
 
 /// Longest wait for a child to come up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest time in which a child that is leaving does nothing for it, before it is killed.
+const STANDSTILL: Duration = Duration::from_secs(3);
+/// Longest time that a child may take to leave in all.
+const LEAVING: Duration = Duration::from_secs(60);
 
 /// A child process of this same program. It leaves when its stdin ends, so that none outlives the demo even if
 /// the demo is killed.
@@ -39,6 +44,8 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            // A signal for the terminal's foreground, Ctrl-C, is the demo's alone: which ends them in order.
+            .process_group(0)
             .spawn()
             .map_err(|error| CliError::caused(&format!("cannot start the {name}"), &error))?;
         let stdin = child.stdin.take();
@@ -113,12 +120,32 @@ impl Process {
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
+impl Process {
+    /// Tells it to leave, and does not wait for that.
+    pub(crate) fn leave(&mut self) {
         drop(self.stdin.take());
-        let deadline = Instant::now() + Duration::from_secs(3);
+    }
+
+    /// Processor time that it has used so far, user and system, as proc(5) has it; nothing once it is gone.
+    fn used(&self) -> Option<String> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).ok()?;
+        // Behind the name, which may hold anything.
+        let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
+        Some(format!("{} {}", fields.next()?, fields.next()?))
+    }
+
+    /// Waits until it has left, for as long as it gets on with that: how long it takes depends on the machine, and on what it has
+    /// to give back.
+    pub(crate) fn end(&mut self) {
+        self.leave();
+        let began = Instant::now();
+        let mut last = (began, self.used());
         while self.alive() {
-            if Instant::now() > deadline {
+            let used = self.used();
+            if used != last.1 {
+                last = (Instant::now(), used);
+            }
+            if last.0.elapsed() > STANDSTILL || began.elapsed() > LEAVING {
                 tracing::warn!(process = self.name, "does not leave by itself, killed");
                 // It may have left in between; the wait below reaps it in either case.
                 let _ = self.child.kill();
@@ -130,6 +157,12 @@ impl Drop for Process {
         if let Some(messages) = self.messages.take() {
             let _ = messages.join();
         }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

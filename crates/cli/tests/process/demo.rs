@@ -1,6 +1,12 @@
 //! The main job: `demo` completes with nothing lost, in every shape that README names.
 
-use crate::support::demo;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::support::{command, demo};
 
 fn assert_verified(arguments: &[&str]) -> serde_json::Value {
     let (exit, report) = demo(arguments);
@@ -82,4 +88,49 @@ fn a_limit_that_cannot_be_kept_leaves_the_guest_at_the_source() {
     assert_eq!(report["lost"]["pages"], 0);
     let error = report["error"].as_str().unwrap();
     assert!(error.contains("dev0"), "it names what is too big: {error}");
+}
+
+#[test]
+fn many_devices_leave_without_a_word() {
+    let arguments = ["--devices", "16", "--memory", "192M", "--device-state", "64K", "--device-dirty-rate", "0"];
+    let output = command(&["demo", "--json", "--software", "--dirty-rate", "0", "--downtime-limit", "60s"])
+        .args(arguments)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    // What the VMs and the device servers have to say in between, and nothing of how they end.
+    assert!(!stderr.contains("WARN") && !stderr.contains("ERROR"), "{stderr}");
+}
+
+#[test]
+fn a_signal_for_the_terminal_ends_a_demo_in_order() {
+    let mut demo = command(&["demo", "--json", "--software", "--devices", "3", "--memory", "192M"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut messages = BufReader::new(demo.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let mut said: Vec<String> = Vec::new();
+    // The last that is started: from here on there is something to end.
+    for line in messages.by_ref() {
+        let waits = line.contains("waits for a guest");
+        said.push(line);
+        if waits {
+            break;
+        }
+    }
+    kill_process_group(Pid::from_child(&demo), Signal::INT).unwrap();
+    said.extend(messages);
+    let said = said.join("\n");
+    let output = demo.wait_with_output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &report["error"]), (Some(1), &"interrupted by SIGINT".into()), "{said}");
+    assert!(!said.contains("lost") && !said.contains("WARN"), "{said}");
+    let pids = &report["pids"];
+    let devices = pids["devices"].as_array().unwrap().iter();
+    for pid in devices.chain([&pids["source"], &pids["destination"]]) {
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left behind");
+    }
 }

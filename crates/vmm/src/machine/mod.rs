@@ -325,8 +325,10 @@ impl fmt::Debug for ReferenceMachine {
 impl Drop for ReferenceMachine {
     fn drop(&mut self) {
         self.processor.shutdown();
+        self.host.dissolve_peers();
         for attached in &self.devices {
-            // The device closes next, which takes everything back at its driver or server too.
+            // All devices close next, which takes everything back at their drivers and servers too. Until then none is a bus
+            // master any more, so none reaches for what another had.
             if let Err(error) = attached.function.release() {
                 tracing::debug!(%error, "a device was not released cleanly");
             }

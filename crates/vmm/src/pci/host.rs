@@ -39,6 +39,12 @@ impl PciHost {
         &self.gate
     }
 
+    /// All devices are about to be closed, which takes back what each of them reaches by DMA: from here on nothing of it is taken away
+    /// one by one.
+    pub fn dissolve_peers(&self) {
+        self.peers.dissolve();
+    }
+
     /// The interrupt routes of all functions.
     pub fn router(&self) -> &Arc<MsiRouter> {
         &self.router

@@ -17,7 +17,11 @@ pub fn map_guest_ram(hardware: &dyn PciHardware, ram: &GuestRam) -> Result<(), D
     for region in ram.regions() {
         let Ok(range) = Range::new(Iova(region.gpa.0), region.len) else { continue };
         if let Err(error) = hardware.dma_map(range, DmaAccess::BOTH, Some((ram.fd(), region.offset.0))) {
-            done.into_iter().for_each(|range| unmap(hardware, range));
+            for range in done {
+                if let Err(error) = hardware.dma_unmap(range) {
+                    tracing::warn!(device = %hardware.id(), %error, ?range, "guest RAM stays mapped for DMA");
+                }
+            }
             return Err(error);
         }
         done.push(range);
@@ -35,8 +39,17 @@ pub(super) struct Peers {
 
 #[derive(Debug, Default)]
 struct State {
-    members: Vec<(Devfn, Arc<dyn PciHardware>)>,
+    members: Vec<Member>,
     shared: Vec<Shared>,
+}
+
+/// A function that reaches the others, and is reached by them.
+#[derive(Debug)]
+struct Member {
+    devfn: Devfn,
+    hardware: Arc<dyn PciHardware>,
+    /// It kept a mapping that was to be taken away, and that was told.
+    kept: bool,
 }
 
 /// A piece of a BAR that the other members may reach.
@@ -55,10 +68,11 @@ impl Peers {
     pub(super) fn join(&self, devfn: Devfn, hardware: Arc<dyn PciHardware>) -> Result<(), DeviceError> {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
+        let mut member = Member { devfn, hardware, kept: false };
         let mut failed = None;
         for piece in &mut *shared {
-            if let Some((_, owner)) = members.iter().find(|(member, _)| *member == piece.devfn) {
-                match map(&*hardware, &**owner, piece) {
+            if let Some(owner) = members.iter().find(|member| member.devfn == piece.devfn) {
+                match map(&*member.hardware, &*owner.hardware, piece) {
                     Ok(reached) => piece.reached_by.extend(reached.then_some(devfn)),
                     Err(error) => {
                         failed = Some(error);
@@ -68,10 +82,10 @@ impl Peers {
             }
         }
         if let Some(error) = failed {
-            shared.iter_mut().for_each(|piece| piece.forget(devfn, &*hardware));
+            shared.iter_mut().for_each(|piece| piece.forget(&mut member));
             return Err(error);
         }
-        members.push((devfn, hardware));
+        members.push(member);
         Ok(())
     }
 
@@ -79,15 +93,21 @@ impl Peers {
     pub(super) fn leave(&self, devfn: Devfn) {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
-        for (member, hardware) in &*members {
+        for member in &mut *members {
             for piece in &mut *shared {
-                if piece.devfn == devfn || *member == devfn {
-                    piece.forget(*member, &**hardware);
+                if piece.devfn == devfn || member.devfn == devfn {
+                    piece.forget(member);
                 }
             }
         }
-        members.retain(|(member, _)| *member != devfn);
+        members.retain(|member| member.devfn != devfn);
         shared.retain(|piece| piece.devfn != devfn);
+    }
+
+    /// Takes all devices out, without a word to any: they are about to be closed, and each takes its mappings back by that.
+    /// Of n devices there are n times n - 1, each a request to a server that may have gone already.
+    pub(super) fn dissolve(&self) {
+        *self.lock() = State::default();
     }
 
     /// Lets the others reach a piece of a BAR: `len` bytes at `offset` of it, at `gpa`.
@@ -102,32 +122,36 @@ impl Peers {
         gpa: Gpa,
     ) -> Result<(), DeviceError> {
         let mut state = self.lock();
+        let State { members, shared } = &mut *state;
         let Ok(range) = Range::new(Iova(gpa.0), piece.len()) else { return Ok(()) };
         let mut piece = Shared { devfn, range, bar, offset: piece.start(), reached_by: Vec::new() };
-        let Some((_, owner)) = state.members.iter().find(|(member, _)| *member == devfn) else {
-            return Ok(());
-        };
-        let others = || state.members.iter().filter(|(member, _)| *member != devfn);
-        for (other, hardware) in others() {
-            match map(&**hardware, &**owner, &piece) {
-                Ok(reached) => piece.reached_by.extend(reached.then_some(*other)),
+        let Some(owner) = members.iter().find(|member| member.devfn == devfn) else { return Ok(()) };
+        let mut failed = None;
+        for other in members.iter().filter(|member| member.devfn != devfn) {
+            match map(&*other.hardware, &*owner.hardware, &piece) {
+                Ok(reached) => piece.reached_by.extend(reached.then_some(other.devfn)),
                 Err(error) => {
-                    others().for_each(|(other, hardware)| piece.forget(*other, &**hardware));
-                    return Err(error);
+                    failed = Some(error);
+                    break;
                 }
             }
         }
-        state.shared.push(piece);
+        if let Some(error) = failed {
+            members.iter_mut().for_each(|member| piece.forget(member));
+            return Err(error);
+        }
+        shared.push(piece);
         Ok(())
     }
 
     /// Takes away the piece of a BAR at `gpa`.
     pub(super) fn unshare(&self, devfn: Devfn, gpa: Gpa) {
         let mut state = self.lock();
+        let State { members, shared } = &mut *state;
         let is_it = |piece: &Shared| piece.devfn == devfn && piece.range.start().0 == gpa.0;
-        if let Some(at) = state.shared.iter().position(is_it) {
-            let mut piece = state.shared.swap_remove(at);
-            state.members.iter().for_each(|(member, hardware)| piece.forget(*member, &**hardware));
+        if let Some(at) = shared.iter().position(is_it) {
+            let mut piece = shared.swap_remove(at);
+            members.iter_mut().for_each(|member| piece.forget(member));
         }
     }
 
@@ -137,11 +161,17 @@ impl Peers {
 }
 
 impl Shared {
-    /// The member at `devfn` reaches it no more, if it did.
-    fn forget(&mut self, devfn: Devfn, hardware: &dyn PciHardware) {
-        if let Some(at) = self.reached_by.iter().position(|member| *member == devfn) {
+    /// A member reaches it no more, if it did.
+    fn forget(&mut self, member: &mut Member) {
+        if let Some(at) = self.reached_by.iter().position(|devfn| *devfn == member.devfn) {
             self.reached_by.swap_remove(at);
-            unmap(hardware, self.range);
+            // A device that is lost keeps what it has, and has a mapping for each BAR of the others: told once.
+            if let Err(error) = member.hardware.dma_unmap(self.range)
+                && !std::mem::replace(&mut member.kept, true)
+            {
+                let device = member.hardware.id();
+                tracing::warn!(%device, %error, "the device keeps mappings of other devices' BARs that were to be taken away");
+            }
         }
     }
 }
@@ -159,11 +189,5 @@ fn map(into: &dyn PciHardware, owner: &dyn PciHardware, piece: &Shared) -> Resul
             Ok(false)
         }
         Err(error) => Err(error),
-    }
-}
-
-fn unmap(from: &dyn PciHardware, range: Range<Iova>) {
-    if let Err(error) = from.dma_unmap(range) {
-        tracing::warn!(device = %from.id(), %error, range = ?range, "a DMA mapping was not taken away");
     }
 }

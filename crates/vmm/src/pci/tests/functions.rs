@@ -240,6 +240,28 @@ fn peers_reach_each_others_memory_where_it_is() {
 }
 
 #[test]
+fn devices_that_are_closed_together_take_back_their_own_mappings() {
+    let unmapped = |machine: &Machine| {
+        let lines = machine.devices.iter().flat_map(|device| device.log());
+        lines.filter(|line| line.starts_with("unmap")).count()
+    };
+    let release = |machine: &Machine| {
+        machine.bus.functions().iter().for_each(|function| function.release().unwrap());
+    };
+    // Each alone: a request for each pair of devices.
+    let machine = Machine::running(4);
+    release(&machine);
+    assert_eq!(unmapped(&machine), 4 * 3);
+    let machine = Machine::running(4);
+    machine.bus.host().dissolve_peers();
+    release(&machine);
+    assert_eq!(unmapped(&machine), 0);
+    // A function that stays by a mistake shares nothing any more.
+    machine.config_write(1, 4, &[2, 0]);
+    assert_eq!((unmapped(&machine), machine.function().errors()), (0, 0));
+}
+
+#[test]
 fn a_peer_that_cannot_map_fails_the_placing_whole() {
     let machine = Machine::new(3);
     machine.devices[2].state.lock().unwrap().fail = true;
