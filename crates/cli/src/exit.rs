@@ -18,7 +18,7 @@ pub(crate) enum Exit {
     Failed = 1,
     /// The command line makes no sense.
     Usage = 2,
-    /// The two sides do not fit; nothing was begun.
+    /// Refused: the two sides do not fit, or the limits cannot be met; the guest never noticed.
     Incompatible = 3,
     /// The owner of the guest is not known: it is paused here, or not started, and the text says what to look at.
     Unresolved = 4,

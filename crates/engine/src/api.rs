@@ -285,6 +285,8 @@ pub struct Abort {
     pub cause: Failure,
     /// Cancelled by the operator, not failed.
     pub cancelled: bool,
+    /// The limits cannot be met, as was found with the guest running: what a rehearsal calls its obstacle.
+    pub obstacle: bool,
     /// Devices that had to be reset.
     pub reset: Vec<DeviceId>,
     /// Devices that could neither go back nor be reset: the guest has them no more.

@@ -40,7 +40,17 @@ pub enum MigrateError {
 }
 
 impl MigrateError {
-    /// The verdict, when this is one: a refusal by rules, or by a device that was tried. `None` for what says nothing of
+    /// Whether both sides are as before, and another attempt comes to the same as long as nothing is changed: refused by rules, or by
+    /// limits that cannot be met.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Refused(_) => true,
+            Self::Aborted(aborted) => aborted.obstacle && aborted.is_as_before(),
+            Self::NotBegun(_) | Self::Unresolved { .. } => false,
+        }
+    }
+
+    /// The verdict, when this is one: a refusal by rules or limits, or by a device that was tried. `None` for what says nothing of
     /// whether the guest could move: a network that failed, an operator who cancelled.
     pub fn report(&self) -> Option<Report> {
         let refused = |failure: &Failure| {
@@ -50,6 +60,9 @@ impl MigrateError {
         match self {
             Self::Refused(reasons) => Some(crate::reasons::report(reasons)),
             Self::NotBegun(failure) => refused(failure),
+            Self::Aborted(aborted) if aborted.obstacle => {
+                Some(crate::reasons::report(&[crate::reasons::of_obstacle(&aborted.cause)]))
+            }
             Self::Aborted(aborted) if !aborted.cancelled => refused(&aborted.cause),
             _ => None,
         }
@@ -63,6 +76,10 @@ pub struct Aborted {
     pub cause: Failure,
     /// Cancelled by the operator, not failed.
     pub cancelled: bool,
+    /// The limits cannot be met, as was found before the guest was paused: a rehearsal comes to the same, and so does another attempt
+    /// under these limits.
+    #[serde(default)]
+    pub obstacle: bool,
     /// Devices that had to be reset: their guest state is gone.
     pub reset: Vec<DeviceId>,
     /// Devices that could neither go back nor be reset: the guest has them no more.
@@ -86,7 +103,7 @@ impl Aborted {
     /// Whether the guest is as it was before the attempt, and each of its devices, and nothing is left to be undone.
     pub fn is_as_before(&self) -> bool {
         // All of it, so that what is new is asked too.
-        let Self { cause: _, cancelled: _, reset, lost, locks_lost, restored, stood: _, left_undone } = self;
+        let Self { cause: _, cancelled: _, obstacle: _, reset, lost, locks_lost, restored, stood: _, left_undone } = self;
         *restored && reset.is_empty() && lost.is_empty() && locks_lost.is_empty() && left_undone.is_empty()
     }
 }
@@ -211,6 +228,7 @@ pub(crate) fn cancelled(phase: Phase) -> MigrateError {
     MigrateError::Aborted(Box::new(Aborted {
         cause: Failure::cancelled(Side::Source, phase, "cancelled by the operator"),
         cancelled: true,
+        obstacle: false,
         reset: Vec::new(),
         lost: Vec::new(),
         locks_lost: Vec::new(),

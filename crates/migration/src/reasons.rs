@@ -141,6 +141,12 @@ pub(crate) fn of_device_failure(failure: &Failure) -> Option<Reason> {
     })
 }
 
+/// A migration that would not come to its end within its limits, as a reason.
+pub(crate) fn of_obstacle(failure: &Failure) -> Reason {
+    let (device, field) = (failure.device.clone(), "downtime".to_owned());
+    Reason { device, field, ..Reason::new(SessionCode::RehearsalObstacle, failure.to_string()) }
+}
+
 /// The report that a peer's reasons were taken from, as far as they have it.
 pub(crate) fn report(reasons: &[Reason]) -> Report {
     let worst = reasons.iter().map(|reason| Verdict::from(reason.severity)).max();

@@ -117,12 +117,7 @@ impl Rehearsal {
     /// The verdict of both sides' rules together with what was found by trying.
     pub fn verdict(&self) -> Report {
         let mut found = Vec::new();
-        if let Some(obstacle) = &self.obstacle {
-            let text = format!("{obstacle}");
-            let device = obstacle.device.clone();
-            let field = "downtime".to_owned();
-            found.push(Reason { device, field, ..Reason::new(SessionCode::RehearsalObstacle, text) });
-        }
+        found.extend(self.obstacle.as_ref().map(reasons::of_obstacle));
         for device in &self.not_rehearsed {
             let text =
                 "its state can only be read while the guest is paused, and was not tried: --pause tries it";

@@ -407,7 +407,8 @@ pub(crate) struct MigrationInfo {
     /// longest first.
     #[serde(default)]
     pub(crate) waits_for: Vec<AwaitedInfo>,
-    /// The two sides do not fit: nothing was begun.
+    /// It was refused, and another attempt comes to the same as long as nothing is changed: the two sides do not fit, or the limits cannot be
+    /// met. The guest never noticed.
     pub(crate) incompatible: bool,
     /// Why not, or what should be known, by the rules of both sides.
     pub(crate) reasons: Vec<Reason>,

@@ -276,6 +276,8 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
                 cancelled,
                 stood,
                 left_undone: undone_later,
+                // Asked for below.
+                obstacle: _,
                 // In the text of the error, and the devices in the VM's own document.
                 reset: _,
                 lost: _,
@@ -293,7 +295,7 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         MigrateError::Refused(_) => (MigrationStatus::Failed, None),
     };
     MigrationInfo {
-        incompatible: matches!(error, MigrateError::Refused(_)),
+        incompatible: error.is_refusal(),
         reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
         error: Some(error_chain(error)),
         downtime_ms,

@@ -456,15 +456,36 @@ fn a_device_without_pre_copy_says_what_was_not_rehearsed() {
 }
 
 #[test]
-fn a_limit_that_cannot_be_met_is_found_by_a_rehearsal() {
+fn a_limit_that_cannot_be_met_is_told_alike_by_a_rehearsal_and_a_migration() {
     let dir = tempfile::tempdir().unwrap();
     let (source, destination) = pair(&dir, &[]);
     source.warm();
     let address = destination.incoming();
+    let limits = ["--downtime-limit", "1us", "--give-up", "1s"];
     let base = ["rehearse", "--control", text(&source.control), "--to", &address];
-    let (exit, found) = json_of(&[base.as_slice(), &["--downtime-limit", "1us", "--give-up", "1s"]].concat());
+    let (exit, found) = json_of(&[base.as_slice(), &limits].concat());
     assert_eq!((exit, found["verdict"].as_str()), (3, Some("no")), "{found}");
     assert!(codes(&found).contains(&"rehearsal-obstacle"), "{found}");
+    let address = destination.incoming();
+    let base = ["migrate", "--control", text(&source.control), &address];
+    let (exit, ended) = json_of(&[base.as_slice(), &limits].concat());
+    let migration = &ended["migration"];
+    assert_eq!(
+        (exit, &migration["status"], &migration["downtime-ms"]),
+        (3, &json!("failed"), &json!(null)),
+        "{ended}"
+    );
+    assert!(codes(migration).contains(&"rehearsal-obstacle"), "{ended}");
+    // What needs most of it is measured, and may be another thing each time.
+    for reasons in [&found["reasons"], &migration["reasons"]] {
+        let mut reasons = reasons.as_array().unwrap().iter();
+        let obstacle = reasons.find(|reason| reason["code"] == "rehearsal-obstacle").unwrap();
+        let said = obstacle["text"].as_str().unwrap();
+        assert!(
+            said.starts_with("in the pre-copy phase at the source: ") && said.contains("in the time given"),
+            "{said}"
+        );
+    }
     source.assert_whole();
 }
 

@@ -82,7 +82,7 @@ fn a_limit_that_cannot_be_kept_leaves_the_guest_at_the_source() {
     // 256 MiB of state that can only be saved while stopped do not fit into 5 ms.
     let (exit, report) =
         demo(&["--no-precopy", "--device-state", "256M", "--memory", "128M", "--downtime-limit", "5ms"]);
-    assert_eq!(exit, 1);
+    assert_eq!(exit, 3);
     assert_eq!(report["outcome"], "aborted", "{report}");
     assert_eq!(report["verified"], false);
     assert_eq!(report["lost"]["pages"], 0);

@@ -19,6 +19,12 @@ impl SourceEngine {
             self.end_rehearsal(Some(cause), now);
         } else {
             self.abort(cause, AbortNotice::Send);
+            // Later the guest has been paused for it, which another attempt may do faster.
+            if self.phase == Phase::Iterate
+                && let Some(rollback) = &mut self.rollback
+            {
+                rollback.outcome.obstacle = true;
+            }
         }
     }
 
@@ -85,6 +91,7 @@ impl SourceEngine {
         self.finish(SourceOutcome::Aborted(Abort {
             cause,
             cancelled: true,
+            obstacle: false,
             reset: Vec::new(),
             lost: Vec::new(),
             locks_lost: Vec::new(),

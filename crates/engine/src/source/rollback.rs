@@ -25,6 +25,7 @@ impl SourceEngine {
         let outcome = Abort {
             cause,
             cancelled: notice == AbortNotice::SendCancelled,
+            obstacle: false,
             reset: Vec::new(),
             lost: Vec::new(),
             locks_lost: Vec::new(),
@@ -46,6 +47,7 @@ impl SourceEngine {
         let outcome = Abort {
             cause,
             cancelled: false,
+            obstacle: false,
             reset: vec![],
             lost: vec![],
             locks_lost: vec![],
@@ -127,6 +129,7 @@ impl SourceEngine {
         self.finish(SourceOutcome::Aborted(Abort {
             cause,
             cancelled: false,
+            obstacle: false,
             reset,
             lost,
             locks_lost,

@@ -209,6 +209,7 @@ pub(crate) fn into_result(
         SourceOutcome::Aborted(abort) => Err(MigrateError::Aborted(Box::new(Aborted {
             cause: abort.cause,
             cancelled: abort.cancelled,
+            obstacle: abort.obstacle,
             reset: abort.reset,
             lost: abort.lost,
             locks_lost: abort.locks_lost,
