@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use vfio_migration::{Uri, UriError, open_regular, open_regular_to_append};
-use vfio_migration_compat::{DeviceMap, Policy};
-use vfio_migration_device::ConfigRule;
+use vfio_migration_compat::{DeviceMap, MaskRule, Policy};
 use vfio_migration_device::host::Roots;
 use vfio_migration_types::{DeviceId, error_chain};
 use vfio_migration_vmm::layout::{RAM_MAX, RAM_MIN};
@@ -60,20 +59,10 @@ pub(crate) fn check_memory(memory: u64) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Parses `OFFSET+LEN=compare|ignore`, numbers decimal or 0x.
-pub(crate) fn config_rule(text: &str) -> Option<ConfigRule> {
-    let number = |text: &str| match text.strip_prefix("0x") {
-        Some(digits) => u16::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
-    };
-    let (place, what) = text.split_once('=')?;
-    let (offset, len) = place.split_once('+')?;
-    let compare = match what {
-        "compare" => true,
-        "ignore" => false,
-        _ => return None,
-    };
-    Some(ConfigRule { offset: number(offset)?, len: number(len)?, compare })
+/// Parses `OFFSET+LEN=compare|ignore`, numbers decimal or 0x, within config space.
+pub(crate) fn config_rule(text: &str) -> Option<MaskRule> {
+    let (place, verb) = text.split_once('=')?;
+    format!("{verb} {place}").parse().ok()
 }
 
 /// Reads a policy's file.
@@ -114,9 +103,19 @@ mod tests {
 
     #[test]
     fn rules_of_config_space() {
-        assert_eq!(config_rule("0x40+8=ignore"), Some(ConfigRule { offset: 0x40, len: 8, compare: false }));
-        assert_eq!(config_rule("16+1=compare"), Some(ConfigRule { offset: 16, len: 1, compare: true }));
-        for bad in ["", "40", "40+8", "40=ignore", "x+1=ignore", "0+1=maybe", "70000+1=ignore"] {
+        assert_eq!(config_rule("0x40+8=ignore"), Some(MaskRule { offset: 0x40, len: 8, compare: false }));
+        assert_eq!(config_rule("16+1=compare"), Some(MaskRule { offset: 16, len: 1, compare: true }));
+        for bad in [
+            "",
+            "40",
+            "40+8",
+            "40=ignore",
+            "x+1=ignore",
+            "0+1=maybe",
+            "70000+1=ignore",
+            "0+0=ignore",
+            "4095+2=ignore",
+        ] {
             assert_eq!(config_rule(bad), None, "{bad}");
         }
     }

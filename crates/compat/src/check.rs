@@ -47,11 +47,12 @@ pub(crate) fn compare_machines(
     let from = by_name(source, true, findings);
     let to = by_name(destination, false, findings);
     let matched = match_devices(&from, &to, map, findings);
+    let site = destination.config_rules.as_slice();
     let mut strict = false;
     let mut names = BTreeMap::new();
     for (id, other) in &matched {
         let (Some(source), Some(destination)) = (from.get(id), to.get(other)) else { continue };
-        strict |= device::compare(source, destination, findings);
+        strict |= device::compare(source, destination, site, findings);
         machine::guest_address(source, destination, findings);
         if from.len() > 1 {
             live::peers(source, Some(destination), findings);
@@ -86,7 +87,7 @@ pub fn check_left_behind(device: &DeviceManifest, policy: &Policy) -> Option<Rea
 /// Whether the state of `source` can go to `destination`, and every reason. Names are of no matter.
 pub fn check_devices(source: &DeviceManifest, destination: &DeviceManifest, policy: &Policy) -> Report {
     let mut findings = Findings::new(policy);
-    let strict = device::compare(source, destination, &mut findings);
+    let strict = device::compare(source, destination, &[], &mut findings);
     let map = BTreeMap::from([(source.id.to_string(), destination.id.to_string())]);
     Report::of(findings.reasons, strict, map)
 }

@@ -267,10 +267,18 @@ table! {
         "The PCI identities differ.",
         "Different hardware, or a server that presents another function.",
         "Choose a device with the source's ids.";
-    DEVICE_PCI_REVISION, "device-pci-revision", Warning, Device:
-        "Only the PCI revisions differ, and the model is declared to be the same.",
+    DEVICE_PCI_REVISION, "device-pci-revision", No, Device:
+        "Only the PCI revisions differ, and the model is declared to be the same. The guest would see another revision from one moment to the next.",
         "Another stepping of the same hardware.",
-        "Nothing, if the guest's driver does not look at the revision.";
+        "If the guest's driver does not look at the revision: a rule of both sides that leaves it out (config_mask `ignore 0x8+1`, or the receiver's --config-rule 0x8+1=ignore).";
+    CONFIG_EXEMPT, "config-exempt", Warning, Device:
+        "Config space differs in bytes that a rule leaves out: the guest sees those of the destination.",
+        "A rule of the site, of the device's maker, or of the receiver's --config-rule.",
+        "Nothing, if the guest's driver does not look at these bytes.";
+    CONFIG_UNTOLD, "config-untold", Note, Configuration:
+        "A rule has bytes of config space compared that no manifest tells, so whether they are equal is found out when the guest is paused.",
+        "A rule of the site, of the device's maker, or of the receiver's --config-rule that says `compare`.",
+        "Nothing; `rehearse --pause` finds it out and undoes everything.";
     UNKNOWN_PCI_IDENTITY, "unknown-pci-identity", Warning, Device:
         "One side does not say what its PCI identity is.",
         "A manifest made without the device at hand, or of one that nobody opened.",
@@ -579,7 +587,7 @@ table! {
         "State of a version or a configuration that the driver at the destination does not take.",
         "Look at the phase, the transition and the error number in the reason, and at the driver's log.";
     REHEARSAL_OBSTACLE, "rehearsal-obstacle", No, Configuration:
-        "The rehearsal found that the migration would not come to its end within its limits.",
+        "The migration would not come to its end within its limits, as was found by trying, before the guest was paused.",
         "RAM or a device's state changes faster than it can be sent, or the limit on the downtime is too short.",
         "Raise the limit, use a faster network, or migrate when the guest is less busy.";
     REHEARSAL_NOT_TRIED, "rehearsal-not-tried", Note, Device:

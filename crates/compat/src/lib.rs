@@ -19,6 +19,7 @@ mod device;
 mod digest;
 mod document;
 mod error;
+mod exemptions;
 mod findings;
 mod host;
 pub mod labels;
@@ -48,6 +49,7 @@ pub use device::{
 };
 pub use document::{Document, Manifest, SCHEMA};
 pub use error::ManifestError;
+pub use exemptions::exemptions;
 pub use host::{Accept, HostManifest, HostOffer, Limits};
 pub use machine::{MachineManifest, RamRegion};
 pub use mask::{MaskRule, MaskRuleError};

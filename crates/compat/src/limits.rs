@@ -132,6 +132,10 @@ pub(crate) fn machine(machine: &MachineManifest) -> Result<(), Breach> {
     at_most("ram", machine.ram.len(), MAX_ITEMS)?;
     at_most("cpu", machine.cpu.len(), MAX_ITEMS)?;
     at_most("sections", machine.sections.len(), MAX_ITEMS)?;
+    at_most("config_rules", machine.config_rules.len(), MAX_ITEMS)?;
+    for (n, rules) in machine.config_rules.iter().enumerate() {
+        at_most(format!("config_rules[{n}].rules"), rules.rules.len(), MAX_ITEMS)?;
+    }
     let mut bytes = 0u64;
     for (n, region) in machine.ram.iter().enumerate() {
         let sum = bytes.checked_add(region.len);

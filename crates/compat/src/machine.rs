@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_types::Gpa;
 
 use crate::device::{DeviceManifest, Extra};
+use crate::policy::MaskPolicy;
 
 /// A machine: what the guest would notice if it differed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -27,6 +28,9 @@ pub struct MachineManifest {
     pub sections: BTreeMap<String, u32>,
     /// The devices, by name.
     pub devices: Vec<DeviceManifest>,
+    /// Rules for config space under which it takes a guest: those of its site and of its command line, over its devices' own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub config_rules: Vec<MaskPolicy>,
     /// Fields that this version does not know.
     #[serde(flatten)]
     pub extra: Extra,

@@ -38,6 +38,13 @@ impl FromStr for MaskRule {
     }
 }
 
+impl MaskRule {
+    /// Whether it is about the byte at `offset`.
+    pub(crate) fn covers(self, offset: u16) -> bool {
+        offset.checked_sub(self.offset).is_some_and(|at| at < self.len)
+    }
+}
+
 fn parse(text: &str) -> Option<MaskRule> {
     let (verb, range) = text.split_once(' ')?;
     let compare = match verb {

@@ -129,7 +129,7 @@ fn fit(
     devices: usize,
     findings: &mut Findings<'_>,
 ) -> bool {
-    let strict = device::compare(device, candidate.device, findings);
+    let strict = device::compare(device, candidate.device, &[], findings);
     if devices > 1 {
         live::peers(device, Some(candidate.device), findings);
     }

@@ -91,6 +91,8 @@ impl Policy {
     pub const MAX_BYTES: usize = 1 << 20;
     /// Most entries of a list.
     pub const MAX_ITEMS: usize = 1024;
+    /// Most rules for config space, over all devices: a VM tells them to whoever asks it.
+    pub const MAX_MASK_RULES: usize = 4096;
 
     /// Reads a policy: JSON when it begins with `{`, TOML otherwise. `origin`, a file's name for example, goes into
     /// errors.
@@ -116,6 +118,11 @@ impl Policy {
                 );
             }
         }
+        let rules = self.config_mask.iter().fold(0, |all: usize, one| all.saturating_add(one.rules.len()));
+        if rules > Self::MAX_MASK_RULES {
+            let most = Self::MAX_MASK_RULES;
+            return wrong("config_mask".into(), format!("{rules} rules (at most {most} are taken)"));
+        }
         for (n, allow) in self.allow.iter().enumerate() {
             if explain(&allow.code).is_none() {
                 let code = crate::text::quote(&allow.code);
@@ -127,13 +134,22 @@ impl Policy {
 
     /// The exceptions for config space of a device: its own, then those of this policy, which win.
     pub fn mask_rules(&self, pci: Option<PciIdentity>, own: &[MaskRule]) -> Vec<MaskRule> {
-        let fits = |rule: &&MaskPolicy| {
-            let id = |want: Option<u16>, is: fn(PciIdentity) -> u16| {
-                want.is_none_or(|want| pci.is_some_and(|pci| is(pci) == want))
-            };
-            id(rule.vendor, |pci| pci.vendor) && id(rule.device, |pci| pci.device)
+        let site = self.config_mask.iter().filter(|rules| rules.concern(pci));
+        own.iter().chain(site.flat_map(|rules| &rules.rules)).copied().collect()
+    }
+}
+
+impl MaskPolicy {
+    /// Rules for every device.
+    pub fn for_all(rules: Vec<MaskRule>) -> Self {
+        Self { rules, ..Self::default() }
+    }
+
+    /// Whether its rules are for a device of this identity.
+    pub(crate) fn concern(&self, pci: Option<PciIdentity>) -> bool {
+        let id = |want: Option<u16>, is: fn(PciIdentity) -> u16| {
+            want.is_none_or(|want| pci.is_some_and(|pci| is(pci) == want))
         };
-        let site = self.config_mask.iter().filter(fits).flat_map(|rule| rule.rules.iter().copied());
-        own.iter().copied().chain(site).collect()
+        id(self.vendor, |pci| pci.vendor) && id(self.device, |pci| pci.device)
     }
 }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use vfio_migration_compat::{DeviceMap, Policy};
-use vfio_migration_device::ConfigRules;
 use vfio_migration_types::Epoch;
 
 use crate::expectation::Expectations;
@@ -124,8 +123,6 @@ pub struct DestinationOptions {
     pub expect: Expectations,
     /// Folder of the journal; as [`SourceOptions::state_dir`].
     pub state_dir: Option<PathBuf>,
-    /// Config-space bytes that may, or may not, differ: exceptions to the default mask.
-    pub config_rules: ConfigRules,
     /// How connections are secured, where they are none over a unix socket: those stay as they are. Plain text.
     pub security: Security,
     /// As [`SourceOptions::unix_peers`]. Where it names somebody the file of the socket lets anybody connect, and a connection of
@@ -152,7 +149,6 @@ impl Default for DestinationOptions {
             peer_timeout: Duration::from_secs(30),
             expect: Expectations::default(),
             state_dir: None,
-            config_rules: ConfigRules::default(),
             security: Security::default(),
             unix_peers: AllowedUnixPeers::default(),
             policy: Policy::default(),

@@ -252,7 +252,7 @@ impl SampleDevice {
         {
             let mut front = lock(&shared.front);
             front.registers = Registers::default();
-            front.config = SampleConfigSpace::new(self.options().vsc_bytes);
+            front.config = SampleConfigSpace::of(self.options());
             front.active = true;
         }
         {

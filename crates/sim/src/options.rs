@@ -43,6 +43,8 @@ pub struct Options {
     pub patch: u16,
     /// Contents of the vendor-specific capability after its header: allowed to differ between hosts.
     pub vsc_bytes: [u8; 5],
+    /// Bytes of config space that it has otherwise than other sample devices, by their offsets.
+    pub config_bytes: BTreeMap<u8, u8>,
     /// Time that each single arc of the state machine takes in addition.
     pub arc_delay: Duration,
     /// Script of faults.
@@ -66,6 +68,7 @@ impl Default for Options {
             version: (1, 0),
             patch: 0,
             vsc_bytes: [0; 5],
+            config_bytes: BTreeMap::new(),
             arc_delay: Duration::ZERO,
             faults: Vec::new(),
         }

@@ -2,6 +2,8 @@
 //!
 //! The embedding VMM emulates MSI-X and places the BARs; what is written here is what a guest wrote through it.
 
+use crate::options::Options;
+
 /// Vendor id in config space.
 pub const VENDOR: u16 = 0x5646;
 /// Device id in config space.
@@ -69,7 +71,15 @@ pub(crate) struct SampleConfigSpace {
 }
 
 impl SampleConfigSpace {
-    pub(crate) fn new(vsc_bytes: [u8; 5]) -> Self {
+    pub(crate) fn of(options: &Options) -> Self {
+        let mut config = Self::new(options.vsc_bytes);
+        for (at, byte) in &options.config_bytes {
+            config.put(usize::from(*at), &[*byte], &[]);
+        }
+        config
+    }
+
+    fn new(vsc_bytes: [u8; 5]) -> Self {
         let mut config = Self { bytes: [0; CONFIG_SIZE], writable: [0; CONFIG_SIZE] };
         config.put(0x00, &VENDOR.to_le_bytes(), &[]);
         config.put(0x02, &DEVICE.to_le_bytes(), &[]);

@@ -95,7 +95,7 @@ impl Shared {
         });
         let front = Front {
             registers: Registers::default(),
-            config: SampleConfigSpace::new(options.vsc_bytes),
+            config: SampleConfigSpace::of(&options),
             eventfds: [const { None }; VECTORS],
             active: true,
             lose: lose.collect(),

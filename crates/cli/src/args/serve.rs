@@ -142,6 +142,10 @@ pub(crate) struct DeviceCommand {
     /// A further field of its manifest, JSON or text: said, and nothing else. May be given more than once.
     #[arg(long = "field", value_name = "NAME=JSON", value_parser = pair)]
     pub(crate) fields: Vec<(String, String)>,
+    /// A byte of config space that it has otherwise than other sample devices: 0x8=2 is another PCI revision. May be given more than
+    /// once.
+    #[arg(long, value_name = "OFFSET=VALUE")]
+    pub(crate) config_byte: Vec<String>,
     /// Misbehave on purpose; may be given more than once. All are listed below.
     #[arg(long, value_name = "FAULT")]
     pub(crate) fault: Vec<String>,
@@ -214,7 +218,8 @@ pub(crate) struct VmCommand {
     pub(crate) tls: TlsOptions,
     #[command(flatten)]
     pub(crate) peers: PeerOptions,
-    /// Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once.
+    /// Bytes of config space to compare or not, over the default and the policy's rules: OFFSET+LEN=compare|ignore. `check`, `rehearse` and
+    /// `migrate` go by them alike. May be given more than once.
     #[arg(long, value_name = "RULE")]
     pub(crate) config_rule: Vec<String>,
     /// Sabotage, for the demo.

@@ -22,6 +22,12 @@ pub(crate) fn run(options: &DeviceCommand, interrupt: &UserInterrupt) -> Result<
     if options.parameters.iter().any(|(name, _)| name == "state_size") {
         return Err(usage("--param: state_size is what --state-size says".into()));
     }
+    let config_byte = |text: &String| {
+        config_byte(text).ok_or_else(|| {
+            usage(format!("--config-byte: '{text}' is no byte (want OFFSET=VALUE, each at most 255 or 0xff)"))
+        })
+    };
+    let config_bytes = options.config_byte.iter().map(config_byte).collect::<Result<_, _>>()?;
     let device = Options {
         state_size: options.state_size,
         state_dirty_rate: options.state_dirty_rate,
@@ -36,6 +42,7 @@ pub(crate) fn run(options: &DeviceCommand, interrupt: &UserInterrupt) -> Result<
         fields: options.fields.iter().cloned().collect(),
         version,
         patch,
+        config_bytes,
         faults,
         ..Options::default()
     };
@@ -46,6 +53,16 @@ pub(crate) fn run(options: &DeviceCommand, interrupt: &UserInterrupt) -> Result<
     serve(&options.socket, device, &stop)
         .map_err(|error| CliError::caused(&format!("cannot serve {}", options.socket.display()), &error))?;
     Ok(Exit::Done)
+}
+
+/// An offset in config space and the byte there, decimal or 0x.
+fn config_byte(text: &str) -> Option<(u8, u8)> {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => u8::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    };
+    let (offset, value) = text.split_once('=')?;
+    Some((number(offset)?, number(value)?))
 }
 
 /// Major and minor, and the patch, which may be left out.

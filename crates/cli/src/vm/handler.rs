@@ -73,6 +73,8 @@ impl VmHandler {
         let slot = self.vm.state.slot();
         let machine = slot.machine().ok_or_else(|| Refused::generic("there is no machine here"))?;
         let mut manifest = machine.manifest().map_err(|error| Refused::generic(error_chain(&error)))?;
+        // What is asked with this manifest is answered as a session would.
+        manifest.config_rules.extend(self.vm.policy.config_mask.iter().cloned());
         if matches!(slot, Slot::Awaited { .. }) && self.vm.options.memory.is_none() {
             // The guest brings its own: what the machine was built with for now says nothing.
             manifest.ram.clear();

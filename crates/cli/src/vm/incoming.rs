@@ -68,7 +68,6 @@ pub(super) fn listen(
 ) -> Result<(), Refused> {
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
-    options.config_rules = vm.rules.clone();
     options.expect = vm.expect.clone();
     options.suspend = paused;
     options.policy = vm.policy.clone();

@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use vfio_migration::{AllowedUnixPeers, Expectations, VmOwnership, ownership_at};
-use vfio_migration_compat::Policy;
-use vfio_migration_device::ConfigRules;
+use vfio_migration_compat::{MaskPolicy, Policy};
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, VmId, error_chain};
 use vfio_migration_vmm::VmmError;
@@ -36,7 +35,6 @@ pub(super) struct RunningVm {
     pub(super) config: MachineConfig,
     pub(super) workload: Workload,
     pub(super) options: VmCommand,
-    pub(super) rules: ConfigRules,
     pub(super) policy: Policy,
     /// Who may be at the other end of a migration's unix socket.
     pub(super) unix_peers: AllowedUnixPeers,
@@ -83,11 +81,13 @@ impl RunningVm {
                 ))
             })
         });
-        let rules = ConfigRules { rules: rules.collect::<Result<_, _>>()? };
+        let rules: Vec<_> = rules.collect::<Result<_, _>>()?;
         if let Some(dir) = &options.state_dir {
             presence::prepare(dir).map_err(CliError::failed)?;
         }
-        let policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
+        let mut policy = options.policy.as_deref().map_or_else(|| Ok(Policy::default()), policy)?;
+        // Last, since later ones win.
+        policy.config_mask.extend((!rules.is_empty()).then(|| MaskPolicy::for_all(rules)));
         let unix_peers = options.peers.allowed()?;
         let accelerator = accelerator(options)?;
         let workload = Workload { dirty_rate: options.dirty_rate, ..Workload::default() };
@@ -95,7 +95,6 @@ impl RunningVm {
             config: MachineConfig { id, memory, vcpus: 1, accelerator, devices },
             workload,
             options: options.clone(),
-            rules,
             policy,
             unix_peers,
             expect,

@@ -95,7 +95,6 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
     let mut options = DestinationOptions::default();
     options.policy = vm.policy.clone();
     options.state_dir = vm.options.state_dir.clone();
-    options.config_rules = vm.rules.clone();
     options.suspend = vm.options.paused;
     let mut machine = None;
     let mut not_built = None;

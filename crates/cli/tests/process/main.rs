@@ -6,6 +6,7 @@ mod callers;
 mod cancel;
 mod compat;
 mod completions;
+mod config_rules;
 mod control_socket;
 mod demo;
 mod device_files;

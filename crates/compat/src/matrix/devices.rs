@@ -121,7 +121,7 @@ fn cell(
     live::state(device, &mut findings);
     live::host(device, host, &mut findings);
     match best {
-        Some(best) => drop(device::compare(device, best, &mut findings)),
+        Some(best) => drop(device::compare(device, best, &[], &mut findings)),
         None => nothing(device, &mut findings),
     }
     Cell::of(findings)
@@ -316,7 +316,7 @@ impl<'k> Ranks<'k> {
         let bound = bound.filter(|_| before.is_none()).unwrap_or(Rank::FARTHEST);
         let mut findings = Findings::rank_below(&self.policy, self.comparing, bound);
         if let Some(((_, from), to)) = self.from.zip(self.kinds.devices.get(to)) {
-            device::compare(from, to, &mut findings);
+            device::compare(from, to, &[], &mut findings);
         }
         let known = Known { rank: findings.rank(), exactly: !findings.is_decided() };
         if let Some(place) = self.known.get_mut(to) {

@@ -2,23 +2,26 @@
 
 use serde_json::Value;
 
-use super::{DevicePair, drivers, layout, live, strict, versions};
+use super::{DevicePair, config, drivers, layout, live, strict, versions};
 use crate::codes;
 use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found};
 use crate::parameter::Parameter;
+use crate::policy::MaskPolicy;
 use crate::text::{list, quote, sentence};
 use crate::tree::{either, json};
 use crate::version::{ModelVersion, VersionRanges};
 
-/// Compares two devices, all rules but those that need the whole machine. Returns whether equality was strict.
+/// Compares two devices, all rules but those that need the whole machine; `site`: the rules for config space that the destination's VM was
+/// given. Returns whether equality was strict.
 pub(crate) fn compare(
     source: &DeviceManifest,
     destination: &DeviceManifest,
+    site: &[MaskPolicy],
     findings: &mut Findings<'_>,
 ) -> bool {
     let strict = source.model.is_none() && destination.model.is_none();
-    let pair = DevicePair { source, destination, strict };
+    let pair = DevicePair { source, destination, strict, site };
     if source.model != destination.model {
         let values = || (json(&source.model), json(&destination.model));
         let undeclared =
@@ -32,7 +35,8 @@ pub(crate) fn compare(
         version(pair, findings);
     }
     let declared = if strict { strict::compare } else { parameters };
-    let rules = [declared, layout::compare, versions::compare, drivers::compare, live::pair, notes];
+    let rules =
+        [declared, layout::compare, versions::compare, config::untold, drivers::compare, live::pair, notes];
     for rule in rules {
         if findings.is_decided() {
             break;

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::DevicePair;
+use super::config::{ConfigRules, header, identity_bytes};
 use crate::codes::{self, ReasonCode};
 use crate::device::{Capability, DeviceManifest, PciIdentity, RegionManifest};
-use crate::findings::Findings;
+use crate::findings::{Findings, Lazy};
 use crate::tree::{either, json};
 
 /// Compares the PCI layout of two devices.
@@ -26,7 +27,7 @@ fn look_at(findings: &Findings<'_>, pair: DevicePair<'_>, len: fn(&DeviceManifes
     findings.look_at(4 * (items[0] + items[1]));
 }
 
-fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
+pub(crate) fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let (from, to) = (pair.source.pci, pair.destination.pci);
     if from == to {
         if from.is_none() && (is_function(pair.source) || is_function(pair.destination)) {
@@ -37,6 +38,15 @@ fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
         }
         return;
     }
+    let show = |pci: Option<PciIdentity>| pci.map_or_else(|| "PCI identity unknown".to_owned(), show_pci);
+    let text = || format!("{} at the source, {} at the destination", show(from), show(to));
+    if let (Some(from), Some(to)) = (from, to) {
+        let rules = ConfigRules::of(pair, findings.policy());
+        findings.look_at(rules.len());
+        if rules.exempt(identity_bytes(from, to)) {
+            return exempt(pair, findings, "pci", || (json(from), json(to)), text);
+        }
+    }
     let same_but_revision =
         from.zip(to).is_some_and(|(from, to)| PciIdentity { revision: to.revision, ..from } == to);
     let code = match (from, to) {
@@ -45,8 +55,6 @@ fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
         _ if same_but_revision => &codes::DEVICE_PCI_REVISION,
         _ => &codes::DEVICE_PCI_IDENTITY,
     };
-    let show = |pci: Option<PciIdentity>| pci.map_or_else(|| "PCI identity unknown".to_owned(), show_pci);
-    let text = || format!("{} at the source, {} at the destination", show(from), show(to));
     pair.say(findings, code, "pci", || (json(from), json(to)), text);
 }
 
@@ -133,7 +141,7 @@ fn irqs(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     }
 }
 
-fn capabilities(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
+pub(crate) fn capabilities(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     if pair.source.capabilities == pair.destination.capabilities {
         return;
     }
@@ -144,6 +152,8 @@ fn capabilities(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let Some((from, to)) = both(pair, findings, codes, "capabilities", name, lists) else { return };
     let (from, to): (BTreeSet<_>, BTreeSet<_>) =
         (from.iter().copied().collect(), to.iter().copied().collect());
+    let rules = ConfigRules::of(pair, findings.policy());
+    findings.look_at(rules.len());
     for capability in &from {
         if !has(&to, capability, pair.strict) {
             let instead = of_kind(&to, capability);
@@ -154,14 +164,26 @@ fn capabilities(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
                 None => format!("the destination lacks {}", show(capability)),
             };
             let values = || (json(capability), json(instead));
+            let bytes = header(capability).chain(instead.into_iter().flat_map(header));
+            if rules.exempt(bytes) {
+                exempt(pair, findings, || capability_field(capability), values, text);
+                continue;
+            }
             pair.say(findings, codes.0, || capability_field(capability), values, text);
         }
     }
     // A guest's driver does not look for what was not there when it started. Where equality is strict, that is a difference still.
-    let new = to.iter().filter(|other| pair.strict && of_kind(&from, other).is_none());
+    // So it is where a rule asks for just these bytes.
+    let asked = |other: &Capability| header(other).any(|offset| rules.say(offset) == Some(true));
+    let counts = |other: &&Capability| pair.strict || asked(other);
+    let new = to.iter().filter(counts).filter(|other| of_kind(&from, other).is_none());
     for capability in new {
         let text = || format!("only the destination has {}", show(capability));
         let values = || (Value::Null, json(capability));
+        if rules.exempt(header(capability)) {
+            exempt(pair, findings, || capability_field(capability), values, text);
+            continue;
+        }
         pair.say(findings, codes.0, || capability_field(capability), values, text);
     }
 }
@@ -172,6 +194,18 @@ fn of_kind<'m>(all: &'m BTreeSet<Capability>, wanted: &Capability) -> Option<&'m
     let first = Capability { extended, id, offset: 0, len: None };
     let found = all.range(first..).next();
     found.filter(|found| (found.extended, found.id) == (extended, id))
+}
+
+/// A difference in bytes that a rule leaves out: whoever gave it knew, whether or not a model is declared.
+fn exempt(
+    pair: DevicePair<'_>,
+    findings: &mut Findings<'_>,
+    field: impl Lazy<String>,
+    values: impl Lazy<(Value, Value)>,
+    text: impl FnOnce() -> String,
+) {
+    let text = || format!("{}; a rule for config space leaves that out", text());
+    DevicePair { strict: false, ..pair }.say(findings, &codes::CONFIG_EXEMPT, field, values, text);
 }
 
 /// Whether a capability is there at the same place. A length that one side does not know differs where equality is strict alone.

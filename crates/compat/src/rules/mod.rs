@@ -1,5 +1,6 @@
 //! The rules, by what they look at. Each is pure and total: any two manifests, a list of reasons.
 
+pub(crate) mod config;
 pub(crate) mod device;
 pub(crate) mod drivers;
 pub(crate) mod layout;
@@ -13,6 +14,7 @@ use serde_json::Value;
 use crate::codes::ReasonCode;
 use crate::device::DeviceManifest;
 use crate::findings::{Findings, Found, Lazy};
+use crate::policy::MaskPolicy;
 use crate::text::show;
 
 /// Two devices that are compared.
@@ -22,6 +24,8 @@ pub(crate) struct DevicePair<'m> {
     pub(crate) destination: &'m DeviceManifest,
     /// Neither declares a model.
     pub(crate) strict: bool,
+    /// Rules for config space that the destination's VM was given.
+    pub(crate) site: &'m [MaskPolicy],
 }
 
 impl DevicePair<'_> {

@@ -3,9 +3,9 @@
 use std::sync::atomic::Ordering;
 
 use vfio_migration_compat::{
-    DeviceManifest, DeviceMap, MachineManifest, Policy, Reason, SessionCode, check_machines,
+    DeviceManifest, DeviceMap, MachineManifest, Policy, Reason, SessionCode, check_machines, exemptions,
 };
-use vfio_migration_device::{ConfigRule, ConfigRules};
+use vfio_migration_device::ConfigRules;
 use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
@@ -77,7 +77,9 @@ impl Worker<'_, '_, '_> {
         let wait = self.shared.answers.wait(None, Request::Manifest, None);
         let own = machine.manifest();
         drop(wait);
-        let own = own.map_err(|error| error.in_phase(Side::Destination, phase))?;
+        let mut own = own.map_err(|error| error.in_phase(Side::Destination, phase))?;
+        // The source judges the same config space, and these rules hold.
+        own.config_rules.extend(self.options.policy.config_mask.iter().cloned());
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
         let mut devices = machine.devices();
         let policy = self.policy();
@@ -108,7 +110,8 @@ impl Worker<'_, '_, '_> {
                 let text = format!("at the destination: {}", reason.text);
                 besides.push(Reason { device: Some(name.to_string()), text, ..reason });
             }
-            let rules = self.config_rules(own.devices.iter().find(|own| own.id == *moved.device.id()));
+            let stands = own.devices.iter().find(|own| own.id == *moved.device.id());
+            let rules = stands.map(|own| config_rules(device, own, &policy)).unwrap_or_default();
             self.devices.push(ArrivingDevice {
                 name,
                 moved,
@@ -141,15 +144,6 @@ impl Worker<'_, '_, '_> {
         policy
     }
 
-    /// Rules for the bytes of its config space that are compared: the policy's, and the embedder's own, which win.
-    fn config_rules(&self, own: Option<&DeviceManifest>) -> ConfigRules {
-        let masks =
-            own.map(|own| self.options.policy.mask_rules(own.pci, &own.config_mask)).unwrap_or_default();
-        let mut rules: Vec<ConfigRule> = masks.into_iter().map(Into::into).collect();
-        rules.extend(self.options.config_rules.rules.iter().cloned());
-        ConfigRules { rules }
-    }
-
     /// Opens the VM's journal; the reason, if by what it says the VM may not be taken under this epoch. A rehearsal only
     /// reads it.
     fn take_journal(&mut self, attempt: Attempt) -> Result<Option<Reason>, WorkError> {
@@ -167,6 +161,11 @@ impl Worker<'_, '_, '_> {
         let refused = known.and_then(|known| known.epochs().may_take(attempt.epoch, attempt.attempt).err());
         Ok(refused.map(|over| Reason::new(SessionCode::Ownership, over.to_string())))
     }
+}
+
+/// Rules for the bytes of config space that are compared while the guest is paused: as the verdict of the two manifests has them.
+fn config_rules(source: &DeviceManifest, own: &DeviceManifest, policy: &Policy) -> ConfigRules {
+    ConfigRules { rules: exemptions(source, own, &[], policy).into_iter().map(Into::into).collect() }
 }
 
 /// The map that came with an offer.
