@@ -24,7 +24,7 @@ pub(crate) fn protocol(side: Side, phase: Phase, message: &Message) -> Failure {
 /// The answer that the peer must give has not come in time.
 pub(crate) fn silence(side: Side, phase: Phase, what: &str, waited: Duration) -> Failure {
     let text = format!("the {} has not said {what} within {} ms", side.other(), milliseconds(waited));
-    let silence = failure(side, phase, text, "check the network and the other side, then migrate again");
+    let silence = failure(side, phase, text, "check the network and the other side, then try again");
     Failure { errno: Some(ETIMEDOUT), ..silence }
 }
 
@@ -34,7 +34,7 @@ pub(crate) fn link_lost(side: Side, phase: Phase, why: &str) -> Failure {
         side,
         phase,
         format!("the connection was lost: {why}"),
-        "check the network and the other side, then migrate again",
+        "check the network and the other side, then try again",
     )
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn compare(
             side,
             Phase::Ready,
             format!("{what} differ: {sent} sent, {got} at the destination"),
-            "migrate again; if it comes again, it is a defect of one side or of the network between them",
+            "try again; if it comes again, it is a defect of one side or of the network between them",
         )
     };
     if totals.ram_pages != ready.ram_pages {

@@ -18,28 +18,42 @@ use crate::uri::Uri;
 ///
 /// Exhaustive, as everything is that says how an attempt ended: an end that is new does not compile until its caller has an
 /// answer for it.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 pub enum MigrateError {
     /// The attempt was never begun: this side's own preconditions do not hold. The guest never noticed.
-    #[error("the migration did not begin: {0}")]
     NotBegun(Failure),
     /// The attempt was refused by the rules of one side, the destination's or this one's. The guest never noticed.
-    #[error("the migration was refused: {}", sentences(.0))]
     Refused(Vec<Reason>),
     /// The attempt was undone, with its cause and what is left.
-    #[error("{0}")]
     Aborted(Box<Aborted>),
     /// COMMIT was sent and its outcome is not known: the guest is paused here, and nothing runs by itself.
-    #[error(
-        "who owns the guest is not known: {why}; the guest is paused here, and ends here if the other side has it"
-    )]
     Unresolved {
         /// The known facts, for the person who decides.
         why: String,
     },
 }
 
+impl fmt::Display for MigrateError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.sentence_of("the migration"))
+    }
+}
+
+impl std::error::Error for MigrateError {}
+
 impl MigrateError {
+    /// The same in a sentence, of something else that a session is for: `"the rehearsal"`.
+    pub fn sentence_of(&self, what: &str) -> String {
+        match self {
+            Self::NotBegun(failure) => format!("{what} did not begin: {failure}"),
+            Self::Refused(reasons) => format!("{what} was refused: {}", sentences(reasons)),
+            Self::Aborted(aborted) => aborted.sentence_of(what),
+            Self::Unresolved { why } => format!(
+                "who owns the guest is not known: {why}; the guest is paused here, and ends here if the other side has it"
+            ),
+        }
+    }
+
     /// Whether both sides are as before, and another attempt comes to the same as long as nothing is changed: refused by rules, or by
     /// limits that cannot be met.
     pub fn is_refusal(&self) -> bool {
@@ -103,33 +117,49 @@ impl Aborted {
     /// Whether the guest is as it was before the attempt, and each of its devices, and nothing is left to be undone.
     pub fn is_as_before(&self) -> bool {
         // All of it, so that what is new is asked too.
-        let Self { cause: _, cancelled: _, obstacle: _, reset, lost, locks_lost, restored, stood: _, left_undone } = self;
+        let Self {
+            cause: _,
+            cancelled: _,
+            obstacle: _,
+            reset,
+            lost,
+            locks_lost,
+            restored,
+            stood: _,
+            left_undone,
+        } = self;
         *restored && reset.is_empty() && lost.is_empty() && locks_lost.is_empty() && left_undone.is_empty()
     }
 }
 
 impl fmt::Display for Aborted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.sentence_of("the migration"))
+    }
+}
+
+impl Aborted {
+    fn sentence_of(&self, what: &str) -> String {
         let verb = if self.cancelled { "cancelled" } else { "aborted" };
-        write!(f, "the migration was {verb} {}", self.cause)?;
+        let mut text = format!("{what} was {verb} {}", self.cause);
         if self.is_as_before() {
             // It may have been paused by its operator before, and is then.
-            return f.write_str("; the guest is here as it was before");
+            return text + "; the guest is here as it was before";
         }
-        f.write_str(if self.restored { "; the guest is here" } else { "; the guest is not resumed here" })?;
+        text.push_str(if self.restored { "; the guest is here" } else { "; the guest is not resumed here" });
         for (index, device) in self.lost.iter().enumerate().filter(|_| self.restored) {
-            write!(f, "{} device {device}", if index == 0 { ", without" } else { " and" })?;
+            text += &format!("{} device {device}", if index == 0 { ", without" } else { " and" });
         }
         for device in &self.reset {
-            write!(f, "; device {device} had to be reset and lost its state")?;
+            text += &format!("; device {device} had to be reset and lost its state");
         }
         for lock in &self.locks_lost {
-            write!(f, "; the storage lock {lock} could not be taken back")?;
+            text += &format!("; the storage lock {lock} could not be taken back");
         }
         if !self.left_undone.is_empty() {
-            f.write_str("; not all of it was undone by then")?;
+            text.push_str("; not all of it was undone by then");
         }
-        Ok(())
+        text
     }
 }
 

@@ -113,14 +113,13 @@ pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> 
     let json = command.target.json;
     let report =
         follow(&mut client, MigrationStatus::is_under_way, json, interrupt, OnInterrupt::Cancel)?.latest();
-    let (found, status, error) = report.map_or((None, None, None), |report| {
-        let migration = report.migration;
-        (migration.rehearsal, Some(migration.status), migration.error)
-    });
+    let migration = report.map(|report| report.migration);
+    let (found, error) = migration.map_or((None, None), |migration| (migration.rehearsal, migration.error));
     let Some(found) = found else {
-        let why = error.unwrap_or_else(|| "it did not say why".into());
-        let how = if status == Some(MigrationStatus::Cancelled) { "was cancelled" } else { "failed" };
-        return Err(CliError::failed(format!("the rehearsal {how}: {why}")));
+        // It says that it was the rehearsal, and whether it was cancelled.
+        return Err(CliError::failed(
+            error.unwrap_or_else(|| "the rehearsal did not say why it failed".into()),
+        ));
     };
     let verdict = found.verdict;
     if command.target.json {

@@ -7,7 +7,7 @@ use vfio_migration::{
     IncomingError, MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
 };
 use vfio_migration_compat::Report as CheckReport;
-use vfio_migration_types::error_chain;
+use vfio_migration_types::{error_chain, printable};
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
 
@@ -409,7 +409,9 @@ pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         (None, true) => MigrationStatus::Cancelled,
         (None, false) => MigrationStatus::Failed,
     };
-    MigrationInfo { incompatible: rehearsal.is_some(), rehearsal, status, ..not_completed(vm, error) }
+    let told = Some(printable(&error.sentence_of("the rehearsal")).into_owned());
+    let incompatible = rehearsal.is_some();
+    MigrationInfo { incompatible, rehearsal, status, error: told, ..not_completed(vm, error) }
 }
 
 fn transferred(bytes: Bytes) -> TransferInfo {

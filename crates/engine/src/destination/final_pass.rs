@@ -11,7 +11,7 @@ impl DestinationEngine {
     pub(super) fn on_final(&mut self, message: &Final, now: Time) {
         if message.identity != self.reservation.identity {
             let text = "the source's machine is not what was compared any more: its manifest has changed since the offer";
-            let remedy = "migrate again, so that what it is now is compared";
+            let remedy = "try again, so that what it is now is compared";
             return self.abort(failure(Side::Destination, Phase::Quiesce, text, remedy), now);
         }
         self.final_pass.paused = PauseCause::of(message.guest_ran, message.suspend, self.config.suspend);

@@ -70,7 +70,7 @@ impl SourceEngine {
     pub(super) fn on_stop_copy(&mut self, devices: &[DeviceProgress], now: Time) {
         if let Some(index) = self.rounds.new_generation(devices) {
             let text = "the device declared new initial pre-copy data on its way to STOP_COPY";
-            let cause = self.with_device(index, failure(Side::Source, Phase::Quiesce, text, "migrate again"));
+            let cause = self.with_device(index, failure(Side::Source, Phase::Quiesce, text, "try again"));
             return self.abort(cause, AbortNotice::Send);
         }
         self.begin_final_pass(now);

@@ -69,13 +69,7 @@ pub(crate) fn altered() -> Outcome {
             *character ^= 0x20;
         }
     };
-    refused(
-        alter,
-        Phase::Ready,
-        None,
-        "its state differs from what the source read, by digest",
-        "migrate again",
-    )
+    refused(alter, Phase::Ready, None, "its state differs from what the source read, by digest", "try again")
 }
 
 /// The same below our digest: the driver takes it, so that nobody but the digest would have noticed.
@@ -96,7 +90,7 @@ pub(crate) fn truncated() -> Outcome {
             piece.truncate(20);
         }
     };
-    refused(alter, Phase::Ready, None, "44 bytes of state arrived where 60 were sent", "migrate again")
+    refused(alter, Phase::Ready, None, "44 bytes of state arrived where 60 were sent", "try again")
 }
 
 /// Two ports into one: refused before any byte of RAM is sent.

@@ -308,7 +308,7 @@ impl DeviceReceiver {
                         format!("{} bytes of state arrived where {} were sent", found.bytes, announced.bytes)
                     };
                     let mut failure = Failure::new(Side::Destination, Phase::Ready, text).of_device(&self.id);
-                    failure.remedy = "migrate again: its state was damaged between the two hosts".into();
+                    failure.remedy = "try again: its state was damaged between the two hosts".into();
                     Err(failure)
                 }
             };

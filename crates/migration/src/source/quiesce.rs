@@ -32,7 +32,7 @@ impl Worker {
                 None => "the machine is not what was offered any more".to_owned(),
             };
             return Err(Failure::new(Side::Source, Phase::Quiesce, text)
-                .with_remedy("migrate again: what it is now is compared then")
+                .with_remedy("try again: what it is now is compared then")
                 .into());
         }
         Ok(identity)

@@ -10,7 +10,7 @@ use vfio_migration_compat::{
     DeviceMap, Document, MachineManifest, Manifest, Policy, Report, Verdict, check_device_placement,
     check_devices, check_machines, check_placement,
 };
-use vfio_migration_types::{Epoch, VmId};
+use vfio_migration_types::{Epoch, Side, VmId};
 
 use crate::args::ask::CheckCommand;
 use crate::exit::{CliError, Exit};
@@ -134,6 +134,16 @@ fn ask(
         if failure.is_some_and(|failure| failure.errno == timed_out) {
             return CliError::failed(format!("{uri} does not answer within {}", format_time(timeout)));
         }
-        CliError::caused(&format!("cannot ask {uri}"), &error)
+        // A question has no phases, and no guest whose place is to be told.
+        let why = failure.map_or_else(
+            || error.sentence_of("the question"),
+            |failure| {
+                let remedy =
+                    if failure.remedy.is_empty() { String::new() } else { format!("; {}", failure.remedy) };
+                let side = if failure.side == Side::Destination { "at the destination: " } else { "" };
+                format!("{side}{}{remedy}", failure.text)
+            },
+        );
+        CliError::failed(format!("cannot ask {uri}: {why}"))
     })
 }
