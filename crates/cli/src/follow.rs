@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use vfio_migration_types::error_chain_of;
 
 use crate::control::awaited::sentence;
 use crate::control::client::{ControlClient, ControlError};
@@ -45,13 +46,13 @@ pub(crate) fn follow(
         progress.update(migration);
         let news = match client.next_migration(PATIENCE) {
             Err(ControlError::Interrupted(_)) => None,
-            news => news.map_err(|error| CliError::caused("lost the vm", &error))?,
+            news => news.map_err(|error| lost(&error, cancelled))?,
         };
         if on_interrupt == OnInterrupt::Leave {
             interrupt.check()?;
         } else if interrupt.requested() && !cancelled {
             cancelled = true;
-            cancel(client, &mut progress);
+            cancel(client, &mut progress)?;
         }
         match news {
             Some(migration) if goes_on(migration.status) => report.migration = Some(migration),
@@ -74,18 +75,40 @@ fn query(
     let mut answer = client.query();
     if matches!(answer, Err(ControlError::Interrupted(_))) && on_interrupt == OnInterrupt::Cancel {
         *cancelled = true;
-        cancel(client, progress);
+        cancel(client, progress)?;
         answer = client.query();
     }
-    answer.map_err(|error| error.failure("no answer"))
+    answer.map_err(|error| match (&error, *cancelled) {
+        (ControlError::Refused(_), _) | (_, false) => error.failure("no answer"),
+        (_, true) => lost(&error, true),
+    })
 }
 
-/// Cancels the migration. From here on it is waited for, whatever else the user asks for: a second signal ends the process.
-fn cancel(client: &mut ControlClient, progress: &mut ProgressDisplay) {
+/// The end of a `vm` that is followed, or its silence; and what is known of what it was told.
+fn lost(error: &ControlError, cancelled: bool) -> CliError {
+    let lost = error_chain_of("lost the vm", error);
+    CliError::failed(if cancelled {
+        format!("{lost}; it was told to cancel, and has taken that: how it ends, `status` tells")
+    } else {
+        lost
+    })
+}
+
+/// Cancels the migration. From here on it is waited for as long as its `vm` answers, whatever else the user asks for: a second signal
+/// ends the process.
+fn cancel(client: &mut ControlClient, progress: &mut ProgressDisplay) -> Result<(), CliError> {
     client.disregard_interrupt();
-    // Too late to cancel is not a failure: the migration is followed to its end.
-    if let Err(error) = client.call(ControlVerb::MigrateCancel, Value::Null) {
-        progress.message(format_args!("vfio-migrate: {error}"));
+    match client.call(ControlVerb::MigrateCancel, Value::Null) {
+        Ok(_) => Ok(()),
+        // Too late to cancel is not a failure: the migration is followed to its end.
+        Err(error @ ControlError::Refused(_)) => {
+            progress.message(format_args!("vfio-migrate: {error}"));
+            Ok(())
+        }
+        Err(error) => Err(CliError::failed(format!(
+            "{}; it was told to cancel, and has not answered: whether it does, and how it ends, `status` tells",
+            error_chain_of("lost the vm", &error)
+        ))),
     }
 }
 

@@ -29,6 +29,8 @@ const GRACE: Duration = Duration::from_millis(500);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Least patience with a `vm` that is followed, whose machine may be taken apart or built just then.
 const BUSY: Duration = Duration::from_secs(30);
+/// The same once the user has asked for the end: what was asked for is known by then, and how it ends can be asked later.
+const LEAVING: Duration = Duration::from_secs(5);
 
 /// A request that got no good answer.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +82,10 @@ pub(crate) struct ControlClient {
     interrupt: Option<UserInterrupt>,
     events: VecDeque<ControlEvent>,
     partial: Vec<u8>,
+    /// Requests whose answers were not waited for, and come before that to the next.
+    owed: u32,
+    /// Least patience with a `vm` that is followed.
+    busy: Duration,
     /// Time at which the state of the migration last came, by event or answer.
     news: Instant,
 }
@@ -114,6 +120,8 @@ impl ControlClient {
             interrupt: interrupt.cloned(),
             events: VecDeque::new(),
             partial: Vec::new(),
+            owed: 0,
+            busy: BUSY,
             news: Instant::now(),
         };
         let greeting = client.line(timeout)?.ok_or_else(|| client.silent())?;
@@ -126,9 +134,12 @@ impl ControlClient {
         Ok(client)
     }
 
-    /// Waits on from here whatever the user asks for: the request to end has been seen.
+    /// Waits on from here whatever the user asks for, since the request to end has been seen: for as long as the `vm` answers, each
+    /// answer within [`LEAVING`].
     pub(crate) fn disregard_interrupt(&mut self) {
         self.interrupt = None;
+        self.busy = LEAVING;
+        self.timeout = self.timeout.min(LEAVING);
     }
 
     fn silent(&self) -> ControlError {
@@ -148,9 +159,18 @@ impl ControlClient {
             _ => ControlError::Io(error),
         })?;
         let deadline = Instant::now() + self.timeout;
+        self.owed += 1;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let mut answer = self.line(left)?.ok_or_else(|| self.silent())?;
+            let is_answer = ["return", "error"].iter().any(|field| answer.get(field).is_some());
+            if is_answer {
+                self.owed -= 1;
+                // That of a request that was given up.
+                if self.owed > 0 {
+                    continue;
+                }
+            }
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }
@@ -178,7 +198,7 @@ impl ControlClient {
         patience: Duration,
     ) -> Result<Option<MigrationInfo>, ControlError> {
         // It has answered before: it is no silent one, and may be busy.
-        self.timeout = self.timeout.max(BUSY);
+        self.timeout = self.timeout.max(self.busy);
         if let Some(info) = self.next_event(patience)?.and_then(|event| event.migration()) {
             self.news = Instant::now();
             return Ok(Some(info));

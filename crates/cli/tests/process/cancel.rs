@@ -354,3 +354,30 @@ fn a_switchover_that_stands_still_does_not_hold_the_end_up() {
     until("the other side", || (there.migration()["status"] == "cancelled").then_some(()));
     assert_eq!(there.incoming(), to);
 }
+
+/// A `vm` that stands still in the middle of a session: one Ctrl-C ends whoever follows, with what is known.
+#[test]
+fn one_signal_ends_whoever_follows_a_vm_that_has_fallen_silent() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup { devices: 0, ..Setup::new(dir.path(), "a") }.start();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("tcp:127.0.0.1:{}", listener.local_addr().unwrap().port());
+    let control = vm.control.to_str().unwrap();
+    for arguments in [
+        ["migrate", "--control", control, &silent].as_slice(),
+        &["rehearse", "--control", control, "--to", &silent],
+    ] {
+        let following = following(arguments);
+        until("the session", || (vm.migration()["status"] == "active").then_some(()));
+        let stopped = Stopped::new(&vm.process);
+        let begun = Instant::now();
+        signal(following.id(), Signal::INT);
+        let output = following.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(begun.elapsed() < Duration::from_secs(5) + WITHIN, "{:?}: {told}", begun.elapsed());
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.contains("it was told to cancel") && told.contains("`status` tells"), "{told}");
+        drop(stopped);
+        assert_eq!(vm.ended()["status"], "cancelled", "it heard of it all the same");
+    }
+}
