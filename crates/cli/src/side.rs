@@ -159,7 +159,10 @@ fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<Dev
                 let error = CliError::failed(silent_server(socket, timeout, in_use));
                 Unasked { error, no_vm: true }
             }
-            _ => Unasked { error: CliError::caused(&doing, &error), no_vm: answered },
+            _ => {
+                let no_vm = answered || error.is_answer_of_server();
+                Unasked { error: CliError::caused(&doing, &error), no_vm }
+            }
         })?;
     for note in &manifest.notes {
         tracing::warn!("{}: its manifest has {:?}: {}", socket.display(), note.field, note.text);

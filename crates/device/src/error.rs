@@ -1,10 +1,25 @@
 //! Errors of devices, with what an operator can do about each.
 
+use std::error::Error;
+
 use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationState};
 use vfio_migration_uapi::UapiError;
+use vfio_user_peer::ClientError;
 
 use crate::kernel::error::KernelError;
+
+/// Whether `error`, or one of its causes, is that the connection to a vfio-user server is gone.
+pub fn is_server_gone(error: &(dyn Error + 'static)) -> bool {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(ClientError::ConnectionLost { .. }) = error.downcast_ref() {
+            return true;
+        }
+        at = error.source();
+    }
+    false
+}
 
 /// An operation on a device failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +66,11 @@ impl DeviceError {
             Some(UapiError::FewerInterrupts { possible, .. }) => Some(*possible),
             _ => None,
         }
+    }
+
+    /// Whether a vfio-user server answered, be it that it refused what it was asked for.
+    pub fn is_answer_of_server(&self) -> bool {
+        matches!(self.source.downcast_ref(), Some(ClientError::Refused { .. }))
     }
 
     /// Whether [`dma_map`](crate::PciHardware::dma_map) failed because the device cannot reach memory of that kind,

@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use vfio_migration::bind_unix;
+use vfio_migration_types::error_chain;
 
 use super::access::{Caller, ControlAccess};
 use super::clients::{Client, Publisher};
@@ -67,15 +68,27 @@ impl Bound {
         let server = ControlServer { _place: place, publisher: publisher.clone() };
         let greeting = json!({"vfio-migrate": {"version": env!("CARGO_PKG_VERSION")}}).to_string();
         std::thread::Builder::new().name("control".into()).spawn(move || {
+            let mut short = false;
             for stream in listener.incoming() {
                 match stream {
-                    Ok(stream) => match access.caller(&stream) {
-                        Ok(caller) => publisher
-                            .admit(stream, caller, &greeting, |client| begin(client, &handler, &publisher)),
-                        Err(refused) => turn_away(&stream, refused),
-                    },
+                    Ok(stream) => {
+                        short = false;
+                        match access.caller(&stream) {
+                            Ok(caller) => publisher.admit(stream, caller, &greeting, |client| {
+                                begin(client, &handler, &publisher)
+                            }),
+                            Err(refused) => turn_away(&stream, refused),
+                        }
+                    }
                     Err(error) => {
-                        tracing::warn!(%error, "a client of the control socket could not be taken in");
+                        // Once, until it is over: it is the same each time.
+                        if !std::mem::replace(&mut short, true) {
+                            let error = error_chain(&error);
+                            tracing::warn!(
+                                error,
+                                "no client of the control socket can be taken in; it is tried until one can"
+                            );
+                        }
                         // What is short now, descriptors above all, is there again when others have ended.
                         std::thread::sleep(ACCEPT_AGAIN);
                     }
@@ -128,8 +141,11 @@ fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
         } else {
             reply(None, Err(Refused::generic(format!("the request is longer than {LINE_MAX} bytes"))))
         };
-        if client.write_line(&reply).is_err() || !whole {
-            return;
+        match client.write_line(&reply) {
+            Ok(()) if whole => {}
+            // Who has left counts on what was asked for before, a cancel above all: all of it is here.
+            Err(error) if whole && error.kind() == ErrorKind::BrokenPipe => {}
+            _ => return,
         }
         client.answered();
     }

@@ -92,7 +92,8 @@ fn a_limit_that_cannot_be_kept_leaves_the_guest_at_the_source() {
 
 #[test]
 fn many_devices_leave_without_a_word() {
-    let arguments = ["--devices", "16", "--memory", "192M", "--device-state", "64K", "--device-dirty-rate", "0"];
+    let arguments =
+        ["--devices", "16", "--memory", "192M", "--device-state", "64K", "--device-dirty-rate", "0"];
     let output = command(&["demo", "--json", "--software", "--dirty-rate", "0", "--downtime-limit", "60s"])
         .args(arguments)
         .output()
@@ -105,7 +106,9 @@ fn many_devices_leave_without_a_word() {
 
 #[test]
 fn a_signal_for_the_terminal_ends_a_demo_in_order() {
-    let mut demo = command(&["demo", "--json", "--software", "--devices", "3", "--memory", "192M"])
+    let sizes = ["--memory", "192M", "--device-state", "64K"];
+    let mut demo = command(&["demo", "--json", "--software", "--devices", "3"])
+        .args(sizes)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)
@@ -126,7 +129,11 @@ fn a_signal_for_the_terminal_ends_a_demo_in_order() {
     let said = said.join("\n");
     let output = demo.wait_with_output().unwrap();
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((output.status.code(), &report["error"]), (Some(1), &"interrupted by SIGINT".into()), "{said}");
+    assert_eq!(
+        (output.status.code(), &report["error"]),
+        (Some(1), &"interrupted by SIGINT".into()),
+        "{said}"
+    );
     assert!(!said.contains("lost") && !said.contains("WARN"), "{said}");
     let pids = &report["pids"];
     let devices = pids["devices"].as_array().unwrap().iter();

@@ -1,7 +1,7 @@
 //! Descriptors, threads and disk that run out: at every limit in a range, what cannot be done is refused by the limit's name, and
 //! a guest runs on.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -362,4 +362,65 @@ fn a_full_disk_fails_what_is_written_and_the_guest_runs_on() {
     }
     assert!(moved);
     receiver.assert_runs();
+}
+
+/// A `vm` that has no descriptor for a client says so once, however often it tries, and once more when it comes to that again.
+#[test]
+fn a_shortage_of_descriptors_is_told_once_each_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("stderr");
+    let control = dir.path().join("control");
+    let child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
+        .args([
+            "vm",
+            "--software",
+            "--memory",
+            "64M",
+            "--exit-with-stdin",
+            "--control",
+            control.to_str().unwrap(),
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let process = Process::of(child);
+    let greeted = |stream: &UnixStream| {
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        assert!(line.contains("vfio-migrate"), "{line}");
+    };
+    greeted(&until("the control socket", || UnixStream::connect(&control).ok()));
+    let set = |most: &str| {
+        let words = [format!("--pid={}", process.pid()), format!("--nofile={most}:")];
+        assert!(Command::new("prlimit").args(words).status().unwrap().success());
+    };
+    let told = || std::fs::read_to_string(&log).unwrap().matches("can be taken in; it is tried").count();
+    // How often the thread that accepts has waited.
+    let tries = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap().flatten();
+        let status =
+            tasks.map(|task| std::fs::read_to_string(task.path().join("status")).unwrap_or_default());
+        let status = status.filter(|status| status.starts_with("Name:\tcontrol\n"));
+        let line = |status: String| {
+            let line = status.lines().find(|line| line.starts_with("voluntary_ctxt_switches:"));
+            line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).unwrap_or(0)
+        };
+        status.map(line).sum::<u64>()
+    };
+    for episode in 1..=2 {
+        set("3");
+        // A place for this one was set aside before, and it cannot be served.
+        let mut none = String::new();
+        let first = UnixStream::connect(&control).unwrap();
+        BufReader::new(&first).read_to_string(&mut none).unwrap();
+        let client = UnixStream::connect(&control).unwrap();
+        until("the shortage to be told", || (told() >= episode).then_some(()));
+        let before = tries();
+        until("five tries", || (tries() >= before + 5).then_some(()));
+        assert_eq!(told(), episode, "{}", std::fs::read_to_string(&log).unwrap());
+        set(ENOUGH);
+        greeted(&client);
+    }
 }

@@ -177,3 +177,40 @@ fn a_receiver_that_says_nothing() {
     }
     drop((unix, UnixStream::connect(&path)));
 }
+
+/// A server that refuses whoever comes is a server: nobody asks it whether it is a `vm` too.
+#[test]
+fn a_server_that_refuses_is_not_asked_for_a_vm() {
+    use std::io::{Read, Write};
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("refuses");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let clients = std::thread::spawn(move || {
+        let mut clients = 0;
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut header = [0u8; 16];
+            if stream.read_exact(&mut header).is_err() {
+                return clients;
+            }
+            clients += 1;
+            let size = u32::from_ne_bytes(header[4..8].try_into().unwrap());
+            stream.read_exact(&mut vec![0; size as usize - 16]).unwrap();
+            // The same message, as a reply with an error (flags 1 and 1 << 5): EPERM.
+            header[4..8].copy_from_slice(&16u32.to_ne_bytes());
+            header[8..12].copy_from_slice(&0x21u32.to_ne_bytes());
+            header[12..16].copy_from_slice(&1u32.to_ne_bytes());
+            stream.write_all(&header).unwrap();
+        }
+        clients
+    });
+    for question in [["describe", text(&socket)].as_slice(), &["check", text(&socket), text(&socket)]] {
+        let output = run(question);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.contains("refused VERSION") && !told.contains("`vm`"), "{told}");
+    }
+    // Without a word, which ends the server.
+    drop(UnixStream::connect(&socket).unwrap());
+    assert!(clients.join().unwrap() >= 2);
+}

@@ -180,6 +180,11 @@ impl Journal {
         Ok(Self { vm, place: JournalPlace::Directory { dir: dir.to_owned(), _session: session } })
     }
 
+    /// Whether there is no state directory, which could keep a write waiting.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        matches!(self.place, JournalPlace::Memory(_))
+    }
+
     /// The file's content now.
     pub(crate) fn read(&self) -> Result<JournalFile, JournalError> {
         match &self.place {

@@ -4,13 +4,21 @@ use std::any::Any;
 use std::error::Error;
 
 use rustix::io::Errno;
-use vfio_migration_device::{DeviceError, PciError, Remedy, TransitionError};
+use vfio_migration_device::{DeviceError, PciError, Remedy, TransitionError, is_server_gone};
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 
 use crate::channel::error::ChannelError;
 use crate::machine::{LockError, MachineError};
 use crate::ownership::journal::JournalError;
+
+/// What to do about a device whose server has ended, or was cut off.
+const SERVER_GONE: &str =
+    "see why its server is gone, by the server's log: a guest that runs does not get the device back";
+/// What to do about a device that failed.
+const DEVICE_LOG: &str = "look at the device server's or the driver's log";
+/// What to do about a journal that cannot be read or written.
+pub(crate) const STATE_DIR: &str = "look at the state directory";
 
 /// `failure`, as one of `device`, whatever failed of it.
 pub(crate) fn with_device(device: &DeviceId, failure: Failure) -> Failure {
@@ -35,7 +43,7 @@ impl InPhase for DeviceError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         Failure {
             errno: number(self.errno),
-            remedy: "look at the device server's or the driver's log".into(),
+            remedy: if is_server_gone(self) { SERVER_GONE } else { DEVICE_LOG }.into(),
             ..Failure::new(side, phase, error_chain(self)).of_device(&self.device)
         }
     }
@@ -72,8 +80,10 @@ impl InPhase for PciError {
 impl InPhase for MemoryError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         let remedy = match self {
-            Self::DirtyLog { .. } | Self::AlreadyLogging { .. } | Self::NotLogging { .. } => {
-                "see that nobody else logs the same writes, and look at the device server's or the driver's log"
+            Self::DirtyLog { .. } if is_server_gone(self) => SERVER_GONE,
+            Self::DirtyLog { .. } => DEVICE_LOG,
+            Self::AlreadyLogging { .. } | Self::NotLogging { .. } => {
+                "see that nobody else starts and stops the log of the same writes"
             }
             _ => "",
         };
@@ -129,7 +139,11 @@ impl InPhase for LockError {
 
 impl InPhase for JournalError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
-        Failure::new(side, phase, error_chain(self)).with_remedy("look at the state directory")
+        let remedy = match self {
+            Self::Busy { .. } => "wait for its end, or cancel it",
+            Self::File { .. } | Self::NotRegular(_) | Self::Content { .. } => STATE_DIR,
+        };
+        Failure::new(side, phase, error_chain(self)).with_remedy(remedy)
     }
 }
 

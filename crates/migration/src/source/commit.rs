@@ -13,10 +13,11 @@ use crate::channel::connect::{self, ConnectError};
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
-use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::abandon::{NoThread, Unanswered, answer_unless};
 use crate::session::awaited::Request;
-use crate::session::fail::InPhase;
+use crate::session::fail::{InPhase, STATE_DIR};
 use crate::session::lock::lock;
+use crate::session::threads::no_thread;
 use crate::session::work_error::WorkError;
 use crate::uri::Uri;
 
@@ -105,19 +106,24 @@ impl Worker {
                 .write_source(record, reason)
                 .map_err(|error| failed(error.in_phase(Side::Source, phase)));
         }
-        let hangs = |text: &str| {
-            failed(Failure::new(Side::Source, phase, text).with_remedy("look at the state directory"))
-        };
         let sending = state == SourceState::Sending;
         if self.journal_hangs {
-            return Err(hangs("the state directory did not answer when it was written before"));
+            let text = "the state directory did not answer when it was written before";
+            return Err(failed(Failure::new(Side::Source, phase, text).with_remedy(STATE_DIR)));
+        }
+        // A session without a state directory has nothing to wait for.
+        if self.plan.journal.is_in_memory() {
+            let written = self.plan.journal.write_source(record, reason);
+            return written.map_err(|error| failed(error.in_phase(Side::Source, phase)));
         }
         let journal = Arc::clone(&self.plan.journal);
         let _wait = self.plan.answers.wait(None, Request::Journal, None);
         let given_up = || sending && self.shared.interrupt.raised();
         match answer_unless(given_up, None, move || journal.write_source(record, reason)) {
             Ok(written) => written.map_err(|error| failed(error.in_phase(Side::Source, phase))),
-            Err(Unanswered::NoThread(error)) => Err(hangs(&error_chain(&error))),
+            Err(Unanswered::NoThread(NoThread(error))) => {
+                Err(failed(no_thread(Side::Source, phase, "journal", &error)))
+            }
             Err(Unanswered::GivenUp | Unanswered::Late) => {
                 self.journal_hangs = true;
                 Err(WorkError::Interrupted)
