@@ -139,6 +139,8 @@ pub(crate) struct AwaitedAnswers(Arc<Mutex<Awaited>>);
 struct Awaited {
     next: u64,
     requests: Vec<Sent>,
+    /// Times until which devices are waited for, whatever they are asked meanwhile.
+    limits: Vec<(DeviceId, Instant)>,
 }
 
 #[derive(Debug)]
@@ -148,6 +150,13 @@ struct Sent {
     request: Request,
     at: Instant,
     limit: Option<Duration>,
+}
+
+/// A limit over all that a device is asked, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct DeviceLimit {
+    of: AwaitedAnswers,
+    device: DeviceId,
 }
 
 /// A wait for an answer, until it is dropped.
@@ -164,8 +173,16 @@ impl AwaitedAnswers {
         let number = awaited.next;
         awaited.next += 1;
         let (device, at) = (device.cloned(), Instant::now());
+        let until = awaited.limits.iter().find(|(limited, _)| Some(limited) == device.as_ref());
+        let limit = until.map_or(limit, |(_, until)| Some(until.saturating_duration_since(at)));
         awaited.requests.push(Sent { number, device, request, at, limit });
         Wait { of: self.clone(), number }
+    }
+
+    /// Has everything that `device` is asked from now on told with the time that is left until then, in place of a limit of its own.
+    pub(crate) fn limit(&self, device: &DeviceId, until: Instant) -> DeviceLimit {
+        lock(&self.0).limits.push((device.clone(), until));
+        DeviceLimit { of: self.clone(), device: device.clone() }
     }
 
     /// Those that are to be told of a session that is under way, which is being cancelled or not.
@@ -183,6 +200,12 @@ impl AwaitedAnswers {
             limit: sent.limit,
         });
         late.filter(|answer| answer.waited >= least).collect()
+    }
+}
+
+impl Drop for DeviceLimit {
+    fn drop(&mut self) {
+        lock(&self.of.0).limits.retain(|(device, _)| *device != self.device);
     }
 }
 
@@ -221,5 +244,24 @@ mod tests {
         assert_eq!(answers.longer_than(Duration::ZERO).len(), 1);
         drop(second);
         assert_eq!(answers.longer_than(Duration::ZERO), []);
+    }
+
+    #[test]
+    fn one_limit_is_told_of_all_that_a_device_is_asked() {
+        let answers = AwaitedAnswers::default();
+        let [limited, other] = ["net0", "net1"].map(|name| DeviceId::new(name).unwrap());
+        let told =
+            |answers: &AwaitedAnswers| answers.longer_than(Duration::ZERO).pop().unwrap().limit.unwrap();
+        let (own, all) = (Duration::from_secs(10), Duration::from_secs(100));
+        let limit = answers.limit(&limited, Instant::now() + all);
+        for request in [Request::State, Request::Reset] {
+            let _wait = answers.wait(Some(&limited), request, Some(own));
+            assert!(own < told(&answers) && told(&answers) <= all);
+        }
+        let _other = answers.wait(Some(&other), Request::State, Some(own));
+        assert_eq!(told(&answers), own);
+        drop(limit);
+        let _wait = answers.wait(Some(&limited), Request::State, Some(own));
+        assert_eq!(told(&answers), own);
     }
 }
