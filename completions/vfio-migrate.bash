@@ -1337,7 +1337,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__vm)
-            opts="-v -h -V --memory --device --incoming --once --restore --control --control-group --control-read-group --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --tls-creds --tls-pin --insecure-plaintext --allow-uid --allow-gid --config-rule --verbose --help --version"
+            opts="-v -h -V --memory --device --incoming --once --restore --control --control-group --control-read-group --uuid --state-dir --dirty-rate --paused --software --require-kvm --policy --expect --tls-creds --tls-pin --insecure-plaintext --allow-uid --allow-gid --config-rule --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1384,6 +1384,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --policy)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --expect)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

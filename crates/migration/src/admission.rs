@@ -97,12 +97,13 @@ impl Admission {
 
     /// A connection was dropped before it had said what it came for.
     pub(crate) fn dropped(&self, dropped: DroppedConnection) {
-        let DroppedConnection { link, why, left } = dropped;
+        let DroppedConnection { link, why, left, not_allowed } = dropped;
         if left {
             tracing::debug!(peer = %link.peer(), "a connection was closed by its peer");
             return;
         }
-        self.record(&link, None, RefusalCause::NoMigration(why));
+        let why = if not_allowed { RefusalCause::NotAllowed } else { RefusalCause::NoMigration(why) };
+        self.record(&link, None, why);
     }
 
     /// Counts an attempt that was let in, or one less: what came with it was not expected.

@@ -38,6 +38,9 @@ pub enum RefusalCause {
     /// It did not get as far as to say what it came for: it is not trusted, or no migration.
     #[error("{0}")]
     NoMigration(String),
+    /// It came over a unix socket, of a process that may not be at its other end.
+    #[error("neither its user nor a group of its may come (--allow-uid, --allow-gid)")]
+    NotAllowed,
     /// It asked what became of a migration whose source it is not.
     #[error("it asked what became of another's migration")]
     AskedForAnother,
@@ -48,7 +51,7 @@ impl RefusalCause {
     pub fn code(&self) -> Option<SessionCode> {
         match self {
             Self::Unexpected(unexpected) => Some(unexpected.code()),
-            Self::NotNow(_) | Self::NoMigration(_) | Self::AskedForAnother => None,
+            Self::NotNow(_) | Self::NoMigration(_) | Self::NotAllowed | Self::AskedForAnother => None,
         }
     }
 }

@@ -67,6 +67,14 @@ fn a_source_of_another_user_is_refused_by_name_and_disturbs_nobody() {
     assert!(why.contains("user 54001") && why.contains("--allow-uid"), "{why}");
     said(&log, &["user 54001", "group 54001", "process"]);
     assert_eq!(receiver.query("query")["last"], Value::Null, "it was no session");
+    let counted = || receiver.info()["refused"].clone();
+    let told = counted();
+    assert_eq!(
+        (&told["count"], &told["last"]["security"]["unix-peer"]["uid"]),
+        (&1.into(), &54001.into()),
+        "{told}"
+    );
+    assert!(told["last"]["why"].as_str().unwrap().contains("--allow-uid"), "{told}");
     let output = place.run(STRANGER, &["check", &format!("vm:{}", control(&stranger)), &address(&at)]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     // Nor while the rightful one is on its way.
@@ -75,6 +83,7 @@ fn a_source_of_another_user_is_refused_by_name_and_disturbs_nobody() {
     until("the wait", || (own.migration()["status"] == "pre-switchover").then_some(()));
     refused(&stranger, &address(&at));
     assert_eq!(own.migration()["status"], "pre-switchover");
+    assert_eq!(counted()["count"], 3);
     own.query("migrate-continue");
     assert_eq!(own.ended()["status"], "completed");
     until("the guest", || (receiver.status() == "running").then_some(()));

@@ -13,7 +13,7 @@ use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
 use crate::channel::transport::Transport;
-use crate::unix_peer::{AllowedUnixPeers, UnixPeerError};
+use crate::unix_peer::AllowedUnixPeers;
 
 /// Connections that may wait at once. For one more the oldest is dropped.
 const MOST: usize = 64;
@@ -45,6 +45,8 @@ pub(crate) struct DroppedConnection {
     pub(crate) why: String,
     /// It was closed by its peer, who had not said a word.
     pub(crate) left: bool,
+    /// Nothing was read of it: its process may not be at the other end of a unix socket.
+    pub(crate) not_allowed: bool,
 }
 
 /// A connection whose HELLO has been read.
@@ -88,8 +90,6 @@ struct PendingConnection {
     reader: Reader,
     patience: Duration,
     since: Instant,
-    /// Why nothing is read of it.
-    refused: Option<UnixPeerError>,
 }
 
 impl PendingConnections {
@@ -104,18 +104,29 @@ impl PendingConnections {
         oldest.is_none_or(|oldest| oldest.since.elapsed() >= LEAST_PATIENCE)
     }
 
-    /// Takes in a connection, which has `patience` to send its first message whole. Of who may not be there nothing is read: he is
-    /// told why. To be asked before: [`has_room`](Self::has_room).
-    pub(crate) fn add(&mut self, transport: Box<dyn Transport>, patience: Duration) {
-        let refused = transport.security().check_unix_peer(&self.peers).err();
-        // One that is refused goes at the next look, and takes nobody's place.
-        if refused.is_none() && self.waiting.len() >= MOST {
+    /// Takes in a connection, which has `patience` to send its first message whole. One of a process that may not be at the other end is
+    /// dropped instead, and takes nobody's place: it is told why, and nothing is read of it. To be asked before:
+    /// [`has_room`](Self::has_room).
+    pub(crate) fn add(
+        &mut self,
+        transport: Box<dyn Transport>,
+        patience: Duration,
+    ) -> Result<(), DroppedConnection> {
+        let stranger = transport.security().check_unix_peer(&self.peers).err();
+        let link = Link::accepted(transport);
+        if let Some(stranger) = stranger {
+            // It is a process of this host, which may know whom it has to do with.
+            let welcomed = link.welcome();
+            tracing::debug!(welcomed = welcomed.is_ok(), "a peer is refused");
+            return Err(DroppedConnection { not_allowed: true, ..dropped(link, error_chain(&stranger)) });
+        }
+        if self.waiting.len() >= MOST {
             tracing::warn!("too many connections send nothing: the oldest is dropped");
             self.waiting.remove(0).link.shutdown();
         }
-        let link = Link::accepted(transport);
         let reader = Reader::new(&link, Side::Source);
-        self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now(), refused });
+        self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now() });
+        Ok(())
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -131,12 +142,6 @@ impl PendingConnections {
     pub(crate) fn poll(&mut self) -> Option<Result<Greeting, DroppedConnection>> {
         for at in 0..self.waiting.len() {
             let pending = self.waiting.get_mut(at)?;
-            if let Some(refused) = pending.refused.take() {
-                // It is a process of this host, which may know what it has to do with.
-                let welcomed = pending.link.welcome();
-                tracing::debug!(welcomed = welcomed.is_ok(), "a peer is refused");
-                return Some(self.waiting.remove(at).accepted(Err(error_chain(&refused)), false));
-            }
             let mut left = false;
             let first = match pending.reader.first() {
                 Ok(Some(message)) => Ok(message),
@@ -167,11 +172,15 @@ impl PendingConnection {
             Ok(_) => "it began with neither HELLO nor QUERY".to_owned(),
             Err(why) => why,
         };
-        // A peer that speaks a little of our language is sent the reason; to anybody else the link sends nothing.
-        let told: Result<(), ChannelError> =
-            link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
-        tracing::debug!(told = told.is_ok(), "a connection is dropped");
-        link.shutdown();
-        Err(DroppedConnection { link, why, left })
+        Err(DroppedConnection { left, ..dropped(link, why) })
     }
+}
+
+/// Ends a connection. A peer that speaks a little of our language is sent the reason; to anybody else the link sends nothing.
+fn dropped(link: Arc<Link>, why: String) -> DroppedConnection {
+    let told: Result<(), ChannelError> =
+        link.send(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
+    tracing::debug!(told = told.is_ok(), "a connection is dropped");
+    link.shutdown();
+    DroppedConnection { link, why, left: false, not_allowed: false }
 }

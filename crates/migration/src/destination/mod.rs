@@ -246,8 +246,10 @@ impl Destination {
             }
             let has_room = self.pending.has_room();
             if has_room && let Some(socket) = self.listener.try_accept(true) {
-                self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE));
-                continue;
+                match self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE)) {
+                    Ok(()) => continue,
+                    Err(stranger) => return Ok(Err(stranger)),
+                }
             }
             if self.pending.is_empty() {
                 self.listener.check()?;

@@ -41,6 +41,8 @@ use crate::tls::config::Security;
 /// Time after which the loop looks again for connections, and while one has sent nothing yet, at it.
 const POLL_LISTENER: Duration = Duration::from_millis(50);
 const POLL_PENDING: Duration = Duration::from_millis(10);
+/// Connections of processes that may not be there which are refused at one look.
+const MOST_STRANGERS: usize = 16;
 /// Jobs that may wait for the worker. More wait only when a source asks and asks and reads no answer.
 const MOST_JOBS: u64 = 4096;
 
@@ -329,11 +331,17 @@ impl Session<'_> {
             return;
         }
         self.polled = Instant::now();
-        if self.pending.has_room()
+        // Those that may not come are many at most, and none of them keeps the next one waiting.
+        for _ in 0..MOST_STRANGERS {
+            if !self.pending.has_room() {
+                break;
+            }
             // A guest's downtime does not wait for the disk that certificates are on.
-            && let Some(socket) = self.listener.try_accept(false)
-        {
-            self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE));
+            let Some(socket) = self.listener.try_accept(false) else { break };
+            match self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE)) {
+                Ok(()) => break,
+                Err(stranger) => self.admission.dropped(stranger),
+            }
         }
         match self.pending.poll() {
             Some(Ok(Greeting::Query(question))) if refuse_stranger(&question, self.source, self.security) => {
