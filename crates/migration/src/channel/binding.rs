@@ -8,6 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vfio_migration_types::AttemptId;
+use zeroize::Zeroizing;
 
 use crate::channel::link::Link;
 
@@ -19,18 +20,18 @@ pub(crate) const NO_PROOF: [u8; 32] = [0; 32];
 
 /// The secret that the two ends of a session share.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) struct SessionKey(blake3::Hash);
+pub(crate) struct SessionKey(Zeroizing<[u8; 32]>);
 
 impl SessionKey {
     /// The secret of the session over `link`; `None` where no TLS of ours is under it.
     pub(crate) fn of(link: &Link, attempt: AttemptId) -> Option<Self> {
-        link.export(SESSION, &attempt.0).map(|bytes| Self(blake3::Hash::from_bytes(bytes)))
+        link.export(SESSION, &attempt.0).map(Zeroizing::new).map(Self)
     }
 
     /// What says on `link` that we were in the session.
     pub(crate) fn proof(&self, link: &Link) -> Option<[u8; 32]> {
         let connection = link.export(CONNECTION, &[])?;
-        Some(*blake3::keyed_hash(self.0.as_bytes(), &connection).as_bytes())
+        Some(*blake3::keyed_hash(&self.0, &connection).as_bytes())
     }
 
     /// Whether `said`, on `link`, proves that the peer was in the session.
@@ -49,13 +50,14 @@ impl fmt::Debug for SessionKey {
 
 impl Serialize for SessionKey {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(&self.0.to_hex())
+        to.serialize_str(&blake3::Hash::from_bytes(*self.0).to_hex())
     }
 }
 
 impl<'de> Deserialize<'de> for SessionKey {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        blake3::Hash::from_hex(text).map(Self).map_err(serde::de::Error::custom)
+        let text = Zeroizing::new(String::deserialize(from)?);
+        let hash = blake3::Hash::from_hex(text.as_bytes()).map_err(serde::de::Error::custom)?;
+        Ok(Self(Zeroizing::new(*hash.as_bytes())))
     }
 }

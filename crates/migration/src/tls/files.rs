@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use rustls::crypto::ring::default_provider;
+use rustls::crypto::ring::sign::any_supported_type;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+use zeroize::Zeroizing;
 
 use crate::regular_file::open_regular;
 use crate::tls::error::TlsError;
@@ -50,7 +51,7 @@ impl TlsRole {
     }
 }
 
-/// A certificate with its private key, which is wiped from memory when dropped.
+/// A certificate with its private key.
 pub(crate) struct OwnCertificate {
     pub(crate) key: CertifiedKey,
     pub(crate) identity: PeerIdentity,
@@ -63,10 +64,9 @@ pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCert
     let key_path = directory.join(role.key_file());
     let key = private_key(&key_path)?;
     let content = |what: &str| TlsError::Content { path: key_path.clone(), what: what.to_owned() };
-    let signing = default_provider()
-        .key_provider
-        .load_private_key(key)
-        .map_err(|_| content("holds no private key of a kind that TLS 1.3 knows"))?;
+    // By reference: what is given away is not wiped.
+    let signing =
+        any_supported_type(&key).map_err(|_| content("holds no private key of a kind that TLS 1.3 knows"))?;
     let key = CertifiedKey::new(chain, signing);
     match key.keys_match() {
         Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
@@ -99,14 +99,12 @@ pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, 
     }
 }
 
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    let mut file = read(path)?;
+fn private_key(path: &Path) -> Result<Zeroizing<PrivateKeyDer<'static>>, TlsError> {
+    let file = read(path)?;
     if is_loose(file.mode, file.owner, rustix::process::geteuid().as_raw()) {
-        file.wipe();
         return Err(TlsError::LooseKey { path: path.into(), mode: file.mode & 0o7777 });
     }
-    let key = PrivateKeyDer::from_pem_slice(&file.bytes);
-    file.wipe();
+    let key = PrivateKeyDer::from_pem_slice(&file.bytes).map(Zeroizing::new);
     key.map_err(|_| TlsError::Content {
         path: path.into(),
         what: "holds no private key in PEM (one with a passphrase cannot be used)".into(),
@@ -117,17 +115,11 @@ fn no_certificate(path: &Path) -> TlsError {
     TlsError::Content { path: path.into(), what: "holds no certificate in PEM".into() }
 }
 
+/// What a file holds, which may be a secret, and whose it is.
 struct Contents {
-    bytes: Vec<u8>,
+    bytes: Zeroizing<Vec<u8>>,
     mode: u32,
     owner: u32,
-}
-
-impl Contents {
-    fn wipe(&mut self) {
-        self.bytes.fill(0);
-        std::hint::black_box(&self.bytes);
-    }
 }
 
 /// Reads a regular file, whole, with the permissions of the very file that was read.
@@ -136,7 +128,8 @@ fn read(path: &Path) -> Result<Contents, TlsError> {
     let failed = |source| TlsError::File { path: path.into(), source: Arc::new(source) };
     let found = file.metadata().map_err(failed)?;
     // In one piece: what a growing vector leaves behind is not wiped.
-    let mut bytes = Vec::with_capacity(usize::try_from(found.len().min(LONGEST)).unwrap_or(0) + 1);
+    let room = usize::try_from(found.len().min(LONGEST)).unwrap_or(0) + 1;
+    let mut bytes = Zeroizing::new(Vec::with_capacity(room));
     file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > LONGEST {
         return Err(TlsError::Content { path: path.into(), what: format!("is longer than {LONGEST} bytes") });
