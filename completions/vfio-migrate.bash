@@ -175,6 +175,9 @@ _vfio__migrate() {
             vfio__migrate__subcmd__help__subcmd__tls,pin)
                 cmd="vfio__migrate__subcmd__help__subcmd__tls__subcmd__pin"
                 ;;
+            vfio__migrate__subcmd__help__subcmd__tls,revoke)
+                cmd="vfio__migrate__subcmd__help__subcmd__tls__subcmd__revoke"
+                ;;
             vfio__migrate__subcmd__help__subcmd__tls,show)
                 cmd="vfio__migrate__subcmd__help__subcmd__tls__subcmd__show"
                 ;;
@@ -186,6 +189,9 @@ _vfio__migrate() {
                 ;;
             vfio__migrate__subcmd__tls,pin)
                 cmd="vfio__migrate__subcmd__tls__subcmd__pin"
+                ;;
+            vfio__migrate__subcmd__tls,revoke)
+                cmd="vfio__migrate__subcmd__tls__subcmd__revoke"
                 ;;
             vfio__migrate__subcmd__tls,show)
                 cmd="vfio__migrate__subcmd__tls__subcmd__show"
@@ -853,7 +859,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__help__subcmd__tls)
-            opts="init host show pin"
+            opts="init host revoke show pin"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -895,6 +901,20 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__help__subcmd__tls__subcmd__pin)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        vfio__migrate__subcmd__help__subcmd__tls__subcmd__revoke)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1243,7 +1263,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__tls)
-            opts="-v -h -V --verbose --help --version init host show pin"
+            opts="-v -h -V --verbose --help --version init host revoke show pin"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1257,7 +1277,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__tls__subcmd__host)
-            opts="-o -v -h -V --ca --output --also --days --force --verbose --help --version"
+            opts="-o -v -h -V --ca --output --also --days --force --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1291,7 +1311,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__tls__subcmd__init)
-            opts="-v -h -V --days --verbose --help --version"
+            opts="-v -h -V --days --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1309,7 +1329,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__tls__subcmd__pin)
-            opts="-v -h -V --verbose --help --version"
+            opts="-v -h -V --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1322,8 +1342,34 @@ _vfio__migrate() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        vfio__migrate__subcmd__tls__subcmd__revoke)
+            opts="-v -h -V --cert --ca --days --json --verbose --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --cert)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ca)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --days)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         vfio__migrate__subcmd__tls__subcmd__show)
-            opts="-v -h -V --verbose --help --version"
+            opts="-v -h -V --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

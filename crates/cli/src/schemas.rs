@@ -24,6 +24,7 @@ use crate::verbs::explain::{ExplainedCode, ExplanationList};
 use crate::verbs::history::HistoryReport;
 use crate::verbs::moves::{ActionReply, EndedReport, RehearseReport};
 use crate::verbs::state_dir::StateDirReport;
+use crate::verbs::tls::report::{TlsMadeReport, TlsPinReport, TlsShowReport};
 
 /// What a verb prints with `--json`.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +44,7 @@ const fn answer(verb: &'static str, when: &'static str, schema: &'static str) ->
 }
 
 /// Every document that a verb prints with `--json` when it does what it was asked for.
-pub(crate) const ANSWERS: [Answer; 28] = [
+pub(crate) const ANSWERS: [Answer; 31] = [
     answer("demo", "also when it fails", "demo"),
     answer(
         "migrate",
@@ -76,6 +77,9 @@ pub(crate) const ANSWERS: [Answer; 28] = [
     answer("incoming", "", "acknowledged"),
     answer("devices", "", "devices"),
     answer("doctor", "also when something is missing, exit 1", "doctor"),
+    answer("tls", "`init`, `host`, `revoke`", "tls-made"),
+    answer("tls", "`show`, also when something cannot be used, exit 1", "tls-show"),
+    answer("tls", "`pin`", "tls-pin"),
 ];
 
 /// The documents of a verb.
@@ -112,6 +116,9 @@ pub(crate) fn by_name() -> Vec<(&'static str, Schema)> {
         ("device-file", schema_for!(DeviceFileReport)),
         ("devices", schema_for!(DevicesReport)),
         ("doctor", schema_for!(DoctorReport)),
+        ("tls-made", schema_for!(TlsMadeReport)),
+        ("tls-show", schema_for!(TlsShowReport)),
+        ("tls-pin", schema_for!(TlsPinReport)),
         ("failure", schema_for!(FailureReport)),
         ("acknowledged", schema_for!(ActionReply)),
         ("query", schema_for!(StatusReport)),
@@ -157,7 +164,9 @@ mod tests {
     fn every_verb_with_json_is_listed_and_every_schema_is_there() {
         let schemas: Vec<&str> = by_name().into_iter().map(|(name, _)| name).collect();
         for verb in Cli::command().get_subcommands() {
-            let json = verb.get_arguments().any(|argument| argument.get_id() == "json");
+            // `tls show`
+            let parts = verb.get_subcommands().flat_map(|part| part.get_arguments());
+            let json = verb.get_arguments().chain(parts).any(|argument| argument.get_id() == "json");
             assert_eq!(of_verb(verb.get_name()).next().is_some(), json, "{}", verb.get_name());
         }
         for answer in ANSWERS {

@@ -126,10 +126,10 @@ impl CliVerb {
             Self::Describe(options) => options.json,
             Self::Check(options) => options.json,
             Self::Explain(options) => options.json,
+            Self::Tls(options) => options.json(),
             Self::Demo(_)
             | Self::Device(_)
             | Self::Vm(_)
-            | Self::Tls(_)
             | Self::Completions { .. }
             | Self::Man { .. }
             | Self::Generate { .. } => false,

@@ -7,7 +7,9 @@ use std::path::Path;
 use rustix::fs::{MemfdFlags, memfd_create};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use vfio_migration::{TlsRole, own_identity, trusted_authorities};
+use vfio_migration::{
+    CRL_FILE, TlsRole, own_identity, revocation_lists, trusted_authorities, usable_identity,
+};
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 use vfio_migration_types::{error_chain, rfc3339};
 
@@ -102,26 +104,31 @@ fn examine(roots: &Roots, memory: Option<u64>) -> DoctorReport {
 
 /// The certificates that a `vm` would be started with. A host that only sends, or only receives, has those for that alone.
 fn tls_creds(dir: &Path) -> HostCheck {
-    let mut found = vec![trusted_authorities(dir).map(|_| None)];
+    let ca = trusted_authorities(dir);
+    let (usable, mut wrong, mut until) = (ca.is_ok(), Vec::new(), Vec::new());
+    wrong.extend(ca.err().map(|error| error.to_string()));
+    let lists = if usable { revocation_lists(dir) } else { Ok(Vec::new()) };
+    for list in lists.as_ref().into_iter().flatten().filter(|list| list.expires_soon()) {
+        wrong.extend(list.next_update.map(|end| format!("{CRL_FILE} expires at {}", rfc3339(end))));
+    }
     let roles = [TlsRole::Server, TlsRole::Client];
     let none = !roles.iter().any(|role| dir.join(role.certificate_file()).exists());
     for role in roles {
         let file = role.certificate_file();
-        if none || dir.join(&file).exists() {
-            found.push(own_identity(dir, role).map(|own| Some((file, own))));
+        if !none && !dir.join(&file).exists() {
+            continue;
         }
-    }
-    let (mut wrong, mut until) = (Vec::new(), Vec::new());
-    for file in found {
-        match file {
-            Ok(None) => {}
-            Ok(Some((file, own))) => {
+        // What is wrong with the list is told once.
+        let own = if usable && lists.is_ok() { usable_identity(dir, role) } else { own_identity(dir, role) };
+        match own {
+            Ok(own) => {
                 let text = format!("{file} expires at {}", rfc3339(own.not_after));
                 if own.expires_soon() { wrong.push(text) } else { until.push(text) }
             }
             Err(error) => wrong.push(error.to_string()),
         }
     }
+    wrong.extend(lists.err().map(|error| error.to_string()));
     let (status, found) =
         if wrong.is_empty() { (CheckStatus::Ok, until) } else { (CheckStatus::Warn, wrong) };
     let means = "guests move over TLS with these alone";

@@ -32,6 +32,7 @@ mod moves;
 mod other_users;
 mod quit;
 mod receivers;
+mod revoked;
 mod sabotage;
 mod scarce;
 mod signals;

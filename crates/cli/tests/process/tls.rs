@@ -13,25 +13,25 @@ use crate::support::{Setup, Vm, control, fails, run, software};
 
 const HOST: &str = "127.0.0.1";
 
-fn words(path: &Path) -> &str {
+pub(crate) fn words(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// Runs the command, which succeeds, and returns what it prints.
-fn done(arguments: &[&str]) -> String {
+pub(crate) fn done(arguments: &[&str]) -> String {
     let output = run(arguments);
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
 /// A CA, and folders of two hosts: one that sends, and one that is reached at [`HOST`].
-struct Pki {
-    ca: PathBuf,
-    a: PathBuf,
-    b: PathBuf,
+pub(crate) struct Pki {
+    pub(crate) ca: PathBuf,
+    pub(crate) a: PathBuf,
+    pub(crate) b: PathBuf,
 }
 
-fn pki(dir: &Path) -> Pki {
+pub(crate) fn pki(dir: &Path) -> Pki {
     let pki = Pki { ca: dir.join("ca"), a: dir.join("pki-a"), b: dir.join("pki-b") };
     done(&["tls", "init", words(&pki.ca)]);
     let (ca, a, b) = (words(&pki.ca), words(&pki.a), words(&pki.b));
@@ -41,11 +41,11 @@ fn pki(dir: &Path) -> Pki {
     pki
 }
 
-fn receiver(dir: &Path, more: &[&str]) -> Vm {
+pub(crate) fn receiver(dir: &Path, more: &[&str]) -> Vm {
     software(dir, "b", &[&["--software", "--incoming", "tcp:127.0.0.1:0"], more].concat()).start()
 }
 
-fn source(dir: &Path, more: &[&str]) -> Vm {
+pub(crate) fn source(dir: &Path, more: &[&str]) -> Vm {
     software(dir, "a", &[&["--software"], more].concat()).start()
 }
 

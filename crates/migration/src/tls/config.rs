@@ -14,8 +14,9 @@ use rustls::{ClientConfig, ServerConfig};
 
 use vfio_migration_types::rfc3339;
 
+use crate::tls::crl::{CRL_FILE, Revocations, revocations};
 use crate::tls::error::TlsError;
-use crate::tls::files::{TlsRole, ca_path, own_certificate};
+use crate::tls::files::{OwnCertificate, TlsRole, ca_path, own_certificate};
 use crate::tls::identity::{PeerIdentity, Pin};
 use crate::tls::trust::Trust;
 
@@ -28,7 +29,7 @@ pub const ALPN: &[u8] = b"vfio-migrate/1";
 #[derive(Clone, Debug)]
 pub struct TlsDirectory {
     /// The directory, in the layout of QEMU and libvirt: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, `client-cert.pem`,
-    /// `client-key.pem`. A destination needs the server's files, a source the client's.
+    /// `client-key.pem`, and `ca-crl.pem` if there is one. A destination needs the server's files, a source the client's.
     pub path: PathBuf,
     /// Keys of peers. Not empty: only these are trusted, and no CA is asked, nor a host's name.
     pub pins: BTreeSet<Pin>,
@@ -42,12 +43,14 @@ impl TlsDirectory {
         Self { path: path.into(), pins: BTreeSet::new(), server_name: None }
     }
 
-    fn trust(&self) -> Result<Trust, TlsError> {
-        if self.pins.is_empty() {
-            Trust::authorities(&ca_path(&self.path))
-        } else {
-            Ok(Trust::Pins(Arc::new(self.pins.clone())))
+    /// Whom to trust; where that is a CA, it must not have taken our own certificate back, which is `own`.
+    fn trust(&self, role: TlsRole, own: &OwnCertificate) -> Result<Trust, TlsError> {
+        if !self.pins.is_empty() {
+            return Ok(Trust::Pins(Arc::new(self.pins.clone())));
         }
+        let revoked = revocations(&self.path)?;
+        check_own(&self.path, role, own, &revoked)?;
+        Trust::authorities(&ca_path(&self.path), revoked)
     }
 }
 
@@ -108,7 +111,7 @@ impl Security {
         if matches!(self, Self::Vouched(_)) { Proof::Name } else { Proof::Nothing }
     }
 
-    /// Says if our own certificate of `role` expires soon.
+    /// Says if our own certificate of `role`, or a revocation list, expires soon.
     pub(crate) fn warn_of_expiry(&self, role: TlsRole) {
         if let Self::Directory(directory) = self
             && let Ok(own) = own_identity(&directory.path, role)
@@ -116,6 +119,15 @@ impl Security {
         {
             let (file, until) = (directory.path.join(role.certificate_file()), rfc3339(own.not_after));
             tracing::warn!(file = %file.display(), "the certificate expires at {until}: make a new one");
+        }
+        if let Self::Directory(directory) = self
+            && directory.pins.is_empty()
+            && let Ok(revoked) = revocations(&directory.path)
+            && let Some(list) = revoked.lists.iter().find(|list| list.expires_soon())
+            && let Some(until) = list.next_update
+        {
+            let (file, until) = (directory.path.join(CRL_FILE), rfc3339(until));
+            tracing::warn!(file = %file.display(), "the revocation list expires at {until}: get a new one");
         }
     }
 
@@ -163,13 +175,37 @@ pub fn own_identity(directory: &Path, role: TlsRole) -> Result<PeerIdentity, Tls
     own_certificate(directory, role).map(|own| own.identity)
 }
 
+/// The same, and it is an error that the CA has taken the certificate back.
+///
+/// # Errors
+/// What is wrong with which file, [`CRL_FILE`] and those of the CAs among them.
+pub fn usable_identity(directory: &Path, role: TlsRole) -> Result<PeerIdentity, TlsError> {
+    let own = own_certificate(directory, role)?;
+    check_own(directory, role, &own, &revocations(directory)?)?;
+    Ok(own.identity)
+}
+
+fn check_own(
+    directory: &Path,
+    role: TlsRole,
+    own: &OwnCertificate,
+    revoked: &Revocations,
+) -> Result<(), TlsError> {
+    if own.key.cert.first().is_some_and(|leaf| revoked.has(leaf)) {
+        let path = directory.join(role.certificate_file());
+        let what = format!("is revoked, by {CRL_FILE}: get a new one from the CA");
+        return Err(TlsError::Content { path, what });
+    }
+    Ok(())
+}
+
 fn client(directory: &TlsDirectory) -> Result<Arc<ClientConfig>, TlsError> {
     let own = own_certificate(&directory.path, TlsRole::Client)?;
     let mut config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::of)?
         .dangerous()
-        .with_custom_certificate_verifier(directory.trust()?.server_verifier()?)
+        .with_custom_certificate_verifier(directory.trust(TlsRole::Client, &own)?.server_verifier()?)
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(own.key)));
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
@@ -184,7 +220,7 @@ fn server(directory: &TlsDirectory) -> Result<Arc<ServerConfig>, TlsError> {
     let mut config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::of)?
-        .with_client_cert_verifier(directory.trust()?.client_verifier()?)
+        .with_client_cert_verifier(directory.trust(TlsRole::Server, &own)?.client_verifier()?)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(own.key)));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

@@ -96,6 +96,9 @@ impl TlsError {
             E::NoCertificatesPresented => Self::Refused("the peer showed no certificate".to_owned()),
             E::AlertReceived(alert) => Self::RefusedByPeer(by_alert(alert)),
             E::NoApplicationProtocol => Self::other_protocol(),
+            E::InvalidCertRevocationList(why) => Self::Refused(format!(
+                "the peer's certificate cannot be judged: the revocation list of its CA cannot be used ({why:?})"
+            )),
             E::DecryptError => Self::Damaged,
             E::General(text) => Self::Setup(text),
             other => Self::Protocol(other.to_string()),
@@ -133,7 +136,12 @@ fn certificate(error: &CertificateError) -> String {
         C::InvalidPurpose | C::InvalidPurposeContext { .. } => {
             "the peer's certificate is not made for this purpose: its extended key usage must have serverAuth at a destination, clientAuth at a source".to_owned()
         }
-        C::Revoked => "the peer's certificate is revoked".to_owned(),
+        C::Revoked => "the peer's certificate is revoked, by this side's ca-crl.pem: its CA has to make it a new one".to_owned(),
+        C::ExpiredRevocationList => "the revocation list of the peer's CA, ca-crl.pem of this side, has expired: get a new one".to_owned(),
+        C::ExpiredRevocationListContext { next_update, .. } => format!(
+            "the revocation list of the peer's CA, ca-crl.pem of this side, expired at {}: get a new one",
+            time(next_update)
+        ),
         C::Other(other) => other.to_string(),
         other => format!("the peer's certificate is refused: {other}"),
     }
@@ -153,10 +161,13 @@ fn by_alert(alert: AlertDescription) -> String {
             "our certificate is not valid by its clock: make a new one, or set the clocks right".to_owned()
         }
         A::UnknownCA => {
-            "it does not trust the CA of our certificate: both hosts need the same ca-cert.pem".to_owned()
+            "it does not trust the CA of our certificate: both hosts need the same ca-cert.pem, and a ca-crl.pem that has not expired, \
+             if any"
+                .to_owned()
         }
         A::CertificateRequired => "it wants a certificate and we have shown none".to_owned(),
-        A::BadCertificate | A::CertificateUnknown | A::CertificateRevoked | A::UnsupportedCertificate => {
+        A::CertificateRevoked => "our certificate is revoked: its CA has to make a new one".to_owned(),
+        A::BadCertificate | A::CertificateUnknown | A::UnsupportedCertificate => {
             "it does not take our certificate: its log says why".to_owned()
         }
         A::AccessDenied => "our certificate is not among those that may come".to_owned(),

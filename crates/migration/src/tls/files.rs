@@ -10,6 +10,7 @@ use rustls::crypto::ring::sign::any_supported_type;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use crate::regular_file::open_regular;
@@ -20,6 +21,8 @@ use crate::tls::identity::PeerIdentity;
 const LONGEST: u64 = 1 << 20;
 /// Most certificates in one file.
 const MOST_CERTIFICATES: usize = 64;
+/// The same of one that lists what a CA has issued.
+const MOST_ISSUED: usize = 1024;
 /// The file of the certificates of the CAs that are trusted.
 pub const CA_FILE: &str = "ca-cert.pem";
 
@@ -87,13 +90,16 @@ pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCert
 
 /// All certificates of a file, at least one.
 pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    at_most(MOST_CERTIFICATES, path)
+}
+
+fn at_most(most: usize, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let text = read(path)?.bytes;
-    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).take(MOST_CERTIFICATES + 1).collect();
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).take(most + 1).collect();
     match all {
-        Ok(all) if all.len() > MOST_CERTIFICATES => Err(TlsError::Content {
-            path: path.into(),
-            what: format!("holds more than {MOST_CERTIFICATES} certificates"),
-        }),
+        Ok(all) if all.len() > most => {
+            Err(TlsError::Content { path: path.into(), what: format!("holds more than {most} certificates") })
+        }
         Ok(all) if !all.is_empty() => Ok(all),
         _ => Err(no_certificate(path)),
     }
@@ -116,14 +122,14 @@ fn no_certificate(path: &Path) -> TlsError {
 }
 
 /// What a file holds, which may be a secret, and whose it is.
-struct Contents {
-    bytes: Zeroizing<Vec<u8>>,
+pub(crate) struct Contents {
+    pub(crate) bytes: Zeroizing<Vec<u8>>,
     mode: u32,
     owner: u32,
 }
 
 /// Reads a regular file, whole, with the permissions of the very file that was read.
-fn read(path: &Path) -> Result<Contents, TlsError> {
+pub(crate) fn read(path: &Path) -> Result<Contents, TlsError> {
     let file = open_regular(path).map_err(|source| TlsError::Open(Arc::new(source)))?;
     let failed = |source| TlsError::File { path: path.into(), source: Arc::new(source) };
     let found = file.metadata().map_err(failed)?;
@@ -153,6 +159,38 @@ pub fn trusted_authorities(directory: &Path) -> Result<Vec<PeerIdentity>, TlsErr
     let unreadable =
         || TlsError::Content { path: path.clone(), what: "holds a certificate that cannot be read".into() };
     certificates(&path)?.iter().map(|der| PeerIdentity::of(der).map_err(|_| unreadable())).collect()
+}
+
+/// A certificate as its CA names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IssuedCertificate {
+    /// For whom it is.
+    pub identity: PeerIdentity,
+    /// Its serial number, as its DER has it.
+    pub serial: Vec<u8>,
+    /// Name of its CA, in DER.
+    pub issuer: Vec<u8>,
+    /// Its own name, in DER: of a CA's certificate, what those of it have as their issuer.
+    pub subject: Vec<u8>,
+}
+
+/// What a file of certificates in PEM has. Nobody has looked at their signatures.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn issued_certificates(path: &Path) -> Result<Vec<IssuedCertificate>, TlsError> {
+    let unreadable =
+        || TlsError::Content { path: path.into(), what: "holds a certificate that cannot be read".into() };
+    let issued = |der: &CertificateDer<'_>| {
+        let (_, parsed) = X509Certificate::from_der(der).map_err(|_| unreadable())?;
+        Ok(IssuedCertificate {
+            identity: PeerIdentity::of(der).map_err(|_| unreadable())?,
+            serial: parsed.raw_serial().to_vec(),
+            issuer: parsed.issuer().as_raw().to_vec(),
+            subject: parsed.subject().as_raw().to_vec(),
+        })
+    };
+    at_most(MOST_ISSUED, path)?.iter().map(issued).collect()
 }
 
 /// The path of a file of the layout, for an error or a listing.

@@ -4,6 +4,7 @@
 //! ever part of an error, a log line or `Debug`.
 
 pub(crate) mod config;
+pub(crate) mod crl;
 pub(crate) mod error;
 pub(crate) mod files;
 pub(crate) mod identity;

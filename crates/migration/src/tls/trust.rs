@@ -10,13 +10,14 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::ring::default_provider;
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
     SignatureScheme,
 };
 
+use crate::tls::crl::{CRL_FILE, Revocations};
 use crate::tls::error::TlsError;
 use crate::tls::files::certificates;
 use crate::tls::identity::{PeerIdentity, Pin};
@@ -24,15 +25,15 @@ use crate::tls::identity::{PeerIdentity, Pin};
 /// Whom a side trusts.
 #[derive(Clone, Debug)]
 pub(crate) enum Trust {
-    /// Whoever has a certificate of one of these CAs; a server's must name the host that was connected to.
-    Authorities(Arc<RootCertStore>),
+    /// Whoever has a certificate of one of these CAs that it has not taken back; a server's must name the host that was connected to.
+    Authorities(Arc<RootCertStore>, Revocations),
     /// Whoever has one of these keys, whatever its certificate says.
     Pins(Arc<BTreeSet<Pin>>),
 }
 
 impl Trust {
     /// The CAs of a file.
-    pub(crate) fn authorities(path: &Path) -> Result<Self, TlsError> {
+    pub(crate) fn authorities(path: &Path, revoked: Revocations) -> Result<Self, TlsError> {
         let mut roots = RootCertStore::empty();
         for certificate in certificates(path)? {
             roots.add(certificate).map_err(|_| TlsError::Content {
@@ -40,19 +41,19 @@ impl Trust {
                 what: "holds a certificate that cannot be a CA's".into(),
             })?;
         }
-        Ok(Self::Authorities(Arc::new(roots)))
+        Ok(Self::Authorities(Arc::new(roots), revoked))
     }
 
     /// Looks at the certificate of a destination.
     pub(crate) fn server_verifier(&self) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
-        let setup = |error: rustls::server::VerifierBuilderError| TlsError::Setup(error.to_string());
         Ok(match self {
-            Self::Authorities(roots) => {
-                let builder = WebPkiServerVerifier::builder_with_provider(
-                    Arc::clone(roots),
-                    Arc::new(default_provider()),
-                );
-                builder.build().map_err(setup)?
+            Self::Authorities(roots, revoked) => {
+                WebPkiServerVerifier::builder_with_provider(Arc::clone(roots), Arc::new(default_provider()))
+                    .with_crls(revoked.ders.iter().cloned())
+                    .allow_unknown_revocation_status()
+                    .enforce_revocation_expiration()
+                    .build()
+                    .map_err(not_built)?
             }
             Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
         })
@@ -60,18 +61,31 @@ impl Trust {
 
     /// Looks at the certificate of a source, which has to show one.
     pub(crate) fn client_verifier(&self) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
-        let setup = |error: rustls::server::VerifierBuilderError| TlsError::Setup(error.to_string());
         Ok(match self {
-            Self::Authorities(roots) => {
-                let builder = WebPkiClientVerifier::builder_with_provider(
-                    Arc::clone(roots),
-                    Arc::new(default_provider()),
-                );
-                // Whom we trust is nothing that a stranger has to know.
-                builder.clear_root_hint_subjects().build().map_err(setup)?
+            Self::Authorities(roots, revoked) => {
+                WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), Arc::new(default_provider()))
+                    // Whom we trust is nothing that a stranger has to know.
+                    .clear_root_hint_subjects()
+                    .with_crls(revoked.ders.iter().cloned())
+                    // A CA without a list has taken nothing back.
+                    .allow_unknown_revocation_status()
+                    // A list may expire while it waits.
+                    .enforce_revocation_expiration()
+                    .build()
+                    .map_err(not_built)?
             }
             Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
         })
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
+fn not_built(error: VerifierBuilderError) -> TlsError {
+    match error {
+        VerifierBuilderError::InvalidCrl(error) => TlsError::Setup(format!(
+            "{CRL_FILE} holds a revocation list of a kind that is not known: {error:?}"
+        )),
+        error => TlsError::Setup(error.to_string()),
     }
 }
 
@@ -102,15 +116,6 @@ impl PinVerifier {
         }
         Ok(())
     }
-
-    fn signed(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, leaf, signature, &self.algorithms)
-    }
 }
 
 fn unix(time: SystemTime) -> UnixTime {
@@ -125,9 +130,32 @@ fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
 #[error("the peer's key {0} is not among those that are pinned")]
 struct NotPinned(Pin);
 
-/// TLS 1.2 is not offered, so nothing of it is ever verified.
-fn no_tls12() -> Error {
-    Error::General("TLS 1.2 is not spoken".into())
+/// What both traits ask for in the same words.
+macro_rules! handshake_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            // TLS 1.2 is not offered, so nothing of it is ever verified.
+            Err(Error::General("TLS 1.2 is not spoken".into()))
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            leaf: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls13_signature(message, leaf, signature, &self.algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.algorithms.supported_schemes()
+        }
+    };
 }
 
 impl ServerCertVerifier for PinVerifier {
@@ -142,27 +170,7 @@ impl ServerCertVerifier for PinVerifier {
         self.check(leaf, now).map(|()| ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signed(message, leaf, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    handshake_signatures!();
 }
 
 impl ClientCertVerifier for PinVerifier {
@@ -179,25 +187,5 @@ impl ClientCertVerifier for PinVerifier {
         self.check(leaf, now).map(|()| ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signed(message, leaf, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    handshake_signatures!();
 }

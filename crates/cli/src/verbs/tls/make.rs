@@ -1,49 +1,47 @@
 //! Making a private CA, and certificates of hosts.
 
-use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, date_time_ymd,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
+    date_time_ymd,
 };
-use vfio_migration::{AtomicFile, CA_FILE, TlsRole};
-use vfio_migration_types::{quote, rfc3339};
+use vfio_migration::{CA_FILE, CRL_FILE, TlsRole};
+use vfio_migration_types::quote;
+use zeroize::Zeroizing;
 
 use crate::exit::{CliError, Exit};
-use crate::words::read_capped;
+use crate::verbs::tls::authority::{
+    Authority, CA_KEY_FILE, DAY, NewFile, crl_pem, date, make_folder, not_made, note_issued,
+};
+use crate::verbs::tls::report::TlsMadeReport;
 
-/// The file of the CA's private key.
-const CA_KEY_FILE: &str = "ca-key.pem";
-/// Longest file of a CA that is read, in bytes.
-const LONGEST: usize = 64 << 10;
-const DAY: Duration = Duration::from_secs(24 * 3600);
-
-/// Makes a CA in `dir`, and says what to do with it.
-pub(super) fn authority(dir: &Path, days: u32) -> Result<String, CliError> {
+/// Makes a CA in `dir`. Gives a report of it, and what is to be said of it.
+pub(super) fn authority(dir: &Path, days: u32) -> Result<(TlsMadeReport, String), CliError> {
     make_folder(dir)?;
-    let (certificate, key) = (dir.join(CA_FILE), dir.join(CA_KEY_FILE));
     // Both first: a CA whose key was replaced can vouch for nobody.
-    let files = (create(&key, false)?, create(&certificate, false)?);
-    let pair = KeyPair::generate().map_err(failed)?;
+    let (key_file, certificate_file) =
+        (NewFile::create(dir, CA_KEY_FILE, false)?, NewFile::create(dir, CA_FILE, false)?);
+    let pair = KeyPair::generate().map_err(not_made)?;
     let mut params = valid_for(CertificateParams::default(), days);
     // Two CAs of one name are told apart by nobody who reads an error.
     let name = format!("vfio-migrate CA {}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
     params.distinguished_name = named(&name);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let made = params.self_signed(&pair).map_err(failed)?;
-    write(files.0, &pair.serialize_pem())?;
-    write(files.1, &made.pem())?;
-    Ok(format!(
+    let made = params.self_signed(&pair).map_err(not_made)?;
+    let files =
+        vec![key_file.write(&Zeroizing::new(pair.serialize_pem()))?, certificate_file.write(&made.pem())?];
+    let text = format!(
         "{name} is in {}\n{} vouches for every host: it stays here, and is not copied\n",
         dir.display(),
-        key.display()
-    ))
+        dir.join(CA_KEY_FILE).display()
+    );
+    Ok((TlsMadeReport::new(&name, dir, files), text))
 }
 
-/// Makes what the host `name` needs into `dir`, by the CA in `ca`.
+/// Makes what the host `name` needs into `dir`, by the CA in `ca`. Gives a report of it, and what is to be said of it.
 pub(super) fn host(
     name: &str,
     also: &[String],
@@ -51,15 +49,8 @@ pub(super) fn host(
     dir: &Path,
     days: u32,
     force: bool,
-) -> Result<String, CliError> {
-    let text = |path: &Path| {
-        let bytes = read_capped(path, LONGEST)?;
-        String::from_utf8(bytes).map_err(|_| CliError::failed(format!("{} is no PEM", path.display())))
-    };
-    let ca_pem = text(&ca.join(CA_FILE))?;
-    let unusable = |error| CliError::caused(&format!("{} has no CA that can be used", ca.display()), &error);
-    let key = KeyPair::from_pem(&text(&ca.join(CA_KEY_FILE))?).map_err(unusable)?;
-    let issuer = Issuer::from_ca_cert_pem(&ca_pem, key).map_err(unusable)?;
+) -> Result<(TlsMadeReport, String), CliError> {
+    let authority = Authority::open(ca)?;
     let names: Vec<String> =
         std::iter::once(name).chain(also.iter().map(String::as_str)).map(str::to_owned).collect();
     if let Some(bad) = names.iter().find(|name| !is_host_name(name)) {
@@ -68,29 +59,38 @@ pub(super) fn host(
             format!("{} is no name of a host, and no address", quote(bad)),
         ));
     }
+    let list = crl_pem(ca)?;
     make_folder(dir)?;
-    let mut files = vec![(create(&dir.join(CA_FILE), force)?, ca_pem)];
+    let mut files = vec![(NewFile::create(dir, CA_FILE, force)?, Zeroizing::new(authority.pem.clone()))];
+    if let Some(list) = list {
+        files.push((NewFile::create(dir, CRL_FILE, force)?, Zeroizing::new(list)));
+    }
+    let mut issued = String::new();
     for (role, purpose) in [
         (TlsRole::Server, ExtendedKeyUsagePurpose::ServerAuth),
         (TlsRole::Client, ExtendedKeyUsagePurpose::ClientAuth),
     ] {
-        let pair = KeyPair::generate().map_err(failed)?;
-        let mut params = valid_for(CertificateParams::new(names.clone()).map_err(failed)?, days);
+        let pair = KeyPair::generate().map_err(not_made)?;
+        let mut params = valid_for(CertificateParams::new(names.clone()).map_err(not_made)?, days);
         params.distinguished_name = named(name);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![purpose];
         params.use_authority_key_identifier_extension = true;
-        let made = params.signed_by(&pair, &issuer).map_err(failed)?;
-        files.push((create(&dir.join(role.key_file()), force)?, pair.serialize_pem()));
-        files.push((create(&dir.join(role.certificate_file()), force)?, made.pem()));
+        let made = params.signed_by(&pair, &authority.issuer).map_err(not_made)?.pem();
+        issued.push_str(&made);
+        let (key, certificate) = (role.key_file(), role.certificate_file());
+        files.push((NewFile::create(dir, &key, force)?, Zeroizing::new(pair.serialize_pem())));
+        files.push((NewFile::create(dir, &certificate, force)?, Zeroizing::new(made)));
     }
-    for (file, text) in files {
-        write(file, &text)?;
-    }
-    let shown = dir.display();
-    Ok(format!(
-        "what {name} needs is in {shown}: copy it there, readable by its owner alone, for --tls-creds\n"
-    ))
+    // First: what a CA does not know of it cannot take back.
+    note_issued(ca, name, &issued)?;
+    let written: Result<Vec<String>, CliError> =
+        files.into_iter().map(|(file, text)| file.write(&text)).collect();
+    let text = format!(
+        "what {name} needs is in {}: copy it there, readable by its owner alone, for --tls-creds\n",
+        dir.display()
+    );
+    Ok((TlsMadeReport::new(name, dir, written?), text))
 }
 
 /// Whether a certificate can name it: an address, or labels of letters, digits and hyphens.
@@ -113,43 +113,11 @@ fn named(name: &str) -> rcgen::DistinguishedName {
 /// From the day before, since clocks differ, for `days` days.
 fn valid_for(mut params: CertificateParams, days: u32) -> CertificateParams {
     let now = SystemTime::now();
-    let date = |time: SystemTime| {
-        // YYYY-MM-DD and more.
-        let text = rfc3339(time);
-        let number =
-            |range: std::ops::Range<usize>| text.get(range).and_then(|digits| digits.parse::<u16>().ok());
-        let (year, month, day) = (number(0..4), number(5..7), number(8..10));
-        let small = |number: Option<u16>| number.and_then(|number| u8::try_from(number).ok()).unwrap_or(1);
-        date_time_ymd(i32::from(year.unwrap_or(1970)), small(month), small(day))
-    };
-    params.not_before = date(now - DAY);
+    let at = |(year, month, day)| date_time_ymd(year, month, day);
+    params.not_before = at(date(now - DAY));
     // The last day ends with it.
-    params.not_after = date(now + DAY * (days + 1));
+    params.not_after = at(date(now + DAY * (days + 1)));
     params
-}
-
-fn make_folder(dir: &Path) -> Result<(), CliError> {
-    use std::os::unix::fs::DirBuilderExt;
-    let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true).mode(0o700);
-    builder
-        .create(dir)
-        .map_err(|error| CliError::caused(&format!("{} cannot be made", dir.display()), &error))
-}
-
-fn create(path: &Path, replace: bool) -> Result<AtomicFile, CliError> {
-    AtomicFile::create(path, replace).map_err(|error| CliError::caused("no certificates are made", &error))
-}
-
-fn write(mut file: AtomicFile, text: &str) -> Result<(), CliError> {
-    let unwritten = |error: std::io::Error| CliError::caused("a file cannot be written", &error);
-    file.write_all(text.as_bytes()).map_err(unwritten)?;
-    file.finish().map_err(|error| CliError::caused("a file cannot be written", &error))
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
-fn failed(error: rcgen::Error) -> CliError {
-    CliError::caused("no certificate can be made", &error)
 }
 
 #[cfg(test)]

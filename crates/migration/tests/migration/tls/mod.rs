@@ -2,6 +2,7 @@
 
 mod binding;
 pub(crate) mod hosts;
+mod revoked;
 mod wire;
 
 use std::collections::BTreeSet;

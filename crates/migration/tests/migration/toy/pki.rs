@@ -2,13 +2,14 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::SystemTime;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber, date_time_ymd,
 };
 use tempfile::TempDir;
-use vfio_migration::{CA_FILE, TlsRole};
+use vfio_migration::{CA_FILE, TlsRole, issued_certificates};
 
 /// A CA of our own.
 pub struct Ca {
@@ -37,9 +38,13 @@ impl Host {
 
 impl Ca {
     pub fn new() -> Self {
+        Self::named("a CA for tests")
+    }
+
+    pub fn named(name: &str) -> Self {
         let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "a CA for tests");
+        params.distinguished_name.push(DnType::CommonName, name);
         let key = KeyPair::generate().unwrap();
         let pem = params.self_signed(&key).unwrap().pem();
         Self { issuer: Issuer::new(params, key), pem }
@@ -51,6 +56,33 @@ impl Ca {
         std::fs::write(directory.path().join(CA_FILE), &self.pem).unwrap();
         self.certify(directory.path(), host);
         directory
+    }
+
+    /// A revocation list, good until `until`, with both certificates of each of these hosts.
+    pub fn list(&self, revoked: &[&Path], until: SystemTime) -> String {
+        let since_1970 = until.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let roles = [TlsRole::Server, TlsRole::Client];
+        let files = revoked.iter().flat_map(|host| roles.map(|role| host.join(role.certificate_file())));
+        let certificates = files.flat_map(|file| issued_certificates(&file).unwrap());
+        CertificateRevocationListParams {
+            this_update: date_time_ymd(2001, 1, 1),
+            next_update: date_time_ymd(1970, 1, 1) + since_1970,
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: certificates
+                .map(|certificate| RevokedCertParams {
+                    serial_number: SerialNumber::from_slice(&certificate.serial),
+                    revocation_time: date_time_ymd(2001, 1, 1),
+                    reason_code: None,
+                    invalidity_date: None,
+                })
+                .collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        }
+        .signed_by(&self.issuer)
+        .unwrap()
+        .pem()
+        .unwrap()
     }
 
     /// Gives the host of `directory` certificates of this CA; whom it trusts stays.

@@ -1,0 +1,106 @@
+//! What certificates of a folder say.
+
+use std::path::Path;
+
+use vfio_migration::{
+    CA_FILE, CRL_FILE, PeerIdentity, TlsError, TlsRole, own_identity, revocation_lists, trusted_authorities,
+    usable_identity,
+};
+use vfio_migration_types::printable;
+
+use crate::exit::CliError;
+use crate::verbs::tls::report::{
+    CertificateInfo, PinInfo, RevocationListInfo, TlsFileInfo, TlsPinReport, TlsPurpose, TlsShowReport,
+};
+
+/// What a file is for, for people.
+fn purpose_text(purpose: TlsPurpose) -> &'static str {
+    match purpose {
+        TlsPurpose::Authorities => "the CA that is trusted",
+        TlsPurpose::Revocations => "revoked",
+        TlsPurpose::Server => "where a guest arrives",
+        TlsPurpose::Client => "where one leaves",
+    }
+}
+
+/// What a folder has, and whether all of it can be used.
+pub(super) fn show(dir: &Path) -> TlsShowReport {
+    let file = |file: &str, purpose, found: Result<Vec<PeerIdentity>, TlsError>| {
+        let (certificates, error) = match found {
+            Ok(found) => (found.iter().map(CertificateInfo::from).collect(), None),
+            Err(error) => (Vec::new(), Some(error.to_string())),
+        };
+        TlsFileInfo { file: file.to_owned(), purpose, error, certificates }
+    };
+    let mut files = vec![file(CA_FILE, TlsPurpose::Authorities, trusted_authorities(dir))];
+    let lists = revocation_lists(dir);
+    for role in [TlsRole::Server, TlsRole::Client] {
+        // What is wrong with the list is told once, of the list.
+        let own = if lists.is_ok() { usable_identity(dir, role) } else { own_identity(dir, role) };
+        files.push(file(&role.certificate_file(), role.into(), own.map(|own| vec![own])));
+    }
+    let revocation_lists = match lists {
+        Ok(lists) => lists.iter().map(RevocationListInfo::from).collect(),
+        // Without a CA it cannot be judged, and that is told.
+        Err(_) if files.first().is_some_and(|ca| ca.error.is_some()) => Vec::new(),
+        Err(error) => {
+            files.push(file(CRL_FILE, TlsPurpose::Revocations, Err(error)));
+            Vec::new()
+        }
+    };
+    let usable = files.iter().all(|file| file.error.is_none());
+    TlsShowReport { directory: dir.display().to_string(), usable, files, revocation_lists }
+}
+
+/// The report, for people.
+pub(super) fn show_text(report: &TlsShowReport) -> String {
+    let mut text = String::new();
+    for TlsFileInfo { file, purpose, error, certificates } in &report.files {
+        if let Some(error) = error {
+            text.push_str(&format!("{file}: cannot be used: {}\n", printable(error)));
+        }
+        for certificate in certificates {
+            let what = purpose_text(*purpose);
+            text.push_str(&format!("{file}: {what}: {}\n", certificate_text(certificate)));
+            text.push_str(&format!("    {}\n", certificate.pin));
+        }
+    }
+    for RevocationListInfo { issuer, revoked, next_update, expires_soon } in &report.revocation_lists {
+        let what = purpose_text(TlsPurpose::Revocations);
+        let number =
+            if *revoked == 1 { "1 certificate".to_owned() } else { format!("{revoked} certificates") };
+        let until = next_update.as_ref().map_or(String::new(), |until| format!(", until {until}"));
+        let soon = if *expires_soon { ": get a new one" } else { "" };
+        text.push_str(&format!("{CRL_FILE}: {what} by {}: {number}{until}{soon}\n", printable(issuer)));
+    }
+    text
+}
+
+fn certificate_text(certificate: &CertificateInfo) -> String {
+    let CertificateInfo { names, not_after, days_left, expires_soon, .. } = certificate;
+    let names: Vec<_> = names.iter().map(|name| printable(name)).collect();
+    let names = if names.is_empty() { "nobody".to_owned() } else { names.join(", ") };
+    let soon = if *expires_soon { ": make a new one" } else { "" };
+    format!("{names}, until {not_after} ({days_left} days{soon})")
+}
+
+/// The pins of a folder's keys.
+pub(super) fn pins(dir: &Path) -> Result<TlsPinReport, CliError> {
+    let (mut keys, mut failed) = (Vec::new(), None);
+    for role in [TlsRole::Server, TlsRole::Client] {
+        match own_identity(dir, role) {
+            Ok(own) => keys.push(PinInfo { purpose: role.into(), pin: own.pin.to_string() }),
+            Err(error) => failed = Some(error),
+        }
+    }
+    match failed {
+        // A host that only sends, or only receives, has files for that alone.
+        Some(error) if keys.is_empty() => Err(CliError::caused("there is no key to pin", &error)),
+        _ => Ok(TlsPinReport { keys }),
+    }
+}
+
+/// The report, for people.
+pub(super) fn pins_text(report: &TlsPinReport) -> String {
+    report.keys.iter().map(|key| format!("{}  {}\n", key.pin, purpose_text(key.purpose))).collect()
+}
