@@ -44,6 +44,9 @@ struct State {
     at: usize,
     /// The socket has ended.
     ended: bool,
+    /// We have said our last word, by close_notify. What still comes is not looked at: rustls could not answer what is wrong with it
+    /// by an alert, and takes an attempt for a defect of its caller.
+    closed: bool,
     failed: Option<TlsError>,
 }
 
@@ -96,7 +99,8 @@ impl Tls {
     fn new(socket: OwnedFd, mut connection: Connection) -> Self {
         // What may be encrypted at once is bounded by `STEP`.
         connection.set_buffer_limit(None);
-        let state = State { connection, received: Vec::new(), at: 0, ended: false, failed: None };
+        let state =
+            State { connection, received: Vec::new(), at: 0, ended: false, closed: false, failed: None };
         Self { socket: Socket::new(socket), state: Mutex::new(state), out: Mutex::default() }
     }
 
@@ -247,6 +251,9 @@ impl State {
             return Err(failed.clone());
         }
         loop {
+            if self.closed {
+                self.at = self.received.len();
+            }
             let mut rest = self.received.get(self.at..).unwrap_or_default();
             if rest.is_empty() {
                 if self.ended && self.connection.wants_read() {
@@ -376,12 +383,14 @@ impl Transport for Tls {
     }
 
     fn shutdown(&self, how: Shutdown) {
-        if how != Shutdown::Read {
+        if how == Shutdown::Write {
             let mut state = lock(&self.state);
             if !state.connection.is_handshaking() {
                 state.connection.send_close_notify();
+                state.closed = true;
             }
-            drop(state);
+        }
+        if how != Shutdown::Read {
             // Whoever is inside a frame is not waited for: then the peer sees the stream cut, which it is.
             let _ = self.flush(false);
         }

@@ -1,6 +1,7 @@
 //! Migrations over TLS: who is let in, and with what.
 
 mod binding;
+mod flips;
 pub(crate) mod hosts;
 mod revoked;
 mod wire;
