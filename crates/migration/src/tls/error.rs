@@ -172,8 +172,15 @@ fn by_alert(alert: AlertDescription) -> String {
         }
         A::AccessDenied => "our certificate is not among those that may come".to_owned(),
         A::ProtocolVersion => "it does not speak TLS 1.3".to_owned(),
+        A::HandshakeFailure | A::InsufficientSecurity => {
+            format!("it knows no cipher suite of ours: it may not speak TLS 1.3 (TLS alert {alert:?})")
+        }
         A::NoApplicationProtocol => "it serves something else than migrations at this address".to_owned(),
-        A::DecryptError | A::BadRecordMac | A::DecodeError | A::RecordOverflow => {
+        // RFC 8446: a signature that is not right; with rustls also one under our certificate.
+        A::DecryptError => "it cannot verify a signature of ours: its CA has the name of ours and another key (both hosts need the same \
+                            ca-cert.pem), or what reached it was damaged on the way"
+            .to_owned(),
+        A::BadRecordMac | A::DecodeError | A::RecordOverflow => {
             format!("what reached it was damaged on the way (TLS alert {alert:?})")
         }
         other => format!("TLS alert {other:?}"),
