@@ -1,13 +1,14 @@
-//! Programs that the tests of the command run beside it: shells that complete, and a validator of JSON and a TLS that are not ours.
+//! Programs that the tests of the command run beside it: shells that complete, and a validator of JSON and two TLS that are not ours.
 
 use std::process::{Command, Stdio};
 
 /// A tool: how it is asked whether it is there, and the Debian package that has it.
-const TOOLS: [(&[&str], &str); 4] = [
+const TOOLS: [(&[&str], &str); 5] = [
     (&["zsh", "--version"], "zsh"),
     (&["fish", "--version"], "fish"),
     (&["python3", "-c", "import jsonschema"], "python3-jsonschema"),
     (&["openssl", "version"], "openssl"),
+    (&["gnutls-cli", "--version"], "gnutls-bin"),
 ];
 
 /// Installs what is missing, where that can be done, and says loudly what is not: the tests leave out what needs it.

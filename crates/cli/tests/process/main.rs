@@ -41,5 +41,7 @@ mod snapshots;
 mod support;
 mod targets;
 mod tls;
+mod tls_exposed;
+mod tls_gnutls;
 mod unix_peers;
 mod watch;
