@@ -193,7 +193,7 @@ mod tests {
             ("[[sources]]\nmay = [\"move\"]", "at sources[0]: it needs a name, a pin, or both"),
             (
                 "[[sources]]\nname = \"a\"\n[[sources]]\npin = \"sha256:00\"",
-                "at sources[1].pin: a pin is sha256:",
+                "at sources[1].pin: line 4, column 7: a pin is sha256:",
             ),
             ("[[sources]]\nname = \"a\"\nmay = [\"fly\"]", "unknown variant `fly`"),
             ("{\"vm\": \"0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0002\"", "EOF"),

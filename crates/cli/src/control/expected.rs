@@ -22,6 +22,8 @@ pub(crate) struct ExpectedInfo {
     pub(crate) expectation: Option<ExpectDocument>,
     /// Why that cannot be told. Nobody is taken meanwhile.
     pub(crate) error: Option<String>,
+    /// Keys of `--tls-pin`: nobody else comes over TCP.
+    pub(crate) tls_pins: Vec<String>,
     /// Attempts to move that were let in since the file was changed last.
     pub(crate) attempts: u64,
     /// Guests that have arrived since.
@@ -99,6 +101,9 @@ impl fmt::Display for ExpectedInfo {
                 let names: Vec<String> = sources.iter().map(source).collect();
                 write!(f, " from {}", names.join(", "))?;
             }
+        }
+        if !self.tls_pins.is_empty() {
+            write!(f, ", over TCP with {}", self.tls_pins.join(" or "))?;
         }
         if let Some(may) = may.as_ref().filter(|may| may.len() < 2) {
             write!(f, "; {}", rights(may))?;

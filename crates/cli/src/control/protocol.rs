@@ -168,7 +168,7 @@ pub(crate) struct StatusInfo {
     /// begin before it is undone. Null while nothing is left to be undone.
     #[serde(default)]
     pub(crate) pending_rollback: Option<Vec<AwaitedInfo>>,
-    /// While it waits for a guest and was told what to expect (`--expect`, `--uuid`): what that is now.
+    /// While it waits for a guest and was told what to expect (`--expect`, `--uuid`, `--tls-pin`): what that is now.
     #[serde(default)]
     pub(crate) expected: Option<ExpectedInfo>,
     /// Connections that were refused, of one that waits for a guest, or has waited and was not asked to move it since.

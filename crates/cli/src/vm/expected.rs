@@ -40,7 +40,8 @@ pub(super) fn check(expectations: &Expectations, uri: &Uri, security: &Security)
 
 /// What is expected now, if anything was said about it.
 pub(super) fn info(options: &VmCommand, expectations: &Expectations) -> Option<ExpectedInfo> {
-    if options.expect.is_none() && options.uuid.is_none() {
+    let tls_pins: Vec<String> = options.tls.tls_pins.iter().map(ToString::to_string).collect();
+    if options.expect.is_none() && options.uuid.is_none() && tls_pins.is_empty() {
         return None;
     }
     let (expectation, error) = match expectations.read() {
@@ -52,6 +53,7 @@ pub(super) fn info(options: &VmCommand, expectations: &Expectations) -> Option<E
         file: options.expect.as_ref().map(|file| file.display().to_string()),
         expectation,
         error,
+        tls_pins,
         attempts: counts.attempts,
         arrivals: counts.arrivals,
     })

@@ -107,6 +107,7 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
         ("[[sources]]\nname = \"host-c\"".to_owned(), "other-source"),
         (format!("[[sources]]\npin = \"sha256:{}\"", "0".repeat(64)), "other-source"),
         ("sources = []".to_owned(), "other-source"),
+        (format!("vm = \"{UUID}\"\n{}", "# as large as no such file is\n".repeat(10_000)), "no-expectation"),
         (format!("{{\"vm\": \"{OTHER}\"}}"), "other-vm"),
         (format!("min_epoch = 1\n{source}"), "old-epoch"),
         (format!("max_memory = 67108863\n{source}"), "too-large"),
@@ -125,6 +126,13 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
             .find(|event| event["event"] == "MIGRATION_REFUSED" && event["data"] == told);
         assert!(refusal.is_some(), "no event tells of it");
     }
+    // What is no file of its own lets nobody in, and holds nobody up.
+    std::fs::remove_file(hosts.file()).unwrap();
+    std::fs::create_dir(hosts.file()).unwrap();
+    assert_eq!(refused(&a, &b, &at).0, "no-expectation");
+    std::fs::remove_dir(hosts.file()).unwrap();
+    hosts.expect(&format!("{source}may = [\"ask\"]"));
+
     // It may still ask.
     assert_eq!(asks(), Some(0));
     hosts.expect(&format!("{source}may = [\"move\"]"));
@@ -134,7 +142,7 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
     let shown = String::from_utf8(shown.stdout).unwrap();
     for says in [
         "expects any VM from \"host-a\" (may move)",
-        "15 connections refused, the last at ",
+        "17 connections refused, the last at ",
         "\"host-a\"",
         "it may not ask",
     ] {
@@ -178,6 +186,15 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
     assert_eq!(asked.status.code(), Some(0), "{asked:?}");
     assert_eq!(b.migrate(&c.incoming(), json!({}))["status"], "completed");
     c.assert_runs();
+
+    // What is expected holds for each wait, and for each address.
+    hosts.expect("[[sources]]\nname = \"host-x\"");
+    let socket = format!("unix:{}", text(&hosts.dir.path().join("socket")));
+    let why = b.call("migrate-incoming", json!({"uri": socket})).unwrap_err();
+    assert!(why.contains("connections over a unix socket prove neither"), "{why}");
+    b.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+    assert_eq!(refused(&c, &b, &b.incoming()).0, "other-source");
+    assert_eq!(b.info()["refused"]["count"], 1, "of this wait");
 }
 
 #[test]
@@ -232,6 +249,12 @@ fn what_nobody_can_prove_is_refused_at_start_by_name() {
         &pin,
     ];
     fails(&[&pinned[..], &expect].concat(), 2, "\"host-a\" is expected by name");
+    // The older options are part of what is expected.
+    let words =
+        ["--software", "--incoming", "tcp:127.0.0.1:0", "--tls-creds", text(&hosts.b), "--tls-pin", &pin];
+    let older = software(hosts.dir.path(), "older", &words).start();
+    assert_eq!(older.info()["expected"]["tls-pins"], json!([pin]));
+    drop(older);
 
     // Two words that contradict each other let nobody in.
     hosts.expect(&format!("vm = \"{OTHER}\""));

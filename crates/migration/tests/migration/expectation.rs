@@ -346,8 +346,13 @@ fn attempts_and_arrivals_are_counted_over_all_waits_of_what_is_expected() {
         }
         assert_eq!(reason(moves(&guest, to, options_of(here.path()))).code, "too-many-attempts");
         assert_eq!((built.load(Ordering::Relaxed), expect.counts()), (4, counts(2, 0)));
-        // Another thing is expected: the counts begin anew.
-        told.tell(Ok(Expectation { vm: Some(VM), ..limited.clone() }));
+        // Another thing is expected: the counts begin anew. What is refused for its size is no attempt.
+        let small = Expectation { max_memory: Some(MEMORY), max_attempts: Some(1), ..limited.clone() };
+        told.tell(Ok(small));
+        for _ in 0..2 {
+            assert_eq!(reason(moves(&other, to, options_of(here.path()))).code, "too-large");
+        }
+        assert_eq!(expect.counts(), counts(0, 0));
         moves(&guest, to, options_of(here.path())).unwrap();
     });
     arrived.unwrap();
@@ -439,7 +444,25 @@ fn what_no_connection_can_prove_is_not_expected() {
         let uri = tcp.parse().unwrap();
         Destination::listen(&uri, expecting(security, of([source]).into())).unwrap();
     }
-    // Written while it waits, it lets nobody in.
+    // Written while it waits, it lets nobody in: neither who proves a key alone, nor as an entry that is anybody's.
+    let here = ca.host(&Host::named("host-a"));
+    let own = own_identity(here.path(), TlsRole::Client).unwrap();
+    let pins = TlsDirectory { pins: [own.pin].into(), ..TlsDirectory::new(there.path()) };
+    let (told, expect) = Told::new(Expectation::default());
+    let guest = Toy::booted(&plan());
+    drop(play(expecting(Security::Directory(pins), expect), |to, _, _| {
+        for source in [
+            named("host-a"),
+            ExpectedSource { pin: Some(own.pin), ..named("host-a") },
+            ExpectedSource::default(),
+        ] {
+            told.tell(Ok(of([source])));
+            assert_eq!(reason(moves(&guest, to, options_of(here.path()))).code, "other-source");
+        }
+        told.tell(Ok(of([pinned(own.pin)])));
+        asks(&guest, to, options_of(here.path())).unwrap();
+        guest.prove_running();
+    }));
     let (told, expect) = Told::new(Expectation::default());
     let guest = Toy::booted(&plan());
     drop(play(expecting(Security::PlainText, expect), |to, _, _| {

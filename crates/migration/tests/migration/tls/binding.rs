@@ -10,7 +10,7 @@ use std::time::Duration;
 use vfio_migration::rustls::crypto::ring::cipher_suite::TLS13_AES_256_GCM_SHA384;
 use vfio_migration::rustls::crypto::tls13::OkmBlock;
 use vfio_migration::rustls::{ClientConnection, KeyLog, StreamOwned};
-use vfio_migration::{Destination, Machine, Security, Source, Uri, read_journal};
+use vfio_migration::{Destination, Expectation, Machine, Security, Source, Uri, read_journal};
 use vfio_migration_types::Side;
 use vfio_migration_wire::{Frame, FrameHeader, HEADER_LEN, Message, PREAMBLE, encode};
 
@@ -92,8 +92,12 @@ fn a_question_from_outside_the_session_is_refused() {
     let state = tempfile::tempdir().unwrap();
     let mut options = destination_options(secure(there.path()));
     options.state_dir = Some(state.path().to_owned());
-    let listen = || Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options.clone()).unwrap();
-    let mut destination = listen();
+    let listen = |expect: Expectation| {
+        let mut options = options.clone();
+        options.expect = expect.into();
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap()
+    };
+    let mut destination = listen(Expectation::default());
     let to = destination.local().clone();
     let waiting = Waiting(destination.control());
     let machine = Toy::new(&plan());
@@ -160,7 +164,7 @@ fn a_question_from_outside_the_session_is_refused() {
         }
         ours = Some((query(session), session));
     });
-    // A process that was started since has the journal alone, and tells nobody else either.
+    // A process that was started since has the journal alone, and tells nobody else either; him it does, whoever is expected now.
     let (Message::Query { vm, attempt, epoch, .. }, session) = ours.unwrap() else { panic!() };
     let journal = state.path().join(format!("{vm}.json"));
     assert_eq!(std::fs::metadata(&journal).unwrap().permissions().mode() & 0o777, 0o600);
@@ -168,7 +172,7 @@ fn a_question_from_outside_the_session_is_refused() {
     let hex = blake3::Hash::from_bytes(session).to_hex();
     assert!(kept.contains(hex.as_str()));
     assert!(!format!("{:?}", read_journal(state.path(), vm)).contains(&hex[..16]));
-    let mut destination = listen();
+    let mut destination = listen(Expectation { sources: Some(vec![]), ..Expectation::default() });
     let to = destination.local().clone();
     let waiting = Waiting(destination.control());
     std::thread::scope(|scope| {
