@@ -23,6 +23,7 @@ use crate::move_options::{MoveOptions, SwitchoverOptions};
 use crate::output::{WaitingDisplay, eprintln_line, print, print_json};
 use crate::progress_display::ProgressDisplay;
 use crate::units::milliseconds;
+use crate::verbs::tls::make::throw_away;
 use crate::words::check_memory;
 
 /// Longest wait for the guest to boot and to have something worth moving, with up to 8 devices.
@@ -31,6 +32,9 @@ const WARM_UP: Duration = Duration::from_secs(60);
 const JUDGEMENT: Duration = Duration::from_secs(120);
 /// Time that the guest must have run at the destination: an interrupt counts as lost after one second.
 const INTERRUPT_PATIENCE: Duration = Duration::from_millis(1600);
+
+/// The folder of the demo's certificates, in its own.
+const CERTIFICATES: &str = "certificates";
 
 /// How long to wait with so many devices: the more there are, the more one guest and its VM have to look at.
 fn patience(with_eight: Duration, devices: u8) -> Duration {
@@ -41,7 +45,7 @@ fn patience(with_eight: Duration, devices: u8) -> Duration {
 pub(crate) fn run(options: &DemoCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let kvm = !options.software && kvm_answers().is_ok();
     let guest = if kvm { "kvm" } else { "software" };
-    let mut report = DemoReport::begun(options.transport.name(), guest);
+    let mut report = DemoReport::begun(options.transport, guest);
     let played = check(options)
         .and_then(|()| Stage::set(options, interrupt, &mut report.pids))
         .and_then(|stage| stage.play(&mut report));
@@ -109,7 +113,10 @@ impl<'a> Stage<'a> {
             .prefix("vfio-migrate-demo-")
             .tempdir()
             .map_err(|error| CliError::caused("cannot make a folder for the sockets", &error))?;
-        let sides = [Side::new(options, dir.path(), "source"), Side::new(options, dir.path(), "destination")];
+        let sides = ["source", "destination"].map(|name| Side::new(options, dir.path(), name));
+        if options.transport == DemoTransport::Tcp {
+            throw_away(&dir.path().join(CERTIFICATES), &sides.each_ref().map(|side| side.name))?;
+        }
         let mut devices = Vec::new();
         for side in &sides {
             for (name, socket) in &side.devices {
@@ -147,6 +154,7 @@ impl<'a> Stage<'a> {
             .incoming
             .ok_or_else(|| CliError::failed("the destination VM does not wait for a guest"))?;
         let outgoing = self.migrate(&uri)?;
+        report.security.clone_from(&outgoing.security);
         report.total_ms = outgoing.total_ms;
         report.downtime_ms = outgoing.downtime_ms;
         report.verify_ms = outgoing.verify_ms;
@@ -335,6 +343,7 @@ struct Side<'a> {
     control: PathBuf,
     listen: PathBuf,
     state: PathBuf,
+    certificates: PathBuf,
     devices: Vec<(String, PathBuf)>,
 }
 
@@ -351,6 +360,7 @@ impl<'a> Side<'a> {
             control: dir.join(format!("{name}.control")),
             listen: dir.join(format!("{name}.migration")),
             state: dir.join(format!("{name}.state")),
+            certificates: dir.join(CERTIFICATES).join(name),
             devices,
         }
     }
@@ -397,6 +407,9 @@ impl<'a> Side<'a> {
         }
         if options.software {
             arguments.push("--software".into());
+        }
+        if options.transport == DemoTransport::Tcp {
+            arguments.extend(["--tls-creds".into(), self.certificates.display().to_string()]);
         }
         if !self.is_source() {
             let uri = match options.transport {

@@ -5,8 +5,10 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::args::serve::DemoTransport;
 use crate::control::guest::GuestInfo;
 use crate::control::protocol::PhaseInfo;
+use crate::control::security::SecurityInfo;
 use crate::units::format_size;
 
 /// How a demo went.
@@ -20,6 +22,10 @@ pub(crate) struct DemoReport {
     pub(crate) guest: String,
     /// What connected the sides: `"tcp"` or `"unix"`.
     pub(crate) transport: String,
+    /// How the connection of the migration was secured; null where there was none.
+    pub(crate) security: Option<SecurityInfo>,
+    /// Both sides were given certificates that the demo made for this run alone.
+    pub(crate) throwaway_certificates: bool,
     /// Which processes the demo ran.
     pub(crate) pids: Pids,
     /// Milliseconds from the request to the end of the migration.
@@ -140,12 +146,14 @@ impl Counts {
 
 impl DemoReport {
     /// A run that has come to nothing yet.
-    pub(crate) fn begun(transport: &str, guest: &str) -> Self {
+    pub(crate) fn begun(transport: DemoTransport, guest: &str) -> Self {
         Self {
             outcome: DemoOutcome::Failed,
             verified: false,
             guest: guest.into(),
-            transport: transport.into(),
+            transport: transport.name().into(),
+            security: None,
+            throwaway_certificates: transport == DemoTransport::Tcp,
             pids: Pids::default(),
             total_ms: 0,
             downtime_ms: None,
@@ -175,6 +183,11 @@ impl DemoReport {
         let mut text = String::new();
         let mut row = |name: &str, value: String| text.push_str(&format!("  {name:<22}{value}\n"));
         row("guest", format!("{} over {}", self.guest, self.transport));
+        if let Some(how) = self.security.as_ref().and_then(SecurityInfo::sentence) {
+            let made =
+                if self.throwaway_certificates { "; certificates made for this run alone" } else { "" };
+            row("connection", format!("{how}{made}"));
+        }
         row("total", format!("{} ms, {} iterations", self.total_ms, self.iterations));
         row("downtime", ms(self.downtime_ms));
         row("longest gap (guest)", format!("{}, of it {} ms digests", ms(self.guest_gap_ms), self.verify_ms));

@@ -38,6 +38,10 @@ fn completes_with_the_defaults_in_separate_processes() {
     for pid in all {
         assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left behind");
     }
+    // Certificates that are gone with it.
+    assert_eq!(report["throwaway_certificates"], true);
+    assert_eq!(report["security"]["kind"], "tls", "{report}");
+    assert_eq!(report["security"]["peer"]["names"][0], "destination", "{report}");
     let downtime = report["downtime_ms"].as_u64().expect("whole milliseconds");
     assert!(downtime > 0 && downtime <= 10_000, "downtime {downtime} ms");
     let bytes = &report["bytes"];
@@ -59,7 +63,9 @@ fn completes_without_precopy() {
 
 #[test]
 fn completes_over_a_unix_socket() {
-    assert_verified(&["--transport", "unix", "--memory", "256M"]);
+    let report = assert_verified(&["--transport", "unix", "--memory", "256M"]);
+    assert_eq!(report["throwaway_certificates"], false);
+    assert_eq!(report["security"]["kind"], "unix", "{report}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Making a private CA, and certificates of hosts.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -91,6 +92,21 @@ pub(super) fn host(
         dir.display()
     );
     Ok((TlsMadeReport::new(name, dir, written?), text))
+}
+
+/// Makes what `hosts` of one machine need to trust each other for a while, each a folder of its name in `dir`. It is to be thrown away
+/// with `dir`: the CA can vouch for no other.
+pub(crate) fn throw_away(dir: &Path, hosts: &[&str]) -> Result<(), CliError> {
+    // Longer than there is a warning that they expire.
+    const DAYS: u32 = 60;
+    let ca = dir.join("ca");
+    authority(&ca, DAYS)?;
+    for name in hosts {
+        host(name, &[Ipv4Addr::LOCALHOST.to_string()], &ca, &dir.join(name), DAYS, false)?;
+    }
+    let key = ca.join(CA_KEY_FILE);
+    std::fs::remove_file(&key)
+        .map_err(|error| CliError::caused(&format!("{} cannot be removed", key.display()), &error))
 }
 
 /// Whether a certificate can name it: an address, or labels of letters, digits and hyphens.

@@ -1,7 +1,7 @@
 //! `tls`: certificates for hosts that have no PKI, and what those that are there say.
 
 mod authority;
-mod make;
+pub(crate) mod make;
 pub(crate) mod report;
 mod revoke;
 mod show;
