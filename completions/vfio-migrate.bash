@@ -419,7 +419,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__device)
-            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-migration --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --field --fault --verbose --help --version"
+            opts="-v -h -V --socket --state-size --state-dirty-rate --dma-interval --no-migration --no-precopy --no-p2p --no-dirty-log --no-extension --model --model-version --param --field --config-byte --fault --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -454,6 +454,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --field)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config-byte)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -81,6 +81,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l mod
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l model-version -d 'Version of the model it claims, MAJOR.MINOR.PATCH' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l param -d 'A parameter of the model that it claims to have. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l field -d 'A further field of its manifest, JSON or text: said, and nothing else. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l config-byte -d 'A byte of config space that it has otherwise than other sample devices: 0x8=2 is another PCI revision. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l fault -d 'Misbehave on purpose; may be given more than once. All are listed below' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-migration -d 'No migration at all'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand device" -l no-precopy -d 'No PRE_COPY: the state can only be saved while the device is stopped'
@@ -102,16 +103,16 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l state-d
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l dirty-rate -d 'RAM that the guest dirties each second; 0 for none' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for, of guests that come and of guests that go' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l expect -d 'File (TOML or JSON) that says who may come to a VM that waits, for what, with which VM, from which epoch on, how large and how often. It is read anew for each source that comes; while it is missing or wrong, nobody is taken' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l tls-creds -d 'Folder of certificates and keys: connections over TCP are secured with them' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l tls-creds -d 'Folder of certificates and keys, with which connections over TCP are secured. Without it none is made or taken' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l tls-pin -d 'With --tls-creds: trust peers by this public key, whatever their certificates say, and no CA. As `tls pin` prints it. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l allow-uid -d 'User, by name or number, whose process may be at the other end of a migration\'s unix socket, as those of this process\'s own user and of root may. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l allow-gid -d 'Group, by name or number, that a process has which may be at the other end of a migration\'s unix socket. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Config-space bytes to compare or not, over the default mask: OFFSET+LEN=compare|ignore. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Bytes of config space to compare or not, over the default and the policy\'s rules: OFFSET+LEN=compare|ignore. `check`, `rehearse` and `migrate` go by them alike. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused, also one that is restored or that --incoming waits for: `cont` lets it run. Not one that `incoming` waits for later'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l software -d 'Use the software guest even where KVM answers'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l require-kvm -d 'Refuse to run without KVM, instead of falling back to the software guest'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l insecure-plaintext -d 'Say that connections over TCP are to go as they are: whoever is on the way reads and changes the guest'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l insecure-plaintext -d 'Let connections over TCP go in plain text: whoever is on the way reads and changes the guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -s V -l version -d 'Print version'
@@ -123,11 +124,11 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l ma
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l tls-creds -d 'Folder of certificates and keys for this session, instead of that of vm --tls-creds' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l tls-hostname -d 'Name that the destination\'s certificate must have, where it is not the host in its address' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l tls-pin -d 'Trust the destination by this public key, as `tls pin` prints it there. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default: on in plain text over TCP, off over TLS, which checks every byte, and over unix sockets' -r -f -a "on\t''
 off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l insecure-plaintext -d 'Say that the connection is to go as it is: whoever is on the way reads and changes the guest'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l insecure-plaintext -d 'Let the connection go in plain text: whoever is on the way reads and changes the guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l pause-before-switchover -d 'Stop before the switchover and wait for `continue`; the guest keeps running meanwhile'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l suspend -d 'Have the guest arrive paused: `cont` there lets it run. If it does not move, it runs on here'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand migrate" -l verify -d 'Compare digests of all RAM before the guest runs at the destination; the guest is paused meanwhile'
@@ -144,12 +145,12 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l m
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l tls-creds -d 'Folder of certificates and keys for this session, instead of that of vm --tls-creds' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l tls-hostname -d 'Name that the destination\'s certificate must have, where it is not the host in its address' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l tls-pin -d 'Trust the destination by this public key, as `tls pin` prints it there. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default off: the network\'s own checksums must do until the guest is paused' -r -f -a "on\t''
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l ram-crc -d 'Checksum RAM while the guest runs too, at the price of a copy. Default: on in plain text over TCP, off over TLS, which checks every byte, and over unix sockets' -r -f -a "on\t''
 off\t''"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l pause -d 'Pause the guest too, for as long as it would be paused, so that all of it is measured'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l allow-all-dirty -d 'Move even a device that logs no DMA: all of RAM is sent while the guest is paused'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l insecure-plaintext -d 'Say that the connection is to go as it is: whoever is on the way reads and changes the guest'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -l insecure-plaintext -d 'Let the connection go in plain text: whoever is on the way reads and changes the guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand rehearse" -s V -l version -d 'Print version'
@@ -170,7 +171,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s V
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l model -d 'With --baseline: of this model alone' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l policy -d 'File (TOML or JSON) that says what this site allows and asks for' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-creds -d 'Folder of certificates and keys: connections over TCP are secured with them' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-creds -d 'Folder of certificates and keys, with which connections over TCP are secured. Without it none is made or taken' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-pin -d 'With --tls-creds: trust peers by this public key, whatever their certificates say, and no CA. As `tls pin` prints it. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-uid -d 'User, by name or number, whose process may be at the other end of a migration\'s unix socket, as those of this process\'s own user and of root may. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-gid -d 'Group, by name or number, that a process has which may be at the other end of a migration\'s unix socket. May be given more than once' -r
@@ -179,7 +180,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l time
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts; where machines are named, which machine to which host, or without a host to which machine. Whatever it says, the exit code is 0'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host and machine of the pool can load'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l probe -d 'Open devices of this host that are named, if nobody uses them, which resets them, and ask them'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l insecure-plaintext -d 'Say that connections over TCP are to go as they are: whoever is on the way reads and changes the guest'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l insecure-plaintext -d 'Let connections over TCP go in plain text: whoever is on the way reads and changes the guest'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l live -d 'Whether it can move live: exit with 3 for what can only be saved and restored, too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'

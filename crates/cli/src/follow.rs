@@ -10,6 +10,7 @@ use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::{
     ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport,
 };
+use crate::control::security::SecurityInfo;
 use crate::exit::CliError;
 use crate::interrupt::UserInterrupt;
 use crate::progress_display::ProgressDisplay;
@@ -210,6 +211,9 @@ fn migration_text(name: &str, migration: &MigrationInfo) -> String {
     text.push('\n');
     for awaited in migration.waits_for.iter().filter(|_| migration.status.is_under_way()) {
         text.push_str(&format!("waits: {awaited}\n"));
+    }
+    if let Some(how) = migration.security.as_ref().and_then(SecurityInfo::sentence) {
+        text.push_str(&format!("connection: {how}\n"));
     }
     if let Some(ms) = migration.downtime_ms {
         text.push_str(&format!("downtime: {ms} ms\n"));

@@ -54,11 +54,11 @@ const PAGES: [Extra; 25] = [
         verb: "vm",
         examples: &[
             (
-                "vfio-migrate vm --device vfio-user:/tmp/a.sock,id=dev0 --control /tmp/a.ctl --state-dir /var/lib/a",
-                "runs a guest",
+                "vfio-migrate vm --device vfio-user:/tmp/a.sock,id=dev0 --control /tmp/a.ctl --state-dir /var/lib/a --tls-creds /etc/vfio-migrate",
+                "runs a guest, which can go to another host with these certificates",
             ),
             (
-                "vfio-migrate vm --device vfio-user:/tmp/b.sock,id=dev0 --control /tmp/b.ctl --incoming tcp:0.0.0.0:7000",
+                "vfio-migrate vm --device vfio-user:/tmp/b.sock,id=dev0 --control /tmp/b.ctl --incoming tcp:0.0.0.0:7000 --tls-creds /etc/vfio-migrate",
                 "waits for one",
             ),
             ("vfio-migrate vm --restore guest.img --control /tmp/a.ctl", "brings back what save wrote"),
@@ -81,7 +81,11 @@ const PAGES: [Extra; 25] = [
         examples: &[
             (
                 "vfio-migrate migrate --control /tmp/a.ctl tcp:host-b:7000",
-                "moves the guest, and waits for the end",
+                "moves the guest, with the certificates of its vm, and waits for the end",
+            ),
+            (
+                "vfio-migrate migrate --control /tmp/a.ctl --insecure-plaintext tcp:host-b:7000",
+                "moves it in plain text, to a vm that was started with --insecure-plaintext too",
             ),
             (
                 "vfio-migrate migrate --control /tmp/a.ctl --downtime-limit 100ms --give-up 10m tcp:host-b:7000",
@@ -117,7 +121,7 @@ const PAGES: [Extra; 25] = [
         verb: "check",
         examples: &[
             (
-                "vfio-migrate check vm:/tmp/a.ctl tcp:host-b:7000",
+                "vfio-migrate check vm:/tmp/a.ctl tcp:host-b:7000 --tls-creds /etc/vfio-migrate",
                 "whether the guest of a vm can go to a receiver",
             ),
             (
@@ -220,7 +224,7 @@ const PAGES: [Extra; 25] = [
         verb: "incoming",
         examples: &[(
             "vfio-migrate incoming --control /tmp/a.ctl tcp:0.0.0.0:7000",
-            "takes a guest in again",
+            "takes a guest in again, with the certificates that the vm was started with",
         )],
         files: &[CONTROL],
         see_also: &["vm", "migrate"],

@@ -91,20 +91,21 @@ pub(crate) struct MoveOptions {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(with = "Vec<String>")]
     pub(crate) tls_pins: Vec<Pin>,
-    /// The connection is to go as it is: whoever is on the way reads and changes the guest.
+    /// The connection is to go in plain text: whoever is on the way reads and changes the guest. Absent: as `vm --insecure-plaintext`
+    /// says. Where neither is said and there are no certificates, nothing goes over TCP (`"TlsRequired"`).
     #[arg(
         long,
         conflicts_with_all = ["tls_creds", "tls_hostname", "tls_pins"],
-        help = "Say that the connection is to go as it is: whoever is on the way reads and changes the guest"
+        help = "Let the connection go in plain text: whoever is on the way reads and changes the guest"
     )]
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) insecure_plaintext: bool,
-    /// Checksum RAM while the guest runs too. Absent: false.
+    /// Checksum RAM while the guest runs too. Absent: where the connection is in plain text over TCP.
     #[arg(
         long,
         value_parser = on_off(),
         value_name = "SWITCH",
-        help = "Checksum RAM while the guest runs too, at the price of a copy. Default off: the network's own checksums must do until the guest is paused"
+        help = "Checksum RAM while the guest runs too, at the price of a copy. Default: on in plain text over TCP, off over TLS, which checks every byte, and over unix sockets"
     )]
     #[serde(default)]
     pub(crate) ram_crc: Option<bool>,
@@ -117,7 +118,7 @@ fn on_off() -> impl TypedValueParser<Value = bool> {
 
 impl MoveOptions {
     /// How the session's connection is secured, in a process that was started with `process`.
-    pub(crate) fn security(&self, process: Security) -> Result<Security, CliError> {
+    pub(crate) fn security(&self, process: Option<Security>) -> Result<Option<Security>, CliError> {
         let asked = AskedSecurity {
             creds: self.tls_creds.as_ref(),
             hostname: self.tls_hostname.as_ref(),
@@ -136,9 +137,7 @@ impl MoveOptions {
         options.give_up_after = self.give_up_after;
         options.device_map = device_map(&self.device_map)?;
         options.allow_all_dirty = self.allow_all_dirty;
-        if let Some(ram_crc) = self.ram_crc {
-            options.ram_crc = ram_crc;
-        }
+        options.ram_crc = self.ram_crc;
         Ok(options)
     }
 }
@@ -298,7 +297,7 @@ mod tests {
         let options = heard.options.into_source_options().unwrap();
         let options = heard.switchover.into_source_options(options).unwrap();
         assert_eq!(options.bandwidth, Some(1024));
-        assert!(options.ram_crc && options.suspend);
+        assert_eq!((options.ram_crc, options.suspend), (Some(true), true));
         assert_eq!((options.verify, options.allow_all_dirty, options.device_map.0.len()), (true, true, 1));
     }
 

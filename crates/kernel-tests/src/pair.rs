@@ -3,12 +3,19 @@
 //! Both machines run every test, each its own half, and a test has passed when both halves have. The halves speak over a
 //! connection of their own, beside the migration's: neither sleeps to wait for the other.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::check::{Outcome, holds};
+use crate::command::PROGRAM;
 use crate::guest::{SABOTAGE, arrives, is_whole, leaves, misses_pages, waits};
 use crate::vm::{PATIENCE, VmProcess};
 
@@ -110,21 +117,65 @@ fn reach(at: SocketAddr) -> Outcome<TcpStream> {
     }
 }
 
+/// The folder of this machine's certificates.
+const CREDS: &str = "/tmp/tls";
+
+/// Makes the certificates of both machines, of which the one at `role`'s address stays here; what the other needs, as it goes there.
+fn make_creds(role: Role) -> Outcome<Value> {
+    let other = "/tmp/tls-other";
+    for folder in ["/tmp/tls-ca", CREDS, other] {
+        if fs::exists(folder)? {
+            fs::remove_dir_all(folder)?;
+        }
+    }
+    let tls = |words: &[&str]| -> Outcome {
+        let output = Command::new(PROGRAM).arg("tls").args(words).stdin(Stdio::null()).output()?;
+        holds(output.status.success(), &format!("tls {words:?}: {}", String::from_utf8_lossy(&output.stderr)))
+    };
+    tls(&["init", "/tmp/tls-ca"])?;
+    let address = role.address().to_string();
+    tls(&["host", "destination", "--also", &address, "--ca", "/tmp/tls-ca", "--output", CREDS])?;
+    tls(&["host", "source", "--ca", "/tmp/tls-ca", "--output", other])?;
+    let mut files = serde_json::Map::new();
+    for entry in fs::read_dir(other)? {
+        let entry = entry?;
+        files.insert(
+            entry.file_name().to_string_lossy().into_owned(),
+            fs::read_to_string(entry.path())?.into(),
+        );
+    }
+    Ok(files.into())
+}
+
+/// Writes what the other machine has made for this one.
+fn install_creds(sent: &str) -> Outcome {
+    let files: BTreeMap<String, String> = serde_json::from_str(sent)?;
+    fs::create_dir_all(CREDS)?;
+    for (name, text) in files {
+        let path = Path::new(CREDS).join(name);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(())
+}
+
 /// This machine's half of a move. `judge` sees the report of the guest that arrived.
 fn half(test: &str, sabotage: &[&str], judge: fn(&serde_json::Value) -> Outcome) -> Outcome {
     let role = Role::here()?.ok_or("this machine is alone")?;
     let mut other = Other::meet(role, test)?;
     match role {
         Role::Source => {
-            let mut source = VmProcess::with_migdev("a", sabotage)?;
+            install_creds(&other.expect_line("certificates")?)?;
+            let mut source = VmProcess::with_migdev("a", &[sabotage, &["--tls-creds", CREDS]].concat())?;
             leaves(&mut source, !sabotage.is_empty(), || other.expect_line("waiting"))?;
             other.send_line("moved")?;
             other.expect_line("judged").map(|_| ())
         }
         Role::Destination => {
+            other.send_line(&format!("certificates {}", make_creds(role)?))?;
             // The port is the system's choice; the source is told.
             let uri = format!("tcp:{}:0", role.address());
-            let mut destination = VmProcess::with_migdev("b", &["--incoming", &uri])?;
+            let mut destination = VmProcess::with_migdev("b", &["--incoming", &uri, "--tls-creds", CREDS])?;
             let uri = waits(&mut destination)?;
             other.send_line(&format!("waiting {uri}"))?;
             other.expect_line("moved")?;

@@ -9,9 +9,11 @@ use serde::{Deserialize, Serialize};
 use vfio_migration_compat::{Reason, Report};
 use vfio_migration_types::{DeviceId, Epoch, Failure, Phase, Side, error_chain};
 
-use crate::channel::connect::ConnectError;
+use crate::channel::connect::{CHOOSE, ConnectError};
+use crate::channel::transport::TransportError;
 use crate::machine::Machine;
 use crate::reasons::sentences;
+use crate::tls::error::TlsError;
 use crate::uri::Uri;
 
 /// The reason why a guest did not move.
@@ -239,17 +241,29 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
     if matches!(error, ConnectError::Cancelled) {
         return cancelled(Phase::Hello);
     }
+    let phase = if matches!(error, ConnectError::NotChosen(_)) { Phase::Plan } else { Phase::Hello };
     let remedy = match &error {
+        ConnectError::NotChosen(_) => CHOOSE,
         ConnectError::NotAStream(_)
         | ConnectError::System { uri: Uri::Fd(_), .. }
         | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
+        ConnectError::Insecure { source: TransportError::Tls(error), .. } if error.hints_at_plain_text() => {
+            "start the destination with --tls-creds DIR as well; where plain text is meant, say --insecure-plaintext on both sides"
+        }
+        ConnectError::Insecure { source: TransportError::Tls(TlsError::Protocol(_)), .. } => {
+            "check the address: something else than a destination listens there"
+        }
         ConnectError::Insecure { .. } => "check the certificates of both hosts: `vfio-migrate tls show`",
         ConnectError::Stranger { .. } => "see whose process listens there",
         _ => "check the address, and that a destination listens there",
     };
-    let errno =
-        matches!(error, ConnectError::TimedOut { .. }).then(|| Errno::TIMEDOUT.raw_os_error().unsigned_abs());
-    let failure = Failure::new(Side::Source, Phase::Hello, error_chain(&error)).with_remedy(remedy);
+    let late = matches!(
+        error,
+        ConnectError::TimedOut { .. }
+            | ConnectError::Insecure { source: TransportError::Tls(TlsError::Late(_)), .. }
+    );
+    let errno = late.then(|| Errno::TIMEDOUT.raw_os_error().unsigned_abs());
+    let failure = Failure::new(Side::Source, phase, error_chain(&error)).with_remedy(remedy);
     MigrateError::NotBegun(Failure { errno, ..failure })
 }
 

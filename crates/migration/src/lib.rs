@@ -163,6 +163,7 @@ mod unix_listener;
 mod unix_peer;
 mod uri;
 
+pub use channel::connect::needs_security;
 pub use control::{Control, IncomingControl, PendingRollback};
 pub use destination::Destination;
 pub use device_file::{

@@ -39,9 +39,9 @@ pub struct SourceOptions {
     pub connect_timeout: Duration,
     /// Longest silence of the destination; a COMMIT whose answer was lost is asked after for eight times as long. 30 s.
     pub peer_timeout: Duration,
-    /// Checksum RAM while the guest runs too, at the price of a copy. Off: the network's own checksums must do until the
-    /// guest is paused; from then on everything is checksummed.
-    pub ram_crc: bool,
+    /// Checksum RAM while the guest runs too, at the price of a copy; from its pause on everything is checksummed. `None`: where the
+    /// connection is in plain text and no unix socket, since nothing but TCP's own checksums would notice what is damaged on the way.
+    pub ram_crc: Option<bool>,
     /// Hold the guest paused instead of letting it run, when the way back could save a device only by a reset (its
     /// guest state is gone). Off.
     pub keep_paused_if_reset: bool,
@@ -51,8 +51,9 @@ pub struct SourceOptions {
     /// The epoch under which this side owns the guest: what [`Arrived::epoch`](crate::Arrived) said, or 0 for a guest
     /// that was booted here. A journal that knows a later one wins.
     pub epoch: Epoch,
-    /// How the connection is secured, where it is none over a unix socket: those stay as they are. Plain text.
-    pub security: Security,
+    /// How the connection is secured. `None`: it is over a unix socket, which stays as it is; anywhere else it is refused, as
+    /// [`needs_security`](crate::needs_security) tells.
+    pub security: Option<Security>,
     /// Whose process may be at the other end of a unix socket besides this process's own user's and root's. Nobody's.
     pub unix_peers: AllowedUnixPeers,
     /// This side's policy: what it allows and asks for. The destination has a policy of its own; the stricter holds.
@@ -81,11 +82,11 @@ impl Default for SourceOptions {
             allow_all_dirty: false,
             connect_timeout: Duration::from_secs(10),
             peer_timeout: Duration::from_secs(30),
-            ram_crc: false,
+            ram_crc: None,
             keep_paused_if_reset: false,
             state_dir: None,
             epoch: Epoch(0),
-            security: Security::default(),
+            security: None,
             unix_peers: AllowedUnixPeers::default(),
             policy: Policy::default(),
             device_map: DeviceMap::default(),
@@ -123,8 +124,8 @@ pub struct DestinationOptions {
     pub expect: Expectations,
     /// Folder of the journal; as [`SourceOptions::state_dir`].
     pub state_dir: Option<PathBuf>,
-    /// How connections are secured, where they are none over a unix socket: those stay as they are. Plain text.
-    pub security: Security,
+    /// How connections are secured; as [`SourceOptions::security`].
+    pub security: Option<Security>,
     /// As [`SourceOptions::unix_peers`]. Where it names somebody the file of the socket lets anybody connect, and a connection of
     /// whoever is not named is refused before anything is read from it.
     pub unix_peers: AllowedUnixPeers,
@@ -149,7 +150,7 @@ impl Default for DestinationOptions {
             peer_timeout: Duration::from_secs(30),
             expect: Expectations::default(),
             state_dir: None,
-            security: Security::default(),
+            security: None,
             unix_peers: AllowedUnixPeers::default(),
             policy: Policy::default(),
             suspend: false,

@@ -62,7 +62,9 @@ impl fmt::Display for Foreign {
                 write!(f, "framing {generation} of this protocol, where only {} is known", PREAMBLE[7])
             }
             Self::Http => f.write_str("HTTP"),
-            Self::Tls => f.write_str("TLS, on a connection that is not set up for it"),
+            Self::Tls => f.write_str(
+                "TLS, on a connection that is not set up for it: --tls-creds DIR does that, on both sides",
+            ),
             Self::Ssh => f.write_str("SSH"),
             Self::Qemu => f.write_str("a QEMU migration stream"),
             Self::VfioUser => f.write_str("vfio-user"),

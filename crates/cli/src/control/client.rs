@@ -15,9 +15,10 @@ use serde_json::Value;
 use super::event::{self, ControlEvent};
 use super::protocol::{ControlRequest, ControlVerb, MigrationInfo, StatusReport};
 use super::refused::{PERMISSION_DENIED, Refused};
-use crate::exit::CliError;
+use crate::exit::{CliError, Exit};
 use crate::interrupt::UserInterrupt;
 use crate::output::printable_texts;
+use crate::tls_options::TLS_REQUIRED;
 use crate::units::format_time;
 
 /// Longest silence of a migration that is followed, before its `vm` is asked: there are no events within an iteration, where
@@ -64,6 +65,10 @@ impl ControlError {
     pub(crate) fn failure(&self, doing: &str) -> CliError {
         let failure = CliError::caused(doing, self);
         match self {
+            // It is the command line that lacks something, be it that of the `vm`.
+            Self::Refused(refused) if refused.class == TLS_REQUIRED => {
+                CliError::new(Exit::Usage, failure.text).of_class(TLS_REQUIRED)
+            }
             Self::Refused(refused) => failure.of_class(&refused.class),
             Self::Denied(..) => failure.of_class(PERMISSION_DENIED),
             _ => failure,

@@ -9,7 +9,7 @@ pub(crate) const PERMISSION_DENIED: &str = "PermissionDenied";
 /// Why a request is not carried out, in QMP's form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Refused {
-    /// `"GenericError"`, `"CommandNotFound"`, `"MigrationActive"`, `"NoMigration"`, `"TooLate"`,
+    /// `"GenericError"`, `"CommandNotFound"`, `"MigrationActive"`, `"NoMigration"`, `"TlsRequired"`, `"TooLate"`,
     /// `"PermissionDenied"`: this caller may not.
     pub(crate) class: String,
     /// Why the request is refused, in a sentence.

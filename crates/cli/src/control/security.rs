@@ -111,21 +111,23 @@ impl From<&ConnectionSecurity> for SecurityInfo {
 impl SecurityInfo {
     /// For a person, behind a comma; empty of a unix socket whose peer is not known.
     pub(crate) fn text(&self) -> String {
+        self.sentence().map_or(String::new(), |how| format!(", {how}"))
+    }
+
+    /// For a person; nothing of a unix socket.
+    pub(crate) fn sentence(&self) -> Option<String> {
         let who = self.peer.as_ref().map_or(String::new(), |peer| {
             let name = peer.names.first().map_or_else(|| "nobody".to_owned(), |name| quote(name));
             format!(" with {name}, {}", peer.pin)
         });
         match self.kind {
-            SecuredBy::PlainText => ", in plain text".to_owned(),
-            SecuredBy::Unix => {
-                self.unix_peer.as_ref().map_or(String::new(), |UnixPeerInfo { uid, pid, .. }| {
-                    let pid =
-                        pid.map_or_else(|| "of another PID namespace".to_owned(), |pid| pid.to_string());
-                    format!(", with process {pid} of user {uid}")
-                })
-            }
-            SecuredBy::Tls => format!(", over TLS{who}"),
-            SecuredBy::Vouched => format!(", over a stream that was secured before{who}"),
+            SecuredBy::PlainText => Some("in plain text".to_owned()),
+            SecuredBy::Unix => self.unix_peer.as_ref().map(|UnixPeerInfo { uid, pid, .. }| {
+                let pid = pid.map_or_else(|| "of another PID namespace".to_owned(), |pid| pid.to_string());
+                format!("with process {pid} of user {uid}")
+            }),
+            SecuredBy::Tls => Some(format!("over TLS{who}")),
+            SecuredBy::Vouched => Some(format!("over a stream that was secured before{who}")),
         }
     }
 }

@@ -31,7 +31,11 @@ pub(super) fn expectations(options: &VmCommand) -> Expectations {
 }
 
 /// Refuses a `vm` that could never hold to what it is told to expect at `uri`. A file that cannot be read now may be there later.
-pub(super) fn check(expectations: &Expectations, uri: &Uri, security: &Security) -> Result<(), CliError> {
+pub(super) fn check(
+    expectations: &Expectations,
+    uri: &Uri,
+    security: Option<&Security>,
+) -> Result<(), CliError> {
     let Ok(expectation) = expectations.read() else { return Ok(()) };
     expectation
         .check(uri, security)

@@ -21,6 +21,7 @@ use crate::control::event::ControlEvent;
 use crate::control::refused::Refused;
 use crate::exit::CliError;
 use crate::output::eprintln_line;
+use crate::tls_options::check_chosen;
 
 /// Time for which the destination still answers a source that lost the answer to its COMMIT.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
@@ -30,6 +31,10 @@ const BUILD_EVERY: Duration = Duration::from_secs(1);
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.
 pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
     let address: Address = text.parse().map_err(|failure: CliError| Refused::generic(failure.text))?;
+    // What is passed under a name is known once it is claimed.
+    if let Address::Uri(uri) = &address {
+        check_chosen(uri, vm.options.tls.security().as_ref()).map_err(|failure| failure.report().error)?;
+    }
     let before = reserve(vm)?;
     let begun = build(vm)
         .map_err(|failure| Refused::generic(failure.text))
@@ -74,6 +79,8 @@ pub(super) fn listen(
     options.unix_peers = vm.unix_peers.clone();
     options.security = vm.options.tls.security();
     let claim = vm.passed.claim(address)?;
+    check_chosen(claim.endpoint().uri(), options.security.as_ref())
+        .map_err(|failure| failure.report().error)?;
     let mut destination = Destination::listen(claim.endpoint().uri(), options)
         .map_err(|error| Refused::generic(error_chain(&error)))?;
     let at = match address {

@@ -15,6 +15,7 @@ use crate::control::protocol::MigrateArguments;
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
 use crate::exit::CliError;
+use crate::tls_options::check_chosen;
 use crate::undecided::{UndecidedGuest, journal_file};
 
 /// Begins to migrate; returns once the session has its thread.
@@ -36,10 +37,11 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     options.state_dir = vm.options.state_dir.clone();
     options.epoch = epoch;
     options.peer_name = Some(target.to_string());
-    let faulty = inject_at_source(vm.options.sabotage, machine.clone()).map_err(Refused::generic)?;
-    let source = Source::new(faulty, options);
     let claim = vm.passed.claim(&target)?;
     let endpoint = claim.endpoint();
+    check_chosen(endpoint.uri(), options.security.as_ref()).map_err(|failure| failure.report().error)?;
+    let faulty = inject_at_source(vm.options.sabotage, machine.clone()).map_err(Refused::generic)?;
+    let source = Source::new(faulty, options);
     begin(vm, machine, source, "migration", move |vm, machine, source| {
         let result = source.migrate_to(endpoint.uri(), publish_changes(vm));
         finish(vm, machine, result, &target.to_string());
@@ -63,9 +65,10 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     options.epoch = epoch;
     options.peer_name = Some(target.to_string());
     let how = if arguments.pause { Rehearse::Switchover } else { Rehearse::Precopy };
-    let source = Source::new(machine.clone(), options);
     let claim = vm.passed.claim(&target)?;
     let endpoint = claim.endpoint();
+    check_chosen(endpoint.uri(), options.security.as_ref()).map_err(|failure| failure.report().error)?;
+    let source = Source::new(machine.clone(), options);
     begin(vm, machine, source, "rehearsal", move |vm, machine, source| {
         drop(machine);
         finish_rehearsal(vm, source.rehearse_to(endpoint.uri(), how, publish_changes(vm)));

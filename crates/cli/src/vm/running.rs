@@ -26,6 +26,7 @@ use crate::control::protocol::MigrationInfo;
 use crate::control::refused::Refused;
 use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
+use crate::tls_options::check_chosen;
 use crate::undecided::{UndecidedGuest, journal_file};
 use crate::units::format_size;
 use crate::words::{check_memory, config_rule, policy, uri};
@@ -72,7 +73,9 @@ impl RunningVm {
         check_memory(memory)?;
         let expect = expected::expectations(options);
         if let Some(text) = &options.incoming {
-            expected::check(&expect, &uri(text)?, &options.tls.security())?;
+            let (uri, security) = (uri(text)?, options.tls.security());
+            check_chosen(&uri, security.as_ref())?;
+            expected::check(&expect, &uri, security.as_ref())?;
         }
         let rules = options.config_rule.iter().map(|text| {
             config_rule(text).ok_or_else(|| {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Process, Setup, Vm, command, run, until};
+use crate::support::{PATIENCE, Process, Setup, Vm, command, creds, run, until};
 
 /// The second in which a cancel must end a wait, and what a busy host adds to it.
 const WITHIN: Duration = Duration::from_secs(4);
@@ -127,7 +127,7 @@ fn a_question_that_is_not_answered_ends_by_ctrl_c() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = format!("tcp:127.0.0.1:{}", silent.local_addr().unwrap().port());
     let subject = format!("vm:{}", vm.control.display());
-    let mut asking = following(&["check", &subject, &to]);
+    let mut asking = following(&["check", &subject, &to, "--tls-creds", creds()]);
     // It has connected: it waits for an answer.
     let _visitor = silent.accept().unwrap();
     let begun = Instant::now();

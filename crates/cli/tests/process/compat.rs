@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{Process, Setup, Vm, run, until};
+use crate::support::{Process, Setup, Vm, creds, run, until};
 
 const UUID: &[&str] = &["--uuid", "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d42"];
 
@@ -348,7 +348,7 @@ fn a_pair_that_does_not_fit_is_refused_and_the_guest_never_notices() {
     source.warm();
     let address = destination.incoming();
     let by_manifest = json_of(&["check", &control(&source), &control(&destination)]);
-    let by_asking = json_of(&["check", &control(&source), &address]);
+    let by_asking = json_of(&["check", &control(&source), &address, "--tls-creds", creds()]);
     for (exit, report) in [&by_manifest, &by_asking] {
         assert_eq!((*exit, report["verdict"].as_str()), (3, Some("no")), "{report}");
         assert!(codes(report).contains(&"device-parameter-new"), "{report}");
@@ -387,7 +387,7 @@ fn a_rehearsal_says_what_a_migration_would_and_leaves_no_trace() {
         let limit = ["--downtime-limit", "10s"];
         json_of(&[&["rehearse", "--control", control, "--to", &address], limit.as_slice(), more].concat())
     };
-    let asked = json_of(&["check", &control(&source), &destination.incoming()]);
+    let asked = json_of(&["check", &control(&source), &destination.incoming(), "--tls-creds", creds()]);
     assert_eq!((asked.0, asked.1["verdict"].as_str()), (0, Some("live")), "{}", asked.1);
 
     let (exit, found) = rehearse(&[]);
@@ -500,7 +500,15 @@ fn devices_may_have_other_names_at_the_destination() {
     source.warm();
     let (exit, report) = json_of(&["check", &control(&source), &control(&there)]);
     assert!(exit == 3 && codes(&report).contains(&"device-missing"), "{report}");
-    let (exit, report) = json_of(&["check", &control(&source), &there.incoming(), "--map", "dev0=nic7"]);
+    let (exit, report) = json_of(&[
+        "check",
+        &control(&source),
+        &there.incoming(),
+        "--map",
+        "dev0=nic7",
+        "--tls-creds",
+        creds(),
+    ]);
     assert_eq!((exit, report["map"]["dev0"].as_str()), (0, Some("nic7")), "{report}");
     there.incoming();
     let info = source.migrate(&there.incoming(), json!({"verify": true, "device-map": {"dev0": "nic7"}}));

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Output;
 
-use crate::support::{Process, Setup, Vm, control, fails, run, until};
+use crate::support::{Process, Setup, Vm, control, creds, fails, run, until};
 use serde_json::json;
 
 const INCOMING: &[&str] = &["--incoming", "tcp:127.0.0.1:0"];
@@ -65,7 +65,7 @@ fn a_device_that_the_guest_would_find_in_another_slot_is_refused() {
     let destination = start(dir.path(), "b", &[",slot=3", ",slot=2"], &[], INCOMING);
     let (from, to) = (format!("vm:{}", control(&source)), destination.incoming());
     let told = |output: &Output| String::from_utf8_lossy(&output.stdout).into_owned();
-    let check = run(&["check", &from, &to]);
+    let check = run(&["check", &from, &to, "--tls-creds", creds()]);
     assert_eq!(check.status.code(), Some(3), "{check:?}");
     let rehearse = run(&["rehearse", "--control", control(&source), "--to", &to]);
     assert_eq!(rehearse.status.code(), Some(3), "{rehearse:?}");

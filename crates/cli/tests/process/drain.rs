@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Setup, Vm, run};
+use crate::support::{PATIENCE, Setup, Vm, creds, run};
 
 const PAGE: &str = include_str!("../../../../docs/drain.md");
 
@@ -90,6 +90,7 @@ fn a_host_is_drained_by_the_script_of_the_page() {
         .args([text(&file), "--bandwidth", "32M", "--downtime-limit", "10s"])
         .env("PATH", format!("{}:{}", here.display(), std::env::var("PATH").unwrap()))
         .env("ATTEMPTS", "2")
+        .env("CREDS", creds())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Setup, run, until};
+use crate::support::{Setup, creds, run, until};
 
 const VM: &str = "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d43";
 
@@ -197,7 +197,7 @@ fn each_session_is_a_line_at_its_beginning_and_one_at_its_end() {
     let named = format!("vfio-user:{socket},id=dev0");
     let mut source = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
         .args(["vm", "--memory", "64M", "--uuid", VM, "--device", &named, "--control", &control])
-        .arg("--exit-with-stdin")
+        .args(["--tls-creds", creds(), "--exit-with-stdin"])
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

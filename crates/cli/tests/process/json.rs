@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Process, Setup, run, until};
+use crate::support::{Process, Setup, creds, run, until};
 
 /// Reads `[{"case", "schema", "document"}]` and says which documents are not by their schemas. A field that no schema
 /// names is an error: an object that is flattened of several is looked at as a whole.
@@ -210,7 +210,7 @@ fn what_every_verb_prints_is_what_its_schema_says() {
     documents.take(&["status", from[0], from[1]], 0, "status");
     documents.take(&["status", to[0], to[1]], 0, "status");
     documents.take(&["describe", &format!("vm:{}", from[1])], 0, "manifest-machine");
-    documents.take(&["check", &format!("vm:{}", from[1]), &uri], 0, "check");
+    documents.take(&["check", &format!("vm:{}", from[1]), &uri, "--tls-creds", creds()], 0, "check");
     for verb in ["cancel", "continue"] {
         documents.take(&[verb, from[0], from[1]], 1, "failure");
     }

@@ -30,6 +30,7 @@ mod losses;
 mod many_devices;
 mod moves;
 mod other_users;
+mod plain_text;
 mod quit;
 mod receivers;
 mod revoked;

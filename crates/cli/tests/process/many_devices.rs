@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Setup, fails, software, until};
+use crate::support::{Setup, creds, fails, software, until};
 
 const UUID: &[&str] = &["--uuid", "d0a3a9f8-2f0e-4b5e-9a43-0f6c1d1b7a64"];
 
@@ -74,7 +74,7 @@ fn more_devices_than_a_machine_takes_are_refused_in_words_on_both_sides() {
     let socket = dir.path().join("nobody.sock");
     let devices: Vec<String> =
         (0..65).map(|n| format!("--device=vfio-user:{},id=dev{n}", socket.display())).collect();
-    for more in [&[][..], &["--incoming", "tcp:127.0.0.1:0"]] {
+    for more in [&[][..], &["--incoming", "tcp:127.0.0.1:0", "--tls-creds", creds()]] {
         let mut arguments = vec!["vm", "--memory", "192M"];
         arguments.extend_from_slice(more);
         arguments.extend(devices.iter().map(String::as_str));

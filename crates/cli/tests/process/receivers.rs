@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Process, Setup, Vm, run, until};
+use crate::support::{PATIENCE, Process, Setup, Vm, creds, run, until};
 
 const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0002";
 
@@ -76,13 +76,13 @@ fn it_waits_on_after_everything_but_a_guest() {
     // A question about another VM.
     let others = tempfile::tempdir().unwrap();
     let other = Setup::new(others.path(), "other").start();
-    let asked = run(&["check", &format!("vm:{}", text(&other.control)), &at]);
+    let asked = run(&["check", &format!("vm:{}", text(&other.control)), &at, "--tls-creds", creds()]);
     assert_eq!(asked.status.code(), Some(3), "{asked:?}");
     let refused = next_refusal(&receiver, &events, &at);
     assert_eq!((&refused["code"], &refused["wanted"]), (&json!("other-vm"), &json!("ask")), "{refused}");
 
     // A question that is answered.
-    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
+    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at, "--tls-creds", creds()]);
     assert_eq!(asked.status.code(), Some(0), "{asked:?}");
     assert_eq!(next_end(&receiver, &events, &at)["status"], "rehearsed");
 
@@ -147,7 +147,7 @@ fn a_refused_migration_can_be_tried_again_at_once() {
         "nothing can arrive: {info}"
     );
     assert!(info["error"].as_str().unwrap().contains("dev0"), "{info}");
-    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
+    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at, "--tls-creds", creds()]);
     assert_eq!(asked.status.code(), Some(1), "{asked:?}");
     receiver.devices[0] = Process::start(&["device", "--socket", text(&socket), "--state-size", "4M"]);
     until("the receiver to be ready", || receiver.info()["not-ready"].is_null().then_some(()));
@@ -227,7 +227,7 @@ fn who_is_refused_is_written_down_and_a_question_ends_nothing() {
     assert_eq!(other.migrate(&at, json!({}))["status"], "failed");
     until("the refusal to be counted", || (receiver.info()["refused"]["count"] == 1).then_some(()));
     assert_eq!(receiver.incoming(), at);
-    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at]);
+    let asked = run(&["check", &format!("vm:{}", text(&source.control)), &at, "--tls-creds", creds()]);
     assert_eq!(asked.status.code(), Some(3), "{asked:?}");
     until("the question to end", || (receiver.query("query")["migration"].is_null()).then_some(()));
     assert_eq!(receiver.incoming(), at, "it waits on");
@@ -347,6 +347,7 @@ fn a_guest_brings_the_size_of_its_ram_unless_told_otherwise() {
     let device_word = format!("vfio-user:{},id=dev0", text(&socket));
     let words =
         ["vm", "--control", text(&control), "--device", &device_word, "--incoming", "tcp:127.0.0.1:0"];
+    let words = [&words[..], &["--tls-creds", creds()]].concat();
     let receiver = Vm { process: Process::start(&words), devices: vec![device], control: control.clone() };
     until("the control socket", || receiver.try_call("query", Value::Null)).expect("query");
     assert_arrives(&source, &receiver);
@@ -378,6 +379,8 @@ fn one_that_takes_the_guests_ram_is_asked_so() {
             UUID,
             "--incoming",
             "tcp:127.0.0.1:0",
+            "--tls-creds",
+            creds(),
             "--control",
             text(&control),
         ];

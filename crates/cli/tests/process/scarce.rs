@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Process, Setup, Vm, software, until};
+use crate::support::{PATIENCE, Process, Setup, Vm, creds, software, until};
 
 /// What suffices for anything here.
 const ENOUGH: &str = "1000";
@@ -51,6 +51,8 @@ impl Limit {
 struct Starter {
     binary: PathBuf,
     user: Option<u32>,
+    /// Certificates that this user may read.
+    creds: String,
 }
 
 impl Starter {
@@ -58,13 +60,23 @@ impl Starter {
     fn new(dir: &Path, name: u32) -> Self {
         let binary = PathBuf::from(env!("CARGO_BIN_EXE_vfio-migrate"));
         if !rustix::process::geteuid().is_root() {
-            return Self { binary, user: None };
+            return Self { binary, user: None, creds: creds().to_owned() };
         }
         // The folder of the build may be closed to others.
         let copy = dir.join("vfio-migrate");
         std::fs::hard_link(&binary, &copy).or_else(|_| std::fs::copy(&binary, &copy).map(drop)).unwrap();
         std::fs::set_permissions(dir, PermissionsExt::from_mode(0o777)).unwrap();
-        Self { binary: copy, user: Some(1_000_000 + 10 * std::process::id() + name) }
+        let user = 1_000_000 + 10 * std::process::id() + name;
+        // A private key is its owner's.
+        let own = dir.join("creds");
+        std::fs::create_dir(&own).unwrap();
+        let files = std::fs::read_dir(creds()).unwrap().map(|entry| entry.unwrap());
+        for file in files {
+            let copy = own.join(file.file_name());
+            std::fs::copy(file.path(), &copy).unwrap();
+            std::os::unix::fs::chown(&copy, Some(user), None).unwrap();
+        }
+        Self { binary: copy, user: Some(user), creds: own.display().to_string() }
     }
 
     fn limits(&self) -> &'static [Limit] {
@@ -142,7 +154,10 @@ fn whatever_starts_with_little_does_so_or_names_what_it_lacks() {
     let vm = ["vm", "--software", "--memory", "32M", "--control", &control, "--state-dir", &state];
     let verbs: &[(Vec<&str>, &str)] = &[
         ([&vm[..], &["--device", &device]].concat(), " runs"),
-        ([&vm[..], &["--incoming", "tcp:127.0.0.1:0"]].concat(), "waits for a guest"),
+        (
+            [&vm[..], &["--incoming", "tcp:127.0.0.1:0", "--tls-creds", &starter.creds]].concat(),
+            "waits for a guest",
+        ),
         (vec!["device", "--state-size", "1M", "--socket", &socket], LISTENS),
         (vec!["save", "--device", &device, "--force", "-o", &out], ""),
         (vec!["describe", &server], ""),
@@ -259,8 +274,13 @@ fn a_guest_runs_on_where_a_session_lacks_something() {
             Setup { vm_arguments: &words, ..Setup::new(dir.path(), &format!("{limit:?}-b")) }.start();
         let to = json!({"uri": receiver.incoming(), "downtime-limit": 10_000});
         let name = format!("{limit:?}-a");
-        let (source, mut client) =
-            vm(&starter, &Setup { vm_arguments: &["--software"], ..Setup::new(dir.path(), &name) });
+        let (source, mut client) = vm(
+            &starter,
+            &Setup {
+                vm_arguments: &["--software", "--tls-creds", &starter.creds],
+                ..Setup::new(dir.path(), &name)
+            },
+        );
         // Its vectors take their descriptors when the guest first unmasks them.
         source.warm();
         until("interrupts", || (source.counter("interrupts") > 0).then_some(()));
@@ -288,7 +308,7 @@ fn a_guest_runs_on_where_a_session_lacks_something() {
         }
         receiver.assert_whole();
         // The other side: what came to the first is a source now.
-        let words = ["--software", "--incoming", "tcp:127.0.0.1:0"];
+        let words = ["--software", "--incoming", "tcp:127.0.0.1:0", "--tls-creds", &starter.creds];
         let name = format!("{limit:?}-c");
         let (last, mut client) =
             vm(&starter, &Setup { vm_arguments: &words, ..Setup::new(dir.path(), &name) });
@@ -337,6 +357,8 @@ fn a_full_disk_fails_what_is_written_and_the_guest_runs_on() {
                 "64M",
                 "--dirty-rate",
                 "1M",
+                "--tls-creds",
+                creds(),
                 "--exit-with-stdin",
                 "--state-dir",
             ])

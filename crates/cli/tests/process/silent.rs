@@ -12,7 +12,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{Setup, run};
+use crate::support::{Setup, creds, run};
 
 /// Longest that a question with a patience of 2 s may take on a machine that is busy with something else.
 const SOON: Duration = Duration::from_secs(10);
@@ -170,7 +170,8 @@ fn a_receiver_that_says_nothing() {
     let unix = UnixListener::bind(&path).unwrap();
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     for receiver in [format!("unix:{}", text(&path)), format!("tcp:{}", tcp.local_addr().unwrap())] {
-        let (exit, told) = asked(&["check", &source, &receiver], Duration::from_millis(1900));
+        let (exit, told) =
+            asked(&["check", &source, &receiver, "--tls-creds", creds()], Duration::from_millis(1900));
         assert_eq!(exit, Some(1), "{told}");
         assert_eq!(told.matches("does not answer within 2 s").count(), 1, "{told}");
         assert!(told.contains(&receiver), "{told}");

@@ -11,6 +11,16 @@ use serde_json::{Value, json};
 /// Longest wait for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Certificates as the library's tests make them.
+#[path = "../../../migration/tests/migration/toy/pki.rs"]
+#[expect(dead_code, unreachable_pub, reason = "the library's tests use all of it")]
+mod pki;
+
+/// The folder for --tls-creds that whoever speaks over TCP here is given: all trust each other.
+pub(crate) fn creds() -> &'static str {
+    pki::own_host().to_str().unwrap()
+}
+
 /// The command, with arguments.
 pub(crate) fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"));
@@ -153,7 +163,7 @@ pub(crate) struct Vm {
     pub(crate) control: PathBuf,
 }
 
-/// How a test's VM is made.
+/// How a test's VM is made. Over TCP it speaks TLS, unless its arguments say otherwise.
 #[derive(Clone, Debug)]
 pub(crate) struct Setup<'a> {
     pub(crate) dir: &'a Path,
@@ -204,6 +214,10 @@ impl<'a> Setup<'a> {
             arguments.extend(["--device".into(), format!("vfio-user:{path},id=dev{n}")]);
         }
         arguments.extend(self.vm_arguments.iter().map(ToString::to_string));
+        let security = ["--tls-creds", "--insecure-plaintext"];
+        if !self.vm_arguments.iter().any(|word| security.contains(word)) {
+            arguments.extend(["--tls-creds".into(), creds().into()]);
+        }
         (devices, arguments)
     }
 }

@@ -61,6 +61,12 @@ impl SourceEngine {
         }
     }
 
+    /// Offers the destination these features too, which depend on the connection. To be called before
+    /// [`SourceEvent::Connected`].
+    pub fn offer(&mut self, features: u64) {
+        self.config.features |= features & !FEATURE_REHEARSE;
+    }
+
     /// Takes an event that came at `now`. Never blocks. Call [`SourceEngine::poll_action`] until it is `None`
     /// afterwards.
     pub fn handle(&mut self, event: SourceEvent, now: Time) {

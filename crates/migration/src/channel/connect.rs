@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use rustls::ServerConfig;
 
 use crate::channel::tls::Tls;
@@ -23,6 +23,10 @@ use crate::tls::files::TlsRole;
 use crate::unix_listener::bind_unix;
 use crate::unix_peer::{AllowedUnixPeers, UnixPeerError};
 use crate::uri::Uri;
+
+/// The remedy of [`ConnectError::NotChosen`].
+pub(crate) const CHOOSE: &str = "--tls-creds DIR secures it, with a folder that `vfio-migrate tls` makes; --insecure-plaintext says aloud that it \
+is to go as it is (the library's options: `security`)";
 
 /// The reason why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +48,8 @@ pub(crate) enum ConnectError {
     NobodyCame(Duration),
     #[error("the one connection behind {0} has been used")]
     Used(Uri),
+    #[error("{0} is no unix socket, and nothing says how it is to be secured")]
+    NotChosen(Uri),
     #[error("there is no secure connection to {uri}")]
     Insecure {
         uri: Uri,
@@ -68,16 +74,44 @@ pub(crate) enum ConnectError {
     NoThread(#[source] io::Error),
 }
 
+/// Whether connections at `uri` are others than over a unix socket, so that each side has to say how they are secured: by
+/// [`SourceOptions::security`](crate::SourceOptions::security) and
+/// [`DestinationOptions::security`](crate::DestinationOptions::security).
+///
+/// A descriptor that is no socket needs nothing: it is refused as what it is.
+pub fn needs_security(uri: &Uri) -> bool {
+    match uri {
+        Uri::Tcp { .. } => true,
+        Uri::Unix(_) => false,
+        Uri::Fd(number) => {
+            duplicate(*number).is_ok_and(|fd| sockopt::socket_domain(&fd).is_ok() && leaves_host(&fd))
+        }
+    }
+}
+
+/// Refuses to go on where somebody has to say how a connection is secured, and nobody has.
+pub(crate) fn check_chosen(uri: &Uri, security: Option<&Security>) -> Result<(), ConnectError> {
+    if security.is_none() && needs_security(uri) {
+        return Err(ConnectError::NotChosen(uri.clone()));
+    }
+    Ok(())
+}
+
+/// Nobody is on the way of a unix socket.
+fn leaves_host(socket: impl AsFd) -> bool {
+    sockopt::socket_domain(socket) != Ok(AddressFamily::UNIX)
+}
+
 /// Connects to a destination, and secures the connection, within `limit`, and unless it is `given_up`. Over a unix socket it must
 /// be one of the `peers`.
 pub(crate) fn connect(
     uri: &Uri,
-    security: &Security,
+    security: Option<&Security>,
     peers: &AllowedUnixPeers,
     limit: Duration,
     given_up: impl Fn() -> bool,
 ) -> Result<Box<dyn Transport>, ConnectError> {
-    let (wanted, security, peers) = (uri.clone(), security.clone(), peers.clone());
+    let (wanted, security, peers) = (uri.clone(), security.cloned(), peers.clone());
     let until = Instant::now() + limit;
     // Neither a name's resolution nor a connect ends when it is told to.
     within(uri, limit, given_up, move || {
@@ -86,7 +120,7 @@ pub(crate) fn connect(
             Uri::Unix(path) => connect_unix(&wanted, path, limit)?,
             Uri::Fd(number) => take_over(*number)?,
         };
-        secured(socket, &wanted, &security, &peers, until.saturating_duration_since(Instant::now()))
+        secured(socket, &wanted, security.as_ref(), &peers, until.saturating_duration_since(Instant::now()))
     })
 }
 
@@ -94,19 +128,21 @@ pub(crate) fn connect(
 pub(crate) fn secured(
     socket: OwnedFd,
     uri: &Uri,
-    security: &Security,
+    security: Option<&Security>,
     peers: &AllowedUnixPeers,
     limit: Duration,
 ) -> Result<Box<dyn Transport>, ConnectError> {
-    if !begins_with_tls(&socket, security) {
+    if !leaves_host(&socket) {
         let transport = as_it_is(socket, security);
         let stranger = |source| ConnectError::Stranger { uri: uri.clone(), source };
         transport.security().check_unix_peer(peers).map_err(stranger)?;
         return Ok(transport);
     }
+    let security = security.ok_or_else(|| ConnectError::NotChosen(uri.clone()))?;
     let insecure = |source: TransportError| ConnectError::Insecure { uri: uri.clone(), source };
     let Some(config) = security.client().map_err(|error| insecure(error.into()))? else {
-        return Ok(as_it_is(socket, security));
+        security.warn_of_plain_text(uri);
+        return Ok(as_it_is(socket, Some(security)));
     };
     security.warn_of_expiry(TlsRole::Client);
     let host = match uri {
@@ -117,21 +153,15 @@ pub(crate) fn secured(
     Tls::connect(socket, config, name, limit).map(|tls| Box::new(tls) as Box<dyn Transport>).map_err(insecure)
 }
 
-/// Unix sockets stay as they are: nobody is on their way.
-fn begins_with_tls(socket: &OwnedFd, security: &Security) -> bool {
-    security.is_tls() && !is_unix(socket)
-}
-
-fn is_unix(socket: &OwnedFd) -> bool {
-    rustix::net::sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
-}
-
-fn as_it_is(socket: OwnedFd, security: &Security) -> Box<dyn Transport> {
+fn as_it_is(socket: OwnedFd, security: Option<&Security>) -> Box<dyn Transport> {
     Box::new(match security {
-        Security::Vouched(peer) => Socket::vouched(socket, peer.clone()),
+        Some(Security::Vouched(peer)) => Socket::vouched(socket, peer.clone()),
         _ => Socket::new(socket),
     })
 }
+
+/// Time behind the limit in which `work`, most of which keeps to the limit itself, may still say what it waited for.
+const BEHIND: Duration = Duration::from_secs(1);
 
 fn within(
     uri: &Uri,
@@ -139,7 +169,7 @@ fn within(
     given_up: impl Fn() -> bool,
     work: impl FnOnce() -> Result<Box<dyn Transport>, ConnectError> + Send + 'static,
 ) -> Result<Box<dyn Transport>, ConnectError> {
-    match answer_unless(given_up, Some(limit), work) {
+    match answer_unless(given_up, Some(limit + BEHIND), work) {
         Ok(connected) => connected,
         Err(Unanswered::GivenUp) => Err(ConnectError::Cancelled),
         Err(Unanswered::Late) => Err(ConnectError::TimedOut { uri: uri.clone(), limit }),
@@ -196,8 +226,15 @@ fn connect_unix(uri: &Uri, path: &Path, limit: Duration) -> Result<OwnedFd, Conn
     Ok(socket)
 }
 
-/// Duplicates a descriptor known by its number alone, in safe code: asks the kernel for our own descriptor.
+/// The connection behind a descriptor that was handed over.
 fn take_over(number: RawFd) -> Result<OwnedFd, ConnectError> {
+    let socket = duplicate(number)?;
+    check_stream(&socket, number)?;
+    Ok(socket)
+}
+
+/// Duplicates a descriptor known by its number alone, in safe code: asks the kernel for our own descriptor.
+fn duplicate(number: RawFd) -> Result<OwnedFd, ConnectError> {
     let failed = |source: Errno| ConnectError::System {
         doing: "taking over",
         uri: Uri::Fd(number),
@@ -205,14 +242,11 @@ fn take_over(number: RawFd) -> Result<OwnedFd, ConnectError> {
     };
     let own = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())
         .map_err(failed)?;
-    let socket = rustix::process::pidfd_getfd(&own, number, rustix::process::PidfdGetfdFlags::empty())
-        .map_err(failed)?;
-    check_stream(&socket, number)?;
-    Ok(socket)
+    rustix::process::pidfd_getfd(&own, number, rustix::process::PidfdGetfdFlags::empty()).map_err(failed)
 }
 
 pub(crate) fn check_stream(socket: &OwnedFd, number: RawFd) -> Result<(), ConnectError> {
-    let stream = rustix::net::sockopt::socket_type(socket) == Ok(SocketType::STREAM);
+    let stream = sockopt::socket_type(socket) == Ok(SocketType::STREAM);
     if !stream || rustix::net::getpeername(socket).is_err() {
         return Err(ConnectError::NotAStream(number));
     }
@@ -226,7 +260,8 @@ pub(crate) fn check_stream(socket: &OwnedFd, number: RawFd) -> Result<(), Connec
 pub(crate) struct Listener {
     socket: ListenerSocket,
     uri: Uri,
-    security: Security,
+    /// `None` of a unix socket alone.
+    security: Option<Security>,
     /// What the latest connection was taken with: certificates that are being replaced may not fit each other for a moment.
     latest: Option<Arc<ServerConfig>>,
     backoff: Backoff,
@@ -281,19 +316,18 @@ impl Listener {
     /// `peers` connect.
     pub(crate) fn bind(
         uri: &Uri,
-        security: &Security,
+        security: Option<&Security>,
         peers: &AllowedUnixPeers,
     ) -> Result<(Self, Uri), ConnectError> {
+        check_chosen(uri, security)?;
         let failed = |source| ConnectError::System { doing: "listening on", uri: uri.clone(), source };
         match uri {
             Uri::Tcp { host, port } => {
                 let listener = TcpListener::bind((host.as_str(), *port)).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 let port = listener.local_addr().map_err(failed)?.port();
-                Ok((
-                    Self::of(ListenerSocket::Tcp(listener), uri, security)?,
-                    Uri::Tcp { host: host.clone(), port },
-                ))
+                let local = Uri::Tcp { host: host.clone(), port };
+                Ok((Self::of(ListenerSocket::Tcp(listener), &local, security)?, local))
             }
             Uri::Unix(path) => {
                 remove_dead_socket(path);
@@ -308,31 +342,47 @@ impl Listener {
     }
 
     /// The one connection that was handed over.
-    pub(crate) fn connected(socket: OwnedFd, uri: &Uri, security: &Security) -> Result<Self, ConnectError> {
+    pub(crate) fn connected(
+        socket: OwnedFd,
+        uri: &Uri,
+        security: Option<&Security>,
+    ) -> Result<Self, ConnectError> {
         Self::of(ListenerSocket::Connected(Some(socket), uri.clone()), uri, security)
     }
 
-    fn of(socket: ListenerSocket, uri: &Uri, security: &Security) -> Result<Self, ConnectError> {
-        let latest = match &socket {
-            ListenerSocket::Unix { .. } => None,
-            // Before anybody connects, since only the operator can mend what is missing.
-            _ => security.server().map_err(|source| ConnectError::Unprepared { uri: uri.clone(), source })?,
+    fn of(socket: ListenerSocket, uri: &Uri, security: Option<&Security>) -> Result<Self, ConnectError> {
+        let local = match &socket {
+            ListenerSocket::Unix { .. } => true,
+            ListenerSocket::Tcp(_) => false,
+            ListenerSocket::Connected(socket, _) => {
+                socket.as_ref().is_some_and(|socket| !leaves_host(socket))
+            }
         };
-        if latest.is_some() {
-            security.warn_of_expiry(TlsRole::Server);
+        let mut latest = None;
+        if !local {
+            let security = security.ok_or_else(|| ConnectError::NotChosen(uri.clone()))?;
+            // Before anybody connects, since only the operator can mend what is missing.
+            let unprepared = |source| ConnectError::Unprepared { uri: uri.clone(), source };
+            latest = security.server().map_err(unprepared)?;
+            match latest {
+                Some(_) => security.warn_of_expiry(TlsRole::Server),
+                None => security.warn_of_plain_text(uri),
+            }
         }
-        let (uri, security) = (uri.clone(), security.clone());
+        let (uri, security) = (uri.clone(), security.cloned());
         Ok(Self { socket, uri, security, latest, backoff: Backoff::default() })
     }
 
     /// What connections prove of their peers here, and what they are, as a sentence goes on.
     pub(crate) fn proof(&self) -> (Proof, &'static str) {
-        let unix = (self.security.proof_over_unix(), "over a unix socket");
+        let security = self.security.as_ref();
+        let proof = |of: fn(&Security) -> Proof| security.map_or(Proof::Nothing, of);
+        let unix = (proof(Security::proof_over_unix), "over a unix socket");
         match &self.socket {
             ListenerSocket::Unix { .. } => unix,
-            ListenerSocket::Connected(Some(socket), _) if is_unix(socket) => unix,
+            ListenerSocket::Connected(Some(socket), _) if !leaves_host(socket) => unix,
             ListenerSocket::Tcp(_) | ListenerSocket::Connected(..) => {
-                (self.security.proof(), "in plain text")
+                (proof(Security::proof), "in plain text")
             }
         }
     }
@@ -358,11 +408,12 @@ impl Listener {
 
     /// The connection over `socket`, whose handshake, if it has one, is still to come.
     fn secure(&mut self, socket: OwnedFd, read_anew: bool) -> Option<Box<dyn Transport>> {
-        if !begins_with_tls(&socket, &self.security) {
-            return Some(as_it_is(socket, &self.security));
-        }
+        let security = self.security.as_ref();
+        let Some(security) = security.filter(|security| security.is_tls() && leaves_host(&socket)) else {
+            return Some(as_it_is(socket, security));
+        };
         if read_anew {
-            match self.security.server() {
+            match security.server() {
                 Ok(config) => self.latest = config,
                 Err(error) => tracing::warn!(
                     %error, uri = %self.uri,

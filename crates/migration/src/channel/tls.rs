@@ -13,6 +13,7 @@ use rustix::net::{SendFlags, Shutdown};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 use vfio_migration_memory::Pieces;
+use vfio_migration_wire::PREAMBLE;
 
 use crate::channel::transport::{Socket, Transport, TransportError};
 use crate::session::lock::lock;
@@ -263,6 +264,8 @@ impl State {
                 return Ok(());
             }
             let before = rest.len();
+            // A whole preamble comes in one piece, and nothing of TLS begins like it.
+            let plain = self.connection.is_handshaking() && rest.starts_with(&PREAMBLE[..PREAMBLE.len() - 1]);
             match self.connection.read_tls(&mut rest) {
                 Ok(_) => self.at += before - rest.len(),
                 // It has decrypted enough, which has to be read first.
@@ -281,6 +284,7 @@ impl State {
                 Ok(io) if io.plaintext_bytes_to_read() > 0 => return Ok(()),
                 Ok(_) => {}
                 Err(error) => {
+                    let error = if plain { TlsError::PlainText } else { error };
                     self.failed = Some(error.clone());
                     return Err(error);
                 }

@@ -41,9 +41,9 @@ impl SessionSource {
     }
 
     /// Whether it is the source who asks, in a process whose connections are secured like `security`.
-    fn asks(&self, question: &Question, security: &Security) -> bool {
+    fn asks(&self, question: &Question, security: Option<&Security>) -> bool {
         is_bound(self.key.as_ref(), question)
-            && question.link.security().is_of(&self.security, security.proves_names())
+            && question.link.security().is_of(&self.security, security.is_some_and(Security::proves_names))
     }
 }
 
@@ -85,7 +85,11 @@ impl Worker<'_, '_, '_> {
 }
 
 /// Refuses a question of somebody else than `source`: the answer may be that nobody will ever run the guest here. Says whether it did.
-pub(super) fn refuse_stranger(question: &Question, source: &SessionSource, security: &Security) -> bool {
+pub(super) fn refuse_stranger(
+    question: &Question,
+    source: &SessionSource,
+    security: Option<&Security>,
+) -> bool {
     let is_stranger = !source.asks(question, security);
     if is_stranger {
         refuse(question);

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
 use crate::admission::{Admission, Admitted};
-use crate::channel::connect::{self, ConnectError, Listener};
+use crate::channel::connect::{self, CHOOSE, ConnectError, Listener};
 use crate::channel::greeting::{
     Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
 };
@@ -62,7 +62,7 @@ impl Destination {
     /// The address cannot be listened on.
     pub fn listen(uri: &Uri, options: DestinationOptions) -> Result<Self, IncomingError> {
         let (listener, local) =
-            Listener::bind(uri, &options.security, &options.unix_peers).map_err(not_begun)?;
+            Listener::bind(uri, options.security.as_ref(), &options.unix_peers).map_err(not_begun)?;
         Self::new(listener, local, options)
     }
 
@@ -74,7 +74,7 @@ impl Destination {
         let number = std::os::fd::AsRawFd::as_raw_fd(&socket);
         connect::check_stream(&socket, number).map_err(not_begun)?;
         let local = Uri::Fd(number);
-        let listener = Listener::connected(socket, &local, &options.security).map_err(not_begun)?;
+        let listener = Listener::connected(socket, &local, options.security.as_ref()).map_err(not_begun)?;
         Self::new(listener, local, options)
     }
 
@@ -209,9 +209,10 @@ impl Destination {
     fn answer(&mut self, question: &Question) {
         let dir = self.options.state_dir.as_deref();
         let own = self.known.as_ref().filter(|known| known.record.attempt == question.about.attempt);
+        let security = self.options.security.as_ref();
         // Whoever was let in with it is told what became of it, whoever is expected now.
         let was_in_session = match own {
-            Some(known) => !commit::refuse_stranger(question, &known.source, &self.options.security),
+            Some(known) => !commit::refuse_stranger(question, &known.source, security),
             None => match commit::is_proved_by_journal(dir, question) {
                 Some(proved) => {
                     if !proved {
@@ -279,6 +280,7 @@ fn not_begun(error: ConnectError) -> IncomingError {
             return IncomingError::Cancelled(Failure::cancelled(Side::Destination, Phase::Hello, text));
         }
         ConnectError::NotAStream(_) => "pass a connected stream socket",
+        ConnectError::NotChosen(_) => CHOOSE,
         _ => "",
     };
     IncomingError::NotBegun(

@@ -157,7 +157,7 @@ where
             admission,
             begun,
             peer_timeout: options.peer_timeout,
-            security: &options.security,
+            security: options.security.as_ref(),
             source: &source,
             running: None,
             link_lost: false,
@@ -201,7 +201,7 @@ struct Session<'a> {
     admission: &'a Admission,
     begun: Instant,
     peer_timeout: Duration,
-    security: &'a Security,
+    security: Option<&'a Security>,
     source: &'a SessionSource,
     /// RUNNING, as it was sent, for a source that lost it.
     running: Option<Running>,

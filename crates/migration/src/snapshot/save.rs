@@ -61,7 +61,7 @@ impl SourceOptions {
     pub fn for_saving(mut self) -> Self {
         self.downtime_limit = STANDSTILL;
         self.commit_reserve = None;
-        self.ram_crc = true;
+        self.ram_crc = Some(true);
         self.to_file = true;
         self
     }

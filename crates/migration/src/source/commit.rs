@@ -49,7 +49,8 @@ impl Worker {
         let limit = self.plan.options.connect_timeout.min(PATIENCE);
         let replaced = || self.shared.interrupt.raised();
         let (uri, options) = (&self.plan.uri, &self.plan.options);
-        let connected = connect::connect(uri, &options.security, &options.unix_peers, limit, replaced);
+        let connected =
+            connect::connect(uri, options.security.as_ref(), &options.unix_peers, limit, replaced);
         let socket = connected.map_err(|error| match error {
             ConnectError::Cancelled => Ok(WorkError::Interrupted),
             error => Err(error_chain(&error)),

@@ -99,6 +99,7 @@ impl Source {
         rehearse: Option<Rehearse>,
         observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
+        connect::check_chosen(uri, self.options.security.as_ref()).map_err(not_connected)?;
         let (plan, engine) = PlannedMigration::new(
             self.machine,
             self.options,
@@ -116,10 +117,11 @@ impl Source {
         };
         connecting();
         let SourceOptions { security, unix_peers, connect_timeout: limit, .. } = &plan.options;
-        let socket = connect::connect(uri, security, unix_peers, *limit, cancelled).map_err(|error| {
-            connecting();
-            not_connected(error)
-        })?;
+        let socket =
+            connect::connect(uri, security.as_ref(), unix_peers, *limit, cancelled).map_err(|error| {
+                connecting();
+                not_connected(error)
+            })?;
         session::run(plan, engine, socket, observer)
     }
 
@@ -156,12 +158,13 @@ impl Source {
     ) -> Result<SourceEnd, MigrateError> {
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
         let uri = Uri::Fd(number);
+        connect::check_chosen(&uri, self.options.security.as_ref()).map_err(not_connected)?;
         let (plan, engine) =
             PlannedMigration::new(self.machine, self.options, self.control, uri, self.file, rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
         let SourceOptions { security, unix_peers, connect_timeout: limit, .. } = &plan.options;
-        let socket =
-            connect::secured(socket, &plan.uri, security, unix_peers, *limit).map_err(not_connected)?;
+        let socket = connect::secured(socket, &plan.uri, security.as_ref(), unix_peers, *limit)
+            .map_err(not_connected)?;
         session::run(plan, engine, socket, observer)
     }
 }

@@ -9,7 +9,7 @@ use vfio_migration_device::Capabilities;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_engine::{self as engine, DeviceFacts, SourceConfig};
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_chain};
-use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_VERIFY, Offer, VERSIONS, limits};
+use vfio_migration_wire::{FEATURE_VERIFY, Offer, VERSIONS, limits};
 
 use crate::control::Control;
 use crate::device::tracked::tracked;
@@ -126,8 +126,7 @@ impl PlannedMigration {
         });
         let limit = options.downtime_limit;
         let verify = options.verify;
-        let features =
-            if verify { FEATURE_VERIFY } else { 0 } | if options.ram_crc { FEATURE_RAM_CRC } else { 0 };
+        let features = if verify { FEATURE_VERIFY } else { 0 };
         let engine = engine::SourceEngine::new(SourceConfig {
             vm,
             attempt,

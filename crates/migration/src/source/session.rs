@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_engine::{self as engine, SourceAction, SourceEvent, SourceOutcome};
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
-use vfio_migration_wire::Message;
+use vfio_migration_wire::{FEATURE_RAM_CRC, Message};
 
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK, UNANSWERED, close_gracefully};
@@ -25,6 +25,7 @@ use crate::source::plan::PlannedMigration;
 use crate::source::progress::{ProgressReporter, Waits, into_result};
 use crate::source::reader::read_loop;
 use crate::source::worker::Worker;
+use crate::tls::security::SecurityKind;
 
 /// Nobody is there to do what the engine asks for.
 const GONE: &str = "the session's own threads are gone: a defect of this program";
@@ -32,12 +33,17 @@ const GONE: &str = "the session's own threads are gone: a defect of this program
 /// Runs a planned migration over a connected socket, to its end.
 pub(super) fn run(
     mut plan: PlannedMigration,
-    engine: engine::SourceEngine,
+    mut engine: engine::SourceEngine,
     socket: Box<dyn Transport>,
     mut observer: impl FnMut(&Progress),
 ) -> Result<SourceEnd, MigrateError> {
     let link = connected(socket, &plan.control)?;
-    plan.info.security = (!plan.options.to_file).then(|| link.security());
+    let security = link.security();
+    // Only now is it known what a descriptor that was handed over is.
+    if plan.options.ram_crc.unwrap_or(security.kind == SecurityKind::PlainText) {
+        engine.offer(FEATURE_RAM_CRC);
+    }
+    plan.info.security = (!plan.options.to_file).then_some(security);
     let plan = Arc::new(plan);
     let counters = Arc::new(SourceCounters {
         devices: plan.devices.iter().map(|_| Arc::default()).collect(),

@@ -19,6 +19,7 @@ use crate::tls::error::TlsError;
 use crate::tls::files::{OwnCertificate, TlsRole, ca_path, own_certificate};
 use crate::tls::identity::{PeerIdentity, Pin};
 use crate::tls::trust::Trust;
+use crate::uri::Uri;
 
 /// The protocol inside (ALPN): whatever else is served over TLS with the same certificates is not taken for it.
 pub const ALPN: &[u8] = b"vfio-migrate/1";
@@ -65,11 +66,10 @@ pub(crate) enum Proof {
     Name,
 }
 
-/// How the connections of one side are secured.
-#[derive(Clone, Debug, Default)]
+/// How the connections of one side are secured. There is no default: plain text is what one has to write.
+#[derive(Clone, Debug)]
 pub enum Security {
     /// Not at all: whoever is on the way reads and changes what is sent.
-    #[default]
     PlainText,
     /// TLS 1.3 with certificates of a directory.
     Directory(TlsDirectory),
@@ -128,6 +128,13 @@ impl Security {
         {
             let (file, until) = (directory.path.join(CRL_FILE), rfc3339(until));
             tracing::warn!(file = %file.display(), "the revocation list expires at {until}: get a new one");
+        }
+    }
+
+    /// Says that connections at `uri` go as they are, if they do.
+    pub(crate) fn warn_of_plain_text(&self, uri: &Uri) {
+        if matches!(self, Self::PlainText) {
+            tracing::warn!("{uri} is in plain text: whoever is on the way reads and changes the guest");
         }
     }
 

@@ -63,7 +63,7 @@ pub enum TlsError {
     #[error("the peer refused this side: {0}")]
     RefusedByPeer(String),
     /// What the peer says is no TLS 1.3, or not ours.
-    #[error("the peer does not speak TLS 1.3 as it must: {0}; is it plain text there?")]
+    #[error("the peer does not speak TLS 1.3 as it must: {0}")]
     Protocol(String),
     /// The connection ended without the peer having closed it, as anybody on the way can bring about.
     #[error("the connection was cut: the peer had not closed it (no close_notify)")]
@@ -71,6 +71,11 @@ pub enum TlsError {
     /// A record is not as it was sent, by accident or because somebody on the way changed it.
     #[error("what was received was damaged on the way: it does not decrypt")]
     Damaged,
+    /// The peer speaks the protocol without TLS.
+    #[error(
+        "the peer speaks in plain text, and this side takes TLS alone: it needs --tls-creds DIR there too"
+    )]
+    PlainText,
     /// The peer hung up in the handshake.
     #[error("the peer ended the connection instead of a TLS handshake: is it plain text there?")]
     NoHandshake,
@@ -86,6 +91,11 @@ impl TlsError {
     /// The peer does not name our protocol.
     pub(crate) fn other_protocol() -> Self {
         Self::Protocol("it speaks another protocol inside than vfio-migrate/1 (ALPN)".to_owned())
+    }
+
+    /// Whether the peer may be one that speaks in plain text, and says nothing before it has heard as much.
+    pub(crate) fn hints_at_plain_text(&self) -> bool {
+        matches!(self, Self::NoHandshake | Self::Late(_))
     }
 
     /// Tells what rustls found.

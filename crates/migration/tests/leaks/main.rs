@@ -9,15 +9,13 @@ use std::time::Duration;
 
 use toy::proxy::{self, Cut};
 use toy::*;
-use vfio_migration::{
-    Destination, DestinationOptions, IncomingError, Machine, Rehearse, Source, SourceOptions,
-};
+use vfio_migration::{Destination, IncomingError, Machine, Rehearse, Source, SourceOptions};
 use vfio_migration_types::Epoch;
 
 #[test]
 fn nothing_is_left_behind() {
     let plan = Plan { devices: vec![FakeDeviceKind::default(); 2], ..Plan::default() };
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.verify = true;
     options.downtime_limit = Duration::from_secs(2);
     let mut here = Toy::booted(&plan);
@@ -26,7 +24,7 @@ fn nothing_is_left_behind() {
         options.epoch = Epoch(round - 1);
         // An attempt that fails on the way, then one that succeeds.
         let mut wire = None;
-        let mut incoming = DestinationOptions::default();
+        let mut incoming = tls_destination();
         incoming.peer_timeout = Duration::from_secs(1);
         let failed = migrate_by(
             &here,
@@ -50,7 +48,7 @@ fn nothing_is_left_behind() {
             here.prove_restored();
         }
         let (_, arrived, there) =
-            migrate(&here, &plan, "tcp:127.0.0.1:0", options.clone(), DestinationOptions::default()).unwrap();
+            migrate(&here, &plan, "tcp:127.0.0.1:0", options.clone(), tls_destination()).unwrap();
         prove_moved(&here, &there);
         assert_eq!(arrived.epoch, Epoch(round));
         drop(arrived);
@@ -67,7 +65,7 @@ fn nothing_is_left_behind() {
 
 fn rehearse(source: &Arc<Toy>, plan: &Plan, how: Rehearse, options: SourceOptions) {
     let mut destination =
-        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
     let to = destination.local().clone();
     let built: Arc<dyn Machine> = Toy::new(plan);
     std::thread::scope(|scope| {

@@ -35,14 +35,14 @@ fn plan() -> Plan {
 }
 
 fn patient() -> SourceOptions {
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.connect_timeout = FAR;
     options.peer_timeout = FAR;
     options
 }
 
 fn incoming() -> DestinationOptions {
-    let mut options = DestinationOptions::default();
+    let mut options = tls_destination();
     options.peer_timeout = FAR;
     options
 }
@@ -233,9 +233,14 @@ fn connecting_to_a_socket_whose_queue_is_full() {
 fn a_destination_that_says_nothing() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = Uri::Tcp { host: "127.0.0.1".into(), port: listener.local_addr().unwrap().port() };
-    both_cancelled(&to, &patient(), |control, _| {
-        wait_for("the hello", || control.progress().phase == Phase::Hello);
-    });
+    let mut plain = patient();
+    plain.security = plain_source().security;
+    // It is waited for in the handshake, and for the answer to HELLO.
+    for options in [patient(), plain] {
+        both_cancelled(&to, &options, |control, _| {
+            wait_for("the hello", || control.progress().phase == Phase::Hello);
+        });
+    }
 }
 
 #[test]

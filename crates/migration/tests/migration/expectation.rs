@@ -433,7 +433,7 @@ fn what_no_connection_can_prove_is_not_expected() {
         let expectation = of([pinned(pin), source.clone()]);
         let expectation = if matches!(security, Security::PlainText) { of([source]) } else { expectation };
         let uri: Uri = at.parse().unwrap();
-        let checked = expectation.check(&uri, &security).unwrap_err().to_string();
+        let checked = expectation.check(&uri, Some(&security)).unwrap_err().to_string();
         let listened = Destination::listen(&uri, expecting(security, expectation.into()));
         let text = error_chain(&listened.expect_err("it waits for nobody"));
         assert!(text.contains(says) && text.contains(&checked), "{at}: {text}, and {checked}");
@@ -478,12 +478,12 @@ fn who_is_not_expected_is_told_so_and_nothing_more_whatever_he_asks() {
     let (told, expect) = Told::new(of([]));
     let attempt = AttemptId([3; 16]);
     drop(play(expecting(Security::PlainText, expect), |to, control, _| {
-        let mut asking = Peer::new(to);
+        let mut asking = Peer::in_plain_text(to);
         asking.say(&Message::Query { vm: VM, attempt, epoch: Epoch(0), proof: [0; 32] });
         let text = asking.hear_abort();
         assert!(text.contains("does not expect this source"), "{text}");
         refused(control, 1);
-        let mut coming = Peer::new(to);
+        let mut coming = Peer::in_plain_text(to);
         let hello = Hello { versions: VERSIONS, features: 0, vm: VM, attempt, epoch: Epoch(0) };
         coming.say(&Message::Hello(hello));
         let Message::Refuse(reasons) = coming.hear() else { panic!("it was let in") };
@@ -501,7 +501,7 @@ fn who_is_not_expected_is_told_so_and_nothing_more_whatever_he_asks() {
         assert_eq!((last.wanted, last.why.code()), (None, None));
         // Whoever may come may ask.
         told.tell(Ok(Expectation::default()));
-        let mut asking = Peer::new(to);
+        let mut asking = Peer::in_plain_text(to);
         asking.say(&Message::Query { vm: VM, attempt, epoch: Epoch(0), proof: [0; 32] });
         let text = asking.hear_abort();
         assert!(!text.contains("does not expect"), "{text}");

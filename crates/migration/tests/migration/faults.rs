@@ -15,14 +15,14 @@ use vfio_migration::{
 use vfio_migration_engine::ownership::{DestinationState, SourceState};
 
 fn options() -> SourceOptions {
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.downtime_limit = Duration::from_secs(2);
     options.peer_timeout = Duration::from_secs(5);
     options
 }
 
 fn incoming() -> DestinationOptions {
-    let mut options = DestinationOptions::default();
+    let mut options = tls_destination();
     options.peer_timeout = Duration::from_secs(5);
     options
 }
@@ -300,40 +300,57 @@ fn a_machine_that_panics_costs_nothing_but_the_attempt() {
     assert!(matches!(both.destination, Err(IncomingError::Aborted(_))), "{:?}", both.destination);
 }
 
+/// Options of both sides, over TLS or in plain text.
+fn both_options(plain: bool) -> (SourceOptions, DestinationOptions) {
+    let (mut ours, mut theirs) = (options(), incoming());
+    if plain {
+        (ours.security, theirs.security) = (plain_source().security, plain_destination().security);
+    }
+    (ours, theirs)
+}
+
+/// Bytes of a whole migration on the wire, to the destination and back.
+fn whole(plain: bool) -> (u64, u64) {
+    let plan = small();
+    let source = Toy::booted(&plan);
+    let (ours, theirs) = both_options(plain);
+    let mut wire = None;
+    let route =
+        |_: &vfio_migration::IncomingControl, to: &Uri| wire.insert(proxy::start(to, Cut::Never)).at.clone();
+    migrate_by(&source, &plan, "tcp:127.0.0.1:0", ours, theirs, route, |_| {}).unwrap();
+    let wire: proxy::Proxy = wire.unwrap();
+    let moved = wire.moved.load(Ordering::Relaxed);
+    assert!(moved > 1 << 18, "{moved}");
+    (moved, wire.moved_back.load(Ordering::Relaxed))
+}
+
 /// Wherever the wire is cut: never two owners, and the source's guest runs unless it was committed away.
 #[test]
 fn a_cut_wire_leaves_one_owner() {
+    let (there, back) = whole(false);
+    let mut cuts: Vec<Cut> = (0..24).map(|n| Cut::ToDestination(there * n / 24 + n * 37)).collect();
+    // The handshake of TLS is a great part of what comes back.
+    cuts.extend((0..24).map(|n| Cut::ToSource(back * n / 24)));
+    cuts.push(Cut::BeforeFrameToSource(0x001c));
+    cut_everywhere(false, cuts);
+}
+
+#[test]
+fn a_cut_wire_leaves_one_owner_in_plain_text_too() {
+    let (there, _) = whole(true);
+    let mut cuts: Vec<Cut> = (0..6).map(|n| Cut::ToDestination(there * n / 6 + n * 37)).collect();
+    cuts.extend((0..12).map(|n| Cut::ToSource(n * 61)));
+    cuts.push(Cut::BeforeFrameToSource(0x001c));
+    cut_everywhere(true, cuts);
+}
+
+fn cut_everywhere(plain: bool, cuts: Vec<Cut>) {
     let plan = small();
-    // How long the stream is, to cut it everywhere.
-    let source = Toy::booted(&plan);
-    let mut wire = None;
-    let both = migrate_by(
-        &source,
-        &plan,
-        "tcp:127.0.0.1:0",
-        options(),
-        incoming(),
-        |_, to| {
-            let proxy = proxy::start(to, Cut::Never);
-            let at = proxy.at.clone();
-            wire = Some(proxy);
-            at
-        },
-        |_| {},
-    );
-    both.unwrap();
-    let total = wire.unwrap().moved.load(Ordering::Relaxed);
-    assert!(total > 1 << 18, "{total}");
-    let cuts: Vec<Cut> = (0..24)
-        .map(|n| Cut::ToDestination(total * n / 24 + n * 37))
-        .chain((0..12).map(|n| Cut::ToSource(n * 61)))
-        .chain([Cut::BeforeFrameToSource(0x001c)])
-        .collect();
     for cut in cuts {
         let source = Toy::booted(&plan);
         let mut wire = None;
         let begun = Instant::now();
-        let mut quick = incoming();
+        let (ours, mut quick) = both_options(plain);
         quick.peer_timeout = Duration::from_millis(500);
         // A connection that never became a session leaves the destination waiting.
         quick.accept_timeout = Some(Duration::from_millis(500));
@@ -341,18 +358,26 @@ fn a_cut_wire_leaves_one_owner() {
             &source,
             &plan,
             "tcp:127.0.0.1:0",
-            options(),
+            ours,
             quick,
             |_, to| {
-                let proxy = proxy::start(to, cut);
-                let at = proxy.at.clone();
-                wire = Some(proxy);
-                at
+                let knows_frames = matches!(cut, Cut::BeforeFrameToSource(_));
+                let on_the_way =
+                    if knows_frames && !plain { tls_proxy(to, cut) } else { proxy::start(to, cut) };
+                wire.insert(on_the_way).at.clone()
             },
             |_| {},
         );
         drop(wire);
         match (&both.source, &both.destination) {
+            // In the handshake.
+            (
+                Err(MigrateError::NotBegun(_)),
+                Err(IncomingError::NotBegun(_) | IncomingError::Cancelled(_)),
+            ) if !plain => {
+                source.prove_running();
+                assert!(!both.machine.runs(), "{cut:?}: two owners");
+            }
             (Ok(_), Ok(_)) => prove_moved(&source, &both.machine),
             (Err(MigrateError::Aborted(aborted)), Err(_)) => {
                 assert!(aborted.restored, "{cut:?}: {aborted:?}");
@@ -382,10 +407,7 @@ fn a_lost_answer_to_commit_is_asked_for_again() {
         theirs,
         |_, to| {
             // RUNNING never arrives.
-            let proxy = proxy::start(to, Cut::BeforeFrameToSource(0x0006));
-            let at = proxy.at.clone();
-            wire = Some(proxy);
-            at
+            wire.insert(tls_proxy(to, Cut::BeforeFrameToSource(0x0006))).at.clone()
         },
         |_| {},
     );
@@ -413,7 +435,7 @@ fn an_answer_that_never_comes_leaves_the_guest_standing() {
     let machine = Toy::new(&plan);
     let built = machine.clone();
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
-    let wire = proxy::start(destination.local(), Cut::BeforeFrameToSource(0x0006));
+    let wire = tls_proxy(destination.local(), Cut::BeforeFrameToSource(0x0006));
     let at = wire.at.clone();
     let here = std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -464,7 +486,13 @@ fn a_peer_that_speaks_garbage_costs_nothing_but_the_attempt() {
         ("lengths without end", huge),
         ("noise", (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0]).collect()),
     ];
-    for (name, answer) in answers {
+    let securities = [plain_source().security, options().security];
+    for (security, (name, answer)) in
+        securities.iter().flat_map(|security| answers.iter().map(move |answer| (security, answer)))
+    {
+        let mut ours = options();
+        ours.security.clone_from(security);
+        let answer = answer.clone();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let source = Toy::booted(&plan);
@@ -477,8 +505,13 @@ fn a_peer_that_speaks_garbage_costs_nothing_but_the_attempt() {
             });
             let to = Uri::Tcp { host: "127.0.0.1".into(), port };
             let begun = Instant::now();
-            let error = Source::new(source.clone(), options()).migrate_to(&to, |_| {}).unwrap_err();
-            assert!(matches!(error, MigrateError::Aborted(_)), "{name}: {error:?}");
+            let over_tls = ours.security.as_ref().unwrap().is_tls();
+            let error = Source::new(source.clone(), ours).migrate_to(&to, |_| {}).unwrap_err();
+            match error {
+                MigrateError::Aborted(_) if !over_tls => {}
+                MigrateError::NotBegun(_) if over_tls => {}
+                error => panic!("{name}: {error:?}"),
+            }
             assert!(begun.elapsed() < Duration::from_secs(3), "{name}");
         });
         source.prove_running();
@@ -491,13 +524,22 @@ fn a_peer_that_says_nothing_is_given_up() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = Uri::Tcp { host: "127.0.0.1".into(), port: listener.local_addr().unwrap().port() };
     let source = Toy::booted(&small());
-    let mut ours = options();
-    ours.peer_timeout = Duration::from_millis(300);
-    let begun = Instant::now();
-    let error = Source::new(source.clone(), ours).migrate_to(&to, |_| {}).unwrap_err();
-    assert!(begun.elapsed() < Duration::from_secs(3));
-    assert!(matches!(error, MigrateError::Aborted(_)), "{error:?}");
-    source.prove_running();
+    for plain in [true, false] {
+        let (mut ours, _) = both_options(plain);
+        ours.peer_timeout = Duration::from_millis(300);
+        ours.connect_timeout = Duration::from_millis(300);
+        let begun = Instant::now();
+        let error = Source::new(source.clone(), ours).migrate_to(&to, |_| {}).unwrap_err();
+        assert!(begun.elapsed() < Duration::from_secs(3));
+        match error {
+            MigrateError::Aborted(_) if plain => {}
+            MigrateError::NotBegun(failure) if !plain => {
+                assert!(failure.remedy.contains("--tls-creds"), "{failure}")
+            }
+            error => panic!("{error:?}"),
+        }
+        source.prove_running();
+    }
 }
 
 #[test]
@@ -514,25 +556,30 @@ fn nobody_at_the_address_is_said_at_once() {
 
 #[test]
 fn strangers_at_the_door_do_not_keep_a_migration_out() {
-    let plan = small();
-    let source = Toy::booted(&plan);
-    let both = migrate_by(
-        &source,
-        &plan,
-        "tcp:127.0.0.1:0",
-        options(),
-        incoming(),
-        |_, to| {
-            let Uri::Tcp { host, port } = to else { panic!() };
-            for noise in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"", b"VFIOMIG\x01", b"\0\0\0\0\0\0\0\0\0\0\0\0"] {
-                let mut stranger = std::net::TcpStream::connect((host.as_str(), *port)).unwrap();
-                stranger.write_all(noise).unwrap();
-            }
-            to.clone()
-        },
-        |_| {},
-    );
-    both.unwrap();
+    for plain in [true, false] {
+        let plan = small();
+        let source = Toy::booted(&plan);
+        let (ours, theirs) = both_options(plain);
+        let both = migrate_by(
+            &source,
+            &plan,
+            "tcp:127.0.0.1:0",
+            ours,
+            theirs,
+            |_, to| {
+                let Uri::Tcp { host, port } = to else { panic!() };
+                for noise in
+                    [&b"GET / HTTP/1.1\r\n\r\n"[..], b"", b"VFIOMIG\x01", b"\0\0\0\0\0\0\0\0\0\0\0\0"]
+                {
+                    let mut stranger = std::net::TcpStream::connect((host.as_str(), *port)).unwrap();
+                    stranger.write_all(noise).unwrap();
+                }
+                to.clone()
+            },
+            |_| {},
+        );
+        both.unwrap();
+    }
 }
 
 #[test]

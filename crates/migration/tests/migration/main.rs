@@ -5,6 +5,7 @@ mod device_file;
 mod expectation;
 mod faults;
 mod migrate;
+mod plain_text;
 mod progress;
 mod rehearsal;
 mod snapshot;

@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use crate::toy::*;
 use vfio_migration::{
-    Control, Destination, DestinationOptions, IncomingError, InjectedFault, Machine, MigrateError, Source,
-    SourceOptions, inject,
+    Control, Destination, IncomingError, InjectedFault, Machine, MigrateError, Source, SourceOptions, inject,
 };
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::{Epoch, GuestOutcome, MigrationFlags, PAGE_SIZE, PauseCause, Phase, RamOffset};
 
 fn verified() -> SourceOptions {
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.verify = true;
     options.downtime_limit = Duration::from_secs(2);
     options
@@ -23,7 +22,7 @@ fn moves_over(uri: &str, plan: &Plan) -> (vfio_migration::Completed, Arc<Toy>) {
     let source = Toy::booted(plan);
     source.prove_running();
     let (completed, arrived, destination) =
-        migrate(&source, plan, uri, verified(), DestinationOptions::default()).unwrap();
+        migrate(&source, plan, uri, verified(), tls_destination()).unwrap();
     prove_moved(&source, &destination);
     destination.prove_running();
     assert!(completed.guest.runs() && arrived.report.guest.runs());
@@ -79,8 +78,7 @@ fn it_moves_over_descriptors_that_were_handed_over() {
     let destination = Toy::new(&plan);
     let built = destination.clone();
     let mut incoming =
-        vfio_migration::Destination::listen(&vfio_migration::Uri::Fd(number), DestinationOptions::default())
-            .unwrap();
+        vfio_migration::Destination::listen(&vfio_migration::Uri::Fd(number), tls_destination()).unwrap();
     std::thread::scope(|scope| {
         let arriving = scope.spawn(move || incoming.accept(|_| Ok(built as Arc<dyn Machine>)));
         let completed = Source::new(source.clone(), verified()).migrate_over(here.into(), |_| {}).unwrap();
@@ -98,7 +96,7 @@ fn what_reading_the_machine_out_writes_arrives() {
     let mut options = verified();
     // No digest is compared: a page that was left out would arrive as it was.
     options.verify = false;
-    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, tls_destination());
     let (_, _, destination) = both.unwrap();
     assert!(source.clock() > 0);
     assert_eq!(destination.clock(), source.clock());
@@ -138,13 +136,13 @@ fn several_devices_without_p2p_are_refused_by_name() {
         FakeDeviceKind { flags: MigrationFlags { p2p: false, pre_copy: true }, ..FakeDeviceKind::default() };
     let plan = Plan { devices: vec![FakeDeviceKind::default(), bare], ..Plan::default() };
     let source = Toy::booted(&plan);
-    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), tls_destination());
     let reason = refused_alone(both.source);
     assert_eq!((&*reason.code, reason.device.as_deref()), ("p2p-missing", Some("toy1")));
     source.prove_running();
     let mut options = verified();
     options.no_peer_dma = true;
-    migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+    migrate(&source, &plan, "tcp:127.0.0.1:0", options, tls_destination()).unwrap();
 }
 
 #[test]
@@ -154,13 +152,12 @@ fn a_device_without_a_dirty_log_is_refused_unless_allowed() {
         ..Plan::default()
     };
     let source = Toy::booted(&plan);
-    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), tls_destination());
     let reason = refused_alone(both.source);
     assert_eq!((&*reason.code, reason.device.as_deref()), ("dirty-none", Some("toy0")));
     let mut options = verified();
     options.allow_all_dirty = true;
-    let (_, _, destination) =
-        migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+    let (_, _, destination) = migrate(&source, &plan, "tcp:127.0.0.1:0", options, tls_destination()).unwrap();
     prove_moved(&source, &destination);
 }
 
@@ -169,7 +166,7 @@ fn another_layout_of_ram_is_refused_and_the_guest_never_notices() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
     let other = Plan { pages: 1024, ..Plan::default() };
-    let both = migrate(&source, &other, "tcp:127.0.0.1:0", verified(), DestinationOptions::default());
+    let both = migrate(&source, &other, "tcp:127.0.0.1:0", verified(), tls_destination());
     assert!(
         matches!(&both.source, Err(MigrateError::Refused(reasons)) if !reasons.is_empty()),
         "{:?}",
@@ -183,11 +180,8 @@ fn another_layout_of_ram_is_refused_and_the_guest_never_notices() {
 #[test]
 fn a_builder_that_refuses_is_heard() {
     let source = Toy::booted(&Plan::default());
-    let mut destination = vfio_migration::Destination::listen(
-        &"tcp:127.0.0.1:0".parse().unwrap(),
-        DestinationOptions::default(),
-    )
-    .unwrap();
+    let mut destination =
+        vfio_migration::Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
     let to = destination.local().clone();
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -206,7 +200,7 @@ fn a_paused_guest_arrives_paused() {
     let source = Toy::booted(&plan);
     source.pause().unwrap();
     let (completed, arrived, destination) =
-        migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default()).unwrap();
+        migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), tls_destination()).unwrap();
     assert_eq!((completed.guest, completed.downtime), (GuestOutcome::Paused, None));
     assert_eq!(arrived.report.guest, GuestOutcome::Paused);
     prove_moved(&source, &destination);
@@ -222,7 +216,7 @@ fn new_initial_bytes_are_loaded_before_the_switchover() {
     let source = Toy::booted(&plan);
     source.device(0).begin_anew();
     let (completed, _, destination) =
-        migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), DestinationOptions::default()).unwrap();
+        migrate(&source, &plan, "tcp:127.0.0.1:0", verified(), tls_destination()).unwrap();
     prove_moved(&source, &destination);
     // The whole state was sent twice in pre-copy.
     assert!(completed.bytes.device_precopy > 2 * 300 * 512, "{completed:?}");
@@ -241,7 +235,7 @@ fn cancelled_while_it_iterates_the_guest_goes_on() {
         &plan,
         "tcp:127.0.0.1:0",
         options,
-        DestinationOptions::default(),
+        tls_destination(),
         |_, to| to.clone(),
         |control| {
             std::thread::spawn(move || {
@@ -262,20 +256,28 @@ fn cancelled_while_it_iterates_the_guest_goes_on() {
     assert!(both.machine.journal.lock().unwrap().contains(&"toy0 reset".to_owned()));
 }
 
-/// The page that is flipped is none that the guest writes: it is not sent again.
-fn flipped(ram_crc: bool, verify: bool) -> (Both, Arc<Toy>) {
+/// Flips a bit of a page, in plain text or inside TLS, in a page that the guest does not write: it is not sent again.
+fn flipped(plain: bool, ram_crc: Option<bool>, verify: bool) -> (Both, Arc<Toy>) {
     let plan = Plan { devices: vec![], ..Plan::default() };
     let source = Toy::booted(&plan);
     let mut options = verified();
     (options.ram_crc, options.verify) = (ram_crc, verify);
+    let mut incoming = tls_destination();
+    if plain {
+        (options.security, incoming.security) = (plain_source().security, plain_destination().security);
+    }
+    let flip = proxy::Cut::FlipToDestination(100);
     let mut proxy: Option<proxy::Proxy> = None;
     let both = migrate_by(
         &source,
         &plan,
         "tcp:127.0.0.1:0",
         options,
-        DestinationOptions::default(),
-        |_, to| proxy.insert(proxy::start(to, proxy::Cut::FlipToDestination(100))).at.clone(),
+        incoming,
+        |_, to| {
+            let on_the_way = if plain { proxy::start(to, flip) } else { tls_proxy(to, flip) };
+            proxy.insert(on_the_way).at.clone()
+        },
         |_| {},
     );
     (both, source)
@@ -283,18 +285,22 @@ fn flipped(ram_crc: bool, verify: bool) -> (Both, Arc<Toy>) {
 
 #[test]
 fn a_bit_that_flips_in_pre_copied_ram_is_seen_by_checksums_and_digests_alone() {
-    let (both, source) = flipped(true, false);
-    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
-    assert!(aborted.restored && aborted.cause.text.contains("pages damaged"), "{aborted}");
-    source.prove_restored();
-    let (both, source) = flipped(false, true);
+    // In plain text there are checksums unless they are declined; TLS, which is ended here by who flips, has its own.
+    for (plain, ram_crc) in [(true, None), (true, Some(true)), (false, Some(true))] {
+        let (both, source) = flipped(plain, ram_crc, false);
+        let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+        assert!(aborted.restored && aborted.cause.text.contains("pages damaged"), "{aborted}");
+        source.prove_restored();
+    }
+    let (both, source) = flipped(true, Some(false), true);
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
     assert!(aborted.cause.text.contains("digest"), "{aborted}");
     source.prove_restored();
-    // What README says that the default does not see.
-    let (both, source) = flipped(false, false);
-    let (.., destination) = both.unwrap();
-    assert_ne!(Some(source.ram().digest().unwrap()), *destination.loaded_digest.lock().unwrap());
+    for (plain, ram_crc) in [(true, Some(false)), (false, None)] {
+        let (both, source) = flipped(plain, ram_crc, false);
+        let (.., destination) = both.unwrap();
+        assert_ne!(Some(source.ram().digest().unwrap()), *destination.loaded_digest.lock().unwrap());
+    }
 }
 
 #[test]
@@ -302,7 +308,7 @@ fn a_guest_arrives_paused_where_either_side_asks_for_it() {
     let plan = Plan::default();
     for (asked_here, asked_there) in [(true, false), (false, true)] {
         let source = Toy::booted(&plan);
-        let (mut options, mut incoming) = (verified(), DestinationOptions::default());
+        let (mut options, mut incoming) = (verified(), tls_destination());
         (options.suspend, incoming.suspend) = (asked_here, asked_there);
         let (completed, arrived, destination) =
             migrate(&source, &plan, "tcp:127.0.0.1:0", options, incoming).unwrap();
@@ -323,10 +329,10 @@ fn a_guest_that_was_to_arrive_paused_and_does_not_leave_runs_on() {
     let slow = FakeDeviceKind { slow_stop: Duration::from_millis(600), ..FakeDeviceKind::default() };
     let plan = Plan { devices: vec![slow], ..Plan::default() };
     let source = Toy::booted(&plan);
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.downtime_limit = Duration::from_millis(200);
     options.suspend = true;
-    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, tls_destination());
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
     assert!(aborted.restored, "{aborted}");
     source.prove_restored();
@@ -351,7 +357,7 @@ fn it_waits_before_the_switchover_when_asked() {
         &plan,
         "tcp:127.0.0.1:0",
         options,
-        DestinationOptions::default(),
+        tls_destination(),
         |_, to| to.clone(),
         |control| {
             let source = source.clone();
@@ -370,9 +376,9 @@ fn above_the_downtime_limit_the_guest_goes_on_here() {
     let slow = FakeDeviceKind { slow_stop: Duration::from_millis(600), ..FakeDeviceKind::default() };
     let plan = Plan { devices: vec![slow], ..Plan::default() };
     let source = Toy::booted(&plan);
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.downtime_limit = Duration::from_millis(200);
-    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let both = migrate(&source, &plan, "tcp:127.0.0.1:0", options, tls_destination());
     let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
     assert!(aborted.restored && aborted.cause.text.contains("limit"), "{aborted}");
     source.prove_restored();
@@ -385,8 +391,7 @@ fn the_bandwidth_cap_holds_while_the_guest_runs() {
     let source = Toy::booted(&plan);
     let mut options = verified();
     options.bandwidth = Some(8 << 20);
-    let (completed, ..) =
-        migrate(&source, &plan, "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+    let (completed, ..) = migrate(&source, &plan, "tcp:127.0.0.1:0", options, tls_destination()).unwrap();
     // Five megabytes of RAM at 8 MiB/s.
     assert!(completed.total > Duration::from_millis(450), "{completed:?}");
 }
@@ -409,7 +414,7 @@ fn faulty(fault: impl Fn(std::ops::Range<RamOffset>) -> InjectedFault, verify: b
         _ => here = inject(here, fault),
     }
     let mut destination =
-        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
     let to = destination.local().clone();
     let (source_ended, destination_ended) = std::thread::scope(|scope| {
         let arriving = scope.spawn(move || destination.accept(|_| Ok(there)));

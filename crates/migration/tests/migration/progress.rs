@@ -5,10 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::toy::*;
-use vfio_migration::{
-    AttemptKind, Destination, DestinationOptions, Machine, MigrateError, Progress, Source, SourceOptions,
-    read_journal,
-};
+use vfio_migration::{AttemptKind, Destination, Machine, MigrateError, Progress, Source, read_journal};
 use vfio_migration_types::{Epoch, PAGE_SIZE, Phase};
 
 /// Migrates `source` with a cap on the bandwidth, cancels it once `enough` was seen, and returns all that was seen at the
@@ -21,11 +18,11 @@ fn cancelled_when(
     enough: impl Fn(&Progress) -> bool,
 ) -> (Vec<Progress>, Progress) {
     let mut destination =
-        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
     let (to, incoming) = (destination.local().clone(), destination.control());
     let machine = Toy::new(plan);
     let arriving = std::thread::spawn(move || destination.accept(|_| Ok(machine)).unwrap_err());
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.bandwidth = Some(bandwidth);
     options.state_dir = state.map(Into::into);
     options.pause_before_switchover = true;

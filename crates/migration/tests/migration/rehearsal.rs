@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::toy::{self, FakeDeviceKind, Plan, Toy};
+use crate::toy::{self, FakeDeviceKind, Plan, Toy, tls_destination, tls_source};
 use vfio_migration::{
     Basis, Destination, DestinationOptions, IncomingError, Machine, MigrateError, Rehearsal, Rehearse,
     Source, SourceOptions, probe,
@@ -13,7 +13,7 @@ use vfio_migration_compat::{Allow, DeviceMap, Policy, Severity, Verdict};
 use vfio_migration_types::{DeviceId, MigrationState};
 
 fn slow() -> SourceOptions {
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     // Shared machines stall: the limit has tests of its own.
     options.downtime_limit = Duration::from_secs(10);
     options
@@ -61,7 +61,7 @@ fn a_rehearsal_leaves_no_trace() {
     let source = Toy::booted(&plan);
     for how in [Rehearse::Ask, Rehearse::Precopy, Rehearse::Switchover] {
         let touched = source.journal.lock().unwrap().len();
-        let both = rehearse(&source, &plan, how, slow(), DestinationOptions::default());
+        let both = rehearse(&source, &plan, how, slow(), tls_destination());
         let found = both.source.unwrap();
         let IncomingError::Rehearsed(here) = both.destination else { panic!("{:?}", both.destination) };
         assert!(here.refused.is_empty() && here.cause.is_none(), "{here}");
@@ -80,7 +80,7 @@ fn a_rehearsal_goes_over_a_descriptor_that_was_handed_over() {
     let uri = vfio_migration::Uri::Fd(std::os::fd::AsRawFd::as_raw_fd(&there));
     let (source, machine) = (Toy::booted(&plan), Toy::new(&plan));
     let built: Arc<dyn Machine> = machine.clone();
-    let mut incoming = Destination::listen(&uri, DestinationOptions::default()).unwrap();
+    let mut incoming = Destination::listen(&uri, tls_destination()).unwrap();
     std::thread::scope(|scope| {
         let arriving = scope.spawn(move || incoming.accept(|_| Ok(built)).unwrap_err());
         let rehearsal =
@@ -95,18 +95,18 @@ fn a_rehearsal_goes_over_a_descriptor_that_was_handed_over() {
 fn what_is_measured_is_told_from_what_is_not() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
-    let ask = rehearse(&source, &plan, Rehearse::Ask, slow(), DestinationOptions::default());
+    let ask = rehearse(&source, &plan, Rehearse::Ask, slow(), tls_destination());
     let asked = ask.source.unwrap();
     assert_eq!((asked.predicted_downtime, asked.parts.len(), asked.bytes.ram), (None, 0, 0));
 
-    let pre = rehearse(&source, &plan, Rehearse::Precopy, slow(), DestinationOptions::default());
+    let pre = rehearse(&source, &plan, Rehearse::Precopy, slow(), tls_destination());
     let found = pre.source.unwrap();
     let basis = |name: &str| found.parts.iter().find(|part| part.name == name).map(|part| part.basis);
     assert_eq!(basis("ram"), Some(Basis::Measured));
     assert_eq!((basis("quiesce"), basis("start")), (Some(Basis::Unknown), Some(Basis::Unknown)));
     assert!(found.rates.wire.is_some() && found.rates.load.is_some() && found.bytes.ram > 0, "{found:?}");
 
-    let stood = rehearse(&source, &plan, Rehearse::Switchover, slow(), DestinationOptions::default());
+    let stood = rehearse(&source, &plan, Rehearse::Switchover, slow(), tls_destination());
     let found = stood.source.unwrap();
     let names: Vec<&str> = found.parts.iter().map(|part| part.name.as_str()).collect();
     assert_eq!(names, ["quiesce", "final", "load", "round-trips", "start"]);
@@ -120,7 +120,7 @@ fn a_rehearsal_is_in_no_journal() {
     let (here, there) = (dir.path().join("here"), dir.path().join("there"));
     let plan = Plan::default();
     let source = Toy::booted(&plan);
-    let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+    let (mut options, mut incoming) = (slow(), tls_destination());
     options.state_dir = Some(here.clone());
     incoming.state_dir = Some(there.clone());
     rehearse(&source, &plan, Rehearse::Switchover, options, incoming).source.unwrap();
@@ -132,7 +132,7 @@ fn a_rehearsal_can_be_cancelled() {
     let plan = Plan::default();
     let source = Toy::booted(&plan);
     let mut destination =
-        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
     let to = destination.local().clone();
     let machine = Toy::new(&plan);
     let built: Arc<dyn Machine> = machine.clone();
@@ -158,7 +158,7 @@ fn a_policy_of_either_side_is_heard_by_both() {
     let strict = Policy { max_state_size: Some(1000), ..Policy::default() };
     for here in [true, false] {
         let source = Toy::booted(&plan);
-        let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+        let (mut options, mut incoming) = (slow(), tls_destination());
         if here {
             options.policy = strict.clone();
         } else {
@@ -183,14 +183,13 @@ fn what_a_policy_allows_is_a_warning() {
     let other =
         Plan { devices: vec![FakeDeviceKind { vectors: 9, ..FakeDeviceKind::default() }], ..Plan::default() };
     let source = Toy::booted(&plan);
-    let refused =
-        rehearse(&source, &other, Rehearse::Ask, slow(), DestinationOptions::default()).source.unwrap_err();
+    let refused = rehearse(&source, &other, Rehearse::Ask, slow(), tls_destination()).source.unwrap_err();
     let report = refused.report().expect("it is a refusal");
     assert_eq!((report.verdict, report.reasons[0].code.as_str()), (Verdict::No, "device-irqs"), "{report:?}");
 
     let allow = Allow { code: "device-irqs".into(), reason: Some("tried".into()), ..Allow::default() };
     let policy = Policy { allow: vec![allow], ..Policy::default() };
-    let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+    let (mut options, mut incoming) = (slow(), tls_destination());
     options.policy = policy.clone();
     incoming.policy = policy;
     let found = rehearse(&source, &other, Rehearse::Ask, options, incoming).source.unwrap();
@@ -209,15 +208,13 @@ fn devices_may_have_other_names() {
     let mut options = slow();
     options.device_map = DeviceMap::from_iter([(id("net0"), id("nic7"))]);
     options.verify = true;
-    let both =
-        toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", options, DestinationOptions::default());
+    let both = toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", options, tls_destination());
     let (completed, _, destination) = both.unwrap();
     assert_eq!(completed.report.map.get("net0").map(String::as_str), Some("nic7"));
     toy::prove_moved(&source, &destination);
 
     let source = Toy::booted(&named("net0"));
-    let both =
-        toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", slow(), DestinationOptions::default());
+    let both = toy::migrate(&source, &named("nic7"), "tcp:127.0.0.1:0", slow(), tls_destination());
     let Err(MigrateError::Refused(reasons)) = &both.source else { panic!("{:?}", both.source) };
     assert!(reasons.iter().any(|reason| reason.code == "device-missing"), "{reasons:?}");
 }
@@ -229,7 +226,7 @@ fn a_manifest_alone_can_ask() {
     for (other, verdict) in
         [(plan.clone(), Verdict::Live), (Plan { pages: 1024, ..plan.clone() }, Verdict::No)]
     {
-        let incoming = DestinationOptions::default();
+        let incoming = tls_destination();
         let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
         let to = destination.local().clone();
         let built: Arc<dyn Machine> = Toy::new(&other);
@@ -249,7 +246,7 @@ fn a_machine_that_changes_under_way_stays() {
     let mut options = slow();
     options.pause_before_switchover = true;
     let mut destination =
-        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
     let to = destination.local().clone();
     let built: Arc<dyn Machine> = Toy::new(&plan);
     std::thread::scope(|scope| {
@@ -281,9 +278,8 @@ fn a_function_that_would_stay_behind_is_a_reason() {
     let (whole, bare) = (Plan::default(), Plan { functions: false, ..Plan::default() });
     for (from, to) in [(&bare, &bare), (&whole, &bare), (&bare, &whole)] {
         let source = Toy::booted(from);
-        let ask = rehearse(&source, to, Rehearse::Ask, slow(), DestinationOptions::default());
-        let moved =
-            toy::migrate(&source, to, "tcp:127.0.0.1:0", slow(), DestinationOptions::default()).source;
+        let ask = rehearse(&source, to, Rehearse::Ask, slow(), tls_destination());
+        let moved = toy::migrate(&source, to, "tcp:127.0.0.1:0", slow(), tls_destination()).source;
         for error in [ask.source.unwrap_err(), moved.unwrap_err()] {
             assert!(matches!(error, MigrateError::Refused(_)), "{error:?}");
             let report = error.report().unwrap();
@@ -295,7 +291,7 @@ fn a_function_that_would_stay_behind_is_a_reason() {
     }
     // A VMM that saves its functions among its own state says so.
     let allow = Allow { code: "pci-left-behind".into(), ..Allow::default() };
-    let (mut options, mut incoming) = (slow(), DestinationOptions::default());
+    let (mut options, mut incoming) = (slow(), tls_destination());
     options.policy.allow.push(allow);
     incoming.policy = options.policy.clone();
     let source = Toy::booted(&bare);
@@ -307,7 +303,6 @@ fn a_function_that_would_stay_behind_is_a_reason() {
     let devices = vec![FakeDeviceKind { vectors: 0, ..FakeDeviceKind::default() }];
     let none = Plan { devices, functions: false, ..Plan::default() };
     let (completed, ..) =
-        toy::migrate(&Toy::booted(&none), &none, "tcp:127.0.0.1:0", slow(), DestinationOptions::default())
-            .unwrap();
+        toy::migrate(&Toy::booted(&none), &none, "tcp:127.0.0.1:0", slow(), tls_destination()).unwrap();
     assert_eq!(completed.report.verdict, Verdict::Live);
 }

@@ -131,9 +131,9 @@ fn what_was_saved_before_it_moved_is_refused() {
     let (path, state) = (dir.path().join("snapshot"), dir.path().join("state"));
     let toy = Toy::booted(&small());
     saving(&toy, &path, Some(&state), SaveOptions::default()).unwrap();
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.state_dir = Some(state.clone());
-    migrate(&toy, &small(), "tcp:127.0.0.1:0", options, DestinationOptions::default()).unwrap();
+    migrate(&toy, &small(), "tcp:127.0.0.1:0", options, tls_destination()).unwrap();
     let error = restoring(&path, &Toy::new(&small()), Some(&state)).unwrap_err();
     assert!(error.to_string().contains("belongs to another host"), "{error}");
 }

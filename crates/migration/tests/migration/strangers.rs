@@ -5,10 +5,10 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::toy::secure::tls_stream;
 use crate::toy::*;
-use vfio_migration::{
-    Arrived, Destination, DestinationOptions, IncomingError, Machine, Source, SourceOptions, Uri,
-};
+use vfio_migration::rustls::{ClientConnection, StreamOwned};
+use vfio_migration::{Arrived, Destination, DestinationOptions, IncomingError, Machine, Source, Uri};
 use vfio_migration_types::{AttemptId, Epoch, Side};
 use vfio_migration_wire::{
     Bulk, Crc, DeviceEnd, DeviceTotal, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN,
@@ -16,7 +16,7 @@ use vfio_migration_wire::{
 };
 
 fn incoming() -> DestinationOptions {
-    let mut options = DestinationOptions::default();
+    let mut options = tls_destination();
     options.peer_timeout = Duration::from_secs(5);
     options
 }
@@ -49,14 +49,40 @@ fn hello(features: u64) -> Message {
 
 /// A source by hand.
 pub(crate) struct Peer {
-    stream: TcpStream,
+    stream: Stream,
     sent: u64,
     heard: u64,
 }
 
+/// Its connection, over TLS or in plain text.
+trait Conversation: Read + Write {
+    fn hang_up(&self);
+}
+
+type Stream = Box<dyn Conversation>;
+
+impl Conversation for TcpStream {
+    fn hang_up(&self) {
+        self.shutdown(Shutdown::Both).unwrap();
+    }
+}
+
+impl Conversation for StreamOwned<ClientConnection, TcpStream> {
+    fn hang_up(&self) {
+        self.sock.hang_up();
+    }
+}
+
 impl Peer {
     pub(crate) fn new(to: &Uri) -> Self {
-        let mut stream = connect(to);
+        Self::over(Box::new(tls_stream(connect(to))))
+    }
+
+    pub(crate) fn in_plain_text(to: &Uri) -> Self {
+        Self::over(Box::new(connect(to)))
+    }
+
+    fn over(mut stream: Stream) -> Self {
         stream.write_all(&PREAMBLE).unwrap();
         Self { stream, sent: 0, heard: 0 }
     }
@@ -151,6 +177,8 @@ fn aborted(there: Result<Arrived, IncomingError>) -> String {
 #[test]
 fn strangers_read_nothing_and_hold_nobody_up() {
     let mut options = incoming();
+    // Over TLS they would be sent an alert.
+    options.security = plain_destination().security;
     // Whoever says nothing is given this long.
     options.peer_timeout = Duration::from_secs(3);
     let plan = plan();
@@ -171,7 +199,7 @@ fn strangers_read_nothing_and_hold_nobody_up() {
         });
         assert_eq!(all(&http), b"", "an HTTP client was answered");
         let begun = Instant::now();
-        Source::new(source.clone(), SourceOptions::default()).migrate_to(&to, |_| {}).unwrap();
+        Source::new(source.clone(), plain_source()).migrate_to(&to, |_| {}).unwrap();
         assert!(begun.elapsed() < Duration::from_secs(2), "strangers held a source up");
         let (arrived, mut destination) = arriving.join().unwrap();
         arrived.unwrap();
@@ -201,24 +229,27 @@ fn strangers_and_dribble_do_not_hold_up_a_session() {
         }
         assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
         drop(silent);
-        peer.stream.shutdown(Shutdown::Both).unwrap();
+        peer.stream.hang_up();
     });
     aborted(there);
 }
 
 #[test]
 fn a_source_that_came_first_is_not_dropped_for_those_behind_it() {
-    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
+    // Over TLS it says HELLO once it is listened to.
+    let mut options = incoming();
+    options.security = plain_destination().security;
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
     let to = destination.local().clone();
     // All of them are in the backlog before the first is accepted.
-    let mut peer = Peer::new(&to);
+    let mut peer = Peer::in_plain_text(&to);
     peer.say(&hello(0));
     let silent: Vec<_> = (0..80).map(|_| connect(&to)).collect();
     std::thread::scope(|scope| {
         let built = Toy::new(&plan());
         let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
         assert!(matches!(peer.hear(), Message::HelloReply(_)), "the rightful source was dropped unread");
-        peer.stream.shutdown(Shutdown::Both).unwrap();
+        peer.stream.hang_up();
         aborted(arriving.join().unwrap());
     });
     drop(silent);
@@ -362,7 +393,7 @@ fn a_panic_of_the_vmm_ends_the_attempt() {
     let source = Toy::booted(&plan);
     let (here, there) = std::thread::scope(|scope| {
         let arriving = scope.spawn(move || destination.accept(|_| panic!("no machine today")));
-        let here = Source::new(source.clone(), SourceOptions::default()).migrate_to(&to, |_| {});
+        let here = Source::new(source.clone(), tls_source()).migrate_to(&to, |_| {});
         (here, arriving.join().unwrap())
     });
     assert!(here.is_err());

@@ -9,14 +9,14 @@ use vfio_migration::{
 };
 
 fn options() -> SourceOptions {
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.downtime_limit = Duration::from_secs(2);
     options.peer_timeout = Duration::from_secs(5);
     options
 }
 
 fn incoming() -> DestinationOptions {
-    let mut options = DestinationOptions::default();
+    let mut options = tls_destination();
     options.peer_timeout = Duration::from_secs(5);
     options
 }

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
-    Aborted, Control, Destination, DestinationOptions, DeviceControl, DeviceFileError, IncomingControl,
-    IncomingError, Machine, MigrateError, PendingRollback, Rehearse, SaveDeviceOptions, SaveError,
-    SaveOptions, Source, SourceOptions, Uri, save, save_device,
+    Aborted, Control, Destination, DeviceControl, DeviceFileError, IncomingControl, IncomingError, Machine,
+    MigrateError, PendingRollback, Rehearse, SaveDeviceOptions, SaveError, SaveOptions, Source,
+    SourceOptions, Uri, save, save_device,
 };
 use vfio_migration_types::{MigrationState as State, Phase};
 
@@ -25,7 +25,7 @@ fn plan() -> Plan {
 }
 
 fn patient() -> SourceOptions {
-    let mut options = SourceOptions::default();
+    let mut options = tls_source();
     options.peer_timeout = FAR;
     options.downtime_limit = FAR;
     options
@@ -66,7 +66,7 @@ impl Attempt {
         after: impl FnOnce(&Control, &IncomingControl, &Uri, &AtomicBool) + Send,
     ) -> Self {
         let source_ended = AtomicBool::new(false);
-        let mut incoming = DestinationOptions::default();
+        let mut incoming = tls_destination();
         incoming.peer_timeout = FAR;
         let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
         let (to, receiving) = (destination.local().clone(), destination.control());
@@ -156,7 +156,7 @@ fn a_device_that_does_not_go_back() {
         let source = Source::new(toy.clone(), options.clone());
         let control = source.control();
         let mut destination =
-            Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), DestinationOptions::default()).unwrap();
+            Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
         let to = destination.local().clone();
         std::thread::scope(|scope| {
             let arriving = scope.spawn(|| destination.accept(|_| Ok(there as Arc<dyn Machine>)).map(drop));

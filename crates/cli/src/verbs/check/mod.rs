@@ -18,7 +18,7 @@ use crate::inherited::claim;
 use crate::output::{print, print_json};
 use crate::probe::HostAccess;
 use crate::side::{self, CheckSide};
-use crate::tls_options::AskedSecurity;
+use crate::tls_options::{AskedSecurity, check_chosen};
 use crate::units::format_time;
 use crate::verdict::text;
 use crate::words::{device_map, policy};
@@ -51,7 +51,11 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
     let map = device_map(&options.map)?;
     let report = match side::resolve(destination, None, &local, timeout)? {
         CheckSide::Known(destination, _) => compare(&source, &destination, &map, &policy)?,
-        CheckSide::Receiver(uri) => ask(&source, vm, &uri, source_options(options, map, policy)?, timeout)?,
+        CheckSide::Receiver(uri) => {
+            let options = source_options(options, map, policy)?;
+            check_chosen(&uri, options.security.as_ref())?;
+            ask(&source, vm, &uri, options, timeout)?
+        }
     };
     if options.json {
         print_json(&report)?;

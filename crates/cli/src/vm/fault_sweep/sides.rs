@@ -21,6 +21,7 @@ use crate::control::protocol::{
 use crate::exit::CliError;
 use crate::follow::{OnInterrupt, follow};
 use crate::interrupt::UserInterrupt;
+use crate::verbs::tls::make::throw_away;
 
 pub(super) const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0003";
 /// What a device has for a transition where none is to be late.
@@ -97,7 +98,12 @@ impl Side {
         let (control_word, state_word) = (control.display().to_string(), state.display().to_string());
         let words = ["vfio-migrate", "vm", "--software", "--memory", "32M", "--dirty-rate", "1M", "--uuid"];
         let words = [&words[..], &[UUID, "--device", &word, "--control", &control_word], more];
-        let words = [&words.concat()[..], &["--state-dir", &state_word]].concat();
+        let certificates = dir.join("certificates");
+        if !certificates.exists() {
+            throw_away(&certificates, &["host"]).unwrap();
+        }
+        let creds = certificates.join("host").display().to_string();
+        let words = [&words.concat()[..], &["--state-dir", &state_word, "--tls-creds", &creds]].concat();
         let CliVerb::Vm(options) = Cli::try_parse_from(words).unwrap().verb else { panic!() };
         let (quit, _) = mpsc::channel();
         let started = start(&options, &UserInterrupt::default(), quit)?;

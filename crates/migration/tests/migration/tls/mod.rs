@@ -148,10 +148,11 @@ fn plain_text_and_tls_do_not_meet() {
     let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
     let (text, peer) = refused(secure(here.path()), Security::PlainText);
     assert!(text.contains("instead of a TLS handshake: is it plain text there?"), "{text}");
-    assert!(peer.contains("TLS"), "{peer}");
+    assert!(text.contains("start the destination with --tls-creds"), "{text}");
+    assert!(peer.contains("TLS, on a connection that is not set up for it: --tls-creds"), "{peer}");
     let (text, peer) = refused(Security::PlainText, secure(there.path()));
-    assert!(text.contains("TLS"), "{text}");
-    assert!(peer.contains("does not speak TLS 1.3") && peer.contains("is it plain text there?"), "{peer}");
+    assert!(text.contains("TLS, on a connection that is not set up for it: --tls-creds"), "{text}");
+    assert!(peer.contains("the peer speaks in plain text") && peer.contains("needs --tls-creds"), "{peer}");
 }
 
 /// Something else that is served over TLS with the same certificates is not taken for a migration.

@@ -9,6 +9,7 @@
 
 pub mod pki;
 pub mod proxy;
+pub mod secure;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,6 +26,7 @@ use vfio_migration_device::{Device, IrqRouter, MsiMessage};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, RamOffset, VmId};
 
+pub use self::secure::{HOST, plain_destination, plain_source, tls_destination, tls_proxy, tls_source};
 pub use vfio_migration_device::testing::{FakeDevice, FakeDeviceKind, FakeFault, FakeFunction};
 
 pub const VM: VmId = VmId([0x42; 16]);

@@ -1,7 +1,8 @@
 //! Certificates for tests: a CA, and hosts that it vouches for, in directories as hosts have them.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::SystemTime;
 
 use rcgen::{
@@ -10,6 +11,28 @@ use rcgen::{
 };
 use tempfile::TempDir;
 use vfio_migration::{CA_FILE, TlsRole, issued_certificates};
+
+/// Where hosts of tests are reached.
+pub const HOST: &str = "127.0.0.1";
+
+/// The folder of a host at [`HOST`] that sends and receives, and trusts those who have the same. It stays for other programs of
+/// tests.
+pub fn own_host() -> &'static Path {
+    static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
+        let parent = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let folder = parent.join(format!("host-{HOST}"));
+        if !folder.exists() {
+            let made = TempDir::new_in(parent).unwrap();
+            Ca::new().equip(made.path(), &Host::named(HOST));
+            // Unless another was there first.
+            if std::fs::rename(made.path(), &folder).is_ok() {
+                let _ = made.keep();
+            }
+        }
+        folder
+    });
+    &FOLDER
+}
 
 /// A CA of our own.
 pub struct Ca {
@@ -53,9 +76,14 @@ impl Ca {
     /// A directory with all that `host` needs, in which this CA is trusted.
     pub fn host(&self, host: &Host) -> TempDir {
         let directory = TempDir::new().unwrap();
-        std::fs::write(directory.path().join(CA_FILE), &self.pem).unwrap();
-        self.certify(directory.path(), host);
+        self.equip(directory.path(), host);
         directory
+    }
+
+    /// Writes all that `host` needs into a directory; this CA is trusted there.
+    pub fn equip(&self, directory: &Path, host: &Host) {
+        std::fs::write(directory.join(CA_FILE), &self.pem).unwrap();
+        self.certify(directory, host);
     }
 
     /// A revocation list, good until `until`, with both certificates of each of these hosts.

@@ -37,17 +37,30 @@ pub struct Proxy {
     pub at: Uri,
     /// Bytes forwarded to the destination.
     pub moved: Arc<AtomicU64>,
+    /// Bytes forwarded to the source.
+    pub moved_back: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Starts a proxy.
+/// Starts a proxy that meddles with bytes as they are on the wire.
 pub fn start(to: &Uri, cut: Cut) -> Proxy {
+    start_between(to, cut, |socket, _, _| socket.into())
+}
+
+/// Starts a proxy between what `end` makes of the connection from the source, and of the one to the destination: of the socket, who
+/// is at its other end, and whether the connection is one that is meddled with.
+pub fn start_between(
+    to: &Uri,
+    cut: Cut,
+    end: impl Fn(TcpStream, Side, bool) -> OwnedFd + Send + 'static,
+) -> Proxy {
     let Uri::Tcp { host, port } = to.clone() else { panic!("only TCP") };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let local = Uri::Tcp { host: "127.0.0.1".into(), port: listener.local_addr().unwrap().port() };
     let moved = Arc::new(AtomicU64::new(0));
-    let count = moved.clone();
+    let moved_back = Arc::new(AtomicU64::new(0));
+    let (count, count_back) = (moved.clone(), moved_back.clone());
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = stop.clone();
     let thread = std::thread::spawn(move || {
@@ -66,15 +79,18 @@ pub fn start(to: &Uri, cut: Cut) -> Proxy {
                 Cut::FlipToDestination(page) => (Meddling::FlipPage(page), Meddling::None),
                 Cut::BeforeFrameToSource(number) => (Meddling::None, Meddling::CutBefore(number)),
             };
+            let meddled = !matches!(cut, Cut::Never);
             cut = Cut::Never;
-            let other = (source.try_clone().unwrap().into(), destination.try_clone().unwrap().into());
-            let count = count.clone();
+            let source = end(source, Side::Source, meddled);
+            let destination = end(destination, Side::Destination, meddled);
+            let other = (source.try_clone().unwrap(), destination.try_clone().unwrap());
+            let (count, count_back) = (count.clone(), count_back.clone());
             let upward = std::thread::spawn(move || forward(other.0, other.1, up, &count).unwrap());
-            forward(destination.into(), source.into(), down, &AtomicU64::new(0)).unwrap();
+            forward(destination, source, down, &count_back).unwrap();
             upward.join().unwrap();
         }
     });
-    Proxy { at: local, moved, stop, thread: Some(thread) }
+    Proxy { at: local, moved, moved_back, stop, thread: Some(thread) }
 }
 
 impl Drop for Proxy {

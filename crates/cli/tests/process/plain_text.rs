@@ -1,0 +1,214 @@
+//! Plain text over TCP: refused to who has not asked for it, and told as what it is to who has.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::getfd::getfd;
+use crate::support::{Process, Setup, Vm, command, control, creds, fails, run, until};
+
+/// What a side is told that has neither certificates nor asked for plain text.
+const ASK: &str = "give --tls-creds DIR (`vfio-migrate tls` makes the folder), or ask for plain text with \
+                   --insecure-plaintext";
+
+/// Starts a `vm` with these words alone, whose stderr goes to a file; and the file's text, whenever it is asked for.
+fn logged(dir: &Path, name: &str, words: &[&str]) -> (Vm, impl Fn() -> String + use<>) {
+    let path = dir.join(format!("{name}.control"));
+    let log = dir.join(format!("{name}.log"));
+    let child = command(&["vm", "--software", "--memory", "32M", "--dirty-rate", "1M", "--exit-with-stdin"])
+        .arg("--control")
+        .arg(&path)
+        .args(words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(File::create(&log).unwrap())
+        .spawn();
+    let vm = Vm { process: Process::of(child.unwrap()), devices: Vec::new(), control: path };
+    until("the control socket", || vm.try_call("query", Value::Null)).unwrap();
+    (vm, move || std::fs::read_to_string(&log).unwrap())
+}
+
+#[test]
+fn nothing_goes_over_tcp_for_who_has_not_said_how() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    // A receiver is not started.
+    let (state, socket) = (path("state-b"), path("b.control"));
+    let receives = ["vm", "--software", "--memory", "32M", "--state-dir", &state, "--control", &socket];
+    for at in ["tcp:127.0.0.1:0", "tcp:[::1]:0", "tcp:localhost:0"] {
+        fails(&[&receives[..], &["--incoming", at]].concat(), 2, ASK);
+    }
+    assert!(!Path::new(&state).exists() && !Path::new(&socket).exists(), "something was begun");
+
+    // A guest runs without, and goes nowhere; nobody even hears of it.
+    let state = path("state-a");
+    let (vm, log) = logged(dir.path(), "a", &["--state-dir", &state]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let to = format!("tcp:{}", listener.local_addr().unwrap());
+    let asked = ["--control", control(&vm)];
+    let source = format!("vm:{}", control(&vm));
+    fails(&["migrate", asked[0], asked[1], &to], 2, ASK);
+    fails(&["rehearse", asked[0], asked[1], "--to", &to], 2, ASK);
+    fails(&["check", &source, &to], 2, ASK);
+    // A program is told so by the class.
+    let output = run(&["migrate", asked[0], asked[1], &to, "--json"]);
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&document["exit"], &document["error"]["class"]), (&json!(2), &json!("TlsRequired")));
+    assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock, "somebody connected");
+    // A socket that was passed is looked at as what it is, and stays for another session.
+    listener.set_nonblocking(false).unwrap();
+    let passed = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let _accepted = listener.accept().unwrap();
+    getfd(&vm, "mig", &[passed.as_fd()]).unwrap();
+    for verb in ["migrate", "rehearse"] {
+        let refused = vm.call(verb, json!({"uri": "fd:mig"})).unwrap_err();
+        assert!(refused.contains(ASK), "{verb}: {refused}");
+    }
+    vm.call("closefd", json!({"fdname": "mig"})).unwrap();
+    vm.assert_runs();
+    assert_eq!(vm.query("query")["last"], Value::Null);
+    let history = run(&["history", "--json", "--state-dir", &state]);
+    assert!(!String::from_utf8_lossy(&history.stdout).contains("\"attempt\""), "{history:?}");
+    assert!(!log().contains("begins"), "{}", log());
+
+    // One that has waited elsewhere waits there no more, and not over TCP.
+    let (idle, _) = logged(dir.path(), "c", &["--incoming", &format!("unix:{}", path("c.socket"))]);
+    idle.incoming();
+    idle.query("migrate-cancel");
+    until("the end of the wait", || (idle.status() == "idle").then_some(()));
+    fails(&["incoming", "--control", control(&idle), "tcp:127.0.0.1:0"], 2, ASK);
+    getfd(&idle, "mig", &[passed.as_fd()]).unwrap();
+    fails(&["incoming", "--control", control(&idle), "fd:mig"], 2, ASK);
+    assert_eq!(idle.status(), "idle");
+    // Over a unix socket it does.
+    idle.call("migrate-incoming", json!({"uri": format!("unix:{}", path("c.socket"))})).unwrap();
+    let moved = vm.migrate(&idle.incoming(), json!({}));
+    assert_eq!(moved["status"], "completed", "{moved}");
+}
+
+#[test]
+fn a_tcp_socket_that_was_inherited_is_no_way_around() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let script = "exec \"$@\" 5>&1 1>/dev/null";
+    let output = Command::new("sh")
+        .args(["-c", script, "sh", env!("CARGO_BIN_EXE_vfio-migrate")])
+        .args(["vm", "--software", "--memory", "32M", "--incoming", "fd:5"])
+        .stdin(Stdio::null())
+        .stdout(OwnedFd::from(socket))
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && told.contains(ASK), "{}: {told}", output.status);
+}
+
+#[test]
+fn plain_text_is_told_as_what_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state").display().to_string();
+    // Said by the process at one side, by the session at the other.
+    let (a, log_a) = logged(dir.path(), "a", &["--state-dir", &state]);
+    let (b, log_b) = logged(dir.path(), "b", &["--incoming", "tcp:127.0.0.1:0", "--insecure-plaintext"]);
+    let at = b.incoming();
+    let warning = format!("{at} is in plain text: whoever is on the way reads and changes the guest");
+    assert!(log_b().contains("is in plain text: whoever is on the way"), "{}", log_b());
+    let source = format!("vm:{}", control(&a));
+    let checked = run(&["check", &source, &at, "--insecure-plaintext"]);
+    assert_eq!(checked.status.code(), Some(0), "{checked:?}");
+    assert!(String::from_utf8_lossy(&checked.stderr).contains(&warning), "{checked:?}");
+
+    let words = ["migrate", "--control", control(&a), "--insecure-plaintext", "--downtime-limit", "10s"];
+    let output = run(&[&words[..], &[&at]].concat());
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && told.contains("connection: in plain text\n"), "{output:?}");
+    assert!(log_a().contains(&warning), "{}", log_a());
+    for log in [log_a(), log_b()] {
+        assert!(log.contains("), in plain text"), "{log}");
+    }
+    for vm in [&a, &b] {
+        let security = &vm.migration()["security"];
+        assert_eq!((&security["kind"], &security["peer"]), (&json!("plain-text"), &Value::Null));
+        let status = run(&["status", "--control", control(vm)]);
+        let text = String::from_utf8_lossy(&status.stdout);
+        assert!(text.contains("connection: in plain text"), "{text}");
+    }
+    let history = run(&["history", "--state-dir", &state]);
+    assert!(String::from_utf8_lossy(&history.stdout).contains(", in plain text: completed"), "{history:?}");
+    let history = run(&["history", "--state-dir", &state, "--json"]);
+    let history: Value = serde_json::from_slice(&history.stdout).unwrap();
+    assert_eq!(history["records"][0]["migration"]["security"]["kind"], "plain-text", "{history}");
+    b.assert_runs();
+
+    // A unix socket is none of it.
+    let back = format!("unix:{}", dir.path().join("back").display());
+    a.call("migrate-incoming", json!({"uri": back})).unwrap();
+    assert_eq!(b.migrate(&back, json!({}))["security"]["kind"], "unix");
+    let status = run(&["status", "--control", control(&a)]);
+    assert!(!String::from_utf8_lossy(&status.stdout).contains("plain text"), "{status:?}");
+}
+
+/// Neither gives way to the other, and each says what is to be done.
+#[test]
+fn plain_text_and_tls_do_not_meet() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, here, there, says_here, says_there) in [
+        (
+            "plain",
+            &["--insecure-plaintext"][..],
+            &["--tls-creds", creds()][..],
+            "TLS, on a connection that is not set up for it: --tls-creds DIR does that, on both sides",
+            "the peer speaks in plain text, and this side takes TLS alone: it needs --tls-creds DIR there too",
+        ),
+        (
+            "tls",
+            &["--tls-creds", creds()],
+            &["--insecure-plaintext"],
+            "is it plain text there?; start the destination with --tls-creds DIR as well",
+            "TLS, on a connection that is not set up for it: --tls-creds DIR does that, on both sides",
+        ),
+    ] {
+        let (a, _) = logged(dir.path(), &format!("{name}-a"), here);
+        let incoming = [&["--incoming", "tcp:127.0.0.1:0"], there].concat();
+        let (b, log_b) = logged(dir.path(), &format!("{name}-b"), &incoming);
+        let info = a.migrate(&b.incoming(), json!({}));
+        assert_eq!(info["status"], "failed", "{info}");
+        let error = info["error"].as_str().unwrap();
+        assert!(error.contains(says_here), "{name}: {error}");
+        until("the receiver's word", || log_b().contains(says_there).then_some(()));
+        let asked = run(&[&["check", &format!("vm:{}", control(&a)), &b.incoming()], here].concat());
+        let told = String::from_utf8_lossy(&asked.stderr);
+        assert!(asked.status.code() == Some(1) && told.contains(says_here), "{name}: {told}");
+        a.assert_runs();
+        assert_eq!(b.status(), "inmigrate");
+    }
+}
+
+/// A sample of what passes over TLS elsewhere: a whole guest there and back, and a cancel.
+#[test]
+fn a_guest_moves_there_and_back_in_plain_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let plain = ["--insecure-plaintext"];
+    let waits = ["--insecure-plaintext", "--incoming", "tcp:127.0.0.1:0"];
+    let a = Setup { vm_arguments: &plain, ..Setup::new(dir.path(), "a") }.start();
+    let b = Setup { vm_arguments: &waits, ..Setup::new(dir.path(), "b") }.start();
+    a.warm();
+    a.begin(&b.incoming(), json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (a.migration()["status"] == "pre-switchover").then_some(()));
+    a.query("migrate-cancel");
+    assert_eq!(a.ended()["status"], "cancelled");
+    a.assert_runs();
+    let info = a.migrate(&b.incoming(), json!({"verify": true}));
+    assert_eq!((&info["status"], &info["security"]["kind"]), (&json!("completed"), &json!("plain-text")));
+    b.assert_whole();
+    a.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+    let info = b.migrate(&a.incoming(), json!({"verify": true}));
+    assert_eq!((&info["status"], &info["security"]["kind"]), (&json!("completed"), &json!("plain-text")));
+    a.assert_whole();
+}
