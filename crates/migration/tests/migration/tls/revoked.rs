@@ -1,9 +1,10 @@
 //! Certificates that their CA has taken back.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use vfio_migration::{CRL_FILE, Destination, IncomingError, Source, Uri};
+use vfio_migration::{CRL_FILE, Destination, IncomingError, Machine, Source, Uri};
 use vfio_migration_types::error_chain;
 
 use super::hosts::*;
@@ -97,4 +98,40 @@ fn a_list_that_cannot_be_used_is_named_at_once() {
     std::os::unix::fs::symlink("nowhere", there.path().join(CRL_FILE)).unwrap();
     let options = destination_options(secure(there.path()));
     Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap_err();
+}
+
+/// A list ends while a destination waits, which then takes nobody of that CA, until there is a new one.
+#[test]
+fn a_list_that_expires_while_a_destination_waits_lets_nobody_in() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    // Again, where the host was so busy that it was over before it was read.
+    let (mut destination, end) = loop {
+        let end = SystemTime::now() + Duration::from_secs(2);
+        lay(there.path(), &ca.list(&[], end));
+        let options = destination_options(secure(there.path()));
+        if let Ok(listening) = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options) {
+            break (listening, end);
+        }
+    };
+    let to = destination.local().clone();
+    let waiting = Waiting(destination.control());
+    let (toy, machine) = (Toy::booted(&plan()), Toy::new(&plan()));
+    let built = machine.clone();
+    std::thread::scope(|scope| {
+        let _waiting = waiting;
+        scope.spawn(move || {
+            destination.accept(|_| Ok::<Arc<dyn Machine>, _>(built)).unwrap();
+            destination.answer_queries(Duration::from_secs(30)).unwrap();
+        });
+        let go = || Source::new(toy.clone(), source_options(secure(here.path()))).migrate_to(&to, |_| {});
+        // Its end counts in whole seconds.
+        wait_for("the end of the list", || SystemTime::now() > end + Duration::from_secs(1));
+        let text = error_chain(&go().unwrap_err());
+        assert!(text.contains("the same ca-cert.pem, and a ca-crl.pem that has not expired"), "{text}");
+        toy.prove_running();
+        lay(there.path(), &ca.list(&[], next_year()));
+        go().unwrap();
+        prove_moved(&toy, &machine);
+    });
 }
