@@ -178,7 +178,7 @@ fn migrate(setting: &Setting, flip: Option<Flip>) -> (Option<String>, Wire) {
     let (toy, machine) = (Toy::booted(&plan()), Toy::new(&plan()));
     let mut options = source_options(setting.source.clone());
     options.peer_timeout = Duration::from_secs(3);
-    options.ram_crc = setting.ram_crc;
+    options.ram_crc = Some(setting.ram_crc);
     let source = Source::new(toy.clone(), options);
     let built = machine.clone();
     let (left, arrived) = std::thread::scope(|scope| {
