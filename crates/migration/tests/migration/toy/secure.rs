@@ -1,11 +1,12 @@
 //! Connections of tests as they are by default: over TLS, between hosts that trust each other.
 
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vfio_migration::rustls::pki_types::pem::PemObject;
@@ -18,6 +19,7 @@ use vfio_migration::{
     ALPN, CA_FILE, DestinationOptions, Security, SourceOptions, TlsDirectory, TlsRole, Uri,
 };
 use vfio_migration_types::Side;
+use vfio_migration_wire::{Frame, FrameHeader, HEADER_LEN, Message, PREAMBLE, encode};
 
 pub use super::pki::HOST;
 use super::pki::own_host;
@@ -95,6 +97,8 @@ fn pass(
     wire.set_nonblocking(true)?;
     plain.set_nonblocking(true)?;
     let (mut wire_ended, mut plain_ended) = (false, false);
+    // What goes on to a destination is what a source says.
+    let mut beginning = Beginning { is_past: matches!(tls, Connection::Server(_)), ..Beginning::default() };
     let mut opened = Vec::new();
     let mut buffer = vec![0; 64 << 10];
     while !(wire_ended && plain_ended && opened.is_empty() && !tls.wants_write()) {
@@ -147,7 +151,8 @@ fn pass(
             let _ = plain.shutdown(std::net::Shutdown::Write);
         }
         if reads_plain && let Some(read) = later(plain.read(&mut buffer))? {
-            tls.writer().write_all(&buffer[..read])?;
+            let sent = beginning.pass(&tls, &buffer[..read], read == 0);
+            tls.writer().write_all(&sent)?;
             if read == 0 {
                 plain_ended = true;
                 if !polite {
@@ -158,6 +163,54 @@ fn pass(
         }
     }
     Ok(())
+}
+
+/// Keys of the sessions that end at a proxy, by their attempts: those of the proxy's own connections to the destination.
+static SESSION_KEYS: Mutex<BTreeMap<[u8; 16], [u8; 32]>> = Mutex::new(BTreeMap::new());
+
+/// The beginning of what a source says. Its proof that it was in a session is good on its own connection alone, and that one ends at the
+/// proxy: which was in the session too, and says its own.
+#[derive(Default)]
+struct Beginning {
+    held: Vec<u8>,
+    is_past: bool,
+}
+
+impl Beginning {
+    /// Takes what the source sends, and gives what is to be sent on over `tls`; `ended`: that was all.
+    fn pass(&mut self, tls: &Connection, sent: &[u8], ended: bool) -> Vec<u8> {
+        self.held.extend_from_slice(sent);
+        if !self.is_past {
+            self.is_past = self.look(tls).is_some() || ended;
+        }
+        if self.is_past { std::mem::take(&mut self.held) } else { Vec::new() }
+    }
+
+    /// Looks at the first frame; `None`: it has not come whole.
+    fn look(&mut self, tls: &Connection) -> Option<()> {
+        let begin = PREAMBLE.len() + HEADER_LEN;
+        let head = self.held.get(PREAMBLE.len()..begin)?;
+        let Ok(header) = FrameHeader::parse(head.try_into().unwrap(), 0) else { return Some(()) };
+        let end = begin + header.payload_len();
+        let payload = self.held.get(begin..end)?;
+        let export =
+            |label: &[u8], context: &[u8]| tls.export_keying_material([0; 32], label, Some(context)).unwrap();
+        match Frame::decode(&header, payload, Side::Source) {
+            Ok(Frame::Message(Message::Hello(hello))) => {
+                let key = export(b"EXPERIMENTAL-vfio-migrate-session", &hello.attempt.0);
+                SESSION_KEYS.lock().unwrap().insert(hello.attempt.0, key);
+            }
+            Ok(Frame::Message(Message::Query { vm, attempt, epoch, .. })) => {
+                let key = SESSION_KEYS.lock().unwrap().get(&attempt.0).copied().unwrap_or_default();
+                let connection = export(b"EXPERIMENTAL-vfio-migrate-connection", &[]);
+                let proof = *blake3::keyed_hash(&key, &connection).as_bytes();
+                let query = encode(&Message::Query { vm, attempt, epoch, proof }, 0).unwrap();
+                self.held.splice(PREAMBLE.len()..end, query);
+            }
+            _ => {}
+        }
+        Some(())
+    }
 }
 
 /// `None`: not now.
