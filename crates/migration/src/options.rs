@@ -54,7 +54,8 @@ pub struct SourceOptions {
     /// How the connection is secured. `None`: it is over a unix socket, which stays as it is; anywhere else it is refused, as
     /// [`needs_security`](crate::needs_security) tells.
     pub security: Option<Security>,
-    /// Whose process may be at the other end of a unix socket besides this process's own user's and root's. Nobody's.
+    /// Whose process may be at the other end of a unix socket besides this process's own user's and root's. Nobody's. Of a stream
+    /// that is [vouched](Security::Vouched) for nobody is asked.
     pub unix_peers: AllowedUnixPeers,
     /// This side's policy: what it allows and asks for. The destination has a policy of its own; the stricter holds.
     pub policy: Policy,

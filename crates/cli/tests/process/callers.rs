@@ -29,10 +29,28 @@ fn denied(output: &Output) -> String {
     printed["error"]["desc"].as_str().expect("a sentence").to_owned()
 }
 
-/// A socket that others may use is one whose mode says so; a loose umask makes none of it, and a tight one none less.
+#[test]
+fn a_socket_has_its_mode_from_the_command_line_and_not_from_the_umask() {
+    let place = Place::new();
+    let (one, two) = (["--control-group", OPERATORS], ["--control-read-group", MONITORS]);
+    for (umask, groups, expected) in
+        [("000", &[][..], 0o600), ("277", &[], 0o600), ("000", &one, 0o666), ("077", &two, 0o666)]
+    {
+        let (vm, _) = place.vm(None, "a", umask, groups);
+        assert_eq!(mode(&vm.control), expected, "umask {umask}, {groups:?}");
+        assert!(run(&["status", "--control", control(&vm)]).status.success());
+        let at = place.path().join("b.sock");
+        let allow: &[&str] = if groups.is_empty() { &[] } else { &["--allow-gid", OPERATORS] };
+        let uri = format!("unix:{}", at.display());
+        let (_receiver, _) = place.vm(None, "b", umask, &[&["--incoming", &uri], allow].concat());
+        assert_eq!(mode(&at), expected, "umask {umask}, {allow:?}");
+    }
+}
+
+/// Also with a loose umask, by which the file was everybody's.
 #[test]
 fn only_its_own_user_reaches_a_socket_that_nobody_else_was_given() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = Place::of_others() else { return };
     for umask in ["000", "022", "277"] {
         let (vm, _) = place.vm(None, "a", umask, &[]);
         assert_eq!(mode(&vm.control), 0o600, "umask {umask}");
@@ -54,7 +72,7 @@ fn only_its_own_user_reaches_a_socket_that_nobody_else_was_given() {
 
 #[test]
 fn members_of_a_group_do_all_of_another_only_ask_and_others_nothing() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = Place::of_others() else { return };
     let (vm, log) =
         place.vm(None, "a", "077", &["--control-group", OPERATORS, "--control-read-group", MONITORS]);
     let at = control(&vm);
@@ -103,7 +121,7 @@ fn members_of_a_group_do_all_of_another_only_ask_and_others_nothing() {
 /// As a program of its own finds it, which knows the protocol and not the command.
 #[test]
 fn who_may_do_nothing_is_told_in_place_of_the_greeting_and_costs_no_place() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = Place::of_others() else { return };
     let (vm, _) = place.vm(None, "a", "022", &["--control-read-group", MONITORS]);
     let mut own = BufReader::new(UnixStream::connect(&vm.control).unwrap());
     own.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();

@@ -32,7 +32,7 @@ pub(crate) struct Place {
 
 impl Place {
     /// `None` where nobody can be another user.
-    pub(crate) fn new() -> Option<Self> {
+    pub(crate) fn of_others() -> Option<Self> {
         let own_user = rustix::process::geteuid();
         if !own_user.is_root() {
             eprintln!(
@@ -40,16 +40,21 @@ impl Place {
             );
             return None;
         }
+        Some(Self::new())
+    }
+
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         let own = PathBuf::from(env!("CARGO_BIN_EXE_vfio-migrate"));
         let mut place = Self { dir, command: own.clone() };
-        let version = place.as_user(STRANGER).arg("--version").output();
-        if !version.is_ok_and(|output| output.status.success()) {
+        let version = || place.as_user(STRANGER).arg("--version").output();
+        let reachable = || version().is_ok_and(|output| output.status.success());
+        if rustix::process::geteuid().is_root() && !reachable() {
             place.command = place.path().join("vfio-migrate");
             std::fs::copy(own, &place.command).unwrap();
         }
-        Some(place)
+        place
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -43,7 +43,7 @@ fn moves(source: &Vm, destination: &Vm, uid: u32) {
 
 #[test]
 fn a_receivers_socket_is_its_users_alone_under_any_umask() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = Place::of_others() else { return };
     let at = place.path().join("b.sock");
     let (stranger, _) = place.vm(Some(STRANGER), "a", "022", &[]);
     for umask in ["000", "277"] {
@@ -57,7 +57,7 @@ fn a_receivers_socket_is_its_users_alone_under_any_umask() {
 
 #[test]
 fn a_source_of_another_user_is_refused_by_name_and_disturbs_nobody() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = Place::of_others() else { return };
     let at = place.path().join("b.sock");
     // Somebody else may come: the kernel lets everybody connect.
     let (receiver, log) = place.vm(None, "b", "077", &["--incoming", &address(&at), "--allow-uid", "54099"]);
@@ -92,7 +92,7 @@ fn a_source_of_another_user_is_refused_by_name_and_disturbs_nobody() {
 
 #[test]
 fn a_user_or_a_group_that_is_allowed_may_come() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = Place::of_others() else { return };
     for (user, allow) in
         [(STRANGER, ["--allow-uid", STRANGER.0]), (ALSO_OPERATOR, ["--allow-gid", OPERATORS])]
     {
@@ -106,7 +106,7 @@ fn a_user_or_a_group_that_is_allowed_may_come() {
 
 #[test]
 fn nothing_is_sent_to_a_receiver_of_another_user() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = Place::of_others() else { return };
     let at = place.folder(STRANGER).join("b.sock");
     let (receiver, _) = place.vm(Some(STRANGER), "b", "022", &["--incoming", &address(&at)]);
     let source = software(place.path(), "a", &["--software"]).start();
@@ -136,7 +136,7 @@ fn a_descriptor_says_what_it_is_and_is_judged_by_who_made_it() {
         until("the end of the wait", || (receiver.status() != "inmigrate").then_some(()));
         receiver.call("migrate-incoming", json!({"uri": uri})).unwrap();
     };
-    if let Some(place) = Place::new() {
+    if let Some(place) = Place::of_others() {
         let path = place.path().join("listener");
         let listener = UnixListener::bind(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
