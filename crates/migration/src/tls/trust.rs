@@ -79,7 +79,6 @@ impl Trust {
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn not_built(error: VerifierBuilderError) -> TlsError {
     match error {
         VerifierBuilderError::InvalidCrl(error) => TlsError::Setup(format!(
