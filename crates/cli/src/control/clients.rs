@@ -126,10 +126,9 @@ impl Client {
         let told = self.writing.try_lock();
         if told.is_ok()
             && let Ok(line) = serde_json::to_string(&ControlEvent::of_disconnection(why))
+            && let Err(error) = rustix::net::send(&self.stream, format!("{line}\n").as_bytes(), AT_ONCE)
         {
-            if let Err(error) = rustix::net::send(&self.stream, format!("{line}\n").as_bytes(), AT_ONCE) {
-                tracing::debug!(%error, why, "a client was disconnected and could not be told");
-            }
+            tracing::debug!(%error, why, "a client was disconnected and could not be told");
         }
         self.end();
     }
