@@ -168,9 +168,7 @@ fn vm_text(vm: &StatusInfo) -> String {
     }
     if let Some(awaited) = &vm.pending_rollback {
         let awaited = sentence(awaited);
-        text.push_str(&format!(
-            "still being undone after a cancel: {awaited}; no session can begin before that\n"
-        ));
+        text.push_str(&format!("still being undone: {awaited}; no session can begin before that\n"));
     }
     if let Some(incoming) = &vm.incoming {
         text.push_str(&format!("waits for a guest at {incoming}\n"));

@@ -6,6 +6,7 @@ use rustix::io::Errno;
 use vfio_migration_types::{DeviceId, MigrationState};
 use vfio_migration_uapi::UapiError;
 use vfio_user_peer::ClientError;
+use vfio_user_peer::codec::Command;
 
 use crate::kernel::error::KernelError;
 
@@ -80,6 +81,29 @@ impl DeviceError {
     }
 }
 
+/// Whether `error`, or a cause of it, is that a device has not answered in time. It is connected, and may yet: it is *late*,
+/// which is no answer. An errno says less, since a driver or a server may answer with ETIMEDOUT.
+pub fn is_late(error: &(dyn Error + 'static)) -> bool {
+    is_timeout(error, |_, _| true)
+}
+
+/// Whether `error`, of a [reset](crate::Device::reset), came before the device was asked to: it is late with the answer to an
+/// earlier request, and was not reset.
+pub fn is_unsent_reset(error: &DeviceError) -> bool {
+    is_timeout(error, |command, sent| command == Command::DEVICE_RESET && !sent)
+}
+
+fn is_timeout(error: &(dyn Error + 'static), is_it: impl Fn(Command, bool) -> bool) -> bool {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(ClientError::Timeout { command, sent, .. }) = error.downcast_ref() {
+            return is_it(*command, *sent);
+        }
+        at = error.source();
+    }
+    false
+}
+
 /// The way on with a device after a failed transition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remedy {
@@ -87,7 +111,9 @@ pub enum Remedy {
     TryAnotherState,
     /// Only a reset helps: it is in ERROR, or its state is unknown.
     Reset,
-    /// The device does not answer: it is lost, or late.
+    /// The device has not answered in time, and may yet: its state is known when it does.
+    Wait,
+    /// The device does not answer, and will not: the connection to it is lost.
     Lost,
 }
 
@@ -127,11 +153,13 @@ impl TransitionError {
         errno: Option<Errno>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
+        let source = source.into();
         let remedy = match now {
             Some(MigrationState::Error) => Remedy::Reset,
             Some(_) => Remedy::TryAnotherState,
+            None if is_late(&*source) => Remedy::Wait,
             None => Remedy::Lost,
         };
-        Self { device, from, to, now, errno, remedy, source: source.into() }
+        Self { device, from, to, now, errno, remedy, source }
     }
 }

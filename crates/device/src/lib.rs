@@ -23,7 +23,7 @@ pub use contract::{
     SavingSession,
 };
 pub use describe::describe_hardware;
-pub use error::{DeviceError, Remedy, TransitionError, is_server_gone};
+pub use error::{DeviceError, Remedy, TransitionError, is_late, is_server_gone, is_unsent_reset};
 pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 #[cfg(feature = "bare-space")]
 pub use kernel::bare::BareSpace;

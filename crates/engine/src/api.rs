@@ -235,11 +235,14 @@ pub enum SourceEvent {
         /// Whether the guest runs again (or stays paused, as its operator had left it).
         restored: bool,
     },
-    /// While [`SourceAction::RollBack`] or the journal after it is under way, the guest runs, and the operator has cancelled:
-    /// something does not answer, and is not waited for. The session goes on with both behind the attempt's end.
+    /// While [`SourceAction::RollBack`] or the journal after it is under way: something does not answer, and is not waited for.
+    /// The session goes on with both behind the attempt's end.
     RollBackLate {
         /// What does not answer, one failure each.
         left_undone: Vec<Failure>,
+        /// Whether the guest runs meanwhile (or stays paused, as its operator had left it). One that the attempt has paused goes
+        /// on when all is undone.
+        restored: bool,
     },
     /// Answers [`SourceAction::CleanUp`].
     CleanedUp,
@@ -295,7 +298,7 @@ pub struct Abort {
     pub locks_lost: Vec<String>,
     /// Whether the guest is as it was before the attempt.
     pub restored: bool,
-    /// What did not answer when the operator cancelled, and is being undone behind this end. The guest runs.
+    /// What did not answer, and is being undone behind this end. A guest that is not restored goes on when it is.
     pub left_undone: Vec<Failure>,
 }
 

@@ -34,20 +34,35 @@ struct Shared {
 pub(crate) struct LeftBehind {
     pub(crate) thread: JoinHandle<()>,
     pub(crate) answers: AwaitedAnswers,
-    /// What it could not undo, once it has ended.
-    pub(crate) not_undone: Arc<Mutex<Vec<Failure>>>,
+    /// What came of it, once it has ended.
+    pub(crate) undone: Arc<Mutex<Undone>>,
 }
 
-/// What is being undone behind the end of a session: a cancel does not wait for a device that does not answer, while the guest
-/// runs.
+/// What came of a way back.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Undone {
+    /// Whether the guest is as it was: one that the attempt had paused goes on.
+    pub(crate) restored: bool,
+    /// What could not be undone.
+    pub(crate) failures: Vec<Failure>,
+}
+
+/// What is being undone behind the end of a session: no session waits without end for a device that does not answer, nor a cancel
+/// for one that is late while the guest runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PendingRollback {
     /// Nothing was left to be undone.
     None,
     /// It is under way: with the answers that it waits for, the longest first. No other attempt may begin with this machine.
     UnderWay(Vec<AwaitedAnswer>),
-    /// All of it is undone, but for this.
-    Ended(Vec<Failure>),
+    /// It is over.
+    Ended {
+        /// Whether the guest is as it was before the attempt. If it was [not](crate::Aborted::restored) when the session ended, it
+        /// has been let go on since.
+        restored: bool,
+        /// What could not be undone.
+        failures: Vec<Failure>,
+    },
 }
 
 /// Requests that were made before the session could take them.
@@ -72,7 +87,8 @@ impl Control {
     /// Gives the migration up: the guest goes on at the source. The session ends within a second while the guest runs, whatever
     /// it waits for: what does not answer is undone behind its end, as [`pending_rollback`](Self::pending_rollback) tells. A guest
     /// that is paused goes on when its devices have answered: until then [`Progress::cancelling`] is set, and
-    /// [`Progress::awaited`] says what is waited for. Too late once COMMIT has been sent; then nothing happens. May be called at
+    /// [`Progress::awaited`] says what is waited for, and how long at most before the session ends without it, and the guest goes
+    /// on behind its end. Too late once COMMIT has been sent; then nothing happens. May be called at
     /// any time, any number of times.
     pub fn cancel(&self) {
         self.send(SourceEvent::Cancel);
@@ -113,7 +129,10 @@ impl Control {
     pub fn pending_rollback(&self) -> PendingRollback {
         match &*lock(&self.shared.left) {
             None => PendingRollback::None,
-            Some(left) if left.thread.is_finished() => PendingRollback::Ended(lock(&left.not_undone).clone()),
+            Some(left) if left.thread.is_finished() => {
+                let Undone { restored, failures } = lock(&left.undone).clone();
+                PendingRollback::Ended { restored, failures }
+            }
             Some(left) => PendingRollback::UnderWay(left.answers.longer_than(Duration::ZERO)),
         }
     }

@@ -109,8 +109,9 @@ pub struct Aborted {
     /// Time for which the attempt had the guest paused; zero if it never did, or the guest is paused still.
     #[serde(default, rename = "stood_ms", with = "crate::millis")]
     pub stood: Duration,
-    /// What did not answer when the operator cancelled. It is undone behind this end, as
-    /// [`Control::pending_rollback`](crate::Control::pending_rollback) tells: another attempt begins when it is. The guest runs.
+    /// What did not answer. It is undone behind this end, as
+    /// [`Control::pending_rollback`](crate::Control::pending_rollback) tells: another attempt begins when it is. A guest that is not
+    /// [restored](Self::restored) goes on then, and is not to be started before.
     #[serde(default)]
     pub left_undone: Vec<Failure>,
 }
@@ -148,7 +149,13 @@ impl Aborted {
             // It may have been paused by its operator before, and is then.
             return text + "; the guest is here as it was before";
         }
-        text.push_str(if self.restored { "; the guest is here" } else { "; the guest is not resumed here" });
+        text.push_str(match (self.restored, self.left_undone.is_empty()) {
+            (true, _) => "; the guest is here",
+            (false, true) => "; the guest is not resumed here",
+            (false, false) => {
+                "; the guest is not resumed here before what is late has answered, and goes on then"
+            }
+        });
         for (index, device) in self.lost.iter().enumerate().filter(|_| self.restored) {
             text += &format!("{} device {device}", if index == 0 { ", without" } else { " and" });
         }
@@ -158,7 +165,7 @@ impl Aborted {
         for lock in &self.locks_lost {
             text += &format!("; the storage lock {lock} could not be taken back");
         }
-        if !self.left_undone.is_empty() {
+        if self.restored && !self.left_undone.is_empty() {
             text.push_str("; not all of it was undone by then");
         }
         text

@@ -22,7 +22,8 @@ pub enum ClientError {
     },
     /// The server did not answer in time. The connection goes on; the answer is dropped when it comes.
     #[error(
-        "the server did not answer {command} within {after:?}{}",
+        "the server did not answer {}{command} within {after:?}{}",
+        if *sent { "" } else { "an earlier request, behind which this one waited unsent: " },
         if *command == Command::VERSION { "; most serve one client at a time, so another may have it" } else { "" }
     )]
     Timeout {
@@ -30,6 +31,8 @@ pub enum ClientError {
         command: Command,
         /// Time that the server had.
         after: Duration,
+        /// Whether the request was sent. One that waited for the answer to an earlier one may not have been.
+        sent: bool,
     },
     /// The connection broke, in this request or an earlier one.
     #[error("the connection to the vfio-user server is lost: {why}")]

@@ -47,7 +47,7 @@ impl fmt::Display for AwaitedInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.limit_ms {
             Some(limit) => write!(f, "{}, at most {} s", self.text, limit.div_ceil(1000)),
-            None => write!(f, "{}, and no limit is known", self.text),
+            None => write!(f, "{}, and is waited for until it does", self.text),
         }
     }
 }

@@ -137,7 +137,7 @@ impl VmHandler {
 
     fn stop(&self) -> Result<(), Refused> {
         let slot = self.vm.state.slot();
-        let Slot::Here { machine, .. } = slot else { return Err(slot.refusal("be paused")) };
+        let Slot::Here { machine, .. } = slot else { return Err(self.vm.state.refusal(&slot, "be paused")) };
         if let Some(why) = machine.failure() {
             return Err(Refused::generic(format!("the guest has stopped by itself: {why}")));
         }
@@ -151,7 +151,7 @@ impl VmHandler {
         let (machine, was_held) = match self.vm.state.slot() {
             Slot::Here { machine, .. } => (machine, false),
             Slot::OwnedNotStarted { machine, .. } => (machine, true),
-            slot => return Err(slot.refusal("run")),
+            slot => return Err(self.vm.state.refusal(&slot, "run")),
         };
         if let Some(why) = machine.failure() {
             return Err(Refused::generic(format!("the guest has stopped by itself and cannot go on: {why}")));

@@ -4,13 +4,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use serde_json::Value;
-use vfio_migration::{AttemptInfo, AttemptKind, Failure, Side, start_held};
+use vfio_migration::{AttemptInfo, AttemptKind, Failure, PendingRollback, Side, start_held};
 use vfio_migration_types::{MigrationState, rfc3339};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::history;
 use super::running::RunningVm;
-use super::slot::{Slot, Steering};
+use super::slot::{Slot, Steering, still_undone};
 use crate::control::event::ControlEvent;
 use crate::control::failure::FailureInfo;
 use crate::control::protocol::{ArrivedGuest, MigrationInfo, MigrationStatus};
@@ -25,6 +25,10 @@ pub(super) fn start(vm: &RunningVm) -> Result<(), Refused> {
         // Another client was first.
         return Ok(());
     };
+    // Its device is late: it is taken back, and the guest goes on, when that answers.
+    if let PendingRollback::UnderWay(awaited) = vm.state.pending_rollback() {
+        return Err(still_undone(&awaited));
+    }
     let incoming = matches!(vm.state.last_steering(), Some(Steering::Incoming(_)));
     let side = if incoming { Side::Destination } else { Side::Source };
     let begun = Instant::now();

@@ -26,7 +26,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     let target: Address = arguments.uri.parse().map_err(refused)?;
     let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
     let slot = vm.state.slot();
-    let Slot::Here { machine, epoch } = slot else { return Err(slot.refusal("move")) };
+    let Slot::Here { machine, epoch } = slot else { return Err(vm.state.refusal(&slot, "move")) };
     if let Some(why) = machine.failure() {
         let text = format!("the guest has stopped by itself and cannot move: {why}");
         return Err(Refused::generic(text));
@@ -57,7 +57,7 @@ pub(super) fn rehearse(vm: &Arc<RunningVm>, arguments: &RehearseArguments) -> Re
     let target: Address = arguments.uri.parse().map_err(refused)?;
     let security = arguments.options.security(vm.options.tls.security()).map_err(refused)?;
     let slot = vm.state.slot();
-    let Slot::Here { machine, epoch } = slot else { return Err(slot.refusal("move")) };
+    let Slot::Here { machine, epoch } = slot else { return Err(vm.state.refusal(&slot, "move")) };
     options.policy = vm.policy.clone();
     options.security = security;
     options.unix_peers = vm.unix_peers.clone();

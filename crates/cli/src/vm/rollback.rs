@@ -1,9 +1,11 @@
-//! What a cancel left to be undone: a device that did not answer, and what becomes of it.
+//! What the end of a session left to be undone: a device that did not answer, and what becomes of it.
 
+use serde_json::Value;
 use vfio_migration::PendingRollback;
 use vfio_migration_types::printable;
 
 use super::running::RunningVm;
+use super::slot::RollbackEnd;
 use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::event::ControlEvent;
 use crate::output::eprintln_line;
@@ -12,7 +14,7 @@ use crate::output::eprintln_line;
 pub(super) fn awaited(pending: &PendingRollback) -> Option<Vec<AwaitedInfo>> {
     match pending {
         PendingRollback::UnderWay(awaited) => Some(awaited.iter().map(AwaitedInfo::from).collect()),
-        PendingRollback::None | PendingRollback::Ended(_) => None,
+        PendingRollback::None | PendingRollback::Ended { .. } => None,
     }
 }
 
@@ -29,19 +31,26 @@ impl RollbackWatch {
         let before = std::mem::replace(&mut self.pending, awaited.is_some());
         if let Some(awaited) = awaited.filter(|_| !before) {
             eprintln_line(format_args!(
-                "vfio-migrate: the cancelled session is still being undone: {}; no other can begin before that",
+                "vfio-migrate: the session that has ended is still being undone: {}; no other can begin before that",
                 sentence(&awaited)
             ));
         }
-        let Some((not_undone, last)) = vm.state.rollback_ended() else { return };
-        eprintln_line(match &not_undone[..] {
-            [] => "vfio-migrate: all that the cancelled session had begun is undone".to_owned(),
+        let Some(RollbackEnd { failures, last, resumed }) = vm.state.rollback_ended() else { return };
+        eprintln_line(match &failures[..] {
+            [] if resumed => {
+                "vfio-migrate: all that the session had begun is undone, and the guest is as it was"
+                    .to_owned()
+            }
+            [] => "vfio-migrate: all that the session had begun is undone".to_owned(),
             failures => {
                 let texts: Vec<_> = failures.iter().map(|failure| printable(&failure.text)).collect();
                 let texts = texts.join("; ");
-                format!("vfio-migrate: not all that the cancelled session had begun could be undone: {texts}")
+                format!("vfio-migrate: not all that the session had begun could be undone: {texts}")
             }
         });
         vm.publisher.publish(&ControlEvent::of_migration(&last));
+        if resumed && vm.state.slot().machine().is_some_and(|machine| machine.is_running()) {
+            vm.publisher.publish(&ControlEvent::new("RESUME", Value::Null));
+        }
     }
 }

@@ -25,7 +25,7 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
         return Err(Refused::generic(format!("{} is no absolute path of a file", path.display())));
     }
     let slot = vm.state.slot();
-    let Slot::Here { machine, epoch } = slot else { return Err(slot.refusal("be saved")) };
+    let Slot::Here { machine, epoch } = slot else { return Err(vm.state.refusal(&slot, "be saved")) };
     if let Some(why) = machine.failure() {
         return Err(Refused::generic(format!("the guest has stopped by itself and cannot be saved: {why}")));
     }

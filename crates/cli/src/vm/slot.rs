@@ -136,10 +136,34 @@ struct State {
     last: Option<Steering>,
     /// That what it left is undone was said.
     rollback_told: bool,
+    /// What it left is undone, with which a guest that it had left paused went on.
+    resumed: bool,
     thread: Option<JoinHandle<()>>,
 }
 
+/// What a session had left to be undone is over.
+#[derive(Debug)]
+pub(super) struct RollbackEnd {
+    /// What could not be undone.
+    pub(super) failures: Vec<Failure>,
+    /// The session's report, which says so from now on.
+    pub(super) last: MigrationInfo,
+    /// A guest that the session had left paused went on with it.
+    pub(super) resumed: bool,
+}
+
 impl State {
+    /// A guest that waits, paused, for what its session left to be undone is let go on with the end of that: it is here again.
+    fn settle(&mut self) {
+        let Slot::OwnedNotStarted { machine, epoch } = &self.slot else { return };
+        let restored = matches!(self.pending_rollback(), PendingRollback::Ended { restored: true, .. });
+        if restored && self.steering.is_none() {
+            machine.release();
+            self.slot = Slot::Here { machine: machine.clone(), epoch: *epoch };
+            self.resumed = true;
+        }
+    }
+
     fn pending_rollback(&self) -> PendingRollback {
         match &self.last {
             Some(Steering::Outgoing(control)) => control.pending_rollback(),
@@ -151,20 +175,34 @@ impl State {
 impl VmState {
     /// What the last session left to be undone behind its end.
     pub(super) fn pending_rollback(&self) -> PendingRollback {
-        lock(&self.0).pending_rollback()
+        self.lock().pending_rollback()
     }
 
-    /// What the last session left is undone, but for what is returned with the session's report, which says so from now on. Once,
-    /// and not when another session has begun.
-    pub(super) fn rollback_ended(&self) -> Option<(Vec<Failure>, MigrationInfo)> {
-        let mut state = lock(&self.0);
-        let PendingRollback::Ended(not_undone) = state.pending_rollback() else { return None };
+    /// How what the last session left to be undone ended. Once, and not when another session has begun.
+    pub(super) fn rollback_ended(&self) -> Option<RollbackEnd> {
+        let mut state = self.lock();
+        let PendingRollback::Ended { failures, .. } = state.pending_rollback() else { return None };
         if state.steering.is_some() || std::mem::replace(&mut state.rollback_told, true) {
             return None;
         }
+        let resumed = state.resumed;
         let ended = state.ended.as_mut()?;
-        ended.left_undone = not_undone.iter().map(FailureInfo::from).collect();
-        Some((not_undone, ended.clone()))
+        ended.left_undone = failures.iter().map(FailureInfo::from).collect();
+        Some(RollbackEnd { failures, last: ended.clone(), resumed })
+    }
+
+    /// Why nothing can be done with the guest in `slot` that takes one which is here and runs, or may run.
+    pub(super) fn refusal(&self, slot: &Slot, doing: &str) -> Refused {
+        match (slot, self.pending_rollback()) {
+            (Slot::OwnedNotStarted { .. }, PendingRollback::UnderWay(awaited)) => still_undone(&awaited),
+            _ => slot.refusal(doing),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.settle();
+        state
     }
 
     /// Reads the slot, the session under way, and how the last one ended, all of one moment.
@@ -172,33 +210,33 @@ impl VmState {
         &self,
         read: impl FnOnce(&Slot, Option<&Steering>, Option<&MigrationInfo>) -> T,
     ) -> T {
-        let state = lock(&self.0);
+        let state = self.lock();
         read(&state.slot, state.steering.as_ref(), state.ended.as_ref())
     }
 
     pub(super) fn slot(&self) -> Slot {
-        lock(&self.0).slot.clone()
+        self.lock().slot.clone()
     }
 
     /// The handle of the session under way, or of the last that was.
     pub(super) fn last_steering(&self) -> Option<Steering> {
-        lock(&self.0).last.clone()
+        self.lock().last.clone()
     }
 
     /// The guest that the last session left paused was started `at` this time.
     pub(super) fn set_started(&self, at: String) {
-        if let Some(ended) = &mut lock(&self.0).ended {
+        if let Some(ended) = &mut self.lock().ended {
             ended.started = Some(at);
         }
     }
 
     pub(super) fn steering(&self) -> Option<Steering> {
-        lock(&self.0).steering.clone()
+        self.lock().steering.clone()
     }
 
     /// Replaces the slot if it `fits`; returns what was in it, or else what is in it.
     pub(super) fn put_if(&self, fits: impl FnOnce(&Slot) -> bool, slot: Slot) -> Result<Slot, Slot> {
-        let mut state = lock(&self.0);
+        let mut state = self.lock();
         if fits(&state.slot) {
             // The old machine is dropped by the caller, after the lock is gone: closing its devices takes a moment.
             Ok(std::mem::replace(&mut state.slot, slot))
@@ -215,7 +253,7 @@ impl VmState {
         becomes: Option<Slot>,
         spawn: impl FnOnce() -> std::io::Result<JoinHandle<()>>,
     ) -> Result<(), BeginError> {
-        let mut state = lock(&self.0);
+        let mut state = self.lock();
         if state.steering.is_some() {
             return Err(BeginError::UnderWay);
         }
@@ -235,7 +273,7 @@ impl VmState {
         // The new thread needs this lock to end, so what is set after its start is set before its end.
         state.thread = Some(spawn().map_err(BeginError::Thread)?);
         state.last = Some(steering.clone());
-        state.rollback_told = false;
+        (state.rollback_told, state.resumed) = (false, false);
         state.steering = Some(steering);
         if let Some(slot) = becomes {
             state.slot = slot;
@@ -245,12 +283,12 @@ impl VmState {
 
     /// Ends a session of a wait that goes on: `info` is how.
     pub(super) fn end_attempt(&self, info: MigrationInfo) {
-        lock(&self.0).ended = Some(info);
+        self.lock().ended = Some(info);
     }
 
     /// Ends a wait to which nobody had come: the last session stays what it was.
     pub(super) fn end_wait(&self, slot: Slot) {
-        let mut state = lock(&self.0);
+        let mut state = self.lock();
         state.steering = None;
         let old = std::mem::replace(&mut state.slot, slot);
         drop(state);
@@ -259,7 +297,7 @@ impl VmState {
 
     /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed.
     pub(super) fn end(&self, info: MigrationInfo, slot: Option<Slot>) {
-        let mut state = lock(&self.0);
+        let mut state = self.lock();
         state.steering = None;
         state.ended = Some(info);
         let old = slot.map(|slot| std::mem::replace(&mut state.slot, slot));
@@ -268,7 +306,7 @@ impl VmState {
     }
 
     pub(super) fn cancel(&self) {
-        match lock(&self.0).last.clone() {
+        match self.lock().last.clone() {
             Some(Steering::Outgoing(control)) => control.cancel(),
             Some(Steering::Incoming(control)) => control.cancel(),
             None => {}
@@ -279,7 +317,7 @@ impl VmState {
     /// while: the answers that it waits for are returned.
     pub(super) fn join(&self) -> Vec<AwaitedAnswer> {
         let (thread, session) = {
-            let mut state = lock(&self.0);
+            let mut state = self.lock();
             (state.thread.take(), state.last.clone())
         };
         let Some(thread) = thread else { return Vec::new() };
@@ -319,22 +357,21 @@ impl BeginError {
     pub(super) fn refused(self, changed: &str) -> Refused {
         match self {
             Self::UnderWay => Refused::new("MigrationActive", "a migration is already under way"),
-            Self::RollbackPending(awaited) => {
-                let awaited: Vec<_> = awaited.iter().map(AwaitedInfo::from).collect();
-                let text = format!(
-                    "the last session is still being undone: {}; another can begin once it has (`status` tells)",
-                    sentence(&awaited)
-                );
-                Refused::new("MigrationActive", text)
-            }
+            Self::RollbackPending(awaited) => still_undone(&awaited),
             Self::Changed => Refused::generic(changed),
             Self::Thread(error) => Refused::generic(CliError::caused("cannot make a thread", &error).text),
         }
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// The last session is still being undone, which waits for these answers.
+pub(super) fn still_undone(awaited: &[AwaitedAnswer]) -> Refused {
+    let awaited: Vec<_> = awaited.iter().map(AwaitedInfo::from).collect();
+    let text = format!(
+        "the last session is still being undone: {}; another can begin once it has, and a guest that it left paused goes on then (`status` tells)",
+        sentence(&awaited)
+    );
+    Refused::new("MigrationActive", text)
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ mod host;
 mod inherited;
 mod json;
 mod largest;
+mod late;
 mod limits;
 mod losses;
 mod many_devices;

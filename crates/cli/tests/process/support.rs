@@ -171,6 +171,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) devices: usize,
     pub(crate) memory: &'a str,
     pub(crate) device_arguments: &'a [&'a str],
+    /// What follows in each device's word of the `vm`: `,timeout=2s`.
+    pub(crate) device_options: &'a str,
     pub(crate) vm_arguments: &'a [&'a str],
 }
 
@@ -182,6 +184,7 @@ impl<'a> Setup<'a> {
             devices: 1,
             memory: "64M",
             device_arguments: &["--state-size", "4M"],
+            device_options: "",
             vm_arguments: &[],
         }
     }
@@ -211,7 +214,8 @@ impl<'a> Setup<'a> {
             let socket = self.dir.join(format!("{}-dev{n}.sock", self.name));
             let path = socket.display().to_string();
             devices.push(Process::start(&[&["device", "--socket", &path], self.device_arguments].concat()));
-            arguments.extend(["--device".into(), format!("vfio-user:{path},id=dev{n}")]);
+            arguments
+                .extend(["--device".into(), format!("vfio-user:{path},id=dev{n}{}", self.device_options)]);
         }
         arguments.extend(self.vm_arguments.iter().map(ToString::to_string));
         let security = ["--tls-creds", "--insecure-plaintext"];

@@ -1,11 +1,10 @@
 //! A device's migration state machine: what is asked of it, and what its answers mean.
 
-use rustix::io::Errno;
 use vfio_migration_types::{ArcError, DeviceId, MigrationFlags, MigrationState, path};
 
 use super::error::SessionError;
 use super::port::{Port, PortError, PortStream};
-use crate::error::{DeviceError, TransitionError};
+use crate::error::{DeviceError, TransitionError, is_late};
 
 /// The state machine of one device.
 #[derive(Debug)]
@@ -101,8 +100,7 @@ impl StateMachine {
         }
         self.port.set_state(from, to).map_err(|PortError { errno, source }| {
             // Whoever has not answered would not answer that either, and is waited for once.
-            let late = errno == Some(Errno::TIMEDOUT);
-            let now = if late { None } else { self.port.state().ok() };
+            let now = if is_late(&*source) { None } else { self.port.state().ok() };
             TransitionError::new(self.id.clone(), from, to, now, errno, source)
         })
     }

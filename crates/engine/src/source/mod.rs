@@ -259,8 +259,8 @@ impl SourceEngine {
             }
             (
                 State::RollingBack | State::JournalOwner | State::Undoing,
-                SourceEvent::RollBackLate { left_undone },
-            ) => self.on_rollback_late(left_undone),
+                SourceEvent::RollBackLate { left_undone, restored },
+            ) => self.on_rollback_late(left_undone, restored),
             (State::Undoing, SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }) => {
                 self.on_undone(reset, &not_reset, locks_lost, restored, now);
             }
@@ -328,7 +328,7 @@ impl SourceEngine {
         let cause = Failure::cancelled(Side::Source, self.phase, "cancelled by the operator");
         match self.state {
             State::Undoing => self.rehearsal.cancelled = Some(cause),
-            State::AwaitingRehearsed => self.finish_cancelled(cause, Vec::new()),
+            State::AwaitingRehearsed => self.finish_cancelled(cause),
             _ => self.abort(cause, AbortNotice::SendCancelled),
         }
     }

@@ -53,7 +53,7 @@ impl SourceEngine {
 
     pub(super) fn await_rehearsed(&mut self, now: Time) {
         if let Some(cause) = self.rehearsal.cancelled.take() {
-            return self.finish_cancelled(cause, Vec::new());
+            return self.finish_cancelled(cause);
         }
         self.phase = Phase::Clean;
         self.state = State::AwaitingRehearsed;
@@ -85,9 +85,8 @@ impl SourceEngine {
         }
     }
 
-    /// The operator does not wait for the destination, which releases everything whoever listens. Here all is undone, but for
-    /// what does not answer.
-    pub(super) fn finish_cancelled(&mut self, cause: Failure, left_undone: Vec<Failure>) {
+    /// The operator does not wait for the destination, which releases everything whoever listens. Here all is undone.
+    pub(super) fn finish_cancelled(&mut self, cause: Failure) {
         self.finish(SourceOutcome::Aborted(Abort {
             cause,
             cancelled: true,
@@ -96,7 +95,7 @@ impl SourceEngine {
             lost: Vec::new(),
             locks_lost: Vec::new(),
             restored: true,
-            left_undone,
+            left_undone: Vec::new(),
         }));
     }
 

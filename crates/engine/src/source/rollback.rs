@@ -138,11 +138,12 @@ impl SourceEngine {
         }));
     }
 
-    /// Something does not answer, and the operator does not wait for it: the guest runs, and what is left to be undone is the
-    /// session's, behind this end.
-    pub(super) fn on_rollback_late(&mut self, left_undone: Vec<Failure>) {
+    /// Something does not answer, and nobody waits for it: what is left to be undone is the session's, behind this end.
+    pub(super) fn on_rollback_late(&mut self, left_undone: Vec<Failure>, restored: bool) {
         if let Some(rollback) = &mut self.rollback {
             rollback.outcome.left_undone = left_undone;
+            // A rollback that has ended, and whose journal is late, knows.
+            rollback.outcome.restored &= restored;
             let to_journal = self.state == State::RollingBack && !rollback.journaled;
             if to_journal && self.config.rehearse.is_none() {
                 self.journal_owner();
@@ -150,8 +151,23 @@ impl SourceEngine {
             if self.state != State::Done {
                 self.finish_aborted();
             }
-        } else if let Some(cause) = self.rehearsal.cancelled.take() {
-            self.finish_cancelled(cause, left_undone);
+        } else {
+            let text = "the rehearsal could not be undone by its end";
+            let remedy = "what is left is undone when what does not answer does";
+            let (cause, cancelled) = match self.rehearsal.cancelled.take() {
+                Some(cause) => (cause, true),
+                None => (failure(Side::Source, Phase::Clean, text, remedy), false),
+            };
+            self.finish(SourceOutcome::Aborted(Abort {
+                cause,
+                cancelled,
+                reset: Vec::new(),
+                lost: Vec::new(),
+                locks_lost: Vec::new(),
+                restored,
+                left_undone,
+                obstacle: false,
+            }));
         }
     }
 

@@ -304,7 +304,7 @@ fn a_lost_answer_is_asked_for_with_pauses_until_a_person_is() {
 /// Nothing that is late is waited for: the journal is written behind the end, and what comes after it is nobody's.
 #[test]
 fn a_rollback_that_is_late_ends_the_attempt() {
-    let late = || SourceEvent::RollBackLate { left_undone: vec![error()] };
+    let late = || SourceEvent::RollBackLate { left_undone: vec![error()], restored: true };
     let finished = |actions: &[SourceAction]| match actions.last() {
         Some(SourceAction::Finish(SourceOutcome::Aborted(abort))) => abort.clone(),
         other => panic!("{other:?}"),
@@ -327,4 +327,10 @@ fn a_rollback_that_is_late_ends_the_attempt() {
     let actions = tell(&mut source, late());
     assert_eq!(actions.len(), 1, "{actions:?}");
     assert_eq!(finished(&actions).left_undone, [error()]);
+    // A guest that is paused is not said to run.
+    let mut source = iterating(config());
+    tell(&mut source, SourceEvent::Failed(error()));
+    let paused = SourceEvent::RollBackLate { left_undone: vec![error()], restored: false };
+    let abort = finished(&tell(&mut source, paused));
+    assert!(!abort.cancelled && !abort.restored, "{abort:?}");
 }

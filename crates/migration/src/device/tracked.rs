@@ -1,13 +1,14 @@
 //! A device whose answers are [awaited](crate::session::awaited): a pass-through that takes note of each request until it is
 //! answered.
 
+use std::error::Error;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
     Capabilities, Chunk, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress,
-    ResumingSession, SavingSession, TransitionError,
+    ResumingSession, SavingSession, TransitionError, is_late,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
@@ -51,6 +52,21 @@ impl Requests {
         self.answers.wait(Some(self.device.id()), request, self.device.answer_limit(transition))
     }
 
+    /// Asks the device, which answers in its own words, or is late.
+    fn ask<T, E: Error + 'static>(
+        &self,
+        request: Request,
+        ask: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let wait = self.wait(request);
+        let answer = ask();
+        match &answer {
+            Err(error) if is_late(error) => self.answers.is_late(&wait, self.device.answer_limit(true)),
+            _ => self.answers.answered(self.device.id()),
+        }
+        answer
+    }
+
     /// Takes the device to `to`.
     fn go<T>(
         &self,
@@ -58,8 +74,7 @@ impl Requests {
         transition: impl FnOnce() -> Result<T, TransitionError>,
     ) -> Result<T, TransitionError> {
         let from = *lock(&self.at);
-        let _wait = self.wait(Request::Transition { from, to });
-        let gone = transition();
+        let gone = self.ask(Request::Transition { from, to }, transition);
         match &gone {
             Ok(_) => *lock(&self.at) = to,
             Err(error) => {
@@ -72,8 +87,7 @@ impl Requests {
     }
 
     fn reset(&self, reset: impl FnOnce() -> Result<(), DeviceError>) -> Result<(), DeviceError> {
-        let _wait = self.wait(Request::Reset);
-        reset()?;
+        self.ask(Request::Reset, reset)?;
         *lock(&self.at) = MigrationState::Running;
         Ok(())
     }
@@ -89,8 +103,7 @@ impl Device for TrackedDevice {
     }
 
     fn manifest(&self) -> Result<DeviceManifest, DeviceError> {
-        let _wait = self.requests.wait(Request::Capabilities);
-        self.requests.device.manifest()
+        self.requests.ask(Request::Capabilities, || self.requests.device.manifest())
     }
 
     fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
@@ -99,8 +112,7 @@ impl Device for TrackedDevice {
     }
 
     fn state(&self) -> Result<MigrationState, DeviceError> {
-        let _wait = self.requests.wait(Request::State);
-        let state = self.requests.device.state()?;
+        let state = self.requests.ask(Request::State, || self.requests.device.state())?;
         *lock(&self.requests.at) = state;
         Ok(state)
     }
@@ -149,11 +161,16 @@ struct TrackedLog(Requests);
 
 impl TrackedLog {
     fn ask(&self, request: impl FnOnce(&dyn DirtyLog) -> Result<(), MemoryError>) -> Result<(), MemoryError> {
-        let _wait = self.0.wait(Request::DirtyLog);
-        match self.0.device.dirty_log() {
+        let wait = self.0.wait(Request::DirtyLog);
+        let answer = match self.0.device.dirty_log() {
             Some(log) => request(log),
             None => Err(MemoryError::NotLogging { source_name: self.name() }),
+        };
+        // A log may answer without its device, so that nothing follows from another answer.
+        if answer.as_ref().is_err_and(|error| is_late(error)) {
+            self.0.answers.is_late(&wait, self.0.device.answer_limit(true));
         }
+        answer
     }
 }
 
@@ -198,17 +215,23 @@ impl SavingSession for Tracked<Box<dyn SavingSession>> {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> Result<Chunk, DeviceError> {
-        let _wait = self.requests.wait(Request::Read);
-        self.session.read(buf)
+        let Self { session, requests } = self;
+        requests.ask(Request::Read, || session.read(buf))
     }
 
     fn progress(&mut self) -> Result<Option<PrecopyProgress>, DeviceError> {
-        let _wait = self.requests.wait(Request::Progress);
-        self.session.progress()
+        let wait = self.requests.wait(Request::Progress);
+        let progress = self.session.progress();
+        // One that has no estimates was not asked.
+        if progress.as_ref().is_err_and(|error| is_late(error)) {
+            self.requests.answers.is_late(&wait, self.requests.device.answer_limit(true));
+        }
+        progress
     }
 
     fn go(&mut self, to: Position) -> Result<(), TransitionError> {
-        self.requests.go(to.state(), || self.session.go(to))
+        let Self { session, requests } = self;
+        requests.go(to.state(), || session.go(to))
     }
 
     fn end(self: Box<Self>) -> Result<MigrationState, TransitionError> {
@@ -219,8 +242,8 @@ impl SavingSession for Tracked<Box<dyn SavingSession>> {
 
 impl ResumingSession for Tracked<Box<dyn ResumingSession>> {
     fn write(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
-        let _wait = self.requests.wait(Request::Write);
-        self.session.write(bytes)
+        let Self { session, requests } = self;
+        requests.ask(Request::Write, || session.write(bytes))
     }
 
     fn finish(self: Box<Self>) -> Result<(), TransitionError> {

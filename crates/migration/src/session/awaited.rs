@@ -81,7 +81,8 @@ pub struct AwaitedAnswer {
     /// Time for which it has been waited for.
     #[serde(rename = "waited_ms", with = "crate::millis")]
     pub waited: Duration,
-    /// Longest time that it is waited for; `None`: until it comes, as for a driver.
+    /// Longest time that it is waited for; `None`: until it comes, as for a driver. A session whose guest runs ends without an
+    /// answer that is late; one whose guest is paused waits once more as long, and ends without it then.
     #[serde(rename = "limit_ms", with = "crate::millis::option")]
     pub limit: Option<Duration>,
 }
@@ -139,8 +140,8 @@ pub(crate) struct AwaitedAnswers(Arc<Mutex<Awaited>>);
 struct Awaited {
     next: u64,
     requests: Vec<Sent>,
-    /// Times until which devices are waited for, whatever they are asked meanwhile.
-    limits: Vec<(DeviceId, Instant)>,
+    /// They are waited for until they come, whatever their limits say.
+    without_limit: bool,
 }
 
 #[derive(Debug)]
@@ -150,13 +151,23 @@ struct Sent {
     request: Request,
     at: Instant,
     limit: Option<Duration>,
+    /// It was not answered in time: it stays until its device answers anything, which it does in order.
+    late: bool,
 }
 
-/// A limit over all that a device is asked, until it is dropped.
-#[derive(Debug)]
-pub(crate) struct DeviceLimit {
-    of: AwaitedAnswers,
-    device: DeviceId,
+impl Awaited {
+    fn answer(&self, sent: &Sent) -> AwaitedAnswer {
+        AwaitedAnswer {
+            device: sent.device.clone(),
+            request: sent.request,
+            waited: sent.at.elapsed(),
+            limit: sent.limit.filter(|_| !self.without_limit),
+        }
+    }
+
+    fn has_late(&self, device: Option<&DeviceId>) -> bool {
+        self.requests.iter().any(|sent| sent.late && sent.device.as_ref() == device)
+    }
 }
 
 /// A wait for an answer, until it is dropped.
@@ -173,16 +184,40 @@ impl AwaitedAnswers {
         let number = awaited.next;
         awaited.next += 1;
         let (device, at) = (device.cloned(), Instant::now());
-        let until = awaited.limits.iter().find(|(limited, _)| Some(limited) == device.as_ref());
-        let limit = until.map_or(limit, |(_, until)| Some(until.saturating_duration_since(at)));
-        awaited.requests.push(Sent { number, device, request, at, limit });
+        awaited.requests.push(Sent { number, device, request, at, limit, late: false });
         Wait { of: self.clone(), number }
     }
 
-    /// Has everything that `device` is asked from now on told with the time that is left until then, in place of a limit of its own.
-    pub(crate) fn limit(&self, device: &DeviceId, until: Instant) -> DeviceLimit {
-        lock(&self.0).limits.push((device.clone(), until));
-        DeviceLimit { of: self.clone(), device: device.clone() }
+    /// The answer that `wait` is for did not come in time. It is waited for until its device answers anything, and for `patience`
+    /// more where a guest stands still for it.
+    pub(crate) fn is_late(&self, wait: &Wait, patience: Option<Duration>) {
+        let mut awaited = lock(&self.0);
+        let Some(at) = awaited.requests.iter().position(|sent| sent.number == wait.number) else { return };
+        let device = awaited.requests.get(at).and_then(|sent| sent.device.clone());
+        // What was asked meanwhile waits behind the first.
+        if awaited.has_late(device.as_ref()) {
+            return;
+        }
+        if let Some(sent) = awaited.requests.get_mut(at) {
+            sent.late = true;
+            sent.limit = patience.map(|patience| sent.at.elapsed().saturating_add(patience));
+        }
+    }
+
+    /// `device` has answered, and with that all that it was asked before.
+    pub(crate) fn answered(&self, device: &DeviceId) {
+        lock(&self.0).requests.retain(|sent| !sent.late || sent.device.as_ref() != Some(device));
+    }
+
+    /// From now on each is waited for until it comes.
+    pub(crate) fn wait_without_limit(&self) {
+        lock(&self.0).without_limit = true;
+    }
+
+    /// Those that did not come in time, and have not come since.
+    pub(crate) fn late(&self) -> Vec<AwaitedAnswer> {
+        let awaited = lock(&self.0);
+        awaited.requests.iter().filter(|sent| sent.late).map(|sent| awaited.answer(sent)).collect()
     }
 
     /// Those that are to be told of a session that is under way, which is being cancelled or not.
@@ -193,25 +228,16 @@ impl AwaitedAnswers {
     /// Those that have been waited for at least so long, the longest first.
     pub(crate) fn longer_than(&self, least: Duration) -> Vec<AwaitedAnswer> {
         let awaited = lock(&self.0);
-        let late = awaited.requests.iter().map(|sent| AwaitedAnswer {
-            device: sent.device.clone(),
-            request: sent.request,
-            waited: sent.at.elapsed(),
-            limit: sent.limit,
-        });
-        late.filter(|answer| answer.waited >= least).collect()
-    }
-}
-
-impl Drop for DeviceLimit {
-    fn drop(&mut self) {
-        lock(&self.of.0).limits.retain(|(device, _)| *device != self.device);
+        // A device that is late answers nothing else before.
+        let shown = |sent: &&Sent| sent.late || !awaited.has_late(sent.device.as_ref());
+        let answers = awaited.requests.iter().filter(shown).map(|sent| awaited.answer(sent));
+        answers.filter(|answer| answer.waited >= least).collect()
     }
 }
 
 impl Drop for Wait {
     fn drop(&mut self) {
-        lock(&self.of.0).requests.retain(|sent| sent.number != self.number);
+        lock(&self.of.0).requests.retain(|sent| sent.number != self.number || sent.late);
     }
 }
 
@@ -247,21 +273,25 @@ mod tests {
     }
 
     #[test]
-    fn one_limit_is_told_of_all_that_a_device_is_asked() {
+    fn an_answer_that_is_late_is_awaited_until_its_device_answers() {
         let answers = AwaitedAnswers::default();
-        let [limited, other] = ["net0", "net1"].map(|name| DeviceId::new(name).unwrap());
-        let told =
-            |answers: &AwaitedAnswers| answers.longer_than(Duration::ZERO).pop().unwrap().limit.unwrap();
-        let (own, all) = (Duration::from_secs(10), Duration::from_secs(100));
-        let limit = answers.limit(&limited, Instant::now() + all);
-        for request in [Request::State, Request::Reset] {
-            let _wait = answers.wait(Some(&limited), request, Some(own));
-            assert!(own < told(&answers) && told(&answers) <= all);
-        }
-        let _other = answers.wait(Some(&other), Request::State, Some(own));
-        assert_eq!(told(&answers), own);
-        drop(limit);
-        let _wait = answers.wait(Some(&limited), Request::State, Some(own));
-        assert_eq!(told(&answers), own);
+        let [id, other] = ["net0", "net1"].map(|name| DeviceId::new(name).unwrap());
+        let limit = Some(Duration::from_secs(30));
+        let arc = Request::Transition { from: MigrationState::Running, to: MigrationState::PreCopy };
+        let wait = answers.wait(Some(&id), arc, limit);
+        answers.is_late(&wait, limit);
+        drop(wait);
+        let behind = answers.wait(Some(&id), Request::State, limit);
+        answers.is_late(&behind, limit);
+        let late = answers.longer_than(Duration::ZERO);
+        assert_eq!((late.len(), late[0].request), (1, arc), "what waits behind it is not told: {late:?}");
+        assert!(late[0].limit > limit && answers.late().len() == 1, "{late:?}");
+        drop(behind);
+        answers.wait_without_limit();
+        assert_eq!(answers.late()[0].limit, None);
+        answers.answered(&other);
+        assert_eq!(answers.late().len(), 1);
+        answers.answered(&id);
+        assert_eq!(answers.longer_than(Duration::ZERO), []);
     }
 }

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_compat::Report;
 use vfio_migration_engine::{self as engine, DeviceProgress};
-use vfio_migration_types::{Failure, Phase};
+use vfio_migration_types::Phase;
 use vfio_migration_wire::FEATURE_RAM_CRC;
 
 use crate::channel::credit::Credit;
+use crate::control::Undone;
 use crate::device::send::DeviceCounters;
 use crate::error::{MigrateError, not_begun};
 use crate::ram::send::RamCounters;
@@ -28,8 +29,8 @@ pub(crate) struct SourceShared {
     pub(crate) pausing: Mutex<bool>,
     /// The session has ended, and its worker undoes what is left by itself.
     pub(crate) left_behind: AtomicBool,
-    /// What could not be undone.
-    pub(crate) not_undone: Arc<Mutex<Vec<Failure>>>,
+    /// What came of the way back.
+    pub(crate) undone: Arc<Mutex<Undone>>,
     /// The cause of a record of the journal that is about to be written: why the attempt was given up.
     pub(crate) journal_reason: Mutex<Option<String>>,
     /// The engine's phase, by its index in [`Phase::ALL`].

@@ -1,11 +1,10 @@
 //! The way back: everything that the attempt did is undone, with the same barrier that led there.
 
+use std::error::Error;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-use vfio_migration_device::{Device, DeviceError, TransitionError};
+use vfio_migration_device::{Device, is_late};
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::{DeviceId, MigrationState, error_chain};
 
@@ -15,7 +14,6 @@ use crate::session::host::monotonic_ns;
 use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
 
-use crate::source::attempt::SourceShared;
 use crate::source::worker::Worker;
 
 /// Time that the destination may take to release the storage locks, once it knows that it must.
@@ -88,112 +86,51 @@ impl Worker {
     }
 
     /// All sessions ended, all devices that can at RUNNING_P2P, then all RUNNING. Returns those that were
-    /// reset, and those that needed it and could not be.
-    ///
-    /// A device that is late is asked until it answers, and then goes on from where it is; for so long in all as it may take to
-    /// change its state. One that has not answered by then is given up: a reset would be asked of it in vain.
+    /// reset, and those that needed it and could not be. Only one that refuses is reset: one that is late holds its guest's state,
+    /// and is waited for.
     fn devices_back(&mut self) -> (Vec<DeviceId>, Vec<DeviceId>) {
-        let mut states = vec![WayBack::Going; self.devices.len()];
-        let shared = &*self.shared;
-        let began = Instant::now();
-        // A guest that runs waits for no device.
-        let paused = self.devices.iter().filter(|_| self.paused.is_some());
-        let limits =
-            paused.filter_map(|device| Some((&device.id, began + device.device.answer_limit(true)?)));
-        let told: Vec<_> = limits.map(|(id, until)| self.plan.answers.limit(id, until)).collect();
+        let mut lost = vec![false; self.devices.len()];
         for step in [end_session, to_p2p, to_running] as [Step; 3] {
-            let work =
-                self.devices.iter_mut().zip(&mut states).filter(|(_, state)| **state == WayBack::Going);
-            for_each_device_parallel(work, |(device, state)| {
+            let work = self.devices.iter_mut().zip(&mut lost).filter(|(_, lost)| !**lost);
+            for_each_device_parallel(work, |(device, lost)| {
                 let asked = Arc::clone(&device.device);
-                if let Err(error) = patiently(shared, &*asked, began, || step(device)) {
+                if let Err(error) = patiently(&*asked, || step(device)) {
+                    let error = error_chain(&*error);
+                    tracing::error!(device = %device.id, error, "a device cannot go back by itself and is reset");
                     device.session = None;
-                    let (next, what) = if error.late {
-                        (WayBack::GivenUp, "a device does not answer, and is given up")
-                    } else {
-                        (WayBack::ToReset, "a device cannot go back by itself and is reset")
-                    };
-                    tracing::error!(device = %device.id, error = %error.text, "{what}");
-                    *state = next;
+                    *lost = true;
                 }
             });
         }
-        let lost = self.devices.iter().zip(&states).filter(|(_, state)| **state != WayBack::Going);
-        let lost = lost.map(|(device, state)| (&device.device, state));
-        let results = for_each_device_parallel(lost, |(device, state)| {
-            let reset = || device.reset().map_err(StepError::from);
-            let done = *state == WayBack::ToReset
-                && patiently(shared, &**device, began, reset)
-                    .inspect_err(|error| {
-                        tracing::error!(device = %device.id(), error = %error.text, "the reset failed too");
-                    })
-                    .is_ok();
-            (device.id().clone(), done)
+        let resets =
+            self.devices.iter().zip(&lost).filter(|(_, lost)| **lost).map(|(device, _)| &device.device);
+        let results = for_each_device_parallel(resets, |device| {
+            let done = patiently(&**device, || Ok(device.reset()?)).inspect_err(|error| {
+                tracing::error!(device = %device.id(), error = %error_chain(&**error), "the reset failed too");
+            });
+            (device.id().clone(), done.is_ok())
         });
-        drop(told);
         let (reset, not_reset): (Vec<_>, Vec<_>) = results.into_iter().partition(|(_, done)| *done);
         let names = |devices: Vec<(DeviceId, bool)>| devices.into_iter().map(|(id, _)| id).collect();
         (names(reset), names(not_reset))
     }
 }
 
-/// A device on its way back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum WayBack {
-    /// It has done what was asked so far.
-    Going,
-    /// It refused.
-    ToReset,
-    /// It did not answer.
-    GivenUp,
-}
-
-/// One device's part of one step back. Where it fails for an answer that is late, it may be taken again.
+/// One device's part of one step back. Where it fails for an answer that is late, it is taken again.
 type Step = fn(&mut DeviceSender) -> Result<(), StepError>;
 
-/// Why a device did not take a step back.
-struct StepError {
-    /// It has not answered in time, and may yet.
-    late: bool,
-    text: String,
-}
+/// Why a device did not take a step back, in its words.
+type StepError = Box<dyn Error + Send + Sync>;
 
-impl From<TransitionError> for StepError {
-    fn from(error: TransitionError) -> Self {
-        Self { late: error.errno == Some(Errno::TIMEDOUT), text: error_chain(&error) }
-    }
-}
-
-impl From<DeviceError> for StepError {
-    fn from(error: DeviceError) -> Self {
-        Self { late: error.errno == Some(Errno::TIMEDOUT), text: error_chain(&error) }
-    }
-}
-
-/// Does `step`. A `device` that is late is asked until it answers, and the step taken again: as long as the way back that `began` then
-/// may take in all, or without end once the session has ended and nobody waits for it.
-fn patiently(
-    shared: &SourceShared,
-    device: &dyn Device,
-    began: Instant,
-    mut step: impl FnMut() -> Result<(), StepError>,
-) -> Result<(), StepError> {
+/// Does `step`. A `device` that is late with its answer is waited for until it answers, and the step taken again. A session that
+/// does not wait so long leaves this behind.
+fn patiently(device: &dyn Device, mut step: impl FnMut() -> Result<(), StepError>) -> Result<(), StepError> {
     loop {
         let done = step();
-        let late = done.as_ref().is_err_and(|error| error.late);
-        if !late {
+        if !done.as_ref().is_err_and(|error| is_late(&**error)) {
             return done;
         }
-        loop {
-            // Of what is asked again, all is to be answered within the limit.
-            let (limit, next) = (device.answer_limit(true), device.answer_limit(false).unwrap_or_default());
-            let over = limit.is_some_and(|limit| began.elapsed() + next > limit);
-            if over && !shared.left_behind.load(Ordering::Acquire) {
-                return done;
-            }
-            if !device.state().is_err_and(|error| error.errno == Some(Errno::TIMEDOUT)) {
-                break;
-            }
+        while device.state().is_err_and(|error| is_late(&error)) {
             tracing::debug!(device = %device.id(), "a device is still late");
         }
     }

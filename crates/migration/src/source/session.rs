@@ -17,6 +17,7 @@ use crate::control::{Control, LeftBehind};
 use crate::error::{MigrateError, cancelled, refused_here};
 use crate::report::Progress;
 use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::awaited::AwaitedAnswer;
 use crate::session::events::Events;
 use crate::session::lock::lock;
 use crate::session::threads::{no_thread, spawn, spawn_free};
@@ -88,6 +89,7 @@ pub(super) fn run(
             interrupted_at: plan.begun,
             abort: None,
             cancelled: None,
+            rolling_back: None,
             link_lost: false,
         };
         let outcome = session.run(&mut reporter, &mut observer);
@@ -99,8 +101,8 @@ pub(super) fn run(
     plan.control.detach();
     let (outcome, working) = ended?;
     if shared.left_behind.load(Ordering::Acquire) {
-        let (answers, not_undone) = (plan.answers.clone(), Arc::clone(&shared.not_undone));
-        plan.control.leave_behind(LeftBehind { thread: working, answers, not_undone });
+        let (answers, undone) = (plan.answers.clone(), Arc::clone(&shared.undone));
+        plan.control.leave_behind(LeftBehind { thread: working, answers, undone });
     } else if let Err(panic) = working.join() {
         std::panic::resume_unwind(panic);
     }
@@ -141,6 +143,8 @@ struct Session<'a> {
     abort: Option<Message>,
     /// Time at which the operator cancelled, if that was first heard then.
     cancelled: Option<Instant>,
+    /// Time at which the way back was first seen to be under way.
+    rolling_back: Option<Instant>,
     link_lost: bool,
 }
 
@@ -215,30 +219,39 @@ impl Session<'_> {
         }
     }
 
-    /// Ends a cancelled attempt whose guest runs, when something does not answer: what is left to be undone is the worker's, behind
-    /// the end. A guest that is paused waits: a device that may be on its way from one state to another must not run.
+    /// Ends an attempt that is given up, when something does not answer: what is left to be undone is the worker's, behind the end.
+    /// While the guest runs, a cancel waits for nothing, and a failure not for a device that has been late already. A guest that is
+    /// paused waits, since a device that may be on its way from one state to another must not run: until the limit that is told.
     fn leave_unanswered(&mut self) {
-        let due = self.cancelled.is_some_and(|at| at.elapsed() >= UNANSWERED);
-        if !due || !self.engine.is_rolling_back() || self.shared.left_behind.load(Ordering::Acquire) {
+        if !self.engine.is_rolling_back() || self.shared.left_behind.load(Ordering::Acquire) {
             return;
         }
+        let rolling_back = self.rolling_back.get_or_insert_with(Instant::now).elapsed();
         // No guest runs with a device that moves alone.
-        if *lock(&self.shared.pausing) && !self.plan.options.device_alone {
+        let paused = *lock(&self.shared.pausing) && !self.plan.options.device_alone;
+        let late = self.plan.answers.late();
+        let unanswered = if paused {
+            let over = |answer: &AwaitedAnswer| answer.limit.is_some_and(|limit| answer.waited >= limit);
+            if late.iter().any(over) { late } else { return }
+        } else if self.cancelled.is_some_and(|at| at.elapsed() >= UNANSWERED) {
+            self.plan.answers.longer_than(UNANSWERED)
+        } else if rolling_back >= UNANSWERED {
+            late
+        } else {
+            return;
+        };
+        if unanswered.is_empty() {
             return;
         }
-        let late = self.plan.answers.longer_than(UNANSWERED);
-        if late.is_empty() {
-            return;
-        }
-        for answer in &late {
-            tracing::warn!(%answer, "the cancel does not wait for it");
+        for answer in &unanswered {
+            tracing::warn!(%answer, "the end of the session does not wait for it");
         }
         let phase = self.engine.phase();
-        let left_undone = late.iter().map(|answer| answer.left_undone(Side::Source, phase)).collect();
-        // First: the worker waits longer once nobody waits for it.
+        let left_undone = unanswered.iter().map(|answer| answer.left_undone(Side::Source, phase)).collect();
         self.shared.left_behind.store(true, Ordering::Release);
+        self.plan.answers.wait_without_limit();
         let now = self.now();
-        self.engine.handle(SourceEvent::RollBackLate { left_undone }, now);
+        self.engine.handle(SourceEvent::RollBackLate { left_undone, restored: !paused }, now);
     }
 
     /// Sends ABORT while the worker, whose job that is, waits for a device: the destination need not wait for that too.

@@ -13,6 +13,7 @@ use vfio_migration_wire::Message;
 
 use crate::channel::binding::SessionKey;
 use crate::channel::link::Link;
+use crate::control::Undone;
 use crate::device::send::DeviceSender;
 use crate::machine::{Machine, MigratableDevice, Paused};
 use crate::ram::dirty::DirtyPages;
@@ -121,7 +122,7 @@ impl Worker {
             not_undone
                 .push(failure("the guest is paused here").with_remedy("see to its devices, then resume it"));
         }
-        *lock(&self.shared.not_undone) = not_undone;
+        *lock(&self.shared.undone) = Undone { restored: *restored, failures: not_undone };
     }
 
     /// Does a job. The VMM's code and its devices' run in it: a panic of theirs is a failure like any other, or the session

@@ -106,6 +106,10 @@ impl Attempt {
     }
 }
 
+fn undone() -> PendingRollback {
+    PendingRollback::Ended { restored: true, failures: Vec::new() }
+}
+
 #[test]
 fn a_device_that_does_not_answer_while_the_guest_runs() {
     let arc = |from, to| Some((from, to));
@@ -137,7 +141,7 @@ fn a_device_that_does_not_answer_while_the_guest_runs() {
             };
             assert!(awaited.iter().any(|answer| answer.who() == "toy1"), "{awaited:?}");
             toy.device(1).let_go();
-            let ended = PendingRollback::Ended(Vec::new());
+            let ended = undone();
             wait_for("the rollback", || attempt.control.pending_rollback() == ended);
             toy.prove_restored();
         }
@@ -184,7 +188,7 @@ fn a_device_that_does_not_go_back() {
             assert!(matches!(&again, MigrateError::NotBegun(why) if why.phase == Phase::Plan), "{again}");
         }
         toy.device(0).let_go();
-        wait_for("the rollback", || control.pending_rollback() == PendingRollback::Ended(Vec::new()));
+        wait_for("the rollback", || control.pending_rollback() == undone());
         toy.prove_restored();
         if let Some(dir) = dir {
             let owned = vfio_migration::ownership_at(dir.path(), VM).unwrap();
@@ -301,7 +305,7 @@ fn a_device_that_does_not_answer_while_it_is_saved() {
         assert_eq!(aborted.left_undone[0].device.as_deref(), Some("toy1"), "{aborted:?}");
     });
     toy.device(1).let_go();
-    wait_for("the rollback", || control.pending_rollback() == PendingRollback::Ended(Vec::new()));
+    wait_for("the rollback", || control.pending_rollback() == undone());
     toy.prove_restored();
     for fault in [FakeFault::BeginPrecopy, FakeFault::GoStopCopy, FakeFault::ReadStopCopy] {
         let toy = Toy::booted(&plan());

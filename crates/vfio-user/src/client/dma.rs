@@ -29,7 +29,9 @@ impl Client {
     pub fn dma_settled(&self) -> Result<(), ClientError> {
         let Some(serving) = &self.serving else { return Ok(()) };
         serving.wait_until_served(deadline(self.timeout)).map_err(|error| match error {
-            ConnError::Timeout => ClientError::Timeout { command: Command::DMA_WRITE, after: self.timeout },
+            ConnError::Timeout => {
+                ClientError::Timeout { command: Command::DMA_WRITE, after: self.timeout, sent: true }
+            }
             other => ClientError::ConnectionLost { why: other.why() },
         })
     }

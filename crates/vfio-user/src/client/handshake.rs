@@ -106,7 +106,11 @@ fn open(path: &Path, options: &ClientOptions) -> Result<UnixStream, ClientError>
             Ok(stream) => return Ok(stream),
             // So many wait already that there is no place in the queue.
             Err(error) if error.kind() == ErrorKind::TimedOut => {
-                return Err(ClientError::Timeout { command: Command::VERSION, after: options.timeout });
+                return Err(ClientError::Timeout {
+                    command: Command::VERSION,
+                    after: options.timeout,
+                    sent: true,
+                });
             }
             Err(error)
                 if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
@@ -205,7 +209,9 @@ fn negotiate(
         after_reply: false,
     };
     let reply = conn.exchange(&request, None).map_err(|error| match error {
-        ConnError::Timeout => ClientError::Timeout { command: Command::VERSION, after: options.timeout },
+        ConnError::Timeout => {
+            ClientError::Timeout { command: Command::VERSION, after: options.timeout, sent: true }
+        }
         ConnError::Violation(what) => protocol(what),
         other => ClientError::ConnectionLost { why: other.why() },
     })?;

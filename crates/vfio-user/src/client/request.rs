@@ -162,7 +162,8 @@ impl Client {
 
 fn failure(command: Command, after: Duration, error: ConnError) -> ClientError {
     match error {
-        ConnError::Timeout => ClientError::Timeout { command, after },
+        ConnError::Timeout => ClientError::Timeout { command, after, sent: true },
+        ConnError::Behind => ClientError::Timeout { command, after, sent: false },
         ConnError::Interrupted => ClientError::ConnectionLost { why: "the client was closed".into() },
         ConnError::Closed(why) | ConnError::GivenUp(why) => ClientError::ConnectionLost { why },
         ConnError::Violation(what) => ClientError::Protocol { command, what },

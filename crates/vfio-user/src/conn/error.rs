@@ -8,6 +8,8 @@ use vfio_migration_types::error_chain;
 pub(crate) enum ConnError {
     /// The deadline passed.
     Timeout,
+    /// The deadline passed before the peer had answered an earlier request: this one was not sent.
+    Behind,
     /// The interrupt descriptor became readable.
     Interrupted,
     /// The peer ended the stream, or the connection was dead already.
@@ -31,20 +33,20 @@ impl ConnError {
     /// The same, with a time limit that passed put as this.
     pub(crate) fn or_late(self, late: impl FnOnce() -> String) -> Self {
         match self {
-            Self::Timeout => Self::GivenUp(late()),
+            Self::Timeout | Self::Behind => Self::GivenUp(late()),
             other => other,
         }
     }
 
     /// Whether this end drops the peer, which would have stayed.
     pub(crate) fn drops_peer(&self) -> bool {
-        matches!(self, Self::Timeout | Self::GivenUp(_) | Self::Violation(_))
+        matches!(self, Self::Timeout | Self::Behind | Self::GivenUp(_) | Self::Violation(_))
     }
 
     /// The failure in words.
     pub(crate) fn why(&self) -> String {
         match self {
-            Self::Timeout => "a time limit passed".into(),
+            Self::Timeout | Self::Behind => "a time limit passed".into(),
             Self::Interrupted => "it was stopped".into(),
             Self::Closed(why) | Self::GivenUp(why) => why.clone(),
             Self::Violation(why) => format!("the peer broke the protocol: {why}"),

@@ -187,8 +187,8 @@ impl Conn {
     }
 
     /// Sends a request and waits for its reply, refusals included. Its time begins when nobody else uses the socket; before,
-    /// the answer to an earlier one that is late gets as long. Any error but [`ConnError::Timeout`] means that the connection
-    /// is dead.
+    /// the answer to an earlier one that is late gets as long. Any error but [`ConnError::Timeout`] and [`ConnError::Behind`]
+    /// means that the connection is dead.
     pub(crate) fn exchange(
         &self,
         request: &SocketRequest<'_>,
@@ -200,7 +200,7 @@ impl Conn {
         }
         self.check_alive()?;
         let result = self.exchange_locked(&mut rx, request, serve);
-        let late = matches!(result, Err(ConnError::Timeout));
+        let late = matches!(result, Err(ConnError::Timeout | ConnError::Behind));
         if let (Err(error), false) = (&result, late) {
             self.end(error);
         }
@@ -326,7 +326,10 @@ impl Conn {
         serve: OnCommand<'_>,
     ) -> Result<SocketMessage, ConnError> {
         if rx.awaited.is_some() {
-            self.answer(rx, serve, deadline(request.limit))?;
+            self.answer(rx, serve, deadline(request.limit)).map_err(|error| match error {
+                ConnError::Timeout => ConnError::Behind,
+                other => other,
+            })?;
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let kind = Kind::Command { no_reply: false };

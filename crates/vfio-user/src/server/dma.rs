@@ -76,7 +76,7 @@ impl DmaChannel {
             SocketRequest { command, parts, fds: &[], max_reply, limit: self.limit, after_reply: true };
         let reply = self.conn.exchange(&request, None).map_err(|error| match error {
             // Late, and not gone: its answer is known by its number, and dropped when it comes.
-            ConnError::Timeout => Errno::TIMEDOUT,
+            ConnError::Timeout | ConnError::Behind => Errno::TIMEDOUT,
             ConnError::Violation(_) => Errno::PROTO,
             _ => Errno::NOTCONN,
         })?;

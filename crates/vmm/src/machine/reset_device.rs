@@ -7,7 +7,7 @@ use std::time::Duration;
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
     Capabilities, Device, DeviceError, DirtyLog, NotMigratable, ResumingSession, SavingSession,
-    TransitionError,
+    TransitionError, is_unsent_reset,
 };
 use vfio_migration_types::{DeviceId, MigrationState};
 
@@ -77,9 +77,13 @@ impl Device for NotedDevice {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        // Also one that fails: the device is late and may do it yet, or it is in no state that the guest knows.
-        self.reset.store(true, Ordering::Release);
-        self.device.reset()
+        let reset = self.device.reset();
+        // Also one that fails: the device is late and may do it yet, or it is in no state that the guest knows. Not one that the
+        // device was never asked for.
+        if !reset.as_ref().is_err_and(is_unsent_reset) {
+            self.reset.store(true, Ordering::Release);
+        }
+        reset
     }
 
     fn answer_limit(&self, transition: bool) -> Option<Duration> {

@@ -1,0 +1,110 @@
+//! Device servers that are late, not gone: nothing of a guest's is reset for that, and what was begun is undone when they answer.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::{Setup, Vm, until};
+
+/// Time that the arc of a device takes whose server is late.
+const HANGS: Duration = Duration::from_secs(12);
+
+/// A `vm` whose device takes so long for its `arc`-th change of state, and has two seconds.
+fn late_in(dir: &std::path::Path, arc: u32) -> Vm {
+    let fault = format!("hang-arc:{arc}:{}s", HANGS.as_secs());
+    let device_arguments = &["--state-size", "4M", "--fault", &fault];
+    let vm = Setup { device_arguments, device_options: ",timeout=2s", ..Setup::new(dir, "a") }.start();
+    vm.warm();
+    vm
+}
+
+/// What is left undone names the device and the arc, and no device was reset or lost.
+fn assert_late(vm: &Vm, info: &Value, from: &str, to: &str) {
+    let error = info["error"].as_str().unwrap();
+    assert_eq!(info["status"], "failed", "{info}");
+    assert!(!error.contains("reset") && !error.contains("without") && !error.contains("restart"), "{error}");
+    let late = &info["left-undone"][0];
+    assert_eq!((&late["device"], &late["arc"]), (&json!("dev0"), &json!({"from": from, "to": to})), "{info}");
+    let now = vm.info();
+    assert_eq!((&now["reset-devices"], &now["lost-devices"]), (&json!([]), &json!([])), "{now}");
+    assert_eq!(now["pending-rollback"][0]["device"], "dev0", "{now}");
+}
+
+/// When the device has answered all is as it was, and the next session comes to its end.
+fn assert_taken_back(vm: &Vm, dir: &std::path::Path) {
+    until("the device to be taken back", || vm.info()["pending-rollback"].is_null().then_some(()));
+    assert_eq!((vm.status().as_str(), &vm.info()["reset-devices"]), ("running", &json!([])));
+    vm.assert_whole();
+    vm.call("save", json!({"path": dir.join("saved")})).unwrap();
+    assert_eq!(vm.ended()["status"], "completed", "{}", vm.migration());
+    vm.assert_whole();
+}
+
+#[test]
+fn a_server_that_is_late_while_the_guest_runs_is_left_behind_and_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = late_in(dir.path(), 1);
+    let begun = Instant::now();
+    vm.call("save", json!({"path": dir.path().join("late")})).unwrap();
+    let info = vm.ended();
+    assert!(begun.elapsed() < HANGS, "it was waited for: {:?}", begun.elapsed());
+    assert_late(&vm, &info, "RUNNING", "PRE_COPY");
+    assert_eq!(vm.status(), "running");
+    let again = vm.call("save", json!({"path": dir.path().join("again")})).unwrap_err();
+    assert!(again.contains("still being undone: dev0 has not answered RUNNING to PRE_COPY"), "{again}");
+    assert_taken_back(&vm, dir.path());
+}
+
+#[test]
+fn a_server_that_is_late_while_the_guest_is_paused_is_waited_for_and_the_guest_goes_on_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = late_in(dir.path(), 2);
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    let begun = Instant::now();
+    vm.begin(&there.incoming(), json!({"downtime-limit": 60_000}));
+    let waits = until("the wait for it", || {
+        let info = vm.migration();
+        let waits = info["waits-for"].as_array()?.first()?.clone();
+        // Once more as long as an arc may take.
+        (waits["limit-ms"].as_u64()? > 3_000).then_some(waits)
+    });
+    assert_eq!(waits["arc"], json!({"from": "PRE_COPY", "to": "PRE_COPY_P2P"}), "{waits}");
+    let info = vm.ended();
+    assert!(begun.elapsed() < HANGS, "it was waited for: {:?}", begun.elapsed());
+    assert_late(&vm, &info, "PRE_COPY", "PRE_COPY_P2P");
+    assert!(info["error"].as_str().unwrap().contains("not resumed here before what is late has answered"));
+    assert_eq!(vm.status(), "paused");
+    for verb in ["cont", "stop", "save"] {
+        let arguments = if verb == "save" { json!({"path": dir.path().join("no")}) } else { Value::Null };
+        let refused = vm.call(verb, arguments).unwrap_err();
+        assert!(refused.contains("dev0 has not answered PRE_COPY to PRE_COPY_P2P"), "{verb}: {refused}");
+    }
+    let events = vm.events();
+    assert_taken_back(&vm, dir.path());
+    let resumed = std::iter::from_fn(|| events.try_recv().ok()).any(|event| event["event"] == "RESUME");
+    assert!(resumed, "nobody was told that the guest goes on");
+}
+
+/// The guest is the destination's, and its state in that device: nobody is told to end the device's server.
+#[test]
+fn a_guest_whose_device_is_late_when_it_is_to_run_is_started_when_it_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup::new(dir.path(), "a").start();
+    vm.warm();
+    let device_arguments = &["--state-size", "4M", "--fault", "hang-arc:STOP:RUNNING_P2P:6s"];
+    let vm_arguments = &["--incoming", "tcp:127.0.0.1:0"];
+    let there = Setup {
+        device_arguments,
+        vm_arguments,
+        device_options: ",timeout=2s",
+        ..Setup::new(dir.path(), "b")
+    };
+    let there = there.start();
+    let info = vm.migrate(&there.incoming(), json!({"downtime-limit": 60_000}));
+    assert_eq!(info["status"], "not-started", "{info}");
+    let remedy = info["failure"]["remedy"].as_str().unwrap();
+    assert!(remedy.contains("wait until it answers, then `cont`"), "{info}");
+    until("the device to answer", || there.call("cont", Value::Null).ok());
+    there.assert_whole();
+}
