@@ -4,7 +4,7 @@ use std::any::Any;
 use std::error::Error;
 
 use rustix::io::Errno;
-use vfio_migration_device::{DeviceError, PciError, Remedy, TransitionError, is_server_gone};
+use vfio_migration_device::{DeviceError, PciError, Remedy, TransitionError, is_late, is_server_gone};
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 
@@ -39,11 +39,31 @@ pub(crate) trait InPhase {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure;
 }
 
+/// What to do about a device that is late. Never to end its server: what a guest has in it would be gone with it.
+fn late_remedy(phase: Phase) -> &'static str {
+    if phase == Phase::Run {
+        "the guest's state is in the device: wait until it answers, then `cont`"
+    } else {
+        "wait until the device answers, then try again; a change of its state has as long as `timeout=` of its `--device` says"
+    }
+}
+
+/// What to do about a device that did not do what it was asked.
+fn device_remedy(error: &(dyn Error + 'static), phase: Phase) -> &'static str {
+    if is_late(error) {
+        late_remedy(phase)
+    } else if is_server_gone(error) {
+        SERVER_GONE
+    } else {
+        DEVICE_LOG
+    }
+}
+
 impl InPhase for DeviceError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         Failure {
             errno: number(self.errno),
-            remedy: if is_server_gone(self) { SERVER_GONE } else { DEVICE_LOG }.into(),
+            remedy: device_remedy(self, phase).into(),
             ..Failure::new(side, phase, error_chain(self)).of_device(&self.device)
         }
     }
@@ -54,7 +74,7 @@ impl InPhase for TransitionError {
         let remedy = match self.remedy {
             Remedy::TryAnotherState => "the device is in a sound state; its driver's log says why it refused",
             Remedy::Reset => "only a reset helps, which loses the device's state",
-            _ => "the device does not answer: restart its server, or reset the host's function",
+            _ => device_remedy(self, phase),
         };
         Failure {
             arc: Some((self.from, self.to)),
@@ -80,8 +100,7 @@ impl InPhase for PciError {
 impl InPhase for MemoryError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         let remedy = match self {
-            Self::DirtyLog { .. } if is_server_gone(self) => SERVER_GONE,
-            Self::DirtyLog { .. } => DEVICE_LOG,
+            Self::DirtyLog { .. } => device_remedy(self, phase),
             Self::AlreadyLogging { .. } | Self::NotLogging { .. } => {
                 "see that nobody else starts and stops the log of the same writes"
             }
