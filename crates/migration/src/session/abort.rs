@@ -41,7 +41,9 @@ mod tests {
         let abort = AbortOnce::default();
         assert!(abort.take() && !abort.take() && !abort.is_under_way());
         let (done, wait) = std::sync::mpsc::channel::<()>();
-        abort.sent_by(std::thread::spawn(move || drop(wait.recv())));
+        abort.sent_by(std::thread::spawn(move || {
+            let _ = wait.recv();
+        }));
         assert!(abort.is_under_way());
         drop(done);
         while abort.is_under_way() {

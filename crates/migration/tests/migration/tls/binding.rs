@@ -65,9 +65,12 @@ fn exporter(secret: &[u8], label: &[u8], context: &[u8]) -> [u8; 32] {
     let hash = |bytes: &[u8]| suite.common.hash_provider.hash(bytes);
     let expand = |secret: &[u8], label: &[u8], context: &[u8], out: &mut [u8]| {
         let label = [b"tls13 ", label].concat();
-        let lengths =
-            [u16::try_from(out.len()).unwrap().to_be_bytes().as_slice(), &[label.len() as u8]].concat();
-        let info = [lengths.as_slice(), &label, &[context.len() as u8], context];
+        let lengths = [
+            u16::try_from(out.len()).unwrap().to_be_bytes().as_slice(),
+            &[u8::try_from(label.len()).unwrap()],
+        ]
+        .concat();
+        let info = [lengths.as_slice(), &label, &[u8::try_from(context.len()).unwrap()], context];
         suite.hkdf_provider.expander_for_okm(&OkmBlock::new(secret)).expand_slice(&info, out).unwrap();
     };
     let (mut derived, mut out) = ([0; 48], [0; 32]);
