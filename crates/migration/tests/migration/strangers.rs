@@ -227,7 +227,8 @@ fn strangers_and_dribble_do_not_hold_up_a_session() {
             let Message::Applied(applied) = peer.hear() else { panic!("no APPLIED") };
             assert_eq!(applied.iteration, round);
         }
-        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        // One of them has 5 s to say something.
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
         drop(silent);
         peer.stream.hang_up();
     });
