@@ -37,9 +37,9 @@ pub(crate) struct DemoCommand {
     /// How the two VMs talk.
     #[arg(long, default_value = "tcp", value_enum)]
     pub(crate) transport: DemoTransport,
-    /// Longest time the guest may be paused. A ceiling, not a target.
-    #[arg(long, default_value = "300ms", value_parser = units::some_time, value_name = "TIME")]
-    pub(crate) downtime_limit: Duration,
+    /// Longest time the guest may be paused. A ceiling, not a target. 300ms for up to 8 devices, and as much again for each 8 more.
+    #[arg(long, value_parser = units::some_time, value_name = "TIME")]
+    pub(crate) downtime_limit: Option<Duration>,
     /// Devices that can only be saved while stopped.
     #[arg(long)]
     pub(crate) no_precopy: bool,

@@ -26,6 +26,8 @@ use crate::units::milliseconds;
 use crate::verbs::tls::make::throw_away;
 use crate::words::check_memory;
 
+/// Longest pause of the guest with up to 8 devices, where nobody says another.
+const PAUSE: Duration = Duration::from_millis(300);
 /// Longest wait for the guest to boot and to have something worth moving, with up to 8 devices.
 const WARM_UP: Duration = Duration::from_secs(60);
 /// Longest wait for the guest to have looked at everything once it has moved, with up to 8 devices.
@@ -220,7 +222,9 @@ impl<'a> Stage<'a> {
         let arguments = MigrateArguments {
             uri: uri.to_owned(),
             options: MoveOptions {
-                downtime_limit: Some(self.options.downtime_limit),
+                downtime_limit: Some(
+                    self.options.downtime_limit.unwrap_or_else(|| patience(PAUSE, self.options.devices)),
+                ),
                 ..MoveOptions::default()
             },
             switchover: SwitchoverOptions {
