@@ -5,7 +5,7 @@ use crate::device::{Capability, DeviceManifest};
 use crate::findings::Findings;
 use crate::mask::MaskRule;
 use crate::policy::{MaskPolicy, Policy};
-use crate::rules::config::{ConfigRules, END, identity_bytes};
+use crate::rules::config::{ConfigMask, END, identity_bytes};
 use crate::rules::{DevicePair, layout};
 use crate::severity::Severity;
 
@@ -25,7 +25,7 @@ pub fn exemptions(
 ) -> Vec<MaskRule> {
     let strict = source.model.is_none() && destination.model.is_none();
     let pair = DevicePair { source, destination, strict, site };
-    let mut rules = ConfigRules::of(pair, policy).0;
+    let mut rules = ConfigMask::of(pair, policy).0;
     let passes = |rule: fn(DevicePair<'_>, &mut Findings<'_>)| {
         let mut findings = Findings::new(policy);
         rule(pair, &mut findings);

@@ -17,9 +17,9 @@ use crate::policy::Policy;
 pub(crate) const END: u16 = 4096;
 
 /// The rules for a pair of devices: the destination's own, those of its VM, and those of the site that asks. Later ones win.
-pub(crate) struct ConfigRules(pub(crate) Vec<MaskRule>);
+pub(crate) struct ConfigMask(pub(crate) Vec<MaskRule>);
 
-impl ConfigRules {
+impl ConfigMask {
     pub(crate) fn of(pair: DevicePair<'_>, policy: &Policy) -> Self {
         let (pci, mut rules) = (pair.destination.pci, pair.destination.config_mask.clone());
         let site = pair.site.iter().filter(|rules| rules.concern(pci));
@@ -69,7 +69,7 @@ pub(crate) fn header(capability: &Capability) -> impl Iterator<Item = u16> + use
 
 /// Notes a rule by which bytes are compared that no manifest tells: that it is obeyed is seen when the guest is paused.
 pub(crate) fn untold(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
-    let rules = ConfigRules::of(pair, findings.policy());
+    let rules = ConfigMask::of(pair, findings.policy());
     findings.look_at(rules.len());
     let told = |offset: u16| matches!(offset, 0x00..=0x03 | 0x08..=0x0b | 0x2c..=0x2f);
     // A receiver that judges tells its own rules, and has them.

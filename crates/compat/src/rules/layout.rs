@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::DevicePair;
-use super::config::{ConfigRules, header, identity_bytes};
+use super::config::{ConfigMask, header, identity_bytes};
 use crate::codes::{self, ReasonCode};
 use crate::device::{Capability, DeviceManifest, PciIdentity, RegionManifest};
 use crate::findings::{Findings, Lazy};
@@ -41,7 +41,7 @@ pub(crate) fn identity(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let show = |pci: Option<PciIdentity>| pci.map_or_else(|| "PCI identity unknown".to_owned(), show_pci);
     let text = || format!("{} at the source, {} at the destination", show(from), show(to));
     if let (Some(from), Some(to)) = (from, to) {
-        let rules = ConfigRules::of(pair, findings.policy());
+        let rules = ConfigMask::of(pair, findings.policy());
         findings.look_at(rules.len());
         if rules.exempt(identity_bytes(from, to)) {
             return exempt(pair, findings, "pci", || (json(from), json(to)), text);
@@ -152,7 +152,7 @@ pub(crate) fn capabilities(pair: DevicePair<'_>, findings: &mut Findings<'_>) {
     let Some((from, to)) = both(pair, findings, codes, "capabilities", name, lists) else { return };
     let (from, to): (BTreeSet<_>, BTreeSet<_>) =
         (from.iter().copied().collect(), to.iter().copied().collect());
-    let rules = ConfigRules::of(pair, findings.policy());
+    let rules = ConfigMask::of(pair, findings.policy());
     findings.look_at(rules.len());
     for capability in &from {
         if !has(&to, capability, pair.strict) {
