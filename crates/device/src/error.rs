@@ -163,3 +163,28 @@ impl TransitionError {
         Self { device, from, to, now, errno, remedy, source }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vfio_migration_memory::MemoryError;
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_is_gone_is_known_behind_every_error() {
+        let gone = || ClientError::ConnectionLost { why: "the peer closed it".into() };
+        let log = |source: ClientError| MemoryError::DirtyLog {
+            source_name: "device net0".into(),
+            doing: "reporting".into(),
+            source: source.into(),
+        };
+        let device = |source: ClientError| DeviceError::new("net0".parse().unwrap(), "reading", None, source);
+        assert!(is_server_gone(&log(gone())) && is_server_gone(&device(gone())));
+        let refused = || ClientError::Refused {
+            command: vfio_user_peer::codec::Command::DEVICE_RESET,
+            errno: Some(Errno::IO),
+        };
+        assert!(!is_server_gone(&log(refused())) && !is_server_gone(&device(refused())));
+        assert!(device(refused()).is_answer_of_server() && !device(gone()).is_answer_of_server());
+    }
+}
