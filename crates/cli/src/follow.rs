@@ -166,6 +166,12 @@ fn vm_text(vm: &StatusInfo) -> String {
             "reset: {reset} (by a session that was undone; what the guest had in it is lost, until it sets it up anew)\n"
         ));
     }
+    if !vm.unconnected_interrupts.is_empty() {
+        let devices = vm.unconnected_interrupts.join(", ");
+        text.push_str(&format!(
+            "interrupts not connected: {devices} (refused, or late; asked again until the guest has all that it has unmasked)\n"
+        ));
+    }
     if let Some(awaited) = &vm.pending_rollback {
         let awaited = sentence(awaited);
         text.push_str(&format!("still being undone: {awaited}; no session can begin before that\n"));

@@ -164,8 +164,12 @@ pub(crate) struct StatusInfo {
     /// them is lost. For as long as the guest is here.
     #[serde(default)]
     pub(crate) reset_devices: Vec<String>,
-    /// While a session that was cancelled is still being undone behind its end: the answers that this waits for. No other session can
-    /// begin before it is undone. Null while nothing is left to be undone.
+    /// Those of them that have not taken all the interrupts which the guest has unmasked, since they refused or were late. Each is asked
+    /// again until it has.
+    #[serde(default)]
+    pub(crate) unconnected_interrupts: Vec<String>,
+    /// While a session is still being undone behind its end: the answers that this waits for. No other session can begin before it is
+    /// undone; a guest that the session had paused goes on then. Null while nothing is left to be undone.
     #[serde(default)]
     pub(crate) pending_rollback: Option<Vec<AwaitedInfo>>,
     /// While it waits for a guest and was told what to expect (`--expect`, `--uuid`, `--tls-pin`): what that is now.
@@ -400,7 +404,7 @@ pub(crate) struct MigrationInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) started: Option<String>,
     /// What could not be done after the guest was the destination's, such as releasing a device: no harm to the guest, but work for
-    /// a person. Of one that was cancelled: what did not answer, and is undone when it does; once it is, what could not be.
+    /// a person. Of one that was cancelled, or failed: what did not answer, and is undone when it does; once it is, what could not be.
     #[serde(default)]
     pub(crate) left_undone: Vec<FailureInfo>,
     /// While it is under way: answers that have been waited for longer than a second, or a fifth of one when it is being cancelled, the

@@ -109,6 +109,12 @@ fn status(config: &MachineConfig, slot: &Slot, steering: Option<&Steering>) -> S
             .iter()
             .map(ToString::to_string)
             .collect(),
+        unconnected_interrupts: machine
+            .map(|machine| machine.unsettled_devices())
+            .unwrap_or_default()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
         pending_rollback: None,
         expected: None,
         refused: None,

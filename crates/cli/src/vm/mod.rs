@@ -9,6 +9,7 @@ mod held;
 mod history;
 mod incoming;
 mod info;
+mod interrupts;
 mod outgoing;
 mod passed;
 mod presence;
@@ -50,7 +51,7 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
     })?;
     let started = start(options, interrupt, by_control)?;
     let vm = &started.vm;
-    let watching = watch(vm)?;
+    let watching = (watch(vm)?, interrupts::tend(vm)?);
     // Both ends of the channel are held as long as the process may end by it.
     let _ = quitted.recv();
     drop(watching);

@@ -1,10 +1,12 @@
 //! Device servers that are late, not gone: nothing of a guest's is reset for that, and what was begun is undone when they answer.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Setup, Vm, until};
+use crate::proxy::{self, Act};
+use crate::support::{Process, Setup, Vm, until};
 
 /// Time that the arc of a device takes whose server is late.
 const HANGS: Duration = Duration::from_secs(12);
@@ -107,4 +109,51 @@ fn a_guest_whose_device_is_late_when_it_is_to_run_is_started_when_it_answers() {
     assert!(remedy.contains("wait until it answers, then `cont`"), "{info}");
     until("the device to answer", || there.call("cont", Value::Null).ok());
     there.assert_whole();
+}
+
+/// A `vm` whose device is behind a proxy.
+fn behind(
+    dir: &std::path::Path,
+    options: &str,
+    act: impl Fn(u16, &[u8]) -> Act + Send + Sync + 'static,
+) -> Vm {
+    let (server, path) = (dir.join("server"), dir.join("proxy"));
+    let device = Process::start(&["device", "--state-size", "4M", "--socket", server.to_str().unwrap()]);
+    until("the server", || server.exists().then_some(()));
+    proxy::start(&path, &server, act);
+    let word = format!("vfio-user:{},id=dev0{options}", path.display());
+    let vm_arguments = &["--device", &word];
+    let mut vm = Setup { devices: 0, vm_arguments, ..Setup::new(dir, "a") }.start();
+    vm.devices.push(device);
+    vm
+}
+
+/// Whether a SET_IRQS gives the device eventfds of MSI-X.
+fn connects_msix(command: u16, body: &[u8]) -> bool {
+    let word = |at: usize| u32::from_le_bytes(body[at..at + 4].try_into().unwrap());
+    command == proxy::SET_IRQS && word(4) & 4 != 0 && word(8) == 2 && word(16) > 0
+}
+
+/// The guest has all interrupts when a device that refused them once, or was late with its answer, gives them.
+#[test]
+fn interrupts_that_a_device_did_not_take_are_asked_for_again() {
+    for late in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let once = AtomicBool::new(true);
+        let vm = behind(dir.path(), "", move |command, body| {
+            match connects_msix(command, body) && once.swap(false, Ordering::AcqRel) {
+                true if late => Act::Late(Duration::from_secs(13)),
+                true => Act::Refuse(16),
+                false => Act::Pass,
+            }
+        });
+        let named = || vm.info()["unconnected-interrupts"] == json!(["dev0"]);
+        if late {
+            until("the device to be named", || named().then_some(()));
+        }
+        until("the interrupts", || (vm.counter("interrupts") > 20).then_some(()));
+        until("all to be connected", || (!named()).then_some(()));
+        vm.assert_runs();
+        assert_eq!(vm.info()["lost-devices"], json!([]));
+    }
 }

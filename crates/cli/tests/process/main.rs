@@ -32,6 +32,7 @@ mod many_devices;
 mod moves;
 mod other_users;
 mod plain_text;
+mod proxy;
 mod quit;
 mod receivers;
 mod revoked;

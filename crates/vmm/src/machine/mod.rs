@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use vfio_migration_compat::{DeviceManifest, MachineManifest, RamRegion};
-use vfio_migration_device::{Device, IrqRouter};
+use vfio_migration_device::{Device, IrqRouter, is_late};
 use vfio_migration_memory::{DirtySource, GuestRam};
 use vfio_migration_types::{DeviceId, VmId};
 
@@ -134,6 +134,25 @@ impl ReferenceMachine {
     pub fn reset_devices(&self) -> Vec<DeviceId> {
         let reset = |attached: &&Attached| attached.noted.was_reset() && attached.link.lost().is_none();
         self.devices.iter().filter(reset).map(|attached| attached.device.id().clone()).collect()
+    }
+
+    /// Devices that have not taken all the interrupts which the guest has unmasked, since they refused or were late. Asks them
+    /// nothing.
+    pub fn unsettled_devices(&self) -> Vec<DeviceId> {
+        let unsettled =
+            |attached: &&Attached| attached.function.is_unsettled() && attached.link.lost().is_none();
+        self.devices.iter().filter(unsettled).map(|attached| attached.device.id().clone()).collect()
+    }
+
+    /// Gives such a device its interrupts once more, if it answers and the guest runs. Says whether it has them now; waits for a
+    /// device that is late for as long as a request to it may take.
+    pub fn settle_interrupts(&self, device: &DeviceId) -> bool {
+        let mut attached = self.devices.iter().filter(|attached| attached.device.id() == device);
+        attached.all(|attached| {
+            // Asked before anything is held that the guest, or whoever pauses it, may wait for.
+            let late = attached.device.state().is_err_and(|error| is_late(&error));
+            !late && attached.function.settle_interrupts()
+        })
     }
 
     /// The guest program's report.

@@ -91,6 +91,12 @@ impl BarGate {
         self.violations.load(Ordering::Relaxed)
     }
 
+    /// Lets what is no access of the guest's pass, if it is open.
+    pub(crate) fn pass_if_open(&self) -> Option<Passage<'_>> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        (!*closed).then_some(Passage(closed))
+    }
+
     /// Lets one access pass, or counts it and gives `None`.
     pub(crate) fn pass(&self) -> Option<Passage<'_>> {
         let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);

@@ -23,6 +23,8 @@ pub(super) struct FunctionInterrupts {
     pub(super) msix: Vectors,
     /// The device refused to disable a kind when that was last asked of it, so that what config space says is not so.
     refused: bool,
+    /// Something failed when that was last asked of the device, so that the guest has not all that it asked for.
+    unsettled: bool,
 }
 
 impl FunctionInterrupts {
@@ -43,7 +45,7 @@ impl FunctionInterrupts {
         };
         let msi = msi.map(|layout| (layout, Vectors::new(IrqIndex::Msi, layout.vectors)));
         let table = Vectors::new(IrqIndex::Msix, msix.map_or(0, |layout| layout.vectors));
-        Ok(Self { intx, msi, msix_layout: msix, msix: table, refused: false })
+        Ok(Self { intx, msi, msix_layout: msix, msix: table, refused: false, unsettled: false })
     }
 
     /// The machine's interrupt that the pin raises.
@@ -62,12 +64,23 @@ impl FunctionInterrupts {
         msi || msix || self.intx.is_some() && touched(COMMAND, COMMAND + 2)
     }
 
+    /// Whether the guest has not all that it asked for, which is to be tried again.
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.unsettled
+    }
+
     /// Brings all of them to what config space says: first what is to go, since a device has one kind at a time.
     pub(super) fn apply_masks(
         &mut self,
         config: &ConfigSpace,
         irq_path: IrqPath<'_>,
     ) -> Result<(), PciFailure> {
+        let applied = self.apply(config, irq_path);
+        self.unsettled = applied.is_err();
+        applied
+    }
+
+    fn apply(&mut self, config: &ConfigSpace, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         let (msix_on, all_masked) = self.msix_control(config);
         let msi_on = self.msi_enabled(config);
         let wanted = self.wanted_pin(config);
@@ -111,7 +124,12 @@ impl FunctionInterrupts {
         irq_path: IrqPath<'_>,
     ) -> Result<(), PciFailure> {
         let written = self.msix.set_table(offset, value, irq_path);
-        if self.refused { written.and(self.apply_masks(config, irq_path)) } else { written }
+        if self.refused {
+            return written.and(self.apply_masks(config, irq_path));
+        }
+        // Another vector that is settled says nothing of this one.
+        self.unsettled |= written.is_err();
+        written
     }
 
     /// Whether the device has this kind enabled, as far as it said.
@@ -238,6 +256,7 @@ impl FunctionInterrupts {
             result = result.and(intx.apply(Wanted::Off, irq_path.irq));
         }
         self.refused = result.is_err();
+        self.unsettled = false;
         result
     }
 

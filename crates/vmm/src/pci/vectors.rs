@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use vfio_migration_device::{IrqIndex, IrqRouter, MsiMessage, PciHardware, VectorState};
+use vfio_migration_device::{IrqIndex, IrqRouter, MsiMessage, PciHardware, VectorState, is_late};
 
 use super::router::MsiRouter;
 use super::{Eventfd, Irqfds};
@@ -91,6 +91,8 @@ pub(super) struct Vectors {
     /// Number of vectors that the device had when the kind was enabled at it, which it is: also after the guest has
     /// disabled it, for as long as the device refuses.
     at_device: Option<usize>,
+    /// The device was late with its answer when the kind was enabled: it may have all of it, or nothing.
+    unsure: bool,
     /// Vectors that the host can have of a kind that is set up as a set, as it said. Those beyond are not asked for again
     /// while the kind is enabled.
     limit: usize,
@@ -130,6 +132,7 @@ impl Vectors {
             enabled: false,
             all_masked: false,
             at_device: None,
+            unsure: false,
             limit: usize::MAX,
         }
     }
@@ -434,7 +437,11 @@ impl Vectors {
         irq_path: IrqPath<'_>,
     ) -> Result<(), PciFailure> {
         let as_set = self.kind == IrqIndex::Msi || irq_path.hardware.irq_noresize(self.kind);
-        let Some(there) = self.at_device else { return self.enable(as_set, fewer, irq_path) };
+        let there = match self.at_device {
+            Some(_) if self.unsure && as_set => return self.enlarge(fewer, irq_path),
+            Some(there) if !self.unsure => there,
+            _ => return self.enable(as_set, fewer, irq_path),
+        };
         let limit = self.limit;
         let fresh = self.lines(range).filter(|(index, _, line, _)| !line.connected && *index < limit);
         let fresh: Vec<usize> = fresh.map(|(index, ..)| index).collect();
@@ -459,7 +466,13 @@ impl Vectors {
                     self.give_runs(&all, fewer, irq_path)
                 })
         };
-        if enabled.is_err() && self.at_device.is_none() && irq_path.hardware.disable_irqs(self.kind).is_err()
+        self.unsure = enabled.as_ref().is_err_and(|(_, error)| is_late(&**error));
+        if self.unsure {
+            // What it does when it comes to it, the guest has asked for: nothing is taken away, and all is asked for again.
+            self.at_device = Some(self.at_device.unwrap_or(0));
+        } else if enabled.is_err()
+            && self.at_device.is_none()
+            && irq_path.hardware.disable_irqs(self.kind).is_err()
         {
             // It may have some of it.
             self.at_device = Some(0);
@@ -471,9 +484,10 @@ impl Vectors {
     fn enlarge(&mut self, fewer: Fewer, irq_path: IrqPath<'_>) -> Result<(), PciFailure> {
         irq_path.hardware.disable_irqs(self.kind).map_err(failure("disabling a set of interrupts"))?;
         self.at_device = None;
+        let unsure = std::mem::take(&mut self.unsure);
         let mut before = Vec::new();
         for (index, _, line, _) in self.lines(0..self.count()) {
-            if std::mem::take(&mut line.connected) {
+            if std::mem::take(&mut line.connected) || unsure {
                 before.push(index);
             }
         }
@@ -534,7 +548,7 @@ impl Vectors {
             // The device first: afterwards nothing is raised any more.
             match irq_path.hardware.disable_irqs(self.kind) {
                 Ok(()) => {
-                    (self.at_device, self.limit) = (None, usize::MAX);
+                    (self.at_device, self.unsure, self.limit) = (None, false, usize::MAX);
                     self.lines(0..self.count()).for_each(|(_, _, line, _)| line.connected = false);
                 }
                 Err(error) => result = Err(failure("disabling message-signalled interrupts")(error)),

@@ -1,6 +1,6 @@
 //! A VFIO device as a PCI function of the guest.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration_device::{
@@ -40,6 +40,8 @@ pub struct VfioPciFunction {
     pristine: ConfigSpace,
     state: Mutex<State>,
     errors: AtomicU64,
+    /// The guest's interrupts are [unsettled](Self::is_unsettled), for whoever asks while the device is waited for.
+    unsettled: AtomicBool,
 }
 
 impl VfioPciFunction {
@@ -135,7 +137,7 @@ impl VfioPciFunction {
             placed: std::array::from_fn(|_| None),
         };
         let (resets, own_registers) = (ResetRegisters::find(&config), OwnRegister::find(&config));
-        let (state, errors) = (Mutex::new(state), AtomicU64::new(0));
+        let (state, errors, unsettled) = (Mutex::new(state), AtomicU64::new(0), AtomicBool::new(false));
         Ok(Self {
             devfn,
             hardware,
@@ -147,6 +149,7 @@ impl VfioPciFunction {
             pristine: config,
             state,
             errors,
+            unsettled,
         })
     }
 
@@ -169,6 +172,34 @@ impl VfioPciFunction {
     /// all ones, or saw nothing happen, as with a device that fell off its bus.
     pub fn errors(&self) -> u64 {
         self.errors.load(Ordering::Relaxed)
+    }
+
+    /// Whether the device has refused, or not answered, something that the guest's interrupts need, so that some of those which the
+    /// guest has unmasked may not reach it. [`settle_interrupts`](Self::settle_interrupts) tries again. Asks the device nothing.
+    pub fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Ordering::Acquire)
+    }
+
+    /// Brings the interrupts once more to what the guest asks for, if they are [not](Self::is_unsettled) and the guest runs. Says
+    /// whether they are now.
+    pub fn settle_interrupts(&self) -> bool {
+        let Some(_passage) = self.host.gate.pass_if_open() else { return false };
+        let mut state = self.lock();
+        let State { config, interrupts, .. } = &mut *state;
+        if !interrupts.is_unsettled() {
+            return true;
+        }
+        match interrupts.apply_masks(config, self.irq_path()) {
+            Ok(()) => {
+                tracing::info!(device = %self.hardware.id(), "the guest's interrupts are connected");
+                self.unsettled.store(false, Ordering::Release);
+                true
+            }
+            Err((doing, error)) => {
+                tracing::debug!(device = %self.hardware.id(), doing, %error, "the guest's interrupts are still not connected");
+                false
+            }
+        }
     }
 
     /// Raises what is pending on unmasked vectors: for a guest that goes on here after its state was saved.
@@ -265,6 +296,7 @@ impl VfioPciFunction {
             if let Err(failure) = interrupts.apply_masks(config, self.irq_path()) {
                 self.note(&self.failed(failure), "switching interrupts");
             }
+            self.unsettled.store(interrupts.is_unsettled(), Ordering::Release);
         }
     }
 
@@ -325,6 +357,7 @@ impl VfioPciFunction {
                         self.note(&self.failed(failure), "changing an interrupt");
                     }
                 }
+                self.unsettled.store(interrupts.is_unsettled(), Ordering::Release);
             }
             Some(_) => {}
             None => {
@@ -358,6 +391,7 @@ impl VfioPciFunction {
     /// first.
     fn forget(&self, state: &mut State) -> Result<(), PciError> {
         let mut result = state.interrupts.reset(self.irq_path()).map_err(|failure| self.failed(failure));
+        self.unsettled.store(false, Ordering::Release);
         for placed in 0..BARS {
             if let Some(placed) = state.placed[placed].take() {
                 result = result.and(self.take_away(placed));

@@ -310,3 +310,23 @@ fn what_a_failed_undo_left_connected_goes_before_a_restore() {
         ["irqs 1 off", "irqs 1 0+4"]
     );
 }
+
+#[test]
+fn what_a_device_refused_once_is_connected_by_another_try() {
+    let machine = Machine::of(vec![FakeHardware::legacy("dev1", true)]);
+    let (device, function) = (&machine.devices[0], machine.function());
+    machine.config_write(1, 4, &[6, 0]);
+    machine.vector(0, message(0x41), false);
+    device.state.lock().unwrap().fail = true;
+    machine.msix(true, false);
+    assert!(function.is_unsettled() && function.errors() == 1);
+    assert!(!device.raise_as(IrqIndex::Msix, 0), "it has an eventfd");
+    // Not beside a guest that is paused, and no fault of the guest's then.
+    machine.bus.host().gate().close();
+    assert!(!function.settle_interrupts() && machine.bus.host().gate().violations() == 0);
+    machine.bus.host().gate().open();
+    assert!(function.settle_interrupts() && !function.is_unsettled());
+    assert!(device.raise_as(IrqIndex::Msix, 0));
+    assert_eq!(machine.irq.take(), [message(0x41)]);
+    assert_eq!(function.errors(), 1);
+}
