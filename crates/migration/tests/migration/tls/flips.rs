@@ -166,7 +166,6 @@ struct Setting {
     units: Units,
     source: Security,
     destination: Security,
-    ram_crc: bool,
 }
 
 /// One migration with a flipped bit. Says whether it failed, and what passed; the guest is whole on the right side, whatever became of it.
@@ -178,7 +177,6 @@ fn migrate(setting: &Setting, flip: Option<Flip>) -> (Option<String>, Wire) {
     let (toy, machine) = (Toy::booted(&plan()), Toy::new(&plan()));
     let mut options = source_options(setting.source.clone());
     options.peer_timeout = Duration::from_secs(3);
-    options.ram_crc = Some(setting.ram_crc);
     let source = Source::new(toy.clone(), options);
     let built = machine.clone();
     let (left, arrived) = std::thread::scope(|scope| {
@@ -245,7 +243,7 @@ fn a_flipped_bit_of_any_record_makes_no_other_guest() {
     let ca = Ca::new();
     let (here, there) = (ca.host(&Host::named("a")), ca.host(&Host::named(HOST)));
     let (source, destination) = (secure(here.path()), secure(there.path()));
-    let setting = Setting { units: Units::Records, source, destination, ram_crc: false };
+    let setting = Setting { units: Units::Records, source, destination };
     let seen: Vec<_> = untouched(&setting).into_iter().collect();
     // All of the handshake and the beginning, then as many as there is time for.
     let step = seen.len().div_ceil(60);
@@ -270,7 +268,7 @@ fn a_flipped_bit_of_any_record_makes_no_other_guest() {
 #[test]
 fn a_flipped_bit_of_any_frame_makes_no_other_guest() {
     let plain = || Security::PlainText;
-    let setting = Setting { units: Units::Frames, source: plain(), destination: plain(), ram_crc: true };
+    let setting = Setting { units: Units::Frames, source: plain(), destination: plain() };
     let seen = untouched(&setting);
     let flips: Vec<Flip> = seen
         .iter()
