@@ -33,6 +33,7 @@ mod moves;
 mod other_users;
 mod plain_text;
 mod proxy;
+mod questions;
 mod quit;
 mod receivers;
 mod revoked;
