@@ -31,8 +31,9 @@ pub(crate) const FILE_MAX: u64 = 1 << 20;
 pub(crate) struct HistoryRecord {
     /// Layout of the record: 1.
     pub(crate) version: u32,
-    /// Identity of the VM.
-    pub(crate) vm: String,
+    /// Identity of the VM; null, where a check named none.
+    #[serde(default)]
+    pub(crate) vm: Option<String>,
     /// The attempt, 32 hexadecimal digits, the same on both sides; absent if it did not come to one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) attempt: Option<String>,
@@ -63,7 +64,7 @@ pub(crate) enum SessionKind {
     Migration,
     /// To find out what a migration would come to.
     Rehearsal,
-    /// The same, of manifests alone: a rehearsal that tried nothing.
+    /// The same, of both sides' rules alone: nothing is tried.
     Check,
     /// To save the guest into a file.
     Save,
@@ -126,7 +127,7 @@ impl History {
 
     /// The last record of each VM.
     pub(crate) fn last_of(&self, vm: &str) -> Option<&HistoryRecord> {
-        self.records.iter().rev().find(|record| record.vm == vm)
+        self.records.iter().rev().find(|record| record.vm.as_deref() == Some(vm))
     }
 }
 
@@ -145,11 +146,12 @@ fn parse(line: &[u8]) -> Option<HistoryRecord> {
 
 /// A record for people: one line, and one for its error.
 pub(crate) fn text(record: &HistoryRecord) -> String {
-    let HistoryRecord { vm, kind, peer, began, migration, .. } = record;
+    let vm = record.vm.as_ref().map_or(String::new(), |vm| format!("VM {vm}  "));
+    let HistoryRecord { kind, peer, began, migration, .. } = record;
     let way = if migration.direction.as_deref() == Some("incoming") { "from" } else { "to" };
     let peer = peer.as_ref().map_or(String::new(), |peer| format!(" {way} {peer}"));
     let how = migration.security.as_ref().map_or(String::new(), SecurityInfo::text);
-    let mut text = format!("{began}  VM {vm}  {}{peer}{how}: {}", kind.name(), ending(migration));
+    let mut text = format!("{began}  {vm}{}{peer}{how}: {}", kind.name(), ending(migration));
     if let Some(error) = &migration.error {
         text.push_str(&format!("\n    {error}"));
     }
@@ -204,8 +206,8 @@ mod tests {
         std::fs::write(dir.path().join(HISTORY), format!("{}\n{later}\n\n{newer}\n", &record[..30])).unwrap();
         let history = History::read(dir.path()).unwrap();
         assert_eq!(history.unreadable, 2);
-        let vms: Vec<_> = history.records.iter().map(|record| record.vm.as_str()).collect();
-        assert_eq!(vms, ["a", "b"]);
+        let vms: Vec<_> = history.records.iter().map(|record| record.vm.as_deref()).collect();
+        assert_eq!(vms, [Some("a"), Some("b")]);
         assert_eq!(history.last_of("a").unwrap().migration.total_ms, 7);
         assert!(history.last_of("c").is_none());
     }
@@ -214,7 +216,7 @@ mod tests {
     fn nothing_that_was_said_by_others_reaches_the_terminal_raw() {
         let record = HistoryRecord {
             version: 1,
-            vm: "a".into(),
+            vm: Some("a".into()),
             attempt: None,
             kind: SessionKind::Migration,
             peer: Some("unix:/\x1b[2J".into()),

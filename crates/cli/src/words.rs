@@ -7,7 +7,7 @@ use clap::Args;
 use vfio_migration::{Uri, UriError, open_regular, open_regular_to_append};
 use vfio_migration_compat::{DeviceMap, MaskRule, Policy};
 use vfio_migration_device::host::Roots;
-use vfio_migration_types::{DeviceId, error_chain};
+use vfio_migration_types::{DeviceId, VmId, VmIdError, error_chain};
 use vfio_migration_vmm::layout::{RAM_MAX, RAM_MIN};
 
 use crate::exit::{CliError, Exit};
@@ -63,6 +63,12 @@ pub(crate) fn check_memory(memory: u64) -> Result<(), CliError> {
 pub(crate) fn config_rule(text: &str) -> Option<MaskRule> {
     let (place, verb) = text.split_once('=')?;
     format!("{verb} {place}").parse().ok()
+}
+
+/// The identity of a VM.
+pub(crate) fn vm_id(text: &str) -> Result<VmId, String> {
+    let id: VmId = text.parse().map_err(|error: VmIdError| error.to_string())?;
+    if id.names_a_vm() { Ok(id) } else { Err("the nil UUID names no VM".into()) }
 }
 
 /// Reads a policy's file.

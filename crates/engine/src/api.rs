@@ -25,7 +25,7 @@ pub type Time = Duration;
 /// Configuration of the source's engine, fixed before it starts.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
-    /// The VM that is migrated.
+    /// The VM that is migrated; nil, where a mere question names none.
     pub vm: VmId,
     /// Nonce of this attempt.
     pub attempt: AttemptId,
@@ -33,7 +33,8 @@ pub struct SourceConfig {
     pub epoch: Epoch,
     /// Protocol versions that this side speaks.
     pub versions: VersionRange,
-    /// Features it offers, but for [`FEATURE_REHEARSE`](vfio_migration_wire::FEATURE_REHEARSE), which follows from `rehearse`;
+    /// Features it offers, but for [`FEATURE_REHEARSE`](vfio_migration_wire::FEATURE_REHEARSE) and
+    /// [`FEATURE_ASK`](vfio_migration_wire::FEATURE_ASK), which follow from `rehearse`;
     /// those in force are in [`SourceEngine::negotiated`](crate::SourceEngine::negotiated).
     pub features: u64,
     /// The machine's manifest, JSON, and what its devices are called at the destination.
@@ -534,7 +535,7 @@ pub enum DestinationOutcome {
 /// Identity of the attempt a destination is in, once it knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attempt {
-    /// The VM that is migrated.
+    /// The VM that is migrated; nil, where a mere question names none.
     pub vm: VmId,
     /// Nonce that the source gave the attempt.
     pub attempt: AttemptId,

@@ -200,6 +200,8 @@ pub enum IncomingError {
 /// A rehearsal, as its destination sees it. Nothing was to stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RehearsedHere {
+    /// It was a mere question: nothing was to be tried.
+    pub only_asked: bool,
     /// Reasons of the side whose rules refused it; empty if none did.
     pub refused: Vec<Reason>,
     /// The failure that ended it early, or its cancel.
@@ -210,7 +212,8 @@ pub struct RehearsedHere {
 
 impl fmt::Display for RehearsedHere {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a rehearsal or a check ended, and nothing was to stay")?;
+        let what = if self.only_asked { "check" } else { "rehearsal" };
+        write!(f, "a {what} ended, and nothing was to stay")?;
         if !self.refused.is_empty() {
             write!(f, "; it was refused: {}", sentences(&self.refused))?;
         }

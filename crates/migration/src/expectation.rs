@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::{Epoch, VmId, error_chain, quote};
-use vfio_migration_wire::{FEATURE_REHEARSE, FEATURES, Hello};
+use vfio_migration_wire::{FEATURE_ASK, FEATURE_REHEARSE, FEATURES, Hello};
 
 use crate::session::lock::lock;
 use crate::tls::config::{Proof, Security};
@@ -204,6 +204,12 @@ pub(crate) struct Newcomer<'a> {
 }
 
 impl Newcomer<'_> {
+    /// Whether it wants a verdict alone.
+    fn only_asks(&self) -> bool {
+        let both = FEATURE_REHEARSE | FEATURE_ASK;
+        self.hello.features & FEATURES & both == both
+    }
+
     /// What it has come for.
     pub(crate) fn wants(&self) -> Right {
         if self.hello.features & FEATURES & FEATURE_REHEARSE == 0 { Right::Move } else { Right::Ask }
@@ -264,10 +270,12 @@ impl Expectation {
             });
         }
         let (offered, epoch) = (who.hello.vm, who.hello.epoch);
-        if let Some(expected) = self.vm.filter(|expected| *expected != offered) {
+        // Who only asks may name no VM, and is answered for the rest.
+        let named = offered.names_a_vm() || !who.only_asks();
+        if let Some(expected) = self.vm.filter(|expected| *expected != offered && named) {
             return Err(Unexpected::OtherVm { expected, offered });
         }
-        if epoch < self.min_epoch {
+        if epoch < self.min_epoch && named {
             return Err(Unexpected::OldEpoch { least: self.min_epoch, offered: epoch });
         }
         if let Some(most) = self.max_arrivals.filter(|most| so_far.arrivals >= *most) {

@@ -13,7 +13,7 @@ use crate::report::ArrivalReport;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct IncomingOffer {
-    /// The VM that the guest is.
+    /// The VM that the guest is; nil, where a mere question [names none](VmId::names_a_vm).
     pub vm: VmId,
     /// The source's attempt to move it.
     pub attempt: AttemptId,

@@ -18,7 +18,8 @@ use crate::uri::Uri;
 /// Asks the destination at `uri` whether what `manifest` describes could come, by the rules of both sides. The destination
 /// reserves all that it would need, reports so, and releases it again.
 ///
-/// `vm` is the identity that is asked for; a destination that expects another VM refuses it.
+/// `vm` is the identity that is asked for; a destination that expects another VM refuses it. Without one the answer is about the
+/// rest.
 ///
 /// `steer` gets the question's handle before it is asked: by [`Control::cancel`] another thread gives it up.
 ///
@@ -26,7 +27,7 @@ use crate::uri::Uri;
 /// Nobody could be asked. A refusal is no error: it is the answer.
 pub fn probe(
     manifest: MachineManifest,
-    vm: VmId,
+    vm: Option<VmId>,
     uri: &Uri,
     options: SourceOptions,
     steer: impl FnOnce(Control),
@@ -34,7 +35,7 @@ pub fn probe(
     let ram = GuestRam::new("probe", &[RamSpec { gpa: Gpa(0), len: PAGE_SIZE }]).map_err(|error| {
         MigrateError::NotBegun(Failure::new(Side::Source, Phase::Plan, error_chain(&error)))
     })?;
-    let machine = ManifestOnly { vm, manifest, ram: Arc::new(ram) };
+    let machine = ManifestOnly { vm: vm.unwrap_or(VmId::NIL), manifest, ram: Arc::new(ram) };
     let source = Source::new(Arc::new(machine), options);
     steer(source.control());
     match source.rehearse_to(uri, Rehearse::Ask, |_| {}) {

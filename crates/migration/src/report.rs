@@ -98,8 +98,10 @@ impl AttemptInfo {
 pub enum AttemptKind {
     /// The guest moves to another host.
     Migration,
-    /// Nothing is to stay: a rehearsal, or a mere question.
+    /// Nothing is to stay.
     Rehearsal,
+    /// Nothing is tried either: both sides are asked for their verdict.
+    Check,
     /// The guest goes into a file.
     Save,
     /// The guest comes out of a file.

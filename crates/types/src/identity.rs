@@ -12,6 +12,16 @@ use crate::text::printable;
 #[serde(into = "String", try_from = "String")]
 pub struct VmId(pub [u8; 16]);
 
+impl VmId {
+    /// The nil UUID, which no VM has: where it stands, no VM is named.
+    pub const NIL: Self = Self([0; 16]);
+
+    /// Whether it names a VM.
+    pub fn names_a_vm(self) -> bool {
+        self != Self::NIL
+    }
+}
+
 /// The text is not a UUID.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a UUID (want 32 hexadecimal digits, dashes as usual)")]

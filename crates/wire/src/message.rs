@@ -126,7 +126,7 @@ pub struct Hello {
     pub versions: VersionRange,
     /// Optional features it offers, a bit set; see `docs/protocol.md`.
     pub features: u64,
-    /// The VM to be migrated.
+    /// The VM to be migrated. Nil, if none is named: by who [only asks](crate::FEATURE_ASK).
     pub vm: VmId,
     /// The attempt: the nonce that every channel of the session is bound to.
     pub attempt: AttemptId,

@@ -18,8 +18,11 @@ pub const FEATURE_RAM_CRC: u64 = 1 << 1;
 /// no COMMIT, and no journal is written.
 pub const FEATURE_REHEARSE: u64 = 1 << 2;
 
+/// Feature, beside [`FEATURE_REHEARSE`]: the source only asks. It wants ACCEPT or REFUSE, says no BEGIN, and may name no VM.
+pub const FEATURE_ASK: u64 = 1 << 3;
+
 /// Every feature that this version knows. The destination selects `offered & FEATURES`, or less.
-pub const FEATURES: u64 = FEATURE_VERIFY | FEATURE_RAM_CRC | FEATURE_REHEARSE;
+pub const FEATURES: u64 = FEATURE_VERIFY | FEATURE_RAM_CRC | FEATURE_REHEARSE | FEATURE_ASK;
 
 /// The newest version both sides speak, or `None` when they have none in common (also when a range is inside out).
 pub fn negotiate(offered: VersionRange, ours: VersionRange) -> Option<u16> {

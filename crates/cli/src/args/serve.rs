@@ -9,7 +9,7 @@ use vfio_migration_types::{DEVICES_MAX, VmId};
 use crate::peer_options::PeerOptions;
 use crate::tls_options::{LAYOUT, TlsOptions};
 use crate::units;
-use crate::words::{UNITS_AND_EXIT_CODES, pair};
+use crate::words::{UNITS_AND_EXIT_CODES, pair, vm_id};
 
 /// Options of `demo`.
 #[derive(Args, Clone, Debug)]
@@ -189,7 +189,7 @@ pub(crate) struct VmCommand {
     #[arg(long, value_name = "GROUP", requires = "control")]
     pub(crate) control_read_group: Option<String>,
     /// Identity of the VM. Without it a guest that starts gets a random one, and a guest that arrives keeps its own.
-    #[arg(long, value_name = "UUID")]
+    #[arg(long, value_name = "UUID", value_parser = vm_id)]
     pub(crate) uuid: Option<VmId>,
     /// Where the ownership journal lives. Without it a lost commit cannot be told from a lost answer after a crash.
     #[arg(long, value_name = "DIR")]

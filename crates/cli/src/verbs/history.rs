@@ -24,7 +24,7 @@ pub(crate) fn run(command: &HistoryCommand) -> Result<Exit, CliError> {
     let History { mut records, unreadable } = History::read(&command.state_dir)?;
     if let Some(vm) = command.vm {
         let vm = vm.to_string();
-        records.retain(|record| record.vm == vm);
+        records.retain(|record| record.vm.as_deref() == Some(&*vm));
     }
     if let Some(last) = command.last {
         records.drain(..records.len().saturating_sub(last));

@@ -96,7 +96,7 @@ pub(crate) fn status(dir: &Path, json: bool) -> Result<Exit, CliError> {
     // A lock that nobody holds says nothing.
     let of_locks = named(".vm.lock").filter(|id| has_process(dir, *id));
     let of_journals = named(".json").chain(of_locks);
-    let of_history = history.records.iter().filter_map(|record| record.vm.parse().ok());
+    let of_history = history.records.iter().filter_map(|record| record.vm.as_ref()?.parse().ok());
     let ids: BTreeSet<VmId> = of_journals.chain(of_history).collect();
     let vms: Vec<_> = ids.into_iter().map(|id| known(dir, id, &history)).collect();
     let exit = if vms.iter().any(|vm| vm.error.is_some()) {

@@ -190,8 +190,8 @@ fn socket_name(arguments: Value) -> Result<SocketName, Refused> {
 
 /// Whether the guest may be the destination's already. A rehearsal never comes to that.
 fn is_committing(progress: &Progress) -> bool {
-    let rehearsal = progress.attempt.as_ref().is_some_and(|attempt| attempt.kind == AttemptKind::Rehearsal);
-    progress.phase >= Phase::Commit && !rehearsal
+    let undone = |kind: AttemptKind| matches!(kind, AttemptKind::Rehearsal | AttemptKind::Check);
+    progress.phase >= Phase::Commit && !progress.attempt.as_ref().is_some_and(|attempt| undone(attempt.kind))
 }
 
 fn no_migration() -> Refused {
@@ -221,6 +221,7 @@ mod tests {
             (AttemptKind::Save, true),
             (AttemptKind::Restore, true),
             (AttemptKind::Rehearsal, false),
+            (AttemptKind::Check, false),
         ] {
             let attempt =
                 AttemptInfo::beginning(VmId([1; 16]), AttemptId([2; 16]), Epoch(0), kind, "unix:/x".into());

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use vfio_migration::{AttemptInfo, AttemptKind, Progress, open_regular_to_append};
-use vfio_migration_types::{Phase, error_chain, is_control, printable, rfc3339};
+use vfio_migration_types::{VmId, error_chain, is_control, printable, rfc3339};
 
 use crate::control::protocol::MigrationInfo;
 use crate::control::security::SecurityInfo;
@@ -29,16 +29,17 @@ const MOST_REASONS: usize = 16;
 
 /// Says that a session has begun.
 pub(super) fn session_began(attempt: &AttemptInfo, direction: &str) {
-    let incoming = direction == "incoming";
-    // Which of the two it is, a destination sees when something is tried.
-    let kind = match attempt.kind {
-        AttemptKind::Rehearsal if incoming => "rehearsal or check",
-        attempted => kind(attempted, true, false).name(),
-    };
-    let way = if incoming { "from" } else { "to" };
+    let kind = kind(attempt.kind).name();
+    let way = if direction == "incoming" { "from" } else { "to" };
     let how = security(attempt).map_or(String::new(), |security| security.text());
     let AttemptInfo { vm, peer, attempt, .. } = attempt;
-    tracing::info!(target: SESSION, "{kind} of VM {vm} {way} {} begins (attempt {attempt}){how}", printable(peer));
+    let (of, peer) = (of_vm(*vm), printable(peer));
+    tracing::info!(target: SESSION, "{kind}{of} {way} {peer} begins (attempt {attempt}){how}");
+}
+
+/// The VM that a session is about, where one is named.
+fn of_vm(vm: VmId) -> String {
+    if vm.names_a_vm() { format!(" of VM {vm}") } else { String::new() }
 }
 
 fn security(attempt: &AttemptInfo) -> Option<SecurityInfo> {
@@ -68,9 +69,7 @@ pub(super) fn with_foreseen(info: MigrationInfo, progress: &Progress) -> Migrati
 /// if none was begun: nobody came.
 pub(super) fn session_ended(dir: Option<&Path>, progress: &Progress, info: &MigrationInfo) {
     let Some(attempt) = &progress.attempt else { return };
-    let tried = progress.phases.iter().any(|time| time.phase >= Phase::Setup);
-    let outgoing = info.direction.as_deref() == Some("outgoing");
-    record(dir, attempt, kind(attempt.kind, tried, outgoing), info.clone());
+    record(dir, attempt, kind(attempt.kind), info.clone());
 }
 
 /// Says how a session ended, and writes it down.
@@ -79,9 +78,9 @@ pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKin
     let why = info.error.as_ref().map_or(String::new(), |error| format!(": {}", printable(error)));
     tracing::info!(
         target: SESSION,
-        "{} of VM {} {way} {}: {}{why}",
+        "{}{} {way} {}: {}{why}",
         kind.name(),
-        attempt.vm,
+        of_vm(attempt.vm),
         printable(&attempt.peer),
         ending(&info)
     );
@@ -91,7 +90,7 @@ pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKin
     let Some(dir) = dir else { return };
     let record = HistoryRecord {
         version: 1,
-        vm: attempt.vm.to_string(),
+        vm: attempt.vm.names_a_vm().then(|| attempt.vm.to_string()),
         attempt: Some(attempt.attempt.to_string()),
         kind,
         peer: Some(attempt.peer.clone()),
@@ -106,13 +105,10 @@ pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKin
     }
 }
 
-/// A rehearsal in which nothing was `tried` was a mere question, at the side that is asked.
-fn kind(kind: AttemptKind, tried: bool, outgoing: bool) -> SessionKind {
+fn kind(kind: AttemptKind) -> SessionKind {
     match kind {
-        AttemptKind::Rehearsal if tried => SessionKind::Rehearsal,
-        // A source only asks by rehearsing; a destination cannot tell a rehearsal that was refused at once from a question.
-        AttemptKind::Rehearsal if outgoing => SessionKind::Rehearsal,
-        AttemptKind::Rehearsal => SessionKind::Check,
+        AttemptKind::Rehearsal => SessionKind::Rehearsal,
+        AttemptKind::Check => SessionKind::Check,
         AttemptKind::Save => SessionKind::Save,
         AttemptKind::Restore => SessionKind::Restore,
         _ => SessionKind::Migration,
@@ -214,7 +210,7 @@ mod tests {
     fn record(error: &str) -> HistoryRecord {
         HistoryRecord {
             version: 1,
-            vm: "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d41".into(),
+            vm: Some("6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d41".into()),
             attempt: Some("ab".repeat(16)),
             kind: SessionKind::Migration,
             peer: Some("tcp:127.0.0.1:1".into()),

@@ -172,10 +172,11 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
         Some(machine) => machine,
         None => rebuild(vm, memory).map_err(NotBuilt::Failed)?,
     };
-    if vm.options.uuid.is_none() {
+    let named = offer.vm.names_a_vm();
+    if vm.options.uuid.is_none() && named {
         machine.adopt(offer.vm);
     }
-    if let Some(dir) = &vm.options.state_dir {
+    if let Some(dir) = vm.options.state_dir.as_ref().filter(|_| named) {
         vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new(SessionCode::StateDir, text))?;
     }
     inject_at_destination(vm.options.sabotage, machine).map_err(NotBuilt::Failed)

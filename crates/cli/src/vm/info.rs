@@ -371,7 +371,8 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
         }
         IncomingError::Cancelled(failure) => (MigrationStatus::Cancelled, Some(failure), &[][..]),
         IncomingError::Rehearsed(rehearsed) => {
-            let RehearsedHere { refused, cause, left_undone: kept } = rehearsed.as_ref();
+            // Which of the two it was is the kind of the attempt.
+            let RehearsedHere { only_asked: _, refused, cause, left_undone: kept } = rehearsed.as_ref();
             left_undone = kept.iter().map(FailureInfo::from).collect();
             let status = match cause {
                 None => MigrationStatus::Rehearsed,

@@ -154,7 +154,7 @@ fn a_host_is_drained_by_the_script_of_the_page() {
     let completed = [rehearsed, "migration completed"];
     let cancelled_first = [rehearsed, "migration cancelled"];
     for (pair, at_source, at_destination, why) in [
-        (&refused, vec!["rehearsal refused"], vec!["check refused"; 2], Some(refusal)),
+        (&refused, vec!["rehearsal refused"], vec!["check refused", "rehearsal refused"], Some(refusal)),
         (
             &failing,
             [failed, failed].concat(),

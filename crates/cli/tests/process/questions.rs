@@ -53,3 +53,63 @@ fn a_guest_that_returns_is_told_the_same_by_check_rehearse_and_migrate() {
     }
     source.assert_whole();
 }
+
+/// The records in a history, each as kind, status and what else is asked for.
+fn records(state: &Path) -> Vec<Value> {
+    let (exit, told) = asked(&["history", "--state-dir", text(state), "--json"]);
+    assert_eq!(exit, Some(0));
+    let history: Value = serde_json::from_str(&told).unwrap();
+    history["records"].as_array().unwrap().clone()
+}
+
+#[test]
+fn a_file_names_no_vm_and_is_judged_by_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+    let source = vm(dir.path(), "a", &here, &[]);
+    let receiver = vm(dir.path(), "b", &there, &["--incoming", "tcp:127.0.0.1:0"]);
+    let manifest = dir.path().join("machine.json");
+    let named = format!("vm:{}", text(&source.control));
+    assert_eq!(asked(&["describe", &named, "-o", text(&manifest)]).0, Some(0));
+
+    let (exit, said) = asked(&["check", "--timeout", "60s", text(&manifest), &receiver.incoming(), "--json"]);
+    let report: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((exit, &report["verdict"]), (Some(0), &json!("live")), "{said}");
+    // What does not fit is told all the same.
+    let other = dir.path().join("other.json");
+    let text_of = std::fs::read_to_string(&manifest).unwrap();
+    let mut document: Value = serde_json::from_str(&text_of).unwrap();
+    document["devices"][0]["id"] = json!("nic7");
+    std::fs::write(&other, document.to_string()).unwrap();
+    let (exit, said) = asked(&["check", "--timeout", "60s", text(&other), &receiver.incoming(), "--json"]);
+    let report: Value = serde_json::from_str(&said).unwrap();
+    let codes: Vec<&Value> = report["reasons"].as_array().unwrap().iter().map(|one| &one["code"]).collect();
+    assert_eq!(exit, Some(3), "{said}");
+    assert!(codes.contains(&&json!("device-missing")) && !codes.contains(&&json!("other-vm")), "{said}");
+
+    // The receiver is who it was, and no VM was made up.
+    assert_eq!(receiver.info()["uuid"], UUID);
+    let told = records(&there);
+    let short: Vec<_> = told.iter().map(|record| (&record["kind"], &record["vm"])).collect();
+    assert_eq!(short, [(&json!("check"), &Value::Null); 2], "{told:?}");
+    let (exit, shown) = asked(&["history", "--state-dir", text(&there)]);
+    assert!(exit == Some(0) && !shown.contains("VM ") && shown.contains("check from"), "{shown}");
+    assert_eq!(asked(&["status", "--state-dir", text(&there)]).0, Some(0));
+}
+
+#[test]
+fn a_rehearsal_that_is_refused_is_one_at_both_sides() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+    let source = vm(dir.path(), "a", &here, &[]);
+    let (control, named) = (text(&source.control), format!("vm:{}", text(&source.control)));
+    let arguments = ["--uuid", UUID, "--state-dir", text(&there), "--incoming", "tcp:127.0.0.1:0"];
+    let smaller = Setup { vm_arguments: &arguments, devices: 0, ..Setup::new(dir.path(), "b") }.start();
+    let to = smaller.incoming();
+    assert_eq!(asked(&["check", "--timeout", "60s", &named, &to]).0, Some(3));
+    assert_eq!(asked(&["rehearse", "--control", control, "--to", &to]).0, Some(3));
+    assert_eq!(asked(&["migrate", "--control", control, &to]).0, Some(3));
+    let kinds = |state| records(state).iter().map(|record| record["kind"].clone()).collect::<Vec<_>>();
+    assert_eq!(kinds(&here), ["rehearsal", "migration"]);
+    assert_eq!(kinds(&there), ["check", "rehearsal", "migration"]);
+}

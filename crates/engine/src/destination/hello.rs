@@ -2,7 +2,7 @@
 
 use vfio_migration_wire::{Accept, Hello, HelloReply, Lease, Message, Offer, Reason, negotiate};
 
-use super::state::{DestinationEngine, State};
+use super::state::{DestinationEngine, State, only_asks};
 use crate::api::{Attempt, DestinationAction, Time};
 use crate::expected::ExpectedAnswer;
 use crate::ownership::DestinationState;
@@ -12,6 +12,9 @@ impl DestinationEngine {
         self.timer = None;
         // Who came is told of one that is refused at once, too.
         self.attempt = Some(Attempt { vm: hello.vm, attempt: hello.attempt, epoch: hello.epoch });
+        if !hello.vm.names_a_vm() && !only_asks(hello.features & self.config.features) {
+            return self.refuse(vec![refusal("vm-id", "no VM is named".into())], now);
+        }
         let ours = self.config.versions;
         let Some(version) = negotiate(hello.versions, ours) else {
             let text = format!(

@@ -116,7 +116,9 @@ impl DestinationEngine {
             (_, Message::EndRehearsal) if self.is_rehearsal() => self.on_end_rehearsal(now),
             (State::AwaitingOffer, Message::Offer(offer)) => self.on_offer(offer),
             (State::AwaitingBegin, Message::Refuse(reasons)) => self.refused_by_source(reasons, now),
-            (State::AwaitingBegin, Message::Begin { lease }) => self.on_begin(lease, now),
+            (State::AwaitingBegin, Message::Begin { lease }) if !self.only_asks() => {
+                self.on_begin(lease, now)
+            }
             (State::Loading, Message::InitialSent { .. }) => {}
             (State::Loading, Message::EndIteration { iteration }) => self.on_end_iteration(iteration, now),
             (State::Loading, Message::Final(message)) => self.on_final(&message, now),

@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 
 use vfio_migration_types::{Epoch, Failure, PauseCause, Phase, Side};
-use vfio_migration_wire::{Accept, FEATURE_REHEARSE, FinalEnd, HelloReply, Message, Ready, Reason, Running};
+use vfio_migration_wire::{
+    Accept, FEATURE_ASK, FEATURE_REHEARSE, FinalEnd, HelloReply, Message, Ready, Reason, Running,
+};
 
 use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationOutcome, Time};
 use crate::expected::{ExpectedAnswer, work_timeout};
@@ -185,6 +187,11 @@ impl DestinationEngine {
         self.negotiated.is_some_and(|negotiated| negotiated.features & FEATURE_REHEARSE != 0)
     }
 
+    /// Whether the source only asks: nothing comes after ACCEPT but the end.
+    pub(super) fn only_asks(&self) -> bool {
+        self.negotiated.is_some_and(|negotiated| only_asks(negotiated.features))
+    }
+
     /// The epoch that a commit begins.
     pub(super) fn next_epoch(&self) -> Option<Epoch> {
         self.attempt.map(|attempt| attempt.epoch.next())
@@ -193,4 +200,10 @@ impl DestinationEngine {
     pub(super) fn error(&self, text: &str) -> Failure {
         failure(Side::Destination, self.phase, text, "")
     }
+}
+
+/// Whether `features` are those of a source that only asks. Without the first the second means nothing.
+pub(super) fn only_asks(features: u64) -> bool {
+    let both = FEATURE_REHEARSE | FEATURE_ASK;
+    features & both == both
 }

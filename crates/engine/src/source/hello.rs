@@ -1,7 +1,7 @@
 //! P1: version, manifest, reservation, and the judgement of both sides.
 
 use vfio_migration_types::{Phase, Side};
-use vfio_migration_wire::{Accept, FEATURE_REHEARSE, Hello, HelloReply, Message, Reason};
+use vfio_migration_wire::{Accept, FEATURE_ASK, FEATURE_REHEARSE, Hello, HelloReply, Message, Reason};
 
 use super::state::{AbortNotice, SourceEngine, State};
 use crate::api::{Rehearse, SourceAction, SourceOutcome, Time};
@@ -44,6 +44,11 @@ impl SourceEngine {
         if self.config.rehearse.is_some() && reply.features & FEATURE_REHEARSE == 0 {
             let text = "the destination does not know how to rehearse";
             let remedy = "run a release there that does, or compare manifests instead";
+            return self.abort(failure(Side::Source, self.phase, text, remedy), AbortNotice::Send);
+        }
+        if !self.config.vm.names_a_vm() && reply.features & FEATURE_ASK == 0 {
+            let text = "the destination answers no question that names no VM";
+            let remedy = "ask for a running `vm`, or run a release there that does";
             return self.abort(failure(Side::Source, self.phase, text, remedy), AbortNotice::Send);
         }
         if let Some(expected) = self.timer {

@@ -19,12 +19,13 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use vfio_migration_types::{Failure, Phase, Side};
-use vfio_migration_wire::{FEATURE_REHEARSE, HelloReply, Lease, Message};
+use vfio_migration_wire::{FEATURE_ASK, FEATURE_REHEARSE, HelloReply, Lease, Message};
 
 pub use self::state::SourceEngine;
 use self::state::{AbortNotice, Pause, RehearsalState, Rounds, SourceCommit, State, WaitKind};
 use crate::api::{
-    Barrier, EngineProgress, SourceAction, SourceConfig, SourceEvent, SourceOutcome, SwitchoverWait, Time,
+    Barrier, EngineProgress, Rehearse, SourceAction, SourceConfig, SourceEvent, SourceOutcome,
+    SwitchoverWait, Time,
 };
 use crate::convergence::DowntimeModel;
 use crate::expected::ExpectedAnswer;
@@ -34,11 +35,14 @@ use crate::ownership::SourceState;
 impl SourceEngine {
     /// A source that has not begun. Whether its machine can move at all was judged before: the rules are not known here.
     pub fn new(mut config: SourceConfig) -> Self {
-        // A destination that selects it takes no COMMIT: it is offered exactly when none is to come.
-        match config.rehearse {
-            Some(_) => config.features |= FEATURE_REHEARSE,
-            None => config.features &= !FEATURE_REHEARSE,
-        }
+        // A destination that selects the first takes no COMMIT, and with the second no BEGIN: they are offered exactly when
+        // none is to come.
+        config.features &= !(FEATURE_REHEARSE | FEATURE_ASK);
+        config.features |= match config.rehearse {
+            Some(Rehearse::Ask) => FEATURE_REHEARSE | FEATURE_ASK,
+            Some(Rehearse::Precopy | Rehearse::Switchover) => FEATURE_REHEARSE,
+            None => 0,
+        };
         let devices = config.devices.len();
         Self {
             config,

@@ -4,9 +4,10 @@ use vfio_migration_engine::{
     DestinationAction, DestinationConfig, DestinationEngine, DestinationEvent, DestinationOutcome, PartBasis,
     PartName, RehearsalResult, Rehearse, SourceOutcome, Time,
 };
-use vfio_migration_types::{MigrationFlags, Phase};
+use vfio_migration_types::{MigrationFlags, Phase, VmId};
 use vfio_migration_wire::{
-    Commit, FEATURE_REHEARSE, FEATURES, Final, FinalEnd, Hello, Message, Offer, Ready, Reason, VERSIONS,
+    Commit, FEATURE_ASK, FEATURE_REHEARSE, FEATURES, Final, FinalEnd, Hello, Message, Offer, Ready, Reason,
+    VERSIONS,
 };
 
 use crate::world::script::{Device, MS, SECOND, Script};
@@ -215,4 +216,52 @@ fn commit_in_a_rehearsal_is_an_error() {
         panic!("{actions:?}")
     };
     assert!(cause.text.contains("COMMIT, which is not legal now"), "{cause:?}");
+}
+
+/// A destination, and what it does about a HELLO and what follows it.
+fn answers(vm: VmId, features: u64, then: &[DestinationEvent]) -> Vec<DestinationAction> {
+    let config = DestinationConfig {
+        versions: VERSIONS,
+        features: FEATURES,
+        peer_timeout: SECOND,
+        suspend: false,
+        lease: [5; 16],
+        lease_time: SECOND,
+    };
+    let mut destination = DestinationEngine::new(config, Time::ZERO);
+    let hello = Hello { versions: VERSIONS, features, vm, attempt: world::ATTEMPT, epoch: world::EPOCH };
+    destination.handle(DestinationEvent::Peer(Message::Hello(hello)), Time::ZERO);
+    for event in then {
+        while destination.poll_action().is_some() {}
+        destination.handle(event.clone(), Time::ZERO);
+    }
+    std::iter::from_fn(|| destination.poll_action()).collect()
+}
+
+#[test]
+fn only_a_question_may_name_no_vm() {
+    for features in [0, FEATURE_REHEARSE, FEATURE_ASK] {
+        let actions = answers(VmId::NIL, features, &[]);
+        let Some(DestinationAction::Send(Message::Refuse(reasons))) = actions.first() else {
+            panic!("{features:#x}: {actions:?}")
+        };
+        assert_eq!(reasons[0].code, "vm-id", "{features:#x}");
+    }
+    let actions = answers(VmId::NIL, FEATURE_REHEARSE | FEATURE_ASK, &[]);
+    assert!(matches!(actions[..], [DestinationAction::Send(Message::HelloReply(_))]), "{actions:?}");
+}
+
+#[test]
+fn nothing_begins_after_a_question() {
+    let then = [
+        DestinationEvent::Peer(Message::Offer(Offer::default())),
+        DestinationEvent::Reserved { manifest: vec![], reasons: vec![], identity: [0; 32] },
+        DestinationEvent::Peer(Message::Begin { lease: [5; 16] }),
+    ];
+    for (features, begins) in [(FEATURE_REHEARSE, true), (FEATURE_REHEARSE | FEATURE_ASK, false)] {
+        let actions = answers(world::VM, features, &then);
+        let aborted =
+            actions.iter().any(|action| matches!(action, DestinationAction::Send(Message::Abort(_))));
+        assert_eq!(!aborted, begins, "{features:#x}: {actions:?}");
+    }
 }

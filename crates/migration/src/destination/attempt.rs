@@ -29,6 +29,8 @@ pub(super) struct DestinationShared {
     pub(super) received: Received,
     /// Nothing is to stay, and nothing is journaled.
     pub(super) rehearsal: AtomicBool,
+    /// Of these, a mere question: nothing is tried.
+    pub(super) asks: AtomicBool,
     pub(super) ram_total: AtomicU64,
     /// The other end, as the journal and the progress name it.
     pub(super) peer: String,

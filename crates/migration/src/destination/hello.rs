@@ -85,7 +85,7 @@ impl Worker<'_, '_, '_> {
         let policy = self.policy();
         let report = check_machines(&offered, &with_migration_known(&own, &devices), &map, &policy);
         let mut besides = Vec::new();
-        if machine.id() != vm {
+        if vm.names_a_vm() && machine.id() != vm {
             let text = format!(
                 "VM {vm} is offered, and this machine is for VM {}: give both the same identity",
                 machine.id()
@@ -150,6 +150,10 @@ impl Worker<'_, '_, '_> {
         let failed = |error: JournalError| error.in_phase(Side::Destination, Phase::Hello);
         let dir = self.options.state_dir.as_deref();
         let _wait = self.shared.answers.wait(None, Request::Journal, None);
+        if !attempt.vm.names_a_vm() {
+            // A question about no VM is about no journal.
+            return Ok(None);
+        }
         let known = if self.shared.rehearsal.load(Ordering::Acquire) {
             dir.map_or(Ok(None), |dir| read_journal(dir, attempt.vm)).map_err(failed)?
         } else {

@@ -52,7 +52,9 @@ pub(super) fn into_result(
         )
     };
     let rehearsal = shared.rehearsal.load(Ordering::Acquire);
-    let rehearsed = |here: RehearsedHere| Err(IncomingError::Rehearsed(Box::new(here)));
+    let only_asked = shared.asks.load(Ordering::Acquire);
+    let rehearsed =
+        |here: RehearsedHere| Err(IncomingError::Rehearsed(Box::new(RehearsedHere { only_asked, ..here })));
     match outcome {
         DestinationOutcome::Owner { epoch, ready, guest, paused } => {
             let (Some(machine), Some(attempt)) = (machine, attempt) else {

@@ -10,7 +10,9 @@ use vfio_migration_engine::{
     self as engine, Attempt, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome,
 };
 use vfio_migration_types::{Failure, GuestOutcome, Phase, Side, error_chain, rfc3339};
-use vfio_migration_wire::{FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS};
+use vfio_migration_wire::{
+    FEATURE_ASK, FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS,
+};
 
 use crate::admission::{Admission, Admitted};
 use crate::channel::binding::SessionKey;
@@ -249,6 +251,8 @@ impl Session<'_> {
                         DestinationEvent::Peer(Message::Hello(hello)) => {
                             let rehearsal = hello.features & FEATURES & FEATURE_REHEARSE != 0;
                             self.shared.rehearsal.store(rehearsal, Ordering::Release);
+                            let asks = rehearsal && hello.features & FEATURES & FEATURE_ASK != 0;
+                            self.shared.asks.store(asks, Ordering::Release);
                         }
                         DestinationEvent::Started(running) => self.running = Some(running.clone()),
                         _ => {}
@@ -473,6 +477,8 @@ impl Session<'_> {
         let Attempt { vm, attempt, epoch } = self.engine.attempt()?;
         let kind = if self.from_file {
             AttemptKind::Restore
+        } else if self.shared.asks.load(Ordering::Acquire) {
+            AttemptKind::Check
         } else if self.shared.rehearsal.load(Ordering::Acquire) {
             AttemptKind::Rehearsal
         } else {

@@ -82,7 +82,8 @@ impl PlannedMigration {
         }
         let attempt = new_attempt_id()?;
         let kind = match (rehearse, &file) {
-            (Some(_), _) => AttemptKind::Rehearsal,
+            (Some(Rehearse::Ask), _) => AttemptKind::Check,
+            (Some(Rehearse::Precopy | Rehearse::Switchover), _) => AttemptKind::Rehearsal,
             (None, Some(_)) => AttemptKind::Save,
             (None, None) => AttemptKind::Migration,
         };

@@ -253,8 +253,9 @@ fn a_question_whether_a_machine_fits() {
         let (steer, control) = channel();
         std::thread::scope(|scope| {
             let (manifest, to) = (manifest.clone(), &to);
-            let asking = scope
-                .spawn(move || probe(manifest, VM, to, patient(), |control| steer.send(control).unwrap()));
+            let asking = scope.spawn(move || {
+                probe(manifest, Some(VM), to, patient(), |control| steer.send(control).unwrap())
+            });
             let control = control.recv().unwrap();
             control.cancel();
             let begun = Instant::now();

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use crate::toy::{self, FakeDeviceKind, Plan, Toy, tls_destination, tls_source};
 use vfio_migration::{
-    Basis, Destination, DestinationOptions, IncomingError, Machine, MigrateError, Rehearsal, Rehearse,
-    Source, SourceOptions, probe,
+    Basis, Destination, DestinationOptions, Expectation, IncomingError, Machine, MigrateError, Rehearsal,
+    Rehearse, Source, SourceOptions, probe,
 };
 use vfio_migration_compat::{Allow, DeviceMap, Policy, Severity, Verdict};
-use vfio_migration_types::{DeviceId, MigrationState};
+use vfio_migration_types::{DeviceId, Epoch, MigrationState, VmId};
 
 fn slow() -> SourceOptions {
     let mut options = tls_source();
@@ -231,10 +231,43 @@ fn a_manifest_alone_can_ask() {
         let to = destination.local().clone();
         let built: Arc<dyn Machine> = Toy::new(&other);
         let arriving = std::thread::spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
-        let report = probe(paper.manifest().unwrap(), paper.id(), &to, slow(), |_| {}).unwrap();
+        let report = probe(paper.manifest().unwrap(), Some(paper.id()), &to, slow(), |_| {}).unwrap();
         assert_eq!(report.verdict, verdict, "{report:?}");
         let there = arriving.join().unwrap();
         assert!(matches!(there, IncomingError::Rehearsed(_)), "{there:?}");
+    }
+}
+
+/// Of who names no VM nothing is expected of it, and everything else is.
+#[test]
+fn a_question_without_a_vm_is_answered_for_the_rest() {
+    let plan = Plan::default();
+    let paper = Toy::new(&plan);
+    let expectation = Expectation {
+        vm: Some(VmId([9; 16])),
+        min_epoch: Epoch(7),
+        max_memory: Some(1 << 30),
+        ..Expectation::default()
+    };
+    let small = Expectation { max_memory: Some(4096), ..expectation.clone() };
+    for (expected, vm, code) in [
+        (&expectation, None, None),
+        (&expectation, Some(paper.id()), Some("other-vm")),
+        (&expectation, Some(VmId([9; 16])), Some("old-epoch")),
+        (&small, None, Some("too-large")),
+    ] {
+        let mut incoming = DestinationOptions::default();
+        incoming.expect = expected.clone().into();
+        let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
+        let (to, control) = (destination.local().clone(), destination.control());
+        let built: Arc<dyn Machine> = Toy::new(&plan);
+        let arriving = std::thread::spawn(move || destination.accept(|_| Ok(built)).unwrap_err());
+        let report = probe(paper.manifest().unwrap(), vm, &to, slow(), |_| {}).unwrap();
+        let codes: Vec<_> = report.reasons.iter().map(|reason| reason.code.as_str()).collect();
+        assert_eq!(codes, Vec::from_iter(code), "{vm:?}");
+        // Who brings what is not expected does not end the wait.
+        control.cancel();
+        arriving.join().unwrap();
     }
 }
 

@@ -2,8 +2,8 @@
 
 use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, MigrationState, Phase, Side, VmId};
 use vfio_migration_wire::{
-    Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, Final, FinalEnd, Hello, HelloReply, Lease,
-    Message, Offer, RamDigests, Ready, Reason, Running, VersionRange,
+    Accept, Applied, Bulk, Commit, DeviceEnd, DeviceTotal, FEATURE_ASK, FEATURE_REHEARSE, Final, FinalEnd,
+    Hello, HelloReply, Lease, Message, Offer, RamDigests, Ready, Reason, Running, VersionRange,
 };
 
 const VM: VmId = VmId(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff");
@@ -64,6 +64,16 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
                 vm: VM,
                 attempt: ATTEMPT,
                 epoch: Epoch(41),
+            }),
+        ),
+        (
+            "hello_of_a_question",
+            Message::Hello(Hello {
+                versions: VersionRange { min: 1, max: 1 },
+                features: FEATURE_REHEARSE | FEATURE_ASK,
+                vm: VmId::NIL,
+                attempt: ATTEMPT,
+                epoch: Epoch(0),
             }),
         ),
         ("hello_reply", Message::HelloReply(HelloReply { version: 1, features: 3 })),

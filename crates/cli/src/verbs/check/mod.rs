@@ -40,8 +40,8 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
         );
         return Err(CliError::new(Exit::Usage, text));
     };
-    let (source, vm) = match side::resolve(source, None, &local, timeout)? {
-        CheckSide::Known(document, vm) => (document, vm),
+    let (source, guest) = match side::resolve(source, None, &local, timeout)? {
+        CheckSide::Known(document, guest) => (document, guest),
         CheckSide::Receiver(uri) => {
             let text =
                 format!("nothing moves from {uri}, which waits for a guest: name it as the second side");
@@ -54,7 +54,7 @@ pub(crate) fn run(options: &CheckCommand) -> Result<Exit, CliError> {
         CheckSide::Receiver(uri) => {
             let options = source_options(options, map, policy)?;
             check_chosen(&uri, options.security.as_ref())?;
-            ask(&source, vm, &uri, options, timeout)?
+            ask(&source, guest, &uri, options, timeout)?
         }
     };
     if options.json {
@@ -112,7 +112,7 @@ fn source_options(command: &CheckCommand, map: DeviceMap, policy: Policy) -> Res
 /// Asks a receiver, which judges by its own rules too.
 fn ask(
     source: &Document,
-    vm: Option<(VmId, Epoch)>,
+    guest: Option<(VmId, Epoch)>,
     uri: &Uri,
     mut options: SourceOptions,
     timeout: Duration,
@@ -123,9 +123,9 @@ fn ask(
     };
     let machine: MachineManifest = (**machine).clone();
     (options.connect_timeout, options.peer_timeout) = (timeout, timeout);
-    // A manifest's file names no VM, nor an epoch; a receiver that expects certain ones will say so.
-    let (vm, epoch) = vm.unwrap_or_else(|| (VmId(*uuid::Uuid::new_v4().as_bytes()), Epoch(0)));
-    options.epoch = epoch;
+    // As a rehearsal asks. A manifest's file names no VM.
+    options.epoch = guest.map_or(Epoch(0), |(_, epoch)| epoch);
+    let vm = guest.map(|(vm, _)| vm);
     claim(uri)?.spend();
     // Ctrl-C ends the process: the receiver releases what it reserved when the connection ends.
     probe(machine, vm, uri, options, |_| {}).map_err(|error| {
