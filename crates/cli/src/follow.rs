@@ -15,6 +15,7 @@ use crate::exit::CliError;
 use crate::interrupt::UserInterrupt;
 use crate::progress_display::ProgressDisplay;
 use crate::units::format_size;
+use crate::verdict;
 
 /// Time after which Ctrl-C is looked for while nothing happens.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -122,8 +123,8 @@ pub(crate) fn text(report: &StatusReport) -> String {
     }
     if let Some(last) = last {
         text.push_str(&migration_text("last", last));
-        if let Some(error) = &last.error {
-            text.push_str(&format!("  {error}\n"));
+        for line in verdict::why(last).iter().flat_map(|why| why.lines()) {
+            text.push_str(&format!("  {line}\n"));
         }
         for failure in &last.left_undone {
             text.push_str(&format!("  left undone: {}\n", failure.text));

@@ -12,6 +12,7 @@ use vfio_migration_types::printable;
 use crate::control::protocol::{MigrationInfo, MigrationStatus};
 use crate::control::security::SecurityInfo;
 use crate::exit::CliError;
+use crate::verdict;
 use crate::words::read_capped;
 
 /// The file of the records, one JSON object per line, the latest last.
@@ -144,7 +145,7 @@ fn parse(line: &[u8]) -> Option<HistoryRecord> {
     serde_json::from_value(record).ok()
 }
 
-/// A record for people: one line, and one for its error.
+/// A record for people: one line, and what became of it below.
 pub(crate) fn text(record: &HistoryRecord) -> String {
     let vm = record.vm.as_ref().map_or(String::new(), |vm| format!("VM {vm}  "));
     let HistoryRecord { kind, peer, began, migration, .. } = record;
@@ -152,8 +153,8 @@ pub(crate) fn text(record: &HistoryRecord) -> String {
     let peer = peer.as_ref().map_or(String::new(), |peer| format!(" {way} {peer}"));
     let how = migration.security.as_ref().map_or(String::new(), SecurityInfo::text);
     let mut text = format!("{began}  {vm}{}{peer}{how}: {}", kind.name(), ending(migration));
-    if let Some(error) = &migration.error {
-        text.push_str(&format!("\n    {error}"));
+    for line in verdict::why(migration).iter().flat_map(|why| why.lines()) {
+        text.push_str(&format!("\n    {line}"));
     }
     for failure in &migration.left_undone {
         text.push_str(&format!("\n    left undone: {}", failure.text));

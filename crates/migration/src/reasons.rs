@@ -174,15 +174,15 @@ pub(crate) fn with(mut report: Report, found: Vec<Reason>) -> Report {
     report
 }
 
-/// The sentences of all reasons, for an error's text.
+/// The sentences of all reasons with their codes, for an error's text.
 pub(crate) fn sentences(reasons: &[Reason]) -> String {
     let against = reasons.iter().filter(|reason| reason.severity >= Severity::SnapshotOnly);
     let texts: Vec<String> = against
         .map(|reason| match &reason.device {
             Some(device) if !reason.text.contains(device.as_str()) => {
-                format!("device {device}: {}", reason.text)
+                format!("device {device}: {} [{}]", reason.text, reason.code)
             }
-            _ => reason.text.clone(),
+            _ => format!("{} [{}]", reason.text, reason.code),
         })
         .collect();
     if texts.is_empty() { "no reason was given".into() } else { texts.join("; ") }

@@ -21,7 +21,7 @@ use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
 use crate::exit::{CliError, Exit, FailureReport};
 use crate::follow::{OnInterrupt, follow, followed_text, text};
 use crate::interrupt::UserInterrupt;
-use crate::output::{eprintln_line, print, print_json};
+use crate::output::{eprint_lines, eprintln_line, print, print_json};
 use crate::target::VmTarget;
 use crate::units::{format_size, milliseconds};
 use crate::verdict;
@@ -84,8 +84,8 @@ fn tell_end(report: StatusReport, json: bool) -> Result<Exit, CliError> {
     let report =
         report.latest().ok_or_else(|| CliError::failed("the `vm` does not know what became of it"))?;
     let migration = &report.migration;
-    if let Some(error) = &migration.error {
-        eprintln_line(format_args!("vfio-migrate: {error}"));
+    if let Some(why) = verdict::why(migration) {
+        eprint_lines(&format!("vfio-migrate: {why}"));
     }
     for failure in &migration.left_undone {
         eprintln_line(format_args!("vfio-migrate: left undone: {}", failure.text));

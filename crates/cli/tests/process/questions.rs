@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::{Setup, Vm, run};
+use crate::support::{Setup, Vm, creds, run};
 
 const UUID: &str = "6f1c7c5e-0d5e-4a39-9a10-5a0b8a3c2d47";
 
@@ -43,7 +43,8 @@ fn a_guest_that_returns_is_told_the_same_by_check_rehearse_and_migrate() {
         let receiver = vm(dir.path(), name, state, &["--incoming", "tcp:127.0.0.1:0"]);
         let (control, to) = (text(&source.control).to_owned(), receiver.incoming());
         let named = format!("vm:{control}");
-        let (checked, said) = asked(&["check", "--live", "--timeout", "60s", &named, &to]);
+        let (checked, said) =
+            asked(&["check", "--tls-creds", creds(), "--live", "--timeout", "60s", &named, &to]);
         let (rehearsed, _) =
             asked(&["rehearse", "--control", &control, "--downtime-limit", "10s", "--to", &to]);
         let (moved, _) = asked(&["migrate", "--control", &control, "--downtime-limit", "10s", &to]);
@@ -72,7 +73,16 @@ fn a_file_names_no_vm_and_is_judged_by_the_rest() {
     let named = format!("vm:{}", text(&source.control));
     assert_eq!(asked(&["describe", &named, "-o", text(&manifest)]).0, Some(0));
 
-    let (exit, said) = asked(&["check", "--timeout", "60s", text(&manifest), &receiver.incoming(), "--json"]);
+    let (exit, said) = asked(&[
+        "check",
+        "--tls-creds",
+        creds(),
+        "--timeout",
+        "60s",
+        text(&manifest),
+        &receiver.incoming(),
+        "--json",
+    ]);
     let report: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((exit, &report["verdict"]), (Some(0), &json!("live")), "{said}");
     // What does not fit is told all the same.
@@ -81,7 +91,16 @@ fn a_file_names_no_vm_and_is_judged_by_the_rest() {
     let mut document: Value = serde_json::from_str(&text_of).unwrap();
     document["devices"][0]["id"] = json!("nic7");
     std::fs::write(&other, document.to_string()).unwrap();
-    let (exit, said) = asked(&["check", "--timeout", "60s", text(&other), &receiver.incoming(), "--json"]);
+    let (exit, said) = asked(&[
+        "check",
+        "--tls-creds",
+        creds(),
+        "--timeout",
+        "60s",
+        text(&other),
+        &receiver.incoming(),
+        "--json",
+    ]);
     let report: Value = serde_json::from_str(&said).unwrap();
     let codes: Vec<&Value> = report["reasons"].as_array().unwrap().iter().map(|one| &one["code"]).collect();
     assert_eq!(exit, Some(3), "{said}");
@@ -106,10 +125,51 @@ fn a_rehearsal_that_is_refused_is_one_at_both_sides() {
     let arguments = ["--uuid", UUID, "--state-dir", text(&there), "--incoming", "tcp:127.0.0.1:0"];
     let smaller = Setup { vm_arguments: &arguments, devices: 0, ..Setup::new(dir.path(), "b") }.start();
     let to = smaller.incoming();
-    assert_eq!(asked(&["check", "--timeout", "60s", &named, &to]).0, Some(3));
+    assert_eq!(asked(&["check", "--tls-creds", creds(), "--timeout", "60s", &named, &to]).0, Some(3));
     assert_eq!(asked(&["rehearse", "--control", control, "--to", &to]).0, Some(3));
     assert_eq!(asked(&["migrate", "--control", control, &to]).0, Some(3));
     let kinds = |state| records(state).iter().map(|record| record["kind"].clone()).collect::<Vec<_>>();
     assert_eq!(kinds(&here), ["rehearsal", "migration"]);
     assert_eq!(kinds(&there), ["check", "rehearsal", "migration"]);
+}
+
+#[test]
+fn whoever_tells_of_a_refusal_names_its_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+    let start = |name: &str, state: &Path, queues: &str, more: &[&str]| {
+        let arguments = [&["--uuid", UUID, "--state-dir", text(state)], more].concat();
+        let device = ["--state-size", "4M", "--param", queues];
+        Setup { device_arguments: &device, vm_arguments: &arguments, ..Setup::new(dir.path(), name) }.start()
+    };
+    let source = start("a", &here, "queues=8", &[]);
+    let receiver = start("b", &there, "queues=4", &["--incoming", "tcp:127.0.0.1:0"]);
+    let (control, to) = (text(&source.control), receiver.incoming());
+    let named = format!("vm:{control}");
+    let told = |arguments: &[&str], exit: i32| {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(exit), "{arguments:?}: {output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    };
+    let checked = told(&["check", "--tls-creds", creds(), "--timeout", "60s", &named, &to], 3);
+    let reason: Vec<&str> = checked.lines().filter(|line| line.contains("[device-parameter]")).collect();
+    let [reason] = reason[..] else { panic!("{checked}") };
+    let hint = "`vfio-migrate explain CODE` says what to do about each";
+    // The same sentence everywhere, with its code, and what can be done with that.
+    for (arguments, exit) in [
+        (&["rehearse", "--control", control, "--to", &to][..], 3),
+        (&["migrate", "--control", control, &to], 3),
+        (&["status", "--control", control], 0),
+        (&["status", "--control", text(&receiver.control)], 0),
+        (&["history", "--state-dir", text(&here)], 0),
+        (&["history", "--state-dir", text(&there)], 0),
+    ] {
+        let told = told(arguments, exit);
+        assert!(told.contains(reason.trim()) && told.contains(hint), "{arguments:?}: {told}");
+    }
+    // And in one line, for programs and logs.
+    let error = source.migration()["error"].as_str().unwrap().to_owned();
+    assert!(error.contains("[device-parameter]") && !error.contains('\n'), "{error}");
+    let theirs = receiver.migration()["error"].as_str().unwrap().to_owned();
+    assert!(theirs.contains("[device-parameter]"), "{theirs}");
 }
