@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::{Reason, Report};
-use vfio_migration_types::{DeviceId, Epoch, Failure, Phase, Side, error_chain};
+use vfio_migration_types::{DeviceId, Epoch, Failure, Phase, Side, error_chain, milliseconds};
 
 use crate::channel::connect::{CHOOSE, ConnectError};
 use crate::channel::transport::TransportError;
@@ -142,12 +142,21 @@ impl fmt::Display for Aborted {
 }
 
 impl Aborted {
+    fn stood_text(&self) -> String {
+        match self.stood {
+            Duration::ZERO => String::new(),
+            stood => format!(", and was paused for {} ms", milliseconds(stood)),
+        }
+    }
+
     fn sentence_of(&self, what: &str) -> String {
-        let verb = if self.cancelled { "cancelled" } else { "aborted" };
+        // Whichever side's operator it was.
+        let cancelled = self.cancelled || self.cause.is_cancelled();
+        let verb = if cancelled { "cancelled" } else { "aborted" };
         let mut text = format!("{what} was {verb} {}", self.cause);
         if self.is_as_before() {
             // It may have been paused by its operator before, and is then.
-            return text + "; the guest is here as it was before";
+            return text + "; the guest is here as it was before" + &self.stood_text();
         }
         text.push_str(match (self.restored, self.left_undone.is_empty()) {
             (true, _) => "; the guest is here",
@@ -156,6 +165,7 @@ impl Aborted {
                 "; the guest is not resumed here before what is late has answered, and goes on then"
             }
         });
+        text.push_str(&self.stood_text());
         for (index, device) in self.lost.iter().enumerate().filter(|_| self.restored) {
             text += &format!("{} device {device}", if index == 0 { ", without" } else { " and" });
         }

@@ -293,7 +293,7 @@ impl SourceEngine {
             }
             State::JournalDeclined => self.declined_not_journaled(&cause),
             // What the rollback interrupted. The rollback itself reports `RolledBack`, whatever came of it.
-            State::RollingBack => self.explain_over_limit(cause, now),
+            State::RollingBack => self.explain_over_limit(cause),
             State::Undoing | State::AwaitingRehearsed => {}
             State::JournalOwner => self.owner_not_journaled(&cause),
             State::Done => {}

@@ -109,33 +109,30 @@ impl SourceEngine {
     }
 
     /// The limit had passed while a device was at work, and now the device says why it took so long: that is the cause.
-    pub(super) fn explain_over_limit(&mut self, cause: Failure, now: Time) {
-        let since = self.pause.paused_at.or(self.pause.asked_at).unwrap_or(now);
-        let (paused, limit) = (now.saturating_sub(since), self.config.downtime_limit);
+    pub(super) fn explain_over_limit(&mut self, cause: Failure) {
+        let over = self.over_limit();
         let Some(rollback) = self.rollback.as_mut().filter(|_| self.pause.over_limit) else { return };
         if cause.device.is_none() || rollback.outcome.cause.device.is_some() {
             return;
         }
-        let text = format!(
-            "{}; the guest had been paused for {} ms by then, above the downtime limit of {} ms",
-            cause.text,
-            milliseconds(paused),
-            milliseconds(limit)
-        );
-        rollback.outcome.cause = Failure { text, ..cause };
+        rollback.outcome.cause = Failure { text: format!("{}; by then {over}", cause.text), ..cause };
     }
 
     pub(super) fn abort_over_limit(&mut self, now: Time) {
-        let since = self.pause.paused_at.or(self.pause.asked_at).unwrap_or(now);
-        let paused = now.saturating_sub(since).saturating_sub(self.pause.verify);
-        let text = format!(
-            "the guest has been paused for {} ms and would stay paused above the downtime limit of {} ms ({} ms were predicted)",
-            milliseconds(paused),
-            milliseconds(self.config.downtime_limit),
-            milliseconds(self.pause.predicted),
-        );
+        let predicted = milliseconds(self.pause.predicted);
+        let text = format!("{} ({predicted} ms were predicted)", self.over_limit());
         self.pause.over_limit = true;
         let remedy = "raise the downtime limit, or see why this phase took so long";
         self.conclude(failure(Side::Source, self.phase, text, remedy), now);
+    }
+
+    /// What the watchdog has found. How long the guest stood in all is known when it runs again, and told then.
+    fn over_limit(&self) -> String {
+        let limit = milliseconds(self.config.downtime_limit);
+        let (is, what) = match self.pause.paused_at {
+            Some(_) => ("would stay", "above"),
+            None => ("could not be", "within"),
+        };
+        format!("the guest {is} paused {what} the downtime limit of {limit} ms")
     }
 }

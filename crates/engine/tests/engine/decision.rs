@@ -113,6 +113,31 @@ fn deciding() -> SourceEngine {
     source
 }
 
+/// Why the watchdog gave up, when the limit passed behind `events`.
+fn over_limit(events: &[SourceEvent]) -> String {
+    let mut source = iterating(SourceConfig { downtime_limit: Duration::from_millis(300), ..config() });
+    let sent = SourceEvent::IterationSent(IterationReport { wire_bytes: 1, ..IterationReport::default() });
+    for event in std::iter::once(&sent).chain(events) {
+        tell(&mut source, event.clone());
+    }
+    source.handle(SourceEvent::Tick, Duration::from_secs(10));
+    source.abort_cause().expect("the limit has passed").text.clone()
+}
+
+#[test]
+fn what_is_said_of_a_limit_that_passed_is_what_the_guest_did() {
+    let asked = over_limit(&[]);
+    assert!(
+        asked.starts_with("the guest could not be paused within the downtime limit of 300 ms"),
+        "{asked}"
+    );
+    let paused = over_limit(&[SourceEvent::Paused { guest_ran: true, identity: [0; 32] }]);
+    assert!(paused.starts_with("the guest would stay paused above the downtime limit of 300 ms"), "{paused}");
+    for text in [asked, paused] {
+        assert!(!text.contains("has been paused"), "how long it stands is known when it runs again: {text}");
+    }
+}
+
 #[test]
 fn a_word_to_go_on_is_not_kept_for_a_wait_that_has_not_begun() {
     let mut source = SourceEngine::new(SourceConfig { pause_before_switchover: true, ..config() });

@@ -63,6 +63,11 @@ impl Told {
                 // A guest that stood and goes on here has a downtime too.
                 let stood = info.phases.iter().any(|phase| phase.phase == "P4");
                 assert!(info.downtime_ms.is_none() || runs[0] && stood, "{all}");
+                // One number for one pause.
+                let told = info.downtime_ms.map(|ms| format!("was paused for {ms} ms"));
+                assert_eq!(told.is_some(), said.contains("was paused for"), "{said}\n{all}");
+                assert!(told.is_none_or(|told| said.contains(&told)), "{said}\n{all}");
+                assert!(!said.contains("has been paused"), "{said}\n{all}");
                 assert!(!runs[1], "{all}");
                 assert_eq!(runs[0], here.vm.status == VmStatus::Running, "{all}");
                 assert_eq!(runs[0], !said.contains("not resumed"), "{said}\n{all}");
