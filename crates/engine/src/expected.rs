@@ -27,6 +27,11 @@ impl ExpectedAnswer {
         Self { what, since: now, until: now.saturating_add(timeout) }
     }
 
+    /// Longest time that it may take.
+    pub(crate) fn limit(&self) -> Duration {
+        self.until.saturating_sub(self.since)
+    }
+
     /// Time since the wait began.
     pub(crate) fn waited(&self, now: Time) -> Duration {
         now.saturating_sub(self.since)

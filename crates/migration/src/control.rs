@@ -2,18 +2,18 @@
 
 use std::fmt;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_types::{DeviceId, Failure, Side};
+use vfio_migration_types::{DeviceId, Failure, Phase, Side};
 
 use crate::channel::limiter::Limiter;
 use crate::options::SourceOptions;
 use crate::refused::{RefusedConnection, RefusedConnections};
-use crate::report::Progress;
-use crate::session::awaited::{AwaitedAnswer, AwaitedAnswers};
+use crate::report::{PhaseTime, Progress};
+use crate::session::awaited::{AwaitedAnswer, AwaitedAnswers, AwaitedNote, Request};
 use crate::session::lock::lock;
 
 /// Steers an outgoing migration from any thread. Outlives the session without harm: it then does nothing.
@@ -27,6 +27,9 @@ struct Shared {
     progress: Mutex<Progress>,
     inbox: Mutex<Inbox>,
     left: Mutex<Option<LeftBehind>>,
+    /// What the session waits for.
+    answers: AwaitedAnswers,
+    begun: OnceLock<Instant>,
 }
 
 /// The worker of a session whose end did not wait for it.
@@ -80,6 +83,8 @@ impl Control {
             progress: Mutex::new(progress),
             inbox: Mutex::default(),
             left: Mutex::default(),
+            answers: AwaitedAnswers::default(),
+            begun: OnceLock::new(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -163,6 +168,26 @@ impl Control {
         lock(&self.shared.inbox).session = None;
     }
 
+    /// When the session began; it does so now, if it had not.
+    pub(crate) fn begun(&self) -> Instant {
+        *self.shared.begun.get_or_init(Instant::now)
+    }
+
+    pub(crate) fn answers(&self) -> &AwaitedAnswers {
+        &self.shared.answers
+    }
+
+    /// Keeps the progress up while something is waited for in `phase` and the session has no loop of its own; `before`: the phases
+    /// that came before it. Whether a cancel waits.
+    pub(crate) fn look_around(&self, phase: Phase, before: &[PhaseTime]) -> bool {
+        let awaited = self.shared.answers.to_tell(false);
+        let elapsed = self.begun().elapsed();
+        let took = elapsed.saturating_sub(before.iter().map(|before| before.took).sum());
+        let phases = [before, &[PhaseTime { phase, took }]].concat();
+        self.set_progress(Progress { phase, elapsed, phases, awaited, ..self.progress() });
+        self.cancel_waits()
+    }
+
     /// Whether a cancel waits for a session that has not begun to listen.
     pub(crate) fn cancel_waits(&self) -> bool {
         lock(&self.shared.inbox).waiting.contains(&SourceEvent::Cancel)
@@ -196,6 +221,8 @@ struct Incoming {
     cancelled: std::sync::atomic::AtomicBool,
     sessions: Mutex<Sessions>,
     refusals: Mutex<Refusals>,
+    /// What the session under way waits for, and the VMM for it.
+    answers: AwaitedAnswers,
 }
 
 /// The session that is under way, and the one before it.
@@ -223,9 +250,13 @@ impl fmt::Debug for Refusals {
 impl IncomingControl {
     pub(crate) fn new() -> Self {
         let cancelled = false.into();
-        Self {
-            shared: Arc::new(Incoming { cancelled, sessions: Mutex::default(), refusals: Mutex::default() }),
-        }
+        let incoming = Incoming {
+            cancelled,
+            sessions: Mutex::default(),
+            refusals: Mutex::default(),
+            answers: AwaitedAnswers::default(),
+        };
+        Self { shared: Arc::new(incoming) }
     }
 
     /// Gives the incoming migration, or the wait for one, up. The source is told within a second; the session ends when all is
@@ -270,6 +301,16 @@ impl IncomingControl {
     /// Whether [`cancel`](Self::cancel) was called.
     pub fn is_cancelled(&self) -> bool {
         self.shared.cancelled.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    /// Takes note that the VMM waits for a device that it opens, for at most `limit` (`None`: until it answers), as long as what is returned
+    /// is kept: a session that waits for the machine says so in [`Progress::awaited`].
+    pub fn opening(&self, device: &DeviceId, limit: Option<Duration>) -> AwaitedNote {
+        AwaitedNote { _wait: self.shared.answers.wait(Some(device), Request::Open, limit) }
+    }
+
+    pub(crate) fn answers(&self) -> &AwaitedAnswers {
+        &self.shared.answers
     }
 
     pub(crate) fn begin_session(&self) {

@@ -190,7 +190,7 @@ pub use report::{
     ArrivalReport, AttemptInfo, AttemptKind, Bytes, Completed, DeviceStatus, PhaseTime, Progress, StepTime,
 };
 pub use rustls;
-pub use session::awaited::{AwaitedAnswer, Request};
+pub use session::awaited::{AwaitedAnswer, AwaitedNote, Request};
 pub use snapshot::{
     DeviceState, GuestNotResumed, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save,
 };

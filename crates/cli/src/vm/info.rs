@@ -2,6 +2,8 @@
 //! whole of the library's reports: they are destructured, so that a field that is new does not compile until it is told or said
 //! to be told elsewhere.
 
+use std::time::Duration;
+
 use vfio_migration::{
     Aborted, ArrivalReport, AttemptKind, Bytes, Completed, DeviceStatus, Failure, GuestOutcome,
     IncomingError, MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
@@ -310,9 +312,10 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
     }
 }
 
-/// A save after which the guest runs on here.
-pub(super) fn saved(vm: &RunningVm) -> MigrationInfo {
-    at_end(vm, MigrationStatus::Completed)
+/// A save after which the guest runs on here, which it had `stood` for.
+pub(super) fn saved(vm: &RunningVm, stood: Duration) -> MigrationInfo {
+    let downtime_ms = (!stood.is_zero()).then(|| milliseconds(stood));
+    MigrationInfo { downtime_ms, ..at_end(vm, MigrationStatus::Completed) }
 }
 
 /// A save whose file could not be written.

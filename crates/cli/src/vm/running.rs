@@ -211,7 +211,13 @@ pub(super) fn build_with_memory(
 ) -> Result<Arc<ReferenceMachine>, CliError> {
     let memory = memory.unwrap_or(vm.config.memory);
     let config = MachineConfig { memory, ..vm.config.clone() };
-    ReferenceMachine::build(config).map_err(|error| cannot_build(&error))
+    // A session that waits for the machine says which device keeps it waiting.
+    let incoming = match vm.state.steering() {
+        Some(Steering::Incoming(control)) => Some(control),
+        _ => None,
+    };
+    let opening = |device: &DeviceId, limit| incoming.as_ref().map(|control| control.opening(device, limit));
+    ReferenceMachine::build_watched(config, opening).map_err(|error| cannot_build(&error))
 }
 
 fn cannot_build(error: &VmmError) -> CliError {

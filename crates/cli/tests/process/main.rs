@@ -48,4 +48,5 @@ mod tls;
 mod tls_exposed;
 mod tls_gnutls;
 mod unix_peers;
+mod waits;
 mod watch;

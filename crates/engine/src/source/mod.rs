@@ -138,6 +138,12 @@ impl SourceEngine {
         self.negotiated
     }
 
+    /// While the destination has yet to say whether it takes the guest: how long it has had for that, and how long it may have at most.
+    pub fn expects_word(&self, now: Time) -> Option<(Duration, Duration)> {
+        let expected = self.timer.filter(|_| matches!(self.state, State::Hello | State::Offered))?;
+        Some((expected.waited(now), expected.limit()))
+    }
+
     /// The downtime, were the guest paused now. While it is paused, what was predicted of that pause; of an attempt that was given up
     /// for it, what was predicted then: what its cause says.
     fn predicted(&self, now: Time) -> Option<Duration> {

@@ -10,7 +10,7 @@ use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
-use crate::device::tracked::tracked;
+use crate::device::tracked::{all_answer, tracked};
 use crate::machine::Machine;
 use crate::offer::{IncomingOffer, NotBuilt};
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
@@ -74,6 +74,9 @@ impl Worker<'_, '_, '_> {
             Err(NotBuilt::Refused(reason)) => return Ok(refuse(*reason)),
             Err(NotBuilt::Failed(text)) => return Err(Failure::new(Side::Destination, phase, text).into()),
         };
+        let devices = machine.devices().into_iter();
+        let mut devices: Vec<_> = devices.map(|moved| tracked(moved, &self.shared.answers)).collect();
+        all_answer(&devices).map_err(|error| error.in_phase(Side::Destination, phase))?;
         let wait = self.shared.answers.wait(None, Request::Manifest, None);
         let own = machine.manifest();
         drop(wait);
@@ -81,7 +84,6 @@ impl Worker<'_, '_, '_> {
         // The source judges the same config space, and these rules hold.
         own.config_rules.extend(self.options.policy.config_mask.iter().cloned());
         self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
-        let mut devices = machine.devices();
         let policy = self.policy();
         let report = check_machines(&offered, &with_migration_known(&own, &devices), &map, &policy);
         let mut besides = Vec::new();
@@ -103,7 +105,7 @@ impl Worker<'_, '_, '_> {
                 }
                 continue;
             };
-            let moved = tracked(devices.swap_remove(at), &self.shared.answers);
+            let moved = devices.swap_remove(at);
             let name = device.id.clone();
             let alone = self.options.device_alone || moved.pci.is_some();
             if let Some(reason) = left_behind(&own, &moved, &policy).filter(|_| !alone) {

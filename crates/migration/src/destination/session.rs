@@ -102,6 +102,7 @@ where
     let source = SessionSource::of(&link, session_key.as_ref());
     let shared = DestinationShared {
         peer,
+        answers: control.answers().clone(),
         session_key,
         expectation: admitted.expectation.clone(),
         told_expectation: admission.names(&link, &admitted.expectation),

@@ -33,6 +33,12 @@ pub(crate) fn tracked(moved: MigratableDevice, answers: &AwaitedAnswers) -> Migr
     MigratableDevice { device: Arc::new(TrackedDevice { requests, log }), pci }
 }
 
+/// Asks each device that can migrate a question, before the VMM asks them for its manifest: one that does not answer is named then.
+pub(crate) fn all_answer(devices: &[MigratableDevice]) -> Result<(), DeviceError> {
+    let able = devices.iter().filter(|moved| moved.device.capabilities().is_ok());
+    able.map(|moved| moved.device.state().map(drop)).collect()
+}
+
 /// Takes note that something is asked of the PCI function of `moved`, which the VMM asks of its device.
 pub(crate) fn pci_answer(answers: &AwaitedAnswers, moved: &MigratableDevice) -> Wait {
     answers.wait(Some(moved.device.id()), Request::PciState, moved.device.answer_limit(false))

@@ -38,12 +38,20 @@ pub enum Request {
     DirtyLog,
     /// To a device's PCI function: give, or take, your config space and interrupts.
     PciState,
+    /// To a device: take us for your client, as its VMM opens it.
+    Open,
     /// To the VMM: a machine for the guest that arrives.
     Machine,
     /// To the VMM: the machine's manifest, for which it may ask its devices.
     Manifest,
     /// To the state directory: give what the journal says, or take a record of it.
     Journal,
+    /// To the disk: make room for the file that the guest is saved into.
+    File,
+    /// To the other side: a connection, and what secures it.
+    Connection,
+    /// To the other side: what it says to a guest on offer.
+    Offer,
 }
 
 impl fmt::Display for Request {
@@ -58,9 +66,13 @@ impl fmt::Display for Request {
             Self::Capabilities => "a question what it can do",
             Self::DirtyLog => "a request to its dirty log",
             Self::PciState => "a request to its PCI function",
+            Self::Open => "a request to open it",
             Self::Machine => "a request for a machine",
             Self::Manifest => "a request for the machine's manifest",
             Self::Journal => "a request for the journal",
+            Self::File => "a request for the file",
+            Self::Connection => "a request to connect",
+            Self::Offer => "what it was told of the guest",
         })
     }
 }
@@ -74,7 +86,7 @@ const LATE_CANCELLING: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct AwaitedAnswer {
-    /// The device that is to answer; `None` where it is the VMM, or the state directory.
+    /// The device that is to answer; `None` where it is the VMM, a disk, or the other side.
     pub device: Option<DeviceId>,
     /// The request.
     pub request: Request,
@@ -93,8 +105,16 @@ impl AwaitedAnswer {
         match (&self.device, self.request) {
             (Some(device), _) => device.to_string(),
             (None, Request::Journal) => "the state directory".into(),
+            (None, Request::File) => "the disk".into(),
+            (None, Request::Connection | Request::Offer) => "the destination".into(),
             (None, _) => "the VMM".into(),
         }
+    }
+
+    /// The destination's word on an offer, if it is late.
+    pub(crate) fn of_peer(waited: Duration, limit: Duration) -> Option<Self> {
+        let late = Self { device: None, request: Request::Offer, waited, limit: Some(limit) };
+        (waited >= LATE).then_some(late)
     }
 
     /// The same as a failure to undo something by then.
@@ -130,6 +150,12 @@ impl fmt::Display for Seconds {
         let seconds = self.0.as_secs_f64();
         if seconds < 10.0 { write!(f, "{seconds:.1} s") } else { write!(f, "{seconds:.0} s") }
     }
+}
+
+/// A note that an answer is waited for, until it is dropped.
+#[derive(Debug)]
+pub struct AwaitedNote {
+    pub(crate) _wait: Wait,
 }
 
 /// The answers that the threads of a session wait for just now. Clones share them.
@@ -222,7 +248,12 @@ impl AwaitedAnswers {
 
     /// Those that are to be told of a session that is under way, which is being cancelled or not.
     pub(crate) fn to_tell(&self, cancelling: bool) -> Vec<AwaitedAnswer> {
-        self.longer_than(if cancelling { LATE_CANCELLING } else { LATE })
+        let mut told = self.longer_than(if cancelling { LATE_CANCELLING } else { LATE });
+        // The VMM itself waits for them.
+        if told.iter().any(|answer| answer.device.is_some()) {
+            told.retain(|answer| !matches!(answer.request, Request::Machine | Request::Manifest));
+        }
+        told
     }
 
     /// Those that have been waited for at least so long, the longest first.
@@ -244,6 +275,22 @@ impl Drop for Wait {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_is_told_instead_of_the_vmm_that_waits_for_it() {
+        let answers = AwaitedAnswers::default();
+        let id = DeviceId::new("net0").unwrap();
+        let _machine = answers.wait(None, Request::Machine, None);
+        let late = || {
+            lock(&answers.0).requests.iter_mut().for_each(|sent| sent.at -= LATE);
+            answers.to_tell(false).iter().map(AwaitedAnswer::who).collect::<Vec<_>>()
+        };
+        assert_eq!(late(), ["the VMM"]);
+        let opened = answers.wait(Some(&id), Request::Open, None);
+        assert_eq!(late(), ["net0"]);
+        drop(opened);
+        assert_eq!(late(), ["the VMM"]);
+    }
 
     #[test]
     fn an_answer_is_awaited_until_it_has_come() {

@@ -5,8 +5,10 @@ use vfio_migration_memory::{GuestRam, Holes};
 use vfio_migration_types::{DeviceId, RamOffset, Range};
 
 use super::SnapshotError;
+use crate::device::tracked::tracked;
 use crate::machine::Machine;
 use crate::regular_file::AtomicFile;
+use crate::session::awaited::AwaitedAnswers;
 
 /// Least limit on the state of a device that estimates it, in bytes.
 const LEAST: u64 = 1 << 30;
@@ -27,8 +29,8 @@ pub(super) struct Estimate {
 
 impl Estimate {
     /// Asks the machine. What is not known is left out: the session finds out.
-    pub(super) fn of(machine: &dyn Machine) -> Self {
-        let devices = machine.devices();
+    pub(super) fn of(machine: &dyn Machine, answers: &AwaitedAnswers) -> Self {
+        let devices: Vec<_> = machine.devices().into_iter().map(|moved| tracked(moved, answers)).collect();
         let asked = devices.iter().map(|moved| {
             let sized = moved.device.capabilities().is_ok_and(|capabilities| capabilities.data_size);
             let size = sized.then(|| moved.device.stop_copy_size().ok().flatten()).flatten();

@@ -20,6 +20,7 @@ use crate::options::SourceOptions;
 use crate::regular_file::AtomicFile;
 use crate::report::{Completed, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::awaited::Request;
 use crate::session::threads::spawn;
 use crate::source::Source;
 
@@ -53,6 +54,8 @@ pub struct Saved {
     pub devices: Vec<DeviceState>,
     /// The session's report, when the guest was to end here.
     pub completed: Option<Completed>,
+    /// Time for which the guest was paused, where it goes on here; zero if it was paused before.
+    pub stood: Duration,
 }
 
 impl SourceOptions {
@@ -80,15 +83,19 @@ pub fn save(
     observer: impl FnMut(&Progress),
 ) -> Result<Saved, SaveError> {
     let control = source.control();
-    let (target, machine) = (path.to_owned(), Arc::clone(&source.machine));
+    control.begun();
+    let (target, machine, answers) =
+        (path.to_owned(), Arc::clone(&source.machine), control.answers().clone());
     // A disk or a device may hang, and nothing that waits for it ends when it is told to.
     let create = move || -> Result<(Writer, StateLimits), SaveError> {
+        let wait = answers.wait(None, Request::File, None);
         let file = AtomicFile::create(&target, options.force).map_err(SnapshotError::from)?;
-        let estimate = Estimate::of(&*machine);
+        drop(wait);
+        let estimate = Estimate::of(&*machine, &answers);
         estimate.check_room(&file)?;
         Ok((Writer::new(file, &target)?, StateLimits::new(&estimate, options.state_limit)))
     };
-    let (writer, limits) = match answer_unless(|| control.cancel_waits(), None, create) {
+    let (writer, limits) = match answer_unless(|| control.look_around(Phase::Plan, &[]), None, create) {
         Ok(created) => created?,
         Err(Unanswered::NoThread(error)) => return Err(failed("making a thread for", path)(error.0).into()),
         Err(Unanswered::GivenUp | Unanswered::Late) => {
@@ -134,11 +141,18 @@ pub fn save(
     match (recorded, ended) {
         (Ok(Recorded { bytes, digest, devices, committed: true }), Ok(mut completed)) => {
             completed.paused = Some(PauseCause::IntoFile);
-            Ok(Saved { bytes, digest, devices: states(&devices), completed: Some(completed) })
+            Ok(Saved {
+                bytes,
+                digest,
+                devices: states(&devices),
+                completed: Some(completed),
+                stood: Duration::ZERO,
+            })
         }
         (Ok(Recorded { bytes, digest, devices, committed: false }), Err(MigrateError::Aborted(aborted))) => {
             if aborted.is_as_before() {
-                Ok(Saved { bytes, digest, devices: states(&devices), completed: None })
+                let (devices, stood) = (states(&devices), aborted.stood);
+                Ok(Saved { bytes, digest, devices, completed: None, stood })
             } else {
                 Err(SaveError::NotResumed(GuestNotResumed(aborted)))
             }

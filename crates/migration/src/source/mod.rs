@@ -37,6 +37,7 @@ use crate::machine::Machine;
 use crate::options::SourceOptions;
 use crate::rehearsal::{Rehearsal, Rehearse};
 use crate::report::{Completed, PhaseTime, Progress};
+use crate::session::awaited::Request;
 use crate::source::attempt::SourceEnd;
 use crate::source::plan::PlannedMigration;
 use crate::uri::Uri;
@@ -108,20 +109,17 @@ impl Source {
             self.file,
             rehearse,
         )?;
-        let cancelled = || plan.control.cancel_waits();
-        let connecting = || {
-            let (phase, elapsed) = (Phase::Hello, plan.begun.elapsed());
-            let took = elapsed.saturating_sub(plan.took);
-            let phases = vec![PhaseTime { phase: Phase::Plan, took: plan.took }, PhaseTime { phase, took }];
-            plan.control.set_progress(Progress { phase, elapsed, phases, ..plan.control.progress() });
-        };
+        let planned = [PhaseTime { phase: Phase::Plan, took: plan.took }];
+        let connecting = || plan.control.look_around(Phase::Hello, &planned);
         connecting();
         let SourceOptions { security, unix_peers, connect_timeout: limit, .. } = &plan.options;
-        let socket =
-            connect::connect(uri, security.as_ref(), unix_peers, *limit, cancelled).map_err(|error| {
-                connecting();
-                not_connected(error)
-            })?;
+        let wait = plan.answers.wait(None, Request::Connection, Some(*limit));
+        let connected = connect::connect(uri, security.as_ref(), unix_peers, *limit, connecting);
+        drop(wait);
+        let socket = connected.map_err(|error| {
+            connecting();
+            not_connected(error)
+        })?;
         session::run(plan, engine, socket, observer)
     }
 

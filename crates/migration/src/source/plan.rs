@@ -12,7 +12,7 @@ use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_c
 use vfio_migration_wire::{FEATURE_VERIFY, Offer, VERSIONS, limits};
 
 use crate::control::Control;
-use crate::device::tracked::tracked;
+use crate::device::tracked::{all_answer, tracked};
 use crate::error::{MigrateError, cancelled, not_begun, refused_here};
 use crate::machine::{Machine, MigratableDevice};
 use crate::offer::names;
@@ -22,7 +22,7 @@ use crate::reasons::{of_source, permits};
 use crate::rehearsal::Rehearse;
 use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
-use crate::session::awaited::AwaitedAnswers;
+use crate::session::awaited::{AwaitedAnswers, Request};
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
 use crate::snapshot::file_peer;
@@ -59,7 +59,7 @@ impl PlannedMigration {
         file: Option<PathBuf>,
         rehearse: Option<Rehearse>,
     ) -> Result<(Self, engine::SourceEngine), MigrateError> {
-        let (begun, watched) = (Instant::now(), control.clone());
+        let (begun, watched) = (control.begun(), control.clone());
         Self::begun_at(begun, machine, options, control, uri, file, rehearse).inspect_err(|_| {
             let (phase, elapsed) = (Phase::Plan, begun.elapsed());
             let phases = vec![PhaseTime { phase, took: elapsed }];
@@ -94,8 +94,9 @@ impl PlannedMigration {
         control.set_progress(Progress { attempt: Some(info.clone()), ..control.progress() });
         // A rehearsal reads the journal and leaves no trace in it.
         let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
-        let (dir, asked) = (dir.map(Path::to_owned), options.clone());
+        let (dir, asked, answers) = (dir.map(Path::to_owned), options.clone(), control.answers().clone());
         let (journal, epoch) = unless_cancelled(&control, move || {
+            let _wait = answers.wait(None, Request::Journal, None);
             let journal = Journal::open(dir.as_deref(), vm, JournalSide::Source)
                 .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
             let epoch = owned_epoch(known(&journal, &asked, vm)?, &asked)?;
@@ -103,12 +104,15 @@ impl PlannedMigration {
         })?;
         info.epoch = epoch;
         // Apart from the journal: a device that is still asked when this has ended must not hold the VM's journal.
-        let (asked, of_thread) = (options.clone(), Arc::clone(&machine));
+        let (asked, of_thread, answers) = (options.clone(), Arc::clone(&machine), control.answers().clone());
         let (manifest, own, devices) = unless_cancelled(&control, move || {
+            let devices = of_thread.devices().into_iter();
+            let devices: Vec<_> = devices.map(|moved| tracked(moved, &answers)).collect();
+            all_answer(&devices).map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
+            let _wait = answers.wait(None, Request::Manifest, None);
             let manifest = of_thread
                 .manifest()
                 .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
-            let devices = of_thread.devices();
             let own = of_source(&manifest, &devices, &asked.rules(), asked.device_alone);
             // Who only asks is told everything at once, when the destination has been asked too.
             if rehearse != Some(Rehearse::Ask) && !permits(&own, asked.to_file) {
@@ -149,7 +153,7 @@ impl PlannedMigration {
             rehearse,
         });
         let journal = Arc::new(journal);
-        let answers = AwaitedAnswers::default();
+        let answers = control.answers().clone();
         let plan = Self {
             machine,
             options,
@@ -161,10 +165,7 @@ impl PlannedMigration {
             epoch,
             manifest,
             own_reasons: own.reasons,
-            devices: devices
-                .into_iter()
-                .map(|(moved, capabilities)| (tracked(moved, &answers), capabilities))
-                .collect(),
+            devices,
             answers,
             begun,
             took: begun.elapsed(),
@@ -178,7 +179,7 @@ fn unless_cancelled<T: Send + 'static>(
     control: &Control,
     work: impl FnOnce() -> Result<T, MigrateError> + Send + 'static,
 ) -> Result<T, MigrateError> {
-    match answer_unless(|| control.cancel_waits(), None, work) {
+    match answer_unless(|| control.look_around(Phase::Plan, &[]), None, work) {
         Ok(answer) => answer,
         Err(Unanswered::NoThread(error)) => Err(not_begun(Phase::Plan, error_chain(&error))),
         Err(Unanswered::GivenUp | Unanswered::Late) => Err(cancelled(Phase::Plan)),

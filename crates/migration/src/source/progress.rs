@@ -27,12 +27,20 @@ pub(crate) struct Waits<'a> {
     pub(crate) answers: &'a AwaitedAnswers,
     /// It was cancelled.
     pub(crate) cancelling: bool,
+    /// How long the destination has had for what it says to the guest on offer, and how long it may have.
+    pub(crate) peer: Option<(Duration, Duration)>,
 }
 
 impl Waits<'_> {
     /// Answers that are to be told.
     pub(crate) fn awaited(self) -> Vec<AwaitedAnswer> {
-        self.answers.to_tell(self.cancelling)
+        let mut told = self.answers.to_tell(self.cancelling);
+        if told.is_empty()
+            && let Some((waited, limit)) = self.peer.filter(|_| !self.cancelling)
+        {
+            told.extend(AwaitedAnswer::of_peer(waited, limit));
+        }
+        told
     }
 }
 

@@ -306,7 +306,8 @@ impl Session<'_> {
         let progress = self.engine.progress(self.now());
         // Not where it came too late.
         let cancelling = self.cancelled.is_some() && self.engine.is_rolling_back();
-        let waits = Waits { answers: &self.plan.answers, cancelling };
+        let peer = self.engine.expects_word(self.now());
+        let waits = Waits { answers: &self.plan.answers, cancelling, peer };
         let wire_bytes = self.link.wire_bytes();
         if let Some(progress) =
             reporter.update(&progress, self.engine.phases(), self.counters, wire_bytes, waits, last)

@@ -2,10 +2,12 @@
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vfio_migration_memory::GuestRam;
+use vfio_migration_types::DeviceId;
 
-use super::open::{OpenedDevice, open};
+use super::open::{OpenedDevice, answer_limit, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::reset_device::NotedDevice;
 use super::slots::assign_places;
@@ -29,6 +31,18 @@ impl ReferenceMachine {
     /// # Errors
     /// Something is lacking; the text says what.
     pub fn build(config: MachineConfig) -> Result<Arc<Self>, VmmError> {
+        Self::build_watched(config, |_, _| ())
+    }
+
+    /// The same; `opening` hears of each device before it is opened, with the longest time that it may take for an answer (`None`: any), and what it
+    /// returns is dropped when the device is open, or could not be opened.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build).
+    pub fn build_watched<T>(
+        config: MachineConfig,
+        opening: impl Fn(&DeviceId, Option<Duration>) -> T,
+    ) -> Result<Arc<Self>, VmmError> {
         let places = assign_places(&config.devices)?;
         let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
@@ -38,8 +52,10 @@ impl ReferenceMachine {
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let mut devices = Vec::new();
         for (devfn, device) in places.into_iter().zip(&config.devices) {
+            let watched = opening(&device.id, answer_limit(device));
             let opened = open(device, &ram)?;
             opened.reset()?;
+            drop(watched);
             let OpenedDevice { device, hardware, link, vfio_file, .. } = opened;
             let vfio_file = match vfio_file {
                 Some(file) => processor.add_vfio_file(file.as_fd())?.then_some(file),

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use vfio_migration_device::{
@@ -73,6 +74,11 @@ pub fn open_alone(config: &DeviceConfig) -> Result<Arc<dyn Device>, VmmError> {
             Ok(Arc::new(device.map_err(VmmError::device)?))
         }
     }
+}
+
+/// Longest time that a device takes for an answer as it is opened; `None`: as long as its driver takes.
+pub(super) fn answer_limit(config: &DeviceConfig) -> Option<Duration> {
+    matches!(config.path, DevicePath::VfioUser(_)).then(|| served_options(config).timeout)
 }
 
 fn served_options(config: &DeviceConfig) -> VfioUserOptions {
