@@ -144,12 +144,12 @@ pub(crate) fn followed_text(report: &FollowedReport) -> String {
 
 fn vm_text(vm: &StatusInfo) -> String {
     let mut text = format!(
-        "VM {} (pid {}): {}, {} guest, {} RAM, epoch {}\n",
+        "VM {} (pid {}): {}, {} guest, {}, epoch {}\n",
         vm.uuid,
         vm.pid,
         vm.status,
         vm.guest,
-        format_size(vm.memory),
+        vm.memory.map_or("RAM as its guest has".into(), |memory| format!("{} RAM", format_size(memory))),
         vm.epoch
     );
     if !vm.devices.is_empty() {
@@ -211,7 +211,8 @@ fn migration_text(name: &str, migration: &MigrationInfo) -> String {
         format_size(moved.device_stopcopy),
     );
     if migration.status.is_under_way() {
-        text.push_str(&format!(", {} left", format_size(migration.remaining)));
+        let left = migration.remaining.map(|left| format!(", {} left", format_size(left)));
+        text.push_str(&left.unwrap_or_default());
     }
     text.push('\n');
     for awaited in migration.waits_for.iter().filter(|_| migration.status.is_under_way()) {

@@ -54,7 +54,7 @@ impl ProgressDisplay {
             (0, 0) => format!("nothing {done} yet"),
             _ => format!("{} {done}, {} left", format_size(moved), format_size(left)),
         };
-        self.show(|columns| fitted(&Fraction::of(moved, left), &[(0, text)], columns));
+        self.show(|columns| fitted(&Fraction::of(moved, left), &[part(0, &*text, &*text)], columns));
     }
 
     /// Prints a line of its own above the display.
@@ -113,72 +113,103 @@ impl Fraction {
     }
 }
 
+/// A part of the line: at full length, and as short as it can be said.
+struct LinePart {
+    /// How dispensable it is where there is little room.
+    rank: u8,
+    long: String,
+    short: String,
+}
+
+fn part(rank: u8, long: impl Into<String>, short: impl Into<String>) -> LinePart {
+    LinePart { rank, long: long.into(), short: short.into() }
+}
+
 /// The migration on one line of at most `columns`, or however long.
 fn migration_line(info: &MigrationInfo, columns: Option<usize>) -> String {
     let moved = info.transferred;
     let done = moved.ram.saturating_add(moved.device_precopy).saturating_add(moved.device_stopcopy);
-    let incoming = info.direction.as_deref() == Some("incoming");
-    // Beside each part, how dispensable it is where there is little room.
-    let mut parts = vec![(1, phase(info))];
+    let mut parts = vec![phase(info)];
+    let told = |text: &str| part(0, text, text);
     if info.status == MigrationStatus::PreSwitchover {
-        parts.push((0, "waits for `continue`".into()));
+        parts.push(told("waits for `continue`"));
     }
     if info.status == MigrationStatus::Cancelling {
-        parts.push((0, "cancelling".into()));
+        parts.push(told("cancelling"));
     }
     // Whoever waits too is told for what.
-    parts.extend(info.waits_for.first().map(|awaited| (0, awaited.to_string())));
-    parts.push((5, format!("{} moved", format_size(done))));
-    if !incoming {
-        // A destination is not told what is left.
-        parts.push((2, format!("{} left", format_size(info.remaining))));
+    parts.extend(info.waits_for.first().map(|awaited| told(&awaited.to_string())));
+    parts.push(part(7, format!("{} moved", format_size(done)), format!("{} moved", short_size(done))));
+    if let Some(left) = info.remaining {
+        parts.push(part(3, format!("{} left", format_size(left)), format!("{} left", short_size(left))));
     }
-    parts.push((4, format!("{}/s", format_size(info.rate))));
-    parts.push((6, format!("{} s", info.total_ms / 1000)));
+    parts.push(part(5, format!("{}/s", format_size(info.rate)), format!("{}/s", short_size(info.rate))));
+    let elapsed = format!("{} s", info.total_ms / 1000);
+    parts.push(part(6, &*elapsed, &*elapsed));
     if info.phase.as_deref() == Some("P3") && info.status == MigrationStatus::Active {
         // Before anything has moved the rate says nothing.
-        let told = |seconds: &u64| !incoming && info.remaining > 0 && *seconds < 24 * 3600;
-        let left = info.remaining.checked_div(info.rate).filter(told);
-        parts.extend(left.map(|seconds| (3, format!("pass ends in {} s", seconds.saturating_add(1)))));
+        let told = |seconds: &u64| *seconds < 24 * 3600;
+        let left = info.remaining.filter(|left| *left > 0).and_then(|left| left.checked_div(info.rate));
+        parts.extend(left.filter(told).map(|seconds| {
+            let seconds = seconds.saturating_add(1);
+            part(4, format!("pass ends in {seconds} s"), format!("{seconds} s to go"))
+        }));
     }
     if let Some(predicted) = info.expected_downtime_ms {
-        let limit = info.downtime_limit_ms.map_or(String::new(), |limit| format!(" of {limit}"));
-        parts.push((3, format!("downtime {predicted}{limit} ms")));
+        let limit = |of: &str| info.downtime_limit_ms.map_or(String::new(), |limit| format!("{of}{limit}"));
+        let (long, short) = (limit(" of "), limit("/"));
+        parts.push(part(
+            2,
+            format!("downtime {predicted}{long} ms"),
+            format!("downtime {predicted}{short} ms"),
+        ));
     }
-    let fraction = if incoming { Fraction::of(0, 0) } else { Fraction::of(done, info.remaining) };
+    let fraction = info.remaining.map_or(Fraction::of(0, 0), |left| Fraction::of(done, left));
     fitted(&fraction, &parts, columns)
 }
 
 /// The phase by name, as part of what it is part of.
-fn phase(info: &MigrationInfo) -> String {
+fn phase(info: &MigrationInfo) -> LinePart {
     let name = info.phase_name.as_deref().unwrap_or("begins");
     match info.phase.as_deref() {
-        Some("P3") => format!("{name}, pass {}", info.iterations.max(1)),
-        Some("P4" | "P5" | "P6" | "P7" | "P8") => format!("switchover: {name}"),
-        _ => name.into(),
+        Some("P3") => {
+            let pass = info.iterations.max(1);
+            part(1, format!("{name}, pass {pass}"), format!("{name} {pass}"))
+        }
+        Some("P4" | "P5" | "P6" | "P7" | "P8") => part(1, format!("switchover: {name}"), name),
+        _ => part(1, name, name),
     }
 }
 
-/// The bar and the parts, in their order, on one line: the most dispensable parts go first where there is no room for all.
-fn fitted(fraction: &Fraction, parts: &[(u8, String)], columns: Option<usize>) -> String {
-    let percent = format!("{:>3}%", fraction.of_scale(100));
-    let line = |most: u8| {
-        let kept = parts.iter().filter(|(rank, _)| *rank <= most).map(|(_, text)| text.as_str());
-        kept.collect::<Vec<_>>().join(", ")
-    };
-    let Some(columns) = columns else {
-        return format!("{percent}  {}", line(u8::MAX));
-    };
-    let width = |text: &str| text.chars().count();
-    // Percent, blanks and text first; the bar takes what is left, if that is worth a bar.
-    let text = (0..=u8::MAX >> 4).rev().map(line).find(|text| percent.len() + 2 + width(text) <= columns);
-    let text = text.unwrap_or_else(|| line(0));
-    let whole = format!("{percent}  {text}");
-    let left = columns.saturating_sub(width(&whole) + 2).min(*BAR.end());
-    if BAR.contains(&left) {
-        return format!("{}  {whole}", fraction.bar(left));
+/// A size in a few columns.
+fn short_size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let (mut size, mut unit) = (bytes, 0);
+    while size >= 1024 && unit + 1 < UNITS.len() {
+        (size, unit) = (size / 1024, unit + 1);
     }
-    whole.chars().take(columns).collect()
+    format!("{size} {}", UNITS.get(unit).unwrap_or(&"B"))
+}
+
+/// The parts, in their order, on one line, and a bar where there is room for that too. Where there is not, the bar goes first; then all
+/// is said shorter; then the most dispensable parts go.
+fn fitted(fraction: &Fraction, parts: &[LinePart], columns: Option<usize>) -> String {
+    let percent = format!("{:>3}%", fraction.of_scale(100));
+    let line = |most: u8, text: fn(&LinePart) -> &str| {
+        let kept = parts.iter().filter(|part| part.rank <= most).map(text);
+        format!("{percent}  {}", kept.collect::<Vec<_>>().join(", "))
+    };
+    let long = line(u8::MAX, |part| &part.long);
+    let Some(columns) = columns else { return long };
+    let width = |text: &str| text.chars().count();
+    if width(&long) <= columns {
+        let left = columns.saturating_sub(width(&long) + 2).min(*BAR.end());
+        return if BAR.contains(&left) { format!("{}  {long}", fraction.bar(left)) } else { long };
+    }
+    let most = parts.iter().map(|part| part.rank).max().unwrap_or(0);
+    let short = |most| line(most, |part: &LinePart| &part.short);
+    let text = (0..=most).rev().map(short).find(|text| width(text) <= columns);
+    text.unwrap_or_else(|| short(0)).chars().take(columns).collect()
 }
 
 #[cfg(test)]
@@ -201,7 +232,7 @@ mod tests {
             downtime_limit_ms: Some(300),
             iterations: 1,
             transferred: TransferInfo { ram: moved, ..TransferInfo::default() },
-            remaining: left,
+            remaining: Some(left),
             rate: 12 << 20,
             ..MigrationInfo::new(MigrationStatus::Active)
         }
@@ -217,13 +248,43 @@ mod tests {
         );
         assert_eq!(
             migration_line(&info, Some(79)),
-            " 43%  pre-copy, pass 1, 72.00 MiB left, pass ends in 7 s, downtime 35 of 300 ms"
+            " 43%  pre-copy 1, 72 MiB left, 12 MiB/s, 12 s, 7 s to go, downtime 35/300 ms"
         );
-        assert_eq!(migration_line(&info, Some(39)), " 43%  pre-copy, pass 1, 72.00 MiB left");
+        assert_eq!(migration_line(&info, Some(39)), " 43%  pre-copy 1, downtime 35/300 ms");
+        // The bar is the first to go, and what no terminal is too narrow for is the downtime that would be too long.
+        let late = MigrationInfo { expected_downtime_ms: Some(6386), ..info.clone() };
+        for columns in 38..=200 {
+            let line = migration_line(&late, Some(columns));
+            assert!(line.contains("downtime 6386"), "{columns}: {line}");
+            let whole = ["moved", "left", "MiB/s", "12 s", "7 s"].iter().all(|part| line.contains(part));
+            assert!(whole || !line.contains('█'), "{columns}: {line}");
+            assert!(
+                columns < 79 || ["left", "MiB/s", "12 s", "7 s"].iter().all(|part| line.contains(part)),
+                "{line}"
+            );
+        }
         let waits = MigrationInfo { status: MigrationStatus::PreSwitchover, ..info };
         for columns in [39, 79, 199] {
             let line = migration_line(&waits, Some(columns));
             assert!(line.contains("waits for `continue`"), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_told() {
+        for unknown in [
+            MigrationInfo { direction: Some("incoming".into()), remaining: None, ..info(7 << 20, 0) },
+            MigrationInfo {
+                phase: Some("P0".into()),
+                phase_name: Some("plan".into()),
+                remaining: None,
+                ..info(0, 0)
+            },
+        ] {
+            for columns in [39, 79, 199] {
+                let line = migration_line(&unknown, Some(columns));
+                assert!(!line.contains("left") && !line.contains("ends in"), "{line}");
+            }
         }
     }
 

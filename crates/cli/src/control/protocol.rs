@@ -152,8 +152,8 @@ pub(crate) struct StatusInfo {
     /// Where its guest has moved to, once it has left.
     #[serde(default)]
     pub(crate) moved_to: Option<String>,
-    /// Guest RAM, in bytes.
-    pub(crate) memory: u64,
+    /// Guest RAM, in bytes; null before a guest has come to a `vm` that takes as much as that has.
+    pub(crate) memory: Option<u64>,
     /// Names of the devices.
     pub(crate) devices: Vec<String>,
     /// Those of them to whose vfio-user server the connection is lost. What a guest does with such a device is its own affair; it cannot be
@@ -384,9 +384,9 @@ pub(crate) struct MigrationInfo {
     /// Interrupt vectors armed at the destination.
     #[serde(default)]
     pub(crate) vectors: u32,
-    /// Bytes left, RAM and devices, while it is under way: of the pass under way, and what is known to be dirty. 0 at the
-    /// destination, which is not told.
-    pub(crate) remaining: u64,
+    /// Bytes left, RAM and devices, while it is under way: of the pass under way, and what is known to be dirty. Null before that is known,
+    /// at its end, and at the destination, which is not told.
+    pub(crate) remaining: Option<u64>,
     /// Bytes each second on the wire, lately.
     pub(crate) rate: u64,
     /// What each phase took so far, also of a migration that did not complete: together `total-ms`, but that each is rounded up.
@@ -479,7 +479,7 @@ impl MigrationInfo {
             wire_bytes: None,
             devices: Vec::new(),
             vectors: 0,
-            remaining: 0,
+            remaining: None,
             rate: 0,
             phases: Vec::new(),
             ram_digest_match: None,

@@ -40,14 +40,25 @@ pub(super) fn report(vm: &RunningVm) -> StatusReport {
     vm.state.read(|slot, steering, last| {
         let expected = expected.filter(|_| matches!(slot, Slot::Preparing | Slot::Awaited { .. }));
         StatusReport {
-            vm: StatusInfo { pending_rollback, expected, refused, ..status(&vm.config, slot, steering) },
+            vm: StatusInfo {
+                pending_rollback,
+                expected,
+                refused,
+                ..status(&vm.config, vm.options.memory, slot, steering)
+            },
             migration: steering.and_then(of_steering),
             last: last.cloned(),
         }
     })
 }
 
-fn status(config: &MachineConfig, slot: &Slot, steering: Option<&Steering>) -> StatusInfo {
+/// `wanted`: the RAM that the operator wants it to have.
+fn status(
+    config: &MachineConfig,
+    wanted: Option<u64>,
+    slot: &Slot,
+    steering: Option<&Steering>,
+) -> StatusInfo {
     // A guest that has come, and whose start is under way, is not awaited any more.
     let owned = match (slot, steering) {
         (Slot::Awaited { .. }, Some(Steering::Incoming(control))) => {
@@ -79,6 +90,11 @@ fn status(config: &MachineConfig, slot: &Slot, steering: Option<&Steering>) -> S
         Slot::Awaited { at, not_ready, .. } if owned.is_none() => Some((at, not_ready)),
         _ => None,
     };
+    // Its machine is built anew for a guest that wants another size.
+    let arriving = matches!(
+        steering,
+        Some(Steering::Incoming(control)) if control.progress().is_some_and(|progress| progress.ram_total > 0)
+    );
     StatusInfo {
         uuid: left
             .map_or_else(|| machine.map_or(config.id, |machine| machine.id()), |left| left.vm)
@@ -96,7 +112,9 @@ fn status(config: &MachineConfig, slot: &Slot, steering: Option<&Steering>) -> S
             _ => None,
         },
         memory: left
-            .map_or_else(|| machine.map_or(config.memory, |machine| machine.memory()), |left| left.memory),
+            .map(|left| left.memory)
+            .or_else(|| machine.filter(|_| awaited.is_none() || arriving).map(|machine| machine.memory()))
+            .or(wanted),
         devices: config.devices.iter().map(|device| device.id.to_string()).collect(),
         lost_devices: machine
             .map(|machine| machine.lost_devices())
@@ -167,7 +185,8 @@ fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
         iterations: progress.iteration,
         transferred: transferred(progress.bytes),
         devices: devices(&progress.devices),
-        remaining: progress.remaining,
+        // A source knows it once it has looked at its RAM.
+        remaining: (direction == "outgoing" && progress.ram_total > 0).then_some(progress.remaining),
         rate: progress.rate,
         waits_for: progress.awaited.iter().map(AwaitedInfo::from).collect(),
         ..MigrationInfo::new(status)
@@ -185,7 +204,7 @@ fn at_end(vm: &RunningVm, status: MigrationStatus) -> MigrationInfo {
     };
     let last = last.unwrap_or_else(|| MigrationInfo::new(status));
     let waits_for = Vec::new();
-    MigrationInfo { status, remaining: 0, rate: 0, expected_downtime_ms: None, waits_for, ..last }
+    MigrationInfo { status, remaining: None, rate: 0, expected_downtime_ms: None, waits_for, ..last }
 }
 
 /// The same of one that failed, in the phase of its failure: the session may have been in another when it heard of it.
