@@ -192,7 +192,7 @@ pub enum IncomingError {
     #[error("the migration was refused: {}", sentences(.0))]
     Refused(Vec<Reason>),
     /// Nothing ran here; every device is reset and released.
-    #[error("the incoming migration was aborted {0}")]
+    #[error("the incoming migration was {how} {0}", how = how(.0))]
     Aborted(Failure),
     /// This side's operator gave the attempt, or the wait for one, up. Nothing ran here; every device is reset and released.
     #[error("the incoming migration was cancelled {0}")]
@@ -205,6 +205,11 @@ pub enum IncomingError {
     /// [`OwnedNotStarted::start`] tries again.
     #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
     OwnedNotStarted(Box<OwnedNotStarted>),
+}
+
+/// How an attempt ended, whichever side's operator it was.
+fn how(cause: &Failure) -> &'static str {
+    if cause.is_cancelled() { "cancelled" } else { "aborted" }
 }
 
 /// A rehearsal, as its destination sees it. Nothing was to stay.

@@ -63,7 +63,7 @@ pub(crate) enum CliVerb {
     Status(StatusCommand),
     /// List the migrations, rehearsals, saves and restores that a state directory has seen, without any `vm`.
     History(HistoryCommand),
-    /// Cancel the migration of a running `vm`: its guest goes on where it is.
+    /// Cancel the migration of a running `vm`: its guest goes on where it is. One that waits for a guest waits no more.
     Cancel(VmTarget),
     /// Let a migration go on that waits before its switchover.
     Continue(VmTarget),

@@ -205,8 +205,8 @@ pub(crate) enum VmStatus {
 }
 
 impl VmStatus {
-    /// The exit code of `status`.
-    pub(crate) fn exit(self) -> Exit {
+    /// What the exit code of `status` is by this alone.
+    fn exit(self) -> Exit {
         match self {
             Self::Running | Self::Paused | Self::Inmigrate | Self::Postmigrate | Self::Idle => Exit::Done,
             Self::Failed | Self::Shutdown => Exit::Failed,
@@ -508,6 +508,19 @@ pub(crate) struct StatusReport {
 }
 
 impl StatusReport {
+    /// The exit code of `status`: of the VM as it is, and of a guest that its last migration left the destination's and not running,
+    /// as far as is known here.
+    pub(crate) fn exit(&self) -> Exit {
+        let of_vm = self.vm.status.exit();
+        let left = matches!(self.vm.status, VmStatus::Postmigrate | VmStatus::Paused);
+        let last =
+            self.last.as_ref().filter(|last| left && self.migration.is_none() && last.started.is_none());
+        match last.map(MigrationInfo::exit) {
+            Some(Exit::NotStarted) if of_vm == Exit::Done => Exit::NotStarted,
+            _ => of_vm,
+        }
+    }
+
     /// The one under way, or else the last.
     pub(crate) fn latest(self) -> Option<FollowedReport> {
         let Self { vm, migration, last } = self;

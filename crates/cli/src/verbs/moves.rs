@@ -15,7 +15,7 @@ use crate::args::moves::{
 use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::{
     ControlVerb, FollowedReport, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments,
-    QuitArguments, SaveArguments, StatusReport,
+    QuitArguments, SaveArguments, StatusReport, VmStatus,
 };
 use crate::control::rehearsal::{RehearsalInfo, RehearseArguments};
 use crate::exit::{CliError, Exit, FailureReport};
@@ -167,12 +167,19 @@ pub(crate) fn status(
     } else {
         print(text(&report))?;
     }
-    Ok(report.vm.status.exit())
+    Ok(report.exit())
 }
 
 /// `cancel`: the migration is given up.
 pub(crate) fn cancel(target: &VmTarget) -> Result<Exit, CliError> {
-    request(target, ControlVerb::MigrateCancel, Value::Null, "cancelling")
+    let mut client = target.connect(None)?;
+    let waits = client.query().is_ok_and(|report| report.vm.status == VmStatus::Inmigrate);
+    let done = if waits {
+        "cancelling: the wait for a guest ends, and `incoming` begins another"
+    } else {
+        "cancelling"
+    };
+    ask(client, target, ControlVerb::MigrateCancel, Value::Null, done)
 }
 
 /// `continue`: a migration that waits before its switchover goes on.
@@ -214,7 +221,17 @@ pub(crate) fn incoming(command: &IncomingCommand) -> Result<Exit, CliError> {
 }
 
 fn request(target: &VmTarget, verb: ControlVerb, arguments: Value, done: &str) -> Result<Exit, CliError> {
-    match target.connect(None)?.call(verb, arguments) {
+    ask(target.connect(None)?, target, verb, arguments, done)
+}
+
+fn ask(
+    mut client: ControlClient,
+    target: &VmTarget,
+    verb: ControlVerb,
+    arguments: Value,
+    done: &str,
+) -> Result<Exit, CliError> {
+    match client.call(verb, arguments) {
         Ok(_) => {}
         // The process may be gone before its answer is read.
         Err(ControlError::Closed | ControlError::Disconnected(_)) if verb == ControlVerb::Quit => {}

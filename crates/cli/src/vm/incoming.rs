@@ -270,6 +270,7 @@ fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: boo
                 drop(vm.state.put_if(|_| true, Slot::Preparing));
                 drop(machine);
                 vm.presence.end();
+                tell_end_of_wait(vm, true);
                 return vm.state.end_wait(Slot::Empty);
             }
             let ended = info::not_arrived(vm, &error, cancelled);
@@ -282,10 +283,20 @@ fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: boo
                     drop(vm.state.put_if(|_| true, Slot::Preparing));
                     drop(machine);
                     vm.presence.end();
+                    tell_end_of_wait(vm, cancelled);
                     if cancelled { Slot::Empty } else { Slot::Failed }
                 }
             };
             vm.end_session(ended, Some(slot));
         }
     }
+}
+
+/// Says on stderr that no guest is waited for any more, and none has come.
+fn tell_end_of_wait(vm: &RunningVm, cancelled: bool) {
+    let why = if cancelled { "its operator cancelled" } else { "its one session has ended without a guest" };
+    let who = vm.options.uuid.map_or_else(|| "a VM".into(), |id| format!("VM {id}"));
+    eprintln_line(format_args!(
+        "vfio-migrate: {who} waits for a guest no more: {why}; `vfio-migrate incoming` lets it wait again"
+    ));
 }

@@ -350,6 +350,22 @@ fn a_guest_brings_the_size_of_its_ram_unless_told_otherwise() {
     let words = [&words[..], &["--tls-creds", creds()]].concat();
     let receiver = Vm { process: Process::start(&words), devices: vec![device], control: control.clone() };
     until("the control socket", || receiver.try_call("query", Value::Null)).expect("query");
+    assert_eq!(receiver.info()["memory"], Value::Null, "nobody has said");
+    let status = String::from_utf8(run(&["status", "--control", text(&control)]).stdout).unwrap();
+    assert!(status.contains("RAM as its guest has") && !status.contains("512"), "{status}");
+    // While it comes: how much it has, and not what is left, which only its source knows.
+    source.begin(&receiver.incoming(), json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
+    assert!(source.migration()["remaining"].is_u64());
+    let report = receiver.query("query");
+    assert_eq!(
+        (&report["vm"]["memory"], &report["migration"]["remaining"]),
+        (&json!(64 << 20), &Value::Null)
+    );
+    let status = String::from_utf8(run(&["status", "--control", text(&control)]).stdout).unwrap();
+    assert!(!status.contains(" left"), "{status}");
+    source.call("migrate-cancel", Value::Null).unwrap();
+    source.ended();
     assert_arrives(&source, &receiver);
     assert_eq!(receiver.info()["memory"], 64 << 20);
     // The same of a snapshot.
@@ -413,4 +429,43 @@ fn one_that_takes_the_guests_ram_is_asked_so() {
     let (exit, told) = check(&other);
     assert_eq!(exit, Some(3), "{told}");
     assert!(told.contains("RAM is laid out differently"), "{told}");
+}
+
+/// A wait that is over is told by whoever ended it, and by the receiver.
+#[test]
+fn a_receiver_that_waits_no_more_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Setup { devices: 0, ..Setup::new(dir.path(), "a") }.start();
+    for (name, once) in [("b", false), ("c", true)] {
+        let (control, said) = (dir.path().join(format!("{name}.control")), dir.path().join(name));
+        let at = format!("unix:{}", dir.path().join(format!("{name}.sock")).display());
+        let mut words = vec!["vm", "--control", text(&control), "--incoming", &at, "--exit-with-stdin"];
+        words.extend(once.then_some("--once"));
+        let stderr = std::fs::File::create(&said).unwrap();
+        let child = crate::support::command(&words)
+            .stdin(std::process::Stdio::piped())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        let receiver = Vm { process: Process::of(child), devices: vec![], control: control.clone() };
+        until("the control socket", || receiver.try_call("query", Value::Null)).expect("query");
+        let why = if once {
+            source.begin(&receiver.incoming(), json!({"pause-before-switchover": true}));
+            until("the switchover to wait", || {
+                (source.migration()["status"] == "pre-switchover").then_some(())
+            });
+            source.call("migrate-cancel", Value::Null).unwrap();
+            "its one session has ended without a guest"
+        } else {
+            let cancelled = run(&["cancel", "--control", text(&control)]);
+            let told = String::from_utf8(cancelled.stdout).unwrap();
+            assert!(told.contains("the wait for a guest ends"), "{told}");
+            "its operator cancelled"
+        };
+        until("the end of the wait", || (receiver.status() != "inmigrate").then_some(()));
+        until("its word on stderr", || {
+            let told = std::fs::read_to_string(&said).unwrap();
+            told.contains(&format!("waits for a guest no more: {why}")).then_some(())
+        });
+    }
 }

@@ -46,3 +46,15 @@ fn a_guest_is_restored_paused_where_that_is_asked_for() {
     back.call("cont", serde_json::Value::Null).unwrap();
     back.assert_whole();
 }
+
+#[test]
+fn a_save_tells_how_long_the_guest_was_paused() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup { vm_arguments: UUID, ..Setup::new(dir.path(), "a") }.start();
+    vm.warm();
+    let (file, control) = (dir.path().join("guest"), vm.control.to_str().unwrap());
+    let saved = run(&["save", "--control", control, "-o", file.to_str().unwrap(), "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&saved.stdout).unwrap();
+    assert_eq!(report["vm"]["status"], "running", "{report}");
+    assert!(report["migration"]["downtime-ms"].as_u64().is_some_and(|stood| stood > 0), "{report}");
+}

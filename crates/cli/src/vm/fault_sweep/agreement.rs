@@ -46,6 +46,7 @@ impl Told {
                 assert_eq!((arrived.status, arrived.guest), (info.status, info.guest), "{all}");
             }
             MigrationStatus::NotStarted => {
+                assert_eq!([here.exit(), there.exit()], [Exit::NotStarted; 2], "`status` says so too: {all}");
                 assert_eq!((exit, info.guest), (Exit::NotStarted, Some(ArrivedGuest::NotStarted)), "{all}");
                 assert_eq!((info.downtime_ms, runs), (None, [false, false]), "{all}");
                 assert_eq!(
