@@ -161,8 +161,11 @@ impl Tls {
                 Ok(Ready::Bytes(taken)) => return Ok(taken),
                 Ok(Ready::End) => return Ok(0),
                 Ok(Ready::Nothing) => {
-                    // What the handshake has to say, or an answer to a change of keys.
-                    self.flush(false)?;
+                    // What the handshake has to say, or an answer to a change of keys. A peer that takes nothing any more may
+                    // have said why before it hung up.
+                    if let Err(error) = self.flush(false) {
+                        tracing::debug!(%error, "nothing can be sent any more");
+                    }
                     self.receive(now)?;
                 }
                 Err(error) => {
@@ -439,4 +442,58 @@ fn copy(bytes: &[u8], into: &mut [u8], done: &mut usize) -> usize {
     }
     *done += step;
     step
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::{TcpListener, TcpStream};
+
+    use rcgen::{CertificateParams, KeyPair};
+    use rustls::crypto::ring::default_provider;
+    use rustls::pki_types::PrivateKeyDer;
+    use rustls::{RootCertStore, StreamOwned};
+
+    use super::*;
+
+    #[test]
+    fn what_the_peer_said_before_it_hung_up_is_heard_though_nothing_can_be_sent_to_it() {
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(["host".to_owned()]).unwrap().self_signed(&key).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.der().clone()).unwrap();
+        let provider = || Arc::new(default_provider());
+        let client = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+        let mut client = client.unwrap().with_root_certificates(roots).with_no_client_auth();
+        client.alpn_protocols = vec![ALPN.to_vec()];
+        let private = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let server = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+        let server = server.unwrap().with_no_client_auth();
+        let mut server = server.with_single_cert(vec![certificate.der().clone()], private).unwrap();
+        server.alpn_protocols = vec![ALPN.to_vec()];
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let peer = std::thread::spawn(move || {
+            let connection = ServerConnection::new(Arc::new(server)).unwrap();
+            let mut stream = StreamOwned::new(connection, listener.accept().unwrap().0);
+            stream.write_all(b"word").unwrap();
+            stream.read_exact(&mut [0; 5]).unwrap();
+            stream.write_all(b"why").unwrap();
+            stream.flush().unwrap();
+        });
+        let name = ServerName::try_from("host").unwrap();
+        let tls = Tls::connect(stream.into(), Arc::new(client), name, Duration::from_secs(20)).unwrap();
+        tls.write(&[IoSlice::new(b"hello")]).unwrap();
+        peer.join().unwrap();
+        // Until the kernel has heard that nobody is there.
+        while tls.write(&[IoSlice::new(b"ping")]).is_ok() {}
+        let mut heard = Vec::new();
+        while heard.len() < 7 {
+            let mut some = [0; 16];
+            let read = tls.read(&mut some).unwrap();
+            assert_ne!(read, 0, "it ended after {heard:?}");
+            heard.extend_from_slice(&some[..read]);
+        }
+        assert_eq!(heard, b"wordwhy");
+    }
 }
