@@ -59,7 +59,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devic
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l devices -d 'Number of devices, up to 64. Each has a server on either side, with memory for its state' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l transport -d 'How the two VMs talk' -r -f -a "tcp\t'TCP on loopback'
 unix\t'A unix socket'"
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l downtime-limit -d 'Longest time the guest may be paused. A ceiling, not a target. 300ms for up to 8 devices, and as much again for each 8 more' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand demo" -l break -d 'Sabotage one thing on purpose, to see that the guest notices' -r -f -a "dirty-log\t'Dirty bits of pages that the guest wrote are dropped from the last report'
 device-log\t'The device\'s own dirty log leaves pages out'
 device-tail\t'Device bytes are altered late in the stream, framing and digests made to match'
