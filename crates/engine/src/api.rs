@@ -256,6 +256,8 @@ pub enum SourceEvent {
     LinkLost(String),
     /// The operator cancels the migration.
     Cancel,
+    /// The process of this side ends, and its guest with it: a cancel, which is told as what it is.
+    ProcessEnds,
     /// The operator changes the limit.
     SetDowntimeLimit(Duration),
     /// The operator lets a migration that waits before its switchover begin it. Ignored before it has waited.

@@ -99,6 +99,11 @@ impl Control {
         self.send(SourceEvent::Cancel);
     }
 
+    /// The same, of a process that ends, and its guest with it: both sides are told that.
+    pub fn process_ends(&self) {
+        self.send(SourceEvent::ProcessEnds);
+    }
+
     /// Changes the downtime limit, in force at the next decision.
     pub fn set_downtime_limit(&self, limit: Duration) {
         self.send(SourceEvent::SetDowntimeLimit(limit));
@@ -190,7 +195,8 @@ impl Control {
 
     /// Whether a cancel waits for a session that has not begun to listen.
     pub(crate) fn cancel_waits(&self) -> bool {
-        lock(&self.shared.inbox).waiting.contains(&SourceEvent::Cancel)
+        let ends = |event: &SourceEvent| matches!(event, SourceEvent::Cancel | SourceEvent::ProcessEnds);
+        lock(&self.shared.inbox).waiting.iter().any(ends)
     }
 
     fn send(&self, event: SourceEvent) {

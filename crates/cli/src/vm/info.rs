@@ -324,7 +324,13 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
     MigrationInfo {
         incompatible: error.is_refusal(),
         reasons: error.report().map(|report| report.reasons).unwrap_or_default(),
-        error: Some(error_chain(error)),
+        error: Some(match error {
+            // Nothing is here as it was before.
+            MigrateError::Aborted(aborted) if vm.is_ending() && aborted.cause.is_cancelled() => {
+                format!("the session was cancelled {}", aborted.cause)
+            }
+            error => error_chain(error),
+        }),
         downtime_ms,
         left_undone,
         ..failed_in(failure, at_end(vm, status))
@@ -438,9 +444,13 @@ pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         (None, true) => MigrationStatus::Cancelled,
         (None, false) => MigrationStatus::Failed,
     };
-    let told = Some(printable(&error.sentence_of("the rehearsal")).into_owned());
     let incompatible = rehearsal.is_some();
-    MigrationInfo { incompatible, rehearsal, status, error: told, ..not_completed(vm, error) }
+    let ended = not_completed(vm, error);
+    let told = match vm.is_ending() {
+        true => ended.error.clone(),
+        false => Some(printable(&error.sentence_of("the rehearsal")).into_owned()),
+    };
+    MigrationInfo { incompatible, rehearsal, status, error: told, ..ended }
 }
 
 fn transferred(bytes: Bytes) -> TransferInfo {

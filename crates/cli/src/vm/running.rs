@@ -1,6 +1,7 @@
 //! The state of a `vm` process, which outlives each guest that it serves.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -51,6 +52,7 @@ pub(super) struct RunningVm {
     pub(super) starting: Mutex<()>,
     /// The attempt whose end was told and written down last.
     told: Mutex<Option<AttemptId>>,
+    ending: AtomicBool,
 }
 
 /// Guest RAM where nobody says how much.
@@ -108,6 +110,7 @@ impl RunningVm {
             building: Mutex::default(),
             starting: Mutex::default(),
             told: Mutex::default(),
+            ending: AtomicBool::new(false),
         })
     }
 
@@ -179,8 +182,13 @@ impl RunningVm {
         )))
     }
 
+    /// Whether the process is ending, and a guest that is here with it.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
     fn end_sessions(&self) {
-        self.state.cancel();
+        self.state.cancel_at_end();
         let awaited: Vec<_> = self.state.join().iter().map(AwaitedInfo::from).collect();
         if !awaited.is_empty() {
             eprintln_line(format_args!(
@@ -193,6 +201,7 @@ impl RunningVm {
     /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner. One that waits for
     /// a device is not: it is being undone, and the guest is this side's, or never came.
     pub(super) fn end(&self) {
+        self.ending.store(true, Ordering::Release);
         self.end_sessions();
         self.passed.end();
         drop(self.state.put_if(|_| true, Slot::Ended));

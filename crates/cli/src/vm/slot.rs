@@ -305,9 +305,10 @@ impl VmState {
         drop(old);
     }
 
-    pub(super) fn cancel(&self) {
+    /// Cancels what is under way, as the process is to end.
+    pub(super) fn cancel_at_end(&self) {
         match self.lock().last.clone() {
-            Some(Steering::Outgoing(control)) => control.cancel(),
+            Some(Steering::Outgoing(control)) => control.process_ends(),
             Some(Steering::Incoming(control)) => control.cancel(),
             None => {}
         }

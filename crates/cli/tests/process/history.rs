@@ -226,3 +226,29 @@ fn each_session_is_a_line_at_its_beginning_and_one_at_its_end() {
         assert!(device.contains(part), "{part}: {device}");
     }
 }
+
+/// A guest that ended with its process is not "here as it was before", in no history.
+#[test]
+fn a_source_whose_process_ends_is_told_as_such() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = |name: &str| dir.path().join(name).display().to_string();
+    let (here, there) = (state("here"), state("there"));
+    let of_source = ["--uuid", VM, "--state-dir", &here];
+    let source = Setup { vm_arguments: &of_source, devices: 0, ..Setup::new(dir.path(), "a") }.start();
+    let of_destination = ["--state-dir", &there, "--incoming", "tcp:127.0.0.1:0"];
+    let destination = Setup { vm_arguments: &of_destination, devices: 0, ..Setup::new(dir.path(), "b") };
+    let destination = destination.start();
+    source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
+    until("the switchover to wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
+    // Its stdin is closed, which ends it as a signal does.
+    drop(source);
+    until("the end of the session there", || destination.query("query")["migration"].is_null().then_some(()));
+    for state in [&here, &there] {
+        let history = json_of(&["history", "--state-dir", state, "--json"]);
+        let last = &history["records"].as_array().unwrap().last().unwrap()["migration"];
+        let error = last["error"].as_str().unwrap();
+        assert_eq!(last["status"], "cancelled", "{last}");
+        assert!(error.contains("the process of the source ends, and the guest with it"), "{error}");
+        assert!(!error.contains("as it was before") && !error.contains("operator"), "{error}");
+    }
+}

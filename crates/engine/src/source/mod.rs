@@ -88,7 +88,10 @@ impl SourceEngine {
             SourceEvent::Damaged(cause) => self.on_damaged(cause),
             SourceEvent::LinkLost(why) => self.on_link_lost(&why, now),
             SourceEvent::DeviceLost(cause) => self.on_device_lost(cause),
-            SourceEvent::Cancel => self.on_cancel(),
+            SourceEvent::Cancel => self.on_cancel("cancelled by the operator"),
+            SourceEvent::ProcessEnds => {
+                self.on_cancel("the process of the source ends, and the guest with it")
+            }
             SourceEvent::SetDowntimeLimit(limit) => self.on_limit(limit, now),
             SourceEvent::ContinueSwitchover => self.on_continue(now),
             SourceEvent::Tick => self.on_tick(now),
@@ -334,8 +337,8 @@ impl SourceEngine {
         }
     }
 
-    fn on_cancel(&mut self) {
-        let cause = Failure::cancelled(Side::Source, self.phase, "cancelled by the operator");
+    fn on_cancel(&mut self, why: &str) {
+        let cause = Failure::cancelled(Side::Source, self.phase, why);
         match self.state {
             State::Undoing => self.rehearsal.cancelled = Some(cause),
             State::AwaitingRehearsed => self.finish_cancelled(cause),

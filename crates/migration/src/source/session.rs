@@ -164,7 +164,7 @@ impl Session<'_> {
             match self.events.recv_timeout(due) {
                 Ok(event) => {
                     self.link_lost |= matches!(event, SourceEvent::LinkLost(_));
-                    if event == SourceEvent::Cancel {
+                    if matches!(event, SourceEvent::Cancel | SourceEvent::ProcessEnds) {
                         self.cancelled.get_or_insert_with(Instant::now);
                     }
                     self.engine.handle(event, self.now());
