@@ -76,6 +76,7 @@ impl fmt::Display for RefusedConnection {
             write!(f, " ({process})")?;
         }
         match self.wanted {
+            Some((Right::Ask, vm)) if !vm.names_a_vm() => f.write_str(", asking for no VM by name")?,
             Some((Right::Ask, vm)) => write!(f, ", asking for VM {vm}")?,
             Some((Right::Move, vm)) => write!(f, ", with VM {vm}")?,
             None => {}

@@ -75,7 +75,7 @@ impl From<&RefusedConnection> for RefusalInfo {
             from: refused.from.clone(),
             security: SecurityInfo::from(&refused.security),
             wanted: refused.wanted.map(|(right, _)| right.into()),
-            vm: refused.wanted.map(|(_, vm)| vm.to_string()),
+            vm: refused.wanted.filter(|(_, vm)| vm.names_a_vm()).map(|(_, vm)| vm.to_string()),
             code: refused.why.code().map(|code| code.name().to_owned()),
             why: refused.why.to_string(),
         }
