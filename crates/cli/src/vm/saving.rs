@@ -116,6 +116,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
         Err(error) => info::not_arrived(vm, error, false),
     };
     let ended = MigrationInfo { direction: Some("incoming".into()), ..ended };
+    vm.state.end_attempt(ended.clone());
     history::record(vm.options.state_dir.as_deref(), &attempt, SessionKind::Restore, ended);
     match (restored, machine, not_built) {
         (_, _, Some(failure)) => Err(failure),

@@ -250,3 +250,21 @@ fn too_few_descriptors_are_told_as_our_own_lack() {
     }
     assert!(lacked > 3, "the lack was named {lacked} times");
 }
+
+#[test]
+fn what_is_wrong_with_a_word_is_named_with_its_bound() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = dir.path().join("x".repeat(108)).display().to_string();
+    let says = format!("a socket's path has at most 107 bytes, and {long} has {}", long.len());
+    fails(&["vm", "--software", "--control", &long], 2, &says);
+    // One host is no pool, by whatever two names.
+    let host = dir.path().join("h1.json");
+    let other = dir.path().join("h2.json");
+    std::fs::write(&host, r#"{"schema": "vfio-migrate.org/manifest/1", "kind": "host", "name": "h1"}"#)
+        .unwrap();
+    std::os::unix::fs::symlink(&host, &other).unwrap();
+    let (host, other) = (host.display().to_string(), other.display().to_string());
+    fails(&["check", "--matrix", &host, &host], 2, "is there twice");
+    fails(&["check", "--matrix", &host, &other], 2, "is there twice");
+    fails(&["check", "--baseline", &host, &other], 2, "is there twice");
+}

@@ -41,6 +41,8 @@ fn a_guest_is_restored_paused_where_that_is_asked_for() {
     let restore = [UUID, &["--restore", file, "--paused"]].concat();
     let back = Setup { vm_arguments: &restore, ..Setup::new(dir.path(), "b") }.start();
     assert_eq!(back.status(), "paused");
+    let last = back.query("query")["last"].take();
+    assert_eq!((&last["status"], &last["direction"]), (&"completed".into(), &"incoming".into()), "{last}");
     let loops = back.counter("loops");
     assert_eq!(back.counter("loops"), loops, "it runs");
     back.call("cont", serde_json::Value::Null).unwrap();

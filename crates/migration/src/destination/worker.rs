@@ -82,7 +82,8 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             let answer = match done {
                 Ok(answer) => answer,
                 Err(WorkError::Failed(failure)) => {
-                    tracing::warn!(text = %failure.text, "an action failed");
+                    // Whoever hears of the end of the session is told.
+                    tracing::debug!(text = %failure.text, "an action failed");
                     Some(DestinationEvent::Failed(failure))
                 }
                 Err(WorkError::Interrupted | WorkError::Link) => None,

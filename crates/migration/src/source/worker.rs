@@ -89,7 +89,8 @@ impl Worker {
             let answer = match self.guarded(job) {
                 Ok(answer) => answer,
                 Err(WorkError::Failed(failure)) => {
-                    tracing::warn!(text = %failure.text, "an action failed");
+                    // Whoever hears of the end of the session is told.
+                    tracing::debug!(text = %failure.text, "an action failed");
                     Some(SourceEvent::Failed(failure))
                 }
                 // Nobody waits for the answer of an interrupted action, and the reader reports a lost link.

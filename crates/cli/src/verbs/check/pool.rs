@@ -1,7 +1,7 @@
 //! Many hosts and machines at once: what can go where, and what all of them load.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -130,8 +130,13 @@ fn pool(sides: &[String], local: &HostAccess, timeout: Duration, json: bool) -> 
     let waiting = WaitingDisplay::new(!json, "reading the manifests of the pool");
     let mut pool = Pool { hosts: Vec::new(), machines: Vec::new() };
     let mut machines: Vec<(String, MachineManifest)> = Vec::new();
+    let mut seen = BTreeSet::new();
     for side in expanded(sides)? {
         waiting.tick();
+        // By what it is, not by how it is called.
+        if !seen.insert(std::fs::canonicalize(&side).unwrap_or_else(|_| PathBuf::from(&side))) {
+            return Err(CliError::new(Exit::Usage, format!("{side} is there twice")));
+        }
         let refused = |what: &str| {
             let text = format!(
                 "{side} is {what}: a pool has hosts and machines; `describe --host` makes a host of devices"
