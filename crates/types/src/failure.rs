@@ -121,8 +121,11 @@ const LIMITS: [(&str, &str); 4] = [
 ];
 
 /// The same of EAGAIN, which is a limit's only where a thread was to be made.
-const NO_THREAD: (&str, &str) =
-    ("(os error 11)", "by the limit on threads (RLIMIT_NPROC: ulimit -u, TasksMax= or pids.max)");
+/// A thread wants memory for its stack, too.
+const NO_THREAD: (&str, &str) = (
+    "(os error 11)",
+    "by a limit on threads (RLIMIT_NPROC: ulimit -u, TasksMax= or pids.max) or on memory (RLIMIT_AS or RLIMIT_DATA: ulimit -v or -d)",
+);
 
 /// An error with its causes on one line, which a terminal shows as it stands: whatever foreign text the errors quote, its
 /// control characters are escapes.
@@ -179,8 +182,13 @@ mod tests {
             assert!(!error_chain(&std::io::Error::from_raw_os_error(errno)).contains("limit"));
         }
         let error = std::io::Error::from_raw_os_error(11);
-        assert!(error_chain_of("cannot make a thread", &error).ends_with("pids.max)"));
-        assert!(error_chain(&NoThread(error)).ends_with("RLIMIT_NPROC: ulimit -u, TasksMax= or pids.max)"));
+        assert!(error_chain_of("cannot make a thread", &error).ends_with("ulimit -v or -d)"));
+        let told = error_chain(&NoThread(error));
+        // The system does not say which of them it was.
+        assert!(
+            ["RLIMIT_NPROC", "pids.max", "RLIMIT_AS", "RLIMIT_DATA"].iter().all(|limit| told.contains(limit)),
+            "{told}"
+        );
     }
 
     #[test]

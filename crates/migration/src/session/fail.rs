@@ -6,7 +6,7 @@ use std::error::Error;
 use rustix::io::Errno;
 use vfio_migration_device::{DeviceError, PciError, Remedy, TransitionError, is_late, is_server_gone};
 use vfio_migration_memory::MemoryError;
-use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
+use vfio_migration_types::{DeviceId, Failure, MigrationState, Phase, Side, error_chain};
 
 use crate::channel::error::ChannelError;
 use crate::machine::{LockError, MachineError};
@@ -72,6 +72,9 @@ impl InPhase for DeviceError {
 impl InPhase for TransitionError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
         let remedy = match self.remedy {
+            Remedy::TryAnotherState if self.to == MigrationState::PreCopy => {
+                "the device is in a sound state; its driver's log says why it refused; one whose PRE_COPY is broken moves with `pre-copy=off` behind its `--device`"
+            }
             Remedy::TryAnotherState => "the device is in a sound state; its driver's log says why it refused",
             Remedy::Reset => "only a reset helps, which loses the device's state",
             _ => device_remedy(self, phase),
