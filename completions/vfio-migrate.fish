@@ -161,7 +161,7 @@ node-labels\t'Kubernetes node labels, JSON'
 resource-attributes\t'Attributes of Kubernetes resources, JSON'
 list\t'Lines of KEY=VALUE'"
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -s o -l output -d 'File to write, instead of stdout. It appears whole or not at all. A regular file that is there, or that a symbolic link there leads to, is replaced' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l timeout -d 'Longest wait for each answer of a socket that is asked; all of its answers together have five times as long' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l host -d 'This host: what it has and can give, with the vfio-user devices that are named'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l probe -d 'Open devices of this host that a VFIO driver has and nobody uses, which resets them, and ask them'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand describe" -l json -d 'Print JSON. A manifest is JSON anyway'
@@ -176,7 +176,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-uid -d 'User, by name or number, whose process may be at the other end of a migration\'s unix socket, as those of this process\'s own user and of root may. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-gid -d 'Group, by name or number, that a process has which may be at the other end of a migration\'s unix socket. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-hostname -d 'With --tls-creds: name that the receiver\'s certificate must have, where it is not the host in its address' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l timeout -d 'Longest wait for each answer of a socket that is asked; all of its answers together have five times as long' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts; where machines are named, which machine to which host, or without a host to which machine. Whatever it says, the exit code is 0'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l baseline -d 'The newest version of each model, and the values of its parameters, that every host and machine of the pool can load'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l probe -d 'Open devices of this host that are named, if nobody uses them, which resets them, and ask them'
@@ -211,7 +211,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s h 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand restore" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l control -d 'Control socket of the `vm`' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l state-dir -d 'State directory of `vm`s, which need not run: who owns each VM by its journal, and how its last session ended' -r -F
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l timeout -d 'Longest wait for each answer of a socket that is asked; all of its answers together have five times as long' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l watch -d 'Keep showing it until the migration ends'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand status" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
@@ -262,7 +262,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l j
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l timeout -d 'Longest wait for each answer of a socket that is asked' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l timeout -d 'Longest wait for each answer of a socket that is asked; all of its answers together have five times as long' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l probe -d 'Open each listed device that a VFIO driver has and nobody uses, ask it, and close it. Opening a device resets it; one that is in use is left alone'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l all -d 'Every PCI function, also one that has nothing to do with VFIO'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -l json -d 'Print one JSON object on stdout'

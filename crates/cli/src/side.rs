@@ -3,14 +3,14 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use serde_json::Value;
 use vfio_migration::Uri;
 use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
 use vfio_migration_device::host::scan;
-use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions};
+use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions, is_late};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Epoch, Gpa, VmId};
 
@@ -19,6 +19,7 @@ use crate::control::protocol::ControlVerb;
 use crate::exit::CliError;
 use crate::probe::HostAccess;
 use crate::socket_clients::has_client;
+use crate::target::for_all;
 use crate::units::format_time;
 use crate::words::{device_id, read_capped, uri};
 
@@ -144,6 +145,7 @@ fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<Dev
         .map_err(|error| CliError::caused(&doing, &error))?;
     let options = VfioUserOptions {
         timeout,
+        open_timeout: for_all(timeout),
         connect_timeout: Duration::ZERO,
         keep_state: true,
         ..VfioUserOptions::default()
@@ -151,16 +153,22 @@ fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<Dev
     // Looked at before we are one of its clients ourselves.
     let in_use = has_client(socket);
     let mut answered = false;
+    let begun = Instant::now();
     let manifest = VfioUserDevice::open(id, socket, Arc::new(ram), &options)
         .inspect(|_| answered = true)
-        .and_then(|device| device.manifest())
+        .and_then(|device| {
+            device.limit_all(Some(for_all(timeout).saturating_sub(begun.elapsed())));
+            device.manifest()
+        })
         .map_err(|error| match error.errno {
-            Some(Errno::TIMEDOUT) => {
+            Some(Errno::TIMEDOUT) if is_late(&error) => {
                 let error = CliError::failed(silent_server(socket, timeout, in_use));
                 Unasked { error, no_vm: true }
             }
             _ => {
-                let no_vm = answered || error.is_answer_of_server();
+                // One that has no time left has answered before.
+                let out_of_time = error.errno == Some(Errno::TIMEDOUT);
+                let no_vm = answered || out_of_time || error.is_answer_of_server();
                 Unasked { error: CliError::caused(&doing, &error), no_vm }
             }
         })?;

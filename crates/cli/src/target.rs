@@ -17,9 +17,14 @@ pub(crate) const ANSWER: Duration = Duration::from_secs(30);
 /// Patience of a verb that only asks.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct AnswerTimeout {
-    /// Longest wait for each answer of a socket that is asked.
+    /// Longest wait for each answer of a socket that is asked; all of its answers together have five times as long.
     #[arg(long, default_value = "2s", value_parser = units::some_time, value_name = "TIME")]
     pub(crate) timeout: Duration,
+}
+
+/// How long all of a socket's answers may take where each may take `each`: a server has many questions to answer.
+pub(crate) fn for_all(each: Duration) -> Duration {
+    each.saturating_mul(5)
 }
 
 /// Which `vm`.

@@ -34,6 +34,14 @@ pub enum ClientError {
         /// Whether the request was sent. One that waited for the answer to an earlier one may not have been.
         sent: bool,
     },
+    /// What was to be done in all was not done in time.
+    #[error("the server has not answered all that it was asked within {limit:?}; {command} was the last")]
+    OutOfTime {
+        /// Request that was not answered, or not sent, any more.
+        command: Command,
+        /// Time that there was for all.
+        limit: Duration,
+    },
     /// The connection broke, in this request or an earlier one.
     #[error("the connection to the vfio-user server is lost: {why}")]
     ConnectionLost {
@@ -76,7 +84,7 @@ impl ClientError {
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Io { source, .. } => Errno::from_io_error(source),
-            Self::Timeout { .. } => Some(Errno::TIMEDOUT),
+            Self::Timeout { .. } | Self::OutOfTime { .. } => Some(Errno::TIMEDOUT),
             Self::ConnectionLost { .. } => Some(Errno::CONNRESET),
             Self::Refused { errno, .. } => *errno,
             Self::Protocol { .. } => Some(Errno::PROTO),

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::proxy::{self, Act};
-use crate::support::{Process, Setup, Vm, until};
+use crate::support::{Process, Setup, Vm, run, until};
 
 /// Time that the arc of a device takes whose server is late.
-const HANGS: Duration = Duration::from_secs(12);
+const HANGS: Duration = Duration::from_secs(9);
 
 /// A `vm` whose device takes so long for its `arc`-th change of state, and has two seconds.
 fn late_in(dir: &std::path::Path, arc: u32) -> Vm {
@@ -155,5 +155,43 @@ fn interrupts_that_a_device_did_not_take_are_asked_for_again() {
         until("all to be connected", || (!named()).then_some(()));
         vm.assert_runs();
         assert_eq!(vm.info()["lost-devices"], json!([]));
+    }
+}
+
+/// `timeout=` is for changes of state: nothing else that the server is asked has less time for it.
+#[test]
+fn a_short_limit_on_arcs_is_none_on_other_requests() {
+    let dir = tempfile::tempdir().unwrap();
+    let (regions, writes) = (AtomicBool::new(true), AtomicBool::new(true));
+    let vm = behind(dir.path(), ",timeout=1s", move |command, _| {
+        let once = match command {
+            proxy::GET_REGION_INFO => &regions,
+            proxy::REGION_WRITE => &writes,
+            _ => return Act::Pass,
+        };
+        if once.swap(false, Ordering::AcqRel) { Act::Late(Duration::from_secs(3)) } else { Act::Pass }
+    });
+    vm.warm();
+    vm.assert_whole();
+}
+
+/// A question that is many requests has one time for all of them.
+#[test]
+fn a_server_that_is_slow_with_each_answer_is_given_up_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, path) = (dir.path().join("server"), dir.path().join("proxy"));
+    let _device = Process::start(&["device", "--state-size", "4M", "--socket", server.to_str().unwrap()]);
+    until("the server", || server.exists().then_some(()));
+    proxy::start(&path, &server, |command, _| match command {
+        proxy::GET_REGION_INFO => Act::Late(Duration::from_millis(1900)),
+        _ => Act::Pass,
+    });
+    for verb in ["describe", "devices"] {
+        let begun = Instant::now();
+        let output = run(&[verb, "--timeout", "2s", path.to_str().unwrap()]);
+        let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        // The nine regions take much longer.
+        assert!(begun.elapsed() < Duration::from_secs(14), "{verb}: {:?}: {told}", begun.elapsed());
+        assert!(told.contains("not answered all that it was asked within 10s"), "{verb}: {told}");
     }
 }

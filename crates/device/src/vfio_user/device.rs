@@ -27,8 +27,10 @@ const MMAP_AREAS_MAX: usize = 256;
 pub struct VfioUserOptions {
     /// Limit on each request. 10 s.
     pub timeout: Duration,
-    /// The same for each change of the migration state and for a reset; at least `timeout`. 30 s.
+    /// The same for each change of the migration state and for a reset. 30 s.
     pub transition_timeout: Duration,
+    /// Limit on opening it, which is many requests. A minute.
+    pub open_timeout: Duration,
     /// Longest wait for the server to come up. 5 s.
     pub connect_timeout: Duration,
     /// Keep guest memory's descriptor back, so that the server asks for each access (DMA_READ, DMA_WRITE). Slow; for
@@ -45,6 +47,7 @@ impl Default for VfioUserOptions {
         Self {
             timeout: Duration::from_secs(10),
             transition_timeout: Duration::from_secs(30),
+            open_timeout: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(5),
             message_dma: false,
             keep_state: false,
@@ -96,6 +99,7 @@ impl VfioUserDevice {
         let client_options = ClientOptions {
             timeout: options.timeout,
             transition_timeout: options.transition_timeout,
+            limit_all: Some(options.open_timeout),
             connect_timeout: options.connect_timeout,
             dma: Some(dma.clone()),
             on_connect: if options.keep_state { OnConnect::Leave } else { OnConnect::Recover },
@@ -120,7 +124,7 @@ impl VfioUserDevice {
         let mut inner = ServedDevice {
             log: ServerLog::new(id.clone(), client.clone(), dma.clone()),
             message_dma: options.message_dma,
-            limits: (options.transition_timeout.max(options.timeout), options.timeout),
+            limits: (options.transition_timeout, options.timeout),
             regions: Vec::new(),
             files: Vec::new(),
             irqs: [0; 3],
@@ -147,7 +151,14 @@ impl VfioUserDevice {
                 *noresize = irqs.noresize;
             }
         }
+        inner.client.limit_all(None);
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Gives all that it is asked from now on so long together; `None`: each request has its own limit, and no more. For who asks
+    /// something that is many requests, and closes it then.
+    pub fn limit_all(&self, limit: Option<Duration>) {
+        self.inner.client.limit_all(limit);
     }
 
     /// Whether the connection still works, as far as is known. Notices a server that hung up while nothing is asked of

@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vfio_migration_types::MigrationState;
 
@@ -51,6 +51,8 @@ pub struct Client {
     pub(super) serving: Option<Arc<Conn>>,
     pub(super) timeout: Duration,
     pub(super) transition_timeout: Duration,
+    /// Time by which all is to be answered, and how long that was when it was set.
+    pub(super) all_until: Mutex<Option<(Instant, Duration)>>,
     pub(super) negotiated: Negotiated,
     /// The `max_data_xfer_size` that the server was told.
     pub(super) announced_xfer: u32,
@@ -69,6 +71,14 @@ pub struct Client {
 }
 
 impl Client {
+    /// Gives all that is asked from now on so long together, whatever each request may take; `None`: each its own limit, and no more.
+    ///
+    /// An operation that somebody waits for is many requests: their number is bounded, but not what a server takes for each.
+    pub fn limit_all(&self, limit: Option<Duration>) {
+        let until = limit.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
+        *self.all_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
     /// The terms agreed on with the server.
     pub fn negotiated(&self) -> &Negotiated {
         &self.negotiated

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -127,6 +127,7 @@ fn open(path: &Path, options: &ClientOptions) -> Result<UnixStream, ClientError>
 }
 
 fn from_parts(stream: UnixStream, options: &ClientOptions, basics_only: bool) -> Result<Client, ClientError> {
+    let begun = Instant::now();
     let io = |doing: &str| {
         let doing = doing.to_owned();
         move |source: std::io::Error| ClientError::Io { doing, source }
@@ -180,7 +181,8 @@ fn from_parts(stream: UnixStream, options: &ClientOptions, basics_only: bool) ->
         conn,
         serving,
         timeout: options.timeout,
-        transition_timeout: options.transition_timeout.max(options.timeout),
+        transition_timeout: options.transition_timeout,
+        all_until: Mutex::new(options.limit_all.and_then(|limit| Some((begun.checked_add(limit)?, limit)))),
         negotiated,
         announced_xfer: max_xfer,
         dma: options.dma.clone(),

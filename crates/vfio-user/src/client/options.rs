@@ -13,8 +13,11 @@ use crate::codec::{DEFAULT_MAX_DATA_XFER_SIZE, Extension};
 pub struct ClientOptions {
     /// Limit on each request, from when no other is under way to having its reply whole. 10 s.
     pub timeout: Duration,
-    /// The same for SETs of the migration state and for RESET; at least `timeout`. 30 s.
+    /// The same for SETs of the migration state and for RESET. 30 s.
     pub transition_timeout: Duration,
+    /// Limit on all that is asked, from connecting until [`Client::limit_all`](super::Client::limit_all) says otherwise, however many requests
+    /// that takes. None.
+    pub limit_all: Option<Duration>,
     /// How long [`Client::connect`](super::Client::connect) goes on trying while the socket does not exist or refuses (a server binds before it listens). 5 s.
     pub connect_timeout: Duration,
     /// Most data in one message that this client takes and, where the server allows it, asks for. 1 MiB.
@@ -36,6 +39,7 @@ impl Default for ClientOptions {
         Self {
             timeout: Duration::from_secs(10),
             transition_timeout: Duration::from_secs(30),
+            limit_all: None,
             connect_timeout: Duration::from_secs(5),
             max_data_xfer_size: DEFAULT_MAX_DATA_XFER_SIZE,
             max_msg_fds: 16,
@@ -52,6 +56,7 @@ impl fmt::Debug for ClientOptions {
         f.debug_struct("ClientOptions")
             .field("timeout", &self.timeout)
             .field("transition_timeout", &self.transition_timeout)
+            .field("limit_all", &self.limit_all)
             .field("connect_timeout", &self.connect_timeout)
             .field("max_data_xfer_size", &self.max_data_xfer_size)
             .field("max_msg_fds", &self.max_msg_fds)

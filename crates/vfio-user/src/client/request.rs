@@ -1,8 +1,9 @@
 //! How a request is made: limits before it, deadline over it, errors after it.
 
 use std::os::fd::BorrowedFd;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -55,15 +56,26 @@ impl Client {
         }
         let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
         self.fit("the payload of a request, in bytes,", len, self.longest_payload())?;
+        let own = self.limit(command, parts);
+        let (limit, all) = self.within_all(own);
+        if limit.is_zero()
+            && let Some(limit) = all
+        {
+            return Err(ClientError::OutOfTime { command, limit });
+        }
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let limit = self.limit(command, parts);
         let request = SocketRequest { command, parts, fds, max_reply, limit, after_reply: false };
         let handler = self.dma.as_deref();
         let max = self.announced_xfer;
         // With a twin socket the server has no business sending commands on this one; it is told so by a refusal.
         let handler = handler.filter(|_| !self.negotiated.twin_socket);
         let reply = self.conn.exchange(&request, Some(&|message| answer(message, handler, max)));
-        let reply = reply.map_err(|error| failure(command, limit, error))?;
+        let reply = reply.map_err(|error| match (error, all) {
+            (ConnError::Timeout | ConnError::Behind, Some(all)) if limit < own => {
+                ClientError::OutOfTime { command, limit: all }
+            }
+            (error, _) => failure(command, limit, error),
+        })?;
         own_lack(&reply)?;
         match reply.header.kind {
             Kind::Error(errno) => {
@@ -146,6 +158,14 @@ impl Client {
     /// The longest payload of a request.
     pub(super) fn longest_payload(&self) -> usize {
         self.negotiated.extension.longest_payload()
+    }
+
+    /// What is left of `own`, the limit on a request, where all of them have one; and that.
+    fn within_all(&self, own: Duration) -> (Duration, Option<Duration>) {
+        match *self.all_until.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((until, all)) => (own.min(until.saturating_duration_since(Instant::now())), Some(all)),
+            None => (own, None),
+        }
     }
 
     /// How long the answer to a request may take: longer where the device changes its state.

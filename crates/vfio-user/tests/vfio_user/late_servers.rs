@@ -145,6 +145,29 @@ fn time_spent_behind_another_request_does_not_count() {
     thread.join().unwrap();
 }
 
+/// Each answer is in time, and there is no end of them.
+#[test]
+fn many_requests_have_one_limit_where_somebody_waits_for_all() {
+    let (client, thread) = server(untouched(), move |stream| {
+        while let Some((header, body)) = read_message(stream) {
+            sleep(SHORT);
+            stream.write_all(&region_reply(header, &body, 1)).unwrap();
+        }
+    });
+    client.limit_all(Some(SHORT * 4));
+    let answers = (0..100).map(|_| client.region_read(0, 0, &mut [0; 4]));
+    let error = answers.skip_while(Result::is_ok).next().unwrap().unwrap_err();
+    assert!(matches!(error, ClientError::OutOfTime { limit, .. } if limit == SHORT * 4), "{error}");
+    let asked = client.requests_sent();
+    assert!((1..=4).contains(&asked), "{asked}");
+    assert!(matches!(client.region_read(0, 0, &mut [0; 4]), Err(ClientError::OutOfTime { .. })));
+    assert_eq!(client.requests_sent(), asked, "nothing is sent any more");
+    client.limit_all(None);
+    client.region_read(0, 0, &mut [0; 4]).unwrap();
+    drop(client);
+    thread.join().unwrap();
+}
+
 /// Changes of state have a limit of their own.
 #[test]
 fn a_transition_may_take_longer_than_a_request() {

@@ -84,9 +84,7 @@ pub(super) fn answer_limit(config: &DeviceConfig) -> Option<Duration> {
 fn served_options(config: &DeviceConfig) -> VfioUserOptions {
     let default = VfioUserOptions::default();
     let transition_timeout = config.timeout.unwrap_or(default.transition_timeout);
-    // At least as long as any request, so a shorter one is one for all.
-    let timeout = default.timeout.min(transition_timeout);
-    VfioUserOptions { pre_copy: config.pre_copy, timeout, transition_timeout, ..default }
+    VfioUserOptions { pre_copy: config.pre_copy, transition_timeout, ..default }
 }
 
 fn kernel_options(config: &DeviceConfig) -> KernelOptions {

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use vfio_migration_device::host::{HostDevice, Obstacle, ObstacleCode, Roots};
 use vfio_migration_device::{
     Capabilities, Device, IrqIndex, NotMigratable, PciHardware, PciRegion, TrackerKind, VfioUserDevice,
-    VfioUserOptions,
+    VfioUserOptions, is_late,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, error_chain};
@@ -18,12 +18,14 @@ use crate::exit::CliError;
 use crate::probe::ProbedDevice;
 use crate::side::silent_server;
 use crate::socket_clients::has_client;
+use crate::target::for_all;
 
 /// Asks a vfio-user server, which may take `timeout` for each answer. It is left in the state it is in.
 pub(super) fn socket(socket: &Path, timeout: Duration) -> Result<DeviceEntry, CliError> {
     let mut report = DeviceEntry::blank(socket.display().to_string(), "vfio-user");
     let options = VfioUserOptions {
         timeout,
+        open_timeout: for_all(timeout),
         connect_timeout: Duration::ZERO,
         keep_state: true,
         ..VfioUserOptions::default()
@@ -52,7 +54,7 @@ pub(super) fn socket(socket: &Path, timeout: Duration) -> Result<DeviceEntry, Cl
         Err(error) => {
             let change = "start its server; a server that another VMM uses answers nobody else";
             let why = match error.errno {
-                Some(Errno::TIMEDOUT) => silent_server(socket, timeout, in_use),
+                Some(Errno::TIMEDOUT) if is_late(&error) => silent_server(socket, timeout, in_use),
                 _ => error_chain(&error),
             };
             report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, why, change, vec![]));
