@@ -42,7 +42,7 @@ fn nothing_leaves_the_host_for_who_does_not_say_how_it_is_secured() {
         for error in [
             new().migrate_to(uri, |_| {}).unwrap_err(),
             new().rehearse_to(uri, Rehearse::Precopy, |_| {}).unwrap_err(),
-            probe(manifest.clone(), VM, uri, SourceOptions::default(), |_| {}).unwrap_err(),
+            probe(manifest.clone(), Some(VM), uri, SourceOptions::default(), |_| {}).unwrap_err(),
         ] {
             let MigrateError::NotBegun(failure) = error else { panic!("{error:?}") };
             assert!(failure.phase == Phase::Plan && failure.text.contains(says), "{failure}");
