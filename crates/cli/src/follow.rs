@@ -178,7 +178,8 @@ fn vm_text(vm: &StatusInfo) -> String {
         text.push_str(&format!("still being undone: {awaited}; no session can begin before that\n"));
     }
     if let Some(incoming) = &vm.incoming {
-        text.push_str(&format!("waits for a guest at {incoming}\n"));
+        let how = if vm.incoming_plaintext { ", in plain text" } else { "" };
+        text.push_str(&format!("waits for a guest at {incoming}{how}\n"));
     }
     if let Some(expected) = &vm.expected {
         text.push_str(&format!("{expected}\n"));

@@ -99,7 +99,8 @@
 //! *here.register.lock().unwrap() = 43;
 //! here.resume(true)?;
 //!
-//! // Two processes in life, two threads here; `Destination::listen` and `Source::migrate_to` take addresses.
+//! // Two processes in life, two threads here; `Destination::listen` and `Source::migrate_to` take addresses. What is no unix socket
+//! // is refused unless both sides' options have a `security`.
 //! let (one_end, other_end) = UnixStream::pair()?;
 //! let arriving = std::thread::spawn(move || {
 //!     let mut destination = Destination::over(other_end.into(), DestinationOptions::default())?;

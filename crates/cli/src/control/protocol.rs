@@ -145,6 +145,9 @@ pub(crate) struct StatusInfo {
     pub(crate) pid: u32,
     /// Where it waits for a guest, while it does.
     pub(crate) incoming: Option<String>,
+    /// Whether it waits there in plain text, over TCP: anybody may have sent what comes.
+    #[serde(default)]
+    pub(crate) incoming_plaintext: bool,
     /// Why it could take no guest just now, while it waits for one: its machine is being built anew, or cannot be built, which is
     /// tried again and again.
     #[serde(default)]

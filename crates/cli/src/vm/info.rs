@@ -7,15 +7,17 @@ use std::time::Duration;
 use vfio_migration::{
     Aborted, ArrivalReport, AttemptKind, Bytes, Completed, DeviceStatus, Failure, GuestOutcome,
     IncomingError, MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
+    Uri,
 };
 use vfio_migration_compat::Report as CheckReport;
 use vfio_migration_types::{error_chain, printable};
 use vfio_migration_vmm::guest::{Report, Stage};
-use vfio_migration_vmm::machine::{Accelerator, MachineConfig};
+use vfio_migration_vmm::machine::Accelerator;
 
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use super::{expected, rollback};
+use crate::address::Address;
 use crate::control::awaited::AwaitedInfo;
 use crate::control::expected::RefusalsInfo;
 use crate::control::failure::FailureInfo;
@@ -40,25 +42,17 @@ pub(super) fn report(vm: &RunningVm) -> StatusReport {
     vm.state.read(|slot, steering, last| {
         let expected = expected.filter(|_| matches!(slot, Slot::Preparing | Slot::Awaited { .. }));
         StatusReport {
-            vm: StatusInfo {
-                pending_rollback,
-                expected,
-                refused,
-                ..status(&vm.config, vm.options.memory, slot, steering)
-            },
+            vm: StatusInfo { pending_rollback, expected, refused, ..status(vm, slot, steering) },
             migration: steering.and_then(of_steering),
             last: last.cloned(),
         }
     })
 }
 
-/// `wanted`: the RAM that the operator wants it to have.
-fn status(
-    config: &MachineConfig,
-    wanted: Option<u64>,
-    slot: &Slot,
-    steering: Option<&Steering>,
-) -> StatusInfo {
+fn status(vm: &RunningVm, slot: &Slot, steering: Option<&Steering>) -> StatusInfo {
+    let (config, insecure_plaintext) = (&vm.config, vm.options.tls.insecure_plaintext);
+    // The RAM that the operator wants it to have.
+    let wanted = vm.options.memory;
     // A guest that has come, and whose start is under way, is not awaited any more.
     let owned = match (slot, steering) {
         (Slot::Awaited { .. }, Some(Steering::Incoming(control))) => {
@@ -106,6 +100,8 @@ fn status(
         },
         pid: std::process::id(),
         incoming: awaited.map(|(at, _)| at.to_string()),
+        incoming_plaintext: insecure_plaintext
+            && awaited.is_some_and(|(at, _)| matches!(at, Address::Uri(Uri::Tcp { .. }))),
         not_ready: awaited.and_then(|(_, not_ready)| not_ready.clone()),
         moved_to: match slot {
             Slot::Left { to, .. } => Some(to.clone()),

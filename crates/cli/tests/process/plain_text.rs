@@ -117,6 +117,11 @@ fn plain_text_is_told_as_what_it_is() {
     let (a, log_a) = logged(dir.path(), "a", &["--state-dir", &state]);
     let (b, log_b) = logged(dir.path(), "b", &["--incoming", "tcp:127.0.0.1:0", "--insecure-plaintext"]);
     let at = b.incoming();
+    // Before anybody comes.
+    assert_eq!(b.info()["incoming-plaintext"], true);
+    let status = run(&["status", "--control", control(&b)]);
+    let text = String::from_utf8_lossy(&status.stdout);
+    assert!(text.contains(&format!("waits for a guest at {at}, in plain text\n")), "{text}");
     let warning = format!("{at} is in plain text: whoever is on the way reads and changes the guest");
     assert!(log_b().contains("is in plain text: whoever is on the way"), "{}", log_b());
     let source = format!("vm:{}", control(&a));
@@ -149,6 +154,7 @@ fn plain_text_is_told_as_what_it_is() {
     // A unix socket is none of it.
     let back = format!("unix:{}", dir.path().join("back").display());
     a.call("migrate-incoming", json!({"uri": back})).unwrap();
+    assert_eq!(a.info()["incoming-plaintext"], false);
     assert_eq!(b.migrate(&back, json!({}))["security"]["kind"], "unix");
     let status = run(&["status", "--control", control(&a)]);
     assert!(!String::from_utf8_lossy(&status.stdout).contains("plain text"), "{status:?}");
