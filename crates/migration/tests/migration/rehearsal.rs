@@ -256,7 +256,7 @@ fn a_question_without_a_vm_is_answered_for_the_rest() {
         (&expectation, Some(VmId([9; 16])), Some("old-epoch")),
         (&small, None, Some("too-large")),
     ] {
-        let mut incoming = DestinationOptions::default();
+        let mut incoming = tls_destination();
         incoming.expect = expected.clone().into();
         let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming).unwrap();
         let (to, control) = (destination.local().clone(), destination.control());
