@@ -35,8 +35,8 @@ pub(crate) fn tracked(moved: MigratableDevice, answers: &AwaitedAnswers) -> Migr
 
 /// Asks each device that can migrate a question, before the VMM asks them for its manifest: one that does not answer is named then.
 pub(crate) fn all_answer(devices: &[MigratableDevice]) -> Result<(), DeviceError> {
-    let able = devices.iter().filter(|moved| moved.device.capabilities().is_ok());
-    able.map(|moved| moved.device.state().map(drop)).collect()
+    let mut able = devices.iter().filter(|moved| moved.device.capabilities().is_ok());
+    able.try_for_each(|moved| moved.device.state().map(drop))
 }
 
 /// Takes note that something is asked of the PCI function of `moved`, which the VMM asks of its device.

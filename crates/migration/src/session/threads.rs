@@ -35,7 +35,8 @@ pub(crate) fn spawn_free<T: Send + 'static>(
 /// The failure for a thread that could not be made.
 pub(crate) fn no_thread(side: Side, phase: Phase, name: &str, error: &Error) -> Failure {
     let text = format!("there is no thread left for the {name}: {error}");
-    let remedy = "raise the limit on threads (ulimit -u, TasksMax= or pids.max), or on memory (ulimit -v or -d)";
+    let remedy =
+        "raise the limit on threads (ulimit -u, TasksMax= or pids.max), or on memory (ulimit -v or -d)";
     let errno = error.raw_os_error().map(i32::unsigned_abs);
     Failure { errno, ..Failure::new(side, phase, text).with_remedy(remedy) }
 }
