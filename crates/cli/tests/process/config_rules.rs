@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Setup, control, run};
+use crate::support::{Setup, control, creds, run};
 
 /// Bytes of the destination's config space that are its own, the rules of its `vm`, and whether the guest may go there.
 type Case = (&'static str, &'static [&'static str], &'static [&'static str], Option<&'static str>);
@@ -42,7 +42,7 @@ fn check_rehearse_and_migrate_give_one_answer() {
         let expected = if refused.is_some() { 3 } else { 0 };
         let asked: [&[&str]; 4] = [
             &["check", "--live", &from, &to],
-            &["check", "--live", &from, &at],
+            &["check", "--live", &from, &at, "--tls-creds", creds()],
             &["rehearse", "--control", here, "--to", &at],
             &["migrate", "--control", here, &at, "--downtime-limit", "10s"],
         ];
@@ -70,7 +70,7 @@ fn bytes_that_no_manifest_tells_are_named_by_the_question() {
     let source = Setup { vm_arguments: &["--software"], ..Setup::new(dir.path(), "a") }.start();
     let destination = Setup { vm_arguments: &arguments, ..Setup::new(dir.path(), "b") }.start();
     let (from, to) = (format!("vm:{}", control(&source)), destination.incoming());
-    let output = run(&["check", "--json", &from, &to]);
+    let output = run(&["check", "--json", &from, &to, "--tls-creds", creds()]);
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let untold = report["reasons"].as_array().unwrap().iter();
     let untold: Vec<_> = untold.filter(|reason| reason["code"] == "config-untold").collect();

@@ -149,8 +149,10 @@ fn what_every_verb_prints_is_what_its_schema_says() {
     host["devices"] = json!([less]);
     host["devices"][0].as_object_mut().unwrap().retain(|name, _| name != "schema" && name != "kind");
     std::fs::write(path("host.json"), host.to_string()).unwrap();
-    let (device, less, host) = (path("device.json"), path("less.json"), path("host.json"));
-    let (device, less, host) = (text(&device), text(&less), text(&host));
+    std::fs::write(path("other.json"), host.to_string()).unwrap();
+    let (device, less) = (path("device.json"), path("less.json"));
+    let (host, other) = (path("host.json"), path("other.json"));
+    let (device, less, host, other) = (text(&device), text(&less), text(&host), text(&other));
     documents.take(&["describe", host, "--format", "node-labels"], 0, "node-labels");
     documents.take(&["describe", host, "--format", "resource-attributes"], 0, "resource-attributes");
     documents.take(&["describe", host, "--format", "list"], 2, "failure");
@@ -161,7 +163,7 @@ fn what_every_verb_prints_is_what_its_schema_says() {
     documents.take(&["check", device, host], 3, "check");
     documents.take(&["check", device], 2, "failure");
     documents.take(&["check", device, "/nonexistent"], 1, "failure");
-    documents.take(&["check", "--matrix", host, host], 0, "check-matrix");
+    documents.take(&["check", "--matrix", host, other], 0, "check-matrix");
     documents.take(&["check", "--matrix", device], 2, "failure");
     documents.take(&["check", "--baseline", host], 0, "check-baseline");
     documents.take(&["check", "--baseline", "--model", "none", host], 3, "check-baseline");

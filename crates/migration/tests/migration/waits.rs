@@ -18,7 +18,7 @@ const WAITS: [&str; 8] = [
 
 /// Each file of this crate that has such a call, and the row of the list that tells what it waits for. Empty: it waits for nothing
 /// but threads of its own, which end by an interrupt.
-const ROWS: [(&str, &str); 19] = [
+const ROWS: [(&str, &str); 20] = [
     ("channel/connect.rs", "the connection"),
     ("channel/credit.rs", "credit for a device"),
     ("channel/limiter.rs", "the bandwidth cap"),
@@ -34,6 +34,7 @@ const ROWS: [(&str, &str); 19] = [
     ("snapshot/play.rs", ""),
     ("snapshot/save.rs", "the target of `save` to be created"),
     ("source/commit.rs", "the journal to say SENDING"),
+    ("source/mod.rs", "the connection"),
     ("source/plan.rs", "the journal to be opened and read"),
     ("source/quiesce.rs", "the machine's manifest"),
     ("source/rollback.rs", "the storage locks"),
