@@ -60,7 +60,9 @@ fn started(arguments: &[&str]) -> Child {
 /// Starts a verb with its signals as this option of env(1) says, and without cores.
 fn started_as(signals: &str, arguments: &[&str]) -> Child {
     let mut env = Command::new("prlimit");
-    env.args(["--core=0", "env", signals, env!("CARGO_BIN_EXE_vfio-migrate")]).args(arguments);
+    // Whoever runs the tests may have left a signal ignored, as nohup(1) does.
+    env.args(["--core=0", "env", "--default-signal", signals, env!("CARGO_BIN_EXE_vfio-migrate")])
+        .args(arguments);
     env.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
