@@ -441,7 +441,8 @@ mod tests {
             for section in ["NAME", "SYNOPSIS", "EXAMPLES", "SEE ALSO", "EXIT STATUS", "VERSION"] {
                 assert!(page.contains(&format!(".SH {section}\n")), "{name} has no {section}");
             }
-            let json = page.contains("\\fB\\-\\-json\\fR");
+            // An option of its own, or of a verb below it.
+            let json = page.contains("\\fB\\-\\-json\\fR") || page.contains("\\-\\-json: ");
             assert_eq!(page.contains(".SH JSON\n"), json, "{name}");
         }
     }
