@@ -143,6 +143,17 @@ impl Toy {
         toy
     }
 
+    /// Fills RAM with what cannot be told from noise.
+    pub fn fill(&self, seed: u64) {
+        let mut state = seed;
+        for word in 0..self.ram.size() / 8 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            self.ram.write_u64(RamOffset(word * 8), state).unwrap();
+        }
+    }
+
     /// Writes `bytes` where nobody else writes.
     pub fn plant(&self, bytes: &[u8]) {
         let at = self.clock.0 + 8 * PAGE_SIZE;
