@@ -221,7 +221,7 @@ fn unlogged(text: &'static str) -> Wanted {
         arc: None,
         errno: Some(Errno::INVAL),
         text,
-        remedy: "see that nobody else logs the same writes",
+        remedy: LOG,
         reset: false,
     }
 }
