@@ -183,7 +183,7 @@ fn a_server_that_is_slow_with_each_answer_is_given_up_in_time() {
     let _device = Process::start(&["device", "--state-size", "4M", "--socket", server.to_str().unwrap()]);
     until("the server", || server.exists().then_some(()));
     proxy::start(&path, &server, |command, _| match command {
-        proxy::GET_REGION_INFO => Act::Late(Duration::from_millis(1900)),
+        proxy::GET_REGION_INFO => Act::Late(Duration::from_millis(1400)),
         _ => Act::Pass,
     });
     for verb in ["describe", "devices"] {
