@@ -12,6 +12,8 @@ use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
 use crate::signals;
 
+/// What a process ends by that was told to end with its stdin.
+const STDIN_ENDED: &str = "the end of its stdin";
 /// Time after which a signal is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -33,9 +35,9 @@ struct Heard {
 enum AtFirst {
     #[default]
     Nothing,
-    Call(Box<dyn FnOnce() + Send>),
-    /// It came already.
-    Came,
+    Call(Box<dyn FnOnce(&'static str) + Send>),
+    /// The one of this name came already.
+    Came(&'static str),
 }
 
 impl fmt::Debug for Heard {
@@ -89,11 +91,12 @@ impl UserInterrupt {
         *self.0.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
     }
 
-    /// Calls `end` once, from another thread, when a signal comes, or has come, or when stdin ends if `with_stdin`.
+    /// Calls `end` with what asks the process to end, from another thread: once when a signal comes, or has come, and when stdin ends if
+    /// `with_stdin`.
     pub(crate) fn on_end(
         &self,
         with_stdin: bool,
-        end: impl Fn() + Send + Sync + 'static,
+        end: impl Fn(&'static str) + Send + Sync + 'static,
     ) -> Result<(), CliError> {
         let end = Arc::new(end);
         if with_stdin {
@@ -102,14 +105,14 @@ impl UserInterrupt {
             let spawned = thread.spawn(move || {
                 // Nothing is expected; its end is what counts, and an error is an end too.
                 let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
-                end();
+                end(STDIN_ENDED);
             });
             spawned.map_err(|error| CliError::caused("cannot make a thread", &error))?;
         }
         let mut at_first = self.0.at_first.lock().unwrap_or_else(PoisonError::into_inner);
         match *at_first {
-            AtFirst::Came => end(),
-            _ => *at_first = AtFirst::Call(Box::new(move || end())),
+            AtFirst::Came(name) => end(name),
+            _ => *at_first = AtFirst::Call(Box::new(move |name| end(name))),
         }
         Ok(())
     }
@@ -154,8 +157,8 @@ impl Heard {
     fn came(&self, signal: i32) {
         self.first.store(signal, Ordering::Relaxed);
         let mut at_first = self.at_first.lock().unwrap_or_else(PoisonError::into_inner);
-        if let AtFirst::Call(end) = std::mem::replace(&mut *at_first, AtFirst::Came) {
-            end();
+        if let AtFirst::Call(end) = std::mem::replace(&mut *at_first, AtFirst::Came(name(signal))) {
+            end(name(signal));
         }
     }
 

@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use vfio_migration_types::{
-    AttemptId, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, PauseCause, Phase, VmId,
+    AttemptId, CancelCause, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, PauseCause, Phase, VmId,
 };
 use vfio_migration_wire::{
     Accept, Applied, FinalEnd, Message, Offer, RamDigests, Ready, Reason, Running, VersionRange,
@@ -254,10 +254,8 @@ pub enum SourceEvent {
     Damaged(Failure),
     /// The connection ended or broke.
     LinkLost(String),
-    /// The operator cancels the migration.
-    Cancel,
-    /// The process of this side ends, and its guest with it: a cancel, which is told as what it is.
-    ProcessEnds,
+    /// The migration is cancelled, by this.
+    Cancel(CancelCause),
     /// The operator changes the limit.
     SetDowntimeLimit(Duration),
     /// The operator lets a migration that waits before its switchover begin it. Ignored before it has waited.
@@ -289,7 +287,7 @@ pub enum SourceOutcome {
 pub struct Abort {
     /// The failure that ended the attempt, or the cancellation.
     pub cause: Failure,
-    /// Cancelled by the operator, not failed.
+    /// Cancelled at this side, not failed.
     pub cancelled: bool,
     /// The limits cannot be met, as was found with the guest running: what a rehearsal calls its obstacle.
     pub obstacle: bool,
@@ -496,8 +494,8 @@ pub enum DestinationEvent {
     Damaged(Failure),
     /// The connection ended or broke.
     LinkLost(String),
-    /// The operator gives this incoming migration up.
-    Cancel,
+    /// This incoming migration is cancelled, by this.
+    Cancel(CancelCause),
     /// [`deadline`](crate::DestinationEngine::deadline) has passed.
     Tick,
 }
@@ -526,7 +524,7 @@ pub enum DestinationOutcome {
     },
     /// Nothing ran here; every device is reset and released.
     Aborted(Failure),
-    /// The same, and this side's operator wanted it.
+    /// The same, since it was cancelled at this side.
     Cancelled(Failure),
     /// We refused it, or the source did.
     Refused(Vec<Reason>),

@@ -7,9 +7,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_types::{DeviceId, Failure, Phase, Side};
+use vfio_migration_types::{CancelCause, DeviceId, Failure, Phase, Side};
 
 use crate::channel::limiter::Limiter;
+use crate::error::{MigrateError, cancelled};
 use crate::options::SourceOptions;
 use crate::refused::{RefusedConnection, RefusedConnections};
 use crate::report::{PhaseTime, Progress};
@@ -96,12 +97,12 @@ impl Control {
     /// on behind its end. Too late once COMMIT has been sent; then nothing happens. May be called at
     /// any time, any number of times.
     pub fn cancel(&self) {
-        self.send(SourceEvent::Cancel);
+        self.send(SourceEvent::Cancel(CancelCause::Operator));
     }
 
-    /// The same, of a process that ends, and its guest with it: both sides are told that.
-    pub fn process_ends(&self) {
-        self.send(SourceEvent::ProcessEnds);
+    /// The same, of a process that ends `by` something, such as `SIGTERM`, and its guest with it: both sides are told that.
+    pub fn process_ends(&self, by: &str) {
+        self.send(SourceEvent::Cancel(CancelCause::ProcessEnds(by.to_owned())));
     }
 
     /// Changes the downtime limit, in force at the next decision.
@@ -183,20 +184,27 @@ impl Control {
     }
 
     /// Keeps the progress up while something is waited for in `phase` and the session has no loop of its own; `before`: the phases
-    /// that came before it. Whether a cancel waits.
-    pub(crate) fn look_around(&self, phase: Phase, before: &[PhaseTime]) -> bool {
+    /// that came before it. The cancel that waits, if one does.
+    pub(crate) fn look_around(&self, phase: Phase, before: &[PhaseTime]) -> Option<CancelCause> {
         let awaited = self.shared.answers.to_tell(false);
         let elapsed = self.begun().elapsed();
         let took = elapsed.saturating_sub(before.iter().map(|before| before.took).sum());
         let phases = [before, &[PhaseTime { phase, took }]].concat();
         self.set_progress(Progress { phase, elapsed, phases, awaited, ..self.progress() });
-        self.cancel_waits()
+        self.waiting_cancel()
     }
 
-    /// Whether a cancel waits for a session that has not begun to listen.
-    pub(crate) fn cancel_waits(&self) -> bool {
-        let ends = |event: &SourceEvent| matches!(event, SourceEvent::Cancel | SourceEvent::ProcessEnds);
-        lock(&self.shared.inbox).waiting.iter().any(ends)
+    /// The cancel that waits for a session that has not begun to listen, if one does.
+    pub(crate) fn waiting_cancel(&self) -> Option<CancelCause> {
+        lock(&self.shared.inbox).waiting.iter().find_map(|event| match event {
+            SourceEvent::Cancel(why) => Some(why.clone()),
+            _ => None,
+        })
+    }
+
+    /// The end of a session that was given up before it listened, in `phase`.
+    pub(crate) fn cancelled(&self, phase: Phase) -> MigrateError {
+        cancelled(&self.waiting_cancel().unwrap_or(CancelCause::Operator), phase)
     }
 
     fn send(&self, event: SourceEvent) {
@@ -224,7 +232,8 @@ pub struct IncomingControl {
 
 #[derive(Debug)]
 struct Incoming {
-    cancelled: std::sync::atomic::AtomicBool,
+    /// What cancelled it, once something has.
+    cancelled: OnceLock<CancelCause>,
     sessions: Mutex<Sessions>,
     refusals: Mutex<Refusals>,
     /// What the session under way waits for, and the VMM for it.
@@ -255,9 +264,8 @@ impl fmt::Debug for Refusals {
 
 impl IncomingControl {
     pub(crate) fn new() -> Self {
-        let cancelled = false.into();
         let incoming = Incoming {
-            cancelled,
+            cancelled: OnceLock::new(),
             sessions: Mutex::default(),
             refusals: Mutex::default(),
             answers: AwaitedAnswers::default(),
@@ -269,7 +277,17 @@ impl IncomingControl {
     /// released, which takes as long as its devices: [`Progress::awaited`] says what is waited for. Too late once COMMIT has
     /// arrived; then nothing happens.
     pub fn cancel(&self) {
-        self.shared.cancelled.store(true, std::sync::atomic::Ordering::Release);
+        self.cancel_by(CancelCause::Operator);
+    }
+
+    /// The same, of a process that ends `by` something, such as `SIGTERM`: both sides are told that.
+    pub fn process_ends(&self, by: &str) {
+        self.cancel_by(CancelCause::ProcessEnds(by.to_owned()));
+    }
+
+    fn cancel_by(&self, why: CancelCause) {
+        // What came first is what it is given up for.
+        let _ = self.shared.cancelled.set(why);
     }
 
     /// Progress of the session that is under way; `None` while none is.
@@ -304,9 +322,9 @@ impl IncomingControl {
         }
     }
 
-    /// Whether [`cancel`](Self::cancel) was called.
-    pub fn is_cancelled(&self) -> bool {
-        self.shared.cancelled.load(std::sync::atomic::Ordering::Acquire)
+    /// What it was cancelled by, if it was.
+    pub fn cancelled(&self) -> Option<&CancelCause> {
+        self.shared.cancelled.get()
     }
 
     /// Takes note that the VMM waits for a device that it opens, for at most `limit` (`None`: until it answers), as long as what is returned

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vfio_migration_compat::{Reason, Report};
-use vfio_migration_types::{DeviceId, Epoch, Failure, Phase, Side, error_chain, milliseconds};
+use vfio_migration_types::{CancelCause, DeviceId, Epoch, Failure, Phase, Side, error_chain, milliseconds};
 
 use crate::channel::connect::{CHOOSE, ConnectError};
 use crate::channel::transport::TransportError;
@@ -90,7 +90,7 @@ impl MigrateError {
 pub struct Aborted {
     /// The failure, or the cancellation, that ended the attempt.
     pub cause: Failure,
-    /// Cancelled by the operator, not failed.
+    /// Cancelled at this side, not failed.
     pub cancelled: bool,
     /// The limits cannot be met, as was found before the guest was paused: a rehearsal comes to the same, and so does another attempt
     /// under these limits.
@@ -194,7 +194,7 @@ pub enum IncomingError {
     /// Nothing ran here; every device is reset and released.
     #[error("the incoming migration was {how} {0}", how = how(.0))]
     Aborted(Failure),
-    /// This side's operator gave the attempt, or the wait for one, up. Nothing ran here; every device is reset and released.
+    /// The attempt, or the wait for one, was cancelled at this side. Nothing ran here; every device is reset and released.
     #[error("the incoming migration was cancelled {0}")]
     Cancelled(Failure),
     /// The attempt was a rehearsal, and is over, however it ended. The next may be
@@ -263,9 +263,6 @@ impl fmt::Debug for OwnedNotStarted {
 }
 
 pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
-    if matches!(error, ConnectError::Cancelled) {
-        return cancelled(Phase::Hello);
-    }
     let phase = if matches!(error, ConnectError::NotChosen(_)) { Phase::Plan } else { Phase::Hello };
     let remedy = match &error {
         ConnectError::NotChosen(_) => CHOOSE,
@@ -293,9 +290,9 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
 }
 
 /// A cancel before there was a session: nothing is to be undone.
-pub(crate) fn cancelled(phase: Phase) -> MigrateError {
+pub(crate) fn cancelled(why: &CancelCause, phase: Phase) -> MigrateError {
     MigrateError::Aborted(Box::new(Aborted {
-        cause: Failure::cancelled(Side::Source, phase, "cancelled by the operator"),
+        cause: why.failure(Side::Source, phase),
         cancelled: true,
         obstacle: false,
         reset: Vec::new(),

@@ -205,4 +205,4 @@ pub use tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
 pub use unix_listener::bind_unix;
 pub use unix_peer::{AllowedUnixPeers, UnixPeer, UnixPeerError};
 pub use uri::{Uri, UriError};
-pub use vfio_migration_types::{Failure, GuestOutcome, PauseCause, Side};
+pub use vfio_migration_types::{CancelCause, Failure, GuestOutcome, PauseCause, Side};

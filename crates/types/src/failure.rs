@@ -70,13 +70,13 @@ impl Failure {
         Self { side, phase, device: None, arc: None, errno: None, text, remedy }
     }
 
-    /// A cancel by the operator of `side`: no failure, but told as one. Its errno, ECANCELED, tells it from a failure at the
+    /// A [cancel](crate::CancelCause) at `side`: no failure, but told as one. Its errno, ECANCELED, tells it from a failure at the
     /// other side too.
-    pub fn cancelled(side: Side, phase: Phase, text: impl Into<String>) -> Self {
+    pub(crate) fn cancelled(side: Side, phase: Phase, text: impl Into<String>) -> Self {
         Self { errno: Some(ECANCELED), ..Self::new(side, phase, text) }
     }
 
-    /// Whether it is a [cancel](Self::cancelled).
+    /// Whether it is a [cancel](crate::CancelCause).
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.errno == Some(ECANCELED) && self.device.is_none() && self.arc.is_none()

@@ -8,6 +8,7 @@
 mod address;
 mod arcs;
 mod bitmap;
+mod cancel;
 mod failure;
 mod identity;
 mod millis;
@@ -20,6 +21,7 @@ mod time;
 pub use address::{Gpa, Iova, RamOffset, Range, RangeError};
 pub use arcs::{ArcError, next_state, path};
 pub use bitmap::{Bitmap, Granule, GranuleError, PAGE_SIZE, Run, Runs};
+pub use cancel::CancelCause;
 pub use failure::{Failure, Side, error_chain, error_chain_of};
 pub use identity::{AttemptId, AttemptIdError, DEVICES_MAX, DeviceId, DeviceIdError, Epoch, VmId, VmIdError};
 pub use millis::as_millis_f64;

@@ -49,7 +49,7 @@ pub(crate) fn run(options: &DeviceCommand, interrupt: &UserInterrupt) -> Result<
     device.check().map_err(|error| usage(error.to_string()))?;
     let stop = vfio_user_peer::StopHandle::new().map_err(|error| CliError::caused("cannot begin", &error))?;
     let ended = stop.clone();
-    interrupt.on_end(options.exit_with_stdin, move || ended.stop())?;
+    interrupt.on_end(options.exit_with_stdin, move |_| ended.stop())?;
     serve(&options.socket, device, &stop)
         .map_err(|error| CliError::caused(&format!("cannot serve {}", options.socket.display()), &error))?;
     Ok(Exit::Done)

@@ -27,7 +27,8 @@ use crate::exit::CliError;
 /// Answers the control socket of one `vm`.
 pub(super) struct VmHandler {
     pub(super) vm: Arc<RunningVm>,
-    pub(super) quit: Sender<()>,
+    /// Takes what the process is to end by.
+    pub(super) quit: Sender<&'static str>,
 }
 
 impl Handler for VmHandler {
@@ -167,10 +168,10 @@ impl VmHandler {
 
     fn quit(&self, arguments: QuitArguments) -> Result<(), Refused> {
         if !arguments.force {
-            self.vm.end_without_guest()?;
+            self.vm.end_without_guest(QUIT)?;
         }
         // The receiver is gone only when the process ends anyway.
-        let _ = self.quit.send(());
+        let _ = self.quit.send(if arguments.force { "`quit --force`" } else { QUIT });
         Ok(())
     }
 
@@ -180,6 +181,9 @@ impl VmHandler {
         }
     }
 }
+
+/// What a process ends by that its operator ends while no guest is here.
+const QUIT: &str = "`quit`";
 
 fn socket_name(arguments: Value) -> Result<SocketName, Refused> {
     parse::<FdArguments>(arguments)?

@@ -5,8 +5,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
-    Arrived, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer, Machine,
-    NotBuilt, Uri,
+    Arrived, CancelCause, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer,
+    Machine, NotBuilt, Uri,
 };
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
@@ -97,7 +97,7 @@ pub(super) fn listen(
         std::thread::Builder::new().name("migration".into()).spawn(move || {
             let (result, came) = receive(&of_thread, &mut destination, &control);
             let owner = result.is_ok();
-            finish(&of_thread, result, control.is_cancelled(), came);
+            finish(&of_thread, result, control.cancelled(), came);
             drop(of_thread);
             if owner && let Err(error) = destination.answer_queries(ANSWER_FOR) {
                 tracing::warn!(%error, "a source that lost our answer would find nobody to ask");
@@ -130,7 +130,7 @@ fn receive(
             Err(error) => error,
         };
         let once = vm.options.once && !matches!(error, IncomingError::Rehearsed(_));
-        if only_one || once || control.is_cancelled() {
+        if only_one || once || control.cancelled().is_some() {
             return (Err(error), attempt() != before);
         }
         let ended = info::not_arrived(vm, &error, false);
@@ -248,8 +248,13 @@ impl ReadinessWatch {
     }
 }
 
-/// Ends the wait; `came`: its last session is what ended it.
-fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: bool, came: bool) {
+/// Ends the wait; `cancelled`: by what, if it was; `came`: its last session is what ended it.
+fn finish(
+    vm: &RunningVm,
+    result: Result<Arrived, IncomingError>,
+    cancelled: Option<&CancelCause>,
+    came: bool,
+) {
     let machine = vm.state.slot().machine().cloned();
     match (result, machine) {
         (Ok(arrived), Some(machine)) => {
@@ -270,10 +275,10 @@ fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: boo
                 drop(vm.state.put_if(|_| true, Slot::Preparing));
                 drop(machine);
                 vm.presence.end();
-                tell_end_of_wait(vm, true);
+                tell_end_of_wait(vm, cancelled);
                 return vm.state.end_wait(Slot::Empty);
             }
-            let ended = info::not_arrived(vm, &error, cancelled);
+            let ended = info::not_arrived(vm, &error, cancelled.is_some());
             let slot = match (&error, machine) {
                 (IncomingError::OwnedNotStarted(held), Some(machine)) => {
                     Slot::OwnedNotStarted { machine, epoch: held.epoch }
@@ -284,7 +289,7 @@ fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: boo
                     drop(machine);
                     vm.presence.end();
                     tell_end_of_wait(vm, cancelled);
-                    if cancelled { Slot::Empty } else { Slot::Failed }
+                    if cancelled.is_some() { Slot::Empty } else { Slot::Failed }
                 }
             };
             vm.end_session(ended, Some(slot));
@@ -293,10 +298,13 @@ fn finish(vm: &RunningVm, result: Result<Arrived, IncomingError>, cancelled: boo
 }
 
 /// Says on stderr that no guest is waited for any more, and none has come.
-fn tell_end_of_wait(vm: &RunningVm, cancelled: bool) {
-    let why = if cancelled { "its operator cancelled" } else { "its one session has ended without a guest" };
+fn tell_end_of_wait(vm: &RunningVm, cancelled: Option<&CancelCause>) {
+    const AGAIN: &str = "; `vfio-migrate incoming` lets it wait again";
+    let (why, again) = match cancelled {
+        Some(CancelCause::Operator) => ("its operator cancelled".into(), AGAIN),
+        Some(CancelCause::ProcessEnds(by)) => (format!("its process ends by {by}"), ""),
+        None => ("its one session has ended without a guest".into(), AGAIN),
+    };
     let who = vm.options.uuid.map_or_else(|| "a VM".into(), |id| format!("VM {id}"));
-    eprintln_line(format_args!(
-        "vfio-migrate: {who} waits for a guest no more: {why}; `vfio-migrate incoming` lets it wait again"
-    ));
+    eprintln_line(format_args!("vfio-migrate: {who} waits for a guest no more: {why}{again}"));
 }

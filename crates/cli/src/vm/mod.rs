@@ -45,20 +45,19 @@ use crate::words::uri;
 pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit, CliError> {
     let (quit, quitted) = mpsc::channel();
     let by_control = quit.clone();
-    interrupt.on_end(options.exit_with_stdin, move || {
+    interrupt.on_end(options.exit_with_stdin, move |by| {
         // The receiver is gone only when the process ends anyway.
-        let _ = quit.send(());
+        let _ = quit.send(by);
     })?;
     let started = start(options, interrupt, by_control)?;
     let vm = &started.vm;
     let watching = (watch(vm)?, interrupts::tend(vm)?);
     // Both ends of the channel are held as long as the process may end by it.
-    let _ = quitted.recv();
+    let by = quitted.recv().unwrap_or(FAILED_START);
     drop(watching);
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
-    vm.end();
-    let by = interrupt.name().map_or(String::new(), |name| format!(" by {name}"));
-    eprintln_line(format_args!("vfio-migrate: the VM's process has ended{by}"));
+    vm.end(by);
+    eprintln_line(format_args!("vfio-migrate: the VM's process has ended by {by}"));
     Ok(Exit::Done)
 }
 
@@ -87,7 +86,11 @@ struct Started {
 }
 
 /// Makes a `vm` and everything that it needs; `quit` is what the control socket ends the process by.
-fn start(options: &VmCommand, interrupt: &UserInterrupt, quit: Sender<()>) -> Result<Started, CliError> {
+fn start(
+    options: &VmCommand,
+    interrupt: &UserInterrupt,
+    quit: Sender<&'static str>,
+) -> Result<Started, CliError> {
     // What files and devices take, no signal can shorten: it is left to itself then.
     let of_thread = options.clone();
     let prepared = interrupt.watch(move || Prepared::new(&of_thread))??;
@@ -101,13 +104,16 @@ fn start(options: &VmCommand, interrupt: &UserInterrupt, quit: Sender<()>) -> Re
         }
         None => None,
     };
-    interrupt.watch(move || prepared.start()).inspect_err(|_| vm.end()).and_then(|started| started)?;
+    interrupt
+        .watch(move || prepared.start())
+        .inspect_err(|_| vm.end(interrupt.name().unwrap_or(FAILED_START)))
+        .and_then(|started| started)?;
     let server = match bound {
         Some(bound) => {
             let handler = Arc::new(VmHandler { vm: vm.clone(), quit });
             let served = bound.serve(handler, vm.publisher.clone());
             Some(served.map_err(|error| {
-                vm.end();
+                vm.end(FAILED_START);
                 CliError::caused("cannot make a thread for the control socket", &error)
             })?)
         }
@@ -188,5 +194,7 @@ fn cannot_listen(path: &Path, error: &std::io::Error) -> CliError {
     CliError::caused(&format!("cannot listen at {}", path.display()), error)
 }
 
+/// What a process ends by that did not get so far that it could be told to end.
+const FAILED_START: &str = "a start that failed";
 /// `sun_path` of unix(7), without the byte that ends it.
 const SOCKET_PATH_MAX: usize = 107;

@@ -151,10 +151,10 @@ impl RunningVm {
         }
     }
 
-    /// Ends what is under way, so that no guest can come any more, unless a guest is here that would end with the process.
-    pub(super) fn end_without_guest(&self) -> Result<(), Refused> {
+    /// Ends what is under way `by` this, so that no guest can come any more, unless a guest is here that would end with the process.
+    pub(super) fn end_without_guest(&self, by: &str) -> Result<(), Refused> {
         self.refuse_with_guest()?;
-        self.end_sessions();
+        self.end_sessions(by);
         // The one that was on its way may have arrived first.
         self.refuse_with_guest()
     }
@@ -187,8 +187,8 @@ impl RunningVm {
         self.ending.load(Ordering::Acquire)
     }
 
-    fn end_sessions(&self) {
-        self.state.cancel_at_end();
+    fn end_sessions(&self, by: &str) {
+        self.state.cancel_at_end(by);
         let awaited: Vec<_> = self.state.join().iter().map(AwaitedInfo::from).collect();
         if !awaited.is_empty() {
             eprintln_line(format_args!(
@@ -198,11 +198,11 @@ impl RunningVm {
         }
     }
 
-    /// Ends what is under way: a session is cancelled and waited for, so that no guest is left without an owner. One that waits for
+    /// Ends what is under way `by` this: a session is cancelled and waited for, so that no guest is left without an owner. One that waits for
     /// a device is not: it is being undone, and the guest is this side's, or never came.
-    pub(super) fn end(&self) {
+    pub(super) fn end(&self, by: &str) {
         self.ending.store(true, Ordering::Release);
-        self.end_sessions();
+        self.end_sessions(by);
         self.passed.end();
         drop(self.state.put_if(|_| true, Slot::Ended));
     }

@@ -305,11 +305,11 @@ impl VmState {
         drop(old);
     }
 
-    /// Cancels what is under way, as the process is to end.
-    pub(super) fn cancel_at_end(&self) {
+    /// Cancels what is under way, as the process is to end `by` this.
+    pub(super) fn cancel_at_end(&self, by: &str) {
         match self.lock().last.clone() {
-            Some(Steering::Outgoing(control)) => control.process_ends(),
-            Some(Steering::Incoming(control)) => control.cancel(),
+            Some(Steering::Outgoing(control)) => control.process_ends(by),
+            Some(Steering::Incoming(control)) => control.process_ends(by),
             None => {}
         }
     }

@@ -248,7 +248,10 @@ fn a_source_whose_process_ends_is_told_as_such() {
         let last = &history["records"].as_array().unwrap().last().unwrap()["migration"];
         let error = last["error"].as_str().unwrap();
         assert_eq!(last["status"], "cancelled", "{last}");
-        assert!(error.contains("the process of the source ends, and the guest with it"), "{error}");
+        assert!(
+            error.contains("the process of the source ends by the end of its stdin, and the guest with it"),
+            "{error}"
+        );
         assert!(!error.contains("as it was before") && !error.contains("operator"), "{error}");
     }
 }

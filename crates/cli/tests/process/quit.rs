@@ -1,8 +1,16 @@
 //! What `quit` ends, and what only `quit --force` does.
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Vm, control, fails, run, software, until};
+use crate::support::{PATIENCE, Process, Setup, Vm, command, control, fails, run, software, until};
+
+const VM: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0007";
+
+/// What the command prints with `--json`.
+fn json_of(arguments: &[&str]) -> Value {
+    serde_json::from_slice(&run(arguments).stdout).unwrap()
+}
 
 #[test]
 fn quit_ends_a_guest_only_by_force() {
@@ -38,4 +46,98 @@ fn quit_ends_a_guest_only_by_force() {
     let mut destination = destination;
     destination.call("quit", json!({"force": true})).unwrap();
     assert!(destination.process.child.wait().unwrap().success());
+}
+
+/// A session or a wait that ends with the process is not its operator's cancel: who ended it, and how, is told by both sides.
+#[test]
+fn what_ends_with_its_process_says_by_what() {
+    // The side that ends, whether its guest is under way, and what it ends by.
+    let signals =
+        [("SIGTERM", Some(Signal::TERM)), ("SIGINT", Some(Signal::INT)), ("SIGHUP", Some(Signal::HUP))];
+    let by_quit = [("`quit`", None), ("`quit --force`", None)];
+    for (name, signal) in signals.into_iter().chain(by_quit) {
+        for side in ["source", "destination"] {
+            // With its guest under way a source's process ends by force alone.
+            if (side, name) == ("source", "`quit`") {
+                continue;
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let state = |name: &str| dir.path().join(name).display().to_string();
+            let (here, there) = (state("here"), state("there"));
+            let of_source = ["--uuid", VM, "--state-dir", &here];
+            let source = Setup { vm_arguments: &of_source, devices: 0, ..Setup::new(dir.path(), "a") };
+            let of_destination = ["--state-dir", &there, "--incoming", "tcp:127.0.0.1:0"];
+            let destination =
+                Setup { vm_arguments: &of_destination, devices: 0, ..Setup::new(dir.path(), "b") };
+            let (source, destination) = (source.start(), destination.start());
+            source.begin(&destination.incoming(), json!({"pause-before-switchover": true}));
+            until("the switchover to wait", || {
+                (source.migration()["status"] == "pre-switchover").then_some(())
+            });
+            let (mut ends, stays) =
+                if side == "source" { (source, destination) } else { (destination, source) };
+            let events = stays.events();
+            match signal {
+                Some(signal) => {
+                    let pid = i32::try_from(ends.process.pid()).unwrap();
+                    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal)
+                        .unwrap();
+                }
+                None => {
+                    let force: &[&str] = if name.contains("--force") { &["--force"] } else { &[] };
+                    let quit = run(&[&["quit", "--control", control(&ends)], force].concat());
+                    assert!(quit.status.success(), "{quit:?}");
+                }
+            }
+            ends.process.child.wait().unwrap();
+            let says = format!("at the {side}: the process of the {side} ends by {name}");
+            let assert_told = |who: &str, migration: &Value| {
+                let error =
+                    migration["error"].as_str().unwrap_or_else(|| panic!("{name} {who}: {migration}"));
+                assert_eq!(migration["status"], "cancelled", "{name} {who}: {migration}");
+                assert!(error.contains(&says) && !error.contains("operator"), "{name} {who}: {error}");
+                assert_eq!(migration["failure"]["side"], side, "{name} {who}: {migration}");
+            };
+            assert_told("status", &stays.ended());
+            let event = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
+                .find(|event| event["event"] == "MIGRATION" && event["data"]["status"] == "cancelled");
+            assert_told("event", &event.unwrap()["data"]);
+            for state in [&here, &there] {
+                let history = json_of(&["history", "--state-dir", state, "--json"]);
+                assert_told("history", &history["records"].as_array().unwrap().last().unwrap()["migration"]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_wait_that_ends_with_its_process_says_by_what() {
+    for (name, signal) in [("SIGTERM", Some(Signal::TERM)), ("SIGHUP", Some(Signal::HUP)), ("`quit`", None)] {
+        let dir = tempfile::tempdir().unwrap();
+        let (at, said) = (dir.path().join("b.control"), dir.path().join("said"));
+        let words =
+            ["vm", "--incoming", "unix:", "--memory", "64M", "--software", "--exit-with-stdin", "--control"];
+        let incoming = format!("unix:{}", dir.path().join("b.sock").display());
+        let words: Vec<_> =
+            words.iter().map(|word| if *word == "unix:" { &incoming } else { *word }).collect();
+        let child = command(&[&words[..], &[at.to_str().unwrap()]].concat())
+            .stdin(std::process::Stdio::piped())
+            .stderr(std::fs::File::create(&said).unwrap())
+            .spawn()
+            .unwrap();
+        let mut vm = Vm { process: Process::of(child), devices: vec![], control: at };
+        until("the control socket", || vm.try_call("query", Value::Null)).expect("query");
+        match signal {
+            Some(signal) => {
+                let pid = i32::try_from(vm.process.pid()).unwrap();
+                rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
+            }
+            None => assert!(run(&["quit", "--control", control(&vm)]).status.success()),
+        }
+        assert!(vm.process.child.wait().unwrap().success());
+        let said = std::fs::read_to_string(&said).unwrap();
+        assert!(said.contains(&format!("waits for a guest no more: its process ends by {name}\n")), "{said}");
+        assert!(said.contains(&format!("the VM's process has ended by {name}\n")), "{said}");
+        assert!(!said.contains("operator") && !said.contains("incoming` lets it"), "{said}");
+    }
 }

@@ -64,7 +64,7 @@ impl DestinationEngine {
             // The reader's failure, not the action's, whose answer may still come.
             DestinationEvent::Damaged(cause) => self.abort(cause, now),
             DestinationEvent::LinkLost(why) => self.on_link_lost(&why, now),
-            DestinationEvent::Cancel => self.on_cancel(now),
+            DestinationEvent::Cancel(why) => self.on_cancel(&why, now),
             DestinationEvent::Tick => self.on_tick(now),
             answer => self.on_answer(answer, now),
         }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_types::{CancelCause, Failure, Phase, Side};
 use vfio_migration_wire::{Message, Reason};
 
 use super::state::{DestinationEngine, State};
@@ -15,7 +15,7 @@ use crate::ownership::{DestinationState, DestinationStep};
 /// The multiple of `peer_timeout` for which an attempt that was given up after READY stays answerable. The source
 /// notices a lost link within one, and asks at once.
 const LINGER: u32 = 4;
-/// The same when an operator gave it up, who waits for the end. The journal answers whoever asks later.
+/// The same when it was cancelled, by somebody who waits for the end. The journal answers whoever asks later.
 const LINGER_CANCELLED: Duration = Duration::from_millis(500);
 
 impl DestinationEngine {
@@ -40,8 +40,8 @@ impl DestinationEngine {
         )
     }
 
-    /// Gives the attempt up because the operator wants it. One that is being given up already ends sooner, for its own cause.
-    pub(super) fn on_cancel(&mut self, now: Time) {
+    /// Gives the attempt up, which is cancelled. One that is being given up already ends sooner, for its own cause.
+    pub(super) fn on_cancel(&mut self, why: &CancelCause, now: Time) {
         match self.state {
             State::JournalAborted | State::Releasing => self.rollback.cancelled_late = true,
             State::Lingering => {
@@ -50,8 +50,7 @@ impl DestinationEngine {
             }
             _ if self.can_abort() => {
                 self.rollback.cancelled = true;
-                let text = "given up by the destination's operator";
-                self.roll_back(Failure::cancelled(Side::Destination, self.phase, text), now);
+                self.roll_back(why.failure(Side::Destination, self.phase), now);
             }
             _ => {}
         }

@@ -18,7 +18,7 @@ mod state;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use vfio_migration_types::{Failure, Phase, Side};
+use vfio_migration_types::{CancelCause, Failure, Phase, Side};
 use vfio_migration_wire::{FEATURE_ASK, FEATURE_REHEARSE, HelloReply, Lease, Message};
 
 pub use self::state::SourceEngine;
@@ -88,10 +88,7 @@ impl SourceEngine {
             SourceEvent::Damaged(cause) => self.on_damaged(cause),
             SourceEvent::LinkLost(why) => self.on_link_lost(&why, now),
             SourceEvent::DeviceLost(cause) => self.on_device_lost(cause),
-            SourceEvent::Cancel => self.on_cancel("cancelled by the operator"),
-            SourceEvent::ProcessEnds => {
-                self.on_cancel("the process of the source ends, and the guest with it")
-            }
+            SourceEvent::Cancel(why) => self.on_cancel(&why),
             SourceEvent::SetDowntimeLimit(limit) => self.on_limit(limit, now),
             SourceEvent::ContinueSwitchover => self.on_continue(now),
             SourceEvent::Tick => self.on_tick(now),
@@ -337,8 +334,8 @@ impl SourceEngine {
         }
     }
 
-    fn on_cancel(&mut self, why: &str) {
-        let cause = Failure::cancelled(Side::Source, self.phase, why);
+    fn on_cancel(&mut self, why: &CancelCause) {
+        let cause = why.failure(Side::Source, self.phase);
         match self.state {
             State::Undoing => self.rehearsal.cancelled = Some(cause),
             State::AwaitingRehearsed => self.finish_cancelled(cause),

@@ -1,6 +1,7 @@
 //! Cancels of either side: each ends what is waited for, and is told as what it is.
 
 use vfio_migration_engine::{DestinationEvent, DestinationOutcome, Rehearse, SourceEvent, SourceOutcome};
+use vfio_migration_types::CancelCause;
 
 use crate::world::script::{Direction, Fault, MS, SECOND, Script, What};
 use crate::world::{Guest, World};
@@ -16,7 +17,7 @@ fn a_cancel_ends_every_wait_for_the_destination() {
     let (baseline, _) = World::play(Script::default());
     let decided = baseline.link.to_source.iter().position(|sent| sent.starts_with("Ready")).unwrap();
     for index in 0..=decided {
-        let source_events = vec![(4 * SECOND, SourceEvent::Cancel)];
+        let source_events = vec![(4 * SECOND, SourceEvent::Cancel(CancelCause::Operator))];
         let script = Script {
             fault: deaf(index),
             source_events,
@@ -41,7 +42,7 @@ fn a_cancelled_rehearsal_does_not_wait_for_the_destination() {
         // The last that the destination says is REHEARSED.
         let last = baseline.link.to_source.len() - 1;
         assert!(baseline.link.to_source[last].starts_with("Rehearsed"), "{:?}", baseline.link.to_source);
-        let source_events = vec![(4 * SECOND, SourceEvent::Cancel)];
+        let source_events = vec![(4 * SECOND, SourceEvent::Cancel(CancelCause::Operator))];
         let script = Script { fault: deaf(last), source_events, peer_timeout: 60 * SECOND, ..script };
         let (world, end) = World::play(script);
         let Some(SourceOutcome::Aborted(abort)) = &end.source else { panic!("{rehearse:?}: {end:?}") };
@@ -75,7 +76,7 @@ fn a_cancel_ends_the_wait_for_the_question_of_a_source_that_is_gone() {
     for at in [2 * SECOND, 10 * SECOND] {
         let script = Script {
             fault,
-            destination_events: vec![(at, DestinationEvent::Cancel)],
+            destination_events: vec![(at, DestinationEvent::Cancel(CancelCause::Operator))],
             peer_timeout: 60 * SECOND,
             ..Script::default()
         };

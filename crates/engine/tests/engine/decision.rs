@@ -7,7 +7,7 @@ use vfio_migration_engine::{
     Barrier, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent, SourceOutcome,
     SwitchoverWait,
 };
-use vfio_migration_types::{AttemptId, Epoch, Failure, GuestOutcome, Phase, Side, VmId};
+use vfio_migration_types::{AttemptId, CancelCause, Epoch, Failure, GuestOutcome, Phase, Side, VmId};
 use vfio_migration_wire::{
     Accept, Commit, FEATURES, FinalEnd, HelloReply, Message, Offer, Ready, Running, VERSIONS,
 };
@@ -109,7 +109,7 @@ fn deciding() -> SourceEngine {
         last = tell(&mut source, event);
     }
     assert_eq!(last, [SourceAction::Journal(SourceState::Committing)]);
-    assert_eq!(tell(&mut source, SourceEvent::Cancel), [], "it is too late");
+    assert_eq!(tell(&mut source, SourceEvent::Cancel(CancelCause::Operator)), [], "it is too late");
     source
 }
 
@@ -205,7 +205,11 @@ fn committed() -> SourceEngine {
     let mut source = deciding();
     let actions = tell(&mut source, SourceEvent::Journaled(SourceState::Committing));
     assert_eq!(actions, [SourceAction::Send(COMMIT)]);
-    assert_eq!(tell(&mut source, SourceEvent::Cancel), [], "the other side may run already");
+    assert_eq!(
+        tell(&mut source, SourceEvent::Cancel(CancelCause::Operator)),
+        [],
+        "the other side may run already"
+    );
     source
 }
 
@@ -276,7 +280,7 @@ fn only_running_and_declined_decide() {
         assert_eq!(hear(&mut source, nothing), []);
     }
     for event in [
-        SourceEvent::Cancel,
+        SourceEvent::Cancel(CancelCause::Operator),
         SourceEvent::DeviceLost(error()),
         SourceEvent::Failed(error()),
         SourceEvent::Damaged(error()),
@@ -336,7 +340,10 @@ fn a_rollback_that_is_late_ends_the_attempt() {
     };
     let mut source = iterating(config());
     assert!(!source.is_rolling_back());
-    assert_eq!(tell(&mut source, SourceEvent::Cancel).last(), Some(&SourceAction::RollBack));
+    assert_eq!(
+        tell(&mut source, SourceEvent::Cancel(CancelCause::Operator)).last(),
+        Some(&SourceAction::RollBack)
+    );
     assert!(source.is_rolling_back());
     let actions = tell(&mut source, late());
     assert_eq!(actions.first(), Some(&SourceAction::Journal(SourceState::Owner)), "{actions:?}");
@@ -345,7 +352,7 @@ fn a_rollback_that_is_late_ends_the_attempt() {
     assert_eq!(tell(&mut source, SourceEvent::Journaled(SourceState::Owner)), []);
     // The journal itself.
     let mut source = iterating(config());
-    tell(&mut source, SourceEvent::Cancel);
+    tell(&mut source, SourceEvent::Cancel(CancelCause::Operator));
     let back =
         SourceEvent::RolledBack { reset: vec![], not_reset: vec![], locks_lost: vec![], restored: true };
     assert_eq!(tell(&mut source, back), [SourceAction::Journal(SourceState::Owner)]);

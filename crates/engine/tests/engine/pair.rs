@@ -7,7 +7,7 @@ use vfio_migration_engine::{
     Abort, DestinationEvent, DestinationOutcome, SourceAction, SourceEngine, SourceEvent, SourceOutcome,
     SourceSummary,
 };
-use vfio_migration_types::{GuestOutcome, MigrationFlags, PauseCause, Phase};
+use vfio_migration_types::{CancelCause, GuestOutcome, MigrationFlags, PauseCause, Phase, Side};
 use vfio_migration_wire::{Reason, VersionRange};
 
 use crate::world::script::{Corrupt, Device, Direction, Fault, MS, SECOND, Script, What};
@@ -254,7 +254,7 @@ fn an_operator_may_hold_the_switchover() {
     let summary = completed(&world, &end);
     assert!((10 * SECOND..11 * SECOND).contains(&summary.paused_at), "{:?}", summary.paused_at);
     // And may think better of it.
-    let source_events = vec![(5 * SECOND, SourceEvent::Cancel)];
+    let source_events = vec![(5 * SECOND, SourceEvent::Cancel(CancelCause::Operator))];
     let (world, end) = World::play(Script { source_events, ..script });
     assert!(aborted(&world, &end).cancelled);
 }
@@ -394,7 +394,7 @@ fn cancel_is_obeyed_until_the_decision() {
 
 #[test]
 fn cancelling_twice_is_cancelling_once() {
-    let cancel = |at| (at, SourceEvent::Cancel);
+    let cancel = |at| (at, SourceEvent::Cancel(CancelCause::Operator));
     let source_events = vec![cancel(50 * MS), cancel(50 * MS), cancel(51 * MS), cancel(90 * MS)];
     let (world, end) = World::play(Script { source_events, ..Script::default() });
     assert!(aborted(&world, &end).cancelled);
@@ -411,10 +411,11 @@ fn a_lost_device_ends_the_attempt() {
 
 #[test]
 fn a_destination_given_up_by_its_operator() {
-    let destination_events = vec![(100 * MS, DestinationEvent::Cancel)];
+    let destination_events = vec![(100 * MS, DestinationEvent::Cancel(CancelCause::Operator))];
     let (world, end) = World::play(Script { destination_events, ..Script::default() });
     let abort = aborted(&world, &end);
-    assert!(abort.cause.text.contains("destination's operator"), "{}", abort.cause.text);
+    let told = (abort.cause.side, abort.cause.text.as_str());
+    assert_eq!(told, (Side::Destination, "cancelled by the operator"));
 }
 
 #[test]
@@ -472,7 +473,7 @@ fn a_way_back_that_fails_is_reported() {
 fn a_cancel_is_obeyed_until_it_is_too_late() {
     let cancelled = |source: &mut Option<SourceEngine>, now| {
         let source = source.as_mut().unwrap();
-        source.handle(SourceEvent::Cancel, now);
+        source.handle(SourceEvent::Cancel(CancelCause::Operator), now);
         source.poll_action()
     };
     let mut world = World::new(Script::default());
@@ -490,7 +491,7 @@ fn progress_says_what_is_waited_for() {
     use vfio_migration_engine::SwitchoverWait;
     let mut source = World::new(Script {
         pause_before_switchover: true,
-        source_events: vec![(20 * SECOND, SourceEvent::Cancel)],
+        source_events: vec![(20 * SECOND, SourceEvent::Cancel(CancelCause::Operator))],
         ..Script::default()
     });
     source.run();
@@ -512,7 +513,7 @@ fn a_destination_that_stops_acknowledging_is_noticed_in_p3() {
             fault,
             give_up_after: None,
             pause_before_switchover: true,
-            source_events: vec![(80 * SECOND, SourceEvent::Cancel)],
+            source_events: vec![(80 * SECOND, SourceEvent::Cancel(CancelCause::Operator))],
             ..Script::default()
         });
         let abort = aborted(&world, &end);

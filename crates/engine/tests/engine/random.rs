@@ -10,7 +10,7 @@ use vfio_migration_engine::{
     DeviceProgress, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent,
 };
 use vfio_migration_types::{
-    AttemptId, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, Phase, Side, VmId,
+    AttemptId, CancelCause, DeviceId, Epoch, Failure, GuestOutcome, MigrationFlags, Phase, Side, VmId,
 };
 use vfio_migration_wire::{
     Accept, Applied, Commit, DeviceTotal, FEATURES, Final, FinalEnd, Hello, HelloReply, Message, Offer,
@@ -156,7 +156,7 @@ fn source_event() -> impl Strategy<Value = SourceEvent> {
         1 => Just(SourceEvent::Failed(error())),
         1 => Just(SourceEvent::Damaged(error())),
         1 => Just(SourceEvent::LinkLost("random".to_owned())),
-        1 => Just(SourceEvent::Cancel),
+        1 => Just(SourceEvent::Cancel(CancelCause::Operator)),
         1 => any::<u64>().prop_map(|ns| SourceEvent::SetDowntimeLimit(Duration::from_nanos(ns))),
         1 => Just(SourceEvent::ContinueSwitchover),
         1 => Just(SourceEvent::DeviceLost(error())),
@@ -187,7 +187,7 @@ fn destination_event() -> impl Strategy<Value = DestinationEvent> {
         1 => Just(DestinationEvent::Failed(error())),
         1 => Just(DestinationEvent::Damaged(error())),
         1 => Just(DestinationEvent::LinkLost("random".to_owned())),
-        1 => Just(DestinationEvent::Cancel),
+        1 => Just(DestinationEvent::Cancel(CancelCause::Operator)),
         2 => Just(DestinationEvent::Tick),
     ]
 }

@@ -121,7 +121,7 @@ impl Destination {
         let mut build = Some(build);
         loop {
             let limit = self.options.accept_timeout.map(|limit| limit.saturating_sub(begun.elapsed()));
-            match self.greet(limit).map_err(not_begun)? {
+            match self.greet(limit).map_err(|error| self.not_accepted(error))? {
                 Ok(Greeting::Session(accepted)) => match self.admission.admit(&accepted) {
                     Ok(admitted) => {
                         if let Some(ended) = self.session(*accepted, &admitted, &mut build) {
@@ -206,6 +206,15 @@ impl Destination {
         Some(arrived)
     }
 
+    fn not_accepted(&self, error: ConnectError) -> IncomingError {
+        match (&error, self.control.cancelled()) {
+            (ConnectError::Cancelled, Some(why)) => {
+                IncomingError::Cancelled(why.failure(Side::Destination, Phase::Hello))
+            }
+            _ => not_begun(error),
+        }
+    }
+
     fn answer(&mut self, question: &Question) {
         let dir = self.options.state_dir.as_deref();
         let own = self.known.as_ref().filter(|known| known.record.attempt == question.about.attempt);
@@ -238,7 +247,7 @@ impl Destination {
     ) -> Result<Result<Greeting, DroppedConnection>, ConnectError> {
         let begun = Instant::now();
         loop {
-            if self.control.is_cancelled() {
+            if self.control.cancelled().is_some() {
                 return Err(ConnectError::Cancelled);
             }
             // Each is looked at before the next is let in, so that none is dropped unread for those that come after it.
@@ -275,10 +284,6 @@ impl fmt::Debug for Destination {
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn not_begun(error: ConnectError) -> IncomingError {
     let remedy = match error {
-        ConnectError::Cancelled => {
-            let text = "given up by the destination's operator";
-            return IncomingError::Cancelled(Failure::cancelled(Side::Destination, Phase::Hello, text));
-        }
         ConnectError::NotAStream(_) => "pass a connected stream socket",
         ConnectError::NotChosen(_) => CHOOSE,
         _ => "",

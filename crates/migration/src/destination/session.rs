@@ -369,9 +369,11 @@ impl Session<'_> {
     }
 
     fn watch(&mut self) {
-        if self.control.is_cancelled() && !std::mem::replace(&mut self.cancelled, true) {
+        if let Some(why) = self.control.cancelled()
+            && !std::mem::replace(&mut self.cancelled, true)
+        {
             let now = self.now();
-            self.engine.handle(DestinationEvent::Cancel, now);
+            self.engine.handle(DestinationEvent::Cancel(why.clone()), now);
         }
         if self.giving_up.is_some() && self.link.blocked() > GRACE {
             self.link.give_up("the source did not take what was being sent when the migration was given up");

@@ -15,7 +15,7 @@ use super::{DeviceState, GuestNotResumed, SaveError, SnapshotError, states};
 use crate::channel::link::Link;
 use crate::channel::liveness::keep_alive_until;
 use crate::channel::transport::Socket;
-use crate::error::{MigrateError, cancelled};
+use crate::error::MigrateError;
 use crate::options::SourceOptions;
 use crate::regular_file::AtomicFile;
 use crate::report::{Completed, Progress};
@@ -95,13 +95,16 @@ pub fn save(
         estimate.check_room(&file)?;
         Ok((Writer::new(file, &target)?, StateLimits::new(&estimate, options.state_limit)))
     };
-    let (writer, limits) = match answer_unless(|| control.look_around(Phase::Plan, &[]), None, create) {
-        Ok(created) => created?,
-        Err(Unanswered::NoThread(error)) => return Err(failed("making a thread for", path)(error.0).into()),
-        Err(Unanswered::GivenUp | Unanswered::Late) => {
-            return Err(SaveError::Session(cancelled(Phase::Plan)));
-        }
-    };
+    let (writer, limits) =
+        match answer_unless(|| control.look_around(Phase::Plan, &[]).is_some(), None, create) {
+            Ok(created) => created?,
+            Err(Unanswered::NoThread(error)) => {
+                return Err(failed("making a thread for", path)(error.0).into());
+            }
+            Err(Unanswered::GivenUp | Unanswered::Late) => {
+                return Err(SaveError::Session(control.cancelled(Phase::Plan)));
+            }
+        };
     let (here, there) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|errno| failed("making a socket for", path)(errno.into()))?;
     let link = Link::accepted(Box::new(Socket::new(there)));

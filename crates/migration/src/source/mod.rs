@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 use vfio_migration_types::Phase;
 
-use crate::channel::connect;
+use crate::channel::connect::{self, ConnectError};
 use crate::control::Control;
 use crate::error::{MigrateError, not_connected};
 use crate::machine::Machine;
@@ -110,7 +110,7 @@ impl Source {
             rehearse,
         )?;
         let planned = [PhaseTime { phase: Phase::Plan, took: plan.took }];
-        let connecting = || plan.control.look_around(Phase::Hello, &planned);
+        let connecting = || plan.control.look_around(Phase::Hello, &planned).is_some();
         connecting();
         let SourceOptions { security, unix_peers, connect_timeout: limit, .. } = &plan.options;
         let wait = plan.answers.wait(None, Request::Connection, Some(*limit));
@@ -118,7 +118,10 @@ impl Source {
         drop(wait);
         let socket = connected.map_err(|error| {
             connecting();
-            not_connected(error)
+            match error {
+                ConnectError::Cancelled => plan.control.cancelled(Phase::Hello),
+                error => not_connected(error),
+            }
         })?;
         session::run(plan, engine, socket, observer)
     }

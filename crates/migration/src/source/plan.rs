@@ -13,7 +13,7 @@ use vfio_migration_wire::{FEATURE_VERIFY, Offer, VERSIONS, limits};
 
 use crate::control::Control;
 use crate::device::tracked::{all_answer, tracked};
-use crate::error::{MigrateError, cancelled, not_begun, refused_here};
+use crate::error::{MigrateError, not_begun, refused_here};
 use crate::machine::{Machine, MigratableDevice};
 use crate::offer::names;
 use crate::options::SourceOptions;
@@ -77,8 +77,8 @@ impl PlannedMigration {
         rehearse: Option<Rehearse>,
     ) -> Result<(Self, engine::SourceEngine), MigrateError> {
         let vm = machine.id();
-        if control.cancel_waits() {
-            return Err(cancelled(Phase::Plan));
+        if control.waiting_cancel().is_some() {
+            return Err(control.cancelled(Phase::Plan));
         }
         let attempt = new_attempt_id()?;
         let kind = match (rehearse, &file) {
@@ -179,10 +179,10 @@ fn unless_cancelled<T: Send + 'static>(
     control: &Control,
     work: impl FnOnce() -> Result<T, MigrateError> + Send + 'static,
 ) -> Result<T, MigrateError> {
-    match answer_unless(|| control.look_around(Phase::Plan, &[]), None, work) {
+    match answer_unless(|| control.look_around(Phase::Plan, &[]).is_some(), None, work) {
         Ok(answer) => answer,
         Err(Unanswered::NoThread(error)) => Err(not_begun(Phase::Plan, error_chain(&error))),
-        Err(Unanswered::GivenUp | Unanswered::Late) => Err(cancelled(Phase::Plan)),
+        Err(Unanswered::GivenUp | Unanswered::Late) => Err(control.cancelled(Phase::Plan)),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::channel::liveness::{self, GRACE, TICK, UNANSWERED, close_gracefully};
 use crate::channel::reader::Reader;
 use crate::channel::transport::Transport;
 use crate::control::{Control, LeftBehind};
-use crate::error::{MigrateError, cancelled, refused_here};
+use crate::error::{MigrateError, refused_here};
 use crate::report::Progress;
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::awaited::AwaitedAnswer;
@@ -114,13 +114,13 @@ fn connected(socket: Box<dyn Transport>, control: &Control) -> Result<Arc<Link>,
     let link = Link::accepted(socket);
     let failed = |text| refused_here(Failure::new(Side::Source, Phase::Hello, text));
     let of_thread = Arc::clone(&link);
-    match answer_unless(|| control.cancel_waits(), None, move || of_thread.welcome()) {
+    match answer_unless(|| control.waiting_cancel().is_some(), None, move || of_thread.welcome()) {
         Ok(Ok(())) => Ok(link),
         Ok(Err(error)) => Err(failed(error_chain(&error))),
         Err(Unanswered::NoThread(error)) => Err(failed(error_chain(&error))),
         Err(Unanswered::GivenUp | Unanswered::Late) => {
             link.shutdown();
-            Err(cancelled(Phase::Hello))
+            Err(control.cancelled(Phase::Hello))
         }
     }
 }
@@ -164,7 +164,7 @@ impl Session<'_> {
             match self.events.recv_timeout(due) {
                 Ok(event) => {
                     self.link_lost |= matches!(event, SourceEvent::LinkLost(_));
-                    if matches!(event, SourceEvent::Cancel | SourceEvent::ProcessEnds) {
+                    if matches!(event, SourceEvent::Cancel(_)) {
                         self.cancelled.get_or_insert_with(Instant::now);
                     }
                     self.engine.handle(event, self.now());

@@ -149,7 +149,7 @@ impl Side {
 
 impl Drop for Side {
     fn drop(&mut self) {
-        self.started.vm.end();
+        self.started.vm.end("the end of the test");
     }
 }
 

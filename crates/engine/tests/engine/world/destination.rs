@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vfio_migration_engine::ownership::DestinationState;
 use vfio_migration_engine::{DestinationAction, DestinationEvent, DestinationOutcome, Time};
-use vfio_migration_types::GuestOutcome;
+use vfio_migration_types::{CancelCause, GuestOutcome};
 use vfio_migration_wire::{Applied, Message, Ready, Running};
 
 use super::script::{Direction, Sabotage};
@@ -121,7 +121,7 @@ impl World {
         self.other.action += 1;
         let number = self.other.action;
         if self.script.destination_cancel_at_action == Some(index) {
-            self.at(self.now, Happening::Destination(DestinationEvent::Cancel));
+            self.at(self.now, Happening::Destination(DestinationEvent::Cancel(CancelCause::Operator)));
         }
         let script = self.script.clone();
         if let DestinationAction::Start { .. } = action {

@@ -6,6 +6,7 @@ use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_engine::{
     Barrier, DeviceProgress, IterationReport, SourceAction, SourceEvent, SourceOutcome, Time,
 };
+use vfio_migration_types::CancelCause;
 use vfio_migration_wire::{DeviceTotal, FinalEnd, Message};
 
 use super::script::{Direction, Sabotage, Script};
@@ -137,7 +138,7 @@ impl World {
                 let report = self.iteration();
                 self.after(report.took, Happening::SourceAnswer(number, SourceEvent::IterationSent(report)));
                 if self.script.cancel_at_action == Some(index) {
-                    self.at(now, Happening::Source(SourceEvent::Cancel));
+                    self.at(now, Happening::Source(SourceEvent::Cancel(CancelCause::Operator)));
                 }
                 let _ = iteration;
                 return;
@@ -191,7 +192,7 @@ impl World {
         };
         self.after(delay, Happening::SourceAnswer(number, event));
         if self.script.cancel_at_action == Some(index) {
-            self.at(now, Happening::Source(SourceEvent::Cancel));
+            self.at(now, Happening::Source(SourceEvent::Cancel(CancelCause::Operator)));
         }
     }
 
