@@ -32,7 +32,9 @@ pub use kernel::error::KernelError;
 pub use kernel::open::{IommuHandle, KernelOptions};
 pub use kernel::path::KernelPath;
 pub use kernel::tracker::{TrackerChoice, TrackerKind};
-pub use pci::{ConfigRule, ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciState, VectorState};
+pub use pci::{
+    ConfigRule, ConfigRules, ConfigState, IrqRouter, MsiMessage, PciError, PciFunction, PciState, VectorState,
+};
 pub use pci_codec::PciCodecError;
 pub use session::error::SessionError;
 pub use vfio_user::device::{VfioUserDevice, VfioUserOptions};

@@ -13,6 +13,15 @@ use std::fmt;
 
 use vfio_migration_types::DeviceId;
 
+/// Config space and BARs of one PCI function: what a VMM may have to read from the device itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigState {
+    /// The guest's view of config space: 256 or 4096 bytes.
+    pub bytes: Vec<u8>,
+    /// Guest addresses of the BARs; 0 where a BAR is absent or the upper half of a 64-bit one.
+    pub bars: [u64; 6],
+}
+
 /// Config space, BARs and interrupts of one PCI function, as they travel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciState {
@@ -117,20 +126,27 @@ pub enum PciError {
     },
 }
 
-/// A device's PCI function in the VMM. Called with the guest paused and the device stopped or resuming.
+/// A device's PCI function in the VMM. Called with the guest paused; at the source before and after the device is stopped, at the
+/// destination while it resumes.
 pub trait PciFunction: fmt::Debug + Send + Sync {
     /// The device it belongs to.
     fn id(&self) -> &DeviceId;
 
-    /// Reads out config space, BARs and vectors; drains the eventfds of masked vectors into their pending bits first.
-    fn save(&self) -> Result<PciState, PciError>;
+    /// Reads out config space and BARs. Called before the device is taken to STOP_COPY, where some refuse every access to a region
+    /// (libvfio-user's servers do).
+    fn save_config(&self) -> Result<ConfigState, PciError>;
+
+    /// Adds the interrupts to what [`save_config`](Self::save_config) gave: vectors, and what is pending; the eventfds of masked
+    /// vectors are drained into their pending bits first. Called when the device has stopped and raises nothing any more, so nothing
+    /// of it may need an access to the device's regions.
+    fn save_interrupts(&self, config: ConfigState) -> Result<PciState, PciError>;
 
     /// Compares `state.config` with the device's own under the default mask as changed by `rules`, loads it, writes
     /// PCI_COMMAND to the device, and maps the BARs where the guest has them.
     fn restore_config(&self, state: &PciState, rules: &ConfigRules) -> Result<(), PciError>;
 
-    /// Hands each vector's route to `router`, without committing it.
-    fn stage_interrupts(&self, state: &PciState, router: &dyn IrqRouter) -> Result<(), PciError>;
+    /// Stages the routes of the vectors, which the machine's [`IrqRouter`] commits with those of all other functions.
+    fn stage_interrupts(&self, state: &PciState) -> Result<(), PciError>;
 
     /// Connects the vectors' eventfds by SET_IRQS, and raises what `state` says was pending. Returns how many vectors are armed.
     fn connect_interrupts(&self, state: &PciState) -> Result<u32, PciError>;
@@ -140,15 +156,9 @@ pub trait PciFunction: fmt::Debug + Send + Sync {
     fn undo(&self) -> Result<(), PciError>;
 }
 
-/// The VMM's interrupt routing. Routes are staged one by one and take effect together.
+/// The VMM's interrupt routing. Routes are staged one by one, by what [`PciFunction`]s have of their own for it, and take effect
+/// together: on KVM each change replaces the whole table. A VMM that connects vectors one by one has nothing to do here.
 pub trait IrqRouter: fmt::Debug + Send + Sync {
-    /// Stages the route of `gsi`; `None` removes it.
-    fn set(
-        &self,
-        gsi: u32,
-        message: Option<MsiMessage>,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
-
     /// Makes all staged routes effective at once.
     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 }

@@ -21,7 +21,7 @@
 //!
 //! use vfio_migration::*;
 //! use vfio_migration_compat::{MachineManifest, RamRegion};
-//! use vfio_migration_device::{IrqRouter, MsiMessage};
+//! use vfio_migration_device::IrqRouter;
 //! use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 //! use vfio_migration_types::{Gpa, RamOffset, VmId};
 //!
@@ -90,7 +90,6 @@
 //! #[derive(Debug)]
 //! struct NoInterrupts;
 //! impl IrqRouter for NoInterrupts {
-//!     fn set(&self, _: u32, _: Option<MsiMessage>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> { Ok(()) }
 //!     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> { Ok(()) }
 //! }
 //!

@@ -116,14 +116,6 @@ impl Machine for ManifestOnly {
 struct NoInterrupts;
 
 impl IrqRouter for NoInterrupts {
-    fn set(
-        &self,
-        _: u32,
-        _: Option<vfio_migration_device::MsiMessage>,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Err(ManifestOnly::nothing("routing an interrupt").into())
-    }
-
     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         Err(ManifestOnly::nothing("routing interrupts").into())
     }

@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use vfio_migration_pci::PciBus;
 use vfio_migration_types::Gpa;
 
 /// The target of the guest's port and memory accesses that neither RAM nor KVM itself answered.
@@ -47,4 +48,22 @@ impl IoBus for EmptyBus {
     }
 
     fn mmio_write(&self, _gpa: Gpa, _data: &[u8]) {}
+}
+
+impl IoBus for PciBus {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        Self::pio_read(self, port, data);
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        Self::pio_write(self, port, data);
+    }
+
+    fn mmio_read(&self, gpa: Gpa, data: &mut [u8]) {
+        Self::mmio_read(self, gpa, data);
+    }
+
+    fn mmio_write(&self, gpa: Gpa, data: &[u8]) {
+        Self::mmio_write(self, gpa, data);
+    }
 }

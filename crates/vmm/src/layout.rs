@@ -11,7 +11,10 @@
 //! 0x40_0000_0000  64-bit BARs, 256 GiB: those below 1 GiB in the first GiB
 //! ```
 
+use std::ops::Range;
+
 use vfio_migration_memory::RamSpec;
+use vfio_migration_pci::BarWindows;
 use vfio_migration_types::Gpa;
 
 use crate::error::VmmError;
@@ -59,6 +62,33 @@ pub const RAM_MAX: u64 = 128 << 30;
 /// From this size on a machine has RAM above the hole too.
 const RAM_SPLIT_FROM: u64 = 64 << 20;
 const LARGE_PAGE: u64 = 2 << 20;
+
+/// First pin of the IOAPIC that is a PCI function's: 16 to 23 are, and no chip has any of them.
+const FIRST_PCI_PIN: u32 = 16;
+
+/// The interrupt numbers for messages: what the pins leave, and those of the two PICs, which have routes of their own that count
+/// too.
+pub const MESSAGES: Range<u32> = IOAPIC_PINS..GSIS - 16;
+
+/// The IOAPIC pin that pin `pin` (1 to 4) of a function in `slot` is wired to. Functions share pins.
+pub fn pci_pin(slot: u8, pin: u8) -> u32 {
+    let pins = IOAPIC_PINS - FIRST_PCI_PIN;
+    FIRST_PCI_PIN + (u32::from(slot) + u32::from(pin.saturating_sub(1))) % pins
+}
+
+/// Where BARs may lie.
+pub fn bar_windows() -> BarWindows {
+    let window = |start, len| vfio_migration_types::Range::new(Gpa(start), len);
+    match (
+        window(MMIO32_BASE, MMIO32_LEN),
+        window(MMIO64_BASE, MMIO64_LEN),
+        vfio_migration_types::Range::new(PCI_PORTS_BASE, PCI_PORTS_LEN),
+    ) {
+        (Ok(low), Ok(high), Ok(ports)) => BarWindows { low, high, small: MMIO64_SMALL_LEN, ports },
+        // The layout is constant, and a test looks at all of it.
+        (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => unreachable!("{error}"),
+    }
+}
 
 /// The regions of `memory` bytes of RAM.
 ///

@@ -2,7 +2,6 @@
 //!
 //! - [`kvm`]: vCPUs, memory slots, interrupts, dirty log, machine state — the hypervisor's side.
 //! - [`bus`], [`platform`], [`serial`], [`clock`], [`layout`]: the machine around the vCPUs.
-//! - [`pci`]: the PCI bus, VFIO functions on it, MSI-X.
 //! - [`guest`]: the bare-metal program that runs inside and checks that nothing is lost.
 //! - [`software`]: the same program for hosts without KVM.
 //! - [`inherited_signals`]: a process that begins as if its parent had left nothing of its own.
@@ -16,7 +15,6 @@ pub mod inherited_signals;
 pub mod kvm;
 pub mod layout;
 pub mod machine;
-pub mod pci;
 pub mod platform;
 mod section;
 pub mod serial;

@@ -7,9 +7,7 @@ use std::thread::JoinHandle;
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use vfio_migration_compat::{MachineManifest, RamRegion};
-use vfio_migration_device::{
-    Device, DmaAccess, IrqRouter, KernelDevice, KernelOptions, MsiMessage, PciHardware,
-};
+use vfio_migration_device::{Device, DmaAccess, IrqRouter, KernelDevice, KernelOptions, PciHardware};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 use vfio_migration_types::{DeviceId, Gpa, Iova, Range, VmId};
 
@@ -181,10 +179,6 @@ impl Machine for Toy {
 struct NoInterrupts;
 
 impl IrqRouter for NoInterrupts {
-    fn set(&self, _: u32, _: Option<MsiMessage>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Ok(())
-    }
-
     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         Ok(())
     }

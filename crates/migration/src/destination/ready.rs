@@ -178,8 +178,7 @@ impl Worker<'_, '_, '_> {
         let router = machine.irq_router();
         for (pci, state, _, moved) in &functions {
             let _wait = pci_answer(answers, moved);
-            pci.stage_interrupts(state, router.as_ref())
-                .map_err(|error| error.in_phase(Side::Destination, PHASE))?;
+            pci.stage_interrupts(state).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
         router.commit().map_err(|error| -> Failure {
             Failure::new(

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use vfio_migration_compat::{MachineManifest, RamRegion};
 use vfio_migration_device::{
-    Capabilities, Device, DeviceError, DeviceObserver, IrqRouter, MsiMessage, Position, TransitionError,
-    WatchedDevice,
+    Capabilities, Device, DeviceError, DeviceObserver, IrqRouter, Position, TransitionError, WatchedDevice,
 };
 use vfio_migration_memory::{DirtySource, GuestRam, MemoryError, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, MigrationState, PAGE_SIZE, VmId};
@@ -112,14 +111,6 @@ impl Machine for LoneDevice {
 struct NoRoutes;
 
 impl IrqRouter for NoRoutes {
-    fn set(
-        &self,
-        number: u32,
-        _message: Option<MsiMessage>,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Err(format!("a device alone has no interrupt routes, and number {number} was to be set").into())
-    }
-
     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_migration_device::{ConfigRules, IrqRouter, PciError, PciFunction, PciState};
+use vfio_migration_device::{ConfigRules, ConfigState, PciError, PciFunction, PciState};
 use vfio_migration_types::DeviceId;
 
 /// The high byte of PCI_COMMAND, and in it the bit that disables the pin.
@@ -36,16 +36,20 @@ impl PciFunction for MaskingFunction {
         self.function.id()
     }
 
-    fn save(&self) -> Result<PciState, PciError> {
-        self.function.save()
+    fn save_config(&self) -> Result<ConfigState, PciError> {
+        self.function.save_config()
+    }
+
+    fn save_interrupts(&self, config: ConfigState) -> Result<PciState, PciError> {
+        self.function.save_interrupts(config)
     }
 
     fn restore_config(&self, state: &PciState, rules: &ConfigRules) -> Result<(), PciError> {
         self.function.restore_config(&self.masked(state), rules)
     }
 
-    fn stage_interrupts(&self, state: &PciState, router: &dyn IrqRouter) -> Result<(), PciError> {
-        self.function.stage_interrupts(&self.masked(state), router)
+    fn stage_interrupts(&self, state: &PciState) -> Result<(), PciError> {
+        self.function.stage_interrupts(&self.masked(state))
     }
 
     fn connect_interrupts(&self, state: &PciState) -> Result<u32, PciError> {

@@ -51,13 +51,13 @@ impl Worker {
 
     /// The machine's sections: first each device's PCI state, whose reading drains the interrupts of masked vectors,
     /// then the VMM's own, interrupt controller included.
-    fn read_machine(&self) -> Result<Vec<Section>, WorkError> {
+    fn read_machine(&mut self) -> Result<Vec<Section>, WorkError> {
         let phase = Phase::Final;
         let mut sections = Vec::new();
-        for moved in &self.functions {
-            let Some(pci) = &moved.pci else { continue };
+        for (moved, config) in self.functions.iter().zip(std::mem::take(&mut self.configs)) {
+            let (Some(pci), Some(config)) = (&moved.pci, config) else { continue };
             let wait = pci_answer(&self.plan.answers, moved);
-            let state = pci.save();
+            let state = pci.save_interrupts(config);
             drop(wait);
             let state = state.map_err(|error| error.in_phase(Side::Source, phase))?;
             let bytes = state.encode().map_err(|error| {

@@ -2,12 +2,13 @@
 
 use std::sync::atomic::Ordering;
 
-use vfio_migration_device::{Position, TransitionError};
+use vfio_migration_device::{ConfigState, PciError, Position, TransitionError};
 use vfio_migration_engine::{Barrier, DeviceProgress};
 use vfio_migration_types::{Failure, MigrationState, Phase, Side};
 
 use crate::device::send::DeviceSender;
-use crate::machine::Paused;
+use crate::device::tracked::pci_answer;
+use crate::machine::{MigratableDevice, Paused};
 use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::host::monotonic_ns;
@@ -70,12 +71,25 @@ impl Worker {
 
     /// Takes every device to `barrier`; it is reached when the slowest is there.
     pub(super) fn take_devices(&mut self, barrier: Barrier) -> Result<Vec<DeviceProgress>, WorkError> {
+        if barrier == Barrier::StopCopy {
+            self.configs = self.read_configs()?;
+        }
         let results = for_each_device_parallel(self.devices.iter_mut(), |device| {
             take(device, barrier)
                 .map_err(|error| WorkError::from(error.in_phase(Side::Source, Phase::Quiesce)))
         });
         work_error::worst_of(results)?;
         self.device_progress(Phase::Quiesce)
+    }
+
+    /// Config space of every function, while no device refuses to have it read.
+    fn read_configs(&self) -> Result<Vec<Option<ConfigState>>, WorkError> {
+        let read = |moved: &MigratableDevice| {
+            let _wait = pci_answer(&self.plan.answers, moved);
+            moved.pci.as_ref().map(|pci| pci.save_config()).transpose()
+        };
+        let configs = self.functions.iter().map(read).collect::<Result<_, PciError>>();
+        configs.map_err(|error| error.in_phase(Side::Source, Phase::Quiesce).into())
     }
 }
 

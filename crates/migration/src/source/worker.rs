@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
+use vfio_migration_device::ConfigState;
 use vfio_migration_engine::{DeviceProgress, SourceAction, SourceEvent};
 use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{Failure, Phase, Side};
@@ -37,6 +38,8 @@ pub(super) struct Worker {
     /// A write of the journal was given up, and may still be under way.
     pub(super) journal_hangs: bool,
     pub(super) functions: Vec<MigratableDevice>,
+    /// What each had in config space when its device was last about to be stopped, in their order.
+    pub(super) configs: Vec<Option<ConfigState>>,
     pub(super) devices: Vec<DeviceSender>,
     pub(super) dirty: DirtyPages,
     /// Pages sent, data and zero, each time they were sent.
@@ -74,6 +77,7 @@ impl Worker {
             shared: Arc::clone(shared),
             counters: Arc::clone(counters),
             journal_hangs: false,
+            configs: Vec::new(),
             functions: plan.devices.iter().map(|(moved, _)| moved.clone()).collect(),
             devices,
             ram_pages: 0,

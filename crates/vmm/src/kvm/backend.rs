@@ -9,11 +9,13 @@ use vfio_migration_device::MsiMessage;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
+use crate::layout::pci_pin;
+
 use super::irq::GsiRoute;
 use super::slots::SlotId;
 use super::vm::KvmVm;
 use crate::error::VmmError;
-use crate::pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
+use vfio_migration_pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
 
 /// The way between PCI functions and a guest on KVM: [`Irqfds`], [`MsiRouteTable`] and [`BarMapper`] in one.
 #[derive(Debug)]
@@ -43,6 +45,10 @@ fn width(doorbell: &BarDoorbell) -> io::Result<u32> {
 }
 
 impl Irqfds for KvmBackend {
+    fn number_of_pin(&self, slot: u8, pin: u8) -> u32 {
+        pci_pin(slot, pin)
+    }
+
     fn attach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()> {
         self.vm.register_irqfd(event.as_fd(), gsi).map_err(other)
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vfio_migration_memory::GuestRam;
-use vfio_migration_types::DeviceId;
+use vfio_migration_types::{DeviceId, Gpa};
 
 use super::open::{OpenedDevice, answer_limit, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
@@ -18,11 +18,11 @@ use crate::guest::{Areas, BootInfo, SAMPLE_DEVICE};
 use crate::kvm::KvmBackend;
 use crate::kvm::KvmVm;
 use crate::layout;
-use crate::pci::{
-    BarMapper, BarWindows, Irqfds, MsiRouteTable, MsiRouter, PciBus, PciHost, VfioPciFunction, map_guest_ram,
-};
 use crate::platform::PlatformBus;
 use crate::software::SoftwareVm;
+use vfio_migration_pci::{
+    BarMapper, Irqfds, MsiRouteTable, MsiRouter, PciBus, PciHost, VfioPciFunction, map_guest_ram,
+};
 
 impl ReferenceMachine {
     /// Builds a machine with everything that could be lacking: RAM, processor, and its devices, connected, reset, with
@@ -46,9 +46,9 @@ impl ReferenceMachine {
         let places = assign_places(&config.devices)?;
         let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
-        let router = Arc::new(MsiRouter::new(routes));
-        let host = PciHost::new(irq, mapper, router, BarWindows::default());
-        let pci = Arc::new(PciBus::new(host.clone()));
+        let router = Arc::new(MsiRouter::new(routes, layout::MESSAGES));
+        let host = PciHost::new(irq, mapper, router, layout::bar_windows());
+        let pci = Arc::new(PciBus::new(host.clone(), Gpa(layout::ECAM_BASE)));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let mut devices = Vec::new();
         for (devfn, device) in places.into_iter().zip(&config.devices) {

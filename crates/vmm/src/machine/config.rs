@@ -7,7 +7,7 @@ use std::time::Duration;
 use vfio_migration_device::{KernelError, KernelPath};
 use vfio_migration_types::{DeviceId, VmId};
 
-use crate::pci::PciBus;
+use vfio_migration_pci::PciBus;
 
 /// A machine to build.
 #[derive(Clone, Debug)]

@@ -29,11 +29,11 @@ pub use slots::assign_places;
 
 use crate::error::{VmmError, errno_within};
 use crate::guest::Report;
-use crate::pci::{PciBus, PciHost, VfioPciFunction};
 use crate::platform::PlatformBus;
 use open::DeviceLink;
 use processor::Processor;
 use reset_device::NotedDevice;
+use vfio_migration_pci::{PciBus, PciHost, VfioPciFunction};
 
 /// Kind of the machine in its manifest.
 const MACHINE: &str = "vfio-migrate/q1";

@@ -4,7 +4,7 @@ use vfio_migration_types::DEVICES_MAX;
 
 use super::DeviceConfig;
 use crate::error::VmmError;
-use crate::pci::{Devfn, PciBus};
+use vfio_migration_pci::{Devfn, PciBus};
 
 /// The places of `devices`, in their order: function 0 of the slot that was asked for; the others get function 0 of the slots
 /// that nobody has or asked for, then function 1 of all slots, and so on. So no slot has functions but no function 0, where a

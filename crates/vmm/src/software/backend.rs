@@ -13,7 +13,9 @@ use vfio_migration_device::MsiMessage;
 use vfio_migration_memory::Mapping;
 use vfio_migration_types::Gpa;
 
-use crate::pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
+use crate::layout::pci_pin;
+
+use vfio_migration_pci::{BarDoorbell, BarMapper, Eventfd, Irqfds, MsiRouteTable};
 
 /// The way between PCI functions and the software guest: [`Irqfds`], [`MsiRouteTable`] and [`BarMapper`] in one.
 #[derive(Debug)]
@@ -100,6 +102,10 @@ impl SoftwareBackend {
 }
 
 impl Irqfds for SoftwareBackend {
+    fn number_of_pin(&self, slot: u8, pin: u8) -> u32 {
+        pci_pin(slot, pin)
+    }
+
     fn attach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()> {
         if self.lock().attached.insert(gsi, Arc::clone(event)).is_some() {
             return Err(io::Error::other(format!("interrupt {gsi} has an eventfd already")));

@@ -14,9 +14,9 @@ use vfio_migration_types::{Bitmap, Gpa, Granule, RamOffset};
 use super::*;
 use crate::guest::{Areas, Report, Stage, map};
 use crate::layout;
-use crate::pci::tests::fakes::FakeHardware;
-use crate::pci::{BarWindows, Devfn, MsiRouter, PciBus, PciHost, VfioPciFunction};
 use crate::platform::PlatformBus;
+use vfio_migration_device::testing::FakeHardware;
+use vfio_migration_pci::{Devfn, MsiRouter, PciBus, PciHost, VfioPciFunction};
 
 const MEMORY: u64 = 16 << 20;
 const MAILBOX_LEN: u64 = 1 << 20;
@@ -132,9 +132,9 @@ impl Machine {
     fn new(devices: usize) -> Self {
         let ram = Arc::new(GuestRam::new("test", &layout::ram_regions(MEMORY).unwrap()).unwrap());
         let vm = SoftwareVm::new(ram.clone()).unwrap();
-        let router = Arc::new(MsiRouter::new(vm.backend().clone()));
-        let host = PciHost::new(vm.backend().clone(), vm.backend().clone(), router, BarWindows::default());
-        let bus = Arc::new(PciBus::new(host.clone()));
+        let router = Arc::new(MsiRouter::new(vm.backend().clone(), layout::MESSAGES));
+        let host = PciHost::new(vm.backend().clone(), vm.backend().clone(), router, layout::bar_windows());
+        let bus = Arc::new(PciBus::new(host.clone(), Gpa(layout::ECAM_BASE)));
         let samples: Vec<Sample> = (0..devices).map(Sample::new).collect();
         for (slot, sample) in (1..).zip(&samples) {
             let function =
@@ -205,7 +205,10 @@ impl Machine {
         self.host.gate().close();
         let engines: Vec<Engine> = self.samples.iter_mut().map(Sample::stop).collect();
         let functions = self.bus.functions();
-        let states: Vec<_> = functions.iter().map(|function| function.save().unwrap()).collect();
+        let states: Vec<_> = functions
+            .iter()
+            .map(|function| function.save_interrupts(function.save_config().unwrap()).unwrap())
+            .collect();
         let mut dirty = Bitmap::new(MEMORY, Granule::PAGE);
         for source in self.sources() {
             let mut of_source = Bitmap::new(MEMORY, Granule::PAGE);
@@ -234,7 +237,7 @@ impl Machine {
         let arrived = next.bus.functions();
         for (function, state) in arrived.iter().zip(&states) {
             function.restore_config(state, &ConfigRules::default()).unwrap();
-            function.stage_interrupts(state, &**next.host.router()).unwrap();
+            function.stage_interrupts(state).unwrap();
         }
         next.host.router().commit().unwrap();
         for (function, state) in arrived.iter().zip(&states) {
@@ -319,7 +322,8 @@ fn it_finds_an_interrupt_that_was_lost() {
     machine.vm.pause(PATIENCE).unwrap();
     let deadline = Instant::now() + PATIENCE;
     let mut engine = machine.samples[0].stop();
-    while !machine.bus.functions()[0].save().unwrap().vectors[0].pending {
+    let function = &machine.bus.functions()[0];
+    while !function.save_interrupts(function.save_config().unwrap()).unwrap().vectors[0].pending {
         assert!(Instant::now() < deadline);
         engine.step(&machine.samples[0].hardware, &machine.ram, &machine.samples[0].log, &machine.mailboxes);
     }

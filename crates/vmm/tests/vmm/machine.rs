@@ -126,11 +126,13 @@ fn a_guest_works_and_stands_still_when_told_to() {
 fn move_by_hand(from: Arc<ReferenceMachine>, to: &Arc<ReferenceMachine>) {
     let source: Arc<dyn Machine> = from;
     let paused = Paused::pause(&source).unwrap();
+    let functions = source.devices().into_iter().map(|device| (device.pci.unwrap(), device.device));
+    let configs: Vec<_> = functions.map(|(pci, device)| (pci.save_config().unwrap(), pci, device)).collect();
     for state in [MigrationState::RunningP2p, MigrationState::Stop] {
-        source.devices().iter().for_each(|device| device.device.set_state(state).unwrap());
+        configs.iter().for_each(|(_, _, device)| device.set_state(state).unwrap());
     }
     let states: Vec<_> =
-        source.devices().iter().map(|device| device.pci.as_ref().unwrap().save().unwrap()).collect();
+        configs.into_iter().map(|(config, pci, _)| pci.save_interrupts(config).unwrap()).collect();
     let sections = source.save(&paused).unwrap();
     for range in source.ram().data_extents().unwrap() {
         let mut bytes = vec![0; 4096];
@@ -162,7 +164,7 @@ fn move_by_hand(from: Arc<ReferenceMachine>, to: &Arc<ReferenceMachine>) {
         function.restore_config(state, &ConfigRules::default()).unwrap();
     }
     for (function, state) in functions.iter().zip(&states) {
-        function.stage_interrupts(state, &*to.irq_router()).unwrap();
+        function.stage_interrupts(state).unwrap();
     }
     to.irq_router().commit().unwrap();
     for (function, state) in functions.iter().zip(&states) {

@@ -22,7 +22,7 @@ use vfio_migration::{
     MachineError, MigratableDevice, MigrateError, NotBuilt, Paused, Section, Source, SourceOptions, Uri,
 };
 use vfio_migration_compat::{MachineManifest, RamRegion};
-use vfio_migration_device::{Device, IrqRouter, MsiMessage};
+use vfio_migration_device::{Device, IrqRouter};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 use vfio_migration_types::{Gpa, PAGE_SIZE, Phase, RamOffset, VmId};
 
@@ -366,10 +366,6 @@ impl Machine for Toy {
 struct Router(Arc<Mutex<Vec<String>>>);
 
 impl IrqRouter for Router {
-    fn set(&self, _: u32, _: Option<MsiMessage>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Ok(())
-    }
-
     fn commit(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.0.lock().unwrap().push("commit".into());
         Ok(())

@@ -10,12 +10,13 @@ use std::time::Duration;
 use self::ring::{Rig, kvm_answers};
 use crate::sample::SampleBus;
 use vfio_migration_memory::DirtySource;
+use vfio_migration_pci::{MsiRouter, PciHost};
 use vfio_migration_sim::Options;
 use vfio_migration_types::{Bitmap, Granule, MigrationState, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::StopReason;
 use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage, map};
 use vfio_migration_vmm::kvm::{KvmBackend, KvmVm, cpu_features, section_versions};
-use vfio_migration_vmm::pci::{BarWindows, MsiRouter, PciHost};
+use vfio_migration_vmm::layout;
 
 /// Time that a device takes for a block.
 const PACE: Duration = Duration::from_millis(4);
@@ -178,8 +179,8 @@ fn with_devices(count: usize) -> (Rig, SampleBus) {
     let mut sample = None;
     let rig = Rig::with_bus(64, |ram, vm| {
         let backend = Arc::new(KvmBackend::new(vm.clone()));
-        let router = Arc::new(MsiRouter::new(backend.clone()));
-        let host = PciHost::new(backend.clone(), backend, router, BarWindows::default());
+        let router = Arc::new(MsiRouter::new(backend.clone(), layout::MESSAGES));
+        let host = PciHost::new(backend.clone(), backend, router, layout::bar_windows());
         let options = Options { state_size: 1 << 20, dma_interval: PACE, ..Options::default() };
         sample.insert(SampleBus::new(ram, host, count, &options)).bus.clone()
     });

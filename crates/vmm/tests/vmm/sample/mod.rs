@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use vfio_migration_device::{ConfigRules, IrqRouter, PciFunction, PciState};
 use vfio_migration_memory::GuestRam;
+use vfio_migration_pci::{Devfn, PciBus, PciHost, VfioPciFunction, map_guest_ram};
 use vfio_migration_sim::{Options, StateRead};
+use vfio_migration_types::Gpa;
 use vfio_migration_types::MigrationState;
-use vfio_migration_vmm::pci::{Devfn, PciBus, PciHost, VfioPciFunction, map_guest_ram};
+use vfio_migration_vmm::layout;
 
 pub(crate) use hardware::Hardware;
 
@@ -21,7 +23,7 @@ pub(crate) struct SampleBus {
 
 impl SampleBus {
     pub(crate) fn new(ram: &GuestRam, host: Arc<PciHost>, devices: usize, options: &Options) -> Self {
-        let bus = Arc::new(PciBus::new(host.clone()));
+        let bus = Arc::new(PciBus::new(host.clone(), Gpa(layout::ECAM_BASE)));
         let mut hardware = Vec::new();
         for slot in 1..=u8::try_from(devices).unwrap() {
             let device = Hardware::new(&format!("dev{slot}"), options.clone());
@@ -40,7 +42,11 @@ impl SampleBus {
         for state in [MigrationState::RunningP2p, MigrationState::Stop] {
             self.hardware.iter().for_each(|hardware| hardware.device.set_state(state).unwrap());
         }
-        self.bus.functions().iter().map(|function| function.save().unwrap()).collect()
+        let functions = self.bus.functions();
+        let save = |function: &Arc<VfioPciFunction>| {
+            function.save_interrupts(function.save_config().unwrap()).unwrap()
+        };
+        functions.iter().map(save).collect()
     }
 
     /// Moves the state of devices that are stopped into those of `to`.
@@ -68,7 +74,7 @@ impl SampleBus {
             function.restore_config(state, &ConfigRules::default()).unwrap();
         }
         for (function, state) in functions.iter().zip(states) {
-            function.stage_interrupts(state, &**self.host.router()).unwrap();
+            function.stage_interrupts(state).unwrap();
         }
         self.host.router().commit().unwrap();
         for (function, state) in functions.iter().zip(states) {

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_migration_memory::{DirtySource, GuestRam};
+use vfio_migration_pci::{MsiRouter, PciHost};
 use vfio_migration_sim::Options;
 use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::bus::IoBus;
 use vfio_migration_vmm::guest::{BootInfo, Report};
 use vfio_migration_vmm::layout;
-use vfio_migration_vmm::pci::{BarWindows, MsiRouter, PciHost};
 use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::software::SoftwareVm;
 
@@ -30,8 +30,8 @@ impl Machine {
         let ram = Arc::new(GuestRam::new("software", &layout::ram_regions(memory).unwrap()).unwrap());
         let vm = SoftwareVm::new(ram.clone()).unwrap();
         let (irq, mapper) = (vm.backend().clone(), vm.backend().clone());
-        let router = Arc::new(MsiRouter::new(vm.backend().clone()));
-        let host = PciHost::new(irq, mapper, router, BarWindows::default());
+        let router = Arc::new(MsiRouter::new(vm.backend().clone(), layout::MESSAGES));
+        let host = PciHost::new(irq, mapper, router, layout::bar_windows());
         let sample = SampleBus::new(&ram, host, devices, options);
         let platform: Arc<dyn IoBus> = Arc::new(PlatformBus::new(sample.bus.clone()));
         vm.start(&platform).unwrap();

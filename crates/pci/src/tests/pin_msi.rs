@@ -7,8 +7,7 @@ use vfio_migration_device::{IrqIndex, MsiMessage, PciError, PciFunction, PciRegi
 
 use super::fakes::{FakeHardware, fake_host, mailbox};
 use super::functions::{Machine, message};
-use crate::bus::IoBus;
-use crate::pci::{Devfn, VfioPciFunction};
+use crate::{Devfn, VfioPciFunction};
 
 /// The IOAPIC pin of slot 1.
 const LINE: u32 = 17;
@@ -105,7 +104,7 @@ fn a_function_that_is_turned_off_has_no_pin() {
     machine.command(0);
     assert!(machine.devices[0].log().contains(&"irqs 0 off".to_owned()));
     assert!(machine.irq.pins.lock().unwrap().is_empty());
-    assert!(!machine.function().save().unwrap().intx_pending);
+    assert!(!machine.save().unwrap().intx_pending);
     machine.devices[0].drive(false);
     machine.command(7);
     assert!(!machine.irq.level(LINE), "what was raised before is forgotten");
@@ -135,7 +134,7 @@ fn a_raised_pin_moves() {
     source.devices[0].drive(true);
     assert!(source.irq.level(LINE), "the guest was given it, and has not ended it");
     source.bus.host().gate().close();
-    let state = moved(&source.function().save().unwrap());
+    let state = moved(&source.save().unwrap());
     assert!(state.intx_pending);
 
     let destination = machine(true);
@@ -160,9 +159,9 @@ fn a_masked_pin_moves_with_what_it_remembers_and_nothing_else() {
         let source = running();
         source.command(0x407);
         source.devices[0].drive(raised);
-        let state = moved(&source.function().save().unwrap());
+        let state = moved(&source.save().unwrap());
         assert_eq!(state.intx_pending, raised);
-        assert_eq!(source.function().save().unwrap(), state, "a save takes nothing away");
+        assert_eq!(source.save().unwrap(), state, "a save takes nothing away");
         let destination = machine(true);
         destination.restore(&state).unwrap();
         assert!(!destination.irq.level(LINE));
@@ -172,7 +171,7 @@ fn a_masked_pin_moves_with_what_it_remembers_and_nothing_else() {
         assert_eq!(source.irq.level(LINE), raised);
     }
     let pinless = Machine::new(1);
-    let mut state = pinless.function().save().unwrap();
+    let mut state = pinless.save().unwrap();
     state.intx_pending = true;
     assert!(matches!(pinless.restore(&state), Err(PciError::Unfit { .. })));
 }
@@ -216,7 +215,7 @@ fn msi_moves_with_what_was_pending() {
     source.bus.host().gate().close();
     source.raise_msi(0);
     source.raise_msi(3);
-    let state = moved(&source.function().save().unwrap());
+    let state = moved(&source.save().unwrap());
     assert_eq!((state.msi_pending, state.intx_pending), (0b1001, false));
 
     let destination = machine(true);
@@ -227,7 +226,7 @@ fn msi_moves_with_what_was_pending() {
     assert_eq!(destination.dword(1, MSI + 20), 1);
     destination.config_write(1, MSI + 16, &[0]);
     assert_eq!(destination.irq.take(), [message(0x40)]);
-    assert_eq!(destination.function().save().unwrap().msi_pending, 0);
+    assert_eq!(destination.save().unwrap().msi_pending, 0);
     destination.function().undo().unwrap();
     assert!(destination.irq.attached.lock().unwrap().is_empty());
     assert_eq!(destination.devices[0].log(), ["irqs 1 off", "write 7 0x4 [0, 0]"]);
@@ -286,7 +285,7 @@ fn ports_are_sized_moved_and_decoded() {
     assert_eq!(load(first + 2), 0xff);
     machine.config_write(1, 0x20, &0xc001u32.to_le_bytes());
     assert_eq!(load(0xc002), 7);
-    let state = moved(&machine.function().save().unwrap());
+    let state = moved(&machine.save().unwrap());
     assert_eq!(state.bars[4], 0xc000);
     let destination = self::machine(true);
     destination.restore(&state).unwrap();

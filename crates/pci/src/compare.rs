@@ -123,7 +123,7 @@ mod tests {
     use vfio_migration_device::ConfigRule;
 
     use super::*;
-    use crate::pci::tests::fakes::sample_config;
+    use crate::tests::fakes::sample_config;
 
     fn check(change: impl FnOnce(&mut Vec<u8>), rules: &[ConfigRule]) -> Result<(), PciError> {
         let own = ConfigSpace::new(sample_config());

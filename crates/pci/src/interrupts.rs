@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use vfio_migration_device::{IrqIndex, IrqRouter, PciHardware, PciState, VectorState};
+use vfio_migration_device::{IrqIndex, PciHardware, PciState, VectorState};
 
+use super::backend::Irqfds;
 use super::config::{ConfigSpace, MsiLayout, MsixLayout};
 use super::devfn::Devfn;
 use super::intx::{Intx, Wanted};
@@ -11,7 +12,7 @@ use super::registers::{
     COMMAND, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, INTERRUPT_PIN, MSIX_CONTROL,
     MSIX_ENABLE, MSIX_MASK_ALL,
 };
-use super::router::{MsiRouter, pin_of};
+use super::router::MsiRouter;
 use super::vectors::{IrqPath, PciFailure, Vectors, failure};
 
 /// The interrupts of a function.
@@ -32,6 +33,7 @@ impl FunctionInterrupts {
     pub(super) fn new(
         devfn: Devfn,
         hardware: &Arc<dyn PciHardware>,
+        irq: &dyn Irqfds,
         config: &ConfigSpace,
         msi: Option<MsiLayout>,
         msix: Option<MsixLayout>,
@@ -39,7 +41,7 @@ impl FunctionInterrupts {
         let making = failure("making eventfds");
         let intx = match config.bytes().get(usize::from(INTERRUPT_PIN)).copied().unwrap_or(0) {
             pin @ 1..=4 if hardware.irq_count(IrqIndex::Intx) > 0 => {
-                Some(Intx::new(Arc::clone(hardware), pin_of(devfn.slot(), pin)).map_err(making)?)
+                Some(Intx::new(Arc::clone(hardware), irq.number_of_pin(devfn.slot(), pin)).map_err(making)?)
             }
             _ => None,
         };
@@ -198,11 +200,10 @@ impl FunctionInterrupts {
         &mut self,
         saved: &PciState,
         config: &ConfigSpace,
-        router: &dyn IrqRouter,
-        numbers: &MsiRouter,
+        router: &MsiRouter,
     ) -> Result<(), PciFailure> {
         let (enabled, all_masked) = self.msix_control(config);
-        self.msix.stage(enabled, all_masked, &saved.vectors, router, numbers)?;
+        self.msix.stage(enabled, all_masked, &saved.vectors, router)?;
         let enabled = self.msi_enabled(config);
         if let Some((layout, vectors)) = &mut self.msi {
             let (_, targets) = layout.targets(config);
@@ -216,7 +217,7 @@ impl FunctionInterrupts {
                     pending: saved.msi_pending >> n & 1 != 0,
                 })
                 .collect();
-            vectors.stage(enabled, false, &states, router, numbers)?;
+            vectors.stage(enabled, false, &states, router)?;
         }
         Ok(())
     }

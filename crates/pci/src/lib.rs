@@ -1,6 +1,11 @@
-//! The PCI side of the machine: a bus, VFIO functions on it, and how their interrupts and BARs reach the guest.
+//! The PCI side of a VMM: a bus, VFIO functions on it, and how their interrupts and BARs reach the guest.
 //!
-//! - [`PciBus`]: bus 0 with a host bridge, config mechanism 1 and ECAM; an [`IoBus`](crate::bus::IoBus).
+//! It knows no hypervisor. What it needs of the machine around it are three traits that a VMM implements, [`Irqfds`],
+//! [`MsiRouteTable`] and [`BarMapper`], and where the VMM keeps things: [`BarWindows`], the place of the memory-mapped
+//! config space, the interrupt numbers for messages. A VMM that has config space of its own implements
+//! [`PciFunction`](vfio_migration_device::PciFunction) itself and leaves this crate out.
+//!
+//! - [`PciBus`]: bus 0 with a host bridge, config mechanism 1 and ECAM.
 //! - [`VfioPciFunction`]: a VFIO device before the guest, and the stock
 //!   [`PciFunction`](vfio_migration_device::PciFunction) of a migration.
 //! - [`MsiRouter`]: the stock [`IrqRouter`](vfio_migration_device::IrqRouter).
@@ -8,6 +13,8 @@
 //! - [`BarGate`]: keeps a paused guest away from its devices.
 //!
 //! What it does not do: expansion ROMs, bridges, hot plug.
+
+#![forbid(unsafe_code)]
 
 mod areas;
 mod backend;
@@ -27,7 +34,7 @@ mod registers;
 mod router;
 mod state;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 mod vectors;
 mod vfio;
 

@@ -8,7 +8,6 @@ use vfio_migration_types::{Gpa, Range};
 use super::config::ConfigSpace;
 use super::devfn::Devfn;
 use super::registers::{BAR0, COMMAND, COMMAND_IO, COMMAND_MEMORY};
-use crate::layout;
 
 /// Number of BARs of a type 0 header.
 pub(super) const BARS: usize = 6;
@@ -26,24 +25,11 @@ pub struct BarWindows {
     pub low: Range<Gpa>,
     /// Above: for 64-bit prefetchable BARs.
     pub high: Range<Gpa>,
+    /// Bytes from the start of `high` in which BARs smaller than that lie, and no others; for a guest that maps only so much of
+    /// it at first.
+    pub small: u64,
     /// Ports, for I/O BARs.
     pub ports: Range<u64>,
-}
-
-impl Default for BarWindows {
-    /// The windows of the machine's [`layout`].
-    fn default() -> Self {
-        let window = |start, len| Range::new(Gpa(start), len);
-        match (
-            window(layout::MMIO32_BASE, layout::MMIO32_LEN),
-            window(layout::MMIO64_BASE, layout::MMIO64_LEN),
-            Range::new(layout::PCI_PORTS_BASE, layout::PCI_PORTS_LEN),
-        ) {
-            (Ok(low), Ok(high), Ok(ports)) => Self { low, high, ports },
-            // The layout is constant, and a test of it looks at all of them.
-            (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => unreachable!("{error}"),
-        }
-    }
 }
 
 impl BarWindows {
@@ -179,7 +165,7 @@ impl AddressMap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::tests::fakes::{sample_config, windows};
+    use crate::tests::fakes::{sample_config, windows};
 
     fn bars() -> Vec<Bar> {
         Bar::discover(&sample_config(), |index| match index {

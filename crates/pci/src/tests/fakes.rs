@@ -8,12 +8,26 @@ use std::sync::{Arc, Mutex};
 use vfio_migration_device::MsiMessage;
 pub(crate) use vfio_migration_device::testing::{FakeHardware, legacy_config, mailbox, sample_config};
 use vfio_migration_memory::Mapping;
-use vfio_migration_types::Gpa;
+use vfio_migration_types::{Gpa, Range};
 
-use crate::pci::{BarDoorbell, BarMapper, BarWindows, Eventfd, Irqfds, MsiRouteTable, MsiRouter, PciHost};
+use crate::{BarDoorbell, BarMapper, BarWindows, Eventfd, Irqfds, MsiRouteTable, MsiRouter, PciHost};
+
+/// Start of the memory-mapped config space.
+pub(crate) const ECAM: u64 = 0xe000_0000;
+/// Start of the window for 64-bit BARs.
+pub(crate) const HIGH: u64 = 1 << 38;
+/// Bits of a guest physical address.
+pub(crate) const PHYSICAL_BITS: u32 = 39;
+/// The interrupt numbers for messages.
+pub(crate) const MESSAGES: std::ops::Range<u32> = 24..4080;
 
 pub(crate) fn windows() -> BarWindows {
-    BarWindows::default()
+    BarWindows {
+        low: Range::new(Gpa(0xc000_0000), 0x2000_0000).unwrap(),
+        high: Range::new(Gpa(HIGH), 1 << 38).unwrap(),
+        small: 1 << 30,
+        ports: Range::new(0x1000, 0xf000).unwrap(),
+    }
 }
 
 /// An interrupt controller that can be asked what it was given.
@@ -64,6 +78,10 @@ impl FakeIrq {
 }
 
 impl Irqfds for FakeIrq {
+    fn number_of_pin(&self, slot: u8, pin: u8) -> u32 {
+        16 + (u32::from(slot) + u32::from(pin) - 1) % 8
+    }
+
     fn attach_level(&self, gsi: u32, event: &Arc<Eventfd>, resample: &Arc<Eventfd>) -> io::Result<()> {
         let mut pins = self.pins.lock().unwrap();
         assert!(pins.iter().all(|pin| !Arc::ptr_eq(&pin.event, event)), "attached twice");
@@ -145,6 +163,6 @@ impl BarMapper for FakeMapper {
 /// A host over both.
 pub(crate) fn fake_host() -> (Arc<PciHost>, Arc<FakeIrq>, Arc<FakeMapper>) {
     let (irq, mapper) = (Arc::new(FakeIrq::default()), Arc::new(FakeMapper::default()));
-    let router = Arc::new(MsiRouter::new(irq.clone()));
+    let router = Arc::new(MsiRouter::new(irq.clone(), MESSAGES));
     (PciHost::new(irq.clone(), mapper.clone(), router, windows()), irq, mapper)
 }

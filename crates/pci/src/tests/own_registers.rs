@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vfio_migration_device::{ConfigRule, ConfigRules, PciError, PciFunction, PciState};
 
-use super::fakes::{FakeHardware, mailbox, sample_config};
+use super::fakes::{ECAM, FakeHardware, mailbox, sample_config};
 use super::functions::Machine;
 
 /// PCI Express at 0x80 (version 2), power management at 0xc0; beyond the first 256 bytes error reporting, resizable BARs
@@ -39,11 +39,11 @@ fn own(machine: &Machine, at: usize) -> u32 {
 
 /// Writes to config space by its memory window, which reaches all of it.
 fn write(machine: &Machine, at: u64, value: u32) {
-    machine.store(crate::layout::ECAM_BASE + (1 << 15) + at, value);
+    machine.store(ECAM + (1 << 15) + at, value);
 }
 
 fn saved(machine: &Machine) -> PciState {
-    PciState::decode(&machine.function().save().unwrap().encode().unwrap()).unwrap()
+    PciState::decode(&machine.save().unwrap().encode().unwrap()).unwrap()
 }
 
 #[test]

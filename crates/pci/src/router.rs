@@ -2,28 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio_migration_device::{IrqRouter, MsiMessage};
 
 use super::backend::MsiRouteTable;
-use crate::layout::{GSIS, IOAPIC_PINS};
-
-/// End of the interrupt numbers for messages: the pins of the two PICs have routes of their own, which count too.
-const MESSAGES_END: u32 = GSIS - 16;
-/// First pin of the IOAPIC that is a PCI function's: 16 to 23 are, and no chip has any of them.
-const FIRST_PCI_PIN: u32 = 16;
-
-/// The IOAPIC pin that pin `pin` (1 to 4) of a function in `slot` is wired to. Functions share pins.
-pub(super) fn pin_of(slot: u8, pin: u8) -> u32 {
-    let pins = IOAPIC_PINS - FIRST_PCI_PIN;
-    FIRST_PCI_PIN + (u32::from(slot) + u32::from(pin.saturating_sub(1))) % pins
-}
 
 /// The stock [`IrqRouter`]: keeps the whole table, and replaces the machine's by it with one call per commit.
 #[derive(Debug)]
 pub struct MsiRouter {
     table: Arc<dyn MsiRouteTable>,
+    numbers: Range<u32>,
     state: Mutex<State>,
 }
 
@@ -38,15 +28,15 @@ struct State {
 }
 
 impl MsiRouter {
-    /// A router without routes over the machine's `table`.
-    pub fn new(table: Arc<dyn MsiRouteTable>) -> Self {
+    /// A router without routes over the machine's `table`, for the interrupt numbers `numbers`.
+    pub fn new(table: Arc<dyn MsiRouteTable>, numbers: Range<u32>) -> Self {
         let state = State {
             routes: BTreeMap::new(),
             staged: false,
             returned: BTreeSet::new(),
-            next_gsi: IOAPIC_PINS,
+            next_gsi: numbers.start,
         };
-        Self { table, state: Mutex::new(state) }
+        Self { table, numbers, state: Mutex::new(state) }
     }
 
     /// Sets an interrupt number aside for one vector; `None` when all are in use.
@@ -55,7 +45,7 @@ impl MsiRouter {
         if let Some(gsi) = state.returned.pop_first() {
             return Some(gsi);
         }
-        let gsi = Some(state.next_gsi).filter(|gsi| *gsi < MESSAGES_END)?;
+        let gsi = Some(state.next_gsi).filter(|gsi| *gsi < self.numbers.end)?;
         state.next_gsi += 1;
         Some(gsi)
     }
@@ -66,11 +56,13 @@ impl MsiRouter {
         state.staged |= state.routes.remove(&gsi).is_some();
         state.returned.insert(gsi);
     }
-}
 
-impl IrqRouter for MsiRouter {
-    fn set(&self, gsi: u32, message: Option<MsiMessage>) -> Result<(), Box<dyn Error + Send + Sync>> {
-        if !(IOAPIC_PINS..MESSAGES_END).contains(&gsi) {
+    /// Stages the route of `gsi`; `None` removes it.
+    ///
+    /// # Errors
+    /// The number is not one of the router's.
+    pub fn set(&self, gsi: u32, message: Option<MsiMessage>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        if !self.numbers.contains(&gsi) {
             return Err(format!("interrupt {gsi} is not one for messages").into());
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,7 +73,9 @@ impl IrqRouter for MsiRouter {
         state.staged |= before != message;
         Ok(())
     }
+}
 
+impl IrqRouter for MsiRouter {
     fn commit(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.staged {

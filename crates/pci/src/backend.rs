@@ -64,6 +64,10 @@ impl AsFd for Eventfd {
 
 /// Takes eventfds as interrupts of the guest (KVM: irqfd).
 pub trait Irqfds: fmt::Debug + Send + Sync {
+    /// Number of the interrupt that pin `pin` (1 to 4: INTA to INTD) of a function in `slot` is wired to. Several may be wired to
+    /// one.
+    fn number_of_pin(&self, slot: u8, pin: u8) -> u32;
+
     /// From now on a signal on `event` raises `gsi`; one that it holds already does so at once.
     fn attach(&self, gsi: u32, event: &Arc<Eventfd>) -> io::Result<()>;
 

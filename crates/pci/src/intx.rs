@@ -15,8 +15,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vfio_migration_device::{IrqIndex, PciHardware};
 
+use super::backend::{Eventfd, Irqfds};
 use super::vectors::{PciFailure, failure};
-use super::{Eventfd, Irqfds};
 
 /// State in which the guest wants the pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,6 @@ use vfio_migration_types::{Gpa, error_chain};
 
 use super::fakes::FakeHardware;
 use super::functions::{Machine, message};
-use crate::bus::IoBus;
 
 /// Place of the table of [`FakeHardware::of_vectors`] in BAR 0.
 const TABLE: u64 = 0x1_0000;
@@ -48,7 +47,7 @@ fn limited(name: &str, limit: u64, body: impl FnOnce()) {
         return body();
     }
     let program = std::env::current_exe().unwrap();
-    let path = format!("pci::tests::vectors::{name}");
+    let path = format!("tests::vectors::{name}");
     let run = std::process::Command::new(program)
         .args(["--exact", &path, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")
@@ -90,7 +89,7 @@ fn two_devices_of_2048_vectors_work_with_64_unmasked() {
         let connected = |device: usize| machine.devices[device].state.lock().unwrap().events.len();
         assert_eq!((connected(0), connected(1)), (64, 64));
 
-        let state = machine.function().save().unwrap();
+        let state = machine.save().unwrap();
         let destination = Machine::of(vec![Arc::new(FakeHardware::of_vectors("dev1", MANY, false))]);
         assert_eq!(destination.restore(&state).unwrap(), 64);
         destination.devices[0].raise(31 * 63);
@@ -124,7 +123,7 @@ fn a_vector_without_a_descriptor_is_told_by_name_and_the_others_work() {
         assert_eq!((machine.irq.take(), function.errors()), (vec![message(7)], errors));
 
         // As the destination of a guest that has more in use.
-        let mut state = function.save().unwrap();
+        let mut state = machine.save().unwrap();
         state.vectors.iter_mut().for_each(|vector| vector.masked = false);
         drop((machine, odd));
         let destination = Machine::of(vec![Arc::new(FakeHardware::of_vectors("dev1", MANY, false))]);
@@ -168,7 +167,7 @@ fn a_device_whose_vectors_are_one_set_grows_and_loses_no_raise() {
     assert!([1, 2, 5].into_iter().all(|n| device.raise(n)));
     assert_eq!((machine.irq.take().len(), machine.function().errors()), (3, 0));
     // At the destination it is one set from the start.
-    let state = machine.function().save().unwrap();
+    let state = machine.save().unwrap();
     let destination = Machine::of(vec![Arc::new(FakeHardware::of_vectors("dev1", 8, true))]);
     assert_eq!(destination.restore(&state).unwrap(), 3);
     assert!(destination.devices[0].log().contains(&"irqs 2 0+6".to_owned()));
@@ -225,9 +224,8 @@ fn a_destination_that_has_fewer_refuses_and_is_as_it_was() {
     msix.vector(0, message(0x41), false);
     msix.vector(1, message(0x42), false);
     msix.msix(true, false);
-    let msix = (msix.function().save().unwrap(), Machine::new(1), "MSI-X");
-    let msi =
-        (four(None).function().save().unwrap(), Machine::of(vec![FakeHardware::legacy("dev1", true)]), "MSI");
+    let msix = (msix.save().unwrap(), Machine::new(1), "MSI-X");
+    let msi = (four(None).save().unwrap(), Machine::of(vec![FakeHardware::legacy("dev1", true)]), "MSI");
     for (state, destination, kind) in [msix, msi] {
         let device = &destination.devices[0];
         device.state.lock().unwrap().possible = Some(1);
@@ -295,7 +293,7 @@ fn a_kind_that_the_device_refuses_to_disable_is_not_forgotten() {
 #[test]
 fn what_a_failed_undo_left_connected_goes_before_a_restore() {
     let source = four(None);
-    let state = source.function().save().unwrap();
+    let state = source.save().unwrap();
     let destination = Machine::of(vec![FakeHardware::legacy("dev1", true)]);
     let device = &destination.devices[0];
     destination.restore(&state).unwrap();

@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use vfio_migration_device::{IrqIndex, IrqRouter, MsiMessage, PciHardware, VectorState, is_late};
 
+use super::backend::{Eventfd, Irqfds};
 use super::router::MsiRouter;
-use super::{Eventfd, Irqfds};
 
 /// Bytes of a table entry: address low and high, data, control.
 pub(super) const ENTRY: u64 = 16;
@@ -263,8 +263,7 @@ impl Vectors {
         enabled: bool,
         all_masked: bool,
         vectors: &[VectorState],
-        router: &dyn IrqRouter,
-        numbers: &MsiRouter,
+        router: &MsiRouter,
     ) -> Result<(), PciFailure> {
         (self.enabled, self.all_masked) = (enabled, all_masked);
         self.in_use = vectors.len().min(self.vectors.len());
@@ -272,7 +271,7 @@ impl Vectors {
             (vector.message, vector.masked, vector.pending) = (state.message, state.masked, state.pending);
         }
         (0..self.in_use).try_for_each(|index| {
-            self.take_line(index, numbers)?;
+            self.take_line(index, router)?;
             self.route(index, router)
         })
     }
@@ -361,7 +360,7 @@ impl Vectors {
     }
 
     /// Stages the route of an open vector. One that is masked keeps the last that it had, since nothing goes by it.
-    fn route(&mut self, index: usize, router: &dyn IrqRouter) -> Result<(), PciFailure> {
+    fn route(&mut self, index: usize, router: &MsiRouter) -> Result<(), PciFailure> {
         let controls = self.controls();
         let Some(vector) = self.vectors.get(index).filter(|vector| controls.open(index, vector)) else {
             return Ok(());

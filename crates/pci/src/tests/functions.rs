@@ -7,13 +7,10 @@ use proptest::prelude::*;
 use vfio_migration_device::{ConfigRules, IrqRouter, MsiMessage, PciError, PciFunction, PciRegion, PciState};
 use vfio_migration_types::{Gpa, Range};
 
-use super::fakes::{FakeHardware, FakeIrq, FakeMapper, fake_host, mailbox};
-use crate::bus::IoBus;
-use crate::layout;
-use crate::pci::*;
+use super::fakes::{ECAM, FakeHardware, FakeIrq, FakeMapper, HIGH, fake_host, mailbox};
+use crate::*;
 
 const LOW: u64 = 0xc000_0000;
-const HIGH: u64 = 1 << 38;
 
 pub(super) struct Machine {
     pub(super) bus: PciBus,
@@ -29,7 +26,7 @@ impl Machine {
 
     pub(super) fn of(devices: Vec<Arc<FakeHardware>>) -> Self {
         let (host, irq, mapper) = fake_host();
-        let bus = PciBus::new(Arc::clone(&host));
+        let bus = PciBus::new(Arc::clone(&host), Gpa(ECAM));
         let devices = (1u8..)
             .zip(devices)
             .map(|(slot, device)| {
@@ -68,6 +65,12 @@ impl Machine {
         self.bus.pio_write(0xcf8, &address.to_le_bytes());
     }
 
+    /// What a migration reads of the first function.
+    pub(super) fn save(&self) -> Result<PciState, PciError> {
+        let function = self.function();
+        function.save_interrupts(function.save_config()?)
+    }
+
     pub(super) fn dword(&self, slot: u8, register: u16) -> u32 {
         let mut out = [0; 4];
         self.config_read(slot, register, &mut out);
@@ -104,7 +107,7 @@ impl Machine {
     pub(super) fn restore(&self, state: &PciState) -> Result<u32, PciError> {
         let function = self.function();
         function.restore_config(state, &ConfigRules::default())?;
-        function.stage_interrupts(state, &**self.bus.host().router())?;
+        function.stage_interrupts(state)?;
         self.bus.host().router().commit().unwrap();
         function.connect_interrupts(state)
     }
@@ -117,7 +120,7 @@ pub(super) fn message(data: u32) -> MsiMessage {
 #[test]
 fn a_slot_with_several_functions_says_so_and_one_with_one_does_not() {
     let (host, _, _) = fake_host();
-    let bus = PciBus::new(Arc::clone(&host));
+    let bus = PciBus::new(Arc::clone(&host), Gpa(ECAM));
     let places = [Devfn::in_slot(1), Devfn::new(1, 7), Devfn::in_slot(2)];
     for (index, place) in places.into_iter().enumerate() {
         let device = FakeHardware::new(&format!("dev{index}"));
@@ -126,7 +129,7 @@ fn a_slot_with_several_functions_says_so_and_one_with_one_does_not() {
     bus.place_bars().unwrap();
     let read = |devfn: Devfn, register: u64, into: &mut [u8]| {
         let place = u64::from(devfn.slot()) << 15 | u64::from(devfn.function()) << 12;
-        bus.mmio_read(Gpa(layout::ECAM_BASE + place + register), into);
+        bus.mmio_read(Gpa(ECAM + place + register), into);
     };
     for (place, bit) in places.into_iter().zip([0x80, 0x80, 0]) {
         // As a byte, and in the dword and the qword around it.
@@ -153,7 +156,7 @@ fn a_guest_finds_its_devices_both_ways() {
     assert_eq!((machine.dword(0, 8), machine.dword(0, 0x10)), (0x0600_0000, 0));
     for slot in [1, 2] {
         assert_eq!(machine.dword(slot, 0), 0x4d53_5646);
-        assert_eq!(machine.load(layout::ECAM_BASE + (u64::from(slot) << 15)), 0x4d53_5646);
+        assert_eq!(machine.load(ECAM + (u64::from(slot) << 15)), 0x4d53_5646);
     }
     assert_eq!(machine.dword(3, 0), u32::MAX);
     let mut byte = [0];
@@ -170,9 +173,9 @@ fn a_guest_finds_its_devices_both_ways() {
     machine.bus.pio_read(0xcfc, &mut across);
     assert_eq!(across, [0xff; 4], "not enabled");
     let mut qword = [0; 8];
-    machine.bus.mmio_read(Gpa(layout::ECAM_BASE + (1 << 15)), &mut qword);
+    machine.bus.mmio_read(Gpa(ECAM + (1 << 15)), &mut qword);
     assert_eq!(qword, [0x46, 0x56, 0x53, 0x4d, 0, 0, 0x10, 0]);
-    machine.bus.mmio_read(Gpa(layout::ECAM_BASE + (1 << 15) + 256), &mut qword);
+    machine.bus.mmio_read(Gpa(ECAM + (1 << 15) + 256), &mut qword);
     assert_eq!(qword, [0xff; 8], "256 bytes are all it has");
 }
 
@@ -346,7 +349,7 @@ fn a_failed_save_loses_no_interrupt() {
     machine.msix(true, false);
     machine.devices[0].raise(0);
     machine.irq.refuse.store(true, Ordering::Relaxed);
-    machine.function().save().unwrap_err();
+    machine.save().unwrap_err();
     machine.devices[0].raise(1);
     machine.irq.refuse.store(false, Ordering::Relaxed);
     machine.function().deliver_pending().unwrap();
@@ -426,7 +429,7 @@ fn a_second_function_takes_over_with_what_was_pending() {
     // Raised after the vCPUs stopped: one would go to the guest at once, the other is masked.
     source.devices[0].raise(0);
     source.devices[0].raise(1);
-    let state = source.function().save().unwrap();
+    let state = source.save().unwrap();
     assert!(state.vectors.iter().all(|vector| vector.pending));
     let state = PciState::decode(&state.encode().unwrap()).unwrap();
 
@@ -447,7 +450,7 @@ fn a_second_function_takes_over_with_what_was_pending() {
     assert_eq!(destination.dword(1, 0x3c) & 0xff, 11);
     destination.store(LOW + 0x201c, 0);
     assert_eq!(destination.irq.take(), [message(0x42)]);
-    let again = destination.function().save().unwrap();
+    let again = destination.save().unwrap();
     assert!(again.vectors.iter().all(|vector| !vector.pending));
     assert_eq!((again.bars, again.config[4]), (state.bars, 6));
 
@@ -463,7 +466,7 @@ fn a_table_written_before_msix_is_enabled_moves_too() {
     let source = Machine::running(1);
     source.vector(0, message(0x41), false);
     let destination = Machine::new(1);
-    assert_eq!(destination.restore(&source.function().save().unwrap()).unwrap(), 0);
+    assert_eq!(destination.restore(&source.save().unwrap()).unwrap(), 0);
     destination.msix(true, false);
     destination.devices[0].raise(0);
     assert_eq!(destination.irq.take(), [message(0x41)]);
@@ -474,7 +477,7 @@ fn what_does_not_fit_is_refused_and_undone() {
     let source = Machine::running(1);
     source.vector(0, message(0x41), false);
     source.msix(true, false);
-    let good = source.function().save().unwrap();
+    let good = source.save().unwrap();
     let destination = Machine::new(1);
     let bad = |change: &dyn Fn(&mut PciState)| {
         let mut state = good.clone();
@@ -619,7 +622,7 @@ proptest! {
                     prop_assert_eq!(machine.load(LOW + 0x3000), bits);
                 }
                 Step::Migrate => {
-                    let state = machine.function().save().unwrap();
+                    let state = machine.save().unwrap();
                     let unsent = std::mem::take(&mut machine.devices[0].state.lock().unwrap().unsent);
                     let next = Machine::new(1);
                     next.devices[0].state.lock().unwrap().unsent = unsent;
@@ -630,7 +633,7 @@ proptest! {
                     machine = next;
                 }
                 Step::Abort => {
-                    machine.function().save().unwrap();
+                    machine.save().unwrap();
                     machine.function().deliver_pending().unwrap();
                 }
             }

@@ -10,18 +10,21 @@ use super::devfn::Devfn;
 use super::host::PciHost;
 use super::registers::HEADER_TYPE;
 use super::vfio::VfioPciFunction;
-use crate::bus::{IoBus, unclaimed};
-use crate::layout;
 
 /// Config mechanism 1 (PCI 3.0, 3.2.2.3.2): the address register, and the window to the dword that it names.
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
 const CONFIG_ENABLE: u32 = 0x8000_0000;
+/// The memory-mapped config space of one bus (PCIe 5.0, 7.2.2): 32 devices of 8 functions of 4 KiB.
+const ECAM_LEN: u64 = 1 << 20;
 /// Bit of the header type (PCI 3.0, 6.2.1): there are further functions in this slot.
 const MULTI_FUNCTION: u8 = 0x80;
 
 /// Config space of the host bridge at 00:00.0: vendor and device of our own, class 06 00 00.
 const HOST_BRIDGE: [u8; 16] = [0x46, 0x56, 0x42, 0x48, 0, 0, 0, 0, 0, 0, 0x00, 0x06, 0, 0, 0, 0];
+
+/// Each byte of a read that no device claims.
+const UNCLAIMED: u8 = 0xff;
 
 /// BARs found no place.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +45,8 @@ pub struct PlaceError {
 #[derive(Debug)]
 pub struct PciBus {
     host: Arc<PciHost>,
+    /// Start of the memory-mapped config space.
+    ecam: Gpa,
     address: AtomicU32,
     functions: RwLock<Vec<Arc<VfioPciFunction>>>,
 }
@@ -52,9 +57,9 @@ impl PciBus {
     /// Functions of a slot.
     pub const FUNCTIONS: u8 = 8;
 
-    /// A bus with its host bridge alone.
-    pub fn new(host: Arc<PciHost>) -> Self {
-        Self { host, address: AtomicU32::new(0), functions: RwLock::default() }
+    /// A bus with its host bridge alone, whose memory-mapped config space is the mebibyte at `ecam`.
+    pub fn new(host: Arc<PciHost>, ecam: Gpa) -> Self {
+        Self { host, ecam, address: AtomicU32::new(0), functions: RwLock::default() }
     }
 
     /// The way to the guest that all functions share.
@@ -92,12 +97,11 @@ impl PciBus {
             .flat_map(|function| function.bars().iter().map(|bar| (&**function, *bar)))
             .collect();
         bars.sort_by_key(|(_, bar)| std::cmp::Reverse(bar.size));
-        let BarWindows { low, high, ports } = self.host.windows;
+        let BarWindows { low, high, small, ports } = self.host.windows;
         // What is free of each: first, and past the last.
         let mut low = (low.start().0, low.end());
         // Large ones apart: all small ones are within reach of a guest that maps the window's begin alone.
-        let (middle, end) =
-            (high.start().0.saturating_add(layout::MMIO64_SMALL_LEN).min(high.end()), high.end());
+        let (middle, end) = (high.start().0.saturating_add(small).min(high.end()), high.end());
         let mut high = (high.start().0, middle);
         let mut large = (middle, end);
         let mut ports = (ports.start(), ports.end());
@@ -105,9 +109,7 @@ impl PciBus {
             // One page of memory at least, so that no two BARs share one.
             let (window, least) = match bar {
                 Bar { io: true, .. } => (&mut ports, 1),
-                Bar { wide: true, prefetchable: true, size, .. } if size < layout::MMIO64_SMALL_LEN => {
-                    (&mut high, 4096)
-                }
+                Bar { wide: true, prefetchable: true, size, .. } if size < small => (&mut high, 4096),
                 Bar { wide: true, prefetchable: true, .. } => (&mut large, 4096),
                 _ => (&mut low, 4096),
             };
@@ -134,7 +136,7 @@ impl PciBus {
     }
 
     fn config_read(&self, devfn: Devfn, register: u16, into: &mut [u8]) {
-        unclaimed(into);
+        into.fill(UNCLAIMED);
         if devfn == Devfn::in_slot(0) {
             for (index, byte) in into.iter_mut().enumerate() {
                 let at = usize::from(register) + index;
@@ -172,9 +174,9 @@ impl PciBus {
     }
 
     /// Function and register behind an address in the memory-mapped config space.
-    fn ecam(gpa: Gpa, len: usize) -> Option<(Devfn, u16)> {
-        let offset = gpa.0.checked_sub(layout::ECAM_BASE)?;
-        offset.checked_add(u64::try_from(len).ok()?).filter(|end| *end <= layout::ECAM_LEN)?;
+    fn in_ecam(&self, gpa: Gpa, len: usize) -> Option<(Devfn, u16)> {
+        let offset = gpa.offset_from(self.ecam)?;
+        offset.checked_add(u64::try_from(len).ok()?).filter(|end| *end <= ECAM_LEN)?;
         let device = u8::try_from(offset >> 15 & 0x1f).ok()?;
         let function = u8::try_from(offset >> 12 & 7).ok()?;
         Some((Devfn::new(device, function), u16::try_from(offset & 0xfff).ok()?))
@@ -186,9 +188,12 @@ fn in_data_window(port: u16, len: usize) -> bool {
     (CONFIG_DATA..CONFIG_DATA + 4).contains(&port) && usize::from(port - CONFIG_DATA) + len <= 4
 }
 
-impl IoBus for PciBus {
-    fn pio_read(&self, port: u16, data: &mut [u8]) {
-        unclaimed(data);
+/// What the guest accesses. Called from vCPU threads, at several at once. What nobody answers reads as ones and swallows
+/// writes, as on a PC.
+impl PciBus {
+    /// An `in` from `port`; `data` is filled in whole.
+    pub fn pio_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(UNCLAIMED);
         if port == CONFIG_ADDRESS && data.len() == 4 {
             data.copy_from_slice(&self.config_address().to_le_bytes());
         } else if in_data_window(port, data.len())
@@ -200,7 +205,8 @@ impl IoBus for PciBus {
         }
     }
 
-    fn pio_write(&self, port: u16, data: &[u8]) {
+    /// An `out` to `port`.
+    pub fn pio_write(&self, port: u16, data: &[u8]) {
         if let (CONFIG_ADDRESS, Ok(dword)) = (port, <[u8; 4]>::try_from(data)) {
             self.set_config_address(u32::from_le_bytes(dword));
         } else if in_data_window(port, data.len())
@@ -212,9 +218,10 @@ impl IoBus for PciBus {
         }
     }
 
-    fn mmio_read(&self, gpa: Gpa, data: &mut [u8]) {
-        unclaimed(data);
-        if let Some((devfn, register)) = Self::ecam(gpa, data.len()) {
+    /// A load from `gpa`; `data` is filled in whole.
+    pub fn mmio_read(&self, gpa: Gpa, data: &mut [u8]) {
+        data.fill(UNCLAIMED);
+        if let Some((devfn, register)) = self.in_ecam(gpa, data.len()) {
             // A qword is two dwords: config space knows no more.
             for (at, part) in (register..).step_by(4).zip(data.chunks_mut(4)) {
                 self.config_read(devfn, at, part);
@@ -226,8 +233,9 @@ impl IoBus for PciBus {
         }
     }
 
-    fn mmio_write(&self, gpa: Gpa, data: &[u8]) {
-        if let Some((devfn, register)) = Self::ecam(gpa, data.len()) {
+    /// A store to `gpa`.
+    pub fn mmio_write(&self, gpa: Gpa, data: &[u8]) {
+        if let Some((devfn, register)) = self.in_ecam(gpa, data.len()) {
             for (at, part) in (register..).step_by(4).zip(data.chunks(4)) {
                 self.config_write(devfn, at, part);
             }

@@ -347,7 +347,7 @@ impl MsiLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::tests::fakes::sample_config;
+    use crate::tests::fakes::sample_config;
 
     #[test]
     fn the_capability_list_is_walked_and_loops_end() {

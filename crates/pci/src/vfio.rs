@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration_device::{
-    ConfigRules, DeviceError, IrqIndex, IrqRouter, PciError, PciFunction, PciHardware, PciState, RegionIndex,
+    ConfigRules, ConfigState, DeviceError, IrqIndex, PciError, PciFunction, PciHardware, PciState,
+    RegionIndex,
 };
 use vfio_migration_types::{DeviceId, Gpa};
 
@@ -101,7 +102,7 @@ impl VfioPciFunction {
         if msi.is_none() {
             config.hide(CAP_MSI);
         }
-        let interrupts = FunctionInterrupts::new(devfn, &hardware, &config, msi, layout)
+        let interrupts = FunctionInterrupts::new(devfn, &hardware, &*host.irq, &config, msi, layout)
             .map_err(|(doing, source)| failed(&doing, source))?;
 
         let (mut memory, mut doorbells): ([Vec<_>; BARS], [Vec<_>; BARS]) = Default::default();
@@ -443,17 +444,20 @@ impl PciFunction for VfioPciFunction {
         self.hardware.id()
     }
 
-    fn save(&self) -> Result<PciState, PciError> {
-        let mut state = self.lock();
-        let saved = state.interrupts.save(self.irq_path()).map_err(|failure| self.failed(failure))?;
-        let (vectors, msi_pending, intx_pending) = saved;
+    fn save_config(&self) -> Result<ConfigState, PciError> {
+        let state = self.lock();
         let mut bars = [0; BARS];
         for bar in &self.bars {
             bars[usize::from(bar.index)] = bar.address(&state.config);
         }
-        let msix = self.layout.is_some();
-        let config = state.config.bytes().to_vec();
-        Ok(PciState { config, bars, vectors, msix, msi_pending, intx_pending })
+        Ok(ConfigState { bytes: state.config.bytes().to_vec(), bars })
+    }
+
+    fn save_interrupts(&self, config: ConfigState) -> Result<PciState, PciError> {
+        let saved = self.lock().interrupts.save(self.irq_path()).map_err(|failure| self.failed(failure))?;
+        let (vectors, msi_pending, intx_pending) = saved;
+        let ConfigState { bytes: config, bars } = config;
+        Ok(PciState { config, bars, vectors, msix: self.layout.is_some(), msi_pending, intx_pending })
     }
 
     fn restore_config(&self, saved: &PciState, rules: &ConfigRules) -> Result<(), PciError> {
@@ -481,11 +485,11 @@ impl PciFunction for VfioPciFunction {
         self.place_all(&mut state)
     }
 
-    fn stage_interrupts(&self, saved: &PciState, router: &dyn IrqRouter) -> Result<(), PciError> {
+    fn stage_interrupts(&self, saved: &PciState) -> Result<(), PciError> {
         self.check_interrupts(saved)?;
         let mut state = self.lock();
         let State { config, interrupts, .. } = &mut *state;
-        interrupts.stage(saved, config, router, &self.host.router).map_err(|failure| self.failed(failure))
+        interrupts.stage(saved, config, &self.host.router).map_err(|failure| self.failed(failure))
     }
 
     fn connect_interrupts(&self, saved: &PciState) -> Result<u32, PciError> {

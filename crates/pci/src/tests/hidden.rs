@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use vfio_migration_device::PciFunction;
-
 use super::fakes::{FakeHardware, legacy_config, mailbox};
 use super::functions::Machine;
 
@@ -52,7 +50,7 @@ fn msix_that_cannot_be_served_is_hidden() {
         // A guest that writes where it was changes nothing.
         machine.config_write(1, 0x42, &[0, 0x80]);
         assert!(!machine.devices[0].log().iter().any(|line| line.starts_with("irqs")));
-        assert!(!machine.function().save().unwrap().msix);
+        assert!(!machine.save().unwrap().msix);
     }
 }
 
@@ -68,7 +66,7 @@ fn a_hidden_capability_leaves_the_list_whole_wherever_it_is() {
         pointers.iter().for_each(|(at, value)| config[*at] = *value);
         let machine = machine(config, [1, 4, 0]);
         assert_eq!(found(&machine), wanted);
-        let state = machine.function().save().unwrap();
+        let state = machine.save().unwrap();
         machine.restore(&state).unwrap();
     }
 }
