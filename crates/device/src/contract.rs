@@ -28,6 +28,23 @@ pub struct Capabilities {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotMigratable(pub String);
 
+/// A device did not say what it can do in a migration.
+#[derive(Debug, thiserror::Error)]
+pub enum CapabilitiesError {
+    /// It can do nothing: it has said so.
+    #[error("it cannot migrate: {}", .0.0)]
+    NotMigratable(NotMigratable),
+    /// It has not answered, which says nothing of it: asked again, it may.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+impl From<NotMigratable> for CapabilitiesError {
+    fn from(why: NotMigratable) -> Self {
+        Self::NotMigratable(why)
+    }
+}
+
 /// A device that may migrate.
 ///
 /// Methods block for as long as the device takes, under a time limit of the back end; they may be called from any
@@ -39,8 +56,11 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// The device's manifest, from what it declares of itself. A device that cannot migrate has one too, which says so.
     fn manifest(&self) -> Result<DeviceManifest, DeviceError>;
 
-    /// The device's abilities in a migration, or the reason why it has none.
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable>;
+    /// The device's abilities in a migration, or the reason why it has none, which is the device's own word.
+    ///
+    /// # Errors
+    /// Also that the device has not answered ([`CapabilitiesError::Device`]): no verdict, and it is asked anew each time.
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError>;
 
     /// The state it is really in (a GET).
     fn state(&self) -> Result<MigrationState, DeviceError>;
@@ -64,7 +84,7 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// Estimated bytes of STOP_COPY data, in any state: a hint, never a length. `None` when the device cannot say.
     fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError>;
 
-    /// The device's log of DMA writes; `None` when it has none. May be used while a session is open.
+    /// The device's log of DMA writes; `None` when it has said that it has none. May be used while a session is open.
     fn dirty_log(&self) -> Option<&dyn DirtyLog>;
 
     /// Resets it: every session dies, the state becomes RUNNING, with nothing enabled.

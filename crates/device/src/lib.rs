@@ -19,8 +19,8 @@ mod vfio_user;
 mod watch;
 
 pub use contract::{
-    Capabilities, Chunk, Device, DirtyLog, NotMigratable, Position, PrecopyProgress, ResumingSession,
-    SavingSession,
+    Capabilities, CapabilitiesError, Chunk, Device, DirtyLog, NotMigratable, Position, PrecopyProgress,
+    ResumingSession, SavingSession,
 };
 pub use describe::describe_hardware;
 pub use error::{DeviceError, Remedy, TransitionError, is_late, is_server_gone, is_unsent_reset};

@@ -11,7 +11,7 @@ use vfio_migration_compat::DeviceManifest;
 use vfio_migration_types::{DeviceId, MigrationState};
 
 use crate::contract::{
-    Capabilities, Chunk, Device, DirtyLog, NotMigratable, Position, PrecopyProgress, ResumingSession,
+    Capabilities, CapabilitiesError, Chunk, Device, DirtyLog, Position, PrecopyProgress, ResumingSession,
     SavingSession,
 };
 use crate::error::{DeviceError, TransitionError};
@@ -111,7 +111,7 @@ impl Device for WatchedDevice {
         self.device.manifest()
     }
 
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError> {
         Ok(self.observer.shown(self.device.capabilities()?))
     }
 
@@ -151,8 +151,8 @@ impl Device for WatchedDevice {
     }
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
-        let shown = self.capabilities().is_ok_and(|capabilities| capabilities.dirty_log);
-        if shown { self.device.dirty_log() } else { None }
+        let hidden = self.capabilities().is_ok_and(|capabilities| !capabilities.dirty_log);
+        if hidden { None } else { self.device.dirty_log() }
     }
 
     fn reset(&self) -> Result<(), DeviceError> {

@@ -193,7 +193,7 @@ pub(crate) fn describes_itself() -> Outcome {
     holds(manifest.flags.is_some_and(|flags| flags.p2p && flags.pre_copy), "P2P and PRE_COPY")?;
     same("estimated size", device.stop_copy_size()?, Some(60))?;
     holds(!device.reports_reinit(), "no pre-copy info v2 on this kernel")?;
-    let capabilities = device.capabilities().map_err(|none| none.0)?;
+    let capabilities = device.capabilities()?;
     holds(capabilities.precopy_info && capabilities.data_size, "progress and size")?;
     let mut byte = [0];
     let outside = device.region_read(RegionIndex::CONFIG, 255, &mut byte);

@@ -7,7 +7,7 @@ use vfio_migration_compat::{
     Allow, DirtyTracking, MachineManifest, Policy, Reason, Report, SessionCode, Severity, Verdict, WhoCanFix,
     check_left_behind, check_source,
 };
-use vfio_migration_device::NotMigratable;
+use vfio_migration_device::CapabilitiesError;
 use vfio_migration_types::{Failure, Side};
 use vfio_migration_wire as wire;
 
@@ -96,8 +96,9 @@ pub(crate) fn with_migration_known(
     let mut manifest = manifest.clone();
     for described in &mut manifest.devices {
         let moved = devices.iter().find(|moved| *moved.device.id() == described.id);
-        if let Some(Err(NotMigratable(why))) = moved.map(|moved| moved.device.capabilities()) {
-            described.no_migration = Some(why);
+        let said = moved.map(|moved| moved.device.capabilities());
+        if let Some(Err(CapabilitiesError::NotMigratable(why))) = said {
+            described.no_migration = Some(why.0);
         }
     }
     manifest

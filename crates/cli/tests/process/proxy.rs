@@ -18,6 +18,18 @@ use rustix::net::{
 pub(crate) const GET_REGION_INFO: u16 = 5;
 pub(crate) const SET_IRQS: u16 = 8;
 pub(crate) const REGION_WRITE: u16 = 10;
+const DEVICE_FEATURE: u16 = 16;
+
+/// Features of a device, as they are asked for: their number, and whether they are read or set.
+pub(crate) const LOGGING_START: u32 = 6 | 1 << 17;
+pub(crate) const LOGGING_STOP: u32 = 7 | 1 << 17;
+pub(crate) const LOGGING_REPORT: u32 = 8 | 1 << 16;
+
+/// The feature that a request asks for, if it does.
+pub(crate) fn feature(command: u16, body: &[u8]) -> Option<u32> {
+    let flags = body.get(4..8).filter(|_| command == DEVICE_FEATURE)?;
+    Some(u32::from_le_bytes(flags.try_into().unwrap()))
+}
 
 /// What becomes of a request.
 pub(crate) enum Act {

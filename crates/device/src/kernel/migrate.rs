@@ -12,7 +12,9 @@ use super::dirty::{LogPort, TrackerLog};
 use super::iommu::DeviceLog;
 use super::sysfs::SysDevice;
 use super::tracker::{TrackerChoice, TrackerKind, Trials, choose, try_log};
-use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
+use crate::contract::{
+    Capabilities, CapabilitiesError, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession,
+};
 use crate::describe::describe_hardware;
 use crate::error::{DeviceError, TransitionError};
 use crate::host::files::attribute;
@@ -33,7 +35,7 @@ impl Device for KernelDevice {
         self.describe(flags, no_migration)
     }
 
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError> {
         let flags = self.inner.flags.clone()?;
         Ok(Capabilities {
             flags,

@@ -16,7 +16,7 @@ use vfio_migration_types::{
 };
 
 use crate::contract::{
-    Capabilities, Device, DirtyLog, NotMigratable, PrecopyProgress, ResumingSession, SavingSession,
+    Capabilities, CapabilitiesError, Device, DirtyLog, PrecopyProgress, ResumingSession, SavingSession,
 };
 use crate::error::{DeviceError, TransitionError};
 use crate::pci::{ConfigRules, ConfigState, PciError, PciFunction, PciState, VectorState};
@@ -502,7 +502,7 @@ impl Device for FakeDevice {
         })
     }
 
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError> {
         let kind = &self.core.kind;
         Ok(Capabilities {
             flags: kind.flags,

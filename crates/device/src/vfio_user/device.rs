@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use vfio_migration_memory::GuestRam;
@@ -12,7 +12,7 @@ use vfio_user_peer::{Client, ClientError, ClientOptions, OnConnect, irq_index};
 use super::dirty::ServerLog;
 use super::dma::GuestDma;
 use super::port::ServerPort;
-use crate::contract::{Capabilities, NotMigratable};
+use crate::contract::NotMigratable;
 use crate::error::DeviceError;
 use crate::hardware::{PciRegion, RegionIndex};
 use crate::session::state_machine::StateMachine;
@@ -77,7 +77,6 @@ pub(super) struct ServedDevice {
     pub(super) irqs: [u32; 3],
     pub(super) noresize: [bool; 3],
     pub(super) log: ServerLog,
-    pub(super) capabilities: OnceLock<Result<Capabilities, NotMigratable>>,
 }
 
 impl VfioUserDevice {
@@ -117,8 +116,9 @@ impl VfioUserDevice {
             return Err(DeviceError::new(id, "opening", None, what));
         }
         let client = Arc::new(client);
-        let flags = find_flags(&client)
-            .map(|flags| MigrationFlags { pre_copy: flags.pre_copy && options.pre_copy, ..flags });
+        let flags = find_flags(&client).map_err(failed("asking whether it can migrate".into()))?;
+        let flags =
+            flags.map(|flags| MigrationFlags { pre_copy: flags.pre_copy && options.pre_copy, ..flags });
         let known = flags.as_ref().ok().copied();
         let machine = StateMachine::new(id.clone(), Box::new(ServerPort(client.clone())), known);
         let mut inner = ServedDevice {
@@ -129,7 +129,6 @@ impl VfioUserDevice {
             files: Vec::new(),
             irqs: [0; 3],
             noresize: [false; 3],
-            capabilities: OnceLock::new(),
             machine: Arc::new(machine),
             dma,
             client,
@@ -225,12 +224,18 @@ impl ServedDevice {
     }
 }
 
-/// The device's migration flags, or the reason why it has none.
-fn find_flags(client: &Client) -> Result<MigrationFlags, NotMigratable> {
-    client
-        .migration_flags()
-        .map_err(|error| NotMigratable(format!("its server does not say whether it can: {error}")))?
-        .ok_or_else(|| NotMigratable("its server does not implement migration".into()))
+/// The device's migration flags, or its server's word that it has none.
+///
+/// # Errors
+/// The server has not answered.
+fn find_flags(client: &Client) -> Result<Result<MigrationFlags, NotMigratable>, ClientError> {
+    match client.migration_flags() {
+        Ok(flags) => Ok(flags.ok_or_else(|| NotMigratable("its server does not implement migration".into()))),
+        Err(nonsense @ ClientError::Protocol { .. }) => {
+            Ok(Err(NotMigratable(format!("its server does not say whether it can: {nonsense}"))))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]

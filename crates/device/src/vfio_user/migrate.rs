@@ -6,7 +6,9 @@ use vfio_migration_compat::{DeviceManifest, DirtyTracking};
 use vfio_migration_types::{DeviceId, MigrationState};
 
 use super::device::{ServedDevice, VfioUserDevice};
-use crate::contract::{Capabilities, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession};
+use crate::contract::{
+    Capabilities, CapabilitiesError, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession,
+};
 use crate::describe::describe_hardware;
 use crate::error::{DeviceError, TransitionError};
 
@@ -34,7 +36,8 @@ impl Device for VfioUserDevice {
                 state_size: self.stop_copy_size()?,
                 ..declared
             },
-            Err(NotMigratable(why)) => DeviceManifest {
+            Err(CapabilitiesError::Device(error)) => return Err(error),
+            Err(CapabilitiesError::NotMigratable(NotMigratable(why))) => DeviceManifest {
                 flags: None,
                 no_migration: Some(why),
                 dirty: None,
@@ -45,8 +48,17 @@ impl Device for VfioUserDevice {
         describe_hardware(self, DeviceManifest { backend: "vfio-user".into(), ..manifest })
     }
 
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
-        self.inner.capabilities.get_or_init(|| self.inner.find_capabilities()).clone()
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError> {
+        let inner = &self.inner;
+        let flags = inner.flags.clone()?;
+        let negotiated = inner.client.negotiated();
+        Ok(Capabilities {
+            flags,
+            precopy_info: negotiated.extension.precopy_info && flags.pre_copy,
+            data_size: negotiated.extension.data_size,
+            dirty_log: inner.log.works()?,
+            chunk: CHUNK.min(negotiated.max_data_xfer_size as usize),
+        })
     }
 
     fn state(&self) -> Result<MigrationState, DeviceError> {
@@ -78,7 +90,7 @@ impl Device for VfioUserDevice {
     }
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
-        let there = self.capabilities().is_ok_and(|capabilities| capabilities.dirty_log);
+        let there = self.inner.flags.is_ok() && self.inner.log.is_there();
         there.then_some(&self.inner.log as &dyn DirtyLog)
     }
 
@@ -93,18 +105,6 @@ impl Device for VfioUserDevice {
 }
 
 impl ServedDevice {
-    fn find_capabilities(&self) -> Result<Capabilities, NotMigratable> {
-        let flags = self.flags.clone()?;
-        let extension = self.client.negotiated().extension;
-        Ok(Capabilities {
-            flags,
-            precopy_info: extension.precopy_info && flags.pre_copy,
-            data_size: extension.data_size,
-            dirty_log: self.log.trial(),
-            chunk: CHUNK.min(self.client.negotiated().max_data_xfer_size as usize),
-        })
-    }
-
     /// The extension's manifest document: what is only the server's to know.
     fn declared(&self) -> Result<DeviceManifest, DeviceError> {
         if !self.client.negotiated().extension.manifest {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, Chunk, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress,
+    Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, Position, PrecopyProgress,
     ResumingSession, SavingSession, TransitionError, is_late,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
@@ -35,8 +35,11 @@ pub(crate) fn tracked(moved: MigratableDevice, answers: &AwaitedAnswers) -> Migr
 
 /// Asks each device that can migrate a question, before the VMM asks them for its manifest: one that does not answer is named then.
 pub(crate) fn all_answer(devices: &[MigratableDevice]) -> Result<(), DeviceError> {
-    let mut able = devices.iter().filter(|moved| moved.device.capabilities().is_ok());
-    able.try_for_each(|moved| moved.device.state().map(drop))
+    devices.iter().try_for_each(|moved| match moved.device.capabilities() {
+        Ok(_) => moved.device.state().map(drop),
+        Err(CapabilitiesError::NotMigratable(_)) => Ok(()),
+        Err(CapabilitiesError::Device(error)) => Err(error),
+    })
 }
 
 /// Takes note that something is asked of the PCI function of `moved`, which the VMM asks of its device.
@@ -112,9 +115,14 @@ impl Device for TrackedDevice {
         self.requests.ask(Request::Capabilities, || self.requests.device.manifest())
     }
 
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
-        let _wait = self.requests.wait(Request::Capabilities);
-        self.requests.device.capabilities()
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError> {
+        let wait = self.requests.wait(Request::Capabilities);
+        let capabilities = self.requests.device.capabilities();
+        // What is known already was not asked.
+        if capabilities.as_ref().is_err_and(|error| is_late(error)) {
+            self.requests.answers.is_late(&wait, self.requests.device.answer_limit(true));
+        }
+        capabilities
     }
 
     fn state(&self) -> Result<MigrationState, DeviceError> {

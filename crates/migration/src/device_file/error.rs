@@ -3,7 +3,7 @@
 use std::fmt;
 
 use vfio_migration_compat::Reason;
-use vfio_migration_device::DeviceError;
+use vfio_migration_device::{CapabilitiesError, DeviceError};
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Failure, MigrationState};
 
@@ -67,6 +67,15 @@ pub enum DeviceFileError {
         /// The fate of the device afterwards.
         fate: DeviceFate,
     },
+}
+
+impl From<CapabilitiesError> for DeviceFileError {
+    fn from(error: CapabilitiesError) -> Self {
+        match error {
+            CapabilitiesError::NotMigratable(why) => Self::NotMigratable(why.0),
+            CapabilitiesError::Device(error) => Self::Device(error),
+        }
+    }
 }
 
 /// The fate of a device, after work on it failed or was cancelled.

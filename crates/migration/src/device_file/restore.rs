@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use vfio_migration_device::{Device, NotMigratable};
+use vfio_migration_device::Device;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 
 use super::control::DeviceControl;
@@ -41,7 +41,7 @@ pub fn restore_device(
     if snapshot.device().is_none() {
         return Err(DeviceFileError::OfMachine { kind: snapshot.manifest().machine.clone() });
     }
-    device.capabilities().map_err(|NotMigratable(why)| DeviceFileError::NotMigratable(why))?;
+    device.capabilities()?;
     let manifest = device.manifest()?;
     control.found(device.state()?);
     let (file, file_bytes, file_digest) =

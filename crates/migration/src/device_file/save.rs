@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vfio_migration_device::{Device, DeviceError, NotMigratable};
+use vfio_migration_device::{Device, DeviceError};
 use vfio_migration_types::{Failure, MigrationState, Side, VmId};
 
 use super::control::DeviceControl;
@@ -46,7 +46,7 @@ pub fn save_device(
     let begun = Instant::now();
     // What is wrong with the file is told before the device is touched.
     drop(AtomicFile::create(path, options.force).map_err(unfit)?);
-    device.capabilities().map_err(|NotMigratable(why)| DeviceFileError::NotMigratable(why))?;
+    device.capabilities()?;
     let manifest = device.manifest()?;
     let stopped = leave_open_session(device.as_ref())?;
     control.found(if stopped { MigrationState::Stop } else { MigrationState::Running });

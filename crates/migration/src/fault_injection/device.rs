@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, Chunk, Device, DeviceError, DirtyLog, NotMigratable, Position, PrecopyProgress,
+    Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, Position, PrecopyProgress,
     ResumingSession, SavingSession, TransitionError,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
@@ -69,7 +69,7 @@ impl Device for FaultyDevice {
         self.device.manifest()
     }
 
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError> {
         self.device.capabilities()
     }
 

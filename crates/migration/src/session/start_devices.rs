@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_migration_device::Device;
+use vfio_migration_device::{CapabilitiesError, Device};
 use vfio_migration_types::{Failure, MigrationState, Phase, Side};
 
 use crate::session::fail::InPhase;
@@ -34,8 +34,9 @@ pub(crate) fn start_devices<'a>(
 fn take_to(device: &dyn Device, state: MigrationState, from: StartFrom, side: Side) -> Result<(), Failure> {
     let flags = match (device.capabilities(), from) {
         (Ok(capabilities), _) => capabilities.flags,
-        (Err(_), StartFrom::Anywhere) => return Ok(()),
-        (Err(why), StartFrom::Stop) => {
+        (Err(CapabilitiesError::Device(error)), _) => return Err(error.in_phase(side, Phase::Run)),
+        (Err(CapabilitiesError::NotMigratable(_)), StartFrom::Anywhere) => return Ok(()),
+        (Err(CapabilitiesError::NotMigratable(why)), StartFrom::Stop) => {
             return Err(Failure::new(side, Phase::Run, why.0).of_device(device.id()));
         }
     };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_migration_compat::{MachineManifest, Reason, SessionCode};
-use vfio_migration_device::Capabilities;
+use vfio_migration_device::{Capabilities, CapabilitiesError};
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_engine::{self as engine, DeviceFacts, SourceConfig};
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_chain};
@@ -227,7 +227,8 @@ fn usable_devices(
     }
     let capabilities = |moved: MigratableDevice| match moved.device.capabilities() {
         Ok(capabilities) => Ok((moved, capabilities)),
-        Err(why) => {
+        Err(CapabilitiesError::Device(error)) => Err(refused_here(error.in_phase(Side::Source, Phase::Plan))),
+        Err(CapabilitiesError::NotMigratable(why)) => {
             let id = moved.device.id();
             let reason = Reason::new(
                 SessionCode::DeviceNotMigratable,

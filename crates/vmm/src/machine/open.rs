@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use vfio_migration_device::{
-    Device, KernelDevice, KernelOptions, PciHardware, VfioUserDevice, VfioUserOptions,
+    CapabilitiesError, Device, KernelDevice, KernelOptions, PciHardware, VfioUserDevice, VfioUserOptions,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE};
@@ -35,7 +35,7 @@ impl OpenedDevice {
             Err(error)
                 if self.no_reset
                     && matches!(error.errno, Some(Errno::INVAL | Errno::NOTTY))
-                    && self.device.capabilities().is_err() =>
+                    && matches!(self.device.capabilities(), Err(CapabilitiesError::NotMigratable(_))) =>
             {
                 let device = self.device.id();
                 tracing::warn!(%device, "it cannot be reset: the guest finds it as its last user left it");

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, Device, DeviceError, DirtyLog, NotMigratable, ResumingSession, SavingSession,
+    Capabilities, CapabilitiesError, Device, DeviceError, DirtyLog, ResumingSession, SavingSession,
     TransitionError, is_unsent_reset,
 };
 use vfio_migration_types::{DeviceId, MigrationState};
@@ -44,7 +44,7 @@ impl Device for NotedDevice {
         self.device.manifest()
     }
 
-    fn capabilities(&self) -> Result<Capabilities, NotMigratable> {
+    fn capabilities(&self) -> Result<Capabilities, CapabilitiesError> {
         self.device.capabilities()
     }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use vfio_migration_device::host::{HostDevice, Obstacle, ObstacleCode, Roots};
 use vfio_migration_device::{
-    Capabilities, Device, IrqIndex, NotMigratable, PciHardware, PciRegion, TrackerKind, VfioUserDevice,
-    VfioUserOptions, is_late,
+    Capabilities, CapabilitiesError, Device, DeviceError, IrqIndex, PciHardware, PciRegion, TrackerKind,
+    VfioUserDevice, VfioUserOptions, is_late,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, error_chain};
@@ -32,6 +32,14 @@ pub(super) fn socket(socket: &Path, timeout: Duration) -> Result<DeviceEntry, Cl
     };
     // Looked at before we are one of its clients ourselves.
     let in_use = has_client(socket);
+    let unanswered = |report: &mut DeviceEntry, error: DeviceError| {
+        let change = "start its server; a server that another VMM uses answers nobody else";
+        let why = match error.errno {
+            Some(Errno::TIMEDOUT) if is_late(&error) => silent_server(socket, timeout, in_use),
+            _ => error_chain(&error),
+        };
+        report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, why, change, vec![]));
+    };
     match VfioUserDevice::open(id()?, socket, ram()?, &options) {
         Ok(device) => match hardware(&mut report, &device) {
             Ok(capabilities) => {
@@ -46,19 +54,13 @@ pub(super) fn socket(socket: &Path, timeout: Duration) -> Result<DeviceEntry, Cl
                 report.dirty_tracking = tracking;
                 report.dirty_tracking_why = Some(why.into());
             }
-            Err(NotMigratable(why)) => {
+            Err(CapabilitiesError::Device(error)) => unanswered(&mut report, error),
+            Err(CapabilitiesError::NotMigratable(why)) => {
                 let change = "a server that implements migration";
-                report.add_obstacle(&Obstacle::new(ObstacleCode::NoMigrationInServer, why, change, vec![]));
+                report.add_obstacle(&Obstacle::new(ObstacleCode::NoMigrationInServer, why.0, change, vec![]));
             }
         },
-        Err(error) => {
-            let change = "start its server; a server that another VMM uses answers nobody else";
-            let why = match error.errno {
-                Some(Errno::TIMEDOUT) if is_late(&error) => silent_server(socket, timeout, in_use),
-                _ => error_chain(&error),
-            };
-            report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, why, change, vec![]));
-        }
+        Err(error) => unanswered(&mut report, error),
     }
     Ok(report)
 }
@@ -101,10 +103,14 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry)
         Err(_) if report.why_not.iter().any(|why| why.code == ObstacleCode::NoMigrationInDriver.name()) => {
             report.migration = CanMigrate::No;
         }
-        Err(NotMigratable(why)) => {
+        Err(CapabilitiesError::Device(error)) => {
+            let change = "what the text says, and the kernel's log";
+            report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, error_chain(&error), change, vec![]));
+        }
+        Err(CapabilitiesError::NotMigratable(why)) => {
             let change = "the vendor's variant driver, and migration turned on in the device's firmware or by its \
                           physical function's driver";
-            report.add_obstacle(&Obstacle::new(ObstacleCode::NoMigrationInDriver, why, change, vec![]));
+            report.add_obstacle(&Obstacle::new(ObstacleCode::NoMigrationInDriver, why.0, change, vec![]));
         }
     }
     if let Err(error) = mapped {
@@ -119,7 +125,7 @@ pub(super) fn host(device: &HostDevice, roots: &Roots, report: &mut DeviceEntry)
 fn hardware<D: Device + PciHardware>(
     report: &mut DeviceEntry,
     device: &D,
-) -> Result<Capabilities, NotMigratable> {
+) -> Result<Capabilities, CapabilitiesError> {
     report.probed = true;
     let count = |kind| Some(device.irq_count(kind));
     report.interrupts = InterruptCounts {
