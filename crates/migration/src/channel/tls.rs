@@ -450,7 +450,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     use rcgen::{CertificateParams, KeyPair};
-    use rustls::crypto::ring::default_provider;
+    use rustls::crypto::aws_lc_rs::default_provider;
     use rustls::pki_types::PrivateKeyDer;
     use rustls::{RootCertStore, StreamOwned};
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vfio_migration::rustls::crypto::ring::cipher_suite::TLS13_AES_256_GCM_SHA384;
+use vfio_migration::rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
 use vfio_migration::rustls::crypto::tls13::OkmBlock;
 use vfio_migration::rustls::{ClientConnection, KeyLog, StreamOwned};
 use vfio_migration::{Destination, Expectation, Machine, Security, Source, Uri, read_journal};
