@@ -10,10 +10,10 @@ mod toy;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
+use vfio_migration::rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
 use vfio_migration::rustls::crypto::cipher::{
     AeadKey, InboundOpaqueMessage, Iv, OutboundPlainMessage, Tls13AeadAlgorithm,
 };
-use vfio_migration::rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
 use vfio_migration::rustls::{ContentType, ProtocolVersion, SupportedCipherSuite};
 use vfio_migration::{DestinationOptions, SourceOptions};
 
