@@ -107,7 +107,7 @@
 //!     let built = there.clone();
 //!     destination.accept(|offer| {
 //!         assert_eq!(offer.manifest.machine, "toy/1");
-//!         Ok(built)
+//!         Ok(built as Arc<dyn Machine>)
 //!     })?;
 //!     Ok::<_, IncomingError>(there)
 //! });
@@ -143,6 +143,7 @@ mod fault_injection;
 mod held;
 #[cfg(any(test, feature = "fault-injection"))]
 mod held_file;
+mod incoming_machine;
 mod machine;
 mod millis;
 mod offer;
@@ -177,6 +178,7 @@ pub use expectation::{
 #[cfg(feature = "fault-injection")]
 pub use fault_injection::{HeldFile, InjectedFault, inject, leave_threads};
 pub use held::start_held;
+pub use incoming_machine::{IncomingDevice, IncomingFunction, IncomingMachine, MachineState};
 pub use machine::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 pub use offer::{Arrived, IncomingOffer, NotBuilt};
 pub use options::{DestinationOptions, SourceOptions};

@@ -164,7 +164,7 @@ impl Pair {
             incoming.policy = options.policy.clone();
             let arriving = scope.spawn(|| {
                 let mut destination = Destination::over(there, incoming)?;
-                destination.accept(|_| Ok(self.destination.clone()))
+                destination.accept(|_| Ok(self.destination.clone() as Arc<dyn Machine>))
             });
             let machine: Arc<dyn Machine> = match &self.fault {
                 Some(fault) => inject(self.source.clone(), fault.clone()),

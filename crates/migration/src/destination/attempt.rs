@@ -11,7 +11,7 @@ use crate::channel::binding::SessionKey;
 use crate::destination::final_pass::StorageLocks;
 use crate::destination::reader::{Received, Sink};
 use crate::expectation::{Expectation, Unexpected};
-use crate::machine::MigratableDevice;
+use crate::machine::{Machine, MigratableDevice};
 use crate::report::StepTime;
 use crate::session::abort::AbortOnce;
 use crate::session::awaited::AwaitedAnswers;
@@ -40,6 +40,8 @@ pub(super) struct DestinationShared {
     pub(super) told_expectation: bool,
     /// What it brought is not expected, so that nothing was made for it.
     pub(super) unexpected: OnceLock<Unexpected>,
+    /// The machine, once all of its state was made one.
+    pub(super) finished: Mutex<Option<Arc<dyn Machine>>>,
     pub(super) jobs_done: AtomicU64,
     pub(super) steps: Mutex<Vec<StepTime>>,
     /// The journal's record, as far as it is on disk.
@@ -55,6 +57,8 @@ pub(super) struct ArrivingDevice {
     pub(super) rules: ConfigRules,
     /// Loaded to its end and not yet finished (RESUMING → STOP).
     pub(super) session: Option<Box<dyn ResumingSession>>,
+    /// Its function comes with the finished machine.
+    pub(super) pci_later: bool,
     pub(super) pci_state: Option<PciState>,
     /// Whether its resuming session was begun: a release has something to undo.
     pub(super) touched: bool,

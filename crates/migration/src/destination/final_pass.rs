@@ -2,16 +2,17 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::machine::{LockError, Machine};
+use crate::incoming_machine::IncomingMachine;
+use crate::machine::LockError;
 use crate::session::lock::lock;
 
 /// The storage locks, while an attempt may have them.
 #[derive(Default)]
-pub(super) struct StorageLocks(Mutex<Option<Arc<dyn Machine>>>);
+pub(super) struct StorageLocks(Mutex<Option<Arc<dyn IncomingMachine>>>);
 
 impl StorageLocks {
     /// Takes all of them.
-    pub(super) fn take(&self, machine: &Arc<dyn Machine>) -> Result<(), LockError> {
+    pub(super) fn take(&self, machine: &Arc<dyn IncomingMachine>) -> Result<(), LockError> {
         let mut held = lock(&self.0);
         machine.take_locks()?;
         *held = Some(Arc::clone(machine));

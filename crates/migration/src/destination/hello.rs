@@ -1,5 +1,6 @@
 //! P1: everything that can fail for lack of something fails here, with the guest still running at the source.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use vfio_migration_compat::{
@@ -11,7 +12,9 @@ use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
 use crate::device::tracked::{all_answer, tracked};
-use crate::machine::Machine;
+use crate::incoming_machine::IncomingMachine;
+use crate::incoming_machine::{IncomingDevice, IncomingFunction};
+use crate::machine::MigratableDevice;
 use crate::offer::{IncomingOffer, NotBuilt};
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
 use crate::reasons::{self, left_behind, with_migration_known};
@@ -74,8 +77,19 @@ impl Worker<'_, '_, '_> {
             Err(NotBuilt::Refused(reason)) => return Ok(refuse(*reason)),
             Err(NotBuilt::Failed(text)) => return Err(Failure::new(Side::Destination, phase, text).into()),
         };
-        let devices = machine.devices().into_iter();
-        let mut devices: Vec<_> = devices.map(|moved| tracked(moved, &self.shared.answers)).collect();
+        let mut later = BTreeSet::new();
+        let devices = machine.incoming_devices().into_iter().map(|IncomingDevice { device, pci }| {
+            let pci = match pci {
+                IncomingFunction::Made(function) => Some(function),
+                IncomingFunction::None => None,
+                IncomingFunction::Later => {
+                    later.insert(device.id().clone());
+                    None
+                }
+            };
+            tracked(MigratableDevice { device, pci }, &self.shared.answers)
+        });
+        let mut devices: Vec<_> = devices.collect();
         all_answer(&devices).map_err(|error| error.in_phase(Side::Destination, phase))?;
         let wait = self.shared.answers.wait(None, Request::Manifest, None);
         let own = machine.manifest();
@@ -107,7 +121,8 @@ impl Worker<'_, '_, '_> {
             };
             let moved = devices.swap_remove(at);
             let name = device.id.clone();
-            let alone = self.options.device_alone || moved.pci.is_some();
+            let pci_later = later.contains(moved.device.id());
+            let alone = self.options.device_alone || pci_later || moved.pci.is_some();
             if let Some(reason) = left_behind(&own, &moved, &policy).filter(|_| !alone) {
                 let text = format!("at the destination: {}", reason.text);
                 besides.push(Reason { device: Some(name.to_string()), text, ..reason });
@@ -119,6 +134,7 @@ impl Worker<'_, '_, '_> {
                 moved,
                 rules,
                 session: None,
+                pci_later,
                 pci_state: None,
                 touched: false,
             });
@@ -184,7 +200,7 @@ fn map(names: Vec<(String, String)>) -> Result<DeviceMap, String> {
 
 /// Pages that the source never sends, because they were never written there, must read as zero here. Written in place:
 /// pages may be pinned already.
-fn clear(machine: &dyn Machine) -> Result<(), vfio_migration_memory::MemoryError> {
+fn clear(machine: &dyn IncomingMachine) -> Result<(), vfio_migration_memory::MemoryError> {
     let ram = machine.ram();
     ram.data_extents()?.into_iter().try_for_each(|extent| ram.zero_in_place(extent))
 }

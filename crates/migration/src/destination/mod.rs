@@ -37,7 +37,7 @@ use crate::destination::commit::KnownOutcome;
 use crate::destination::session::{Ended, Place};
 use crate::error::IncomingError;
 use crate::expectation::Expectations;
-use crate::machine::Machine;
+use crate::incoming_machine::IncomingMachine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::uri::Uri;
@@ -101,9 +101,9 @@ impl Destination {
         self.control.clone()
     }
 
-    /// Receives one migration; blocks until all is over. `build` gives the machine for what is offered, or a reason to
-    /// refuse it; it is called on a thread of the session, at most once. The machine's vCPUs must not run, and its RAM
-    /// holds whatever the VMM put there: it is made zero before the guest's comes.
+    /// Receives one migration; blocks until all is over. `build` gives the machine for what is offered (an
+    /// `Arc<dyn Machine>`, or what will [become one](IncomingMachine)), or a reason to refuse it; it is called on a thread of
+    /// the session, at most once. The machine's vCPUs must not run, and its RAM holds whatever the VMM put there: it is made zero before the guest's comes.
     ///
     /// A source that is not [expected](DestinationOptions::expect), or brings what is not, is refused, and so is a connection that does not
     /// begin as a migration does; the next one is waited for (not so with `fd:N`, where there is no next one).
@@ -113,11 +113,12 @@ impl Destination {
     /// Nothing ran here, and every device is reset and released; but see [`IncomingError::OwnedNotStarted`]. A rehearsal ends so too:
     /// [`IncomingError::Rehearsed`]. Nothing but a [cancel](IncomingControl::cancel) keeps the next from being accepted, and with
     /// `fd:N` that there is no next one.
-    pub fn accept(
+    pub fn accept<M: IncomingMachine + 'static>(
         &mut self,
-        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<M, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
         let begun = Instant::now();
+        let build = |offer: &IncomingOffer| Ok(Arc::new(build(offer)?) as Arc<dyn IncomingMachine>);
         let mut build = Some(build);
         loop {
             let limit = self.options.accept_timeout.map(|limit| limit.saturating_sub(begun.elapsed()));
@@ -178,7 +179,7 @@ impl Destination {
         build: &mut Option<F>,
     ) -> Option<Result<Arrived, IncomingError>>
     where
-        F: FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
+        F: FnOnce(&IncomingOffer) -> Result<Arc<dyn IncomingMachine>, NotBuilt> + Send,
     {
         self.control.begin_session();
         self.admission.count_attempt(admitted, true);

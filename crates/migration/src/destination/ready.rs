@@ -14,6 +14,7 @@ use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{Failure, PAGE_SIZE, Phase, RamOffset, Run, Side, error_chain};
 use vfio_migration_wire::{DeviceTotal, FinalEnd, Message, RamDigests, Ready};
 
+use crate::incoming_machine::{IncomingMachine, MachineState};
 use crate::machine::{Machine, Section};
 use crate::ram::digests::{ComparedDigests, FirstDifference, digest_chunks, find_first_difference};
 use crate::session::fail::InPhase;
@@ -21,6 +22,7 @@ use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::{self, WorkError};
 
+use crate::destination::attempt::ArrivingDevice;
 use crate::destination::worker::Worker;
 use crate::device::receive::DeviceReceiver;
 use crate::device::tracked::pci_answer;
@@ -71,8 +73,8 @@ impl Worker<'_, '_, '_> {
                 format!("{count} sections of machine state arrived where {} were sent", totals.sections);
             return Err(Failure::new(Side::Destination, PHASE, text).into());
         }
-        let own = self.take_pci_states(sections)?;
-        machine.load(own).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
+        let sections = self.take_pci_states(sections)?;
+        let machine = self.finish(machine.as_ref(), sections)?;
         self.step("machine state", begun.elapsed());
 
         let vectors = self.put_interrupts_back(machine.as_ref())?;
@@ -128,25 +130,57 @@ impl Worker<'_, '_, '_> {
         Ok(loaded)
     }
 
+    /// Makes the machine of its state, and takes the functions that come with it.
+    fn finish(
+        &mut self,
+        machine: &dyn IncomingMachine,
+        sections: Vec<Section>,
+    ) -> Result<Arc<dyn Machine>, WorkError> {
+        let function = |incoming: &ArrivingDevice| {
+            Some((incoming.moved.device.id().clone(), incoming.pci_state.clone()?))
+        };
+        let functions = self.devices.iter().filter_map(function).collect();
+        let machine = machine
+            .finish(MachineState { sections, functions })
+            .map_err(|error| error.in_phase(Side::Destination, PHASE))?;
+        *lock(&self.shared.finished) = Some(Arc::clone(&machine));
+        let mut devices = Vec::new();
+        for incoming in self.devices.iter_mut().filter(|incoming| incoming.pci_later) {
+            if devices.is_empty() {
+                devices = machine.devices();
+            }
+            let id = incoming.moved.device.id();
+            let finished = devices.iter().find(|finished| finished.device.id() == id);
+            let Some(function) = finished.and_then(|finished| finished.pci.clone()) else {
+                let text = "the finished machine has no PCI function for it";
+                return Err(Failure::new(Side::Destination, PHASE, text).of_device(id).into());
+            };
+            incoming.moved.pci = Some(function);
+        }
+        Ok(machine)
+    }
+
     /// Gives each device its PCI state; what is left is the machine's own.
     fn take_pci_states(&mut self, mut sections: Vec<Section>) -> Result<Vec<Section>, WorkError> {
         for incoming in &mut self.devices {
-            let Some(pci) = &incoming.moved.pci else { continue };
+            if incoming.moved.pci.is_none() && !incoming.pci_later {
+                continue;
+            }
+            let id = incoming.moved.device.id();
             let name = PciState::section_name(&incoming.name);
             let at = sections.iter().position(|section| section.name == name);
             let Some(section) = at.map(|at| sections.remove(at)) else {
                 return Err(Failure::new(Side::Destination, PHASE, "the source sent no PCI state for it")
-                    .of_device(pci.id())
+                    .of_device(id)
                     .into());
             };
             if section.version != 1 {
                 let text =
                     format!("its PCI state has version {}, and this side reads version 1", section.version);
-                return Err(Failure::new(Side::Destination, PHASE, text).of_device(pci.id()).into());
+                return Err(Failure::new(Side::Destination, PHASE, text).of_device(id).into());
             }
-            let state = PciState::decode(&section.bytes).map_err(|error| {
-                Failure::new(Side::Destination, PHASE, error_chain(&error)).of_device(pci.id())
-            })?;
+            let state = PciState::decode(&section.bytes)
+                .map_err(|error| Failure::new(Side::Destination, PHASE, error_chain(&error)).of_device(id))?;
             incoming.pci_state = Some(state);
         }
         if let Some(left) = sections.iter().find(|section| section.name.starts_with("pci.")) {

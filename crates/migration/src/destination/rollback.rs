@@ -5,6 +5,7 @@ use vfio_migration_types::{Failure, Phase, Side};
 use crate::device::tracked::pci_answer;
 use crate::session::awaited::AwaitedAnswers;
 use crate::session::fail::InPhase;
+use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
 use crate::session::work_error::WorkError;
 
@@ -33,6 +34,7 @@ impl Worker<'_, '_, '_> {
         failures.push(unlocked);
         self.devices.clear();
         self.machine = None;
+        *lock(&self.shared.finished) = None;
         failures.into_iter().find_map(Result::err).map_or(Ok(()), |failure| Err(failure.into()))
     }
 }

@@ -15,7 +15,7 @@ use crate::destination::worker::Worker;
 impl Worker<'_, '_, '_> {
     /// Starts everything. A failure leaves the guest ours, and paused.
     pub(super) fn start(&mut self, epoch: Epoch, run_guest: bool) -> Result<Running, WorkError> {
-        let machine = self.machine(Phase::Run)?;
+        let machine = self.finished(Phase::Run)?;
         let begun = Instant::now();
         let devices = self.devices.iter().map(|incoming| &incoming.moved.device);
         start_devices(devices, StartFrom::Stop, Side::Destination)?;

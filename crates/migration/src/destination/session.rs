@@ -1,8 +1,8 @@
 //! The session's loop: what happens becomes the engine's events, the engine's actions become jobs.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use vfio_migration_engine::ownership::DestinationState;
@@ -28,7 +28,7 @@ use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
 use crate::error::IncomingError;
 use crate::expectation::Unexpected;
-use crate::machine::Machine;
+use crate::incoming_machine::IncomingMachine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
@@ -80,7 +80,7 @@ pub(super) fn run<F>(
     build: &mut Option<F>,
 ) -> Ended
 where
-    F: FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
+    F: FnOnce(&IncomingOffer) -> Result<Arc<dyn IncomingMachine>, NotBuilt> + Send,
 {
     let begun = Instant::now();
     let Accepted { link, reader, hello } = accepted;
@@ -108,15 +108,11 @@ where
         told_expectation: admission.names(&link, &admitted.expectation),
         ..DestinationShared::default()
     };
-    let machine: Mutex<Option<Arc<dyn Machine>>> = Mutex::new(None);
-    let kept = &machine;
     let build = move |offer: &IncomingOffer| {
         let taken = build.take().ok_or_else(|| {
             NotBuilt::Failed("a second machine was asked for: a defect of this program".into())
         })?;
-        let built = taken(offer)?;
-        *lock(kept) = Some(Arc::clone(&built));
-        Ok(built)
+        taken(offer)
     };
     let (sender, queue) = mpsc::channel();
     let events = Events::new(sender);
@@ -184,7 +180,7 @@ where
         ended
     });
     let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, source });
-    let machine = lock(&machine).take();
+    let machine = lock(&shared.finished).take();
     let arrived = into_result(outcome, machine, attempt, &shared, took);
     Ended { arrived, known, unexpected: shared.unexpected.into_inner() }
 }

@@ -12,6 +12,7 @@ use vfio_migration_wire::Message;
 
 use crate::channel::link::Link;
 use crate::destination::attempt::{ArrivingDevice, DestinationShared};
+use crate::incoming_machine::IncomingMachine;
 use crate::machine::Machine;
 use crate::offer::{IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
@@ -23,7 +24,8 @@ use crate::session::lock::lock;
 use crate::session::work_error::WorkError;
 
 /// Builds the machine for an offer.
-pub(super) type Build<'a> = Box<dyn FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send + 'a>;
+pub(super) type Build<'a> =
+    Box<dyn FnOnce(&IncomingOffer) -> Result<Arc<dyn IncomingMachine>, NotBuilt> + Send + 'a>;
 
 /// Everything the worker holds while the attempt lasts. What a release undoes is in its fields.
 pub(super) struct Worker<'scope, 'env, 'a> {
@@ -34,7 +36,7 @@ pub(super) struct Worker<'scope, 'env, 'a> {
     pub(super) shared: &'env DestinationShared,
     pub(super) events: Events<DestinationEvent>,
     pub(super) journal: Option<Journal>,
-    pub(super) machine: Option<Arc<dyn Machine>>,
+    pub(super) machine: Option<Arc<dyn IncomingMachine>>,
     /// A kernel device of this machine pins RAM.
     pub(super) pinned: bool,
     pub(super) devices: Vec<ArrivingDevice>,
@@ -150,9 +152,20 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
         }
     }
 
-    pub(super) fn machine(&self, phase: Phase) -> Result<Arc<dyn Machine>, Failure> {
+    pub(super) fn machine(&self, phase: Phase) -> Result<Arc<dyn IncomingMachine>, Failure> {
         self.machine.clone().ok_or_else(|| {
             Failure::new(Side::Destination, phase, "there is no machine yet: a defect of this program")
+        })
+    }
+
+    /// What was made of the state that arrived.
+    pub(super) fn finished(&self, phase: Phase) -> Result<Arc<dyn Machine>, Failure> {
+        lock(&self.shared.finished).clone().ok_or_else(|| {
+            Failure::new(
+                Side::Destination,
+                phase,
+                "the machine is not finished yet: a defect of this program",
+            )
         })
     }
 

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vfio_migration_compat::{DeviceManifest, MachineManifest, Reason, SessionCode};
@@ -21,7 +20,7 @@ use crate::channel::transport::Socket;
 use crate::destination::Destination;
 use crate::device_file::KIND;
 use crate::error::IncomingError;
-use crate::machine::Machine;
+use crate::incoming_machine::IncomingMachine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::ownership::journal::read_journal;
@@ -114,10 +113,10 @@ impl Snapshot {
     ///
     /// # Errors
     /// As those of [`Destination::accept`].
-    pub fn restore(
+    pub fn restore<M: IncomingMachine + 'static>(
         self,
         options: DestinationOptions,
-        build: impl FnOnce(&IncomingOffer) -> Result<Arc<dyn Machine>, NotBuilt> + Send,
+        build: impl FnOnce(&IncomingOffer) -> Result<M, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {

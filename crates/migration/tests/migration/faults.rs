@@ -441,11 +441,17 @@ fn a_destination_stops_waiting_when_told() {
     let mut theirs = incoming();
     theirs.accept_timeout = Some(Duration::from_millis(50));
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), theirs).unwrap();
-    let error = destination.accept(|_| panic!("nobody came")).unwrap_err();
+    let error = destination
+        .accept(|_| -> Result<Arc<dyn Machine>, vfio_migration::NotBuilt> { panic!("nobody came") })
+        .unwrap_err();
     assert!(matches!(error, IncomingError::NotBegun(_)), "{error:?}");
     let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
     destination.control().cancel();
-    assert!(destination.accept(|_| panic!("nobody came")).is_err());
+    assert!(
+        destination
+            .accept(|_| -> Result<Arc<dyn Machine>, vfio_migration::NotBuilt> { panic!("nobody came") })
+            .is_err()
+    );
 }
 
 #[test]

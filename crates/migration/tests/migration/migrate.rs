@@ -186,7 +186,7 @@ fn a_builder_that_refuses_is_heard() {
     std::thread::scope(|scope| {
         scope.spawn(move || {
             let full = Reason::new(SessionCode::Machine, "this host is full");
-            destination.accept(|_| Err(full.into())).unwrap_err()
+            destination.accept(|_| Err::<Arc<dyn Machine>, _>(full.into())).unwrap_err()
         });
         let error = Source::new(source.clone(), verified()).migrate_to(&to, |_| {}).unwrap_err();
         assert!(error.to_string().contains("this host is full"), "{error}");

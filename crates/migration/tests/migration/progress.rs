@@ -21,7 +21,8 @@ fn cancelled_when(
         Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
     let (to, incoming) = (destination.local().clone(), destination.control());
     let machine = Toy::new(plan);
-    let arriving = std::thread::spawn(move || destination.accept(|_| Ok(machine)).unwrap_err());
+    let arriving =
+        std::thread::spawn(move || destination.accept(|_| Ok(machine as Arc<dyn Machine>)).unwrap_err());
     let mut options = tls_source();
     options.bandwidth = Some(bandwidth);
     options.state_dir = state.map(Into::into);

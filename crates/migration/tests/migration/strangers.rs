@@ -393,7 +393,11 @@ fn a_panic_of_the_vmm_ends_the_attempt() {
     let to = destination.local().clone();
     let source = Toy::booted(&plan);
     let (here, there) = std::thread::scope(|scope| {
-        let arriving = scope.spawn(move || destination.accept(|_| panic!("no machine today")));
+        let arriving = scope.spawn(move || {
+            destination.accept(|_| -> Result<Arc<dyn Machine>, vfio_migration::NotBuilt> {
+                panic!("no machine today")
+            })
+        });
         let here = Source::new(source.clone(), tls_source()).migrate_to(&to, |_| {});
         (here, arriving.join().unwrap())
     });
