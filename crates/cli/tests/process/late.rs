@@ -1,7 +1,6 @@
 //! Device servers that are late, not gone: nothing of a guest's is reset for that, and what was begun is undone when they answer.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -113,7 +112,7 @@ fn a_guest_whose_device_is_late_when_it_is_to_run_is_started_when_it_answers() {
 }
 
 /// A `vm` whose device is behind a proxy.
-fn behind(
+pub(crate) fn behind(
     dir: &std::path::Path,
     options: &str,
     act: impl Fn(u16, &[u8]) -> Act + Send + Sync + 'static,
@@ -195,52 +194,4 @@ fn a_server_that_is_slow_with_each_answer_is_given_up_in_time() {
         assert!(begun.elapsed() < Duration::from_secs(14), "{verb}: {:?}: {told}", begun.elapsed());
         assert!(told.contains("not answered all that it was asked within 10s"), "{verb}: {told}");
     }
-}
-
-/// A late answer about the DMA log fails the session that asked, and says nothing of the device: the next one is as any other.
-#[test]
-fn a_device_that_was_late_with_its_dma_log_is_not_one_without() {
-    let late = [proxy::LOGGING_START, proxy::LOGGING_REPORT, proxy::LOGGING_STOP];
-    std::thread::scope(|scope| {
-        // Side by side: they mostly wait.
-        for late in late {
-            scope.spawn(move || late_with_its_log(late));
-        }
-    });
-}
-
-fn late_with_its_log(late: u32) {
-    let dir = tempfile::tempdir().unwrap();
-    let (once, asked) = (AtomicBool::new(true), Arc::new(Mutex::new(Vec::new())));
-    let seen = asked.clone();
-    let vm = behind(dir.path(), "", move |command, body| {
-        let Some(feature) = proxy::feature(command, body) else { return Act::Pass };
-        if [proxy::LOGGING_START, proxy::LOGGING_STOP].contains(&feature) {
-            seen.lock().unwrap().push(feature);
-        }
-        // Longer than any request may take.
-        let is_late = feature == late && once.swap(false, Ordering::AcqRel);
-        if is_late { Act::Late(Duration::from_secs(12)) } else { Act::Pass }
-    });
-    vm.warm();
-    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
-    let there = there.start();
-    let info = vm.migrate(&there.incoming(), json!({"downtime-limit": 60_000}));
-    let failure = &info["failure"];
-    assert_eq!((&info["status"], &failure["device"]), (&json!("failed"), &json!("dev0")), "{info}");
-    assert!(info["error"].as_str().unwrap().contains("did not answer"), "{info}");
-    assert!(failure["remedy"].as_str().unwrap().contains("wait until the device answers"), "{info}");
-    let sides = [&vm, &there].map(|side| format!("vm:{}", side.control.display()));
-    let able = until("a `check` that is answered", || {
-        let output = run(&["check", &sides[0], &sides[1]]);
-        (output.status.code() != Some(1)).then_some(output)
-    });
-    assert_eq!(able.status.code(), Some(0), "{}", String::from_utf8_lossy(&able.stdout));
-    let info = vm.migrate(&there.incoming(), json!({"downtime-limit": 60_000}));
-    assert_eq!(info["status"], "completed", "{info}");
-    there.assert_whole();
-    let mut log = asked.lock().unwrap().clone();
-    // Of a STOP that was late nobody knows that it was heard.
-    log.dedup();
-    assert!(log.chunks(2).all(|pair| pair == [proxy::LOGGING_START, proxy::LOGGING_STOP]), "{log:?}");
 }

@@ -26,6 +26,7 @@ mod inherited;
 mod json;
 mod largest;
 mod late;
+mod late_log;
 mod limits;
 mod losses;
 mod many_devices;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use vfio_migration_device::is_late;
 use vfio_migration_memory::{DirtySource, GuestRam, report_all, start_all, stop_all};
 use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase, RamOffset, Side, error_chain};
 
@@ -95,18 +96,22 @@ impl DirtyPages {
         Ok(())
     }
 
-    /// Ends every log. What fails is logged: a log that goes on costs time, not correctness.
-    pub(crate) fn stop(&mut self, devices: &[DeviceSender]) {
+    /// Ends every log. What fails is logged: a log that goes on costs time, not correctness. Returns the devices that have not
+    /// answered: each stops its log when it does.
+    pub(crate) fn stop<'d>(&mut self, devices: &'d [DeviceSender]) -> Vec<&'d DeviceSender> {
+        let mut late = Vec::new();
         if !std::mem::take(&mut self.logging) {
-            return;
+            return late;
         }
-        let mut all = self.own();
-        all.extend(
-            devices.iter().filter_map(|device| device.device.dirty_log()).map(|log| log as &dyn DirtySource),
-        );
-        if let Err(error) = stop_all(&all) {
+        for device in devices.iter().rev() {
+            let Some(Err(error)) = device.device.dirty_log().map(DirtySource::stop) else { continue };
+            tracing::warn!(error = %error_chain(&error), "a dirty log could not be stopped");
+            late.extend(is_late(&error).then_some(device));
+        }
+        if let Err(error) = stop_all(&self.own()) {
             tracing::warn!(error = %error_chain(&error), "a dirty log could not be stopped");
         }
+        late
     }
 
     fn own(&self) -> Vec<&dyn DirtySource> {

@@ -67,7 +67,9 @@ impl Worker {
         // One that stays paused is waited for to the end: whoever asks is told so.
         *lock(&self.shared.pausing) = !restored;
         // Last: it takes time, and the guest need not wait for it.
-        self.dirty.stop(&self.devices);
+        for device in self.dirty.stop(&self.devices) {
+            await_answer(&*device.device);
+        }
         SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }
     }
 
@@ -130,9 +132,14 @@ fn patiently(device: &dyn Device, mut step: impl FnMut() -> Result<(), StepError
         if !done.as_ref().is_err_and(|error| is_late(&**error)) {
             return done;
         }
-        while device.state().is_err_and(|error| is_late(&error)) {
-            tracing::debug!(device = %device.id(), "a device is still late");
-        }
+        await_answer(device);
+    }
+}
+
+/// Waits until a device that was late answers anything, or is lost.
+fn await_answer(device: &dyn Device) {
+    while device.state().is_err_and(|error| is_late(&error)) {
+        tracing::debug!(device = %device.id(), "a device is still late");
     }
 }
 
