@@ -10,7 +10,7 @@ use serde_json::Value;
 use vfio_migration::Uri;
 use vfio_migration_compat::{DeviceManifest, Document, Manifest, labels};
 use vfio_migration_device::host::scan;
-use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions, is_late};
+use vfio_migration_device::{Device, VfioUserDevice, VfioUserOptions, is_late, is_out_of_time};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Epoch, Gpa, VmId};
 
@@ -169,7 +169,12 @@ fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<Dev
                 // One that has no time left has answered before.
                 let out_of_time = error.errno == Some(Errno::TIMEDOUT);
                 let no_vm = answered || out_of_time || error.is_answer_of_server();
-                Unasked { error: CliError::caused(&doing, &error), no_vm }
+                let failed = CliError::caused(&doing, &error);
+                let error = match is_out_of_time(&error) {
+                    true => CliError::failed(format!("{}; {MORE_TIME}", failed.text)),
+                    false => failed,
+                };
+                Unasked { error, no_vm }
             }
         })?;
     for note in &manifest.notes {
@@ -177,6 +182,9 @@ fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<Dev
     }
     Ok(manifest)
 }
+
+/// What gives a server that is slow with each answer more time.
+pub(crate) const MORE_TIME: &str = "`--timeout`, a fifth of that, gives it longer";
 
 /// Why a device server says nothing: most serve one client at a time.
 pub(crate) fn silent_server(socket: &Path, timeout: Duration, in_use: bool) -> String {

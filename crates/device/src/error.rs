@@ -104,6 +104,19 @@ fn is_timeout(error: &(dyn Error + 'static), is_it: impl Fn(Command, bool) -> bo
     false
 }
 
+/// Whether `error`, or a cause of it, is that a vfio-user server has answered, but not all that there was one time for
+/// ([`limit_all`](crate::VfioUserDevice::limit_all), [`VfioUserOptions::open_timeout`](crate::VfioUserOptions::open_timeout)).
+pub fn is_out_of_time(error: &(dyn Error + 'static)) -> bool {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(ClientError::OutOfTime { .. }) = error.downcast_ref() {
+            return true;
+        }
+        at = error.source();
+    }
+    false
+}
+
 /// The way on with a device after a failed transition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remedy {

@@ -23,7 +23,9 @@ pub use contract::{
     ResumingSession, SavingSession,
 };
 pub use describe::describe_hardware;
-pub use error::{DeviceError, Remedy, TransitionError, is_late, is_server_gone, is_unsent_reset};
+pub use error::{
+    DeviceError, Remedy, TransitionError, is_late, is_out_of_time, is_server_gone, is_unsent_reset,
+};
 pub use hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 #[cfg(feature = "bare-space")]
 pub use kernel::bare::BareSpace;

@@ -186,12 +186,34 @@ fn a_server_that_is_slow_with_each_answer_is_given_up_in_time() {
         proxy::GET_REGION_INFO => Act::Late(Duration::from_millis(1400)),
         _ => Act::Pass,
     });
-    for verb in ["describe", "devices"] {
+    for verb in ["describe", "devices", "check"] {
         let begun = Instant::now();
-        let output = run(&[verb, "--timeout", "2s", path.to_str().unwrap()]);
+        let path = path.to_str().unwrap();
+        let sides: &[&str] = if verb == "check" { &[path, path] } else { &[path] };
+        let output = run(&[&[verb, "--timeout", "2s"], sides].concat());
         let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         // The nine regions take much longer.
         assert!(begun.elapsed() < Duration::from_secs(14), "{verb}: {:?}: {told}", begun.elapsed());
         assert!(told.contains("not answered all that it was asked within 10s"), "{verb}: {told}");
+        assert!(told.contains("`--timeout`, a fifth of that, gives it longer"), "{verb}: {told}");
     }
+}
+
+/// A server that greets, and says nothing more, has the time for one answer, not for two.
+#[test]
+fn a_server_that_only_greets_is_given_up_after_one_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, path) = (dir.path().join("server"), dir.path().join("proxy"));
+    let _device = Process::start(&["device", "--state-size", "4M", "--socket", server.to_str().unwrap()]);
+    until("the server", || server.exists().then_some(()));
+    proxy::start(&path, &server, |command, _| match command {
+        proxy::VERSION => Act::Pass,
+        _ => Act::Late(Duration::from_secs(60)),
+    });
+    let begun = Instant::now();
+    let output = run(&["describe", "--timeout", "4s", path.to_str().unwrap()]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("does not answer within 4 s"), "{told}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}: {told}", begun.elapsed());
 }

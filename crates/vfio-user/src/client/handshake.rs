@@ -54,8 +54,12 @@ impl Client {
                 let again = open(path, &options).and_then(|stream| from_parts(stream, &options, true));
                 again.map_err(|error| took_one_only(lost, &error))
             }
-            // A silly answer is for whoever asks in earnest.
-            Err(_) if options.on_connect == OnConnect::Leave && client.is_alive() => Ok(client),
+            // A silly answer is for whoever asks in earnest. None at all would only be waited for once more.
+            Err(ClientError::Protocol { .. } | ClientError::Refused { .. })
+                if options.on_connect == OnConnect::Leave && client.is_alive() =>
+            {
+                Ok(client)
+            }
             asked => asked.map(|()| client),
         }
     }

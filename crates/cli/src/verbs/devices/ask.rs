@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use vfio_migration_device::host::{HostDevice, Obstacle, ObstacleCode, Roots};
 use vfio_migration_device::{
     Capabilities, CapabilitiesError, Device, DeviceError, IrqIndex, PciHardware, PciRegion, TrackerKind,
-    VfioUserDevice, VfioUserOptions, is_late,
+    VfioUserDevice, VfioUserOptions, is_late, is_out_of_time,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{DeviceId, Gpa, error_chain};
@@ -16,7 +16,7 @@ use vfio_migration_types::{DeviceId, Gpa, error_chain};
 use super::report::{CanMigrate, DeviceEntry, DirtyTrackingKind, InterruptCounts, RegionReport};
 use crate::exit::CliError;
 use crate::probe::ProbedDevice;
-use crate::side::silent_server;
+use crate::side::{MORE_TIME, silent_server};
 use crate::socket_clients::has_client;
 use crate::target::for_all;
 
@@ -36,6 +36,7 @@ pub(super) fn socket(socket: &Path, timeout: Duration) -> Result<DeviceEntry, Cl
         let change = "start its server; a server that another VMM uses answers nobody else";
         let why = match error.errno {
             Some(Errno::TIMEDOUT) if is_late(&error) => silent_server(socket, timeout, in_use),
+            _ if is_out_of_time(&error) => format!("{}; {MORE_TIME}", error_chain(&error)),
             _ => error_chain(&error),
         };
         report.add_obstacle(&Obstacle::new(ObstacleCode::NoAnswer, why, change, vec![]));
