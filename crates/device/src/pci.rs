@@ -142,7 +142,7 @@ pub trait PciFunction: fmt::Debug + Send + Sync {
     fn save_interrupts(&self, config: ConfigState) -> Result<PciState, PciError>;
 
     /// Compares `state.config` with the device's own under the default mask as changed by `rules`, loads it, writes
-    /// PCI_COMMAND to the device, and maps the BARs where the guest has them.
+    /// PCI_COMMAND to the device, and maps the BARs where the guest has them. Called for all functions of a machine at once.
     fn restore_config(&self, state: &PciState, rules: &ConfigRules) -> Result<(), PciError>;
 
     /// Stages the routes of the vectors, which the machine's [`IrqRouter`] commits with those of all other functions.

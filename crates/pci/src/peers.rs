@@ -1,5 +1,6 @@
 //! What devices may reach by DMA: guest RAM, and each other's BARs.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio_migration_device::{DeviceError, DmaAccess, PciHardware, RegionIndex};
@@ -39,7 +40,7 @@ pub(super) struct Peers {
 
 #[derive(Debug, Default)]
 struct State {
-    members: Vec<Member>,
+    members: Vec<Arc<Member>>,
     shared: Vec<Shared>,
 }
 
@@ -49,7 +50,7 @@ struct Member {
     devfn: Devfn,
     hardware: Arc<dyn PciHardware>,
     /// It kept a mapping that was to be taken away, and that was told.
-    kept: bool,
+    kept: AtomicBool,
 }
 
 /// A piece of a BAR that the other members may reach.
@@ -68,7 +69,7 @@ impl Peers {
     pub(super) fn join(&self, devfn: Devfn, hardware: Arc<dyn PciHardware>) -> Result<(), DeviceError> {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
-        let mut member = Member { devfn, hardware, kept: false };
+        let member = Arc::new(Member { devfn, hardware, kept: AtomicBool::new(false) });
         let mut failed = None;
         for piece in &mut *shared {
             if let Some(owner) = members.iter().find(|member| member.devfn == piece.devfn) {
@@ -82,7 +83,7 @@ impl Peers {
             }
         }
         if let Some(error) = failed {
-            shared.iter_mut().for_each(|piece| piece.forget(&mut member));
+            shared.iter_mut().for_each(|piece| piece.forget(&member));
             return Err(error);
         }
         members.push(member);
@@ -93,7 +94,7 @@ impl Peers {
     pub(super) fn leave(&self, devfn: Devfn) {
         let mut state = self.lock();
         let State { members, shared } = &mut *state;
-        for member in &mut *members {
+        for member in &*members {
             for piece in &mut *shared {
                 if piece.devfn == devfn || member.devfn == devfn {
                     piece.forget(member);
@@ -121,38 +122,46 @@ impl Peers {
         piece: Range<u64>,
         gpa: Gpa,
     ) -> Result<(), DeviceError> {
-        let mut state = self.lock();
-        let State { members, shared } = &mut *state;
         let Ok(range) = Range::new(Iova(gpa.0), piece.len()) else { return Ok(()) };
-        let mut piece = Shared { devfn, range, bar, offset: piece.start(), reached_by: Vec::new() };
-        let Some(owner) = members.iter().find(|member| member.devfn == devfn) else { return Ok(()) };
+        let piece = Shared { devfn, range, bar, offset: piece.start(), reached_by: Vec::new() };
+        let (owner, others) = {
+            let State { members, shared } = &mut *self.lock();
+            let Some(at) = members.iter().position(|member| member.devfn == devfn) else { return Ok(()) };
+            // Who joins from now on finds it.
+            shared.push(piece.clone());
+            // From the next one on: functions that come at once do not all wait for the same device.
+            let others: Vec<_> =
+                members.iter().cycle().skip(at + 1).take(members.len() - 1).cloned().collect();
+            (members[at].clone(), others)
+        };
+        // Without the lock: each is a request that a device answers.
+        let mut reached_by = Vec::new();
         let mut failed = None;
-        for other in members.iter().filter(|member| member.devfn != devfn) {
+        for other in others {
             match map(&*other.hardware, &*owner.hardware, &piece) {
-                Ok(reached) => piece.reached_by.extend(reached.then_some(other.devfn)),
+                Ok(reached) => reached_by.extend(reached.then_some(other.devfn)),
                 Err(error) => {
                     failed = Some(error);
                     break;
                 }
             }
         }
-        if let Some(error) = failed {
-            members.iter_mut().for_each(|member| piece.forget(member));
-            return Err(error);
+        if let Some(piece) = self.lock().shared.iter_mut().find(|shared| shared.is_of(devfn, gpa)) {
+            piece.reached_by.extend(reached_by);
         }
-        shared.push(piece);
-        Ok(())
+        let Some(error) = failed else { return Ok(()) };
+        self.unshare(devfn, gpa);
+        Err(error)
     }
 
     /// Takes away the piece of a BAR at `gpa`.
     pub(super) fn unshare(&self, devfn: Devfn, gpa: Gpa) {
-        let mut state = self.lock();
-        let State { members, shared } = &mut *state;
-        let is_it = |piece: &Shared| piece.devfn == devfn && piece.range.start().0 == gpa.0;
-        if let Some(at) = shared.iter().position(is_it) {
-            let mut piece = shared.swap_remove(at);
-            members.iter_mut().for_each(|member| piece.forget(member));
-        }
+        let (mut piece, members) = {
+            let State { members, shared } = &mut *self.lock();
+            let Some(at) = shared.iter().position(|shared| shared.is_of(devfn, gpa)) else { return };
+            (shared.swap_remove(at), members.clone())
+        };
+        members.iter().for_each(|member| piece.forget(member));
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -161,13 +170,17 @@ impl Peers {
 }
 
 impl Shared {
+    fn is_of(&self, devfn: Devfn, gpa: Gpa) -> bool {
+        self.devfn == devfn && self.range.start().0 == gpa.0
+    }
+
     /// A member reaches it no more, if it did.
-    fn forget(&mut self, member: &mut Member) {
+    fn forget(&mut self, member: &Member) {
         if let Some(at) = self.reached_by.iter().position(|devfn| *devfn == member.devfn) {
             self.reached_by.swap_remove(at);
             // A device that is lost keeps what it has, and has a mapping for each BAR of the others: told once.
             if let Err(error) = member.hardware.dma_unmap(self.range)
-                && !std::mem::replace(&mut member.kept, true)
+                && !member.kept.swap(true, Ordering::Relaxed)
             {
                 let device = member.hardware.id();
                 tracing::warn!(%device, %error, "the device keeps mappings of other devices' BARs that were to be taken away");

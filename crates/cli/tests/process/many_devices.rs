@@ -1,8 +1,13 @@
 //! Guests with many devices: as many as a machine takes, on the functions of all its slots.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
 use serde_json::json;
 
-use crate::support::{Setup, creds, fails, software, until};
+use crate::proxy::{self, Act};
+use crate::support::{Process, Setup, creds, fails, software, until};
 
 const UUID: &[&str] = &["--uuid", "d0a3a9f8-2f0e-4b5e-9a43-0f6c1d1b7a64"];
 
@@ -66,6 +71,57 @@ fn sixteen_devices_of_the_software_guest_move() {
 #[test]
 fn sixty_four_devices_move() {
     moves_with(64, &[]);
+}
+
+/// Each device maps the BARs of all others as a guest arrives: all devices at once, and nothing else is asked so often.
+#[test]
+fn eight_devices_map_each_others_bars_side_by_side() {
+    const DEVICES: usize = 8;
+    const EACH: Duration = Duration::from_millis(100);
+    let dir = tempfile::tempdir().unwrap();
+    let arrives = Arc::new(AtomicBool::new(false));
+    let counts: Vec<_> = (0..DEVICES).map(|_| Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)])).collect();
+    let mut words = vec!["--incoming".to_owned(), "tcp:127.0.0.1:0".into()];
+    let mut servers = Vec::new();
+    for (n, count) in counts.iter().enumerate() {
+        let (server, path) = (dir.path().join(format!("server{n}")), dir.path().join(format!("proxy{n}")));
+        servers.push(Process::start(&[
+            "device",
+            "--state-size",
+            "64K",
+            "--socket",
+            server.to_str().unwrap(),
+        ]));
+        until("the server", || server.exists().then_some(()));
+        let (arrives, count) = (arrives.clone(), count.clone());
+        proxy::start(&path, &server, move |command, _| {
+            if !arrives.load(Ordering::Acquire) {
+                return Act::Pass;
+            }
+            let is_map = command == proxy::DMA_MAP;
+            count[usize::from(!is_map)].fetch_add(1, Ordering::AcqRel);
+            if is_map { Act::Late(EACH) } else { Act::Pass }
+        });
+        words.extend(["--device".into(), format!("vfio-user:{},id=dev{n}", path.display())]);
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let there = Setup { devices: 0, vm_arguments: &words, ..Setup::new(dir.path(), "b") }.start();
+    let pace = &["--state-size", "64K", "--state-dirty-rate", "0", "--dma-interval", "8ms"];
+    let vm = Setup { devices: DEVICES, device_arguments: pace, ..Setup::new(dir.path(), "a") }.start();
+    vm.warm();
+    let at = there.incoming();
+    arrives.store(true, Ordering::Release);
+    let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
+    arrives.store(false, Ordering::Release);
+    assert_eq!(info["status"], "completed", "{info}");
+    let maps: Vec<usize> = counts.iter().map(|count| count[0].load(Ordering::Acquire)).collect();
+    assert_eq!(maps, [DEVICES - 1; DEVICES], "one of each of the others");
+    let rest: Vec<usize> = counts.iter().map(|count| count[1].load(Ordering::Acquire)).collect();
+    assert!(rest.iter().all(|rest| *rest < 100), "{rest:?}");
+    let stood = Duration::from_millis(info["downtime-ms"].as_u64().unwrap());
+    // In a row they would take as long as all of them together.
+    assert!(stood < EACH * (DEVICES * (DEVICES - 1)) as u32 / 2, "{stood:?}");
+    drop(servers);
 }
 
 #[test]

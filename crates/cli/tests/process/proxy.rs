@@ -16,6 +16,7 @@ use rustix::net::{
 
 /// Commands of the protocol.
 pub(crate) const VERSION: u16 = 1;
+pub(crate) const DMA_MAP: u16 = 2;
 pub(crate) const GET_REGION_INFO: u16 = 5;
 pub(crate) const SET_IRQS: u16 = 8;
 pub(crate) const REGION_WRITE: u16 = 10;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use vfio_migration_device::PciState;
+use vfio_migration_device::{PciError, PciState};
 use vfio_migration_engine::ram_differs;
 use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{Failure, PAGE_SIZE, Phase, RamOffset, Run, Side, error_chain};
@@ -202,10 +202,14 @@ impl Worker<'_, '_, '_> {
             })
             .collect();
         let answers = &self.shared.answers;
-        for (pci, state, rules, moved) in &functions {
+        // Each function has a BAR mapped by every other device: of n devices that is n times n - 1 requests, which go to n servers
+        // at once.
+        let restored = for_each_device_parallel(&functions, |(pci, state, rules, moved)| {
             let _wait = pci_answer(answers, moved);
-            pci.restore_config(state, rules).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
-        }
+            pci.restore_config(state, rules)
+        });
+        let restored = restored.into_iter().collect::<Result<Vec<()>, PciError>>();
+        restored.map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         self.step("config space and BARs", begun.elapsed());
 
         let begun = Instant::now();
