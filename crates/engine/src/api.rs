@@ -566,6 +566,18 @@ pub struct EngineProgress {
     pub waiting: Option<SwitchoverWait>,
 }
 
+/// A word that the source waits for, with nothing else to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExpectedWord {
+    /// Who the destination is, and whether it takes the guest.
+    Offer,
+    /// READY.
+    Ready,
+    /// RUNNING.
+    Running,
+}
+
 /// A reason why P3 waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

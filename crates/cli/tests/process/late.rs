@@ -117,13 +117,23 @@ pub(crate) fn behind(
     options: &str,
     act: impl Fn(u16, &[u8]) -> Act + Send + Sync + 'static,
 ) -> Vm {
+    behind_with(dir, options, &[], act)
+}
+
+fn behind_with(
+    dir: &std::path::Path,
+    options: &str,
+    more: &[&str],
+    act: impl Fn(u16, &[u8]) -> Act + Send + Sync + 'static,
+) -> Vm {
     let (server, path) = (dir.join("server"), dir.join("proxy"));
     let device = Process::start(&["device", "--state-size", "4M", "--socket", server.to_str().unwrap()]);
     until("the server", || server.exists().then_some(()));
     proxy::start(&path, &server, act);
     let word = format!("vfio-user:{},id=dev0{options}", path.display());
-    let vm_arguments = &["--device", &word];
-    let mut vm = Setup { devices: 0, vm_arguments, ..Setup::new(dir, "a") }.start();
+    let vm_arguments = &[&["--device", &word], more].concat();
+    let name = if more.is_empty() { "a" } else { "b" };
+    let mut vm = Setup { devices: 0, vm_arguments, ..Setup::new(dir, name) }.start();
     vm.devices.push(device);
     vm
 }
@@ -216,4 +226,41 @@ fn a_server_that_only_greets_is_given_up_after_one_answer() {
     assert_eq!(output.status.code(), Some(1), "{told}");
     assert!(told.contains("does not answer within 4 s"), "{told}");
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}: {told}", begun.elapsed());
+}
+
+/// The device of a destination is late with the guest's interrupts: both sides name it, and say what helps.
+#[test]
+fn a_device_of_the_destination_that_is_late_with_interrupts_is_named_until_it_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = Setup::new(dir.path(), "a").start();
+    vm.warm();
+    let once = AtomicBool::new(true);
+    let late = move |command: u16, body: &[u8]| {
+        let is_late = connects_msix(command, body) && once.swap(false, Ordering::AcqRel);
+        if is_late { Act::Late(Duration::from_secs(20)) } else { Act::Pass }
+    };
+    let there = behind_with(dir.path(), "", &["--incoming", "tcp:127.0.0.1:0"], late);
+    let at = there.incoming();
+    vm.begin(&at, json!({"downtime-limit": 60_000}));
+    let waits = until("the source to say what it waits for", || {
+        let text = vm.migration()["waits-for"].as_array()?.first()?["text"].as_str()?.to_owned();
+        text.contains("the destination").then_some(text)
+    });
+    assert!(waits.contains("the end of the guest's state, which it loads"), "{waits}");
+    let info = vm.ended();
+    let failure = &info["failure"];
+    assert_eq!((&info["status"], &failure["device"]), (&json!("failed"), &json!("dev0")), "{info}");
+    assert_eq!(failure["remedy"], "wait until the device answers, then try again", "{info}");
+    assert_eq!(failure["errno"], 110, "{info}");
+    // It is being undone there for as long as the device is late.
+    let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
+    let error = info["error"].as_str().unwrap();
+    assert!(error.contains("still being undone; dev0 has not answered"), "{info}");
+    let at = there.incoming();
+    let info = until("a guest to be taken in again", || {
+        let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
+        (info["status"] == "completed").then_some(info)
+    });
+    assert_eq!(info["status"], "completed", "{info}");
+    there.assert_whole();
 }

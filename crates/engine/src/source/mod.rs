@@ -24,7 +24,7 @@ use vfio_migration_wire::{FEATURE_ASK, FEATURE_REHEARSE, HelloReply, Lease, Mess
 pub use self::state::SourceEngine;
 use self::state::{AbortNotice, Pause, RehearsalState, Rounds, SourceCommit, State, WaitKind};
 use crate::api::{
-    Barrier, EngineProgress, Rehearse, SourceAction, SourceConfig, SourceEvent, SourceOutcome,
+    Barrier, EngineProgress, ExpectedWord, Rehearse, SourceAction, SourceConfig, SourceEvent, SourceOutcome,
     SwitchoverWait, Time,
 };
 use crate::convergence::DowntimeModel;
@@ -138,10 +138,17 @@ impl SourceEngine {
         self.negotiated
     }
 
-    /// While the destination has yet to say whether it takes the guest: how long it has had for that, and how long it may have at most.
-    pub fn expects_word(&self, now: Time) -> Option<(Duration, Duration)> {
-        let expected = self.timer.filter(|_| matches!(self.state, State::Hello | State::Offered))?;
-        Some((expected.waited(now), expected.limit()))
+    /// While nothing is left to do but to hear a word of the destination: which, how long it has had for that, and how long it may
+    /// have at most.
+    pub fn expects_word(&self, now: Time) -> Option<(ExpectedWord, Duration, Duration)> {
+        let word = match self.state {
+            State::Hello | State::Offered => ExpectedWord::Offer,
+            State::AwaitingReady | State::DigestingRam => ExpectedWord::Ready,
+            State::AwaitingRunning => ExpectedWord::Running,
+            _ => return None,
+        };
+        let expected = self.timer?;
+        Some((word, expected.waited(now), expected.limit()))
     }
 
     /// The downtime, were the guest paused now. While it is paused, what was predicted of that pause; of an attempt that was given up

@@ -25,7 +25,7 @@ use crate::session::work_error::{self, WorkError};
 use crate::destination::attempt::ArrivingDevice;
 use crate::destination::worker::Worker;
 use crate::device::receive::DeviceReceiver;
-use crate::device::tracked::pci_answer;
+use crate::device::tracked::ask_pci;
 
 const PHASE: Phase = Phase::Ready;
 /// Time that the search may take, beside twice that of the digest of all RAM: its first round is as long as that, on both
@@ -205,8 +205,7 @@ impl Worker<'_, '_, '_> {
         // Each function has a BAR mapped by every other device: of n devices that is n times n - 1 requests, which go to n servers
         // at once.
         let restored = for_each_device_parallel(&functions, |(pci, state, rules, moved)| {
-            let _wait = pci_answer(answers, moved);
-            pci.restore_config(state, rules)
+            ask_pci(answers, moved, || pci.restore_config(state, rules))
         });
         let restored = restored.into_iter().collect::<Result<Vec<()>, PciError>>();
         restored.map_err(|error| error.in_phase(Side::Destination, PHASE))?;
@@ -215,8 +214,8 @@ impl Worker<'_, '_, '_> {
         let begun = Instant::now();
         let router = machine.irq_router();
         for (pci, state, _, moved) in &functions {
-            let _wait = pci_answer(answers, moved);
-            pci.stage_interrupts(state).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
+            let staged = ask_pci(answers, moved, || pci.stage_interrupts(state));
+            staged.map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
         router.commit().map_err(|error| -> Failure {
             Failure::new(
@@ -230,9 +229,8 @@ impl Worker<'_, '_, '_> {
         let begun = Instant::now();
         let mut vectors = 0;
         for (pci, state, _, moved) in &functions {
-            let _wait = pci_answer(answers, moved);
-            vectors +=
-                pci.connect_interrupts(state).map_err(|error| error.in_phase(Side::Destination, PHASE))?;
+            let connected = ask_pci(answers, moved, || pci.connect_interrupts(state));
+            vectors += connected.map_err(|error| error.in_phase(Side::Destination, PHASE))?;
         }
         self.step("interrupts connected", begun.elapsed());
         Ok(vectors)

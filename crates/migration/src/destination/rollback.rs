@@ -2,7 +2,7 @@
 
 use vfio_migration_types::{Failure, Phase, Side};
 
-use crate::device::tracked::pci_answer;
+use crate::device::tracked::ask_pci;
 use crate::session::awaited::AwaitedAnswers;
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
@@ -44,8 +44,8 @@ fn reset(incoming: &mut ArrivingDevice, answers: &AwaitedAnswers) -> Result<(), 
     incoming.touched = false;
     let undone = match &incoming.moved.pci {
         Some(pci) => {
-            let _wait = pci_answer(answers, &incoming.moved);
-            pci.undo().map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
+            let undone = ask_pci(answers, &incoming.moved, || pci.undo());
+            undone.map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
         }
         None => Ok(()),
     };

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, Position, PrecopyProgress,
-    ResumingSession, SavingSession, TransitionError, is_late,
+    Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, PciError, Position,
+    PrecopyProgress, ResumingSession, SavingSession, TransitionError, is_late,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
@@ -42,9 +42,20 @@ pub(crate) fn all_answer(devices: &[MigratableDevice]) -> Result<(), DeviceError
     })
 }
 
-/// Takes note that something is asked of the PCI function of `moved`, which the VMM asks of its device.
-pub(crate) fn pci_answer(answers: &AwaitedAnswers, moved: &MigratableDevice) -> Wait {
-    answers.wait(Some(moved.device.id()), Request::PciState, moved.device.answer_limit(false))
+/// Asks something of the PCI function of `moved`, which the VMM asks of its device: its answer is waited for, and may be late.
+pub(crate) fn ask_pci<T>(
+    answers: &AwaitedAnswers,
+    moved: &MigratableDevice,
+    ask: impl FnOnce() -> Result<T, PciError>,
+) -> Result<T, PciError> {
+    let device = &moved.device;
+    let wait = answers.wait(Some(device.id()), Request::PciState, device.answer_limit(false));
+    let answer = ask();
+    // A function may answer without its device, so that nothing follows from another answer.
+    if answer.as_ref().is_err_and(|error| is_late(error)) {
+        answers.is_late(&wait, device.answer_limit(true));
+    }
+    answer
 }
 
 #[derive(Clone, Debug)]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use vfio_migration_engine::ExpectedWord;
 use vfio_migration_types::{DeviceId, Failure, MigrationState, Phase, Side};
 
 use crate::session::lock::lock;
@@ -52,6 +53,10 @@ pub enum Request {
     Connection,
     /// To the other side: what it says to a guest on offer.
     Offer,
+    /// To the other side: that it has loaded the guest, whose state it has whole.
+    Load,
+    /// To the other side: that it runs the guest, which is its own.
+    Start,
 }
 
 impl fmt::Display for Request {
@@ -73,6 +78,8 @@ impl fmt::Display for Request {
             Self::File => "a request for the file",
             Self::Connection => "a request to connect",
             Self::Offer => "what it was told of the guest",
+            Self::Load => "the end of the guest's state, which it loads",
+            Self::Start => "the word that the guest is its own",
         })
     }
 }
@@ -106,14 +113,21 @@ impl AwaitedAnswer {
             (Some(device), _) => device.to_string(),
             (None, Request::Journal) => "the state directory".into(),
             (None, Request::File) => "the disk".into(),
-            (None, Request::Connection | Request::Offer) => "the destination".into(),
+            (None, Request::Connection | Request::Offer | Request::Load | Request::Start) => {
+                "the destination".into()
+            }
             (None, _) => "the VMM".into(),
         }
     }
 
-    /// The destination's word on an offer, if it is late.
-    pub(crate) fn of_peer(waited: Duration, limit: Duration) -> Option<Self> {
-        let late = Self { device: None, request: Request::Offer, waited, limit: Some(limit) };
+    /// A word of the destination, if it is late.
+    pub(crate) fn of_peer(word: ExpectedWord, waited: Duration, limit: Duration) -> Option<Self> {
+        let request = match word {
+            ExpectedWord::Ready => Request::Load,
+            ExpectedWord::Running => Request::Start,
+            _ => Request::Offer,
+        };
+        let late = Self { device: None, request, waited, limit: Some(limit) };
         (waited >= LATE).then_some(late)
     }
 

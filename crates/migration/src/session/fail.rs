@@ -44,6 +44,15 @@ fn late_remedy(phase: Phase) -> &'static str {
     if phase == Phase::Run {
         "the guest's state is in the device: wait until it answers, then `cont`"
     } else {
+        "wait until the device answers, then try again"
+    }
+}
+
+/// The same where it is late with a change of its state: nothing else that it is asked has a limit that can be set.
+fn late_change_remedy(phase: Phase) -> &'static str {
+    if phase == Phase::Run {
+        late_remedy(phase)
+    } else {
         "wait until the device answers, then try again; a change of its state has as long as `timeout=` of its `--device` says"
     }
 }
@@ -76,6 +85,7 @@ impl InPhase for TransitionError {
                 "the device is in a sound state; its driver's log says why it refused; one whose PRE_COPY is broken moves with `pre-copy=off` behind its `--device`"
             }
             Remedy::TryAnotherState => "the device is in a sound state; its driver's log says why it refused",
+            Remedy::Wait if self.is_late_change() => late_change_remedy(phase),
             Remedy::Reset => "only a reset helps, which loses the device's state",
             _ => device_remedy(self, phase),
         };
@@ -90,12 +100,16 @@ impl InPhase for TransitionError {
 
 impl InPhase for PciError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
-        let text = error_chain(self);
+        let failure = Failure::new(side, phase, error_chain(self));
         match self {
-            Self::ConfigMismatch { device, .. }
-            | Self::Unfit { device, .. }
-            | Self::Failed { device, .. } => Failure::new(side, phase, text).of_device(device),
-            _ => Failure::new(side, phase, text),
+            Self::ConfigMismatch { device, .. } | Self::Unfit { device, .. } => failure.of_device(device),
+            Self::Failed { device, .. } => {
+                let cause = within::<DeviceError>(self);
+                let errno = cause.and_then(|cause| cause.errno).or_else(|| errno_within(self));
+                let remedy = cause.map_or("", |cause| device_remedy(cause, phase));
+                Failure { errno: number(errno), ..failure.of_device(device) }.with_remedy(remedy)
+            }
+            _ => failure,
         }
     }
 }

@@ -9,7 +9,7 @@ use vfio_migration_memory::Holes;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
-use crate::device::tracked::pci_answer;
+use crate::device::tracked::ask_pci;
 use crate::machine::{MachineError, Section};
 use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;
@@ -56,9 +56,7 @@ impl Worker {
         let mut sections = Vec::new();
         for (moved, config) in self.functions.iter().zip(std::mem::take(&mut self.configs)) {
             let (Some(pci), Some(config)) = (&moved.pci, config) else { continue };
-            let wait = pci_answer(&self.plan.answers, moved);
-            let state = pci.save_interrupts(config);
-            drop(wait);
+            let state = ask_pci(&self.plan.answers, moved, || pci.save_interrupts(config));
             let state = state.map_err(|error| error.in_phase(Side::Source, phase))?;
             let bytes = state.encode().map_err(|error| {
                 Failure::new(Side::Source, phase, error_chain(&error)).of_device(pci.id())

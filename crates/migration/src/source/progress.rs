@@ -27,8 +27,8 @@ pub(crate) struct Waits<'a> {
     pub(crate) answers: &'a AwaitedAnswers,
     /// It was cancelled.
     pub(crate) cancelling: bool,
-    /// How long the destination has had for what it says to the guest on offer, and how long it may have.
-    pub(crate) peer: Option<(Duration, Duration)>,
+    /// What the destination is to say, how long it has had for it, and how long it may have.
+    pub(crate) peer: Option<(engine::ExpectedWord, Duration, Duration)>,
 }
 
 impl Waits<'_> {
@@ -36,9 +36,9 @@ impl Waits<'_> {
     pub(crate) fn awaited(self) -> Vec<AwaitedAnswer> {
         let mut told = self.answers.to_tell(self.cancelling);
         if told.is_empty()
-            && let Some((waited, limit)) = self.peer.filter(|_| !self.cancelling)
+            && let Some((word, waited, limit)) = self.peer.filter(|_| !self.cancelling)
         {
-            told.extend(AwaitedAnswer::of_peer(waited, limit));
+            told.extend(AwaitedAnswer::of_peer(word, waited, limit));
         }
         told
     }

@@ -1,13 +1,14 @@
 //! P4, and the way back from it: vCPUs paused, every device taken to a barrier, all at once.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vfio_migration_device::{ConfigState, PciError, Position, TransitionError};
+use vfio_migration_device::{ConfigState, PciError, PciFunction, Position, TransitionError};
 use vfio_migration_engine::{Barrier, DeviceProgress};
 use vfio_migration_types::{Failure, MigrationState, Phase, Side};
 
 use crate::device::send::DeviceSender;
-use crate::device::tracked::pci_answer;
+use crate::device::tracked::ask_pci;
 use crate::machine::{MigratableDevice, Paused};
 use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
@@ -85,8 +86,8 @@ impl Worker {
     /// Config space of every function, while no device refuses to have it read.
     fn read_configs(&self) -> Result<Vec<Option<ConfigState>>, WorkError> {
         let read = |moved: &MigratableDevice| {
-            let _wait = pci_answer(&self.plan.answers, moved);
-            moved.pci.as_ref().map(|pci| pci.save_config()).transpose()
+            let ask = |pci: &Arc<dyn PciFunction>| ask_pci(&self.plan.answers, moved, || pci.save_config());
+            moved.pci.as_ref().map(ask).transpose()
         };
         let configs = self.functions.iter().map(read).collect::<Result<_, PciError>>();
         configs.map_err(|error| error.in_phase(Side::Source, Phase::Quiesce).into())
