@@ -8,7 +8,8 @@ use rustix::io::Errno;
 use vfio_migration_types::{MigrationFlags, MigrationState, error_chain};
 use vfio_user_peer::{
     Backend, DeviceInfo, DmaChannel, DmaMapping, Extension, IoFd, IoFdKind, IovaRange, IrqAction, IrqInfo,
-    IrqRequest, IrqRequestData, MmapArea, PrecopyInfo, RegionInfo, Server, ServerError, StopHandle,
+    IrqRequest, IrqRequestData, MmapArea, PrecopyInfo, RegionInfo, Server, ServerError, ServerEvent,
+    StopHandle,
 };
 
 use crate::device::SampleDevice;
@@ -261,6 +262,11 @@ impl Backend for SampleBackend {
 
     fn client_gone(&self) {
         *lock(&self.channel) = None;
+    }
+
+    /// The same as the default, with the limit that was reached by its name.
+    fn server_event(&self, event: &ServerEvent) {
+        tracing::warn!("{}", error_chain(event));
     }
 }
 

@@ -7,6 +7,12 @@ use rustix::io::Errno;
 
 use crate::codec::Command;
 
+/// An error with its causes on one line. What these say of foreign text is the crate's own: none is quoted.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// Error of a client's request.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

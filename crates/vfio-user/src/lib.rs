@@ -24,12 +24,14 @@ mod client;
 pub mod codec;
 mod conn;
 mod error;
+mod event;
 mod model;
 mod server;
 
 pub use client::{Client, ClientOptions, DmaHandler, Negotiated, OnConnect, Recovery};
 pub use codec::{Extension, Feature, FeatureOp};
 pub use error::{ClientError, ServerError};
+pub use event::{DropReason, ServerEvent};
 pub use model::{
     DeviceInfo, DmaMapping, IoFd, IoFdKind, IovaRange, IrqAction, IrqData, IrqInfo, MmapArea, PrecopyInfo,
     Prot, RegionInfo, RegionWrite, irq_index, region_index,

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{self, sockopt};
-use vfio_migration_types::error_chain;
 
 use super::connection::{Client, Negotiated};
 use super::dma;
@@ -20,7 +19,7 @@ use crate::codec::{
     VersionPayload,
 };
 use crate::conn::{Conn, ConnError, SocketMessage, SocketRequest, deadline};
-use crate::error::ClientError;
+use crate::error::{ClientError, chain};
 
 /// The version of the protocol that is proposed. libvfio-user is at 0.2; nothing here depends on the minor number.
 pub(crate) const VERSION: (u16, u16) = (0, 2);
@@ -78,9 +77,9 @@ impl Client {
 fn took_one_only(lost: ClientError, again: &ClientError) -> ClientError {
     let why = match lost {
         ClientError::ConnectionLost { why } => why,
-        other => error_chain(&other),
+        other => chain(&other),
     };
-    let again = error_chain(again);
+    let again = chain(again);
     let why = format!(
         "it answered, left or lost step at a command that it may not know ({why}), and takes no second connection ({again})"
     );

@@ -185,7 +185,10 @@ fn failure(command: Command, after: Duration, error: ConnError) -> ClientError {
         ConnError::Timeout => ClientError::Timeout { command, after, sent: true },
         ConnError::Behind => ClientError::Timeout { command, after, sent: false },
         ConnError::Interrupted => ClientError::ConnectionLost { why: "the client was closed".into() },
-        ConnError::Closed(why) | ConnError::GivenUp(why) => ClientError::ConnectionLost { why },
+        ConnError::Closed(why) => ClientError::ConnectionLost { why },
+        error @ (ConnError::Late(_) | ConnError::System { .. }) => {
+            ClientError::ConnectionLost { why: error.why() }
+        }
         ConnError::Violation(what) => ClientError::Protocol { command, what },
     }
 }

@@ -171,6 +171,17 @@ fn invalid(what: impl Into<String>) -> CodecError {
     CodecError::Invalid(what.into())
 }
 
+/// A value of a wrong type, in words. It is quoted where it cannot be long, nor hold a text of the peer's, which may end on a
+/// terminal.
+fn wrong(key: &str, value: &Value) -> String {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => format!("{key} is {value}"),
+        Value::String(_) => format!("{key} is a text"),
+        Value::Array(_) => format!("{key} is an array"),
+        Value::Object(_) => format!("{key} has a member of a wrong type"),
+    }
+}
+
 fn capabilities(version: &Value) -> Result<VersionCapabilities, CodecError> {
     let version = version.as_object().ok_or_else(|| invalid("version data that is no object"))?;
     let empty = Map::new();
@@ -181,9 +192,7 @@ fn capabilities(version: &Value) -> Result<VersionCapabilities, CodecError> {
     let default = VersionCapabilities::default();
     let twin_socket = match caps.get("twin_socket") {
         None | Some(Value::Null) => TwinSocket::default(),
-        Some(value) => {
-            TwinSocket::deserialize(value).map_err(|error| invalid(format!("twin_socket: {error}")))?
-        }
+        Some(value) => TwinSocket::deserialize(value).map_err(|_| invalid(wrong("twin_socket", value)))?,
     };
     Ok(VersionCapabilities {
         max_msg_fds: number(caps, "max_msg_fds", default.max_msg_fds)?,
@@ -205,7 +214,7 @@ fn number<T: TryFrom<u64> + Bounded>(
     match caps.get(key) {
         None | Some(Value::Null) => Ok(default),
         Some(value) => {
-            let value = value.as_u64().ok_or_else(|| invalid(format!("{key} is {value}")))?;
+            let value = value.as_u64().ok_or_else(|| invalid(wrong(key, value)))?;
             Ok(T::try_from(value).unwrap_or(T::LARGEST))
         }
     }
@@ -226,7 +235,7 @@ impl Bounded for u64 {
 fn boolean(object: &Map<String, Value>, key: &str) -> Result<bool, CodecError> {
     match object.get(key) {
         None | Some(Value::Null) => Ok(false),
-        Some(value) => value.as_bool().ok_or_else(|| invalid(format!("{key} is {value}"))),
+        Some(value) => value.as_bool().ok_or_else(|| invalid(wrong(key, value))),
     }
 }
 

@@ -1,7 +1,8 @@
 //! The ways in which a socket ends, or a wait on it.
 
 use rustix::io::Errno;
-use vfio_migration_types::error_chain;
+
+use crate::event::DropReason;
 
 /// The reason for which a socket is of no more use, or a wait ended.
 #[derive(Debug)]
@@ -14,8 +15,14 @@ pub(crate) enum ConnError {
     Interrupted,
     /// The peer ended the stream, or the connection was dead already.
     Closed(String),
-    /// This end cannot go on with it: the system refused, or the peer took too long.
-    GivenUp(String),
+    /// The peer took too long for this end to go on.
+    Late(DropReason),
+    /// The system refused this end what it needs.
+    System {
+        /// Call that was attempted, as a noun phrase.
+        doing: &'static str,
+        errno: Errno,
+    },
     /// The peer sent what cannot be followed.
     Violation(String),
 }
@@ -25,22 +32,27 @@ impl ConnError {
         Self::Closed(why.into())
     }
 
-    /// What the system refused, and the limit behind it where that is known.
-    pub(crate) fn system(doing: &str, errno: Errno) -> Self {
-        Self::GivenUp(format!("{doing}: {}", error_chain(&errno)))
+    pub(crate) fn system(doing: &'static str, errno: Errno) -> Self {
+        Self::System { doing, errno }
     }
 
     /// The same, with a time limit that passed put as this.
-    pub(crate) fn or_late(self, late: impl FnOnce() -> String) -> Self {
+    pub(crate) fn or_late(self, late: impl FnOnce() -> DropReason) -> Self {
         match self {
-            Self::Timeout | Self::Behind => Self::GivenUp(late()),
+            Self::Timeout | Self::Behind => Self::Late(late()),
             other => other,
         }
     }
 
-    /// Whether this end drops the peer, which would have stayed.
-    pub(crate) fn drops_peer(&self) -> bool {
-        matches!(self, Self::Timeout | Self::Behind | Self::GivenUp(_) | Self::Violation(_))
+    /// Why this end drops the peer, where the peer would have stayed.
+    pub(crate) fn drops_peer(&self) -> Option<DropReason> {
+        match self {
+            Self::Timeout | Self::Behind => Some(DropReason::Late(self.why())),
+            Self::Late(reason) => Some(reason.clone()),
+            Self::System { doing, errno } => Some(DropReason::System { doing, errno: *errno }),
+            Self::Violation(what) => Some(DropReason::Protocol(what.clone())),
+            Self::Interrupted | Self::Closed(_) => None,
+        }
     }
 
     /// The failure in words.
@@ -48,8 +60,10 @@ impl ConnError {
         match self {
             Self::Timeout | Self::Behind => "a time limit passed".into(),
             Self::Interrupted => "it was stopped".into(),
-            Self::Closed(why) | Self::GivenUp(why) => why.clone(),
-            Self::Violation(why) => format!("the peer broke the protocol: {why}"),
+            Self::Closed(why) => why.clone(),
+            Self::Late(reason) => reason.to_string(),
+            Self::System { doing, errno } => format!("{doing}: {errno}"),
+            Self::Violation(what) => format!("the peer broke the protocol: {what}"),
         }
     }
 }

@@ -39,6 +39,7 @@ use self::inbox::{Awaited, MAX_DRAIN, Partial, Rx, matched};
 pub(crate) use self::inbox::{SocketMessage, Unfit};
 use self::socket::{read_full, wait};
 use crate::codec::{Command, HEADER_SIZE, Header, Kind};
+use crate::event::DropReason;
 
 /// How often a lock that another thread holds while it sends or reads is tried again.
 const TRY_AGAIN: Duration = Duration::from_millis(5);
@@ -87,8 +88,8 @@ pub(crate) struct Conn {
 #[derive(Debug)]
 struct Death {
     why: String,
-    /// This end dropped the peer.
-    drops_peer: bool,
+    /// Why this end dropped the peer, if it did.
+    drops_peer: Option<DropReason>,
 }
 
 impl AsFd for Conn {
@@ -135,7 +136,7 @@ impl Conn {
 
     /// Ends the connection, for every thread that uses it. The first reason given stays.
     pub(crate) fn kill(&self, why: impl Into<String>) {
-        self.die(Death { why: why.into(), drops_peer: false });
+        self.die(Death { why: why.into(), drops_peer: None });
     }
 
     /// Ends the connection because of `error`, as [`kill`](Self::kill) does.
@@ -144,8 +145,8 @@ impl Conn {
     }
 
     /// The reason for which this end ended the connection, where the peer would have stayed.
-    pub(crate) fn dropped_for(&self) -> Option<String> {
-        lock(&self.death).as_ref().filter(|death| death.drops_peer).map(|death| death.why.clone())
+    pub(crate) fn dropped_for(&self) -> Option<DropReason> {
+        lock(&self.death).as_ref()?.drops_peer.clone()
     }
 
     fn die(&self, death: Death) {

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use vfio_migration_types::error_chain;
 
+use super::backend::Backend;
 use super::options::ServerOptions;
-use super::session::{connection, warn_of_drop};
+use super::session::connection;
 use super::stop::StopHandle;
 use crate::conn::{Conn, ConnError, SocketMessage};
 use crate::error::ServerError;
+use crate::event::{DropReason, ServerEvent};
 
 /// Connections that may be silent at once. For one more the one silent longest is dropped.
 const MOST: usize = 16;
@@ -26,6 +27,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_s
 pub(super) struct Acceptor<'a> {
     listener: &'a UnixListener,
     options: &'a ServerOptions,
+    /// Is told what becomes of them.
+    backend: &'a dyn Backend,
     stop: &'a StopHandle,
     shortage: Shortage,
     /// The oldest first.
@@ -38,14 +41,14 @@ struct SilentConnection {
     since: Instant,
 }
 
-/// Why a connection is dropped that has not said its version.
-pub(super) fn silent(within: Duration) -> String {
-    format!("it did not say its version within {within:?}")
-}
-
 impl<'a> Acceptor<'a> {
-    pub(super) fn new(listener: &'a UnixListener, options: &'a ServerOptions, stop: &'a StopHandle) -> Self {
-        Self { listener, options, stop, shortage: Shortage::default(), waiting: Vec::new() }
+    pub(super) fn new(
+        listener: &'a UnixListener,
+        options: &'a ServerOptions,
+        backend: &'a dyn Backend,
+        stop: &'a StopHandle,
+    ) -> Self {
+        Self { listener, options, backend, stop, shortage: Shortage::default(), waiting: Vec::new() }
     }
 
     /// Waits for the next client, and its first message; `None` once `stop` was used.
@@ -76,13 +79,11 @@ impl<'a> Acceptor<'a> {
                     at += 1;
                     continue;
                 }
-                Ok(None) | Err(ConnError::Timeout) => Some(silent(limit)),
-                Err(error) => error.drops_peer().then(|| error.why()),
+                Ok(None) | Err(ConnError::Timeout) => Some(DropReason::NoVersion(limit)),
+                Err(error) => error.drops_peer(),
             };
             self.waiting.remove(at);
-            if let Some(why) = why {
-                warn_of_drop(&why);
-            }
+            self.tell_drop(why);
         }
         None
     }
@@ -107,19 +108,32 @@ impl<'a> Acceptor<'a> {
             Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::OPNOTSUPP) => {
                 return Err(ServerError::io(DOING, error));
             }
-            _ => self.shortage.met(DOING, error),
+            _ => self.fall_short(DOING, error),
         }
         Ok(false)
+    }
+
+    fn tell_drop(&self, why: Option<DropReason>) {
+        if let Some(why) = why {
+            self.backend.server_event(&ServerEvent::ClientDropped(why));
+        }
+    }
+
+    /// Begins a pause, since the system is short of something. The first is told.
+    fn fall_short(&mut self, doing: &str, error: impl Into<std::io::Error>) {
+        if self.shortage.begin_pause() {
+            self.backend.server_event(&ServerEvent::NotAccepted(ServerError::io(doing, error)));
+        }
     }
 
     fn take_in(&mut self, stream: UnixStream) {
         if self.waiting.len() >= MOST {
             self.waiting.remove(0);
-            warn_of_drop("it did not say its version, and was silent longest of too many");
+            self.tell_drop(Some(DropReason::TooManySilent));
         }
         match connection(stream, self.stop) {
             Ok(conn) => self.waiting.push(SilentConnection { conn, since: Instant::now() }),
-            Err(error) => warn_of_drop(&error.why()),
+            Err(error) => self.tell_drop(error.drops_peer()),
         }
     }
 
@@ -145,7 +159,7 @@ impl<'a> Acceptor<'a> {
         match polled {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => {
-                self.shortage.met("waiting for a client", errno);
+                self.fall_short("waiting for a client", errno);
                 std::thread::sleep(self.shortage.pause_left().unwrap_or_default());
             }
         }
@@ -165,17 +179,12 @@ impl Shortage {
         Some(until.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
     }
 
-    /// Begins a pause, each longer than the one before. The first is told.
-    fn met(&mut self, doing: &str, error: impl Into<std::io::Error>) {
+    /// Begins a pause, longer than the one before. Whether it is the first.
+    fn begin_pause(&mut self) -> bool {
         let (shortest, longest) = PAUSE;
-        let pause = match self.pause {
-            Some((pause, _)) => pause.saturating_mul(2).min(longest),
-            None => {
-                let error = error_chain(&ServerError::io(doing, error));
-                tracing::warn!("a client could not be accepted; trying again: {error}");
-                shortest
-            }
-        };
+        let before = self.pause;
+        let pause = before.map_or(shortest, |(pause, _)| pause.saturating_mul(2).min(longest));
         self.pause = Some((pause, Instant::now() + pause));
+        before.is_none()
     }
 }

@@ -5,6 +5,8 @@ use vfio_migration_types::{MigrationFlags, MigrationState};
 
 use super::dma::DmaChannel;
 use crate::codec::Extension;
+use crate::error::chain;
+use crate::event::ServerEvent;
 use crate::model::{DeviceInfo, DmaMapping, IoFd, IovaRange, IrqAction, IrqInfo, PrecopyInfo, RegionInfo};
 
 /// A SET_IRQS request that passed the server's checks: the range lies within the type's count, the action suits the data.
@@ -176,6 +178,13 @@ pub trait Backend: Send + Sync {
         let _ = dma;
     }
 
-    /// The client left; its [`DmaChannel`] fails from now on.
+    /// The client left, or was dropped; its [`DmaChannel`] fails from now on.
     fn client_gone(&self) {}
+
+    /// The server tells what no client hears, such as why it dropped one: also of a connection that never became a
+    /// client. Called from the serving thread; of a client that was dropped before its [`client_gone`](Self::client_gone).
+    /// The default warns, by a `tracing` event.
+    fn server_event(&self, event: &ServerEvent) {
+        tracing::warn!("{}", chain(event));
+    }
 }

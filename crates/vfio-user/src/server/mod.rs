@@ -15,12 +15,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use self::accept::{Acceptor, silent};
+use self::accept::Acceptor;
 pub use self::backend::{Backend, IrqRequest, IrqRequestData};
 pub use self::dma::DmaChannel;
 pub use self::options::ServerOptions;
 pub use self::stop::StopHandle;
 use crate::error::ServerError;
+use crate::event::{DropReason, ServerEvent};
 
 /// A listening socket for a device's clients. Its socket file is removed on drop, if it is still this server's.
 #[derive(Debug)]
@@ -64,13 +65,13 @@ impl Server {
     /// protocol is dropped, and the next served; others wait in the listening queue. Whoever connects and does not say its version is
     /// waited for [beside the others](ServerOptions::handshake_timeout): the first that says it is served.
     ///
-    /// Where the system is short of something that a client needs, descriptors above all, it warns once (by a `tracing` event, as
-    /// of all that a server has to tell) and tries again until there is some.
+    /// Where the system is short of something that a client needs, descriptors above all, it tells so once and tries again until
+    /// there is some. What a server has to tell, of clients that it drops too, it tells [`Backend::server_event`].
     ///
     /// # Errors
     /// The listening socket is of no more use: something has shut it down or closed it.
     pub fn serve(&self, backend: &dyn Backend, stop: &StopHandle) -> Result<(), ServerError> {
-        let mut acceptor = Acceptor::new(&self.listener, &self.options, stop);
+        let mut acceptor = Acceptor::new(&self.listener, &self.options, backend, stop);
         while let Some((conn, first)) = acceptor.next_client()? {
             session::serve(conn, &first, backend, &self.options, stop);
         }
@@ -86,14 +87,17 @@ impl Server {
     ) {
         let conn = session::connection(stream, stop);
         let greeted = conn.and_then(|conn| {
-            let late = || silent(options.handshake_timeout);
+            let late = || DropReason::NoVersion(options.handshake_timeout);
             let first = conn.first_command(options.handshake_timeout).map_err(|error| error.or_late(late))?;
             Ok((conn, first))
         });
         match greeted {
             Ok((conn, first)) => session::serve(conn, &first, backend, options, stop),
-            Err(error) if error.drops_peer() => session::warn_of_drop(&error.why()),
-            Err(_) => {}
+            Err(error) => {
+                if let Some(why) = error.drops_peer() {
+                    backend.server_event(&ServerEvent::ClientDropped(why));
+                }
+            }
         }
     }
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_types::{error_chain, printable};
 
 use super::argsz::check_request;
 use super::backend::{Backend, IrqRequest, IrqRequestData};
@@ -19,6 +18,7 @@ use crate::codec::{
     TwinSocket, VersionCapabilities, VersionPayload,
 };
 use crate::conn::{Conn, ConnError, SocketMessage, Unfit};
+use crate::event::{DropReason, ServerEvent};
 use crate::model::{IovaRange, IrqAction};
 
 /// The version that is spoken, see the client.
@@ -84,11 +84,6 @@ pub(super) fn connection(stream: UnixStream, stop: &StopHandle) -> Result<Conn, 
     conn.map_err(|errno| ConnError::system("making an eventfd for it", errno))
 }
 
-/// Says why a client that would have stayed is dropped.
-pub(super) fn warn_of_drop(why: &str) {
-    tracing::warn!("a client was dropped: {}", printable(why));
-}
-
 /// Serves a client, whose first message has come, until it leaves, breaks the protocol, or `stop` is used.
 pub(super) fn serve(
     conn: Conn,
@@ -102,9 +97,7 @@ pub(super) fn serve(
         Ok(negotiated) => negotiated,
         Err(error) => {
             conn.end(&error);
-            if let Some(why) = conn.dropped_for() {
-                warn_of_drop(&why);
-            }
+            tell_drop(&conn, backend);
             return;
         }
     };
@@ -121,14 +114,19 @@ pub(super) fn serve(
     if let Err(error) = session.run(&conn, options) {
         conn.end(&error);
     }
-    if let Some(why) = conn.dropped_for() {
-        warn_of_drop(&why);
-    }
+    tell_drop(&conn, backend);
     if let Some(twin) = dma.1 {
         twin.kill("the client left");
     }
     session.take_back();
     backend.client_gone();
+}
+
+/// Tells why a client was dropped, if it was.
+fn tell_drop(conn: &Conn, backend: &dyn Backend) {
+    if let Some(why) = conn.dropped_for() {
+        backend.server_event(&ServerEvent::ClientDropped(why));
+    }
 }
 
 /// The channel for DMA, and the twin socket if that is what it uses.
@@ -213,11 +211,15 @@ impl Session<'_> {
         let limit = options.message_timeout;
         loop {
             let begun = conn.next_command(limit);
-            let mut message = begun
-                .map_err(|error| error.or_late(|| format!("a command was not whole within {limit:?}")))?;
+            let mut message = begun.map_err(|error| {
+                error.or_late(|| DropReason::Late(format!("a command was not whole within {limit:?}")))
+            })?;
             let header = message.header;
             let no_reply = |error: ConnError| {
-                error.or_late(|| format!("it did not take the reply to {} within {limit:?}", header.command))
+                error.or_late(|| {
+                    let command = header.command;
+                    DropReason::Late(format!("it did not take the reply to {command} within {limit:?}"))
+                })
             };
             match self.execute(&mut message) {
                 Ok(reply) => {
@@ -226,7 +228,7 @@ impl Session<'_> {
                     self.keep_scratch(reply.body);
                 }
                 Err(errno) => {
-                    self.warn_of_shortage(header.command, errno);
+                    self.tell_shortage(header.command, errno);
                     let kind = Kind::Error(errno.raw_os_error().unsigned_abs());
                     conn.reply(&header, kind, &[], &[], limit).map_err(no_reply)?;
                 }
@@ -236,14 +238,14 @@ impl Session<'_> {
         }
     }
 
-    /// Says once of a client that a command failed since the system is short of something: the client hears no more than the errno.
-    fn warn_of_shortage(&mut self, command: Command, errno: Errno) {
+    /// Tells once of a client that a command failed since the system is short of something.
+    fn tell_shortage(&mut self, command: Command, errno: Errno) {
         if !matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) || self.told_shortage
         {
             return;
         }
         self.told_shortage = true;
-        tracing::warn!("{command} failed: {}", error_chain(&errno));
+        self.backend.server_event(&ServerEvent::CommandFailed { command, errno });
     }
 
     fn execute(&mut self, message: &mut SocketMessage) -> Result<Reply, Errno> {

@@ -127,7 +127,7 @@ fn a_server_outlives_a_shortage_of_descriptors() {
             connect(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
             let warning = warnings.recv_timeout(Duration::from_secs(60)).unwrap();
             assert!(warning.starts_with("a client could not be accepted; trying again: "), "{warning}");
-            assert_eq!(warning.matches("RLIMIT_NOFILE").count(), 1, "{warning}");
+            assert!(warning.ends_with("(os error 24)"), "{warning}");
             assert!(!serving.is_finished());
             setrlimit(Resource::Nofile, before).unwrap();
             let client = Client::from_stream(socket, ClientOptions::default()).unwrap();

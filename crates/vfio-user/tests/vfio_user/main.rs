@@ -5,6 +5,7 @@ mod by_hand;
 mod codec;
 mod commands;
 mod dma;
+mod drop_reasons;
 mod foreign_clients;
 mod foreign_servers;
 mod interop;

@@ -12,9 +12,10 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vfio_user_peer::{
-    Backend, Client, ClientOptions, DeviceInfo, DmaChannel, DmaHandler, DmaMapping, Errno, Extension, IoFd,
-    IoFdKind, IovaRange, IrqAction, IrqInfo, IrqRequest, IrqRequestData, MigrationFlags, MigrationState,
-    MmapArea, OnConnect, PrecopyInfo, RegionInfo, Server, ServerOptions, StopHandle, irq_index, region_index,
+    Backend, Client, ClientOptions, DeviceInfo, DmaChannel, DmaHandler, DmaMapping, DropReason, Errno,
+    Extension, IoFd, IoFdKind, IovaRange, IrqAction, IrqInfo, IrqRequest, IrqRequestData, MigrationFlags,
+    MigrationState, MmapArea, OnConnect, PrecopyInfo, RegionInfo, Server, ServerEvent, ServerOptions,
+    StopHandle, irq_index, region_index,
 };
 
 pub const CONFIG_SIZE: u64 = 256;
@@ -37,6 +38,9 @@ pub struct State {
     pub dma: Option<DmaChannel>,
     pub clients: u32,
     pub gone: u32,
+    pub drops: Vec<DropReason>,
+    /// The last client that was dropped was not gone when it was told of.
+    pub dropped_before_gone: bool,
     pub fail_arc: Option<MigrationState>,
     /// Half of the eventfds are connected, and the request fails.
     pub fail_irqs: bool,
@@ -83,6 +87,8 @@ impl Device {
             dma: None,
             clients: 0,
             gone: 0,
+            drops: Vec::new(),
+            dropped_before_gone: false,
             fail_arc: None,
             fail_irqs: false,
         };
@@ -326,6 +332,15 @@ impl Backend for Device {
         let mut state = self.state.lock().unwrap();
         state.dma = None;
         state.gone += 1;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn server_event(&self, event: &ServerEvent) {
+        let ServerEvent::ClientDropped(why) = event else { return };
+        let mut state = self.state.lock().unwrap();
+        state.drops.push(why.clone());
+        state.dropped_before_gone = state.gone < state.clients;
         drop(state);
         self.changed.notify_all();
     }
