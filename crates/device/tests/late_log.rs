@@ -11,9 +11,10 @@ use vfio_migration_device::{
     CapabilitiesError, Device, DeviceError, DmaAccess, PciHardware, VfioUserDevice, VfioUserOptions, is_late,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{Bitmap, Gpa, Granule, Iova, MigrationFlags, MigrationState, PAGE_SIZE, Range};
+use vfio_migration_types::{Bitmap, Gpa, Granule, Iova, PAGE_SIZE, Range};
 use vfio_user_peer::{
-    Backend, DeviceInfo, DmaMapping, Errno, IovaRange, IrqInfo, IrqRequest, RegionInfo, Server, StopHandle,
+    Backend, DeviceInfo, DmaMapping, Errno, IovaRange, IrqInfo, IrqRequest, MigrationFlags, MigrationState,
+    RegionInfo, Server, StopHandle,
 };
 
 /// What the server has for an answer.
@@ -98,7 +99,7 @@ impl Backend for Gated {
 
     fn migration_flags(&self) -> Result<MigrationFlags, Errno> {
         self.ask("flags")?;
-        Ok(MigrationFlags { p2p: false, pre_copy: true })
+        Ok(MigrationFlags::new(false, true))
     }
 
     fn mig_state(&self) -> Result<MigrationState, Errno> {

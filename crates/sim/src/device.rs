@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
-use vfio_migration_types::MigrationState;
+use vfio_user_peer::MigrationState;
 
 use crate::dma::DmaTarget;
 use crate::engine;

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use vfio_migration_types::MigrationState;
+use vfio_user_peer::MigrationState;
 
 use crate::error::{Name, errno_by_name};
 

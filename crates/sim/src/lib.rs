@@ -38,4 +38,4 @@ pub use options::{MAX_STATE_SIZE, Options};
 pub use saving::SamplePrecopy;
 pub use serve::{SampleBackend, ServeError, serve};
 pub use stream::MODEL;
-pub use vfio_user_peer::StopHandle;
+pub use vfio_user_peer::{MigrationFlags, MigrationState, StopHandle};

@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use vfio_migration_types::{ArcError, Bitmap, Granule, MigrationFlags, MigrationState, PAGE_SIZE, path};
-use vfio_user_peer::StopHandle;
+use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE};
+use vfio_user_peer::{ArcError, MigrationFlags, MigrationState, StopHandle};
 
 use crate::bulk::PAGE;
 use crate::device::SampleDevice;
@@ -51,7 +51,9 @@ impl SampleDevice {
     /// EINVAL for a transition that no device takes. When an arc fails the device stays in the last state reached.
     pub fn set_state(&self, to: MigrationState) -> Result<(), SimError> {
         let mut migration = lock(&self.migration);
-        let steps = path(self.state(), to, self.migration_flags())
+        let steps = self
+            .state()
+            .path_to(to, self.migration_flags())
             .map_err(|error: ArcError| invalid(error.to_string()))?;
         for next in steps {
             let from = self.state();

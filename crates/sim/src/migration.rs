@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use rustix::io::Errno;
-use vfio_migration_types::{Bitmap, MigrationState};
+use vfio_migration_types::Bitmap;
+use vfio_user_peer::MigrationState;
 
 use crate::error::{SimError, invalid};
 use crate::regs::Registers;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use vfio_migration_types::{MigrationFlags, PAGE_SIZE};
+use vfio_migration_types::PAGE_SIZE;
+use vfio_user_peer::MigrationFlags;
 
 use crate::error::{SimError, invalid};
 use crate::fault::Fault;
@@ -92,7 +93,7 @@ impl Options {
 
     /// Features of migration with these options.
     pub fn flags(&self) -> MigrationFlags {
-        MigrationFlags { p2p: self.p2p && self.extension, pre_copy: self.precopy }
+        MigrationFlags::new(self.p2p && self.extension, self.precopy)
     }
 
     /// The version as manifests write it.

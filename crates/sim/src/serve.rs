@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
-use vfio_migration_types::{MigrationFlags, MigrationState, error_chain};
+use vfio_migration_types::error_chain;
 use vfio_user_peer::{
     Backend, DeviceInfo, DmaChannel, DmaMapping, Extension, IoFd, IoFdKind, IovaRange, IrqAction, IrqInfo,
-    IrqRequest, IrqRequestData, MmapArea, PrecopyInfo, RegionInfo, Server, ServerError, ServerEvent,
-    StopHandle,
+    IrqRequest, IrqRequestData, MigrationFlags, MigrationState, MmapArea, PrecopyInfo, RegionInfo, Server,
+    ServerError, ServerEvent, StopHandle,
 };
 
 use crate::device::SampleDevice;

@@ -8,8 +8,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 use vfio_migration_memory::Mapping;
-use vfio_migration_types::MigrationState;
-use vfio_user_peer::StopHandle;
+use vfio_user_peer::{MigrationState, StopHandle};
 
 use crate::bulk::BulkState;
 use crate::dma::DmaTable;

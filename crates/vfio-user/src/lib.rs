@@ -25,6 +25,7 @@ pub mod codec;
 mod conn;
 mod error;
 mod event;
+mod migration_state;
 mod model;
 mod server;
 
@@ -32,6 +33,7 @@ pub use client::{Client, ClientOptions, DmaHandler, Negotiated, OnConnect, Recov
 pub use codec::{Extension, Feature, FeatureOp};
 pub use error::{ClientError, ServerError};
 pub use event::{DropReason, ServerEvent};
+pub use migration_state::{ArcError, MigrationFlags, MigrationState, UnknownState};
 pub use model::{
     DeviceInfo, DmaMapping, IoFd, IoFdKind, IovaRange, IrqAction, IrqData, IrqInfo, MmapArea, PrecopyInfo,
     Prot, RegionInfo, RegionWrite, irq_index, region_index,
@@ -39,7 +41,6 @@ pub use model::{
 /// Error numbers, as they travel in replies.
 pub use rustix::io::Errno;
 pub use server::{Backend, DmaChannel, IrqRequest, IrqRequestData, Server, ServerOptions, StopHandle};
-pub use vfio_migration_types::{MigrationFlags, MigrationState};
 
 /// The README's example compiles.
 #[cfg(doctest)]

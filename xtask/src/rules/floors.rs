@@ -21,7 +21,7 @@ const fn floor(name: &'static str, uses: &'static [&'static str], tests: &'stati
 const FLOORS: [Floor; 15] = [
     floor("types", &[], &[]),
     floor("uapi", &["types"], &[]),
-    floor("vfio-user", &["types"], &[]),
+    floor("vfio-user", &[], &[]),
     floor("wire", &["types"], &[]),
     floor("compat", &["types"], &[]),
     floor("memory", &["types", "uapi"], &[]),

@@ -12,6 +12,7 @@ use vfio_user_peer::{Client, ClientError, ClientOptions, OnConnect, irq_index};
 use super::dirty::ServerLog;
 use super::dma::GuestDma;
 use super::port::ServerPort;
+use super::states::shared_flags;
 use crate::contract::NotMigratable;
 use crate::error::DeviceError;
 use crate::hardware::{PciRegion, RegionIndex};
@@ -230,7 +231,9 @@ impl ServedDevice {
 /// The server has not answered.
 fn find_flags(client: &Client) -> Result<Result<MigrationFlags, NotMigratable>, ClientError> {
     match client.migration_flags() {
-        Ok(flags) => Ok(flags.ok_or_else(|| NotMigratable("its server does not implement migration".into()))),
+        Ok(flags) => Ok(flags
+            .map(shared_flags)
+            .ok_or_else(|| NotMigratable("its server does not implement migration".into()))),
         Err(nonsense @ ClientError::Protocol { .. }) => {
             Ok(Err(NotMigratable(format!("its server does not say whether it can: {nonsense}"))))
         }

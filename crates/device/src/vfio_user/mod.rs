@@ -9,3 +9,4 @@ mod dma;
 mod hardware;
 mod migrate;
 mod port;
+mod states;

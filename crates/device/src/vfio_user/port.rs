@@ -5,6 +5,7 @@ use std::sync::Arc;
 use vfio_migration_types::MigrationState;
 use vfio_user_peer::Client;
 
+use super::states::{peer_state, shared_state};
 use crate::contract::PrecopyProgress;
 use crate::session::port::{Port, PortError, PortStream};
 
@@ -18,7 +19,7 @@ struct ServerStream(Arc<Client>);
 
 impl Port for ServerPort {
     fn state(&self) -> Result<MigrationState, PortError> {
-        Ok(self.0.mig_state()?)
+        Ok(shared_state(self.0.mig_state()?))
     }
 
     fn set_state(
@@ -26,7 +27,7 @@ impl Port for ServerPort {
         from: MigrationState,
         to: MigrationState,
     ) -> Result<Option<Box<dyn PortStream>>, PortError> {
-        self.0.set_mig_state(to)?;
+        self.0.set_mig_state(peer_state(to))?;
         let opens = (to.is_saving() && !from.is_saving()) || to == MigrationState::Resuming;
         Ok(opens.then(|| Box::new(ServerStream(self.0.clone())) as Box<dyn PortStream>))
     }

@@ -7,7 +7,7 @@ use crate::support::{self, LIMIT, busy, device, options, read_all, resume, until
 use rustix::io::Errno;
 use vfio_migration_sim::driver::{DriverConfig, P2pTarget, RAM_SIZE, TestDriver};
 use vfio_migration_sim::{Options, SampleDevice, StateRead};
-use vfio_migration_types::MigrationState::{
+use vfio_user_peer::MigrationState::{
     Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy,
 };
 

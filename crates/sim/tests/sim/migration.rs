@@ -8,10 +8,10 @@ use rustix::io::Errno;
 use vfio_migration_sim::driver::{DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
 use vfio_migration_sim::regs::offset;
 use vfio_migration_sim::{Options, SampleDevice, StateRead};
-use vfio_migration_types::MigrationState::{
+use vfio_user_peer::MigrationFlags;
+use vfio_user_peer::MigrationState::{
     self, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy,
 };
-use vfio_migration_types::{MigrationFlags, path};
 
 /// The state of a device that was stopped at once.
 fn snapshot(device: &SampleDevice) -> Vec<u8> {
@@ -38,7 +38,7 @@ fn every_transition_of_every_kind_of_device_goes_as_the_table_says() {
                 if from == Resuming {
                     device.write_data(&state).unwrap();
                 }
-                match path(from, to, flags) {
+                match from.path_to(to, flags) {
                     Ok(_) => {
                         device.set_state(to).unwrap();
                         assert_eq!(device.state(), to, "{from} to {to} with {flags:?}");

@@ -10,7 +10,7 @@ use vfio_migration_memory::Mapping;
 use vfio_migration_sim::driver::{BlockFindings, DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
 use vfio_migration_sim::regs::{RING_ERROR, offset};
 use vfio_migration_sim::{DmaTarget, MessageDma, SampleDevice};
-use vfio_migration_types::MigrationState::{Running, RunningP2p, Stop, StopCopy};
+use vfio_user_peer::MigrationState::{Running, RunningP2p, Stop, StopCopy};
 
 fn read64(device: &SampleDevice, at: u64) -> u64 {
     let mut bytes = [0; 8];

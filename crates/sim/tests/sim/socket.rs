@@ -11,12 +11,10 @@ use vfio_migration_memory::Mapping;
 use vfio_migration_sim::driver::{DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
 use vfio_migration_sim::regs::offset;
 use vfio_migration_sim::{Options, SampleBackend, SampleDevice, StopHandle, serve};
-use vfio_migration_types::MigrationFlags;
-use vfio_migration_types::MigrationState::{
-    PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy,
-};
+use vfio_user_peer::MigrationState::{PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
 use vfio_user_peer::{
-    Client, ClientOptions, DmaHandler, IovaRange, OnConnect, Prot, Server, ServerError, irq_index,
+    Client, ClientOptions, DmaHandler, IovaRange, MigrationFlags, OnConnect, Prot, Server, ServerError,
+    irq_index,
 };
 
 /// A device served on a socket of its own.
@@ -100,7 +98,7 @@ fn what_a_vmm_learns_of_it() {
     let mut id = [0; 4];
     client.region_read(7, 0, &mut id).unwrap();
     assert_eq!(id, [0x46, 0x56, 0x53, 0x4d]);
-    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags { p2p: true, pre_copy: true }));
+    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags::new(true, true)));
     let manifest = String::from_utf8(client.device_manifest().unwrap()).unwrap();
     for part in ["vfio-migrate.org/sample", "\"1.0.0\"", "\"state_size\":{\"off\":0,\"value\":1048576}"] {
         assert!(manifest.contains(part), "{manifest}");
@@ -164,7 +162,7 @@ fn a_working_pair_moves_between_servers() {
 fn without_the_extension_it_is_plain_vfio_user() {
     let served = Served::new(Options { extension: false, ..options() });
     let client = served.client();
-    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags { p2p: false, pre_copy: true }));
+    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags::new(false, true)));
     assert!(client.precopy_info().is_err() && client.mig_data_size().is_err());
     assert!(client.device_manifest().is_err() && client.set_mig_state(RunningP2p).is_err());
     let mut driver = driver_of(&client, None);

@@ -7,11 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vfio_migration_types::MigrationState;
-
 use super::options::DmaHandler;
 use crate::codec::Extension;
 use crate::conn::Conn;
+use crate::migration_state::MigrationState;
 
 /// The terms that client and server agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

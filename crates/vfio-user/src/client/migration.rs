@@ -1,7 +1,5 @@
 //! Requests about migration: state, data, DMA logging, and what the extension adds.
 
-use vfio_migration_types::{MigrationFlags, MigrationState};
-
 use super::connection::Client;
 use super::device::size_u32;
 use crate::codec::{
@@ -9,6 +7,7 @@ use crate::codec::{
     MigStatePayload, PrecopyPayload,
 };
 use crate::error::ClientError;
+use crate::migration_state::{MigrationFlags, MigrationState};
 use crate::model::{IovaRange, PrecopyInfo};
 
 /// The largest manifest that is taken from a server, in bytes.

@@ -1,11 +1,10 @@
 //! What to do with a device that a former client left in some state.
 
-use rustix::io::Errno;
-use vfio_migration_types::MigrationState;
-
 use super::connection::Client;
 use crate::codec::Command;
 use crate::error::ClientError;
+use crate::migration_state::MigrationState;
+use rustix::io::Errno;
 
 /// Result of [`Client::recover`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

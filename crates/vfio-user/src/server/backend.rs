@@ -1,12 +1,12 @@
 //! The trait that a device implements to be served.
 
 use rustix::io::Errno;
-use vfio_migration_types::{MigrationFlags, MigrationState};
 
 use super::dma::DmaChannel;
 use crate::codec::Extension;
 use crate::error::chain;
 use crate::event::ServerEvent;
+use crate::migration_state::{MigrationFlags, MigrationState};
 use crate::model::{DeviceInfo, DmaMapping, IoFd, IovaRange, IrqAction, IrqInfo, PrecopyInfo, RegionInfo};
 
 /// A SET_IRQS request that passed the server's checks: the range lies within the type's count, the action suits the data.

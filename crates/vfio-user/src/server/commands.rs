@@ -3,7 +3,6 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::io::Errno;
-use vfio_migration_types::MigrationState;
 
 use super::backend::{IrqRequest, IrqRequestData};
 use super::session::{Reply, Session, to_usize};
@@ -11,6 +10,7 @@ use crate::codec::{
     self, DmaMapPayload, DmaUnmapPayload, InfoPayload, IoFdEntry, IoFdsPayload, IrqSetPayload, RegionAccess,
     RegionInfoPayload, irq_flags,
 };
+use crate::migration_state::MigrationState;
 use crate::model::{DmaMapping, IoFdKind, IrqAction, RegionInfo};
 
 type Answer = Result<Reply, Errno>;

@@ -1,7 +1,6 @@
 //! DEVICE_FEATURE, migration data, and the extension's commands.
 
 use rustix::io::Errno;
-use vfio_migration_types::{MigrationFlags, MigrationState, path};
 
 use super::argsz::{check_feature, fits};
 use super::commands::{bad, size_u32};
@@ -10,6 +9,7 @@ use crate::codec::{
     self, FEATURE_GET, FEATURE_INDEX, FEATURE_PROBE, FEATURE_SET, Feature, FeatureHead, LoggingControl,
     LoggingReport, MAX_BITMAP_WORDS, MigDataHead, MigStatePayload, PrecopyPayload,
 };
+use crate::migration_state::{MigrationFlags, MigrationState};
 use crate::model::IovaRange;
 
 type Answer = Result<Reply, Errno>;
@@ -191,7 +191,7 @@ impl Session<'_> {
         let flags = self.backend.migration_flags()?;
         let from = self.backend.mig_state()?;
         let mut known = self.shown(from);
-        for state in path(from, to, flags).map_err(|_| Errno::INVAL)? {
+        for state in from.path_to(to, flags).map_err(|_| Errno::INVAL)? {
             let failed = match self.backend.set_mig_state(state) {
                 Ok(()) => {
                     known = if self.shown(state) == state { state } else { known };
@@ -201,7 +201,7 @@ impl Session<'_> {
             };
             let stays = self.backend.mig_state()?;
             if self.shown(stays) != stays {
-                let back = path(stays, known, flags).unwrap_or_default();
+                let back = stays.path_to(known, flags).unwrap_or_default();
                 // One that does not go back either is in the state that is shown for it.
                 let _ = back.into_iter().try_for_each(|state| self.backend.set_mig_state(state));
             }

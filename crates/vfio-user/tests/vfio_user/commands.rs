@@ -140,7 +140,7 @@ fn maps_and_unmaps_memory() {
 fn migrates() {
     let served = Served::start();
     let client = served.client(quick());
-    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags { p2p: true, pre_copy: true }));
+    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags::new(true, true)));
     assert!(client.probe_feature(Feature::MIG_DEVICE_STATE, FeatureOp::GetSet).unwrap());
     assert!(!client.probe_feature(Feature::MIGRATION, FeatureOp::Set).unwrap());
     assert!(!client.probe_feature(Feature(12), FeatureOp::Set).unwrap());
@@ -230,7 +230,7 @@ fn everything_works_without_the_extension() {
     let served = Served::start();
     let options = ClientOptions { extension: Extension::NONE, ..quick() };
     let client = served.client(options);
-    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags { p2p: false, pre_copy: true }));
+    assert_eq!(client.migration_flags().unwrap(), Some(MigrationFlags::new(false, true)));
     assert!(matches!(client.precopy_info(), Err(ClientError::NotNegotiated(_))));
     assert!(matches!(client.mig_data_size(), Err(ClientError::NotNegotiated(_))));
     assert!(matches!(client.device_manifest(), Err(ClientError::NotNegotiated(_))));

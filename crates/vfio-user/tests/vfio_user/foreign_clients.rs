@@ -195,7 +195,7 @@ fn the_peer_to_peer_states_never_show_without_the_extension() {
         assert_eq!(served.device.state.lock().unwrap().mig, Running);
         assert_eq!(
             client.migration_flags().unwrap(),
-            Some(MigrationFlags { p2p: false, pre_copy: true }),
+            Some(MigrationFlags::new(false, true)),
             "nor does the flag"
         );
     }

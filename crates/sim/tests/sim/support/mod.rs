@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration_sim::driver::{DriverConfig, TestDriver};
 use vfio_migration_sim::{Options, SampleDevice, StateRead};
-use vfio_migration_types::MigrationState;
+use vfio_user_peer::MigrationState;
 
 /// Long enough for any machine; never waited for when all is well.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);

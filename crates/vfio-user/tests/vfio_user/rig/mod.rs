@@ -97,7 +97,7 @@ impl Device {
             changed: Condvar::new(),
             mailbox: Arc::new(memfd(1 << 20)),
             doorbell: Arc::new(event()),
-            flags: Some(MigrationFlags { p2p: true, pre_copy: true }),
+            flags: Some(MigrationFlags::new(true, true)),
             extension: Extension::ALL,
             vectors: 200,
         }

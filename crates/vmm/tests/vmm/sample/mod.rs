@@ -7,9 +7,8 @@ use std::sync::Arc;
 use vfio_migration_device::{ConfigRules, IrqRouter, PciFunction, PciState};
 use vfio_migration_memory::GuestRam;
 use vfio_migration_pci::{Devfn, PciBus, PciHost, VfioPciFunction, map_guest_ram};
-use vfio_migration_sim::{Options, StateRead};
+use vfio_migration_sim::{MigrationState, Options, StateRead};
 use vfio_migration_types::Gpa;
-use vfio_migration_types::MigrationState;
 use vfio_migration_vmm::layout;
 
 pub(crate) use hardware::Hardware;
