@@ -5,7 +5,10 @@
 //!
 //! * [`Client`] connects, negotiates, and offers every command as a method with a deadline;
 //! * [`Server`] listens and serves a [`Backend`], the trait that a device implements;
-//! * [`codec`] is the protocol without any I/O: headers, payloads and the version negotiation.
+//! * [`codec`] is the protocol without any I/O: headers, payloads and the version negotiation. It is for tests and tools that
+//!   speak by hand, and no part of what this crate's versions promise.
+//!
+//! `examples/copier.rs` is a device with DMA, MSI-X, a log of its writes and migration; `examples/migrate.rs` moves it.
 //!
 //! It speaks version 0.9 of the specification as QEMU (`docs/interop/vfio-user.rst`) and libvfio-user publish it,
 //! with migration (`DEVICE_FEATURE`, `MIG_DATA_READ`, `MIG_DATA_WRITE`), DMA logging, server-to-client DMA on one

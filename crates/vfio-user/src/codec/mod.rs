@@ -1,4 +1,4 @@
-//! The protocol without I/O: headers, payloads, negotiation.
+//! The protocol without I/O: headers, payloads, negotiation. **Unstable**: it may change in any version of this crate.
 //!
 //! Every decoder takes a bounded slice and returns an error instead of panicking, whatever the bytes; every encoder
 //! appends to a vector. Numbers are in the byte order of the host, as the specification has it: both ends are on one
