@@ -6,6 +6,7 @@ use std::time::Duration;
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_memory::DirtySource;
 use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState};
+use vfio_user_peer::QuestionLimit;
 
 use crate::error::{DeviceError, TransitionError};
 
@@ -97,6 +98,13 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// (`transition`), or to anything else. `None`: until it comes, as for a kernel driver.
     fn answer_limit(&self, transition: bool) -> Option<Duration> {
         let _ = transition;
+        None
+    }
+
+    /// Gives all that the calling thread asks of it, by whichever trait, until what is returned is dropped, `limit` together, with the
+    /// time for which others' requests to it are waited for. `None` where the back end waits until the answer comes.
+    fn limit_question(&self, limit: Duration) -> Option<QuestionLimit> {
+        let _ = limit;
         None
     }
 }

@@ -40,4 +40,5 @@ pub use pci::{
 pub use pci_codec::PciCodecError;
 pub use session::error::SessionError;
 pub use vfio_user::device::{VfioUserDevice, VfioUserOptions};
+pub use vfio_user_peer::QuestionLimit;
 pub use watch::{DeviceObserver, WatchedDevice};

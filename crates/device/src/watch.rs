@@ -15,6 +15,7 @@ use crate::contract::{
     SavingSession,
 };
 use crate::error::{DeviceError, TransitionError};
+use vfio_user_peer::QuestionLimit;
 
 /// The observer of a [`WatchedDevice`]. Each method is called on the thread that uses the device, and by default lets
 /// all pass.
@@ -164,6 +165,10 @@ impl Device for WatchedDevice {
 
     fn answer_limit(&self, transition: bool) -> Option<Duration> {
         self.device.answer_limit(transition)
+    }
+
+    fn limit_question(&self, limit: Duration) -> Option<QuestionLimit> {
+        self.device.limit_question(limit)
     }
 }
 

@@ -32,7 +32,7 @@ mod migration_state;
 mod model;
 mod server;
 
-pub use client::{Client, ClientOptions, DmaHandler, Negotiated, OnConnect, Recovery};
+pub use client::{Client, ClientOptions, DmaHandler, Negotiated, OnConnect, QuestionLimit, Recovery};
 pub use codec::{Extension, Feature, FeatureOp};
 pub use error::{ClientError, ServerError};
 pub use event::{DropReason, ServerEvent};

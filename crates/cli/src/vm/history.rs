@@ -18,6 +18,7 @@ use crate::control::protocol::MigrationInfo;
 use crate::control::security::SecurityInfo;
 use crate::history::{FILE_MAX, HISTORY, HistoryRecord, LINE_MAX, OLDER, SessionKind, ending};
 use crate::units::milliseconds;
+use crate::verdict;
 
 /// Target of the lines that are said by default.
 const SESSION: &str = "session";
@@ -31,10 +32,17 @@ const MOST_REASONS: usize = 16;
 pub(super) fn session_began(attempt: &AttemptInfo, direction: &str) {
     let kind = kind(attempt.kind).name();
     let way = if direction == "incoming" { "from" } else { "to" };
-    let how = security(attempt).map_or(String::new(), |security| security.text());
     let AttemptInfo { vm, peer, attempt, .. } = attempt;
     let (of, peer) = (of_vm(*vm), printable(peer));
-    tracing::info!(target: SESSION, "{kind}{of} {way} {peer} begins (attempt {attempt}){how}");
+    tracing::info!(target: SESSION, "{kind}{of} {way} {peer} begins (attempt {attempt})");
+}
+
+/// Says how the connection of a session is secured.
+pub(super) fn session_connected(attempt: &AttemptInfo, direction: &str) {
+    let Some(how) = security(attempt).and_then(|security| security.sentence()) else { return };
+    let way = if direction == "incoming" { "from" } else { "to" };
+    let (kind, of, peer) = (kind(attempt.kind).name(), of_vm(attempt.vm), printable(&attempt.peer));
+    tracing::info!(target: SESSION, "{kind}{of} {way} {peer} is connected {how}");
 }
 
 /// The VM that a session is about, where one is named.
@@ -75,7 +83,9 @@ pub(super) fn session_ended(dir: Option<&Path>, progress: &Progress, info: &Migr
 /// Says how a session ended, and writes it down.
 pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKind, info: MigrationInfo) {
     let way = if info.direction.as_deref() == Some("incoming") { "from" } else { "to" };
-    let why = info.error.as_ref().map_or(String::new(), |error| format!(": {}", printable(error)));
+    let why = verdict::why(&info).unwrap_or_default();
+    let mut lines = why.lines();
+    let why = lines.next().map_or(String::new(), |why| format!(": {why}"));
     tracing::info!(
         target: SESSION,
         "{}{} {way} {}: {}{why}",
@@ -84,6 +94,10 @@ pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKin
         printable(&attempt.peer),
         ending(&info)
     );
+    // The reasons of a refusal, as everywhere.
+    for line in lines {
+        tracing::info!(target: SESSION, "{line}");
+    }
     for failure in &info.left_undone {
         tracing::info!(target: SESSION, "left undone: {}", printable(&failure.text));
     }

@@ -25,6 +25,9 @@ use crate::tls_options::check_chosen;
 
 /// Time for which the destination still answers a source that lost the answer to its COMMIT.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
+/// Longest wait for the end of a wait that was cancelled, and how often it is looked for.
+const CANCELLED: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Pause between two tries to build the machine of a `vm` that waits.
 const BUILD_EVERY: Duration = Duration::from_secs(1);
 
@@ -46,8 +49,21 @@ pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
     begun
 }
 
+/// Waits until a wait that was cancelled is over: its machine is being given up.
+fn outlast_cancelled(vm: &RunningVm) {
+    let begun = Instant::now();
+    let ending = || match vm.state.steering() {
+        Some(Steering::Incoming(control)) => control.cancelled().is_some() && control.progress().is_none(),
+        Some(Steering::Outgoing(_)) | None => false,
+    };
+    while ending() && begun.elapsed() < CANCELLED {
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
 /// Reserves the slot for a guest, unless one is here or awaited, and returns what was in it. [`listen`] may follow.
 pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
+    outlast_cancelled(vm);
     let (under_way, waits) =
         vm.state.read(|slot, steering, _| (steering.is_some(), matches!(slot, Slot::Awaited { .. })));
     if under_way {
@@ -160,6 +176,7 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
         vm.publisher.publish(&ControlEvent::of_migration(&info::incoming(&progress)));
         if let Some(attempt) = &progress.attempt {
             history::session_began(attempt, "incoming");
+            history::session_connected(attempt, "incoming");
         }
     }
     let memory = vm.options.memory.is_none().then(|| offer.manifest.memory());

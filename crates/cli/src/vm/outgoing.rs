@@ -105,10 +105,15 @@ pub(super) fn begin(
 pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
     let mut last = (0, false);
     let mut told = Vec::new();
-    let mut began = false;
+    let (mut began, mut connected) = (false, false);
     move |progress| {
-        if let Some(attempt) = progress.attempt.as_ref().filter(|_| !std::mem::replace(&mut began, true)) {
-            history::session_began(attempt, "outgoing");
+        if let Some(attempt) = &progress.attempt {
+            if !std::mem::replace(&mut began, true) {
+                history::session_began(attempt, "outgoing");
+            }
+            if attempt.security.is_some() && !std::mem::replace(&mut connected, true) {
+                history::session_connected(attempt, "outgoing");
+            }
         }
         let info = info::outgoing(progress);
         if progress.iteration != last.0 {

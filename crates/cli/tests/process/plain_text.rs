@@ -135,7 +135,7 @@ fn plain_text_is_told_as_what_it_is() {
     assert!(output.status.success() && told.contains("connection: in plain text\n"), "{output:?}");
     assert!(log_a().contains(&warning), "{}", log_a());
     for log in [log_a(), log_b()] {
-        assert!(log.contains("), in plain text"), "{log}");
+        assert!(log.contains(" is connected in plain text"), "{log}");
     }
     for vm in [&a, &b] {
         let security = &vm.migration()["security"];

@@ -9,7 +9,7 @@ use rustix::net::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{Process, Setup, Vm, run, until};
+use crate::support::{Process, Setup, Vm, command, run, until};
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -123,4 +123,66 @@ fn a_receiver_whose_device_does_not_answer_names_it() {
     source.call("migrate-cancel", Value::Null).unwrap();
     source.ended();
     signal(&receiver.devices[0], Signal::CONT);
+}
+
+/// The guest asks its device too, and the session waits behind that: the limit that it tells is the one that it keeps. What it waits
+/// for is part of it from the first moment on, by which it is said to have begun.
+#[test]
+fn the_limit_that_is_told_is_kept_and_counts_from_when_it_began() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, said, file) = (dir.path().join("state"), dir.path().join("said"), dir.path().join("file"));
+    let vm_arguments = &["--state-dir", text(&state), "--exit-with-stdin"];
+    let setup = Setup { vm_arguments, ..Setup::new(dir.path(), "a") };
+    let (devices, words) = setup.prepare();
+    let child = command(&words.iter().map(String::as_str).collect::<Vec<_>>())
+        .stdin(std::process::Stdio::piped())
+        .stderr(std::fs::File::create(&said).unwrap())
+        .spawn()
+        .unwrap();
+    let source = Vm { process: Process::of(child), devices, control: dir.path().join("a.control") };
+    until("the control socket", || source.try_call("query", Value::Null)).expect("query");
+    source.warm();
+    signal(&source.devices[0], Signal::STOP);
+    let receiver = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let receiver = receiver.start();
+    let to = receiver.incoming();
+    for (verb, arguments, what) in [
+        ("save", json!({"path": text(&file)}), "save of VM"),
+        ("migrate", json!({"uri": to}), "migration of VM"),
+    ] {
+        source.call(verb, arguments).unwrap();
+        let session = waiting(&source);
+        let limit = session["waits-for"][0]["limit-ms"].as_u64().unwrap();
+        let begun = std::fs::read_to_string(&said).unwrap();
+        assert!(
+            begun.lines().any(|line| line.contains(what) && line.contains(" begins (attempt ")),
+            "{begun}"
+        );
+        let ended = source.ended();
+        assert_eq!(
+            (&ended["status"], &ended["failure"]["device"]),
+            (&json!("failed"), &json!("dev0")),
+            "{ended}"
+        );
+        let total = ended["total-ms"].as_u64().unwrap();
+        // A busy host adds to it, but not another question, nor the guest's own.
+        assert!((limit - 1_000..limit + 6_000).contains(&total), "{verb} told {limit} ms: {ended}");
+    }
+    signal(&source.devices[0], Signal::CONT);
+    // What it did not answer is not taken for something that it does not have.
+    let moved = source.migrate(&to, json!({}));
+    assert_eq!(moved["status"], "completed", "{moved}");
+    let history = run(&["history", "--state-dir", text(&state), "--json"]);
+    let history: Value = serde_json::from_slice(&history.stdout).unwrap();
+    for record in history["records"].as_array().unwrap() {
+        let at = |which: &str| seconds_of_day(record[which].as_str().unwrap());
+        let took = (at("ended") + 86_400 - at("began")) % 86_400;
+        assert!(took + 1 >= record["migration"]["total-ms"].as_u64().unwrap() / 1000, "{record}");
+    }
+}
+
+/// The time of day in `2026-11-30T16:20:57Z`, in seconds.
+fn seconds_of_day(time: &str) -> u64 {
+    let parts = time[11..19].split(':').map(|part| part.parse::<u64>().unwrap());
+    parts.fold(0, |seconds, part| seconds * 60 + part)
 }

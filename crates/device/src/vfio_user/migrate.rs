@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use vfio_migration_compat::{DeviceManifest, DirtyTracking};
 use vfio_migration_types::{DeviceId, MigrationState};
+use vfio_user_peer::QuestionLimit;
 
 use super::device::{ServedDevice, VfioUserDevice};
 use crate::contract::{
@@ -101,6 +102,10 @@ impl Device for VfioUserDevice {
     fn answer_limit(&self, transition: bool) -> Option<Duration> {
         let (of_transition, of_any) = self.inner.limits;
         Some(if transition { of_transition } else { of_any })
+    }
+
+    fn limit_question(&self, limit: Duration) -> Option<QuestionLimit> {
+        Some(self.inner.client.limit_question(limit))
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
     Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, PciError, Position,
-    PrecopyProgress, ResumingSession, SavingSession, TransitionError, is_late,
+    PrecopyProgress, QuestionLimit, ResumingSession, SavingSession, TransitionError, is_late,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
@@ -33,7 +33,8 @@ pub(crate) fn tracked(moved: MigratableDevice, answers: &AwaitedAnswers) -> Migr
     MigratableDevice { device: Arc::new(TrackedDevice { requests, log }), pci }
 }
 
-/// Asks each device that can migrate a question, before the VMM asks them for its manifest: one that does not answer is named then.
+/// Asks each device a question, before the VMM asks them for its manifest, and before they are asked for anything else: one that does
+/// not answer is named then. One that cannot migrate may answer it by an error.
 pub(crate) fn all_answer(devices: &[MigratableDevice]) -> Result<(), DeviceError> {
     devices.iter().try_for_each(|moved| match moved.device.capabilities() {
         Ok(_) => moved.device.state().map(drop),
@@ -49,13 +50,28 @@ pub(crate) fn ask_pci<T>(
     ask: impl FnOnce() -> Result<T, PciError>,
 ) -> Result<T, PciError> {
     let device = &moved.device;
-    let wait = answers.wait(Some(device.id()), Request::PciState, device.answer_limit(false));
+    let wait = BoundedWait::new(answers, &**device, Request::PciState, false);
     let answer = ask();
     // A function may answer without its device, so that nothing follows from another answer.
     if answer.as_ref().is_err_and(|error| is_late(error)) {
-        answers.is_late(&wait, device.answer_limit(true));
+        answers.is_late(&wait.wait, device.answer_limit(true));
     }
     answer
+}
+
+/// A wait for a device's answer, which ends by the limit that is told.
+#[derive(Debug)]
+pub(crate) struct BoundedWait {
+    wait: Wait,
+    _limit: Option<QuestionLimit>,
+}
+
+impl BoundedWait {
+    fn new(answers: &AwaitedAnswers, device: &dyn Device, request: Request, transition: bool) -> Self {
+        let limit = device.answer_limit(transition);
+        let wait = answers.wait(Some(device.id()), request, limit);
+        Self { wait, _limit: limit.and_then(|limit| device.limit_question(limit)) }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -67,9 +83,9 @@ struct Requests {
 }
 
 impl Requests {
-    fn wait(&self, request: Request) -> Wait {
+    fn wait(&self, request: Request) -> BoundedWait {
         let transition = matches!(request, Request::Transition { .. } | Request::Reset);
-        self.answers.wait(Some(self.device.id()), request, self.device.answer_limit(transition))
+        BoundedWait::new(&self.answers, &*self.device, request, transition)
     }
 
     /// Asks the device, which answers in its own words, or is late.
@@ -81,7 +97,7 @@ impl Requests {
         let wait = self.wait(request);
         let answer = ask();
         match &answer {
-            Err(error) if is_late(error) => self.answers.is_late(&wait, self.device.answer_limit(true)),
+            Err(error) if is_late(error) => self.answers.is_late(&wait.wait, self.device.answer_limit(true)),
             _ => self.answers.answered(self.device.id()),
         }
         answer
@@ -178,6 +194,10 @@ impl Device for TrackedDevice {
     fn answer_limit(&self, transition: bool) -> Option<Duration> {
         self.requests.device.answer_limit(transition)
     }
+
+    fn limit_question(&self, limit: Duration) -> Option<QuestionLimit> {
+        self.requests.device.limit_question(limit)
+    }
 }
 
 /// The log of a device that has one.
@@ -193,7 +213,7 @@ impl TrackedLog {
         };
         // A log may answer without its device, so that nothing follows from another answer.
         if answer.as_ref().is_err_and(|error| is_late(error)) {
-            self.0.answers.is_late(&wait, self.0.device.answer_limit(true));
+            self.0.answers.is_late(&wait.wait, self.0.device.answer_limit(true));
         }
         answer
     }
@@ -249,7 +269,7 @@ impl SavingSession for Tracked<Box<dyn SavingSession>> {
         let progress = self.session.progress();
         // One that has no estimates was not asked.
         if progress.as_ref().is_err_and(|error| is_late(error)) {
-            self.requests.answers.is_late(&wait, self.requests.device.answer_limit(true));
+            self.requests.answers.is_late(&wait.wait, self.requests.device.answer_limit(true));
         }
         progress
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
     Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, Position, PrecopyProgress,
-    ResumingSession, SavingSession, TransitionError,
+    QuestionLimit, ResumingSession, SavingSession, TransitionError,
 };
 use vfio_migration_memory::{DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
@@ -118,6 +118,10 @@ impl Device for FaultyDevice {
 
     fn answer_limit(&self, transition: bool) -> Option<Duration> {
         self.device.answer_limit(transition)
+    }
+
+    fn limit_question(&self, limit: Duration) -> Option<QuestionLimit> {
+        self.device.limit_question(limit)
     }
 }
 

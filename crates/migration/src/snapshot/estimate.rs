@@ -1,11 +1,12 @@
 //! The size that a snapshot will have, as far as that is known before: whether there is room for it, and what of a device's
 //! state is too much to have an end.
 
+use vfio_migration_device::{DeviceError, is_late};
 use vfio_migration_memory::{GuestRam, Holes};
 use vfio_migration_types::{DeviceId, RamOffset, Range};
 
 use super::SnapshotError;
-use crate::device::tracked::tracked;
+use crate::device::tracked::{all_answer, tracked};
 use crate::machine::Machine;
 use crate::regular_file::AtomicFile;
 use crate::session::awaited::AwaitedAnswers;
@@ -29,14 +30,21 @@ pub(super) struct Estimate {
 
 impl Estimate {
     /// Asks the machine. What is not known is left out: the session finds out.
-    pub(super) fn of(machine: &dyn Machine, answers: &AwaitedAnswers) -> Self {
+    ///
+    /// # Errors
+    /// A device does not answer: nothing more is asked.
+    pub(super) fn of(machine: &dyn Machine, answers: &AwaitedAnswers) -> Result<Self, DeviceError> {
         let devices: Vec<_> = machine.devices().into_iter().map(|moved| tracked(moved, answers)).collect();
+        all_answer(&devices)?;
         let asked = devices.iter().map(|moved| {
             let sized = moved.device.capabilities().is_ok_and(|capabilities| capabilities.data_size);
-            let size = sized.then(|| moved.device.stop_copy_size().ok().flatten()).flatten();
-            (moved.device.id().clone(), size)
+            let size = match sized.then(|| moved.device.stop_copy_size()) {
+                Some(Err(error)) if is_late(&error) => return Err(error),
+                size => size.and_then(|size| size.ok().flatten()),
+            };
+            Ok((moved.device.id().clone(), size))
         });
-        Self { ram: machine.ram(), devices: asked.collect() }
+        Ok(Self { ram: machine.ram(), devices: asked.collect::<Result<_, _>>()? })
     }
 
     /// Compares the room for `file` with what must be written of RAM and devices.

@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_types::{PauseCause, Phase, error_chain};
+use vfio_migration_types::{PauseCause, Phase, Side, error_chain};
 
 use super::estimate::{Estimate, StateLimits};
 use super::file::{Writer, failed};
@@ -15,12 +15,13 @@ use super::{DeviceState, GuestNotResumed, SaveError, SnapshotError, states};
 use crate::channel::link::Link;
 use crate::channel::liveness::keep_alive_until;
 use crate::channel::transport::Socket;
-use crate::error::MigrateError;
+use crate::error::{MigrateError, refused_here};
 use crate::options::SourceOptions;
 use crate::regular_file::AtomicFile;
 use crate::report::{Completed, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::awaited::Request;
+use crate::session::fail::InPhase;
 use crate::session::threads::spawn;
 use crate::source::Source;
 
@@ -80,10 +81,12 @@ pub fn save(
     source: Source,
     path: &Path,
     options: SaveOptions,
-    observer: impl FnMut(&Progress),
+    mut observer: impl FnMut(&Progress),
 ) -> Result<Saved, SaveError> {
+    let source = source.into_file(path);
     let control = source.control();
     control.begun();
+    source.begin(None, None, &mut observer).map_err(SaveError::Session)?;
     let (target, machine, answers) =
         (path.to_owned(), Arc::clone(&source.machine), control.answers().clone());
     // A disk or a device may hang, and nothing that waits for it ends when it is told to.
@@ -91,7 +94,8 @@ pub fn save(
         let wait = answers.wait(None, Request::File, None);
         let file = AtomicFile::create(&target, options.force).map_err(SnapshotError::from)?;
         drop(wait);
-        let estimate = Estimate::of(&*machine, &answers);
+        let estimate = Estimate::of(&*machine, &answers)
+            .map_err(|error| SaveError::Session(refused_here(error.in_phase(Side::Source, Phase::Plan))))?;
         estimate.check_room(&file)?;
         Ok((Writer::new(file, &target)?, StateLimits::new(&estimate, options.state_limit)))
     };
@@ -122,7 +126,7 @@ pub fn save(
         // Without it a disk that is slow ends the session, and is named; nothing is lost.
         let alive = spawn(scope, "keep-alive", move || keep_alive_until(link, &waits));
         let _ = alive.inspect_err(|error| tracing::warn!(%error, "no thread keeps the session alive"));
-        let ended = source.into_file(path).migrate_over(here, observer);
+        let ended = source.migrate_over(here, observer);
         // Whatever the recorder waits for, nobody sends it any more.
         link.shutdown();
         drop(done);

@@ -36,10 +36,11 @@ use crate::error::{MigrateError, not_connected};
 use crate::machine::Machine;
 use crate::options::SourceOptions;
 use crate::rehearsal::{Rehearsal, Rehearse};
-use crate::report::{Completed, PhaseTime, Progress};
+use crate::report::{AttemptInfo, AttemptKind, Completed, PhaseTime, Progress};
 use crate::session::awaited::Request;
+use crate::snapshot::file_peer;
 use crate::source::attempt::SourceEnd;
-use crate::source::plan::PlannedMigration;
+use crate::source::plan::{PlannedMigration, new_attempt_id};
 use crate::uri::Uri;
 
 /// A machine about to be sent away.
@@ -94,21 +95,43 @@ impl Source {
         self.connect(uri, Some(rehearse), observer)?.rehearsed()
     }
 
+    /// The attempt begins, which the observer is told of, unless it has: whatever is waited for from now on is part of it. `uri`: the
+    /// destination, where it is no file.
+    pub(crate) fn begin(
+        &self,
+        uri: Option<&Uri>,
+        rehearse: Option<Rehearse>,
+        observer: &mut impl FnMut(&Progress),
+    ) -> Result<(), MigrateError> {
+        if self.control.progress().attempt.is_some() {
+            return Ok(());
+        }
+        let kind = match (rehearse, &self.file) {
+            (Some(Rehearse::Ask), _) => AttemptKind::Check,
+            (Some(Rehearse::Precopy | Rehearse::Switchover), _) => AttemptKind::Rehearsal,
+            (None, Some(_)) => AttemptKind::Save,
+            (None, None) => AttemptKind::Migration,
+        };
+        let named = self.options.peer_name.clone().or_else(|| uri.map(Uri::to_string));
+        let peer = self.file.as_deref().map(file_peer).or(named).unwrap_or_default();
+        let (vm, epoch) = (self.machine.id(), self.options.epoch);
+        let info = AttemptInfo::beginning(vm, new_attempt_id()?, epoch, kind, peer);
+        self.control.begun();
+        self.control.set_progress(Progress { attempt: Some(info), ..self.control.progress() });
+        observer(&self.control.progress());
+        Ok(())
+    }
+
     fn connect(
         self,
         uri: &Uri,
         rehearse: Option<Rehearse>,
-        observer: impl FnMut(&Progress),
+        mut observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
         connect::check_chosen(uri, self.options.security.as_ref()).map_err(not_connected)?;
-        let (plan, engine) = PlannedMigration::new(
-            self.machine,
-            self.options,
-            self.control,
-            uri.clone(),
-            self.file,
-            rehearse,
-        )?;
+        self.begin(Some(uri), rehearse, &mut observer)?;
+        let (plan, engine) =
+            PlannedMigration::new(self.machine, self.options, self.control, uri.clone(), rehearse)?;
         let planned = [PhaseTime { phase: Phase::Plan, took: plan.took }];
         let connecting = || plan.control.look_around(Phase::Hello, &planned).is_some();
         connecting();
@@ -155,13 +178,13 @@ impl Source {
         self,
         socket: OwnedFd,
         rehearse: Option<Rehearse>,
-        observer: impl FnMut(&Progress),
+        mut observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
         let uri = Uri::Fd(number);
         connect::check_chosen(&uri, self.options.security.as_ref()).map_err(not_connected)?;
-        let (plan, engine) =
-            PlannedMigration::new(self.machine, self.options, self.control, uri, self.file, rehearse)?;
+        self.begin(Some(&uri), rehearse, &mut observer)?;
+        let (plan, engine) = PlannedMigration::new(self.machine, self.options, self.control, uri, rehearse)?;
         connect::check_stream(&socket, number).map_err(not_connected)?;
         let SourceOptions { security, unix_peers, connect_timeout: limit, .. } = &plan.options;
         let socket = connect::secured(socket, &plan.uri, security.as_ref(), unix_peers, *limit)

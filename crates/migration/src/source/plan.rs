@@ -1,6 +1,6 @@
 //! P0: the source's own preconditions, before anybody is talked to.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,12 +20,11 @@ use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::reasons::{of_source, permits};
 use crate::rehearsal::Rehearse;
-use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
+use crate::report::{AttemptInfo, PhaseTime, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::awaited::{AwaitedAnswers, Request};
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
-use crate::snapshot::file_peer;
 use crate::uri::Uri;
 
 /// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
@@ -56,11 +55,10 @@ impl PlannedMigration {
         options: SourceOptions,
         control: Control,
         uri: Uri,
-        file: Option<PathBuf>,
         rehearse: Option<Rehearse>,
     ) -> Result<(Self, engine::SourceEngine), MigrateError> {
         let (begun, watched) = (control.begun(), control.clone());
-        Self::begun_at(begun, machine, options, control, uri, file, rehearse).inspect_err(|_| {
+        Self::begun_at(begun, machine, options, control, uri, rehearse).inspect_err(|_| {
             let (phase, elapsed) = (Phase::Plan, begun.elapsed());
             let phases = vec![PhaseTime { phase, took: elapsed }];
             watched.set_progress(Progress { phase, elapsed, phases, ..watched.progress() });
@@ -73,25 +71,16 @@ impl PlannedMigration {
         options: SourceOptions,
         control: Control,
         uri: Uri,
-        file: Option<PathBuf>,
         rehearse: Option<Rehearse>,
     ) -> Result<(Self, engine::SourceEngine), MigrateError> {
         let vm = machine.id();
         if control.waiting_cancel().is_some() {
             return Err(control.cancelled(Phase::Plan));
         }
-        let attempt = new_attempt_id()?;
-        let kind = match (rehearse, &file) {
-            (Some(Rehearse::Ask), _) => AttemptKind::Check,
-            (Some(Rehearse::Precopy | Rehearse::Switchover), _) => AttemptKind::Rehearsal,
-            (None, Some(_)) => AttemptKind::Save,
-            (None, None) => AttemptKind::Migration,
+        let Some(mut info) = control.progress().attempt else {
+            return Err(not_begun(Phase::Plan, "the attempt was not begun: a defect of this program"));
         };
-        let named = || options.peer_name.clone().unwrap_or_else(|| uri.to_string());
-        let peer = file.map_or_else(named, |path| file_peer(&path));
-        let mut info = AttemptInfo::beginning(vm, attempt, options.epoch, kind, peer);
-        // Before anything can fail: who looks afterwards sees what it was.
-        control.set_progress(Progress { attempt: Some(info.clone()), ..control.progress() });
+        let attempt = info.attempt;
         // A rehearsal reads the journal and leaves no trace in it.
         let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
         let (dir, asked, answers) = (dir.map(Path::to_owned), options.clone(), control.answers().clone());

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::options::DmaHandler;
+use super::question::{QuestionLimit, Questions};
 use crate::codec::Extension;
 use crate::conn::Conn;
 use crate::migration_state::MigrationState;
@@ -37,7 +38,8 @@ pub struct Negotiated {
 /// A connection to a vfio-user server.
 ///
 /// Every method may be called from any thread; one request is under way at a time, and each has a deadline
-/// ([`timeout`](super::ClientOptions::timeout)), which begins when no other is under way. After one that ran into it
+/// ([`timeout`](super::ClientOptions::timeout)), which begins when no other is under way; [`limit_question`](Self::limit_question)
+/// counts that wait too. After one that ran into it
 /// ([`Timeout`](crate::ClientError::Timeout)) the server is late, not gone: its late answer is dropped when it comes, and
 /// until then requests wait for it within their own limit, unsent. A server that hangs up, or a broken frame, ends the
 /// connection: every later call fails with [`ConnectionLost`](crate::ClientError::ConnectionLost). A refusal by the server, or a
@@ -52,6 +54,7 @@ pub struct Client {
     pub(super) transition_timeout: Duration,
     /// Time by which all is to be answered, and how long that was when it was set.
     pub(super) all_until: Mutex<Option<(Instant, Duration)>>,
+    pub(super) questions: Arc<Questions>,
     pub(super) negotiated: Negotiated,
     /// The `max_data_xfer_size` that the server was told.
     pub(super) announced_xfer: u32,
@@ -76,6 +79,17 @@ impl Client {
     pub fn limit_all(&self, limit: Option<Duration>) {
         let until = limit.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
         *self.all_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
+    /// Gives all that the calling thread asks, until what is returned is dropped, `limit` together, from now on: instead of the limit on
+    /// each request, and with the time for which others' requests are waited for. What is not answered by then is
+    /// [late](crate::ClientError::Timeout).
+    ///
+    /// For who was told how long at most an answer is waited for. A guest's own accesses need no such limit: they wait until what
+    /// is asked before them is over.
+    #[must_use]
+    pub fn limit_question(&self, limit: Duration) -> QuestionLimit {
+        self.questions.ask(limit)
     }
 
     /// The terms agreed on with the server.

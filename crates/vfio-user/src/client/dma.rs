@@ -28,10 +28,13 @@ impl Client {
     /// They were not served in time, or the connection ended with some of them unserved.
     pub fn dma_settled(&self) -> Result<(), ClientError> {
         let Some(serving) = &self.serving else { return Ok(()) };
-        serving.wait_until_served(deadline(self.timeout)).map_err(|error| match error {
-            ConnError::Timeout => {
-                ClientError::Timeout { command: Command::DMA_WRITE, after: self.timeout, sent: true }
-            }
+        let question = self.questions.of_this_thread();
+        let (until, after) = question.map_or_else(
+            || (deadline(self.timeout), self.timeout),
+            |question| (question.until, question.limit),
+        );
+        serving.wait_until_served(until).map_err(|error| match error {
+            ConnError::Timeout => ClientError::Timeout { command: Command::DMA_WRITE, after, sent: true },
             other => ClientError::ConnectionLost { why: other.why() },
         })
     }

@@ -184,6 +184,7 @@ fn from_parts(stream: UnixStream, options: &ClientOptions, basics_only: bool) ->
         conn,
         serving,
         timeout: options.timeout,
+        questions: Arc::default(),
         transition_timeout: options.transition_timeout,
         all_until: Mutex::new(options.limit_all.and_then(|limit| Some((begun.checked_add(limit)?, limit)))),
         negotiated,
@@ -211,6 +212,7 @@ fn negotiate(
         fds: &[],
         max_reply: 4 + MAX_VERSION_DATA,
         limit: options.timeout,
+        until: None,
         after_reply: false,
     };
     let reply = conn.exchange(&request, None).map_err(|error| match error {

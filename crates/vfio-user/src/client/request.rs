@@ -56,15 +56,21 @@ impl Client {
         }
         let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
         self.fit("the payload of a request, in bytes,", len, self.longest_payload())?;
-        let own = self.limit(command, parts);
+        let question = self.questions.of_this_thread();
+        // Whoever asks a question has been told how long its answer may take, however many requests that is.
+        let own = question.map_or_else(|| self.limit(command, parts), |question| question.limit);
         let (limit, all) = self.within_all(own);
+        if question.is_some_and(|question| question.until <= Instant::now()) {
+            return Err(ClientError::Timeout { command, after: own, sent: false });
+        }
         if limit.is_zero()
             && let Some(limit) = all
         {
             return Err(ClientError::OutOfTime { command, limit });
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let request = SocketRequest { command, parts, fds, max_reply, limit, after_reply: false };
+        let until = question.map(|question| question.until);
+        let request = SocketRequest { command, parts, fds, max_reply, limit, until, after_reply: false };
         let handler = self.dma.as_deref();
         let max = self.announced_xfer;
         // With a twin socket the server has no business sending commands on this one; it is told so by a refusal.

@@ -23,6 +23,7 @@ mod sending;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod turn;
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -38,6 +39,7 @@ pub(crate) use self::error::ConnError;
 use self::inbox::{Awaited, MAX_DRAIN, Partial, Rx, matched};
 pub(crate) use self::inbox::{SocketMessage, Unfit};
 use self::socket::{read_full, wait};
+use self::turn::{Turns, lock_until};
 use crate::codec::{Command, HEADER_SIZE, Header, Kind};
 use crate::event::DropReason;
 
@@ -57,9 +59,19 @@ pub(crate) struct SocketRequest<'a> {
     pub(crate) max_reply: usize,
     /// How long the answer may take, from when nobody else uses the socket.
     pub(crate) limit: Duration,
+    /// Time by which the answer is there all the same, whoever uses the socket before.
+    pub(crate) until: Option<Instant>,
     /// Not before the command in service has been answered: QEMU 11.1 loses step over a command that comes before the
     /// reply to its own.
     pub(crate) after_reply: bool,
+}
+
+impl SocketRequest<'_> {
+    /// Time by which what is waited for from now on is there.
+    fn deadline(&self) -> Instant {
+        let deadline = deadline(self.limit);
+        self.until.map_or(deadline, |until| until.min(deadline))
+    }
 }
 
 /// What to do with a command of the peer that arrives during an exchange.
@@ -69,6 +81,8 @@ pub(crate) type OnCommand<'a> = Option<&'a dyn Fn(&SocketMessage) -> Vec<u8>>;
 #[derive(Debug)]
 pub(crate) struct Conn {
     socket: UnixStream,
+    /// Whose request is under way. Taken before `rx`.
+    turns: Turns,
     rx: Mutex<Rx>,
     /// Signalled, under `rx`, when the thread that serves commands comes back for the next.
     served: Condvar,
@@ -111,6 +125,7 @@ impl Conn {
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, 1 << 20);
         Ok(Self {
             socket,
+            turns: Turns::default(),
             rx: Mutex::new(Rx::new(max_body, usize::try_from(max_fds).unwrap_or(usize::MAX))),
             served: Condvar::new(),
             tx: Mutex::new(Vec::new()),
@@ -188,14 +203,15 @@ impl Conn {
     }
 
     /// Sends a request and waits for its reply, refusals included. Its time begins when nobody else uses the socket; before,
-    /// the answer to an earlier one that is late gets as long. Any error but [`ConnError::Timeout`] and [`ConnError::Behind`]
+    /// the answer to an earlier one that is late gets as long. All of that ends at [`SocketRequest::until`]. Any error but [`ConnError::Timeout`] and [`ConnError::Behind`]
     /// means that the connection is dead.
     pub(crate) fn exchange(
         &self,
         request: &SocketRequest<'_>,
         serve: OnCommand<'_>,
     ) -> Result<SocketMessage, ConnError> {
-        let mut rx = lock(&self.rx);
+        let _turn = self.turns.take(request.until)?;
+        let mut rx = lock_until(&self.rx, request.until)?;
         if request.after_reply {
             rx = self.wait_for_reply(rx);
         }
@@ -327,16 +343,16 @@ impl Conn {
         serve: OnCommand<'_>,
     ) -> Result<SocketMessage, ConnError> {
         if rx.awaited.is_some() {
-            self.answer(rx, serve, deadline(request.limit)).map_err(|error| match error {
+            self.answer(rx, serve, request.deadline()).map_err(|error| match error {
                 ConnError::Timeout => ConnError::Behind,
                 other => other,
             })?;
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let kind = Kind::Command { no_reply: false };
-        let SocketRequest { command, parts, fds, max_reply, limit, .. } = *request;
+        let SocketRequest { command, parts, fds, max_reply, .. } = *request;
         let mut tx = self.lock_tx(rx)?;
-        let deadline = deadline(limit);
+        let deadline = request.deadline();
         let mut begun = false;
         let sent = self.send(Some(rx), &mut tx, id, command, kind, parts, fds, deadline, &mut begun);
         drop(tx);

@@ -14,6 +14,7 @@ const ASK: SocketRequest<'static> = SocketRequest {
     fds: &[],
     max_reply: 0,
     limit: LONG,
+    until: None,
     after_reply: true,
 };
 

@@ -72,8 +72,15 @@ impl DmaChannel {
         if self.conn.death().is_some() {
             return Err(Errno::NOTCONN);
         }
-        let request =
-            SocketRequest { command, parts, fds: &[], max_reply, limit: self.limit, after_reply: true };
+        let request = SocketRequest {
+            command,
+            parts,
+            fds: &[],
+            max_reply,
+            limit: self.limit,
+            until: None,
+            after_reply: true,
+        };
         let reply = self.conn.exchange(&request, None).map_err(|error| match error {
             // Late, and not gone: its answer is known by its number, and dropped when it comes.
             ConnError::Timeout | ConnError::Behind => Errno::TIMEDOUT,

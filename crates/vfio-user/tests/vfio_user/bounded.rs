@@ -140,8 +140,16 @@ fn no_call_asks_on_and_on() {
 /// The table is whole: every public method is in it, but for those that ask the server nothing.
 #[test]
 fn every_call_is_bounded() {
-    let asks_nothing =
-        ["negotiated", "is_alive", "lost", "state_at_connect", "requests_sent", "dma_settled", "limit_all"];
+    let asks_nothing = [
+        "negotiated",
+        "is_alive",
+        "lost",
+        "state_at_connect",
+        "requests_sent",
+        "dma_settled",
+        "limit_all",
+        "limit_question",
+    ];
     let sources = [
         include_str!("../../src/client/connection.rs"),
         include_str!("../../src/client/device.rs"),

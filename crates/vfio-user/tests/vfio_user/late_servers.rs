@@ -257,3 +257,46 @@ fn pipelined_dma_ends_at_any_size() {
         }
     }
 }
+
+/// A question waits behind others' requests no longer than it may take itself, however many requests it is.
+#[test]
+fn a_question_has_one_limit_with_the_wait_behind_others() {
+    let (asked, is_asked) = channel();
+    let (go, wait) = channel::<()>();
+    // Longer than the test may take.
+    let options = ClientOptions { timeout: Duration::from_secs(60), ..untouched() };
+    let (client, thread) = server(options, move |stream| {
+        let (header, body) = read_message(stream).unwrap();
+        asked.send(()).unwrap();
+        wait.recv().unwrap();
+        stream.write_all(&region_reply(header, &body, 1)).unwrap();
+        while let Some((header, body)) = read_message(stream) {
+            stream.write_all(&region_reply(header, &body, 2)).unwrap();
+        }
+    });
+    let begun = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| client.region_read(0, 0, &mut [0; 4]));
+        is_asked.recv().unwrap();
+        let question = client.limit_question(SHORT);
+        for _ in 0..3 {
+            let error = client.region_read(0, 0, &mut [0; 4]).unwrap_err();
+            assert!(matches!(error, ClientError::Timeout { after: SHORT, sent: false, .. }), "{error}");
+        }
+        assert!(
+            begun.elapsed() >= SHORT && begun.elapsed() < Duration::from_secs(30),
+            "{:?}",
+            begun.elapsed()
+        );
+        drop(question);
+        // The other's own is none of it, and its answer is its own.
+        assert!(!other.is_finished());
+        go.send(()).unwrap();
+        other.join().unwrap().unwrap();
+    });
+    let mut into = [0; 4];
+    client.region_read(0, 0, &mut into).unwrap();
+    assert_eq!(into, [2; 4]);
+    drop(client);
+    thread.join().unwrap();
+}

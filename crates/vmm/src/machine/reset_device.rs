@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, CapabilitiesError, Device, DeviceError, DirtyLog, ResumingSession, SavingSession,
+    Capabilities, CapabilitiesError, Device, DeviceError, DirtyLog, QuestionLimit, ResumingSession, SavingSession,
     TransitionError, is_unsent_reset,
 };
 use vfio_migration_types::{DeviceId, MigrationState};
@@ -88,5 +88,9 @@ impl Device for NotedDevice {
 
     fn answer_limit(&self, transition: bool) -> Option<Duration> {
         self.device.answer_limit(transition)
+    }
+
+    fn limit_question(&self, limit: Duration) -> Option<QuestionLimit> {
+        self.device.limit_question(limit)
     }
 }
