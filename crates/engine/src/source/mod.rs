@@ -65,6 +65,16 @@ impl SourceEngine {
         }
     }
 
+    /// Takes note of the device whose answer the pause is spent on, if it is one: what is told, should the limit pass for it.
+    pub fn awaits(&mut self, device: Option<Failure>) {
+        self.pause.awaited = device;
+    }
+
+    /// The longest pause that is allowed: who has taken most of it is [told](Self::awaits).
+    pub fn downtime_limit(&self) -> Duration {
+        self.config.downtime_limit
+    }
+
     /// Offers the destination these features too, which depend on the connection. To be called before
     /// [`SourceEvent::Connected`].
     pub fn offer(&mut self, features: u64) {
@@ -306,7 +316,7 @@ impl SourceEngine {
             }
             State::JournalDeclined => self.declined_not_journaled(&cause),
             // What the rollback interrupted. The rollback itself reports `RolledBack`, whatever came of it.
-            State::RollingBack => self.explain_over_limit(cause),
+            State::RollingBack => self.explain_over_limit(cause, now),
             State::Undoing | State::AwaitingRehearsed => {}
             State::JournalOwner => self.owner_not_journaled(&cause),
             State::Done => {}

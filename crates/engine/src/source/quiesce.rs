@@ -109,8 +109,8 @@ impl SourceEngine {
     }
 
     /// The limit had passed while a device was at work, and now the device says why it took so long: that is the cause.
-    pub(super) fn explain_over_limit(&mut self, cause: Failure) {
-        let over = self.over_limit();
+    pub(super) fn explain_over_limit(&mut self, cause: Failure, now: Time) {
+        let over = self.over_limit_by(now);
         let Some(rollback) = self.rollback.as_mut().filter(|_| self.pause.over_limit) else { return };
         if cause.device.is_none() || rollback.outcome.cause.device.is_some() {
             return;
@@ -123,7 +123,15 @@ impl SourceEngine {
         let text = format!("{} ({predicted} ms were predicted)", self.over_limit());
         self.pause.over_limit = true;
         let remedy = "raise the downtime limit, or see why this phase took so long";
-        self.conclude(failure(Side::Source, self.phase, text, remedy), now);
+        let cause = match self.pause.awaited.take() {
+            // Told with the limit, so that both sides have one cause.
+            Some(awaited) => {
+                let text = format!("{text}: {}", awaited.text);
+                Failure { phase: self.phase, text, remedy: remedy.into(), ..awaited }
+            }
+            None => failure(Side::Source, self.phase, text, remedy),
+        };
+        self.conclude(cause, now);
     }
 
     /// What the watchdog has found. How long the guest stood in all is known when it runs again, and told then.
@@ -134,5 +142,15 @@ impl SourceEngine {
             None => ("could not be", "within"),
         };
         format!("the guest {is} paused {what} the downtime limit of {limit} ms")
+    }
+
+    /// The same as told later, `now`: the limit itself may have passed since.
+    fn over_limit_by(&self, now: Time) -> String {
+        let limit = self.config.downtime_limit;
+        let passed = |paused: Time| now.saturating_sub(paused.saturating_add(self.pause.verify)) > limit;
+        if !self.pause.paused_at.is_some_and(passed) {
+            return self.over_limit();
+        }
+        format!("the guest had been paused for longer than the downtime limit of {} ms", milliseconds(limit))
     }
 }

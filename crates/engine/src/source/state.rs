@@ -132,6 +132,8 @@ pub(super) struct Pause {
     pub(super) predicted: Duration,
     /// The watchdog has ended the attempt.
     pub(super) over_limit: bool,
+    /// The device whose answer has been waited for most of the pause, as a failure of its own.
+    pub(super) awaited: Option<Failure>,
     /// Time spent on digests, which is no downtime.
     pub(super) verify: Duration,
     /// The digests are done, so the watchdog knows what to leave out.

@@ -124,6 +124,41 @@ fn over_limit(events: &[SourceEvent]) -> String {
     source.abort_cause().expect("the limit has passed").text.clone()
 }
 
+/// The cause of an attempt whose guest was paused at second 0, and that found at second 1 that the limit had passed: of `awaited`, or
+/// of what fails at second 30.
+fn cause_over_limit(awaited: Option<Failure>) -> Failure {
+    let mut source = iterating(SourceConfig { downtime_limit: Duration::from_millis(300), ..config() });
+    for event in [
+        SourceEvent::IterationSent(IterationReport { wire_bytes: 1, ..IterationReport::default() }),
+        SourceEvent::Paused { guest_ran: true, identity: [0; 32] },
+    ] {
+        tell(&mut source, event);
+    }
+    source.awaits(awaited);
+    source.handle(SourceEvent::Tick, Duration::from_secs(1));
+    let late =
+        Failure::new(Side::Source, Phase::Quiesce, "net0 has not answered within 30 s").of_device("net0");
+    source.handle(SourceEvent::Failed(late), Duration::from_secs(30));
+    source.abort_cause().expect("the limit has passed").clone()
+}
+
+#[test]
+fn a_limit_that_passed_for_a_device_has_one_cause_that_says_what_is_so() {
+    let told_late = cause_over_limit(None);
+    let says = "net0 has not answered within 30 s; by then the guest had been paused for longer than the downtime limit of 300 ms";
+    assert_eq!((told_late.text.as_str(), told_late.device.as_deref()), (says, Some("net0")));
+    let awaited =
+        Failure::new(Side::Source, Phase::Quiesce, "net1 has not answered for 0.9 s").of_device("net1");
+    let told_at_once = cause_over_limit(Some(awaited));
+    // What the destination was told by then stays the cause.
+    assert_eq!(told_at_once.device.as_deref(), Some("net1"));
+    assert!(
+        told_at_once.text.starts_with("the guest would stay paused above the downtime limit of 300 ms"),
+        "{told_at_once}"
+    );
+    assert!(told_at_once.text.ends_with(": net1 has not answered for 0.9 s"), "{told_at_once}");
+}
+
 #[test]
 fn what_is_said_of_a_limit_that_passed_is_what_the_guest_did() {
     let asked = over_limit(&[]);

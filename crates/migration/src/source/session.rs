@@ -161,7 +161,9 @@ impl Session<'_> {
             self.report(reporter, observer, false);
             let now = self.now();
             let due = self.engine.deadline().map_or(TICK, |due| due.saturating_sub(now).min(TICK));
-            match self.events.recv_timeout(due) {
+            let event = self.events.recv_timeout(due);
+            self.name_awaited();
+            match event {
                 Ok(event) => {
                     self.link_lost |= matches!(event, SourceEvent::LinkLost(_));
                     if matches!(event, SourceEvent::Cancel(_)) {
@@ -182,6 +184,17 @@ impl Session<'_> {
             self.watch();
             self.leave_unanswered();
         }
+    }
+
+    /// Tells the engine of the device that has been waited for most of the pause.
+    fn name_awaited(&mut self) {
+        let most = self.engine.downtime_limit() / 2;
+        let awaited = match *lock(&self.shared.pausing) {
+            true => self.plan.answers.longer_than(most).into_iter().find(|answer| answer.device.is_some()),
+            false => None,
+        };
+        let phase = self.engine.phase();
+        self.engine.awaits(awaited.map(|answer| answer.left_undone(Side::Source, phase)));
     }
 
     /// Hands the engine's actions to the worker; gives the outcome when there is one.
