@@ -134,15 +134,16 @@ pub enum Remedy {
 /// errno, and `remedy` the way on.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "device {device}: {from} to {to} failed; it is in {}",
+    "device {device}: {} failed; it is in {}",
+    from.map_or_else(|| format!("the change of its state to {to}"), |from| format!("{from} to {to}")),
     now.map_or("an unknown state".into(), |state| state.to_string())
 )]
 #[non_exhaustive]
 pub struct TransitionError {
     /// The device that failed.
     pub device: DeviceId,
-    /// The state that it was in, as far as was known.
-    pub from: MigrationState,
+    /// The state that it was in; `None` where it did not say.
+    pub from: Option<MigrationState>,
     /// The state that it was asked to go to.
     pub to: MigrationState,
     /// The state that it is in now; `None` where it does not say.
@@ -160,7 +161,7 @@ impl TransitionError {
     /// A failed `from` → `to` after which the device was found in `now`.
     pub fn new(
         device: DeviceId,
-        from: MigrationState,
+        from: impl Into<Option<MigrationState>>,
         to: MigrationState,
         now: Option<MigrationState>,
         errno: Option<Errno>,
@@ -173,7 +174,7 @@ impl TransitionError {
             None if is_late(&*source) => Remedy::Wait,
             None => Remedy::Lost,
         };
-        Self { device, from, to, now, errno, remedy, source }
+        Self { device, from: from.into(), to, now, errno, remedy, source }
     }
 }
 
@@ -191,6 +192,19 @@ mod tests {
     use vfio_migration_memory::MemoryError;
 
     use super::*;
+
+    #[test]
+    fn a_device_that_does_not_say_where_it_is_was_in_no_state_that_is_named() {
+        let id: DeviceId = "net0".parse().unwrap();
+        let to = MigrationState::Running;
+        let unknown = TransitionError::new(id.clone(), None, to, None, None, "its server is gone");
+        assert_eq!(
+            unknown.to_string(),
+            "device net0: the change of its state to RUNNING failed; it is in an unknown state"
+        );
+        let known = TransitionError::new(id, MigrationState::Stop, to, None, None, "its server is gone");
+        assert!(known.to_string().starts_with("device net0: STOP to RUNNING failed"), "{known}");
+    }
 
     #[test]
     fn a_server_that_is_gone_is_known_behind_every_error() {

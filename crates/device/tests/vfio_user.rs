@@ -247,7 +247,7 @@ fn a_failed_arc_says_where_the_device_really_is() {
     let (served, ram) = (Served::new(Options { faults: vec![fault], precopy: false, ..options() }), ram());
     let device = served.open(&ram);
     let error = device.begin_stop_copy().unwrap_err();
-    assert_eq!((error.from, error.to), (MigrationState::Running, MigrationState::StopCopy));
+    assert_eq!((error.from, error.to), (Some(MigrationState::Running), MigrationState::StopCopy));
     assert_eq!(error.now, Some(MigrationState::Stop), "it got half the way");
     assert_eq!(error.errno.map(|errno| errno.raw_os_error()), Some(5));
     assert_eq!(error.remedy, Remedy::TryAnotherState);
@@ -326,7 +326,7 @@ fn a_session_that_a_reset_took_away_does_not_go_on() {
     let mut saving = device.begin_precopy().unwrap();
     device.reset().unwrap();
     let error = saving.go(Position::StopCopy).unwrap_err();
-    assert_eq!((error.from, error.now), (MigrationState::Running, Some(MigrationState::Running)));
+    assert_eq!((error.from, error.now), (Some(MigrationState::Running), Some(MigrationState::Running)));
     assert!(error.source.to_string().contains("session was lost"), "{}", error.source);
     assert_eq!(device.state().unwrap(), MigrationState::Running, "no second session was opened");
     assert_eq!(saving.end().unwrap(), MigrationState::Running);

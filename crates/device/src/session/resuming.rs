@@ -8,7 +8,7 @@ use super::error::SessionError;
 use super::port::PortStream;
 use super::state_machine::StateMachine;
 use crate::contract::ResumingSession;
-use crate::error::{DeviceError, TransitionError};
+use crate::error::{DeviceError, TransitionError, is_late};
 
 /// An open resuming session.
 #[derive(Debug)]
@@ -87,7 +87,15 @@ impl Drop for PortResuming {
         if self.open
             && let Err(error) = self.machine.reset()
         {
-            tracing::warn!(%error, "a resuming session was dropped and the device could not be reset");
+            match is_late(&error) {
+                // Whoever ends the session waits for it, and resets it then.
+                true => {
+                    tracing::debug!(%error, "a resuming session was dropped before its device had answered")
+                }
+                false => {
+                    tracing::warn!(%error, "a resuming session was dropped and the device could not be reset")
+                }
+            }
         }
     }
 }

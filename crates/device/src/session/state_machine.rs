@@ -62,12 +62,11 @@ impl StateMachine {
     /// The state before an arc to `to`. Nothing is ever SET on a device in ERROR: the kernel would warn, and a host
     /// with `panic_on_warn` panic (`vfio_main.c`, `vfio_mig_get_next_state`).
     pub(super) fn state_before(&self, to: MigrationState) -> Result<MigrationState, TransitionError> {
-        const UNKNOWN: MigrationState = MigrationState::Error;
         match self.port.state() {
             Ok(MigrationState::Error) => Err(self.refused(MigrationState::Error, to, ArcError::InError)),
             Ok(now) => Ok(now),
             Err(PortError { errno, source }) => {
-                Err(TransitionError::new(self.id.clone(), UNKNOWN, to, None, errno, source))
+                Err(TransitionError::new(self.id.clone(), None, to, None, errno, source))
             }
         }
     }

@@ -90,7 +90,7 @@ impl InPhase for TransitionError {
             _ => device_remedy(self, phase),
         };
         Failure {
-            arc: Some((self.from, self.to)),
+            arc: self.from.map(|from| (from, self.to)),
             errno: number(self.errno),
             remedy: remedy.into(),
             ..Failure::new(side, phase, error_chain(self)).of_device(&self.device)
