@@ -33,7 +33,20 @@ pub(crate) trait Handler: Send + Sync {
         verb: ControlVerb,
         arguments: Value,
         descriptor: Option<OwnedFd>,
-    ) -> Result<Value, Refused>;
+    ) -> Result<Answer, Refused>;
+}
+
+/// The answer to a request that is carried out.
+pub(crate) struct Answer {
+    pub(crate) value: Value,
+    /// What is done once the client has been sent it: the end of the process above all.
+    pub(crate) afterwards: Option<Box<dyn FnOnce()>>,
+}
+
+impl From<Value> for Answer {
+    fn from(value: Value) -> Self {
+        Self { value, afterwards: None }
+    }
 }
 
 /// A control socket being served. Dropping it removes the socket file and ends its clients.
@@ -136,12 +149,18 @@ fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
         };
         client.asks();
         let whole = line.is_whole();
-        let reply = if whole || line.bytes.len() < LINE_MAX {
+        let (reply, afterwards) = if whole || line.bytes.len() < LINE_MAX {
             answer(line, client.caller(), handler)
         } else {
-            reply(None, Err(Refused::generic(format!("the request is longer than {LINE_MAX} bytes"))))
+            let long = Refused::generic(format!("the request is longer than {LINE_MAX} bytes"));
+            (reply(None, Err(long)), None)
         };
-        match client.write_line(&reply) {
+        let sent = client.write_line(&reply);
+        // Also if it could not be sent: it was asked for.
+        if let Some(afterwards) = afterwards {
+            afterwards();
+        }
+        match sent {
             Ok(()) if whole => {}
             // Who has left counts on what was asked for before, a cancel above all: all of it is here.
             Err(error) if whole && error.kind() == ErrorKind::BrokenPipe => {}
@@ -151,14 +170,17 @@ fn serve(stream: UnixStream, client: &Client, handler: &dyn Handler) {
     }
 }
 
-fn answer(line: Line, caller: &Caller, handler: &dyn Handler) -> String {
+fn answer(line: Line, caller: &Caller, handler: &dyn Handler) -> (String, Option<Box<dyn FnOnce()>>) {
     let (id, request) = request::read(&line.bytes);
     let answer = request.and_then(|request| {
         caller.check(request.execute)?;
         let descriptor = descriptor(request.execute, line.passed)?;
         handler.call(request.execute, request.arguments, descriptor)
     });
-    reply(id.as_deref(), answer)
+    match answer {
+        Ok(Answer { value, afterwards }) => (reply(id.as_deref(), Ok(value)), afterwards),
+        Err(refused) => (reply(id.as_deref(), Err(refused)), None),
+    }
 }
 
 /// The descriptor that came with a request which takes one. Passed with any other, it might be meant for something that is
@@ -266,9 +288,9 @@ mod tests {
     struct Echo;
 
     impl Handler for Echo {
-        fn call(&self, verb: ControlVerb, arguments: Value, _: Option<OwnedFd>) -> Result<Value, Refused> {
+        fn call(&self, verb: ControlVerb, arguments: Value, _: Option<OwnedFd>) -> Result<Answer, Refused> {
             match verb {
-                ControlVerb::Query => Ok(arguments),
+                ControlVerb::Query => Ok(arguments.into()),
                 _ => Err(Refused::new("GenericError", "no")),
             }
         }
@@ -294,6 +316,27 @@ mod tests {
         assert!(client.call(ControlVerb::Quit, Value::Null).unwrap_err().to_string().contains("no"));
         publisher.publish(&ControlEvent::new("STOP", Value::Null));
         assert_eq!(client.next_event(Duration::from_secs(5)).unwrap().unwrap().event, "STOP");
+    }
+
+    /// Ends the connections of all clients when it has answered, as a process does that ends.
+    struct Ending(Publisher);
+
+    impl Handler for Ending {
+        fn call(&self, _: ControlVerb, value: Value, _: Option<OwnedFd>) -> Result<Answer, Refused> {
+            let publisher = self.0.clone();
+            Ok(Answer { value, afterwards: Some(Box::new(move || publisher.end())) })
+        }
+    }
+
+    #[test]
+    fn a_client_that_ends_the_process_has_its_answer_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, publisher) = (dir.path().join("control"), Publisher::default());
+        let bound = Bound::at(&path, ControlAccess::default()).unwrap();
+        let _server = bound.serve(Arc::new(Ending(publisher.clone())), publisher).unwrap();
+        let mut client = ControlClient::connect(&path, Duration::from_secs(60), None).unwrap();
+        assert_eq!(client.call(ControlVerb::Quit, json!({})).unwrap(), json!({}));
+        assert!(client.call(ControlVerb::Query, json!({})).is_err(), "it has ended");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::control::protocol::{
 };
 use crate::control::refused::Refused;
 use crate::control::rehearsal::RehearseArguments;
-use crate::control::server::Handler;
+use crate::control::server::{Answer, Handler};
 use crate::exit::CliError;
 
 /// Answers the control socket of one `vm`.
@@ -37,16 +37,16 @@ impl Handler for VmHandler {
         verb: ControlVerb,
         arguments: Value,
         descriptor: Option<OwnedFd>,
-    ) -> Result<Value, Refused> {
+    ) -> Result<Answer, Refused> {
         if !verb.needs().arguments {
             let NoArguments {} = parse(arguments.clone())?;
         }
         match verb {
-            ControlVerb::Query => return to_json(&info::report(&self.vm)),
-            ControlVerb::QueryGuest => return to_json(&self.guest()?),
+            ControlVerb::Query => return to_json(&info::report(&self.vm)).map(Answer::from),
+            ControlVerb::QueryGuest => return to_json(&self.guest()?).map(Answer::from),
             ControlVerb::Migrate => outgoing::migrate(&self.vm, &parse::<MigrateArguments>(arguments)?)?,
             ControlVerb::Rehearse => outgoing::rehearse(&self.vm, &parse::<RehearseArguments>(arguments)?)?,
-            ControlVerb::QueryManifest => return self.manifest(),
+            ControlVerb::QueryManifest => return self.manifest().map(Answer::from),
             ControlVerb::Save => saving::begin(&self.vm, &parse::<SaveArguments>(arguments)?)?,
             ControlVerb::Getfd => {
                 let socket =
@@ -62,9 +62,9 @@ impl Handler for VmHandler {
             ControlVerb::MigrateContinue => self.continue_switchover()?,
             ControlVerb::Stop => self.stop()?,
             ControlVerb::Cont => self.cont()?,
-            ControlVerb::Quit => self.quit(parse(arguments)?)?,
+            ControlVerb::Quit => return self.quit(parse(arguments)?),
         }
-        Ok(json!({}))
+        Ok(json!({}).into())
     }
 }
 
@@ -166,13 +166,17 @@ impl VmHandler {
         Ok(())
     }
 
-    fn quit(&self, arguments: QuitArguments) -> Result<(), Refused> {
+    /// The process ends once the client has its answer.
+    fn quit(&self, arguments: QuitArguments) -> Result<Answer, Refused> {
         if !arguments.force {
             self.vm.end_without_guest(QUIT)?;
         }
-        // The receiver is gone only when the process ends anyway.
-        let _ = self.quit.send(if arguments.force { "`quit --force`" } else { QUIT });
-        Ok(())
+        let (quit, by) = (self.quit.clone(), if arguments.force { "`quit --force`" } else { QUIT });
+        let end = move || {
+            // The receiver is gone only when the process ends anyway.
+            let _ = quit.send(by);
+        };
+        Ok(Answer { value: json!({}), afterwards: Some(Box::new(end)) })
     }
 
     fn publish_if(&self, changed: bool, event: &str) {
