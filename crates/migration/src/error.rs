@@ -270,12 +270,15 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         | ConnectError::System { uri: Uri::Fd(_), .. }
         | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
         ConnectError::Insecure { source: TransportError::Tls(error), .. } if error.hints_at_plain_text() => {
-            "start the destination with --tls-creds DIR as well; where plain text is meant, say --insecure-plaintext on both sides"
+            "start the destination with --tls-creds DIR as well; where plain text is meant, say --insecure-plaintext on both sides; one that does not wait any more ends it so, too"
         }
         ConnectError::Insecure { source: TransportError::Tls(TlsError::Protocol(_)), .. } => {
             "check the address: something else than a destination listens there"
         }
         ConnectError::Insecure { .. } => "check the certificates of both hosts: `vfio-migrate tls show`",
+        ConnectError::Closed { .. } => {
+            "see whether a destination waits there still: its operator may have cancelled, or its process have ended; if it does, its log says why it refuses"
+        }
         ConnectError::Stranger { .. } => "see whose process listens there",
         _ => "check the address, and that a destination listens there",
     };

@@ -63,7 +63,8 @@ pub(crate) enum CliVerb {
     Status(StatusCommand),
     /// List the migrations, rehearsals, saves and restores that a state directory has seen, without any `vm`.
     History(HistoryCommand),
-    /// Cancel the migration of a running `vm`: its guest goes on where it is. One that waits for a guest waits no more.
+    /// Cancel the migration of a running `vm`: its guest goes on where it is. A receiver (`vm --incoming`, `incoming`) that waits, or has a
+    /// guest half way, takes none any more until `incoming` lets it wait again; the guest goes on at its source.
     Cancel(VmTarget),
     /// Let a migration go on that waits before its switchover.
     Continue(VmTarget),

@@ -84,5 +84,7 @@ fn not_started(vm: &RunningVm, failure: &Failure) -> String {
     if !failure.remedy.is_empty() {
         text.push_str(&format!("; {}", failure.remedy));
     }
+    // Neither `migrate` nor `save` takes it, and they send to `cont`.
+    text.push_str("; if its device is gone for good, `quit --force` ends the guest with its process");
     text
 }

@@ -66,7 +66,7 @@ impl Slot {
             Self::Unresolved { text, .. } => Refused::generic(text.clone()),
             Self::Here { .. } => Refused::generic("the guest is here"),
             Self::OwnedNotStarted { .. } => Refused::generic(
-                "a session left the guest paused here: `cont` tries to start it, and before that it can be neither moved nor saved",
+                "a session left the guest paused here: `cont` tries to start it, and before that it can be neither moved nor saved; `quit --force` ends it with its process",
             ),
             Self::Preparing | Self::Awaited { .. } => nobody(": one is awaited".into()),
             Self::Leaving(_) => nobody(": it is leaving".into()),
@@ -369,7 +369,7 @@ impl BeginError {
 pub(super) fn still_undone(awaited: &[AwaitedAnswer]) -> Refused {
     let awaited: Vec<_> = awaited.iter().map(AwaitedInfo::from).collect();
     let text = format!(
-        "the last session is still being undone: {}; another can begin once it has, and a guest that it left paused goes on then (`status` tells)",
+        "the last session is still being undone: {}; another can begin once it has, and a guest that it left paused goes on then (`status` tells); `quit --force` waits for nothing, and ends a guest that is here",
         sentence(&awaited)
     );
     Refused::new("MigrationActive", text)

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Setup, Vm, command, run, until};
+use crate::support::{Process, Setup, Vm, command, run, until};
 
 const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0001";
 
@@ -189,5 +189,50 @@ fn what_is_said_of_a_fault_is_what_is() {
             );
             source.assert_runs();
         }
+    }
+}
+
+/// A device takes longer than the guest may be paused: both sides tell that, of the same device, and nothing else later.
+#[test]
+fn a_device_that_outlasts_the_downtime_limit_is_one_cause_at_both_sides() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, destination) = pair(dir.path(), [&["--fault", "hang-arc:PRE_COPY_P2P:STOP_COPY:3000"], &[]]);
+    source.warm();
+    let here = source.migrate(&destination.incoming(), json!({"downtime-limit": 1000}));
+    let there = until("the destination's end", || {
+        Some(destination.query("query")["last"].take()).filter(|last| !last.is_null())
+    });
+    assert_eq!((&here["status"], &there["status"]), (&json!("failed"), &json!("failed")), "{here} {there}");
+    assert_eq!(here["failure"], there["failure"]);
+    let failure = &here["failure"];
+    assert_eq!((&failure["side"], &failure["device"]), (&json!("source"), &json!("dev0")), "{failure}");
+    assert_eq!(failure["arc"], json!({"from": "PRE_COPY_P2P", "to": "STOP_COPY"}), "{failure}");
+    source.assert_runs();
+}
+
+/// Each reason of a refusal is a line with its code, in the log as everywhere.
+#[test]
+fn a_refusal_is_told_in_the_log_by_the_lines_that_tell_it_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = dir.path().join("said");
+    let (devices, words) =
+        Setup { devices: 2, vm_arguments: &["--exit-with-stdin"], ..Setup::new(dir.path(), "a") }.prepare();
+    let child = command(&words.iter().map(String::as_str).collect::<Vec<_>>())
+        .stdin(std::process::Stdio::piped())
+        .stderr(std::fs::File::create(&said).unwrap())
+        .spawn()
+        .unwrap();
+    let source = Vm { process: Process::of(child), devices, control: dir.path().join("a.control") };
+    until("the control socket", || source.try_call("query", Value::Null)).expect("query");
+    let there = ["--incoming", "tcp:127.0.0.1:0"];
+    let there = Setup { devices: 0, vm_arguments: &there, ..Setup::new(dir.path(), "b") }.start();
+    let refused = source.migrate(&there.incoming(), json!({}));
+    assert!(refused["reasons"].as_array().is_some_and(|reasons| reasons.len() > 1), "{refused}");
+    let said = std::fs::read_to_string(&said).unwrap();
+    let head: Vec<_> = said.lines().filter(|line| line.contains(": refused after")).collect();
+    assert!(head.len() == 1 && head[0].ends_with("it was refused:"), "{said}");
+    for reason in refused["reasons"].as_array().unwrap() {
+        let told = format!("{} [{}]", reason["text"].as_str().unwrap(), reason["code"].as_str().unwrap());
+        assert!(said.lines().any(|line| line.contains(" INFO ") && line.ends_with(&told)), "{told}: {said}");
     }
 }

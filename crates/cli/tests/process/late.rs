@@ -81,6 +81,7 @@ fn a_server_that_is_late_while_the_guest_is_paused_is_waited_for_and_the_guest_g
         let arguments = if verb == "save" { json!({"path": dir.path().join("no")}) } else { Value::Null };
         let refused = vm.call(verb, arguments).unwrap_err();
         assert!(refused.contains("dev0 has not answered PRE_COPY to PRE_COPY_P2P"), "{verb}: {refused}");
+        assert!(refused.contains("`quit --force`"), "{verb}: {refused}");
     }
     let events = vm.events();
     assert_taken_back(&vm, dir.path());

@@ -98,7 +98,9 @@ fn what_ends_with_its_process_says_by_what() {
                 assert!(error.contains(&says) && !error.contains("operator"), "{name} {who}: {error}");
                 assert_eq!(migration["failure"]["side"], side, "{name} {who}: {migration}");
             };
-            assert_told("status", &stays.ended());
+            let last =
+                until("its end", || Some(stays.query("query")["last"].take()).filter(|last| !last.is_null()));
+            assert_told("status", &last);
             let event = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
                 .find(|event| event["event"] == "MIGRATION" && event["data"]["status"] == "cancelled");
             assert_told("event", &event.unwrap()["data"]);
@@ -140,4 +142,37 @@ fn a_wait_that_ends_with_its_process_says_by_what() {
         assert!(said.contains(&format!("the VM's process has ended by {name}\n")), "{said}");
         assert!(!said.contains("operator") && !said.contains("incoming` lets it"), "{said}");
     }
+}
+
+/// A wait that is cancelled is over for whoever asks for another at once.
+#[test]
+fn a_receiver_waits_again_as_soon_as_it_is_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm =
+        Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "a") }.start();
+    for _ in 0..5 {
+        vm.call("migrate-cancel", Value::Null).unwrap();
+        vm.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+    }
+    vm.incoming();
+}
+
+/// Who closes a connection before there is a session has no certificates to be checked for.
+#[test]
+fn a_receiver_that_is_gone_when_a_source_comes_is_told_as_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = software(dir.path(), "a", &["--software"]).start();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = format!("tcp:{}", listener.local_addr().unwrap());
+    let gone = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        std::io::Read::read_exact(&mut stream, &mut [0]).unwrap();
+        // Its close is a reset then, as of a connection that its listener has not taken.
+        rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+    });
+    let told = source.migrate(&to, Value::Null);
+    gone.join().unwrap();
+    let error = told["error"].as_str().unwrap();
+    assert!(error.contains("closed the connection before there was a session"), "{error}");
+    assert!(!error.contains("certificate"), "{error}");
 }

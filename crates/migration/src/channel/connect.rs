@@ -56,6 +56,12 @@ pub(crate) enum ConnectError {
         #[source]
         source: TransportError,
     },
+    #[error("{uri} closed the connection before there was a session")]
+    Closed {
+        uri: Uri,
+        #[source]
+        source: Errno,
+    },
     #[error("{uri} cannot be listened on securely")]
     Unprepared {
         uri: Uri,
@@ -139,7 +145,13 @@ pub(crate) fn secured(
         return Ok(transport);
     }
     let security = security.ok_or_else(|| ConnectError::NotChosen(uri.clone()))?;
-    let insecure = |source: TransportError| ConnectError::Insecure { uri: uri.clone(), source };
+    let insecure = |source: TransportError| match source {
+        // A receiver that refuses says so by an alert, or ends the handshake; this one is gone with its listener.
+        TransportError::System(source @ (Errno::CONNRESET | Errno::PIPE)) => {
+            ConnectError::Closed { uri: uri.clone(), source }
+        }
+        source => ConnectError::Insecure { uri: uri.clone(), source },
+    };
     let Some(config) = security.client().map_err(|error| insecure(error.into()))? else {
         security.warn_of_plain_text(uri);
         return Ok(as_it_is(socket, Some(security)));
