@@ -182,7 +182,7 @@ impl TransitionError {
     /// Whether what is late is the change of state itself, which has a limit of its own, and not a question on the way to it.
     pub fn is_late_change(&self) -> bool {
         // Where the device was is asked first; without an answer it is not known.
-        let asked = self.from != MigrationState::Error;
+        let asked = self.from.is_some_and(|from| from != MigrationState::Error);
         asked && self.remedy == Remedy::Wait && is_timeout(&*self.source, |_, sent| sent)
     }
 }

@@ -33,8 +33,7 @@ pub(crate) fn tracked(moved: MigratableDevice, answers: &AwaitedAnswers) -> Migr
     MigratableDevice { device: Arc::new(TrackedDevice { requests, log }), pci }
 }
 
-/// Asks each device a question, before the VMM asks them for its manifest, and before they are asked for anything else: one that does
-/// not answer is named then. One that cannot migrate may answer it by an error.
+/// Asks each device that can migrate a question, before the VMM asks them for its manifest: one that does not answer is named then.
 pub(crate) fn all_answer(devices: &[MigratableDevice]) -> Result<(), DeviceError> {
     devices.iter().try_for_each(|moved| match moved.device.capabilities() {
         Ok(_) => moved.device.state().map(drop),
@@ -147,7 +146,7 @@ impl Device for TrackedDevice {
         let capabilities = self.requests.device.capabilities();
         // What is known already was not asked.
         if capabilities.as_ref().is_err_and(|error| is_late(error)) {
-            self.requests.answers.is_late(&wait, self.requests.device.answer_limit(true));
+            self.requests.answers.is_late(&wait.wait, self.requests.device.answer_limit(true));
         }
         capabilities
     }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use vfio_migration_compat::DeviceManifest;
 use vfio_migration_device::{
-    Capabilities, CapabilitiesError, Device, DeviceError, DirtyLog, QuestionLimit, ResumingSession, SavingSession,
-    TransitionError, is_unsent_reset,
+    Capabilities, CapabilitiesError, Device, DeviceError, DirtyLog, QuestionLimit, ResumingSession,
+    SavingSession, TransitionError, is_unsent_reset,
 };
 use vfio_migration_types::{DeviceId, MigrationState};
 
