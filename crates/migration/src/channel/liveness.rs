@@ -5,6 +5,7 @@ use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::channel::link::Link;
+use crate::session::abort::AbortOnce;
 
 /// Time after which a session's loop looks again at what no event reports: keep-alives, silence, progress.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
@@ -36,22 +37,83 @@ pub(crate) fn keep_alive_until(link: &Link, ended: &Receiver<()>) {
     }
 }
 
-/// Ends the connection when the last message has been sent and received, or after a while without that. `working` says whether
-/// the thread that sends it has ended, as it does with its job queue, which the caller has closed; `reading` ends when the peer
-/// closes, which it does when it has read the last message. A peer that does not is not waited for.
+/// Ends the connection when the last message has been sent and received, or after a while without that. `work_ended` says whether
+/// the thread that sends it has ended, as it does with its job queue, which the caller has closed, and `abort` whether another still
+/// sends it; `reading` ends when the peer closes, which it does when it has read the last message. A peer that does not is not waited for.
 pub(crate) fn close_gracefully(
     link: &Link,
     work_ended: impl Fn() -> bool,
+    abort: &AbortOnce,
+    reading: &ScopedJoinHandle<'_, ()>,
+) {
+    close_within(CLOSE_LIMIT, link, work_ended, abort, reading);
+}
+
+fn close_within(
+    limit: Duration,
+    link: &Link,
+    work_ended: impl Fn() -> bool,
+    abort: &AbortOnce,
     reading: &ScopedJoinHandle<'_, ()>,
 ) {
     let begun = Instant::now();
     let wait = |ended: &dyn Fn() -> bool| {
-        while !ended() && begun.elapsed() < CLOSE_LIMIT {
+        while !ended() && begun.elapsed() < limit {
             std::thread::sleep(Duration::from_millis(1));
         }
     };
-    wait(&work_ended);
+    wait(&|| work_ended() && !abort.is_under_way());
     link.shutdown_write();
     wait(&|| reading.is_finished());
     link.shutdown();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::os::unix::net::UnixStream;
+    use std::sync::{Arc, mpsc};
+
+    use vfio_migration_types::{Failure, Phase, Side};
+    use vfio_migration_wire::{Frame, Message};
+
+    use super::*;
+    use crate::channel::reader::Reader;
+    use crate::channel::transport::Socket;
+
+    /// The thread that sends ABORT comes to it when the connection could long be closed: that is asked again and again before.
+    #[test]
+    fn a_connection_is_closed_behind_an_abort_that_another_thread_sends() {
+        let (own, other) = UnixStream::pair().unwrap();
+        let link = Link::accepted(Box::new(Socket::new(own.into())));
+        let peer = Link::accepted(Box::new(Socket::new(other.into())));
+        peer.welcome().unwrap();
+        link.welcome().unwrap();
+        let (go, wait) = mpsc::channel();
+        let (of_thread, abort) = (Arc::clone(&link), AbortOnce::default());
+        let cause = Failure::new(Side::Source, Phase::Iterate, "given up");
+        let message = Message::Abort(cause.clone());
+        abort.sent_by(std::thread::spawn(move || {
+            if wait.recv().is_ok() {
+                of_thread.send(&message).unwrap();
+            }
+        }));
+        let mut heard = Reader::new(&peer, Side::Source);
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| ());
+            let (asked, go) = (Cell::new(0), Cell::new(Some(go)));
+            let work_ended = || {
+                asked.set(asked.get() + 1);
+                if asked.get() >= 3
+                    && let Some(go) = go.take()
+                {
+                    go.send(()).unwrap();
+                }
+                true
+            };
+            close_within(Duration::from_secs(60), &link, work_ended, &abort, &reading);
+        });
+        let Ok(Frame::Message(Message::Abort(told))) = heard.next() else { panic!("it was not told why") };
+        assert_eq!(told.text, cause.text);
+    }
 }

@@ -173,7 +173,7 @@ where
             rate: RateMeter::default(),
         };
         let ended = session.run();
-        liveness::close_gracefully(&link, || working.is_finished() && !shared.abort.is_under_way(), &reading);
+        liveness::close_gracefully(&link, || working.is_finished(), &shared.abort, &reading);
         for device in shared.sink.get().iter().flat_map(|sink| &sink.devices) {
             device.close();
         }

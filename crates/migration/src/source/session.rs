@@ -94,8 +94,7 @@ pub(super) fn run(
         };
         let outcome = session.run(&mut reporter, &mut observer);
         let left_behind = shared.left_behind.load(Ordering::Acquire);
-        let work_ended = || (left_behind || working.is_finished()) && !shared.abort.is_under_way();
-        close_gracefully(link, work_ended, &reading);
+        close_gracefully(link, || left_behind || working.is_finished(), &shared.abort, &reading);
         Ok((outcome, working))
     });
     plan.control.detach();
