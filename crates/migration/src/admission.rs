@@ -33,6 +33,13 @@ pub(crate) struct Admitted {
     pub(crate) wants: Right,
 }
 
+/// Nobody is refused any more.
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.control.tell_remaining_refusals();
+    }
+}
+
 impl Admission {
     /// # Errors
     /// What is expected now can be held to by no connection `of` this kind, which prove this of their peers. What cannot be read now may be later.
@@ -149,8 +156,7 @@ impl Admission {
     fn record(&self, link: &Link, hello: Option<&Hello>, why: RefusalCause) {
         let (security, proof) = (link.security(), self.proof);
         let wanted = hello.map(|hello| (Newcomer { hello, peer: None, proof }.wants(), hello.vm));
-        let refused = RefusedConnection { at: SystemTime::now(), from: link.peer(), security, wanted, why };
-        tracing::warn!("a connection was refused: {refused}");
-        self.control.refused_one(refused);
+        let (at, from) = (SystemTime::now(), link.peer());
+        self.control.refused_one(RefusedConnection { at, from, security, wanted, why, left_out: 0 });
     }
 }

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_types::{CancelCause, DeviceId, Failure, Phase, Side};
+use vfio_migration_types::{CancelCause, DeviceId, Failure, Phase, RateLimit, Side, Told};
 
 use crate::channel::limiter::Limiter;
 use crate::error::{MigrateError, cancelled};
@@ -247,11 +247,25 @@ struct Sessions {
     last: Option<Progress>,
 }
 
-/// Connections that were refused, and whoever wants to hear of each.
-#[derive(Default)]
+/// Connections that were refused, and whoever wants to hear of them.
 struct Refusals {
     so_far: RefusedConnections,
     listener: Option<Arc<RefusalListener>>,
+    /// Those that are told one by one: of peers that have proved who they are, and, so that no stranger keeps these from being told, of
+    /// others.
+    of_known: RateLimit<RefusedConnection>,
+    of_strangers: RateLimit<RefusedConnection>,
+}
+
+/// Refused connections that are told one by one, at most, and in what time.
+const REFUSALS_TOLD: (u32, Duration) = (20, Duration::from_secs(60));
+
+impl Default for Refusals {
+    fn default() -> Self {
+        let limit = || RateLimit::new(REFUSALS_TOLD.0, REFUSALS_TOLD.1);
+        let so_far = RefusedConnections::default();
+        Self { so_far, listener: None, of_known: limit(), of_strangers: limit() }
+    }
 }
 
 type RefusalListener = dyn Fn(&RefusedConnection) + Send + Sync;
@@ -305,20 +319,45 @@ impl IncomingControl {
         lock(&self.shared.refusals).so_far.clone()
     }
 
-    /// Calls `listener` for each connection that is refused from now on, on a thread of the destination's: it must not block.
+    /// Calls `listener` for connections that are refused from now on, on a thread of the destination's: it must not block. Strangers come
+    /// as often as they like, so not for each: for 20 in a minute, and for the last of those beyond when the minute is over, with
+    /// [the number of the others](RefusedConnection::left_out). Peers that have proved who they are have such a minute of their own.
     pub fn on_refused(&self, listener: impl Fn(&RefusedConnection) + Send + Sync + 'static) {
         lock(&self.shared.refusals).listener = Some(Arc::new(listener));
     }
 
     pub(crate) fn refused_one(&self, refused: RefusedConnection) {
-        let listener = {
-            let mut refusals = lock(&self.shared.refusals);
+        self.tell_refusals(|refusals| {
             refusals.so_far.count += 1;
             refusals.so_far.last = Some(refused.clone());
-            refusals.listener.clone()
+            let known = refused.security.peer.is_some();
+            let limit = if known { &mut refusals.of_known } else { &mut refusals.of_strangers };
+            [limit.take(refused, Instant::now()), None]
+        });
+    }
+
+    /// Tells of those that were not told at once, when their time has come.
+    pub(crate) fn tell_overdue_refusals(&self) {
+        let now = Instant::now();
+        self.tell_refusals(|refusals| [refusals.of_known.overdue(now), refusals.of_strangers.overdue(now)]);
+    }
+
+    /// The same, whether it has come or not.
+    pub(crate) fn tell_remaining_refusals(&self) {
+        self.tell_refusals(|refusals| [refusals.of_known.rest(), refusals.of_strangers.rest()]);
+    }
+
+    fn tell_refusals(&self, of: impl FnOnce(&mut Refusals) -> [Option<Told<RefusedConnection>>; 2]) {
+        let (told, listener) = {
+            let mut refusals = lock(&self.shared.refusals);
+            (of(&mut refusals), refusals.listener.clone())
         };
-        if let Some(listener) = listener {
-            listener(&refused);
+        for Told { what, left_out } in told.into_iter().flatten() {
+            let refused = RefusedConnection { left_out, ..what };
+            tracing::warn!("a connection was refused: {refused}");
+            if let Some(listener) = &listener {
+                listener(&refused);
+            }
         }
     }
 

@@ -23,6 +23,9 @@ pub struct RefusedConnection {
     pub wanted: Option<(Right, VmId)>,
     /// Why it was refused.
     pub why: RefusalCause,
+    /// Of one that is [told](crate::IncomingControl::on_refused): how many before it were refused, since the one that was told last, of which
+    /// nobody was told one by one.
+    pub left_out: u64,
 }
 
 /// Why a connection was refused.
@@ -81,6 +84,11 @@ impl fmt::Display for RefusedConnection {
             Some((Right::Move, vm)) => write!(f, ", with VM {vm}")?,
             None => {}
         }
-        write!(f, ": {}", self.why)
+        write!(f, ": {}", self.why)?;
+        match self.left_out {
+            0 => Ok(()),
+            1 => f.write_str(" (and one more before it)"),
+            more => write!(f, " (and {more} more before it)"),
+        }
     }
 }

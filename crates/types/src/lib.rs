@@ -14,6 +14,7 @@ mod identity;
 mod millis;
 mod outcome;
 mod phase;
+mod rate_limit;
 mod state;
 mod text;
 mod time;
@@ -27,6 +28,7 @@ pub use identity::{AttemptId, AttemptIdError, DEVICES_MAX, DeviceId, DeviceIdErr
 pub use millis::as_millis_f64;
 pub use outcome::{GuestOutcome, PauseCause};
 pub use phase::Phase;
+pub use rate_limit::{RateLimit, Told};
 pub use state::{MigrationFlags, MigrationState, UnknownState};
 pub use text::{is_control, printable, printable_lines, quote};
 pub use time::{milliseconds, rfc3339};

@@ -1,9 +1,11 @@
 //! Who may use a control socket, and for what.
 
 use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vfio_migration::{AllowedUnixPeers, UnixPeer};
-use vfio_migration_types::error_chain;
+use vfio_migration_types::{RateLimit, Told, error_chain};
 
 use super::protocol::ControlVerb;
 use super::refused::{PERMISSION_DENIED, Refused};
@@ -16,6 +18,60 @@ pub(crate) struct ControlAccess {
     full: AllowedUnixPeers,
     /// Those who may only ask.
     read: AllowedUnixPeers,
+    refusals: Refusals,
+}
+
+/// What is said of callers that are refused: who may not, comes as often as he likes. Apart of those who may ask, so that no stranger
+/// keeps these from being said.
+#[derive(Clone, Debug)]
+struct Refusals(Arc<Mutex<[RateLimit<String>; 2]>>);
+
+/// Refusals that are said one by one, at most, and in what time.
+const REFUSALS_SAID: (u32, Duration) = (20, Duration::from_secs(60));
+
+impl Default for Refusals {
+    fn default() -> Self {
+        let limit = || RateLimit::new(REFUSALS_SAID.0, REFUSALS_SAID.1);
+        Self(Arc::new(Mutex::new([limit(), limit()])))
+    }
+}
+
+impl Refusals {
+    /// Of one who may do nothing.
+    fn of_stranger(&self, why: String) {
+        let [strangers, _] = &mut *self.lock();
+        say(strangers.take(why, Instant::now()));
+    }
+
+    /// Of one who may ask, and asks for more.
+    fn of_reader(&self, why: String) {
+        let [_, readers] = &mut *self.lock();
+        say(readers.take(why, Instant::now()));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, [RateLimit<String>; 2]> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn say(refusal: Option<Told<String>>) {
+    match refusal {
+        Some(Told { what, left_out: 0 }) => {
+            tracing::warn!("a caller of the control socket is refused: {what}");
+        }
+        Some(Told { what, left_out }) => {
+            tracing::warn!(
+                "a caller of the control socket is refused: {what} (and {left_out} more before it)"
+            );
+        }
+        None => {}
+    }
+}
+
+/// Who it is, for the log.
+fn ids(peer: &UnixPeer) -> String {
+    let pid = peer.pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+    format!("uid={} gid={} pid={pid}", peer.uid, peer.gid)
 }
 
 /// Who has connected to a control socket.
@@ -23,6 +79,7 @@ pub(crate) struct ControlAccess {
 pub(super) struct Caller {
     peer: UnixPeer,
     pub(super) right: ControlRight,
+    refusals: Refusals,
 }
 
 impl ControlAccess {
@@ -32,6 +89,12 @@ impl ControlAccess {
         access.full.gids.extend(full);
         access.read.gids.extend(read);
         access
+    }
+
+    /// Says of callers that were refused, and were not said one by one, if it is time.
+    pub(crate) fn say_overdue_refusals(&self) {
+        let now = Instant::now();
+        self.refusals.lock().iter_mut().for_each(|refusals| say(refusals.overdue(now)));
     }
 
     /// All who may connect.
@@ -48,7 +111,7 @@ impl ControlAccess {
             Ok(peer) => peer,
             Err(error) => {
                 let why = error_chain(&error);
-                tracing::warn!(%why, "a caller of the control socket is refused");
+                self.refusals.of_stranger(why.clone());
                 return denied(why);
             }
         };
@@ -56,12 +119,12 @@ impl ControlAccess {
             (true, _) => ControlRight::Full,
             (false, true) => ControlRight::Read,
             (false, false) => {
-                let UnixPeer { uid, gid, pid, .. } = peer;
-                tracing::warn!(uid, gid, pid, "a caller of the control socket is refused: it is not allowed");
+                let uid = peer.uid;
+                self.refusals.of_stranger(format!("it is not allowed, {}", ids(&peer)));
                 return denied(format!("user {uid} may not use this control socket: {WHO}"));
             }
         };
-        Ok(Caller { peer, right })
+        Ok(Caller { peer, right, refusals: self.refusals.clone() })
     }
 }
 
@@ -75,15 +138,8 @@ impl Caller {
         if verb.needs().right <= self.right {
             return Ok(());
         }
-        let UnixPeer { uid, gid, pid, .. } = self.peer;
-        let name = verb.name();
-        tracing::warn!(
-            uid,
-            gid,
-            pid,
-            verb = name,
-            "a caller of the control socket is refused: it may only ask"
-        );
+        let (uid, name) = (self.peer.uid, verb.name());
+        self.refusals.of_reader(format!("it may only ask, and not `{name}`, {}", ids(&self.peer)));
         let why = format!(
             "user {uid} may only ask here, and not `{name}`: that may the user that this `vm` runs as, root, and the \
              members of --control-group"
@@ -96,7 +152,7 @@ impl Caller {
 impl Caller {
     /// Ourselves at the other end of `socket`, with no more than this right.
     pub(super) fn with_right(socket: impl AsFd, right: ControlRight) -> Self {
-        Self { peer: UnixPeer::of(socket).unwrap(), right }
+        Self { peer: UnixPeer::of(socket).unwrap(), right, refusals: Refusals::default() }
     }
 }
 

@@ -60,6 +60,9 @@ pub(crate) struct RefusalInfo {
     pub(crate) code: Option<String>,
     /// Why, in a sentence. Its source was told no more than it may know.
     pub(crate) why: String,
+    /// In an event: how many before it were refused, since the one that the event before was of, of which there was none.
+    #[serde(default)]
+    pub(crate) left_out: u64,
 }
 
 impl From<&RefusedConnections> for RefusalsInfo {
@@ -78,6 +81,7 @@ impl From<&RefusedConnection> for RefusalInfo {
             vm: refused.wanted.filter(|(_, vm)| vm.names_a_vm()).map(|(_, vm)| vm.to_string()),
             code: refused.why.code().map(|code| code.name().to_owned()),
             why: refused.why.to_string(),
+            left_out: refused.left_out,
         }
     }
 }

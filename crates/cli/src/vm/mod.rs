@@ -51,7 +51,7 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
     })?;
     let started = start(options, interrupt, by_control)?;
     let vm = &started.vm;
-    let watching = (watch(vm)?, interrupts::tend(vm)?);
+    let watching = (watch(vm, started.access.clone())?, interrupts::tend(vm)?);
     // Both ends of the channel are held as long as the process may end by it.
     let by = quitted.recv().unwrap_or(FAILED_START);
     drop(watching);
@@ -63,7 +63,7 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
 
 /// Looks after the devices of `vm`, on a thread of its own, until the sender is dropped: a device that is opened anew may
 /// keep whoever opens it waiting, and a signal is heard all the same.
-fn watch(vm: &Arc<RunningVm>) -> Result<Sender<()>, CliError> {
+fn watch(vm: &Arc<RunningVm>, access: ControlAccess) -> Result<Sender<()>, CliError> {
     let (watching, ended) = mpsc::channel();
     let vm = vm.clone();
     let thread = std::thread::Builder::new().name("devices".into()).spawn(move || {
@@ -73,6 +73,7 @@ fn watch(vm: &Arc<RunningVm>) -> Result<Sender<()>, CliError> {
             lost.report_new(&vm);
             readiness.tend(&vm);
             rollback.tend(&vm);
+            access.say_overdue_refusals();
         }
     });
     thread.map_err(|error| CliError::caused("cannot make a thread that looks after devices", &error))?;
@@ -82,6 +83,7 @@ fn watch(vm: &Arc<RunningVm>) -> Result<Sender<()>, CliError> {
 /// A `vm` that runs a guest or waits for one, and answers its control socket.
 struct Started {
     vm: Arc<RunningVm>,
+    access: ControlAccess,
     _server: Option<ControlServer>,
 }
 
@@ -94,12 +96,12 @@ fn start(
     // What files and devices take, no signal can shorten: it is left to itself then.
     let of_thread = options.clone();
     let prepared = interrupt.watch(move || Prepared::new(&of_thread))??;
-    let vm = prepared.vm.clone();
+    let (vm, access) = (prepared.vm.clone(), prepared.access.clone());
     // Bound first, so that a path that cannot be had is known before anything waits for a guest; served last, so that
     // whoever gets an answer finds everything in place.
     let bound = match &options.control {
         Some(path) => {
-            let bound = Bound::at(path, prepared.access.clone());
+            let bound = Bound::at(path, access.clone());
             Some(bound.map_err(|error| cannot_listen(path, &error))?)
         }
         None => None,
@@ -119,7 +121,7 @@ fn start(
         }
         None => None,
     };
-    Ok(Started { vm, _server: server })
+    Ok(Started { vm, access, _server: server })
 }
 
 /// A `vm` whose command line has been judged, and for which nothing has been made yet.

@@ -1,7 +1,7 @@
 //! Plain text over TCP: refused to who has not asked for it, and told as what it is to who has.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -90,6 +90,34 @@ fn nothing_goes_over_tcp_for_who_has_not_said_how() {
     idle.call("migrate-incoming", json!({"uri": format!("unix:{}", path("c.socket"))})).unwrap();
     let moved = vm.migrate(&idle.incoming(), json!({}));
     assert_eq!(moved["status"], "completed", "{moved}");
+}
+
+/// Whoever reaches the port comes as often as he likes.
+#[test]
+fn strangers_do_not_fill_the_log() {
+    const MANY: usize = 100;
+    let dir = tempfile::tempdir().unwrap();
+    let (vm, log) = logged(dir.path(), "b", &["--incoming", "tcp:127.0.0.1:0", "--insecure-plaintext"]);
+    let at = vm.incoming();
+    let events = vm.events();
+    for _ in 0..MANY {
+        let mut stranger = TcpStream::connect(at.strip_prefix("tcp:").unwrap()).unwrap();
+        stranger.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+        // Until it is hung up on.
+        let _ = stranger.read(&mut [0; 16]);
+    }
+    until("all of them to be counted", || (vm.info()["refused"]["count"] == MANY).then_some(()));
+    vm.call("migrate-cancel", Value::Null).unwrap();
+    until("the end of the wait", || (vm.status() == "idle").then_some(()));
+    // The last of them is told when the wait has ended, if not before.
+    let last = until("the last to be told", || {
+        log().lines().rfind(|line| line.contains("more before it)")).map(str::to_owned)
+    });
+    assert!(last.contains("a connection was refused: tcp:127.0.0.1:"), "{last}");
+    let lines = log().lines().filter(|line| line.contains("a connection was refused")).count();
+    assert!(lines < MANY / 2, "{lines} lines of {MANY} strangers");
+    let told: Vec<_> = events.try_iter().filter(|event| event["event"] == "MIGRATION_REFUSED").collect();
+    assert!(told.len() < MANY / 2, "{} events of {MANY} strangers", told.len());
 }
 
 #[test]

@@ -6,13 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
-use rustls::ServerConfig;
+use vfio_migration_types::{RateLimit, Told};
 
 use crate::channel::tls::Tls;
 use crate::channel::transport::{Socket, Transport, TransportError};
@@ -20,6 +19,7 @@ use crate::session::abandon::{Unanswered, answer_unless};
 use crate::tls::config::{Proof, Security};
 use crate::tls::error::TlsError;
 use crate::tls::files::TlsRole;
+use crate::tls::server_configs::ServerConfigs;
 use crate::unix_listener::bind_unix;
 use crate::unix_peer::{AllowedUnixPeers, UnixPeerError};
 use crate::uri::Uri;
@@ -274,10 +274,15 @@ pub(crate) struct Listener {
     uri: Uri,
     /// `None` of a unix socket alone.
     security: Option<Security>,
-    /// What the latest connection was taken with: certificates that are being replaced may not fit each other for a moment.
-    latest: Option<Arc<ServerConfig>>,
+    /// What connections are taken with, where that is TLS: certificates that are being replaced may not fit each other for a moment.
+    configs: Option<ServerConfigs>,
     backoff: Backoff,
+    /// What is said of connections that cannot be taken: whoever comes, comes as often as he likes.
+    problems: RateLimit<String>,
 }
+
+/// What is said of connections that cannot be taken, at most, and in what time.
+const PROBLEMS: (u32, Duration) = (20, Duration::from_secs(60));
 
 /// A socket that sources connect to, or the one connection that was handed over.
 #[derive(Debug)]
@@ -370,19 +375,21 @@ impl Listener {
                 socket.as_ref().is_some_and(|socket| !leaves_host(socket))
             }
         };
-        let mut latest = None;
+        let mut configs = None;
         if !local {
             let security = security.ok_or_else(|| ConnectError::NotChosen(uri.clone()))?;
             // Before anybody connects, since only the operator can mend what is missing.
             let unprepared = |source| ConnectError::Unprepared { uri: uri.clone(), source };
-            latest = security.server().map_err(unprepared)?;
-            match latest {
+            let made = ServerConfigs::new(security.clone()).map_err(unprepared)?;
+            match made.latest() {
                 Some(_) => security.warn_of_expiry(TlsRole::Server),
                 None => security.warn_of_plain_text(uri),
             }
+            configs = Some(made);
         }
         let (uri, security) = (uri.clone(), security.cloned());
-        Ok(Self { socket, uri, security, latest, backoff: Backoff::default() })
+        let problems = RateLimit::new(PROBLEMS.0, PROBLEMS.1);
+        Ok(Self { socket, uri, security, configs, backoff: Backoff::default(), problems })
     }
 
     /// What connections prove of their peers here, and what they are, as a sentence goes on.
@@ -412,34 +419,47 @@ impl Listener {
         }
     }
 
-    /// The next connection, if one waits, with certificates `read_anew` or as they were. What goes wrong with an accept passes:
-    /// it is logged, and tried again a little later.
+    /// The next connection, if one waits, with certificates that are `read_anew` if they have changed, or as they were. What goes wrong
+    /// with an accept passes: it is logged, and tried again a little later.
     pub(crate) fn try_accept(&mut self, read_anew: bool) -> Option<Box<dyn Transport>> {
+        let overdue = self.problems.overdue(Instant::now());
+        Self::tell(&self.uri, overdue);
         self.accept().and_then(|socket| self.secure(socket, read_anew))
     }
 
     /// The connection over `socket`, whose handshake, if it has one, is still to come.
     fn secure(&mut self, socket: OwnedFd, read_anew: bool) -> Option<Box<dyn Transport>> {
         let security = self.security.as_ref();
-        let Some(security) = security.filter(|security| security.is_tls() && leaves_host(&socket)) else {
+        if !security.is_some_and(|security| security.is_tls() && leaves_host(&socket)) {
             return Some(as_it_is(socket, security));
-        };
-        if read_anew {
-            match security.server() {
-                Ok(config) => self.latest = config,
-                Err(error) => tracing::warn!(
-                    %error, uri = %self.uri,
-                    "certificates cannot be read again; the ones that were read before are used"
-                ),
-            }
         }
-        let config = Arc::clone(self.latest.as_ref()?);
-        match Tls::accepted(socket, config) {
+        let configs = self.configs.as_mut()?;
+        let read = if read_anew { configs.refresh(SystemTime::now()) } else { Ok(()) };
+        let latest = configs.latest();
+        if let Err(error) = read {
+            self.problem(format!(
+                "certificates cannot be read again, and the ones that were read before are used: {error}"
+            ));
+        }
+        match Tls::accepted(socket, latest?) {
             Ok(tls) => Some(Box::new(tls)),
             Err(error) => {
-                tracing::warn!(%error, "a connection could not be taken");
+                self.problem(format!("a connection could not be taken: {error}"));
                 None
             }
+        }
+    }
+
+    fn problem(&mut self, text: String) {
+        let told = self.problems.take(text, Instant::now());
+        Self::tell(&self.uri, told);
+    }
+
+    fn tell(uri: &Uri, problem: Option<Told<String>>) {
+        match problem {
+            Some(Told { what, left_out: 0 }) => tracing::warn!(%uri, "{what}"),
+            Some(Told { what, left_out }) => tracing::warn!(%uri, "{what} (and {left_out} more before it)"),
+            None => {}
         }
     }
 
@@ -472,7 +492,8 @@ impl Listener {
                     | io::ErrorKind::ConnectionAborted => {}
                     _ => {
                         if self.backoff.pause.is_none() {
-                            tracing::warn!(%error, "a connection could not be accepted; trying again");
+                            let text = format!("a connection could not be accepted; trying again: {error}");
+                            self.problem(text);
                         }
                         self.backoff.failed();
                     }

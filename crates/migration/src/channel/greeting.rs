@@ -49,6 +49,16 @@ pub(crate) struct DroppedConnection {
     pub(crate) not_allowed: bool,
 }
 
+/// What became of a connection that was to be taken in.
+pub(crate) enum Added {
+    /// It waits for its first message to come.
+    Waits,
+    /// The same, and this one was dropped for it.
+    InsteadOf(DroppedConnection),
+    /// It may not be heard, and was dropped.
+    Refused(DroppedConnection),
+}
+
 /// A connection whose HELLO has been read.
 pub(crate) struct Accepted {
     pub(crate) link: Arc<Link>,
@@ -107,26 +117,28 @@ impl PendingConnections {
     /// Takes in a connection, which has `patience` to send its first message whole. One of a process that may not be at the other end is
     /// dropped instead, and takes nobody's place: it is told why, and nothing is read of it. To be asked before:
     /// [`has_room`](Self::has_room).
-    pub(crate) fn add(
-        &mut self,
-        transport: Box<dyn Transport>,
-        patience: Duration,
-    ) -> Result<(), DroppedConnection> {
+    pub(crate) fn add(&mut self, transport: Box<dyn Transport>, patience: Duration) -> Added {
         let stranger = transport.security().check_unix_peer(&self.peers).err();
         let link = Link::accepted(transport);
         if let Some(stranger) = stranger {
             // It is a process of this host, which may know whom it has to do with.
             let welcomed = link.welcome();
             tracing::debug!(welcomed = welcomed.is_ok(), "a peer is refused");
-            return Err(DroppedConnection { not_allowed: true, ..dropped(link, error_chain(&stranger)) });
+            return Added::Refused(DroppedConnection {
+                not_allowed: true,
+                ..dropped(link, error_chain(&stranger))
+            });
         }
-        if self.waiting.len() >= MOST {
-            tracing::warn!("too many connections send nothing: the oldest is dropped");
-            self.waiting.remove(0).link.shutdown();
-        }
+        let oldest = (self.waiting.len() >= MOST).then(|| self.waiting.remove(0));
         let reader = Reader::new(&link, Side::Source);
         self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now() });
-        Ok(())
+        match oldest {
+            Some(oldest) => Added::InsteadOf(dropped(
+                oldest.link,
+                format!("it said nothing, and {MOST} others came that wait to be heard"),
+            )),
+            None => Added::Waits,
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {

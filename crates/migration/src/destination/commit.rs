@@ -1,10 +1,11 @@
 //! P7: the journal, and from it the answer to a source that lost the answer to its COMMIT.
 
 use std::path::Path;
+use std::time::Instant;
 
 use vfio_migration_engine::Attempt;
 use vfio_migration_engine::ownership::{DestinationRecord, DestinationState, QueryAnswer, answer_query};
-use vfio_migration_types::{Epoch, Failure, GuestOutcome, Phase, Side, error_chain};
+use vfio_migration_types::{Epoch, Failure, GuestOutcome, Phase, RateLimit, Side, Told, error_chain};
 use vfio_migration_wire::{Message, Running};
 
 use crate::channel::binding::SessionKey;
@@ -116,14 +117,24 @@ fn stranger() -> Failure {
 }
 
 /// Answers one question. An outcome that is not known is answered as unknown, which decides nothing.
-pub(super) fn answer(known: Option<&KnownOutcome>, state_dir: Option<&Path>, question: &Question) {
+/// What is said of it is said as often as `told` lets it: whoever may ask, asks as often as he likes.
+pub(super) fn answer(
+    known: Option<&KnownOutcome>,
+    state_dir: Option<&Path>,
+    question: &Question,
+    told: &mut RateLimit<String>,
+) {
     let Question { link, about, .. } = question;
     let message = answer_to(known, state_dir, question);
-    tracing::info!(vm = %about.vm, attempt = %about.attempt, ?message, "a source asked what became of its COMMIT");
-    if let Err(error) = link.send(&message) {
-        tracing::warn!(error = %error_chain(&error), "the answer could not be sent");
-    }
+    let sent = link.send(&message);
     link.shutdown_write();
+    let answered = match sent {
+        Ok(()) => format!("and was told {message:?}"),
+        Err(error) => format!("and could not be told {message:?}: {}", error_chain(&error)),
+    };
+    if let Some(Told { what, left_out }) = told.take(answered, Instant::now()) {
+        tracing::info!(vm = %about.vm, attempt = %about.attempt, left_out, "a source asked what became of its COMMIT, {what}");
+    }
 }
 
 fn answer_to(known: Option<&KnownOutcome>, state_dir: Option<&Path>, question: &Question) -> Message {

@@ -25,12 +25,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_migration_types::{Failure, Phase, Side, error_chain};
+use vfio_migration_types::{Failure, Phase, RateLimit, Side, error_chain};
 
 use crate::admission::{Admission, Admitted};
 use crate::channel::connect::{self, CHOOSE, ConnectError, Listener};
 use crate::channel::greeting::{
-    Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
+    Accepted, Added, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
 };
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
@@ -49,6 +49,8 @@ pub struct Destination {
     options: DestinationOptions,
     control: IncomingControl,
     admission: Admission,
+    /// What is said of questions that were answered.
+    answers: RateLimit<String>,
     /// Outcome of the latest attempt, for a source that asks.
     known: Option<KnownOutcome>,
     /// Connections that have sent nothing yet.
@@ -88,7 +90,8 @@ impl Destination {
             IncomingError::NotBegun(Failure::new(Side::Destination, Phase::Hello, text))
         })?;
         let pending = PendingConnections::of(options.unix_peers.clone());
-        Ok(Self { listener, local, options, control, admission, known: None, pending })
+        let answers = RateLimit::new(20, Duration::from_secs(60));
+        Ok(Self { listener, local, options, control, admission, answers, known: None, pending })
     }
 
     /// Address that it listens at: with the port that was given for port 0.
@@ -237,7 +240,7 @@ impl Destination {
         if !was_in_session {
             return self.admission.asked_for_another(&question.link);
         }
-        commit::answer(self.known.as_ref(), dir, question);
+        commit::answer(self.known.as_ref(), dir, question, &mut self.answers);
     }
 
     /// The next connection whose first message comes, or why one was dropped; waits for `limit` (`None`: without end), or
@@ -251,6 +254,7 @@ impl Destination {
             if self.control.cancelled().is_some() {
                 return Err(ConnectError::Cancelled);
             }
+            self.control.tell_overdue_refusals();
             // Each is looked at before the next is let in, so that none is dropped unread for those that come after it.
             if let Some(greeting) = self.pending.poll() {
                 return Ok(greeting);
@@ -258,8 +262,8 @@ impl Destination {
             let has_room = self.pending.has_room();
             if has_room && let Some(socket) = self.listener.try_accept(true) {
                 match self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE)) {
-                    Ok(()) => continue,
-                    Err(stranger) => return Ok(Err(stranger)),
+                    Added::Waits => continue,
+                    Added::InsteadOf(dropped) | Added::Refused(dropped) => return Ok(Err(dropped)),
                 }
             }
             if self.pending.is_empty() {

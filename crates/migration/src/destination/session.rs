@@ -17,7 +17,7 @@ use vfio_migration_wire::{
 use crate::admission::{Admission, Admitted};
 use crate::channel::binding::SessionKey;
 use crate::channel::connect::Listener;
-use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections, Question};
+use crate::channel::greeting::{Accepted, Added, FIRST_MESSAGE, Greeting, PendingConnections, Question};
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK};
 use crate::control::IncomingControl;
@@ -332,6 +332,7 @@ impl Session<'_> {
             return;
         }
         self.polled = Instant::now();
+        self.control.tell_overdue_refusals();
         // Those that may not come are many at most, and none of them keeps the next one waiting.
         for _ in 0..MOST_STRANGERS {
             if !self.pending.has_room() {
@@ -340,8 +341,12 @@ impl Session<'_> {
             // A guest's downtime does not wait for the disk that certificates are on.
             let Some(socket) = self.listener.try_accept(false) else { break };
             match self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE)) {
-                Ok(()) => break,
-                Err(stranger) => self.admission.dropped(stranger),
+                Added::Waits => break,
+                Added::InsteadOf(oldest) => {
+                    self.admission.dropped(oldest);
+                    break;
+                }
+                Added::Refused(stranger) => self.admission.dropped(stranger),
             }
         }
         match self.pending.poll() {

@@ -26,7 +26,7 @@ pub const ALPN: &[u8] = b"vfio-migrate/1";
 
 /// Certificates of a directory, and whom to trust beyond what its CA says.
 ///
-/// The files are read for every connection anew, so that certificates may be replaced while a destination waits.
+/// The files are read anew for a connection if they have changed, so that certificates may be replaced while a destination waits.
 #[derive(Clone, Debug)]
 pub struct TlsDirectory {
     /// The directory, in the layout of QEMU and libvirt: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, `client-cert.pem`,

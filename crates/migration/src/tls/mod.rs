@@ -9,4 +9,6 @@ pub(crate) mod error;
 pub(crate) mod files;
 pub(crate) mod identity;
 pub(crate) mod security;
+pub(crate) mod server_configs;
+pub(crate) mod stamps;
 pub(crate) mod trust;

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use crate::toy::secure::tls_stream;
 use crate::toy::*;
 use vfio_migration::rustls::{ClientConnection, StreamOwned};
-use vfio_migration::{Arrived, Destination, DestinationOptions, IncomingError, Machine, Source, Uri};
+use vfio_migration::{
+    Arrived, Destination, DestinationOptions, IncomingError, Machine, NotBuilt, Source, Uri,
+};
 use vfio_migration_types::{AttemptId, Epoch, Side};
 use vfio_migration_wire::{
     Bulk, Crc, DeviceEnd, DeviceTotal, FEATURE_RAM_CRC, Final, FinalEnd, Frame, FrameHeader, HEADER_LEN,
@@ -254,6 +256,37 @@ fn a_source_that_came_first_is_not_dropped_for_those_behind_it() {
         aborted(arriving.join().unwrap());
     });
     drop(silent);
+}
+
+#[test]
+fn many_strangers_are_counted_and_told_in_few_words() {
+    const MANY: u64 = 200;
+    let mut options = incoming();
+    options.security = plain_destination().security;
+    let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), options).unwrap();
+    let (to, control) = (destination.local().clone(), destination.control());
+    let (heard, told) = std::sync::mpsc::channel();
+    control.on_refused(move |refused| heard.send(refused.clone()).unwrap());
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(move || {
+            drop(destination.accept(|_| -> Result<Arc<dyn Machine>, NotBuilt> { panic!("nobody came") }));
+        });
+        for _ in 0..MANY {
+            let mut stranger = connect(&to);
+            stranger.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+            assert_eq!(all(&stranger), b"");
+        }
+        wait_for("all of them to be counted", || control.refused().count == MANY);
+        control.cancel();
+        waiting.join().unwrap();
+    });
+    // The last of them when the wait ends, if not before.
+    let told: Vec<_> = told.try_iter().collect();
+    let left_out: u64 = told.iter().map(|refused| refused.left_out).sum();
+    assert_eq!(told.len() as u64 + left_out, MANY, "some were forgotten");
+    assert!(told.len() < 100, "{} of {MANY} were told one by one", told.len());
+    let last = told.last().unwrap().to_string();
+    assert!(last.ends_with("more before it)"), "{last}");
 }
 
 #[test]
