@@ -15,6 +15,7 @@ mod expect_file;
 mod follow;
 mod generated;
 mod history;
+mod incoming_options;
 mod inherited;
 mod interrupt;
 mod manual;

@@ -222,10 +222,16 @@ const PAGES: [Extra; 25] = [
     },
     Extra {
         verb: "incoming",
-        examples: &[(
-            "vfio-migrate incoming --control /tmp/a.ctl tcp:0.0.0.0:7000",
-            "takes a guest in again, with the certificates that the vm was started with",
-        )],
+        examples: &[
+            (
+                "vfio-migrate incoming --control /tmp/a.ctl tcp:0.0.0.0:7000",
+                "takes a guest in again, with the certificates that the vm was started with",
+            ),
+            (
+                "vfio-migrate incoming --control /tmp/a.ctl --tls-creds /etc/vfio-migrate --expect /run/a.toml tcp:0.0.0.0:7000",
+                "with these certificates, and from whom the file says alone",
+            ),
+        ],
         files: &[CONTROL],
         see_also: &["vm", "migrate"],
     },

@@ -1,6 +1,7 @@
-//! How connections over TCP are secured: the options of `vm`, `check`, `migrate` and `rehearse`, and what they come to. Plain text
+//! How connections over TCP are secured: the options of `vm`, `check`, `migrate`, `rehearse` and `incoming`, and what they come to. Plain text
 //! is what one has to ask for.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -79,7 +80,13 @@ impl AskedSecurity<'_> {
         if let Some(path) = self.creds.filter(|path| !path.is_absolute()) {
             return usage(&format!("tls-creds: {} is no absolute path", path.display()));
         }
-        let own = self.creds.map(|path| Security::Directory(TlsDirectory::new(path)));
+        // Keys that were pinned stay so: another folder is no leave to trust whoever its CA vouches for.
+        let pins = match &process {
+            Some(Security::Directory(directory)) => directory.pins.clone(),
+            _ => BTreeSet::new(),
+        };
+        let own =
+            self.creds.map(|path| Security::Directory(TlsDirectory { pins, ..TlsDirectory::new(path) }));
         match own.or(process) {
             Some(Security::Directory(mut directory)) => {
                 directory.server_name = self.hostname.cloned();
@@ -126,6 +133,8 @@ mod tests {
         for process in [None, plain()] {
             assert_eq!(path(own.over(process)), (other.clone(), None, 0));
         }
+        let pinned = TlsDirectory { pins: [Pin::of_key(b"b")].into(), ..TlsDirectory::new("/etc/pki/a") };
+        assert_eq!(path(own.over(Some(Security::Directory(pinned)))), (other.clone(), None, 1));
         assert!(matches!(asked().over(plain()), Ok(Some(Security::PlainText))));
         assert!(matches!(asked().over(None), Ok(None)));
         let aloud = AskedSecurity { insecure_plaintext: true, ..asked() };

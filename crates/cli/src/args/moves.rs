@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::bandwidth::Bandwidth;
+use crate::incoming_options::IncomingOptions;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 use crate::target::{AnswerTimeout, VmTarget};
 use crate::units;
@@ -16,9 +17,13 @@ const CTRL_C: &str = "Ctrl-C (SIGINT, SIGTERM) cancels the migration, and the gu
 command waits for the end and tells it. A second one ends the command at once, and leaves the migration to the vm. A command that is killed, or that was told \
 to --detach, cancels nothing.";
 
+/// What a session takes from its process.
+const OF_THE_VM: &str = "What is not said here is as the vm was started: --tls-creds, --tls-pin, --insecure-plaintext. Always its own are --allow-uid and \
+--allow-gid, which say whose process may be at the other end of a unix socket, --policy and --config-rule, --uuid and --state-dir.";
+
 /// Options of `incoming`.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = EXIT_CODES)]
+#[command(after_help = format!("{OF_THE_VM} So are --memory, and --expect and --once where they are not said here.\n{EXIT_CODES}"))]
 pub(crate) struct IncomingCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
@@ -26,6 +31,8 @@ pub(crate) struct IncomingCommand {
     /// connected socket that the `vm` was started with, or fd:NAME, one that was passed to it (getfd).
     #[arg(value_name = "URI")]
     pub(crate) uri: String,
+    #[command(flatten)]
+    pub(crate) options: IncomingOptions,
 }
 
 /// Options of `status`.
@@ -50,7 +57,7 @@ pub(crate) struct StatusCommand {
 
 /// Options of `migrate`.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = format!("{CTRL_C}\n{UNITS_AND_EXIT_CODES}"))]
+#[command(after_help = format!("{OF_THE_VM}\n{CTRL_C}\n{UNITS_AND_EXIT_CODES}"))]
 pub(crate) struct MigrateCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
@@ -149,9 +156,9 @@ pub(crate) struct QuitCommand {
 /// Options of `rehearse`.
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "Everything up to the switchover is done for real, and undone: nothing moves, and the guest does not \
-notice, but with --pause, where it is paused for as long as it would be. Ctrl-C cancels it.\nSizes take K, M, G (powers of two); times take us, \
-ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not."
+    after_help = format!("Everything up to the switchover is done for real, and undone: nothing moves, and the guest does not \
+notice, but with --pause, where it is paused for as long as it would be. Ctrl-C cancels it.\n{OF_THE_VM}\nSizes take K, M, G (powers of two); times take us, \
+ms, s.\nExit codes: 0 it would move, 1 failed, 2 usage, 3 it would not.")
 )]
 pub(crate) struct RehearseCommand {
     #[command(flatten)]

@@ -16,6 +16,7 @@ use super::rehearsal::RehearsalInfo;
 use super::security::SecurityInfo;
 use crate::bandwidth::Bandwidth;
 use crate::exit::Exit;
+use crate::incoming_options::IncomingOptions;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 
 /// The verbs of the control socket.
@@ -100,6 +101,8 @@ pub(crate) struct IncomingArguments {
     /// Where to listen: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`, a connected socket that the `vm` was started with, or `fd:NAME`, one
     /// that was passed to it by `getfd`.
     pub(crate) uri: String,
+    #[serde(flatten)]
+    pub(crate) options: IncomingOptions,
 }
 
 /// Arguments of `getfd` and `closefd`.

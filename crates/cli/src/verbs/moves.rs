@@ -216,7 +216,7 @@ pub(crate) fn quit(command: &QuitCommand) -> Result<Exit, CliError> {
 /// `incoming`: a `vm` that has no guest waits for one again.
 pub(crate) fn incoming(command: &IncomingCommand) -> Result<Exit, CliError> {
     command.uri.parse::<Address>()?;
-    let arguments = IncomingArguments { uri: command.uri.clone() };
+    let arguments = IncomingArguments { uri: command.uri.clone(), options: command.options.clone() };
     request(&command.target, ControlVerb::MigrateIncoming, json!(arguments), "it waits for a guest")
 }
 

@@ -55,7 +55,7 @@ impl Handler for VmHandler {
             }
             ControlVerb::Closefd => self.vm.passed.close(&socket_name(arguments)?)?,
             ControlVerb::MigrateIncoming => {
-                incoming::again(&self.vm, &parse::<IncomingArguments>(arguments)?.uri)?;
+                incoming::again(&self.vm, &parse::<IncomingArguments>(arguments)?)?;
             }
             ControlVerb::MigrateSetParameters => self.set(&parse(arguments)?)?,
             ControlVerb::MigrateCancel => self.cancel()?,

@@ -15,13 +15,14 @@ use vfio_migration_vmm::machine::ReferenceMachine;
 use super::faults::inject_at_destination;
 use super::running::{RunningVm, build, build_with_memory};
 use super::slot::{Slot, Steering};
+use super::wait::WaitSettings;
 use super::{history, info};
 use crate::address::Address;
 use crate::control::event::ControlEvent;
+use crate::control::protocol::IncomingArguments;
 use crate::control::refused::Refused;
 use crate::exit::CliError;
 use crate::output::eprintln_line;
-use crate::tls_options::check_chosen;
 
 /// Time for which the destination still answers a source that lost the answer to its COMMIT.
 const ANSWER_FOR: Duration = Duration::from_secs(60);
@@ -32,16 +33,18 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const BUILD_EVERY: Duration = Duration::from_secs(1);
 
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.
-pub(super) fn again(vm: &Arc<RunningVm>, text: &str) -> Result<(), Refused> {
-    let address: Address = text.parse().map_err(|failure: CliError| Refused::generic(failure.text))?;
+pub(super) fn again(vm: &Arc<RunningVm>, asked: &IncomingArguments) -> Result<(), Refused> {
+    let address: Address = asked.uri.parse().map_err(|failure: CliError| Refused::generic(failure.text))?;
+    let settings = vm.of_every_wait.with(&asked.options, vm.options.uuid);
+    let settings = Arc::new(settings.map_err(|failure| failure.report().error)?);
     // What is passed under a name is known once it is claimed.
     if let Address::Uri(uri) = &address {
-        check_chosen(uri, vm.options.tls.security().as_ref()).map_err(|failure| failure.report().error)?;
+        settings.check(uri).map_err(|failure| failure.report().error)?;
     }
     let before = reserve(vm)?;
     let begun = build(vm)
         .map_err(|failure| Refused::generic(failure.text))
-        .and_then(|machine| listen(vm, &address, machine, false));
+        .and_then(|machine| listen(vm, &address, machine, &settings));
     if begun.is_err() {
         // Only what we reserved ourselves is given back.
         drop(vm.state.put_if(|slot| matches!(slot, Slot::Preparing), before));
@@ -79,24 +82,23 @@ pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
     })
 }
 
-/// Waits at `address` for a guest that goes into `machine`, where it is to arrive `paused` or to run; returns once the address is bound. The place must have been
-/// [reserved](reserve).
+/// Waits at `address` for a guest that goes into `machine`; returns once the address is bound. The place must have been [reserved](reserve).
 pub(super) fn listen(
     vm: &Arc<RunningVm>,
     address: &Address,
     machine: Arc<ReferenceMachine>,
-    paused: bool,
+    settings: &Arc<WaitSettings>,
 ) -> Result<(), Refused> {
     let mut options = DestinationOptions::default();
     options.state_dir = vm.options.state_dir.clone();
-    options.expect = vm.expect.clone();
-    options.suspend = paused;
+    options.expect = settings.expect.clone();
+    options.suspend = settings.paused;
     options.policy = vm.policy.clone();
     options.unix_peers = vm.unix_peers.clone();
-    options.security = vm.options.tls.security();
+    options.security = settings.security.clone();
     let claim = vm.passed.claim(address)?;
-    check_chosen(claim.endpoint().uri(), options.security.as_ref())
-        .map_err(|failure| failure.report().error)?;
+    settings.check(claim.endpoint().uri()).map_err(|failure| failure.report().error)?;
+    vm.set_wait(settings.clone());
     let mut destination = Destination::listen(claim.endpoint().uri(), options)
         .map_err(|error| Refused::generic(error_chain(&error)))?;
     let at = match address {
@@ -108,10 +110,10 @@ pub(super) fn listen(
     control.on_refused(move |refused| publisher.publish(&ControlEvent::of_refusal(&refused.into())));
     let awaited = Slot::Awaited { machine: Some(machine), at: at.clone(), not_ready: None };
     let reserved = |slot: &Slot| matches!(slot, Slot::Preparing);
-    let of_thread = vm.clone();
+    let (of_thread, once) = (vm.clone(), settings.once);
     let begun = vm.state.begin(Steering::Incoming(control.clone()), reserved, Some(awaited), || {
         std::thread::Builder::new().name("migration".into()).spawn(move || {
-            let (result, came) = receive(&of_thread, &mut destination, &control);
+            let (result, came) = receive(&of_thread, &mut destination, &control, once);
             let owner = result.is_ok();
             finish(&of_thread, result, control.cancelled(), came);
             drop(of_thread);
@@ -127,12 +129,13 @@ pub(super) fn listen(
     Ok(())
 }
 
-/// Receives a guest, and says whether it was a session that ended the wait. Two things do: a guest that has arrived, and the operator; with `--once` also a session that
+/// Receives a guest, and says whether it was a session that ended the wait. Two things do: a guest that has arrived, and the operator; where the wait is for one migration, `once`, also a session that
 /// ended otherwise, but for a rehearsal. After every other end the address is waited at on, with a machine built anew.
 fn receive(
     vm: &RunningVm,
     destination: &mut Destination,
     control: &IncomingControl,
+    once: bool,
 ) -> (Result<Arrived, IncomingError>, bool) {
     let attempt =
         || control.last_progress().and_then(|progress| progress.attempt).map(|attempt| attempt.attempt);
@@ -145,7 +148,7 @@ fn receive(
             Err(error @ IncomingError::OwnedNotStarted(_)) => return (Err(error), true),
             Err(error) => error,
         };
-        let once = vm.options.once && !matches!(error, IncomingError::Rehearsed(_));
+        let once = once && !matches!(error, IncomingError::Rehearsed(_));
         if only_one || once || control.cancelled().is_some() {
             return (Err(error), attempt() != before);
         }

@@ -14,9 +14,9 @@ use vfio_migration_types::{error_chain, printable};
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::Accelerator;
 
+use super::rollback;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use super::{expected, rollback};
 use crate::address::Address;
 use crate::control::awaited::AwaitedInfo;
 use crate::control::expected::RefusalsInfo;
@@ -34,7 +34,7 @@ use crate::units::milliseconds;
 pub(super) fn report(vm: &RunningVm) -> StatusReport {
     let pending_rollback = rollback::awaited(&vm.state.pending_rollback());
     // Before the lock: it is a file as a rule.
-    let expected = expected::info(&vm.options, &vm.expect);
+    let expected = vm.wait().expected(vm.options.uuid);
     let refused = match vm.state.last_steering() {
         Some(Steering::Incoming(control)) => Some(RefusalsInfo::from(&control.refused())),
         Some(Steering::Outgoing(_)) | None => None,
@@ -50,7 +50,7 @@ pub(super) fn report(vm: &RunningVm) -> StatusReport {
 }
 
 fn status(vm: &RunningVm, slot: &Slot, steering: Option<&Steering>) -> StatusInfo {
-    let (config, insecure_plaintext) = (&vm.config, vm.options.tls.insecure_plaintext);
+    let (config, insecure_plaintext) = (&vm.config, vm.wait().is_plain_text());
     // The RAM that the operator wants it to have.
     let wanted = vm.options.memory;
     // A guest that has come, and whose start is under way, is not awaited any more.

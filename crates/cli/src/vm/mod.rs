@@ -17,6 +17,7 @@ mod rollback;
 mod running;
 mod saving;
 mod slot;
+mod wait;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -161,7 +162,7 @@ impl Prepared {
             (Some(uri), _) => {
                 let machine = build(&vm)?;
                 incoming::reserve(&vm)
-                    .and_then(|_| incoming::listen(&vm, &Address::Uri(uri), machine, vm.options.paused))
+                    .and_then(|_| incoming::listen(&vm, &Address::Uri(uri), machine, &vm.wait()))
                     .map_err(|refused| CliError::failed(refused.desc))?;
             }
             (None, None) => {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
-use vfio_migration::{AllowedUnixPeers, Expectations, VmOwnership, ownership_at};
+use vfio_migration::{AllowedUnixPeers, VmOwnership, ownership_at};
 use vfio_migration_compat::{MaskPolicy, Policy};
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, VmId, error_chain};
@@ -15,10 +15,11 @@ use vfio_migration_vmm::machine::{
     Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, assign_places, kvm_answers,
 };
 
+use super::history;
 use super::passed::PassedSockets;
 use super::presence::{self, Presence};
 use super::slot::{Slot, Steering, VmState};
-use super::{expected, history};
+use super::wait::WaitSettings;
 use crate::args::serve::VmCommand;
 use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::clients::Publisher;
@@ -27,7 +28,6 @@ use crate::control::protocol::MigrationInfo;
 use crate::control::refused::Refused;
 use crate::exit::{CliError, Exit};
 use crate::output::eprintln_line;
-use crate::tls_options::check_chosen;
 use crate::undecided::{UndecidedGuest, journal_file};
 use crate::units::format_size;
 use crate::words::{check_memory, config_rule, policy, uri};
@@ -40,8 +40,10 @@ pub(super) struct RunningVm {
     pub(super) policy: Policy,
     /// Who may be at the other end of a migration's unix socket.
     pub(super) unix_peers: AllowedUnixPeers,
-    /// Who may come while it waits, and with what.
-    pub(super) expect: Expectations,
+    /// What its waits are held to, but for what one asks for itself.
+    pub(super) of_every_wait: WaitSettings,
+    /// What the latest wait is held to.
+    wait: Mutex<Arc<WaitSettings>>,
     pub(super) publisher: Publisher,
     pub(super) state: VmState,
     pub(super) presence: Presence,
@@ -73,11 +75,9 @@ impl RunningVm {
         assign_places(&devices).map_err(|error| usage(format!("--device: {error}")))?;
         let memory = options.memory.unwrap_or(MEMORY);
         check_memory(memory)?;
-        let expect = expected::expectations(options);
+        let of_every_wait = WaitSettings::of_process(options);
         if let Some(text) = &options.incoming {
-            let (uri, security) = (uri(text)?, options.tls.security());
-            check_chosen(&uri, security.as_ref())?;
-            expected::check(&expect, &uri, security.as_ref())?;
+            of_every_wait.check(&uri(text)?)?;
         }
         let rules = options.config_rule.iter().map(|text| {
             config_rule(text).ok_or_else(|| {
@@ -102,7 +102,8 @@ impl RunningVm {
             options: options.clone(),
             policy,
             unix_peers,
-            expect,
+            wait: Mutex::new(Arc::new(of_every_wait.clone())),
+            of_every_wait,
             publisher: Publisher::default(),
             state: VmState::default(),
             presence: Presence::default(),
@@ -112,6 +113,16 @@ impl RunningVm {
             told: Mutex::default(),
             ending: AtomicBool::new(false),
         })
+    }
+
+    /// What the latest wait for a guest is held to.
+    pub(super) fn wait(&self) -> Arc<WaitSettings> {
+        self.wait.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Another wait begins.
+    pub(super) fn set_wait(&self, settings: Arc<WaitSettings>) {
+        *self.wait.lock().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
     /// Ends the session under way: `info` is how, `slot` where the guest is now if that changed. Every client gets it.

@@ -16,6 +16,9 @@ use crate::support::{Process, Setup, Vm, command, control, creds, fails, run, un
 const ASK: &str = "give --tls-creds DIR (`vfio-migrate tls` makes the folder), or ask for plain text with \
                    --insecure-plaintext";
 
+/// The pin of some key.
+const PIN: &str = "sha256:00000000000000000000000000000000000000000000000000000000000000ff";
+
 /// Starts a `vm` with these words alone, whose stderr goes to a file; and the file's text, whenever it is asked for.
 fn logged(dir: &Path, name: &str, words: &[&str]) -> (Vm, impl Fn() -> String + use<>) {
     let path = dir.join(format!("{name}.control"));
@@ -90,6 +93,60 @@ fn nothing_goes_over_tcp_for_who_has_not_said_how() {
     idle.call("migrate-incoming", json!({"uri": format!("unix:{}", path("c.socket"))})).unwrap();
     let moved = vm.migrate(&idle.incoming(), json!({}));
     assert_eq!(moved["status"], "completed", "{moved}");
+}
+
+/// A `vm` that runs says how it waits when it is told to wait, and need not have been started with it.
+#[test]
+fn a_wait_may_have_certificates_and_expectations_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (idle, log) = logged(dir.path(), "b", &["--incoming", &format!("unix:{}", path("b.socket"))]);
+    let to = control(&idle);
+    let ends = || {
+        idle.incoming();
+        idle.call("migrate-cancel", Value::Null).unwrap();
+        until("the end of the wait", || (idle.status() == "idle").then_some(()));
+    };
+    ends();
+    let waits = |more: &[&str]| {
+        let output = run(&[&["incoming", "--control", to, "tcp:127.0.0.1:0"], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{more:?}: {output:?}");
+    };
+    // In plain text, and said so.
+    waits(&["--insecure-plaintext"]);
+    assert_eq!(idle.info()["incoming-plaintext"], true);
+    ends();
+    assert!(log().contains("is in plain text"), "{}", log());
+    // The next is as the `vm` was started again.
+    fails(&["incoming", "--control", to, "tcp:127.0.0.1:0"], 2, ASK);
+    std::fs::write(path("named"), "[[sources]]\nname = \"host-a\"\n").unwrap();
+    for (words, exit, says) in [
+        (&["--insecure-plaintext", "--tls-creds", creds()][..], 2, "cannot be used with"),
+        (&["--insecure-plaintext", "--expect", &path("named")], 1, "in plain text prove neither"),
+        (&["--tls-pin", PIN], 1, "needs TLS"),
+    ] {
+        fails(&[&["incoming", "--control", to, "tcp:127.0.0.1:0"], words].concat(), exit, says);
+    }
+    for relative in ["tls-creds", "expect"] {
+        let refused = idle.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0", relative: "a/b"}));
+        assert!(refused.unwrap_err().contains("is no absolute path"), "{relative}");
+    }
+    assert_eq!(idle.status(), "idle");
+    // Over TLS, where nobody is expected; the wait ends with the first session that does.
+    std::fs::write(path("nobody"), "sources = []\n").unwrap();
+    let (source, _) = logged(dir.path(), "a", &["--tls-creds", creds()]);
+    waits(&["--tls-creds", creds(), "--expect", &path("nobody")]);
+    assert_eq!(idle.info()["incoming-plaintext"], false);
+    assert_eq!(idle.info()["expected"]["file"], path("nobody"));
+    let refused = source.migrate(&idle.incoming(), json!({}));
+    assert_eq!(refused["reasons"][0]["code"], "other-source", "{refused}");
+    ends();
+    // Nothing of it is left for the next.
+    waits(&["--tls-creds", creds(), "--paused", "--once"]);
+    assert_eq!(idle.info()["expected"], Value::Null);
+    let moved = source.migrate(&idle.incoming(), json!({}));
+    assert_eq!(moved["status"], "completed", "{moved}");
+    until("the guest to be there", || (idle.status() == "paused").then_some(()));
 }
 
 /// Whoever reaches the port comes as often as he likes.
