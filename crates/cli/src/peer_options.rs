@@ -9,11 +9,11 @@ use crate::exit::CliError;
 /// Options of a process that opens connections, or takes them.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct PeerOptions {
-    /// User, by name or number, whose process may be at the other end of a migration's unix socket, as those of this process's own
+    /// User, by name (qemu) or number (107), whose process may be at the other end of a migration's unix socket, as those of this process's own
     /// user and of root may. May be given more than once.
     #[arg(long = "allow-uid", value_name = "USER")]
     pub(crate) allow_uids: Vec<String>,
-    /// Group, by name or number, that a process has which may be at the other end of a migration's unix socket. May be given more
+    /// Group, by name (kvm) or number (36), that a process has which may be at the other end of a migration's unix socket. May be given more
     /// than once.
     #[arg(long = "allow-gid", value_name = "GROUP")]
     pub(crate) allow_gids: Vec<String>,

@@ -533,7 +533,7 @@ table! {
     OTHER_SOURCE, "other-source", No, Configuration:
         "The destination does not expect this source.",
         "Its name or its key is not in what the destination was told to expect.",
-        "Send from a host that is expected, or have this one added to the file of `vm --expect`.";
+        "Send from a host that is expected, or have this one added to the file of `vm --expect`: on this host `vfio-migrate tls show` tells its name, and `vfio-migrate tls pin` its key.";
     MAY_NOT_ASK, "may-not-ask", No, Configuration:
         "The destination does not let this source ask.",
         "What it was told to expect lets the source move, or nothing.",
@@ -556,8 +556,8 @@ table! {
         "Send it where there is room for it, or have `max_memory` raised.";
     TOO_MANY_ATTEMPTS, "too-many-attempts", No, Configuration:
         "As many attempts were made as the destination expects.",
-        "The attempts before failed.",
-        "See why they failed, and have the destination told to expect more.";
+        "The attempts before failed, or the last of them is still under way.",
+        "Wait for the end of one that is under way; see why the others failed, and have the destination told to expect more.";
     TOO_MANY_ARRIVALS, "too-many-arrivals", No, Configuration:
         "As many guests have arrived as the destination expects.",
         "The guest that it was to take was there before.",

@@ -67,10 +67,14 @@ impl Admission {
         })
     }
 
-    /// Refuses a source because no session can be had now, `why`, if that is known. What is expected is not read: a guest's downtime does
-    /// not wait for the disk that it is on.
-    pub(crate) fn turn_away(&self, accepted: &Accepted, why: Option<&str>) {
+    /// Refuses a source because no session can be had now, `why`, if that is known: one is `under_way`, or was. What is expected is not
+    /// read: a guest's downtime does not wait for the disk that it is on.
+    pub(crate) fn turn_away(&self, accepted: &Accepted, why: Option<&str>, under_way: bool) {
         if let Err(unexpected) = self.judge(accepted) {
+            let unexpected = match unexpected {
+                Unexpected::TooManyAttempts { most, .. } => Unexpected::TooManyAttempts { most, under_way },
+                other => other,
+            };
             return self.refuse(accepted, unexpected);
         }
         let text = accepted.turn_away(why);

@@ -275,7 +275,9 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         ConnectError::Insecure { source: TransportError::Tls(TlsError::Protocol(_)), .. } => {
             "check the address: something else than a destination listens there"
         }
-        ConnectError::Insecure { .. } => "check the certificates of both hosts: `vfio-migrate tls show`",
+        ConnectError::Insecure { .. } => {
+            "compare the certificates of both hosts: `vfio-migrate tls show DIR` tells their names and their ends, `vfio-migrate tls pin DIR` their keys"
+        }
         ConnectError::Closed { .. } => {
             "see whether a destination waits there still: its operator may have cancelled, or its process have ended; if it does, its log says why it refuses"
         }

@@ -116,11 +116,28 @@ pub enum Unexpected {
         offered: u64,
     },
     /// As many attempts as are expected were made.
-    #[error("{0} attempts were expected at most, and were made")]
-    TooManyAttempts(u64),
+    #[error(
+        "no more than {most} attempt{} {} expected, and {}",
+        if *.most == 1 { "" } else { "s" },
+        if *.most == 1 { "is" } else { "are" },
+        if *.under_way { "the last of them is under way" } else { "so many were made" }
+    )]
+    TooManyAttempts {
+        /// Most attempts that are expected.
+        most: u64,
+        /// Whether the last of them has not ended yet.
+        under_way: bool,
+    },
     /// As many guests as are expected have arrived.
-    #[error("{0} guests were expected at most, and have arrived")]
-    TooManyArrivals(u64),
+    #[error(
+        "no more than {most} guest{} {} expected, and so many have arrived",
+        if *.most == 1 { "" } else { "s" },
+        if *.most == 1 { "is" } else { "are" }
+    )]
+    TooManyArrivals {
+        /// Most guests that are expected.
+        most: u64,
+    },
 }
 
 impl Unexpected {
@@ -134,8 +151,8 @@ impl Unexpected {
             Self::OtherVm { .. } => SessionCode::OtherVm,
             Self::OldEpoch { .. } => SessionCode::OldEpoch,
             Self::TooLarge { .. } => SessionCode::TooLarge,
-            Self::TooManyAttempts(_) => SessionCode::TooManyAttempts,
-            Self::TooManyArrivals(_) => SessionCode::TooManyArrivals,
+            Self::TooManyAttempts { .. } => SessionCode::TooManyAttempts,
+            Self::TooManyArrivals { .. } => SessionCode::TooManyArrivals,
         }
     }
 
@@ -158,8 +175,11 @@ impl Unexpected {
             Self::TooLarge { offered, .. } => {
                 format!("the destination expects no guest with {offered} bytes of RAM")
             }
-            Self::TooManyAttempts(_) => "the destination expects no further attempt".to_owned(),
-            Self::TooManyArrivals(_) => "the destination expects no further guest".to_owned(),
+            Self::TooManyAttempts { under_way: true, .. } => {
+                "the destination expects no further attempt: one is under way".to_owned()
+            }
+            Self::TooManyAttempts { .. } => "the destination expects no further attempt".to_owned(),
+            Self::TooManyArrivals { .. } => "the destination expects no further guest".to_owned(),
         };
         Reason::new(self.code(), text)
     }
@@ -279,10 +299,10 @@ impl Expectation {
             return Err(Unexpected::OldEpoch { least: self.min_epoch, offered: epoch });
         }
         if let Some(most) = self.max_arrivals.filter(|most| so_far.arrivals >= *most) {
-            return Err(Unexpected::TooManyArrivals(most));
+            return Err(Unexpected::TooManyArrivals { most });
         }
         match self.max_attempts.filter(|most| so_far.attempts >= *most) {
-            Some(most) => Err(Unexpected::TooManyAttempts(most)),
+            Some(most) => Err(Unexpected::TooManyAttempts { most, under_way: false }),
             None => Ok(()),
         }
     }

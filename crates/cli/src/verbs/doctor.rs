@@ -111,6 +111,9 @@ fn tls_creds(dir: &Path) -> HostCheck {
     for list in lists.as_ref().into_iter().flatten().filter(|list| list.expires_soon()) {
         wrong.extend(list.next_update.map(|end| format!("{CRL_FILE} expires at {}", rfc3339(end))));
     }
+    // A list is its CA's to renew, whatever else is wrong here.
+    let of_list = (!wrong.is_empty() && usable) || lists.is_err();
+    let before = wrong.len();
     let roles = [TlsRole::Server, TlsRole::Client];
     let none = !roles.iter().any(|role| dir.join(role.certificate_file()).exists());
     for role in roles {
@@ -128,12 +131,23 @@ fn tls_creds(dir: &Path) -> HostCheck {
             Err(error) => wrong.push(error.to_string()),
         }
     }
+    // A certificate that is on a list, or has expired, is made anew; so is a folder without a CA.
+    let of_host = !usable || wrong.len() > before;
     wrong.extend(lists.err().map(|error| error.to_string()));
+    let fix = match (of_list, of_host) {
+        (true, false) => RENEW_LIST.to_owned(),
+        (true, true) => format!("{RENEW_LIST}; {RENEW_HOST}"),
+        (false, _) => RENEW_HOST.to_owned(),
+    };
     let (status, found) =
         if wrong.is_empty() { (CheckStatus::Ok, until) } else { (CheckStatus::Warn, wrong) };
     let means = "guests move over TLS with these alone";
-    check(CheckId::TlsCreds, status, found.join("; "), means, Some("vfio-migrate tls host NAME --force"))
+    check(CheckId::TlsCreds, status, found.join("; "), means, Some(&fix))
 }
+
+/// What renews the certificates of a host, and what the list of its CA.
+const RENEW_HOST: &str = "vfio-migrate tls host NAME --force";
+const RENEW_LIST: &str = "vfio-migrate tls revoke --ca ca, and copy its ca-crl.pem here";
 
 fn check(
     id: CheckId,

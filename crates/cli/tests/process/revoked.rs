@@ -100,6 +100,9 @@ fn a_host_whose_certificates_are_taken_back_is_refused() {
         serde_json::from_slice(&run(&["doctor", "--json", "--tls-creds", words(&host_a)]).stdout).unwrap();
     let check = report["checks"].as_array().unwrap().iter().find(|check| check["id"] == "tls-creds").unwrap();
     assert!(check["found"].as_str().unwrap().starts_with("ca-crl.pem expires at "), "{check}");
+    // The host's certificates are as good as they were.
+    let fix = check["fix"].as_str().unwrap();
+    assert!(fix.starts_with("vfio-migrate tls revoke --ca ") && !fix.contains("tls host"), "{fix}");
     let moved = a.migrate(&b.incoming(), json!({"tls-creds": host_a}));
     assert_eq!(moved["status"], "completed", "{moved}");
 }

@@ -227,6 +227,7 @@ fn files_that_cannot_be_used_are_named() {
     let soon = examined(a);
     assert_eq!(soon["status"], "warn", "{soon}");
     assert!(soon["found"].as_str().unwrap().contains("expires at"), "{soon}");
+    assert_eq!(soon["fix"], "vfio-migrate tls host NAME --force");
     let wrong = examined(b);
     assert!(wrong["found"].as_str().unwrap().contains("is not the key of"), "{wrong}");
     done(&["tls", "host", "host-b", "--ca", ca, "--output", b, "--force"]);

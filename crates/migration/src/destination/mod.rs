@@ -164,7 +164,7 @@ impl Destination {
             }
             match self.greet(Some(left)) {
                 Ok(Ok(Greeting::Query(question))) => self.answer(&question),
-                Ok(Ok(Greeting::Session(session))) => self.admission.turn_away(&session, None),
+                Ok(Ok(Greeting::Session(session))) => self.admission.turn_away(&session, None, false),
                 Ok(Err(dropped)) => self.admission.dropped(dropped),
                 Err(ConnectError::NobodyCame(_) | ConnectError::Cancelled | ConnectError::Used(_)) => {
                     return Ok(());

@@ -362,7 +362,7 @@ impl Session<'_> {
             }
             Some(Ok(Greeting::Session(session))) => {
                 let why = self.giving_up.map(|_| self.still_undone());
-                self.admission.turn_away(&session, why.as_deref());
+                self.admission.turn_away(&session, why.as_deref(), true);
             }
             Some(Err(dropped)) => self.admission.dropped(dropped),
             None => {}

@@ -413,6 +413,39 @@ fn a_second_source_does_not_disturb_the_rightful_one_that_is_under_way() {
     prove_moved(&guest, &machine);
 }
 
+#[test]
+fn one_that_comes_while_the_last_attempt_is_under_way_is_told_so() {
+    let ca = Ca::new();
+    let (here, there) = (ca.host(&Host::named("host-a")), ca.host(&Host::named(HOST)));
+    // Whoever is not named is told less.
+    for (expect, says) in [
+        (of([named("host-a")]), "no more than 1 attempt is expected, and the last of them is under way"),
+        (Expectation::default(), "expects no further attempt: one is under way"),
+    ] {
+        let expect = Expectation { max_attempts: Some(1), ..expect };
+        let (guest, copy) = (Toy::booted(&plan()), Toy::booted(&plan()));
+        let (arrived, machine) = play(expecting(secure(there.path()), expect.into()), |to, _, _| {
+            let mut options = options_of(here.path());
+            options.pause_before_switchover = true;
+            let session = Source::new(guest.clone(), options);
+            let source = session.control();
+            std::thread::scope(|scope| {
+                let going = scope.spawn(move || session.migrate_to(to, |_| {}));
+                let continuing = Continuing(source.clone());
+                wait_for("the attempt to be under way", || source.progress().waiting);
+                let refusal = reason(moves(&copy, to, options_of(here.path())));
+                assert_eq!(refusal.code, "too-many-attempts");
+                assert!(refusal.text.contains(says), "{refusal:?}");
+                copy.prove_running();
+                drop(continuing);
+                going.join().unwrap().unwrap();
+            });
+        });
+        arrived.unwrap();
+        prove_moved(&guest, &machine);
+    }
+}
+
 /// Before anybody comes, and each with what to do.
 #[test]
 fn what_no_connection_can_prove_is_not_expected() {
