@@ -8,7 +8,7 @@ use vfio_migration_device::{
     Device, DeviceError, DmaAccess, KernelDevice, KernelError, KernelOptions, KernelPath, PciHardware,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{DeviceId, Gpa, Iova, Range, error_chain};
+use vfio_migration_types::{DeviceId, Gpa, Iova, RamOffset, Range, error_chain};
 
 /// Memory that is mapped for a device that is asked, where a guest has its own: no more than any limit on locked memory
 /// allows.
@@ -77,7 +77,7 @@ impl ProbedDevice {
         let ram = Arc::new(GuestRam::new("asked", &[RAM]).map_err(|error| failed(error.into()))?);
         let all = Range::new(Iova(RAM.gpa.0), RAM.len).map_err(|error| failed(error.into()))?;
         let device = KernelDevice::open(id.clone(), &path, ram.clone(), &options)?;
-        let mapped = device.dma_map(all, DmaAccess::BOTH, Some((ram.fd(), 0)));
+        let mapped = device.dma_map(all, DmaAccess::BOTH, ram.shared_file(RamOffset(0), RAM.len));
         Ok(Self { device, mapped })
     }
 }

@@ -190,11 +190,14 @@ pub trait PciHardware: fmt::Debug + Send + Sync {
     /// Also where the device, or its server, does not take one: a VMM then calls [`mask_irq`](Self::mask_irq) itself.
     fn set_intx_resample(&self, eventfd: Option<BorrowedFd<'_>>) -> Result<(), DeviceError>;
 
-    /// Lets the device reach `iova` by DMA. With `file`, (descriptor, byte offset), the device maps that memory;
-    /// without, it can only ask for each access (vfio-user DMA_READ and DMA_WRITE), where the back end can do that.
+    /// Lets the device reach `iova` by DMA. With `file`, (descriptor, byte offset), the device maps that memory: of guest RAM,
+    /// what `GuestRam::shared_file` gives. Without, it is guest RAM at that guest physical address which has no such file: a
+    /// kernel device maps it by its address in this process, a vfio-user server has to ask for each access (DMA_READ and
+    /// DMA_WRITE).
     ///
     /// # Errors
-    /// Also when the range overlaps one that is mapped.
+    /// Also when the range overlaps one that is mapped, and when the file is one of guest RAM that is mapped private, which
+    /// does not hold what the guest sees.
     fn dma_map(
         &self,
         iova: Range<Iova>,

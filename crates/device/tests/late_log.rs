@@ -151,7 +151,7 @@ impl Served {
         let options = VfioUserOptions { timeout: LIMIT, keep_state: true, ..VfioUserOptions::default() };
         let device = VfioUserDevice::open("dev0".parse().unwrap(), &self.socket, ram.clone(), &options)?;
         let range = Range::new(Iova(0), 16 * PAGE_SIZE).unwrap();
-        device.dma_map(range, DmaAccess::BOTH, Some((ram.fd(), 0)))?;
+        device.dma_map(range, DmaAccess::BOTH, ram.shared_file(ram.regions()[0].offset, ram.size()))?;
         Ok(device)
     }
 }

@@ -68,7 +68,7 @@ fn ram() -> Arc<GuestRam> {
 fn map(device: &VfioUserDevice, ram: &GuestRam) {
     for region in ram.regions() {
         let range = Range::new(Iova(region.gpa.0), region.len).unwrap();
-        device.dma_map(range, DmaAccess::BOTH, Some((ram.fd(), region.offset.0))).unwrap();
+        device.dma_map(range, DmaAccess::BOTH, ram.shared_file(region.offset, region.len)).unwrap();
     }
 }
 

@@ -82,7 +82,7 @@ pub(crate) fn does_not_migrate() -> Outcome {
         let none = none.to_string();
         holds(none.contains("plain vfio-pci never has"), &none)?;
         let iova = Range::new(Iova(0), LEN)?;
-        device.dma_map(iova, DmaAccess::BOTH, Some((ram.fd(), 0)))?;
+        device.dma_map(iova, DmaAccess::BOTH, ram.shared_file(RamOffset(0), LEN))?;
         let tracker = device.tracker();
         same("tracker", tracker.kind, TrackerKind::Everything)?;
         holds(tracker.why.contains("--allow-all-dirty"), &tracker.why)?;

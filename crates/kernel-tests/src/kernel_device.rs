@@ -11,7 +11,9 @@ use vfio_migration_device::{
     PciHardware, Position, RegionIndex, ResumingSession, SavingSession, SessionError, TrackerKind,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, Range, error_chain};
+use vfio_migration_types::{
+    Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, RamOffset, Range, error_chain,
+};
 use vfio_migration_uapi::set_device_state;
 
 use crate::check::{Outcome, holds, same};
@@ -152,7 +154,7 @@ pub(crate) fn handed_over_bound() -> Outcome {
         let iommu = IommuHandle::Iommufd { iommufd, bound: Some(opened.id) };
         let (id, fd, memory) = (DeviceId::new("tty0")?, opened.device.try_clone()?, ram()?);
         let source = KernelDevice::from_fd(id, fd, memory.clone(), iommu, &KernelOptions::default())?;
-        source.dma_map(all()?, DmaAccess::BOTH, Some((memory.fd(), 0)))?;
+        source.dma_map(all()?, DmaAccess::BOTH, memory.shared_file(RamOffset(0), LEN))?;
         moves(&source, &open(&to)?)?;
         source.set_state(MigrationState::Running)?;
         drain(&source)?;
@@ -167,7 +169,7 @@ pub(crate) fn maps_other_memory() -> Outcome {
     let instance = one_port()?;
     let device = open(&instance)?;
     let (mine, other) = (ram()?, ram()?);
-    device.dma_map(all()?, DmaAccess::BOTH, Some((other.fd(), 0)))?;
+    device.dma_map(all()?, DmaAccess::BOTH, other.shared_file(RamOffset(0), LEN))?;
     same("who holds the RAM", Arc::strong_count(&mine), 1)?;
     device.dma_unmap(all()?)?;
     let event = eventfd(0, EventfdFlags::CLOEXEC)?;
@@ -177,7 +179,7 @@ pub(crate) fn maps_other_memory() -> Outcome {
     let refused = device.dma_map(all()?, DmaAccess::BOTH, None).err().ok_or("nothing was mapped")?;
     holds(!refused.is_no_peer_dma(), "a mapping without a file is a mistake of the VMM")?;
     // Neither left a trace.
-    device.dma_map(all()?, DmaAccess::BOTH, Some((other.fd(), 0)))?;
+    device.dma_map(all()?, DmaAccess::BOTH, other.shared_file(RamOffset(0), LEN))?;
     Ok(())
 }
 
@@ -207,8 +209,11 @@ pub(crate) fn chooses_its_tracker() -> Outcome {
         let memory = ram()?;
         let (id, path) = (DeviceId::new("tty0")?, path(&instance)?);
         let device = KernelDevice::open(id, &path, memory.clone(), &options)?;
-        device.dma_map(all()?, DmaAccess::BOTH, Some((memory.fd(), 0)))?;
-        holds(device.dma_map(all()?, DmaAccess::BOTH, Some((memory.fd(), 0))).is_err(), "not twice")?;
+        device.dma_map(all()?, DmaAccess::BOTH, memory.shared_file(RamOffset(0), LEN))?;
+        holds(
+            device.dma_map(all()?, DmaAccess::BOTH, memory.shared_file(RamOffset(0), LEN)).is_err(),
+            "not twice",
+        )?;
         // START succeeds on either kernel, REPORT on one of them alone.
         let wanted = if cdev_kernel() { TrackerKind::DeviceLog } else { TrackerKind::Type1 };
         let tracker = device.tracker();

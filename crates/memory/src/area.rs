@@ -1,7 +1,10 @@
-//! One shared mapping, and the only code that dereferences it.
+//! One mapping, and the only code that dereferences it.
 
+use std::any::Any;
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use rustix::io::Errno;
@@ -11,34 +14,65 @@ use crate::error::MemoryError;
 
 const WORD: usize = size_of::<u64>();
 
-/// A MAP_SHARED mapping, unmapped when dropped.
+/// A mapping: one of our own, shared and unmapped when dropped, or one that somebody lent, who unmaps it.
 ///
 /// Others — vCPUs, devices, processes — write the memory at any time, so it is only ever accessed through atomics of
 /// one byte or one aligned word: no reference to it is made, and a race gives a stale or torn value, never undefined
 /// behaviour on this side.
-#[derive(Debug)]
 pub(crate) struct Area {
     base: NonNull<u8>,
     len: usize,
+    /// Keeps a lent mapping where it is; `None` for one of our own.
+    lender: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and stays where it is until it is dropped.
+// SAFETY: the mapping belongs to the process, not to a thread, and stays where it is until it is dropped; a lender may be
+// sent by its bound.
 unsafe impl Send for Area {}
 // SAFETY: every access through `&Area` is atomic (see the type), so threads may race on it.
 unsafe impl Sync for Area {}
 
 impl Area {
-    /// Maps `len` bytes of `fd` from `offset`, a multiple of the page size.
+    /// Maps `len` bytes of `fd` from `offset`, a multiple of the page size, shared. No memory is set aside for it.
     pub(crate) fn map(fd: BorrowedFd<'_>, offset: u64, len: usize, write: bool) -> Result<Self, Errno> {
+        Self::map_with(fd, offset, len, write, MapFlags::NORESERVE)
+    }
+
+    /// The same, for reading and writing, with the memory set aside: for huge pages, of which a touch that finds none is
+    /// a SIGBUS.
+    pub(crate) fn map_reserved(fd: BorrowedFd<'_>, len: usize) -> Result<Self, Errno> {
+        Self::map_with(fd, 0, len, true, MapFlags::empty())
+    }
+
+    fn map_with(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        write: bool,
+        flags: MapFlags,
+    ) -> Result<Self, Errno> {
         let protection = if write { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        let flags = MapFlags::SHARED | flags;
         // SAFETY: the address is the kernel's choice, so the mapping replaces nothing; no reference to it is ever made.
         let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, fd, offset) }?;
-        Ok(Self { base: NonNull::new(base.cast()).ok_or(Errno::NOMEM)?, len })
+        Ok(Self { base: NonNull::new(base.cast()).ok_or(Errno::NOMEM)?, len, lender: None })
+    }
+
+    /// Takes up `len` bytes that somebody else has mapped.
+    ///
+    /// # Safety
+    /// As long as `lender` lives they are mapped at `base`, readable and writable, and nobody holds a reference to them.
+    pub(crate) unsafe fn lent(base: NonNull<u8>, len: usize, lender: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { base, len, lender: Some(lender) }
     }
 
     pub(crate) fn len(&self) -> u64 {
         self.len as u64
+    }
+
+    /// Address of the first byte, as a number.
+    pub(crate) fn address(&self) -> u64 {
+        self.base.addr().get() as u64
     }
 
     /// Address of `len` bytes at `offset`, all of them inside the mapping.
@@ -123,6 +157,25 @@ impl Area {
         unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxPopulateWrite) }
     }
 
+    /// Writes to every page of `page` bytes without changing a byte of it, so that it is allocated.
+    pub(crate) fn touch(&self, page: u64) -> Result<(), MemoryError> {
+        for offset in (0..self.len()).step_by(as_usize(page)) {
+            let at = self.pointer(offset, 1)?;
+            // SAFETY: a mapped byte (checked by `pointer`) of an area that is writable, accessed through atomics alone.
+            unsafe { AtomicU8::from_ptr(at.as_ptr()) }.fetch_or(0, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Gives whole pages back to the host (MADV_DONTNEED): of a private anonymous mapping, they read as zero afterwards.
+    pub(crate) fn give_back(&self, offset: u64, len: u64) -> Result<(), MemoryError> {
+        let at = self.pointer(offset, len)?;
+        // SAFETY: the range is inside the mapping (checked by `pointer`), and nobody refers to it: to whoever reads it, it
+        // is as if zeros had been written.
+        unsafe { rustix::mm::madvise(at.as_ptr().cast(), as_usize(len), Advice::LinuxDontNeed) }
+            .map_err(MemoryError::system("giving pages of guest RAM back to the host"))
+    }
+
     fn aligned(&self, offset: u64, size: usize) -> Result<NonNull<u8>, MemoryError> {
         let at = self.pointer(offset, size as u64)?;
         if !at.addr().get().is_multiple_of(size) {
@@ -132,8 +185,18 @@ impl Area {
     }
 }
 
+impl fmt::Debug for Area {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.lender.is_some() { "lent" } else { "mapped" };
+        write!(f, "Area({kind} {:p}+{:#x})", self.base, self.len)
+    }
+}
+
 impl Drop for Area {
     fn drop(&mut self) {
+        if self.lender.is_some() {
+            return;
+        }
         // SAFETY: exactly what `map` mapped; nothing borrowed from it outlives `self`, except addresses whose users
         // took on by contract not to outlive it.
         let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };

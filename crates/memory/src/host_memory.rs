@@ -11,13 +11,16 @@ use crate::ram::GuestRam;
 
 impl GuestRam {
     /// `len` bytes of guest RAM, contiguous in one region, to be mapped for DMA. RAM stays mapped in this process as
-    /// long as the answer, or whoever was given it, lives.
+    /// long as the answer, or whoever was given it, lives; and no page of the region is given back to the host any more,
+    /// since an IOMMU has it pinned.
     ///
     /// # Errors
     /// The range is empty or not inside one region.
     pub fn host_memory(self: &Arc<Self>, offset: RamOffset, len: u64) -> Result<HostMemory, MemoryError> {
         let outside = MemoryError::OutOfBounds { offset: offset.0, len, size: self.size() };
-        let address = self.host_address(offset, len).filter(|_| len > 0).ok_or(outside)?;
+        let (region, into) = self.within_region(offset, len).filter(|_| len > 0).ok_or(outside)?;
+        region.keep_pages();
+        let address = region.area.pointer(into, len)?;
         let address = address.as_ptr().expose_provenance() as u64;
         // SAFETY: the range is mapped as long as `self` lives, which the answer holds; guest RAM may be written by
         // anybody at any time, so that no reference to it is ever made (see the crate's documentation).
@@ -40,7 +43,7 @@ mod tests {
     use vfio_migration_types::Gpa;
 
     use super::*;
-    use crate::ram::RamSpec;
+    use crate::owned::RamSpec;
 
     #[test]
     fn ram_outlives_its_owner_while_a_device_may_reach_it() {

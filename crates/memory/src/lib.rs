@@ -5,10 +5,15 @@
 //! relaxed atomics, or handed to the kernel as a raw pair of address and length. What a caller gets is a copy, which
 //! may be torn between two guest writes; whether that matters is for the dirty logs to say, not for the copy.
 //!
-//! A hole of the memory file (a page never written) costs nothing as long as nobody reads it *through the mapping*:
-//! for a shared memory file such a read allocates the page. [`GuestRam::data_extents`], [`GuestRam::scan`],
-//! [`GuestRam::is_zero`], [`GuestRam::digest`] and [`GuestRam::zero`] leave holes alone; the plain accesses
-//! ([`GuestRam::read`], [`Pieces::send`]) touch what they are asked to touch.
+//! RAM is a list of regions, each with a mapping of its own: a shared file, private anonymous memory, or a private mapping of
+//! a file ([`RamKind`]). This library makes it ([`GuestRam::new`], [`GuestRam::owned`]), or the VMM lends what it has
+//! ([`GuestRam::lent`], and with the feature `vm-memory` a `GuestMemoryMmap`). A RAM offset counts through the regions, and
+//! is no place in a file.
+//!
+//! A hole (a page never written) costs nothing as long as nobody reads it *through the mapping*: for a shared file such a
+//! read allocates the page. [`GuestRam::data_extents`], [`GuestRam::scan`], [`GuestRam::is_zero`], [`GuestRam::digest`] and
+//! [`GuestRam::zero`] leave holes alone; the plain accesses ([`GuestRam::read`], [`Pieces::send`]) touch what they are asked
+//! to touch.
 //!
 //! What this crate does not do: it decides nothing about a migration, knows no frame and no retry, no device and no hypervisor.
 //! Translation by a vIOMMU is not its business either.
@@ -17,17 +22,25 @@ mod area;
 mod dirty;
 mod error;
 mod host_memory;
+mod lent;
 mod mapping;
+mod numa;
+mod owned;
+mod pagemap;
 mod pieces;
 mod ram;
+mod region;
 mod scan;
 mod write_log;
 
 pub use dirty::{DirtySource, report_all, start_all, stop_all};
-pub use error::MemoryError;
+pub use error::{MemoryError, RegionError};
+pub use lent::LentRegion;
 pub use mapping::Mapping;
+pub use owned::{OwnedRegion, RamSpec};
 pub use pieces::Pieces;
-pub use ram::{GuestRam, RamRegionInfo, RamSpec};
+pub use ram::GuestRam;
+pub use region::{RamKind, RamPageSize, RamRegionInfo};
 pub use scan::{Holes, ScanRun};
 pub use write_log::WriteLog;
 

@@ -1,17 +1,19 @@
 //! Runs of data, of zeros and of holes in guest RAM; and the digest, which is the same for zeros and holes.
 
-use rustix::fs::{FallocateFlags, SeekFrom};
-use rustix::io::Errno;
+use std::ops::Range as Bytes;
+
 use vfio_migration_types::{PAGE_SIZE, RamOffset, Range};
 
 use crate::area::as_usize;
 use crate::error::MemoryError;
 use crate::ram::GuestRam;
+use crate::region::Region;
 
 /// The knowledge of holes that the caller of [`GuestRam::scan`] has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holes {
-    /// There may be some: each page is asked after first (one short system call), so that none is touched.
+    /// There may be some: they are looked for first (two short system calls for each stretch of data), so that none is
+    /// touched.
     Possible,
     /// The range lies within a data extent, as [`GuestRam::data_extents`] gave it and nobody has punched since.
     /// A hole would be allocated.
@@ -28,145 +30,129 @@ pub struct ScanRun {
 }
 
 impl GuestRam {
-    /// The parts of RAM that have pages behind them, ascending, apart and in whole pages; all else reads as zero.
-    /// Asked of the file (SEEK_DATA, SEEK_HOLE): nothing is touched.
+    /// The parts of RAM that have pages behind them, ascending, apart and in whole pages; all else reads as zero. Asked of
+    /// the kernel, by SEEK_DATA and SEEK_HOLE of a shared file and by the page map of private anonymous memory: nothing is
+    /// touched. A region of another kind has no way to tell, and is one extent.
     ///
     /// A snapshot: what is written later may be anywhere, and the dirty logs name it. Takes time by the page of data,
     /// tens of nanoseconds each, so it is for once per pass and not for once per run.
     pub fn data_extents(&self) -> Result<Vec<Range<RamOffset>>, MemoryError> {
-        self.data_extents_within(0, self.size())
+        self.extents(self.all().iter().map(|region| (region, 0..region.info.len)))
     }
 
-    fn data_extents_within(&self, from: u64, to: u64) -> Result<Vec<Range<RamOffset>>, MemoryError> {
-        let mut extents = Vec::new();
-        let mut at = from;
-        while let Some(start) = self.next_data(at)?.filter(|start| *start < to) {
-            let end = match rustix::fs::seek(&self.fd, SeekFrom::Hole(start)) {
-                Ok(end) => end.min(to),
-                Err(source) => return Err(MemoryError::System { doing: "looking for holes".into(), source }),
-            };
-            // Empty when somebody punched the page between the two calls.
-            if let Ok(extent) = Range::new(RamOffset(start), end.saturating_sub(start)) {
-                extents.push(extent);
+    fn extents<'a>(
+        &self,
+        parts: impl Iterator<Item = (&'a Region, Bytes<u64>)>,
+    ) -> Result<Vec<Range<RamOffset>>, MemoryError> {
+        let mut extents: Vec<Range<RamOffset>> = Vec::new();
+        for (region, bytes) in parts {
+            for (start, end) in region.data(bytes.start, bytes.end)? {
+                let start = region.info.offset.0 + start;
+                let end = region.info.offset.0 + end;
+                // The last of one region and the first of the next may touch.
+                let start = extents.pop_if(|last| last.end() == start).map_or(start, |last| last.start().0);
+                extents.extend(Range::new(RamOffset(start), end - start));
             }
-            at = end.max(start + PAGE_SIZE);
         }
         Ok(extents)
     }
 
     /// Whether page number `page` (RAM offset / 4096) is zero now; a hole is, and stays one. `false` past the end.
     pub fn is_zero(&self, page: u64) -> bool {
-        let Some(offset) = page.checked_mul(PAGE_SIZE).filter(|offset| *offset < self.size()) else {
-            return false;
-        };
-        matches!(self.is_zero_at(offset, Holes::Possible), Ok(true))
+        let range =
+            page.checked_mul(PAGE_SIZE).and_then(|start| Range::new(RamOffset(start), PAGE_SIZE).ok());
+        let runs = range.and_then(|range| self.scan(range, Holes::Possible).ok());
+        runs.is_some_and(|runs| runs.iter().all(|run| run.zero))
     }
 
     /// Divides `pages` into maximal runs of zero and of other pages, in order and without gaps.
     pub fn scan(&self, pages: Range<RamOffset>, holes: Holes) -> Result<Vec<ScanRun>, MemoryError> {
-        self.check_pages(&pages)?;
-        let mut runs = Vec::new();
-        let mut push = |start, end, zero| {
-            if let Ok(range) = Range::new(RamOffset(start), end - start) {
-                runs.push(ScanRun { range, zero });
-            }
+        let mut runs: Vec<ScanRun> = Vec::new();
+        let mut push = |start: u64, end: u64, zero: bool| {
+            let start = runs
+                .pop_if(|last| last.zero == zero && last.range.end() == start)
+                .map_or(start, |last| last.range.start().0);
+            let range = Range::new(RamOffset(start), end.saturating_sub(start));
+            runs.extend(range.map(|range| ScanRun { range, zero }));
         };
-        let mut start = pages.start().0;
-        let mut kind = false;
-        for at in (pages.start().0..pages.end()).step_by(as_usize(PAGE_SIZE)) {
-            let zero = self.is_zero_at(at, holes)?;
-            if zero != kind {
-                push(start, at, kind);
-                (start, kind) = (at, zero);
+        for (region, bytes) in self.pages(&pages)? {
+            let at = |into: u64| region.info.offset.0 + into;
+            let data = match holes {
+                Holes::Possible => region.data(bytes.start, bytes.end)?,
+                Holes::Excluded => {
+                    region.check_file()?;
+                    vec![(bytes.start, bytes.end)]
+                }
+            };
+            let mut hole = bytes.start;
+            for (start, end) in data {
+                push(at(hole), at(start), true);
+                for page in (start..end).step_by(as_usize(PAGE_SIZE)) {
+                    push(at(page), at(page + PAGE_SIZE), region.area.is_zero(page, PAGE_SIZE)?);
+                }
+                hole = end;
             }
+            push(at(hole), at(bytes.end), true);
         }
-        push(start, pages.end(), kind);
         Ok(runs)
     }
 
-    /// Makes `pages` zero by giving them back to the host: what was data becomes a hole, holes are left alone. Not
-    /// logged as dirty.
+    /// Makes `pages` zero; holes are left alone. Not logged as dirty.
     ///
-    /// Not for pages that are pinned for a kernel device (VFIO, iommufd): the device would go on with the page that
-    /// was given back. See [`zero_in_place`](Self::zero_in_place).
+    /// Where the region allows holes to be punched, and its pages would read as zero afterwards, whole host pages are given
+    /// back: those of a shared file by a hole in it, private anonymous ones by MADV_DONTNEED. Everywhere else zeros are
+    /// written over what is not zero, so that pages stay where they are, pinned or not.
     pub fn zero(&self, pages: Range<RamOffset>) -> Result<(), MemoryError> {
-        self.check_pages(&pages)?;
-        if self.next_data(pages.start().0)?.is_none_or(|data| data >= pages.end()) {
-            return Ok(());
-        }
-        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, mode, pages.start().0, pages.len()))
-            .map_err(MemoryError::system("punching a hole into guest RAM"))
+        self.pages(&pages)?.try_for_each(|(region, bytes)| region.zero(bytes.start, bytes.end))
     }
 
-    /// Makes `pages` zero by writing, where they are not zero already: they stay where they are, pinned or not.
-    /// Holes are left alone. Not logged as dirty.
-    pub fn zero_in_place(&self, pages: Range<RamOffset>) -> Result<(), MemoryError> {
-        const ZEROS: [u8; as_usize(PAGE_SIZE)] = [0; as_usize(PAGE_SIZE)];
-        for run in self.scan(pages, Holes::Possible)?.into_iter().filter(|run| !run.zero) {
-            for page in (run.range.start().0..run.range.end()).step_by(as_usize(PAGE_SIZE)) {
-                self.area.write(page, &ZEROS)?;
-            }
-        }
-        Ok(())
+    /// Makes all of RAM zero, as [`zero`](Self::zero) does, for a guest that is to arrive in it. A region that was lent as
+    /// fresh is taken at its word, once.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        self.all().iter().try_for_each(Region::clear)
     }
 
     /// BLAKE3 over number (64 bits, little endian) and bytes of every page that is not zero, ascending: a hole and a
-    /// page of zeros count the same. Only data is read.
+    /// page of zeros count the same, and so does RAM of whatever kind. Only data is read.
     ///
     /// Of use only while nobody writes.
     pub fn digest(&self) -> Result<[u8; 32], MemoryError> {
-        self.digest_within(0, self.size())
+        self.digest_within(self.all().iter().map(|region| (region, 0..region.info.len)))
     }
 
     /// The same of a part of RAM.
     pub fn digest_of(&self, pages: Range<RamOffset>) -> Result<[u8; 32], MemoryError> {
-        self.check_pages(&pages)?;
-        self.digest_within(pages.start().0, pages.end())
+        self.digest_within(self.pages(&pages)?)
     }
 
-    fn digest_within(&self, from: u64, to: u64) -> Result<[u8; 32], MemoryError> {
+    fn digest_within<'a>(
+        &self,
+        parts: impl Iterator<Item = (&'a Region, Bytes<u64>)>,
+    ) -> Result<[u8; 32], MemoryError> {
         const PAGE: usize = as_usize(PAGE_SIZE);
         const ENTRY: usize = size_of::<u64>() + PAGE;
         // Several pages at once, because the hash is several times faster on long input.
         let mut buffer = vec![0; 16 * ENTRY];
         let mut used = 0;
         let mut hasher = blake3::Hasher::new();
-        for extent in self.data_extents_within(from, to)? {
-            for at in (extent.start().0..extent.end()).step_by(PAGE) {
-                if self.is_zero_at(at, Holes::Excluded)? {
-                    continue;
-                }
-                let (number, page) = buffer[used..used + ENTRY].split_at_mut(size_of::<u64>());
-                number.copy_from_slice(&(at / PAGE_SIZE).to_le_bytes());
-                self.area.read(at, page)?;
-                used += ENTRY;
-                if used == buffer.len() {
-                    hasher.update(&buffer);
-                    used = 0;
+        for (region, bytes) in parts {
+            for (start, end) in region.data(bytes.start, bytes.end)? {
+                for into in (start..end).step_by(PAGE) {
+                    if region.area.is_zero(into, PAGE_SIZE)? {
+                        continue;
+                    }
+                    let (number, page) = buffer[used..used + ENTRY].split_at_mut(size_of::<u64>());
+                    number.copy_from_slice(&((region.info.offset.0 + into) / PAGE_SIZE).to_le_bytes());
+                    region.area.read(into, page)?;
+                    used += ENTRY;
+                    if used == buffer.len() {
+                        hasher.update(&buffer);
+                        used = 0;
+                    }
                 }
             }
         }
         hasher.update(&buffer[..used]);
         Ok(*hasher.finalize().as_bytes())
-    }
-
-    /// Offset of the first data at or after `from`, rounded down to its page; `None` when the rest is one hole.
-    pub(crate) fn next_data(&self, from: u64) -> Result<Option<u64>, MemoryError> {
-        if from >= self.size() {
-            return Ok(None);
-        }
-        match rustix::fs::seek(&self.fd, SeekFrom::Data(from)) {
-            Ok(data) if data < self.size() => Ok(Some(data)),
-            Ok(_) | Err(Errno::NXIO) => Ok(None),
-            Err(source) => Err(MemoryError::System { doing: "looking for data".into(), source }),
-        }
-    }
-
-    fn is_zero_at(&self, offset: u64, holes: Holes) -> Result<bool, MemoryError> {
-        if holes == Holes::Possible && self.next_data(offset)?.is_none_or(|data| data >= offset + PAGE_SIZE) {
-            return Ok(true);
-        }
-        self.area.is_zero(offset, PAGE_SIZE)
     }
 }

@@ -17,7 +17,9 @@ pub fn map_guest_ram(hardware: &dyn PciHardware, ram: &GuestRam) -> Result<(), D
     let mut done: Vec<Range<Iova>> = Vec::new();
     for region in ram.regions() {
         let Ok(range) = Range::new(Iova(region.gpa.0), region.len) else { continue };
-        if let Err(error) = hardware.dma_map(range, DmaAccess::BOTH, Some((ram.fd(), region.offset.0))) {
+        if let Err(error) =
+            hardware.dma_map(range, DmaAccess::BOTH, ram.shared_file(region.offset, region.len))
+        {
             for range in done {
                 if let Err(error) = hardware.dma_unmap(range) {
                     tracing::warn!(device = %hardware.id(), %error, ?range, "guest RAM stays mapped for DMA");

@@ -60,7 +60,7 @@ impl Drop for OpenDevice {
 }
 
 impl KernelDevice {
-    /// Opens the device at `path`. What is later mapped of `ram`'s file by
+    /// Opens the device at `path`. What is later mapped of `ram` by
     /// [`dma_map`](crate::PciHardware::dma_map) is mapped by its address here, and its writes are logged.
     ///
     /// A device that is found in another state than RUNNING is reset, unless [`KernelOptions::keep_state`] says

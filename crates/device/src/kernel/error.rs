@@ -93,8 +93,10 @@ pub enum KernelError {
         /// Number of bytes asked for.
         wanted: usize,
     },
-    /// A DMA mapping without a file.
-    #[error("a kernel device maps memory itself and needs a file for it; it cannot ask for each access")]
+    /// A DMA mapping without a file, and not of guest RAM that has none.
+    #[error(
+        "a kernel device maps memory itself: it needs a file, or guest RAM at that address; it cannot ask for each access"
+    )]
     NoFile,
     /// Memory that is not guest RAM cannot be given to the IOMMU.
     #[error(

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 use vfio_migration_memory::Mapping;
-use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
+use vfio_migration_types::{DeviceId, Gpa, Iova, RamOffset, Range};
 use vfio_migration_uapi::{self as uapi, Dma, UapiError};
 
 use super::device::{KernelDevice, OpenDevice};
@@ -55,11 +55,10 @@ impl OpenDevice {
         move |error| DeviceError::new(id, doing, error.errno(), error)
     }
 
-    /// The place of a file's byte `offset` in guest RAM, if the file is guest RAM.
-    fn ram_offset(&self, fd: BorrowedFd<'_>, offset: u64) -> Result<Option<RamOffset>, Errno> {
-        let (theirs, ours) = (rustix::fs::fstat(fd)?, rustix::fs::fstat(self.ram.fd())?);
-        let same = (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino);
-        Ok(same.then_some(RamOffset(offset)))
+    /// Guest RAM at that address which has no file that could be named: it is mapped where this process has it.
+    fn unshared_ram(&self, iova: Range<Iova>) -> Option<RamOffset> {
+        let offset = self.ram.offset_of(Gpa(iova.start().0), iova.len())?;
+        self.ram.shared_file(offset, iova.len()).is_none().then_some(offset)
     }
 
     fn device_fd(&self) -> BorrowedFd<'_> {
@@ -69,6 +68,14 @@ impl OpenDevice {
     fn connected(&self, index: IrqIndex) -> Option<&std::sync::atomic::AtomicBool> {
         self.connected.get(index.number() as usize)
     }
+}
+
+/// The memory behind a DMA mapping.
+#[derive(Clone, Copy)]
+enum DmaMemory<'a> {
+    Ram(RamOffset),
+    /// Something else, from a place in a file on: another device's BAR.
+    File(BorrowedFd<'a>, u64),
 }
 
 impl PciHardware for KernelDevice {
@@ -181,22 +188,36 @@ impl PciHardware for KernelDevice {
         let failed =
             |errno, error: KernelError| DeviceError::new(inner.id.clone(), doing.clone(), errno, error);
         let window = |what| KernelError::Window { start: iova.start().0, len: iova.len(), what };
-        let Some((fd, offset)) = file else { return Err(failed(None, KernelError::NoFile)) };
+        let memory = match file {
+            Some((fd, offset)) => match inner.ram.offset_in_file(fd, offset, iova.len()) {
+                Ok(Some(ram)) => DmaMemory::Ram(ram),
+                Ok(None) => DmaMemory::File(fd, offset),
+                Err(error) => {
+                    let errno = error.errno();
+                    return Err(DeviceError::new(inner.id.clone(), doing, errno, error));
+                }
+            },
+            None => match inner.unshared_ram(iova) {
+                Some(ram) => DmaMemory::Ram(ram),
+                None => return Err(failed(None, KernelError::NoFile)),
+            },
+        };
         if inner.windows.overlaps(iova) {
             return Err(failed(None, window("overlaps one that is mapped")));
         }
         let dma = Dma { read: access.read, write: access.write };
-        let ram = inner
-            .ram_offset(fd, offset)
-            .map_err(|errno| DeviceError::new(inner.id.clone(), doing.clone(), Some(errno), errno))?;
         // Noted before: a log that starts in between must not miss it.
+        let ram = match memory {
+            DmaMemory::Ram(ram) => Some(ram),
+            DmaMemory::File(..) => None,
+        };
         inner.windows.add(DmaWindow { iova, write: access.write, ram });
-        let mapped = match ram {
-            Some(ram) => match inner.ram.host_memory(ram, iova.len()) {
+        let mapped = match memory {
+            DmaMemory::Ram(ram) => match inner.ram.host_memory(ram, iova.len()) {
                 Ok(memory) => inner.iommu.map(iova, &memory, dma).map_err(inner.refused(doing.clone())),
                 Err(error) => Err(DeviceError::new(inner.id.clone(), doing.clone(), None, error)),
             },
-            None => match Mapping::new(fd, offset, iova.len(), access.write) {
+            DmaMemory::File(fd, offset) => match Mapping::new(fd, offset, iova.len(), access.write) {
                 Ok(mapping) => {
                     let memory = Arc::new(mapping).host_memory();
                     inner.iommu.map(iova, &memory, dma).map_err(|error| {

@@ -140,6 +140,13 @@ impl PciHardware for VfioUserDevice {
     ) -> Result<(), DeviceError> {
         let inner = &self.inner;
         let doing = || format!("mapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
+        // A part of RAM, or a file that is not what the guest sees, would be written behind the back of every log.
+        if let Some((fd, offset)) = file {
+            inner.dma.ram().offset_in_file(fd, offset, iova.len()).map_err(|error| {
+                let errno = error.errno();
+                DeviceError::new(inner.id.clone(), doing(), errno, error)
+            })?;
+        }
         let shared = if inner.message_dma { None } else { file };
         // What is not guest RAM and not the server's to map must be reachable from here.
         let served = match (shared, file) {

@@ -9,7 +9,7 @@ use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused,
 use vfio_migration_compat::{MachineManifest, RamRegion};
 use vfio_migration_device::{Device, DmaAccess, IrqRouter, KernelDevice, KernelOptions, PciHardware};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
-use vfio_migration_types::{DeviceId, Gpa, Iova, Range, VmId};
+use vfio_migration_types::{DeviceId, Gpa, Iova, RamOffset, Range, VmId};
 
 use super::program::{LEN, Program};
 use crate::check::Outcome;
@@ -44,7 +44,7 @@ pub(crate) fn card(n: usize, instance: &Instance, ram: &Arc<GuestRam>) -> Outcom
 
 /// Lets a device reach all of `ram`.
 pub(crate) fn map(device: &KernelDevice, ram: &GuestRam) -> Outcome {
-    Ok(device.dma_map(Range::new(Iova(0), LEN)?, DmaAccess::BOTH, Some((ram.fd(), 0)))?)
+    Ok(device.dma_map(Range::new(Iova(0), LEN)?, DmaAccess::BOTH, ram.shared_file(RamOffset(0), LEN))?)
 }
 
 impl Toy {

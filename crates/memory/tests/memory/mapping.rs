@@ -16,7 +16,8 @@ fn file(bytes: u64) -> File {
 #[test]
 fn two_mappings_of_a_file_are_one_memory() {
     let ram = GuestRam::new("test", &[RamSpec { gpa: Gpa(0), len: 1 << 20 }]).unwrap();
-    let mapping = Mapping::new(ram.fd(), 8192, 4096, true).unwrap();
+    let (fd, offset) = ram.shared_file(RamOffset(8192), 4096).unwrap();
+    let mapping = Mapping::new(fd, offset, 4096, true).unwrap();
     ram.write_u64(RamOffset(8192 + 8), 0x1122_3344_5566_7788).unwrap();
     assert_eq!(mapping.read_u64(8).unwrap(), 0x1122_3344_5566_7788);
     mapping.write_u32(16, 9).unwrap();

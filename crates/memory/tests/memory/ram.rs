@@ -1,8 +1,11 @@
 //! Layout, accesses, holes, zero pages and digests of guest RAM.
 #![expect(clippy::cast_possible_truncation, reason = "test sizes are small")]
 
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
 use proptest::prelude::*;
-use vfio_migration_memory::{GuestRam, Holes, MemoryError, RamSpec};
+use vfio_migration_memory::{GuestRam, Holes, MemoryError, OwnedRegion, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
 
 const ABOVE: u64 = 4 << 30;
@@ -17,7 +20,13 @@ fn pages(first: u64, count: u64) -> Range<RamOffset> {
 
 /// Pages that the memory file has allocated.
 fn allocated(ram: &GuestRam) -> u64 {
-    rustix::fs::fstat(ram.fd()).unwrap().st_blocks.cast_unsigned() * 512 / PAGE_SIZE
+    rustix::fs::fstat(file(ram)).unwrap().st_blocks.cast_unsigned() * 512 / PAGE_SIZE
+}
+
+fn file(ram: &GuestRam) -> BorrowedFd<'_> {
+    let (fd, offset) = ram.shared_file(RamOffset(0), 1).unwrap();
+    assert_eq!(offset, 0);
+    fd
 }
 
 #[test]
@@ -51,10 +60,10 @@ fn nonsense_layouts_are_refused_with_the_reason() {
 fn the_file_can_neither_shrink_nor_grow() {
     let ram = flat(4);
     for size in [0, PAGE_SIZE, 5 * PAGE_SIZE] {
-        assert_eq!(rustix::fs::ftruncate(ram.fd(), size), Err(rustix::io::Errno::PERM), "{size}");
+        assert_eq!(rustix::fs::ftruncate(file(&ram), size), Err(rustix::io::Errno::PERM), "{size}");
     }
     let write = rustix::fs::SealFlags::WRITE;
-    assert_eq!(rustix::fs::fcntl_add_seals(ram.fd(), write), Err(rustix::io::Errno::PERM));
+    assert_eq!(rustix::fs::fcntl_add_seals(file(&ram), write), Err(rustix::io::Errno::PERM));
 }
 
 #[test]
@@ -112,7 +121,7 @@ fn holes_are_found_and_stay_holes() {
         ram.scan(extent, Holes::Excluded).unwrap();
     }
     ram.zero(pages(100, 100)).unwrap();
-    ram.zero_in_place(pages(0, 3)).unwrap();
+    ram.zero(pages(0, 3)).unwrap();
     let (null, _reader) = std::os::unix::net::UnixStream::pair().unwrap();
     ram.pieces(&[pages(3, 2)]).unwrap().send(std::os::fd::AsFd::as_fd(&null), b"header").unwrap();
 
@@ -125,17 +134,36 @@ fn holes_are_found_and_stay_holes() {
 
 #[test]
 fn zeroing_gives_pages_back_or_keeps_them_in_place() {
-    let ram = flat(16);
-    let fill = [7; 4 * PAGE_SIZE as usize];
-    ram.write(RamOffset(4 * PAGE_SIZE), &fill).unwrap();
-    ram.zero(pages(5, 2)).unwrap();
-    assert_eq!(ram.data_extents().unwrap(), [pages(4, 1), pages(7, 1)]);
-    ram.zero_in_place(pages(0, 6)).unwrap();
-    assert_eq!(ram.data_extents().unwrap(), [pages(4, 1), pages(7, 1)]);
-    assert!((0..7).all(|page| ram.is_zero(page)) && !ram.is_zero(7));
-    let mut back = [1; PAGE_SIZE as usize];
-    ram.read(pages(5, 1).start(), &mut back).unwrap();
-    assert_eq!(back, [0; PAGE_SIZE as usize]);
+    for punch_holes in [false, true] {
+        let spec = RamSpec { gpa: Gpa(0), len: 16 * PAGE_SIZE };
+        let ram = GuestRam::owned("test", &[OwnedRegion { punch_holes, ..spec.into() }]).unwrap();
+        let fill = [7; 4 * PAGE_SIZE as usize];
+        ram.write(RamOffset(4 * PAGE_SIZE), &fill).unwrap();
+        ram.zero(pages(5, 2)).unwrap();
+        ram.zero(pages(0, 4)).unwrap();
+        let expected = if punch_holes { vec![pages(4, 1), pages(7, 1)] } else { vec![pages(4, 4)] };
+        assert_eq!(ram.data_extents().unwrap(), expected);
+        assert!((0..16).all(|page| ram.is_zero(page) != [4, 7].contains(&page)));
+        let mut back = [1; PAGE_SIZE as usize];
+        ram.read(pages(5, 1).start(), &mut back).unwrap();
+        assert_eq!(back, [0; PAGE_SIZE as usize]);
+    }
+}
+
+/// An IOMMU goes on with the pages that it has pinned, whatever becomes of the file.
+#[test]
+fn pages_stay_once_a_device_may_reach_them() {
+    let spec = |gpa| RamSpec { gpa: Gpa(gpa), len: 4 * PAGE_SIZE };
+    let region = |gpa| OwnedRegion { punch_holes: true, ..spec(gpa).into() };
+    let ram = Arc::new(GuestRam::owned("test", &[region(0), region(ABOVE)]).unwrap());
+    ram.write(RamOffset(0), &[1; 8 * PAGE_SIZE as usize]).unwrap();
+    let pinned = ram.host_memory(RamOffset(PAGE_SIZE), PAGE_SIZE).unwrap();
+    ram.zero(pages(0, 8)).unwrap();
+    assert_eq!(ram.data_extents().unwrap(), [pages(0, 4)], "one region is reached, the other is not");
+    drop(pinned);
+    ram.clear().unwrap();
+    assert_eq!(ram.data_extents().unwrap(), [pages(0, 4)], "nobody knows whether it is pinned still");
+    assert!((0..8).all(|page| ram.is_zero(page)));
 }
 
 #[test]

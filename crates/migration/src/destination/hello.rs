@@ -12,7 +12,6 @@ use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
 use crate::device::tracked::{all_answer, tracked};
-use crate::incoming_machine::IncomingMachine;
 use crate::incoming_machine::{IncomingDevice, IncomingFunction};
 use crate::machine::MigratableDevice;
 use crate::offer::{IncomingOffer, NotBuilt};
@@ -97,7 +96,6 @@ impl Worker<'_, '_, '_> {
         let mut own = own.map_err(|error| error.in_phase(Side::Destination, phase))?;
         // The source judges the same config space, and these rules hold.
         own.config_rules.extend(self.options.policy.config_mask.iter().cloned());
-        self.pinned = own.devices.iter().any(|device| device.backend == "kernel");
         let policy = self.policy();
         let report = check_machines(&offered, &with_migration_known(&own, &devices), &map, &policy);
         let mut besides = Vec::new();
@@ -145,7 +143,8 @@ impl Worker<'_, '_, '_> {
         }
         let manifest =
             own.to_json().map_err(|error| Failure::new(Side::Destination, phase, error_chain(&error)))?;
-        clear(machine.as_ref()).map_err(|error| error.in_phase(Side::Destination, phase))?;
+        // Pages that the source never sends, because they were never written there, must read as zero here.
+        machine.ram().clear().map_err(|error| error.in_phase(Side::Destination, phase))?;
         let total = machine.ram().size();
         self.shared.ram_total.store(total, Ordering::Relaxed);
         self.machine = Some(machine);
@@ -196,11 +195,4 @@ fn map(names: Vec<(String, String)>) -> Result<DeviceMap, String> {
         DeviceId::new(name).map_err(|error| format!("in the map of devices: {}", error_chain(&error)))
     };
     names.into_iter().map(|(from, to)| Ok((id(from)?, id(to)?))).collect::<Result<DeviceMap, _>>()
-}
-
-/// Pages that the source never sends, because they were never written there, must read as zero here. Written in place:
-/// pages may be pinned already.
-fn clear(machine: &dyn IncomingMachine) -> Result<(), vfio_migration_memory::MemoryError> {
-    let ram = machine.ram();
-    ram.data_extents()?.into_iter().try_for_each(|extent| ram.zero_in_place(extent))
 }

@@ -38,7 +38,7 @@ impl Worker<'_, '_, '_> {
             })
             .collect();
         let sink = Sink {
-            ram: PageReceiver::new(machine.ram(), self.pinned),
+            ram: PageReceiver::new(machine.ram()),
             devices: devices.clone(),
             sections: Default::default(),
             written: Arc::default(),

@@ -38,7 +38,6 @@ pub(super) struct Worker<'scope, 'env, 'a> {
     pub(super) journal: Option<Journal>,
     pub(super) machine: Option<Arc<dyn IncomingMachine>>,
     /// A kernel device of this machine pins RAM.
-    pub(super) pinned: bool,
     pub(super) devices: Vec<ArrivingDevice>,
 }
 
@@ -69,7 +68,6 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             events,
             journal: None,
             machine: None,
-            pinned: false,
             devices: Vec::new(),
         }
     }

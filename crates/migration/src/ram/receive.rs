@@ -17,8 +17,6 @@ const PIECE: usize = 16 << 10;
 #[derive(Debug)]
 pub(crate) struct PageReceiver {
     pub(crate) ram: Arc<GuestRam>,
-    /// Pages are pinned for a kernel device: they are made zero where they are.
-    pub(crate) pinned: bool,
     /// Pages placed, data and zero, each time they came.
     pages: AtomicU64,
     /// Bytes of data placed.
@@ -39,8 +37,8 @@ pub(crate) enum PagesError {
 }
 
 impl PageReceiver {
-    pub(crate) fn new(ram: Arc<GuestRam>, pinned: bool) -> Self {
-        Self { ram, pinned, pages: AtomicU64::new(0), bytes: AtomicU64::new(0) }
+    pub(crate) fn new(ram: Arc<GuestRam>) -> Self {
+        Self { ram, pages: AtomicU64::new(0), bytes: AtomicU64::new(0) }
     }
 
     /// Pages placed so far.
@@ -74,7 +72,7 @@ impl PageReceiver {
     /// Makes `count` pages from page `first` zero.
     pub(crate) fn zeros(&self, first: u64, count: u64) -> Result<(), PagesError> {
         let range = self.range(first, count)?;
-        if self.pinned { self.ram.zero_in_place(range) } else { self.ram.zero(range) }?;
+        self.ram.zero(range)?;
         self.pages.fetch_add(count, Ordering::Relaxed);
         Ok(())
     }

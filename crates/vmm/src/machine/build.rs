@@ -4,14 +4,16 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vfio_migration_memory::GuestRam;
+use vfio_migration_memory::{GuestRam, OwnedRegion};
 use vfio_migration_types::{DeviceId, Gpa};
 
 use super::open::{OpenedDevice, answer_limit, open};
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::reset_device::NotedDevice;
 use super::slots::assign_places;
-use super::{Accelerator, Attached, MachineConfig, ReferenceMachine, Run, Workload};
+use super::{
+    Accelerator, Attached, DeviceConfig, DevicePath, MachineConfig, ReferenceMachine, Run, Workload,
+};
 use crate::bus::IoBus;
 use crate::error::VmmError;
 use crate::guest::{Areas, BootInfo, SAMPLE_DEVICE};
@@ -44,7 +46,13 @@ impl ReferenceMachine {
         opening: impl Fn(&DeviceId, Option<Duration>) -> T,
     ) -> Result<Arc<Self>, VmmError> {
         let places = assign_places(&config.devices)?;
-        let ram = Arc::new(GuestRam::new("guest", &layout::ram_regions(config.memory)?)?);
+        // A kernel device has all of RAM pinned: no page of it may be given back.
+        let kernel = |device: &DeviceConfig| matches!(device.path, DevicePath::Kernel(_));
+        let punch_holes = !config.devices.iter().any(kernel);
+        let regions = layout::ram_regions(config.memory)?;
+        let regions: Vec<_> =
+            regions.into_iter().map(|spec| OwnedRegion { punch_holes, ..spec.into() }).collect();
+        let ram = Arc::new(GuestRam::owned("guest", &regions)?);
         let Parts { processor, irq, routes, mapper } = Parts::make(&config, &ram)?;
         let router = Arc::new(MsiRouter::new(routes, layout::MESSAGES));
         let host = PciHost::new(irq, mapper, router, layout::bar_windows());
