@@ -496,6 +496,8 @@ pub enum DestinationEvent {
     LinkLost(String),
     /// This incoming migration is cancelled, by this.
     Cancel(CancelCause),
+    /// A source wants the place of an attempt that [gives way](crate::DestinationEngine::gives_way).
+    Superseded,
     /// [`deadline`](crate::DestinationEngine::deadline) has passed.
     Tick,
 }

@@ -81,6 +81,11 @@ impl Admission {
         self.record(&accepted.link, Some(&accepted.hello), RefusalCause::NotNow(text));
     }
 
+    /// What a source wants that would be let in, by what was expected when somebody came the last time.
+    pub(crate) fn wants(&self, accepted: &Accepted) -> Option<Right> {
+        self.judge(accepted).ok().map(|admitted| admitted.wants)
+    }
+
     /// Whether who asks on `link` what became of a migration may come at all. If not, it is refused.
     pub(crate) fn may_query(&mut self, link: &Link) -> bool {
         self.latest = self.expectations.read();

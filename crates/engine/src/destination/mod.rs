@@ -65,6 +65,7 @@ impl DestinationEngine {
             DestinationEvent::Damaged(cause) => self.abort(cause, now),
             DestinationEvent::LinkLost(why) => self.on_link_lost(&why, now),
             DestinationEvent::Cancel(why) => self.on_cancel(&why, now),
+            DestinationEvent::Superseded => self.on_superseded(now),
             DestinationEvent::Tick => self.on_tick(now),
             answer => self.on_answer(answer, now),
         }

@@ -56,6 +56,29 @@ impl DestinationEngine {
         }
     }
 
+    /// Whether the attempt keeps no migration out, so that [`DestinationEvent::Superseded`] ends it: it is a rehearsal, or it is
+    /// undone and written down, and its source may ask on any connection what became of it.
+    ///
+    /// [`DestinationEvent::Superseded`]: crate::DestinationEvent::Superseded
+    pub fn gives_way(&self) -> bool {
+        self.state == State::Lingering || (self.is_rehearsal() && self.can_abort())
+    }
+
+    /// How long its source may still ask what became of an attempt that is undone; `None` while it is not, or if it knows.
+    pub fn awaits_question(&self) -> Option<Duration> {
+        let timer = self.timer.filter(|_| self.state == State::Lingering);
+        timer.map(|expected| expected.limit())
+    }
+
+    pub(super) fn on_superseded(&mut self, now: Time) {
+        if self.state == State::Lingering {
+            self.finish_aborted();
+        } else if self.gives_way() {
+            let cause = "a migration came, which a rehearsal does not keep out";
+            self.roll_back(failure(Side::Destination, self.phase, cause, "try again when it is over"), now);
+        }
+    }
+
     pub(super) fn aborted_by_source(&mut self, cause: Failure, now: Time) {
         self.rollback.source_gave_up = true;
         self.abort(cause, now);

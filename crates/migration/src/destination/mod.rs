@@ -53,6 +53,8 @@ pub struct Destination {
     answers: RateLimit<String>,
     /// Outcome of the latest attempt, for a source that asks.
     known: Option<KnownOutcome>,
+    /// A source that came while there was a session, and is next.
+    next: Option<Box<Accepted>>,
     /// Connections that have sent nothing yet.
     pending: PendingConnections,
 }
@@ -91,7 +93,7 @@ impl Destination {
         })?;
         let pending = PendingConnections::of(options.unix_peers.clone());
         let answers = RateLimit::new(20, Duration::from_secs(60));
-        Ok(Self { listener, local, options, control, admission, answers, known: None, pending })
+        Ok(Self { listener, local, options, control, admission, answers, known: None, next: None, pending })
     }
 
     /// Address that it listens at: with the port that was given for port 0.
@@ -125,7 +127,11 @@ impl Destination {
         let mut build = Some(build);
         loop {
             let limit = self.options.accept_timeout.map(|limit| limit.saturating_sub(begun.elapsed()));
-            match self.greet(limit).map_err(|error| self.not_accepted(error))? {
+            let greeted = match self.next.take() {
+                Some(next) => Ok(Greeting::Session(next)),
+                None => self.greet(limit).map_err(|error| self.not_accepted(error))?,
+            };
+            match greeted {
                 Ok(Greeting::Session(accepted)) => match self.admission.admit(&accepted) {
                     Ok(admitted) => {
                         if let Some(ended) = self.session(*accepted, &admitted, &mut build) {
@@ -157,6 +163,9 @@ impl Destination {
     /// The socket failed.
     pub fn answer_queries(&mut self, patience: Duration) -> Result<(), IncomingError> {
         let begun = Instant::now();
+        if let Some(next) = self.next.take() {
+            self.admission.turn_away(&next, None, false);
+        }
         loop {
             let left = patience.saturating_sub(begun.elapsed());
             if left.is_zero() {
@@ -194,7 +203,8 @@ impl Destination {
             control: &self.control,
             admission: &self.admission,
         };
-        let Ended { arrived, known, unexpected } = session::run(place, accepted, admitted, build);
+        let Ended { arrived, known, unexpected, next } = session::run(place, accepted, admitted, build);
+        self.next = next;
         if let Some(unexpected) = unexpected {
             self.control.discard_session();
             self.admission.count_attempt(admitted, false);

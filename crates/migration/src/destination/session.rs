@@ -27,11 +27,12 @@ use crate::destination::progress::{bytes, into_result, statuses};
 use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
 use crate::error::IncomingError;
-use crate::expectation::Unexpected;
+use crate::expectation::{Right, Unexpected};
 use crate::incoming_machine::IncomingMachine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
+use crate::session::awaited::{Request, Wait};
 use crate::session::events::Events;
 use crate::session::host::nonce;
 use crate::session::lock::lock;
@@ -64,11 +65,13 @@ pub(super) struct Ended {
     pub(super) known: Option<KnownOutcome>,
     /// What the source brought was not expected: it was refused, and nothing was made for it.
     pub(super) unexpected: Option<Unexpected>,
+    /// The source that came meanwhile, whose turn it is.
+    pub(super) next: Option<Box<Accepted>>,
 }
 
 impl From<IncomingError> for Ended {
     fn from(error: IncomingError) -> Self {
-        Self { arrived: Err(error), known: None, unexpected: None }
+        Self { arrived: Err(error), known: None, unexpected: None, next: None }
     }
 }
 
@@ -124,7 +127,7 @@ where
         lease,
         lease_time: options.lease,
     };
-    let (outcome, running, attempt, took) = std::thread::scope(|scope| {
+    let SessionEnd { outcome, running, attempt, took, next } = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel::<Job>();
         let shared = &shared;
         let worker = Worker::new(scope, options, Box::new(build), Arc::clone(&link), shared, events.clone());
@@ -139,7 +142,8 @@ where
                 let cause = no_thread(Side::Destination, Phase::Hello, "session", &error);
                 let _ = link.send(&Message::Abort(cause.clone()));
                 link.shutdown();
-                return (DestinationOutcome::Aborted(cause), None, None, begun.elapsed());
+                let (outcome, took) = (DestinationOutcome::Aborted(cause), begun.elapsed());
+                return SessionEnd { outcome, running: None, attempt: None, took, next: None };
             }
         };
         events.send(DestinationEvent::Peer(Message::Hello(hello)));
@@ -159,6 +163,8 @@ where
             security: options.security.as_ref(),
             source: &source,
             running: None,
+            next: None,
+            question: None,
             link_lost: false,
             cancelled: false,
             giving_up: None,
@@ -182,7 +188,16 @@ where
     let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, source });
     let machine = lock(&shared.finished).take();
     let arrived = into_result(outcome, machine, attempt, &shared, took);
-    Ended { arrived, known, unexpected: shared.unexpected.into_inner() }
+    Ended { arrived, known, unexpected: shared.unexpected.into_inner(), next }
+}
+
+/// What the loop came to.
+struct SessionEnd {
+    outcome: DestinationOutcome,
+    running: Option<Running>,
+    attempt: Option<Attempt>,
+    took: Duration,
+    next: Option<Box<Accepted>>,
 }
 
 /// The loop, on the caller's thread.
@@ -204,6 +219,10 @@ struct Session<'a> {
     source: &'a SessionSource,
     /// RUNNING, as it was sent, for a source that lost it.
     running: Option<Running>,
+    /// The source that is next, when all of this is undone.
+    next: Option<Box<Accepted>>,
+    /// Kept while a question may come.
+    question: Option<Wait>,
     link_lost: bool,
     cancelled: bool,
     /// The attempt is being undone, up to the job of this number, since then.
@@ -225,9 +244,10 @@ struct Session<'a> {
 
 impl Session<'_> {
     /// Runs until the engine has finished. The job queue closes with it, and the worker ends.
-    fn run(mut self) -> (DestinationOutcome, Option<Running>, Option<Attempt>, Duration) {
+    fn run(mut self) -> SessionEnd {
         loop {
             if let Some(outcome) = self.act() {
+                self.question = None;
                 self.report();
                 self.outlast_worker();
                 let took = self.report();
@@ -235,7 +255,7 @@ impl Session<'_> {
                     let guest = GuestOutcome::NotStarted(Box::new(cause.clone()));
                     self.running = Some(Running { epoch: *epoch, guest, boot_id: [0; 16], at_ns: 0 });
                 }
-                return (outcome, self.running, self.engine.attempt(), took);
+                return self.ended(outcome, took);
             }
             self.report();
             let tick = if self.pending.is_empty() { TICK } else { POLL_PENDING };
@@ -261,7 +281,8 @@ impl Session<'_> {
                     let gone = "the session's own threads are gone: a defect of this program";
                     let outcome =
                         DestinationOutcome::Aborted(Failure::new(Side::Destination, Phase::Hello, gone));
-                    return (outcome, None, self.engine.attempt(), self.now());
+                    let took = self.now();
+                    return self.ended(outcome, took);
                 }
             }
             self.poll_listener();
@@ -271,6 +292,11 @@ impl Session<'_> {
             }
             self.watch();
         }
+    }
+
+    fn ended(self, outcome: DestinationOutcome, took: Duration) -> SessionEnd {
+        let attempt = self.engine.attempt();
+        SessionEnd { outcome, running: self.running, attempt, took, next: self.next }
     }
 
     fn act(&mut self) -> Option<DestinationOutcome> {
@@ -360,16 +386,61 @@ impl Session<'_> {
                 let now = self.now();
                 self.engine.handle(DestinationEvent::Peer(query), now);
             }
-            Some(Ok(Greeting::Session(session))) => {
-                let why = self.giving_up.map(|_| self.still_undone());
-                self.admission.turn_away(&session, why.as_deref(), true);
-            }
+            Some(Ok(Greeting::Session(session))) => self.another_source(session),
             Some(Err(dropped)) => self.admission.dropped(dropped),
             None => {}
         }
     }
 
+    /// A source comes while there is a session. What keeps no migration out ends for it; behind what is being undone it waits its turn.
+    fn another_source(&mut self, session: Box<Accepted>) {
+        let wants = self.admission.wants(&session).filter(|_| self.next.is_none());
+        let Some(wants) = wants else { return self.turn_away(&session) };
+        let undone = self.giving_up.is_some();
+        let ends = self.engine.gives_way() && (undone || wants == Right::Move);
+        if ends {
+            tracing::info!(peer = %session.link.peer(), "a source comes, and what keeps no migration out ends");
+            let now = self.now();
+            self.engine.handle(DestinationEvent::Superseded, now);
+        } else if !undone || !self.answered() {
+            return self.turn_away(&session);
+        }
+        self.next = Some(session);
+    }
+
+    /// Whether nothing that is waited for is late, beside a question that may come.
+    fn answered(&self) -> bool {
+        self.shared.answers.to_tell(true).iter().all(|answer| answer.request == Request::Question)
+    }
+
+    fn turn_away(&self, session: &Accepted) {
+        let why = self.giving_up.map(|_| self.still_undone());
+        self.admission.turn_away(session, why.as_deref(), true);
+    }
+
+    /// What the source of an attempt that is undone may still ask is told as waited for.
+    fn note_question(&mut self) {
+        match self.engine.awaits_question() {
+            Some(limit) if self.question.is_none() => {
+                tracing::info!(
+                    peer = %self.peer, limit = ?limit,
+                    "the attempt is undone; its source, whose connection is lost, may ask what became of it"
+                );
+                self.question = Some(self.shared.answers.wait(None, Request::Question, Some(limit)));
+            }
+            Some(_) => {}
+            None => self.question = None,
+        }
+    }
+
     fn watch(&mut self) {
+        self.note_question();
+        if self.next.is_some()
+            && !self.answered()
+            && let Some(next) = self.next.take()
+        {
+            self.turn_away(&next);
+        }
         if let Some(why) = self.control.cancelled()
             && !std::mem::replace(&mut self.cancelled, true)
         {

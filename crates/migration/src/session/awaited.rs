@@ -57,6 +57,8 @@ pub enum Request {
     Load,
     /// To the other side: that it runs the guest, which is its own.
     Start,
+    /// To the source of an attempt that is undone: does it ask what became of it?
+    Question,
 }
 
 impl fmt::Display for Request {
@@ -80,6 +82,7 @@ impl fmt::Display for Request {
             Self::Offer => "what it was told of the guest",
             Self::Load => "the end of the guest's state, which it loads",
             Self::Start => "the word that the guest is its own",
+            Self::Question => "whether it knows that the attempt is undone",
         })
     }
 }
@@ -116,6 +119,7 @@ impl AwaitedAnswer {
             (None, Request::Connection | Request::Offer | Request::Load | Request::Start) => {
                 "the destination".into()
             }
+            (None, Request::Question) => "the source".into(),
             (None, _) => "the VMM".into(),
         }
     }

@@ -7,6 +7,7 @@ mod device_file;
 mod expectation;
 mod faults;
 mod migrate;
+mod next_source;
 mod plain_text;
 mod progress;
 mod rehearsal;
