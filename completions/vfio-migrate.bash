@@ -987,13 +987,25 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__incoming)
-            opts="-v -h -V --control --json --verbose --help --version"
+            opts="-v -h -V --control --json --tls-creds --tls-pin --insecure-plaintext --expect --once --paused --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --control)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-creds)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-pin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --expect)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

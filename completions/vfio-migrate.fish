@@ -105,8 +105,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l policy 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l expect -d 'File (TOML or JSON) that says who may come to a VM that waits, for what, with which VM, from which epoch on, how large and how often. It is read anew for each source that comes; while it is missing or wrong, nobody is taken' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l tls-creds -d 'Folder of certificates and keys, with which connections over TCP are secured. Without it none is made or taken' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l tls-pin -d 'With --tls-creds: trust peers by this public key, whatever their certificates say, and no CA. As `tls pin` prints it. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l allow-uid -d 'User, by name or number, whose process may be at the other end of a migration\'s unix socket, as those of this process\'s own user and of root may. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l allow-gid -d 'Group, by name or number, that a process has which may be at the other end of a migration\'s unix socket. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l allow-uid -d 'User, by name (qemu) or number (107), whose process may be at the other end of a migration\'s unix socket, as those of this process\'s own user and of root may. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l allow-gid -d 'Group, by name (kvm) or number (36), that a process has which may be at the other end of a migration\'s unix socket. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l config-rule -d 'Bytes of config space to compare or not, over the default and the policy\'s rules: OFFSET+LEN=compare|ignore. `check`, `rehearse` and `migrate` go by them alike. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l once -d 'With --incoming: wait for one migration only, and no longer if it fails or is refused'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand vm" -l paused -d 'Start the guest paused, also one that is restored or that --incoming waits for: `cont` lets it run. Not one that `incoming` waits for later'
@@ -173,8 +173,8 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l poli
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l map -d 'A device that has another name at the destination. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-creds -d 'Folder of certificates and keys, with which connections over TCP are secured. Without it none is made or taken' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-pin -d 'With --tls-creds: trust peers by this public key, whatever their certificates say, and no CA. As `tls pin` prints it. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-uid -d 'User, by name or number, whose process may be at the other end of a migration\'s unix socket, as those of this process\'s own user and of root may. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-gid -d 'Group, by name or number, that a process has which may be at the other end of a migration\'s unix socket. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-uid -d 'User, by name (qemu) or number (107), whose process may be at the other end of a migration\'s unix socket, as those of this process\'s own user and of root may. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l allow-gid -d 'Group, by name (kvm) or number (36), that a process has which may be at the other end of a migration\'s unix socket. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l tls-hostname -d 'With --tls-creds: name that the receiver\'s certificate must have, where it is not the host in its address' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l timeout -d 'Longest wait for each answer of a socket that is asked; all of its answers together have five times as long' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand check" -l matrix -d 'Which devices of which hosts can go to which hosts; where machines are named, which machine to which host, or without a host to which machine. Whatever it says, the exit code is 0'
@@ -258,7 +258,13 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s v -l 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand quit" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l control -d 'Control socket of the `vm`' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l tls-creds -d 'Folder of certificates and keys for this wait, instead of that of vm --tls-creds' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l tls-pin -d 'Trust sources by this public key, as `tls pin` prints it there, instead of those of vm --tls-pin. May be given more than once' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l expect -d 'File (TOML or JSON) that says who may come and with what, instead of that of vm --expect; it is read anew for each source that comes' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l json -d 'Print one JSON object on stdout'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l insecure-plaintext -d 'Let what comes over TCP come in plain text: whoever is on the way reads and changes the guest'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l once -d 'Wait for one migration only, and no longer if it fails or is refused, as with vm --once'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -l paused -d 'Have the guest arrive paused: `cont` lets it run'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand incoming" -s V -l version -d 'Print version'
