@@ -197,10 +197,11 @@ pub use snapshot::{
     DeviceState, GuestNotResumed, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save,
 };
 pub use source::Source;
+pub use tls::authorities::{TrustedAuthority, trusted_authorities};
 pub use tls::config::{ALPN, Security, TlsDirectory, own_identity, usable_identity};
 pub use tls::crl::{CRL_FILE, RevocationList, RevokedCertificate, former_revocation_lists, revocation_lists};
 pub use tls::error::TlsError;
-pub use tls::files::{CA_FILE, IssuedCertificate, TlsRole, issued_certificates, trusted_authorities};
+pub use tls::files::{CA_FILE, IssuedCertificate, TlsRole, issued_certificates};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
 pub use tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
 pub use unix_listener::bind_unix;

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::Path;
+use std::time::SystemTime;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{
-    CRL_FILE, TlsRole, own_identity, revocation_lists, trusted_authorities, usable_identity,
+    CA_FILE, CRL_FILE, TlsRole, own_identity, revocation_lists, trusted_authorities, usable_identity,
 };
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 use vfio_migration_types::{error_chain, rfc3339};
@@ -106,6 +107,11 @@ fn examine(roots: &Roots, memory: Option<u64>) -> DoctorReport {
 fn tls_creds(dir: &Path) -> HostCheck {
     let ca = trusted_authorities(dir);
     let (usable, mut wrong, mut until) = (ca.is_ok(), Vec::new(), Vec::new());
+    for ca in ca.iter().flatten() {
+        let problem = ca.problem(SystemTime::now()).map(|why| format!("{CA_FILE}: left out: {why}"));
+        let soon = || format!("{CA_FILE}: the CA {} ends at {}", ca.name(), rfc3339(ca.identity.not_after));
+        wrong.extend(problem.or_else(|| ca.identity.expires_soon().then(soon)));
+    }
     wrong.extend(ca.err().map(|error| error.to_string()));
     let lists = if usable { revocation_lists(dir) } else { Ok(Vec::new()) };
     for list in lists.as_ref().into_iter().flatten().filter(|list| list.expires_soon()) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls::client::Resumption;
 use rustls::crypto::aws_lc_rs::default_provider;
@@ -14,9 +15,10 @@ use rustls::{ClientConfig, ServerConfig};
 
 use vfio_migration_types::rfc3339;
 
+use crate::tls::authorities::Authorities;
 use crate::tls::crl::{CRL_FILE, Revocations, revocations};
 use crate::tls::error::TlsError;
-use crate::tls::files::{OwnCertificate, TlsRole, ca_path, own_certificate};
+use crate::tls::files::{CA_FILE, OwnCertificate, TlsRole, own_certificate};
 use crate::tls::identity::{PeerIdentity, Pin};
 use crate::tls::trust::Trust;
 use crate::uri::Uri;
@@ -51,7 +53,7 @@ impl TlsDirectory {
         }
         let revoked = revocations(&self.path)?;
         check_own(&self.path, role, own, &revoked)?;
-        Trust::authorities(&ca_path(&self.path), revoked)
+        Ok(Trust::Authorities(Arc::new(Authorities::of(&self.path)?), revoked))
     }
 }
 
@@ -111,7 +113,7 @@ impl Security {
         if matches!(self, Self::Vouched(_)) { Proof::Name } else { Proof::Nothing }
     }
 
-    /// Says if our own certificate of `role`, or a revocation list, expires soon.
+    /// Says if our own certificate of `role`, a CA or a revocation list expires soon, and which CAs are left out.
     pub(crate) fn warn_of_expiry(&self, role: TlsRole) {
         if let Self::Directory(directory) = self
             && let Ok(own) = own_identity(&directory.path, role)
@@ -119,6 +121,23 @@ impl Security {
         {
             let (file, until) = (directory.path.join(role.certificate_file()), rfc3339(own.not_after));
             tracing::warn!(file = %file.display(), "the certificate expires at {until}: make a new one");
+        }
+        if let Self::Directory(directory) = self
+            && directory.pins.is_empty()
+            && let Ok(authorities) = Authorities::of(&directory.path)
+        {
+            let file = directory.path.join(CA_FILE);
+            for ca in authorities.all() {
+                let until = rfc3339(ca.identity.not_after);
+                match ca.problem(SystemTime::now()) {
+                    Some(why) => tracing::warn!(file = %file.display(), "a CA is left out: {why}"),
+                    None if ca.identity.expires_soon() => tracing::warn!(
+                        file = %file.display(),
+                        "the CA {} ends at {until}, and nobody of it is taken from then on: make a new one", ca.name()
+                    ),
+                    None => {}
+                }
+            }
         }
         if let Self::Directory(directory) = self
             && directory.pins.is_empty()

@@ -150,17 +150,6 @@ fn is_loose(mode: u32, owner: u32, we: u32) -> bool {
     mode & 0o777 & !allowed != 0
 }
 
-/// What the certificates of the CAs that `directory` trusts say.
-///
-/// # Errors
-/// What is wrong with its [`CA_FILE`].
-pub fn trusted_authorities(directory: &Path) -> Result<Vec<PeerIdentity>, TlsError> {
-    let path = ca_path(directory);
-    let unreadable =
-        || TlsError::Content { path: path.clone(), what: "holds a certificate that cannot be read".into() };
-    certificates(&path)?.iter().map(|der| PeerIdentity::of(der).map_err(|_| unreadable())).collect()
-}
-
 /// A certificate as its CA names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IssuedCertificate {

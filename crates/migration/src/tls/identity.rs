@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256;
 use serde::{Deserialize, Serialize};
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, X509Certificate};
 
 use crate::tls::error::TlsError;
 
@@ -52,11 +52,10 @@ impl PeerIdentity {
             let common = parsed.subject().iter_common_name().filter_map(|name| name.as_str().ok());
             names.extend(common.take(1).map(str::to_owned));
         }
-        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
         Ok(Self {
             names,
             pin: Pin::of_key(parsed.public_key().raw),
-            not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(seconds),
+            not_after: system_time(parsed.validity().not_after),
         })
     }
 
@@ -64,6 +63,11 @@ impl PeerIdentity {
     pub fn expires_soon(&self) -> bool {
         self.not_after < SystemTime::now() + EXPIRES_SOON
     }
+}
+
+/// A time of a certificate.
+pub(crate) fn system_time(time: ASN1Time) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or(0))
 }
 
 /// A time as seconds since 1970.

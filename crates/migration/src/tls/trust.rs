@@ -1,7 +1,6 @@
 //! Which certificates of a peer are taken: those of a trusted CA, or those whose public key is pinned.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,43 +16,27 @@ use rustls::{
     SignatureScheme,
 };
 
+use crate::tls::authorities::Authorities;
 use crate::tls::crl::{CRL_FILE, Revocations};
 use crate::tls::error::TlsError;
-use crate::tls::files::certificates;
+use crate::tls::files::CA_FILE;
 use crate::tls::identity::{PeerIdentity, Pin};
 
 /// Whom a side trusts.
 #[derive(Clone, Debug)]
 pub(crate) enum Trust {
     /// Whoever has a certificate of one of these CAs that it has not taken back; a server's must name the host that was connected to.
-    Authorities(Arc<RootCertStore>, Revocations),
+    Authorities(Arc<Authorities>, Revocations),
     /// Whoever has one of these keys, whatever its certificate says.
     Pins(Arc<BTreeSet<Pin>>),
 }
 
 impl Trust {
-    /// The CAs of a file.
-    pub(crate) fn authorities(path: &Path, revoked: Revocations) -> Result<Self, TlsError> {
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(path)? {
-            roots.add(certificate).map_err(|_| TlsError::Content {
-                path: path.into(),
-                what: "holds a certificate that cannot be a CA's".into(),
-            })?;
-        }
-        Ok(Self::Authorities(Arc::new(roots), revoked))
-    }
-
     /// Looks at the certificate of a destination.
     pub(crate) fn server_verifier(&self) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
         Ok(match self {
-            Self::Authorities(roots, revoked) => {
-                WebPkiServerVerifier::builder_with_provider(Arc::clone(roots), Arc::new(default_provider()))
-                    .with_crls(revoked.ders.iter().cloned())
-                    .allow_unknown_revocation_status()
-                    .enforce_revocation_expiration()
-                    .build()
-                    .map_err(not_built)?
+            Self::Authorities(authorities, revoked) => {
+                Arc::new(AuthorityVerifier::new(authorities, revoked, server_by_roots)?)
             }
             Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
         })
@@ -62,21 +45,40 @@ impl Trust {
     /// Looks at the certificate of a source, which has to show one.
     pub(crate) fn client_verifier(&self) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
         Ok(match self {
-            Self::Authorities(roots, revoked) => {
-                WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), Arc::new(default_provider()))
-                    // Whom we trust is nothing that a stranger has to know.
-                    .clear_root_hint_subjects()
-                    .with_crls(revoked.ders.iter().cloned())
-                    // A CA without a list has taken nothing back.
-                    .allow_unknown_revocation_status()
-                    // A list may expire while it waits.
-                    .enforce_revocation_expiration()
-                    .build()
-                    .map_err(not_built)?
+            Self::Authorities(authorities, revoked) => {
+                Arc::new(AuthorityVerifier::new(authorities, revoked, client_by_roots)?)
             }
             Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
         })
     }
+}
+
+fn server_by_roots(
+    roots: RootCertStore,
+    revoked: &Revocations,
+) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider()))
+        .with_crls(revoked.ders.iter().cloned())
+        .allow_unknown_revocation_status()
+        .enforce_revocation_expiration()
+        .build();
+    verifier.map(|verifier| verifier as _).map_err(not_built)
+}
+
+fn client_by_roots(
+    roots: RootCertStore,
+    revoked: &Revocations,
+) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider()))
+        // Whom we trust is nothing that a stranger has to know.
+        .clear_root_hint_subjects()
+        .with_crls(revoked.ders.iter().cloned())
+        // A CA without a list has taken nothing back.
+        .allow_unknown_revocation_status()
+        // A list may expire while it waits.
+        .enforce_revocation_expiration()
+        .build()
+        .map_err(not_built)
 }
 
 fn not_built(error: VerifierBuilderError) -> TlsError {
@@ -87,6 +89,77 @@ fn not_built(error: VerifierBuilderError) -> TlsError {
         error => TlsError::Setup(error.to_string()),
     }
 }
+
+type ByRoots<V> = fn(RootCertStore, &Revocations) -> Result<Arc<V>, TlsError>;
+
+/// Takes certificates of the CAs that vouch at the time of the handshake: one may end while a destination waits.
+#[derive(Debug)]
+struct AuthorityVerifier<V: ?Sized> {
+    authorities: Arc<Authorities>,
+    revoked: Revocations,
+    by_roots: ByRoots<V>,
+    /// The CAs that vouched when this was made, and what judges by them.
+    in_force: Vec<bool>,
+    made: Arc<V>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl<V: ?Sized> AuthorityVerifier<V> {
+    fn new(
+        authorities: &Arc<Authorities>,
+        revoked: &Revocations,
+        by_roots: ByRoots<V>,
+    ) -> Result<Self, TlsError> {
+        let now = SystemTime::now();
+        Ok(Self {
+            made: by_roots(authorities.roots(now), revoked)?,
+            in_force: authorities.in_force(now),
+            authorities: Arc::clone(authorities),
+            revoked: revoked.clone(),
+            by_roots,
+            algorithms: default_provider().signature_verification_algorithms,
+        })
+    }
+
+    /// Has `verify` judge a peer's certificates by the CAs that vouch `now`.
+    fn judge<T>(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        verify: impl FnOnce(&V) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let at = UNIX_EPOCH + Duration::from_secs(now.as_secs());
+        if let Some(why) = self.authorities.none_at(at) {
+            return Err(refused(NoAuthority(why)));
+        }
+        let made = if self.authorities.in_force(at) == self.in_force {
+            Arc::clone(&self.made)
+        } else {
+            (self.by_roots)(self.authorities.roots(at), &self.revoked)
+                .map_err(|error| Error::General(error.to_string()))?
+        };
+        verify(&made).map_err(|error| match error {
+            // The CA is one of ours, and vouches no more.
+            Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+                let chain = std::iter::once(leaf).chain(intermediates).map(|der| der.as_ref());
+                match self.authorities.problem_of_issuer(chain, at) {
+                    Some(why) => refused(EndedAuthority(why)),
+                    None => error,
+                }
+            }
+            error => error,
+        })
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("no certificate of a peer can be judged, since {CA_FILE} holds no CA that can be used: {0}")]
+struct NoAuthority(String);
+
+#[derive(Debug, thiserror::Error)]
+#[error("the peer's certificate is of a CA that is not taken any more: {CA_FILE}: {0}")]
+struct EndedAuthority(String);
 
 /// Takes certificates by their public key alone, while they are valid. That the peer has the key, the handshake's signature proves.
 #[derive(Debug)]
@@ -155,6 +228,38 @@ macro_rules! handshake_signatures {
             self.algorithms.supported_schemes()
         }
     };
+}
+
+impl ServerCertVerifier for AuthorityVerifier<dyn ServerCertVerifier> {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.judge(leaf, intermediates, now, |by| by.verify_server_cert(leaf, intermediates, name, ocsp, now))
+    }
+
+    handshake_signatures!();
+}
+
+impl ClientCertVerifier for AuthorityVerifier<dyn ClientCertVerifier> {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.judge(leaf, intermediates, now, |by| by.verify_client_cert(leaf, intermediates, now))
+    }
+
+    handshake_signatures!();
 }
 
 impl ServerCertVerifier for PinVerifier {

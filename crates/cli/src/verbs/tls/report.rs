@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use vfio_migration::{PeerIdentity, RevocationList, TlsRole};
+use vfio_migration::{PeerIdentity, RevocationList, TlsRole, TrustedAuthority};
 use vfio_migration_types::rfc3339;
 
 /// What `tls init`, `tls host` and `tls revoke` print with `--json`.
@@ -93,6 +93,14 @@ pub(crate) struct CertificateInfo {
     pub(crate) days_left: u64,
     /// Whether that is soon enough to make a new one: 30 days, or less.
     pub(crate) expires_soon: bool,
+    /// Of a CA: why it is left out, and nobody of it taken; null if it is not.
+    pub(crate) problem: Option<String>,
+}
+
+impl From<&TrustedAuthority> for CertificateInfo {
+    fn from(ca: &TrustedAuthority) -> Self {
+        Self { problem: ca.problem(SystemTime::now()), ..Self::from(&ca.identity) }
+    }
 }
 
 impl From<&PeerIdentity> for CertificateInfo {
@@ -103,6 +111,7 @@ impl From<&PeerIdentity> for CertificateInfo {
             not_after: rfc3339(identity.not_after),
             days_left: days_until(identity.not_after),
             expires_soon: identity.expires_soon(),
+            problem: None,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vfio_migration::{
-    CA_FILE, CRL_FILE, PeerIdentity, TlsError, TlsRole, own_identity, revocation_lists, trusted_authorities,
+    CA_FILE, CRL_FILE, TlsError, TlsRole, own_identity, revocation_lists, trusted_authorities,
     usable_identity,
 };
 use vfio_migration_types::printable;
@@ -25,19 +25,20 @@ fn purpose_text(purpose: TlsPurpose) -> &'static str {
 
 /// What a folder has, and whether all of it can be used.
 pub(super) fn show(dir: &Path) -> TlsShowReport {
-    let file = |file: &str, purpose, found: Result<Vec<PeerIdentity>, TlsError>| {
+    let file = |file: &str, purpose, found: Result<Vec<CertificateInfo>, TlsError>| {
         let (certificates, error) = match found {
-            Ok(found) => (found.iter().map(CertificateInfo::from).collect(), None),
+            Ok(found) => (found, None),
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
         TlsFileInfo { file: file.to_owned(), purpose, error, certificates }
     };
-    let mut files = vec![file(CA_FILE, TlsPurpose::Authorities, trusted_authorities(dir))];
+    let authorities = trusted_authorities(dir).map(|found| found.iter().map(CertificateInfo::from).collect());
+    let mut files = vec![file(CA_FILE, TlsPurpose::Authorities, authorities)];
     let lists = revocation_lists(dir);
     for role in [TlsRole::Server, TlsRole::Client] {
         // What is wrong with the list is told once, of the list.
         let own = if lists.is_ok() { usable_identity(dir, role) } else { own_identity(dir, role) };
-        files.push(file(&role.certificate_file(), role.into(), own.map(|own| vec![own])));
+        files.push(file(&role.certificate_file(), role.into(), own.map(|own| vec![CertificateInfo::from(&own)])));
     }
     let revocation_lists = match lists {
         Ok(lists) => lists.iter().map(RevocationListInfo::from).collect(),
@@ -60,8 +61,13 @@ pub(super) fn show_text(report: &TlsShowReport) -> String {
             text.push_str(&format!("{file}: cannot be used: {}\n", printable(error)));
         }
         for certificate in certificates {
-            let what = purpose_text(*purpose);
-            text.push_str(&format!("{file}: {what}: {}\n", certificate_text(certificate)));
+            match &certificate.problem {
+                Some(why) => text.push_str(&format!("{file}: left out: {}\n", printable(why))),
+                None => {
+                    let what = purpose_text(*purpose);
+                    text.push_str(&format!("{file}: {what}: {}\n", certificate_text(certificate)));
+                }
+            }
             text.push_str(&format!("    {}\n", certificate.pin));
         }
     }

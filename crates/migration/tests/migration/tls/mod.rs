@@ -1,5 +1,6 @@
 //! Migrations over TLS: who is let in, and with what.
 
+mod authorities;
 mod bad_input;
 mod binding;
 mod flips;

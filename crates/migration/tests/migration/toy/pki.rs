@@ -65,9 +65,15 @@ impl Ca {
     }
 
     pub fn named(name: &str) -> Self {
+        Self::altered(name, |_| {})
+    }
+
+    /// One whose certificate is another than a CA's should be.
+    pub fn altered(name: &str, alter: impl FnOnce(&mut CertificateParams)) -> Self {
         let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, name);
+        alter(&mut params);
         let key = KeyPair::generate().unwrap();
         let pem = params.self_signed(&key).unwrap().pem();
         Self { issuer: Issuer::new(params, key), pem }
