@@ -15,7 +15,7 @@ use crate::words::read_capped;
 const MAX_BYTES: usize = 256 << 10;
 
 /// What a receiver takes. What is not named may be anything, or anybody who is trusted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "Expectation")]
 pub(crate) struct ExpectDocument {
@@ -140,15 +140,21 @@ pub(crate) fn read(path: &Path) -> Result<ExpectDocument, CliError> {
     parse(&bytes, &path.display().to_string()).map_err(CliError::failed)
 }
 
+/// What says that whoever is trusted may come.
+const EVERYBODY: &str = "`may = [\"ask\", \"move\"]` is whoever is trusted";
+
 fn parse(bytes: &[u8], origin: &str) -> Result<ExpectDocument, String> {
-    // As it is while somebody writes it: no leave for everybody.
+    // Before anything else: neither format has a word for nothing at all.
+    let empty = || format!("{origin}: it says nothing, and lets nobody in ({EVERYBODY})");
     if bytes.iter().all(u8::is_ascii_whitespace) {
-        return Err(format!(
-            "{origin}: it is empty, and an empty file lets nobody in (`{{}}` is whoever is trusted)"
-        ));
+        return Err(empty());
     }
     let document: ExpectDocument =
         read_toml_or_json(bytes, origin, MAX_BYTES).map_err(|error: ManifestError| error.to_string())?;
+    // As it is while somebody writes it, or once all of it is commented out: no leave for everybody.
+    if document == ExpectDocument::default() {
+        return Err(empty());
+    }
     let nobody = |entry: &ExpectedEntry| entry.name.is_none() && entry.pin.is_none();
     match document.sources.iter().flatten().position(nobody) {
         Some(n) => Err(format!("{origin}: at sources[{n}]: it needs a name, a pin, or both")),
@@ -179,14 +185,27 @@ mod tests {
         // What was left out is told as what it comes to.
         let may = Some(vec![RightWord::Ask, RightWord::Move]);
         assert_eq!(ExpectDocument::from(expectation), ExpectDocument { may, ..document });
-        assert_eq!(Expectation::from(parse(b"{}", "c").unwrap()), Expectation::default());
+        let everybody = parse(b"may = [\"ask\", \"move\"]", "c").unwrap();
+        assert_eq!(Expectation::from(everybody), Expectation::default());
     }
 
     #[test]
     fn what_is_wrong_is_named_and_lets_nobody_in() {
         for (text, says) in [
-            ("", "it is empty"),
-            (" \n", "it is empty"),
+            ("", "it says nothing, and lets nobody in"),
+            (" \r\n\t", "it says nothing"),
+            ("\u{feff}", ""),
+            ("\u{feff}# nothing\n", ""),
+            ("# nobody yet\n# [[sources]]\n# name = \"src-b\"\n", "it says nothing"),
+            ("# no end of line", "it says nothing"),
+            ("{}", "it says nothing"),
+            (" {\n}\n", "it says nothing"),
+            ("{\"vm\": null, \"sources\": null}", "it says nothing"),
+            ("[[sources]]", "at sources[0]: it needs a name, a pin, or both"),
+            ("[sources]", ""),
+            ("[expect]\nvm = \"x\"", "unknown field `expect`"),
+            ("null", ""),
+            ("[]", ""),
             ("{\"vm\": \"0d5c8a92\"}", "at vm: '0d5c8a92' is not a UUID"),
             ("vms = 3", "unknown field `vms`"),
             ("{\"max_memory\": -1}", "max_memory"),

@@ -102,6 +102,8 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
     let source = "[[sources]]\nname = \"host-a\"\n";
     for (what, code) in [
         ("".to_owned(), "no-expectation"),
+        ("# nobody yet\n# [[sources]]\n# name = \"host-a\"\n".to_owned(), "no-expectation"),
+        ("{}".to_owned(), "no-expectation"),
         ("vm = ".to_owned(), "no-expectation"),
         ("frm = \"host-a\"".to_owned(), "no-expectation"),
         ("[[sources]]\nname = \"host-c\"".to_owned(), "other-source"),
@@ -142,7 +144,7 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
     let shown = String::from_utf8(shown.stdout).unwrap();
     for says in [
         "expects any VM from \"host-a\" (may move)",
-        "17 connections refused, the last at ",
+        "19 connections refused, the last at ",
         "\"host-a\"",
         "it may not ask",
     ] {
