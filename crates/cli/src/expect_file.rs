@@ -9,7 +9,7 @@ use vfio_migration_compat::{ManifestError, read_toml_or_json};
 use vfio_migration_types::{Epoch, VmId};
 
 use crate::exit::CliError;
-use crate::words::read_capped;
+use crate::words::read_capped_by_owner;
 
 /// Longest file, in bytes.
 const MAX_BYTES: usize = 256 << 10;
@@ -136,7 +136,7 @@ impl From<Expectation> for ExpectDocument {
 
 /// Reads the file.
 pub(crate) fn read(path: &Path) -> Result<ExpectDocument, CliError> {
-    let bytes = read_capped(path, MAX_BYTES)?;
+    let bytes = read_capped_by_owner(path, MAX_BYTES)?;
     parse(&bytes, &path.display().to_string()).map_err(CliError::failed)
 }
 

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use vfio_migration::{Uri, UriError, open_regular, open_regular_to_append};
+use vfio_migration::{FileError, Uri, UriError, open_regular, open_regular_to_append, refuse_changeable};
 use vfio_migration_compat::{DeviceMap, MaskRule, Policy};
 use vfio_migration_device::host::Roots;
 use vfio_migration_types::{DeviceId, VmId, VmIdError, error_chain};
@@ -84,9 +84,21 @@ pub(crate) fn device_map(pairs: &[(String, String)]) -> Result<DeviceMap, CliErr
 
 /// The bytes of a regular file, at most one more than `most`. Anything else, which could keep whoever opens it waiting, is refused.
 pub(crate) fn read_capped(path: &Path, most: usize) -> Result<Vec<u8>, CliError> {
+    let file = open_regular(path).map_err(|error| CliError::failed(error_chain(&error)))?;
+    read_opened(path, file, most)
+}
+
+/// The same of a file that decides who may come: anybody who could change it would decide that.
+pub(crate) fn read_capped_by_owner(path: &Path, most: usize) -> Result<Vec<u8>, CliError> {
+    let failed = |error: FileError| CliError::failed(error_chain(&error));
+    let file = open_regular(path).map_err(failed)?;
+    refuse_changeable(path, &file).map_err(failed)?;
+    read_opened(path, file, most)
+}
+
+fn read_opened(path: &Path, file: std::fs::File, most: usize) -> Result<Vec<u8>, CliError> {
     let failed = |error: std::io::Error| CliError::caused(&path.display().to_string(), &error);
     let mut bytes = Vec::new();
-    let file = open_regular(path).map_err(|error| CliError::failed(error_chain(&error)))?;
     file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
     Ok(bytes)
 }

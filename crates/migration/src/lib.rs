@@ -131,6 +131,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod changeable;
 mod channel;
 mod control;
 mod destination;
@@ -164,6 +165,7 @@ mod unix_listener;
 mod unix_peer;
 mod uri;
 
+pub use changeable::refuse_changeable;
 pub use channel::connect::needs_security;
 pub use control::{Control, IncomingControl, PendingRollback};
 pub use destination::Destination;
@@ -201,7 +203,7 @@ pub use tls::authorities::{TrustedAuthority, trusted_authorities};
 pub use tls::config::{ALPN, Security, TlsDirectory, own_identity, usable_identity};
 pub use tls::crl::{CRL_FILE, RevocationList, RevokedCertificate, former_revocation_lists, revocation_lists};
 pub use tls::error::TlsError;
-pub use tls::files::{CA_FILE, IssuedCertificate, TlsRole, issued_certificates};
+pub use tls::files::{CA_FILE, IssuedCertificate, TlsRole, issued_certificates, private_key_file};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
 pub use tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
 pub use unix_listener::bind_unix;

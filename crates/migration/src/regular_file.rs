@@ -48,6 +48,14 @@ pub enum FileError {
         /// What is there, with an article.
         kind: &'static str,
     },
+    /// Anybody may change what is read there.
+    #[error("{path} may be changed by anybody (mode {mode:04o}): chmod o-w it")]
+    Changeable {
+        /// The file, or the folder that it is in.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
     /// A symbolic link to nothing.
     #[error("{0} is a symbolic link to a file that does not exist; name the file itself")]
     Dangling(PathBuf),

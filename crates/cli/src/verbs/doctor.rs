@@ -114,11 +114,12 @@ fn tls_creds(dir: &Path) -> HostCheck {
     }
     wrong.extend(ca.err().map(|error| error.to_string()));
     let lists = if usable { revocation_lists(dir) } else { Ok(Vec::new()) };
+    let before = wrong.len();
     for list in lists.as_ref().into_iter().flatten().filter(|list| list.expires_soon()) {
         wrong.extend(list.next_update.map(|end| format!("{CRL_FILE} expires at {}", rfc3339(end))));
     }
     // A list is its CA's to renew, whatever else is wrong here.
-    let of_list = (!wrong.is_empty() && usable) || lists.is_err();
+    let of_list = wrong.len() > before || lists.is_err();
     let before = wrong.len();
     let roles = [TlsRole::Server, TlsRole::Client];
     let none = !roles.iter().any(|role| dir.join(role.certificate_file()).exists());

@@ -128,6 +128,12 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
             .find(|event| event["event"] == "MIGRATION_REFUSED" && event["data"] == told);
         assert!(refusal.is_some(), "no event tells of it");
     }
+    // Nor what anybody could have written.
+    hosts.expect(source);
+    std::fs::set_permissions(hosts.file(), std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+    let (code, told) = refused(&a, &b, &at);
+    assert_eq!(code, "no-expectation");
+    assert!(told["why"].as_str().unwrap().contains("may be changed by anybody (mode 0666)"), "{told}");
     // What is no file of its own lets nobody in, and holds nobody up.
     std::fs::remove_file(hosts.file()).unwrap();
     std::fs::create_dir(hosts.file()).unwrap();
@@ -144,7 +150,7 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
     let shown = String::from_utf8(shown.stdout).unwrap();
     for says in [
         "expects any VM from \"host-a\" (may move)",
-        "19 connections refused, the last at ",
+        "20 connections refused, the last at ",
         "\"host-a\"",
         "it may not ask",
     ] {

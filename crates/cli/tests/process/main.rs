@@ -47,6 +47,7 @@ mod support;
 mod targets;
 mod tls;
 mod tls_exposed;
+mod tls_files;
 mod tls_gnutls;
 mod unix_peers;
 mod waits;

@@ -13,6 +13,7 @@ use rustls::sign::CertifiedKey;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
+use crate::changeable::refuse_changeable;
 use crate::regular_file::open_regular;
 use crate::tls::error::TlsError;
 use crate::tls::identity::PeerIdentity;
@@ -105,12 +106,20 @@ fn at_most(most: usize, path: &Path) -> Result<Vec<CertificateDer<'static>>, Tls
     }
 }
 
-fn private_key(path: &Path) -> Result<Zeroizing<PrivateKeyDer<'static>>, TlsError> {
+/// What a file of a private key holds, if nobody may read or change it who is not meant to.
+///
+/// # Errors
+/// It cannot be read, or others may read or change it.
+pub fn private_key_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, TlsError> {
     let file = read(path)?;
-    if is_loose(file.mode, file.owner, rustix::process::geteuid().as_raw()) {
+    if is_loose(file.mode, file.owner, file.group, &Us::now()) {
         return Err(TlsError::LooseKey { path: path.into(), mode: file.mode & 0o7777 });
     }
-    let key = PrivateKeyDer::from_pem_slice(&file.bytes).map(Zeroizing::new);
+    Ok(file.bytes)
+}
+
+fn private_key(path: &Path) -> Result<Zeroizing<PrivateKeyDer<'static>>, TlsError> {
+    let key = PrivateKeyDer::from_pem_slice(&private_key_file(path)?).map(Zeroizing::new);
     key.map_err(|_| TlsError::Content {
         path: path.into(),
         what: "holds no private key in PEM (one with a passphrase cannot be used)".into(),
@@ -126,11 +135,13 @@ pub(crate) struct Contents {
     pub(crate) bytes: Zeroizing<Vec<u8>>,
     mode: u32,
     owner: u32,
+    group: u32,
 }
 
 /// Reads a regular file, whole, with the permissions of the very file that was read.
 pub(crate) fn read(path: &Path) -> Result<Contents, TlsError> {
     let file = open_regular(path).map_err(|source| TlsError::Open(Arc::new(source)))?;
+    refuse_changeable(path, &file).map_err(|source| TlsError::Open(Arc::new(source)))?;
     let failed = |source| TlsError::File { path: path.into(), source: Arc::new(source) };
     let found = file.metadata().map_err(failed)?;
     // In one piece: what a growing vector leaves behind is not wiped.
@@ -140,14 +151,30 @@ pub(crate) fn read(path: &Path) -> Result<Contents, TlsError> {
     if bytes.len() as u64 > LONGEST {
         return Err(TlsError::Content { path: path.into(), what: format!("is longer than {LONGEST} bytes") });
     }
-    Ok(Contents { bytes, mode: found.mode(), owner: found.uid() })
+    Ok(Contents { bytes, mode: found.mode(), owner: found.uid(), group: found.gid() })
 }
 
 /// Whether others than those whom its owner meant may read or change a key: anybody but the owner; where the owner is another
-/// user than `we` are, who lends it to our group, anybody beyond that.
-fn is_loose(mode: u32, owner: u32, we: u32) -> bool {
-    let allowed = if owner == we { 0o700 } else { 0o740 };
+/// user than we are, who lends it to a group of ours, anybody beyond that.
+fn is_loose(mode: u32, owner: u32, group: u32, us: &Us) -> bool {
+    let lent = owner != us.user && us.groups.contains(&group);
+    let allowed = if lent { 0o740 } else { 0o700 };
     mode & 0o777 & !allowed != 0
+}
+
+/// Who we are to the files of others.
+struct Us {
+    user: u32,
+    groups: Vec<u32>,
+}
+
+impl Us {
+    fn now() -> Self {
+        let mut groups = vec![rustix::process::getegid().as_raw()];
+        // Without them fewer files are taken.
+        groups.extend(rustix::process::getgroups().unwrap_or_default().iter().map(|group| group.as_raw()));
+        Self { user: rustix::process::geteuid().as_raw(), groups }
+    }
 }
 
 /// A certificate as its CA names it.
@@ -192,20 +219,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_its_owners_or_lent_to_our_group_by_another() {
-        let (root, we) = (0, 1000);
-        for (mode, owner, loose) in [
-            (0o100600, we, false),
-            (0o100400, we, false),
-            (0o100640, we, true),
-            (0o100604, we, true),
-            (0o100620, we, true),
-            (0o100640, root, false),
-            (0o100660, root, true),
-            (0o100644, root, true),
-            (0o100602, root, true),
+    fn a_key_is_its_owners_or_lent_to_a_group_of_ours_by_another() {
+        let (root, we, own, further, foreign) = (0, 1000, 1000, 27, 65534);
+        let us = Us { user: we, groups: vec![own, further] };
+        for (mode, owner, group, loose) in [
+            (0o100600, we, own, false),
+            (0o100400, we, own, false),
+            (0o100640, we, own, true),
+            (0o100604, we, own, true),
+            (0o100620, we, own, true),
+            (0o100640, root, own, false),
+            (0o100640, root, further, false),
+            (0o100640, root, foreign, true),
+            (0o100640, root, 0, true),
+            (0o100640, 65534, foreign, true),
+            (0o100600, root, foreign, false),
+            (0o100660, root, own, true),
+            (0o100644, root, own, true),
+            (0o100602, root, own, true),
         ] {
-            assert_eq!(is_loose(mode, owner, we), loose, "{mode:o} of {owner}");
+            assert_eq!(is_loose(mode, owner, group, &us), loose, "{mode:o} of {owner}:{group}");
         }
     }
 }

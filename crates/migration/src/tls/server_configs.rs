@@ -79,7 +79,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
 
-    use rcgen::{CertificateParams, KeyPair};
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
     use super::*;
     use crate::tls::config::TlsDirectory;
@@ -87,7 +87,9 @@ mod tests {
     /// Puts a certificate of its own CA there, whole.
     fn write(dir: &Path) {
         let key = KeyPair::generate().unwrap();
-        let certificate = CertificateParams::new(["host".to_owned()]).unwrap().self_signed(&key).unwrap();
+        let mut params = CertificateParams::new(["host".to_owned()]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap();
         let files = [
             (CA_FILE, certificate.pem()),
             ("server-cert.pem", certificate.pem()),

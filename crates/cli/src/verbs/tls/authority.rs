@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{Issuer, KeyPair};
-use vfio_migration::{AtomicFile, CA_FILE, CRL_FILE, open_regular_to_append, revocation_lists};
+use vfio_migration::{
+    AtomicFile, CA_FILE, CRL_FILE, open_regular_to_append, private_key_file, revocation_lists,
+};
 use vfio_migration_types::{error_chain, rfc3339};
-use zeroize::Zeroizing;
 
 use crate::exit::CliError;
-use crate::words::read_capped;
+use crate::words::{read_capped, read_capped_by_owner};
 
 /// The file of the CA's private key.
 pub(super) const CA_KEY_FILE: &str = "ca-key.pem";
@@ -30,21 +31,21 @@ pub(super) struct Authority {
 impl Authority {
     /// The CA in `dir`.
     pub(super) fn open(dir: &Path) -> Result<Self, CliError> {
+        let refused = |error| CliError::caused("there is no CA that can be used", &error);
         let unusable =
             |error| CliError::caused(&format!("{} has no CA that can be used", dir.display()), &error);
-        let pem = text(&dir.join(CA_FILE))?;
-        let key = KeyPair::from_pem(&text(&dir.join(CA_KEY_FILE))?).map_err(unusable)?;
+        let (path, key_path) = (dir.join(CA_FILE), dir.join(CA_KEY_FILE));
+        let pem = String::from_utf8(read_capped_by_owner(&path, LONGEST)?).map_err(|_| no_pem(&path))?;
+        let key = private_key_file(&key_path).map_err(refused)?;
+        let key = str::from_utf8(&key).map_err(|_| no_pem(&key_path))?;
+        let key = KeyPair::from_pem(key).map_err(unusable)?;
         let issuer = Issuer::from_ca_cert_pem(&pem, key).map_err(unusable)?;
-        Ok(Self { pem: pem.to_string(), issuer })
+        Ok(Self { pem, issuer })
     }
 }
 
-/// A file in PEM, which may be a key.
-fn text(path: &Path) -> Result<Zeroizing<String>, CliError> {
-    let bytes = Zeroizing::new(read_capped(path, LONGEST)?);
-    let text =
-        str::from_utf8(&bytes).map_err(|_| CliError::failed(format!("{} is no PEM", path.display())))?;
-    Ok(Zeroizing::new(text.to_owned()))
+fn no_pem(path: &Path) -> CliError {
+    CliError::failed(format!("{} is no PEM", path.display()))
 }
 
 /// The revocation list of the CA in `dir`, if it has revoked anything.
@@ -57,7 +58,7 @@ pub(super) fn crl_pem(dir: &Path) -> Result<Option<String>, CliError> {
         return Ok(None);
     }
     let bytes = read_capped(&path, LONGEST_LIST)?;
-    String::from_utf8(bytes).map(Some).map_err(|_| CliError::failed(format!("{} is no PEM", path.display())))
+    String::from_utf8(bytes).map(Some).map_err(|_| no_pem(&path))
 }
 
 /// The file in which the CA of `dir` notes the certificates of `host`.

@@ -38,7 +38,11 @@ pub(super) fn show(dir: &Path) -> TlsShowReport {
     for role in [TlsRole::Server, TlsRole::Client] {
         // What is wrong with the list is told once, of the list.
         let own = if lists.is_ok() { usable_identity(dir, role) } else { own_identity(dir, role) };
-        files.push(file(&role.certificate_file(), role.into(), own.map(|own| vec![CertificateInfo::from(&own)])));
+        files.push(file(
+            &role.certificate_file(),
+            role.into(),
+            own.map(|own| vec![CertificateInfo::from(&own)]),
+        ));
     }
     let revocation_lists = match lists {
         Ok(lists) => lists.iter().map(RevocationListInfo::from).collect(),

@@ -1,0 +1,86 @@
+//! Files of certificates, keys and expected sources that cannot be trusted: whoever else could change them, or read a key.
+
+use std::fs::Permissions;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+
+use crate::support::{fails, run};
+use crate::tls::{Pki, done, pki, words};
+
+fn mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+}
+
+/// What `tls show` says, and whether all can be used.
+fn shown(dir: &Path) -> (bool, String) {
+    let output = run(&["tls", "show", words(dir)]);
+    (output.status.success(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn a_key_of_a_ca_that_others_may_read_issues_and_revokes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { ca, .. } = pki(dir.path());
+    let (key, new) = (ca.join("ca-key.pem"), dir.path().join("new"));
+    let host = ["tls", "host", "host-c", "--ca", words(&ca), "--output", words(&new)];
+    for loose in [0o666, 0o640, 0o604, 0o660] {
+        mode(&key, loose);
+        for verb in [&host[..], &["tls", "revoke", "--ca", words(&ca)]] {
+            let says = if loose == 0o666 {
+                "ca-key.pem may be changed by anybody (mode 0666): chmod o-w it".to_owned()
+            } else {
+                format!("ca-key.pem may be read or changed by others than its owner (mode {loose:04o})")
+            };
+            fails(verb, 1, &says);
+        }
+        assert!(!new.exists(), "{loose:o}");
+    }
+    mode(&key, 0o600);
+    done(&host);
+}
+
+#[test]
+fn what_anybody_may_change_is_not_trusted() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { ca, b, .. } = pki(dir.path());
+    done(&["tls", "revoke", "host-a", "--ca", words(&ca)]);
+    std::fs::copy(ca.join("ca-crl.pem"), b.join("ca-crl.pem")).unwrap();
+    let receives = ["vm", "--software", "--incoming", "tcp:127.0.0.1:0", "--tls-creds", words(&b)];
+    for (file, usual) in
+        [("ca-cert.pem", 0o644), ("ca-crl.pem", 0o644), ("server-cert.pem", 0o644), (".", 0o700)]
+    {
+        let path = b.join(file);
+        mode(&path, usual | 0o002);
+        let says = format!("may be changed by anybody (mode {:04o}): chmod o-w it", usual | 0o002);
+        fails(&receives, 1, &says);
+        let (usable, text) = shown(&b);
+        assert!(!usable && text.contains(&says), "{file}: {text}");
+        mode(&path, usual);
+    }
+    assert!(shown(&b).0);
+    // Whoever may write where a CA lies hands his own on to every host.
+    mode(&ca.join("ca-cert.pem"), 0o666);
+    let new = dir.path().join("new");
+    let host = ["tls", "host", "host-c", "--ca", words(&ca), "--output", words(&new)];
+    fails(&host, 1, "ca-cert.pem may be changed by anybody");
+}
+
+/// Only root can give files away; without it the test says so.
+#[test]
+fn a_key_that_is_lent_to_a_group_of_others_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { b, .. } = pki(dir.path());
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("NOT TESTED: keys that are lent to other groups. Only root can give files away");
+        return;
+    }
+    let key = b.join("server-key.pem");
+    mode(&key, 0o640);
+    for (owner, group, usable) in [(54001, 12345, false), (54001, 0, true), (0, 12345, false)] {
+        chown(&key, Some(owner), Some(group)).unwrap();
+        let (all, text) = shown(&b);
+        assert_eq!(all, usable, "{owner}:{group}: {text}");
+        let says = "server-key.pem may be read or changed by others than its owner (mode 0640)";
+        assert_eq!(text.contains(says), !usable, "{text}");
+    }
+}
