@@ -174,7 +174,7 @@ impl Backend for SampleBackend {
     }
 
     fn dma_map(&self, mapping: DmaMapping) -> Result<(), Errno> {
-        let DmaMapping { iova, len, prot, fd, offset } = mapping;
+        let DmaMapping { iova, len, prot, fd, offset, .. } = mapping;
         let target = match &fd {
             Some(fd) => DmaTarget::File(std::os::fd::AsFd::as_fd(fd), offset),
             None => {

@@ -33,7 +33,7 @@ mod model;
 mod server;
 
 pub use client::{Client, ClientOptions, DmaHandler, Negotiated, OnConnect, QuestionLimit, Recovery};
-pub use codec::{Extension, Feature, FeatureOp};
+pub use codec::{Command, Extension, Feature, FeatureOp};
 pub use error::{ClientError, ServerError};
 pub use event::{DropReason, ServerEvent};
 pub use migration_state::{ArcError, MigrationFlags, MigrationState, UnknownState};

@@ -173,6 +173,7 @@ impl Prot {
 
 /// A stretch of client memory that a device may reach, as the server's back end receives it.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct DmaMapping {
     /// First address on the device's bus.
     pub iova: u64,

@@ -11,6 +11,7 @@ use crate::model::{DeviceInfo, DmaMapping, IoFd, IovaRange, IrqAction, IrqInfo, 
 
 /// A SET_IRQS request that passed the server's checks: the range lies within the type's count, the action suits the data.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct IrqRequest {
     /// Interrupt type, see [`irq_index`](crate::irq_index).
     pub index: u32,

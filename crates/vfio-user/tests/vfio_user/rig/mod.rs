@@ -192,7 +192,7 @@ impl Backend for Device {
 
     fn set_irqs(&self, request: IrqRequest) -> Result<(), Errno> {
         let mut state = self.state.lock().unwrap();
-        let IrqRequest { index, start, count, action, data } = request;
+        let IrqRequest { index, start, count, action, data, .. } = request;
         state.requests.push(format!(
             "{action:?} {index} {start}+{count} {}",
             match &data {
