@@ -1,6 +1,7 @@
 //! House keeping. `cargo xtask test` installs what the tests need and passes every one of them.
 #![forbid(unsafe_code)]
 
+mod api;
 mod bounded;
 mod change;
 mod command;
@@ -30,6 +31,7 @@ cargo xtask kernel-test --iommufd-mock [PART OF A NAME…]
                            pages; no part of the kernel ring
 cargo xtask soak [N]       run the demo N times in a row (20 when not given); every run must verify
 cargo xtask generate       write man pages, completions and schemas again
+cargo xtask api [--check]  write the listings of public interfaces (api.txt) again, or compare them with the code
 cargo xtask pictures [NAME…]
                            record the pictures in docs/pictures again, all or those that are named so, with the command
                            that VFIO_MIGRATE names, or with a release build
@@ -57,6 +59,8 @@ fn main() -> ExitCode {
             Ok(runs) => rings::soak(&top, runs),
             Err(_) => Err(format!("'{runs}' is no number of runs")),
         },
+        ["api"] => api::write(&top),
+        ["api", "--check"] => api::check(&top).and_then(ran),
         ["generate"] => rings::generate(&top),
         ["pictures", named @ ..] => pictures::make(&top, named),
         ["rules"] => rules::check(&top),
@@ -74,10 +78,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// A ring that was asked for by itself has to run.
+/// What was asked for by itself has to run.
 fn ran(outcome: Outcome) -> Result<(), String> {
     match outcome {
-        Outcome::Skipped(why) => Err(format!("the kernel ring cannot run here: {why}")),
+        Outcome::Skipped(why) => Err(format!("it cannot run here: {why}")),
         Outcome::Passed(_) => Ok(()),
     }
 }

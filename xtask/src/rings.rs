@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::change::Change;
 use crate::run::{Outcome, cargo, finish};
-use crate::{kernel_test, programs, qemu_peer, rules, tools};
+use crate::{api, kernel_test, programs, qemu_peer, rules, tools};
 
 /// One ring.
 struct Ring {
@@ -65,7 +65,12 @@ const RINGS: [Ring; 7] = [
         run: |session| kernel_test::run(session.top, &[]),
         quick: false,
     },
-    Ring { name: "docs", what: "documentation and its examples", run: docs, quick: false },
+    Ring {
+        name: "docs",
+        what: "documentation and its examples, and the listings of public interfaces",
+        run: docs,
+        quick: false,
+    },
 ];
 
 /// Runs the wanted rings, all when none is named, and prints a table.
@@ -215,6 +220,9 @@ fn docs(session: &mut Session) -> Result<Outcome, String> {
     command.current_dir(session.top).args(["doc", "--release", "--quiet", "--workspace", "--no-deps"]);
     command.env("RUSTDOCFLAGS", "--deny warnings");
     finish(command, "cargo doc")?;
+    if let Outcome::Skipped(why) = api::check(session.top)? {
+        eprintln!("SKIPPED: {why}");
+    }
     Ok(Outcome::Passed(Some(count(&text))))
 }
 
