@@ -81,23 +81,21 @@ impl<'a> Pieces<'a> {
         rustix::io::readv(from, unsafe { std::slice::from_raw_parts_mut(base, len) })
     }
 
-    /// Appends to `into` a copy of what is left, at most `most` bytes of it: for a transport that must have the bytes in hand,
-    /// to encrypt them. Does not advance. Returns the bytes copied.
-    pub fn copy_out(&self, into: &mut Vec<u8>, most: usize) -> usize {
-        let begun = into.len();
+    /// Copies the first bytes of what is left, as many as `into` holds, and returns how many: for those who need them in one piece,
+    /// to encrypt them say.
+    pub fn copy_out(&self, into: &mut [u8]) -> usize {
+        let mut done = 0;
         for piece in self.rest() {
-            let (at, step) = (into.len(), piece.len.min(most - (into.len() - begun)));
-            if step == 0 {
-                break;
-            }
-            into.resize(at + step, 0);
-            if let (Some(base), Some(to)) = (NonNull::new(piece.base), into.get_mut(at..)) {
+            let rest = into.get_mut(done..).unwrap_or_default();
+            let step = piece.len.min(rest.len());
+            if let (Some(base), Some(to)) = (NonNull::new(piece.base), rest.get_mut(..step)) {
                 // SAFETY: the piece is memory that stays mapped for `'a`, of at least `step` bytes, and is accessed through
                 // atomics alone.
                 unsafe { load(base, to) };
             }
+            done += step;
         }
-        into.len() - begun
+        done
     }
 
     /// Copies as much of `bytes` into the pieces as they have room for, and advances by it; returns how much that was. For

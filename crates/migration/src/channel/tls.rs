@@ -1,6 +1,8 @@
 //! A connection over TLS 1.3. What is encrypted, and with what, is [`tls`](crate::tls)'s; here are the bytes.
 //!
-//! Reader and writers share the state of the connection under one lock, which nobody holds while the socket is waited for.
+//! Reader and writers share the state of the connection under one lock, which nobody holds while the socket is waited for. Whoever
+//! has it sends what the socket takes at once straight from where rustls has encrypted it to: of what is sent, one copy is made to be
+//! encrypted, since a guest's memory may change meanwhile, and one by rustls, which encrypts it there.
 
 use std::io::{BufRead, ErrorKind, IoSlice, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -9,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{SendFlags, Shutdown};
+use rustix::net::Shutdown;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 use vfio_migration_memory::Pieces;
@@ -33,29 +35,24 @@ const RECEIVE_OF_STRANGER: usize = 4 << 10;
 pub(crate) struct Tls {
     socket: Socket,
     state: Mutex<State>,
-    /// Encrypted bytes that wait to be sent, in the order in which they were made. Locked before `state`, and while sending.
-    out: Mutex<Out>,
+    /// What is to be encrypted, of [`STEP`] bytes once something was. Locked before `state`, and by whoever writes until all of it is
+    /// sent: no more than that waits to be.
+    plain: Mutex<Vec<u8>>,
 }
 
 #[derive(Debug)]
 struct State {
     connection: Connection,
-    /// Received and not yet taken by `connection`.
+    /// Received and not yet taken by `connection` are those from `at` to `filled`.
     received: Vec<u8>,
     at: usize,
+    filled: usize,
     /// The socket has ended.
     ended: bool,
     /// We have said our last word, by close_notify. What still comes is not looked at: rustls could not answer what is wrong with it
     /// by an alert, and takes an attempt for a defect of its caller.
     closed: bool,
     failed: Option<TlsError>,
-}
-
-#[derive(Debug, Default)]
-struct Out {
-    plain: Vec<u8>,
-    sealed: Vec<u8>,
-    sent: usize,
 }
 
 /// What can be had of a connection without receiving more.
@@ -100,9 +97,16 @@ impl Tls {
     fn new(socket: OwnedFd, mut connection: Connection) -> Self {
         // What may be encrypted at once is bounded by `STEP`.
         connection.set_buffer_limit(None);
-        let state =
-            State { connection, received: Vec::new(), at: 0, ended: false, closed: false, failed: None };
-        Self { socket: Socket::new(socket), state: Mutex::new(state), out: Mutex::default() }
+        let state = State {
+            connection,
+            received: Vec::new(),
+            at: 0,
+            filled: 0,
+            ended: false,
+            closed: false,
+            failed: None,
+        };
+        Self { socket: Socket::new(socket), state: Mutex::new(state), plain: Mutex::default() }
     }
 
     fn handshaking(&self) -> bool {
@@ -143,12 +147,16 @@ impl Tls {
             let most = if state.connection.is_handshaking() { RECEIVE_OF_STRANGER } else { RECEIVE };
             (std::mem::take(&mut state.received), most)
         };
-        buffer.resize(most, 0);
-        let read = if now { self.socket.read_now(&mut buffer) } else { self.socket.read(&mut buffer) };
-        buffer.truncate(*read.as_ref().unwrap_or(&0));
+        // It stays as long as it is: what is made longer is filled with zeros, each time.
+        if buffer.len() < most {
+            buffer.resize(most, 0);
+        }
+        let into = buffer.get_mut(..most).unwrap_or_default();
+        let read = if now { self.socket.read_now(into) } else { self.socket.read(into) };
         let mut state = lock(&self.state);
         state.received = buffer;
         state.at = 0;
+        state.filled = *read.as_ref().unwrap_or(&0);
         state.ended = read? == 0;
         Ok(())
     }
@@ -176,38 +184,16 @@ impl Tls {
         }
     }
 
-    /// Sends what `connection` has to say. `wait`: until it is sent; otherwise what can be sent at once, and nothing while
-    /// somebody else sends, who then does it.
+    /// Sends what `connection` has to say. `wait`: until it is sent; otherwise what can be sent at once.
     fn flush(&self, wait: bool) -> Result<(), TransportError> {
-        let mut out = if wait {
-            lock(&self.out)
-        } else {
-            match self.out.try_lock() {
-                Ok(out) => out,
-                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => return Ok(()),
+        loop {
+            let all = lock(&self.state).send(&self.socket)?;
+            if all || !wait {
+                return Ok(());
             }
-        };
-        lock(&self.state).seal(&mut out);
-        self.send(&mut out, wait)
-    }
-
-    fn send(&self, out: &mut Out, wait: bool) -> Result<(), TransportError> {
-        while let Some(rest) = out.sealed.get(out.sent..).filter(|rest| !rest.is_empty()) {
-            let sent = if wait {
-                self.socket.write(&[IoSlice::new(rest)])
-            } else {
-                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-                match rustix::net::send(self.socket.fd(), rest, flags) {
-                    Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
-                    sent => sent.map_err(TransportError::from),
-                }
-            };
-            out.sent += sent?;
+            // Nobody holds the lock meanwhile: what the peer says may have to be read before it takes more.
+            self.socket.wait_ready(PollFlags::OUT)?;
         }
-        out.sealed.clear();
-        out.sent = 0;
-        Ok(())
     }
 
     /// Tells the peer, by an alert, why its bytes are refused; if that can be done at once.
@@ -215,38 +201,44 @@ impl Tls {
         let _ = self.flush(false);
     }
 
-    /// Encrypts what `fill` gives, and sends it whole. Returns what `fill` gave.
-    fn write_with(&self, fill: impl FnOnce(&mut Vec<u8>)) -> Result<usize, TransportError> {
-        let mut out = lock(&self.out);
-        out.plain.clear();
-        let mut plain = std::mem::take(&mut out.plain);
-        fill(&mut plain);
-        let written = {
+    /// Encrypts what `fill` puts there, and sends it whole. Returns what `fill` does: how much that was.
+    fn write_with(&self, fill: impl FnOnce(&mut [u8]) -> usize) -> Result<usize, TransportError> {
+        let mut plain = lock(&self.plain);
+        if plain.is_empty() {
+            plain.resize(STEP, 0);
+        }
+        let len = fill(&mut plain);
+        {
             let mut state = lock(&self.state);
             if let Some(failed) = &state.failed {
                 return Err(failed.clone().into());
             }
-            let written = state.connection.writer().write_all(&plain);
-            state.seal(&mut out);
-            written
-        };
-        let len = plain.len();
-        out.plain = plain;
-        written.map_err(|error| TlsError::Setup(error.to_string()))?;
-        self.send(&mut out, true)?;
+            let given = plain.get(..len).unwrap_or_default();
+            let written = state.connection.writer().write_all(given);
+            written.map_err(|error| TlsError::Setup(error.to_string()))?;
+        }
+        self.flush(true)?;
         Ok(len)
     }
 }
 
 impl State {
-    /// Moves what the connection has to say behind what waits to be sent.
-    fn seal(&mut self, out: &mut Out) {
+    /// Sends what the connection has to say, as far as `socket` takes it at once, straight from where it was encrypted to; says
+    /// whether that is all.
+    fn send(&mut self, socket: &Socket) -> Result<bool, Errno> {
         while self.connection.wants_write() {
-            // A vector takes everything.
-            if self.connection.write_tls(&mut out.sealed).is_err() {
-                break;
+            match self.connection.write_tls(&mut AtOnce(socket)) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
             }
         }
+        Ok(true)
+    }
+
+    /// Received and not yet taken by the connection.
+    fn rest(&self) -> &[u8] {
+        self.received.get(self.at..self.filled).unwrap_or_default()
     }
 
     /// Decrypts what has been received, as far as there is room for it.
@@ -256,9 +248,9 @@ impl State {
         }
         loop {
             if self.closed {
-                self.at = self.received.len();
+                self.at = self.filled;
             }
-            let mut rest = self.received.get(self.at..).unwrap_or_default();
+            let mut rest = self.received.get(self.at..self.filled).unwrap_or_default();
             if rest.is_empty() {
                 if self.ended && self.connection.wants_read() {
                     // So that the reader hears of an end without a farewell.
@@ -318,7 +310,7 @@ impl State {
             }
             if stepped == 0 {
                 let before = self.at;
-                let left = self.received.len() - self.at;
+                let left = self.rest().len();
                 if left == 0 && !self.ended {
                     return Ok(if taken > 0 { Ready::Bytes(taken) } else { Ready::Nothing });
                 }
@@ -350,20 +342,38 @@ impl State {
     }
 }
 
+/// The socket for what it takes at once.
+struct AtOnce<'a>(&'a Socket);
+
+impl Write for AtOnce<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> std::io::Result<usize> {
+        Ok(self.0.write_now(parts)?)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Transport for Tls {
     fn write(&self, parts: &[IoSlice<'_>]) -> Result<usize, TransportError> {
         self.write_with(|plain| {
+            let mut done = 0;
             for part in parts {
-                let room = STEP - plain.len();
-                plain.extend_from_slice(part.get(..room.min(part.len())).unwrap_or_default());
+                done += copy_to(part, plain, done);
             }
+            done
         })
     }
 
     fn write_pieces(&self, head: &[u8], body: &Pieces<'_>) -> Result<usize, TransportError> {
         self.write_with(|plain| {
-            plain.extend_from_slice(head.get(..head.len().min(STEP)).unwrap_or_default());
-            body.copy_out(plain, STEP - plain.len());
+            let head = copy_to(head, plain, 0);
+            head + body.copy_out(plain.get_mut(head..).unwrap_or_default())
         })
     }
 
@@ -384,7 +394,7 @@ impl Transport for Tls {
     fn wait(&self, flags: PollFlags, limit: Duration) -> bool {
         let ready = flags.contains(PollFlags::IN) && {
             let mut state = lock(&self.state);
-            state.at < state.received.len() || state.connection.reader().fill_buf().is_ok()
+            !state.rest().is_empty() || state.connection.reader().fill_buf().is_ok()
         };
         ready || self.socket.wait(flags, limit)
     }
@@ -399,7 +409,9 @@ impl Transport for Tls {
         }
         if how != Shutdown::Read {
             // Whoever is inside a frame is not waited for: then the peer sees the stream cut, which it is.
-            let _ = self.flush(false);
+            if !matches!(self.plain.try_lock(), Err(TryLockError::WouldBlock)) {
+                let _ = self.flush(false);
+            }
         }
         self.socket.shutdown(how);
     }
@@ -435,12 +447,18 @@ impl Transport for Tls {
 }
 
 fn copy(bytes: &[u8], into: &mut [u8], done: &mut usize) -> usize {
-    let rest = into.get_mut(*done..).unwrap_or_default();
+    let step = copy_to(bytes, into, *done);
+    *done += step;
+    step
+}
+
+/// Copies as many of `bytes` as there is room for from `at` on, and returns how many.
+fn copy_to(bytes: &[u8], into: &mut [u8], at: usize) -> usize {
+    let rest = into.get_mut(at..).unwrap_or_default();
     let step = rest.len().min(bytes.len());
     if let (Some(to), Some(from)) = (rest.get_mut(..step), bytes.get(..step)) {
         to.copy_from_slice(from);
     }
-    *done += step;
     step
 }
 

@@ -191,6 +191,20 @@ impl Socket {
         self.kind
     }
 
+    /// Takes some of `parts`, in order, without waiting; returns how many bytes. EAGAIN when it takes none.
+    pub(crate) fn write_now(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        rustix::io::retry_on_intr(|| {
+            rustix::net::sendmsg(&self.socket, parts, &mut SendAncillaryBuffer::default(), flags)
+        })
+    }
+
+    /// Sleeps until something can be read (or written), or is to be told about the connection.
+    pub(crate) fn wait_ready(&self, ready: PollFlags) -> Result<(), Errno> {
+        let mut polled = [PollFd::from_borrowed_fd(self.fd(), ready)];
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None)).map(drop)
+    }
+
     /// Whoever else holds a descriptor that was handed over may have made it non-blocking.
     fn blocking(
         &self,
@@ -200,10 +214,7 @@ impl Socket {
         loop {
             match call() {
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let mut polled = [PollFd::from_borrowed_fd(self.fd(), ready)];
-                    rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None))?;
-                }
+                Err(Errno::AGAIN) => self.wait_ready(ready)?,
                 done => return Ok(done?),
             }
         }
