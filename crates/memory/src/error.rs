@@ -164,6 +164,12 @@ pub enum RegionError {
         /// The size of the file's pages, in bytes.
         found: u64,
     },
+    /// It cannot be read or written here.
+    #[error("it is not mapped for reading and writing")]
+    Protection,
+    /// A bitmap whose bits are not pages that dirty logs count in.
+    #[error("its dirty bitmap does not count pages of a power of two, at least 4096 bytes")]
+    BitmapPages,
     /// A range of its file was to stand for it, and is a file's contents.
     #[error("it is a private mapping, and what its file holds is not what the guest sees")]
     PrivateFile,

@@ -123,11 +123,15 @@ fn check_file(info: &RamRegionInfo, fd: BorrowedFd<'_>) -> Result<(), RegionErro
     if info.kind == RamKind::SharedFile && mode != OFlags::RDWR {
         return Err(RegionError::FileReadOnly);
     }
+    let (said, found) = (info.page_size.bytes(), file_page_size(fd)?);
+    if found == said { Ok(()) } else { Err(RegionError::PageSize { said, found }) }
+}
+
+/// Bytes of the pages that a file is made of in memory.
+pub(crate) fn file_page_size(fd: BorrowedFd<'_>) -> Result<u64, RegionError> {
     let system = rustix::fs::fstatfs(fd).map_err(examining)?;
     let huge = u64::try_from(system.f_type).is_ok_and(|magic| magic == HUGETLBFS_MAGIC);
-    let found = if huge { u64::try_from(system.f_bsize).unwrap_or(0) } else { PAGE_SIZE };
-    let said = info.page_size.bytes();
-    if found == said { Ok(()) } else { Err(RegionError::PageSize { said, found }) }
+    Ok(if huge { u64::try_from(system.f_bsize).unwrap_or(0) } else { PAGE_SIZE })
 }
 
 fn examining(source: rustix::io::Errno) -> RegionError {

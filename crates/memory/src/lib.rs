@@ -31,6 +31,8 @@ mod pieces;
 mod ram;
 mod region;
 mod scan;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 mod write_log;
 
 pub use dirty::{DirtySource, report_all, start_all, stop_all};
@@ -43,6 +45,9 @@ pub use ram::GuestRam;
 pub use region::{RamKind, RamPageSize, RamRegionInfo};
 pub use scan::{Holes, ScanRun};
 pub use write_log::WriteLog;
+
+#[cfg(feature = "vm-memory")]
+pub use self::vm_memory::AtomicBitmapLog;
 
 // Sizes of memory are u64 in every interface and usize at the mapping.
 const _: () = assert!(usize::BITS == 64, "guest RAM is mapped whole: 64-bit hosts only");

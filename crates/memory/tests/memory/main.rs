@@ -8,3 +8,4 @@ mod mapping;
 mod owned;
 mod pieces;
 mod ram;
+mod vm_memory;
