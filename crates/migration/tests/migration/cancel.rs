@@ -31,7 +31,7 @@ const WITHIN: Duration = Duration::from_secs(3);
 const FAR: Duration = Duration::from_secs(60);
 
 fn plan() -> Plan {
-    Plan { pages: 64, hot: 8, devices: vec![], functions: true }
+    Plan { pages: 64, hot: 8, devices: vec![], ..Plan::default() }
 }
 
 fn patient() -> SourceOptions {

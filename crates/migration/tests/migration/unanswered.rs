@@ -21,7 +21,7 @@ const FAR: Duration = Duration::from_secs(60);
 
 fn plan() -> Plan {
     let small = FakeDeviceKind { pieces: 30, ..FakeDeviceKind::default() };
-    Plan { pages: 64, hot: 8, devices: vec![small.clone(), small], functions: true }
+    Plan { pages: 64, hot: 8, devices: vec![small.clone(), small], ..Plan::default() }
 }
 
 fn patient() -> SourceOptions {

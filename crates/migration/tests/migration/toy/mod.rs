@@ -40,11 +40,61 @@ pub struct Plan {
     pub devices: Vec<FakeDeviceKind>,
     /// The devices are handed over with their PCI functions.
     pub functions: bool,
+    pub ram: ToyRam,
+}
+
+/// What a toy's RAM is made of.
+#[derive(Clone, Copy, Debug)]
+pub enum ToyRam {
+    /// Two regions that the library allocates.
+    Two,
+    /// Four of them.
+    Four,
+    /// Four that the toy lends: a file mapped shared, private anonymous memory, a file mapped private and shared anonymous
+    /// memory, from that one of them on. The files are full of what is no guest's.
+    Lent(usize),
+}
+
+impl ToyRam {
+    fn make(self, pages: u64) -> Arc<GuestRam> {
+        let regions: u64 = if matches!(self, Self::Two) { 2 } else { 4 };
+        let each = pages / regions;
+        let lens = (0..regions).map(|n| if n + 1 < regions { each } else { pages - n * each } * PAGE_SIZE);
+        let specs: Vec<_> =
+            (0..).zip(lens).map(|(n, len): (u64, _)| RamSpec { gpa: Gpa(n * (4 << 30)), len }).collect();
+        let Self::Lent(first) = self else { return Arc::new(GuestRam::new("toy", &specs).unwrap()) };
+        let lent = (first..).zip(&specs).map(|(kind, spec)| lent_region(kind % 4, spec)).collect();
+        let memory = vm_memory::GuestMemoryMmap::from_regions(lent).unwrap();
+        Arc::new(GuestRam::try_from(&memory).unwrap())
+    }
+}
+
+fn lent_region(kind: usize, spec: &RamSpec) -> vm_memory::GuestRegionMmap {
+    const READ_WRITE: i32 = 3;
+    const SHARED: i32 = 1;
+    const PRIVATE: i32 = 2;
+    const ANONYMOUS: i32 = 0x20;
+    let flags = [SHARED, PRIVATE | ANONYMOUS, PRIVATE, SHARED | ANONYMOUS][kind];
+    let len = usize::try_from(spec.len).unwrap();
+    let mut builder =
+        vm_memory::mmap::MmapRegionBuilder::new(len).with_mmap_prot(READ_WRITE).with_mmap_flags(flags);
+    if flags & ANONYMOUS == 0 {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &vec![0xee; len + 4096]).unwrap();
+        builder = builder.with_file_offset(vm_memory::FileOffset::new(file, PAGE_SIZE));
+    }
+    vm_memory::GuestRegionMmap::new(builder.build().unwrap(), vm_memory::GuestAddress(spec.gpa.0)).unwrap()
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { pages: 2048, hot: 64, devices: vec![FakeDeviceKind::default()], functions: true }
+        Self {
+            pages: 2048,
+            hot: 64,
+            devices: vec![FakeDeviceKind::default()],
+            functions: true,
+            ram: ToyRam::Two,
+        }
     }
 }
 
@@ -82,12 +132,7 @@ struct Gate {
 
 impl Toy {
     pub fn new(plan: &Plan) -> Arc<Self> {
-        let below = plan.pages / 2;
-        let specs = [
-            RamSpec { gpa: Gpa(0), len: below * PAGE_SIZE },
-            RamSpec { gpa: Gpa(4 << 30), len: (plan.pages - below) * PAGE_SIZE },
-        ];
-        let ram = Arc::new(GuestRam::new("toy", &specs).unwrap());
+        let ram = plan.ram.make(plan.pages);
         let log = Arc::new(WriteLog::new("vcpu", ram.size()));
         let journal = Arc::new(Mutex::new(Vec::new()));
         let devices: Vec<_> = (0..)
