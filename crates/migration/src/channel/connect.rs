@@ -6,11 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use vfio_migration_types::{RateLimit, Told};
 
 use crate::channel::tls::Tls;
@@ -122,7 +125,13 @@ pub(crate) fn connect(
     // Neither a name's resolution nor a connect ends when it is told to.
     within(uri, limit, given_up, move || {
         let socket = match &wanted {
-            Uri::Tcp { host, port } => connect_tcp(&wanted, host, *port, limit)?,
+            Uri::Tcp { host, port } => {
+                // What is wrong with our own files is nothing that the other side has to hear of.
+                let secrets = secrets(&wanted, security.as_ref())?;
+                let socket = connect_tcp(&wanted, host, *port, limit)?;
+                let left = until.saturating_duration_since(Instant::now());
+                return over(socket, &wanted, security.as_ref(), secrets, left);
+            }
             Uri::Unix(path) => connect_unix(&wanted, path, limit)?,
             Uri::Fd(number) => take_over(*number)?,
         };
@@ -144,7 +153,38 @@ pub(crate) fn secured(
         transport.security().check_unix_peer(peers).map_err(stranger)?;
         return Ok(transport);
     }
+    let secrets = secrets(uri, security)?;
+    over(socket, uri, security, secrets, limit)
+}
+
+/// What a connection is secured with, and the name that its other end must prove; `None`: it goes as it is.
+type Secrets = Option<(Arc<ClientConfig>, ServerName<'static>)>;
+
+fn secrets(uri: &Uri, security: Option<&Security>) -> Result<Secrets, ConnectError> {
     let security = security.ok_or_else(|| ConnectError::NotChosen(uri.clone()))?;
+    let insecure = |source: TlsError| ConnectError::Insecure { uri: uri.clone(), source: source.into() };
+    let Some(config) = security.client().map_err(insecure)? else { return Ok(None) };
+    security.warn_of_expiry(TlsRole::Client);
+    let host = match uri {
+        Uri::Tcp { host, .. } => host.as_str(),
+        Uri::Unix(_) | Uri::Fd(_) => "",
+    };
+    Ok(Some((config, security.server_name(host).map_err(insecure)?)))
+}
+
+fn over(
+    socket: OwnedFd,
+    uri: &Uri,
+    security: Option<&Security>,
+    secrets: Secrets,
+    limit: Duration,
+) -> Result<Box<dyn Transport>, ConnectError> {
+    let Some((config, name)) = secrets else {
+        if let Some(security) = security {
+            security.warn_of_plain_text(uri);
+        }
+        return Ok(as_it_is(socket, security));
+    };
     let insecure = |source: TransportError| match source {
         // A receiver that refuses says so by an alert, or ends the handshake; this one is gone with its listener.
         TransportError::System(source @ (Errno::CONNRESET | Errno::PIPE)) => {
@@ -152,16 +192,6 @@ pub(crate) fn secured(
         }
         source => ConnectError::Insecure { uri: uri.clone(), source },
     };
-    let Some(config) = security.client().map_err(|error| insecure(error.into()))? else {
-        security.warn_of_plain_text(uri);
-        return Ok(as_it_is(socket, Some(security)));
-    };
-    security.warn_of_expiry(TlsRole::Client);
-    let host = match uri {
-        Uri::Tcp { host, .. } => host.as_str(),
-        Uri::Unix(_) | Uri::Fd(_) => "",
-    };
-    let name = security.server_name(host).map_err(|error| insecure(error.into()))?;
     Tls::connect(socket, config, name, limit).map(|tls| Box::new(tls) as Box<dyn Transport>).map_err(insecure)
 }
 

@@ -16,10 +16,11 @@ use rustls::{ClientConfig, ServerConfig};
 use vfio_migration_types::rfc3339;
 
 use crate::tls::authorities::Authorities;
-use crate::tls::crl::{CRL_FILE, Revocations, revocations};
+use crate::tls::crl::{CRL_FILE, revocations};
 use crate::tls::error::TlsError;
 use crate::tls::files::{CA_FILE, OwnCertificate, TlsRole, own_certificate};
 use crate::tls::identity::{PeerIdentity, Pin};
+use crate::tls::own::check_own;
 use crate::tls::trust::Trust;
 use crate::uri::Uri;
 
@@ -46,14 +47,24 @@ impl TlsDirectory {
         Self { path: path.into(), pins: BTreeSet::new(), server_name: None }
     }
 
-    /// Whom to trust; where that is a CA, it must not have taken our own certificate back, which is `own`.
-    fn trust(&self, role: TlsRole, own: &OwnCertificate) -> Result<Trust, TlsError> {
+    /// What to prove, and whom to trust. Where that is a CA, our own certificate is one that those take who trust the same.
+    fn load(&self, role: TlsRole) -> Result<(OwnCertificate, Trust), TlsError> {
+        let own = own_certificate(&self.path, role)?;
         if !self.pins.is_empty() {
-            return Ok(Trust::Pins(Arc::new(self.pins.clone())));
+            return Ok((own, Trust::Pins(Arc::new(self.pins.clone()))));
         }
         let revoked = revocations(&self.path)?;
-        check_own(&self.path, role, own, &revoked)?;
-        Ok(Trust::Authorities(Arc::new(Authorities::of(&self.path)?), revoked))
+        let trust = Trust::Authorities(Arc::new(Authorities::of(&self.path)?), revoked.clone());
+        check_own(&self.path, role, &own, &revoked, &trust)?;
+        Ok((own, trust))
+    }
+
+    /// Judges the files that a connection of `role` needs, as it is judged itself when one is made.
+    ///
+    /// # Errors
+    /// What is wrong with which file.
+    pub fn check(&self, role: TlsRole) -> Result<PeerIdentity, TlsError> {
+        self.load(role).map(|(own, _)| own.identity)
     }
 }
 
@@ -201,37 +212,22 @@ pub fn own_identity(directory: &Path, role: TlsRole) -> Result<PeerIdentity, Tls
     own_certificate(directory, role).map(|own| own.identity)
 }
 
-/// The same, and it is an error that the CA has taken the certificate back.
+/// The same, and it is an error that whoever trusts the same CAs would not take the certificate: they have taken it back, it is none of
+/// theirs, or not made for this role.
 ///
 /// # Errors
 /// What is wrong with which file, [`CRL_FILE`] and those of the CAs among them.
 pub fn usable_identity(directory: &Path, role: TlsRole) -> Result<PeerIdentity, TlsError> {
-    let own = own_certificate(directory, role)?;
-    check_own(directory, role, &own, &revocations(directory)?)?;
-    Ok(own.identity)
-}
-
-fn check_own(
-    directory: &Path,
-    role: TlsRole,
-    own: &OwnCertificate,
-    revoked: &Revocations,
-) -> Result<(), TlsError> {
-    if own.key.cert.first().is_some_and(|leaf| revoked.has(leaf)) {
-        let path = directory.join(role.certificate_file());
-        let what = format!("is revoked, by {CRL_FILE}: get a new one from the CA");
-        return Err(TlsError::Content { path, what });
-    }
-    Ok(())
+    TlsDirectory::new(directory).check(role)
 }
 
 fn client(directory: &TlsDirectory) -> Result<Arc<ClientConfig>, TlsError> {
-    let own = own_certificate(&directory.path, TlsRole::Client)?;
+    let (own, trust) = directory.load(TlsRole::Client)?;
     let mut config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::of)?
         .dangerous()
-        .with_custom_certificate_verifier(directory.trust(TlsRole::Client, &own)?.server_verifier()?)
+        .with_custom_certificate_verifier(trust.server_verifier()?)
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(own.key)));
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
@@ -242,11 +238,11 @@ fn client(directory: &TlsDirectory) -> Result<Arc<ClientConfig>, TlsError> {
 }
 
 fn server(directory: &TlsDirectory) -> Result<Arc<ServerConfig>, TlsError> {
-    let own = own_certificate(&directory.path, TlsRole::Server)?;
+    let (own, trust) = directory.load(TlsRole::Server)?;
     let mut config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsError::of)?
-        .with_client_cert_verifier(directory.trust(TlsRole::Server, &own)?.client_verifier()?)
+        .with_client_cert_verifier(trust.client_verifier()?)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(own.key)));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

@@ -49,8 +49,8 @@ pub enum TlsError {
     },
     /// There is no name for the destination to prove.
     #[error(
-        "{} is no name that a certificate could prove: name the destination as its certificate does (--tls-hostname)",
-        quote(.0)
+        "{}: name the destination as its certificate does (--tls-hostname)",
+        if .0.is_empty() { "nothing says who the destination is".to_owned() } else { format!("{} is no name that a certificate could prove", quote(.0)) }
     )]
     NoName(String),
     /// The configuration cannot be used.
@@ -83,7 +83,7 @@ pub enum TlsError {
     #[error("the peer ended the connection after the TLS handshake: its log says why")]
     HungUp,
     /// The handshake did not end in time.
-    #[error("the peer did not end the TLS handshake within {0:?}: is it plain text there?")]
+    #[error("the peer did not end the TLS handshake within {}: is it plain text there?", rounded(*.0))]
     Late(std::time::Duration),
 }
 
@@ -96,6 +96,34 @@ impl TlsError {
     /// Whether the peer may be one that speaks in plain text, and says nothing before it has heard as much.
     pub(crate) fn hints_at_plain_text(&self) -> bool {
         matches!(self, Self::NoHandshake | Self::Late(_))
+    }
+
+    /// What is wrong with our own certificate, as peers would find it; the sentence goes on behind its file.
+    pub(crate) fn of_own(error: &rustls::Error) -> String {
+        use CertificateError as C;
+        match error {
+            rustls::Error::InvalidCertificate(refused) => match refused {
+                C::UnknownIssuer | C::BadSignature => {
+                    "is not of a CA of ca-cert.pem beside it: nobody who trusts that takes it".to_owned()
+                }
+                C::InvalidPurpose | C::InvalidPurposeContext { .. } => {
+                    "is not made for this purpose: its extended key usage must have serverAuth in server-cert.pem, clientAuth in \
+                     client-cert.pem (are the two files exchanged?)"
+                        .to_owned()
+                }
+                C::NotValidForName | C::NotValidForNameContext { .. } => {
+                    "names no host: it needs a subjectAltName with the name or address that sources connect to (a common name is not \
+                     looked at)"
+                        .to_owned()
+                }
+                refused => {
+                    let text = certificate(refused);
+                    let own = text.strip_prefix("the peer's certificate ");
+                    own.map_or_else(|| format!("cannot be used: {text}"), str::to_owned)
+                }
+            },
+            other => format!("cannot be used: {other}"),
+        }
     }
 
     /// Tells what rustls found.
@@ -140,7 +168,12 @@ fn certificate(error: &CertificateError) -> String {
         C::NotValidForNameContext { expected, presented } => {
             let named: Vec<String> = presented.iter().take(8).map(|name| quote(bare(name))).collect();
             let expected = quote(&expected.to_str());
-            let named = if named.is_empty() { "nobody".to_owned() } else { named.join(", ") };
+            if named.is_empty() {
+                return format!(
+                    "the peer's certificate names no host: it needs a subjectAltName with {expected} (a common name is not looked at)"
+                );
+            }
+            let named = named.join(", ");
             format!("the peer's certificate is not {expected}'s: it names {named} (--tls-hostname, if that is the right host)")
         }
         C::InvalidPurpose | C::InvalidPurposeContext { .. } => {
@@ -154,6 +187,16 @@ fn certificate(error: &CertificateError) -> String {
         ),
         C::Other(other) => other.to_string(),
         other => format!("the peer's certificate is refused: {other}"),
+    }
+}
+
+/// What was left of a limit when it began to count, without what had passed by then.
+fn rounded(limit: std::time::Duration) -> String {
+    let tenths = limit.as_millis().saturating_add(50) / 100;
+    if tenths.is_multiple_of(10) {
+        format!("{} s", tenths / 10)
+    } else {
+        format!("{}.{} s", tenths / 10, tenths % 10)
     }
 }
 

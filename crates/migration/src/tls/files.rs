@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 use crate::changeable::refuse_changeable;
 use crate::regular_file::open_regular;
 use crate::tls::error::TlsError;
-use crate::tls::identity::PeerIdentity;
+use crate::tls::identity::{PeerIdentity, system_time};
 
 /// Longest file that is read: a bundle of CAs is far shorter.
 const LONGEST: u64 = 1 << 20;
@@ -70,7 +70,7 @@ pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCert
     let content = |what: &str| TlsError::Content { path: key_path.clone(), what: what.to_owned() };
     // By reference: what is given away is not wiped.
     let signing =
-        any_supported_type(&key).map_err(|_| content("holds no private key of a kind that TLS 1.3 knows"))?;
+        any_supported_type(&key).map_err(|_| content("holds no private key of a kind that this build uses (ECDSA with P-256, P-384 or P-521, Ed25519, RSA of 2048 bits or more)"))?;
     let key = CertifiedKey::new(chain, signing);
     match key.keys_match() {
         Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
@@ -84,6 +84,13 @@ pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCert
     if identity.not_after < SystemTime::now() {
         let what =
             format!("expired at {}: make a new one", vfio_migration_types::rfc3339(identity.not_after));
+        return Err(TlsError::Content { path, what });
+    }
+    let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| no_certificate(&path))?;
+    let not_before = system_time(parsed.validity().not_before);
+    if not_before > SystemTime::now() {
+        let since = vfio_migration_types::rfc3339(not_before);
+        let what = format!("is not valid before {since}: is this host's clock right?");
         return Err(TlsError::Content { path, what });
     }
     Ok(OwnCertificate { key, identity })

@@ -9,6 +9,7 @@ pub(crate) mod crl;
 pub(crate) mod error;
 pub(crate) mod files;
 pub(crate) mod identity;
+pub(crate) mod own;
 pub(crate) mod security;
 pub(crate) mod server_configs;
 pub(crate) mod stamps;

@@ -79,22 +79,22 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
 
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
     use super::*;
     use crate::tls::config::TlsDirectory;
 
     /// Puts a certificate of its own CA there, whole.
     fn write(dir: &Path) {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(["host".to_owned()]).unwrap();
+        let (ca_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+        let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let certificate = params.self_signed(&key).unwrap();
-        let files = [
-            (CA_FILE, certificate.pem()),
-            ("server-cert.pem", certificate.pem()),
-            ("server-key.pem", key.serialize_pem()),
-        ];
+        let ca = params.self_signed(&ca_key).unwrap().pem();
+        let issuer = Issuer::new(params, ca_key);
+        let certificate =
+            CertificateParams::new(["host".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        let files =
+            [(CA_FILE, ca), ("server-cert.pem", certificate.pem()), ("server-key.pem", key.serialize_pem())];
         for (name, text) in files {
             let new = dir.join("new");
             std::fs::write(&new, text).unwrap();

@@ -36,8 +36,9 @@ pub(super) fn show(dir: &Path) -> TlsShowReport {
     let mut files = vec![file(CA_FILE, TlsPurpose::Authorities, authorities)];
     let lists = revocation_lists(dir);
     for role in [TlsRole::Server, TlsRole::Client] {
-        // What is wrong with the list is told once, of the list.
-        let own = if lists.is_ok() { usable_identity(dir, role) } else { own_identity(dir, role) };
+        // What is wrong with the CAs, or with the list, is told once, of them.
+        let judged = lists.is_ok() && files.first().is_some_and(|ca| ca.error.is_none());
+        let own = if judged { usable_identity(dir, role) } else { own_identity(dir, role) };
         files.push(file(
             &role.certificate_file(),
             role.into(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{CertificateParams, IsCa, KeyUsagePurpose, date_time_ymd};
-use vfio_migration::{CA_FILE, Destination, IncomingError, Machine, Security, Source};
+use vfio_migration::{CA_FILE, Destination, IncomingError, Security, Source};
 use vfio_migration_types::error_chain;
 
 use super::hosts::*;
@@ -37,25 +37,6 @@ const NO_CAS: [(&str, Alter, &str); 5] = [
 
 fn listening(directory: &Path) -> Result<Destination, IncomingError> {
     Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), destination_options(secure(directory)))
-}
-
-/// What a destination says of a source with the certificates of `directory` that it refuses. The source does not look at its own
-/// files, and begins after `first`.
-fn told_of(mut destination: Destination, directory: &Path, first: impl FnOnce()) -> String {
-    let to = destination.local().clone();
-    let waiting = Waiting(destination.control());
-    let (told, refusals) = std::sync::mpsc::channel();
-    destination.control().on_refused(move |refused| drop(told.send(refused.why.to_string())));
-    let toy = Toy::booted(&plan());
-    let options = source_options(Security::Client(Arc::new(client_config(directory))));
-    std::thread::scope(|scope| {
-        let _waiting = waiting;
-        scope.spawn(move || drop(destination.accept(|_| Ok::<Arc<dyn Machine>, _>(Toy::new(&plan())))));
-        first();
-        Source::new(toy.clone(), options).migrate_to(&to, |_| {}).unwrap_err();
-        toy.prove_running();
-        refusals.recv_timeout(Duration::from_secs(30)).unwrap()
-    })
 }
 
 #[test]
@@ -93,7 +74,7 @@ fn of_several_cas_those_that_vouch_are_taken() {
         }
         // It takes the other side, and is judged itself.
         std::fs::copy(there.path().join(CA_FILE), stranger.path().join(CA_FILE)).unwrap();
-        let text = told_of(listening(b.path()).unwrap(), stranger.path(), || ());
+        let (_, text) = told_of(listening(b.path()).unwrap(), stranger.path(), || ());
         assert!(text.contains(CA_FILE) && text.contains(says), "{text}");
         let (text, _) = refused(secure(a.path()), Security::Server(Arc::new(server_config(stranger.path()))));
         assert!(text.contains(CA_FILE) && text.contains(says), "{text}");
@@ -121,7 +102,7 @@ fn a_ca_that_ends_while_a_destination_waits_lets_nobody_in() {
     let here = ca.host(&Host::named("host-a"));
     // Its end counts in whole seconds.
     let over = || wait_for("the end of the CA", || SystemTime::now() > end + Duration::from_secs(1));
-    let why = told_of(destination, here.path(), over);
+    let (_, why) = told_of(destination, here.path(), over);
     assert!(why.contains("the CA CN=short-lived ended at "), "{why}");
     drop(there);
 }

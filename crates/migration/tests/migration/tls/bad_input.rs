@@ -63,13 +63,17 @@ fn bad_sources(
     let mut other_protocol = client_config(here);
     other_protocol.alpn_protocols = vec![b"h2".to_vec()];
     vec![
-        ("wrong CA", secure(&wrong_ca), "it does not trust the CA of our certificate"),
-        ("a CA of the same name", secure(&wrong_key), "its CA has the name of ours and another key"),
+        ("wrong CA", shown(&wrong_ca), "it does not trust the CA of our certificate"),
+        ("a CA of the same name", shown(&wrong_key), "its CA has the name of ours and another key"),
         ("expired", shown(&expired), "our certificate is not valid by its clock"),
         ("expired, ours", secure(&expired), "client-cert.pem expired at 2002-01-01"),
-        ("not yet valid", secure(&early), "our certificate is not valid by its clock"),
-        ("wrong purpose", secure(&purpose), "it does not take our certificate"),
-        ("self-signed", secure(&itself), "it does not trust the CA of our certificate"),
+        ("not yet valid, ours", secure(&early), "client-cert.pem is not valid before 2090-01-01"),
+        ("wrong purpose, ours", secure(&purpose), "client-cert.pem is not made for this purpose"),
+        ("self-signed, ours", secure(&itself), "client-cert.pem is not of a CA of ca-cert.pem beside it"),
+        ("wrong CA, ours", secure(&wrong_ca), "client-cert.pem is not of a CA of ca-cert.pem beside it"),
+        ("not yet valid", shown(&early), "our certificate is not valid by its clock"),
+        ("wrong purpose", shown(&purpose), "it does not take our certificate"),
+        ("self-signed", shown(&itself), "it does not trust the CA of our certificate"),
         ("revoked", secure(revoked), "our certificate is revoked"),
         (
             "no certificate",

@@ -1,6 +1,7 @@
 //! Two hosts, and what passes between them over TLS.
 
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,6 +71,29 @@ pub(crate) fn refused(source: Security, destination: Security) -> (String, Strin
         let arrived = arriving.join().unwrap();
         toy.prove_running();
         (error_chain(&left.expect_err("it migrated")), error_chain(&arrived.expect_err("it arrived")))
+    })
+}
+
+/// What a source with the certificates of `directory` says, and a destination that refuses it. The source does not look at its own
+/// files, and begins after `first`.
+pub(crate) fn told_of(
+    mut destination: Destination,
+    directory: &Path,
+    first: impl FnOnce(),
+) -> (String, String) {
+    let to = destination.local().clone();
+    let waiting = Waiting(destination.control());
+    let (told, refusals) = std::sync::mpsc::channel();
+    destination.control().on_refused(move |refused| drop(told.send(refused.why.to_string())));
+    let toy = Toy::booted(&plan());
+    let options = source_options(Security::Client(Arc::new(client_config(directory))));
+    std::thread::scope(|scope| {
+        let _waiting = waiting;
+        scope.spawn(move || drop(destination.accept(|_| Ok::<Arc<dyn Machine>, _>(Toy::new(&plan())))));
+        first();
+        let left = Source::new(toy.clone(), options).migrate_to(&to, |_| {}).unwrap_err();
+        toy.prove_running();
+        (error_chain(&left), refusals.recv_timeout(Duration::from_secs(30)).unwrap())
     })
 }
 

@@ -26,16 +26,19 @@ use self::hosts::*;
 use crate::toy::pki::{Ca, Host};
 use crate::toy::*;
 
-/// What the source says of a destination whose certificate it refuses.
+/// What the source says of a destination whose certificate it refuses, and which does not look at it itself.
 fn refused_here(source: &Security, destination: &Path) -> String {
-    let (here, there) = refused(source.clone(), secure(destination));
+    let shown = Security::Server(Arc::new(server_config(destination)));
+    let (here, there) = refused(source.clone(), shown);
     assert!(there.contains("the peer refused this side"), "{there}");
     here
 }
 
-/// What the destination says of a source whose certificate it refuses; the source hears of it.
+/// What the destination says of a source whose certificate it refuses; the source, which does not look at it itself, hears of it.
 fn refused_there(source: &Path, destination: &Security) -> String {
-    let (here, there) = refused(secure(source), destination.clone());
+    let listening =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), destination_options(destination.clone()));
+    let (here, there) = told_of(listening.unwrap(), source, || ());
     assert!(here.contains("the peer refused this side"), "{here}");
     there
 }
@@ -241,7 +244,7 @@ fn a_handshake_that_does_not_end_is_given_up() {
     options.connect_timeout = Duration::from_millis(200);
     let toy = Toy::booted(&plan());
     let error = Source::new(toy.clone(), options).migrate_over(one.into(), |_| {}).unwrap_err();
-    assert!(error_chain(&error).contains("the peer did not end the TLS handshake within 200ms"), "{error}");
+    assert!(error_chain(&error).contains("the peer did not end the TLS handshake within 0.2 s"), "{error}");
     toy.prove_running();
 
     let (_silent, one) = tcp_pair();
@@ -293,6 +296,30 @@ fn files_that_cannot_be_used_are_named_at_once() {
     std::fs::write(host.path().join(CA_FILE), "").unwrap();
     let text = listen(host.path());
     assert!(text.contains(CA_FILE) && text.contains("holds no certificate"), "{text}");
+}
+
+/// What is wrong with a source's own files is told before it connects: its destination has nothing to do with it.
+#[test]
+fn a_source_whose_files_cannot_be_used_connects_to_nobody() {
+    let ca = Ca::new();
+    let listener = std::net::TcpListener::bind((HOST, 0)).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let to: Uri = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
+    let client = ExtendedKeyUsagePurpose::ClientAuth;
+    let server = ExtendedKeyUsagePurpose::ServerAuth;
+    for host in [
+        Host { years: (2001, 2002), ..Host::named("host-a") },
+        Host { years: (2090, 2091), ..Host::named("host-a") },
+        Host { purposes: (client, server), ..Host::named("host-a") },
+    ] {
+        let toy = Toy::booted(&plan());
+        let directory = ca.host(&host);
+        let options = source_options(secure(directory.path()));
+        let text = error_chain(&Source::new(toy.clone(), options).migrate_to(&to, |_| {}).unwrap_err());
+        assert!(text.contains("client-cert.pem"), "{text}");
+        assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "{text}");
+        toy.prove_running();
+    }
 }
 
 #[test]

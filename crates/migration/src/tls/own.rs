@@ -1,0 +1,48 @@
+//! Our own certificate, judged as its peers will judge it: what they would refuse is told here, by file, before anybody is asked.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustls::pki_types::{ServerName, UnixTime};
+use rustls::{CertificateError, Error};
+
+use crate::tls::crl::{CRL_FILE, Revocations};
+use crate::tls::error::TlsError;
+use crate::tls::files::{OwnCertificate, TlsRole};
+use crate::tls::trust::Trust;
+
+/// Refuses a certificate of `role` that none takes who trusts the CAs of the same `directory`.
+pub(crate) fn check_own(
+    directory: &Path,
+    role: TlsRole,
+    own: &OwnCertificate,
+    revoked: &Revocations,
+    trust: &Trust,
+) -> Result<(), TlsError> {
+    let content = |what: String| TlsError::Content { path: directory.join(role.certificate_file()), what };
+    let Some((leaf, intermediates)) = own.key.cert.split_first() else {
+        return Err(content("holds no certificate in PEM".into()));
+    };
+    if revoked.has(leaf) {
+        return Err(content(format!("is revoked, by {CRL_FILE}: get a new one from the CA")));
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = UnixTime::since_unix_epoch(now);
+    let judged = match role {
+        TlsRole::Client => trust.client_verifier()?.verify_client_cert(leaf, intermediates, now).map(drop),
+        TlsRole::Server => {
+            // Under which of its names it is reached, its peers know. A name is looked at last.
+            let nobody =
+                ServerName::try_from("nobody.invalid").map_err(|_| TlsError::NoName(String::new()))?;
+            let verifier = trust.server_verifier()?;
+            match verifier.verify_server_cert(leaf, intermediates, &nobody, &[], now).map(drop) {
+                Err(Error::InvalidCertificate(CertificateError::NotValidForNameContext {
+                    presented,
+                    ..
+                })) if !presented.is_empty() => Ok(()),
+                judged => judged,
+            }
+        }
+    };
+    judged.map_err(|error| content(TlsError::of_own(&error)))
+}
