@@ -36,7 +36,7 @@ struct Cost {
 }
 
 fn main() {
-    let plan = Plan { pages: RAM / 4096, hot: 1, devices: Vec::new(), functions: true };
+    let plan = Plan { pages: RAM / 4096, hot: 1, devices: Vec::new(), ..Plan::default() };
     let ways: [(&str, Options); 3] = [
         ("plain text, --ram-crc off", || {
             let mut source = plain_source();
