@@ -206,7 +206,7 @@ pub use tls::error::TlsError;
 pub use tls::files::{CA_FILE, IssuedCertificate, TlsRole, issued_certificates, private_key_file};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
 pub use tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
-pub use unix_listener::bind_unix;
+pub use unix_listener::{bind_unix, unix_address};
 pub use unix_peer::{AllowedUnixPeers, UnixPeer, UnixPeerError};
 pub use uri::{Uri, UriError};
 pub use vfio_migration_types::{CancelCause, Failure, GuestOutcome, PauseCause, Side};

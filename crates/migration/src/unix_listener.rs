@@ -26,7 +26,7 @@ pub fn bind_unix(path: &Path, allowed: &AllowedUnixPeers) -> io::Result<UnixList
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // The file gets what of this mode the umask leaves (`unix_bind_bsd` of Linux).
     rustix::fs::fchmod(&socket, OWN)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::bind(&socket, &unix_address(path)?)?;
     match open_up(&socket, path, allowed) {
         Ok(()) => Ok(socket.into()),
         Err(error) => {
@@ -34,6 +34,22 @@ pub fn bind_unix(path: &Path, allowed: &AllowedUnixPeers) -> io::Result<UnixList
             Err(error)
         }
     }
+}
+
+/// Most bytes of a unix socket's path: what `sockaddr_un` holds beside its end (unix(7)).
+const LONGEST_PATH: usize = 107;
+
+/// The address of a unix socket of the file system.
+///
+/// # Errors
+/// The path is too long, which says how long it may be; or it has a zero byte in it.
+pub fn unix_address(path: &Path) -> io::Result<SocketAddrUnix> {
+    let long = path.as_os_str().len();
+    if long > LONGEST_PATH {
+        let text = format!("a socket's path has at most {LONGEST_PATH} bytes, and this one has {long}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    Ok(SocketAddrUnix::new(path)?)
 }
 
 /// Gives the file its mode, and listens: before that, whoever connects is refused.

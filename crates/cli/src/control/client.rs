@@ -11,6 +11,7 @@ use rustix::net::{self, sockopt};
 use rustix::process::geteuid;
 use serde::Deserialize;
 use serde_json::Value;
+use vfio_migration::unix_address;
 
 use super::event::{self, ControlEvent};
 use super::protocol::{ControlRequest, ControlVerb, MigrationInfo, StatusReport};
@@ -104,12 +105,13 @@ impl ControlClient {
         interrupt: Option<&UserInterrupt>,
     ) -> Result<Self, ControlError> {
         let shown = path.display().to_string();
+        let address = unix_address(path).map_err(|error| ControlError::Connect(shown.clone(), error))?;
         let mut wait = Wait::of(timeout, interrupt);
         let stream = loop {
             let Some(slice) = wait.slice() else {
                 return Err(wait.ended().unwrap_or(ControlError::Timeout(shown, timeout)));
             };
-            match connect(path, slice) {
+            match connect(&address, slice) {
                 Ok(stream) => break stream,
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(errno @ (Errno::ACCESS | Errno::PERM)) => {
@@ -308,11 +310,11 @@ impl Wait {
 }
 
 /// Connects to a listening socket; fails with EAGAIN when its queue has had no place for `timeout`.
-fn connect(path: &Path, timeout: Duration) -> Result<UnixStream, Errno> {
+fn connect(address: &net::SocketAddrUnix, timeout: Duration) -> Result<UnixStream, Errno> {
     let (stream, close_on_exec) = (net::SocketType::STREAM, net::SocketFlags::CLOEXEC);
     let socket = net::socket_with(net::AddressFamily::UNIX, stream, close_on_exec, None)?;
     // connect(2) waits as long as a send may (SO_SNDTIMEO in socket(7)).
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(timeout))?;
-    net::connect(&socket, &net::SocketAddrUnix::new(path)?)?;
+    net::connect(&socket, address)?;
     Ok(socket.into())
 }

@@ -257,6 +257,17 @@ fn what_is_wrong_with_a_word_is_named_with_its_bound() {
     let long = dir.path().join("x".repeat(108)).display().to_string();
     let says = format!("a socket's path has at most 107 bytes, and {long} has {}", long.len());
     fails(&["vm", "--software", "--control", &long], 2, &says);
+    let (uri, device) = (format!("unix:{long}"), format!("vfio-user:{long},id=dev0"));
+    fails(&["vm", "--software", "--incoming", &uri], 2, "the path is longer than 107 bytes");
+    let says = format!("a socket's path has at most 107 bytes, and this one has {}", long.len());
+    for words in [
+        ["vm", "--software", "--device", &device].as_slice(),
+        &["device", "--socket", &long],
+        &["status", "--control", &long],
+        &["migrate", "--control", &long, "unix:/nowhere"],
+    ] {
+        fails(words, 1, &says);
+    }
     // One host is no pool, by whatever two names.
     let host = dir.path().join("h1.json");
     let other = dir.path().join("h2.json");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use vfio_migration_types::{RateLimit, Told};
@@ -23,7 +23,7 @@ use crate::tls::config::{Proof, Security};
 use crate::tls::error::TlsError;
 use crate::tls::files::TlsRole;
 use crate::tls::server_configs::ServerConfigs;
-use crate::unix_listener::bind_unix;
+use crate::unix_listener::{bind_unix, unix_address};
 use crate::unix_peer::{AllowedUnixPeers, UnixPeerError};
 use crate::uri::Uri;
 
@@ -251,7 +251,11 @@ fn connect_unix(uri: &Uri, path: &Path, limit: Duration) -> Result<OwnedFd, Conn
         source: source.into(),
     };
     let end = Instant::now() + limit;
-    let address = SocketAddrUnix::new(path).map_err(failed)?;
+    let address = unix_address(path).map_err(|source| ConnectError::System {
+        doing: "connecting to",
+        uri: uri.clone(),
+        source,
+    })?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;

@@ -18,7 +18,7 @@ use crate::codec::{
     Command, Kind, MAX_DATA_XFER_SIZE, MAX_MSG_FDS, MAX_VERSION_DATA, TwinSocket, VersionCapabilities,
     VersionPayload,
 };
-use crate::conn::{Conn, ConnError, SocketMessage, SocketRequest, deadline};
+use crate::conn::{Conn, ConnError, SocketMessage, SocketRequest, address, deadline};
 use crate::error::{ClientError, chain};
 
 /// The version of the protocol that is proposed. libvfio-user is at 0.2; nothing here depends on the minor number.
@@ -93,7 +93,7 @@ fn connect(path: &Path, patience: Duration) -> std::io::Result<UnixStream> {
     // connect(2) waits as long as a send may (unix(7), SO_SNDTIMEO). No time at all would mean for ever.
     let patience = patience.max(RETRY);
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(patience))?;
-    match net::connect(&socket, &net::SocketAddrUnix::new(path)?) {
+    match net::connect(&socket, &address(path)?) {
         Err(Errno::AGAIN) => return Err(ErrorKind::TimedOut.into()),
         result => result?,
     }

@@ -38,6 +38,7 @@ use rustix::io::Errno;
 pub(crate) use self::error::ConnError;
 use self::inbox::{Awaited, MAX_DRAIN, Partial, Rx, matched};
 pub(crate) use self::inbox::{SocketMessage, Unfit};
+pub(crate) use self::socket::address;
 use self::socket::{read_full, wait};
 use self::turn::{Turns, lock_until};
 use crate::codec::{Command, HEADER_SIZE, Header, Kind};

@@ -1,20 +1,34 @@
 //! Whole reads and writes with descriptors and a deadline, over a stream socket.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, recvmsg, sendmsg,
 };
 
 use super::error::ConnError;
 use crate::codec::MAX_MSG_FDS;
+
+/// Most bytes of a socket's path: what `sockaddr_un` holds beside its end (unix(7)).
+const LONGEST_PATH: usize = 107;
+
+/// The address of a socket of the file system. A path that is too long is refused by its length.
+pub(crate) fn address(path: &Path) -> std::io::Result<SocketAddrUnix> {
+    let long = path.as_os_str().len();
+    if long > LONGEST_PATH {
+        let text = format!("a socket's path has at most {LONGEST_PATH} bytes, and this one has {long}");
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, text));
+    }
+    Ok(SocketAddrUnix::new(path)?)
+}
 
 /// Room for the descriptors of one message, and one more, so that an excess is noticed.
 const CONTROL_SPACE: usize = rustix::cmsg_space!(ScmRights(MAX_MSG_FDS as usize + 1));

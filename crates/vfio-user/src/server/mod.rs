@@ -20,6 +20,7 @@ pub use self::backend::{Backend, IrqRequest, IrqRequestData};
 pub use self::dma::DmaChannel;
 pub use self::options::ServerOptions;
 pub use self::stop::StopHandle;
+use crate::conn::address;
 use crate::error::ServerError;
 use crate::event::{DropReason, ServerEvent};
 
@@ -45,6 +46,8 @@ impl Server {
     /// As [`bind`](Self::bind), with options.
     pub fn bind_with(path: impl AsRef<Path>, options: ServerOptions) -> Result<Self, ServerError> {
         let path = path.as_ref();
+        address(path)
+            .map_err(|source| ServerError::io(format!("listening on {}", path.display()), source))?;
         remove_stale(path)?;
         let doing = || format!("listening on {}", path.display());
         let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
