@@ -187,6 +187,9 @@ fn vm_text(vm: &StatusInfo) -> String {
     if let Some(refused) = vm.refused.as_ref().filter(|refused| refused.count > 0) {
         text.push_str(&format!("{refused}\n"));
     }
+    if let Some(why) = &vm.failure {
+        text.push_str(&format!("its guest stopped by itself: {why}\n"));
+    }
     if let Some(why) = &vm.not_ready {
         text.push_str(&format!("not ready for one: {why}\n"));
     }

@@ -155,6 +155,9 @@ pub(crate) struct StatusInfo {
     /// tried again and again.
     #[serde(default)]
     pub(crate) not_ready: Option<String>,
+    /// Why its guest stopped by itself, if it did: `status` is `"failed"` then.
+    #[serde(default)]
+    pub(crate) failure: Option<String>,
     /// Where its guest has moved to, once it has left.
     #[serde(default)]
     pub(crate) moved_to: Option<String>,

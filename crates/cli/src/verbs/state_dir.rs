@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use vfio_migration::{JournalFile, JournalNote, VmOwnership, ownership_at, read_journal};
 use vfio_migration_types::{VmId, error_chain, printable};
 
+use crate::control::protocol::MigrationStatus;
 use crate::exit::{CliError, Exit};
-use crate::history::{History, HistoryRecord, text};
+use crate::history::{History, HistoryRecord, SessionKind, text};
 use crate::output::{print, print_json};
 use crate::undecided::UndecidedGuest;
 
@@ -45,6 +46,16 @@ pub(crate) struct KnownVm {
     pub(crate) last: Option<HistoryRecord>,
     /// Why its journal cannot be read.
     pub(crate) error: Option<String>,
+}
+
+impl KnownVm {
+    /// Its last session moved it, and it could not be started, nor was since.
+    fn is_not_started(&self) -> bool {
+        self.last.as_ref().is_some_and(|last| match last.kind {
+            SessionKind::Start => last.migration.status != MigrationStatus::Completed,
+            _ => last.migration.exit() == Exit::NotStarted,
+        })
+    }
 }
 
 /// Whose a VM is.
@@ -103,6 +114,8 @@ pub(crate) fn status(dir: &Path, json: bool) -> Result<Exit, CliError> {
         Exit::Failed
     } else if vms.iter().any(|vm| vm.owner == Owner::Undecided) {
         Exit::Unresolved
+    } else if vms.iter().any(KnownVm::is_not_started) {
+        Exit::NotStarted
     } else {
         Exit::Done
     };

@@ -103,6 +103,10 @@ fn status(vm: &RunningVm, slot: &Slot, steering: Option<&Steering>) -> StatusInf
         incoming_plaintext: insecure_plaintext
             && awaited.is_some_and(|(at, _)| matches!(at, Address::Uri(Uri::Tcp { .. }))),
         not_ready: awaited.and_then(|(_, not_ready)| not_ready.clone()),
+        failure: match slot {
+            Slot::Here { machine, .. } => machine.failure(),
+            _ => None,
+        },
         moved_to: match slot {
             Slot::Left { to, .. } => Some(to.clone()),
             _ => None,

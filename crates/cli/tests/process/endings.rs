@@ -38,6 +38,31 @@ fn assert_stands(vm: &Vm) {
     assert_eq!(vm.counter("loops"), before, "the guest runs");
 }
 
+/// Without a `vm` to ask: until the guest was started after all.
+#[test]
+fn a_state_directory_says_that_a_guest_could_not_be_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let states = ["here", "there"].map(|name| dir.path().join(name).display().to_string());
+    let of_source = ["--uuid", UUID, "--state-dir", &states[0]];
+    let size = ["--state-size", "4M"];
+    let source = Setup { device_arguments: &size, vm_arguments: &of_source, ..Setup::new(dir.path(), "a") };
+    let source = source.start();
+    let of_receiver = ["--uuid", UUID, "--state-dir", &states[1], "--incoming", "tcp:127.0.0.1:0"];
+    let receiver = Setup {
+        device_arguments: &[&size[..], &["--fault", "fail-arc:RUNNING_P2P:RUNNING:EIO:1"]].concat(),
+        vm_arguments: &of_receiver,
+        ..Setup::new(dir.path(), "b")
+    };
+    let receiver = receiver.start();
+    source.warm();
+    assert_eq!(migrate(&source, &receiver.incoming()).0, Some(5));
+    let exit = |state: &str| run(&["status", "--state-dir", state]).status.code();
+    until("the receiver's record", || (exit(&states[1]) == Some(5)).then_some(()));
+    assert_eq!(exit(&states[0]), Some(5), "the source's");
+    receiver.call("cont", Value::Null).unwrap();
+    until("the record of the start", || (exit(&states[1]) == Some(0)).then_some(()));
+}
+
 #[test]
 fn a_guest_that_could_not_be_started_is_no_success() {
     for (fault, arc, errno) in [
