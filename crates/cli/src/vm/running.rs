@@ -15,6 +15,7 @@ use vfio_migration_vmm::machine::{
     Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, assign_places, kvm_answers,
 };
 
+use super::creds;
 use super::history;
 use super::passed::PassedSockets;
 use super::presence::{self, Presence};
@@ -79,6 +80,7 @@ impl RunningVm {
         if let Some(text) = &options.incoming {
             of_every_wait.check(&uri(text)?)?;
         }
+        creds::check(options)?;
         let rules = options.config_rule.iter().map(|text| {
             config_rule(text).ok_or_else(|| {
                 usage(format!(

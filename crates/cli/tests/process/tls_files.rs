@@ -84,3 +84,45 @@ fn a_key_that_is_lent_to_a_group_of_others_is_refused() {
         assert_eq!(text.contains(says), !usable, "{text}");
     }
 }
+
+#[test]
+fn a_vm_whose_certificates_cannot_be_used_does_not_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { a, b, .. } = pki(dir.path());
+    let stays = ["vm", "--software", "--exit-with-stdin", "--tls-creds", words(&a)];
+    let waits = ["vm", "--software", "--incoming", "tcp:127.0.0.1:0", "--tls-creds", words(&a)];
+    let (client, server) = (a.join("client-cert.pem"), a.join("server-cert.pem"));
+    // Both certificates have their own keys, and each is for the other way.
+    for name in ["cert", "key"] {
+        std::fs::copy(b.join(format!("server-{name}.pem")), a.join(format!("client-{name}.pem"))).unwrap();
+    }
+    fails(&stays, 1, "client-cert.pem is not made for this purpose");
+    std::fs::write(&client, "nothing").unwrap();
+    fails(&stays, 1, "client-cert.pem holds no certificate in PEM");
+    std::fs::remove_file(&client).unwrap();
+    fails(&stays, 1, "client-cert.pem");
+    std::fs::write(&server, "nothing").unwrap();
+    fails(&waits, 1, "server-cert.pem holds no certificate in PEM");
+    let none = dir.path().join("none");
+    fails(&["vm", "--software", "--exit-with-stdin", "--tls-creds", words(&none)], 1, "client-cert.pem");
+}
+
+/// What it does not need first is a warning.
+#[test]
+fn a_vm_that_starts_says_which_certificates_it_will_miss() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { a, b, .. } = pki(dir.path());
+    for (host, file, more, says) in [
+        (&a, "server-cert.pem", &[][..], "no guest can arrive over TCP"),
+        (&b, "client-cert.pem", &["--incoming", "tcp:127.0.0.1:0"], "no guest can leave over TCP"),
+    ] {
+        std::fs::write(host.join(file), "nothing").unwrap();
+        // It ends as soon as it has started: its stdin is at its end.
+        let starts = ["vm", "--software", "--exit-with-stdin", "--tls-creds", words(host)];
+        let told = String::from_utf8(run(&[&starts, more].concat()).stderr).unwrap();
+        assert!(
+            told.contains(says) && told.contains(&format!("{file} holds no certificate in PEM")),
+            "{told}"
+        );
+    }
+}
