@@ -297,7 +297,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fis
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -l ca -d 'Folder of the CA' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -s o -l output -d 'Folder to write into: it is what --tls-creds takes. Without it: NAME' -r -F
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -l also -d 'A further name or address of the host. May be given more than once' -r
-complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -l days -d 'Days for which the certificates are valid' -r
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -l days -d 'Days for which the certificates are valid, if their CA is' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -l force -d 'Replace the files that are there: a `vm` that waits takes the new ones for its next connection'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -l json -d 'Print what was made as JSON'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from host" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'

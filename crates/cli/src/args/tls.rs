@@ -45,7 +45,7 @@ pub(crate) enum TlsVerb {
         /// A further name or address of the host. May be given more than once.
         #[arg(long = "also", value_name = "NAME")]
         also: Vec<String>,
-        /// Days for which the certificates are valid.
+        /// Days for which the certificates are valid, if their CA is.
         #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650), value_name = "N")]
         days: u32,
         /// Replace the files that are there: a `vm` that waits takes the new ones for its next connection.

@@ -126,3 +126,57 @@ fn a_vm_that_starts_says_which_certificates_it_will_miss() {
         );
     }
 }
+
+/// A CA in `dir` that has ended, with its key.
+fn ended_ca(dir: &Path) {
+    let pair = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+    params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    params.distinguished_name.push(rcgen::DnType::CommonName, "an old CA");
+    std::fs::write(dir.join("ca-cert.pem"), params.self_signed(&pair).unwrap().pem()).unwrap();
+    std::fs::write(dir.join("ca-key.pem"), pair.serialize_pem()).unwrap();
+}
+
+#[test]
+fn a_ca_that_vouches_for_nobody_makes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ca, other, new) = (dir.path().join("ca"), dir.path().join("other"), dir.path().join("new"));
+    for ca in [&ca, &other] {
+        done(&["tls", "init", words(ca)]);
+    }
+    let host = ["tls", "host", "host-c", "--ca", words(&ca), "--output", words(&new)];
+    std::fs::copy(other.join("ca-key.pem"), ca.join("ca-key.pem")).unwrap();
+    for verb in [&host[..], &["tls", "revoke", "--ca", words(&ca)]] {
+        fails(verb, 1, "ca-key.pem is not the key of");
+    }
+    ended_ca(&ca);
+    fails(&host, 1, "an old CA ended at 2021-01-01T00:00:00");
+    // Behind one that counts it is still the one that would issue.
+    let good = std::fs::read_to_string(other.join("ca-cert.pem")).unwrap();
+    let old = std::fs::read_to_string(ca.join("ca-cert.pem")).unwrap();
+    std::fs::write(ca.join("ca-cert.pem"), old + &good).unwrap();
+    fails(&host, 1, "an old CA ended at 2021-01-01T00:00:00");
+    assert!(!new.exists());
+}
+
+#[test]
+fn certificates_of_hosts_end_with_their_ca() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ca, new) = (dir.path().join("ca"), dir.path().join("new"));
+    done(&["tls", "init", words(&ca), "--days", "5"]);
+    for (days, capped) in [("365", true), ("4", false)] {
+        let host =
+            ["tls", "host", "host-c", "--ca", words(&ca), "--output", words(&new), "--force", "--days", days];
+        let made = run(&host);
+        let told = String::from_utf8(made.stderr).unwrap();
+        assert!(made.status.success(), "{told}");
+        let shown = run(&["tls", "show", words(&new), "--json"]).stdout;
+        let shown: serde_json::Value = serde_json::from_slice(&shown).unwrap();
+        let end = |n: usize| shown["files"][n]["certificates"][0]["not-after"].as_str().unwrap().to_owned();
+        assert!(end(1) == end(2) && (end(1) == end(0)) == capped && end(1) <= end(0), "{shown}");
+        let says = format!("the certificates end at {}, with their CA", end(0));
+        assert_eq!(told.contains(&says), capped, "{told}");
+    }
+}

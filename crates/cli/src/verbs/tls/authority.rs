@@ -4,9 +4,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use rcgen::{Issuer, KeyPair};
+use rcgen::{Issuer, KeyPair, PublicKeyData};
 use vfio_migration::{
-    AtomicFile, CA_FILE, CRL_FILE, open_regular_to_append, private_key_file, revocation_lists,
+    AtomicFile, CA_FILE, CRL_FILE, Pin, TlsError, open_regular_to_append, private_key_file, revocation_lists,
+    trusted_authorities,
 };
 use vfio_migration_types::{error_chain, rfc3339};
 
@@ -26,10 +27,12 @@ pub(super) const DAY: Duration = Duration::from_secs(24 * 3600);
 pub(super) struct Authority {
     pub(super) pem: String,
     pub(super) issuer: Issuer<'static, KeyPair>,
+    /// When it ends, and with it all that it has issued.
+    pub(super) not_after: SystemTime,
 }
 
 impl Authority {
-    /// The CA in `dir`.
+    /// The CA in `dir`: the first of its file, if it vouches for anybody now, and the key is its own.
     pub(super) fn open(dir: &Path) -> Result<Self, CliError> {
         let refused = |error| CliError::caused("there is no CA that can be used", &error);
         let unusable =
@@ -39,8 +42,19 @@ impl Authority {
         let key = private_key_file(&key_path).map_err(refused)?;
         let key = str::from_utf8(&key).map_err(|_| no_pem(&key_path))?;
         let key = KeyPair::from_pem(key).map_err(unusable)?;
+        let trusted = trusted_authorities(dir).map_err(refused)?;
+        let ca = trusted.first().ok_or_else(|| no_pem(&path))?;
+        if let Some(why) = ca.problem(SystemTime::now()) {
+            let path = path.display();
+            return Err(CliError::failed(format!("there is no CA that can be used: {path}: {why}")));
+        }
+        if Pin::of_key(&key.subject_public_key_info()) != ca.identity.pin {
+            let (key, certificate) = (key_path, path);
+            return Err(refused(TlsError::KeyMismatch { key, certificate }));
+        }
+        let not_after = ca.identity.not_after;
         let issuer = Issuer::from_ca_cert_pem(&pem, key).map_err(unusable)?;
-        Ok(Self { pem, issuer })
+        Ok(Self { pem, issuer, not_after })
     }
 }
 

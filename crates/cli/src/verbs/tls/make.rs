@@ -2,14 +2,14 @@
 
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
     date_time_ymd,
 };
 use vfio_migration::{CA_FILE, CRL_FILE, TlsRole};
-use vfio_migration_types::quote;
+use vfio_migration_types::{quote, rfc3339};
 use zeroize::Zeroizing;
 
 use crate::exit::{CliError, Exit};
@@ -66,6 +66,14 @@ pub(super) fn host(
     if let Some(list) = list {
         files.push((NewFile::create(dir, CRL_FILE, force)?, Zeroizing::new(list)));
     }
+    let ca_end = authority.not_after.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let ca_end = date_time_ymd(1970, 1, 1) + ca_end;
+    if valid_for(CertificateParams::default(), days).not_after > ca_end {
+        let end = rfc3339(authority.not_after);
+        tracing::warn!(
+            "the certificates end at {end}, with their CA, which has no {days} days left: make a new CA in time (`vfio-migrate tls init`)"
+        );
+    }
     let mut issued = String::new();
     for (role, purpose) in [
         (TlsRole::Server, ExtendedKeyUsagePurpose::ServerAuth),
@@ -77,6 +85,8 @@ pub(super) fn host(
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![purpose];
         params.use_authority_key_identifier_extension = true;
+        // Nobody takes it longer than its CA.
+        params.not_after = params.not_after.min(ca_end);
         let made = params.signed_by(&pair, &authority.issuer).map_err(not_made)?.pem();
         issued.push_str(&made);
         let (key, certificate) = (role.key_file(), role.certificate_file());
