@@ -20,6 +20,7 @@ use vfio_migration_wire::{Hello, Message, VERSIONS};
 use crate::strangers::Peer;
 use crate::tls::hosts::{HOST, Waiting, destination_options, plan, secure, source_options};
 use crate::toy::pki::{Ca, Host};
+use crate::toy::secure::client_config;
 use crate::toy::*;
 
 const OTHER_VM: VmId = VmId([0x99; 16]);
@@ -548,11 +549,12 @@ fn certificates_that_are_not_trusted_are_counted_too() {
     let (ca, others) = (Ca::new(), Ca::new());
     let there = ca.host(&Host::named(HOST));
     let stranger = others.host(&Host::named("host-a"));
-    // It takes the destination, which does not take it.
+    // It takes the destination, which does not take it; what it shows, it does not judge.
     std::fs::copy(there.path().join("ca-cert.pem"), stranger.path().join("ca-cert.pem")).unwrap();
+    let shown = Security::Client(Arc::new(client_config(stranger.path())));
     let guest = Toy::booted(&plan());
     drop(play(destination_options(secure(there.path())), |to, control, _| {
-        moves(&guest, to, options_of(stranger.path())).unwrap_err();
+        moves(&guest, to, source_options(shown)).unwrap_err();
         guest.prove_running();
         let last = refused(control, 1);
         assert!(last.to_string().contains("not of a CA that is trusted here"), "{last}");
