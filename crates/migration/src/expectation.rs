@@ -326,12 +326,16 @@ impl ExpectedSource {
     }
 }
 
-/// Whether two texts name one host: DNS knows no case, and an address may be written in several ways.
+/// Whether two texts name one host: DNS knows no case, a dot at the end says that a name is whole, and an address may be written in several ways.
 fn same_name(one: &str, other: &str) -> bool {
     match (one.parse::<IpAddr>(), other.parse::<IpAddr>()) {
         (Ok(one), Ok(other)) => one == other,
-        _ => one.trim_end_matches('.').eq_ignore_ascii_case(other.trim_end_matches('.')),
+        _ => absolute(one).eq_ignore_ascii_case(absolute(other)),
     }
+}
+
+fn absolute(name: &str) -> &str {
+    name.strip_suffix('.').unwrap_or(name)
 }
 
 type Reading = dyn Fn() -> Result<Expectation, Box<dyn std::error::Error + Send + Sync>> + Send + Sync;
@@ -398,5 +402,24 @@ impl From<Expectation> for Expectations {
 impl fmt::Debug for Expectations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Expectations").field("seen", &*lock(&self.seen)).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::same_name;
+
+    #[test]
+    fn a_name_is_compared_letter_for_letter_but_for_case_and_one_dot_at_the_end() {
+        for (one, other, same) in [
+            ("src-a", "SRC-A", true),
+            ("src-a.", "src-a", true),
+            ("src-a", "src-a..", false),
+            ("src-a", "src-a.example", false),
+            ("*.example", "src-a.example", false),
+            ("::1", "0:0:0:0:0:0:0:1", true),
+        ] {
+            assert_eq!((same_name(one, other), same_name(other, one)), (same, same), "{one} {other}");
+        }
     }
 }

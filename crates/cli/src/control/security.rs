@@ -126,6 +126,8 @@ impl SecurityInfo {
                 let pid = pid.map_or_else(|| "of another PID namespace".to_owned(), |pid| pid.to_string());
                 format!("with process {pid} of user {uid}")
             }),
+            // Whoever has not even agreed on a cipher speaks something else.
+            SecuredBy::Tls if self.cipher.is_none() => Some("without a TLS handshake".to_owned()),
             SecuredBy::Tls => Some(format!("over TLS{who}")),
             SecuredBy::Vouched => Some(format!("over a stream that was secured before{who}")),
         }

@@ -9,7 +9,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vfio_migration::{
-    CA_FILE, CRL_FILE, TlsRole, own_identity, revocation_lists, trusted_authorities, usable_identity,
+    CA_FILE, CRL_FILE, FileError, TlsError, TlsRole, own_identity, revocation_lists, trusted_authorities,
+    usable_identity,
 };
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 use vfio_migration_types::{error_chain, rfc3339};
@@ -112,15 +113,23 @@ fn tls_creds(dir: &Path) -> HostCheck {
         let soon = || format!("{CA_FILE}: the CA {} ends at {}", ca.name(), rfc3339(ca.identity.not_after));
         wrong.extend(problem.or_else(|| ca.identity.expires_soon().then(soon)));
     }
-    wrong.extend(ca.err().map(|error| error.to_string()));
+    let (mut modes, mut of_ca) = (Vec::new(), false);
+    if let Err(error) = ca {
+        let mode = mode_to_set(&error);
+        of_ca = mode.is_none();
+        modes.extend(mode);
+        wrong.push(error.to_string());
+    }
     let lists = if usable { revocation_lists(dir) } else { Ok(Vec::new()) };
     let before = wrong.len();
     for list in lists.as_ref().into_iter().flatten().filter(|list| list.expires_soon()) {
         wrong.extend(list.next_update.map(|end| format!("{CRL_FILE} expires at {}", rfc3339(end))));
     }
     // A list is its CA's to renew, whatever else is wrong here.
-    let of_list = wrong.len() > before || lists.is_err();
-    let before = wrong.len();
+    let list_mode = lists.as_ref().err().and_then(mode_to_set);
+    let of_list = wrong.len() > before || (lists.is_err() && list_mode.is_none());
+    modes.extend(list_mode);
+    let mut of_host = of_ca;
     let roles = [TlsRole::Server, TlsRole::Client];
     let none = !roles.iter().any(|role| dir.join(role.certificate_file()).exists());
     for role in roles {
@@ -133,23 +142,44 @@ fn tls_creds(dir: &Path) -> HostCheck {
         match own {
             Ok(own) => {
                 let text = format!("{file} expires at {}", rfc3339(own.not_after));
+                of_host |= own.expires_soon();
                 if own.expires_soon() { wrong.push(text) } else { until.push(text) }
             }
-            Err(error) => wrong.push(error.to_string()),
+            Err(error) => {
+                let mode = mode_to_set(&error);
+                of_host |= mode.is_none();
+                modes.extend(mode);
+                wrong.push(error.to_string());
+            }
         }
     }
     // A certificate that is on a list, or has expired, is made anew; so is a folder without a CA.
-    let of_host = !usable || wrong.len() > before;
     wrong.extend(lists.err().map(|error| error.to_string()));
-    let fix = match (of_list, of_host) {
-        (true, false) => RENEW_LIST.to_owned(),
-        (true, true) => format!("{RENEW_LIST}; {RENEW_HOST}"),
-        (false, _) => RENEW_HOST.to_owned(),
-    };
+    modes.sort();
+    modes.dedup();
+    let mut fixes = modes;
+    fixes.extend(of_list.then(|| RENEW_LIST.to_owned()));
+    // What is left is a CA that ends.
+    if of_host || fixes.is_empty() {
+        fixes.push(RENEW_HOST.to_owned());
+    }
+    let fix = fixes.join("; ");
     let (status, found) =
         if wrong.is_empty() { (CheckStatus::Ok, until) } else { (CheckStatus::Warn, wrong) };
     let means = "guests move over TLS with these alone";
     check(CheckId::TlsCreds, status, found.join("; "), means, Some(&fix))
+}
+
+/// The command that makes a file one that may be used, where all that is wrong is who else may read or change it.
+fn mode_to_set(error: &TlsError) -> Option<String> {
+    match error {
+        TlsError::LooseKey { path, .. } => Some(format!("chmod 600 {}", path.display())),
+        TlsError::Open(error) => match error.as_ref() {
+            FileError::Changeable { path, .. } => Some(format!("chmod o-w {}", path.display())),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 /// What renews the certificates of a host, and what the list of its CA.

@@ -1,11 +1,15 @@
 //! Files of certificates, keys and expected sources that cannot be trusted: whoever else could change them, or read a key.
 
 use std::fs::Permissions;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
-use crate::support::{fails, run};
-use crate::tls::{Pki, done, pki, words};
+use serde_json::json;
+
+use crate::support::{control, fails, run, until};
+use crate::tls::{Pki, done, pki, receiver, source, words};
 
 fn mode(path: &Path, mode: u32) {
     std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
@@ -179,4 +183,70 @@ fn certificates_of_hosts_end_with_their_ca() {
         let says = format!("the certificates end at {}, with their CA", end(0));
         assert_eq!(told.contains(&says), capped, "{told}");
     }
+}
+
+#[test]
+fn what_mends_it_is_something_that_can_be_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { ca, b, .. } = pki(dir.path());
+    let again = run(&["tls", "init", words(&ca)]);
+    let told = String::from_utf8(again.stderr).unwrap();
+    assert_eq!(again.status.code(), Some(1), "{told}");
+    assert!(told.contains("choose another folder") && !told.contains("--force"), "{told}");
+    let key = b.join("server-key.pem");
+    mode(&key, 0o644);
+    let doctor = run(&["doctor", "--json", "--tls-creds", words(&b)]).stdout;
+    let doctor: serde_json::Value = serde_json::from_slice(&doctor).unwrap();
+    let check = doctor["checks"].as_array().unwrap().iter().find(|check| check["id"] == "tls-creds").unwrap();
+    assert_eq!(check["fix"], format!("chmod 600 {}", key.display()), "{check}");
+}
+
+/// A certificate in `a` that the certificate of a host in `b` has issued, which is no CA's.
+fn by_a_host(a: &Path, b: &Path) {
+    let text = |name: &str| std::fs::read_to_string(b.join(name)).unwrap();
+    let (issuer, key) = (text("client-cert.pem"), rcgen::KeyPair::from_pem(&text("client-key.pem")).unwrap());
+    let issuing = rcgen::Issuer::from_ca_cert_pem(&issuer, key).unwrap();
+    let pair = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(vec!["host-a".to_owned()]).unwrap();
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    let made = params.signed_by(&pair, &issuing).unwrap().pem();
+    std::fs::write(a.join("client-cert.pem"), made + &issuer).unwrap();
+    std::fs::write(a.join("client-key.pem"), pair.serialize_pem()).unwrap();
+}
+
+#[test]
+fn who_does_not_speak_tls_is_told_in_words_and_not_as_a_peer_over_tls() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { a, b, .. } = pki(dir.path());
+    let receives = receiver(dir.path(), &["--tls-creds", words(&b)]);
+    let to = receives.incoming();
+    let plain = source(dir.path(), &["--insecure-plaintext"]);
+    let address = to.strip_prefix("tcp:").unwrap();
+    for (n, (says, bytes, kind)) in [
+        ("speaks in plain text", None, "plain-text"),
+        ("what it sent is no TLS", Some(&b"GET / HTTP/1.1\r\n\r\n"[..]), "tls"),
+        ("longer than any that is taken", Some(&[0x16, 3, 1, 0, 4, 1, 0xff, 0xff, 0xff]), "tls"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        match bytes {
+            None => assert_eq!(plain.migrate(&to, json!({}))["status"], "failed"),
+            Some(bytes) => {
+                let mut stranger = TcpStream::connect(address).unwrap();
+                stranger.write_all(bytes).unwrap();
+                // An alert, and the end.
+                let _ = stranger.read_to_end(&mut Vec::new());
+            }
+        }
+        until("the refusal to be counted", || (receives.info()["refused"]["count"] == n + 1).then_some(()));
+        let last = receives.info()["refused"]["last"].take();
+        assert_eq!(last["security"]["kind"], kind, "{last}");
+        assert!(last["why"].as_str().unwrap().contains(says), "{last}");
+        let status = done(&["status", "--control", control(&receives)]);
+        assert!(status.contains(says) && !status.contains("over TLS"), "{status}");
+    }
+    by_a_host(&a, &b);
+    let says = "client-cert.pem is issued by a certificate that is no CA's";
+    fails(&["vm", "--software", "--exit-with-stdin", "--tls-creds", words(&a)], 1, says);
 }

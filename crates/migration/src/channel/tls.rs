@@ -432,8 +432,9 @@ impl Transport for Tls {
         let state = lock(&self.state);
         let cipher = state.connection.negotiated_cipher_suite().map(|suite| suite.suite());
         let leaf = state.connection.peer_certificates().and_then(<[_]>::first);
+        let plain = matches!(state.failed, Some(TlsError::PlainText));
         ConnectionSecurity {
-            kind: SecurityKind::Tls,
+            kind: if plain { SecurityKind::PlainText } else { SecurityKind::Tls },
             cipher: cipher.and_then(|cipher| cipher.as_str()).map(str::to_owned),
             peer: leaf.and_then(|leaf| PeerIdentity::of(leaf).ok()),
             socket: Some(self.socket.kind()),

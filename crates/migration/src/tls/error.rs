@@ -7,6 +7,8 @@ use rustls::{AlertDescription, CertificateError};
 use vfio_migration_types::{quote, rfc3339};
 
 use crate::regular_file::FileError;
+use crate::tls::library_texts::{chain, incompatible, invalid_message, raw};
+use crate::tls::own_refusal::OwnRefusal;
 
 /// The reason why a connection is not made, or not gone on with, for its security's sake.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -122,7 +124,7 @@ impl TlsError {
                     own.map_or_else(|| format!("cannot be used: {text}"), str::to_owned)
                 }
             },
-            other => format!("cannot be used: {other}"),
+            other => format!("cannot be used ({})", raw(other)),
         }
     }
 
@@ -135,11 +137,23 @@ impl TlsError {
             E::AlertReceived(alert) => Self::RefusedByPeer(by_alert(alert)),
             E::NoApplicationProtocol => Self::other_protocol(),
             E::InvalidCertRevocationList(why) => Self::Refused(format!(
-                "the peer's certificate cannot be judged: the revocation list of its CA cannot be used ({why:?})"
+                "the peer's certificate cannot be judged: the revocation list of its CA cannot be used ({})",
+                raw(why)
             )),
             E::DecryptError => Self::Damaged,
             E::General(text) => Self::Setup(text),
-            other => Self::Protocol(other.to_string()),
+            E::FailedToGetCurrentTime => Self::Setup("the system does not tell the time".to_owned()),
+            E::FailedToGetRandomBytes => Self::Setup("the system gives no random bytes".to_owned()),
+            E::InvalidMessage(found) => Self::Protocol(invalid_message(&found)),
+            E::PeerIncompatible(found) => Self::Protocol(incompatible(&found)),
+            E::PeerMisbehaved(found) => Self::Protocol(format!("it breaks a rule of TLS ({})", raw(found))),
+            E::InappropriateMessage { .. } | E::InappropriateHandshakeMessage { .. } => {
+                Self::Protocol("it sent a message of TLS where another has to come".to_owned())
+            }
+            E::PeerSentOversizedRecord => {
+                Self::Protocol("it sent a record that is longer than TLS allows".to_owned())
+            }
+            other => Self::Protocol(raw(other)),
         }
     }
 }
@@ -185,8 +199,25 @@ fn certificate(error: &CertificateError) -> String {
             "the revocation list of the peer's CA, ca-crl.pem of this side, expired at {}: get a new one",
             time(next_update)
         ),
-        C::Other(other) => other.to_string(),
-        other => format!("the peer's certificate is refused: {other}"),
+        C::BadEncoding => "the peer's certificate is not encoded as X.509 asks".to_owned(),
+        C::UnhandledCriticalExtension => {
+            "the peer's certificate has a critical extension that is not known here: make one without".to_owned()
+        }
+        C::UnknownRevocationStatus => {
+            "the peer's certificate cannot be judged: no list of ca-crl.pem of this side says whether it is revoked".to_owned()
+        }
+        C::UnsupportedSignatureAlgorithmContext { .. }
+        | C::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            "the peer's certificate is signed in a way that this build does not take: have it made with ECDSA or RSA, and SHA-256 or more"
+                .to_owned()
+        }
+        C::InvalidOcspResponse => "the peer's certificate comes with an OCSP response that is not right".to_owned(),
+        C::ApplicationVerificationFailure => "the peer's certificate is refused by rules of this side".to_owned(),
+        C::Other(other) => match other.0.downcast_ref::<OwnRefusal>() {
+            Some(own) => own.to_string(),
+            None => format!("the peer's certificate {}", chain(other)),
+        },
+        other => format!("the peer's certificate is refused ({})", raw(other)),
     }
 }
 
@@ -237,5 +268,49 @@ fn by_alert(alert: AlertDescription) -> String {
             format!("what reached it was damaged on the way (TLS alert {alert:?})")
         }
         other => format!("TLS alert {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::{Error, InvalidMessage, OtherError, PeerIncompatible, PeerMisbehaved};
+
+    use super::*;
+
+    /// What webpki finds is an error of a type that is not ours to name.
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Named(&'static str);
+
+    #[test]
+    fn what_a_peer_can_bring_about_is_told_in_words() {
+        let chain =
+            |name| Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(Named(name)))));
+        let unknown = "the TLS library says: ";
+        for (found, says) in [
+            (chain("EndEntityUsedAsCa"), "is issued by a certificate that is no CA's"),
+            (chain("CaUsedAsEndEntity"), "is a CA's own"),
+            (chain("SomethingNew"), "is refused (the TLS library says: SomethingNew)"),
+            (InvalidMessage::HandshakePayloadTooLarge.into(), "longer than any that is taken here"),
+            (PeerIncompatible::SignatureAlgorithmsExtensionRequired.into(), "which signatures it takes"),
+            (PeerMisbehaved::TooManyKeyUpdateRequests.into(), unknown),
+            (InvalidMessage::InvalidCcs.into(), unknown),
+            (Error::HandshakeNotComplete, unknown),
+            (Error::PeerSentOversizedRecord, "longer than TLS allows"),
+            (CertificateError::UnhandledCriticalExtension.into(), "critical extension"),
+        ] {
+            let name = format!("{found:?}");
+            let text = TlsError::of(found).to_string();
+            assert!(text.contains(says), "{name}: {text}");
+            // A name of the library's is told as such.
+            let is_raw = |word: &str| {
+                let mut letters = word.chars();
+                letters.next().is_some_and(char::is_uppercase)
+                    && letters.as_str().contains(char::is_lowercase)
+                    && letters.as_str().contains(char::is_uppercase)
+            };
+            let raw = text.split(|c: char| !c.is_ascii_alphabetic()).any(is_raw);
+            assert!(!raw || text.contains(unknown), "{name}: {text}");
+        }
     }
 }

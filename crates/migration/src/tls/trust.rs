@@ -19,8 +19,8 @@ use rustls::{
 use crate::tls::authorities::Authorities;
 use crate::tls::crl::{CRL_FILE, Revocations};
 use crate::tls::error::TlsError;
-use crate::tls::files::CA_FILE;
 use crate::tls::identity::{PeerIdentity, Pin};
+use crate::tls::own_refusal::OwnRefusal;
 
 /// Whom a side trusts.
 #[derive(Clone, Debug)]
@@ -131,7 +131,7 @@ impl<V: ?Sized> AuthorityVerifier<V> {
     ) -> Result<T, Error> {
         let at = UNIX_EPOCH + Duration::from_secs(now.as_secs());
         if let Some(why) = self.authorities.none_at(at) {
-            return Err(refused(NoAuthority(why)));
+            return Err(refused(OwnRefusal::NoAuthority(why)));
         }
         let made = if self.authorities.in_force(at) == self.in_force {
             Arc::clone(&self.made)
@@ -144,7 +144,7 @@ impl<V: ?Sized> AuthorityVerifier<V> {
             Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
                 let chain = std::iter::once(leaf).chain(intermediates).map(|der| der.as_ref());
                 match self.authorities.problem_of_issuer(chain, at) {
-                    Some(why) => refused(EndedAuthority(why)),
+                    Some(why) => refused(OwnRefusal::EndedAuthority(why)),
                     None => error,
                 }
             }
@@ -152,14 +152,6 @@ impl<V: ?Sized> AuthorityVerifier<V> {
         })
     }
 }
-
-#[derive(Debug, thiserror::Error)]
-#[error("no certificate of a peer can be judged, since {CA_FILE} holds no CA that can be used: {0}")]
-struct NoAuthority(String);
-
-#[derive(Debug, thiserror::Error)]
-#[error("the peer's certificate is of a CA that is not taken any more: {CA_FILE}: {0}")]
-struct EndedAuthority(String);
 
 /// Takes certificates by their public key alone, while they are valid. That the peer has the key, the handshake's signature proves.
 #[derive(Debug)]
@@ -177,7 +169,7 @@ impl PinVerifier {
         let identity =
             PeerIdentity::of(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
         if !self.pins.contains(&identity.pin) {
-            return Err(refused(NotPinned(identity.pin)));
+            return Err(refused(OwnRefusal::NotPinned(identity.pin.to_string())));
         }
         let now = UNIX_EPOCH + Duration::from_secs(now.as_secs());
         if now > identity.not_after {
@@ -194,13 +186,9 @@ fn unix(time: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(time.duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
-fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+fn refused(error: OwnRefusal) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
 }
-
-#[derive(Debug, thiserror::Error)]
-#[error("the peer's key {0} is not among those that are pinned")]
-struct NotPinned(Pin);
 
 /// What both traits ask for in the same words.
 macro_rules! handshake_signatures {

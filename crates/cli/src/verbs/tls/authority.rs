@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use rcgen::{Issuer, KeyPair, PublicKeyData};
 use vfio_migration::{
-    AtomicFile, CA_FILE, CRL_FILE, Pin, TlsError, open_regular_to_append, private_key_file, revocation_lists,
-    trusted_authorities,
+    AtomicFile, CA_FILE, CRL_FILE, FileError, Pin, TlsError, open_regular_to_append, private_key_file,
+    revocation_lists, trusted_authorities,
 };
 use vfio_migration_types::{error_chain, rfc3339};
 
@@ -121,6 +121,18 @@ impl NewFile {
         let file = AtomicFile::create(&dir.join(name), replace)
             .map_err(|error| CliError::caused("no certificates are made", &error))?;
         Ok(Self { name: name.to_owned(), file })
+    }
+
+    /// One of a new CA, which replaces none.
+    pub(super) fn of_new_ca(dir: &Path, name: &str) -> Result<Self, CliError> {
+        match AtomicFile::create(&dir.join(name), false) {
+            Ok(file) => Ok(Self { name: name.to_owned(), file }),
+            Err(FileError::Exists(path)) => Err(CliError::failed(format!(
+                "no CA is made: {} exists already: choose another folder, or remove it, if no host is to trust that CA any more",
+                path.display()
+            ))),
+            Err(error) => Err(CliError::caused("no CA is made", &error)),
+        }
     }
 
     /// Writes it, and gives its name.

@@ -23,7 +23,7 @@ pub(super) fn authority(dir: &Path, days: u32) -> Result<(TlsMadeReport, String)
     make_folder(dir)?;
     // Both first: a CA whose key was replaced can vouch for nobody.
     let (key_file, certificate_file) =
-        (NewFile::create(dir, CA_KEY_FILE, false)?, NewFile::create(dir, CA_FILE, false)?);
+        (NewFile::of_new_ca(dir, CA_KEY_FILE)?, NewFile::of_new_ca(dir, CA_FILE)?);
     let pair = KeyPair::generate().map_err(not_made)?;
     let mut params = valid_for(CertificateParams::default(), days);
     // Two CAs of one name are told apart by nobody who reads an error.

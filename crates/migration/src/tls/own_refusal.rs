@@ -1,0 +1,12 @@
+//! Why a peer's certificate is refused by a rule of ours, and by none of the TLS library's.
+
+/// The rule that it breaks.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OwnRefusal {
+    #[error("no certificate of a peer can be judged, since ca-cert.pem holds no CA that can be used: {0}")]
+    NoAuthority(String),
+    #[error("the peer's certificate is of a CA that is not taken any more: ca-cert.pem: {0}")]
+    EndedAuthority(String),
+    #[error("the peer's key {0} is not among those that are pinned")]
+    NotPinned(String),
+}
