@@ -272,9 +272,10 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         ConnectError::Insecure { source: TransportError::Tls(error), .. } if error.hints_at_plain_text() => {
             "start the destination with --tls-creds DIR as well; where plain text is meant, say --insecure-plaintext on both sides; one that does not wait any more ends it so, too"
         }
-        ConnectError::Insecure { source: TransportError::Tls(TlsError::Protocol(_)), .. } => {
-            "check the address: something else than a destination listens there"
-        }
+        ConnectError::Insecure {
+            source: TransportError::Tls(TlsError::Protocol(_) | TlsError::NotAsked),
+            ..
+        } => "check the address: something else than a destination listens there",
         ConnectError::Insecure { .. } => {
             "compare the certificates of both hosts: `vfio-migrate tls show DIR` tells their names and their ends, `vfio-migrate tls pin DIR` their keys"
         }

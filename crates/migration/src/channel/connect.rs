@@ -192,7 +192,10 @@ fn over(
         }
         source => ConnectError::Insecure { uri: uri.clone(), source },
     };
-    Tls::connect(socket, config, name, limit).map(|tls| Box::new(tls) as Box<dyn Transport>).map_err(insecure)
+    let must_ask = security.is_some_and(Security::has_to_be_asked);
+    Tls::connect(socket, config, name, must_ask, limit)
+        .map(|tls| Box::new(tls) as Box<dyn Transport>)
+        .map_err(insecure)
 }
 
 fn as_it_is(socket: OwnedFd, security: Option<&Security>) -> Box<dyn Transport> {

@@ -19,6 +19,7 @@ use vfio_migration_wire::PREAMBLE;
 
 use crate::channel::transport::{Socket, Transport, TransportError};
 use crate::session::lock::lock;
+use crate::tls::asked::Asked;
 use crate::tls::config::ALPN;
 use crate::tls::error::TlsError;
 use crate::tls::identity::PeerIdentity;
@@ -53,6 +54,8 @@ struct State {
     /// by an alert, and takes an attempt for a defect of its caller.
     closed: bool,
     failed: Option<TlsError>,
+    /// Known of a destination that has to ask for our certificate.
+    asked: Option<Asked>,
 }
 
 /// What can be had of a connection without receiving more.
@@ -64,15 +67,18 @@ enum Ready {
 
 impl Tls {
     /// Connects to a peer that has to prove that it is `name`, and waits for its first word, within `limit`: only by that word is
-    /// it known that it takes our certificate, and what is sent before would cut off its reason why not.
+    /// it known that it takes our certificate, and what is sent before would cut off its reason why not. One that `must_ask` for it,
+    /// and does not, is refused.
     pub(crate) fn connect(
         socket: OwnedFd,
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
+        must_ask: bool,
         limit: Duration,
     ) -> Result<Self, TransportError> {
-        let connection = ClientConnection::new(config, name).map_err(TlsError::of)?;
-        let tls = Self::new(socket, Connection::Client(connection));
+        let (asked, watched) = Asked::watch(&config);
+        let connection = ClientConnection::new(watched, name).map_err(TlsError::of)?;
+        let tls = Self::new(socket, Connection::Client(connection), must_ask.then_some(asked));
         let until = Instant::now() + limit;
         while !tls.has_word() {
             tls.flush(true)?;
@@ -91,10 +97,10 @@ impl Tls {
     /// Takes the connection of somebody who connected. The handshake goes on as the connection is read.
     pub(crate) fn accepted(socket: OwnedFd, config: Arc<ServerConfig>) -> Result<Self, TlsError> {
         let connection = ServerConnection::new(config).map_err(TlsError::of)?;
-        Ok(Self::new(socket, Connection::Server(connection)))
+        Ok(Self::new(socket, Connection::Server(connection), None))
     }
 
-    fn new(socket: OwnedFd, mut connection: Connection) -> Self {
+    fn new(socket: OwnedFd, mut connection: Connection, asked: Option<Asked>) -> Self {
         // What may be encrypted at once is bounded by `STEP`.
         connection.set_buffer_limit(None);
         let state = State {
@@ -105,6 +111,7 @@ impl Tls {
             ended: false,
             closed: false,
             failed: None,
+            asked,
         };
         Self { socket: Socket::new(socket), state: Mutex::new(state), plain: Mutex::default() }
     }
@@ -268,11 +275,14 @@ impl State {
             }
             let done = self.connection.process_new_packets().map_err(TlsError::of).and_then(|io| {
                 // A peer that leaves the protocol out is taken by TLS, and not by us.
-                let named = self.connection.alpn_protocol() == Some(ALPN);
-                if named || self.connection.is_handshaking() {
+                if self.connection.is_handshaking() {
                     Ok(io)
-                } else {
+                } else if self.connection.alpn_protocol() != Some(ALPN) {
                     Err(TlsError::other_protocol())
+                } else if self.asked.as_ref().is_some_and(|asked| !asked.has_come()) {
+                    Err(TlsError::NotAsked)
+                } else {
+                    Ok(io)
                 }
             });
             match done {
@@ -501,7 +511,8 @@ mod tests {
             stream.flush().unwrap();
         });
         let name = ServerName::try_from("host").unwrap();
-        let tls = Tls::connect(stream.into(), Arc::new(client), name, Duration::from_secs(20)).unwrap();
+        let limit = Duration::from_secs(20);
+        let tls = Tls::connect(stream.into(), Arc::new(client), name, false, limit).unwrap();
         tls.write(&[IoSlice::new(b"hello")]).unwrap();
         peer.join().unwrap();
         // Until the kernel has heard that nobody is there.

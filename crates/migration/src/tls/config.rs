@@ -104,6 +104,11 @@ impl Security {
         }
     }
 
+    /// Whether a destination that asks for no certificate is none of ours. What a VMM's own configuration is for, it knows.
+    pub(crate) fn has_to_be_asked(&self) -> bool {
+        matches!(self, Self::Directory(_))
+    }
+
     /// Whether a CA vouches for the names of peers.
     pub(crate) fn proves_names(&self) -> bool {
         matches!(self, Self::Directory(directory) if directory.pins.is_empty())

@@ -73,6 +73,12 @@ pub enum TlsError {
     /// A record is not as it was sent, by accident or because somebody on the way changed it.
     #[error("what was received was damaged on the way: it does not decrypt")]
     Damaged,
+    /// The destination takes whoever comes.
+    #[error(
+        "the peer takes a guest from anybody: it asks for no certificate, as a destination that is set up for TLS does (a `vm` with \
+         --tls-creds, or what stands before it)"
+    )]
+    NotAsked,
     /// The peer speaks the protocol without TLS.
     #[error(
         "the peer speaks in plain text, and this side takes TLS alone: it needs --tls-creds DIR there too"

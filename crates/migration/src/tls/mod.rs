@@ -3,6 +3,7 @@
 //! The bytes of a connection are [`channel::tls`](crate::channel)'s; here is what a connection is made with. Nothing secret is
 //! ever part of an error, a log line or `Debug`.
 
+pub(crate) mod asked;
 pub(crate) mod authorities;
 pub(crate) mod config;
 pub(crate) mod crl;
