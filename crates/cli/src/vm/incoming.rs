@@ -52,11 +52,11 @@ pub(super) fn again(vm: &Arc<RunningVm>, asked: &IncomingArguments) -> Result<()
     begun
 }
 
-/// Waits until a wait that was cancelled is over: its machine is being given up.
+/// Waits until a wait that was cancelled is over, with a guest half way or without: its machine is being given up.
 fn outlast_cancelled(vm: &RunningVm) {
     let begun = Instant::now();
     let ending = || match vm.state.steering() {
-        Some(Steering::Incoming(control)) => control.cancelled().is_some() && control.progress().is_none(),
+        Some(Steering::Incoming(control)) => control.cancelled().is_some(),
         Some(Steering::Outgoing(_)) | None => false,
     };
     while ending() && begun.elapsed() < CANCELLED {
@@ -67,10 +67,19 @@ fn outlast_cancelled(vm: &RunningVm) {
 /// Reserves the slot for a guest, unless one is here or awaited, and returns what was in it. [`listen`] may follow.
 pub(super) fn reserve(vm: &RunningVm) -> Result<Slot, Refused> {
     outlast_cancelled(vm);
-    let (under_way, waits) =
-        vm.state.read(|slot, steering, _| (steering.is_some(), matches!(slot, Slot::Awaited { .. })));
-    if under_way {
-        let text = if waits { "it already waits for a guest" } else { "a migration is under way" };
+    let waits = vm.state.read(|slot, _, _| matches!(slot, Slot::Awaited { .. }));
+    let text = match vm.state.steering() {
+        None => None,
+        // It outlasts what was waited for above.
+        Some(Steering::Incoming(control)) if control.cancelled().is_some() => {
+            let awaited = control.progress().map(|progress| progress.awaited).unwrap_or_default();
+            let awaited: Vec<_> = awaited.iter().map(|answer| format!(": {answer}")).collect();
+            Some(format!("the wait that was cancelled is still being undone{}", awaited.concat()))
+        }
+        Some(_) if waits => Some("it already waits for a guest".into()),
+        Some(_) => Some("a migration is under way".into()),
+    };
+    if let Some(text) = text {
         return Err(Refused::new("MigrationActive", text));
     }
     let free = |slot: &Slot| matches!(slot, Slot::Left { .. } | Slot::Empty | Slot::Failed);

@@ -385,3 +385,23 @@ fn one_signal_ends_whoever_follows_a_vm_that_has_fallen_silent() {
         assert_eq!(vm.ended()["status"], "cancelled", "it heard of it all the same");
     }
 }
+
+/// With a guest half way the machine is given up first: whoever begins another wait at once need not know.
+#[test]
+fn a_receiver_that_was_cancelled_half_way_waits_again_when_told_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = Setup::new(dir.path(), "a").start();
+    here.warm();
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    here.begin(&there.incoming(), json!({"max-bandwidth": 1 << 20}));
+    until("the guest to be half way", || {
+        (there.migration()["transferred"]["ram"].as_u64()? > 0).then_some(())
+    });
+    there.call("migrate-cancel", Value::Null).unwrap();
+    there.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"})).unwrap();
+    assert_eq!(here.ended()["status"], "cancelled");
+    let info = here.migrate(&there.incoming(), json!({"downtime-limit": 60_000}));
+    assert_eq!(info["status"], "completed", "{info}");
+    there.assert_runs();
+}
