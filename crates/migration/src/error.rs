@@ -79,7 +79,9 @@ impl MigrateError {
             Self::Aborted(aborted) if aborted.obstacle => {
                 Some(crate::reasons::report(&[crate::reasons::of_obstacle(&aborted.cause)]))
             }
-            Self::Aborted(aborted) if !aborted.cancelled => refused(&aborted.cause),
+            Self::Aborted(aborted) if !aborted.cancelled && !aborted.cause.is_cancelled() => {
+                refused(&aborted.cause)
+            }
             _ => None,
         }
     }

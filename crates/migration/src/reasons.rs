@@ -1,5 +1,6 @@
 //! The reasons of a verdict, between the wire and those who read them.
 
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -120,8 +121,12 @@ pub(crate) fn permits(report: &Report, to_file: bool) -> bool {
     report.verdict <= worst
 }
 
-/// A device's failure when it was tried, as a reason.
+/// A device's failure when it was tried, as a reason. One that is late, or whose server is gone, has not answered: no verdict.
 pub(crate) fn of_device_failure(failure: &Failure) -> Option<Reason> {
+    let unanswered = [Errno::TIMEDOUT, Errno::CONNRESET].map(|errno| errno.raw_os_error().unsigned_abs());
+    if failure.errno.is_some_and(|errno| unanswered.contains(&errno)) {
+        return None;
+    }
     let device = failure.device.clone()?;
     let arc = failure.arc.map(|(from, to)| format!("{from} to {to}"));
     let side = failure.side;

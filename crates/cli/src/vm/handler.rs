@@ -9,6 +9,7 @@ use vfio_migration::{AttemptKind, Machine, Progress};
 use vfio_migration_compat::Document;
 use vfio_migration_types::{Phase, error_chain};
 
+use super::ending;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use super::{held, incoming, info, outgoing, saving};
@@ -169,7 +170,7 @@ impl VmHandler {
     /// The process ends once the client has its answer.
     fn quit(&self, arguments: QuitArguments) -> Result<Answer, Refused> {
         if !arguments.force {
-            self.vm.end_without_guest(QUIT)?;
+            ending::end_without_guest(&self.vm, QUIT)?;
         }
         let (quit, by) = (self.quit.clone(), if arguments.force { "`quit --force`" } else { QUIT });
         let end = move || {

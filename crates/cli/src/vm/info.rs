@@ -10,7 +10,7 @@ use vfio_migration::{
     Uri,
 };
 use vfio_migration_compat::Report as CheckReport;
-use vfio_migration_types::{error_chain, printable};
+use vfio_migration_types::{CancelCause, Phase, Side, error_chain, printable};
 use vfio_migration_vmm::guest::{Report, Stage};
 use vfio_migration_vmm::machine::Accelerator;
 
@@ -18,7 +18,7 @@ use super::rollback;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
 use crate::address::Address;
-use crate::control::awaited::AwaitedInfo;
+use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::expected::RefusalsInfo;
 use crate::control::failure::FailureInfo;
 use crate::control::guest::GuestInfo;
@@ -207,6 +207,19 @@ fn at_end(vm: &RunningVm, status: MigrationStatus) -> MigrationInfo {
     MigrationInfo { status, remaining: None, rate: 0, expected_downtime_ms: None, waits_for, ..last }
 }
 
+/// A session that ends with the process, `by` this, before what does not answer is undone.
+pub(super) fn ended_with_process(vm: &RunningVm, by: &str, awaited: &[AwaitedInfo]) -> MigrationInfo {
+    let (side, progress) = match vm.state.steering() {
+        Some(Steering::Outgoing(control)) => (Side::Source, Some(control.progress())),
+        Some(Steering::Incoming(control)) => (Side::Destination, control.progress()),
+        None => (Side::Source, None),
+    };
+    let phase = progress.map_or(Phase::Plan, |progress| progress.phase);
+    let cause = CancelCause::ProcessEnds(by.to_owned()).failure(side, phase);
+    let error = format!("the session was cancelled {cause}; it is not waited for: {}", sentence(awaited));
+    failed_in(Some(&cause), MigrationInfo { error: Some(error), ..at_end(vm, MigrationStatus::Cancelled) })
+}
+
 /// The same of one that failed, in the phase of its failure: the session may have been in another when it heard of it.
 fn failed_in(failure: Option<&Failure>, ended: MigrationInfo) -> MigrationInfo {
     let Some(failure) = failure else { return ended };
@@ -338,9 +351,10 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
 }
 
 /// A save after which the guest runs on here, which it had `stood` for.
-pub(super) fn saved(vm: &RunningVm, stood: Duration) -> MigrationInfo {
+pub(super) fn saved(vm: &RunningVm, stood: Duration, late: &[Failure]) -> MigrationInfo {
     let downtime_ms = (!stood.is_zero()).then(|| milliseconds(stood));
-    MigrationInfo { downtime_ms, ..at_end(vm, MigrationStatus::Completed) }
+    let left_undone = late.iter().map(FailureInfo::from).collect();
+    MigrationInfo { downtime_ms, left_undone, ..at_end(vm, MigrationStatus::Completed) }
 }
 
 /// A save whose file could not be written.
@@ -437,7 +451,9 @@ pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
 
 /// A rehearsal that ended early, be it because it found that nothing would move.
 pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
-    let cancelled = matches!(error, MigrateError::Aborted(aborted) if aborted.cancelled);
+    // By whichever side's operator.
+    let cancelled =
+        matches!(error, MigrateError::Aborted(aborted) if aborted.cancelled || aborted.cause.is_cancelled());
     let rehearsal = RehearsalInfo::of_error(error).filter(|_| !cancelled);
     let status = match (&rehearsal, cancelled) {
         (Some(_), _) => MigrationStatus::Rehearsed,

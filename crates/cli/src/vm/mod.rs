@@ -1,6 +1,7 @@
 //! `vm`: the process that runs a guest, or waits for one, and serves its control socket.
 
 mod creds;
+mod ending;
 mod expected;
 #[cfg(test)]
 mod fault_sweep;
@@ -58,7 +59,7 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
     let by = quitted.recv().unwrap_or(FAILED_START);
     drop(watching);
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
-    vm.end(by);
+    ending::end(vm, by);
     eprintln_line(format_args!("vfio-migrate: the VM's process has ended by {by}"));
     Ok(Exit::Done)
 }
@@ -110,14 +111,14 @@ fn start(
     };
     interrupt
         .watch(move || prepared.start())
-        .inspect_err(|_| vm.end(interrupt.name().unwrap_or(FAILED_START)))
+        .inspect_err(|_| ending::end(&vm, interrupt.name().unwrap_or(FAILED_START)))
         .and_then(|started| started)?;
     let server = match bound {
         Some(bound) => {
             let handler = Arc::new(VmHandler { vm: vm.clone(), quit });
             let served = bound.serve(handler, vm.publisher.clone());
             Some(served.map_err(|error| {
-                vm.end(FAILED_START);
+                ending::end(&vm, FAILED_START);
                 CliError::caused("cannot make a thread for the control socket", &error)
             })?)
         }

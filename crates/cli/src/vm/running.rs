@@ -22,7 +22,6 @@ use super::presence::{self, Presence};
 use super::slot::{Slot, Steering, VmState};
 use super::wait::WaitSettings;
 use crate::args::serve::VmCommand;
-use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::clients::Publisher;
 use crate::control::event::ControlEvent;
 use crate::control::protocol::MigrationInfo;
@@ -164,15 +163,8 @@ impl RunningVm {
         }
     }
 
-    /// Ends what is under way `by` this, so that no guest can come any more, unless a guest is here that would end with the process.
-    pub(super) fn end_without_guest(&self, by: &str) -> Result<(), Refused> {
-        self.refuse_with_guest()?;
-        self.end_sessions(by);
-        // The one that was on its way may have arrived first.
-        self.refuse_with_guest()
-    }
-
-    fn refuse_with_guest(&self) -> Result<(), Refused> {
+    /// Refuses an end of the process while a guest is here that would end with it.
+    pub(super) fn refuse_with_guest(&self) -> Result<(), Refused> {
         let is = match self.state.slot() {
             // One that has stopped by itself has nothing left to lose.
             Slot::Here { machine, .. } if machine.failure().is_some() => return Ok(()),
@@ -200,24 +192,9 @@ impl RunningVm {
         self.ending.load(Ordering::Acquire)
     }
 
-    fn end_sessions(&self, by: &str) {
-        self.state.cancel_at_end(by);
-        let awaited: Vec<_> = self.state.join().iter().map(AwaitedInfo::from).collect();
-        if !awaited.is_empty() {
-            eprintln_line(format_args!(
-                "vfio-migrate: the session that was cancelled is not waited for: {}",
-                sentence(&awaited)
-            ));
-        }
-    }
-
-    /// Ends what is under way `by` this: a session is cancelled and waited for, so that no guest is left without an owner. One that waits for
-    /// a device is not: it is being undone, and the guest is this side's, or never came.
-    pub(super) fn end(&self, by: &str) {
+    /// From here on the process is [ending](Self::is_ending).
+    pub(super) fn begin_ending(&self) {
         self.ending.store(true, Ordering::Release);
-        self.end_sessions(by);
-        self.passed.end();
-        drop(self.state.put_if(|_| true, Slot::Ended));
     }
 }
 

@@ -43,9 +43,9 @@ fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, 
     let to = path.display().to_string();
     match result {
         Ok(Saved { completed: Some(completed), .. }) => outgoing::finish(vm, machine, Ok(completed), &to),
-        Ok(Saved { stood, .. }) => {
+        Ok(Saved { stood, left_undone, .. }) => {
             machine.release();
-            vm.end_session(info::saved(vm, stood), None);
+            vm.end_session(info::saved(vm, stood, &left_undone), None);
         }
         Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error), &to),
         Err(SaveError::NotResumed(held)) => {

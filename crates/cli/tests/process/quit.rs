@@ -176,3 +176,37 @@ fn a_receiver_that_is_gone_when_a_source_comes_is_told_as_gone() {
     assert!(error.contains("closed the connection before there was a session"), "{error}");
     assert!(!error.contains("certificate"), "{error}");
 }
+
+/// What the session waits for never answers: it ends in the history and for whoever follows it all the same.
+#[test]
+fn a_session_that_the_end_does_not_wait_for_is_told_and_written_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state").display().to_string();
+    let vm_arguments = &["--state-dir", &state];
+    let device_arguments = &["--state-size", "4M", "--fault", "hang-arc:PRE_COPY:PRE_COPY_P2P"];
+    let vm = Setup { device_arguments, vm_arguments, ..Setup::new(dir.path(), "a") }.start();
+    vm.warm();
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    let events = vm.events();
+    vm.begin(&there.incoming(), json!({"downtime-limit": 60_000}));
+    until("the device to be waited for", || {
+        (!vm.migration()["waits-for"].as_array()?.is_empty()).then_some(())
+    });
+    vm.call("quit", json!({"force": true})).unwrap();
+    let ended = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
+        .find(|event| event["event"] == "MIGRATION" && event["data"]["status"] == "cancelled")
+        .expect("the end of the session");
+    let error = ended["data"]["error"].as_str().unwrap();
+    assert!(
+        error.contains("quit") && error.contains("dev0 has not answered PRE_COPY to PRE_COPY_P2P"),
+        "{error}"
+    );
+    let record = until("the record", || {
+        let output = run(&["history", "--state-dir", &state, "--json"]);
+        let records: Value = serde_json::from_slice(&output.stdout).ok()?;
+        let last = records["records"].as_array()?.last()?.clone();
+        Some(last)
+    });
+    assert_eq!(record["migration"]["status"], "cancelled", "{record}");
+}

@@ -62,6 +62,11 @@ pub fn save_device(
     let how = SaveOptions { force, state_limit, ..SaveOptions::default() };
     let saved = save(source, path, how, |progress| control.set_left(progress.remaining));
     let saved = saved.map_err(failed)?;
+    if let Some(late) = saved.left_undone.first() {
+        // It is not asked any more.
+        let fate = DeviceFate { device: device.id().clone(), reset: control.was_reset(), now: None };
+        return Err(DeviceFileError::WholeFile { failure: late.clone().into(), fate });
+    }
     let precopy = control.precopy();
     let state = saved.devices.first().copied().unwrap_or_default();
     Ok(DeviceReport {

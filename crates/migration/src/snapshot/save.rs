@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vfio_migration_types::{PauseCause, Phase, Side, error_chain};
+use vfio_migration_types::{Failure, PauseCause, Phase, Side, error_chain};
 
 use super::estimate::{Estimate, StateLimits};
 use super::file::{Writer, failed};
@@ -15,7 +15,7 @@ use super::{DeviceState, GuestNotResumed, SaveError, SnapshotError, states};
 use crate::channel::link::Link;
 use crate::channel::liveness::keep_alive_until;
 use crate::channel::transport::Socket;
-use crate::error::{MigrateError, refused_here};
+use crate::error::{Aborted, MigrateError, refused_here};
 use crate::options::SourceOptions;
 use crate::regular_file::AtomicFile;
 use crate::report::{Completed, Progress};
@@ -57,6 +57,9 @@ pub struct Saved {
     pub completed: Option<Completed>,
     /// Time for which the guest was paused, where it goes on here; zero if it was paused before.
     pub stood: Duration,
+    /// What did not answer, where the guest goes on here: it is undone behind this end, as
+    /// [`Control::pending_rollback`](crate::Control::pending_rollback) tells.
+    pub left_undone: Vec<Failure>,
 }
 
 impl SourceOptions {
@@ -154,15 +157,23 @@ pub fn save(
                 devices: states(&devices),
                 completed: Some(completed),
                 stood: Duration::ZERO,
+                left_undone: Vec::new(),
             })
         }
         (Ok(Recorded { bytes, digest, devices, committed: false }), Err(MigrateError::Aborted(aborted))) => {
-            if aborted.is_as_before() {
+            let left_undone = aborted.left_undone.clone();
+            // What is late, with the guest running, is no concern of the file's.
+            let all_but_late = Aborted { left_undone: Vec::new(), ..(*aborted).clone() };
+            if all_but_late.is_as_before() {
                 let (devices, stood) = (states(&devices), aborted.stood);
-                Ok(Saved { bytes, digest, devices, completed: None, stood })
-            } else {
-                Err(SaveError::NotResumed(GuestNotResumed(aborted)))
+                return Ok(Saved { bytes, digest, devices, completed: None, stood, left_undone });
             }
+            let mut aborted = aborted;
+            if let Some(late) = left_undone.first() {
+                let text = format!("the file is whole; {}", late.text);
+                aborted.cause = Failure { text, ..late.clone() };
+            }
+            Err(SaveError::NotResumed(GuestNotResumed(aborted)))
         }
         // What became of the guest matters more, and the cause of its end is the file.
         (Err(Unrecorded::File(error)), Err(MigrateError::Aborted(mut aborted)))

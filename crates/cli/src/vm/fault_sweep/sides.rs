@@ -12,7 +12,7 @@ use vfio_migration_sim::{Fault, Options, SampleBackend, SampleDevice, serve};
 use vfio_migration_types::VmId;
 use vfio_user_peer::{Server, StopHandle};
 
-use super::super::{Started, start};
+use super::super::{Started, ending, start};
 use crate::args::{Cli, CliVerb};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{
@@ -149,7 +149,7 @@ impl Side {
 
 impl Drop for Side {
     fn drop(&mut self) {
-        self.started.vm.end("the end of the test");
+        ending::end(&self.started.vm, "the end of the test");
     }
 }
 
