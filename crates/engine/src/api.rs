@@ -236,8 +236,8 @@ pub enum SourceEvent {
         /// Whether the guest runs again (or stays paused, as its operator had left it).
         restored: bool,
     },
-    /// While [`SourceAction::RollBack`] or the journal after it is under way: something does not answer, and is not waited for.
-    /// The session goes on with both behind the attempt's end.
+    /// While [`SourceAction::RollBack`], the journal after it, or [`SourceAction::CleanUp`] is under way: something does not answer, and
+    /// is not waited for. The session goes on with it behind the attempt's end.
     RollBackLate {
         /// What does not answer, one failure each.
         left_undone: Vec<Failure>,

@@ -265,3 +265,70 @@ fn a_device_of_the_destination_that_is_late_with_interrupts_is_named_until_it_an
     assert_eq!(info["status"], "completed", "{info}");
     there.assert_whole();
 }
+
+/// The guest runs elsewhere: nobody waits for its old device, neither whoever moved it nor the end of the process.
+#[test]
+fn a_guest_that_has_moved_does_not_wait_for_its_old_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let device_arguments = &["--state-size", "4M", "--fault", "hang-arc:STOP_COPY:STOP"];
+    let mut vm =
+        Setup { device_arguments, device_options: ",timeout=2s", ..Setup::new(dir.path(), "a") }.start();
+    vm.warm();
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    let info = vm.migrate(&there.incoming(), json!({"downtime-limit": 60_000}));
+    assert_eq!(info["status"], "completed", "{info}");
+    let left = &info["left-undone"][0];
+    assert_eq!(
+        (&left["device"], &left["arc"]),
+        (&json!("dev0"), &json!({"from": "STOP_COPY", "to": "STOP"}))
+    );
+    there.assert_runs();
+    assert_eq!(vm.info()["pending-rollback"][0]["device"], "dev0");
+    vm.call("quit", Value::Null).unwrap();
+    until("the end of the process", || vm.process.child.try_wait().unwrap());
+}
+
+/// A question that was not answered is no verdict.
+#[test]
+fn a_rehearsal_with_a_device_that_is_late_has_no_verdict() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = late_in(dir.path(), 1);
+    let there = Setup { vm_arguments: &["--incoming", "tcp:127.0.0.1:0"], ..Setup::new(dir.path(), "b") };
+    let there = there.start();
+    let output = run(&[
+        "rehearse",
+        "--control",
+        crate::support::control(&vm),
+        "--to",
+        &there.incoming(),
+        "--downtime-limit",
+        "10s",
+    ]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("dev0") && !said.contains("device-failed"), "{said}");
+    assert_eq!(vm.migration()["incompatible"], false, "{}", vm.migration());
+}
+
+/// The file is whole by then: that is what is told, with what is late.
+#[test]
+fn a_file_is_whole_though_a_device_is_late_on_its_way_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let device_arguments = &["--state-size", "4M", "--fault", "hang-arc:STOP:RUNNING_P2P:9s"];
+    let vm = Setup { device_arguments, device_options: ",timeout=2s", ..Setup::new(dir.path(), "a") }.start();
+    vm.warm();
+    let file = dir.path().join("file");
+    vm.call("save", json!({"path": file})).unwrap();
+    let info = vm.ended();
+    let error = info["error"].as_str().unwrap();
+    assert!(error.contains("the file is whole") && error.contains("dev0 has not answered"), "{info}");
+    assert_eq!(
+        (&info["failure"]["side"], &info["failure"]["device"]),
+        (&json!("source"), &json!("dev0")),
+        "{info}"
+    );
+    assert!(file.exists());
+    until("the guest to go on", || (vm.status() == "running").then_some(()));
+    vm.assert_whole();
+}

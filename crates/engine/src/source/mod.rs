@@ -143,6 +143,11 @@ impl SourceEngine {
         matches!(self.state, State::RollingBack | State::JournalOwner | State::Undoing)
     }
 
+    /// Whether the guest has moved, and what was held here is being released.
+    pub fn is_cleaning_up(&self) -> bool {
+        self.state == State::CleaningUp
+    }
+
     /// Version and features in force, once the destination has answered.
     pub fn negotiated(&self) -> Option<HelloReply> {
         self.negotiated
@@ -277,6 +282,10 @@ impl SourceEngine {
             }
             (State::JournalReleased, SourceEvent::Journaled(SourceState::Released)) => self.on_released(),
             (State::CleaningUp, SourceEvent::CleanedUp) => self.complete(),
+            (State::CleaningUp, SourceEvent::RollBackLate { left_undone, .. }) => {
+                self.commit.left_undone.extend(left_undone);
+                self.complete();
+            }
             (State::JournalDeclined, SourceEvent::Journaled(SourceState::Owner)) => {
                 self.on_declined_journaled()
             }

@@ -178,8 +178,13 @@ impl Device for TrackedDevice {
     }
 
     fn stop_copy_size(&self) -> Result<Option<u64>, DeviceError> {
-        let _wait = self.requests.wait(Request::Progress);
-        self.requests.device.stop_copy_size()
+        let wait = self.requests.wait(Request::Progress);
+        let size = self.requests.device.stop_copy_size();
+        // One that does not tell was not asked.
+        if size.as_ref().is_err_and(|error| is_late(error)) {
+            self.requests.answers.is_late(&wait.wait, self.requests.device.answer_limit(true));
+        }
+        size
     }
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {

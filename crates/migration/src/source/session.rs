@@ -235,15 +235,20 @@ impl Session<'_> {
     /// While the guest runs, a cancel waits for nothing, and a failure not for a device that has been late already. A guest that is
     /// paused waits, since a device that may be on its way from one state to another must not run: until the limit that is told.
     fn leave_unanswered(&mut self) {
-        if !self.engine.is_rolling_back() || self.shared.left_behind.load(Ordering::Acquire) {
+        let cleans_up = self.engine.is_cleaning_up();
+        if !(cleans_up || self.engine.is_rolling_back()) || self.shared.left_behind.load(Ordering::Acquire) {
             return;
         }
         let rolling_back = self.rolling_back.get_or_insert_with(Instant::now).elapsed();
         // No guest runs with a device that moves alone.
         let paused = *lock(&self.shared.pausing) && !self.plan.options.device_alone;
         let late = self.plan.answers.late();
-        let unanswered = if paused {
-            let over = |answer: &AwaitedAnswer| answer.limit.is_some_and(|limit| answer.waited >= limit);
+        let over = |answer: &AwaitedAnswer| answer.limit.is_some_and(|limit| answer.waited >= limit);
+        let unanswered = if cleans_up && self.cancelled.is_none() {
+            // The guest runs elsewhere, and nobody waits for anything but the end.
+            let awaited = self.plan.answers.longer_than(UNANSWERED).into_iter();
+            awaited.filter(|answer| over(answer) || late.contains(answer)).collect()
+        } else if paused && !cleans_up {
             if late.iter().any(over) { late } else { return }
         } else if self.cancelled.is_some_and(|at| at.elapsed() >= UNANSWERED) {
             self.plan.answers.longer_than(UNANSWERED)
