@@ -23,8 +23,15 @@ pub(crate) fn creds() -> &'static str {
 
 /// The command, with arguments.
 pub(crate) fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"));
+    let mut command = with_default_signals();
     command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// The command, which ends by the signals that end processes: whoever runs the tests may have left some ignored (nohup does).
+fn with_default_signals() -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal", env!("CARGO_BIN_EXE_vfio-migrate")]);
     command
 }
 
@@ -57,7 +64,7 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(arguments: &[&str]) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"))
+        let child = with_default_signals()
             .args(arguments)
             .arg("--exit-with-stdin")
             .stdin(Stdio::piped())
