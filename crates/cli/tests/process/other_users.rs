@@ -92,7 +92,13 @@ impl Place {
     pub(crate) fn vm(&self, user: Option<User>, name: &str, umask: &str, more: &[&str]) -> (Vm, PathBuf) {
         let dir = user.map_or_else(|| self.path().to_owned(), |user| self.folder(user));
         let more = [&["--software"], more].concat();
-        let (devices, arguments) = software(&dir, name, &more).prepare();
+        let (devices, mut arguments) = software(&dir, name, &more).prepare();
+        // Our own private key is nobody else's, and none of them speaks over TCP.
+        if user.is_some()
+            && let Some(at) = arguments.iter().position(|argument| argument == "--tls-creds")
+        {
+            arguments.drain(at..=at + 1);
+        }
         let command = user.map_or_else(|| Command::new(&self.command), |user| self.as_user(user));
         let log = self.path().join(format!("{name}.log"));
         let child = Command::new("sh")
