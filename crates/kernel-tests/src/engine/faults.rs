@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use vfio_migration::{IncomingError, MigrateError};
 use vfio_migration_compat::Allow;
 use vfio_migration_device::TrackerKind;
-use vfio_migration_types::{Granule, Iova, Phase, Range};
+use vfio_migration_types::{Granule, Iova, MigrationState, Phase, Range};
 use vfio_migration_uapi::{start_dma_logging, stop_dma_logging};
 
 use super::meddler;
@@ -118,7 +118,11 @@ pub(crate) fn too_slow() -> Outcome {
     let mut options = options();
     options.downtime_limit = LIMIT;
     options.pause_before_switchover = true;
-    for (slow, next, phase) in [(&pair.from[0], 2, Phase::Quiesce), (&pair.to[0], 4, Phase::Ready)] {
+    // The source names its own device; of the destination's it knows none.
+    let own = Some((MigrationState::PreCopy, MigrationState::PreCopyP2p));
+    for (slow, next, phase, arc) in
+        [(&pair.from[0], 2, Phase::Quiesce, own), (&pair.to[0], 4, Phase::Ready, None)]
+    {
         set(slow, "arcs", 0)?;
         let (armed, ended) = (AtomicBool::new(false), AtomicBool::new(false));
         let ended = std::thread::scope(|scope| {
@@ -143,9 +147,9 @@ pub(crate) fn too_slow() -> Outcome {
         })?;
         let wanted = Wanted {
             phase,
-            device: None,
-            arc: None,
-            errno: None,
+            device: arc.map(|_| "card0"),
+            arc,
+            errno: arc.map(|_| Errno::TIMEDOUT),
             text: "above the downtime limit",
             remedy: "raise the downtime limit",
             reset: false,
