@@ -3,6 +3,7 @@
 use std::fmt;
 
 use rustix::io::Errno;
+use vfio_migration_guest_image::GuestImageError;
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::DEVICES_MAX;
 use vmm_sys_util::errno;
@@ -41,6 +42,9 @@ pub enum VmmError {
     /// Guest memory could not be made, read or written.
     #[error("guest memory failed")]
     Memory(#[from] MemoryError),
+    /// The guest program cannot run in this machine.
+    #[error(transparent)]
+    Guest(#[from] GuestImageError),
     /// A request that this machine cannot grant; the text says why.
     #[error("{0}")]
     Refused(String),

@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use vfio_migration_guest_image::map;
 use vfio_migration_memory::RamSpec;
 use vfio_migration_pci::BarWindows;
 use vfio_migration_types::Gpa;
@@ -20,11 +21,11 @@ use vfio_migration_types::Gpa;
 use crate::error::VmmError;
 
 /// End of the RAM below the 32-bit hole.
-pub const RAM_LOW_END: u64 = MMIO32_BASE;
+pub const RAM_LOW_END: u64 = map::RAM_LOW_END;
 /// Start of the RAM above it.
-pub const RAM_HIGH_BASE: u64 = 1 << 32;
+pub const RAM_HIGH_BASE: u64 = map::RAM_HIGH_BASE;
 /// Start of the window for 32-bit BARs.
-pub const MMIO32_BASE: u64 = 0xC000_0000;
+pub const MMIO32_BASE: u64 = RAM_LOW_END;
 /// Bytes of the window for 32-bit BARs.
 pub const MMIO32_LEN: u64 = 0x2000_0000;
 /// Start of the memory-mapped configuration space; bus 0 alone exists.
@@ -38,11 +39,11 @@ pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// Three pages that KVM on VMX needs for guests in real mode.
 pub const KVM_TSS: u64 = 0xFFFB_D000;
 /// Start of the window for 64-bit BARs. Needs 39 bits of guest-physical address.
-pub const MMIO64_BASE: u64 = 1 << 38;
+pub const MMIO64_BASE: u64 = map::MMIO64_BASE;
 /// Bytes of the window for 64-bit BARs: all that 39 bits of guest-physical address have.
 pub const MMIO64_LEN: u64 = 1 << 38;
 /// Bytes from the start of that window where the smaller BARs lie, which the guest program's page tables reach.
-pub const MMIO64_SMALL_LEN: u64 = 1 << 30;
+pub const MMIO64_SMALL_LEN: u64 = map::MMIO64_LEN;
 /// First of the ports for I/O BARs: the machine's own lie below.
 pub const PCI_PORTS_BASE: u64 = 0x1000;
 /// Number of ports for I/O BARs: all the rest.

@@ -9,12 +9,7 @@ use crate::bus::IoBus;
 use crate::clock::HostClock;
 use crate::serial::Serial;
 
-/// First of the four ports whose read latches the host's monotonic clock and gives its low half.
-pub const CLOCK_LOW: u16 = 0xC00;
-/// First of the four ports that give the latched high half.
-pub const CLOCK_HIGH: u16 = 0xC04;
-/// A guest that gave up writes its failure code, four bytes, here.
-pub const FAILURE: u16 = 0xC08;
+pub use vfio_migration_guest_image::ports::{CLOCK_HIGH, CLOCK_LOW, FAILURE};
 
 /// The fixed devices of the machine — serial line, host clock, failure port — in front of another bus, usually the
 /// PCI bus.

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::bus::IoBus;
 use crate::error::VmmError;
-use crate::guest::{Areas, BootInfo, SAMPLE_DEVICE};
+use crate::guest::{Areas, BootInfo, SAMPLE_DEVICE, parts};
 use crate::kvm::KvmBackend;
 use crate::kvm::KvmVm;
 use crate::layout;
@@ -99,7 +99,7 @@ impl ReferenceMachine {
         self.forget_resets();
         self.pci.place_bars().map_err(VmmError::device)?;
         let devices = self.sample_devices();
-        let mut info = BootInfo::new(&self.ram, workload.dirty_rate, devices, devices > 1)?;
+        let mut info = BootInfo::new(&parts(&self.ram), workload.dirty_rate, devices, devices > 1)?;
         info.block_len = workload.block_len.into();
         info.in_flight = workload.in_flight.into();
         info.tick_us = workload.tick_us.into();
@@ -111,7 +111,7 @@ impl ReferenceMachine {
     /// # Errors
     /// The RAM is too small for it.
     pub fn numbered_areas(&self) -> Result<Areas, VmmError> {
-        Areas::of(&self.ram, self.sample_devices())
+        Ok(Areas::of(&parts(&self.ram), self.sample_devices())?)
     }
 
     /// What is no sample device is for the guest to leave alone.

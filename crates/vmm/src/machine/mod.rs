@@ -28,7 +28,7 @@ pub use processor::kvm_answers;
 pub use slots::assign_places;
 
 use crate::error::{VmmError, errno_within};
-use crate::guest::Report;
+use crate::guest::{Report, read_report};
 use crate::platform::PlatformBus;
 use open::DeviceLink;
 use processor::Processor;
@@ -160,7 +160,7 @@ impl ReferenceMachine {
     /// # Errors
     /// The RAM cannot be read.
     pub fn report(&self) -> Result<Report, VmmError> {
-        Report::read(&self.ram)
+        read_report(&self.ram)
     }
 
     /// The operator pauses the guest. Pausing a paused guest does nothing.

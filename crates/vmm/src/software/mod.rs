@@ -30,7 +30,7 @@ pub use backend::SoftwareBackend;
 
 use crate::bus::IoBus;
 use crate::error::VmmError;
-use crate::guest::BootInfo;
+use crate::guest::{BootInfo, write_boot_page};
 use crate::section::{SectionReader, SectionWriter};
 use cpu::Cpu;
 use program::{Pc, Program};
@@ -88,7 +88,7 @@ impl SoftwareVm {
     /// # Errors
     /// `info` makes no sense.
     pub fn boot(&self, info: &BootInfo) -> Result<(), VmmError> {
-        info.write(&self.ram)?;
+        write_boot_page(&self.ram, info)?;
         self.control().pc = Pc::Boot;
         Ok(())
     }

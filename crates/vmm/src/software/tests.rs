@@ -12,7 +12,7 @@ use vfio_migration_memory::{DirtySource, GuestRam, Mapping, WriteLog};
 use vfio_migration_types::{Bitmap, Gpa, Granule, RamOffset};
 
 use super::*;
-use crate::guest::{Areas, Report, Stage, map};
+use crate::guest::{Areas, Report, Stage, ask_to_reset_gap, map, parts, read_report};
 use crate::layout;
 use crate::platform::PlatformBus;
 use vfio_migration_device::testing::FakeHardware;
@@ -151,7 +151,7 @@ impl Machine {
         let mut machine = Self::new(devices);
         machine.bus.place_bars().unwrap();
         // 4000 pages a second: all of them several times in a second.
-        let info = BootInfo::new(&machine.ram, 4000 * 4096, devices as u64, devices > 1).unwrap();
+        let info = BootInfo::new(&parts(&machine.ram), 4000 * 4096, devices as u64, devices > 1).unwrap();
         machine.vm.boot(&info).unwrap();
         machine.run_devices(&vec![Engine::default(); devices]);
         machine.vm.resume().unwrap();
@@ -165,7 +165,7 @@ impl Machine {
     }
 
     fn report(&self) -> Report {
-        Report::read(&self.ram).unwrap()
+        read_report(&self.ram).unwrap()
     }
 
     fn wait(&self, what: &str, condition: impl Fn(&Report) -> bool) -> Report {
@@ -277,7 +277,7 @@ fn it_boots_works_and_finds_nothing_wrong() {
     machine.vm.resume().unwrap();
     assert!(machine.vm.save().is_err(), "running, it cannot be saved");
     machine.wait("going on", |report| report.loops > still.loops);
-    let asked = Report::ask_to_reset_gap(&machine.ram);
+    let asked = ask_to_reset_gap(&machine.ram);
     assert!(asked.is_ok());
     machine.wait("the gap to be forgotten", |report| report.request == 0);
 }
@@ -298,7 +298,7 @@ fn it_moves_again_and_again_and_loses_nothing() {
 fn it_finds_pages_that_were_lost() {
     let machine = Machine::boot(1);
     machine.wait("working", |report| report.pages_written > 3000);
-    let first = Areas::of(&machine.ram, machine.samples.len() as u64).unwrap().low_start / 4096;
+    let first = Areas::of(&parts(&machine.ram), machine.samples.len() as u64).unwrap().low_start / 4096;
     let machine = machine.migrate(|name, page| name != "software" || page < first);
     let report = machine.wait("pages to be missed", |report| report.pages_lost > 0);
     assert_eq!((report.blocks_lost, report.interrupts_lost), (0, 0));
@@ -350,7 +350,7 @@ fn it_hears_of_damage_inside_a_device() {
 fn without_its_devices_it_gives_up_and_says_why() {
     let machine = Machine::new(1);
     machine.bus.place_bars().unwrap();
-    let info = BootInfo::new(&machine.ram, 0, 2, false).unwrap();
+    let info = BootInfo::new(&parts(&machine.ram), 0, 2, false).unwrap();
     assert!(machine.vm.resume().is_err(), "there is nothing to run");
     machine.vm.boot(&info).unwrap();
     machine.vm.resume().unwrap();

@@ -14,7 +14,7 @@ use vfio_migration_pci::{MsiRouter, PciHost};
 use vfio_migration_sim::{MigrationState, Options};
 use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::StopReason;
-use vfio_migration_vmm::guest::{self, Areas, BootInfo, Report, Stage, map};
+use vfio_migration_vmm::guest::{self, Areas, BootInfo, Stage, map};
 use vfio_migration_vmm::kvm::{KvmBackend, KvmVm, cpu_features, section_versions};
 use vfio_migration_vmm::layout;
 
@@ -45,7 +45,7 @@ fn a_corrupted_page_is_found_once() {
     let before = rig.wait("pages", |report| report.pages_written > 200 && report.page_passes >= 1);
     assert_eq!(before.lost(), 0);
     rig.pause();
-    let areas = Areas::of(&rig.ram, 0).unwrap();
+    let areas = Areas::of(&guest::parts(&rig.ram), 0).unwrap();
     // One word each of the first, second and last of the three that are compared.
     for (page, word) in [(10, 0), (11, 1), (12, 511)] {
         let at = rig.offset(areas.page(page).unwrap() + word * 8, 8);
@@ -98,7 +98,7 @@ fn a_machine_moves_five_times() {
         assert!(after.ticks > before.ticks && after.stage == Stage::Running);
         assert!(after.longest_gap_ns >= 1_000_000, "the gap is visible: {after:?}");
     }
-    Report::ask_to_reset_gap(&rig.ram).unwrap();
+    guest::ask_to_reset_gap(&rig.ram).unwrap();
     rig.wait("the gap to be forgotten", |report| report.request == 0);
 }
 
@@ -111,7 +111,7 @@ fn a_move_that_loses_a_page_is_found() {
     rig.boot(20 << 20, 0, false);
     rig.wait("pages", |report| report.pages_written > 2000);
     rig.pause();
-    let page = Areas::of(&rig.ram, 0).unwrap().page(1000).unwrap();
+    let page = Areas::of(&guest::parts(&rig.ram), 0).unwrap().page(1000).unwrap();
     let to = rig.moved();
     to.ram.write(to.offset(page, 4096), &[0; 4096]).unwrap();
     to.vm.resume().unwrap();
@@ -341,7 +341,7 @@ fn a_program_without_its_devices_gives_up() {
         return;
     }
     let rig = Rig::new(64);
-    let info = BootInfo::new(&rig.ram, 0, 2, false).unwrap();
+    let info = BootInfo::new(&guest::parts(&rig.ram), 0, 2, false).unwrap();
     guest::load(&rig.vm, &info).unwrap();
     rig.vm.resume().unwrap();
     let deadline = std::time::Instant::now() + ring::PATIENCE;
@@ -365,7 +365,7 @@ fn a_triple_fault_stops_the_machine_with_a_reason() {
         return;
     }
     let rig = Rig::new(64);
-    let info = BootInfo::new(&rig.ram, 0, 0, false).unwrap();
+    let info = BootInfo::new(&guest::parts(&rig.ram), 0, 0, false).unwrap();
     guest::load(&rig.vm, &info).unwrap();
     // No interrupt table is there yet, so the first instruction's fault cannot be served.
     rig.ram.write(rig.offset(map::PROGRAM, 2), &[0x0F, 0x0B]).unwrap();

@@ -57,13 +57,13 @@ impl Rig {
 
     /// Loads the program and lets it run.
     pub(crate) fn boot(&self, bytes_per_second: u64, devices: u64, p2p: bool) {
-        let info = BootInfo::new(&self.ram, bytes_per_second, devices, p2p).unwrap();
+        let info = BootInfo::new(&guest::parts(&self.ram), bytes_per_second, devices, p2p).unwrap();
         guest::load(&self.vm, &info).unwrap();
         self.vm.resume().unwrap();
     }
 
     pub(crate) fn report(&self) -> Report {
-        Report::read(&self.ram).unwrap()
+        guest::read_report(&self.ram).unwrap()
     }
 
     /// Waits until the guest's report satisfies `wanted`.

@@ -8,7 +8,7 @@ use vfio_migration_pci::{MsiRouter, PciHost};
 use vfio_migration_sim::Options;
 use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::bus::IoBus;
-use vfio_migration_vmm::guest::{BootInfo, Report};
+use vfio_migration_vmm::guest::{BootInfo, Report, parts, read_report};
 use vfio_migration_vmm::layout;
 use vfio_migration_vmm::platform::PlatformBus;
 use vfio_migration_vmm::software::SoftwareVm;
@@ -42,14 +42,15 @@ impl Machine {
     pub(crate) fn boot(memory: u64, devices: usize, rate: u64, options: &Options) -> Self {
         let machine = Self::new(memory, devices, options);
         machine.sample.bus.place_bars().unwrap();
-        let info = BootInfo::new(&machine.ram, rate * PAGE_SIZE, devices as u64, devices > 1).unwrap();
+        let info =
+            BootInfo::new(&parts(&machine.ram), rate * PAGE_SIZE, devices as u64, devices > 1).unwrap();
         machine.vm.boot(&info).unwrap();
         machine.vm.resume().unwrap();
         machine
     }
 
     pub(crate) fn report(&self) -> Report {
-        Report::read(&self.ram).unwrap()
+        read_report(&self.ram).unwrap()
     }
 
     pub(crate) fn wait(&self, what: &str, condition: impl Fn(&Report) -> bool) -> Report {

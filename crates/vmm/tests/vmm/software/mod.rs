@@ -10,7 +10,7 @@ use vfio_migration_memory::GuestRam;
 use vfio_migration_sim::Options;
 use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset};
 use vfio_migration_vmm::bus::IoBus;
-use vfio_migration_vmm::guest::{Areas, BootInfo, Stage, map};
+use vfio_migration_vmm::guest::{Areas, BootInfo, Stage, map, parts};
 use vfio_migration_vmm::layout;
 use vfio_migration_vmm::software::SoftwareVm;
 
@@ -45,7 +45,7 @@ fn it_drives_real_devices_and_loses_nothing() {
 #[test]
 fn what_was_put_wrong_in_pages_is_counted_and_nothing_else() {
     let machine = Machine::boot(SPLIT, 0, 2000, &options());
-    let areas = Areas::of(&machine.ram, 0).unwrap();
+    let areas = Areas::of(&parts(&machine.ram), 0).unwrap();
     machine.wait("numbering pages", |report| report.pages_written > 1000);
     machine.vm.pause(PATIENCE).unwrap();
     // Each of the three words that carry something, and the whole page as a lost write leaves it.
@@ -102,7 +102,7 @@ fn many_pauses_among_interrupts_lose_none() {
 fn the_dirty_log_names_what_changed_and_no_other_page() {
     let machine = Machine::boot(SPLIT, 0, 20_000, &options());
     machine.wait("numbering pages", |report| report.pages_written > 1000);
-    let first_numbered = Areas::of(&machine.ram, 0).unwrap().low_start / PAGE_SIZE;
+    let first_numbered = Areas::of(&parts(&machine.ram), 0).unwrap().low_start / PAGE_SIZE;
     let log = machine.vm.dirty_source();
     assert_eq!(log.name(), "software");
     machine.vm.pause(PATIENCE).unwrap();
@@ -226,7 +226,7 @@ fn a_guest_that_falls_over_is_known_to_have_and_can_be_paused() {
     let vm = SoftwareVm::new(ram.clone()).unwrap();
     let bus: Arc<dyn IoBus> = Arc::new(Trapdoor);
     vm.start(&bus).unwrap();
-    vm.boot(&BootInfo::new(&ram, 0, 0, false).unwrap()).unwrap();
+    vm.boot(&BootInfo::new(&parts(&ram), 0, 0, false).unwrap()).unwrap();
     vm.resume().unwrap();
     let deadline = Instant::now() + PATIENCE;
     while !vm.failed() {

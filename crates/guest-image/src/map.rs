@@ -1,14 +1,22 @@
 //! Where the guest program keeps its things in guest-physical memory. The assembler source has the same numbers.
 
-use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_types::{DEVICES_MAX, PAGE_SIZE};
+use crate::error::GuestImageError;
 
-use crate::error::VmmError;
-use crate::layout;
-
-/// The page the VMM writes before boot: see [`BootInfo`](super::BootInfo).
+/// Most sample devices that it drives.
+pub const DEVICES_MAX: u64 = 64;
+/// Bytes of a page.
+pub const PAGE_SIZE: u64 = 4096;
+/// End of the RAM below the hole for 32-bit BARs and the interrupt controllers.
+pub const RAM_LOW_END: u64 = 0xC000_0000;
+/// Start of the RAM above it.
+pub const RAM_HIGH_BASE: u64 = 1 << 32;
+/// Start of 64-bit BARs: of those of the devices that it drives, which must lie within [`MMIO64_LEN`] bytes from here, or in the hole.
+pub const MMIO64_BASE: u64 = 1 << 38;
+/// Bytes from there that its page tables reach.
+pub const MMIO64_LEN: u64 = 1 << 30;
+/// The page the VMM writes before boot: see [`BootInfo`](crate::BootInfo).
 pub const BOOT_INFO: u64 = 0x5000;
-/// The page the guest reports in: see [`Report`](super::Report).
+/// The page the guest reports in: see [`Report`](crate::Report).
 pub const REPORT: u64 = 0x6000;
 /// The global descriptor table, written by the VMM.
 pub const GDT: u64 = 0x7000;
@@ -46,6 +54,15 @@ pub const RING_SIZE: u64 = 64;
 /// Slots per device and flow.
 pub const SLOTS: u64 = 64;
 
+/// A region of the guest's RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamPart {
+    /// Guest physical address of its first byte.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
 /// Areas of pages that the writer numbers: one below the 32-bit hole, one above; and where it keeps their numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Areas {
@@ -65,46 +82,35 @@ impl Areas {
     /// All of `ram` that the program does not use otherwise where it drives `devices` sample devices.
     ///
     /// # Errors
-    /// The RAM is not laid out by [`layout::ram_regions`], or too little, or the devices are too many.
-    pub fn of(ram: &GuestRam, devices: u64) -> Result<Self, VmmError> {
-        if devices > u64::from(DEVICES_MAX) {
-            return Err(VmmError::TooManyDevices(usize::try_from(devices).unwrap_or(usize::MAX)));
+    /// The RAM is neither one region from address 0 on, up to [`RAM_LOW_END`], nor that and one at [`RAM_HIGH_BASE`]; it is too
+    /// little, or the devices are too many.
+    pub fn of(ram: &[RamPart], devices: u64) -> Result<Self, GuestImageError> {
+        if devices > DEVICES_MAX {
+            return Err(GuestImageError::TooManyDevices(devices));
         }
-        let regions: Vec<_> =
-            ram.regions().iter().map(|region| RamSpec { gpa: region.gpa, len: region.len }).collect();
-        let (low, high) = match regions.as_slice() {
+        let (low, high) = match ram {
             [low] => (low, None),
             [low, high] => (low, Some(high)),
-            _ => {
-                return Err(VmmError::Refused(format!(
-                    "the guest program cannot use {} RAM regions",
-                    regions.len()
-                )));
-            }
+            _ => return Err(GuestImageError::Regions(ram.len())),
         };
-        let pages = ram.size() / PAGE_SIZE;
+        let pages = (low.len + high.map_or(0, |high| high.len)) / PAGE_SIZE;
         let stamps = DEVICES + devices * DEVICE_STRIDE;
         let low_start = (stamps + pages * 8).next_multiple_of(PAGE_SIZE);
-        let fits = low.gpa.0 == 0
-            && low.len <= layout::RAM_LOW_END
-            && high.is_none_or(|high| high.gpa.0 == layout::RAM_HIGH_BASE);
+        let fits =
+            low.gpa == 0 && low.len <= RAM_LOW_END && high.is_none_or(|high| high.gpa == RAM_HIGH_BASE);
         if !fits {
-            return Err(VmmError::Refused("the guest program cannot use this layout of RAM".to_owned()));
+            return Err(GuestImageError::Layout);
         }
         if low.len <= low_start {
-            return Err(VmmError::Refused(format!(
-                "{} MiB of memory are too few for {devices} devices: the guest program keeps {} MiB for each below 4 GiB, \
-                 and {} MiB besides",
-                ram.size() >> 20,
-                DEVICE_STRIDE >> 20,
-                (low_start - devices * DEVICE_STRIDE).div_ceil(1 << 20)
-            )));
+            let memory = pages * PAGE_SIZE;
+            let besides = low_start - devices * DEVICE_STRIDE;
+            return Err(GuestImageError::TooLittleMemory { memory, devices, besides });
         }
         Ok(Self {
             stamps,
             low_start,
             low_pages: (low.len - low_start) / PAGE_SIZE,
-            high_start: high.map_or(0, |high| high.gpa.0),
+            high_start: high.map_or(0, |high| high.gpa),
             high_pages: high.map_or(0, |high| high.len / PAGE_SIZE),
         })
     }

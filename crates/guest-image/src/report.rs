@@ -1,10 +1,7 @@
 //! The two pages through which the VMM and the guest program talk.
 
-use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{DEVICES_MAX, Gpa};
-
-use super::map::{Areas, BOOT_INFO, REPORT};
-use crate::error::VmmError;
+use crate::error::GuestImageError;
+use crate::map::{Areas, DEVICES_MAX, REPORT, RamPart};
 
 /// First word of the boot page: `BOOTINFO` in ASCII.
 pub const BOOT_MAGIC: u64 = 0x4f46_4e49_544f_4f42;
@@ -14,6 +11,12 @@ pub const REPORT_MAGIC: u64 = 0x5452_4f50_4552_5547;
 pub const REQUEST_WORD: u64 = 21;
 /// Index of the report's word that holds the longest gap.
 pub const GAP_WORD: u64 = 14;
+
+/// Guest physical address of that word: writing 1 to it asks the program to forget the longest gap, and it has when
+/// [`Report::request`] is `false` again. That write to guest RAM is the VMM's own, for its write log.
+pub const REQUEST: u64 = REPORT + REQUEST_WORD * 8;
+/// Bytes of the report, from [`REPORT`] on.
+pub const REPORT_LEN: usize = REPORT_WORDS * 8;
 
 const REPORT_WORDS: usize = 27;
 /// The longest block that the program takes: a slot is a page.
@@ -43,7 +46,12 @@ impl BootInfo {
     ///
     /// # Errors
     /// The RAM is not laid out as the program needs it.
-    pub fn new(ram: &GuestRam, bytes_per_second: u64, devices: u64, p2p: bool) -> Result<Self, VmmError> {
+    pub fn new(
+        ram: &[RamPart],
+        bytes_per_second: u64,
+        devices: u64,
+        p2p: bool,
+    ) -> Result<Self, GuestImageError> {
         Ok(Self {
             pages_per_second: bytes_per_second / 4096,
             areas: Areas::of(ram, devices)?,
@@ -55,11 +63,11 @@ impl BootInfo {
         })
     }
 
-    /// Writes the boot page.
+    /// The bytes of the boot page, at [`BOOT_INFO`](crate::map::BOOT_INFO).
     ///
     /// # Errors
-    /// A number is out of range, or the RAM cannot be written.
-    pub fn write(&self, ram: &GuestRam) -> Result<(), VmmError> {
+    /// A number is out of range.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, GuestImageError> {
         self.check()?;
         let words = [
             BOOT_MAGIC,
@@ -75,21 +83,14 @@ impl BootInfo {
             self.tick_us,
             self.areas.stamps,
         ];
-        let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
-        Ok(ram.write(place(ram, BOOT_INFO, bytes.len())?, &bytes)?)
+        Ok(words.into_iter().flat_map(u64::to_le_bytes).collect())
     }
-}
 
-impl BootInfo {
-    fn check(&self) -> Result<(), VmmError> {
-        if self.devices > u64::from(DEVICES_MAX) {
-            return Err(VmmError::TooManyDevices(usize::try_from(self.devices).unwrap_or(usize::MAX)));
+    fn check(&self) -> Result<(), GuestImageError> {
+        if self.devices > DEVICES_MAX {
+            return Err(GuestImageError::TooManyDevices(self.devices));
         }
-        let refuse = |what: &str, value: u64, takes: &str| {
-            Err(VmmError::Refused(format!(
-                "the guest program cannot run with {what} of {value}: it takes {takes}"
-            )))
-        };
+        let refuse = |what, value, takes| Err(GuestImageError::OutOfRange { what, value, takes });
         if !self.block_len.is_multiple_of(64) || !(128..=BLOCK_MAX).contains(&self.block_len) {
             return refuse("blocks", self.block_len, "multiples of 64 bytes, from 128 to 4096");
         }
@@ -182,13 +183,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// Reads the report page. The counts of a running guest need not be of one instant.
-    ///
-    /// # Errors
-    /// The RAM cannot be read.
-    pub fn read(ram: &GuestRam) -> Result<Self, VmmError> {
-        let mut bytes = [0; REPORT_WORDS * 8];
-        ram.read(place(ram, REPORT, bytes.len())?, &mut bytes)?;
+    /// What stands in the report page, from [`REPORT`] on. The counts of a running guest need not be of one instant.
+    pub fn parse(bytes: &[u8; REPORT_LEN]) -> Self {
         let mut words = [0; REPORT_WORDS];
         for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
             let mut whole = [0; 8];
@@ -203,7 +199,7 @@ impl Report {
             (REPORT_MAGIC, 0xDEAD) => Stage::Failed,
             (_, other) => Stage::Unknown(other),
         };
-        Ok(Self {
+        Self {
             stage,
             loops: words[2],
             pages_written: words[3],
@@ -230,18 +226,7 @@ impl Report {
             serial_interrupts: words[24],
             serial_interrupts_lost: words[25],
             least_posted: words[26],
-        })
-    }
-
-    /// Asks the program to forget the longest gap; it has when [`request`](Self::request) is 0 again. This write to
-    /// guest RAM is the VMM's own: returns where it went, for the VMM's write log.
-    ///
-    /// # Errors
-    /// The RAM cannot be written.
-    pub fn ask_to_reset_gap(ram: &GuestRam) -> Result<vfio_migration_types::RamOffset, VmmError> {
-        let offset = place(ram, REPORT + REQUEST_WORD * 8, 8)?;
-        ram.write_u64(offset, 1)?;
-        Ok(offset)
+        }
     }
 
     /// Everything lost, of all kinds.
@@ -249,14 +234,4 @@ impl Report {
         let serial = self.serial_bytes_lost + self.serial_interrupts_lost;
         self.pages_lost + self.blocks_lost + self.interrupts_lost + serial
     }
-}
-
-/// The RAM offset of `len` bytes at `gpa`.
-pub(super) fn place(
-    ram: &GuestRam,
-    gpa: u64,
-    len: usize,
-) -> Result<vfio_migration_types::RamOffset, VmmError> {
-    ram.offset_of(Gpa(gpa), len as u64)
-        .ok_or_else(|| VmmError::Refused(format!("the guest program needs RAM at {gpa:#x}")))
 }
