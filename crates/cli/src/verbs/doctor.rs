@@ -123,7 +123,7 @@ fn tls_creds(dir: &Path) -> HostCheck {
     let lists = if usable { revocation_lists(dir) } else { Ok(Vec::new()) };
     let before = wrong.len();
     for list in lists.as_ref().into_iter().flatten().filter(|list| list.expires_soon()) {
-        wrong.extend(list.next_update.map(|end| format!("{CRL_FILE} expires at {}", rfc3339(end))));
+        wrong.push(format!("{CRL_FILE} expires at {}", rfc3339(list.next_update)));
     }
     // A list is its CA's to renew, whatever else is wrong here.
     let list_mode = lists.as_ref().err().and_then(mode_to_set);

@@ -134,3 +134,64 @@ fn what_cannot_be_taken_back_is_named() {
         fails(verb, 1, "holds no certificate revocation list in PEM");
     }
 }
+
+/// A list by `openssl ca`, without a word on extensions in its configuration, of the CA in `ca`; `None`: there is no openssl.
+fn by_openssl(ca: &Path, revoked: &Path) -> Option<String> {
+    let (config, index) = (ca.join("openssl.cnf"), ca.join("index.txt"));
+    let text = format!(
+        "[ca]\ndefault_ca=own\n[own]\ndatabase={}\ndefault_md=sha256\nprivate_key={}\ncertificate={}\n",
+        words(&index),
+        words(&ca.join("ca-key.pem")),
+        words(&ca.join("ca-cert.pem")),
+    );
+    std::fs::write(&config, text).unwrap();
+    std::fs::write(&index, "").unwrap();
+    for step in [&["-revoke", words(revoked)][..], &["-gencrl", "-crldays", "90", "-out", words(&crl(ca))]] {
+        let made = Command::new("openssl").args(["ca", "-config", words(&config)]).args(step).output();
+        let Ok(made) = made else {
+            eprintln!("SKIPPED: no openssl, so no list of its making was read");
+            return None;
+        };
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let text = Command::new("openssl").args(["crl", "-in", words(&crl(ca)), "-noout", "-text"]).output();
+    Some(String::from_utf8(text.unwrap().stdout).unwrap())
+}
+
+#[test]
+fn a_list_of_version_1_counts_as_any_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { ca, a: host_a, b: host_b } = pki(dir.path());
+    let Some(text) = by_openssl(&ca, &host_a.join("client-cert.pem")) else { return };
+    assert!(text.contains("Version 1 (0x0)"), "{text}");
+    std::fs::copy(crl(&ca), crl(&host_b)).unwrap();
+    let shown = done(&["tls", "show", words(&host_b)]);
+    assert!(
+        shown.contains("ca-crl.pem: revoked by CN=vfio-migrate CA ") && shown.contains(": 1 certificate,")
+    );
+    let (a, b) = (source(dir.path(), &[]), receiver(dir.path(), &["--tls-creds", words(&host_b)]));
+    let text = refused(&a, &b, &host_a);
+    assert!(text.contains("the peer refused this side: our certificate is revoked"), "{text}");
+    // Nobody else is: the host itself comes with its own.
+    let moved = a.migrate(&b.incoming(), json!({"tls-creds": host_b}));
+    assert_eq!(moved["status"], "completed", "{moved}");
+    // What it has is kept in the next one.
+    let said = done(&["tls", "revoke", "host-b", "--ca", words(&ca)]);
+    assert!(said.contains("has revoked 3 certificates"), "{said}");
+}
+
+#[test]
+fn a_ca_that_may_sign_no_lists_is_told_before_it_makes_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let pair = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    let (certificate, key) = (dir.path().join("ca-cert.pem"), dir.path().join("ca-key.pem"));
+    std::fs::write(certificate, params.self_signed(&pair).unwrap().pem()).unwrap();
+    std::fs::write(&key, pair.serialize_pem()).unwrap();
+    std::fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let says = "may sign no revocation lists: its key usage has no cRLSign";
+    fails(&["tls", "revoke", "--ca", words(dir.path())], 1, says);
+    assert!(!crl(dir.path()).exists());
+}

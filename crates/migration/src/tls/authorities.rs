@@ -9,6 +9,7 @@ use rustls::pki_types::TrustAnchor;
 use vfio_migration_types::{printable, rfc3339};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use crate::tls::crl::{NO_LISTS, may_sign_lists};
 use crate::tls::error::TlsError;
 use crate::tls::files::{ca_path, certificates};
 use crate::tls::identity::{PeerIdentity, system_time};
@@ -29,6 +30,7 @@ pub struct TrustedAuthority {
     subject: Vec<u8>,
     /// Why it is no CA at all.
     flaw: Option<&'static str>,
+    signs_lists: bool,
     anchor: TrustAnchor<'static>,
 }
 
@@ -56,6 +58,11 @@ impl TrustedAuthority {
         &self.name
     }
 
+    /// Why nobody takes a revocation list of it, in a sentence; `None`: it may sign some.
+    pub fn problem_with_lists(&self) -> Option<String> {
+        (!self.signs_lists).then(|| format!("the CA {} {NO_LISTS}", self.name))
+    }
+
     /// Whether it is named as the issuer of this certificate, in DER.
     pub(crate) fn is_issuer_of(&self, certificate: &[u8]) -> bool {
         X509Certificate::from_der(certificate)
@@ -74,6 +81,7 @@ impl TrustedAuthority {
             name: printable(&name).into_owned(),
             subject: subject.as_raw().to_vec(),
             flaw: flaw(&parsed),
+            signs_lists: may_sign_lists(&parsed),
             anchor: roots.roots.pop()?,
         })
     }

@@ -53,9 +53,9 @@ impl TlsDirectory {
         if !self.pins.is_empty() {
             return Ok((own, Trust::Pins(Arc::new(self.pins.clone()))));
         }
-        let revoked = revocations(&self.path)?;
-        let trust = Trust::Authorities(Arc::new(Authorities::of(&self.path)?), revoked.clone());
-        check_own(&self.path, role, &own, &revoked, &trust)?;
+        let revoked = Arc::new(revocations(&self.path)?);
+        let trust = Trust::Authorities(Arc::new(Authorities::of(&self.path)?), revoked);
+        check_own(&self.path, role, &own, &trust)?;
         Ok((own, trust))
     }
 
@@ -159,9 +159,8 @@ impl Security {
             && directory.pins.is_empty()
             && let Ok(revoked) = revocations(&directory.path)
             && let Some(list) = revoked.lists.iter().find(|list| list.expires_soon())
-            && let Some(until) = list.next_update
         {
-            let (file, until) = (directory.path.join(CRL_FILE), rfc3339(until));
+            let (file, until) = (directory.path.join(CRL_FILE), rfc3339(list.next_update));
             tracing::warn!(file = %file.display(), "the revocation list expires at {until}: get a new one");
         }
     }

@@ -15,5 +15,6 @@ pub(crate) mod own;
 pub(crate) mod own_refusal;
 pub(crate) mod security;
 pub(crate) mod server_configs;
+pub(crate) mod signature;
 pub(crate) mod stamps;
 pub(crate) mod trust;

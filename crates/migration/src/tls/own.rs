@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustls::pki_types::{ServerName, UnixTime};
 use rustls::{CertificateError, Error};
 
-use crate::tls::crl::{CRL_FILE, Revocations};
+use crate::tls::crl::CRL_FILE;
 use crate::tls::error::TlsError;
 use crate::tls::files::{OwnCertificate, TlsRole};
 use crate::tls::trust::Trust;
@@ -16,16 +16,12 @@ pub(crate) fn check_own(
     directory: &Path,
     role: TlsRole,
     own: &OwnCertificate,
-    revoked: &Revocations,
     trust: &Trust,
 ) -> Result<(), TlsError> {
     let content = |what: String| TlsError::Content { path: directory.join(role.certificate_file()), what };
     let Some((leaf, intermediates)) = own.key.cert.split_first() else {
         return Err(content("holds no certificate in PEM".into()));
     };
-    if revoked.has(leaf) {
-        return Err(content(format!("is revoked, by {CRL_FILE}: get a new one from the CA")));
-    }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let now = UnixTime::since_unix_epoch(now);
     let judged = match role {
@@ -39,10 +35,15 @@ pub(crate) fn check_own(
                 Err(Error::InvalidCertificate(CertificateError::NotValidForNameContext {
                     presented,
                     ..
-                })) if !presented.is_empty() => Ok(()),
+                })) if !presented.is_empty() => trust.revoked(&own.key.cert, SystemTime::now()),
                 judged => judged,
             }
         }
     };
-    judged.map_err(|error| content(TlsError::of_own(&error)))
+    judged.map_err(|error| match error {
+        Error::InvalidCertificate(CertificateError::Revoked) => {
+            content(format!("is revoked, by {CRL_FILE}: get a new one from the CA"))
+        }
+        error => content(TlsError::of_own(&error)),
+    })
 }

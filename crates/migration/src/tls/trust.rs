@@ -17,7 +17,7 @@ use rustls::{
 };
 
 use crate::tls::authorities::Authorities;
-use crate::tls::crl::{CRL_FILE, Revocations};
+use crate::tls::crl::Revocations;
 use crate::tls::error::TlsError;
 use crate::tls::identity::{PeerIdentity, Pin};
 use crate::tls::own_refusal::OwnRefusal;
@@ -26,7 +26,7 @@ use crate::tls::own_refusal::OwnRefusal;
 #[derive(Clone, Debug)]
 pub(crate) enum Trust {
     /// Whoever has a certificate of one of these CAs that it has not taken back; a server's must name the host that was connected to.
-    Authorities(Arc<Authorities>, Revocations),
+    Authorities(Arc<Authorities>, Arc<Revocations>),
     /// Whoever has one of these keys, whatever its certificate says.
     Pins(Arc<BTreeSet<Pin>>),
 }
@@ -51,52 +51,46 @@ impl Trust {
             Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
         })
     }
+
+    /// Refuses certificates that a CA has taken back by this time.
+    pub(crate) fn revoked(&self, certificates: &[CertificateDer<'_>], at: SystemTime) -> Result<(), Error> {
+        match self {
+            Self::Authorities(_, revoked) => match revoked.refusal(certificates, at) {
+                Some(refused) => Err(Error::InvalidCertificate(refused)),
+                None => Ok(()),
+            },
+            Self::Pins(_) => Ok(()),
+        }
+    }
 }
 
-fn server_by_roots(
-    roots: RootCertStore,
-    revoked: &Revocations,
-) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
-    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider()))
-        .with_crls(revoked.ders.iter().cloned())
-        .allow_unknown_revocation_status()
-        .enforce_revocation_expiration()
-        .build();
+fn server_by_roots(roots: RootCertStore) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
+    let verifier =
+        WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider())).build();
     verifier.map(|verifier| verifier as _).map_err(not_built)
 }
 
-fn client_by_roots(
-    roots: RootCertStore,
-    revoked: &Revocations,
-) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+fn client_by_roots(roots: RootCertStore) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
     WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider()))
         // Whom we trust is nothing that a stranger has to know.
         .clear_root_hint_subjects()
-        .with_crls(revoked.ders.iter().cloned())
-        // A CA without a list has taken nothing back.
-        .allow_unknown_revocation_status()
-        // A list may expire while it waits.
-        .enforce_revocation_expiration()
         .build()
         .map_err(not_built)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn not_built(error: VerifierBuilderError) -> TlsError {
-    match error {
-        VerifierBuilderError::InvalidCrl(error) => TlsError::Setup(format!(
-            "{CRL_FILE} holds a revocation list of a kind that is not known: {error:?}"
-        )),
-        error => TlsError::Setup(error.to_string()),
-    }
+    TlsError::Setup(error.to_string())
 }
 
-type ByRoots<V> = fn(RootCertStore, &Revocations) -> Result<Arc<V>, TlsError>;
+type ByRoots<V> = fn(RootCertStore) -> Result<Arc<V>, TlsError>;
 
 /// Takes certificates of the CAs that vouch at the time of the handshake: one may end while a destination waits.
 #[derive(Debug)]
 struct AuthorityVerifier<V: ?Sized> {
     authorities: Arc<Authorities>,
-    revoked: Revocations,
+    /// A CA without a list has taken nothing back.
+    revoked: Arc<Revocations>,
     by_roots: ByRoots<V>,
     /// The CAs that vouched when this was made, and what judges by them.
     in_force: Vec<bool>,
@@ -107,15 +101,15 @@ struct AuthorityVerifier<V: ?Sized> {
 impl<V: ?Sized> AuthorityVerifier<V> {
     fn new(
         authorities: &Arc<Authorities>,
-        revoked: &Revocations,
+        revoked: &Arc<Revocations>,
         by_roots: ByRoots<V>,
     ) -> Result<Self, TlsError> {
         let now = SystemTime::now();
         Ok(Self {
-            made: by_roots(authorities.roots(now), revoked)?,
+            made: by_roots(authorities.roots(now))?,
             in_force: authorities.in_force(now),
             authorities: Arc::clone(authorities),
-            revoked: revoked.clone(),
+            revoked: Arc::clone(revoked),
             by_roots,
             algorithms: default_provider().signature_verification_algorithms,
         })
@@ -136,10 +130,9 @@ impl<V: ?Sized> AuthorityVerifier<V> {
         let made = if self.authorities.in_force(at) == self.in_force {
             Arc::clone(&self.made)
         } else {
-            (self.by_roots)(self.authorities.roots(at), &self.revoked)
-                .map_err(|error| Error::General(error.to_string()))?
+            (self.by_roots)(self.authorities.roots(at)).map_err(|error| Error::General(error.to_string()))?
         };
-        verify(&made).map_err(|error| match error {
+        let judged = verify(&made).map_err(|error| match error {
             // The CA is one of ours, and vouches no more.
             Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
                 let chain = std::iter::once(leaf).chain(intermediates).map(|der| der.as_ref());
@@ -149,7 +142,12 @@ impl<V: ?Sized> AuthorityVerifier<V> {
                 }
             }
             error => error,
-        })
+        })?;
+        // Last: whom nobody vouches for hears nothing of what was taken back. A list may expire while a destination waits.
+        match self.revoked.refusal(std::iter::once(leaf).chain(intermediates), at) {
+            Some(refused) => Err(Error::InvalidCertificate(refused)),
+            None => Ok(judged),
+        }
     }
 }
 

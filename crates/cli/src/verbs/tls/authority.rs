@@ -29,6 +29,8 @@ pub(super) struct Authority {
     pub(super) issuer: Issuer<'static, KeyPair>,
     /// When it ends, and with it all that it has issued.
     pub(super) not_after: SystemTime,
+    /// Why nobody takes a revocation list of it.
+    pub(super) problem_with_lists: Option<String>,
 }
 
 impl Authority {
@@ -52,9 +54,9 @@ impl Authority {
             let (key, certificate) = (key_path, path);
             return Err(refused(TlsError::KeyMismatch { key, certificate }));
         }
-        let not_after = ca.identity.not_after;
+        let (not_after, problem_with_lists) = (ca.identity.not_after, ca.problem_with_lists());
         let issuer = Issuer::from_ca_cert_pem(&pem, key).map_err(unusable)?;
-        Ok(Self { pem, issuer, not_after })
+        Ok(Self { pem, issuer, not_after, problem_with_lists })
     }
 }
 

@@ -125,8 +125,8 @@ pub(crate) struct RevocationListInfo {
     pub(crate) issuer: String,
     /// How many certificates it has revoked.
     pub(crate) revoked: u64,
-    /// End of the list's validity, RFC 3339 in UTC; null: it has none.
-    pub(crate) next_update: Option<String>,
+    /// End of the list's validity, RFC 3339 in UTC.
+    pub(crate) next_update: String,
     /// Whether that is soon enough to make a new one: 30 days, or less.
     pub(crate) expires_soon: bool,
 }
@@ -136,7 +136,7 @@ impl From<&RevocationList> for RevocationListInfo {
         Self {
             issuer: list.issuer.clone(),
             revoked: list.revoked.len() as u64,
-            next_update: list.next_update.map(rfc3339),
+            next_update: rfc3339(list.next_update),
             expires_soon: list.expires_soon(),
         }
     }

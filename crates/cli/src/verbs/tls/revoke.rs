@@ -22,6 +22,14 @@ pub(super) fn revoke(
 ) -> Result<(TlsMadeReport, String), CliError> {
     let failed = |error: vfio_migration::TlsError| CliError::caused("nothing is revoked", &error);
     let authority = Authority::open(ca)?;
+    if let Some(why) = &authority.problem_with_lists {
+        let text = format!(
+            "nothing is revoked: {}: {why}; have its certificate made anew with cRLSign, by the same key and name, and copied to every \
+             host",
+            ca.join(CA_FILE).display()
+        );
+        return Err(CliError::failed(text));
+    }
     let own = issued_certificates(&ca.join(CA_FILE)).map_err(failed)?;
     let own = own.first().ok_or_else(|| CliError::failed("nothing is revoked: there is no CA"))?;
     let name = own.identity.to_string();

@@ -80,9 +80,11 @@ pub(super) fn show_text(report: &TlsShowReport) -> String {
         let what = purpose_text(TlsPurpose::Revocations);
         let number =
             if *revoked == 1 { "1 certificate".to_owned() } else { format!("{revoked} certificates") };
-        let until = next_update.as_ref().map_or(String::new(), |until| format!(", until {until}"));
         let soon = if *expires_soon { ": get a new one" } else { "" };
-        text.push_str(&format!("{CRL_FILE}: {what} by {}: {number}{until}{soon}\n", printable(issuer)));
+        text.push_str(&format!(
+            "{CRL_FILE}: {what} by {}: {number}, until {next_update}{soon}\n",
+            printable(issuer)
+        ));
     }
     text
 }
