@@ -135,8 +135,8 @@ mod changeable;
 mod channel;
 mod control;
 mod destination;
-mod device;
 mod device_file;
+mod device_state;
 mod error;
 mod expectation;
 #[cfg(feature = "fault-injection")]

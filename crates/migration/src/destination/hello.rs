@@ -11,7 +11,7 @@ use vfio_migration_engine::{Attempt, DestinationEvent};
 use vfio_migration_types::{DeviceId, Failure, Phase, Side, error_chain};
 use vfio_migration_wire as wire;
 
-use crate::device::tracked::{all_answer, tracked};
+use crate::device_state::tracked::{all_answer, tracked};
 use crate::incoming_machine::{IncomingDevice, IncomingFunction};
 use crate::machine::MigratableDevice;
 use crate::offer::{IncomingOffer, NotBuilt};

@@ -8,7 +8,7 @@ use vfio_migration_engine::{Attempt, DestinationOutcome};
 use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::destination::attempt::DestinationShared;
-use crate::device::receive::DeviceReceiver;
+use crate::device_state::receive::DeviceReceiver;
 use crate::error::{IncomingError, OwnedNotStarted, RehearsedHere};
 use crate::machine::Machine;
 use crate::offer::Arrived;

@@ -12,7 +12,7 @@ use vfio_migration_wire::{Bulk, Frame, Message, RamDigests, limits};
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
-use crate::device::receive::{DeviceReceiver, Mark, Written};
+use crate::device_state::receive::{DeviceReceiver, Mark, Written};
 use crate::machine::Section;
 use crate::ram::receive::{PageReceiver, PagesError};
 use crate::session::events::Events;

@@ -24,8 +24,8 @@ use crate::session::work_error::{self, WorkError};
 
 use crate::destination::attempt::ArrivingDevice;
 use crate::destination::worker::Worker;
-use crate::device::receive::DeviceReceiver;
-use crate::device::tracked::ask_pci;
+use crate::device_state::receive::DeviceReceiver;
+use crate::device_state::tracked::ask_pci;
 
 const PHASE: Phase = Phase::Ready;
 /// Time that the search may take, beside twice that of the digest of all RAM: its first round is as long as that, on both

@@ -2,7 +2,7 @@
 
 use vfio_migration_types::{Failure, Phase, Side};
 
-use crate::device::tracked::ask_pci;
+use crate::device_state::tracked::ask_pci;
 use crate::session::awaited::AwaitedAnswers;
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;

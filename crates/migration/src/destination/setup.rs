@@ -6,7 +6,7 @@ use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::destination::reader::Sink;
 use crate::destination::worker::Worker;
-use crate::device::receive::DeviceReceiver;
+use crate::device_state::receive::DeviceReceiver;
 use crate::ram::receive::PageReceiver;
 use crate::session::fail::InPhase;
 use crate::session::parallel::for_each_device_parallel;

@@ -7,7 +7,7 @@ use vfio_migration_device::is_late;
 use vfio_migration_memory::{DirtySource, GuestRam, report_all, start_all, stop_all};
 use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, Phase, RamOffset, Side, error_chain};
 
-use crate::device::send::DeviceSender;
+use crate::device_state::send::DeviceSender;
 use crate::ram::send::RamCounters;
 use crate::session::fail::{self, InPhase};
 use crate::session::work_error::WorkError;

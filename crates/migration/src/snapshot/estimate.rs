@@ -6,7 +6,7 @@ use vfio_migration_memory::{GuestRam, Holes};
 use vfio_migration_types::{DeviceId, RamOffset, Range};
 
 use super::SnapshotError;
-use crate::device::tracked::{all_answer, tracked};
+use crate::device_state::tracked::{all_answer, tracked};
 use crate::machine::Machine;
 use crate::regular_file::AtomicFile;
 use crate::session::awaited::AwaitedAnswers;

@@ -10,7 +10,7 @@ use vfio_migration_wire::FEATURE_RAM_CRC;
 
 use crate::channel::credit::Credit;
 use crate::control::Undone;
-use crate::device::send::DeviceCounters;
+use crate::device_state::send::DeviceCounters;
 use crate::error::{MigrateError, not_begun};
 use crate::ram::send::RamCounters;
 use crate::rehearsal::Rehearsal;

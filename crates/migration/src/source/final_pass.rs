@@ -9,7 +9,7 @@ use vfio_migration_memory::Holes;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, limits};
 
-use crate::device::tracked::ask_pci;
+use crate::device_state::tracked::ask_pci;
 use crate::machine::{MachineError, Section};
 use crate::session::fail::InPhase;
 use crate::session::work_error::WorkError;

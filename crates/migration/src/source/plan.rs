@@ -12,7 +12,7 @@ use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_c
 use vfio_migration_wire::{FEATURE_VERIFY, Offer, VERSIONS, limits};
 
 use crate::control::Control;
-use crate::device::tracked::{all_answer, tracked};
+use crate::device_state::tracked::{all_answer, tracked};
 use crate::error::{MigrateError, not_begun, refused_here};
 use crate::machine::{Machine, MigratableDevice};
 use crate::offer::names;

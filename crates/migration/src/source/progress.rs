@@ -277,7 +277,7 @@ fn devices_left(counters: &SourceCounters) -> u64 {
 }
 
 fn bytes(counters: &SourceCounters) -> Bytes {
-    let sum = |count: fn(&crate::device::send::DeviceCounters) -> u64| {
+    let sum = |count: fn(&crate::device_state::send::DeviceCounters) -> u64| {
         counters.devices.iter().map(|device| count(device)).sum()
     };
     Bytes {

@@ -7,8 +7,8 @@ use vfio_migration_device::{ConfigState, PciError, PciFunction, Position, Transi
 use vfio_migration_engine::{Barrier, DeviceProgress};
 use vfio_migration_types::{Failure, MigrationState, Phase, Side};
 
-use crate::device::send::DeviceSender;
-use crate::device::tracked::ask_pci;
+use crate::device_state::send::DeviceSender;
+use crate::device_state::tracked::ask_pci;
 use crate::machine::{MigratableDevice, Paused};
 use crate::session::awaited::Request;
 use crate::session::fail::InPhase;

@@ -8,7 +8,7 @@ use vfio_migration_device::{Device, is_late};
 use vfio_migration_engine::SourceEvent;
 use vfio_migration_types::{DeviceId, MigrationState, error_chain};
 
-use crate::device::send::DeviceSender;
+use crate::device_state::send::DeviceSender;
 use crate::machine::{LockError, Paused};
 use crate::session::host::monotonic_ns;
 use crate::session::lock::lock;

@@ -15,7 +15,7 @@ use vfio_migration_wire::Message;
 use crate::channel::binding::SessionKey;
 use crate::channel::link::Link;
 use crate::control::Undone;
-use crate::device::send::DeviceSender;
+use crate::device_state::send::DeviceSender;
 use crate::machine::{Machine, MigratableDevice, Paused};
 use crate::ram::dirty::DirtyPages;
 use crate::session::events::Events;
