@@ -20,10 +20,10 @@
 //! use std::sync::{Arc, Mutex};
 //!
 //! use vfio_migration::*;
-//! use vfio_migration_compat::{MachineManifest, RamRegion};
-//! use vfio_migration_device::IrqRouter;
-//! use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
-//! use vfio_migration_types::{Gpa, RamOffset, VmId};
+//! use vfio_migration::compat::{MachineManifest, RamRegion};
+//! use vfio_migration::device::IrqRouter;
+//! use vfio_migration::memory::{DirtySource, GuestRam, RamSpec, WriteLog};
+//! use vfio_migration::types::{Gpa, RamOffset, VmId};
 //!
 //! /// One register, some RAM, no devices. A real VMM has vCPU threads; this one has a flag that says that they run.
 //! struct Toy {
@@ -210,3 +210,7 @@ pub use unix_listener::{bind_unix, unix_address};
 pub use unix_peer::{AllowedUnixPeers, UnixPeer, UnixPeerError};
 pub use uri::{Uri, UriError};
 pub use vfio_migration_types::{CancelCause, Failure, GuestOutcome, PauseCause, Side};
+pub use {
+    vfio_migration_compat as compat, vfio_migration_device as device, vfio_migration_memory as memory,
+    vfio_migration_types as types,
+};
