@@ -247,6 +247,65 @@ fn who_does_not_speak_tls_is_told_in_words_and_not_as_a_peer_over_tls() {
         assert!(status.contains(says) && !status.contains("over TLS"), "{status}");
     }
     by_a_host(&a, &b);
-    let says = "client-cert.pem is issued by a certificate that is no CA's";
+    let says = "client-cert.pem is issued by way of CN=host-b, which is no CA's";
     fails(&["vm", "--software", "--exit-with-stdin", "--tls-creds", words(&a)], 1, says);
+}
+
+/// A certificate of `dir`'s server key by the CA in `ca`, as openssl makes it without extensions: of X.509 version 1.
+fn by_openssl(ca: &Path, dir: &Path) -> Option<()> {
+    let (key, request) = (dir.join("server-key.pem"), dir.join("request.pem"));
+    let (trust, trusted_key) = (ca.join("ca-cert.pem"), ca.join("ca-key.pem"));
+    let certificate = dir.join("server-cert.pem");
+    let steps: [&[&str]; 2] = [
+        &["req", "-new", "-key", words(&key), "-subj", "/CN=host-b", "-out", words(&request)],
+        &[
+            "x509",
+            "-req",
+            "-in",
+            words(&request),
+            "-CA",
+            words(&trust),
+            "-CAkey",
+            words(&trusted_key),
+            "-set_serial",
+            "7",
+            "-days",
+            "90",
+            "-out",
+            words(&certificate),
+        ],
+    ];
+    for step in steps {
+        let Ok(made) = std::process::Command::new("openssl").args(step).output() else {
+            eprintln!("SKIPPED: no openssl, so no certificate of version 1 was judged");
+            return None;
+        };
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let shown = std::process::Command::new("openssl")
+        .args(["x509", "-noout", "-text", "-in", words(&certificate)])
+        .output()
+        .unwrap();
+    if !String::from_utf8_lossy(&shown.stdout).contains("Version: 1 ") {
+        eprintln!("SKIPPED: this openssl makes version 3 unasked");
+        return None;
+    }
+    Some(())
+}
+
+#[test]
+fn a_certificate_of_version_1_is_told_as_what_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { ca, b, .. } = pki(dir.path());
+    if by_openssl(&ca, &b).is_none() {
+        return;
+    }
+    let says = "server-cert.pem is of X.509 version 1, and has to be of version 3";
+    fails(&["vm", "--software", "--incoming", "tcp:127.0.0.1:0", "--tls-creds", words(&b)], 1, says);
+    let (usable, text) = shown(&b);
+    assert!(!usable && text.contains(says) && !text.contains("is not the key of"), "{text}");
+    // A CA of that version is none.
+    std::fs::copy(b.join("server-cert.pem"), b.join("ca-cert.pem")).unwrap();
+    let (usable, text) = shown(&b);
+    assert!(!usable && text.contains("CN=host-b is of X.509 version 1"), "{text}");
 }

@@ -5,14 +5,16 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use rustls::RootCertStore;
-use rustls::pki_types::TrustAnchor;
-use vfio_migration_types::{printable, rfc3339};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use rustls::pki_types::{CertificateDer, TrustAnchor};
+use vfio_migration_types::rfc3339;
+use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
+use crate::tls::certificate::{CertificateFlaw, flaw_as_ca, path_length, subject};
 use crate::tls::crl::{NO_LISTS, may_sign_lists};
 use crate::tls::error::TlsError;
 use crate::tls::files::{ca_path, certificates};
 use crate::tls::identity::{PeerIdentity, system_time};
+use crate::tls::name_constraints::name_constraints;
 
 /// Most CAs of which an error says what is wrong with them.
 const MOST_NAMED: usize = 4;
@@ -29,7 +31,11 @@ pub struct TrustedAuthority {
     /// The same in DER: what certificates of this CA have as their issuer.
     subject: Vec<u8>,
     /// Why it is no CA at all.
-    flaw: Option<&'static str>,
+    flaw: Option<CertificateFlaw>,
+    /// How many CAs may be below it.
+    path_length: Option<u32>,
+    /// Which names those may have whom it vouches for, in words.
+    name_constraints: Option<String>,
     signs_lists: bool,
     anchor: TrustAnchor<'static>,
 }
@@ -38,8 +44,14 @@ impl TrustedAuthority {
     /// Why it vouches for nobody at this time, in a sentence; `None`: it does vouch.
     pub fn problem(&self, at: SystemTime) -> Option<String> {
         let name = &self.name;
-        if let Some(flaw) = self.flaw {
-            return Some(format!("{name} {flaw}"));
+        match &self.flaw {
+            Some(CertificateFlaw::NoCa) => {
+                return Some(format!(
+                    "{name} is no CA: its certificate has no basicConstraints with CA:TRUE (the key of one host is trusted by --tls-pin)"
+                ));
+            }
+            Some(flaw) => return Some(format!("{name} {flaw}")),
+            None => {}
         }
         if at < self.not_before {
             let since = rfc3339(self.not_before);
@@ -63,42 +75,27 @@ impl TrustedAuthority {
         (!self.signs_lists).then(|| format!("the CA {} {NO_LISTS}", self.name))
     }
 
-    /// Whether it is named as the issuer of this certificate, in DER.
-    pub(crate) fn is_issuer_of(&self, certificate: &[u8]) -> bool {
-        X509Certificate::from_der(certificate)
-            .is_ok_and(|(_, parsed)| parsed.issuer().as_raw() == self.subject)
-    }
-
-    fn of(der: &[u8]) -> Option<Self> {
-        let (_, parsed) = X509Certificate::from_der(der).ok()?;
+    /// What a certificate says; the error goes on behind it.
+    fn of(der: &CertificateDer<'_>) -> Result<Self, String> {
+        let unreadable = || CertificateFlaw::Unreadable.to_string();
+        let (_, parsed) = X509Certificate::from_der(der).map_err(|_| unreadable())?;
+        let name = subject(&parsed);
         let mut roots = RootCertStore::empty();
-        roots.add(der.to_vec().into()).ok()?;
-        let subject = parsed.subject();
-        let name = if subject.as_raw().len() > 2 { subject.to_string() } else { "without a name".into() };
-        Some(Self {
-            identity: PeerIdentity::of(der).ok()?,
+        let added = roots.add(der.clone().into_owned());
+        added.map_err(|error| format!("({name}) {}", TlsError::of_own(&error)))?;
+        let version = (parsed.version() != X509Version::V3)
+            .then(|| CertificateFlaw::Version(parsed.version().0.saturating_add(1)));
+        Ok(Self {
+            identity: PeerIdentity::of(der).map_err(|_| unreadable())?,
             not_before: system_time(parsed.validity().not_before),
-            name: printable(&name).into_owned(),
-            subject: subject.as_raw().to_vec(),
-            flaw: flaw(&parsed),
+            name,
+            subject: parsed.subject().as_raw().to_vec(),
+            flaw: version.or_else(|| flaw_as_ca(&parsed)),
+            path_length: path_length(&parsed),
+            name_constraints: name_constraints(&parsed),
             signs_lists: may_sign_lists(&parsed),
-            anchor: roots.roots.pop()?,
+            anchor: roots.roots.pop().ok_or_else(unreadable)?,
         })
-    }
-}
-
-/// What makes a certificate no CA's, behind its name.
-fn flaw(certificate: &X509Certificate<'_>) -> Option<&'static str> {
-    let is_ca = matches!(certificate.basic_constraints(), Ok(Some(constraints)) if constraints.value.ca);
-    if !is_ca {
-        return Some(
-            "is no CA: its certificate has no basicConstraints with CA:TRUE (the key of one host is trusted by --tls-pin)",
-        );
-    }
-    match certificate.key_usage() {
-        Ok(None) => None,
-        Ok(Some(usage)) if usage.value.key_cert_sign() => None,
-        _ => Some("may sign no certificates: its key usage has no keyCertSign"),
     }
 }
 
@@ -110,13 +107,13 @@ impl Authorities {
     /// Those of `directory`, of whom at least one vouches now.
     pub(crate) fn of(directory: &Path) -> Result<Self, TlsError> {
         let path = ca_path(directory);
-        let found: Option<Vec<_>> =
-            certificates(&path)?.iter().map(|der| TrustedAuthority::of(der)).collect();
-        let Some(found) = found else {
-            let what = "holds a certificate that cannot be a CA's".into();
-            return Err(TlsError::Content { path, what });
-        };
-        let all = Self(found);
+        let found = certificates(&path)?.into_iter().enumerate().map(|(n, der)| {
+            let told =
+                |what| format!("holds a certificate, number {} in it, that {what}", n.saturating_add(1));
+            TrustedAuthority::of(&der)
+                .map_err(|what| TlsError::Content { path: path.clone(), what: told(what) })
+        });
+        let all = Self(found.collect::<Result<_, _>>()?);
         match all.none_at(SystemTime::now()) {
             Some(why) => {
                 Err(TlsError::Content { path, what: format!("holds no CA that can be used: {why}") })
@@ -145,14 +142,40 @@ impl Authorities {
         RootCertStore { roots: vouching.map(|ca| ca.anchor.clone()).collect() }
     }
 
-    /// What is wrong at this time with the CAs that one of these certificates, in DER, names as its issuer.
-    pub(crate) fn problem_of_issuer<'a>(
+    /// Whether a CA of this name, in DER, vouches at this time.
+    pub(crate) fn has(&self, name: &[u8], at: SystemTime) -> bool {
+        self.named(name).any(|ca| ca.problem(at).is_none())
+    }
+
+    /// What is wrong at this time with the CAs of these names.
+    pub(crate) fn problem_of<'a>(
         &self,
-        certificates: impl IntoIterator<Item = &'a [u8]>,
+        names: impl IntoIterator<Item = &'a [u8]>,
         at: SystemTime,
     ) -> Option<String> {
-        let issuer = |der: &'a [u8]| self.0.iter().filter(move |ca| ca.is_issuer_of(der));
-        certificates.into_iter().flat_map(issuer).find_map(|ca| ca.problem(at))
+        names.into_iter().flat_map(|name| self.named(name)).find_map(|ca| ca.problem(at))
+    }
+
+    /// How many CAs those of this name allow below them at this time, and the name in words; `None`: any number.
+    pub(crate) fn path_length_of(&self, name: &[u8], at: SystemTime) -> Option<(&str, u32)> {
+        let lengths = self.named(name).filter(|ca| ca.problem(at).is_none());
+        let lengths: Option<Vec<_>> =
+            lengths.map(|ca| ca.path_length.map(|length| (ca.name.as_str(), length))).collect();
+        lengths?.into_iter().max_by_key(|(_, length)| *length)
+    }
+
+    /// Which names the CAs of these names may give, by their names in words.
+    pub(crate) fn name_constraints<'a>(
+        &self,
+        names: impl IntoIterator<Item = &'a [u8]>,
+    ) -> impl Iterator<Item = (String, String)> {
+        let named = names.into_iter().flat_map(|name| self.named(name));
+        let constraints = named.filter_map(|ca| Some((ca.name.clone(), ca.name_constraints.clone()?)));
+        constraints.collect::<Vec<_>>().into_iter()
+    }
+
+    fn named<'a>(&'a self, name: &[u8]) -> impl Iterator<Item = &'a TrustedAuthority> {
+        self.0.iter().filter(move |ca| ca.subject == name)
     }
 
     pub(crate) fn all(&self) -> &[TrustedAuthority] {

@@ -18,9 +18,10 @@ use vfio_migration_types::rfc3339;
 use crate::tls::authorities::Authorities;
 use crate::tls::crl::{CRL_FILE, revocations};
 use crate::tls::error::TlsError;
-use crate::tls::files::{CA_FILE, OwnCertificate, TlsRole, own_certificate};
+use crate::tls::files::{CA_FILE, OwnCertificate, own_certificate};
 use crate::tls::identity::{PeerIdentity, Pin};
 use crate::tls::own::check_own;
+use crate::tls::role::TlsRole;
 use crate::tls::trust::Trust;
 use crate::uri::Uri;
 

@@ -119,11 +119,6 @@ impl TlsError {
                      client-cert.pem (are the two files exchanged?)"
                         .to_owned()
                 }
-                C::NotValidForName | C::NotValidForNameContext { .. } => {
-                    "names no host: it needs a subjectAltName with the name or address that sources connect to (a common name is not \
-                     looked at)"
-                        .to_owned()
-                }
                 refused => {
                     let text = certificate(refused);
                     let own = text.strip_prefix("the peer's certificate ");

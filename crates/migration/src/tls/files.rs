@@ -15,8 +15,10 @@ use zeroize::Zeroizing;
 
 use crate::changeable::refuse_changeable;
 use crate::regular_file::open_regular;
+use crate::tls::certificate::{CertificateFlaw, flaw_of_validity, readable};
 use crate::tls::error::TlsError;
-use crate::tls::identity::{PeerIdentity, system_time};
+use crate::tls::identity::PeerIdentity;
+use crate::tls::role::TlsRole;
 
 /// Longest file that is read: a bundle of CAs is far shorter.
 const LONGEST: u64 = 1 << 20;
@@ -26,34 +28,6 @@ const MOST_CERTIFICATES: usize = 64;
 const MOST_ISSUED: usize = 1024;
 /// The file of the certificates of the CAs that are trusted.
 pub const CA_FILE: &str = "ca-cert.pem";
-
-/// The end of a connection that a certificate is for: a listening destination is a server, a source a client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TlsRole {
-    /// A source.
-    Client,
-    /// A destination.
-    Server,
-}
-
-impl TlsRole {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Client => "client",
-            Self::Server => "server",
-        }
-    }
-
-    /// The certificate's file name.
-    pub fn certificate_file(self) -> String {
-        format!("{}-cert.pem", self.word())
-    }
-
-    /// The private key's file name.
-    pub fn key_file(self) -> String {
-        format!("{}-key.pem", self.word())
-    }
-}
 
 /// A certificate with its private key.
 pub(crate) struct OwnCertificate {
@@ -65,6 +39,11 @@ pub(crate) struct OwnCertificate {
 pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCertificate, TlsError> {
     let path = directory.join(role.certificate_file());
     let chain = certificates(&path)?;
+    let flawed = |flaw: CertificateFlaw| TlsError::Content { path: path.clone(), what: flaw.to_string() };
+    let leaf = chain.first().ok_or_else(|| no_certificate(&path))?;
+    let parsed = readable(leaf, TlsError::of_own).map_err(flawed)?;
+    let validity = flaw_of_validity(&parsed, SystemTime::now());
+    let identity = PeerIdentity::of(leaf).map_err(|_| flawed(CertificateFlaw::Unreadable))?;
     let key_path = directory.join(role.key_file());
     let key = private_key(&key_path)?;
     let content = |what: &str| TlsError::Content { path: key_path.clone(), what: what.to_owned() };
@@ -76,22 +55,8 @@ pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCert
         Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
         Err(_) => return Err(TlsError::KeyMismatch { key: key_path, certificate: path }),
     }
-    let leaf = key.cert.first().ok_or_else(|| no_certificate(&path))?;
-    let identity = PeerIdentity::of(leaf).map_err(|_| TlsError::Content {
-        path: path.clone(),
-        what: "holds a certificate that cannot be read".into(),
-    })?;
-    if identity.not_after < SystemTime::now() {
-        let what =
-            format!("expired at {}: make a new one", vfio_migration_types::rfc3339(identity.not_after));
-        return Err(TlsError::Content { path, what });
-    }
-    let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| no_certificate(&path))?;
-    let not_before = system_time(parsed.validity().not_before);
-    if not_before > SystemTime::now() {
-        let since = vfio_migration_types::rfc3339(not_before);
-        let what = format!("is not valid before {since}: is this host's clock right?");
-        return Err(TlsError::Content { path, what });
+    if let Some(flaw) = validity {
+        return Err(flawed(flaw));
     }
     Ok(OwnCertificate { key, identity })
 }

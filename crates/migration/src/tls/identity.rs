@@ -95,7 +95,8 @@ impl fmt::Display for PeerIdentity {
     }
 }
 
-fn address(bytes: &[u8]) -> Option<IpAddr> {
+/// An address as certificates have it.
+pub(crate) fn address(bytes: &[u8]) -> Option<IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
         16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),

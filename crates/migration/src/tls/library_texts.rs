@@ -68,6 +68,9 @@ pub(crate) fn chain(found: &OtherError) -> String {
         "UnsupportedCertVersion" => "is not of X.509 version 3",
         "InvalidCertValidity" => "ends before it begins",
         "InvalidSerialNumber" => "has no serial number that X.509 allows",
+        "UnsupportedCriticalExtension" => {
+            "has a critical extension that is not known here: have it made without"
+        }
         "EmptyEkuExtension" => "has an extended key usage that names no purpose",
         "BadDer"
         | "BadDerTime"

@@ -5,14 +5,18 @@
 
 pub(crate) mod asked;
 pub(crate) mod authorities;
+pub(crate) mod certificate;
+pub(crate) mod chain;
 pub(crate) mod config;
 pub(crate) mod crl;
 pub(crate) mod error;
 pub(crate) mod files;
 pub(crate) mod identity;
 pub(crate) mod library_texts;
+pub(crate) mod name_constraints;
 pub(crate) mod own;
 pub(crate) mod own_refusal;
+pub(crate) mod role;
 pub(crate) mod security;
 pub(crate) mod server_configs;
 pub(crate) mod signature;

@@ -6,9 +6,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustls::pki_types::{ServerName, UnixTime};
 use rustls::{CertificateError, Error};
 
+use crate::tls::certificate::{host_names, no_host};
 use crate::tls::crl::CRL_FILE;
 use crate::tls::error::TlsError;
-use crate::tls::files::{OwnCertificate, TlsRole};
+use crate::tls::files::OwnCertificate;
+use crate::tls::role::TlsRole;
 use crate::tls::trust::Trust;
 
 /// Refuses a certificate of `role` that none takes who trusts the CAs of the same `directory`.
@@ -27,23 +29,21 @@ pub(crate) fn check_own(
     let judged = match role {
         TlsRole::Client => trust.client_verifier()?.verify_client_cert(leaf, intermediates, now).map(drop),
         TlsRole::Server => {
-            // Under which of its names it is reached, its peers know. A name is looked at last.
+            let names = host_names(leaf);
+            // Without a name it may have flaws that are worse. A name is looked at last.
             let nobody =
                 ServerName::try_from("nobody.invalid").map_err(|_| TlsError::NoName(String::new()))?;
-            let verifier = trust.server_verifier()?;
-            match verifier.verify_server_cert(leaf, intermediates, &nobody, &[], now).map(drop) {
-                Err(Error::InvalidCertificate(CertificateError::NotValidForNameContext {
-                    presented,
-                    ..
-                })) if !presented.is_empty() => trust.revoked(&own.key.cert, SystemTime::now()),
-                judged => judged,
-            }
+            let name = names.first().unwrap_or(&nobody);
+            trust.server_verifier()?.verify_server_cert(leaf, intermediates, name, &[], now).map(drop)
         }
     };
     judged.map_err(|error| match error {
         Error::InvalidCertificate(CertificateError::Revoked) => {
             content(format!("is revoked, by {CRL_FILE}: get a new one from the CA"))
         }
+        Error::InvalidCertificate(
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+        ) => content(no_host(leaf)),
         error => content(TlsError::of_own(&error)),
     })
 }

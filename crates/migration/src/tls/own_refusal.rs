@@ -7,6 +7,9 @@ pub(crate) enum OwnRefusal {
     NoAuthority(String),
     #[error("the peer's certificate is of a CA that is not taken any more: ca-cert.pem: {0}")]
     EndedAuthority(String),
+    /// What is wrong with it or a CA on its way, as the sentence goes on.
+    #[error("the peer's certificate {0}")]
+    Chain(String),
     #[error("the peer's key {0} is not among those that are pinned")]
     NotPinned(String),
 }

@@ -10,7 +10,8 @@ use rustls::ServerConfig;
 use crate::tls::config::Security;
 use crate::tls::crl::CRL_FILE;
 use crate::tls::error::TlsError;
-use crate::tls::files::{CA_FILE, TlsRole};
+use crate::tls::files::CA_FILE;
+use crate::tls::role::TlsRole;
 use crate::tls::stamps::FileStamps;
 
 /// Time after which files that could not be used are read again though they are the same.

@@ -17,10 +17,12 @@ use rustls::{
 };
 
 use crate::tls::authorities::Authorities;
+use crate::tls::chain::Chain;
 use crate::tls::crl::Revocations;
 use crate::tls::error::TlsError;
 use crate::tls::identity::{PeerIdentity, Pin};
 use crate::tls::own_refusal::OwnRefusal;
+use crate::tls::role::TlsRole;
 
 /// Whom a side trusts.
 #[derive(Clone, Debug)]
@@ -36,7 +38,7 @@ impl Trust {
     pub(crate) fn server_verifier(&self) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
         Ok(match self {
             Self::Authorities(authorities, revoked) => {
-                Arc::new(AuthorityVerifier::new(authorities, revoked, server_by_roots)?)
+                Arc::new(AuthorityVerifier::new(authorities, revoked, TlsRole::Server, server_by_roots)?)
             }
             Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
         })
@@ -46,21 +48,10 @@ impl Trust {
     pub(crate) fn client_verifier(&self) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
         Ok(match self {
             Self::Authorities(authorities, revoked) => {
-                Arc::new(AuthorityVerifier::new(authorities, revoked, client_by_roots)?)
+                Arc::new(AuthorityVerifier::new(authorities, revoked, TlsRole::Client, client_by_roots)?)
             }
             Self::Pins(pins) => Arc::new(PinVerifier::new(pins)),
         })
-    }
-
-    /// Refuses certificates that a CA has taken back by this time.
-    pub(crate) fn revoked(&self, certificates: &[CertificateDer<'_>], at: SystemTime) -> Result<(), Error> {
-        match self {
-            Self::Authorities(_, revoked) => match revoked.refusal(certificates, at) {
-                Some(refused) => Err(Error::InvalidCertificate(refused)),
-                None => Ok(()),
-            },
-            Self::Pins(_) => Ok(()),
-        }
     }
 }
 
@@ -91,6 +82,8 @@ struct AuthorityVerifier<V: ?Sized> {
     authorities: Arc<Authorities>,
     /// A CA without a list has taken nothing back.
     revoked: Arc<Revocations>,
+    /// Whose certificates it takes.
+    role: TlsRole,
     by_roots: ByRoots<V>,
     /// The CAs that vouched when this was made, and what judges by them.
     in_force: Vec<bool>,
@@ -102,6 +95,7 @@ impl<V: ?Sized> AuthorityVerifier<V> {
     fn new(
         authorities: &Arc<Authorities>,
         revoked: &Arc<Revocations>,
+        role: TlsRole,
         by_roots: ByRoots<V>,
     ) -> Result<Self, TlsError> {
         let now = SystemTime::now();
@@ -110,6 +104,7 @@ impl<V: ?Sized> AuthorityVerifier<V> {
             in_force: authorities.in_force(now),
             authorities: Arc::clone(authorities),
             revoked: Arc::clone(revoked),
+            role,
             by_roots,
             algorithms: default_provider().signature_verification_algorithms,
         })
@@ -121,7 +116,7 @@ impl<V: ?Sized> AuthorityVerifier<V> {
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-        verify: impl FnOnce(&V) -> Result<T, Error>,
+        verify: impl FnOnce(&V, &[CertificateDer<'_>]) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let at = UNIX_EPOCH + Duration::from_secs(now.as_secs());
         if let Some(why) = self.authorities.none_at(at) {
@@ -132,17 +127,24 @@ impl<V: ?Sized> AuthorityVerifier<V> {
         } else {
             (self.by_roots)(self.authorities.roots(at)).map_err(|error| Error::General(error.to_string()))?
         };
-        let judged = verify(&made).map_err(|error| match error {
-            // The CA is one of ours, and vouches no more.
-            Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
-                let chain = std::iter::once(leaf).chain(intermediates).map(|der| der.as_ref());
-                match self.authorities.problem_of_issuer(chain, at) {
-                    Some(why) => refused(OwnRefusal::EndedAuthority(why)),
-                    None => error,
-                }
-            }
+        let chain = Chain { leaf, intermediates, authorities: &self.authorities };
+        // Of the others it would take some that may not vouch.
+        let judged = verify(&made, &chain.sound(at)).map_err(|error| match error {
+            Error::InvalidCertificate(found) => match chain.explain(&found, self.role, at) {
+                Some(why) => refused(OwnRefusal::Chain(why)),
+                None => match (&found, chain.problem_of_authority(at)) {
+                    // The CA is one of ours, and vouches no more.
+                    (CertificateError::UnknownIssuer | CertificateError::BadSignature, Some(why)) => {
+                        refused(OwnRefusal::EndedAuthority(why))
+                    }
+                    _ => Error::InvalidCertificate(found),
+                },
+            },
             error => error,
         })?;
+        if let Some(why) = chain.flaw_beyond(at) {
+            return Err(refused(OwnRefusal::Chain(why)));
+        }
         // Last: whom nobody vouches for hears nothing of what was taken back. A list may expire while a destination waits.
         match self.revoked.refusal(std::iter::once(leaf).chain(intermediates), at) {
             Some(refused) => Err(Error::InvalidCertificate(refused)),
@@ -225,7 +227,9 @@ impl ServerCertVerifier for AuthorityVerifier<dyn ServerCertVerifier> {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.judge(leaf, intermediates, now, |by| by.verify_server_cert(leaf, intermediates, name, ocsp, now))
+        self.judge(leaf, intermediates, now, |by, intermediates| {
+            by.verify_server_cert(leaf, intermediates, name, ocsp, now)
+        })
     }
 
     handshake_signatures!();
@@ -242,7 +246,9 @@ impl ClientCertVerifier for AuthorityVerifier<dyn ClientCertVerifier> {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.judge(leaf, intermediates, now, |by| by.verify_client_cert(leaf, intermediates, now))
+        self.judge(leaf, intermediates, now, |by, intermediates| {
+            by.verify_client_cert(leaf, intermediates, now)
+        })
     }
 
     handshake_signatures!();

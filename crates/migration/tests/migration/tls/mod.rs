@@ -3,6 +3,7 @@
 mod authorities;
 mod bad_input;
 mod binding;
+mod chains;
 mod flips;
 pub(crate) mod hosts;
 mod revoked;

@@ -47,6 +47,8 @@ pub struct Host {
     pub years: (i32, i32),
     /// What the server's certificate may be used for, and the client's.
     pub purposes: (ExtendedKeyUsagePurpose, ExtendedKeyUsagePurpose),
+    /// What else is changed of them.
+    pub alter: fn(&mut CertificateParams),
 }
 
 impl Host {
@@ -55,6 +57,7 @@ impl Host {
             names: vec![name.to_owned()],
             years: (2020, 2090),
             purposes: (ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth),
+            alter: |_| {},
         }
     }
 }
@@ -77,6 +80,26 @@ impl Ca {
         let key = KeyPair::generate().unwrap();
         let pem = params.self_signed(&key).unwrap().pem();
         Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    /// A CA that this one has issued: certificates of it need its own beside them ([`add_to`](Self::add_to)).
+    pub fn below(&self, name: &str, alter: impl FnOnce(&mut CertificateParams)) -> Self {
+        let mut params = CertificateParams::new([]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        alter(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let pem = params.signed_by(&key, &self.issuer).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    /// Puts its certificate behind those of the host in `directory`.
+    pub fn add_to(&self, directory: &Path) {
+        for role in [TlsRole::Server, TlsRole::Client] {
+            let file = directory.join(role.certificate_file());
+            let text = std::fs::read_to_string(&file).unwrap();
+            std::fs::write(file, text + &self.pem).unwrap();
+        }
     }
 
     /// A directory with all that `host` needs, in which this CA is trusted.
@@ -127,6 +150,7 @@ impl Ca {
             params.not_before = date_time_ymd(host.years.0, 1, 1);
             params.not_after = date_time_ymd(host.years.1, 1, 1);
             params.extended_key_usages = vec![purpose.clone()];
+            (host.alter)(&mut params);
             let key = KeyPair::generate().unwrap();
             let certificate = params.signed_by(&key, &self.issuer).unwrap();
             std::fs::write(directory.join(role.certificate_file()), certificate.pem()).unwrap();

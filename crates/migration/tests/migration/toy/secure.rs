@@ -9,9 +9,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use vfio_migration::rustls::crypto::aws_lc_rs::sign::any_supported_type;
 use vfio_migration::rustls::pki_types::pem::PemObject;
 use vfio_migration::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use vfio_migration::rustls::server::WebPkiClientVerifier;
+use vfio_migration::rustls::sign::{CertifiedKey, SingleCertAndKey};
 use vfio_migration::rustls::{
     ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
 };
@@ -222,8 +224,18 @@ fn later<T>(done: std::io::Result<T>) -> std::io::Result<Option<T>> {
 }
 
 pub fn chain(directory: &Path, role: TlsRole) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
-    let certificate = CertificateDer::from_pem_file(directory.join(role.certificate_file())).unwrap();
-    (vec![certificate], PrivateKeyDer::from_pem_file(directory.join(role.key_file())).unwrap())
+    let certificates = CertificateDer::pem_file_iter(directory.join(role.certificate_file())).unwrap();
+    (
+        certificates.map(Result::unwrap).collect(),
+        PrivateKeyDer::from_pem_file(directory.join(role.key_file())).unwrap(),
+    )
+}
+
+/// What a directory has for `role`, shown as it is: nobody has looked at it.
+fn shown(directory: &Path, role: TlsRole) -> Arc<SingleCertAndKey> {
+    let (certificates, key) = chain(directory, role);
+    let key = any_supported_type(&key).unwrap();
+    Arc::new(SingleCertAndKey::from(CertifiedKey::new(certificates, key)))
 }
 
 pub fn roots(directory: &Path) -> RootCertStore {
@@ -233,18 +245,16 @@ pub fn roots(directory: &Path) -> RootCertStore {
 }
 
 pub fn client_config(directory: &Path) -> ClientConfig {
-    let (certificates, key) = chain(directory, TlsRole::Client);
     let builder = ClientConfig::builder().with_root_certificates(roots(directory));
-    let mut config = builder.with_client_auth_cert(certificates, key).unwrap();
+    let mut config = builder.with_client_cert_resolver(shown(directory, TlsRole::Client));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config
 }
 
 pub fn server_config(directory: &Path) -> ServerConfig {
-    let (certificates, key) = chain(directory, TlsRole::Server);
     let verifier = WebPkiClientVerifier::builder(Arc::new(roots(directory))).build().unwrap();
     let builder = ServerConfig::builder().with_client_cert_verifier(verifier);
-    let mut config = builder.with_single_cert(certificates, key).unwrap();
+    let mut config = builder.with_cert_resolver(shown(directory, TlsRole::Server));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config
 }
