@@ -381,6 +381,7 @@ impl IncomingControl {
     }
 
     pub(crate) fn end_session(&self) {
+        self.shared.answers.give_up_late();
         let mut sessions = lock(&self.shared.sessions);
         sessions.last = sessions.present.take();
     }

@@ -121,7 +121,7 @@ pub(crate) fn behind(
     behind_with(dir, options, &[], act)
 }
 
-fn behind_with(
+pub(crate) fn behind_with(
     dir: &std::path::Path,
     options: &str,
     more: &[&str],
@@ -140,7 +140,7 @@ fn behind_with(
 }
 
 /// Whether a SET_IRQS gives the device eventfds of MSI-X.
-fn connects_msix(command: u16, body: &[u8]) -> bool {
+pub(crate) fn connects_msix(command: u16, body: &[u8]) -> bool {
     let word = |at: usize| u32::from_le_bytes(body[at..at + 4].try_into().unwrap());
     command == proxy::SET_IRQS && word(4) & 4 != 0 && word(8) == 2 && word(16) > 0
 }

@@ -49,6 +49,7 @@ mod tls;
 mod tls_exposed;
 mod tls_files;
 mod tls_gnutls;
+mod told_limits;
 mod unix_peers;
 mod waits;
 mod watch;

@@ -1,9 +1,13 @@
 //! The way out, before the guest is ours: locks and devices are released, every device after a reset.
 
+use std::time::Duration;
+
+use rustix::io::Errno;
+use vfio_migration_device::{Device, is_late};
 use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::device_state::tracked::ask_pci;
-use crate::session::awaited::AwaitedAnswers;
+use crate::session::awaited::{AwaitedAnswer, AwaitedAnswers};
 use crate::session::fail::InPhase;
 use crate::session::lock::lock;
 use crate::session::parallel::for_each_device_parallel;
@@ -11,6 +15,9 @@ use crate::session::work_error::WorkError;
 
 use crate::destination::attempt::ArrivingDevice;
 use crate::destination::worker::Worker;
+
+/// Time after which a device that says at once that it is late is asked again.
+const SLICE: Duration = Duration::from_millis(20);
 
 impl Worker<'_, '_, '_> {
     /// Undoes what was done, all of it, whatever fails on the way; the first failure is the answer.
@@ -42,18 +49,68 @@ impl Worker<'_, '_, '_> {
 /// The VMM's side first, so that nothing of the VMM reaches for a device that is being reset.
 fn reset(incoming: &mut ArrivingDevice, answers: &AwaitedAnswers) -> Result<(), Failure> {
     incoming.touched = false;
-    let undone = match &incoming.moved.pci {
+    let ArrivingDevice { moved, session, .. } = incoming;
+    let (moved, device) = (&*moved, &*moved.device);
+    let undo = || match &moved.pci {
         Some(pci) => {
-            let undone = ask_pci(answers, &incoming.moved, || pci.undo());
+            let undone = ask_pci(answers, moved, || pci.undo());
             undone.map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
         }
         None => Ok(()),
     };
-    let reset = match incoming.session.take() {
-        Some(session) => session.abort().map_err(|error| error.in_phase(Side::Destination, Phase::Clean)),
-        None => {
-            incoming.moved.device.reset().map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
-        }
-    };
+    let undone = patiently(device, answers, undo);
+    let reset = patiently(device, answers, || {
+        let reset = match session.take() {
+            Some(session) => session.abort(),
+            None => device.reset(),
+        };
+        reset.map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
+    });
+    if answers.late_of(device.id()).is_some() {
+        // It is asked for nothing more. What is the VMM's own is given up all the same.
+        let _nothing_more = device.limit_question(Duration::ZERO);
+        drop(undo());
+        *session = None;
+    }
     reset.and(undone)
+}
+
+/// Does `step`. A `device` that is late is waited for first, as long as whoever looks is told and no longer; if it is late with the step
+/// itself, that is taken once more when it has answered.
+fn patiently(
+    device: &dyn Device,
+    answers: &AwaitedAnswers,
+    mut step: impl FnMut() -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    await_answer(device, answers)?;
+    let done = step();
+    if answers.late_of(device.id()).is_none() {
+        return done;
+    }
+    await_answer(device, answers)?;
+    step()
+}
+
+/// Waits until `device`, if it is late, answers anything or is lost, for as long as is told.
+fn await_answer(device: &dyn Device, answers: &AwaitedAnswers) -> Result<(), Failure> {
+    while let Some(late) = answers.late_of(device.id()) {
+        let left = late.limit.map(|limit| limit.saturating_sub(late.waited));
+        if left == Some(Duration::ZERO) {
+            return Err(not_reset(&late));
+        }
+        let _limit = left.and_then(|left| device.limit_question(left));
+        if device.state().is_err_and(|error| is_late(&error)) {
+            // A device may say so at once.
+            std::thread::sleep(SLICE);
+        }
+    }
+    Ok(())
+}
+
+/// The device of a `late` answer is given up as it is.
+fn not_reset(late: &AwaitedAnswer) -> Failure {
+    let text = format!("{late}, and was not reset");
+    let failure = Failure::new(Side::Destination, Phase::Clean, text);
+    let errno = Some(Errno::TIMEDOUT.raw_os_error().unsigned_abs());
+    Failure { device: late.device.as_ref().map(ToString::to_string), errno, ..failure }
 }

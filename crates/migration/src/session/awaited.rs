@@ -253,6 +253,11 @@ impl AwaitedAnswers {
         lock(&self.0).requests.retain(|sent| !sent.late || sent.device.as_ref() != Some(device));
     }
 
+    /// Nobody waits any more for those that did not come in time.
+    pub(crate) fn give_up_late(&self) {
+        lock(&self.0).requests.retain(|sent| !sent.late);
+    }
+
     /// From now on each is waited for until it comes.
     pub(crate) fn wait_without_limit(&self) {
         lock(&self.0).without_limit = true;
@@ -262,6 +267,13 @@ impl AwaitedAnswers {
     pub(crate) fn late(&self) -> Vec<AwaitedAnswer> {
         let awaited = lock(&self.0);
         awaited.requests.iter().filter(|sent| sent.late).map(|sent| awaited.answer(sent)).collect()
+    }
+
+    /// The one that `device` did not give in time, and has not since.
+    pub(crate) fn late_of(&self, device: &DeviceId) -> Option<AwaitedAnswer> {
+        let awaited = lock(&self.0);
+        let late = awaited.requests.iter().find(|sent| sent.late && sent.device.as_ref() == Some(device));
+        late.map(|sent| awaited.answer(sent))
     }
 
     /// Those that are to be told of a session that is under way, which is being cancelled or not.
@@ -351,6 +363,8 @@ mod tests {
         let late = answers.longer_than(Duration::ZERO);
         assert_eq!((late.len(), late[0].request), (1, arc), "what waits behind it is not told: {late:?}");
         assert!(late[0].limit > limit && answers.late().len() == 1, "{late:?}");
+        assert_eq!(answers.late_of(&id).map(|late| late.request), Some(arc));
+        assert_eq!(answers.late_of(&other), None);
         drop(behind);
         answers.wait_without_limit();
         assert_eq!(answers.late()[0].limit, None);
@@ -358,5 +372,12 @@ mod tests {
         assert_eq!(answers.late().len(), 1);
         answers.answered(&id);
         assert_eq!(answers.longer_than(Duration::ZERO), []);
+        let [late, open] = [arc, Request::Open].map(|request| answers.wait(Some(&id), request, limit));
+        answers.is_late(&late, limit);
+        drop(late);
+        answers.give_up_late();
+        let shown: Vec<_> = answers.longer_than(Duration::ZERO).iter().map(|answer| answer.request).collect();
+        assert_eq!(shown, [Request::Open], "what is waited for is told");
+        drop(open);
     }
 }

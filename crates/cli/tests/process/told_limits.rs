@@ -1,0 +1,77 @@
+//! A destination whose attempt is undone: what is told of it is what is so, for as long as it takes, and whoever comes meanwhile is answered.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::late::{behind_with, connects_msix};
+use crate::proxy::Act;
+use crate::support::{PATIENCE, Setup, Vm, until};
+
+/// How much later than it is told an end may be seen, on a host that does other things too.
+const SLACK: u64 = 900;
+const INCOMING: [&str; 2] = ["--incoming", "tcp:127.0.0.1:0"];
+
+fn source(dir: &Path) -> Vm {
+    let vm = Setup::new(dir, "a").start();
+    vm.warm();
+    vm
+}
+
+/// A receiver whose device takes so long for RESUMING to STOP, and has two seconds.
+fn late_to_stop(dir: &Path, time: &str) -> Vm {
+    let fault = format!("hang-arc:RESUMING:STOP:{time}");
+    let device_arguments = &["--state-size", "4M", "--fault", &fault];
+    let device_options = ",timeout=2s";
+    Setup { device_arguments, device_options, vm_arguments: &INCOMING, ..Setup::new(dir, "b") }.start()
+}
+
+/// Looks at `there` until its session is over: it is under way or the last one, and no answer is waited for longer than is told.
+fn watch_end(there: &Vm) -> Value {
+    let (begun, mut seen, mut waited) = (Instant::now(), false, false);
+    while begun.elapsed() < PATIENCE {
+        let report = there.query("query");
+        seen |= !report["migration"].is_null();
+        let both = [&report["migration"], &report["last"]];
+        assert!(!seen || both.iter().any(|info| !info.is_null()), "neither under way nor ended: {report}");
+        for answer in report["migration"]["waits-for"].as_array().into_iter().flatten() {
+            waited |= answer["device"] == "dev0";
+            let (since, limit) = (answer["waited-ms"].as_u64().unwrap(), answer["limit-ms"].as_u64());
+            assert!(limit.is_none_or(|limit| since <= limit + SLACK), "longer than is told: {answer}");
+        }
+        if seen && report["migration"].is_null() {
+            assert!(waited, "its device was never waited for: {report}");
+            return report;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("it does not end: {}", there.query("query"));
+}
+
+#[test]
+fn no_answer_is_waited_for_longer_than_is_told_while_a_destination_is_undone() {
+    let interrupts = |dir: &Path| {
+        let once = AtomicBool::new(true);
+        behind_with(dir, ",timeout=3s", &INCOMING, move |command, body| {
+            let is_late = connects_msix(command, body) && once.swap(false, Ordering::AcqRel);
+            if is_late { Act::Late(Duration::from_secs(25)) } else { Act::Pass }
+        })
+    };
+    let stop = |dir: &Path| late_to_stop(dir, "14s");
+    // Side by side: they mostly wait.
+    std::thread::scope(|scope| {
+        for receiver in [&interrupts as &(dyn Fn(&Path) -> Vm + Sync), &stop] {
+            scope.spawn(move || {
+                let dir = tempfile::tempdir().unwrap();
+                let (vm, there) = (source(dir.path()), receiver(dir.path()));
+                vm.begin(&there.incoming(), json!({"downtime-limit": 60_000}));
+                let report = watch_end(&there);
+                let error = report["last"]["error"].as_str().unwrap();
+                assert!(error.contains("dev0") && error.contains("and was not reset"), "{report}");
+                assert_eq!(vm.ended()["status"], "failed");
+            });
+        }
+    });
+}
