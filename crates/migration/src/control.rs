@@ -238,6 +238,27 @@ struct Incoming {
     refusals: Mutex<Refusals>,
     /// What the session under way waits for, and the VMM for it.
     answers: AwaitedAnswers,
+    not_ready: Mutex<NotReadyReasons>,
+}
+
+/// Why no guest can be taken in now: of each that says so.
+#[derive(Debug, Default)]
+struct NotReadyReasons {
+    next: u64,
+    reasons: Vec<(u64, String)>,
+}
+
+/// The VMM cannot take a guest in as long as this is kept.
+#[derive(Debug)]
+pub struct NotReady {
+    shared: Arc<Incoming>,
+    number: u64,
+}
+
+impl Drop for NotReady {
+    fn drop(&mut self) {
+        lock(&self.shared.not_ready).reasons.retain(|(number, _)| *number != self.number);
+    }
 }
 
 /// The session that is under way, and the one before it.
@@ -283,6 +304,7 @@ impl IncomingControl {
             sessions: Mutex::default(),
             refusals: Mutex::default(),
             answers: AwaitedAnswers::default(),
+            not_ready: Mutex::default(),
         };
         Self { shared: Arc::new(incoming) }
     }
@@ -370,6 +392,28 @@ impl IncomingControl {
     /// is kept: a session that waits for the machine says so in [`Progress::awaited`].
     pub fn opening(&self, device: &DeviceId, limit: Option<Duration>) -> AwaitedNote {
         AwaitedNote { _wait: self.shared.answers.wait(Some(device), Request::Open, limit) }
+    }
+
+    /// What the session under way waits for, and the VMM also while there is none: what has not come at once.
+    pub fn awaited(&self) -> Vec<AwaitedAnswer> {
+        self.shared.answers.to_tell(true)
+    }
+
+    /// Turns sources away as long as what is returned is kept, for `why`, and with what is [awaited](Self::awaited): the VMM makes its machine
+    /// anew. One that comes is told so within a second, and let in if that is over by then. Does nothing to a session under way.
+    pub fn not_ready(&self, why: impl Into<String>) -> NotReady {
+        let mut not_ready = lock(&self.shared.not_ready);
+        let number = not_ready.next;
+        not_ready.next += 1;
+        not_ready.reasons.push((number, why.into()));
+        NotReady { shared: Arc::clone(&self.shared), number }
+    }
+
+    /// Why no guest can be taken in now, if that is so.
+    pub(crate) fn why_not_ready(&self) -> Option<String> {
+        let why = lock(&self.shared.not_ready).reasons.first().map(|(_, why)| why.clone())?;
+        let awaited = self.awaited().into_iter().map(|answer| format!("; {answer}"));
+        Some(awaited.fold(why, |text, answer| text + &answer))
     }
 
     pub(crate) fn answers(&self) -> &AwaitedAnswers {

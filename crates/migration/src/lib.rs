@@ -167,7 +167,7 @@ mod uri;
 
 pub use changeable::refuse_changeable;
 pub use channel::connect::needs_security;
-pub use control::{Control, IncomingControl, PendingRollback};
+pub use control::{Control, IncomingControl, NotReady, PendingRollback};
 pub use destination::Destination;
 pub use device_file::{
     DeviceArc, DeviceControl, DeviceFate, DeviceFileError, DeviceReport, RestoreDeviceOptions,

@@ -152,7 +152,7 @@ pub(crate) struct StatusInfo {
     #[serde(default)]
     pub(crate) incoming_plaintext: bool,
     /// Why it could take no guest just now, while it waits for one: its machine is being built anew, or cannot be built, which is
-    /// tried again and again.
+    /// tried again and again; with the device that keeps it waiting.
     #[serde(default)]
     pub(crate) not_ready: Option<String>,
     /// Why its guest stopped by itself, if it did: `status` is `"failed"` then.

@@ -1,12 +1,11 @@
 //! An incoming migration: a `vm` that waits until a guest has arrived, however many sessions end otherwise before that.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
     Arrived, CancelCause, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer,
-    Machine, NotBuilt, Uri,
+    Machine, NotBuilt, NotReady, Uri,
 };
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
@@ -29,6 +28,8 @@ const ANSWER_FOR: Duration = Duration::from_secs(60);
 /// Longest wait for the end of a wait that was cancelled, and how often it is looked for.
 const CANCELLED: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// Longest wait for a machine that somebody else builds, of a session and of the end of a wait.
+const BUILT_WITHIN: Duration = Duration::from_secs(1);
 /// Pause between two tries to build the machine of a `vm` that waits.
 const BUILD_EVERY: Duration = Duration::from_secs(1);
 
@@ -42,8 +43,12 @@ pub(super) fn again(vm: &Arc<RunningVm>, asked: &IncomingArguments) -> Result<()
         settings.check(uri).map_err(|failure| failure.report().error)?;
     }
     let before = reserve(vm)?;
-    let begun = build(vm)
-        .map_err(|failure| Refused::generic(failure.text))
+    let begun = lock_building(vm, CANCELLED)
+        .ok_or_else(|| Refused::new("MigrationActive", REBUILDS))
+        .and_then(|_building| {
+            close_retired(vm);
+            build(vm).map_err(|failure| Refused::generic(failure.text))
+        })
         .and_then(|machine| listen(vm, &address, machine, &settings));
     if begun.is_err() {
         // Only what we reserved ourselves is given back.
@@ -141,7 +146,7 @@ pub(super) fn listen(
 /// Receives a guest, and says whether it was a session that ended the wait. Two things do: a guest that has arrived, and the operator; where the wait is for one migration, `once`, also a session that
 /// ended otherwise, but for a rehearsal. After every other end the address is waited at on, with a machine built anew.
 fn receive(
-    vm: &RunningVm,
+    vm: &Arc<RunningVm>,
     destination: &mut Destination,
     control: &IncomingControl,
     once: bool,
@@ -150,7 +155,7 @@ fn receive(
         || control.last_progress().and_then(|progress| progress.attempt).map(|attempt| attempt.attempt);
     let only_one = matches!(destination.local(), Uri::Fd(_));
     loop {
-        let lent = AtomicBool::new(false);
+        let lent = OnceLock::new();
         let before = attempt();
         let error = match destination.accept(|offer| admit(vm, offer, &lent)) {
             Ok(arrived) => return (Ok(arrived), true),
@@ -162,26 +167,70 @@ fn receive(
             return (Err(error), attempt() != before);
         }
         let ended = info::not_arrived(vm, &error, false);
-        if !lent.into_inner() {
+        let Some(lent) = lent.into_inner() else {
             vm.end_attempt(ended);
             continue;
-        }
-        // What the session had is given up before its end is told, and built anew after it: nobody who is told finds the session
-        // neither under way nor ended.
-        let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
+        };
+        // Whoever is told of the end finds that another machine is made, and whoever comes meanwhile is told.
+        let not_ready = control.not_ready(REBUILDS);
         vm.presence.end();
-        retire(vm);
+        retire(vm, |machine| Arc::ptr_eq(machine, &lent));
+        drop(lent);
         vm.end_attempt(ended);
-        // What keeps it from being built is in the status, and it is tried again.
-        drop(rebuild(vm, None));
+        rebuild_aside(vm, not_ready);
+    }
+}
+
+/// What a `vm` says of itself that waits, and has no machine just now.
+const REBUILDS: &str = "its machine is being built anew";
+
+/// Builds the machine of a `vm` that waits anew, on a thread of its own: a device may keep whoever opens it waiting, and sources that come
+/// are answered all the same. What keeps it from being built is in the status, and it is tried again.
+fn rebuild_aside(vm: &Arc<RunningVm>, not_ready: NotReady) {
+    let of_thread = vm.clone();
+    let rebuilding = std::thread::Builder::new().name("rebuild".into()).spawn(move || {
+        let vm = of_thread;
+        let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
+        close_retired(&vm);
+        if matches!(vm.state.slot(), Slot::Awaited { machine: None, .. }) {
+            drop(rebuild(&vm, None));
+        }
+        drop(not_ready);
+    });
+    if let Err(error) = rebuilding {
+        tracing::warn!(%error, "no thread to build the machine anew; it is tried again");
+    }
+}
+
+/// Closes the devices of machines that were given up.
+fn close_retired(vm: &RunningVm) {
+    let retired = std::mem::take(&mut *vm.retired.lock().unwrap_or_else(PoisonError::into_inner));
+    // Not under the lock: a device may take its time.
+    drop(retired);
+}
+
+/// Waits until nobody builds the machine, for so long.
+fn lock_building(vm: &RunningVm, limit: Duration) -> Option<MutexGuard<'_, ()>> {
+    let begun = Instant::now();
+    loop {
+        match vm.building.try_lock() {
+            Ok(building) => return Some(building),
+            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) if begun.elapsed() >= limit => return None,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOOK_EVERY),
+        }
     }
 }
 
 /// Accepts the guest on offer; a VM that was given no identity takes the guest's, and one that was given no size of RAM takes
 /// that too.
-fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc<dyn Machine>, NotBuilt> {
-    let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
-    lent.store(true, Ordering::Relaxed);
+fn admit(
+    vm: &RunningVm,
+    offer: &IncomingOffer,
+    lent: &OnceLock<Arc<ReferenceMachine>>,
+) -> Result<Arc<dyn Machine>, NotBuilt> {
+    // Whoever looks after the machine may have begun to build it a moment ago.
+    let _building = lock_building(vm, BUILT_WITHIN).ok_or_else(|| NotBuilt::Failed(REBUILDS.into()))?;
     if let Some(Steering::Incoming(control)) = vm.state.steering()
         && let Some(progress) = control.progress()
     {
@@ -201,6 +250,7 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
         Some(machine) => machine,
         None => rebuild(vm, memory).map_err(NotBuilt::Failed)?,
     };
+    let machine = lent.get_or_init(|| machine).clone();
     let named = offer.vm.names_a_vm();
     if vm.options.uuid.is_none() && named {
         machine.adopt(offer.vm);
@@ -211,13 +261,16 @@ fn admit(vm: &RunningVm, offer: &IncomingOffer, lent: &AtomicBool) -> Result<Arc
     inject_at_destination(vm.options.sabotage, machine).map_err(NotBuilt::Failed)
 }
 
-/// Drops the machine of a `vm` that waits. Whoever calls it holds `building`.
-fn retire(vm: &RunningVm) {
+/// Takes the machine of a `vm` that waits away, if it is one of `these`. It is dropped before another is built.
+fn retire(vm: &RunningVm, these: impl FnOnce(&Arc<ReferenceMachine>) -> bool) {
     if let Slot::Awaited { at, not_ready, .. } = vm.state.slot() {
         // What kept it from being built the last time is what is known until it is tried again.
-        let not_ready = not_ready.or_else(|| Some("its machine is being built anew".into()));
-        let waits = |slot: &Slot| matches!(slot, Slot::Awaited { .. });
-        drop(vm.state.put_if(waits, Slot::Awaited { machine: None, at, not_ready }));
+        let not_ready = not_ready.or_else(|| Some(REBUILDS.into()));
+        let waits =
+            |slot: &Slot| matches!(slot, Slot::Awaited { machine: Some(machine), .. } if these(machine));
+        if let Ok(old) = vm.state.put_if(waits, Slot::Awaited { machine: None, at, not_ready }) {
+            vm.retired.lock().unwrap_or_else(PoisonError::into_inner).push(old);
+        }
     }
 }
 
@@ -225,7 +278,8 @@ fn retire(vm: &RunningVm) {
 /// from being built is in the status until it can be. Whoever calls it holds `building`.
 fn rebuild(vm: &RunningVm, memory: Option<u64>) -> Result<Arc<ReferenceMachine>, String> {
     // The old one first: a device takes one client at a time.
-    retire(vm);
+    retire(vm, |_| true);
+    close_retired(vm);
     let built = build_with_memory(vm, memory).map_err(|failure| failure.text);
     let Slot::Awaited { at, .. } = vm.state.slot() else {
         return Err("it no longer waits for a guest".into());
@@ -262,6 +316,15 @@ impl ReadinessWatch {
             return;
         }
         self.tried = Some(Instant::now());
+        let _not_ready = match (vm.state.steering(), vm.state.slot()) {
+            (Some(Steering::Incoming(control)), Slot::Awaited { not_ready: Some(why), .. })
+                if why != REBUILDS =>
+            {
+                Some(control.not_ready(format!("{REBUILDS}, which failed before: {why}")))
+            }
+            (Some(Steering::Incoming(control)), _) => Some(control.not_ready(REBUILDS)),
+            _ => None,
+        };
         match rebuild(vm, None) {
             Ok(_) if std::mem::take(&mut self.not_ready) => {
                 eprintln_line("vfio-migrate: the VM is ready for a guest again");
@@ -302,7 +365,7 @@ fn finish(
             {
                 // Nobody had come: what the last session came to stays what it was.
                 drop(vm.state.put_if(|_| true, Slot::Preparing));
-                drop(machine);
+                give_up_machine(vm, machine);
                 vm.presence.end();
                 tell_end_of_wait(vm, cancelled);
                 return vm.state.end_wait(Slot::Empty);
@@ -315,7 +378,7 @@ fn finish(
                 (_, machine) => {
                     // Before the end is published: a client that reacts to it must find the devices free.
                     drop(vm.state.put_if(|_| true, Slot::Preparing));
-                    drop(machine);
+                    give_up_machine(vm, machine);
                     vm.presence.end();
                     tell_end_of_wait(vm, cancelled);
                     if cancelled.is_some() { Slot::Empty } else { Slot::Failed }
@@ -324,6 +387,13 @@ fn finish(
             vm.end_session(ended, Some(slot));
         }
     }
+}
+
+/// Closes the devices of a wait that is over, also of a machine that is half built, if that is soon.
+fn give_up_machine(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>) {
+    drop(machine);
+    let _building = lock_building(vm, BUILT_WITHIN);
+    close_retired(vm);
 }
 
 /// Says on stderr that no guest is waited for any more, and none has come.

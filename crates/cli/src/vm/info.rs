@@ -43,7 +43,7 @@ pub(super) fn report(vm: &RunningVm) -> StatusReport {
         let expected = expected.filter(|_| matches!(slot, Slot::Preparing | Slot::Awaited { .. }));
         StatusReport {
             vm: StatusInfo { pending_rollback, expected, refused, ..status(vm, slot, steering) },
-            migration: steering.and_then(of_steering),
+            migration: steering.and_then(|steering| of_steering(steering, last)),
             last: last.cloned(),
         }
     })
@@ -102,7 +102,13 @@ fn status(vm: &RunningVm, slot: &Slot, steering: Option<&Steering>) -> StatusInf
         incoming: awaited.map(|(at, _)| at.to_string()),
         incoming_plaintext: insecure_plaintext
             && awaited.is_some_and(|(at, _)| matches!(at, Address::Uri(Uri::Tcp { .. }))),
-        not_ready: awaited.and_then(|(_, not_ready)| not_ready.clone()),
+        not_ready: awaited.and_then(|(_, not_ready)| not_ready.clone()).map(|why| match steering {
+            // What keeps the machine from being built, if it is being built just now.
+            Some(Steering::Incoming(control)) => {
+                control.awaited().iter().fold(why, |why, answer| format!("{why}; {answer}"))
+            }
+            _ => why,
+        }),
         failure: match slot {
             Slot::Here { machine, .. } => machine.failure(),
             _ => None,
@@ -142,10 +148,16 @@ fn status(vm: &RunningVm, slot: &Slot, steering: Option<&Steering>) -> StatusInf
     }
 }
 
-fn of_steering(steering: &Steering) -> Option<MigrationInfo> {
+fn of_steering(steering: &Steering, last: Option<&MigrationInfo>) -> Option<MigrationInfo> {
     match steering {
         Steering::Outgoing(control) => Some(outgoing(&control.progress())),
-        Steering::Incoming(control) => control.progress().map(|progress| incoming(&progress)),
+        Steering::Incoming(control) => {
+            let told = last.and_then(|last| last.attempt.as_deref());
+            // One that is over is under way until it is told as the last.
+            let over = || control.last_progress().map(|progress| incoming(&progress));
+            let untold = || over().filter(|over| over.attempt.is_some() && over.attempt.as_deref() != told);
+            control.progress().map(|progress| incoming(&progress)).or_else(untold)
+        }
     }
 }
 

@@ -50,6 +50,8 @@ pub(super) struct RunningVm {
     pub(super) passed: PassedSockets,
     /// Held by whoever builds the machine of a `vm` that waits, or takes it for a session.
     pub(super) building: Mutex<()>,
+    /// Machines that were given up, whose devices are closed before the next is built.
+    pub(super) retired: Mutex<Vec<Slot>>,
     /// Held by whoever starts a guest that a session left paused.
     pub(super) starting: Mutex<()>,
     /// The attempt whose end was told and written down last.
@@ -110,6 +112,7 @@ impl RunningVm {
             presence: Presence::default(),
             passed: PassedSockets::default(),
             building: Mutex::default(),
+            retired: Mutex::default(),
             starting: Mutex::default(),
             told: Mutex::default(),
             ending: AtomicBool::new(false),

@@ -75,3 +75,37 @@ fn no_answer_is_waited_for_longer_than_is_told_while_a_destination_is_undone() {
         }
     });
 }
+
+/// Its device is in no hurry to be opened again: sources that come hear that at once, and what it waits for.
+#[test]
+fn a_receiver_that_builds_its_machine_anew_answers_whoever_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = source(dir.path());
+    let there = late_to_stop(dir.path(), "20s");
+    let at = there.incoming();
+    vm.begin(&at, json!({"downtime-limit": 60_000}));
+    let report = watch_end(&there);
+    assert_eq!(report["last"]["status"], "failed", "{report}");
+    assert_eq!(vm.ended()["status"], "failed");
+    let why = until("the machine to be built anew", || {
+        let info = there.info();
+        let why = info["not-ready"].as_str()?.to_owned();
+        assert_eq!((&info["status"], &info["incoming"]), (&json!("inmigrate"), &json!(at)), "{info}");
+        why.contains("dev0 has not answered a request to open it").then_some(why)
+    });
+    assert!(why.starts_with("its machine is being built anew"), "{why}");
+    let begun = Instant::now();
+    let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}: {info}", begun.elapsed());
+    let error = info["error"].as_str().unwrap();
+    assert!(error.contains("no migration is taken in here now: its machine is being built anew"), "{info}");
+    assert!(error.contains("dev0 has not answered a request to open it"), "{info}");
+    let failure = &info["failure"];
+    assert_eq!((&failure["side"], &info["incompatible"]), (&json!("destination"), &json!(false)), "{info}");
+    assert!(failure["remedy"].as_str().unwrap().starts_with("try again"), "{info}");
+    // It is no session, and the last one stays what it was.
+    assert_eq!(there.query("query")["last"]["attempt"], report["last"]["attempt"]);
+    // It is ready again, for all but that change of state.
+    vm.call("rehearse", json!({"uri": there.incoming(), "downtime-limit": 60_000})).unwrap();
+    assert_eq!(vm.ended()["status"], "rehearsed", "{}", vm.migration());
+}

@@ -22,6 +22,9 @@ const LEAST_PATIENCE: Duration = Duration::from_millis(250);
 /// Longest wait for a connection's first message.
 pub(crate) const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
+/// What helps a source that comes when no guest can be taken in.
+const TRY_AGAIN: &str = "try again later: `status` there says what it does meanwhile";
+
 /// The first message of a connection.
 pub(crate) enum Greeting {
     /// HELLO: a source wants a session.
@@ -71,7 +74,8 @@ impl Accepted {
     pub(crate) fn turn_away(&self, why: Option<&str>) -> String {
         let why = why.map_or(String::new(), |why| format!(": {why}"));
         let why = format!("no migration is taken in here now{why}");
-        self.end(&Message::Abort(Failure::new(Side::Destination, Phase::Hello, why.clone())));
+        let told = Failure::new(Side::Destination, Phase::Hello, why.clone()).with_remedy(TRY_AGAIN);
+        self.end(&Message::Abort(told));
         why
     }
 

@@ -42,6 +42,11 @@ use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::uri::Uri;
 
+/// Time that a source is kept waiting for a VMM that is not ready, and how often that is looked at. It is to hear at once that it must try
+/// again, and need not where a machine is made anew as fast as most are.
+const READY_WITHIN: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
 /// A place where a guest may arrive.
 pub struct Destination {
     listener: Listener,
@@ -134,7 +139,9 @@ impl Destination {
             match greeted {
                 Ok(Greeting::Session(accepted)) => match self.admission.admit(&accepted) {
                     Ok(admitted) => {
-                        if let Some(ended) = self.session(*accepted, &admitted, &mut build) {
+                        if let Some(why) = self.outlast_not_ready() {
+                            self.admission.turn_away(&accepted, Some(&why), false);
+                        } else if let Some(ended) = self.session(*accepted, &admitted, &mut build) {
                             return ended;
                         }
                     }
@@ -218,6 +225,18 @@ impl Destination {
         self.known = known;
         self.control.end_session();
         Some(arrived)
+    }
+
+    /// Waits a moment for a VMM that is not ready to take a guest in. Why it is not, if it is not by then.
+    fn outlast_not_ready(&self) -> Option<String> {
+        let begun = Instant::now();
+        loop {
+            let why = self.control.why_not_ready()?;
+            if begun.elapsed() >= READY_WITHIN || self.control.cancelled().is_some() {
+                return Some(why);
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
     }
 
     fn not_accepted(&self, error: ConnectError) -> IncomingError {

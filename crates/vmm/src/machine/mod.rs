@@ -15,6 +15,7 @@ mod slots;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use vfio_migration_compat::{DeviceManifest, MachineManifest, RamRegion};
@@ -37,6 +38,11 @@ use vfio_migration_pci::{PciBus, PciHost, VfioPciFunction};
 
 /// Kind of the machine in its manifest.
 const MACHINE: &str = "vfio-migrate/q1";
+
+/// Time that the devices of a machine that is given up have to forget each other's BARs, and each of them to end its DMA, before they are
+/// closed all the same.
+const PEERS_LIMIT: Duration = Duration::from_secs(5);
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 
 /// A machine of the reference VMM.
 ///
@@ -344,8 +350,13 @@ impl fmt::Debug for ReferenceMachine {
 impl Drop for ReferenceMachine {
     fn drop(&mut self) {
         self.processor.shutdown();
+        // A device that is late keeps nobody from closing it, and the others.
+        let limits = self.devices.iter().map(|attached| attached.device.limit_question(PEERS_LIMIT));
+        let limits: Vec<_> = limits.collect();
         self.host.dissolve_peers();
+        drop(limits);
         for attached in &self.devices {
+            let _limit = attached.device.limit_question(RELEASE_LIMIT);
             // All devices close next, which takes everything back at their drivers and servers too. Until then none is a bus
             // master any more, so none reaches for what another had.
             if let Err(error) = attached.function.release() {
