@@ -13,6 +13,7 @@ use crate::channel::connect::{CHOOSE, ConnectError};
 use crate::channel::transport::TransportError;
 use crate::machine::Machine;
 use crate::reasons::sentences;
+use crate::session::threads::no_thread;
 use crate::tls::error::TlsError;
 use crate::uri::Uri;
 
@@ -265,6 +266,9 @@ impl fmt::Debug for OwnedNotStarted {
 }
 
 pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
+    if let ConnectError::NoThread(error) = &error {
+        return refused_here(no_thread(Side::Source, Phase::Hello, "connection", error));
+    }
     let phase = if matches!(error, ConnectError::NotChosen(_)) { Phase::Plan } else { Phase::Hello };
     let remedy = match &error {
         ConnectError::NotChosen(_) => CHOOSE,

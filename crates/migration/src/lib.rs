@@ -160,6 +160,7 @@ mod report;
 mod session;
 mod snapshot;
 mod source;
+mod thread_setup;
 mod tls;
 mod unix_listener;
 mod unix_peer;
@@ -199,6 +200,7 @@ pub use snapshot::{
     DeviceState, GuestNotResumed, SaveError, SaveOptions, Saved, Snapshot, SnapshotError, save,
 };
 pub use source::Source;
+pub use thread_setup::ThreadSetup;
 pub use tls::authorities::{TrustedAuthority, trusted_authorities};
 pub use tls::config::{ALPN, Security, TlsDirectory, own_identity, usable_identity};
 pub use tls::crl::{CRL_FILE, RevocationList, RevokedCertificate, former_revocation_lists, revocation_lists};

@@ -8,6 +8,7 @@ use vfio_migration_types::Epoch;
 
 use crate::expectation::Expectations;
 use crate::reasons;
+use crate::thread_setup::ThreadSetup;
 use crate::tls::config::Security;
 use crate::unix_peer::AllowedUnixPeers;
 
@@ -61,6 +62,8 @@ pub struct SourceOptions {
     pub policy: Policy,
     /// Devices that have another name at the destination.
     pub device_map: DeviceMap,
+    /// What every thread that the session makes does first.
+    pub thread_setup: Option<ThreadSetup>,
     /// What the journal and whoever watches know the other end by. `None`: its address.
     pub peer_name: Option<String>,
     /// The machine goes into a file: what cannot move live may be saved.
@@ -91,6 +94,7 @@ impl Default for SourceOptions {
             unix_peers: AllowedUnixPeers::default(),
             policy: Policy::default(),
             device_map: DeviceMap::default(),
+            thread_setup: None,
             peer_name: None,
             to_file: false,
             device_alone: false,
@@ -138,6 +142,8 @@ pub struct DestinationOptions {
     pub lease: Duration,
     /// Bytes of one device's state that may wait in memory to be loaded. 16 MiB.
     pub device_window: u64,
+    /// As [`SourceOptions::thread_setup`].
+    pub thread_setup: Option<ThreadSetup>,
     /// The file that the guest comes from, if it does.
     pub(crate) from_file: Option<PathBuf>,
     /// As [`SourceOptions::device_alone`].
@@ -157,6 +163,7 @@ impl Default for DestinationOptions {
             suspend: false,
             lease: Duration::from_secs(60),
             device_window: 16 << 20,
+            thread_setup: None,
             from_file: None,
             device_alone: false,
         }

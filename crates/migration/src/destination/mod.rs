@@ -40,6 +40,7 @@ use crate::expectation::Expectations;
 use crate::incoming_machine::IncomingMachine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
+use crate::session::threads::set_up;
 use crate::uri::Uri;
 
 /// Time that a source is kept waiting for a VMM that is not ready, and how often that is looked at. It is to hear at once that it must try
@@ -127,6 +128,7 @@ impl Destination {
         &mut self,
         build: impl FnOnce(&IncomingOffer) -> Result<M, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
+        let _threads = set_up(self.options.thread_setup.as_ref());
         let begun = Instant::now();
         let build = |offer: &IncomingOffer| Ok(Arc::new(build(offer)?) as Arc<dyn IncomingMachine>);
         let mut build = Some(build);
@@ -169,6 +171,7 @@ impl Destination {
     /// # Errors
     /// The socket failed.
     pub fn answer_queries(&mut self, patience: Duration) -> Result<(), IncomingError> {
+        let _threads = set_up(self.options.thread_setup.as_ref());
         let begun = Instant::now();
         if let Some(next) = self.next.take() {
             self.admission.turn_away(&next, None, false);

@@ -3,6 +3,8 @@
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use crate::session::threads::spawn_free;
+
 /// Time after which a waiter looks again whether it is to wait on.
 const SLICE: Duration = Duration::from_millis(20);
 
@@ -19,7 +21,7 @@ pub(crate) enum Unanswered {
 
 /// The system has no thread left.
 #[derive(Debug, thiserror::Error)]
-#[error("there is no thread for it")]
+#[error("there is no thread left for it")]
 pub(crate) struct NoThread(#[source] pub(crate) std::io::Error);
 
 /// Does `work` on a thread of its own, and waits for its answer: for at most `limit` (`None`: without end), and until
@@ -34,7 +36,7 @@ pub(crate) fn answer_unless<T: Send + 'static>(
 ) -> Result<T, Unanswered> {
     let begun = Instant::now();
     let (answer, answered) = mpsc::channel();
-    let thread = std::thread::Builder::new().name("question".into()).spawn(move || {
+    let thread = spawn_free("question", move || {
         // Nobody may be waiting any more.
         drop(answer.send(work()));
     });

@@ -1,12 +1,51 @@
 //! Threads of a session, and what is done where the system has none left.
 
+use std::cell::RefCell;
 use std::io::Error;
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::session::lock::lock;
+use crate::thread_setup::ThreadSetup;
+
+thread_local! {
+    /// What the threads do first that this thread makes for a session, and those that they make.
+    static SETUP: RefCell<Option<ThreadSetup>> = const { RefCell::new(None) };
+}
+
+/// While it is kept, the threads that the calling thread makes do first what it was made with.
+pub(crate) struct SetUp {
+    former: Option<ThreadSetup>,
+    /// It belongs to the thread that made it.
+    _here: PhantomData<*const ()>,
+}
+
+/// Has the threads of a session do `setup` first, for as long as what is returned is kept. Called where a session begins, on its caller's
+/// thread.
+pub(crate) fn set_up(setup: Option<&ThreadSetup>) -> SetUp {
+    SetUp { former: SETUP.replace(setup.cloned()), _here: PhantomData }
+}
+
+impl Drop for SetUp {
+    fn drop(&mut self) {
+        SETUP.set(self.former.take());
+    }
+}
+
+/// `work` on a new thread of that name: after its set-up, which the threads that it makes inherit.
+fn prepared<T, W: FnOnce() -> T>(name: &str, work: W) -> impl FnOnce() -> T + use<T, W> {
+    let (setup, name) = (SETUP.with_borrow(Clone::clone), name.to_owned());
+    move || {
+        let _inherited = set_up(setup.as_ref());
+        if let Some(setup) = setup {
+            setup.call(&name);
+        }
+        work()
+    }
+}
 
 /// Makes a thread, named so that it can be told apart in a process's list.
 ///
@@ -19,7 +58,7 @@ pub(crate) fn spawn<'scope, T: Send + 'scope>(
 ) -> Result<ScopedJoinHandle<'scope, T>, Error> {
     #[cfg(any(test, feature = "fault-injection"))]
     injected::check()?;
-    Builder::new().name(name.into()).spawn_scoped(scope, work)
+    Builder::new().name(name.into()).spawn_scoped(scope, prepared(name, work))
 }
 
 /// The same for a thread that may outlive its maker.
@@ -29,7 +68,7 @@ pub(crate) fn spawn_free<T: Send + 'static>(
 ) -> Result<JoinHandle<T>, Error> {
     #[cfg(any(test, feature = "fault-injection"))]
     injected::check()?;
-    Builder::new().name(name.into()).spawn(work)
+    Builder::new().name(name.into()).spawn(prepared(name, work))
 }
 
 /// The failure for a thread that could not be made.

@@ -27,7 +27,7 @@ use crate::ownership::journal::read_journal;
 use crate::ownership::status::{VmOwnership, ownership_at};
 use crate::regular_file;
 use crate::session::fail::InPhase;
-use crate::session::threads::{no_thread, spawn};
+use crate::session::threads::{no_thread, set_up, spawn};
 
 /// A file that was found to be a whole, sound snapshot.
 #[derive(Debug)]
@@ -118,6 +118,7 @@ impl Snapshot {
         options: DestinationOptions,
         build: impl FnOnce(&IncomingOffer) -> Result<M, NotBuilt> + Send,
     ) -> Result<Arrived, IncomingError> {
+        let _threads = set_up(options.thread_setup.as_ref());
         self.check_owner(&options)?;
         let not_begun = |error: SnapshotError| {
             IncomingError::NotBegun(Failure::new(Side::Destination, Phase::Hello, error_chain(&error)))

@@ -22,7 +22,7 @@ use crate::report::{Completed, Progress};
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
-use crate::session::threads::spawn;
+use crate::session::threads::{set_up, spawn, spawn_free};
 use crate::source::Source;
 
 /// Longest pause of the guest while its last state is written: as long as the disk takes.
@@ -87,6 +87,7 @@ pub fn save(
     mut observer: impl FnMut(&Progress),
 ) -> Result<Saved, SaveError> {
     let source = source.into_file(path);
+    let _threads = set_up(source.thread_setup());
     let control = source.control();
     control.begun();
     source.begin(None, None, &mut observer).map_err(SaveError::Session)?;
@@ -117,7 +118,7 @@ pub fn save(
     let link = Link::accepted(Box::new(Socket::new(there)));
     let (of_thread, commit) = (Arc::clone(&link), options.stop);
     let (answer, recorded) = mpsc::channel();
-    let recording = std::thread::Builder::new().name("recorder".into()).spawn(move || {
+    let recording = spawn_free("recorder", move || {
         let recorded = record(&of_thread, writer, limits, commit);
         // After a cancel nobody may wait for it any more. What it has written by then is gone again.
         let _ = answer.send(recorded);

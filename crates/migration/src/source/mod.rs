@@ -38,9 +38,11 @@ use crate::options::SourceOptions;
 use crate::rehearsal::{Rehearsal, Rehearse};
 use crate::report::{AttemptInfo, AttemptKind, Completed, PhaseTime, Progress};
 use crate::session::awaited::Request;
+use crate::session::threads::set_up;
 use crate::snapshot::file_peer;
 use crate::source::attempt::SourceEnd;
 use crate::source::plan::{PlannedMigration, new_attempt_id};
+use crate::thread_setup::ThreadSetup;
 use crate::uri::Uri;
 
 /// A machine about to be sent away.
@@ -62,6 +64,11 @@ impl Source {
     /// The same, into the file at `path`: by that name its journal and its progress know the other end.
     pub(crate) fn into_file(self, path: &Path) -> Self {
         Self { file: Some(path.into()), ..self }
+    }
+
+    /// What the threads of its session do first.
+    pub(crate) fn thread_setup(&self) -> Option<&ThreadSetup> {
+        self.options.thread_setup.as_ref()
     }
 
     /// A handle for other threads.
@@ -128,6 +135,7 @@ impl Source {
         rehearse: Option<Rehearse>,
         mut observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
+        let _threads = set_up(self.thread_setup());
         connect::check_chosen(uri, self.options.security.as_ref()).map_err(not_connected)?;
         self.begin(Some(uri), rehearse, &mut observer)?;
         let (plan, engine) =
@@ -180,6 +188,7 @@ impl Source {
         rehearse: Option<Rehearse>,
         mut observer: impl FnMut(&Progress),
     ) -> Result<SourceEnd, MigrateError> {
+        let _threads = set_up(self.thread_setup());
         let number: RawFd = std::os::fd::AsRawFd::as_raw_fd(&socket);
         let uri = Uri::Fd(number);
         connect::check_chosen(&uri, self.options.security.as_ref()).map_err(not_connected)?;

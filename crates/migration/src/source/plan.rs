@@ -21,10 +21,11 @@ use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal}
 use crate::reasons::{of_source, permits};
 use crate::rehearsal::Rehearse;
 use crate::report::{AttemptInfo, PhaseTime, Progress};
-use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::abandon::{NoThread, Unanswered, answer_unless};
 use crate::session::awaited::{AwaitedAnswers, Request};
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
+use crate::session::threads::no_thread;
 use crate::uri::Uri;
 
 /// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
@@ -170,7 +171,9 @@ fn unless_cancelled<T: Send + 'static>(
 ) -> Result<T, MigrateError> {
     match answer_unless(|| control.look_around(Phase::Plan, &[]).is_some(), None, work) {
         Ok(answer) => answer,
-        Err(Unanswered::NoThread(error)) => Err(not_begun(Phase::Plan, error_chain(&error))),
+        Err(Unanswered::NoThread(NoThread(error))) => {
+            Err(refused_here(no_thread(Side::Source, Phase::Plan, "plan", &error)))
+        }
         Err(Unanswered::GivenUp | Unanswered::Late) => Err(control.cancelled(Phase::Plan)),
     }
 }

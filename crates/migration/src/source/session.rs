@@ -16,7 +16,7 @@ use crate::channel::transport::Transport;
 use crate::control::{Control, LeftBehind};
 use crate::error::{MigrateError, refused_here};
 use crate::report::Progress;
-use crate::session::abandon::{Unanswered, answer_unless};
+use crate::session::abandon::{NoThread, Unanswered, answer_unless};
 use crate::session::awaited::AwaitedAnswer;
 use crate::session::events::Events;
 use crate::session::lock::lock;
@@ -116,7 +116,9 @@ fn connected(socket: Box<dyn Transport>, control: &Control) -> Result<Arc<Link>,
     match answer_unless(|| control.waiting_cancel().is_some(), None, move || of_thread.welcome()) {
         Ok(Ok(())) => Ok(link),
         Ok(Err(error)) => Err(failed(error_chain(&error))),
-        Err(Unanswered::NoThread(error)) => Err(failed(error_chain(&error))),
+        Err(Unanswered::NoThread(NoThread(error))) => {
+            Err(refused_here(no_thread(Side::Source, Phase::Hello, "connection", &error)))
+        }
         Err(Unanswered::GivenUp | Unanswered::Late) => {
             link.shutdown();
             Err(control.cancelled(Phase::Hello))

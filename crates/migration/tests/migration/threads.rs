@@ -1,11 +1,12 @@
-//! A system that has no threads left.
+//! The threads of a session: what a VMM has them do first, and a system that has none left.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::toy::*;
 use vfio_migration::{
-    Destination, DestinationOptions, IncomingError, Machine, MigrateError, Source, SourceOptions,
+    Destination, DestinationOptions, IncomingError, Machine, MigrateError, Source, SourceOptions, ThreadSetup,
 };
 
 fn options() -> SourceOptions {
@@ -25,14 +26,14 @@ fn incoming() -> DestinationOptions {
 #[test]
 fn threads_that_run_out_are_named_and_the_guest_goes_on() {
     let plan = Plan { pages: 64, hot: 8, ..Plan::default() };
-    for left in 0..8 {
+    for left in 0..12 {
         let toy = Toy::booted(&plan);
         vfio_migration::leave_threads(Some(left));
         let both = migrate(&toy, &plan, "tcp:127.0.0.1:0", options(), incoming());
         vfio_migration::leave_threads(None);
         match (both.source, both.destination) {
             (Ok(_), Ok(_)) => {
-                assert!(left >= 2, "it moved with {left} threads");
+                assert!(left >= 4, "it moved with {left} threads");
                 prove_moved(&toy, &both.machine);
             }
             (Err(MigrateError::NotBegun(failure)), Err(_)) => {
@@ -44,7 +45,7 @@ fn threads_that_run_out_are_named_and_the_guest_goes_on() {
         }
     }
     // The destination's own.
-    for left in 0..8 {
+    for left in 0..12 {
         let toy = Toy::booted(&plan);
         let machine = Toy::new(&plan);
         let mut destination = Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), incoming()).unwrap();
@@ -73,4 +74,34 @@ fn threads_that_run_out_are_named_and_the_guest_goes_on() {
             }
         });
     }
+}
+
+/// Each is set up on itself, those too that are made by others of them.
+#[test]
+fn every_thread_is_set_up_first() {
+    let device = FakeDeviceKind::default();
+    let plan = Plan { devices: vec![device.clone(), device], ..Plan::default() };
+    let toy = Toy::booted(&plan);
+    let seen = [(); 2].map(|()| Arc::new(Mutex::new(BTreeSet::new())));
+    let [at_source, at_destination] = seen.clone().map(|seen| {
+        ThreadSetup::new(move |name| {
+            assert_eq!(std::thread::current().name(), Some(name));
+            seen.lock().unwrap().insert(name.to_owned());
+        })
+    });
+    let (mut options, mut incoming) = (options(), incoming());
+    (options.thread_setup, incoming.thread_setup) = (Some(at_source), Some(at_destination));
+    let both = migrate(&toy, &plan, "tcp:127.0.0.1:0", options, incoming);
+    both.source.unwrap();
+    both.destination.unwrap();
+    let [at_source, at_destination] = seen.map(|seen| seen.lock().unwrap().clone());
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+    // What a worker makes for two devices is set up as the worker is.
+    assert!(at_source.is_superset(&names(&["worker", "reader", "device"])), "{at_source:?}");
+    assert!(
+        at_destination.is_superset(&names(&["worker", "reader", "loader", "device"])),
+        "{at_destination:?}"
+    );
+    // The caller's own thread is as it was.
+    assert_eq!(std::thread::spawn(|| std::thread::current().name().map(str::to_owned)).join().unwrap(), None);
 }
