@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
-use vfio_migration_types::{CancelCause, DeviceId, Failure, Phase, RateLimit, Side, Told};
+use vfio_migration_types::{CancelCause, DEVICES_MAX, DeviceId, Failure, Phase, RateLimit, Side, Told};
 
 use crate::channel::limiter::Limiter;
 use crate::error::{MigrateError, cancelled};
@@ -69,11 +69,35 @@ pub enum PendingRollback {
     },
 }
 
-/// Requests that were made before the session could take them.
+/// Requests that were made before the session could take them: of each kind the latest, but the first cancel, and one loss of each
+/// device.
 #[derive(Default)]
 struct Inbox {
     session: Option<Sender<SourceEvent>>,
     waiting: Vec<SourceEvent>,
+}
+
+/// Losses of devices that are kept: one alone ends the attempt, and a machine has no more devices.
+const LOSSES_KEPT: usize = DEVICES_MAX as usize;
+
+impl Inbox {
+    /// Keeps a request. However often a VMM asks before the session begins, nothing that it asked for is forgotten, and no more is
+    /// kept than there are kinds and devices.
+    fn keep(&mut self, event: SourceEvent) {
+        let same = |kept: &SourceEvent| match (kept, &event) {
+            (SourceEvent::DeviceLost(kept), SourceEvent::DeviceLost(lost)) => kept.device == lost.device,
+            (kept, event) => std::mem::discriminant(kept) == std::mem::discriminant(event),
+        };
+        let lost = |event: &SourceEvent| matches!(event, SourceEvent::DeviceLost(_));
+        let losses = self.waiting.iter().filter(|kept| lost(kept)).count();
+        match self.waiting.iter_mut().find(|kept| same(kept)) {
+            // The first is what it is given up for, and what it was lost by.
+            Some(SourceEvent::Cancel(_) | SourceEvent::DeviceLost(_)) => {}
+            Some(kept) => *kept = event,
+            None if lost(&event) && losses >= LOSSES_KEPT => {}
+            None => self.waiting.push(event),
+        }
+    }
 }
 
 impl Control {
@@ -211,9 +235,7 @@ impl Control {
         let mut inbox = lock(&self.shared.inbox);
         match &inbox.session {
             Some(session) => drop(session.send(event)),
-            // Bounded: what an operator asks for before the start.
-            None if inbox.waiting.len() < 16 => inbox.waiting.push(event),
-            None => {}
+            None => inbox.keep(event),
         }
     }
 }
@@ -437,5 +459,38 @@ impl IncomingControl {
 
     pub(crate) fn set_progress(&self, progress: Progress) {
         lock(&self.shared.sessions).present = Some(progress);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_before_the_session_is_kept_however_often() {
+        let control = Control::new(&SourceOptions::default());
+        for ms in 0..1000 {
+            control.set_downtime_limit(Duration::from_millis(ms));
+            control.continue_switchover();
+            control.device_lost(&"net0".parse().unwrap(), "its server died");
+        }
+        control.process_ends("SIGTERM");
+        control.cancel();
+        for number in 0..1000 {
+            control.device_lost(&format!("net{number}").parse().unwrap(), "its server died");
+        }
+        let (session, heard) = mpsc::channel();
+        control.attach(session);
+        let heard: Vec<_> = heard.try_iter().collect();
+        assert!(heard.contains(&SourceEvent::SetDowntimeLimit(Duration::from_millis(999))), "{heard:?}");
+        assert!(
+            heard.contains(&SourceEvent::Cancel(CancelCause::ProcessEnds("SIGTERM".into()))),
+            "{heard:?}"
+        );
+        let cancels = heard.iter().filter(|event| matches!(event, SourceEvent::Cancel(_))).count();
+        let continues = heard.iter().filter(|event| **event == SourceEvent::ContinueSwitchover).count();
+        assert_eq!((cancels, continues, heard.len()), (1, 1, 3 + LOSSES_KEPT));
     }
 }
