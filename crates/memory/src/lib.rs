@@ -21,6 +21,7 @@
 mod area;
 mod dirty;
 mod error;
+mod hold;
 mod host_memory;
 mod lent;
 mod mapping;
@@ -37,6 +38,7 @@ mod write_log;
 
 pub use dirty::{DirtySource, report_all, start_all, stop_all};
 pub use error::{MemoryError, RegionError};
+pub use hold::{RamHeld, RamHold};
 pub use lent::LentRegion;
 pub use mapping::Mapping;
 pub use owned::{OwnedRegion, RamSpec};

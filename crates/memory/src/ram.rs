@@ -8,6 +8,7 @@ use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
 
 use crate::area::as_usize;
 use crate::error::MemoryError;
+use crate::hold::Holds;
 use crate::pieces::{Piece, Pieces};
 use crate::region::{RamRegionInfo, Region, identity};
 
@@ -23,6 +24,7 @@ pub struct GuestRam {
     regions: Vec<Region>,
     infos: Vec<RamRegionInfo>,
     size: u64,
+    pub(crate) holds: Holds,
 }
 
 impl GuestRam {
@@ -30,7 +32,7 @@ impl GuestRam {
     pub(crate) fn of(regions: Vec<Region>) -> Self {
         let infos: Vec<_> = regions.iter().map(|region| region.info).collect();
         let size = infos.iter().map(|info| info.len).sum();
-        Self { regions, infos, size }
+        Self { regions, infos, size, holds: Holds::default() }
     }
 
     /// Bytes, all regions together.

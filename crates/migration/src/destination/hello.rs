@@ -76,6 +76,7 @@ impl Worker<'_, '_, '_> {
             Err(NotBuilt::Refused(reason)) => return Ok(refuse(*reason)),
             Err(NotBuilt::Failed(text)) => return Err(Failure::new(Side::Destination, phase, text).into()),
         };
+        self.ram_hold = Some(machine.ram().hold(format!("a session in which VM {vm} comes is under way")));
         let mut later = BTreeSet::new();
         let devices = machine.incoming_devices().into_iter().map(|IncomingDevice { device, pci }| {
             let pci = match pci {

@@ -7,6 +7,7 @@ use std::sync::mpsc::Receiver;
 use std::thread::Scope;
 
 use vfio_migration_engine::{Attempt, DestinationAction, DestinationEvent};
+use vfio_migration_memory::RamHold;
 use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::Message;
 
@@ -37,7 +38,8 @@ pub(super) struct Worker<'scope, 'env, 'a> {
     pub(super) events: Events<DestinationEvent>,
     pub(super) journal: Option<Journal>,
     pub(super) machine: Option<Arc<dyn IncomingMachine>>,
-    /// A kernel device of this machine pins RAM.
+    /// Its RAM stays as it is.
+    pub(super) ram_hold: Option<RamHold>,
     pub(super) devices: Vec<ArrivingDevice>,
 }
 
@@ -68,6 +70,7 @@ impl<'scope, 'env, 'a> Worker<'scope, 'env, 'a> {
             events,
             journal: None,
             machine: None,
+            ram_hold: None,
             devices: Vec::new(),
         }
     }

@@ -8,6 +8,7 @@ use vfio_migration_compat::{MachineManifest, Reason, SessionCode};
 use vfio_migration_device::{Capabilities, CapabilitiesError};
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
 use vfio_migration_engine::{self as engine, DeviceFacts, SourceConfig};
+use vfio_migration_memory::RamHold;
 use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId, error_chain};
 use vfio_migration_wire::{FEATURE_VERIFY, Offer, VERSIONS, limits};
 
@@ -48,6 +49,8 @@ pub(super) struct PlannedMigration {
     pub(super) took: Duration,
     /// What the session waits for.
     pub(super) answers: AwaitedAnswers,
+    /// RAM stays as it is, for as long as anybody works on this.
+    _ram_hold: RamHold,
 }
 
 impl PlannedMigration {
@@ -82,6 +85,7 @@ impl PlannedMigration {
             return Err(not_begun(Phase::Plan, "the attempt was not begun: a defect of this program"));
         };
         let attempt = info.attempt;
+        let ram_hold = machine.ram().hold(format!("a session with {} is under way", info.peer));
         // A rehearsal reads the journal and leaves no trace in it.
         let dir = options.state_dir.as_deref().filter(|_| rehearse.is_none());
         let (dir, asked, answers) = (dir.map(Path::to_owned), options.clone(), control.answers().clone());
@@ -159,6 +163,7 @@ impl PlannedMigration {
             answers,
             begun,
             took: begun.elapsed(),
+            _ram_hold: ram_hold,
         };
         Ok((plan, engine))
     }

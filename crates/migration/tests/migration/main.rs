@@ -10,6 +10,7 @@ mod migrate;
 mod next_source;
 mod plain_text;
 mod progress;
+mod ram_hold;
 mod ram_kinds;
 mod rehearsal;
 mod snapshot;
