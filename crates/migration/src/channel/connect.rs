@@ -21,7 +21,7 @@ use crate::channel::transport::{Socket, Transport, TransportError};
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::tls::config::{Proof, Security};
 use crate::tls::error::TlsError;
-use crate::tls::role::TlsRole;
+use crate::tls::layout::TlsRole;
 use crate::tls::server_configs::ServerConfigs;
 use crate::unix_listener::{bind_unix, unix_address};
 use crate::unix_peer::{AllowedUnixPeers, UnixPeerError};

@@ -10,7 +10,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate, X509Version};
 use x509_parser::public_key::PublicKey;
 
 use crate::tls::identity::{address, system_time};
-use crate::tls::role::TlsRole;
+use crate::tls::layout::TlsRole;
 
 /// Most names of which an error tells.
 const MOST_NAMED: usize = 8;

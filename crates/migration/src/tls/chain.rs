@@ -12,8 +12,8 @@ use crate::tls::certificate::{
     CertificateFlaw, flaw_as_ca, flaw_as_leaf, flaw_of_purpose, flaw_of_signature, flaw_of_validity,
     path_length, readable, subject,
 };
+use crate::tls::layout::TlsRole;
 use crate::tls::name_constraints::name_constraints;
-use crate::tls::role::TlsRole;
 
 /// Most CAs between a certificate and one that is trusted: the TLS library goes no farther.
 const MOST_BETWEEN: usize = 6;

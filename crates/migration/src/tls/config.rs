@@ -16,12 +16,12 @@ use rustls::{ClientConfig, ServerConfig};
 use vfio_migration_types::rfc3339;
 
 use crate::tls::authorities::Authorities;
-use crate::tls::crl::{CRL_FILE, revocations};
+use crate::tls::crl::revocations;
 use crate::tls::error::TlsError;
-use crate::tls::files::{CA_FILE, OwnCertificate, own_certificate};
+use crate::tls::files::{OwnCertificate, own_certificate};
 use crate::tls::identity::{PeerIdentity, Pin};
+use crate::tls::layout::{CA_FILE, CRL_FILE, TlsRole};
 use crate::tls::own::check_own;
-use crate::tls::role::TlsRole;
 use crate::tls::trust::Trust;
 use crate::uri::Uri;
 

@@ -18,12 +18,11 @@ use x509_parser::prelude::{
 
 use crate::regular_file::FileError;
 use crate::tls::error::TlsError;
-use crate::tls::files::{CA_FILE, ca_path, certificates, read};
+use crate::tls::files::{ca_path, certificates, read};
 use crate::tls::identity::EXPIRES_SOON;
+use crate::tls::layout::{CA_FILE, CRL_FILE};
 use crate::tls::signature::{Signed, signed};
 
-/// The file of the CAs' revocation lists, which need not be there.
-pub const CRL_FILE: &str = "ca-crl.pem";
 /// Most lists in one file.
 const MOST_LISTS: usize = 64;
 

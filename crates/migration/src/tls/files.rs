@@ -18,7 +18,7 @@ use crate::regular_file::open_regular;
 use crate::tls::certificate::{CertificateFlaw, flaw_of_validity, readable};
 use crate::tls::error::TlsError;
 use crate::tls::identity::PeerIdentity;
-use crate::tls::role::TlsRole;
+use crate::tls::layout::{CA_FILE, TlsRole};
 
 /// Longest file that is read: a bundle of CAs is far shorter.
 const LONGEST: u64 = 1 << 20;
@@ -26,8 +26,6 @@ const LONGEST: u64 = 1 << 20;
 const MOST_CERTIFICATES: usize = 64;
 /// The same of one that lists what a CA has issued.
 const MOST_ISSUED: usize = 1024;
-/// The file of the certificates of the CAs that are trusted.
-pub const CA_FILE: &str = "ca-cert.pem";
 
 /// A certificate with its private key.
 pub(crate) struct OwnCertificate {

@@ -7,10 +7,9 @@ use rustls::pki_types::{ServerName, UnixTime};
 use rustls::{CertificateError, Error};
 
 use crate::tls::certificate::{host_names, no_host};
-use crate::tls::crl::CRL_FILE;
 use crate::tls::error::TlsError;
 use crate::tls::files::OwnCertificate;
-use crate::tls::role::TlsRole;
+use crate::tls::layout::{CRL_FILE, TlsRole};
 use crate::tls::trust::Trust;
 
 /// Refuses a certificate of `role` that none takes who trusts the CAs of the same `directory`.

@@ -8,10 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use rustls::ServerConfig;
 
 use crate::tls::config::Security;
-use crate::tls::crl::CRL_FILE;
 use crate::tls::error::TlsError;
-use crate::tls::files::CA_FILE;
-use crate::tls::role::TlsRole;
+use crate::tls::layout::{CA_FILE, CRL_FILE, TlsRole};
 use crate::tls::stamps::FileStamps;
 
 /// Time after which files that could not be used are read again though they are the same.

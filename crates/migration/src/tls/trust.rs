@@ -21,8 +21,8 @@ use crate::tls::chain::Chain;
 use crate::tls::crl::Revocations;
 use crate::tls::error::TlsError;
 use crate::tls::identity::{PeerIdentity, Pin};
+use crate::tls::layout::TlsRole;
 use crate::tls::own_refusal::OwnRefusal;
-use crate::tls::role::TlsRole;
 
 /// Whom a side trusts.
 #[derive(Clone, Debug)]
