@@ -491,7 +491,7 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__doctor)
-            opts="-v -h -V --memory --tls-creds --json --verbose --help --version"
+            opts="-v -h -V --memory --tls-creds --tls-pin --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -502,6 +502,10 @@ _vfio__migrate() {
                     return 0
                     ;;
                 --tls-creds)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-pin)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -277,6 +277,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s h 
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand devices" -s V -l version -d 'Print version'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l memory -d 'RAM of the guest that is meant: the limit on locked memory must have room for it' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l tls-creds -d 'Folder of certificates that is meant, as `vm` takes it: whether they can be used, and until when' -r -F
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l tls-pin -d 'With --tls-creds: the keys that are trusted and no CA, as `vm` takes them. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -l json -d 'Print one JSON object on stdout'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand doctor" -s h -l help -d 'Print help'

@@ -202,12 +202,14 @@ pub use snapshot::{
 pub use source::Source;
 pub use thread_setup::ThreadSetup;
 pub use tls::authorities::{TrustedAuthority, trusted_authorities};
-pub use tls::config::{ALPN, Security, TlsDirectory, own_identity, usable_identity};
+pub use tls::config::{ALPN, Security, TlsDirectory, own_identity};
 pub use tls::crl::{RevocationList, RevokedCertificate, former_revocation_lists, revocation_lists};
 pub use tls::error::TlsError;
+pub use tls::examination::{TlsExamination, TlsWarning};
 pub use tls::files::{IssuedCertificate, issued_certificates, private_key_file};
 pub use tls::identity::{EXPIRES_SOON, NotAPin, PeerIdentity, Pin};
 pub use tls::layout::{CA_FILE, CRL_FILE, TlsRole};
+pub use tls::remedy::TlsRemedy;
 pub use tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
 pub use unix_listener::{bind_unix, unix_address};
 pub use unix_peer::{AllowedUnixPeers, UnixPeer, UnixPeerError};

@@ -5,6 +5,7 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use vfio_migration::Pin;
 use vfio_migration_types::VmId;
 
 use crate::peer_options::PeerOptions;
@@ -194,6 +195,9 @@ pub(crate) struct DoctorCommand {
     /// Folder of certificates that is meant, as `vm` takes it: whether they can be used, and until when.
     #[arg(long, value_name = "DIR")]
     pub(crate) tls_creds: Option<PathBuf>,
+    /// With --tls-creds: the keys that are trusted and no CA, as `vm` takes them. May be given more than once.
+    #[arg(long = "tls-pin", value_name = "PIN", requires = "tls_creds")]
+    pub(crate) tls_pins: Vec<Pin>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

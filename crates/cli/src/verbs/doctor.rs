@@ -3,15 +3,11 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::Path;
-use std::time::SystemTime;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use vfio_migration::{
-    CA_FILE, CRL_FILE, FileError, TlsError, TlsRole, own_identity, revocation_lists, trusted_authorities,
-    usable_identity,
-};
+use vfio_migration::{TlsDirectory, TlsError, TlsRemedy, TlsRole, TlsWarning};
 use vfio_migration_device::host::{self, ConfigOption, KernelConfig, Roots};
 use vfio_migration_types::{error_chain, rfc3339};
 
@@ -20,6 +16,7 @@ use crate::check_id::CheckId;
 use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
 use crate::units::format_size;
+use crate::verbs::tls::remedy::fix;
 
 /// CAP_IPC_LOCK (`include/uapi/linux/capability.h`): pins without limit.
 const CAP_IPC_LOCK: u32 = 14;
@@ -72,7 +69,7 @@ pub(crate) struct HostCheck {
 pub(crate) fn run(options: &DoctorCommand) -> Result<Exit, CliError> {
     let roots = options.root.roots();
     let mut report = examine(&roots, options.memory.map(NonZeroU64::get));
-    report.checks.extend(options.tls_creds.as_deref().map(tls_creds));
+    report.checks.extend(tls_creds(options));
     if options.json {
         print_json(&report)?
     } else {
@@ -105,86 +102,42 @@ fn examine(roots: &Roots, memory: Option<u64>) -> DoctorReport {
 }
 
 /// The certificates that a `vm` would be started with. A host that only sends, or only receives, has those for that alone.
-fn tls_creds(dir: &Path) -> HostCheck {
-    let ca = trusted_authorities(dir);
-    let (usable, mut wrong, mut until) = (ca.is_ok(), Vec::new(), Vec::new());
-    for ca in ca.iter().flatten() {
-        let problem = ca.problem(SystemTime::now()).map(|why| format!("{CA_FILE}: left out: {why}"));
-        let soon = || format!("{CA_FILE}: the CA {} ends at {}", ca.name(), rfc3339(ca.identity.not_after));
-        wrong.extend(problem.or_else(|| ca.identity.expires_soon().then(soon)));
+fn tls_creds(options: &DoctorCommand) -> Option<HostCheck> {
+    let dir = options.tls_creds.as_deref()?;
+    let directory =
+        TlsDirectory { pins: options.tls_pins.iter().copied().collect(), ..TlsDirectory::new(dir) };
+    let examined = directory.examine();
+    let mut wrong: Vec<String> = examined.errors().map(ToString::to_string).collect();
+    let mut remedies: Vec<TlsRemedy> = examined.errors().filter_map(TlsError::remedy).collect();
+    if let Some(TlsRemedy::Folder(folder)) =
+        remedies.iter().find(|remedy| matches!(remedy, TlsRemedy::Folder(_))).cloned()
+    {
+        // Once, and not of each file.
+        wrong = vec![format!("there is no folder {}", folder.display())];
+        remedies = vec![TlsRemedy::Folder(folder)];
     }
-    let (mut modes, mut of_ca) = (Vec::new(), false);
-    if let Err(error) = ca {
-        let mode = mode_to_set(&error);
-        of_ca = mode.is_none();
-        modes.extend(mode);
-        wrong.push(error.to_string());
+    for TlsWarning { file, text, remedy } in &examined.warnings {
+        let name = file.file_name().unwrap_or(file.as_os_str());
+        wrong.push(format!("{}: {text}", name.display()));
+        remedies.push(remedy.clone());
     }
-    let lists = if usable { revocation_lists(dir) } else { Ok(Vec::new()) };
-    let before = wrong.len();
-    for list in lists.as_ref().into_iter().flatten().filter(|list| list.expires_soon()) {
-        wrong.push(format!("{CRL_FILE} expires at {}", rfc3339(list.next_update)));
-    }
-    // A list is its CA's to renew, whatever else is wrong here.
-    let list_mode = lists.as_ref().err().and_then(mode_to_set);
-    let of_list = wrong.len() > before || (lists.is_err() && list_mode.is_none());
-    modes.extend(list_mode);
-    let mut of_host = of_ca;
-    let roles = [TlsRole::Server, TlsRole::Client];
-    let none = !roles.iter().any(|role| dir.join(role.certificate_file()).exists());
-    for role in roles {
-        let file = role.certificate_file();
-        if !none && !dir.join(&file).exists() {
-            continue;
-        }
-        // What is wrong with the list is told once.
-        let own = if usable && lists.is_ok() { usable_identity(dir, role) } else { own_identity(dir, role) };
-        match own {
-            Ok(own) => {
-                let text = format!("{file} expires at {}", rfc3339(own.not_after));
-                of_host |= own.expires_soon();
-                if own.expires_soon() { wrong.push(text) } else { until.push(text) }
-            }
-            Err(error) => {
-                let mode = mode_to_set(&error);
-                of_host |= mode.is_none();
-                modes.extend(mode);
-                wrong.push(error.to_string());
-            }
-        }
-    }
-    // A certificate that is on a list, or has expired, is made anew; so is a folder without a CA.
-    wrong.extend(lists.err().map(|error| error.to_string()));
-    modes.sort();
-    modes.dedup();
-    let mut fixes = modes;
-    fixes.extend(of_list.then(|| RENEW_LIST.to_owned()));
-    // What is left is a CA that ends.
-    if of_host || fixes.is_empty() {
-        fixes.push(RENEW_HOST.to_owned());
-    }
-    let fix = fixes.join("; ");
+    let own = [(TlsRole::Server, &examined.server), (TlsRole::Client, &examined.client)];
+    let until = own.into_iter().filter_map(|(role, own)| match own {
+        Some(Ok(own)) => Some(format!("{} expires at {}", role.certificate_file(), rfc3339(own.not_after))),
+        Some(Err(_)) | None => None,
+    });
     let (status, found) =
-        if wrong.is_empty() { (CheckStatus::Ok, until) } else { (CheckStatus::Warn, wrong) };
-    let means = "guests move over TLS with these alone";
-    check(CheckId::TlsCreds, status, found.join("; "), means, Some(&fix))
-}
-
-/// The command that makes a file one that may be used, where all that is wrong is who else may read or change it.
-fn mode_to_set(error: &TlsError) -> Option<String> {
-    match error {
-        TlsError::LooseKey { path, .. } => Some(format!("chmod 600 {}", path.display())),
-        TlsError::Open(error) => match error.as_ref() {
-            FileError::Changeable { path, .. } => Some(format!("chmod o-w {}", path.display())),
-            _ => None,
-        },
-        _ => None,
+        if wrong.is_empty() { (CheckStatus::Ok, until.collect()) } else { (CheckStatus::Warn, wrong) };
+    let mut fixes: Vec<String> = Vec::new();
+    for remedy in &remedies {
+        let fix = fix(remedy, dir);
+        if !fixes.contains(&fix) {
+            fixes.push(fix);
+        }
     }
+    let means = "guests move over TLS with these alone";
+    Some(check(CheckId::TlsCreds, status, found.join("; "), means, Some(&fixes.join("; "))))
 }
-
-/// What renews the certificates of a host, and what the list of its CA.
-const RENEW_HOST: &str = "vfio-migrate tls host NAME --force";
-const RENEW_LIST: &str = "vfio-migrate tls revoke --ca ca, and copy its ca-crl.pem here";
 
 fn check(
     id: CheckId,

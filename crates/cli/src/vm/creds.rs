@@ -14,6 +14,15 @@ pub(super) fn check(options: &VmCommand) -> Result<(), CliError> {
         None => Some(TlsRole::Client),
         Some(text) => needs_security(&uri(text)?).then_some(TlsRole::Server),
     };
+    // What it listens with it warns of itself.
+    let mut told =
+        if first == Some(TlsRole::Server) { directory.warnings(TlsRole::Server) } else { Vec::new() };
+    for warning in [TlsRole::Client, TlsRole::Server].into_iter().flat_map(|role| directory.warnings(role)) {
+        if !told.contains(&warning) {
+            tracing::warn!(file = %warning.file.display(), "{}", warning.text);
+            told.push(warning);
+        }
+    }
     for role in [TlsRole::Client, TlsRole::Server] {
         let Err(error) = directory.check(role) else { continue };
         if first == Some(role) {

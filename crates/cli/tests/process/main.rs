@@ -46,6 +46,7 @@ mod snapshots;
 mod support;
 mod targets;
 mod tls;
+mod tls_doctor;
 mod tls_exposed;
 mod tls_files;
 mod tls_gnutls;

@@ -15,6 +15,7 @@ use crate::tls::error::TlsError;
 use crate::tls::files::{ca_path, certificates};
 use crate::tls::identity::{PeerIdentity, system_time};
 use crate::tls::name_constraints::name_constraints;
+use crate::tls::remedy::TlsRemedy;
 
 /// Most CAs of which an error says what is wrong with them.
 const MOST_NAMED: usize = 4;
@@ -107,16 +108,19 @@ impl Authorities {
     /// Those of `directory`, of whom at least one vouches now.
     pub(crate) fn of(directory: &Path) -> Result<Self, TlsError> {
         let path = ca_path(directory);
+        let wrong = |what, remedy| TlsError::Content { path: path.clone(), what, remedy };
         let found = certificates(&path)?.into_iter().enumerate().map(|(n, der)| {
             let told =
                 |what| format!("holds a certificate, number {} in it, that {what}", n.saturating_add(1));
-            TrustedAuthority::of(&der)
-                .map_err(|what| TlsError::Content { path: path.clone(), what: told(what) })
+            TrustedAuthority::of(&der).map_err(|what| wrong(told(what), TlsRemedy::AuthorityFile))
         });
         let all = Self(found.collect::<Result<_, _>>()?);
         match all.none_at(SystemTime::now()) {
             Some(why) => {
-                Err(TlsError::Content { path, what: format!("holds no CA that can be used: {why}") })
+                // Where one is to come, time mends it: of this clock, or of the world.
+                let to_come = all.0.iter().any(|ca| ca.flaw.is_none() && ca.not_before > SystemTime::now());
+                let remedy = if to_come { TlsRemedy::Clock } else { TlsRemedy::NewAuthority };
+                Err(wrong(format!("holds no CA that can be used: {why}"), remedy))
             }
             None => Ok(all),
         }

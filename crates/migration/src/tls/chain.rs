@@ -14,6 +14,7 @@ use crate::tls::certificate::{
 };
 use crate::tls::layout::TlsRole;
 use crate::tls::name_constraints::name_constraints;
+use crate::tls::own_refusal::OwnRefusal;
 
 /// Most CAs between a certificate and one that is trusted: the TLS library goes no farther.
 const MOST_BETWEEN: usize = 6;
@@ -68,10 +69,10 @@ impl<'a> Chain<'a> {
     }
 
     /// What the TLS library does not look at, of a certificate that it takes; the sentence goes on behind the certificate.
-    pub(crate) fn flaw_beyond(&self, at: SystemTime) -> Option<String> {
+    pub(crate) fn flaw_beyond(&self, at: SystemTime) -> Option<OwnRefusal> {
         let (_, leaf) = X509Certificate::from_der(self.leaf).ok()?;
         if let Some(flaw) = flaw_as_leaf(&leaf) {
-            return Some(flaw.to_string());
+            return Some(OwnRefusal::Certificate(flaw.to_string()));
         }
         let way = self.between(at);
         let last = way.last().unwrap_or(&leaf);
@@ -83,7 +84,12 @@ impl<'a> Chain<'a> {
 
     /// What is wrong with a CA on the way, where the TLS library has found `error` with the certificate of `role`; the sentence goes on
     /// behind the certificate.
-    pub(crate) fn explain(&self, error: &CertificateError, role: TlsRole, at: SystemTime) -> Option<String> {
+    pub(crate) fn explain(
+        &self,
+        error: &CertificateError,
+        role: TlsRole,
+        at: SystemTime,
+    ) -> Option<OwnRefusal> {
         use CertificateError as C;
         let way = self.between(at);
         let first = |flaw: &dyn Fn(&X509Certificate<'a>) -> Option<CertificateFlaw>| {
@@ -111,7 +117,9 @@ impl<'a> Chain<'a> {
             }
             C::Other(other) => match other.to_string().as_str() {
                 "UnsupportedCriticalExtension" | "UnsupportedCertVersion" => {
-                    readable(self.leaf, |_| String::new()).err().map(|flaw| flaw.to_string())
+                    readable(self.leaf, |_| String::new())
+                        .err()
+                        .map(|flaw| OwnRefusal::Certificate(flaw.to_string()))
                 }
                 "PathLenConstraintViolated" => way.iter().enumerate().find_map(|(found, ca)| {
                     let allowed = path_length(ca)?;
@@ -127,10 +135,10 @@ impl<'a> Chain<'a> {
                         .map(|(ca, constraints)| format!("{ca}: {constraints}"))
                         .collect();
                     (!all.is_empty()).then(|| {
-                        format!(
+                        OwnRefusal::Certificate(format!(
                             "has a name that its CA may not give (name constraints of {})",
                             all.join("; ")
-                        )
+                        ))
                     })
                 }
                 _ => None,
@@ -153,6 +161,6 @@ impl<'a> Chain<'a> {
     }
 }
 
-fn by_way_of(ca: &str, flaw: &CertificateFlaw) -> String {
-    format!("is issued by way of {ca}, which {flaw}")
+fn by_way_of(ca: &str, flaw: &CertificateFlaw) -> OwnRefusal {
+    OwnRefusal::Between(format!("{ca}, which {flaw}"))
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use rustls::client::Resumption;
 use rustls::crypto::aws_lc_rs::default_provider;
@@ -13,14 +12,12 @@ use rustls::sign::SingleCertAndKey;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
 
-use vfio_migration_types::rfc3339;
-
 use crate::tls::authorities::Authorities;
 use crate::tls::crl::revocations;
 use crate::tls::error::TlsError;
 use crate::tls::files::{OwnCertificate, own_certificate};
 use crate::tls::identity::{PeerIdentity, Pin};
-use crate::tls::layout::{CA_FILE, CRL_FILE, TlsRole};
+use crate::tls::layout::TlsRole;
 use crate::tls::own::check_own;
 use crate::tls::trust::Trust;
 use crate::uri::Uri;
@@ -130,42 +127,6 @@ impl Security {
         if matches!(self, Self::Vouched(_)) { Proof::Name } else { Proof::Nothing }
     }
 
-    /// Says if our own certificate of `role`, a CA or a revocation list expires soon, and which CAs are left out.
-    pub(crate) fn warn_of_expiry(&self, role: TlsRole) {
-        if let Self::Directory(directory) = self
-            && let Ok(own) = own_identity(&directory.path, role)
-            && own.expires_soon()
-        {
-            let (file, until) = (directory.path.join(role.certificate_file()), rfc3339(own.not_after));
-            tracing::warn!(file = %file.display(), "the certificate expires at {until}: make a new one");
-        }
-        if let Self::Directory(directory) = self
-            && directory.pins.is_empty()
-            && let Ok(authorities) = Authorities::of(&directory.path)
-        {
-            let file = directory.path.join(CA_FILE);
-            for ca in authorities.all() {
-                let until = rfc3339(ca.identity.not_after);
-                match ca.problem(SystemTime::now()) {
-                    Some(why) => tracing::warn!(file = %file.display(), "a CA is left out: {why}"),
-                    None if ca.identity.expires_soon() => tracing::warn!(
-                        file = %file.display(),
-                        "the CA {} ends at {until}, and nobody of it is taken from then on: make a new one", ca.name()
-                    ),
-                    None => {}
-                }
-            }
-        }
-        if let Self::Directory(directory) = self
-            && directory.pins.is_empty()
-            && let Ok(revoked) = revocations(&directory.path)
-            && let Some(list) = revoked.lists.iter().find(|list| list.expires_soon())
-        {
-            let (file, until) = (directory.path.join(CRL_FILE), rfc3339(list.next_update));
-            tracing::warn!(file = %file.display(), "the revocation list expires at {until}: get a new one");
-        }
-    }
-
     /// Says that connections at `uri` go as they are, if they do.
     pub(crate) fn warn_of_plain_text(&self, uri: &Uri) {
         if matches!(self, Self::PlainText) {
@@ -215,15 +176,6 @@ impl Security {
 /// What is wrong with which file.
 pub fn own_identity(directory: &Path, role: TlsRole) -> Result<PeerIdentity, TlsError> {
     own_certificate(directory, role).map(|own| own.identity)
-}
-
-/// The same, and it is an error that whoever trusts the same CAs would not take the certificate: they have taken it back, it is none of
-/// theirs, or not made for this role.
-///
-/// # Errors
-/// What is wrong with which file, [`CRL_FILE`] and those of the CAs among them.
-pub fn usable_identity(directory: &Path, role: TlsRole) -> Result<PeerIdentity, TlsError> {
-    TlsDirectory::new(directory).check(role)
 }
 
 fn client(directory: &TlsDirectory) -> Result<Arc<ClientConfig>, TlsError> {

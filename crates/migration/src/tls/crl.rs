@@ -21,6 +21,7 @@ use crate::tls::error::TlsError;
 use crate::tls::files::{ca_path, certificates, read};
 use crate::tls::identity::EXPIRES_SOON;
 use crate::tls::layout::{CA_FILE, CRL_FILE};
+use crate::tls::remedy::TlsRemedy;
 use crate::tls::signature::{Signed, signed};
 
 /// Most lists in one file.
@@ -35,6 +36,7 @@ pub struct RevocationList {
     pub revoked: Vec<RevokedCertificate>,
     /// End of the list's validity: from then on nobody of this CA is taken.
     pub next_update: SystemTime,
+    this_update: SystemTime,
     issuer_der: Vec<u8>,
     /// Public key of the CA, in DER: another of the same name has lists of its own.
     key: Vec<u8>,
@@ -132,7 +134,11 @@ pub fn former_revocation_lists(directory: &Path) -> Result<Vec<RevocationList>, 
 pub(crate) fn revocations(directory: &Path) -> Result<Revocations, TlsError> {
     let found = signed_lists(directory)?;
     let in_force: Result<(), String> = found.lists.iter().try_for_each(RevocationList::in_force);
-    in_force.map_err(|what| TlsError::Content { path: directory.join(CRL_FILE), what })?;
+    in_force.map_err(|what| TlsError::Content {
+        path: directory.join(CRL_FILE),
+        what,
+        remedy: TlsRemedy::NewList,
+    })?;
     Ok(found)
 }
 
@@ -144,7 +150,8 @@ fn signed_lists(directory: &Path) -> Result<Revocations, TlsError> {
         }
         file => file?.bytes,
     };
-    let content = |what: String| TlsError::Content { path: path.clone(), what };
+    let wrong = |(what, remedy)| TlsError::Content { path: path.clone(), what, remedy };
+    let content = |what: String| wrong((what, TlsRemedy::NewList));
     let ders: Result<Vec<_>, _> =
         CertificateRevocationListDer::pem_slice_iter(&text).take(MOST_LISTS + 1).collect();
     let ders = match ders {
@@ -156,15 +163,27 @@ fn signed_lists(directory: &Path) -> Result<Revocations, TlsError> {
     };
     let authorities = certificates(&ca_path(directory))?;
     let lists: Result<Vec<_>, _> = ders.iter().map(|der| checked(der, &authorities)).collect();
-    Ok(Revocations { lists: lists.map_err(content)? })
+    Ok(Revocations { lists: lists.map_err(wrong)? })
 }
 
 fn is_missing(error: &FileError) -> bool {
     matches!(error, FileError::System { source, .. } if source.kind() == ErrorKind::NotFound)
 }
 
-/// What a list says, or what is wrong with it.
-fn checked(der: &[u8], authorities: &[CertificateDer<'_>]) -> Result<RevocationList, String> {
+/// What a list says, or what is wrong with it, and what mends that.
+fn checked(der: &[u8], authorities: &[CertificateDer<'_>]) -> Result<RevocationList, (String, TlsRemedy)> {
+    let list = understood(der, authorities).map_err(|what| (what, TlsRemedy::NewList))?;
+    if list.this_update > SystemTime::now() {
+        let since = rfc3339(list.this_update);
+        return Err((
+            format!("is of {since}, which is to come: is this host's clock right?"),
+            TlsRemedy::Clock,
+        ));
+    }
+    Ok(list)
+}
+
+fn understood(der: &[u8], authorities: &[CertificateDer<'_>]) -> Result<RevocationList, String> {
     let unreadable = || "holds a revocation list that cannot be read".to_owned();
     let (after, list) = CertificateRevocationList::from_der(der).map_err(|_| unreadable())?;
     // It is written as one less; without it, it is 1.
@@ -197,10 +216,6 @@ fn checked(der: &[u8], authorities: &[CertificateDer<'_>]) -> Result<RevocationL
     if let Some(kind) = foreign_kind(&list) {
         return Err(format!("holds {kind}: get a list from {issuer} that names all that it has revoked"));
     }
-    if time(list.last_update()) > SystemTime::now() {
-        let since = rfc3339(time(list.last_update()));
-        return Err(format!("is of {since}, which is to come: is this host's clock right?"));
-    }
     let next_update = list.next_update().map(time).ok_or_else(|| {
         format!(
             "has no end of validity (nextUpdate), so that nobody would notice where new lists do not arrive any more: have \
@@ -216,7 +231,8 @@ fn checked(der: &[u8], authorities: &[CertificateDer<'_>]) -> Result<RevocationL
         .collect();
     let serials = revoked.iter().map(|entry| entry.serial.clone()).collect();
     let (issuer_der, key) = (list.issuer().as_raw().to_vec(), ca.public_key().raw.to_vec());
-    Ok(RevocationList { issuer, revoked, next_update, issuer_der, key, serials })
+    let this_update = time(list.last_update());
+    Ok(RevocationList { issuer, revoked, next_update, this_update, issuer_der, key, serials })
 }
 
 /// Why nobody takes a list of a CA that [may sign none](may_sign_lists), behind its name.
@@ -321,7 +337,7 @@ mod tests {
         }
 
         fn judged(&self, list: &[u8]) -> Result<RevocationList, String> {
-            checked(list, std::slice::from_ref(&self.certificate))
+            checked(list, std::slice::from_ref(&self.certificate)).map_err(|(what, _)| what)
         }
     }
 

@@ -9,6 +9,7 @@ use vfio_migration_types::{quote, rfc3339};
 use crate::regular_file::FileError;
 use crate::tls::library_texts::{chain, incompatible, invalid_message, raw};
 use crate::tls::own_refusal::OwnRefusal;
+use crate::tls::remedy::TlsRemedy;
 
 /// The reason why a connection is not made, or not gone on with, for its security's sake.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -32,6 +33,8 @@ pub enum TlsError {
         path: PathBuf,
         /// What is wrong with it, as the sentence goes on.
         what: String,
+        /// What mends it.
+        remedy: TlsRemedy,
     },
     /// Others than its owner may read or change a private key.
     #[error("{} may be read or changed by others than its owner (mode {mode:04o}): chmod 600 it", .path.display())]
@@ -96,6 +99,29 @@ pub enum TlsError {
 }
 
 impl TlsError {
+    /// What mends a file of this side, if that is what is wrong.
+    pub fn remedy(&self) -> Option<TlsRemedy> {
+        match self {
+            Self::Open(error) => Some(TlsRemedy::of_file(error)),
+            Self::File { path, .. } => Some(TlsRemedy::Replace(path.clone())),
+            Self::Content { remedy, .. } => Some(remedy.clone()),
+            Self::LooseKey { path, .. } => Some(TlsRemedy::OwnerAlone(path.clone())),
+            Self::KeyMismatch { .. } => Some(TlsRemedy::NewCertificates),
+            Self::NoName(_)
+            | Self::Setup(_)
+            | Self::Refused(_)
+            | Self::RefusedByPeer(_)
+            | Self::Protocol(_)
+            | Self::Truncated
+            | Self::Damaged
+            | Self::NotAsked
+            | Self::PlainText
+            | Self::NoHandshake
+            | Self::HungUp
+            | Self::Late(_) => None,
+        }
+    }
+
     /// The peer does not name our protocol.
     pub(crate) fn other_protocol() -> Self {
         Self::Protocol("it speaks another protocol inside than vfio-migrate/1 (ALPN)".to_owned())

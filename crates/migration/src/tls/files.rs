@@ -19,6 +19,7 @@ use crate::tls::certificate::{CertificateFlaw, flaw_of_validity, readable};
 use crate::tls::error::TlsError;
 use crate::tls::identity::PeerIdentity;
 use crate::tls::layout::{CA_FILE, TlsRole};
+use crate::tls::remedy::TlsRemedy;
 
 /// Longest file that is read: a bundle of CAs is far shorter.
 const LONGEST: u64 = 1 << 20;
@@ -37,17 +38,16 @@ pub(crate) struct OwnCertificate {
 pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCertificate, TlsError> {
     let path = directory.join(role.certificate_file());
     let chain = certificates(&path)?;
-    let flawed = |flaw: CertificateFlaw| TlsError::Content { path: path.clone(), what: flaw.to_string() };
+    let flawed = |flaw: CertificateFlaw| flawed(&path, &flaw);
     let leaf = chain.first().ok_or_else(|| no_certificate(&path))?;
     let parsed = readable(leaf, TlsError::of_own).map_err(flawed)?;
     let validity = flaw_of_validity(&parsed, SystemTime::now());
     let identity = PeerIdentity::of(leaf).map_err(|_| flawed(CertificateFlaw::Unreadable))?;
     let key_path = directory.join(role.key_file());
     let key = private_key(&key_path)?;
-    let content = |what: &str| TlsError::Content { path: key_path.clone(), what: what.to_owned() };
     // By reference: what is given away is not wiped.
     let signing =
-        any_supported_type(&key).map_err(|_| content("holds no private key of a kind that this build uses (ECDSA with P-256, P-384 or P-521, Ed25519, RSA of 2048 bits or more)"))?;
+        any_supported_type(&key).map_err(|_| content(&key_path, "holds no private key of a kind that this build uses (ECDSA with P-256, P-384 or P-521, Ed25519, RSA of 2048 bits or more)"))?;
     let key = CertifiedKey::new(chain, signing);
     match key.keys_match() {
         Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
@@ -68,9 +68,7 @@ fn at_most(most: usize, path: &Path) -> Result<Vec<CertificateDer<'static>>, Tls
     let text = read(path)?.bytes;
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).take(most + 1).collect();
     match all {
-        Ok(all) if all.len() > most => {
-            Err(TlsError::Content { path: path.into(), what: format!("holds more than {most} certificates") })
-        }
+        Ok(all) if all.len() > most => Err(content(path, &format!("holds more than {most} certificates"))),
         Ok(all) if !all.is_empty() => Ok(all),
         _ => Err(no_certificate(path)),
     }
@@ -90,14 +88,25 @@ pub fn private_key_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, TlsError> {
 
 fn private_key(path: &Path) -> Result<Zeroizing<PrivateKeyDer<'static>>, TlsError> {
     let key = PrivateKeyDer::from_pem_slice(&private_key_file(path)?).map(Zeroizing::new);
-    key.map_err(|_| TlsError::Content {
-        path: path.into(),
-        what: "holds no private key in PEM (one with a passphrase cannot be used)".into(),
-    })
+    key.map_err(|_| content(path, "holds no private key in PEM (one with a passphrase cannot be used)"))
 }
 
 fn no_certificate(path: &Path) -> TlsError {
-    TlsError::Content { path: path.into(), what: "holds no certificate in PEM".into() }
+    content(path, "holds no certificate in PEM")
+}
+
+/// What is wrong with what a file holds, where another file mends it.
+fn content(path: &Path, what: &str) -> TlsError {
+    TlsError::Content { path: path.into(), what: what.to_owned(), remedy: TlsRemedy::of_content(path) }
+}
+
+/// The same of a certificate.
+fn flawed(path: &Path, flaw: &CertificateFlaw) -> TlsError {
+    let remedy = match flaw {
+        CertificateFlaw::NotYet(_) => TlsRemedy::Clock,
+        _ => TlsRemedy::of_content(path),
+    };
+    TlsError::Content { path: path.into(), what: flaw.to_string(), remedy }
 }
 
 /// What a file holds, which may be a secret, and whose it is.
@@ -119,7 +128,7 @@ pub(crate) fn read(path: &Path) -> Result<Contents, TlsError> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));
     file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > LONGEST {
-        return Err(TlsError::Content { path: path.into(), what: format!("is longer than {LONGEST} bytes") });
+        return Err(content(path, &format!("is longer than {LONGEST} bytes")));
     }
     Ok(Contents { bytes, mode: found.mode(), owner: found.uid(), group: found.gid() })
 }
@@ -165,8 +174,7 @@ pub struct IssuedCertificate {
 /// # Errors
 /// What is wrong with the file.
 pub fn issued_certificates(path: &Path) -> Result<Vec<IssuedCertificate>, TlsError> {
-    let unreadable =
-        || TlsError::Content { path: path.into(), what: "holds a certificate that cannot be read".into() };
+    let unreadable = || content(path, "holds a certificate that cannot be read");
     let issued = |der: &CertificateDer<'_>| {
         let (_, parsed) = X509Certificate::from_der(der).map_err(|_| unreadable())?;
         Ok(IssuedCertificate {

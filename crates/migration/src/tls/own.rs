@@ -10,6 +10,8 @@ use crate::tls::certificate::{host_names, no_host};
 use crate::tls::error::TlsError;
 use crate::tls::files::OwnCertificate;
 use crate::tls::layout::{CRL_FILE, TlsRole};
+use crate::tls::own_refusal::OwnRefusal;
+use crate::tls::remedy::TlsRemedy;
 use crate::tls::trust::Trust;
 
 /// Refuses a certificate of `role` that none takes who trusts the CAs of the same `directory`.
@@ -19,7 +21,11 @@ pub(crate) fn check_own(
     own: &OwnCertificate,
     trust: &Trust,
 ) -> Result<(), TlsError> {
-    let content = |what: String| TlsError::Content { path: directory.join(role.certificate_file()), what };
+    let content = |what: String| TlsError::Content {
+        path: directory.join(role.certificate_file()),
+        what,
+        remedy: TlsRemedy::NewCertificates,
+    };
     let Some((leaf, intermediates)) = own.key.cert.split_first() else {
         return Err(content("holds no certificate in PEM".into()));
     };
@@ -43,6 +49,17 @@ pub(crate) fn check_own(
         Error::InvalidCertificate(
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
         ) => content(no_host(leaf)),
-        error => content(TlsError::of_own(&error)),
+        error => match (by_way(&error), content(TlsError::of_own(&error))) {
+            (true, TlsError::Content { path, what, .. }) => {
+                TlsError::Content { path, what, remedy: TlsRemedy::NewChain }
+            }
+            (_, told) => told,
+        },
     })
+}
+
+/// Whether a CA between is what is wrong.
+fn by_way(error: &Error) -> bool {
+    let Error::InvalidCertificate(CertificateError::Other(other)) = error else { return false };
+    matches!(other.0.downcast_ref(), Some(OwnRefusal::Between(_)))
 }

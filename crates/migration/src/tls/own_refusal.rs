@@ -7,9 +7,12 @@ pub(crate) enum OwnRefusal {
     NoAuthority(String),
     #[error("the peer's certificate is of a CA that is not taken any more: ca-cert.pem: {0}")]
     EndedAuthority(String),
-    /// What is wrong with it or a CA on its way, as the sentence goes on.
+    /// What is wrong with it, as the sentence goes on.
     #[error("the peer's certificate {0}")]
-    Chain(String),
+    Certificate(String),
+    /// What is wrong with a CA on its way to one that is trusted.
+    #[error("the peer's certificate is issued by way of {0}")]
+    Between(String),
     #[error("the peer's key {0} is not among those that are pinned")]
     NotPinned(String),
 }

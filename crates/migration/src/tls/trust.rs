@@ -131,7 +131,7 @@ impl<V: ?Sized> AuthorityVerifier<V> {
         // Of the others it would take some that may not vouch.
         let judged = verify(&made, &chain.sound(at)).map_err(|error| match error {
             Error::InvalidCertificate(found) => match chain.explain(&found, self.role, at) {
-                Some(why) => refused(OwnRefusal::Chain(why)),
+                Some(why) => refused(why),
                 None => match (&found, chain.problem_of_authority(at)) {
                     // The CA is one of ours, and vouches no more.
                     (CertificateError::UnknownIssuer | CertificateError::BadSignature, Some(why)) => {
@@ -143,7 +143,7 @@ impl<V: ?Sized> AuthorityVerifier<V> {
             error => error,
         })?;
         if let Some(why) = chain.flaw_beyond(at) {
-            return Err(refused(OwnRefusal::Chain(why)));
+            return Err(refused(why));
         }
         // Last: whom nobody vouches for hears nothing of what was taken back. A list may expire while a destination waits.
         match self.revoked.refusal(std::iter::once(leaf).chain(intermediates), at) {

@@ -2,6 +2,7 @@
 
 mod authority;
 pub(crate) mod make;
+pub(crate) mod remedy;
 pub(crate) mod report;
 mod revoke;
 mod show;

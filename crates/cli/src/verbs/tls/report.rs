@@ -51,7 +51,11 @@ pub(crate) struct TlsFileInfo {
     pub(crate) purpose: TlsPurpose,
     /// Why it cannot be used; null if it can.
     pub(crate) error: Option<String>,
-    /// The certificates that count: of a host the first.
+    /// What is to be seen to beyond what the certificates say: CAs between the host and a trusted one that end within 30 days.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
+    /// The certificates that count: of a host the first. Empty, without an error: it is not there, and what a host needs for guests that go
+    /// the other way is.
     pub(crate) certificates: Vec<CertificateInfo>,
 }
 

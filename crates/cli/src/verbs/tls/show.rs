@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use vfio_migration::{
-    CA_FILE, CRL_FILE, TlsError, TlsRole, own_identity, revocation_lists, trusted_authorities,
-    usable_identity,
+    CA_FILE, CRL_FILE, PeerIdentity, TlsDirectory, TlsError, TlsRemedy, TlsRole, TlsWarning, own_identity,
 };
 use vfio_migration_types::printable;
 
@@ -25,34 +24,37 @@ fn purpose_text(purpose: TlsPurpose) -> &'static str {
 
 /// What a folder has, and whether all of it can be used.
 pub(super) fn show(dir: &Path) -> TlsShowReport {
-    let file = |file: &str, purpose, found: Result<Vec<CertificateInfo>, TlsError>| {
+    let examined = TlsDirectory::new(dir).examine();
+    let file = |file: &str, purpose, found: Result<Vec<CertificateInfo>, &TlsError>| {
         let (certificates, error) = match found {
             Ok(found) => (found, None),
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
-        TlsFileInfo { file: file.to_owned(), purpose, error, certificates }
+        // The others are said of the certificates.
+        let ours =
+            |warning: &&TlsWarning| warning.remedy == TlsRemedy::NewChain && warning.file == dir.join(file);
+        let warnings = examined.warnings.iter().filter(ours).map(|warning| warning.text.clone()).collect();
+        TlsFileInfo { file: file.to_owned(), purpose, error, warnings, certificates }
     };
-    let authorities = trusted_authorities(dir).map(|found| found.iter().map(CertificateInfo::from).collect());
-    let mut files = vec![file(CA_FILE, TlsPurpose::Authorities, authorities)];
-    let lists = revocation_lists(dir);
-    for role in [TlsRole::Server, TlsRole::Client] {
-        // What is wrong with the CAs, or with the list, is told once, of them.
-        let judged = lists.is_ok() && files.first().is_some_and(|ca| ca.error.is_none());
-        let own = if judged { usable_identity(dir, role) } else { own_identity(dir, role) };
-        files.push(file(
-            &role.certificate_file(),
-            role.into(),
-            own.map(|own| vec![CertificateInfo::from(&own)]),
-        ));
-    }
-    let revocation_lists = match lists {
-        Ok(lists) => lists.iter().map(RevocationListInfo::from).collect(),
-        // Without a CA it cannot be judged, and that is told.
-        Err(_) if files.first().is_some_and(|ca| ca.error.is_some()) => Vec::new(),
-        Err(error) => {
+    let authorities = examined.authorities.as_ref().map(|found| {
+        let found = found.as_ref().map(|found| found.iter().map(CertificateInfo::from).collect());
+        file(CA_FILE, TlsPurpose::Authorities, found)
+    });
+    let own = |role: TlsRole, own: &Option<Result<PeerIdentity, TlsError>>| {
+        let found = own.as_ref().map(|own| own.as_ref().map(|own| vec![CertificateInfo::from(own)]));
+        file(&role.certificate_file(), role.into(), found.unwrap_or_else(|| Ok(Vec::new())))
+    };
+    let mut files: Vec<_> = authorities.into_iter().collect();
+    files.push(own(TlsRole::Server, &examined.server));
+    files.push(own(TlsRole::Client, &examined.client));
+    let revocation_lists = match &examined.lists {
+        Some(Ok(lists)) => lists.iter().map(RevocationListInfo::from).collect(),
+        Some(Err(error)) => {
             files.push(file(CRL_FILE, TlsPurpose::Revocations, Err(error)));
             Vec::new()
         }
+        // Without a CA it cannot be judged, and that is told.
+        None => Vec::new(),
     };
     let usable = files.iter().all(|file| file.error.is_none());
     TlsShowReport { directory: dir.display().to_string(), usable, files, revocation_lists }
@@ -61,7 +63,10 @@ pub(super) fn show(dir: &Path) -> TlsShowReport {
 /// The report, for people.
 pub(super) fn show_text(report: &TlsShowReport) -> String {
     let mut text = String::new();
-    for TlsFileInfo { file, purpose, error, certificates } in &report.files {
+    for TlsFileInfo { file, purpose, error, warnings, certificates } in &report.files {
+        if error.is_none() && certificates.is_empty() {
+            text.push_str(&format!("{file}: not there: for guests that go the other way alone\n"));
+        }
         if let Some(error) = error {
             text.push_str(&format!("{file}: cannot be used: {}\n", printable(error)));
         }
@@ -74,6 +79,9 @@ pub(super) fn show_text(report: &TlsShowReport) -> String {
                 }
             }
             text.push_str(&format!("    {}\n", certificate.pin));
+        }
+        for warning in warnings {
+            text.push_str(&format!("{file}: {}\n", printable(warning)));
         }
     }
     for RevocationListInfo { issuer, revoked, next_update, expires_soon } in &report.revocation_lists {
