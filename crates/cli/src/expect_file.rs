@@ -155,11 +155,48 @@ fn parse(bytes: &[u8], origin: &str) -> Result<ExpectDocument, String> {
     if document == ExpectDocument::default() {
         return Err(empty());
     }
+    if let Some((key, value)) = vacuous(&document) {
+        let at = line_of(bytes, key).map_or_else(String::new, |line| format!("line {line}: "));
+        return Err(format!(
+            "{origin}: {at}`{key} = {value}` keeps nobody out, and nothing else is said, so it lets nobody in ({EVERYBODY})"
+        ));
+    }
     let nobody = |entry: &ExpectedEntry| entry.name.is_none() && entry.pin.is_none();
     match document.sources.iter().flatten().position(nobody) {
         Some(n) => Err(format!("{origin}: at sources[{n}]: it needs a name, a pin, or both")),
         None => Ok(document),
     }
+}
+
+/// Bytes of RAM that every guest stays below: a guest's physical address has 52 bits at most, on x86-64 and on ARM.
+const ALL_MEMORY: u64 = 1 << 52;
+/// Attempts, or guests, that nobody lives to count.
+const COUNTLESS: u64 = u32::MAX as u64;
+
+/// The first key of a document that constrains nothing at all, and its value. Whoever is trusted may come where that is said aloud, by
+/// `may`, and not where a bound was meant and none was set.
+fn vacuous(document: &ExpectDocument) -> Option<(&'static str, u64)> {
+    let ExpectDocument { vm, sources, may, min_epoch, max_memory, max_attempts, max_arrivals } = document;
+    if vm.is_some() || sources.is_some() || may.is_some() {
+        return None;
+    }
+    let bounds = [
+        ("min_epoch", min_epoch, min_epoch.is_some_and(|epoch| epoch > 0)),
+        ("max_memory", max_memory, max_memory.is_some_and(|most| most < ALL_MEMORY)),
+        ("max_attempts", max_attempts, max_attempts.is_some_and(|most| most < COUNTLESS)),
+        ("max_arrivals", max_arrivals, max_arrivals.is_some_and(|most| most < COUNTLESS)),
+    ];
+    if bounds.iter().any(|(_, _, holds)| *holds) {
+        return None;
+    }
+    bounds.into_iter().find_map(|(key, value, _)| Some((key, (*value)?)))
+}
+
+/// The first line that has this key, from 1; comments of TOML have none.
+fn line_of(bytes: &[u8], key: &str) -> Option<usize> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let has = |line: &str| line.split('#').next().is_some_and(|line| line.contains(key));
+    text.lines().position(has).map(|before| before + 1)
 }
 
 #[cfg(test)]
@@ -201,6 +238,8 @@ mod tests {
             ("{}", "it says nothing"),
             (" {\n}\n", "it says nothing"),
             ("{\"vm\": null, \"sources\": null}", "it says nothing"),
+            ("# a bound\nmin_epoch = 0", "line 2: `min_epoch = 0` keeps nobody out"),
+            ("{\"max_memory\": 18446744073709551615}", "line 1: `max_memory = 18446744073709551615` keeps nobody"),
             ("[[sources]]", "at sources[0]: it needs a name, a pin, or both"),
             ("[sources]", ""),
             ("[expect]\nvm = \"x\"", "unknown field `expect`"),
@@ -220,5 +259,51 @@ mod tests {
             let told = parse(text.as_bytes(), "expect.toml").unwrap_err();
             assert!(told.starts_with("expect.toml") && told.contains(says), "{text}: {told}");
         }
+    }
+
+    /// Each key alone, and all of them together: with a value that holds, with one that does not, and left out.
+    #[test]
+    fn what_constrains_nothing_lets_nobody_in() {
+        const TOML_MOST: u64 = i64::MAX as u64;
+        let keys = [
+            ("min_epoch", ["0", "0"], "1"),
+            ("max_memory", ["4503599627370496", "MOST"], "4503599627370495"),
+            ("max_attempts", ["4294967295", "MOST"], "0"),
+            ("max_arrivals", ["4294967295", "MOST"], "4294967294"),
+        ];
+        let mut refused = 0;
+        for choice in 1..4_usize.pow(4) {
+            let chosen = keys.iter().enumerate().filter_map(|(n, (key, none, some))| {
+                let value = match choice / 4_usize.pow(n.try_into().unwrap()) % 4 {
+                    0 => return None,
+                    1 => none[0],
+                    2 => none[1],
+                    _ => some,
+                };
+                Some((*key, value, value == *some))
+            });
+            let chosen: Vec<_> = chosen.collect();
+            let holds = chosen.iter().any(|(_, _, holds)| *holds);
+            let (toml_most, json_most) = (TOML_MOST.to_string(), u64::MAX.to_string());
+            let toml = chosen.iter().map(|(key, value, _)| format!("{key} = {value}\n"));
+            let json = chosen.iter().map(|(key, value, _)| format!("\"{key}\": {value}"));
+            let toml = toml.collect::<String>().replace("MOST", &toml_most);
+            let json = json.collect::<Vec<_>>().join(", ").replace("MOST", &json_most);
+            for text in [toml.clone(), format!("{{{json}, \"vm\": null}}")] {
+                match parse(text.as_bytes(), "expect") {
+                    Ok(_) => assert!(holds, "{text}"),
+                    Err(told) => {
+                        assert!(!holds && told.starts_with("expect: line 1: `"), "{text}: {told}");
+                        assert!(told.contains(chosen[0].0) && told.contains(EVERYBODY), "{text}: {told}");
+                        refused += 1;
+                    }
+                }
+            }
+            // Said aloud.
+            for aloud in ["may = [\"ask\", \"move\"]", "sources = []"] {
+                parse(format!("{aloud}\n{toml}").as_bytes(), "expect").unwrap();
+            }
+        }
+        assert_eq!(refused, 2 * (3_u32.pow(4) - 1));
     }
 }

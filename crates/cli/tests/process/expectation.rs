@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Vm, control, fails, run, software, until};
 
-const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0003";
+pub(crate) const UUID: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0003";
 const OTHER: &str = "0d5c8a92-7c1e-4b0b-9a55-0f2f6f6f0004";
 
 fn text(path: &Path) -> &str {
@@ -14,15 +14,15 @@ fn text(path: &Path) -> &str {
 }
 
 /// A directory with certificates for two sources and a receiver.
-struct Hosts {
+pub(crate) struct Hosts {
     dir: tempfile::TempDir,
-    a: PathBuf,
-    x: PathBuf,
+    pub(crate) a: PathBuf,
+    pub(crate) x: PathBuf,
     b: PathBuf,
 }
 
 impl Hosts {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let ca = dir.path().join("ca");
         let made = |words: &[&str]| assert!(run(words).status.success(), "{words:?}");
@@ -41,17 +41,17 @@ impl Hosts {
     }
 
     /// Has the receiver expect this, as an orchestrator writes it: whole, or not at all.
-    fn expect(&self, what: &str) {
+    pub(crate) fn expect(&self, what: &str) {
         let new = self.dir.path().join("expect.new");
         std::fs::write(&new, what).unwrap();
         std::fs::rename(&new, self.file()).unwrap();
     }
 
-    fn source(&self, name: &str, creds: &Path) -> Vm {
+    pub(crate) fn source(&self, name: &str, creds: &Path) -> Vm {
         software(self.dir.path(), name, &["--software", "--uuid", UUID, "--tls-creds", text(creds)]).start()
     }
 
-    fn receiver(&self, more: &[&str]) -> Vm {
+    pub(crate) fn receiver(&self, more: &[&str]) -> Vm {
         let file = self.file();
         let words = [
             "--software",
@@ -105,6 +105,8 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
         ("# nobody yet\n# [[sources]]\n# name = \"host-a\"\n".to_owned(), "no-expectation"),
         ("{}".to_owned(), "no-expectation"),
         ("vm = ".to_owned(), "no-expectation"),
+        ("min_epoch = 0".to_owned(), "no-expectation"),
+        (format!("max_memory = {}\nmin_epoch = 0", i64::MAX), "no-expectation"),
         ("frm = \"host-a\"".to_owned(), "no-expectation"),
         ("[[sources]]\nname = \"host-c\"".to_owned(), "other-source"),
         (format!("[[sources]]\npin = \"sha256:{}\"", "0".repeat(64)), "other-source"),
@@ -150,7 +152,7 @@ fn an_orchestrator_tells_a_receiver_whom_to_take_while_it_waits() {
     let shown = String::from_utf8(shown.stdout).unwrap();
     for says in [
         "expects any VM from \"host-a\" (may move)",
-        "20 connections refused, the last at ",
+        "22 connections refused, the last at ",
         "\"host-a\"",
         "it may not ask",
     ] {
