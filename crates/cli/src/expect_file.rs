@@ -239,7 +239,10 @@ mod tests {
             (" {\n}\n", "it says nothing"),
             ("{\"vm\": null, \"sources\": null}", "it says nothing"),
             ("# a bound\nmin_epoch = 0", "line 2: `min_epoch = 0` keeps nobody out"),
-            ("{\"max_memory\": 18446744073709551615}", "line 1: `max_memory = 18446744073709551615` keeps nobody"),
+            (
+                "{\"max_memory\": 18446744073709551615}",
+                "line 1: `max_memory = 18446744073709551615` keeps nobody",
+            ),
             ("[[sources]]", "at sources[0]: it needs a name, a pin, or both"),
             ("[sources]", ""),
             ("[expect]\nvm = \"x\"", "unknown field `expect`"),

@@ -404,6 +404,8 @@ pub struct DestinationConfig {
     pub features: u64,
     /// Longest silence of the source where something must come from it.
     pub peer_timeout: Duration,
+    /// Longest time between HELLO_REPLY and OFFER.
+    pub offer_timeout: Duration,
     /// The guest arrives paused, whatever FINAL says.
     pub suspend: bool,
     /// Nonce of the lease that this attempt is granted: random, new for each.
@@ -496,6 +498,8 @@ pub enum DestinationEvent {
     LinkLost(String),
     /// This incoming migration is cancelled, by this.
     Cancel(CancelCause),
+    /// The first of the guest has come: bytes of its RAM or of a device's state.
+    GuestComes,
     /// A source wants the place of an attempt that [gives way](crate::DestinationEngine::gives_way).
     Superseded,
     /// [`deadline`](crate::DestinationEngine::deadline) has passed.

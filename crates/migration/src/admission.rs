@@ -33,6 +33,30 @@ pub(crate) struct Admitted {
     pub(crate) wants: Right,
 }
 
+/// Why a source that may come has no session now.
+#[derive(Debug, Default)]
+pub(crate) struct NoTurn {
+    /// What is told to whoever may come.
+    pub(crate) why: String,
+    /// Who is being received: told to those that may move a guest here themselves.
+    pub(crate) holder: Option<String>,
+    /// An attempt is under way, and may still come to its end.
+    pub(crate) under_way: bool,
+}
+
+impl NoTurn {
+    /// No attempt is under way, and this is why none is taken in.
+    pub(crate) fn because(why: &str) -> Self {
+        Self { why: why.to_owned(), ..Self::default() }
+    }
+
+    fn text(&self, named: bool) -> String {
+        let holder = self.holder.as_ref().filter(|_| named);
+        let holder = holder.map_or_else(String::new, |holder| format!(", {holder}"));
+        format!("no migration is taken in here now: {}{holder}", self.why)
+    }
+}
+
 /// Nobody is refused any more.
 impl Drop for Admission {
     fn drop(&mut self) {
@@ -61,29 +85,34 @@ impl Admission {
     /// Judges a source that wants a session. One that is refused is told so; the reasons are for this side.
     pub(crate) fn admit(&mut self, accepted: &Accepted) -> Result<Admitted, Vec<Reason>> {
         self.latest = self.expectations.read();
-        self.judge(accepted).map_err(|unexpected| {
+        self.judge(accepted, true).map_err(|unexpected| {
             self.refuse(accepted, unexpected.clone());
             vec![Reason::new(unexpected.code(), unexpected.to_string())]
         })
     }
 
-    /// Refuses a source because no session can be had now, `why`, if that is known: one is `under_way`, or was. What is expected is not
-    /// read: a guest's downtime does not wait for the disk that it is on.
-    pub(crate) fn turn_away(&self, accepted: &Accepted, why: Option<&str>, under_way: bool) {
-        if let Err(unexpected) = self.judge(accepted) {
+    /// Refuses a source because no session can be had now. What is expected is not read: a guest's downtime does not wait for the disk
+    /// that it is on.
+    pub(crate) fn turn_away(&self, accepted: &Accepted, no_turn: &NoTurn) {
+        if let Err(unexpected) = self.judge(accepted, true) {
             let unexpected = match unexpected {
-                Unexpected::TooManyAttempts { most, .. } => Unexpected::TooManyAttempts { most, under_way },
+                Unexpected::TooManyAttempts { most, .. } => {
+                    Unexpected::TooManyAttempts { most, under_way: no_turn.under_way }
+                }
                 other => other,
             };
             return self.refuse(accepted, unexpected);
         }
-        let text = accepted.turn_away(why);
-        self.record(&accepted.link, Some(&accepted.hello), RefusalCause::NotNow(text));
+        let peer = accepted.link.security().peer;
+        let may_move = |latest: &Expectation| latest.rights(peer.as_ref(), self.proof).contains(&Right::Move);
+        accepted.turn_away(&no_turn.text(self.latest.as_ref().is_ok_and(may_move)));
+        self.record(&accepted.link, Some(&accepted.hello), RefusalCause::NotNow(no_turn.text(true)));
     }
 
-    /// What a source wants that would be let in, by what was expected when somebody came the last time.
-    pub(crate) fn wants(&self, accepted: &Accepted) -> Option<Right> {
-        self.judge(accepted).ok().map(|admitted| admitted.wants)
+    /// What a source wants that would be let in, by what was expected when somebody came the last time. `counted`: the attempt under way
+    /// is one of those that are expected.
+    pub(crate) fn wants(&self, accepted: &Accepted, counted: bool) -> Option<Right> {
+        self.judge(accepted, counted).ok().map(|admitted| admitted.wants)
     }
 
     /// Whether who asks on `link` what became of a migration may come at all. If not, it is refused.
@@ -142,16 +171,24 @@ impl Admission {
         self.record(link, Some(hello), unexpected.into());
     }
 
+    /// Writes down that a source had its turn and brought nothing.
+    pub(crate) fn brought_nothing(&self, link: &Link, hello: &Hello, why: &str) {
+        let why = RefusalCause::NoMigration(format!("it said HELLO and offered no guest: {why}"));
+        self.record(link, Some(hello), why);
+    }
+
     /// Whether what is expected is told to the source of this connection.
     pub(crate) fn names(&self, link: &Link, expectation: &Expectation) -> bool {
         expectation.names(link.security().peer.as_ref(), self.proof)
     }
 
-    fn judge(&self, accepted: &Accepted) -> Result<Admitted, Unexpected> {
+    fn judge(&self, accepted: &Accepted, counted: bool) -> Result<Admitted, Unexpected> {
         let expectation = self.latest.clone().map_err(Unexpected::NotKnown)?;
         let security = accepted.link.security();
         let who = Newcomer { hello: &accepted.hello, peer: security.peer.as_ref(), proof: self.proof };
-        expectation.judge(&who, self.expectations.counts())?;
+        let mut counts = self.expectations.counts();
+        counts.attempts = counts.attempts.saturating_sub(u64::from(!counted));
+        expectation.judge(&who, counts)?;
         let wants = who.wants();
         Ok(Admitted { expectation, wants })
     }

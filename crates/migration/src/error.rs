@@ -197,6 +197,10 @@ pub enum IncomingError {
     /// Nothing ran here; every device is reset and released.
     #[error("the incoming migration was {how} {0}", how = how(.0))]
     Aborted(Failure),
+    /// The source had brought nothing of its guest in time, and made way for another that waits: the next may be
+    /// [accepted](crate::Destination::accept).
+    #[error("the incoming migration made way for another {0}")]
+    GaveWay(Failure),
     /// The attempt, or the wait for one, was cancelled at this side. Nothing ran here; every device is reset and released.
     #[error("the incoming migration was cancelled {0}")]
     Cancelled(Failure),

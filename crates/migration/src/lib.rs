@@ -165,6 +165,7 @@ mod tls;
 mod unix_listener;
 mod unix_peer;
 mod uri;
+mod waiting_sources;
 
 pub use changeable::refuse_changeable;
 pub use channel::connect::needs_security;

@@ -68,16 +68,22 @@ pub struct RefusedConnections {
     pub last: Option<RefusedConnection>,
 }
 
+/// Who is at the other end of a connection: its address, and what it has proved to be.
+pub(crate) fn who(address: &str, security: &ConnectionSecurity) -> String {
+    let mut text = address.to_owned();
+    if let Some(peer) = &security.peer {
+        let name = peer.names.first().map_or_else(|| "no name".to_owned(), |name| quote(name));
+        text += &format!(" ({name}, {})", peer.pin);
+    }
+    if let Some(process) = &security.unix_peer {
+        text += &format!(" ({process})");
+    }
+    text
+}
+
 impl fmt::Display for RefusedConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.from)?;
-        if let Some(peer) = &self.security.peer {
-            let name = peer.names.first().map_or_else(|| "no name".to_owned(), |name| quote(name));
-            write!(f, " ({name}, {})", peer.pin)?;
-        }
-        if let Some(process) = &self.security.unix_peer {
-            write!(f, " ({process})")?;
-        }
+        f.write_str(&who(&self.from, &self.security))?;
         match self.wanted {
             Some((Right::Ask, vm)) if !vm.names_a_vm() => f.write_str(", asking for no VM by name")?,
             Some((Right::Ask, vm)) => write!(f, ", asking for VM {vm}")?,

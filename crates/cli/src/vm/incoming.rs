@@ -144,7 +144,7 @@ pub(super) fn listen(
 }
 
 /// Receives a guest, and says whether it was a session that ended the wait. Two things do: a guest that has arrived, and the operator; where the wait is for one migration, `once`, also a session that
-/// ended otherwise, but for a rehearsal. After every other end the address is waited at on, with a machine built anew.
+/// ended otherwise, but for a rehearsal, a source that brought nothing and made way for another, and one that has come again. After every other end the address is waited at on, with a machine built anew.
 fn receive(
     vm: &Arc<RunningVm>,
     destination: &mut Destination,
@@ -162,7 +162,9 @@ fn receive(
             Err(error @ IncomingError::OwnedNotStarted(_)) => return (Err(error), true),
             Err(error) => error,
         };
-        let once = once && !matches!(error, IncomingError::Rehearsed(_));
+        let none = matches!(error, IncomingError::Rehearsed(_) | IncomingError::GaveWay(_));
+        // A source whose connection broke comes again: it is the one migration that is waited for.
+        let once = once && !none && !destination.has_source_again();
         if only_one || once || control.cancelled().is_some() {
             return (Err(error), attempt() != before);
         }

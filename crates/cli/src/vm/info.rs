@@ -420,9 +420,9 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
         IncomingError::Aborted(failure) if failure.is_cancelled() => {
             (MigrationStatus::Cancelled, Some(failure), &[][..])
         }
-        IncomingError::NotBegun(failure) | IncomingError::Aborted(failure) => {
-            (failed, Some(failure), &[][..])
-        }
+        IncomingError::NotBegun(failure)
+        | IncomingError::Aborted(failure)
+        | IncomingError::GaveWay(failure) => (failed, Some(failure), &[][..]),
         IncomingError::Cancelled(failure) => (MigrationStatus::Cancelled, Some(failure), &[][..]),
         IncomingError::Rehearsed(rehearsed) => {
             // Which of the two it was is the kind of the attempt.

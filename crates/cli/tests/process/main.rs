@@ -51,6 +51,7 @@ mod tls_exposed;
 mod tls_files;
 mod tls_gnutls;
 mod told_limits;
+mod turns;
 mod unix_peers;
 mod waits;
 mod watch;

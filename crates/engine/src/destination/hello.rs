@@ -27,7 +27,7 @@ impl DestinationEngine {
         self.negotiated = Some(reply);
         self.send(Message::HelloReply(reply));
         self.state = State::AwaitingOffer;
-        self.expect_by("OFFER", now);
+        self.timer = Some(ExpectedAnswer::within(self.config.offer_timeout, "OFFER", now));
     }
 
     pub(super) fn on_offer(&mut self, offer: Offer) {

@@ -20,7 +20,9 @@ use vfio_migration_types::{Epoch, Failure, Phase, Side};
 use vfio_migration_wire::Message;
 
 pub use self::state::DestinationEngine;
-use self::state::{DestinationCommit, DestinationRollback, FinalPass, IterationCounts, Reservation, State};
+use self::state::{
+    Beginning, DestinationCommit, DestinationRollback, FinalPass, IterationCounts, Reservation, State,
+};
 use crate::api::{Attempt, DestinationAction, DestinationConfig, DestinationEvent, Time};
 use crate::failure::{failure, link_lost, protocol, silence};
 use crate::ownership::DestinationState;
@@ -41,6 +43,7 @@ impl DestinationEngine {
             timer: None,
             reservation: Reservation::default(),
             iterations: IterationCounts::default(),
+            beginning: Beginning::default(),
             final_pass: FinalPass::default(),
             commit: DestinationCommit::default(),
             rollback: DestinationRollback::default(),
@@ -66,6 +69,7 @@ impl DestinationEngine {
             DestinationEvent::LinkLost(why) => self.on_link_lost(&why, now),
             DestinationEvent::Cancel(why) => self.on_cancel(&why, now),
             DestinationEvent::Superseded => self.on_superseded(now),
+            DestinationEvent::GuestComes => self.beginning.has_come = true,
             DestinationEvent::Tick => self.on_tick(now),
             answer => self.on_answer(answer, now),
         }
@@ -159,7 +163,7 @@ impl DestinationEngine {
             (State::JournalLoading, DestinationEvent::Journaled(DestinationState::Loading)) => {
                 self.on_loading_journaled();
             }
-            (State::Opening, DestinationEvent::ResumingBegun) => self.on_resuming_begun(),
+            (State::Opening, DestinationEvent::ResumingBegun) => self.on_resuming_begun(now),
             (State::Loading | State::FinalPass, DestinationEvent::InitialLoaded { device, generation }) => {
                 self.send(Message::InitialLoaded { device, generation });
             }

@@ -18,6 +18,12 @@ const LINGER: u32 = 4;
 /// The same when it was cancelled, by somebody who waits for the end. The journal answers whoever asks later.
 const LINGER_CANCELLED: Duration = Duration::from_millis(500);
 
+/// Time for which a source may owe OFFER or BEGIN while another waits: it sends the one at once, and the other when it has compared two
+/// manifests and written its journal.
+const WAITED_FOR_WORD: Duration = Duration::from_secs(3);
+/// The same of the first of its guest: its devices have to begin before.
+const WAITED_FOR_GUEST: Duration = Duration::from_secs(10);
+
 impl DestinationEngine {
     /// Gives the attempt up. Does nothing once the guest is ours, or the abort is under way.
     pub(super) fn abort(&mut self, cause: Failure, now: Time) {
@@ -56,12 +62,50 @@ impl DestinationEngine {
         }
     }
 
-    /// Whether the attempt keeps no migration out, so that [`DestinationEvent::Superseded`] ends it: it is a rehearsal, or it is
-    /// undone and written down, and its source may ask on any connection what became of it.
+    /// Whether the attempt keeps no migration out, so that [`DestinationEvent::Superseded`] ends it: it is a rehearsal; it is undone and
+    /// written down, and its source may ask on any connection what became of it; or its source has brought nothing, though it could
+    /// for some seconds.
     ///
     /// [`DestinationEvent::Superseded`]: crate::DestinationEvent::Superseded
-    pub fn gives_way(&self) -> bool {
-        self.state == State::Lingering || (self.is_rehearsal() && self.can_abort())
+    pub fn gives_way(&self, now: Time) -> bool {
+        self.state == State::Lingering
+            || (self.is_rehearsal() && self.can_abort())
+            || self.owes_beginning(now).is_some_and(|(owed, limit)| owed >= limit)
+    }
+
+    /// Whether the attempt is being undone, or is over without a guest.
+    pub fn is_undone(&self) -> bool {
+        matches!(self.state, State::JournalAborted | State::Releasing | State::Lingering | State::Done)
+    }
+
+    /// Whether nothing of a guest has come yet, nor can have: another source may wait to see whether this one brings one.
+    pub fn has_brought_nothing(&self) -> bool {
+        match self.state {
+            State::AwaitingHello
+            | State::AwaitingOffer
+            | State::Reserving
+            | State::JournalReserved
+            | State::AwaitingBegin
+            | State::JournalLoading
+            | State::Opening => true,
+            State::Loading => !self.beginning.has_come && self.iterations.ended == 0,
+            _ => false,
+        }
+    }
+
+    /// For how long the source has owed what an attempt begins with, and for how long it may while another waits. `None` while it is
+    /// this side's turn, or once there is something to lose.
+    fn owes_beginning(&self, now: Time) -> Option<(Duration, Duration)> {
+        match self.state {
+            State::AwaitingOffer | State::AwaitingBegin => {
+                self.timer.map(|expected| (expected.waited(now), WAITED_FOR_WORD))
+            }
+            State::Loading if self.has_brought_nothing() => {
+                let since = self.beginning.open_since?;
+                Some((now.saturating_sub(since), WAITED_FOR_GUEST))
+            }
+            _ => None,
+        }
     }
 
     /// How long its source may still ask what became of an attempt that is undone; `None` while it is not, or if it knows.
@@ -73,8 +117,12 @@ impl DestinationEngine {
     pub(super) fn on_superseded(&mut self, now: Time) {
         if self.state == State::Lingering {
             self.finish_aborted();
-        } else if self.gives_way() {
-            let cause = "a migration came, which a rehearsal does not keep out";
+        } else if self.gives_way(now) {
+            let cause = if self.is_rehearsal() {
+                "a migration came, which a rehearsal does not keep out"
+            } else {
+                "another source waits, and this one brought nothing in time"
+            };
             self.roll_back(failure(Side::Destination, self.phase, cause, "try again when it is over"), now);
         }
     }

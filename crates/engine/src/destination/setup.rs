@@ -27,8 +27,9 @@ impl DestinationEngine {
         self.act(State::Opening, DestinationAction::BeginResuming);
     }
 
-    pub(super) fn on_resuming_begun(&mut self) {
+    pub(super) fn on_resuming_begun(&mut self, now: Time) {
         self.busy = false;
+        self.beginning.open_since = Some(now);
         self.send(Message::Begun);
         self.phase = Phase::Iterate;
         self.state = State::Loading;

@@ -31,6 +31,7 @@ pub struct DestinationEngine {
     pub(super) timer: Option<ExpectedAnswer>,
     pub(super) reservation: Reservation,
     pub(super) iterations: IterationCounts,
+    pub(super) beginning: Beginning,
     pub(super) final_pass: FinalPass,
     pub(super) commit: DestinationCommit,
     pub(super) rollback: DestinationRollback,
@@ -72,6 +73,15 @@ pub(super) struct Reservation {
     pub(super) accept: Accept,
     /// Digest of the identity that was judged.
     pub(super) identity: [u8; 32],
+}
+
+/// P3: whether anything of the guest has come.
+#[derive(Debug, Default)]
+pub(super) struct Beginning {
+    /// Time at which the source was told that it may send.
+    pub(super) open_since: Option<Time>,
+    /// The first of the guest is here.
+    pub(super) has_come: bool,
 }
 
 /// P3: how many iterations have ended and have been applied.

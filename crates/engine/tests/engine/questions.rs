@@ -37,6 +37,7 @@ fn ready() -> DestinationEngine {
         versions: VERSIONS,
         features: FEATURES,
         peer_timeout: Duration::from_secs(5),
+        offer_timeout: Duration::from_secs(5),
         suspend: false,
         lease: [5; 16],
         lease_time: Duration::from_secs(60),

@@ -421,6 +421,7 @@ proptest! {
             lease: [5; 16],
             lease_time: Duration::from_secs(60),
             peer_timeout: Duration::from_secs(5),
+            offer_timeout: Duration::from_secs(5),
             suspend: false,
         };
         let mut destination = DestinationEngine::new(config, Duration::ZERO);

@@ -63,6 +63,7 @@ pub(crate) enum Added {
 }
 
 /// A connection whose HELLO has been read.
+#[derive(Debug)]
 pub(crate) struct Accepted {
     pub(crate) link: Arc<Link>,
     pub(crate) reader: Reader,
@@ -70,13 +71,10 @@ pub(crate) struct Accepted {
 }
 
 impl Accepted {
-    /// Refuses the connection: no migration is taken in now. `why`, where that is known. Returns what its source is told.
-    pub(crate) fn turn_away(&self, why: Option<&str>) -> String {
-        let why = why.map_or(String::new(), |why| format!(": {why}"));
-        let why = format!("no migration is taken in here now{why}");
-        let told = Failure::new(Side::Destination, Phase::Hello, why.clone()).with_remedy(TRY_AGAIN);
+    /// Refuses the connection: no migration is taken in now, and this is why.
+    pub(crate) fn turn_away(&self, why: &str) {
+        let told = Failure::new(Side::Destination, Phase::Hello, why).with_remedy(TRY_AGAIN);
         self.end(&Message::Abort(told));
-        why
     }
 
     /// Refuses the connection, for these reasons.

@@ -103,6 +103,16 @@ impl Link {
         self.transport.shutdown(Shutdown::Write);
     }
 
+    /// Whether the peer sends nothing more.
+    pub(crate) fn has_hung_up(&self) -> bool {
+        self.transport.wait(PollFlags::RDHUP, Duration::ZERO)
+    }
+
+    /// Counts the peer's silence from now on: nobody has listened to it.
+    pub(crate) fn begin_to_listen(&self) {
+        self.received_at.store(self.millis(), Ordering::Relaxed);
+    }
+
     /// Time for which the peer has been silent.
     pub(crate) fn silence(&self) -> Duration {
         self.start.elapsed().saturating_sub(Duration::from_millis(self.received_at.load(Ordering::Relaxed)))

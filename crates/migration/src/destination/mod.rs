@@ -25,9 +25,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vfio_migration_types::{Failure, Phase, RateLimit, Side, error_chain};
+use vfio_migration_types::{Failure, Phase, RateLimit, Side, VmId, error_chain};
 
-use crate::admission::{Admission, Admitted};
+use crate::admission::{Admission, Admitted, NoTurn};
 use crate::channel::connect::{self, CHOOSE, ConnectError, Listener};
 use crate::channel::greeting::{
     Accepted, Added, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
@@ -42,6 +42,7 @@ use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::session::threads::set_up;
 use crate::uri::Uri;
+use crate::waiting_sources::{SourceHost, WaitingSources};
 
 /// Time that a source is kept waiting for a VMM that is not ready, and how often that is looked at. It is to hear at once that it must try
 /// again, and need not where a machine is made anew as fast as most are.
@@ -59,8 +60,10 @@ pub struct Destination {
     answers: RateLimit<String>,
     /// Outcome of the latest attempt, for a source that asks.
     known: Option<KnownOutcome>,
-    /// A source that came while there was a session, and is next.
-    next: Option<Box<Accepted>>,
+    /// Sources that came while there was a session, and are next.
+    waiting: WaitingSources,
+    /// Who had the last session, and with which VM.
+    last: Option<(SourceHost, VmId)>,
     /// Connections that have sent nothing yet.
     pending: PendingConnections,
 }
@@ -99,7 +102,18 @@ impl Destination {
         })?;
         let pending = PendingConnections::of(options.unix_peers.clone());
         let answers = RateLimit::new(20, Duration::from_secs(60));
-        Ok(Self { listener, local, options, control, admission, answers, known: None, next: None, pending })
+        Ok(Self {
+            listener,
+            local,
+            options,
+            control,
+            admission,
+            answers,
+            known: None,
+            waiting: WaitingSources::default(),
+            last: None,
+            pending,
+        })
     }
 
     /// Address that it listens at: with the port that was given for port 0.
@@ -134,7 +148,7 @@ impl Destination {
         let mut build = Some(build);
         loop {
             let limit = self.options.accept_timeout.map(|limit| limit.saturating_sub(begun.elapsed()));
-            let greeted = match self.next.take() {
+            let greeted = match self.waiting.next() {
                 Some(next) => Ok(Greeting::Session(next)),
                 None => self.greet(limit).map_err(|error| self.not_accepted(error))?,
             };
@@ -142,7 +156,7 @@ impl Destination {
                 Ok(Greeting::Session(accepted)) => match self.admission.admit(&accepted) {
                     Ok(admitted) => {
                         if let Some(why) = self.outlast_not_ready() {
-                            self.admission.turn_away(&accepted, Some(&why), false);
+                            self.admission.turn_away(&accepted, &NoTurn::because(&why));
                         } else if let Some(ended) = self.session(*accepted, &admitted, &mut build) {
                             return ended;
                         }
@@ -173,8 +187,9 @@ impl Destination {
     pub fn answer_queries(&mut self, patience: Duration) -> Result<(), IncomingError> {
         let _threads = set_up(self.options.thread_setup.as_ref());
         let begun = Instant::now();
-        if let Some(next) = self.next.take() {
-            self.admission.turn_away(&next, None, false);
+        let arrived = NoTurn::because("a guest has arrived");
+        for waiting in self.waiting.take() {
+            self.admission.turn_away(&waiting, &arrived);
         }
         loop {
             let left = patience.saturating_sub(begun.elapsed());
@@ -183,7 +198,7 @@ impl Destination {
             }
             match self.greet(Some(left)) {
                 Ok(Ok(Greeting::Query(question))) => self.answer(&question),
-                Ok(Ok(Greeting::Session(session))) => self.admission.turn_away(&session, None, false),
+                Ok(Ok(Greeting::Session(session))) => self.admission.turn_away(&session, &arrived),
                 Ok(Err(dropped)) => self.admission.dropped(dropped),
                 Err(ConnectError::NobodyCame(_) | ConnectError::Cancelled | ConnectError::Used(_)) => {
                     return Ok(());
@@ -193,7 +208,19 @@ impl Destination {
         }
     }
 
-    /// Runs a session. `None`: what its source brought was not expected, and the next is waited for.
+    /// Whether the source of the session that ended last has come again, with the same VM, while its attempt was being undone. If so it is
+    /// the next to be [accepted](Self::accept), and whoever else waits is turned away.
+    pub fn has_source_again(&mut self) -> bool {
+        let Some((host, vm)) = &self.last else { return false };
+        let (again, others) = self.waiting.keep_only(host, *vm);
+        let no_turn = NoTurn::because("the source of the last attempt is being received again");
+        for other in others {
+            self.admission.turn_away(&other, &no_turn);
+        }
+        again
+    }
+
+    /// Runs a session. `None`: its source offered nothing, or nothing that was expected, and the next is waited for.
     fn session<F>(
         &mut self,
         accepted: Accepted,
@@ -206,15 +233,28 @@ impl Destination {
         self.control.begin_session();
         self.admission.count_attempt(admitted, true);
         let (link, hello) = (Arc::clone(&accepted.link), accepted.hello.clone());
+        let host = SourceHost::of(&link);
+        self.waiting.serve(host.clone());
+        self.last = Some((host, hello.vm));
         let place = Place {
             listener: &mut self.listener,
             pending: &mut self.pending,
             options: &self.options,
             control: &self.control,
             admission: &self.admission,
+            waiting: &mut self.waiting,
         };
-        let Ended { arrived, known, unexpected, next } = session::run(place, accepted, admitted, build);
-        self.next = next;
+        let Ended { arrived, known, unexpected, offered_nothing } =
+            session::run(place, accepted, admitted, build);
+        if let Some(why) = offered_nothing {
+            self.control.discard_session();
+            self.admission.count_attempt(admitted, false);
+            self.admission.brought_nothing(&link, &hello, &why);
+            return self.listener.is_connected().then_some(arrived);
+        }
+        if matches!(arrived, Err(IncomingError::GaveWay(_))) {
+            self.admission.count_attempt(admitted, false);
+        }
         if let Some(unexpected) = unexpected {
             self.control.discard_session();
             self.admission.count_attempt(admitted, false);
@@ -305,6 +345,23 @@ impl Destination {
                 return Err(ConnectError::NobodyCame(limit));
             }
             self.listener.wait(has_room, self.pending.fds());
+        }
+    }
+}
+
+/// Whoever still waits for an answer is told that none comes.
+impl Drop for Destination {
+    fn drop(&mut self) {
+        let no_turn = NoTurn::because("no guest is waited for any more");
+        for waiting in self.waiting.take() {
+            self.admission.turn_away(&waiting, &no_turn);
+        }
+        while let Some(greeting) = self.pending.poll() {
+            match greeting {
+                Ok(Greeting::Session(session)) => self.admission.turn_away(&session, &no_turn),
+                Ok(Greeting::Query(question)) => self.answer(&question),
+                Err(dropped) => self.admission.dropped(dropped),
+            }
         }
     }
 }

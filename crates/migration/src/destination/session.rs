@@ -14,7 +14,7 @@ use vfio_migration_wire::{
     FEATURE_ASK, FEATURE_RAM_CRC, FEATURE_REHEARSE, FEATURES, Message, Running, VERSIONS,
 };
 
-use crate::admission::{Admission, Admitted};
+use crate::admission::{Admission, Admitted, NoTurn};
 use crate::channel::binding::SessionKey;
 use crate::channel::connect::Listener;
 use crate::channel::greeting::{Accepted, Added, FIRST_MESSAGE, Greeting, PendingConnections, Question};
@@ -31,6 +31,7 @@ use crate::expectation::{Right, Unexpected};
 use crate::incoming_machine::IncomingMachine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
+use crate::refused::who;
 use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
 use crate::session::awaited::{Request, Wait};
 use crate::session::events::Events;
@@ -40,10 +41,14 @@ use crate::session::rate::RateMeter;
 use crate::session::threads::{no_thread, spawn, spawn_free};
 use crate::snapshot::file_peer;
 use crate::tls::config::Security;
+use crate::waiting_sources::WaitingSources;
 
 /// Time after which the loop looks again for connections, and while one has sent nothing yet, at it.
 const POLL_LISTENER: Duration = Duration::from_millis(50);
 const POLL_PENDING: Duration = Duration::from_millis(10);
+/// Longest time between HELLO_REPLY and OFFER: a source has made its offer before it connects, and sends it at once. Whoever does not
+/// has a place that others want.
+const OFFER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections of processes that may not be there which are refused at one look.
 const MOST_STRANGERS: usize = 16;
 /// Jobs that may wait for the worker. More wait only when a source asks and asks and reads no answer.
@@ -56,6 +61,7 @@ pub(super) struct Place<'a> {
     pub(super) options: &'a DestinationOptions,
     pub(super) control: &'a IncomingControl,
     pub(super) admission: &'a Admission,
+    pub(super) waiting: &'a mut WaitingSources,
 }
 
 /// What a session came to.
@@ -65,13 +71,13 @@ pub(super) struct Ended {
     pub(super) known: Option<KnownOutcome>,
     /// What the source brought was not expected: it was refused, and nothing was made for it.
     pub(super) unexpected: Option<Unexpected>,
-    /// The source that came meanwhile, whose turn it is.
-    pub(super) next: Option<Box<Accepted>>,
+    /// Its source offered nothing: why that was waited for no longer.
+    pub(super) offered_nothing: Option<String>,
 }
 
 impl From<IncomingError> for Ended {
     fn from(error: IncomingError) -> Self {
-        Self { arrived: Err(error), known: None, unexpected: None, next: None }
+        Self { arrived: Err(error), known: None, unexpected: None, offered_nothing: None }
     }
 }
 
@@ -87,7 +93,7 @@ where
 {
     let begun = Instant::now();
     let Accepted { link, reader, hello } = accepted;
-    let Place { listener, pending, options, control, admission } = place;
+    let Place { listener, pending, options, control, admission, waiting } = place;
     let lease = match nonce() {
         Ok(lease) => lease,
         Err(errno) => {
@@ -123,11 +129,17 @@ where
         versions: VERSIONS,
         features: FEATURES,
         peer_timeout: options.peer_timeout,
+        // A file is on a disk, which takes its time.
+        offer_timeout: match options.from_file {
+            Some(_) => options.peer_timeout,
+            None => options.peer_timeout.min(OFFER_TIMEOUT),
+        },
         suspend: options.suspend,
         lease,
         lease_time: options.lease,
     };
-    let SessionEnd { outcome, running, attempt, took, next } = std::thread::scope(|scope| {
+    link.begin_to_listen();
+    let SessionEnd { outcome, running, attempt, took, offered, gave_way } = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel::<Job>();
         let shared = &shared;
         let worker = Worker::new(scope, options, Box::new(build), Arc::clone(&link), shared, events.clone());
@@ -143,7 +155,14 @@ where
                 let _ = link.send(&Message::Abort(cause.clone()));
                 link.shutdown();
                 let (outcome, took) = (DestinationOutcome::Aborted(cause), begun.elapsed());
-                return SessionEnd { outcome, running: None, attempt: None, took, next: None };
+                return SessionEnd {
+                    outcome,
+                    running: None,
+                    attempt: None,
+                    took,
+                    offered: true,
+                    gave_way: false,
+                };
             }
         };
         events.send(DestinationEvent::Peer(Message::Hello(hello)));
@@ -162,8 +181,11 @@ where
             peer_timeout: options.peer_timeout,
             security: options.security.as_ref(),
             source: &source,
+            waiting,
             running: None,
-            next: None,
+            offered: false,
+            guest_comes: false,
+            gave_way: false,
             question: None,
             link_lost: false,
             cancelled: false,
@@ -187,8 +209,17 @@ where
     });
     let known = lock(&shared.record).clone().map(|record| KnownOutcome { record, running, source });
     let machine = lock(&shared.finished).take();
-    let arrived = into_result(outcome, machine, attempt, &shared, took);
-    Ended { arrived, known, unexpected: shared.unexpected.into_inner(), next }
+    let arrived = match into_result(outcome, machine, attempt, &shared, took) {
+        Err(IncomingError::Aborted(cause)) if gave_way => Err(IncomingError::GaveWay(cause)),
+        arrived => arrived,
+    };
+    let offered_nothing = match &arrived {
+        Err(IncomingError::Aborted(cause) | IncomingError::GaveWay(cause)) if !offered => {
+            Some(cause.text.clone())
+        }
+        _ => None,
+    };
+    Ended { arrived, known, unexpected: shared.unexpected.into_inner(), offered_nothing }
 }
 
 /// What the loop came to.
@@ -197,7 +228,8 @@ struct SessionEnd {
     running: Option<Running>,
     attempt: Option<Attempt>,
     took: Duration,
-    next: Option<Box<Accepted>>,
+    offered: bool,
+    gave_way: bool,
 }
 
 /// The loop, on the caller's thread.
@@ -213,14 +245,20 @@ struct Session<'a> {
     asking: Option<Arc<Link>>,
     control: &'a IncomingControl,
     admission: &'a Admission,
+    /// The sources that are next, when all of this is undone or if it gives way.
+    waiting: &'a mut WaitingSources,
     begun: Instant,
     peer_timeout: Duration,
     security: Option<&'a Security>,
     source: &'a SessionSource,
     /// RUNNING, as it was sent, for a source that lost it.
     running: Option<Running>,
-    /// The source that is next, when all of this is undone.
-    next: Option<Box<Accepted>>,
+    /// OFFER has come.
+    offered: bool,
+    /// The engine knows that the guest comes.
+    guest_comes: bool,
+    /// It was no rehearsal, and made way for another source.
+    gave_way: bool,
     /// Kept while a question may come.
     question: Option<Wait>,
     link_lost: bool,
@@ -296,7 +334,8 @@ impl Session<'_> {
 
     fn ended(self, outcome: DestinationOutcome, took: Duration) -> SessionEnd {
         let attempt = self.engine.attempt();
-        SessionEnd { outcome, running: self.running, attempt, took, next: self.next }
+        let (offered, gave_way) = (self.offered, self.gave_way);
+        SessionEnd { outcome, running: self.running, attempt, took, offered, gave_way }
     }
 
     fn act(&mut self) -> Option<DestinationOutcome> {
@@ -316,6 +355,7 @@ impl Session<'_> {
                     self.giving_up = Some((self.submitted + 1, since));
                     self.shared.interrupt.raise();
                 }
+                DestinationAction::Reserve(_) => self.offered = true,
                 DestinationAction::Send(Message::HelloReply(reply)) => {
                     // Before the answer: pages that come later are held to it.
                     let crc = reply.features & FEATURE_RAM_CRC != 0;
@@ -392,20 +432,41 @@ impl Session<'_> {
         }
     }
 
-    /// A source comes while there is a session. What keeps no migration out ends for it; behind what is being undone it waits its turn.
+    /// A source comes while there is a session. It waits for its turn while that has brought nothing, is a rehearsal, or is being undone.
     fn another_source(&mut self, session: Box<Accepted>) {
-        let wants = self.admission.wants(&session).filter(|_| self.next.is_none());
-        let Some(wants) = wants else { return self.turn_away(&session) };
-        let undone = self.giving_up.is_some();
-        let ends = self.engine.gives_way() && (undone || wants == Right::Move);
-        if ends {
-            tracing::info!(peer = %session.link.peer(), "a source comes, and what keeps no migration out ends");
-            let now = self.now();
-            self.engine.handle(DestinationEvent::Superseded, now);
-        } else if !undone || !self.answered() {
-            return self.turn_away(&session);
+        let (now, undone) = (self.now(), self.engine.is_undone());
+        let brought_nothing = !undone && self.engine.has_brought_nothing();
+        let waits = match self.admission.wants(&session, !brought_nothing) {
+            Some(wants) if undone => Some(wants).filter(|_| self.engine.gives_way(now) || self.answered()),
+            Some(Right::Move) if brought_nothing || self.engine.gives_way(now) => Some(Right::Move),
+            _ => None,
+        };
+        let refused = match waits {
+            Some(wants) => self.waiting.add(session, wants),
+            None => Err(session),
+        };
+        if let Err(session) = refused {
+            self.turn_away(&session);
         }
-        self.next = Some(session);
+        self.tend_waiting();
+    }
+
+    /// Ends a session that gives way to those who wait, and turns them away where it does not.
+    fn tend_waiting(&mut self) {
+        self.waiting.forget_ended();
+        if self.waiting.is_empty() {
+            return;
+        }
+        let (now, undone) = (self.now(), self.engine.is_undone());
+        if self.engine.gives_way(now) && (undone || self.waiting.has_migration()) {
+            tracing::info!(holder = %self.peer, "a source comes, and what keeps no migration out ends");
+            self.gave_way = !undone && !self.shared.rehearsal.load(Ordering::Acquire);
+            self.engine.handle(DestinationEvent::Superseded, now);
+        } else if if undone { !self.answered() } else { !self.engine.has_brought_nothing() } {
+            for waiting in self.waiting.take() {
+                self.turn_away(&waiting);
+            }
+        }
     }
 
     /// Whether nothing that is waited for is late, beside a question that may come.
@@ -414,8 +475,15 @@ impl Session<'_> {
     }
 
     fn turn_away(&self, session: &Accepted) {
-        let why = self.giving_up.map(|_| self.still_undone());
-        self.admission.turn_away(session, why.as_deref(), true);
+        let no_turn = match self.engine.is_undone() {
+            true => NoTurn::because(&self.still_undone()),
+            false => NoTurn {
+                why: "another source is being received".into(),
+                holder: Some(who(&self.peer, &self.link.security())),
+                under_way: true,
+            },
+        };
+        self.admission.turn_away(session, &no_turn);
     }
 
     /// What the source of an attempt that is undone may still ask is told as waited for.
@@ -435,12 +503,7 @@ impl Session<'_> {
 
     fn watch(&mut self) {
         self.note_question();
-        if self.next.is_some()
-            && !self.answered()
-            && let Some(next) = self.next.take()
-        {
-            self.turn_away(&next);
-        }
+        self.tend_waiting();
         if let Some(why) = self.control.cancelled()
             && !std::mem::replace(&mut self.cancelled, true)
         {
@@ -524,6 +587,10 @@ impl Session<'_> {
             self.rate.restart();
         }
         let bytes = bytes(self.shared, &devices);
+        let came = bytes.ram + bytes.device_precopy + bytes.device_stopcopy;
+        if came > 0 && !std::mem::replace(&mut self.guest_comes, true) {
+            self.engine.handle(DestinationEvent::GuestComes, elapsed);
+        }
         // Whichever side's operator it was.
         let by_source = self.engine.abort_cause().is_some_and(Failure::is_cancelled);
         let cancelling = self.giving_up.is_some() && (self.cancelled || by_source);
@@ -535,7 +602,7 @@ impl Session<'_> {
             paused: self.shared.received.stopped.load(Ordering::Relaxed),
             ram_total: self.shared.ram_total.load(Ordering::Relaxed),
             bytes,
-            rate: self.rate.at(now, bytes.ram + bytes.device_precopy + bytes.device_stopcopy),
+            rate: self.rate.at(now, came),
             devices,
             phases: self.phases.clone(),
             attempt: self.attempt_info(),

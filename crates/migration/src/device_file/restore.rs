@@ -83,6 +83,7 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) ->
         _ if control.is_cancelled() => DeviceFileError::Cancelled(fate),
         IncomingError::NotBegun(failure)
         | IncomingError::Aborted(failure)
+        | IncomingError::GaveWay(failure)
         | IncomingError::Cancelled(failure) => DeviceFileError::Failed { failure: failure.into(), fate },
         IncomingError::Rehearsed(_) => {
             let failure = Failure::new(

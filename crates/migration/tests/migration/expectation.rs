@@ -382,7 +382,8 @@ fn a_second_source_does_not_disturb_the_rightful_one_that_is_under_way() {
     let ca = Ca::new();
     let (here, stranger) = (ca.host(&Host::named("host-a")), ca.host(&Host::named("host-x")));
     let there = ca.host(&Host::named(HOST));
-    let expect = Expectation { vm: Some(VM), ..of([named("host-a")]) };
+    let asker = ca.host(&Host::named("host-c"));
+    let expect = Expectation { vm: Some(VM), ..of([named("host-a"), may(named("host-c"), Right::Ask)]) };
     let (guest, copy) = (Toy::booted(&plan()), Toy::booted(&plan()));
     let (arrived, machine) = play(expecting(secure(there.path()), expect.into()), |to, control, built| {
         let mut options = options_of(here.path());
@@ -401,8 +402,15 @@ fn a_second_source_does_not_disturb_the_rightful_one_that_is_under_way() {
             assert!(last.contains("\"host-x\"") && last.contains("none of the sources"), "{last}");
             // A second of the right ones is told.
             let busy = error_chain(&moves(&copy, to, options_of(here.path())).unwrap_err());
-            assert!(busy.contains("no migration is taken in here now"), "{busy}");
-            assert!(refused(control, 3).to_string().contains("no migration is taken in here now"));
+            let is_busy = "no migration is taken in here now: another source is being received";
+            assert!(busy.contains(is_busy) && busy.contains("(\"host-a\", sha256:"), "{busy}");
+            let last = refused(control, 3).to_string();
+            assert!(last.contains(is_busy) && last.matches("(\"host-a\", sha256:").count() == 2, "{last}");
+            // Who may ask alone is not told who it is; this side is.
+            let busy = error_chain(&asks(&copy, to, options_of(asker.path())).unwrap_err());
+            assert!(busy.contains(is_busy) && !busy.contains("host-a"), "{busy}");
+            let last = refused(control, 4).to_string();
+            assert!(last.contains(is_busy) && last.contains("\"host-a\""), "{last}");
             copy.prove_running();
             assert_eq!(built.load(Ordering::Relaxed), 1);
             assert!(source.progress().waiting, "the rightful one was disturbed");

@@ -1,14 +1,21 @@
 //! A source that comes while the place is taken by what keeps no migration out.
 
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use vfio_migration::{Destination, DestinationOptions, IncomingError, Machine, MigrateError, Source, Uri};
+use vfio_migration::{
+    Destination, DestinationOptions, Expectation, IncomingControl, IncomingError, Machine, MigrateError,
+    Source, Uri,
+};
 use vfio_migration_types::{AttemptId, Epoch};
-use vfio_migration_wire::{FEATURE_ASK, FEATURE_REHEARSE, Hello, Message, VERSIONS};
+use vfio_migration_wire::{FEATURE_ASK, FEATURE_REHEARSE, Hello, Message, Offer, PREAMBLE, VERSIONS, encode};
 
 use crate::strangers::Peer;
 use crate::toy::proxy::Cut;
-use crate::toy::secure::{tls_destination, tls_proxy, tls_source};
+use crate::toy::secure::{tls_destination, tls_proxy, tls_source, tls_stream};
 use crate::toy::{Plan, Toy, VM, prove_moved, wait_for};
 
 const READY: u16 = 0x001c;
@@ -91,6 +98,173 @@ fn a_question_keeps_no_migration_out() {
     }
 }
 
+/// What a squatter does with the place: it says no more than this, and stays.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Says {
+    Nothing,
+    Hello,
+    Offer,
+}
+
+/// Comes again at once, as often as it is thrown out.
+fn squat(at: &Uri, says: Says, manifest: &[u8], over: &AtomicBool) {
+    let Uri::Tcp { host, port } = at else { panic!("{at}") };
+    let hello = Message::Hello(Hello {
+        versions: VERSIONS,
+        features: 0,
+        vm: VM,
+        attempt: AttemptId([5; 16]),
+        epoch: Epoch(0),
+    });
+    let offer = Message::Offer(Offer { names: vec![], manifest: manifest.to_vec() });
+    while !over.load(Ordering::Relaxed) {
+        let Ok(socket) = TcpStream::connect((host.as_str(), *port)) else { continue };
+        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let mut stream = tls_stream(socket);
+        while stream.conn.is_handshaking() && !over.load(Ordering::Relaxed) {
+            if stream.conn.complete_io(&mut stream.sock).is_err_and(|error| !is_late(&error)) {
+                break;
+            }
+        }
+        let mut words = vec![PREAMBLE.to_vec()];
+        words.extend((says != Says::Nothing).then(|| encode(&hello, 0).unwrap()));
+        words.extend((says == Says::Offer).then(|| encode(&offer, 1).unwrap()));
+        let _ = stream.write_all(&words.concat());
+        let mut bytes = [0; 4096];
+        while !over.load(Ordering::Relaxed) {
+            match stream.read(&mut bytes) {
+                Ok(0) => break,
+                Err(error) if !is_late(&error) => break,
+                _ => {}
+            }
+        }
+    }
+}
+
+fn is_late(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
+
+/// Ends squatters, and the wait for a guest, however a test ends.
+struct Over<'a>(&'a AtomicBool, IncomingControl);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+        self.1.cancel();
+    }
+}
+
+/// They have the certificate of the rightful source, so that nobody tells them from it.
+#[test]
+fn squatters_that_come_back_at_once_keep_no_source_out() {
+    for says in [Says::Nothing, Says::Hello, Says::Offer] {
+        let source = Toy::booted(&plan());
+        let mut options = tls_destination();
+        // What is not brought is no attempt.
+        options.expect = Expectation { max_attempts: Some(1), ..Expectation::default() }.into();
+        let (mut destination, at) = listen(options);
+        let (control, over) = (destination.control(), AtomicBool::new(false));
+        let manifest = source.manifest().unwrap().to_json().unwrap();
+        let arrives = std::thread::scope(|scope| {
+            let over = Over(&over, control.clone());
+            let arriving = scope.spawn(move || {
+                loop {
+                    let machine = Toy::new(&plan());
+                    match destination.accept(|_| Ok(machine.clone() as Arc<dyn Machine>)) {
+                        Ok(_) => return machine,
+                        Err(IncomingError::GaveWay(_)) if says == Says::Offer => {}
+                        Err(error) => panic!("{says:?}: {error:?}"),
+                    }
+                }
+            });
+            for _ in 0..3 {
+                scope.spawn(|| squat(&at, says, &manifest, over.0));
+            }
+            if says != Says::Nothing {
+                wait_for("a squatter that has the place", || control.progress().is_some());
+            }
+            let moved = Source::new(source.clone(), tls_source()).migrate_to(&at, |_| {});
+            assert!(moved.is_ok(), "{says:?}: {moved:?}");
+            arriving.join().unwrap()
+        });
+        prove_moved(&source, &arrives);
+    }
+}
+
+/// It may have begun, too, and then send nothing of a guest.
+#[test]
+fn a_source_that_begins_and_brings_nothing_makes_way() {
+    let plan = plan();
+    let source = Toy::booted(&plan);
+    let (destination, at) = listen(tls_destination());
+    let (control, machine, arrives) = (destination.control(), Toy::new(&plan), Toy::new(&plan));
+    let machines = vec![machine.clone(), arrives.clone()];
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || receive(destination, machines));
+        let mut idle = Peer::new(&at);
+        idle.begin(&machine, 0);
+        wait_for("the session", || control.progress().is_some());
+        Source::new(source.clone(), tls_source()).migrate_to(&at, |_| {}).unwrap();
+        let text = idle.hear_abort();
+        assert!(text.contains("another source waits"), "{text}");
+        let (before, last) = arriving.join().unwrap();
+        last.unwrap();
+        assert!(matches!(before.as_slice(), [IncomingError::GaveWay(_)]), "{before:?}");
+    });
+    prove_moved(&source, &arrives);
+}
+
+/// Nobody else waits, and it is thrown out all the same.
+#[test]
+fn a_source_that_makes_no_offer_has_no_session() {
+    let (destination, at) = listen(tls_destination());
+    let control = destination.control();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || receive(destination, vec![Toy::new(&plan())]));
+        let mut idle = Peer::new(&at);
+        let (attempt, epoch) = (AttemptId([3; 16]), Epoch(0));
+        idle.say(&Message::Hello(Hello { versions: VERSIONS, features: 0, vm: VM, attempt, epoch }));
+        let text = idle.hear_abort();
+        assert!(text.contains("OFFER"), "{text}");
+        wait_for("it to be counted", || control.refused().count == 1);
+        let told = control.refused().last.unwrap().to_string();
+        assert!(told.contains("it said HELLO and offered no guest: "), "{told}");
+        assert!(control.progress().is_none() && control.last_progress().is_none());
+        // The destination waits on, until now.
+        control.cancel();
+        let (_, last) = arriving.join().unwrap();
+        assert!(matches!(last, Err(IncomingError::Cancelled(_))), "{last:?}");
+    });
+}
+
+/// It was the one attempt that was expected.
+#[test]
+fn a_source_that_comes_again_is_told_that_its_attempt_has_failed() {
+    let plan = plan();
+    let source = Toy::booted(&plan);
+    let mut options = tls_destination();
+    options.expect = Expectation { max_attempts: Some(1), ..Expectation::default() }.into();
+    let (destination, at) = listen(options);
+    let wire = tls_proxy(&at, Cut::BeforeFrameToSource(READY));
+    let control = destination.control();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || receive(destination, vec![Toy::new(&plan)]));
+        Source::new(source.clone(), tls_source()).migrate_to(&wire.at, |_| {}).unwrap_err();
+        source.prove_restored();
+        wait_for("the attempt to be undone", || {
+            let awaited = control.progress().map(|progress| progress.awaited).unwrap_or_default();
+            !awaited.is_empty()
+        });
+        let again = Source::new(source.clone(), tls_source()).migrate_to(&at, |_| {});
+        let Err(MigrateError::Refused(reasons)) = again else { panic!("{again:?}") };
+        let text = &reasons[0].text;
+        assert!(text.contains("expects no further attempt") && !text.contains("under way"), "{text}");
+        control.cancel();
+        arriving.join().unwrap().1.unwrap_err();
+    });
+}
+
 /// A migration has the place: neither a question nor another migration takes it.
 #[test]
 fn a_migration_gives_way_to_nobody() {
@@ -113,7 +287,8 @@ fn a_migration_gives_way_to_nobody() {
             let (attempt, epoch) = (AttemptId([4; 16]), Epoch(0));
             other.say(&Message::Hello(Hello { versions: VERSIONS, features, vm: VM, attempt, epoch }));
             let text = other.hear_abort();
-            assert!(text.contains("no migration is taken in here now"), "{text}");
+            let says = "no migration is taken in here now: another source is being received, tcp:127.0.0.1:";
+            assert!(text.starts_with(says) && text.contains("sha256:"), "{text}");
         }
         control.continue_switchover();
         moving.join().unwrap().unwrap();

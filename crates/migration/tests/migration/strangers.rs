@@ -133,7 +133,7 @@ impl Peer {
     }
 
     /// Up to where bulk may come.
-    fn begin(&mut self, machine: &Toy, features: u64) {
+    pub(crate) fn begin(&mut self, machine: &Toy, features: u64) {
         self.say(&hello(features));
         assert!(matches!(self.hear(), Message::HelloReply(_)));
         let manifest = machine.manifest().unwrap().to_json().unwrap();
@@ -250,10 +250,12 @@ fn a_source_that_came_first_is_not_dropped_for_those_behind_it() {
     let silent: Vec<_> = (0..80).map(|_| connect(&to)).collect();
     std::thread::scope(|scope| {
         let built = Toy::new(&plan());
+        let control = destination.control();
         let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
         assert!(matches!(peer.hear(), Message::HelloReply(_)), "the rightful source was dropped unread");
         peer.stream.hang_up();
-        aborted(arriving.join().unwrap());
+        control.cancel();
+        assert!(matches!(arriving.join().unwrap(), Err(IncomingError::Cancelled(_))));
     });
     drop(silent);
 }

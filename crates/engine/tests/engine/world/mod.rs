@@ -112,6 +112,7 @@ impl World {
                 versions: script.destination_versions,
                 features: script.destination_features,
                 peer_timeout: script.peer_timeout,
+                offer_timeout: script.peer_timeout,
                 suspend: script.suspend_there,
                 lease: LEASE,
                 lease_time: script.lease_time,
