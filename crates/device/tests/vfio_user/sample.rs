@@ -1,111 +1,16 @@
-//! The vfio-user back end against the sample device's server, over a real socket.
+//! A device that is opened, over a real socket.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vfio_migration_compat::Scalar;
 use vfio_migration_device::{
-    Chunk, Device, DmaAccess, PciHardware, Position, RegionIndex, Remedy, SavingSession, VfioUserDevice,
-    VfioUserOptions,
+    Chunk, Device, PciHardware, Position, RegionIndex, Remedy, SavingSession, VfioUserDevice, VfioUserOptions,
 };
-use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_sim::{Options, StopHandle, regs};
-use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, Range};
+use vfio_migration_sim::{Options, regs};
+use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, MigrationState};
 
-/// A served device, and the end of its server with it.
-struct Served {
-    socket: std::path::PathBuf,
-    stop: StopHandle,
-    thread: Option<JoinHandle<()>>,
-    _dir: tempfile::TempDir,
-}
-
-impl Served {
-    fn new(options: Options) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("device.sock");
-        let stop = StopHandle::new().unwrap();
-        let thread = std::thread::spawn({
-            let (socket, stop) = (socket.clone(), stop.clone());
-            move || vfio_migration_sim::serve(&socket, options, &stop).unwrap()
-        });
-        Self { socket, stop, thread: Some(thread), _dir: dir }
-    }
-
-    fn open(&self, ram: &Arc<GuestRam>) -> VfioUserDevice {
-        self.open_with(
-            ram,
-            &VfioUserOptions { timeout: Duration::from_secs(5), ..VfioUserOptions::default() },
-        )
-    }
-
-    fn open_with(&self, ram: &Arc<GuestRam>, options: &VfioUserOptions) -> VfioUserDevice {
-        let id = DeviceId::new("dev0").unwrap();
-        VfioUserDevice::open(id, &self.socket, ram.clone(), options).unwrap()
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        self.stop.stop();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn options() -> Options {
-    Options { state_size: 256 << 10, dma_interval: Duration::ZERO, ..Options::default() }
-}
-
-fn ram() -> Arc<GuestRam> {
-    let specs = [RamSpec { gpa: Gpa(0), len: 1 << 20 }, RamSpec { gpa: Gpa(1 << 32), len: 1 << 20 }];
-    Arc::new(GuestRam::new("test", &specs).unwrap())
-}
-
-fn map(device: &VfioUserDevice, ram: &GuestRam) {
-    for region in ram.regions() {
-        let range = Range::new(Iova(region.gpa.0), region.len).unwrap();
-        device.dma_map(range, DmaAccess::BOTH, ram.shared_file(region.offset, region.len)).unwrap();
-    }
-}
-
-/// Writes a u64 register.
-fn write(device: &VfioUserDevice, at: u64, value: u64) {
-    device.region_write(RegionIndex::BAR0, at, &value.to_le_bytes()).unwrap();
-}
-
-fn read(device: &VfioUserDevice, at: u64) -> u64 {
-    let mut bytes = [0; 8];
-    device.region_read(RegionIndex::BAR0, at, &mut bytes).unwrap();
-    u64::from_le_bytes(bytes)
-}
-
-/// Has the device copy one block from 0x1000 to `dst`, through a ring at 0x2000, and waits for it.
-fn one_block(device: &VfioUserDevice, ram: &GuestRam, dst: u64) {
-    let at = |gpa: u64| ram.offset_of(Gpa(gpa), 8).unwrap();
-    let posted = ram.read_u64(at(0x3000)).unwrap();
-    let entry = 0x2000 + posted % 4 * 32;
-    for (index, word) in [0x1000, dst, 128, posted + 1].into_iter().enumerate() {
-        ram.write_u64(at(entry + index as u64 * 8), word).unwrap();
-    }
-    if posted == 0 {
-        write(device, regs::offset::RING_BASE, 0x2000);
-        device.region_write(RegionIndex::BAR0, regs::offset::RING_SIZE, &4u32.to_le_bytes()).unwrap();
-        write(device, regs::offset::TAIL_ADDR, 0x3000);
-        write(device, regs::offset::DONE_ADDR, 0x3008);
-        device.region_write(RegionIndex::BAR0, regs::offset::CONTROL, &1u32.to_le_bytes()).unwrap();
-    }
-    ram.write_u64(at(0x3000), posted + 1).unwrap();
-    device.region_write(RegionIndex::BAR0, regs::offset::DOORBELL, &1u32.to_le_bytes()).unwrap();
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while ram.read_u64(at(0x3008)).unwrap() <= posted {
-        assert!(std::time::Instant::now() < deadline, "the device does nothing");
-        std::thread::yield_now();
-    }
-}
+use super::support::{Served, dirty_pages, map, one_block, options, ram, read};
 
 fn drain(session: &mut dyn SavingSession, chunk: usize) -> Vec<u8> {
     let (mut all, mut buf) = (Vec::new(), vec![0; chunk]);
@@ -115,12 +20,6 @@ fn drain(session: &mut dyn SavingSession, chunk: usize) -> Vec<u8> {
             Chunk::NothingNow | Chunk::End => return all,
         }
     }
-}
-
-fn dirty_pages(device: &VfioUserDevice, ram: &GuestRam) -> Vec<u64> {
-    let mut map = Bitmap::new(ram.size(), Granule::PAGE);
-    device.dirty_log().unwrap().report(&mut map).unwrap();
-    map.runs().flat_map(|run| run.first..run.first + run.count).collect()
 }
 
 #[test]
