@@ -117,6 +117,13 @@ pub fn is_out_of_time(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
+/// A log has no range to be of.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no mapping of guest RAM for the device's DMA is known; map it by the device (dma_map), before its log starts"
+)]
+pub(crate) struct UnknownRam;
+
 /// The way on with a device after a failed transition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remedy {

@@ -10,6 +10,7 @@ use vfio_migration_uapi::UapiError;
 use super::ranges::{Logged, fit};
 use super::windows::DmaWindows;
 use crate::contract::DirtyLog;
+use crate::error::UnknownRam;
 
 /// The system calls of one kind of log.
 pub(super) trait LogPort: fmt::Debug + Send + Sync {
@@ -42,13 +43,6 @@ struct Active {
     /// Page size that reports are asked in: no larger, and every range is made of whole ones.
     asked: Granule,
 }
-
-/// A log has no range to be of.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "no mapping of guest RAM for the device's DMA is known; map it by the device (dma_map), before its log starts"
-)]
-struct UnknownRam;
 
 /// The finding of a trial of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::io::Errno;
 use vfio_migration_memory::{DirtySource, MemoryError};
-use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, PAGE_SIZE, RamOffset, Range, error_chain};
+use vfio_migration_types::{Bitmap, DeviceId, Granule, Iova, PAGE_SIZE, RamOffset, Range, error_chain};
 use vfio_user_peer::{Client, ClientError, Feature, FeatureOp, IovaRange};
 
 use super::dma::GuestDma;
 use crate::contract::DirtyLog;
-use crate::error::{DeviceError, is_late};
+use crate::error::{DeviceError, UnknownRam, is_late};
 
 /// Errnos of a refusal for a lack that may pass: whoever asks again later may get another answer.
 const PASSING: [Errno; 8] = [
@@ -49,8 +49,8 @@ struct Log {
 
 #[derive(Debug)]
 struct Active {
-    /// As mapped: libvfio-user reports one mapping at a time.
-    ranges: Vec<Range<Iova>>,
+    /// As mapped, with the RAM there: libvfio-user reports one mapping at a time.
+    ranges: Vec<(Range<Iova>, RamOffset)>,
     granule: Granule,
 }
 
@@ -142,8 +142,12 @@ impl Shared {
         {
             return Err(error.into());
         }
+        if !self.dma.knows_ram() {
+            // Whoever mapped the guest's RAM for the device did so elsewhere: nothing is known of what it writes.
+            return Err(UnknownRam.into());
+        }
         self.dma.writes.start()?;
-        let ranges = self.dma.shared_ram();
+        let ranges = self.dma.begin();
         match self.start_server(log, &ranges) {
             Ok(granule) => {
                 log.active = Some(Active { ranges, granule });
@@ -157,12 +161,16 @@ impl Shared {
         }
     }
 
-    fn start_server(self: &Arc<Self>, log: &mut Log, ranges: &[Range<Iova>]) -> Result<Granule, Cause> {
+    fn start_server(
+        self: &Arc<Self>,
+        log: &mut Log,
+        ranges: &[(Range<Iova>, RamOffset)],
+    ) -> Result<Granule, Cause> {
         if ranges.is_empty() {
             // An empty list would mean "log everything", the opposite.
             return Ok(Granule::PAGE);
         }
-        let wire: Vec<IovaRange> = ranges.iter().map(wire_range).collect();
+        let wire: Vec<IovaRange> = ranges.iter().map(|(range, _)| wire_range(range)).collect();
         let chosen = match self.client.dma_logging_start(PAGE_SIZE, &wire) {
             Ok(chosen) => chosen,
             Err(error) => {
@@ -181,7 +189,7 @@ impl Shared {
         };
         let granule = Granule::new(chosen).ok().filter(|granule| {
             // Bits must fall on whole stretches of each mapping.
-            ranges.iter().all(|range| range.start().0.is_multiple_of(granule.bytes()))
+            ranges.iter().all(|(range, _)| range.start().0.is_multiple_of(granule.bytes()))
         });
         match granule {
             Some(granule) => Ok(granule),
@@ -201,16 +209,20 @@ impl Shared {
         // What the server wrote by message before it reported that it has stopped may still wait in the other socket.
         self.client.dma_settled().map_err(|error| ("waiting for writes under way", error.into()))?;
         self.dma.writes.report(into).map_err(|error| ("reporting", error.into()))?;
-        for range in ranges {
+        for (range, ram) in ranges {
+            // Of what is not mapped any more a server may know nothing; it counts as dirty below.
+            if !self.dma.contains(*range) {
+                continue;
+            }
             let pages = granule.count(range.len());
             let mut words = vec![0; usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX)];
             self.client
                 .dma_logging_report(wire_range(range), granule.bytes(), &mut words)
                 .map_err(reporting)?;
-            // Mapped guest RAM lies in one region of it, or it would not have been logged.
-            let start = self.dma.ram().offset_of(Gpa(range.start().0), range.len());
-            let start = start.ok_or_else(|| ("reporting", "guest RAM has moved".into()))?;
-            into.or_scaled(start.0, &words, *granule);
+            into.or_scaled(ram.0, &words, *granule);
+        }
+        for (ram, bytes) in self.dma.moved() {
+            into.set_bytes(ram.0, bytes);
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use vfio_migration_memory::{GuestRam, Mapping, MemoryError, WriteLog};
-use vfio_migration_types::{DeviceId, Gpa, Iova, RamOffset, Range};
+use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
 use vfio_user_peer::DmaHandler;
 
 use crate::hardware::DmaAccess;
@@ -14,9 +14,17 @@ use crate::hardware::DmaAccess;
 #[derive(Debug)]
 pub(super) struct GuestDma {
     ram: Arc<GuestRam>,
-    windows: Mutex<Vec<ServedWindow>>,
+    state: Mutex<State>,
     /// Guest pages written on the server's behalf.
     pub(super) writes: WriteLog,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    windows: Vec<ServedWindow>,
+    /// Guest RAM that was mapped or unmapped since the log last started, with its length: the server's log is not sure to hold
+    /// its writes.
+    moved: Vec<(RamOffset, u64)>,
 }
 
 /// One DMA mapping: a range of addresses, and the memory behind it.
@@ -31,8 +39,8 @@ struct ServedWindow {
 
 #[derive(Debug)]
 enum Target {
-    /// Guest RAM at the same address.
-    Ram,
+    /// Guest RAM, from there on.
+    Ram(RamOffset),
     /// Something else with a file: another device's BAR. Mapped here only when the server does not map it.
     Elsewhere(Option<Mapping>),
 }
@@ -40,47 +48,74 @@ enum Target {
 impl GuestDma {
     pub(super) fn new(id: &DeviceId, ram: Arc<GuestRam>) -> Self {
         let writes = WriteLog::new(format!("DMA served for {id}"), ram.size());
-        Self { ram, windows: Mutex::new(Vec::new()), writes }
+        Self { ram, state: Mutex::default(), writes }
     }
 
     pub(super) fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    /// Notes a mapping. `file` backs it where it is not guest RAM and the server cannot map it.
-    pub(super) fn map(&self, iova: Range<Iova>, access: DmaAccess, shared: bool, file: Option<Mapping>) {
-        let ram = self.ram.offset_of(Gpa(iova.start().0), iova.len()).is_some();
-        let target = if ram { Target::Ram } else { Target::Elsewhere(file) };
-        self.windows().push(ServedWindow { iova, access, shared, target });
+    /// Notes a mapping of guest RAM, which the server maps itself where it is `shared`.
+    pub(super) fn map_ram(&self, iova: Range<Iova>, access: DmaAccess, shared: bool, ram: RamOffset) {
+        self.lock().add(ServedWindow { iova, access, shared, target: Target::Ram(ram) });
     }
 
-    pub(super) fn unmap(&self, iova: Range<Iova>) {
-        self.windows().retain(|window| window.iova != iova);
+    /// Notes a mapping of something else. `file` backs it where the server cannot map it.
+    pub(super) fn map_other(
+        &self,
+        iova: Range<Iova>,
+        access: DmaAccess,
+        shared: bool,
+        file: Option<Mapping>,
+    ) {
+        self.lock().add(ServedWindow { iova, access, shared, target: Target::Elsewhere(file) });
+    }
+
+    /// Forgets a mapping; whether it was known.
+    pub(super) fn unmap(&self, iova: Range<Iova>) -> bool {
+        self.lock().remove(iova)
+    }
+
+    /// Whether exactly this range is mapped.
+    pub(super) fn contains(&self, iova: Range<Iova>) -> bool {
+        self.lock().windows.iter().any(|window| window.iova == iova)
+    }
+
+    /// [`shared_ram`](Self::shared_ram), for a log that is about to start.
+    pub(super) fn begin(&self) -> Vec<(Range<Iova>, RamOffset)> {
+        let mut state = self.lock();
+        state.moved.clear();
+        state.shared_ram()
     }
 
     /// Mapped guest RAM that the server reaches by itself, so that its own log holds what it writes.
-    pub(super) fn shared_ram(&self) -> Vec<Range<Iova>> {
-        let logged = |window: &&ServedWindow| {
-            window.shared && window.access.write && matches!(window.target, Target::Ram)
-        };
-        self.windows().iter().filter(logged).map(|window| window.iova).collect()
+    pub(super) fn shared_ram(&self) -> Vec<(Range<Iova>, RamOffset)> {
+        self.lock().shared_ram()
     }
 
-    /// Whether a mapping that may be written holds this page of guest RAM.
+    /// Guest RAM that changed hands since [`begin`](Self::begin), with its length in bytes.
+    pub(super) fn moved(&self) -> Vec<(RamOffset, u64)> {
+        self.lock().moved.clone()
+    }
+
+    /// Whether any guest RAM is mapped, for reading alone too.
+    pub(super) fn knows_ram(&self) -> bool {
+        self.lock().windows.iter().any(|window| window.ram().is_some())
+    }
+
+    /// Whether a mapping that may be written holds this page of guest RAM, or held it since the log started.
     pub(super) fn reaches(&self, page: RamOffset) -> bool {
-        self.windows().iter().any(|window| {
-            let start = self.ram.offset_of(Gpa(window.iova.start().0), window.iova.len());
-            matches!(window.target, Target::Ram)
-                && window.access.write
-                && start.is_some_and(|start| (start.0..start.0 + window.iova.len()).contains(&page.0))
-        })
+        let state = self.lock();
+        let written = state.windows.iter().filter_map(ServedWindow::written);
+        let mut written = written.chain(state.moved.iter().copied());
+        written.any(|(start, len)| (start.0..start.0 + len).contains(&page.0))
     }
 
     /// Whether every mapping of guest RAM that may be written is served here, so that this side's log is exact alone.
     pub(super) fn serves_all(&self) -> bool {
-        let ram = |window: &&ServedWindow| matches!(window.target, Target::Ram) && window.access.write;
-        let windows = self.windows();
-        windows.iter().any(|window| ram(&window)) && !windows.iter().filter(ram).any(|window| window.shared)
+        let state = self.lock();
+        let mut written = state.windows.iter().filter(|window| window.written().is_some()).peekable();
+        written.peek().is_some() && written.all(|window| !window.shared)
     }
 
     fn access(
@@ -91,8 +126,9 @@ impl GuestDma {
         act: impl FnOnce(Place<'_>) -> Result<(), MemoryError>,
     ) -> Result<(), Errno> {
         let wanted = Range::new(Iova(iova), len as u64).map_err(|_| Errno::INVAL)?;
-        let windows = self.windows();
-        let window = windows
+        let state = self.lock();
+        let window = state
+            .windows
             .iter()
             .find(|window| wanted.start() >= window.iova.start() && wanted.end() <= window.iova.end())
             .ok_or(Errno::FAULT)?;
@@ -100,52 +136,80 @@ impl GuestDma {
             return Err(Errno::ACCESS);
         }
         let place = match &window.target {
-            Target::Ram => Place::Ram(Gpa(iova)),
+            Target::Ram(ram) => Place::Ram(RamOffset(ram.0 + (iova - window.iova.start().0))),
             Target::Elsewhere(Some(mapping)) => Place::Mapping(mapping, iova - window.iova.start().0),
             Target::Elsewhere(None) => return Err(Errno::FAULT),
         };
         act(place).map_err(|_| Errno::FAULT)
     }
 
-    fn windows(&self) -> MutexGuard<'_, Vec<ServedWindow>> {
-        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ServedWindow {
+    /// Its begin in guest RAM.
+    fn ram(&self) -> Option<RamOffset> {
+        match self.target {
+            Target::Ram(ram) => Some(ram),
+            Target::Elsewhere(_) => None,
+        }
+    }
+
+    /// Guest RAM that the device may write by it.
+    fn written(&self) -> Option<(RamOffset, u64)> {
+        self.ram().filter(|_| self.access.write).map(|ram| (ram, self.iova.len()))
+    }
+}
+
+impl State {
+    fn add(&mut self, window: ServedWindow) {
+        self.note(&window);
+        self.windows.push(window);
+    }
+
+    fn remove(&mut self, iova: Range<Iova>) -> bool {
+        let Some(at) = self.windows.iter().position(|window| window.iova == iova) else { return false };
+        let window = self.windows.swap_remove(at);
+        self.note(&window);
+        true
+    }
+
+    fn note(&mut self, window: &ServedWindow) {
+        if let Some(written) = window.written()
+            && !self.moved.contains(&written)
+        {
+            self.moved.push(written);
+        }
+    }
+
+    fn shared_ram(&self) -> Vec<(Range<Iova>, RamOffset)> {
+        let shared = self.windows.iter().filter(|window| window.shared);
+        shared.filter_map(|window| window.written().map(|(ram, _)| (window.iova, ram))).collect()
     }
 }
 
 enum Place<'a> {
-    Ram(Gpa),
+    Ram(RamOffset),
     Mapping(&'a Mapping, u64),
 }
 
 impl DmaHandler for GuestDma {
     fn dma_read(&self, iova: u64, into: &mut [u8]) -> Result<(), Errno> {
         self.access(iova, into.len(), false, |place| match place {
-            Place::Ram(gpa) => match self.ram.offset_of(gpa, into.len() as u64) {
-                Some(offset) => self.ram.read(offset, into),
-                None => Err(MemoryError::OutOfBounds {
-                    offset: gpa.0,
-                    len: into.len() as u64,
-                    size: self.ram.size(),
-                }),
-            },
+            Place::Ram(offset) => self.ram.read(offset, into),
             Place::Mapping(mapping, offset) => mapping.read(offset, into),
         })
     }
 
     fn dma_write(&self, iova: u64, from: &[u8]) -> Result<(), Errno> {
         self.access(iova, from.len(), true, |place| match place {
-            Place::Ram(gpa) => match self.ram.offset_of(gpa, from.len() as u64) {
-                Some(offset) => {
-                    self.ram.write(offset, from)?;
-                    self.writes.mark(offset, from.len() as u64);
-                    Ok(())
-                }
-                None => Err(MemoryError::OutOfBounds {
-                    offset: gpa.0,
-                    len: from.len() as u64,
-                    size: self.ram.size(),
-                }),
-            },
+            Place::Ram(offset) => {
+                self.ram.write(offset, from)?;
+                self.writes.mark(offset, from.len() as u64);
+                Ok(())
+            }
             Place::Mapping(mapping, offset) => mapping.write(offset, from),
         })
     }
@@ -154,7 +218,7 @@ impl DmaHandler for GuestDma {
 #[cfg(test)]
 mod tests {
     use vfio_migration_memory::RamSpec;
-    use vfio_migration_types::PAGE_SIZE;
+    use vfio_migration_types::{Gpa, PAGE_SIZE};
 
     use super::*;
 
@@ -168,11 +232,22 @@ mod tests {
         let covered =
             || (0..16).filter(|page| dma.reaches(RamOffset(page * PAGE_SIZE))).collect::<Vec<u64>>();
         assert!(covered().is_empty());
-        dma.map(iova(2 * PAGE_SIZE, 2), DmaAccess { read: true, write: false }, true, None);
-        dma.map(iova(4 * PAGE_SIZE, 2), DmaAccess::BOTH, true, None);
-        dma.map(iova(1 << 32, 1), DmaAccess::BOTH, false, None);
+        let read_only = DmaAccess { read: true, write: false };
+        dma.map_ram(iova(2 * PAGE_SIZE, 2), read_only, true, RamOffset(2 * PAGE_SIZE));
+        assert!(dma.knows_ram() && covered().is_empty());
+        dma.map_ram(iova(4 * PAGE_SIZE, 2), DmaAccess::BOTH, true, RamOffset(4 * PAGE_SIZE));
+        // The address at which it is mapped need not be the guest's.
+        dma.map_ram(iova(1 << 40, 1), DmaAccess::BOTH, false, RamOffset(8 * PAGE_SIZE));
         assert_eq!(covered(), [4, 5, 8]);
-        dma.unmap(iova(4 * PAGE_SIZE, 2));
+        assert_eq!(dma.begin(), [(iova(4 * PAGE_SIZE, 2), RamOffset(4 * PAGE_SIZE))]);
+        assert!(dma.moved().is_empty() && !dma.serves_all());
+        // What it held once is the log's to report, until it starts anew.
+        assert!(dma.unmap(iova(4 * PAGE_SIZE, 2)) && !dma.unmap(iova(4 * PAGE_SIZE, 2)));
+        assert_eq!(
+            (dma.moved(), covered()),
+            (vec![(RamOffset(4 * PAGE_SIZE), 2 * PAGE_SIZE)], vec![4, 5, 8])
+        );
+        assert!(dma.begin().is_empty() && dma.serves_all());
         assert_eq!(covered(), [8]);
     }
 }

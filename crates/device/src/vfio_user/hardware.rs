@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use vfio_migration_memory::Mapping;
-use vfio_migration_types::{DeviceId, Iova, Range};
+use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
 use vfio_user_peer::{IoFdKind, IrqAction, IrqData, Prot};
 
 use super::device::VfioUserDevice;
@@ -140,17 +140,20 @@ impl PciHardware for VfioUserDevice {
     ) -> Result<(), DeviceError> {
         let inner = &self.inner;
         let doing = || format!("mapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
-        // A part of RAM, or a file that is not what the guest sees, would be written behind the back of every log.
-        if let Some((fd, offset)) = file {
-            inner.dma.ram().offset_in_file(fd, offset, iova.len()).map_err(|error| {
-                let errno = error.errno();
-                DeviceError::new(inner.id.clone(), doing(), errno, error)
-            })?;
-        }
+        let ram = match file {
+            // A part of RAM, or a file that is not what the guest sees, would be written behind the back of every log.
+            Some((fd, offset)) => {
+                inner.dma.ram().offset_in_file(fd, offset, iova.len()).map_err(|error| {
+                    let errno = error.errno();
+                    DeviceError::new(inner.id.clone(), doing(), errno, error)
+                })?
+            }
+            None => inner.dma.ram().offset_of(Gpa(iova.start().0), iova.len()),
+        };
         let shared = if inner.message_dma { None } else { file };
         // What is not guest RAM and not the server's to map must be reachable from here.
         let served = match (shared, file) {
-            (None, Some((fd, offset))) => Some(
+            (None, Some((fd, offset))) if ram.is_none() => Some(
                 Mapping::new(fd, offset, iova.len(), access.write)
                     .map_err(|error| DeviceError::new(inner.id.clone(), doing(), None, error))?,
             ),
@@ -158,7 +161,10 @@ impl PciHardware for VfioUserDevice {
         };
         let prot = Prot { read: access.read, write: access.write };
         // Known before the server may ask for it.
-        inner.dma.map(iova, access, shared.is_some(), served);
+        match ram {
+            Some(ram) => inner.dma.map_ram(iova, access, shared.is_some(), ram),
+            None => inner.dma.map_other(iova, access, shared.is_some(), served),
+        }
         inner.client.dma_map(iova.start().0, iova.len(), prot, shared).map_err(|error| {
             inner.dma.unmap(iova);
             inner.failed(doing(), error)

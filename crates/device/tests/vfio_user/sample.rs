@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use vfio_migration_compat::Scalar;
 use vfio_migration_device::{
-    Chunk, Device, PciHardware, Position, RegionIndex, Remedy, SavingSession, VfioUserDevice, VfioUserOptions,
+    Chunk, Device, DmaAccess, PciHardware, Position, RegionIndex, Remedy, SavingSession, VfioUserDevice,
+    VfioUserOptions,
 };
 use vfio_migration_sim::{Options, regs};
-use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, MigrationState};
+use vfio_migration_types::{
+    Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, PAGE_SIZE, RamOffset, Range, error_chain,
+};
 
-use super::support::{Served, dirty_pages, map, one_block, options, ram, read};
+use super::support::{Served, dirty_pages, map, one_block, one_block_at, options, ram, read};
 
 fn drain(session: &mut dyn SavingSession, chunk: usize) -> Vec<u8> {
     let (mut all, mut buf) = (Vec::new(), vec![0; chunk]);
@@ -116,6 +119,67 @@ fn the_log_is_exact_for_what_the_server_maps() {
     device.dirty_log().unwrap().stop().unwrap();
     let mut map = Bitmap::new(ram.size(), Granule::PAGE);
     assert!(device.dirty_log().unwrap().report(&mut map).is_err(), "it does not run");
+}
+
+/// Memory that is mapped where the guest does not have it: the log knows it by what is behind it.
+#[test]
+fn the_log_is_exact_whatever_the_address() {
+    const SHIFT: u64 = 1 << 40;
+    for message_dma in [false, true] {
+        let (served, ram) = (Served::new(options()), ram());
+        let device = served.open_with(&ram, &VfioUserOptions { message_dma, ..VfioUserOptions::default() });
+        for region in ram.regions() {
+            let range = Range::new(Iova(region.gpa.0 + SHIFT), region.len).unwrap();
+            let file = ram.shared_file(region.offset, region.len);
+            device.dma_map(range, DmaAccess::BOTH, file).unwrap();
+        }
+        device.dirty_log().unwrap().start().unwrap();
+        one_block_at(&device, &ram, 0x8000, SHIFT);
+        assert_eq!(dirty_pages(&device, &ram), [3, 8]);
+    }
+}
+
+#[test]
+fn a_log_that_knows_no_mapping_of_ram_refuses_to_start() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    let refused = device.dirty_log().unwrap().start().unwrap_err();
+    let text = error_chain(&refused);
+    assert!(text.contains("dev0") && text.contains("no mapping of guest RAM"), "{text}");
+    let page = Range::new(Iova(0), PAGE_SIZE).unwrap();
+    let file = ram.shared_file(ram.regions()[0].offset, PAGE_SIZE);
+    device.dma_map(page, DmaAccess { read: true, write: false }, file).unwrap();
+    let log = device.dirty_log().unwrap();
+    log.start().unwrap();
+    assert!(dirty_pages(&device, &ram).is_empty(), "one that may write no RAM dirties nothing");
+    log.stop().unwrap();
+}
+
+/// What changes hands while the log runs is dirty, all of it: the server's log is of what was mapped as it started.
+#[test]
+fn what_is_mapped_or_unmapped_while_the_log_runs_is_dirty() {
+    let (served, ram) = (Served::new(options()), ram());
+    let device = served.open(&ram);
+    let piece = |first: u64, pages: u64| Range::new(Iova(first * PAGE_SIZE), pages * PAGE_SIZE).unwrap();
+    let map = |first: u64, pages: u64| {
+        let at = RamOffset(first * PAGE_SIZE);
+        let file = ram.shared_file(at, pages * PAGE_SIZE);
+        device.dma_map(piece(first, pages), DmaAccess::BOTH, file).unwrap();
+    };
+    map(0, 16);
+    map(16, 2);
+    let log = device.dirty_log().unwrap();
+    log.start().unwrap();
+    map(20, 2);
+    device.dma_unmap(piece(16, 2)).unwrap();
+    assert_eq!(dirty_pages(&device, &ram), [16, 17, 20, 21]);
+    one_block(&device, &ram, 0x8000);
+    one_block(&device, &ram, 20 * PAGE_SIZE);
+    assert_eq!(dirty_pages(&device, &ram), [3, 8, 16, 17, 20, 21]);
+    log.stop().unwrap();
+    log.start().unwrap();
+    one_block(&device, &ram, 20 * PAGE_SIZE);
+    assert_eq!(dirty_pages(&device, &ram), [3, 20]);
 }
 
 #[test]
