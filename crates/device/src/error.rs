@@ -120,7 +120,8 @@ pub fn is_out_of_time(error: &(dyn Error + 'static)) -> bool {
 /// A log has no range to be of.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "no mapping of guest RAM for the device's DMA is known; map it by the device (dma_map), before its log starts"
+    "no mapping of guest RAM for the device's DMA is known; map it by the device (dma_map), or tell of it (DmaView), before \
+     its log starts"
 )]
 pub(crate) struct UnknownRam;
 

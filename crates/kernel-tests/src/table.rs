@@ -193,6 +193,12 @@ pub(crate) const TESTS: &[KernelTest] = &[
     ),
     test("engine_reset_at_the_destination", &[Need::Migdev], engine::resets::at_the_destination),
     test("engine_unlogged_device_needs_leave", &[Need::Migdev, Need::NoCdev], engine::unlogged::needs_leave),
+    test("engine_adopted_device_keeps_its_mappings", &[Need::Migdev], engine::adopted::keeps_its_mappings),
+    test(
+        "engine_moves_adopted_devices_of_one_address_space",
+        &[Need::Migdev],
+        engine::adopted::two_devices_of_one_address_space,
+    ),
     test("engine_moves_mtty", &[Need::Mtty], engine::serial::moves),
     test("engine_refuses_a_wrong_header_of_mtty", &[Need::Mtty], engine::serial::wrong_header),
     test("engine_refuses_altered_state_of_mtty", &[Need::Mtty], engine::serial::altered),

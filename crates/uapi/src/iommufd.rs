@@ -66,6 +66,11 @@ impl Ioas {
         self.id
     }
 
+    /// The iommufd, which holds everything that is made of it.
+    pub fn iommufd(&self) -> Arc<OwnedFd> {
+        self.fd.clone()
+    }
+
     /// The iommufd's descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

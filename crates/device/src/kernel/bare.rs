@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
 use vfio_migration_uapi::{self as uapi, Dma, HostMemory, Ioas, UapiError};
 
-use super::iommu::Iommu;
+use super::iommu::{AddressSpace, Iommu};
 use super::open::tracking_table;
 use super::tracker::{TrackerChoice, Trial, Trials, choose, try_log};
 use super::windows::{DmaWindow, DmaWindows};
@@ -39,7 +39,7 @@ impl BareSpace {
     /// Makes the page table for `device`, which the caller then attaches to it. Gives its id, or why there is none.
     pub fn make_table(&mut self, device: u32) -> Result<u32, String> {
         let table = tracking_table(&self.space, device);
-        self.iommu = Some(Iommu::Iommufd { space: self.space.clone(), table: table.clone() });
+        self.iommu = Some(Iommu::Own(AddressSpace::iommufd(self.space.clone(), table.clone())));
         table
     }
 
@@ -73,7 +73,7 @@ impl BareSpace {
 
 impl Drop for BareSpace {
     fn drop(&mut self) {
-        if let Some(Iommu::Iommufd { table: Ok(table), .. }) = &self.iommu {
+        if let Some(Iommu::Own(AddressSpace::Iommufd { table: Ok(table), .. })) = &self.iommu {
             // While a device is attached the kernel refuses; it goes with the iommufd.
             let _ = uapi::destroy(self.space.fd().as_fd(), *table);
         }

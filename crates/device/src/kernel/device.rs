@@ -21,6 +21,7 @@ use super::tracker::TrackerChoice;
 use super::windows::DmaWindows;
 use crate::contract::NotMigratable;
 use crate::error::DeviceError;
+use crate::reset_callback::ResetCallback;
 use crate::session::state_machine::StateMachine;
 
 /// Most regions that a device may have. A PCI function has nine; a driver may add its own.
@@ -77,14 +78,16 @@ impl KernelDevice {
         options: &KernelOptions,
     ) -> Result<Self, DeviceError> {
         let opened = open::open(&id, path, options)?;
-        let device = Self::new(id, opened, ram, options)?;
+        let device = Self::new(id, opened, ram, None, options)?;
         if !options.keep_state {
             device.recover()?;
         }
         Ok(device)
     }
 
-    /// Takes over a descriptor of a device that the VMM has opened itself, in the state that it is in.
+    /// Takes over a descriptor of a device that the VMM has opened itself, in the state that it is in. It is attached to an
+    /// address space made for it, and loses what the VMM had mapped for it in another: a device that a guest uses is handed
+    /// over by [`adopt`](Self::adopt).
     ///
     /// # Errors
     /// The descriptors are not what they are said to be, or the kernel refuses.
@@ -95,8 +98,8 @@ impl KernelDevice {
         iommu: IommuHandle,
         options: &KernelOptions,
     ) -> Result<Self, DeviceError> {
-        let opened = open::adopt(&id, device, iommu, options)?;
-        Self::new(id, opened, ram, options)
+        let opened = open::take_over(&id, device, iommu, options)?;
+        Self::new(id, opened, ram, None, options)
     }
 
     /// The descriptor to give to KVM's VFIO device (`KVM_DEV_VFIO_FILE_ADD`): the group that the device was opened by,
@@ -120,10 +123,12 @@ impl KernelDevice {
         self.inner.reinit
     }
 
-    fn new(
+    /// `reset`: the VMM's own, of a device that it runs itself.
+    pub(super) fn new(
         id: DeviceId,
         opened: AttachedDevice,
         ram: Arc<GuestRam>,
+        reset: Option<ResetCallback>,
         options: &KernelOptions,
     ) -> Result<Self, DeviceError> {
         const DOING: &str = "asking what the device is made of";
@@ -152,7 +157,7 @@ impl KernelDevice {
             _ => false,
         };
         let known = flags.as_ref().ok().copied();
-        let port = DevicePort { device: device.clone(), reinit };
+        let port = DevicePort { device: device.clone(), reinit, reset };
         let machine = StateMachine::new(id.clone(), Box::new(port), known);
         Ok(Self {
             inner: Arc::new(OpenDevice {

@@ -4,9 +4,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_migration_memory::{DirtySource, MemoryError};
-use vfio_migration_types::{Bitmap, Granule, Iova, PAGE_SIZE, RamOffset, Range};
+use vfio_migration_types::{Bitmap, Granule, Iova, PAGE_SIZE, RamOffset, Range, error_chain};
 use vfio_migration_uapi::UapiError;
 
+use super::log_users::LogUsers;
 use super::ranges::{Logged, fit};
 use super::windows::DmaWindows;
 use crate::contract::DirtyLog;
@@ -24,6 +25,10 @@ pub(super) trait LogPort: fmt::Debug + Send + Sync {
     fn most_ranges(&self) -> usize;
     /// Whether the log knows a range only while it is mapped.
     fn goes_with_mapping(&self) -> bool;
+    /// Those who use it, of a log that several devices share.
+    fn users(&self) -> Option<&LogUsers> {
+        None
+    }
 }
 
 /// The log of one device.
@@ -65,6 +70,11 @@ impl TrackerLog {
         let mut lock = self.lock();
         if lock.is_some() {
             return Err(MemoryError::AlreadyLogging { source_name: self.name.clone() });
+        }
+        let alone = self.port.users().map(LogUsers::alone);
+        if matches!(alone, Some(None)) {
+            // It runs for another device, which is proof enough.
+            return Ok(Tried { all_dirty: false });
         }
         let active = lock.insert(self.begin(over)?);
         let mut all_dirty = bytes > 0;
@@ -152,6 +162,7 @@ impl DirtySource for TrackerLog {
             // Whoever mapped the guest's RAM for the device did so elsewhere: nothing is known of what it writes.
             return Err(self.failed("starting", UnknownRam));
         }
+        let _entered = self.port.users().map(LogUsers::enter);
         *active = Some(self.begin(mapped)?);
         Ok(())
     }
@@ -189,6 +200,15 @@ impl DirtySource for TrackerLog {
                 self.port.stop().map_err(|error| self.failed("stopping", error))
             }
             _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for TrackerLog {
+    /// What the device is closed by ends its log, but not where the VMM holds its descriptor too, or another device the log.
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::debug!(log = %self.name, error = %error_chain(&error), "a dirty log was not stopped as its device went");
         }
     }
 }

@@ -60,6 +60,15 @@ pub enum KernelError {
     /// The kernel has no TYPE1v2 IOMMU back end.
     #[error("the kernel offers no TYPE1v2 IOMMU for its containers; modprobe vfio_iommu_type1")]
     NoType1,
+    /// A descriptor that was handed over is no VFIO device's.
+    #[error("the descriptor is no VFIO device's, or that of a device which is not bound to an iommufd yet")]
+    NotDevice(#[source] vfio_migration_uapi::UapiError),
+    /// A descriptor that was handed over is no container's.
+    #[error("the descriptor is no VFIO container's (/dev/vfio/vfio)")]
+    NotContainer(#[source] vfio_migration_uapi::UapiError),
+    /// A descriptor that was handed over is no iommufd's.
+    #[error("the descriptor is no iommufd's (/dev/iommu)")]
+    NotIommufd(#[source] vfio_migration_uapi::UapiError),
     /// The device is no PCI device.
     #[error("it is no PCI device, or has {0} regions")]
     NotPci(u32),

@@ -11,7 +11,9 @@ use vfio_migration_uapi::{self as uapi, Dma, UapiError};
 
 use super::device::{KernelDevice, OpenDevice};
 use super::error::KernelError;
+use super::iommu::Iommu;
 use super::windows::DmaWindow;
+use crate::dma_view::DmaViewError;
 use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 
@@ -188,6 +190,9 @@ impl PciHardware for KernelDevice {
         let failed =
             |errno, error: KernelError| DeviceError::new(inner.id.clone(), doing.clone(), errno, error);
         let window = |what| KernelError::Window { start: iova.start().0, len: iova.len(), what };
+        let Iommu::Own(space) = &inner.iommu else {
+            return Err(DeviceError::new(inner.id.clone(), doing, None, DmaViewError::MappedByVmm));
+        };
         let memory = match file {
             Some((fd, offset)) => match inner.ram.offset_in_file(fd, offset, iova.len()) {
                 Ok(Some(ram)) => DmaMemory::Ram(ram),
@@ -202,7 +207,7 @@ impl PciHardware for KernelDevice {
                 None => return Err(failed(None, KernelError::NoFile)),
             },
         };
-        if inner.windows.overlaps(iova) {
+        if inner.windows.overlapping(iova).is_some() {
             return Err(failed(None, window("overlaps one that is mapped")));
         }
         let dma = Dma { read: access.read, write: access.write };
@@ -214,13 +219,13 @@ impl PciHardware for KernelDevice {
         inner.windows.add(DmaWindow { iova, write: access.write, ram });
         let mapped = match memory {
             DmaMemory::Ram(ram) => match inner.ram.host_memory(ram, iova.len()) {
-                Ok(memory) => inner.iommu.map(iova, &memory, dma).map_err(inner.refused(doing.clone())),
+                Ok(memory) => space.map(iova, &memory, dma).map_err(inner.refused(doing.clone())),
                 Err(error) => Err(DeviceError::new(inner.id.clone(), doing.clone(), None, error)),
             },
             DmaMemory::File(fd, offset) => match Mapping::new(fd, offset, iova.len(), access.write) {
                 Ok(mapping) => {
                     let memory = Arc::new(mapping).host_memory();
-                    inner.iommu.map(iova, &memory, dma).map_err(|error| {
+                    space.map(iova, &memory, dma).map_err(|error| {
                         let errno = error.errno();
                         failed(errno, KernelError::NoPeerDma(error.into()))
                     })
@@ -236,13 +241,16 @@ impl PciHardware for KernelDevice {
     fn dma_unmap(&self, iova: Range<Iova>) -> Result<(), DeviceError> {
         let inner = &self.inner;
         let doing = format!("unmapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
+        let Iommu::Own(space) = &inner.iommu else {
+            return Err(DeviceError::new(inner.id.clone(), doing, None, DmaViewError::MappedByVmm));
+        };
         if !inner.windows.contains(iova) {
             let error = KernelError::Window { start: iova.start().0, len: iova.len(), what: "is not mapped" };
             return Err(DeviceError::new(inner.id.clone(), doing, None, error));
         }
         // Taken off the list first: a log must not ask for what is gone. What it was counts as dirty.
         let ram = inner.windows.remove(iova);
-        inner.iommu.unmap(iova).map_err(inner.refused(doing)).inspect_err(|_| {
+        space.unmap(iova).map_err(inner.refused(doing)).inspect_err(|_| {
             if let Some(window) = ram {
                 inner.windows.add(window);
             }

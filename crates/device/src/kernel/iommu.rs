@@ -7,39 +7,65 @@ use vfio_migration_types::{Granule, Iova, Range, error_chain};
 use vfio_migration_uapi::{self as uapi, Dma, HostMemory, Ioas, Type1, UapiError};
 
 use super::dirty::LogPort;
+use super::log_users::LogUsers;
+use super::vmm_iommu::{VmmIommu, VmmIommuKind};
+
+/// The reason for no log of an IOMMU that the VMM does not tell of.
+const UNTOLD: &str = "the VMM, which runs the device itself, names no IOMMU before it";
 
 /// Ranges that DMA logging takes on a host with pages of 4 KiB (`vfio_main.c`: a page of descriptions).
 const DEVICE_RANGES: usize = 256;
 
-/// The address space of one device.
+/// The address space of a device.
 #[derive(Debug)]
 pub(super) enum Iommu {
-    Type1(Arc<Type1>),
+    /// Made here, and mapped in here.
+    Own(AddressSpace),
+    /// The VMM's own, as far as it is known.
+    Vmm(Option<VmmIommu>),
+}
+
+/// An address space that the library made.
+#[derive(Debug)]
+pub(super) enum AddressSpace {
+    Type1 {
+        container: Arc<Type1>,
+        users: Arc<LogUsers>,
+    },
     Iommufd {
         space: Arc<Ioas>,
         /// The page table that can track dirty pages, if the IOMMU can.
         table: Result<u32, String>,
+        users: Arc<LogUsers>,
     },
 }
 
-impl Iommu {
+impl AddressSpace {
+    pub(super) fn type1(container: Type1) -> Self {
+        Self::Type1 { container: Arc::new(container), users: Arc::default() }
+    }
+
+    pub(super) fn iommufd(space: Arc<Ioas>, table: Result<u32, String>) -> Self {
+        Self::Iommufd { space, table, users: Arc::default() }
+    }
+
     pub(super) fn map(&self, iova: Range<Iova>, memory: &HostMemory, dma: Dma) -> Result<(), UapiError> {
         match self {
-            Self::Type1(container) => container.map(iova, memory, dma),
+            Self::Type1 { container, .. } => container.map(iova, memory, dma),
             Self::Iommufd { space, .. } => space.map(iova, memory, dma),
         }
     }
 
     pub(super) fn unmap(&self, iova: Range<Iova>) -> Result<(), UapiError> {
         match self {
-            Self::Type1(container) => container.unmap(iova),
+            Self::Type1 { container, .. } => container.unmap(iova),
             Self::Iommufd { space, .. } => space.unmap(iova),
         }
     }
 
     /// Takes the device out, before it is closed: an iommufd that was handed over lives on.
     pub(super) fn release(&self, device: BorrowedFd<'_>) {
-        let Self::Iommufd { space, table } = self else { return };
+        let Self::Iommufd { space, table, .. } = self else { return };
         let detached = uapi::detach(device);
         let destroyed = match table {
             Ok(table) => uapi::destroy(space.fd(), *table),
@@ -49,31 +75,55 @@ impl Iommu {
             tracing::debug!(error = %error_chain(&error), "a device was not taken out of its iommufd");
         }
     }
+}
+
+impl Iommu {
+    /// Takes the device out of an address space that was made for it.
+    pub(super) fn release(&self, device: BorrowedFd<'_>) {
+        if let Self::Own(space) = self {
+            space.release(device);
+        }
+    }
 
     /// The IOMMU's log, or why there is none.
     pub(super) fn hardware_log(&self) -> Result<TableLog, String> {
         match self {
-            Self::Type1(_) => Err("the device was opened by its group, which has no IOMMU log".into()),
-            Self::Iommufd { space, table } => {
-                let table = table.clone()?;
-                Ok(TableLog { space: space.clone(), table })
+            Self::Own(AddressSpace::Type1 { .. }) => {
+                Err("the device was opened by its group, which has no IOMMU log".into())
             }
+            Self::Own(AddressSpace::Iommufd { space, table, users }) => {
+                let table = table.clone()?;
+                Ok(TableLog { iommufd: space.iommufd(), table, users: users.clone() })
+            }
+            Self::Vmm(None) => Err(UNTOLD.into()),
+            Self::Vmm(Some(VmmIommu { kind, users })) => match kind {
+                VmmIommuKind::Type1(_) => Err("a container has none".into()),
+                VmmIommuKind::AddressSpace => Err("the VMM attached the device to an address space, whose page table the \
+                     kernel makes without dirty tracking; attach it to one made with IOMMU_HWPT_ALLOC_DIRTY_TRACKING"
+                    .into()),
+                VmmIommuKind::PageTable { iommufd, table } => {
+                    Ok(TableLog { iommufd: iommufd.clone(), table: *table, users: users.clone() })
+                }
+            },
         }
     }
 
     /// The container's log, or why there is none.
     pub(super) fn container_log(&self) -> Result<ContainerLog, String> {
-        match self {
-            Self::Iommufd { .. } => Err("an iommufd has none".into()),
-            Self::Type1(container) => {
-                let info = container.info().map_err(|error| error_chain(&error))?;
-                let dirty = info.dirty_pages.ok_or("the kernel offers none")?;
-                // Only the smallest is ever taken.
-                let smallest = 1u64.checked_shl(dirty.page_sizes.trailing_zeros()).unwrap_or(0);
-                let granule = Granule::new(smallest).map_err(|error| error.to_string())?;
-                Ok(ContainerLog { container: container.clone(), granule })
+        let (container, users) = match self {
+            Self::Own(AddressSpace::Type1 { container, users }) => (container, users),
+            Self::Vmm(Some(VmmIommu { kind: VmmIommuKind::Type1(container), users })) => (container, users),
+            Self::Own(AddressSpace::Iommufd { .. }) | Self::Vmm(Some(_)) => {
+                return Err("an iommufd has none".into());
             }
-        }
+            Self::Vmm(None) => return Err(UNTOLD.into()),
+        };
+        let info = container.info().map_err(|error| error_chain(&error))?;
+        let dirty = info.dirty_pages.ok_or("the kernel offers none")?;
+        // Only the smallest is ever taken.
+        let smallest = 1u64.checked_shl(dirty.page_sizes.trailing_zeros()).unwrap_or(0);
+        let granule = Granule::new(smallest).map_err(|error| error.to_string())?;
+        Ok(ContainerLog { container: container.clone(), granule, users: users.clone() })
     }
 }
 
@@ -106,23 +156,24 @@ impl LogPort for DeviceLog {
 /// The IOMMU's log of one page table.
 #[derive(Debug)]
 pub(super) struct TableLog {
-    space: Arc<Ioas>,
+    iommufd: Arc<OwnedFd>,
     table: u32,
+    users: Arc<LogUsers>,
 }
 
 impl LogPort for TableLog {
     fn start(&self, _: &[Range<Iova>]) -> Result<Granule, UapiError> {
         // It logs the whole table; once, since each time forgets what was logged.
-        uapi::set_dirty_tracking(self.space.fd(), self.table, true)?;
+        self.users.join(|| uapi::set_dirty_tracking((*self.iommufd).as_fd(), self.table, true))?;
         Ok(Granule::PAGE)
     }
 
     fn report(&self, range: Range<Iova>, granule: Granule, words: &mut [u64]) -> Result<(), UapiError> {
-        uapi::iommu_dirty(self.space.fd(), self.table, range, granule, words, false)
+        uapi::iommu_dirty((*self.iommufd).as_fd(), self.table, range, granule, words, false)
     }
 
     fn stop(&self) -> Result<(), UapiError> {
-        uapi::set_dirty_tracking(self.space.fd(), self.table, false)
+        self.users.leave(|| uapi::set_dirty_tracking((*self.iommufd).as_fd(), self.table, false))
     }
 
     fn most_ranges(&self) -> usize {
@@ -133,6 +184,10 @@ impl LogPort for TableLog {
     fn goes_with_mapping(&self) -> bool {
         true
     }
+
+    fn users(&self) -> Option<&LogUsers> {
+        Some(&self.users)
+    }
 }
 
 /// The log that the type1 container keeps.
@@ -140,11 +195,12 @@ impl LogPort for TableLog {
 pub(super) struct ContainerLog {
     container: Arc<Type1>,
     granule: Granule,
+    users: Arc<LogUsers>,
 }
 
 impl LogPort for ContainerLog {
     fn start(&self, _: &[Range<Iova>]) -> Result<Granule, UapiError> {
-        self.container.start_dirty()?;
+        self.users.join(|| self.container.start_dirty())?;
         Ok(self.granule)
     }
 
@@ -154,7 +210,7 @@ impl LogPort for ContainerLog {
     }
 
     fn stop(&self) -> Result<(), UapiError> {
-        self.container.stop_dirty()
+        self.users.leave(|| self.container.stop_dirty())
     }
 
     fn most_ranges(&self) -> usize {
@@ -164,5 +220,9 @@ impl LogPort for ContainerLog {
 
     fn goes_with_mapping(&self) -> bool {
         true
+    }
+
+    fn users(&self) -> Option<&LogUsers> {
+        Some(&self.users)
     }
 }

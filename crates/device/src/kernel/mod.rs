@@ -1,9 +1,10 @@
 //! The kernel back end: a device that a VFIO driver of the host serves.
 //!
 //! The device is opened by its own file and an iommufd where the kernel has both, by its group and a type1 container
-//! otherwise. Each device has an address space of its own, so two devices of one IOMMU group cannot be opened at once.
+//! otherwise. A device that the VMM runs itself is taken in as it is (`adopt`). Each device that is opened here has an address space of its own, so two devices of one IOMMU group cannot be opened at once.
 //! Bus addresses are what the VMM maps; a vIOMMU is not supported.
 
+pub(crate) mod adopt;
 #[cfg(feature = "bare-space")]
 pub(crate) mod bare;
 pub(crate) mod device;
@@ -11,6 +12,7 @@ mod dirty;
 pub(crate) mod error;
 mod hardware;
 mod iommu;
+mod log_users;
 mod migrate;
 pub(crate) mod open;
 pub(crate) mod path;
@@ -19,4 +21,5 @@ mod ranges;
 mod regions;
 mod sysfs;
 pub(crate) mod tracker;
+pub(crate) mod vmm_iommu;
 mod windows;

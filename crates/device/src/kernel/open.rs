@@ -11,7 +11,7 @@ use vfio_migration_types::{DeviceId, error_chain};
 use vfio_migration_uapi::{self as uapi, Ioas, Type1, UapiError};
 
 use super::error::KernelError;
-use super::iommu::Iommu;
+use super::iommu::{AddressSpace, Iommu};
 use super::path::KernelPath;
 use super::sysfs::{self, SysDevice};
 use crate::error::DeviceError;
@@ -67,7 +67,7 @@ pub enum IommuHandle {
     },
 }
 
-/// A device that is open and attached to an address space of its own.
+/// A device that is open and attached to an address space.
 #[derive(Debug)]
 pub(super) struct AttachedDevice {
     pub(super) device: Arc<OwnedFd>,
@@ -98,8 +98,19 @@ pub(super) fn open(
     }
 }
 
+/// The entry of sysfs for the device at `path`.
+pub(super) fn described(path: &KernelPath, options: &KernelOptions) -> Result<SysDevice, KernelError> {
+    let unknown = || KernelError::NoDevice(format!("{path} below {}", options.sysfs.display()));
+    match path {
+        KernelPath::Pci(address) => sysfs::pci(&options.sysfs, address),
+        KernelPath::Mdev(uuid) => sysfs::mdev(&options.sysfs, uuid),
+        KernelPath::Cdev(file) => sysfs::cdev(&options.sysfs, file).ok_or_else(unknown),
+        KernelPath::Group { name, .. } => sysfs::named(&options.sysfs, name).ok_or_else(unknown),
+    }
+}
+
 /// Takes over a device that somebody else opened.
-pub(super) fn adopt(
+pub(super) fn take_over(
     id: &DeviceId,
     device: OwnedFd,
     handle: IommuHandle,
@@ -113,7 +124,7 @@ pub(super) fn adopt(
             Ok(AttachedDevice {
                 device,
                 group: Some(group),
-                iommu: Iommu::Type1(Arc::new(container)),
+                iommu: Iommu::Own(AddressSpace::type1(container)),
                 sys: None,
             })
         }
@@ -185,7 +196,7 @@ impl Opener<'_> {
         let table = tracking_table(&space, number);
         let to = table.as_ref().map_or(space.id(), |table| *table);
         uapi::attach(fd, to).map_err(|error| self.refused(error))?;
-        Ok(Iommu::Iommufd { space: Arc::new(space), table })
+        Ok(Iommu::Own(AddressSpace::iommufd(Arc::new(space), table)))
     }
 
     fn group(&self, file: &Path, name: &str, sys: Option<SysDevice>) -> Result<AttachedDevice, DeviceError> {
@@ -214,7 +225,7 @@ impl Opener<'_> {
             }
             _ => self.refused(error),
         })?;
-        let iommu = Iommu::Type1(Arc::new(container));
+        let iommu = Iommu::Own(AddressSpace::type1(container));
         Ok(AttachedDevice { device: Arc::new(device), group: Some(group), iommu, sys })
     }
 

@@ -8,6 +8,7 @@ use vfio_migration_types::MigrationState;
 use vfio_migration_uapi as uapi;
 
 use crate::contract::PrecopyProgress;
+use crate::reset_callback::ResetCallback;
 use crate::session::port::{Port, PortError, PortStream};
 
 /// The calls of an open device, for its sessions.
@@ -16,6 +17,8 @@ pub(super) struct DevicePort {
     pub(super) device: Arc<OwnedFd>,
     /// The kernel took the opt-in to honest pre-copy flags.
     pub(super) reinit: bool,
+    /// The VMM's own reset, of a device that it runs itself.
+    pub(super) reset: Option<ResetCallback>,
 }
 
 /// The data descriptor of a session.
@@ -40,7 +43,10 @@ impl Port for DevicePort {
     }
 
     fn reset(&self) -> Result<(), PortError> {
-        Ok(uapi::reset((*self.device).as_fd())?)
+        match &self.reset {
+            Some(reset) => Ok(reset.reset()?),
+            None => Ok(uapi::reset((*self.device).as_fd())?),
+        }
     }
 }
 

@@ -42,8 +42,9 @@ impl DmaWindows {
         Some(window)
     }
 
-    pub(super) fn overlaps(&self, iova: Range<Iova>) -> bool {
-        self.lock().windows.iter().any(|window| window.iova.overlaps(&iova))
+    /// A mapping of guest RAM that shares addresses with `iova`.
+    pub(super) fn overlapping(&self, iova: Range<Iova>) -> Option<DmaWindow> {
+        self.lock().windows.iter().find(|window| window.iova.overlaps(&iova)).copied()
     }
 
     pub(super) fn contains(&self, iova: Range<Iova>) -> bool {

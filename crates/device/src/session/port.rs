@@ -8,6 +8,7 @@ use vfio_migration_uapi::UapiError;
 use vfio_user_peer::ClientError;
 
 use crate::contract::PrecopyProgress;
+use crate::reset_callback::ResetError;
 
 /// The migration state machine of an open device. Each method is a call, and gives the answer as it came.
 pub(crate) trait Port: fmt::Debug + Send + Sync {
@@ -47,6 +48,12 @@ pub(crate) struct PortError {
 impl From<Errno> for PortError {
     fn from(errno: Errno) -> Self {
         Self { errno: Some(errno), source: errno.into() }
+    }
+}
+
+impl From<ResetError> for PortError {
+    fn from(error: ResetError) -> Self {
+        Self { errno: error.errno(), source: error.into() }
     }
 }
 

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vfio_migration_memory::GuestRam;
-use vfio_migration_types::{DeviceId, MigrationFlags, Range};
+use vfio_migration_memory::{DirtySource, GuestRam};
+use vfio_migration_types::{DeviceId, MigrationFlags, Range, error_chain};
 use vfio_user_peer::{Client, ClientError, ClientOptions, OnConnect, irq_index};
 
 use super::dirty::ServerLog;
@@ -16,6 +16,7 @@ use super::states::shared_flags;
 use crate::contract::NotMigratable;
 use crate::error::DeviceError;
 use crate::hardware::{PciRegion, RegionIndex};
+use crate::reset_callback::ResetCallback;
 use crate::session::state_machine::StateMachine;
 
 /// Most regions that a server may have. A PCI function has nine; a server may add its own.
@@ -63,6 +64,15 @@ pub struct VfioUserDevice {
     pub(super) inner: Arc<ServedDevice>,
 }
 
+/// A connection, and whose it is.
+#[derive(Debug)]
+pub(super) struct Connected {
+    pub(super) client: Arc<Client>,
+    pub(super) dma: Arc<GuestDma>,
+    /// The VMM's own reset, of a device that it runs itself.
+    pub(super) reset: Option<ResetCallback>,
+}
+
 #[derive(Debug)]
 pub(super) struct ServedDevice {
     pub(super) id: DeviceId,
@@ -71,6 +81,8 @@ pub(super) struct ServedDevice {
     pub(super) machine: Arc<StateMachine>,
     pub(super) dma: Arc<GuestDma>,
     pub(super) message_dma: bool,
+    /// The VMM runs it: the connection is the VMM's, and so are its DMA mappings.
+    pub(super) run_by_vmm: bool,
     /// Limits on its answers: to a change of state, and to anything else.
     pub(super) limits: (Duration, Duration),
     pub(super) regions: Vec<PciRegion>,
@@ -111,21 +123,42 @@ impl VfioUserDevice {
         };
         let client = Client::connect(socket, client_options)
             .map_err(failed(format!("connecting to {}", socket.display())))?;
-        let info = client.device_info().map_err(failed("asking for device info".into()))?;
+        let connected = Connected { client: Arc::new(client), dma, reset: None };
+        let limits = (options.transition_timeout, options.timeout);
+        let device = Self::of(id, connected, options.pre_copy, options.message_dma, limits)?;
+        device.inner.client.limit_all(None);
+        Ok(device)
+    }
+
+    /// Asks the server what its device is made of.
+    pub(super) fn of(
+        id: DeviceId,
+        connected: Connected,
+        pre_copy: bool,
+        message_dma: bool,
+        limits: (Duration, Duration),
+    ) -> Result<Self, DeviceError> {
+        let Connected { client, dma, reset } = connected;
+        let failed = |doing: &'static str| {
+            let id = id.clone();
+            move |error: ClientError| DeviceError::new(id, doing, error.errno(), error)
+        };
+        let info = client.device_info().map_err(failed("asking for device info"))?;
         if !info.pci || info.num_regions > REGIONS_MAX {
             let what = format!("it is no PCI device (flags say so), or has {} regions", info.num_regions);
             return Err(DeviceError::new(id, "opening", None, what));
         }
-        let client = Arc::new(client);
-        let flags = find_flags(&client).map_err(failed("asking whether it can migrate".into()))?;
-        let flags =
-            flags.map(|flags| MigrationFlags { pre_copy: flags.pre_copy && options.pre_copy, ..flags });
+        let flags = find_flags(&client).map_err(failed("asking whether it can migrate"))?;
+        let flags = flags.map(|flags| MigrationFlags { pre_copy: flags.pre_copy && pre_copy, ..flags });
         let known = flags.as_ref().ok().copied();
-        let machine = StateMachine::new(id.clone(), Box::new(ServerPort(client.clone())), known);
+        let run_by_vmm = reset.is_some();
+        let port = ServerPort { client: client.clone(), reset };
+        let machine = StateMachine::new(id.clone(), Box::new(port), known);
         let mut inner = ServedDevice {
             log: ServerLog::new(id.clone(), client.clone(), dma.clone()),
-            message_dma: options.message_dma,
-            limits: (options.transition_timeout, options.timeout),
+            message_dma,
+            run_by_vmm,
+            limits,
             regions: Vec::new(),
             files: Vec::new(),
             irqs: [0; 3],
@@ -151,7 +184,6 @@ impl VfioUserDevice {
                 *noresize = irqs.noresize;
             }
         }
-        inner.client.limit_all(None);
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -170,6 +202,17 @@ impl VfioUserDevice {
     /// Why the connection no longer works; `None` while it does, as far as is known.
     pub fn lost(&self) -> Option<String> {
         self.inner.client.lost()
+    }
+}
+
+impl Drop for ServedDevice {
+    /// The end of the connection ends the server's log, but the VMM's connection goes on.
+    fn drop(&mut self) {
+        if self.run_by_vmm
+            && let Err(error) = self.log.stop()
+        {
+            tracing::warn!(device = %self.id, error = %error_chain(&error), "its dirty log was not stopped as it went");
+        }
     }
 }
 

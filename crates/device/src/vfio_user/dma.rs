@@ -76,6 +76,13 @@ impl GuestDma {
         self.lock().remove(iova)
     }
 
+    /// A mapping of guest RAM that shares addresses with `iova`.
+    pub(super) fn overlapping(&self, iova: Range<Iova>) -> Option<(Range<Iova>, RamOffset)> {
+        let state = self.lock();
+        let mut shared = state.windows.iter().filter(|window| window.iova.overlaps(&iova));
+        shared.find_map(|window| Some((window.iova, window.ram()?)))
+    }
+
     /// Whether exactly this range is mapped.
     pub(super) fn contains(&self, iova: Range<Iova>) -> bool {
         self.lock().windows.iter().any(|window| window.iova == iova)

@@ -7,6 +7,7 @@ use vfio_migration_types::{DeviceId, Gpa, Iova, Range};
 use vfio_user_peer::{IoFdKind, IrqAction, IrqData, Prot};
 
 use super::device::VfioUserDevice;
+use crate::dma_view::DmaViewError;
 use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
 
@@ -140,6 +141,9 @@ impl PciHardware for VfioUserDevice {
     ) -> Result<(), DeviceError> {
         let inner = &self.inner;
         let doing = || format!("mapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
+        if inner.run_by_vmm {
+            return Err(DeviceError::new(inner.id.clone(), doing(), None, DmaViewError::MappedByVmm));
+        }
         let ram = match file {
             // A part of RAM, or a file that is not what the guest sees, would be written behind the back of every log.
             Some((fd, offset)) => {
@@ -173,6 +177,10 @@ impl PciHardware for VfioUserDevice {
 
     fn dma_unmap(&self, iova: Range<Iova>) -> Result<(), DeviceError> {
         let doing = || format!("unmapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
+        if self.inner.run_by_vmm {
+            let error = DmaViewError::MappedByVmm;
+            return Err(DeviceError::new(self.inner.id.clone(), doing(), None, error));
+        }
         let done = self.inner.client.dma_unmap(iova.start().0, iova.len());
         self.inner.dma.unmap(iova);
         done.map_err(|error| self.inner.failed(doing(), error))

@@ -7,11 +7,16 @@ use vfio_user_peer::Client;
 
 use super::states::{peer_state, shared_state};
 use crate::contract::PrecopyProgress;
+use crate::reset_callback::ResetCallback;
 use crate::session::port::{Port, PortError, PortStream};
 
 /// The connection, for states.
 #[derive(Debug)]
-pub(super) struct ServerPort(pub(super) Arc<Client>);
+pub(super) struct ServerPort {
+    pub(super) client: Arc<Client>,
+    /// The VMM's own reset, of a device that it runs itself.
+    pub(super) reset: Option<ResetCallback>,
+}
 
 /// The connection, for the data of the session that is open on it.
 #[derive(Debug)]
@@ -19,7 +24,7 @@ struct ServerStream(Arc<Client>);
 
 impl Port for ServerPort {
     fn state(&self) -> Result<MigrationState, PortError> {
-        Ok(shared_state(self.0.mig_state()?))
+        Ok(shared_state(self.client.mig_state()?))
     }
 
     fn set_state(
@@ -27,13 +32,16 @@ impl Port for ServerPort {
         from: MigrationState,
         to: MigrationState,
     ) -> Result<Option<Box<dyn PortStream>>, PortError> {
-        self.0.set_mig_state(peer_state(to))?;
+        self.client.set_mig_state(peer_state(to))?;
         let opens = (to.is_saving() && !from.is_saving()) || to == MigrationState::Resuming;
-        Ok(opens.then(|| Box::new(ServerStream(self.0.clone())) as Box<dyn PortStream>))
+        Ok(opens.then(|| Box::new(ServerStream(self.client.clone())) as Box<dyn PortStream>))
     }
 
     fn reset(&self) -> Result<(), PortError> {
-        Ok(self.0.reset_to_running()?)
+        match &self.reset {
+            Some(reset) => Ok(reset.reset()?),
+            None => Ok(self.client.reset_to_running()?),
+        }
     }
 }
 

@@ -1,4 +1,5 @@
 //! The vfio-user back end against the sample device's server.
 
+mod adopt;
 mod sample;
 mod support;

@@ -83,6 +83,24 @@ impl Pair {
         settle: impl Fn(&Instance) -> Outcome,
         build: impl Fn(&[Instance]) -> Outcome<Arc<Toy>>,
     ) -> Outcome<Self> {
+        Self::made(count, settle, &build, &build)
+    }
+
+    /// `count` devices on each side; each makes its machine in its own way.
+    pub(crate) fn of_both(
+        count: usize,
+        here: impl FnOnce(&[Instance]) -> Outcome<Arc<Toy>>,
+        there: impl FnOnce(&[Instance]) -> Outcome<Arc<Toy>>,
+    ) -> Outcome<Self> {
+        Self::made(count, |_| Ok(()), here, there)
+    }
+
+    fn made(
+        count: usize,
+        settle: impl Fn(&Instance) -> Outcome,
+        here: impl FnOnce(&[Instance]) -> Outcome<Arc<Toy>>,
+        there: impl FnOnce(&[Instance]) -> Outcome<Arc<Toy>>,
+    ) -> Outcome<Self> {
         let instance = || {
             let instance = Instance::new("migdev", "migdev-0")?;
             set(&instance, "state_size", 16 * 4096)?;
@@ -90,7 +108,7 @@ impl Pair {
             Ok(instance)
         };
         let instances = || (0..count).map(|_| instance()).collect::<Outcome<Vec<_>>>();
-        let pair = Self::between(instances()?, instances()?, &build, &build)?;
+        let pair = Self::between(instances()?, instances()?, here, there)?;
         pair.source.boot()?;
         Ok(pair)
     }

@@ -92,6 +92,16 @@ impl Client {
         self.questions.ask(limit)
     }
 
+    /// Limit on each request, [as it was asked for](super::ClientOptions::timeout).
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Limit on a change of the migration state and on RESET, [as it was asked for](super::ClientOptions::transition_timeout).
+    pub fn transition_timeout(&self) -> Duration {
+        self.transition_timeout
+    }
+
     /// The terms agreed on with the server.
     pub fn negotiated(&self) -> &Negotiated {
         &self.negotiated
