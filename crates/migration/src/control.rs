@@ -422,7 +422,7 @@ impl IncomingControl {
     }
 
     /// Turns sources away as long as what is returned is kept, for `why`, and with what is [awaited](Self::awaited): the VMM makes its machine
-    /// anew. One that comes is told so within a second, and let in if that is over by then. Does nothing to a session under way.
+    /// anew. One that comes is told so within a second if something has been awaited for long, within eight if not, and let in if that is over by then. Does nothing to a session under way.
     pub fn not_ready(&self, why: impl Into<String>) -> NotReady {
         let mut not_ready = lock(&self.shared.not_ready);
         let number = not_ready.next;

@@ -11,7 +11,7 @@ use crate::proxy::Act;
 use crate::support::{PATIENCE, Setup, Vm, until};
 
 /// How much later than it is told an end may be seen, on a host that does other things too.
-const SLACK: u64 = 900;
+const SLACK: u64 = 2000;
 const INCOMING: [&str; 2] = ["--incoming", "tcp:127.0.0.1:0"];
 
 fn source(dir: &Path) -> Vm {

@@ -44,9 +44,13 @@ use crate::session::threads::set_up;
 use crate::uri::Uri;
 use crate::waiting_sources::{SourceHost, WaitingSources};
 
-/// Time that a source is kept waiting for a VMM that is not ready, and how often that is looked at. It is to hear at once that it must try
-/// again, and need not where a machine is made anew as fast as most are.
-const READY_WITHIN: Duration = Duration::from_secs(1);
+/// Longest time that a source is kept waiting for a VMM that is not ready, which is less than it waits for its first answer. It is to hear
+/// at once that it must try again where something keeps the VMM waiting, and need not where a machine is made anew as fast as the host can.
+const READY_WITHIN: Duration = Duration::from_secs(8);
+/// The same once something has kept the VMM waiting for so long.
+const READY_AT_ONCE: Duration = Duration::from_secs(1);
+const KEPT_WAITING: Duration = Duration::from_secs(2);
+/// How often that is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// A place where a guest may arrive.
@@ -275,7 +279,9 @@ impl Destination {
         let begun = Instant::now();
         loop {
             let why = self.control.why_not_ready()?;
-            if begun.elapsed() >= READY_WITHIN || self.control.cancelled().is_some() {
+            let kept_waiting = self.control.awaited().iter().any(|answer| answer.waited >= KEPT_WAITING);
+            let limit = if kept_waiting { READY_AT_ONCE } else { READY_WITHIN };
+            if begun.elapsed() >= limit || self.control.cancelled().is_some() {
                 return Some(why);
             }
             std::thread::sleep(LOOK_EVERY);

@@ -59,20 +59,36 @@ fn reset(incoming: &mut ArrivingDevice, answers: &AwaitedAnswers) -> Result<(), 
         None => Ok(()),
     };
     let undone = patiently(device, answers, undo);
-    let reset = patiently(device, answers, || {
-        let reset = match session.take() {
-            Some(session) => session.abort(),
-            None => device.reset(),
-        };
-        reset.map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
-    });
-    if answers.late_of(device.id()).is_some() {
-        // It is asked for nothing more. What is the VMM's own is given up all the same.
-        let _nothing_more = device.limit_question(Duration::ZERO);
-        drop(undo());
-        *session = None;
-    }
-    reset.and(undone)
+    let reset = if matches!(undone, Err(NotUndone::Late(_))) {
+        undone
+    } else {
+        let reset = patiently(device, answers, || {
+            let reset = match session.take() {
+                Some(session) => session.abort(),
+                None => device.reset(),
+            };
+            reset.map_err(|error| error.in_phase(Side::Destination, Phase::Clean))
+        });
+        reset.and(undone)
+    };
+    reset.map_err(|why| match why {
+        NotUndone::Failed(failure) => failure,
+        NotUndone::Late(failure) => {
+            // It is asked for nothing more. What is the VMM's own is given up all the same.
+            let _nothing_more = device.limit_question(Duration::ZERO);
+            drop(undo());
+            *session = None;
+            answers.give_up_late_of(device.id());
+            failure
+        }
+    })
+}
+
+/// Why something of a device could not be undone.
+enum NotUndone {
+    Failed(Failure),
+    /// The device has not answered for as long as it is waited for.
+    Late(Failure),
 }
 
 /// Does `step`. A `device` that is late is waited for first, as long as whoever looks is told and no longer; if it is late with the step
@@ -81,22 +97,23 @@ fn patiently(
     device: &dyn Device,
     answers: &AwaitedAnswers,
     mut step: impl FnMut() -> Result<(), Failure>,
-) -> Result<(), Failure> {
+) -> Result<(), NotUndone> {
     await_answer(device, answers)?;
     let done = step();
     if answers.late_of(device.id()).is_none() {
-        return done;
+        return done.map_err(NotUndone::Failed);
     }
     await_answer(device, answers)?;
-    step()
+    step().map_err(NotUndone::Failed)
 }
 
 /// Waits until `device`, if it is late, answers anything or is lost, for as long as is told.
-fn await_answer(device: &dyn Device, answers: &AwaitedAnswers) -> Result<(), Failure> {
+fn await_answer(device: &dyn Device, answers: &AwaitedAnswers) -> Result<(), NotUndone> {
     while let Some(late) = answers.late_of(device.id()) {
         let left = late.limit.map(|limit| limit.saturating_sub(late.waited));
         if left == Some(Duration::ZERO) {
-            return Err(not_reset(&late));
+            answers.give_up_late_of(device.id());
+            return Err(NotUndone::Late(not_reset(&late)));
         }
         let _limit = left.and_then(|left| device.limit_question(left));
         if device.state().is_err_and(|error| is_late(&error)) {

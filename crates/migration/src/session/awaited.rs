@@ -253,7 +253,12 @@ impl AwaitedAnswers {
         lock(&self.0).requests.retain(|sent| !sent.late || sent.device.as_ref() != Some(device));
     }
 
-    /// Nobody waits any more for those that did not come in time.
+    /// Nobody waits any more for the one that `device` did not give in time.
+    pub(crate) fn give_up_late_of(&self, device: &DeviceId) {
+        self.answered(device);
+    }
+
+    /// The same of all devices.
     pub(crate) fn give_up_late(&self) {
         lock(&self.0).requests.retain(|sent| !sent.late);
     }
