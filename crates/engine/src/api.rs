@@ -534,8 +534,15 @@ pub enum DestinationOutcome {
     Cancelled(Failure),
     /// We refused it, or the source did.
     Refused(Vec<Reason>),
-    /// The rehearsal has ended: everything is reset and released, but for this.
-    Rehearsed(Option<Failure>),
+    /// The same, since the source has found that its limits cannot be met.
+    LimitsUnmet(Failure),
+    /// The rehearsal has ended, and everything is reset and released.
+    Rehearsed {
+        /// The limits that the source found a migration could not meet.
+        obstacle: Option<Failure>,
+        /// What could not be released.
+        left_undone: Option<Failure>,
+    },
 }
 
 /// Identity of the attempt a destination is in, once it knows.

@@ -201,6 +201,10 @@ pub enum IncomingError {
     /// [accepted](crate::Destination::accept).
     #[error("the incoming migration made way for another {0}")]
     GaveWay(Failure),
+    /// The same, since the source has found with its guest running that the limits cannot be met: another attempt under these limits comes to
+    /// the same.
+    #[error("the incoming migration was aborted {0}")]
+    LimitsUnmet(Failure),
     /// The attempt, or the wait for one, was cancelled at this side. Nothing ran here; every device is reset and released.
     #[error("the incoming migration was cancelled {0}")]
     Cancelled(Failure),
@@ -212,6 +216,51 @@ pub enum IncomingError {
     /// [`OwnedNotStarted::start`] tries again.
     #[error("the guest is owned here (epoch {}) but could not be started {}", .0.epoch.0, .0.cause)]
     OwnedNotStarted(Box<OwnedNotStarted>),
+}
+
+impl IncomingError {
+    /// Whether another attempt comes to the same as long as nothing is changed: refused by rules, or by limits that cannot be met. What the
+    /// source's [`MigrateError::is_refusal`] says of the same attempt.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Refused(_) | Self::LimitsUnmet(_) => true,
+            Self::Rehearsed(here) => !here.reasons().is_empty(),
+            Self::NotBegun(_)
+            | Self::Aborted(_)
+            | Self::GaveWay(_)
+            | Self::Cancelled(_)
+            | Self::OwnedNotStarted(_) => false,
+        }
+    }
+
+    /// Why not, by rules, limits, or a device that was tried: the list that [`MigrateError::report`] has of the same attempt. Empty for what
+    /// says nothing of whether the guest could move.
+    pub fn reasons(&self) -> Vec<Reason> {
+        match self {
+            Self::Refused(reasons) => reasons.clone(),
+            Self::LimitsUnmet(cause) => vec![crate::reasons::of_obstacle(cause)],
+            Self::Aborted(cause) if !cause.is_cancelled() => {
+                crate::reasons::of_device_failure(cause).into_iter().collect()
+            }
+            Self::Rehearsed(here) => here.reasons(),
+            Self::NotBegun(_)
+            | Self::GaveWay(_)
+            | Self::Aborted(_)
+            | Self::Cancelled(_)
+            | Self::OwnedNotStarted(_) => Vec::new(),
+        }
+    }
+}
+
+impl RehearsedHere {
+    /// Why the guest would not move, as far as that was found.
+    pub fn reasons(&self) -> Vec<Reason> {
+        let Self { only_asked: _, refused, obstacle, cause, left_undone: _ } = self;
+        let of_limits = obstacle.iter().map(crate::reasons::of_obstacle);
+        let failed = cause.iter().filter(|cause| !cause.is_cancelled());
+        let of_device = failed.filter_map(crate::reasons::of_device_failure);
+        refused.iter().cloned().chain(of_limits).chain(of_device).collect()
+    }
 }
 
 /// How an attempt ended, whichever side's operator it was.
@@ -226,6 +275,8 @@ pub struct RehearsedHere {
     pub only_asked: bool,
     /// Reasons of the side whose rules refused it; empty if none did.
     pub refused: Vec<Reason>,
+    /// The limits that a migration could not meet, as the source has found.
+    pub obstacle: Option<Failure>,
     /// The failure that ended it early, or its cancel.
     pub cause: Option<Failure>,
     /// The failure that kept something from being released at its end.
@@ -241,6 +292,9 @@ impl fmt::Display for RehearsedHere {
         }
         if let Some(cause) = &self.cause {
             write!(f, "; it {} {cause}", if cause.is_cancelled() { "was cancelled" } else { "failed" })?;
+        }
+        if let Some(obstacle) = &self.obstacle {
+            write!(f, "; a migration would not come to its end {obstacle}")?;
         }
         match &self.left_undone {
             Some(failure) => write!(f, "; not all could be released {failure}"),
@@ -279,6 +333,9 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         ConnectError::NotAStream(_)
         | ConnectError::System { uri: Uri::Fd(_), .. }
         | ConnectError::Used(Uri::Fd(_)) => "pass a connected stream socket",
+        ConnectError::Insecure { source: TransportError::Tls(TlsError::Late(_)), .. } => {
+            "try again: the destination may be held up; if it comes again, start it with --tls-creds DIR as well, or, where plain text is meant, say --insecure-plaintext on both sides"
+        }
         ConnectError::Insecure { source: TransportError::Tls(error), .. } if error.hints_at_plain_text() => {
             "start the destination with --tls-creds DIR as well; where plain text is meant, say --insecure-plaintext on both sides; one that does not wait any more ends it so, too"
         }

@@ -39,7 +39,7 @@ pub struct Rehearsal {
     pub total: Duration,
     /// Time of each phase that was entered.
     pub phases: Vec<PhaseTime>,
-    /// The destination's failure to release something, or to report that it has.
+    /// What one side could not release by the end: this one, since it was late, or the destination, which may also have failed to say so.
     pub left_undone: Option<Failure>,
 }
 
@@ -114,10 +114,14 @@ impl Rehearsal {
 }
 
 impl Rehearsal {
+    /// Why a migration would not come to its end, as both sides tell it.
+    pub fn reasons(&self) -> Vec<Reason> {
+        self.obstacle.iter().map(reasons::of_obstacle).collect()
+    }
+
     /// The verdict of both sides' rules together with what was found by trying.
     pub fn verdict(&self) -> Report {
-        let mut found = Vec::new();
-        found.extend(self.obstacle.as_ref().map(reasons::of_obstacle));
+        let mut found = self.reasons();
         for device in &self.not_rehearsed {
             let text =
                 "its state can only be read while the guest is paused, and was not tried: --pause tries it";

@@ -83,10 +83,11 @@ kinds! {
     Commit        0x001d "COMMIT"         24, 24;
     Ping          0x001e "PING"           8, 8;
     Pong          0x001f "PONG"           8, 8;
-    EndRehearsal  0x0020 "END_REHEARSAL"  0, 0;
+    EndRehearsal  0x0020 "END_REHEARSAL"  4, 4 + ERROR;
     Rehearsed     0x0021 "REHEARSED"      4, 4 + ERROR;
     DigestRam     0x0022 "DIGEST_RAM"     16, 16;
     RamDigests    0x0023 "RAM_DIGESTS"    26, 26 + limits::RAM_DIGESTS as usize * 32 + limits::DIRTY_LOGS;
+    LimitsUnmet   0x0024 "LIMITS_UNMET"   22, ERROR;
     // Bulk.
     Pages         0x0100 "PAGES"          16, 16;
     ZeroPages     0x0101 "ZERO_PAGES"     16, 16;

@@ -89,6 +89,8 @@ pub enum Message {
     Running(Running),
     /// B, before COMMIT: I give up.
     Abort(Failure),
+    /// S, before FINAL: I give up, since the limits cannot be met; another attempt under these limits comes to the same.
+    LimitsUnmet(Failure),
     /// S, on a connection of its own, after a COMMIT whose answer was lost: what became of it?
     Query {
         /// The VM that is asked about.
@@ -101,7 +103,10 @@ pub enum Message {
         proof: [u8; 32],
     },
     /// S, in a rehearsal ([`FEATURE_REHEARSE`](crate::FEATURE_REHEARSE)): that was all; release everything.
-    EndRehearsal,
+    EndRehearsal {
+        /// The limits that a migration could not meet, if that was found; `None` when it would come to its end.
+        obstacle: Option<Failure>,
+    },
     /// D: everything is reset and released. Ends the session.
     Rehearsed {
         /// The failure to release something; `None` when all was released.

@@ -137,13 +137,16 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
             out.put(proof);
             Kind::Query
         }
-        Message::EndRehearsal => Kind::EndRehearsal,
+        Message::LimitsUnmet(error) => {
+            encode_error(error, out);
+            Kind::LimitsUnmet
+        }
+        Message::EndRehearsal { obstacle } => {
+            encode_error_if_any(obstacle.as_ref(), out);
+            Kind::EndRehearsal
+        }
         Message::Rehearsed { left_undone } => {
-            out.put_u8(left_undone.is_some().into());
-            out.put_reserved::<3>();
-            if let Some(error) = left_undone {
-                encode_error(error, out);
-            }
+            encode_error_if_any(left_undone.as_ref(), out);
             Kind::Rehearsed
         }
         Message::Ping { token } => {
@@ -228,13 +231,11 @@ pub(crate) fn decode(kind: Kind, payload: &[u8], from_side: Side) -> Result<Mess
             epoch: Epoch(cursor.u64("epoch")?),
             proof: cursor.array("proof")?,
         },
-        Kind::EndRehearsal => Message::EndRehearsal,
-        Kind::Rehearsed => {
-            let has_error = cursor.bool("has_error")?;
-            cursor.reserved::<3>()?;
-            let left_undone = if has_error { Some(decode_error(&mut cursor, from_side)?) } else { None };
-            Message::Rehearsed { left_undone }
+        Kind::LimitsUnmet => Message::LimitsUnmet(decode_error(&mut cursor, from_side)?),
+        Kind::EndRehearsal => {
+            Message::EndRehearsal { obstacle: decode_error_if_any(&mut cursor, from_side)? }
         }
+        Kind::Rehearsed => Message::Rehearsed { left_undone: decode_error_if_any(&mut cursor, from_side)? },
         Kind::Ping => Message::Ping { token: cursor.u64("token")? },
         Kind::Pong => Message::Pong { token: cursor.u64("token")? },
         Kind::Pages | Kind::ZeroPages | Kind::DeviceData | Kind::DeviceEnd | Kind::Section => {
@@ -500,6 +501,20 @@ fn encode_error(error: &Failure, out: &mut Vec<u8>) {
     out.put_text(error.device.as_deref().unwrap_or_default(), limits::ERROR_DEVICE);
     out.put_text(&error.text, limits::ERROR_TEXT);
     out.put_text(&error.remedy, limits::ERROR_REMEDY);
+}
+
+fn encode_error_if_any(error: Option<&Failure>, out: &mut Vec<u8>) {
+    out.put_u8(error.is_some().into());
+    out.put_reserved::<3>();
+    if let Some(error) = error {
+        encode_error(error, out);
+    }
+}
+
+fn decode_error_if_any(cursor: &mut Cursor<'_>, from_side: Side) -> Result<Option<Failure>, WireError> {
+    let has_error = cursor.bool("has_error")?;
+    cursor.reserved::<3>()?;
+    has_error.then(|| decode_error(cursor, from_side)).transpose()
 }
 
 fn decode_error(cursor: &mut Cursor<'_>, from_side: Side) -> Result<Failure, WireError> {

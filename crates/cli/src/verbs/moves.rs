@@ -114,6 +114,9 @@ pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> 
     let report =
         follow(&mut client, MigrationStatus::is_under_way, json, interrupt, OnInterrupt::Cancel)?.latest();
     let migration = report.map(|report| report.migration);
+    for failure in migration.iter().flat_map(|migration| &migration.left_undone) {
+        eprintln_line(format_args!("vfio-migrate: left undone: {}", failure.text));
+    }
     let (found, error) = migration.map_or((None, None), |migration| (migration.rehearsal, migration.error));
     let Some(found) = found else {
         // It says that it was the rehearsal, and whether it was cancelled.

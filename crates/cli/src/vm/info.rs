@@ -411,38 +411,42 @@ pub(super) fn arrived(vm: &RunningVm, report: &ArrivalReport) -> MigrationInfo {
 pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool) -> MigrationInfo {
     let failed = if cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
     let mut left_undone = Vec::new();
-    let (status, failure, reasons) = match error {
+    let (reasons, incompatible) = (error.reasons(), error.is_refusal());
+    let (status, failure) = match error {
         IncomingError::OwnedNotStarted(held) => {
             let OwnedNotStarted { cause, .. } = held.as_ref();
-            (MigrationStatus::NotStarted, Some(cause), &[][..])
+            (MigrationStatus::NotStarted, Some(cause))
         }
-        IncomingError::Refused(reasons) => (failed, None, reasons.as_slice()),
+        IncomingError::Refused(_) => (failed, None),
         IncomingError::Aborted(failure) if failure.is_cancelled() => {
-            (MigrationStatus::Cancelled, Some(failure), &[][..])
+            (MigrationStatus::Cancelled, Some(failure))
         }
         IncomingError::NotBegun(failure)
         | IncomingError::Aborted(failure)
-        | IncomingError::GaveWay(failure) => (failed, Some(failure), &[][..]),
-        IncomingError::Cancelled(failure) => (MigrationStatus::Cancelled, Some(failure), &[][..]),
+        | IncomingError::GaveWay(failure)
+        | IncomingError::LimitsUnmet(failure) => (failed, Some(failure)),
+        IncomingError::Cancelled(failure) => (MigrationStatus::Cancelled, Some(failure)),
         IncomingError::Rehearsed(rehearsed) => {
             // Which of the two it was is the kind of the attempt.
-            let RehearsedHere { only_asked: _, refused, cause, left_undone: kept } = rehearsed.as_ref();
+            let RehearsedHere { only_asked: _, refused: _, obstacle: _, cause, left_undone: kept } =
+                rehearsed.as_ref();
             left_undone = kept.iter().map(FailureInfo::from).collect();
             let status = match cause {
                 None => MigrationStatus::Rehearsed,
                 Some(cause) if cause.is_cancelled() => MigrationStatus::Cancelled,
+                // That is what it was to find out.
+                Some(_) if incompatible => MigrationStatus::Rehearsed,
                 Some(_) => MigrationStatus::Failed,
             };
-            (status, cause.as_ref(), refused.as_slice())
+            (status, cause.as_ref())
         }
     };
-    let incompatible = matches!(error, IncomingError::Refused(_)) || !reasons.is_empty();
     MigrationInfo {
         guest: (status == MigrationStatus::NotStarted).then_some(ArrivedGuest::NotStarted),
         incompatible,
         error: (status != MigrationStatus::Rehearsed || incompatible || !left_undone.is_empty())
             .then(|| error_chain(error)),
-        reasons: reasons.to_vec(),
+        reasons,
         left_undone,
         ..failed_in(failure, at_end(vm, status))
     }
@@ -450,7 +454,10 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
 
 /// A rehearsal that came to its end.
 pub(super) fn rehearsed(vm: &RunningVm, found: Rehearsal) -> MigrationInfo {
+    let reasons = found.reasons();
     MigrationInfo {
+        incompatible: !reasons.is_empty(),
+        reasons,
         total_ms: milliseconds(found.total),
         expected_downtime_ms: found.predicted_downtime.map(milliseconds),
         error: found.left_undone.as_ref().map(|failure: &Failure| failure.to_string()),

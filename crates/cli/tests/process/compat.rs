@@ -466,6 +466,7 @@ fn a_limit_that_cannot_be_met_is_told_alike_by_a_rehearsal_and_a_migration() {
     let (exit, found) = json_of(&[base.as_slice(), &limits].concat());
     assert_eq!((exit, found["verdict"].as_str()), (3, Some("no")), "{found}");
     assert!(codes(&found).contains(&"rehearsal-obstacle"), "{found}");
+    assert_one_verdict(&source, &destination, &["rehearsal-obstacle"], true);
     let address = destination.incoming();
     let base = ["migrate", "--control", text(&source.control), &address];
     let (exit, ended) = json_of(&[base.as_slice(), &limits].concat());
@@ -476,6 +477,7 @@ fn a_limit_that_cannot_be_met_is_told_alike_by_a_rehearsal_and_a_migration() {
         "{ended}"
     );
     assert!(codes(migration).contains(&"rehearsal-obstacle"), "{ended}");
+    assert_one_verdict(&source, &destination, &["rehearsal-obstacle"], true);
     // What needs most of it is measured, and may be another thing each time.
     for reasons in [&found["reasons"], &migration["reasons"]] {
         let mut reasons = reasons.as_array().unwrap().iter();
@@ -487,6 +489,40 @@ fn a_limit_that_cannot_be_met_is_told_alike_by_a_rehearsal_and_a_migration() {
         );
     }
     source.assert_whole();
+}
+
+/// Both sides tell of the last attempt why not, by these reasons, and whether another comes to the same.
+fn assert_one_verdict(source: &Vm, destination: &Vm, expected: &[&str], incompatible: bool) {
+    let of = |side: &Vm| side.query("query")["last"].take();
+    let ours = of(source);
+    let theirs =
+        until("the other side's end", || Some(of(destination)).filter(|it| it["attempt"] == ours["attempt"]));
+    for told in [&ours, &theirs] {
+        assert_eq!((codes(told), &told["incompatible"]), (expected.to_vec(), &json!(incompatible)), "{told}");
+    }
+    for told in ["status", "reasons"] {
+        assert_eq!(ours[told], theirs[told], "{told}: {ours} {theirs}");
+    }
+}
+
+/// A device that fails as it is tried, on whichever side: one list.
+#[test]
+fn a_device_that_failed_is_told_alike_by_both_sides() {
+    for fault in ["fail-arc:RUNNING:PRE_COPY:EIO", "fail-arc:STOP:RESUMING:EIO"] {
+        let dir = tempfile::tempdir().unwrap();
+        let device_arguments = &["--state-size", "4M", "--fault", fault];
+        let setup = |name| Setup { vm_arguments: UUID, device_arguments, ..Setup::new(dir.path(), name) };
+        let source = setup("a").start();
+        source.warm();
+        let incoming = [UUID, &["--incoming", "tcp:127.0.0.1:0"]].concat();
+        let there = Setup { vm_arguments: &incoming, ..setup("b") }.start();
+        source.call("rehearse", json!({"uri": there.incoming(), "downtime-limit": 60_000})).unwrap();
+        assert_eq!(source.ended()["status"], "rehearsed", "{fault}: {}", source.migration());
+        assert_one_verdict(&source, &there, &["device-failed"], true);
+        let info = source.migrate(&there.incoming(), json!({}));
+        assert_eq!(info["status"], "failed", "{fault}: {info}");
+        assert_one_verdict(&source, &there, &["device-failed"], false);
+    }
 }
 
 #[test]

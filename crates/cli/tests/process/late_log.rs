@@ -62,6 +62,28 @@ fn late_with_its_log(late: u32) {
     assert!(log.chunks(2).all(|pair| pair == [proxy::LOGGING_START, proxy::LOGGING_STOP]), "{log:?}");
 }
 
+/// What a rehearsal found stands, and both sides say so, though the log it leaves behind is not stopped yet.
+#[test]
+fn a_rehearsal_whose_log_is_late_to_stop_has_its_findings() {
+    let dir = tempfile::tempdir().unwrap();
+    let stops = AtomicU32::new(0);
+    let vm = behind(dir.path(), "", move |command, body| {
+        let stops = || stops.fetch_add(1, Ordering::AcqRel);
+        let is_late = proxy::feature(command, body) == Some(proxy::LOGGING_STOP) && stops() == 1;
+        if is_late { Act::Late(Duration::from_secs(14)) } else { Act::Pass }
+    });
+    vm.warm();
+    let there = receiver(dir.path());
+    vm.call("rehearse", json!({"uri": there.incoming(), "downtime-limit": 60_000})).unwrap();
+    let info = vm.ended();
+    assert_eq!((&info["status"], &info["incompatible"]), (&json!("rehearsed"), &json!(false)), "{info}");
+    assert_eq!(info["rehearsal"]["verdict"], "live", "{info}");
+    assert_eq!(info["left-undone"][0]["device"], "dev0", "{info}");
+    assert_eq!(vm.info()["pending-rollback"][0]["device"], "dev0");
+    until("the other side's end", || (there.migration()["status"] == "rehearsed").then_some(()));
+    until("the log to be stopped", || vm.info()["pending-rollback"].is_null().then_some(()));
+}
+
 /// A log that a session leaves behind is stopped when its server answers: until then, the session is being undone.
 #[test]
 fn a_log_whose_stop_is_late_at_the_end_of_a_session_is_being_undone_until_it_is_stopped() {

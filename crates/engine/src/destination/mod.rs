@@ -117,8 +117,14 @@ impl DestinationEngine {
                 self.on_peer_in_rollback(&message);
             }
             (_, Message::Abort(cause)) => self.aborted_by_source(cause, now),
+            (_, Message::LimitsUnmet(cause)) => {
+                self.rollback.limits_unmet = true;
+                self.aborted_by_source(cause, now);
+            }
             (State::AwaitingHello, Message::Hello(hello)) => self.on_hello(&hello, now),
-            (_, Message::EndRehearsal) if self.is_rehearsal() => self.on_end_rehearsal(now),
+            (_, Message::EndRehearsal { obstacle }) if self.is_rehearsal() => {
+                self.on_end_rehearsal(obstacle, now);
+            }
             (State::AwaitingOffer, Message::Offer(offer)) => self.on_offer(offer),
             (State::AwaitingBegin, Message::Refuse(reasons)) => self.refused_by_source(reasons, now),
             (State::AwaitingBegin, Message::Begin { lease }) if !self.only_asks() => {

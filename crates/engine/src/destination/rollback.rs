@@ -241,7 +241,7 @@ impl DestinationEngine {
     /// On the way back the source's words change nothing, but a COMMIT needs its answer.
     pub(super) fn on_peer_in_rollback(&mut self, message: &Message) {
         match message {
-            Message::Abort(_) => {
+            Message::Abort(_) | Message::LimitsUnmet(_) => {
                 self.rollback.source_gave_up = true;
                 if self.state == State::Lingering {
                     self.finish_aborted();
@@ -264,12 +264,14 @@ impl DestinationEngine {
         }
         match self.rollback.refused.take() {
             Some(reasons) => self.finish(DestinationOutcome::Refused(reasons)),
+            None if self.rollback.limits_unmet => self.finish(DestinationOutcome::LimitsUnmet(self.cause())),
             None if self.rollback.cancelled => self.finish(DestinationOutcome::Cancelled(self.cause())),
             None => self.finish(DestinationOutcome::Aborted(self.cause())),
         }
     }
 
-    pub(super) fn on_end_rehearsal(&mut self, now: Time) {
+    pub(super) fn on_end_rehearsal(&mut self, obstacle: Option<Failure>, now: Time) {
+        self.rollback.obstacle = obstacle;
         self.timer = None;
         self.rollback.rehearsed = true;
         self.rollback.source_gave_up = true;
@@ -280,7 +282,8 @@ impl DestinationEngine {
     fn finish_rehearsed(&mut self) {
         let left_undone = self.rollback.cause.take();
         self.send(Message::Rehearsed { left_undone: left_undone.clone() });
-        self.finish(DestinationOutcome::Rehearsed(left_undone));
+        let obstacle = self.rollback.obstacle.take();
+        self.finish(DestinationOutcome::Rehearsed { obstacle, left_undone });
     }
 
     fn linger_or_finish(&mut self, now: Time) {

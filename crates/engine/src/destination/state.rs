@@ -130,6 +130,10 @@ pub(super) struct DestinationRollback {
     /// It was being given up already when the operator did.
     pub(super) cancelled_late: bool,
     pub(super) refused: Option<Vec<Reason>>,
+    /// The source has found that its limits cannot be met.
+    pub(super) limits_unmet: bool,
+    /// The same of a rehearsal.
+    pub(super) obstacle: Option<Failure>,
     /// The rehearsal has come to its end.
     pub(super) rehearsed: bool,
     /// RESERVE was asked for: there may be something to release.

@@ -296,7 +296,7 @@ impl SourceEngine {
             (
                 State::RollingBack | State::JournalOwner | State::Undoing,
                 SourceEvent::RollBackLate { left_undone, restored },
-            ) => self.on_rollback_late(left_undone, restored),
+            ) => self.on_rollback_late(left_undone, restored, now),
             (State::Undoing, SourceEvent::RolledBack { reset, not_reset, locks_lost, restored }) => {
                 self.on_undone(reset, &not_reset, locks_lost, restored, now);
             }

@@ -18,13 +18,9 @@ impl SourceEngine {
         if self.config.rehearse.is_some() {
             self.end_rehearsal(Some(cause), now);
         } else {
-            self.abort(cause, AbortNotice::Send);
             // Later the guest has been paused for it, which another attempt may do faster.
-            if self.phase == Phase::Iterate
-                && let Some(rollback) = &mut self.rollback
-            {
-                rollback.outcome.obstacle = true;
-            }
+            let unmet = self.phase == Phase::Iterate;
+            self.abort(cause, if unmet { AbortNotice::SendUnmet } else { AbortNotice::Send });
         }
     }
 
@@ -44,7 +40,8 @@ impl SourceEngine {
             left_undone: None,
             phases: self.phases.clone(),
         };
-        self.send(Message::EndRehearsal);
+        let obstacle = self.rehearsal.result.obstacle.clone();
+        self.send(Message::EndRehearsal { obstacle });
         if self.config.rehearse == Some(Rehearse::Ask) {
             return self.await_rehearsed(now);
         }
@@ -101,7 +98,7 @@ impl SourceEngine {
 
     pub(super) fn on_rehearsed(&mut self, left_undone: Option<Failure>) {
         let mut result = std::mem::take(&mut self.rehearsal.result);
-        result.left_undone = left_undone;
+        result.left_undone = self.rehearsal.late.take().or(left_undone);
         self.finish(SourceOutcome::Rehearsed(Box::new(result)));
     }
 

@@ -18,14 +18,16 @@ impl SourceEngine {
 
     /// Undoes what was done, and no more.
     pub(super) fn roll_back(&mut self, cause: Failure, notice: AbortNotice) {
-        if notice != AbortNotice::Omit {
-            self.send(Message::Abort(cause.clone()));
+        match notice {
+            AbortNotice::Send | AbortNotice::SendCancelled => self.send(Message::Abort(cause.clone())),
+            AbortNotice::SendUnmet => self.send(Message::LimitsUnmet(cause.clone())),
+            AbortNotice::Omit => {}
         }
         self.timer = None;
         let outcome = Abort {
             cause,
             cancelled: notice == AbortNotice::SendCancelled,
-            obstacle: false,
+            obstacle: notice == AbortNotice::SendUnmet,
             reset: Vec::new(),
             lost: Vec::new(),
             locks_lost: Vec::new(),
@@ -139,7 +141,7 @@ impl SourceEngine {
     }
 
     /// Something does not answer, and nobody waits for it: what is left to be undone is the session's, behind this end.
-    pub(super) fn on_rollback_late(&mut self, left_undone: Vec<Failure>, restored: bool) {
+    pub(super) fn on_rollback_late(&mut self, left_undone: Vec<Failure>, restored: bool, now: Time) {
         if let Some(rollback) = &mut self.rollback {
             rollback.outcome.left_undone = left_undone;
             // A rollback that has ended, and whose journal is late, knows.
@@ -151,6 +153,10 @@ impl SourceEngine {
             if self.state != State::Done {
                 self.finish_aborted();
             }
+        } else if restored && self.rehearsal.cancelled.is_none() {
+            // What was found stands, whatever is late to be undone.
+            self.rehearsal.late = left_undone.into_iter().next();
+            self.await_rehearsed(now);
         } else {
             let text = "the rehearsal could not be undone by its end";
             let remedy = "what is left is undone when what does not answer does";

@@ -183,6 +183,8 @@ pub(super) struct RehearsalState {
     pub(super) cancelled: Option<Failure>,
     /// REHEARSED, if it came before this side was undone: what the destination could not release.
     pub(super) rehearsed: Option<Option<Failure>>,
+    /// What this side could not undo by its end, since it was late.
+    pub(super) late: Option<Failure>,
 }
 
 /// ABORT to the destination: due, or not to be sent.
@@ -191,6 +193,8 @@ pub(super) enum AbortNotice {
     Send,
     /// Said, and the operator wanted it.
     SendCancelled,
+    /// LIMITS_UNMET in its place.
+    SendUnmet,
     /// Not sent: the destination knows, or cannot be reached.
     Omit,
 }

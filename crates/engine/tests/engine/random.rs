@@ -77,7 +77,7 @@ fn message() -> impl Strategy<Value = Message> {
         Just(Message::Accept(Accept::default())),
         Just(Message::Refuse(vec![])),
         Just(Message::Begin { lease: [5; 16] }),
-        Just(Message::EndRehearsal),
+        Just(Message::EndRehearsal { obstacle: None }),
         prop::option::of(Just(error())).prop_map(|left_undone| Message::Rehearsed { left_undone }),
         Just(Message::Begun),
         (0u16..4, small.clone()).prop_map(|(device, generation)| Message::InitialSent { device, generation }),
@@ -203,7 +203,7 @@ fn helpful_source(action: &SourceAction) -> Vec<SourceEvent> {
         }
         SourceAction::Send(Message::Offer(_)) => peer(Message::Accept(Accept::default())),
         SourceAction::Judge(_) => vec![SourceEvent::Judged],
-        SourceAction::Send(Message::EndRehearsal) => peer(Message::Rehearsed { left_undone: None }),
+        SourceAction::Send(Message::EndRehearsal { .. }) => peer(Message::Rehearsed { left_undone: None }),
         SourceAction::Send(Message::Begin { .. }) => peer(Message::Begun),
         SourceAction::Send(Message::FinalEnd(_)) => peer(Message::Ready(ready(1))),
         SourceAction::Send(Message::Commit(_)) | SourceAction::AskAgain => {

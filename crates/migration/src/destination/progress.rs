@@ -91,9 +91,10 @@ pub(super) fn into_result(
         DestinationOutcome::Aborted(cause) if rehearsal => {
             rehearsed(RehearsedHere { cause: Some(cause), ..RehearsedHere::default() })
         }
-        DestinationOutcome::Rehearsed(left_undone) => {
-            rehearsed(RehearsedHere { left_undone, ..RehearsedHere::default() })
+        DestinationOutcome::Rehearsed { obstacle, left_undone } => {
+            rehearsed(RehearsedHere { obstacle, left_undone, ..RehearsedHere::default() })
         }
+        DestinationOutcome::LimitsUnmet(cause) => Err(IncomingError::LimitsUnmet(cause)),
         DestinationOutcome::Refused(reasons) => Err(IncomingError::Refused(reasons::from_wire(reasons))),
         DestinationOutcome::Aborted(cause) => Err(IncomingError::Aborted(cause)),
         DestinationOutcome::Cancelled(cause) => Err(IncomingError::Cancelled(cause)),

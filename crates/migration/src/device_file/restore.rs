@@ -84,6 +84,7 @@ fn failed(device: &dyn Device, control: &DeviceControl, error: IncomingError) ->
         IncomingError::NotBegun(failure)
         | IncomingError::Aborted(failure)
         | IncomingError::GaveWay(failure)
+        | IncomingError::LimitsUnmet(failure)
         | IncomingError::Cancelled(failure) => DeviceFileError::Failed { failure: failure.into(), fate },
         IncomingError::Rehearsed(_) => {
             let failure = Failure::new(

@@ -180,7 +180,7 @@ fn listen(
                 }
                 return Ok(recorded);
             }
-            Message::Abort(_) => return Err(Unrecorded::Ended),
+            Message::Abort(_) | Message::LimitsUnmet(_) => return Err(Unrecorded::Ended),
             other => return Err(SnapshotError::Content(format!("{other:?} came")).into()),
         }
     }

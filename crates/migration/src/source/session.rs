@@ -209,7 +209,7 @@ impl Session<'_> {
                     self.note_reason();
                     self.interrupt(self.submitted);
                 }
-                SourceAction::Send(message @ Message::Abort(_)) => {
+                SourceAction::Send(message @ (Message::Abort(_) | Message::LimitsUnmet(_))) => {
                     self.abort = Some(message.clone());
                     self.interrupt(self.submitted + 1);
                 }

@@ -153,7 +153,7 @@ impl Worker {
     fn job(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
         Ok(Some(match job {
             SourceAction::Send(message) => {
-                let abort = matches!(message, Message::Abort(_));
+                let abort = matches!(message, Message::Abort(_) | Message::LimitsUnmet(_));
                 if !abort || self.shared.abort.take() {
                     self.send(&message)?;
                 }

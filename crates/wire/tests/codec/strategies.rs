@@ -52,7 +52,9 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         offer.prop_map(|(names, manifest)| Message::Offer(Offer { names, manifest })),
         accept,
         bytes16().prop_map(|lease| Message::Begin { lease }),
-        select([Message::Begun, Message::LocksFree, Message::EndRehearsal]),
+        select([Message::Begun, Message::LocksFree]),
+        option::of(peer_error()).prop_map(|obstacle| Message::EndRehearsal { obstacle }),
+        peer_error().prop_map(Message::LimitsUnmet),
         option::of(peer_error()).prop_map(|left_undone| Message::Rehearsed { left_undone }),
         (device(), any::<u32>()).prop_map(|(device, generation)| Message::InitialSent { device, generation }),
         (device(), any::<u32>())
