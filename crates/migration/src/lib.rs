@@ -167,7 +167,7 @@ mod unix_peer;
 mod uri;
 mod waiting_sources;
 
-pub use changeable::refuse_changeable;
+pub use changeable::{refuse_changeable, refuse_changeable_folder};
 pub use channel::connect::needs_security;
 pub use control::{Control, IncomingControl, NotReady, PendingRollback};
 pub use destination::Destination;

@@ -56,6 +56,18 @@ pub enum FileError {
         /// Its permission bits.
         mode: u32,
     },
+    /// Another user may change what is read there.
+    #[error(
+        "{path} belongs to user {owner}, who may change it: it has to be root's or of user {user}, whom this process runs as (chown)"
+    )]
+    OfAnother {
+        /// The file, or a folder or symbolic link on the way to it.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Whom this process runs as.
+        user: u32,
+    },
     /// A symbolic link to nothing.
     #[error("{0} is a symbolic link to a file that does not exist; name the file itself")]
     Dangling(PathBuf),

@@ -1,6 +1,6 @@
 //! `doctor`: whether the host can migrate VFIO devices, check by check, with what would fix each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::path::Path;
 
@@ -121,6 +121,9 @@ fn tls_creds(options: &DoctorCommand) -> Option<HostCheck> {
         wrong.push(format!("{}: {text}", name.display()));
         remedies.push(remedy.clone());
     }
+    // A folder is wrong for each file in it.
+    let mut told = BTreeSet::new();
+    wrong.retain(|text| told.insert(text.clone()));
     let own = [(TlsRole::Server, &examined.server), (TlsRole::Client, &examined.client)];
     let until = own.into_iter().filter_map(|(role, own)| match own {
         Some(Ok(own)) => Some(format!("{} expires at {}", role.certificate_file(), rfc3339(own.not_after))),

@@ -165,6 +165,13 @@ fn a_file_that_this_user_may_not_read_is_told_as_that() {
     let fix = check["fix"].as_str().unwrap();
     assert!(fix.contains(&format!("chown 54001 {}", host.join("server-key.pem").display())), "{check}");
     assert!(!fix.contains("--force"), "{check}");
+    // What another owns, root has to be given too.
+    std::os::unix::fs::chown(&host, Some(54001), None).unwrap();
+    let (check, shown) = examined(&host, &[]);
+    assert!(!shown);
+    assert_eq!(check["fix"], format!("chown 0 {}", host.display()));
+    let found = check["found"].as_str().unwrap();
+    assert_eq!(found.matches("belongs to user 54001").count(), 1, "{check}");
 }
 
 #[test]

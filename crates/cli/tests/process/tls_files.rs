@@ -8,6 +8,7 @@ use std::path::Path;
 
 use serde_json::json;
 
+use crate::other_users::{Place, STRANGER};
 use crate::support::{control, fails, run, until};
 use crate::tls::{Pki, done, pki, receiver, source, words};
 
@@ -30,11 +31,9 @@ fn a_key_of_a_ca_that_others_may_read_issues_and_revokes_nothing() {
     for loose in [0o666, 0o640, 0o604, 0o660] {
         mode(&key, loose);
         for verb in [&host[..], &["tls", "revoke", "--ca", words(&ca)]] {
-            let says = if loose == 0o666 {
-                "ca-key.pem may be changed by anybody (mode 0666): chmod o-w it".to_owned()
-            } else {
-                format!("ca-key.pem may be read or changed by others than its owner (mode {loose:04o})")
-            };
+            let says = format!(
+                "ca-key.pem may be read or changed by others than its owner (mode {loose:04o}): chmod 600 it"
+            );
             fails(verb, 1, &says);
         }
         assert!(!new.exists(), "{loose:o}");
@@ -80,13 +79,56 @@ fn a_key_that_is_lent_to_a_group_of_others_is_refused() {
     }
     let key = b.join("server-key.pem");
     mode(&key, 0o640);
-    for (owner, group, usable) in [(54001, 12345, false), (54001, 0, true), (0, 12345, false)] {
+    let loose = "server-key.pem may be read or changed by others than its owner (mode 0640)";
+    for (owner, group, says) in
+        [(54001, 12345, loose), (54001, 0, "server-key.pem belongs to user 54001"), (0, 12345, loose)]
+    {
         chown(&key, Some(owner), Some(group)).unwrap();
-        let (all, text) = shown(&b);
-        assert_eq!(all, usable, "{owner}:{group}: {text}");
-        let says = "server-key.pem may be read or changed by others than its owner (mode 0640)";
-        assert_eq!(text.contains(says), !usable, "{text}");
+        let (usable, text) = shown(&b);
+        assert!(!usable && text.contains(says), "{owner}:{group}: {text}");
     }
+    // Root's may be lent to a group of ours.
+    let Some(place) = Place::of_others() else { return };
+    let host = place.path().join("host");
+    done(&["tls", "host", "host-c", "--ca", words(&dir.path().join("ca")), "--output", words(&host)]);
+    mode(&host, 0o755);
+    for (group, usable) in [(54001, true), (12345, false)] {
+        for file in std::fs::read_dir(&host).unwrap().map(|file| file.unwrap().path()) {
+            chown(&file, Some(0), Some(group)).unwrap();
+            mode(&file, 0o640);
+        }
+        let output = place.run(STRANGER, &["tls", "show", words(&host)]);
+        assert_eq!(output.status.success(), usable, "{}", String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+/// The whole way up: whoever may write to a folder puts another in the place of what is in it.
+#[test]
+fn a_folder_above_that_anybody_may_change_is_not_trusted() {
+    let dir = tempfile::tempdir().unwrap();
+    let above = dir.path().join("above");
+    let Pki { ca, b, .. } = pki(&above);
+    let says = format!("{} may be changed by anybody (mode 0777): chmod o-w it", above.display());
+    let new = above.join("new");
+    mode(&above, 0o777);
+    let (usable, text) = shown(&b);
+    assert!(!usable && text.contains(&says), "{text}");
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&b, &link).unwrap();
+    let receives = ["vm", "--software", "--incoming", "tcp:127.0.0.1:0", "--tls-creds", words(&link)];
+    fails(&receives, 1, &says);
+    // Nothing is made there either.
+    fails(&["tls", "init", words(&new)], 1, &says);
+    fails(&["tls", "init", words(&above)], 1, &says);
+    let safe = dir.path().join("safe");
+    std::fs::rename(&ca, &safe).unwrap();
+    let host = ["tls", "host", "host-c", "--ca", words(&safe), "--output"];
+    fails(&[&host[..], &[words(&new)]].concat(), 1, &says);
+    assert!(!new.exists());
+    // In one as /tmp what is ours stays ours.
+    mode(&above, 0o1777);
+    assert!(shown(&b).0);
+    done(&[&host[..], &[words(&new)]].concat());
 }
 
 #[test]

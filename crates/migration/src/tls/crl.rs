@@ -148,7 +148,7 @@ fn signed_lists(directory: &Path) -> Result<Revocations, TlsError> {
         Err(TlsError::Open(error)) if is_missing(&error) && path.symlink_metadata().is_err() => {
             return Ok(Revocations::default());
         }
-        file => file?.bytes,
+        file => file?,
     };
     let wrong = |(what, remedy)| TlsError::Content { path: path.clone(), what, remedy };
     let content = |what: String| wrong((what, TlsRemedy::NewList));

@@ -1,5 +1,6 @@
 //! Keys and certificates in a directory, in the layout that QEMU and libvirt use for migration.
 
+use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -65,7 +66,7 @@ pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, 
 }
 
 fn at_most(most: usize, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let text = read(path)?.bytes;
+    let text = read(path)?;
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).take(most + 1).collect();
     match all {
         Ok(all) if all.len() > most => Err(content(path, &format!("holds more than {most} certificates"))),
@@ -79,11 +80,13 @@ fn at_most(most: usize, path: &Path) -> Result<Vec<CertificateDer<'static>>, Tls
 /// # Errors
 /// It cannot be read, or others may read or change it.
 pub fn private_key_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, TlsError> {
-    let file = read(path)?;
-    if is_loose(file.mode, file.owner, file.group, &Us::now()) {
-        return Err(TlsError::LooseKey { path: path.into(), mode: file.mode & 0o7777 });
+    let file = open(path)?;
+    let found = file.metadata().map_err(not_read(path))?;
+    // First: a key has a mode that is told.
+    if is_loose(found.mode(), found.uid(), found.gid(), &Us::now()) {
+        return Err(TlsError::LooseKey { path: path.into(), mode: found.mode() & 0o7777 });
     }
-    Ok(file.bytes)
+    contents(path, file)
 }
 
 fn private_key(path: &Path) -> Result<Zeroizing<PrivateKeyDer<'static>>, TlsError> {
@@ -109,28 +112,31 @@ fn flawed(path: &Path, flaw: &CertificateFlaw) -> TlsError {
     TlsError::Content { path: path.into(), what: flaw.to_string(), remedy }
 }
 
-/// What a file holds, which may be a secret, and whose it is.
-pub(crate) struct Contents {
-    pub(crate) bytes: Zeroizing<Vec<u8>>,
-    mode: u32,
-    owner: u32,
-    group: u32,
+/// Reads a regular file, whole: it may be a secret.
+pub(crate) fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, TlsError> {
+    contents(path, open(path)?)
 }
 
-/// Reads a regular file, whole, with the permissions of the very file that was read.
-pub(crate) fn read(path: &Path) -> Result<Contents, TlsError> {
-    let file = open_regular(path).map_err(|source| TlsError::Open(Arc::new(source)))?;
+fn open(path: &Path) -> Result<File, TlsError> {
+    open_regular(path).map_err(|source| TlsError::Open(Arc::new(source)))
+}
+
+fn not_read(path: &Path) -> impl Fn(std::io::Error) -> TlsError {
+    move |source| TlsError::File { path: path.into(), source: Arc::new(source) }
+}
+
+/// What a file holds that nobody may change who is not meant to.
+fn contents(path: &Path, file: File) -> Result<Zeroizing<Vec<u8>>, TlsError> {
     refuse_changeable(path, &file).map_err(|source| TlsError::Open(Arc::new(source)))?;
-    let failed = |source| TlsError::File { path: path.into(), source: Arc::new(source) };
-    let found = file.metadata().map_err(failed)?;
     // In one piece: what a growing vector leaves behind is not wiped.
-    let room = usize::try_from(found.len().min(LONGEST)).unwrap_or(0) + 1;
+    let length = file.metadata().map_err(not_read(path))?.len();
+    let room = usize::try_from(length.min(LONGEST)).unwrap_or(0) + 1;
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));
-    file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
+    file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(not_read(path))?;
     if bytes.len() as u64 > LONGEST {
         return Err(content(path, &format!("is longer than {LONGEST} bytes")));
     }
-    Ok(Contents { bytes, mode: found.mode(), owner: found.uid(), group: found.gid() })
+    Ok(bytes)
 }
 
 /// Whether others than those whom its owner meant may read or change a key: anybody but the owner; where the owner is another

@@ -25,6 +25,8 @@ pub enum TlsRemedy {
     OwnerAlone(PathBuf),
     /// A file or folder that not everybody may write to.
     NotByOthers(PathBuf),
+    /// A file or folder of root, or of the user that this process runs as.
+    Owner(PathBuf),
     /// A file that this process may read.
     Readable(PathBuf),
     /// The folder, which is not there.
@@ -49,6 +51,7 @@ impl TlsRemedy {
     pub(crate) fn of_file(error: &FileError) -> Self {
         match error {
             FileError::Changeable { path, .. } => Self::NotByOthers(path.clone()),
+            FileError::OfAnother { path, .. } => Self::Owner(path.clone()),
             FileError::System { path, source, .. } => match source.kind() {
                 ErrorKind::PermissionDenied => Self::Readable(path.clone()),
                 ErrorKind::NotFound | ErrorKind::NotADirectory => match path.parent() {

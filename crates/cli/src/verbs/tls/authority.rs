@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use rcgen::{Issuer, KeyPair, PublicKeyData};
 use vfio_migration::{
     AtomicFile, CA_FILE, CRL_FILE, FileError, Pin, TlsError, open_regular_to_append, private_key_file,
-    revocation_lists, trusted_authorities,
+    refuse_changeable_folder, revocation_lists, trusted_authorities,
 };
 use vfio_migration_types::{error_chain, rfc3339};
 
@@ -105,6 +105,9 @@ pub(super) fn date(time: SystemTime) -> (i32, u8, u8) {
 
 pub(super) fn make_folder(dir: &Path) -> Result<(), CliError> {
     use std::os::unix::fs::DirBuilderExt;
+    // Whoever may write there puts his own in the place of what is made.
+    let unsafe_there = |error| CliError::caused("nothing is made", &error);
+    refuse_changeable_folder(dir).map_err(unsafe_there)?;
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true).mode(0o700);
     builder

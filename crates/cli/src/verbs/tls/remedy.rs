@@ -6,7 +6,7 @@ use vfio_migration::TlsRemedy;
 
 /// What to do, for the operator of this host.
 pub(crate) fn fix(remedy: &TlsRemedy, dir: &Path) -> String {
-    let shown = dir.display();
+    let (shown, user) = (dir.display(), rustix::process::geteuid().as_raw());
     match remedy {
         TlsRemedy::NewAuthority => {
             "vfio-migrate tls init NEW-CA, and for every host vfio-migrate tls host NAME --ca NEW-CA".into()
@@ -21,8 +21,8 @@ pub(crate) fn fix(remedy: &TlsRemedy, dir: &Path) -> String {
         TlsRemedy::NewList => "vfio-migrate tls revoke --ca ca, and copy its ca-crl.pem here".into(),
         TlsRemedy::OwnerAlone(path) => format!("chmod 600 {}", path.display()),
         TlsRemedy::NotByOthers(path) => format!("chmod o-w {}", path.display()),
+        TlsRemedy::Owner(path) => format!("chown {user} {}", path.display()),
         TlsRemedy::Readable(path) => {
-            let user = rustix::process::geteuid().as_raw();
             format!("chown {user} {}, in folders that user {user} may enter", path.display())
         }
         TlsRemedy::Folder(folder) => {
