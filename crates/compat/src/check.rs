@@ -84,6 +84,16 @@ pub fn check_left_behind(device: &DeviceManifest, policy: &Policy) -> Option<Rea
     findings.reasons.pop()
 }
 
+/// The reason against moving guest RAM to a part of which nobody logs the writes, as `text` says; those of `device`, or of the
+/// VMM itself.
+pub fn check_uncovered(device: Option<&DeviceManifest>, text: String, policy: &Policy) -> Option<Reason> {
+    let mut findings = Findings::new(policy);
+    let (field, none) = ("dirty".to_owned(), Value::Null);
+    let found = Found { field, source: none.clone(), destination: none, text };
+    findings.add(&codes::DIRTY_UNCOVERED, device, found);
+    findings.reasons.pop()
+}
+
 /// Whether the state of `source` can go to `destination`, and every reason. Names are of no matter.
 pub fn check_devices(source: &DeviceManifest, destination: &DeviceManifest, policy: &Policy) -> Report {
     let mut findings = Findings::new(policy);

@@ -76,6 +76,8 @@ pub enum SessionCode {
     StateDir,
     /// `machine`: the VMM cannot build the machine, or has a reason of its own to refuse it.
     Machine,
+    /// `dirty-uncovered`: writes to a part of RAM that nobody logs.
+    DirtyUncovered,
     /// `pci-left-behind`: the VMM's PCI functions that are no VFIO devices do not move.
     PciLeftBehind,
     /// `device-failed`: a device could not do what was tried with it.
@@ -91,7 +93,7 @@ pub enum SessionCode {
 }
 
 impl SessionCode {
-    const ALL: [Self; 21] = [
+    const ALL: [Self; 22] = [
         Self::Manifest,
         Self::ProtocolVersion,
         Self::NoExpectation,
@@ -107,6 +109,7 @@ impl SessionCode {
         Self::Ownership,
         Self::StateDir,
         Self::Machine,
+        Self::DirtyUncovered,
         Self::PciLeftBehind,
         Self::DeviceFailed,
         Self::DeviceMissing,
@@ -142,6 +145,7 @@ impl SessionCode {
             Self::Ownership => &OWNERSHIP,
             Self::StateDir => &STATE_DIR,
             Self::Machine => &MACHINE,
+            Self::DirtyUncovered => &DIRTY_UNCOVERED,
             Self::PciLeftBehind => &PCI_LEFT_BEHIND,
             Self::DeviceFailed => &DEVICE_FAILED,
             Self::DeviceMissing => &DEVICE_MISSING,
@@ -578,6 +582,10 @@ table! {
         "The destination cannot build the machine.",
         "A device that is in use, too little memory, or no KVM.",
         "Look at the sentence of the reason.";
+    DIRTY_UNCOVERED, "dirty-uncovered", SnapshotOnly, Configuration:
+        "Writes to a part of guest RAM that nobody logs: nobody would know which of its pages have changed.",
+        "A VMM whose log leaves that part out, or devices of its own in other processes that log nothing; a device for which the VMM maps RAM by itself, and does not tell what.",
+        "Log those writes, move by snapshot, or allow one full copy of that part while the guest is paused (--allow-all-dirty).";
     PCI_LEFT_BEHIND, "pci-left-behind", No, Configuration:
         "The device is a PCI function, and its VMM hands over its migration state alone.",
         "A VMM that names no PCI function with the device: config space, BARs and interrupts are in no device's own stream.",

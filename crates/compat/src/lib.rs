@@ -42,7 +42,7 @@ mod version;
 
 pub use address::{GuestPciAddress, GuestPciAddressError};
 pub use baseline::{Baseline, BaselineError, baseline, baselines};
-pub use check::{check_devices, check_left_behind, check_machines, check_source};
+pub use check::{check_devices, check_left_behind, check_machines, check_source, check_uncovered};
 pub use codes::{Explanation, SessionCode, codes, explain, session_codes};
 pub use device::{
     Capability, DeviceManifest, DirtyTracking, Driver, Extra, ManifestNote, PciIdentity, RegionManifest,

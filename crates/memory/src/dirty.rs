@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use vfio_migration_types::{Bitmap, RamOffset};
+use vfio_migration_types::{Bitmap, RamOffset, Range};
 
 use crate::error::MemoryError;
 
@@ -12,10 +12,16 @@ use crate::error::MemoryError;
 /// DMA writes, and the VMM's own writes. A page that two of them name is still one page of the union.
 ///
 /// After [`start`](Self::start) returned, no write is missed until [`stop`](Self::stop): a source that cannot keep
-/// this promise for some range must report the whole range each time.
+/// this promise for some range must report the whole range each time, or tell of it by [`coverage`](Self::coverage).
 pub trait DirtySource: fmt::Debug + Send + Sync {
     /// The source's name, for messages: `"kvm"`, `"device net0"`, `"vmm"`.
     fn name(&self) -> String;
+
+    /// The RAM in which it sees each write that is its to report. Asked before it is started and after the guest has stopped, and
+    /// answered at once, by what is known here.
+    ///
+    /// There is no answer that goes without saying: a write that nobody sees is a page that nobody sends.
+    fn coverage(&self) -> Coverage;
 
     /// Begins logging with a clean slate. Starting a source that already logs is an error.
     fn start(&self) -> Result<(), MemoryError>;
@@ -36,6 +42,52 @@ pub trait DirtySource: fmt::Debug + Send + Sync {
 
     /// Ends logging. Stopping a source that does not log succeeds, so that a rollback may always call it.
     fn stop(&self) -> Result<(), MemoryError>;
+}
+
+/// The RAM in which a [`DirtySource`] sees each write that is its to report: those of its own writers, not of others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Coverage {
+    /// It misses none, wherever in RAM.
+    All,
+    /// It misses none in these ranges, in any order, and all that its writers write elsewhere.
+    Regions {
+        /// The ranges.
+        seen: Vec<Range<RamOffset>>,
+        /// The reason for no more, in words that leave the source's name to whoever shows it.
+        why: String,
+    },
+    /// It sees none, for this reason. Such a source is neither started nor asked.
+    Nothing(String),
+}
+
+impl Coverage {
+    /// The parts of RAM, of `size` bytes, that are left out, ascending.
+    pub fn gaps(&self, size: u64) -> Vec<Range<RamOffset>> {
+        let seen: &[Range<RamOffset>] = match self {
+            Self::All => return Vec::new(),
+            Self::Regions { seen, .. } => seen,
+            Self::Nothing(_) => &[],
+        };
+        let mut seen: Vec<_> = seen.iter().map(|range| (range.start().0, range.end())).collect();
+        seen.sort_unstable();
+        let (mut gaps, mut at) = (Vec::new(), 0);
+        for (start, end) in seen.into_iter().chain([(size, size)]) {
+            let until = start.min(size);
+            if until > at {
+                gaps.extend(Range::new(RamOffset(at), until - at));
+            }
+            at = at.max(end);
+        }
+        gaps
+    }
+
+    /// The reason for the gaps; empty where there can be none.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::All => "",
+            Self::Regions { why, .. } | Self::Nothing(why) => why,
+        }
+    }
 }
 
 /// Starts every source, or none: when one fails, those started before it are stopped again.

@@ -36,7 +36,7 @@ mod scan;
 mod vm_memory;
 mod write_log;
 
-pub use dirty::{DirtySource, report_all, start_all, stop_all};
+pub use dirty::{Coverage, DirtySource, report_all, start_all, stop_all};
 pub use error::{MemoryError, RegionError};
 pub use hold::{RamHeld, RamHold};
 pub use lent::LentRegion;

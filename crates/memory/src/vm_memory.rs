@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ::vm_memory::bitmap::{AtomicBitmap, Bitmap as VmMemoryBitmap};
 use ::vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
-use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE};
+use vfio_migration_types::{Bitmap, Gpa, Granule, PAGE_SIZE, RamOffset, Range};
 
-use crate::dirty::DirtySource;
+use crate::dirty::{Coverage, DirtySource};
 use crate::error::{MemoryError, RegionError};
 use crate::lent::{LentRegion, file_page_size};
 use crate::ram::GuestRam;
@@ -148,6 +148,14 @@ fn granule(bitmap: &AtomicBitmap, len: u64) -> Option<Granule> {
 impl DirtySource for AtomicBitmapLog {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn coverage(&self) -> Coverage {
+        let regions = self.regions.iter();
+        let seen = regions.filter_map(|region| {
+            Range::new(RamOffset(region.start), region.mapping.size() as u64).ok()
+        });
+        Coverage::Regions { seen: seen.collect(), why: "its memory has no more regions than these".into() }
     }
 
     fn start(&self) -> Result<(), MemoryError> {

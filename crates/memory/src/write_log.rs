@@ -4,9 +4,9 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
-use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, RamOffset};
+use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, RamOffset, Range};
 
-use crate::dirty::DirtySource;
+use crate::dirty::{Coverage, DirtySource};
 use crate::error::MemoryError;
 
 /// A log of writes that neither the hypervisor nor a device logs: DMA_WRITE served for a device, message-only
@@ -61,6 +61,12 @@ impl WriteLog {
 impl DirtySource for WriteLog {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn coverage(&self) -> Coverage {
+        let bytes = self.pages.saturating_mul(PAGE_SIZE);
+        let seen = Range::new(RamOffset(0), bytes).into_iter().collect();
+        Coverage::Regions { seen, why: format!("it was made for {bytes:#x} bytes of RAM") }
     }
 
     fn start(&self) -> Result<(), MemoryError> {

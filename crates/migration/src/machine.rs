@@ -57,7 +57,9 @@ pub trait Machine: Send + Sync {
     fn ram(&self) -> Arc<GuestRam>;
 
     /// The VMM's own dirty sources: the hypervisor's log of vCPU writes, and a log of the VMM's own writes. The
-    /// devices' logs are taken from the devices.
+    /// devices' logs are taken from the devices. Whoever else writes RAM, and logs nothing, is a source too, whose
+    /// [`coverage`](DirtySource::coverage) is [`Nothing`](vfio_migration_memory::Coverage::Nothing): that is refused, or sent once
+    /// more while the guest is paused.
     fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>>;
 
     /// The machine's devices, in manifest order.

@@ -14,8 +14,8 @@ use vfio_migration_wire as wire;
 
 use crate::machine::MigratableDevice;
 
-/// Codes of what the source's devices cannot say of their writes.
-pub(crate) const DIRTY: [&str; 3] = ["dirty-none", "dirty-all", "unknown-dirty"];
+/// Codes of what the source, and its devices, cannot say of their writes.
+pub(crate) const DIRTY: [&str; 4] = ["dirty-none", "dirty-all", "unknown-dirty", "dirty-uncovered"];
 /// Codes of devices that may write into each other.
 pub(crate) const PEERS: [&str; 1] = ["p2p-missing"];
 

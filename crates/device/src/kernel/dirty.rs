@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vfio_migration_memory::{DirtySource, MemoryError};
+use vfio_migration_memory::{Coverage, DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, Granule, Iova, PAGE_SIZE, RamOffset, Range, error_chain};
 use vfio_migration_uapi::UapiError;
 
@@ -151,6 +151,11 @@ impl DirtySource for TrackerLog {
         self.name.clone()
     }
 
+    fn coverage(&self) -> Coverage {
+        // Whoever mapped the guest's RAM for the device did so elsewhere: nothing is known of what it writes.
+        if self.windows.knows_ram() { Coverage::All } else { Coverage::Nothing(UnknownRam.to_string()) }
+    }
+
     fn start(&self) -> Result<(), MemoryError> {
         let mut active = self.lock();
         if active.is_some() {
@@ -159,7 +164,6 @@ impl DirtySource for TrackerLog {
         }
         let mapped = self.windows.begin();
         if mapped.is_empty() && !self.windows.knows_ram() {
-            // Whoever mapped the guest's RAM for the device did so elsewhere: nothing is known of what it writes.
             return Err(self.failed("starting", UnknownRam));
         }
         let _entered = self.port.users().map(LogUsers::enter);

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::io::Errno;
-use vfio_migration_memory::{DirtySource, MemoryError};
+use vfio_migration_memory::{Coverage, DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, DeviceId, Granule, Iova, PAGE_SIZE, RamOffset, Range, error_chain};
 use vfio_user_peer::{Client, ClientError, Feature, FeatureOp, IovaRange};
 
@@ -143,7 +143,6 @@ impl Shared {
             return Err(error.into());
         }
         if !self.dma.knows_ram() {
-            // Whoever mapped the guest's RAM for the device did so elsewhere: nothing is known of what it writes.
             return Err(UnknownRam.into());
         }
         self.dma.writes.start()?;
@@ -318,6 +317,11 @@ fn stop_when_it_answers(shared: &Weak<Shared>) {
 impl DirtySource for ServerLog {
     fn name(&self) -> String {
         format!("device {}", self.0.id)
+    }
+
+    fn coverage(&self) -> Coverage {
+        // Whoever mapped the guest's RAM for the device did so elsewhere: nothing is known of what it writes.
+        if self.0.dma.knows_ram() { Coverage::All } else { Coverage::Nothing(UnknownRam.to_string()) }
     }
 
     fn start(&self) -> Result<(), MemoryError> {

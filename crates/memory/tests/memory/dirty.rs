@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use proptest::prelude::*;
-use vfio_migration_memory::{DirtySource, MemoryError, WriteLog, report_all, start_all, stop_all};
-use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, RamOffset};
+use vfio_migration_memory::{Coverage, DirtySource, MemoryError, WriteLog, report_all, start_all, stop_all};
+use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE, RamOffset, Range};
 
 const PAGES: u64 = 1000;
 const BYTES: u64 = PAGES * PAGE_SIZE;
@@ -205,6 +205,10 @@ impl DirtySource for Scripted<'_> {
         self.name.into()
     }
 
+    fn coverage(&self) -> Coverage {
+        Coverage::All
+    }
+
     fn start(&self) -> Result<(), MemoryError> {
         self.call("start")
     }
@@ -255,4 +259,26 @@ fn reports_and_stops_go_through_all_of_them() {
     assert!(matches!(&error, MemoryError::Several { errors, .. } if errors.len() == 2), "{error:?}");
     assert_eq!(calls.lock().unwrap()[3..], ["stop c", "stop b", "stop a"]);
     report_all(&[&b], &mut map).unwrap();
+}
+
+#[test]
+fn what_a_source_leaves_out_is_known() {
+    let range = |start: u64, len: u64| Range::new(RamOffset(start), len).unwrap();
+    let regions = |seen: &[(u64, u64)]| Coverage::Regions {
+        seen: seen.iter().map(|(start, len)| range(*start, *len)).collect(),
+        why: "for no reason".into(),
+    };
+    assert!(Coverage::All.gaps(0x8000).is_empty());
+    assert_eq!(Coverage::Nothing("deaf".into()).gaps(0x8000), [range(0, 0x8000)]);
+    assert_eq!(regions(&[]).gaps(0x8000), [range(0, 0x8000)]);
+    assert!(regions(&[(0x4000, 0x8000), (0, 0x4000)]).gaps(0x8000).is_empty());
+    // Unsorted, one within another, and one beyond the end.
+    let some = regions(&[(0x6000, 0x1000), (0x1000, 0x3000), (0x2000, 0x1000), (0x9000, 0x1000)]);
+    assert_eq!(some.gaps(0x8000), [range(0, 0x1000), range(0x4000, 0x2000), range(0x7000, 0x1000)]);
+    assert_eq!((some.why(), Coverage::All.why()), ("for no reason", ""));
+    // A log of the VMM's own writes sees those that it has bits for.
+    let log = WriteLog::new("vmm", 0x4000);
+    assert!(log.coverage().gaps(0x4000).is_empty());
+    assert_eq!(log.coverage().gaps(0x8000), [range(0x4000, 0x4000)]);
+    assert_eq!(WriteLog::new("vmm", 0).coverage().gaps(0x1000), [range(0, 0x1000)]);
 }

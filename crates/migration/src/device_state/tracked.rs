@@ -10,7 +10,7 @@ use vfio_migration_device::{
     Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, PciError, Position,
     PrecopyProgress, QuestionLimit, ResumingSession, SavingSession, TransitionError, is_late,
 };
-use vfio_migration_memory::{DirtySource, MemoryError};
+use vfio_migration_memory::{Coverage, DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
 
 use crate::machine::MigratableDevice;
@@ -227,6 +227,13 @@ impl DirtySource for TrackedLog {
     fn name(&self) -> String {
         let log = self.0.device.dirty_log();
         log.map_or_else(|| format!("device {}", self.0.device.id()), DirtySource::name)
+    }
+
+    fn coverage(&self) -> Coverage {
+        match self.0.device.dirty_log() {
+            Some(log) => log.coverage(),
+            None => Coverage::Nothing("the device has no log".into()),
+        }
     }
 
     fn start(&self) -> Result<(), MemoryError> {

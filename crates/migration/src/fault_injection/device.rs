@@ -10,7 +10,7 @@ use vfio_migration_device::{
     Capabilities, CapabilitiesError, Chunk, Device, DeviceError, DirtyLog, Position, PrecopyProgress,
     QuestionLimit, ResumingSession, SavingSession, TransitionError,
 };
-use vfio_migration_memory::{DirtySource, MemoryError};
+use vfio_migration_memory::{Coverage, DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, DeviceId, Granule, MigrationState, RamOffset};
 
 use crate::fault_injection::dirty::HiddenPages;
@@ -147,6 +147,13 @@ impl fmt::Debug for HidingLog {
 impl DirtySource for HidingLog {
     fn name(&self) -> String {
         self.log().map_or_else(|_| self.device.id().to_string(), |log| log.name())
+    }
+
+    fn coverage(&self) -> Coverage {
+        match self.log() {
+            Ok(log) => log.coverage(),
+            Err(error) => Coverage::Nothing(error.to_string()),
+        }
     }
 
     fn start(&self) -> Result<(), MemoryError> {

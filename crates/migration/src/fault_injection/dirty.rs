@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use vfio_migration_memory::{DirtySource, MemoryError};
+use vfio_migration_memory::{Coverage, DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, PAGE_SIZE, RamOffset};
 
 /// The pages that a report leaves out.
@@ -54,6 +54,10 @@ impl fmt::Debug for HidingSource {
 impl DirtySource for HidingSource {
     fn name(&self) -> String {
         self.source.name()
+    }
+
+    fn coverage(&self) -> Coverage {
+        self.source.coverage()
     }
 
     fn start(&self) -> Result<(), MemoryError> {

@@ -4,3 +4,4 @@ pub(crate) mod digests;
 pub(crate) mod dirty;
 pub(crate) mod receive;
 pub(crate) mod send;
+pub(crate) mod uncovered;

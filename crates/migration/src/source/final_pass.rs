@@ -24,9 +24,8 @@ impl Worker {
         // First, because reading a machine out may write its RAM (paravirtual clocks), and the last report sees that.
         let sections = self.read_machine()?;
         self.report_dirty(phase)?;
-        if self.writes_unlogged() {
-            // Nobody knows what that device wrote, so everything that has ever been written counts.
-            self.dirty.add_everything(&self.ram, phase)?;
+        // Where nobody knows what somebody wrote, everything that has ever been written counts.
+        if self.dirty.add_unseen(&self.devices, &self.ram, phase)? {
             self.counters.ram.left.store(self.dirty.left(), Ordering::Relaxed);
         }
         let pages = self.dirty.take();

@@ -11,7 +11,6 @@ use vfio_migration_wire::Message;
 
 use crate::channel::limiter::SendContext;
 use crate::ram::send::PageSender;
-use crate::session::fail::InPhase;
 use crate::session::threads::task;
 use crate::session::work_error::{self, WorkError};
 use crate::source::worker::Worker;
@@ -36,23 +35,9 @@ impl Worker {
             wire_bytes: self.link.wire_bytes() - wire_before,
             took,
             ram_left: self.dirty.left(),
-            ram_again: self.ram_again(phase)?,
+            ram_again: self.dirty.unseen(&self.devices, &self.ram, phase)?,
             devices: self.device_progress(phase)?,
         })
-    }
-
-    /// Bytes of RAM that the final pass sends whatever is dirty.
-    fn ram_again(&self, phase: Phase) -> Result<u64, WorkError> {
-        if !self.writes_unlogged() {
-            return Ok(0);
-        }
-        let extents = self.ram.data_extents().map_err(|error| error.in_phase(Side::Source, phase))?;
-        Ok(extents.iter().map(|extent| extent.len()).sum())
-    }
-
-    /// Whether a device writes RAM that nobody logs.
-    pub(super) fn writes_unlogged(&self) -> bool {
-        self.devices.iter().any(|device| device.device.dirty_log().is_none())
     }
 
     /// Adds what every dirty source saw since the last time.

@@ -19,7 +19,8 @@ use crate::machine::{Machine, MigratableDevice};
 use crate::offer::names;
 use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
-use crate::reasons::{of_source, permits};
+use crate::ram::uncovered::of_uncovered;
+use crate::reasons::{of_source, permits, with};
 use crate::rehearsal::Rehearse;
 use crate::report::{AttemptInfo, PhaseTime, Progress};
 use crate::session::abandon::{NoThread, Unanswered, answer_unless};
@@ -54,6 +55,12 @@ pub(super) struct PlannedMigration {
 }
 
 impl PlannedMigration {
+    /// Whether writes to guest RAM may go unseen: what they may have reached is sent once more in the downtime.
+    pub(super) fn may_be_unseen(&self) -> bool {
+        let judged = || self.own_reasons.iter().any(|reason| reason.code == SessionCode::DirtyUncovered.name());
+        self.options.allow_all_dirty || self.options.to_file || judged()
+    }
+
     pub(super) fn new(
         machine: Arc<dyn Machine>,
         options: SourceOptions,
@@ -107,7 +114,13 @@ impl PlannedMigration {
             let manifest = of_thread
                 .manifest()
                 .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
-            let own = of_source(&manifest, &devices, &asked.rules(), asked.device_alone);
+            let rules = asked.rules();
+            let own = of_source(&manifest, &devices, &rules, asked.device_alone);
+            let own = if asked.device_alone {
+                own
+            } else {
+                with(own, of_uncovered(&*of_thread, &manifest, &devices, &rules))
+            };
             // Who only asks is told everything at once, when the destination has been asked too.
             if rehearse != Some(Rehearse::Ask) && !permits(&own, asked.to_file) {
                 return Err(MigrateError::Refused(own.reasons));

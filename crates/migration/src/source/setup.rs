@@ -13,7 +13,8 @@ use crate::source::worker::Worker;
 
 impl Worker {
     pub(super) fn set_up(&mut self) -> Result<Vec<DeviceProgress>, WorkError> {
-        self.dirty.start(self.machine.dirty_sources(), &self.devices, &self.ram)?;
+        let allowed = self.plan.may_be_unseen();
+        self.dirty.start(self.machine.dirty_sources(), &self.devices, &self.ram, allowed)?;
         // The first pass sends all of it.
         self.counters.ram.left.store(self.dirty.left(), Ordering::Relaxed);
         let results = for_each_device_parallel(

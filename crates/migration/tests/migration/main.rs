@@ -19,4 +19,5 @@ mod threads;
 mod tls;
 mod toy;
 mod unanswered;
+mod uncovered;
 mod waits;

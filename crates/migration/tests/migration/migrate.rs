@@ -339,7 +339,7 @@ fn a_guest_that_was_to_arrive_paused_and_does_not_leave_runs_on() {
 }
 
 /// The word is heard only while the session waits for it, which it does not where the guest has just dirtied too much.
-fn continue_until_heard(control: &Control) {
+pub(crate) fn continue_until_heard(control: &Control) {
     wait_for("the switchover", || {
         control.continue_switchover();
         control.progress().phase > Phase::Iterate

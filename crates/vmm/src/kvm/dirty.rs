@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use vfio_migration_memory::{DirtySource, MemoryError};
+use vfio_migration_memory::{Coverage, DirtySource, MemoryError};
 use vfio_migration_types::{Bitmap, Granule};
 
 use super::vm::KvmVm;
@@ -57,6 +57,11 @@ impl KvmDirtyLog {
 impl DirtySource for KvmDirtyLog {
     fn name(&self) -> String {
         "kvm".to_owned()
+    }
+
+    /// All of RAM is in slots that are logged, or none.
+    fn coverage(&self) -> Coverage {
+        Coverage::All
     }
 
     fn start(&self) -> Result<(), MemoryError> {

@@ -101,6 +101,8 @@ impl Default for Plan {
 pub struct Toy {
     ram: Arc<GuestRam>,
     log: Arc<WriteLog>,
+    /// Dirty sources in place of the vCPU's log.
+    pub sources: Mutex<Option<Vec<Arc<dyn DirtySource>>>>,
     devices: Vec<Arc<FakeDevice>>,
     functions: bool,
     gate: Arc<Gate>,
@@ -157,6 +159,7 @@ impl Toy {
         Arc::new(Self {
             ram,
             log,
+            sources: Mutex::default(),
             devices,
             functions: plan.functions,
             gate,
@@ -212,6 +215,11 @@ impl Toy {
     /// The state of its first device.
     pub fn device_state(&self) -> Vec<u8> {
         self.devices.first().map(|device| device.frozen()).unwrap_or_default()
+    }
+
+    /// The log of what its vCPU writes.
+    pub fn vcpu_log(&self) -> Arc<WriteLog> {
+        self.log.clone()
     }
 
     pub fn run(&self) {
@@ -329,7 +337,7 @@ impl Machine for Toy {
     }
 
     fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> {
-        vec![self.log.clone()]
+        self.sources.lock().unwrap().clone().unwrap_or_else(|| vec![self.log.clone()])
     }
 
     fn devices(&self) -> Vec<MigratableDevice> {
