@@ -152,9 +152,8 @@ impl DirtySource for AtomicBitmapLog {
 
     fn coverage(&self) -> Coverage {
         let regions = self.regions.iter();
-        let seen = regions.filter_map(|region| {
-            Range::new(RamOffset(region.start), region.mapping.size() as u64).ok()
-        });
+        let seen = regions
+            .filter_map(|region| Range::new(RamOffset(region.start), region.mapping.size() as u64).ok());
         Coverage::Regions { seen: seen.collect(), why: "its memory has no more regions than these".into() }
     }
 

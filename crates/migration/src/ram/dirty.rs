@@ -108,7 +108,12 @@ impl DirtyPages {
     }
 
     /// Bytes of RAM that [`add_unseen`](Self::add_unseen) would add.
-    pub(crate) fn unseen(&self, devices: &[DeviceSender], ram: &GuestRam, phase: Phase) -> Result<u64, WorkError> {
+    pub(crate) fn unseen(
+        &self,
+        devices: &[DeviceSender],
+        ram: &GuestRam,
+        phase: Phase,
+    ) -> Result<u64, WorkError> {
         let unlogged = unlogged(devices);
         if !unlogged && !self.uncovered.any() {
             return Ok(0);
@@ -161,7 +166,11 @@ impl DirtyPages {
     }
 
     /// Adds what is uncovered now, and gives a sentence for each part.
-    fn look_for_uncovered(&mut self, devices: &[DeviceSender], ram: &GuestRam) -> Vec<(Option<DeviceId>, String)> {
+    fn look_for_uncovered(
+        &mut self,
+        devices: &[DeviceSender],
+        ram: &GuestRam,
+    ) -> Vec<(Option<DeviceId>, String)> {
         let mut found = Vec::new();
         for source in &self.sources {
             found.extend(gaps(&**source, ram).into_iter().map(|gap| (None, gap)));

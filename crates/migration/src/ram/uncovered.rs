@@ -22,7 +22,10 @@ pub(crate) fn gaps(source: &dyn DirtySource, ram: &GuestRam) -> Vec<Gap> {
     let (name, why) = (source.name(), coverage.why());
     let parts = gaps.iter().flat_map(|gap| parts(gap, ram));
     parts
-        .map(|(part, place)| Gap { part, text: format!("the dirty log of {name} does not see writes to {place}: {why}") })
+        .map(|(part, place)| Gap {
+            part,
+            text: format!("the dirty log of {name} does not see writes to {place}: {why}"),
+        })
         .collect()
 }
 
@@ -35,19 +38,25 @@ pub(crate) fn of_uncovered(
 ) -> Vec<Reason> {
     let (ram, sources) = (machine.ram(), machine.dirty_sources());
     let mut reasons = Vec::new();
-    if sources.is_empty() && let Ok(all) = Range::new(RamOffset(0), ram.size()) {
+    if sources.is_empty()
+        && let Ok(all) = Range::new(RamOffset(0), ram.size())
+    {
         for (_, place) in parts(&all, &ram) {
             let text = format!("no dirty log sees writes to {place}: the VMM names none");
             reasons.extend(check_uncovered(None, text, policy));
         }
     }
     for source in &sources {
-        reasons.extend(gaps(&**source, &ram).into_iter().filter_map(|gap| check_uncovered(None, gap.text, policy)));
+        reasons.extend(
+            gaps(&**source, &ram).into_iter().filter_map(|gap| check_uncovered(None, gap.text, policy)),
+        );
     }
     for moved in devices {
         let Some(log) = moved.device.dirty_log() else { continue };
         let described = manifest.devices.iter().find(|described| described.id == *moved.device.id());
-        reasons.extend(gaps(log, &ram).into_iter().filter_map(|gap| check_uncovered(described, gap.text, policy)));
+        reasons.extend(
+            gaps(log, &ram).into_iter().filter_map(|gap| check_uncovered(described, gap.text, policy)),
+        );
     }
     reasons
 }

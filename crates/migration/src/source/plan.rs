@@ -57,7 +57,8 @@ pub(super) struct PlannedMigration {
 impl PlannedMigration {
     /// Whether writes to guest RAM may go unseen: what they may have reached is sent once more in the downtime.
     pub(super) fn may_be_unseen(&self) -> bool {
-        let judged = || self.own_reasons.iter().any(|reason| reason.code == SessionCode::DirtyUncovered.name());
+        let judged =
+            || self.own_reasons.iter().any(|reason| reason.code == SessionCode::DirtyUncovered.name());
         self.options.allow_all_dirty || self.options.to_file || judged()
     }
 
