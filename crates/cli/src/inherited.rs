@@ -60,7 +60,7 @@ pub(crate) fn claim(uri: &Uri) -> Result<Claim, CliError> {
     };
     match sockets.lock().unwrap_or_else(PoisonError::into_inner).get_mut(number) {
         Some(used) if !*used => *used = true,
-        Some(_) => return refused("has been used: it is one connection, for one session"),
+        Some(_) => return refused("has been used: it is for one session, or one wait"),
         None => {
             return refused(
                 "is no socket that this process was started with: start it with one that is connected, from descriptor 3 on",

@@ -27,8 +27,8 @@ const OF_THE_VM: &str = "What is not said here is as the vm was started: --tls-c
 pub(crate) struct IncomingCommand {
     #[command(flatten)]
     pub(crate) target: VmTarget,
-    /// Where to listen: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets), fd:N, a
-    /// connected socket that the `vm` was started with, or fd:NAME, one that was passed to it (getfd).
+    /// Where to listen: unix:PATH, tcp:HOST:PORT (an IPv6 address in brackets), fd:N, a socket, connected
+    /// or listening, that the `vm` was started with, or fd:NAME, a connected one that was passed to it (getfd).
     #[arg(value_name = "URI")]
     pub(crate) uri: String,
     #[command(flatten)]

@@ -170,7 +170,7 @@ pub(crate) struct VmCommand {
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Vec<String>,
     /// Wait for a guest to arrive at this address instead of starting one: unix:PATH, tcp:HOST:PORT or fd:N,
-    /// a connected socket that this process is started with.
+    /// a socket, connected or listening, that this process is started with.
     #[arg(long, value_name = "URI")]
     pub(crate) incoming: Option<String>,
     /// With --incoming: wait for one migration only, and no longer if it fails or is refused.

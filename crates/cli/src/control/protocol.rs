@@ -98,8 +98,8 @@ pub(crate) struct SaveArguments {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct IncomingArguments {
-    /// Where to listen: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`, a connected socket that the `vm` was started with, or `fd:NAME`, one
-    /// that was passed to it by `getfd`.
+    /// Where to listen: `unix:PATH`, `tcp:HOST:PORT`, `fd:N`, a socket, connected or listening, that the `vm` was started with, or
+    /// `fd:NAME`, a connected one that was passed to it by `getfd`.
     pub(crate) uri: String,
     #[serde(flatten)]
     pub(crate) options: IncomingOptions,

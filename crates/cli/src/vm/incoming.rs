@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use vfio_migration::{
     Arrived, CancelCause, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer,
-    Machine, NotBuilt, NotReady, Uri,
+    Machine, NotBuilt, NotReady,
 };
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
@@ -153,7 +153,7 @@ fn receive(
 ) -> (Result<Arrived, IncomingError>, bool) {
     let attempt =
         || control.last_progress().and_then(|progress| progress.attempt).map(|attempt| attempt.attempt);
-    let only_one = matches!(destination.local(), Uri::Fd(_));
+    let only_one = destination.is_connected();
     loop {
         let lent = OnceLock::new();
         let before = attempt();

@@ -1,7 +1,8 @@
 //! Descriptors as addresses: a `vm` takes those that it was started with, and none of its own.
 
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,14 +13,14 @@ use crate::support::{Process, Setup, Vm, control, fails, software, until};
 const OWN: &str = "is no socket that this process was started with";
 
 /// Starts the `vm` with `socket` as its descriptor 5.
-fn started_with(socket: UnixStream, setup: &Setup<'_>) -> Vm {
+fn started_with(socket: impl Into<OwnedFd>, setup: &Setup<'_>) -> Vm {
     let (devices, words) = setup.prepare();
     let child = Command::new("sh")
         .args(["-c", "exec \"$@\" --exit-with-stdin 5>&1 1>/dev/null", "sh"])
         .arg(env!("CARGO_BIN_EXE_vfio-migrate"))
         .args(words)
         .stdin(Stdio::piped())
-        .stdout(OwnedFd::from(socket))
+        .stdout(socket.into())
         .spawn()
         .unwrap();
     let control = setup.dir.join(format!("{}.control", setup.name));
@@ -62,6 +63,30 @@ fn a_guest_moves_over_a_socket_that_both_were_started_with() {
         assert!(refused.contains("has been used"), "{refused}");
     }
     destination.assert_runs();
+}
+
+#[test]
+fn a_receiver_waits_at_a_socket_that_listens_already() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("in.sock");
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let bound = [format!("tcp:{}", tcp.local_addr().unwrap()), format!("unix:{}", path.display())];
+    let sockets: [OwnedFd; 2] = [tcp.into(), UnixListener::bind(&path).unwrap().into()];
+    for ((socket, bound), names) in sockets.into_iter().zip(bound).zip([["a", "b"], ["c", "d"]]) {
+        let source = software(dir.path(), names[0], &["--software"]).start();
+        let words = ["--software", "--incoming", "fd:5"];
+        let destination = started_with(socket, &software(dir.path(), names[1], &words));
+        assert_eq!(destination.incoming(), bound);
+        // It is no connection: a session that is none leaves it for the next.
+        source.call("rehearse", json!({"uri": bound})).unwrap();
+        assert_eq!(source.ended()["status"], "rehearsed");
+        until("the machine", || (destination.info()["not-ready"].is_null()).then_some(()));
+        let info = source.migrate(&bound, json!({}));
+        assert_eq!(info["status"], "completed", "{info}");
+        assert_eq!(destination.ended()["status"], "completed");
+        destination.assert_runs();
+    }
+    assert!(path.exists(), "the file of a socket that was handed over is not ours");
 }
 
 #[test]

@@ -47,6 +47,8 @@ pub(crate) enum ConnectError {
     NoAddress { host: String },
     #[error("descriptor {0} is not a connected stream socket")]
     NotAStream(RawFd),
+    #[error("what was handed over as {0} is no stream socket that listens")]
+    NotListening(Uri),
     #[error("nobody connected within {0:?}")]
     NobodyCame(Duration),
     #[error("the one connection behind {0} has been used")]
@@ -327,7 +329,8 @@ enum ListenerSocket {
     Tcp(TcpListener),
     Unix {
         listener: UnixListener,
-        _unlink: Unlink,
+        /// `None` of a socket that was handed over: its file is not ours.
+        _unlink: Option<Unlink>,
     },
     /// `None` once it has been used.
     Connected(Option<OwnedFd>, Uri),
@@ -388,11 +391,47 @@ impl Listener {
                 let listener = bind_unix(path, peers).map_err(failed)?;
                 let unlink = Unlink(path.clone());
                 listener.set_nonblocking(true).map_err(failed)?;
-                let socket = ListenerSocket::Unix { listener, _unlink: unlink };
+                let socket = ListenerSocket::Unix { listener, _unlink: Some(unlink) };
                 Ok((Self::of(socket, uri, security)?, uri.clone()))
             }
-            Uri::Fd(number) => Ok((Self::connected(take_over(*number)?, uri, security)?, uri.clone())),
+            Uri::Fd(number) => {
+                let socket = duplicate(*number)?;
+                if sockopt::socket_acceptconn(&socket) == Ok(true) {
+                    return Self::listening(socket, uri, security);
+                }
+                check_stream(&socket, *number)?;
+                Ok((Self::connected(socket, uri, security)?, uri.clone()))
+            }
         }
+    }
+
+    /// A stream socket that listens already, and the address that it is bound to: `known` where that is none that can be written.
+    pub(crate) fn listening(
+        socket: OwnedFd,
+        known: &Uri,
+        security: Option<&Security>,
+    ) -> Result<(Self, Uri), ConnectError> {
+        let failed = |source| ConnectError::System { doing: "taking over", uri: known.clone(), source };
+        let listens = sockopt::socket_acceptconn(&socket) == Ok(true);
+        let domain = sockopt::socket_domain(&socket).ok().filter(|_| listens);
+        let (socket, local) = match domain {
+            Some(AddressFamily::UNIX) => {
+                let listener = UnixListener::from(socket);
+                listener.set_nonblocking(true).map_err(failed)?;
+                let address = listener.local_addr().map_err(failed)?;
+                let local = address.as_pathname().map_or(known.clone(), |path| Uri::Unix(path.to_owned()));
+                (ListenerSocket::Unix { listener, _unlink: None }, local)
+            }
+            Some(AddressFamily::INET | AddressFamily::INET6) => {
+                let listener = TcpListener::from(socket);
+                listener.set_nonblocking(true).map_err(failed)?;
+                let address = listener.local_addr().map_err(failed)?;
+                let local = Uri::Tcp { host: address.ip().to_string(), port: address.port() };
+                (ListenerSocket::Tcp(listener), local)
+            }
+            _ => return Err(ConnectError::NotListening(known.clone())),
+        };
+        Ok((Self::of(socket, &local, security)?, local))
     }
 
     /// The one connection that was handed over.

@@ -73,13 +73,25 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Binds a socket; for `fd:N`, takes over a connected one.
+    /// Binds a socket; for `fd:N`, takes over one that is connected, or listens.
     ///
     /// # Errors
     /// The address cannot be listened on.
     pub fn listen(uri: &Uri, options: DestinationOptions) -> Result<Self, IncomingError> {
         let (listener, local) =
             Listener::bind(uri, options.security.as_ref(), &options.unix_peers).map_err(not_begun)?;
+        Self::new(listener, local, options)
+    }
+
+    /// Receives at a stream socket that listens already: a service manager's, or one that was bound where this process may not. It is
+    /// closed with this value, and the file of a unix socket stays. [`local`](Self::local) is the address that it is bound to.
+    ///
+    /// # Errors
+    /// It is no stream socket, or does not listen.
+    pub fn at_listener(listener: OwnedFd, options: DestinationOptions) -> Result<Self, IncomingError> {
+        let known = Uri::Fd(std::os::fd::AsRawFd::as_raw_fd(&listener));
+        let (listener, local) =
+            Listener::listening(listener, &known, options.security.as_ref()).map_err(not_begun)?;
         Self::new(listener, local, options)
     }
 
@@ -123,6 +135,11 @@ impl Destination {
     /// Address that it listens at: with the port that was given for port 0.
     pub fn local(&self) -> &Uri {
         &self.local
+    }
+
+    /// Whether there is one connection, which was handed over, and no next one.
+    pub fn is_connected(&self) -> bool {
+        self.listener.is_connected()
     }
 
     /// A handle for other threads.

@@ -115,3 +115,29 @@ fn a_machine_that_cannot_be_made_leaves_the_guest_at_its_source() {
         assert!(!toy.locked.load(Ordering::Relaxed), "the destination kept a storage lock");
     }
 }
+
+#[test]
+fn a_guest_arrives_at_a_socket_that_listens_already() {
+    let plan = Plan::default();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let bound = format!("tcp:{}", listener.local_addr().unwrap());
+    let mut destination = Destination::at_listener(listener.into(), tls_destination()).unwrap();
+    assert_eq!((destination.local().to_string(), destination.is_connected()), (bound, false));
+    let (to, source) = (destination.local().clone(), Toy::booted(&plan));
+    let (parts, toy, _) = parts(&plan, false);
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || destination.accept(|_| Ok::<_, NotBuilt>(parts)).map(drop));
+        Source::new(source.clone(), tls_source()).migrate_to(&to, |_| {}).unwrap();
+        arriving.join().unwrap().unwrap();
+    });
+    prove_moved(&source, &toy);
+    // What does not listen is refused as what it is.
+    let (connected, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let datagrams = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    for socket in [connected.into(), datagrams.into(), file.into()] {
+        let refused = Destination::at_listener(socket, tls_destination()).unwrap_err();
+        let said = vfio_migration_types::error_chain(&refused);
+        assert!(said.contains("no stream socket that listens"), "{said}");
+    }
+}
