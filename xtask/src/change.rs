@@ -63,7 +63,7 @@ fn touched<'a>(
     for file in files {
         let mut parts = file.split('/');
         match (parts.next().unwrap_or_default(), parts.next()) {
-            ("crates", Some(home)) => _ = touched.insert(home.to_owned()),
+            ("crates" | "examples", Some(home)) => _ = touched.insert(home.to_owned()),
             ("xtask", _) => _ = touched.insert("xtask".to_owned()),
             ("Cargo.toml" | "Cargo.lock" | ".cargo" | "rust-toolchain.toml", _) => return all,
             (folder, _) => {
@@ -96,11 +96,13 @@ fn above(touched: &BTreeSet<String>, uses: &BTreeMap<String, BTreeSet<String>>) 
 /// Which crates each crate names in its manifest, for its tests too; all as folders.
 fn uses(top: &Path) -> Result<BTreeMap<String, BTreeSet<String>>, String> {
     let mut manifests = vec![("xtask".to_owned(), top.join("xtask/Cargo.toml"))];
-    let crates = std::fs::read_dir(top.join("crates")).map_err(|error| format!("crates: {error}"))?;
-    for entry in crates {
-        let path = entry.map_err(|error| format!("crates: {error}"))?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        manifests.push((name, path.join("Cargo.toml")));
+    for folder in ["crates", "examples"] {
+        let crates = std::fs::read_dir(top.join(folder)).map_err(|error| format!("{folder}: {error}"))?;
+        for entry in crates {
+            let path = entry.map_err(|error| format!("{folder}: {error}"))?.path();
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            manifests.push((name, path.join("Cargo.toml")));
+        }
     }
     let mut texts = BTreeMap::new();
     for (home, path) in manifests {
@@ -155,8 +157,13 @@ mod tests {
         assert!(above("cli").is_subset(&set(&["kernel-tests"])), "only tests are built on the command");
         assert!(above("wire").is_superset(&set(&["engine", "migration", "cli"])));
         assert!(!above("wire").contains("types") && !above("wire").contains("wire"));
-        assert!(!above("types").contains("vfio-user"), "it stands alone");
-        assert_eq!(above("types").len() + 3, uses.len(), "all but itself, that one and this program");
+        let alone = ["vfio-user", "guest-image"];
+        assert!(alone.iter().all(|name| !above("types").contains(*name)), "they stand alone");
+        assert_eq!(
+            above("types").len() + 2 + alone.len(),
+            uses.len(),
+            "all but itself, those and this program"
+        );
     }
 
     #[test]

@@ -14,7 +14,7 @@ impl Tree {
     pub(crate) fn read(top: &Path) -> Result<Self, String> {
         let mut tree = Self::default();
         tree.read_file(top, "Cargo.toml")?;
-        let mut open: Vec<String> = ["crates", "xtask", "kernel"].map(String::from).into();
+        let mut open: Vec<String> = ["crates", "examples", "xtask", "kernel"].map(String::from).into();
         while let Some(folder) = open.pop() {
             let entries =
                 std::fs::read_dir(top.join(&folder)).map_err(|error| format!("{folder}: {error}"))?;
