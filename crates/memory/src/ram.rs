@@ -3,12 +3,13 @@
 use std::ops::Range as Bytes;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use vfio_migration_types::{Gpa, PAGE_SIZE, RamOffset, Range};
 
 use crate::area::as_usize;
 use crate::error::MemoryError;
-use crate::hold::Holds;
+use crate::hold::{Holds, RamHeld, RamHold};
 use crate::pieces::{Piece, Pieces};
 use crate::region::{RamRegionInfo, Region, identity};
 
@@ -24,7 +25,7 @@ pub struct GuestRam {
     regions: Vec<Region>,
     infos: Vec<RamRegionInfo>,
     size: u64,
-    pub(crate) holds: Holds,
+    holds: Arc<Holds>,
 }
 
 impl GuestRam {
@@ -32,7 +33,21 @@ impl GuestRam {
     pub(crate) fn of(regions: Vec<Region>) -> Self {
         let infos: Vec<_> = regions.iter().map(|region| region.info).collect();
         let size = infos.iter().map(|info| info.len).sum();
-        Self { regions, infos, size, holds: Holds::default() }
+        Self { regions, infos, size, holds: Arc::default() }
+    }
+
+    /// Asks whether RAM may be hot-plugged, unplugged, or given another place now. A session holds the layout from its first look at
+    /// RAM until it has ended, what is undone behind its end included. May be called from any thread; blocks for nothing.
+    ///
+    /// # Errors
+    /// It may not, and why.
+    pub fn may_change(&self) -> Result<(), RamHeld> {
+        self.holds.check()
+    }
+
+    /// Holds the layout; `why`, a phrase, is what [`may_change`](Self::may_change) answers meanwhile.
+    pub fn hold(&self, why: impl Into<String>) -> RamHold {
+        self.holds.hold(why.into())
     }
 
     /// Bytes, all regions together.
