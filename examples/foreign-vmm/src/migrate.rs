@@ -14,7 +14,7 @@ use vfio_migration::device::{
     ConfigRules, ConfigState, DmaRange, DmaView, IrqRouter, MsiMessage, PciError, PciFunction, PciState,
     ResetCallback, VectorState, VfioUserDevice, VmmConnection,
 };
-use vfio_migration::memory::{AtomicBitmapLog, DirtySource, GuestRam, MemoryError, RamKind};
+use vfio_migration::memory::{AtomicBitmapLog, Coverage, DirtySource, GuestRam, MemoryError, RamKind};
 use vfio_migration::types::{Bitmap, DeviceId, Epoch, Gpa, Granule, Iova, Range, VmId};
 use vfio_migration::{
     Destination, DestinationOptions, IncomingDevice, IncomingFunction, IncomingMachine, LockError, Machine,
@@ -223,6 +223,10 @@ struct VcpuLog(Arc<Running>);
 impl DirtySource for VcpuLog {
     fn name(&self) -> String {
         "kvm".into()
+    }
+
+    fn coverage(&self) -> Coverage {
+        Coverage::All
     }
 
     fn start(&self) -> Result<(), MemoryError> {
