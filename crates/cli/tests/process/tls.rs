@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{Setup, Vm, control, creds, fails, run, software};
+use crate::support::{Setup, Vm, control, creds, fails, run, software, until};
 
 const HOST: &str = "127.0.0.1";
 
@@ -178,6 +178,35 @@ fn whoever_does_not_prove_who_he_is_moves_nothing() {
         a.migrate(&c.incoming(), json!({"tls-creds": pki.a, "tls-pins": [pin(&stranger.b, "arrives")]}));
     assert_eq!(moved["status"], "completed", "{moved}");
     c.assert_runs();
+}
+
+/// It says no farewell, as one does whose connection is cut on the way: the guest stays, and nobody is told of security alone.
+#[test]
+fn a_process_that_is_killed_is_told_as_a_connection_that_broke() {
+    for kills_receiver in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let with = ["--tls-creds", creds()];
+        let mut a = source(dir.path(), &with);
+        let mut b = receiver(dir.path(), &with);
+        a.begin(&b.incoming(), json!({"pause-before-switchover": true}));
+        until("the switchover to wait", || (a.migration()["status"] == "pre-switchover").then_some(()));
+        let told = if kills_receiver {
+            b.process.kill();
+            let ended = a.ended();
+            a.assert_runs();
+            ended
+        } else {
+            a.process.kill();
+            until("the end of the session", || {
+                let report = b.query("query");
+                (report["migration"].is_null() && !report["last"].is_null()).then(|| report["last"].clone())
+            })
+        };
+        let why = told["error"].as_str().unwrap();
+        assert_eq!(told["status"], "failed", "{told}");
+        assert!(!why.contains("not secure"), "{why}");
+        assert!(why.contains("its process may have died") || why.contains("Connection reset"), "{why}");
+    }
 }
 
 #[test]

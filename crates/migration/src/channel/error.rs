@@ -26,6 +26,11 @@ pub(crate) enum ChannelError {
         #[source]
         source: Errno,
     },
+    /// A close that only the peer can make did not come: whoever cuts a connection on the way cannot have it taken for the peer's.
+    #[error(
+        "the connection broke, and the peer had not ended it: its process may have died, or it was cut on the way"
+    )]
+    Unended(#[source] TlsError),
     #[error("the connection is not secure")]
     Tls(#[source] TlsError),
     #[error("the peer's stream is damaged")]
@@ -40,6 +45,7 @@ impl ChannelError {
         move |error| match error {
             TransportError::System(source @ Errno::FAULT) => Self::Memory { doing, source },
             TransportError::System(source) => Self::System { doing, source },
+            TransportError::Tls(error @ TlsError::Truncated) => Self::Unended(error),
             TransportError::Tls(error) => Self::Tls(error),
         }
     }

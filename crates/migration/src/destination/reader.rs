@@ -111,7 +111,8 @@ impl From<ChannelError> for ReadError {
             ChannelError::Closed
             | ChannelError::Cut { .. }
             | ChannelError::System { .. }
-            | ChannelError::Tls(_) => Self::Link(error),
+            | ChannelError::Tls(_)
+            | ChannelError::Unended(_) => Self::Link(error),
             other => Self::Failed(other.in_phase(Side::Destination, Phase::Iterate)),
         }
     }

@@ -1,10 +1,66 @@
-//! What the TLS library finds wrong with a peer, in words. What it has no words for here is told as it says it itself.
+//! What the TLS library finds wrong with a peer, in words. What has no sentence here is told by its name in the library, taken apart
+//! into words.
 
-use rustls::{InvalidMessage, OtherError, PeerIncompatible};
+use rustls::{AlertDescription, InvalidMessage, OtherError, PeerIncompatible};
 
-/// As the library says it itself.
-pub(crate) fn raw(found: impl std::fmt::Debug) -> String {
-    format!("the TLS library says: {found:?}")
+/// Longest detail of a name that is told: the name of a message, a number.
+const DETAIL: usize = 40;
+
+/// A name of the library's as words: `TooManyKeyUpdateRequests` is "too many key update requests".
+pub(crate) fn in_words(found: impl std::fmt::Debug) -> String {
+    words_of(&format!("{found:?}"))
+}
+
+fn words_of(found: &str) -> String {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let (name, rest) = found.split_at(found.find(|c| !is_name(c)).unwrap_or(found.len()));
+    let mut words = split(name);
+    // Of one with a single detail that too; bytes and lists are nothing to read.
+    let detail =
+        rest.strip_prefix('(').and_then(|rest| rest.strip_suffix(')')).map(|rest| rest.trim_matches('"'));
+    if let Some(detail) = detail.filter(|detail| detail.len() <= DETAIL && detail.chars().all(is_name)) {
+        words.extend(split(detail));
+    }
+    words.join(" ")
+}
+
+/// The words of a name in camel case, as a sentence has them.
+fn split(name: &str) -> Vec<String> {
+    let letters: Vec<char> = name.chars().collect();
+    let mut words: Vec<String> = Vec::new();
+    for (at, letter) in letters.iter().enumerate() {
+        let before = at.checked_sub(1).and_then(|before| letters.get(before)).copied().unwrap_or('_');
+        let next_is_lower = letters.get(at + 1).is_some_and(char::is_ascii_lowercase);
+        let begins =
+            before == '_' || (letter.is_ascii_uppercase() && (!before.is_ascii_uppercase() || next_is_lower));
+        match words.last_mut() {
+            _ if *letter == '_' => {}
+            Some(word) if !begins => word.push(*letter),
+            _ => words.push(letter.to_string()),
+        }
+    }
+    words.into_iter().map(spelled).collect()
+}
+
+fn spelled(word: String) -> String {
+    match word.as_str() {
+        "Tls12" => "TLS 1.2".to_owned(),
+        "Tls13" => "TLS 1.3".to_owned(),
+        "Ccs" => "change_cipher_spec".to_owned(),
+        "Psk" | "Ech" | "Sct" | "Ems" | "Crl" | "Ocsp" | "Quic" | "Eku" | "Cn" | "Der" => {
+            word.to_ascii_uppercase()
+        }
+        _ if word.len() > 1 && word.chars().all(|letter| letter.is_ascii_uppercase()) => word,
+        _ => word.to_ascii_lowercase(),
+    }
+}
+
+/// An alert by its name in RFC 8446, or its number.
+pub(crate) fn alert_name(alert: AlertDescription) -> String {
+    match alert {
+        AlertDescription::Unknown(number) => format!("TLS alert {number}"),
+        known => format!("TLS alert {}", split(&format!("{known:?}")).join("_").to_ascii_lowercase()),
+    }
 }
 
 /// A message that is none of TLS, or none that has to be taken.
@@ -17,7 +73,14 @@ pub(crate) fn invalid_message(found: &InvalidMessage) -> String {
         M::InvalidContentType | M::UnknownProtocolVersion => "what it sent is no TLS".to_owned(),
         M::MissingKeyExchange => "it named no key exchange".to_owned(),
         M::NoSignatureSchemes => "it named no signatures that it takes".to_owned(),
-        other => format!("it sent a message that TLS does not have so ({})", raw(other)),
+        M::TrailingData(what) => {
+            format!("it sent a message with bytes behind its end ({})", words_of(what))
+        }
+        M::MissingData(what) => {
+            format!("it sent a message that ends too early ({})", words_of(what))
+        }
+        M::MessageTooShort => "it sent a message that ends too early".to_owned(),
+        other => format!("it sent a message that TLS does not have so ({})", in_words(other)),
     }
 }
 
@@ -41,7 +104,8 @@ pub(crate) fn incompatible(found: &PeerIncompatible) -> String {
         P::IncorrectCertificateTypeExtension | P::UnsolicitedCertificateTypeExtension => {
             "it wants bare keys instead of certificates".to_owned()
         }
-        other => format!("it lacks what is needed here ({})", raw(other)),
+        P::ServerRejectedEncryptedClientHello(_) => "it takes no encrypted greeting".to_owned(),
+        other => format!("it lacks what is needed here ({})", in_words(other)),
     }
 }
 
@@ -78,7 +142,7 @@ pub(crate) fn chain(found: &OtherError) -> String {
         | "MalformedExtensions"
         | "MalformedDnsIdentifier"
         | "MalformedNameConstraint" => "is not encoded as X.509 asks",
-        _ => return format!("is refused (the TLS library says: {name})"),
+        _ => return format!("is refused ({})", words_of(&name)),
     };
     text.to_owned()
 }

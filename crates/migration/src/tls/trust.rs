@@ -22,6 +22,7 @@ use crate::tls::crl::Revocations;
 use crate::tls::error::TlsError;
 use crate::tls::identity::{PeerIdentity, Pin};
 use crate::tls::layout::TlsRole;
+use crate::tls::library_texts::in_words;
 use crate::tls::own_refusal::OwnRefusal;
 
 /// Whom a side trusts.
@@ -71,7 +72,10 @@ fn client_by_roots(roots: RootCertStore) -> Result<Arc<dyn ClientCertVerifier>, 
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn not_built(error: VerifierBuilderError) -> TlsError {
-    TlsError::Setup(error.to_string())
+    TlsError::Setup(match error {
+        VerifierBuilderError::NoRootAnchors => "no CA is trusted here".to_owned(),
+        other => in_words(other),
+    })
 }
 
 type ByRoots<V> = fn(RootCertStore) -> Result<Arc<V>, TlsError>;
