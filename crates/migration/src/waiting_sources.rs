@@ -4,44 +4,18 @@
 //! keeps no other out.
 
 use std::mem;
-use std::net::SocketAddr;
 
 use vfio_migration_types::VmId;
 
 use crate::channel::greeting::Accepted;
-use crate::channel::link::Link;
+use crate::channel::source_host::SourceHost;
 use crate::expectation::Right;
-use crate::tls::identity::Pin;
 
 /// Sources that may wait at once, and of them those of one host.
 const MOST: usize = 32;
 const MOST_OF_HOST: usize = 8;
 /// Hosts of which it is known when they had their turn.
 const MOST_SERVED: usize = 64;
-
-/// The host of a source, as far as its connection tells it from others: by its key, else by its user, else by its address.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum SourceHost {
-    Key(Pin),
-    User(u32),
-    Address(String),
-}
-
-impl SourceHost {
-    pub(crate) fn of(link: &Link) -> Self {
-        let security = link.security();
-        if let Some(peer) = security.peer {
-            return Self::Key(peer.pin);
-        }
-        if let Some(process) = security.unix_peer {
-            return Self::User(process.uid);
-        }
-        let peer = link.peer();
-        // Each connection has a port of its own.
-        let address = peer.strip_prefix("tcp:").and_then(|address| address.parse().ok());
-        Self::Address(address.map_or(peer, |address: SocketAddr| address.ip().to_string()))
-    }
-}
 
 #[derive(Debug)]
 struct WaitingSource {

@@ -1,6 +1,7 @@
 //! Connections whose first message has not come. None of them is waited for: a stray connection, or one that
 //! sends a byte now and then, holds up neither a session nor the next one to come.
 
+use std::cmp::Reverse;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,13 +13,16 @@ use vfio_migration_wire::{Hello, Message, Reason};
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
+use crate::channel::source_host::SourceHost;
 use crate::channel::transport::Transport;
 use crate::unix_peer::AllowedUnixPeers;
 
-/// Connections that may wait at once. For one more the oldest is dropped.
+/// Connections that may wait at once. For one more another is dropped, or it waits itself, in the backlog of the system.
 const MOST: usize = 64;
-/// Silence for which none is dropped for another's sake: a source says HELLO at once.
-const LEAST_PATIENCE: Duration = Duration::from_millis(250);
+/// Time for which none is dropped for another's sake, that has sent nothing yet: a source sends the first of its handshake, or HELLO, at
+/// once. And of one that has: the rest of a handshake crosses the network once or twice more.
+const SILENT_PATIENCE: Duration = Duration::from_millis(250);
+const SPOKEN_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest wait for a connection's first message.
 pub(crate) const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
@@ -100,6 +104,8 @@ pub(crate) struct PendingConnections {
 struct PendingConnection {
     link: Arc<Link>,
     reader: Reader,
+    /// The address at its other end, without a port: connections of one host are dropped for one another.
+    host: SourceHost,
     patience: Duration,
     since: Instant,
 }
@@ -110,10 +116,24 @@ impl PendingConnections {
         Self { waiting: Vec::new(), peers }
     }
 
-    /// Whether one more may be taken in: there is room, or one has been silent long enough to be dropped.
+    /// Whether one more may be taken in: there is room, or one has had time enough to be dropped.
     pub(crate) fn has_room(&self) -> bool {
-        let oldest = self.waiting.first().filter(|_| self.waiting.len() >= MOST);
-        oldest.is_none_or(|oldest| oldest.since.elapsed() >= LEAST_PATIENCE)
+        self.waiting.len() < MOST || self.dropped_next().is_some()
+    }
+
+    /// The one that is dropped for the next: of those that have had their time one that has sent nothing, before one that has; of these
+    /// one of the host that has the most, and of its connections the oldest.
+    fn dropped_next(&self) -> Option<usize> {
+        let of_host = |host: &SourceHost| self.waiting.iter().filter(|other| other.host == *host).count();
+        let had_time = |pending: &PendingConnection| {
+            let patience = if pending.reader.has_heard() { SPOKEN_PATIENCE } else { SILENT_PATIENCE };
+            pending.since.elapsed() >= patience
+        };
+        let candidates = self.waiting.iter().enumerate().filter(|(_, pending)| had_time(pending));
+        let rank = |(at, pending): (usize, &PendingConnection)| {
+            ((!pending.reader.has_heard(), of_host(&pending.host), Reverse(at)), at)
+        };
+        candidates.map(rank).max().map(|(_, at)| at)
     }
 
     /// Takes in a connection, which has `patience` to send its first message whole. One of a process that may not be at the other end is
@@ -131,14 +151,17 @@ impl PendingConnections {
                 ..dropped(link, error_chain(&stranger))
             });
         }
-        let oldest = (self.waiting.len() >= MOST).then(|| self.waiting.remove(0));
+        let full = self.waiting.len() >= MOST;
+        let instead = self.dropped_next().filter(|_| full).map(|at| self.waiting.remove(at));
         let reader = Reader::new(&link, Side::Source);
-        self.waiting.push(PendingConnection { link, reader, patience, since: Instant::now() });
-        match oldest {
-            Some(oldest) => Added::InsteadOf(dropped(
-                oldest.link,
-                format!("it said nothing, and {MOST} others came that wait to be heard"),
-            )),
+        let host = SourceHost::of(&link);
+        self.waiting.push(PendingConnection { link, reader, host, patience, since: Instant::now() });
+        match instead {
+            Some(PendingConnection { link, reader, .. }) => {
+                let said = if reader.has_heard() { "did not say what it wants" } else { "said nothing" };
+                let why = format!("it {said}, and {MOST} others came that wait to be heard");
+                Added::InsteadOf(dropped(link, why))
+            }
             None => Added::Waits,
         }
     }

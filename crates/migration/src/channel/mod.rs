@@ -9,5 +9,6 @@ pub(crate) mod limiter;
 pub(crate) mod link;
 pub(crate) mod liveness;
 pub(crate) mod reader;
+pub(crate) mod source_host;
 pub(crate) mod tls;
 pub(crate) mod transport;

@@ -100,6 +100,11 @@ impl Reader {
         self.link.transport.wait(PollFlags::IN, limit)
     }
 
+    /// Whether the peer has sent anything yet.
+    pub(crate) fn has_heard(&self) -> bool {
+        !self.buffer.is_empty() || self.link.transport.has_heard()
+    }
+
     /// The socket, to be waited for.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.link.transport.fd()

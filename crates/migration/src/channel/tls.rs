@@ -48,6 +48,8 @@ struct State {
     received: Vec<u8>,
     at: usize,
     filled: usize,
+    /// The peer has sent something.
+    heard: bool,
     /// The socket has ended.
     ended: bool,
     /// We have said our last word, by close_notify. What still comes is not looked at: rustls could not answer what is wrong with it
@@ -108,6 +110,7 @@ impl Tls {
             received: Vec::new(),
             at: 0,
             filled: 0,
+            heard: false,
             ended: false,
             closed: false,
             failed: None,
@@ -164,6 +167,7 @@ impl Tls {
         state.received = buffer;
         state.at = 0;
         state.filled = *read.as_ref().unwrap_or(&0);
+        state.heard |= state.filled > 0;
         state.ended = read? == 0;
         Ok(())
     }
@@ -428,6 +432,10 @@ impl Transport for Tls {
 
     fn is_proven(&self) -> bool {
         !self.handshaking()
+    }
+
+    fn has_heard(&self) -> bool {
+        lock(&self.state).heard
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

@@ -53,6 +53,11 @@ pub(crate) trait Transport: fmt::Debug + Send + Sync {
     /// Whether the peer has proved to be one that may be here, and waits for our first word.
     fn is_proven(&self) -> bool;
 
+    /// Whether anything has come below what is read: the beginning of a handshake.
+    fn has_heard(&self) -> bool {
+        false
+    }
+
     /// The descriptor, to be waited for together with others.
     fn fd(&self) -> BorrowedFd<'_>;
 

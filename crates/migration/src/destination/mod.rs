@@ -32,6 +32,7 @@ use crate::channel::connect::{self, CHOOSE, ConnectError, Listener};
 use crate::channel::greeting::{
     Accepted, Added, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
 };
+use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
 use crate::destination::session::{Ended, Place};
@@ -42,7 +43,7 @@ use crate::offer::{Arrived, IncomingOffer, NotBuilt};
 use crate::options::DestinationOptions;
 use crate::session::threads::set_up;
 use crate::uri::Uri;
-use crate::waiting_sources::{SourceHost, WaitingSources};
+use crate::waiting_sources::WaitingSources;
 
 /// Longest time that a source is kept waiting for a VMM that is not ready, which is less than it waits for its first answer. It is to hear
 /// at once that it must try again where something keeps the VMM waiting, and need not where a machine is made anew as fast as the host can.

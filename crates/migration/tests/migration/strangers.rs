@@ -1,10 +1,15 @@
 //! Peers that are no source of ours: strangers who say nothing or something else, and sources that break the rules.
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddrV4, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
+
+use crate::tls::hosts::Waiting;
 use crate::toy::secure::tls_stream;
 use crate::toy::*;
 use vfio_migration::rustls::{ClientConnection, StreamOwned};
@@ -258,6 +263,79 @@ fn a_source_that_came_first_is_not_dropped_for_those_behind_it() {
         assert!(matches!(arriving.join().unwrap(), Err(IncomingError::Cancelled(_))));
     });
     drop(silent);
+}
+
+/// A connection of a host with this address.
+fn connect_from(from: [u8; 4], to: &Uri) -> TcpStream {
+    let Uri::Tcp { port, .. } = to else { panic!("{to}") };
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&socket, &SocketAddrV4::new(from.into(), 0)).unwrap();
+    rustix::net::connect(&socket, &SocketAddrV4::new([127, 0, 0, 1].into(), *port)).unwrap();
+    socket.into()
+}
+
+/// What is in its handshake is not thrown out for those that come behind it: neither for those of its own host that say nothing, nor for
+/// those of another that begin as it does.
+#[test]
+fn a_flood_throws_nobody_out_who_is_in_its_handshake() {
+    for (from, speak) in [([127, 0, 0, 1], false), ([127, 0, 0, 2], false), ([127, 0, 0, 2], true)] {
+        let mut destination =
+            Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
+        let (to, control) = (destination.local().clone(), destination.control());
+        let stopped = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let built = Toy::new(&plan());
+            let arriving = scope.spawn(move || destination.accept(|_| Ok(built as Arc<dyn Machine>)));
+            let waiting = Waiting(control.clone());
+            // It has begun, and the network takes its time.
+            let mut stream = tls_stream(connect(&to));
+            stream.conn.write_tls(&mut stream.sock).unwrap();
+            let stop = Stop(&stopped);
+            let stopped = &stopped;
+            let at = &to;
+            scope.spawn(move || {
+                let mut flood = VecDeque::new();
+                while !stopped.load(Ordering::Relaxed) {
+                    let mut one = connect_from(from, at);
+                    if speak {
+                        // The head of a record, and no more.
+                        one.write_all(&[0x16, 3, 1, 2, 0]).unwrap();
+                    }
+                    one.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+                    flood.push_back(one);
+                    // As many as wait at once, and some behind them; another for each that is thrown out.
+                    while flood.len() > 100 && !stopped.load(Ordering::Relaxed) {
+                        let oldest = flood.front_mut().unwrap();
+                        let is_late = |error: &std::io::Error| {
+                            matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+                        };
+                        if !oldest.read(&mut [0; 64]).is_err_and(|error| is_late(&error)) {
+                            flood.pop_front();
+                        }
+                    }
+                }
+            });
+            wait_for("one of them to be thrown out", || {
+                let last = control.refused().last;
+                last.is_some_and(|last| last.to_string().contains("others came that wait to be heard"))
+            });
+            drop(stop);
+            let mut peer = Peer::over(Box::new(stream));
+            peer.say(&hello(0));
+            assert!(matches!(peer.hear(), Message::HelloReply(_)), "{from:?}, speaks: {speak}");
+            drop(waiting);
+            drop(arriving.join().unwrap());
+        });
+    }
+}
+
+/// Ends a flood, however a test ends.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
