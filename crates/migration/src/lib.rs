@@ -220,3 +220,8 @@ pub use {
     vfio_migration_compat as compat, vfio_migration_device as device, vfio_migration_memory as memory,
     vfio_migration_types as types,
 };
+
+/// The code of the guide for VMMs compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/embedding.md")]
+struct EmbeddingGuide;
