@@ -10,6 +10,21 @@ use vfio_user_peer::codec::Command;
 
 use crate::kernel::error::KernelError;
 
+/// Whether a refusal by `errno` is for a lack that may pass: whoever asks again later may get another answer.
+pub(crate) fn is_passing(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::AGAIN
+            | Errno::BUSY
+            | Errno::INTR
+            | Errno::NOMEM
+            | Errno::MFILE
+            | Errno::NFILE
+            | Errno::NOBUFS
+            | Errno::TIMEDOUT
+    )
+}
+
 /// Whether `error`, or one of its causes, is that the connection to a vfio-user server is gone.
 pub fn is_server_gone(error: &(dyn Error + 'static)) -> bool {
     let mut at = Some(error);

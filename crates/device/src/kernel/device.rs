@@ -1,15 +1,14 @@
 //! An open kernel device, and what the kernel reported of it as it was opened.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 use vfio_migration_memory::GuestRam;
 use vfio_migration_types::{DeviceId, MigrationFlags, MigrationState, error_chain};
 use vfio_migration_uapi as uapi;
 
-use super::dirty::TrackerLog;
 use super::error::KernelError;
 use super::iommu::Iommu;
 use super::open::{self, AttachedDevice, IommuHandle, KernelOptions};
@@ -17,7 +16,7 @@ use super::path::KernelPath;
 use super::port::DevicePort;
 use super::regions::{Regions, find_regions};
 use super::sysfs::SysDevice;
-use super::tracker::TrackerChoice;
+use super::tracker::ChosenTracker;
 use super::windows::DmaWindows;
 use crate::contract::NotMigratable;
 use crate::error::DeviceError;
@@ -37,7 +36,7 @@ pub struct KernelDevice {
 #[derive(Debug)]
 pub(super) struct OpenDevice {
     pub(super) id: DeviceId,
-    pub(super) tracker: OnceLock<(TrackerChoice, Option<TrackerLog>)>,
+    pub(super) tracker: ChosenTracker,
     pub(super) iommu: Iommu,
     pub(super) windows: Arc<DmaWindows>,
     pub(super) machine: Arc<StateMachine>,
@@ -161,7 +160,7 @@ impl KernelDevice {
         let machine = StateMachine::new(id.clone(), Box::new(port), known);
         Ok(Self {
             inner: Arc::new(OpenDevice {
-                tracker: OnceLock::new(),
+                tracker: ChosenTracker::default(),
                 windows: Arc::default(),
                 machine: Arc::new(machine),
                 connected: Default::default(),

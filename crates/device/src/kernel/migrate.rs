@@ -11,7 +11,7 @@ use super::device::{KernelDevice, OpenDevice};
 use super::dirty::{LogPort, TrackerLog};
 use super::iommu::DeviceLog;
 use super::sysfs::SysDevice;
-use super::tracker::{TrackerChoice, TrackerKind, Trials, choose, try_log};
+use super::tracker::{TrackerChoice, TrackerKind, Trials, try_log};
 use crate::contract::{
     Capabilities, CapabilitiesError, Device, DirtyLog, NotMigratable, ResumingSession, SavingSession,
 };
@@ -80,7 +80,7 @@ impl Device for KernelDevice {
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
         let (_, log) = self.inner.tracked();
-        log.as_ref().map(|log| log as &dyn DirtyLog)
+        log.map(|log| log as &dyn DirtyLog)
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
@@ -89,9 +89,9 @@ impl Device for KernelDevice {
 }
 
 impl OpenDevice {
-    /// The tracker, chosen by trial when it is first asked for.
-    pub(super) fn tracked(&self) -> &(TrackerChoice, Option<TrackerLog>) {
-        self.tracker.get_or_init(|| {
+    /// The tracker, chosen by trial when it is first asked for, and its log.
+    pub(super) fn tracked(&self) -> (TrackerChoice, Option<&TrackerLog>) {
+        self.tracker.get_or_try(&self.id, || {
             let device_port = Ok(Box::new(DeviceLog(self.device.clone())) as Box<dyn LogPort>);
             // It can be tried on memory that is not mapped.
             let (device, device_log) =
@@ -112,9 +112,7 @@ impl OpenDevice {
                 let why = "it reports every mapped page each time, as it does for a device behind an IOMMU";
                 tried.all_dirty.then(|| why.to_owned())
             });
-            let choice = choose(Trials { device, iommufd, type1 });
-            tracing::info!(device = %self.id, kind = ?choice.kind, why = %choice.why, "dirty tracker chosen");
-            (choice, log.or(container_log))
+            (Trials { device, iommufd, type1 }, log.or(container_log))
         })
     }
 
@@ -144,9 +142,9 @@ impl OpenDevice {
 
 impl KernelDevice {
     /// The keeper of the log of its DMA writes, and what follows from that. Chosen by trial when it is first asked for,
-    /// best after the guest's RAM was mapped.
-    pub fn tracker(&self) -> &TrackerChoice {
-        &self.inner.tracked().0
+    /// best after the guest's RAM was mapped; where none logs for a lack that may pass, as EBUSY or ENOMEM, it is tried anew each time.
+    pub fn tracker(&self) -> TrackerChoice {
+        self.inner.tracked().0
     }
 
     /// The manifest from sysfs and the PCI function. No kernel driver declares a model, so none is made up: equality is

@@ -1,12 +1,14 @@
 //! The choice of a kernel device's dirty tracker, and what follows from it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{DeviceId, Iova, RamOffset, Range, error_chain};
+use vfio_migration_uapi::UapiError;
 
 use super::dirty::{LogPort, TrackerLog, Tried};
 use super::windows::DmaWindows;
+use crate::error::is_passing;
 
 /// The keeper of the log of a device's DMA writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,18 @@ pub(super) enum Trial {
     Works,
     /// The tracker does not log, for this reason.
     Fails(String),
+    /// The same, for a lack that may pass: whoever tries it again later may find that it does.
+    FailsNow(String),
+}
+
+impl Trial {
+    /// Whether it logs now, or why not.
+    fn now(self) -> Result<(), String> {
+        match self {
+            Self::Works => Ok(()),
+            Self::Fails(why) | Self::FailsNow(why) => Err(why),
+        }
+    }
 }
 
 /// The outcomes of the trials. Later ones are not made once one has worked.
@@ -48,31 +62,70 @@ pub(super) struct Trials {
     pub(super) type1: Trial,
 }
 
+impl Trials {
+    fn may_pass(&self) -> bool {
+        [&self.device, &self.iommufd, &self.type1].iter().any(|trial| matches!(trial, Trial::FailsNow(_)))
+    }
+}
+
+/// The tracker of one device: one that works, or the finding that none does, stays; that none does for a lack that may pass is found anew.
+#[derive(Debug, Default)]
+pub(super) struct ChosenTracker {
+    chosen: OnceLock<(TrackerChoice, Option<TrackerLog>)>,
+    /// Held by whoever tries: a log is tried once at a time.
+    trying: Mutex<()>,
+}
+
+impl ChosenTracker {
+    /// The choice, if it was made for good.
+    pub(super) fn get(&self) -> Option<&(TrackerChoice, Option<TrackerLog>)> {
+        self.chosen.get()
+    }
+
+    /// The choice, as `trial` finds where none was made for good, and the log of one that was.
+    pub(super) fn get_or_try(
+        &self,
+        id: &DeviceId,
+        trial: impl FnOnce() -> (Trials, Option<TrackerLog>),
+    ) -> (TrackerChoice, Option<&TrackerLog>) {
+        let _trying = self.trying.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((choice, log)) = self.chosen.get() {
+            return (choice.clone(), log.as_ref());
+        }
+        let (trials, log) = trial();
+        let may_pass = log.is_none() && trials.may_pass();
+        let choice = choose(trials);
+        tracing::info!(device = %id, kind = ?choice.kind, why = %choice.why, may_pass, "dirty tracker chosen");
+        if may_pass {
+            return (choice, None);
+        }
+        let (choice, log) = self.chosen.get_or_init(|| (choice, log));
+        (choice.clone(), log.as_ref())
+    }
+}
+
 /// The best that works.
 pub(super) fn choose(trials: Trials) -> TrackerChoice {
-    let (device, iommufd, type1) = match trials {
-        Trials { device: Trial::Works, .. } => {
+    let Trials { device, iommufd, type1 } = trials;
+    let (device, iommufd, type1) = match (device.now(), iommufd.now(), type1.now()) {
+        (Ok(()), ..) => {
             let why = "the device logs its DMA writes: only what it wrote is sent again".to_owned();
             return TrackerChoice { kind: TrackerKind::DeviceLog, why };
         }
-        Trials { device: Trial::Fails(device), iommufd: Trial::Works, .. } => {
+        (Err(device), Ok(()), _) => {
             let why = format!(
                 "the IOMMU logs the device's DMA writes: only what it wrote is sent again (no device log: {device})"
             );
             return TrackerChoice { kind: TrackerKind::Iommufd, why };
         }
-        Trials { device: Trial::Fails(device), iommufd: Trial::Fails(iommufd), type1: Trial::Works } => {
+        (Err(device), Err(iommufd), Ok(())) => {
             let why = format!(
                 "the container logs what the mediated device writes or pins: what it has pinned is sent again each \
                  time (no device log: {device}; no IOMMU log: {iommufd})"
             );
             return TrackerChoice { kind: TrackerKind::Type1, why };
         }
-        Trials {
-            device: Trial::Fails(device),
-            iommufd: Trial::Fails(iommufd),
-            type1: Trial::Fails(type1),
-        } => (device, iommufd, type1),
+        (Err(device), Err(iommufd), Err(type1)) => (device, iommufd, type1),
     };
     let why = format!(
         "nothing logs the device's DMA writes (device: {device}; IOMMU: {iommufd}; container: {type1}), so all memory \
@@ -100,7 +153,9 @@ pub(super) fn try_log(
             None => (Trial::Works, Some(log)),
         },
         Err(MemoryError::DirtyLog { doing, source, .. }) => {
-            (Trial::Fails(format!("{doing}: {}", error_chain(&*source))), None)
+            let why = format!("{doing}: {}", error_chain(&*source));
+            let errno = source.downcast_ref::<UapiError>().and_then(UapiError::errno);
+            (if errno.is_some_and(is_passing) { Trial::FailsNow(why) } else { Trial::Fails(why) }, None)
         }
         Err(error) => (Trial::Fails(error_chain(&error)), None),
     }
@@ -108,6 +163,9 @@ pub(super) fn try_log(
 
 #[cfg(test)]
 mod tests {
+    use rustix::io::Errno;
+    use vfio_migration_types::{Granule, PAGE_SIZE};
+
     use super::*;
 
     fn no(why: &str) -> Trial {
@@ -121,6 +179,63 @@ mod tests {
         assert_eq!(kind(no("a"), Trial::Works, Trial::Works), TrackerKind::Iommufd);
         assert_eq!(kind(no("a"), no("b"), Trial::Works), TrackerKind::Type1);
         assert_eq!(kind(no("a"), no("b"), no("c")), TrackerKind::Everything);
+    }
+
+    /// A log whose start gives this.
+    #[derive(Debug)]
+    struct Fake(Option<Errno>);
+
+    impl LogPort for Fake {
+        fn start(&self, _ranges: &[Range<Iova>]) -> Result<Granule, UapiError> {
+            match self.0 {
+                Some(source) => Err(UapiError::System { doing: "a test", source }),
+                None => Ok(Granule::PAGE),
+            }
+        }
+
+        fn report(&self, _: Range<Iova>, _: Granule, _: &mut [u64]) -> Result<(), UapiError> {
+            Ok(())
+        }
+
+        fn stop(&self) -> Result<(), UapiError> {
+            Ok(())
+        }
+
+        fn most_ranges(&self) -> usize {
+            1
+        }
+
+        fn goes_with_mapping(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn only_a_lack_that_may_pass_is_found_anew() {
+        let id = DeviceId::new("net0").unwrap();
+        let over = [(Range::new(Iova(0), PAGE_SIZE).unwrap(), RamOffset(0))];
+        let found = |errnos: &[Option<Errno>]| {
+            let (chosen, mut trials) = (ChosenTracker::default(), 0);
+            let kinds: Vec<_> = errnos
+                .iter()
+                .map(|errno| {
+                    let found = chosen.get_or_try(&id, || {
+                        trials += 1;
+                        let port = Ok(Box::new(Fake(*errno)) as Box<dyn LogPort>);
+                        let (device, log) = try_log(&id, &Arc::default(), port, &over, |_| None);
+                        (Trials { device, iommufd: no("b"), type1: no("c") }, log)
+                    });
+                    (found.0.kind, found.1.is_some())
+                })
+                .collect();
+            (kinds, trials)
+        };
+        let (none, works) = ((TrackerKind::Everything, false), (TrackerKind::DeviceLog, true));
+        for errno in [Errno::BUSY, Errno::INTR, Errno::NOMEM] {
+            let refused = Some(errno);
+            assert_eq!(found(&[refused, refused, None, refused]), (vec![none, none, works, works], 3));
+        }
+        assert_eq!(found(&[Some(Errno::OPNOTSUPP), None]), (vec![none, none], 1));
     }
 
     #[test]

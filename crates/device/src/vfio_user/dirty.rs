@@ -10,19 +10,7 @@ use vfio_user_peer::{Client, ClientError, Feature, FeatureOp, IovaRange};
 
 use super::dma::GuestDma;
 use crate::contract::DirtyLog;
-use crate::error::{DeviceError, UnknownRam, is_late};
-
-/// Errnos of a refusal for a lack that may pass: whoever asks again later may get another answer.
-const PASSING: [Errno; 8] = [
-    Errno::AGAIN,
-    Errno::BUSY,
-    Errno::INTR,
-    Errno::NOMEM,
-    Errno::MFILE,
-    Errno::NFILE,
-    Errno::NOBUFS,
-    Errno::TIMEDOUT,
-];
+use crate::error::{DeviceError, UnknownRam, is_late, is_passing};
 
 /// The log of one device: the server's own and [`GuestDma`]'s, reported as one.
 #[derive(Debug)]
@@ -354,9 +342,7 @@ impl DirtyLog for ServerLog {
 /// What the failure of a trial says of the log. `None`: nothing, as the server has not answered, or this side could not ask.
 fn verdict(cause: &(dyn Error + 'static)) -> Option<Tried> {
     match client_error(cause) {
-        Some(ClientError::Refused { errno: Some(errno), .. }) if PASSING.contains(errno) => {
-            Some(Tried::FailsNow)
-        }
+        Some(ClientError::Refused { errno: Some(errno), .. }) if is_passing(*errno) => Some(Tried::FailsNow),
         Some(
             ClientError::Refused { .. }
             | ClientError::Protocol { .. }
