@@ -1,13 +1,15 @@
 //! Guests with many devices: as many as a machine takes, on the functions of all its slots.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
 
+use crate::late::connects_msix;
 use crate::proxy::{self, Act};
-use crate::support::{Process, Setup, creds, fails, software, until};
+use crate::support::{Process, Setup, Vm, creds, fails, software, until};
 
 const UUID: &[&str] = &["--uuid", "d0a3a9f8-2f0e-4b5e-9a43-0f6c1d1b7a64"];
 
@@ -73,6 +75,40 @@ fn sixty_four_devices_move() {
     moves_with(64, &[]);
 }
 
+/// A receiver whose devices are each behind a proxy: `act` says what becomes of a request to the n-th. With their servers.
+fn receiver_behind_proxies(
+    dir: &Path,
+    devices: usize,
+    act: impl Fn(usize, u16, &[u8]) -> Act + Send + Sync + 'static,
+) -> (Vm, Vec<Process>) {
+    let (act, mut words, mut servers) =
+        (Arc::new(act), vec!["--incoming".to_owned(), "tcp:127.0.0.1:0".into()], vec![]);
+    for n in 0..devices {
+        let (server, path) = (dir.join(format!("server{n}")), dir.join(format!("proxy{n}")));
+        let socket = server.to_str().unwrap();
+        servers.push(Process::start(&["device", "--state-size", "64K", "--socket", socket]));
+        until("the server", || server.exists().then_some(()));
+        let act = act.clone();
+        proxy::start(&path, &server, move |command, body| act(n, command, body));
+        words.extend(["--device".into(), format!("vfio-user:{},id=dev{n}", path.display())]);
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    (Setup { devices: 0, vm_arguments: &words, ..Setup::new(dir, "b") }.start(), servers)
+}
+
+/// How long a guest with so many devices stood, as it went to `there`.
+fn stood(dir: &Path, devices: usize, there: &Vm, arrives: &AtomicBool) -> Duration {
+    let pace = &["--state-size", "64K", "--state-dirty-rate", "0", "--dma-interval", "8ms"];
+    let vm = Setup { devices, device_arguments: pace, ..Setup::new(dir, "a") }.start();
+    vm.warm();
+    let at = there.incoming();
+    arrives.store(true, Ordering::Release);
+    let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
+    arrives.store(false, Ordering::Release);
+    assert_eq!(info["status"], "completed", "{info}");
+    Duration::from_millis(info["downtime-ms"].as_u64().unwrap())
+}
+
 /// Each device maps the BARs of all others as a guest arrives: all devices at once, and nothing else is asked so often.
 #[test]
 fn eight_devices_map_each_others_bars_side_by_side() {
@@ -80,49 +116,43 @@ fn eight_devices_map_each_others_bars_side_by_side() {
     const EACH: Duration = Duration::from_millis(100);
     let dir = tempfile::tempdir().unwrap();
     let arrives = Arc::new(AtomicBool::new(false));
-    let counts: Vec<_> = (0..DEVICES).map(|_| Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)])).collect();
-    let mut words = vec!["--incoming".to_owned(), "tcp:127.0.0.1:0".into()];
-    let mut servers = Vec::new();
-    for (n, count) in counts.iter().enumerate() {
-        let (server, path) = (dir.path().join(format!("server{n}")), dir.path().join(format!("proxy{n}")));
-        servers.push(Process::start(&[
-            "device",
-            "--state-size",
-            "64K",
-            "--socket",
-            server.to_str().unwrap(),
-        ]));
-        until("the server", || server.exists().then_some(()));
-        let (arrives, count) = (arrives.clone(), count.clone());
-        proxy::start(&path, &server, move |command, _| {
-            if !arrives.load(Ordering::Acquire) {
-                return Act::Pass;
-            }
-            let is_map = command == proxy::DMA_MAP;
-            count[usize::from(!is_map)].fetch_add(1, Ordering::AcqRel);
-            if is_map { Act::Late(EACH) } else { Act::Pass }
-        });
-        words.extend(["--device".into(), format!("vfio-user:{},id=dev{n}", path.display())]);
-    }
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let there = Setup { devices: 0, vm_arguments: &words, ..Setup::new(dir.path(), "b") }.start();
-    let pace = &["--state-size", "64K", "--state-dirty-rate", "0", "--dma-interval", "8ms"];
-    let vm = Setup { devices: DEVICES, device_arguments: pace, ..Setup::new(dir.path(), "a") }.start();
-    vm.warm();
-    let at = there.incoming();
-    arrives.store(true, Ordering::Release);
-    let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
-    arrives.store(false, Ordering::Release);
-    assert_eq!(info["status"], "completed", "{info}");
+    let counts: [[AtomicUsize; 2]; DEVICES] = Default::default();
+    let counts = Arc::new(counts);
+    let (now, count) = (arrives.clone(), counts.clone());
+    let (there, _servers) = receiver_behind_proxies(dir.path(), DEVICES, move |n, command, _| {
+        if !now.load(Ordering::Acquire) {
+            return Act::Pass;
+        }
+        let is_map = command == proxy::DMA_MAP;
+        count[n][usize::from(!is_map)].fetch_add(1, Ordering::AcqRel);
+        if is_map { Act::Late(EACH) } else { Act::Pass }
+    });
+    let stood = stood(dir.path(), DEVICES, &there, &arrives);
     let maps: Vec<usize> = counts.iter().map(|count| count[0].load(Ordering::Acquire)).collect();
     assert_eq!(maps, [DEVICES - 1; DEVICES], "one of each of the others");
     let rest: Vec<usize> = counts.iter().map(|count| count[1].load(Ordering::Acquire)).collect();
     assert!(rest.iter().all(|rest| *rest < 100), "{rest:?}");
-    let stood = Duration::from_millis(info["downtime-ms"].as_u64().unwrap());
     // In a row they would take as long as all of them together.
-    let in_a_row = EACH * u32::try_from(DEVICES * (DEVICES - 1)).unwrap();
-    assert!(stood < in_a_row / 2, "{stood:?}");
-    drop(servers);
+    assert!(stood < EACH * (DEVICES * (DEVICES - 1)) as u32 / 2, "{stood:?}");
+}
+
+/// Each device is given its guest's interrupts by its own server: all at once.
+#[test]
+fn devices_are_given_their_interrupts_side_by_side() {
+    const DEVICES: usize = 4;
+    const EACH: Duration = Duration::from_secs(2);
+    let dir = tempfile::tempdir().unwrap();
+    let arrives = Arc::new(AtomicBool::new(false));
+    let (now, given): (_, [AtomicBool; DEVICES]) = (arrives.clone(), Default::default());
+    let (there, _servers) = receiver_behind_proxies(dir.path(), DEVICES, move |n, command, body| {
+        let first = now.load(Ordering::Acquire)
+            && connects_msix(command, body)
+            && !given[n].swap(true, Ordering::AcqRel);
+        if first { Act::Late(EACH) } else { Act::Pass }
+    });
+    let stood = stood(dir.path(), DEVICES, &there, &arrives);
+    assert!(stood >= EACH && stood < EACH * (DEVICES - 1) as u32, "{stood:?}");
+    there.assert_runs();
 }
 
 #[test]

@@ -227,11 +227,13 @@ impl Worker<'_, '_, '_> {
         self.step("interrupt routes", begun.elapsed());
 
         let begun = Instant::now();
-        let mut vectors = 0;
-        for (pci, state, _, moved) in &functions {
-            let connected = ask_pci(answers, moved, || pci.connect_interrupts(state));
-            vectors += connected.map_err(|error| error.in_phase(Side::Destination, PHASE))?;
-        }
+        // Each gives its own device eventfds, behind the one commit of all routes: requests to n servers, at once.
+        let connected = for_each_device_parallel(&functions, |(pci, state, _, moved)| {
+            ask_pci(answers, moved, || pci.connect_interrupts(state))
+        });
+        let connected = connected.into_iter().collect::<Result<Vec<u32>, PciError>>();
+        let connected = connected.map_err(|error| error.in_phase(Side::Destination, PHASE))?;
+        let vectors = connected.into_iter().fold(0, u32::saturating_add);
         self.step("interrupts connected", begun.elapsed());
         Ok(vectors)
     }
