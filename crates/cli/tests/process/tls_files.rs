@@ -351,3 +351,23 @@ fn a_certificate_of_version_1_is_told_as_what_it_is() {
     let (usable, text) = shown(&b);
     assert!(!usable && text.contains("CN=host-b is of X.509 version 1"), "{text}");
 }
+
+#[test]
+fn a_ca_with_a_key_that_is_too_short_is_told_as_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { b, .. } = pki(dir.path());
+    let made = std::process::Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "rsa:1024", "-nodes", "-days", "90", "-subj", "/CN=short"])
+        .args(["-keyout", words(&dir.path().join("key")), "-out", words(&b.join("ca-cert.pem"))])
+        .output();
+    let Ok(made) = made else {
+        eprintln!("SKIPPED: no openssl, so no CA with a short key was judged");
+        return;
+    };
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let (usable, text) = shown(&b);
+    assert!(
+        !usable && text.contains("CN=short has an RSA key of 1024 bits, and one of 2048 or more"),
+        "{text}"
+    );
+}

@@ -99,7 +99,7 @@ pub(crate) fn flaw_as_ca(parsed: &X509Certificate<'_>) -> Option<CertificateFlaw
         _ => return Some(CertificateFlaw::NoCertificates),
     }
     match parsed.public_key().parsed() {
-        // What an RSA key's size is told as has up to 7 bits too many.
+        // In whole bytes, which is near enough to tell 1024 from 2048.
         Ok(PublicKey::RSA(key)) if key.key_size() < LEAST_RSA_BITS => {
             Some(CertificateFlaw::ShortKey(key.key_size()))
         }

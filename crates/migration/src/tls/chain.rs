@@ -164,3 +164,76 @@ impl<'a> Chain<'a> {
 fn by_way_of(ca: &str, flaw: &CertificateFlaw) -> OwnRefusal {
     OwnRefusal::Between(format!("{ca}, which {flaw}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+    use rustls::OtherError;
+
+    use super::*;
+    use crate::tls::layout::CA_FILE;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Named(&'static str);
+
+    /// A CA's certificate of this name, self-signed or by `issuer`, and what issues by it.
+    fn ca(
+        name: &str,
+        issuer: Option<&Issuer<'_, KeyPair>>,
+    ) -> (rcgen::Certificate, Issuer<'static, KeyPair>) {
+        let mut params = CertificateParams::new([]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().unwrap();
+        let made = match issuer {
+            Some(issuer) => params.signed_by(&key, issuer).unwrap(),
+            None => params.self_signed(&key).unwrap(),
+        };
+        (made, Issuer::new(params, key))
+    }
+
+    /// What a stranger sends is judged before anybody has looked at a signature.
+    #[test]
+    fn no_certificate_of_a_stranger_brings_the_judge_down() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, by_root) = ca("root", None);
+        std::fs::write(dir.path().join(CA_FILE), root.pem()).unwrap();
+        let authorities = Authorities::of(dir.path()).unwrap();
+        let (between, by_between) = ca("between", Some(&by_root));
+        let params = CertificateParams::new(["host".to_owned()]).unwrap();
+        let leaf = params.signed_by(&KeyPair::generate().unwrap(), &by_between).unwrap();
+        let (leaf, between) = (leaf.der(), between.der());
+        let errors = ["PathLenConstraintViolated", "NameConstraintViolation", "UnsupportedCertVersion"];
+        let mut errors: Vec<_> =
+            errors.map(|name| CertificateError::Other(OtherError(std::sync::Arc::new(Named(name))))).into();
+        errors.extend([CertificateError::UnknownIssuer, CertificateError::InvalidPurpose]);
+        let now = SystemTime::now();
+        let judge = |leaf: &CertificateDer<'_>, between: &CertificateDer<'_>| {
+            let intermediates = [between.clone(), between.clone()];
+            let chain = Chain { leaf, intermediates: &intermediates, authorities: &authorities };
+            for error in &errors {
+                let _ = chain.explain(error, TlsRole::Client, now);
+            }
+            (chain.sound(now).len(), chain.flaw_beyond(now))
+        };
+        assert!(matches!(judge(leaf, between), (2, None)));
+        for (whole, is_leaf) in [(leaf, true), (between, false)] {
+            for at in 0..whole.len() {
+                for value in [0, 0x01, 0x7f, 0x80, 0xff] {
+                    let mut bytes = whole.to_vec();
+                    *bytes.get_mut(at).unwrap() ^= value;
+                    // Cut there, or changed there.
+                    let changed = if value == 0 { bytes.get(..at).unwrap().to_vec() } else { bytes };
+                    let changed = CertificateDer::from(changed);
+                    if is_leaf {
+                        judge(&changed, between)
+                    } else {
+                        judge(leaf, &changed)
+                    };
+                }
+            }
+        }
+    }
+}

@@ -8,6 +8,7 @@ mod expectation;
 mod faults;
 mod migrate;
 mod next_source;
+mod other_owners;
 mod plain_text;
 mod progress;
 mod ram_hold;
