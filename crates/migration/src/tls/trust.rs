@@ -70,7 +70,6 @@ fn client_by_roots(roots: RootCertStore) -> Result<Arc<dyn ClientCertVerifier>, 
         .map_err(not_built)
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn not_built(error: VerifierBuilderError) -> TlsError {
     TlsError::Setup(match error {
         VerifierBuilderError::NoRootAnchors => "no CA is trusted here".to_owned(),
