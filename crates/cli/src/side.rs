@@ -21,7 +21,7 @@ use crate::probe::HostAccess;
 use crate::socket_clients::has_client;
 use crate::target::for_all;
 use crate::units::format_time;
-use crate::words::{device_id, read_capped, uri};
+use crate::words::{check_socket_path, device_id, read_capped, uri};
 
 /// A side of `check`, by what its word on the command line names.
 #[derive(Debug)]
@@ -97,6 +97,7 @@ fn of_socket(path: &Path, name: Option<&str>, timeout: Duration) -> Result<Check
 }
 
 fn of_vm(socket: &Path, patience: Duration) -> Result<(Document, (VmId, Epoch)), CliError> {
+    check_socket_path(socket)?;
     let mut client =
         ControlClient::connect(socket, patience, None).map_err(|error| error.failure("no contact"))?;
     let asked = |error: ControlError| error.failure("no manifest");
@@ -139,6 +140,7 @@ impl From<CliError> for Unasked {
 
 /// Asks a vfio-user server. It is left in the state it is in.
 fn of_server(socket: &Path, name: Option<&str>, timeout: Duration) -> Result<DeviceManifest, Unasked> {
+    check_socket_path(socket)?;
     let doing = format!("cannot ask {}", socket.display());
     let id = device_id(name.unwrap_or("dev0"))?;
     let ram = GuestRam::new("asked", &[RamSpec { gpa: Gpa(0), len: 4096 }])

@@ -9,7 +9,7 @@ use crate::control::client::ControlClient;
 use crate::exit::CliError;
 use crate::interrupt::UserInterrupt;
 use crate::units;
-use crate::words::EXIT_CODES;
+use crate::words::{EXIT_CODES, socket_path};
 
 /// Longest wait for the answer to a request that changes something, over the control socket.
 pub(crate) const ANSWER: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ pub(crate) fn for_all(each: Duration) -> Duration {
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct VmTarget {
     /// Control socket of the `vm`.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub(crate) control: PathBuf,
     /// Print one JSON object on stdout.
     #[arg(long)]

@@ -4,7 +4,10 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use vfio_migration::{FileError, Uri, UriError, open_regular, open_regular_to_append, refuse_changeable};
+use clap::builder::{PathBufValueParser, TypedValueParser};
+use vfio_migration::{
+    FileError, Uri, UriError, open_regular, open_regular_to_append, refuse_changeable, unix_address,
+};
 use vfio_migration_compat::{DeviceMap, MaskRule, Policy};
 use vfio_migration_device::host::Roots;
 use vfio_migration_types::{DeviceId, VmId, VmIdError, error_chain};
@@ -108,6 +111,17 @@ pub(crate) fn write_regular(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
     let failed = |error: std::io::Error| CliError::caused(&path.display().to_string(), &error);
     let mut file = open_regular_to_append(path).map_err(|error| CliError::failed(error_chain(&error)))?;
     file.set_len(0).and_then(|()| file.write_all(bytes)).map_err(failed)
+}
+
+/// Refuses a path that can be no socket's, since it is too long.
+pub(crate) fn check_socket_path(path: &Path) -> Result<(), CliError> {
+    let refused = |error| CliError::new(Exit::Usage, format!("{}: {error}", path.display()));
+    unix_address(path).map(drop).map_err(refused)
+}
+
+/// Takes a word for the path of a socket.
+pub(crate) fn socket_path() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| unix_address(&path).map(|_| path))
 }
 
 pub(crate) fn device_id(name: &str) -> Result<DeviceId, CliError> {

@@ -10,7 +10,7 @@ use crate::incoming_options::IncomingOptions;
 use crate::move_options::{FileOptions, MoveOptions, SwitchoverOptions};
 use crate::target::{AnswerTimeout, VmTarget};
 use crate::units;
-use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES};
+use crate::words::{EXIT_CODES, UNITS_AND_EXIT_CODES, socket_path};
 
 /// What Ctrl-C does to a migration that a verb waits for.
 const CTRL_C: &str = "Ctrl-C (SIGINT, SIGTERM) cancels the migration, and the guest goes on here, unless it is too late for that; the \
@@ -40,7 +40,7 @@ pub(crate) struct IncomingCommand {
 #[command(after_help = EXIT_CODES, group = clap::ArgGroup::new("whose").args(["control", "state_dir"]).required(true))]
 pub(crate) struct StatusCommand {
     /// Control socket of the `vm`.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub(crate) control: Option<PathBuf>,
     /// State directory of `vm`s, which need not run: who owns each VM by its journal, and how its last session ended.
     #[arg(long, value_name = "DIR", conflicts_with = "watch")]
@@ -84,7 +84,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 incompatible (also: the device has no m
 )]
 pub(crate) struct SaveCommand {
     /// Control socket of the `vm` whose guest is saved.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub(crate) control: Option<PathBuf>,
     /// The device that is saved, without a guest: vfio-user:SOCKET, vfio:0000:01:00.0, vfio:/dev/vfio/devices/vfio0 or
     /// mdev:UUID, each with ,id=NAME if it is to have another name than `dev0`, ,pre-copy=off, ,timeout=30s or ,vf-token=UUID as in `vm`.

@@ -9,7 +9,7 @@ use vfio_migration_types::{DEVICES_MAX, VmId};
 use crate::peer_options::PeerOptions;
 use crate::tls_options::{LAYOUT, TlsOptions};
 use crate::units;
-use crate::words::{UNITS_AND_EXIT_CODES, pair, vm_id};
+use crate::words::{UNITS_AND_EXIT_CODES, pair, socket_path, vm_id};
 
 /// Options of `demo`.
 #[derive(Args, Clone, Debug)]
@@ -104,7 +104,7 @@ fn device_help() -> String {
 #[command(after_help = device_help())]
 pub(crate) struct DeviceCommand {
     /// Where to listen.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub(crate) socket: PathBuf,
     /// Internal state, besides its registers.
     #[arg(long, default_value = "64M", value_parser = units::size, value_name = "SIZE")]
@@ -180,7 +180,7 @@ pub(crate) struct VmCommand {
     #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
     pub(crate) restore: Option<PathBuf>,
     /// Control socket: for the user that this process runs as, and root.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub(crate) control: Option<PathBuf>,
     /// Group, by name or number, whose members may use the control socket too.
     #[arg(long, value_name = "GROUP", requires = "control")]

@@ -186,20 +186,8 @@ impl Prepared {
 }
 
 fn cannot_listen(path: &Path, error: &std::io::Error) -> CliError {
-    let len = path.as_os_str().len();
-    if len > SOCKET_PATH_MAX {
-        return CliError::new(
-            Exit::Usage,
-            format!(
-                "--control: a socket's path has at most {SOCKET_PATH_MAX} bytes, and {} has {len}",
-                path.display()
-            ),
-        );
-    }
     CliError::caused(&format!("cannot listen at {}", path.display()), error)
 }
 
 /// What a process ends by that did not get so far that it could be told to end.
 const FAILED_START: &str = "a start that failed";
-/// `sun_path` of unix(7), without the byte that ends it.
-const SOCKET_PATH_MAX: usize = 107;

@@ -251,28 +251,40 @@ fn too_few_descriptors_are_told_as_our_own_lack() {
     assert!(lacked > 3, "the lack was named {lacked} times");
 }
 
+/// A host's manifest.
+fn host_file(dir: &std::path::Path) -> String {
+    let file = dir.join("h1.json");
+    std::fs::write(&file, r#"{"schema": "vfio-migrate.org/manifest/1", "kind": "host", "name": "h1"}"#)
+        .unwrap();
+    file.display().to_string()
+}
+
 #[test]
 fn what_is_wrong_with_a_word_is_named_with_its_bound() {
     let dir = tempfile::tempdir().unwrap();
     let long = dir.path().join("x".repeat(108)).display().to_string();
-    let says = format!("a socket's path has at most 107 bytes, and {long} has {}", long.len());
-    fails(&["vm", "--software", "--control", &long], 2, &says);
     let (uri, device) = (format!("unix:{long}"), format!("vfio-user:{long},id=dev0"));
     fails(&["vm", "--software", "--incoming", &uri], 2, "the path is longer than 107 bytes");
     let says = format!("a socket's path has at most 107 bytes, and this one has {}", long.len());
+    // Whatever would be asked there.
+    let (vm, server, file) = (format!("vm:{long}"), format!("vfio-user:{long}"), host_file(dir.path()));
     for words in [
-        ["vm", "--software", "--device", &device].as_slice(),
+        ["vm", "--software", "--control", &long].as_slice(),
+        &["vm", "--software", "--device", &device],
         &["device", "--socket", &long],
         &["status", "--control", &long],
         &["migrate", "--control", &long, "unix:/nowhere"],
+        &["save", "--control", &long, "-o", "/nowhere"],
+        &["devices", &long],
+        &["describe", &vm],
+        &["describe", &server],
+        &["check", &vm, &file],
     ] {
-        fails(words, 1, &says);
+        fails(words, 2, &says);
     }
     // One host is no pool, by whatever two names.
-    let host = dir.path().join("h1.json");
+    let host = std::path::PathBuf::from(&file);
     let other = dir.path().join("h2.json");
-    std::fs::write(&host, r#"{"schema": "vfio-migrate.org/manifest/1", "kind": "host", "name": "h1"}"#)
-        .unwrap();
     std::os::unix::fs::symlink(&host, &other).unwrap();
     let (host, other) = (host.display().to_string(), other.display().to_string());
     fails(&["check", "--matrix", &host, &host], 2, "is there twice");

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use vfio_migration::unix_address;
 use vfio_migration_device::{KernelError, KernelPath};
 use vfio_migration_types::{DeviceId, VmId};
 
@@ -99,7 +100,11 @@ impl DeviceConfig {
         let (place, options) = rest.split_once(',').unwrap_or((rest, ""));
         let path = match kind {
             "vfio-user" if place.is_empty() => return Err(refuse("the socket's path is empty".into())),
-            "vfio-user" => DevicePath::VfioUser(place.into()),
+            "vfio-user" => {
+                let path = PathBuf::from(place);
+                unix_address(&path).map_err(|error| refuse(error.to_string()))?;
+                DevicePath::VfioUser(path)
+            }
             "vfio" | "mdev" => {
                 let path: KernelPath =
                     place.parse().map_err(|error: KernelError| refuse(error.to_string()))?;

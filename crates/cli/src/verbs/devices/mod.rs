@@ -13,6 +13,7 @@ use self::report::{CanMigrate, DeviceEntry, DevicesReport, FileReport, Interrupt
 use crate::args::ask::DevicesCommand;
 use crate::exit::{CliError, Exit};
 use crate::output::{print, print_json};
+use crate::words::check_socket_path;
 
 pub(crate) fn run(options: &DevicesCommand) -> Result<Exit, CliError> {
     let roots = options.root.roots();
@@ -62,6 +63,7 @@ fn named<'a>(
                 Box::new(move |device| device.cdev.as_ref() == Some(&file))
             }
             _ => {
+                check_socket_path(target)?;
                 sockets.push(target.as_path());
                 continue;
             }
