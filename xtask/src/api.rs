@@ -14,12 +14,32 @@ struct Listed {
     unstable: &'static [&'static str],
 }
 
-/// Every crate that has a listing.
-const LISTED: [Listed; 1] =
-    [Listed { package: "vfio-user-peer", folder: "crates/vfio-user", unstable: &["codec"] }];
+const fn listed(package: &'static str, folder: &'static str) -> Listed {
+    Listed { package, folder, unstable: &[] }
+}
 
-/// Where rustdoc writes, apart from all other builds, which it would make cargo do again.
-const TARGET: &str = "target/api";
+/// Every crate that has a listing: those that may be published and are libraries.
+const LISTED: [Listed; 13] = [
+    listed("vfio-migration-types", "crates/types"),
+    listed("vfio-migration-uapi", "crates/uapi"),
+    Listed { package: "vfio-user-peer", folder: "crates/vfio-user", unstable: &["codec"] },
+    listed("vfio-migration-guest-image", "crates/guest-image"),
+    listed("vfio-migration-wire", "crates/wire"),
+    listed("vfio-migration-compat", "crates/compat"),
+    listed("vfio-migration-memory", "crates/memory"),
+    listed("vfio-migration-engine", "crates/engine"),
+    listed("vfio-migration-device", "crates/device"),
+    listed("vfio-migration-pci", "crates/pci"),
+    listed("vfio-migration", "crates/migration"),
+    listed("vfio-migration-sim", "crates/sim"),
+    listed("vfio-migration-vmm", "crates/vmm"),
+];
+
+/// A rustdoc that writes JSON, though it is stable's. Whoever sets this variable for cargo itself has it build everything anew.
+const RUSTDOC: (&str, &str) = (
+    "target/api/rustdoc",
+    "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec rustdoc -Zunstable-options --output-format json \"$@\"\n",
+);
 
 /// What the first line of a listing begins with; the toolchain follows that made it.
 const MADE_BY: &str = "# Made by `cargo xtask api` with ";
@@ -69,13 +89,18 @@ impl Listed {
 
     fn make(&self, top: &Path) -> Result<String, String> {
         let mut command = Command::new(env!("CARGO"));
-        command.current_dir(top).args(["rustdoc", "--quiet", "--package", self.package, "--lib"]);
-        command.args(["--target-dir", TARGET, "--", "-Zunstable-options", "--output-format", "json"]);
-        // Stable's rustdoc writes JSON only if it is told that its users know what they do.
-        command.env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTDOCFLAGS");
+        command.current_dir(top).args([
+            "rustdoc",
+            "--quiet",
+            "--release",
+            "--package",
+            self.package,
+            "--lib",
+        ]);
+        command.env("RUSTDOC", rustdoc(top)?).env("RUSTDOCFLAGS", "--cfg=api_listing");
         finish(command, &format!("rustdoc of {}", self.package))?;
         let library = self.package.replace('-', "_");
-        let json = top.join(TARGET).join("doc").join(format!("{library}.json"));
+        let json = top.join("target/doc").join(format!("{library}.json"));
         let interface = public_api::Builder::from_rustdoc_json(&json)
             .omit_blanket_impls(true)
             .omit_auto_trait_impls(true)
@@ -84,6 +109,17 @@ impl Listed {
         let items: Vec<String> = interface.items().map(ToString::to_string).collect();
         Ok(listing(&items, &library, self.unstable, &toolchain()?))
     }
+}
+
+/// Puts [`RUSTDOC`] in its place.
+fn rustdoc(top: &Path) -> Result<PathBuf, String> {
+    let (place, text) = RUSTDOC;
+    let path = top.join(place);
+    let made =
+        std::fs::create_dir_all(path.parent().unwrap_or(top)).and_then(|()| std::fs::write(&path, text));
+    made.and_then(|()| std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)))
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(path)
 }
 
 /// The text of a listing.
