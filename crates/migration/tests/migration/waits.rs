@@ -18,7 +18,7 @@ const WAITS: [&str; 8] = [
 
 /// Each file of this crate that has such a call, and the row of the list that tells what it waits for. Empty: it waits for nothing
 /// but threads of its own, which end by an interrupt.
-const ROWS: [(&str, &str); 21] = [
+const ROWS: [(&str, &str); 23] = [
     ("channel/connect.rs", "the connection"),
     ("channel/credit.rs", "credit for a device"),
     ("channel/limiter.rs", "the bandwidth cap"),
@@ -27,10 +27,12 @@ const ROWS: [(&str, &str); 21] = [
     ("control.rs", "a vfio-user server, as a `vm` opens its device"),
     ("destination/commit.rs", "the destination's journal"),
     ("destination/hello.rs", "a device of the destination"),
+    ("destination/mod.rs", "a receiver that is not ready"),
     ("destination/ready.rs", "what comes next (destination)"),
+    ("destination/rollback.rs", "a late device of the destination"),
     ("destination/session.rs", "what comes next (destination)"),
-    ("device/receive.rs", "a device of the destination"),
-    ("device/tracked.rs", "a device to change its state"),
+    ("device_state/receive.rs", "a device of the destination"),
+    ("device_state/tracked.rs", "a device to change its state"),
     ("session/abandon.rs", ""),
     ("snapshot/play.rs", ""),
     ("snapshot/save.rs", "the target of `save` to be created"),
