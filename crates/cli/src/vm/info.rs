@@ -317,8 +317,8 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
     }
 }
 
-/// The migration of a source whose guest has not moved, or of which nobody knows.
-pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationInfo {
+/// The migration of a source whose guest has not moved, or of which nobody knows; `what` it is called, as it may have been to a file, or back.
+pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError, what: &str) -> MigrationInfo {
     let (mut downtime_ms, mut left_undone) = (None, Vec::new());
     let (status, failure) = match error {
         MigrateError::Unresolved { .. } => (MigrationStatus::Unresolved, None),
@@ -354,7 +354,7 @@ pub(super) fn not_completed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
             MigrateError::Aborted(aborted) if vm.is_ending() && aborted.cause.is_cancelled() => {
                 format!("the session was cancelled {}", aborted.cause)
             }
-            error => error_chain(error),
+            error => printable(&error.sentence_of(what)).into_owned(),
         }),
         downtime_ms,
         left_undone,
@@ -480,12 +480,7 @@ pub(super) fn not_rehearsed(vm: &RunningVm, error: &MigrateError) -> MigrationIn
         (None, false) => MigrationStatus::Failed,
     };
     let incompatible = rehearsal.is_some();
-    let ended = not_completed(vm, error);
-    let told = match vm.is_ending() {
-        true => ended.error.clone(),
-        false => Some(printable(&error.sentence_of("the rehearsal")).into_owned()),
-    };
-    MigrationInfo { incompatible, rehearsal, status, error: told, ..ended }
+    MigrationInfo { incompatible, rehearsal, status, ..not_completed(vm, error, "the rehearsal") }
 }
 
 fn transferred(bytes: Bytes) -> TransferInfo {

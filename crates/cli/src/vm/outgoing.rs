@@ -44,7 +44,7 @@ pub(super) fn migrate(vm: &Arc<RunningVm>, arguments: &MigrateArguments) -> Resu
     let source = Source::new(faulty, options);
     begin(vm, machine, source, "migration", move |vm, machine, source| {
         let result = source.migrate_to(endpoint.uri(), publish_changes(vm));
-        finish(vm, machine, result, &target.to_string());
+        finish(vm, machine, result, &target.to_string(), "the migration");
     })?;
     claim.spend();
     Ok(())
@@ -133,12 +133,13 @@ pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
     }
 }
 
-/// Ends a session that was to send the guest away, `to` another `vm` or a file.
+/// Ends a session that was to send the guest away, `to` another `vm` or a file: `what` it is called.
 pub(super) fn finish(
     vm: &RunningVm,
     machine: Arc<ReferenceMachine>,
     result: Result<Completed, MigrateError>,
     to: &str,
+    what: &str,
 ) {
     let epoch = vm.state.slot().epoch();
     match result {
@@ -152,7 +153,7 @@ pub(super) fn finish(
             vm.end_session(info::completed(&completed), Some(slot));
         }
         Err(error) => {
-            let mut ended = info::not_completed(vm, &error);
+            let mut ended = info::not_completed(vm, &error, what);
             let slot = match &error {
                 MigrateError::Unresolved { why } => {
                     let journal = vm.options.state_dir.as_ref().map(|dir| journal_file(dir, machine.id()));

@@ -39,17 +39,22 @@ pub(super) fn begin(vm: &Arc<RunningVm>, arguments: &SaveArguments) -> Result<()
     })
 }
 
+/// What its session is called.
+const WHAT: &str = "the save";
+
 fn finish(vm: &RunningVm, machine: Arc<ReferenceMachine>, result: Result<Saved, SaveError>, path: &Path) {
     let to = path.display().to_string();
     match result {
-        Ok(Saved { completed: Some(completed), .. }) => outgoing::finish(vm, machine, Ok(completed), &to),
+        Ok(Saved { completed: Some(completed), .. }) => {
+            outgoing::finish(vm, machine, Ok(completed), &to, WHAT)
+        }
         Ok(Saved { stood, left_undone, .. }) => {
             machine.release();
             vm.end_session(info::saved(vm, stood, &left_undone), None);
         }
-        Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error), &to),
+        Err(SaveError::Session(error)) => outgoing::finish(vm, machine, Err(error), &to, WHAT),
         Err(SaveError::NotResumed(held)) => {
-            outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)), &to);
+            outgoing::finish(vm, machine, Err(MigrateError::Aborted(held.0)), &to, WHAT);
         }
         Err(error) => {
             machine.release();

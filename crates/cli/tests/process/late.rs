@@ -50,6 +50,7 @@ fn a_server_that_is_late_while_the_guest_runs_is_left_behind_and_taken_back() {
     vm.call("save", json!({"path": dir.path().join("late")})).unwrap();
     let info = vm.ended();
     assert!(begun.elapsed() < HANGS, "it was waited for: {:?}", begun.elapsed());
+    assert!(info["error"].as_str().unwrap().starts_with("the save was aborted"), "{info}");
     assert_late(&vm, &info, "RUNNING", "PRE_COPY");
     assert_eq!(vm.status(), "running");
     let again = vm.call("save", json!({"path": dir.path().join("again")})).unwrap_err();
