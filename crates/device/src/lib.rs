@@ -37,6 +37,7 @@ pub use kernel::device::KernelDevice;
 pub use kernel::error::KernelError;
 pub use kernel::open::{IommuHandle, KernelOptions};
 pub use kernel::path::KernelPath;
+pub use kernel::space::DmaSpace;
 pub use kernel::tracker::{TrackerChoice, TrackerKind};
 pub use kernel::vmm_iommu::VmmIommu;
 pub use pci::{

@@ -23,6 +23,7 @@ mod pair;
 mod pci;
 mod pin;
 mod refused;
+mod shared_space;
 mod table;
 mod vm;
 mod xhci;

@@ -7,12 +7,17 @@ use crate::check::Outcome;
 
 /// Where the function of this vendor and device is in sysfs.
 pub(crate) fn find(vendor: &str, device: &str) -> Option<PathBuf> {
-    let entries = fs::read_dir("/sys/bus/pci/devices").ok()?;
-    entries.flatten().map(|entry| entry.path()).find(|path| {
-        let is =
-            |file: &str, value: &str| fs::read_to_string(path.join(file)).is_ok_and(|is| is.trim() == value);
-        is("vendor", vendor) && is("device", device)
-    })
+    find_all(vendor, device).into_iter().next()
+}
+
+/// Where all functions of this vendor and device are in sysfs.
+pub(crate) fn find_all(vendor: &str, device: &str) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir("/sys/bus/pci/devices") else { return Vec::new() };
+    let is = |path: &Path, file: &str, value: &str| {
+        fs::read_to_string(path.join(file)).is_ok_and(|is| is.trim() == value)
+    };
+    let paths = entries.flatten().map(|entry| entry.path());
+    paths.filter(|path| is(path, "vendor", vendor) && is(path, "device", device)).collect()
 }
 
 /// The PCI address that ends the path.

@@ -6,7 +6,7 @@ use crate::check::Outcome;
 use crate::iommufd_mock::{table, tracker};
 use crate::{
     described, device_file, edu, engine, guest, host_report, kernel_device, migdev, mtty, pair, pin, refused,
-    xhci,
+    shared_space, xhci,
 };
 use vfio_migration_types::error_chain;
 
@@ -98,6 +98,7 @@ pub(crate) const TESTS: &[KernelTest] = &[
     test("kernel_device_maps_other_memory", &[Need::Mtty], kernel_device::maps_other_memory),
     test("edu_does_not_migrate", &[Need::Edu], edu::does_not_migrate),
     test("edu_type1_finds_every_page_dirty", &[Need::Edu], edu::container_finds_every_page_dirty),
+    test("two_devices_of_one_group_share_an_address_space", &[Need::Edu], shared_space::of_one_group),
     test("device_file_contents_move", &[Need::Mtty], device_file::contents_move),
     test("device_file_of_another_type", &[Need::Mtty], device_file::another_type),
     test("device_file_of_a_device_in_use", &[Need::Mtty], device_file::in_use),

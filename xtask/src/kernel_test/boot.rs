@@ -15,7 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(480);
 
 /// What is plugged into a machine.
 pub(super) enum Plugged {
-    /// Devices without migration behind an IOMMU, for vfio-pci: edu, and a network card of PCI Express.
+    /// Devices without migration behind an IOMMU, for vfio-pci: edu, a network card of PCI Express, and two functions of one
+    /// IOMMU group.
     Functions,
     /// A USB controller with 16 MSI vectors, on a kernel told not to remap interrupts.
     UnmappedVectors,
@@ -57,6 +58,12 @@ pub(super) fn boot(
         Plugged::Functions => {
             qemu.args(["-net", "none", "-device", "intel-iommu,intremap=on", "-device", "edu"])
                 .args(["-netdev", "hubport,id=nowhere,hubid=0", "-device", "e1000e,netdev=nowhere"])
+                .args([
+                    "-device",
+                    "pci-testdev,addr=10.0,multifunction=on",
+                    "-device",
+                    "pci-testdev,addr=10.1",
+                ])
                 .stdin(Stdio::null());
         }
         Plugged::UnmappedVectors => {

@@ -464,7 +464,7 @@ fn hugepages(roots: &Roots) -> HostCheck {
 
 /// The limit on locked memory against a guest's RAM, or, where no guest is named, against the host's.
 fn memlock(roots: &Roots, guest: Option<u64>) -> HostCheck {
-    let means = "guest RAM is pinned while a device of PCI is attached, and counted against this limit";
+    let means = "guest RAM is pinned while a device of PCI is attached, once for all of them, and counted against this limit";
     let read = |name: &str| host::read_text(&roots.proc.join(name), 1 << 16).unwrap_or_default();
     let status = read("self/status");
     let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

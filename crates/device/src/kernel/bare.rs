@@ -3,15 +3,15 @@
 //!
 //! [`KernelDevice`]: super::device::KernelDevice
 
-use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vfio_migration_types::{DeviceId, Iova, RamOffset, Range};
-use vfio_migration_uapi::{self as uapi, Dma, HostMemory, Ioas, UapiError};
+use vfio_migration_uapi::{Dma, HostMemory, Ioas, UapiError};
 
-use super::iommu::{AddressSpace, Iommu};
+use super::iommu::Iommu;
 use super::open::tracking_table;
+use super::space::{AddressSpace, IommufdSpace, PageTable, SpaceMember};
 use super::tracker::{TrackerChoice, Trial, Trials, choose, try_log};
 use super::windows::{DmaWindow, DmaWindows};
 use crate::contract::DirtyLog;
@@ -39,7 +39,9 @@ impl BareSpace {
     /// Makes the page table for `device`, which the caller then attaches to it. Gives its id, or why there is none.
     pub fn make_table(&mut self, device: u32) -> Result<u32, String> {
         let table = tracking_table(&self.space, device);
-        self.iommu = Some(Iommu::Own(AddressSpace::iommufd(self.space.clone(), table.clone())));
+        let made = table.clone().map(|id| Arc::new(PageTable::new(self.space.iommufd(), id)));
+        let space = Arc::new(IommufdSpace::new(self.space.clone()));
+        self.iommu = Some(Iommu::Own(SpaceMember::new(AddressSpace::Iommufd { space, table: made })));
         table
     }
 
@@ -68,14 +70,5 @@ impl BareSpace {
         let (iommufd, log) = try_log(&self.id, &self.windows, port, &[], |_| None);
         let choice = choose(Trials { device: none(), iommufd, type1: none() });
         (choice, log.map(|log| Box::new(log) as _))
-    }
-}
-
-impl Drop for BareSpace {
-    fn drop(&mut self) {
-        if let Some(Iommu::Own(AddressSpace::Iommufd { table: Ok(table), .. })) = &self.iommu {
-            // While a device is attached the kernel refuses; it goes with the iommufd.
-            let _ = uapi::destroy(self.space.fd().as_fd(), *table);
-        }
     }
 }

@@ -41,7 +41,7 @@ pub(super) struct OpenDevice {
     pub(super) windows: Arc<DmaWindows>,
     pub(super) machine: Arc<StateMachine>,
     pub(super) device: Arc<OwnedFd>,
-    pub(super) group: Option<OwnedFd>,
+    pub(super) group: Option<Arc<OwnedFd>>,
     pub(super) ram: Arc<GuestRam>,
     pub(super) sys: Option<SysDevice>,
     pub(super) flags: Result<MigrationFlags, NotMigratable>,
@@ -69,14 +69,14 @@ impl KernelDevice {
     /// # Errors
     /// With the errno and, in the [`KernelError`] that is the source, what to do: there is no such device, no VFIO
     /// driver has it, its group is not viable, a file may not be opened or is in use. EBUSY also for the second device
-    /// of one IOMMU group.
+    /// of one IOMMU group, unless both are opened with clones of one [`DmaSpace`](crate::DmaSpace).
     pub fn open(
         id: DeviceId,
         path: &KernelPath,
         ram: Arc<GuestRam>,
         options: &KernelOptions,
     ) -> Result<Self, DeviceError> {
-        let opened = open::open(&id, path, options)?;
+        let opened = open::open(&id, path, &ram, options)?;
         let device = Self::new(id, opened, ram, None, options)?;
         if !options.keep_state {
             device.recover()?;
@@ -104,7 +104,7 @@ impl KernelDevice {
     /// The descriptor to give to KVM's VFIO device (`KVM_DEV_VFIO_FILE_ADD`): the group that the device was opened by,
     /// or else its own file.
     pub fn kvm_file(&self) -> BorrowedFd<'_> {
-        self.inner.group.as_ref().map_or((*self.inner.device).as_fd(), AsFd::as_fd)
+        (**self.inner.group.as_ref().unwrap_or(&self.inner.device)).as_fd()
     }
 
     /// The driver that it is bound to, where sysfs has it.
@@ -155,13 +155,17 @@ impl KernelDevice {
             Ok(flags) if flags.pre_copy => uapi::opt_in_precopy_info_v2(fd).map_err(refused)?,
             _ => false,
         };
+        let windows = match &iommu {
+            Iommu::Own(member) => member.space.windows().clone(),
+            Iommu::Vmm(_) => Arc::default(),
+        };
         let known = flags.as_ref().ok().copied();
         let port = DevicePort { device: device.clone(), reinit, reset };
         let machine = StateMachine::new(id.clone(), Box::new(port), known);
         Ok(Self {
             inner: Arc::new(OpenDevice {
                 tracker: ChosenTracker::default(),
-                windows: Arc::default(),
+                windows,
                 machine: Arc::new(machine),
                 connected: Default::default(),
                 id,

@@ -43,6 +43,8 @@ pub(super) struct TrackerLog {
 #[derive(Debug)]
 struct Active {
     logged: Vec<Logged>,
+    /// What changed hands after this is in no log.
+    since: u64,
     /// Page size of the log itself.
     granule: Granule,
     /// Page size that reports are asked in: no larger, and every range is made of whole ones.
@@ -76,7 +78,7 @@ impl TrackerLog {
             // It runs for another device, which is proof enough.
             return Ok(Tried { all_dirty: false });
         }
-        let active = lock.insert(self.begin(over)?);
+        let active = lock.insert(self.begin(over, 0)?);
         let mut all_dirty = bytes > 0;
         let mut reported = Ok(());
         for _ in 0..2 {
@@ -95,16 +97,16 @@ impl TrackerLog {
         reported.and(stopped).map(|()| Tried { all_dirty })
     }
 
-    fn begin(&self, mapped: Vec<(Range<Iova>, RamOffset)>) -> Result<Active, MemoryError> {
+    fn begin(&self, mapped: Vec<(Range<Iova>, RamOffset)>, since: u64) -> Result<Active, MemoryError> {
         let logged = fit(mapped, self.port.most_ranges());
         let ranges: Vec<Range<Iova>> = logged.iter().map(|one| one.range).collect();
         if ranges.is_empty() {
             // The kernel refuses a log of nothing, and a device that reaches nothing dirties nothing.
-            return Ok(Active { logged, granule: Granule::PAGE, asked: Granule::PAGE });
+            return Ok(Active { logged, since, granule: Granule::PAGE, asked: Granule::PAGE });
         }
         let granule = self.port.start(&ranges).map_err(|error| self.failed("starting", error))?;
         let asked = whole(granule, &ranges);
-        Ok(Active { logged, granule, asked })
+        Ok(Active { logged, since, granule, asked })
     }
 
     fn report_one(&self, active: &Active, logged: &Logged, into: &mut Bitmap) -> Result<(), MemoryError> {
@@ -162,12 +164,12 @@ impl DirtySource for TrackerLog {
             // With iommufd a second start would lose what the first has logged.
             return Err(MemoryError::AlreadyLogging { source_name: self.name.clone() });
         }
-        let mapped = self.windows.begin();
+        let (mapped, since) = self.windows.begin();
         if mapped.is_empty() && !self.windows.knows_ram() {
             return Err(self.failed("starting", UnknownRam));
         }
         let _entered = self.port.users().map(LogUsers::enter);
-        *active = Some(self.begin(mapped)?);
+        *active = Some(self.begin(mapped, since)?);
         Ok(())
     }
 
@@ -183,7 +185,7 @@ impl DirtySource for TrackerLog {
                 self.report_one(active, logged, into)?;
             }
         }
-        for (ram, bytes) in self.windows.moved() {
+        for (ram, bytes) in self.windows.moved(active.since) {
             into.set_bytes(ram.0, bytes);
         }
         Ok(())
@@ -191,11 +193,11 @@ impl DirtySource for TrackerLog {
 
     fn covers(&self, offset: RamOffset) -> bool {
         let holds = |start: &RamOffset, len: u64| (start.0..start.0 + len).contains(&offset.0);
-        let logged = self.lock().as_ref().is_some_and(|active| {
+        self.lock().as_ref().is_some_and(|active| {
             let mut pieces = active.logged.iter().flat_map(|logged| &logged.pieces);
             pieces.any(|(range, ram)| holds(ram, range.len()))
-        });
-        logged || self.windows.moved().iter().any(|(ram, bytes)| holds(ram, *bytes))
+                || self.windows.moved(active.since).iter().any(|(ram, bytes)| holds(ram, *bytes))
+        })
     }
 
     fn stop(&self) -> Result<(), MemoryError> {

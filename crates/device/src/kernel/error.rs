@@ -57,6 +57,9 @@ pub enum KernelError {
         #[source]
         source: vfio_migration_uapi::UapiError,
     },
+    /// An address space is shared by devices of one guest.
+    #[error("the address space is that of another guest's devices (DmaSpace): its RAM is another")]
+    OtherRam,
     /// The kernel has no TYPE1v2 IOMMU back end.
     #[error("the kernel offers no TYPE1v2 IOMMU for its containers; modprobe vfio_iommu_type1")]
     NoType1,

@@ -12,7 +12,7 @@ use vfio_migration_uapi::{self as uapi, Dma, UapiError};
 use super::device::{KernelDevice, OpenDevice};
 use super::error::KernelError;
 use super::iommu::Iommu;
-use super::windows::DmaWindow;
+use super::space::{Backing, Overlaps};
 use crate::dma_view::DmaViewError;
 use crate::error::DeviceError;
 use crate::hardware::{DmaAccess, Doorbell, IrqIndex, PciHardware, PciRegion, RegionFile, RegionIndex};
@@ -70,14 +70,6 @@ impl OpenDevice {
     fn connected(&self, index: IrqIndex) -> Option<&std::sync::atomic::AtomicBool> {
         self.connected.get(index.number() as usize)
     }
-}
-
-/// The memory behind a DMA mapping.
-#[derive(Clone, Copy)]
-enum DmaMemory<'a> {
-    Ram(RamOffset),
-    /// Something else, from a place in a file on: another device's BAR.
-    File(BorrowedFd<'a>, u64),
 }
 
 impl PciHardware for KernelDevice {
@@ -190,70 +182,60 @@ impl PciHardware for KernelDevice {
         let failed =
             |errno, error: KernelError| DeviceError::new(inner.id.clone(), doing.clone(), errno, error);
         let window = |what| KernelError::Window { start: iova.start().0, len: iova.len(), what };
-        let Iommu::Own(space) = &inner.iommu else {
+        let Iommu::Own(member) = &inner.iommu else {
             return Err(DeviceError::new(inner.id.clone(), doing, None, DmaViewError::MappedByVmm));
         };
-        let memory = match file {
+        let backing = match file {
             Some((fd, offset)) => match inner.ram.offset_in_file(fd, offset, iova.len()) {
-                Ok(Some(ram)) => DmaMemory::Ram(ram),
-                Ok(None) => DmaMemory::File(fd, offset),
+                Ok(Some(ram)) => Backing::Ram(ram),
+                Ok(None) => Backing::file(fd, offset),
                 Err(error) => {
                     let errno = error.errno();
                     return Err(DeviceError::new(inner.id.clone(), doing, errno, error));
                 }
             },
             None => match inner.unshared_ram(iova) {
-                Some(ram) => DmaMemory::Ram(ram),
+                Some(ram) => Backing::Ram(ram),
                 None => return Err(failed(None, KernelError::NoFile)),
             },
         };
-        if inner.windows.overlapping(iova).is_some() {
-            return Err(failed(None, window("overlaps one that is mapped")));
-        }
         let dma = Dma { read: access.read, write: access.write };
-        // Noted before: a log that starts in between must not miss it.
-        let ram = match memory {
-            DmaMemory::Ram(ram) => Some(ram),
-            DmaMemory::File(..) => None,
+        let mapped = match (backing, file) {
+            (Backing::File(..), Some((fd, offset))) => {
+                let make = || match Mapping::new(fd, offset, iova.len(), access.write) {
+                    Ok(mapping) => Ok(Arc::new(mapping).host_memory()),
+                    Err(error) => Err(failed(None, KernelError::NoPeerDma(error.into()))),
+                };
+                member.map(iova, backing, dma, make, |error| {
+                    let errno = error.errno();
+                    failed(errno, KernelError::NoPeerDma(error.into()))
+                })
+            }
+            (Backing::File(..), None) => return Err(failed(None, KernelError::NoFile)),
+            (Backing::Ram(ram), _) => {
+                let make = || {
+                    let memory = inner.ram.host_memory(ram, iova.len());
+                    memory.map_err(|error| DeviceError::new(inner.id.clone(), doing.clone(), None, error))
+                };
+                member.map(iova, backing, dma, make, inner.refused(doing.clone()))
+            }
         };
-        inner.windows.add(DmaWindow { iova, write: access.write, ram });
-        let mapped = match memory {
-            DmaMemory::Ram(ram) => match inner.ram.host_memory(ram, iova.len()) {
-                Ok(memory) => space.map(iova, &memory, dma).map_err(inner.refused(doing.clone())),
-                Err(error) => Err(DeviceError::new(inner.id.clone(), doing.clone(), None, error)),
-            },
-            DmaMemory::File(fd, offset) => match Mapping::new(fd, offset, iova.len(), access.write) {
-                Ok(mapping) => {
-                    let memory = Arc::new(mapping).host_memory();
-                    space.map(iova, &memory, dma).map_err(|error| {
-                        let errno = error.errno();
-                        failed(errno, KernelError::NoPeerDma(error.into()))
-                    })
-                }
-                Err(error) => Err(failed(None, KernelError::NoPeerDma(error.into()))),
-            },
-        };
-        mapped.inspect_err(|_| {
-            inner.windows.remove(iova);
-        })
+        mapped.unwrap_or_else(|_: Overlaps| Err(failed(None, window("overlaps one that is mapped"))))
     }
 
     fn dma_unmap(&self, iova: Range<Iova>) -> Result<(), DeviceError> {
         let inner = &self.inner;
         let doing = format!("unmapping {:#x}+{:#x} for DMA", iova.start().0, iova.len());
-        let Iommu::Own(space) = &inner.iommu else {
+        let Iommu::Own(member) = &inner.iommu else {
             return Err(DeviceError::new(inner.id.clone(), doing, None, DmaViewError::MappedByVmm));
         };
-        if !inner.windows.contains(iova) {
-            let error = KernelError::Window { start: iova.start().0, len: iova.len(), what: "is not mapped" };
-            return Err(DeviceError::new(inner.id.clone(), doing, None, error));
-        }
-        // Taken off the list first: a log must not ask for what is gone. What it was counts as dirty.
-        let ram = inner.windows.remove(iova);
-        space.unmap(iova).map_err(inner.refused(doing)).inspect_err(|_| {
-            if let Some(window) = ram {
-                inner.windows.add(window);
+        match member.unmap(iova) {
+            Some(unmapped) => unmapped.map_err(inner.refused(doing)),
+            None => {
+                let error =
+                    KernelError::Window { start: iova.start().0, len: iova.len(), what: "is not mapped" };
+                Err(DeviceError::new(inner.id.clone(), doing, None, error))
             }
-        })
+        }
     }
 }

@@ -4,10 +4,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vfio_migration_types::{Granule, Iova, Range, error_chain};
-use vfio_migration_uapi::{self as uapi, Dma, HostMemory, Ioas, Type1, UapiError};
+use vfio_migration_uapi::{self as uapi, Type1, UapiError};
 
 use super::dirty::LogPort;
 use super::log_users::LogUsers;
+use super::space::{AddressSpace, PageTable, SpaceMember};
 use super::vmm_iommu::{VmmIommu, VmmIommuKind};
 
 /// The reason for no log of an IOMMU that the VMM does not tell of.
@@ -20,81 +21,28 @@ const DEVICE_RANGES: usize = 256;
 #[derive(Debug)]
 pub(super) enum Iommu {
     /// Made here, and mapped in here.
-    Own(AddressSpace),
+    Own(SpaceMember),
     /// The VMM's own, as far as it is known.
     Vmm(Option<VmmIommu>),
 }
 
-/// An address space that the library made.
-#[derive(Debug)]
-pub(super) enum AddressSpace {
-    Type1 {
-        container: Arc<Type1>,
-        users: Arc<LogUsers>,
-    },
-    Iommufd {
-        space: Arc<Ioas>,
-        /// The page table that can track dirty pages, if the IOMMU can.
-        table: Result<u32, String>,
-        users: Arc<LogUsers>,
-    },
-}
-
-impl AddressSpace {
-    pub(super) fn type1(container: Type1) -> Self {
-        Self::Type1 { container: Arc::new(container), users: Arc::default() }
-    }
-
-    pub(super) fn iommufd(space: Arc<Ioas>, table: Result<u32, String>) -> Self {
-        Self::Iommufd { space, table, users: Arc::default() }
-    }
-
-    pub(super) fn map(&self, iova: Range<Iova>, memory: &HostMemory, dma: Dma) -> Result<(), UapiError> {
-        match self {
-            Self::Type1 { container, .. } => container.map(iova, memory, dma),
-            Self::Iommufd { space, .. } => space.map(iova, memory, dma),
-        }
-    }
-
-    pub(super) fn unmap(&self, iova: Range<Iova>) -> Result<(), UapiError> {
-        match self {
-            Self::Type1 { container, .. } => container.unmap(iova),
-            Self::Iommufd { space, .. } => space.unmap(iova),
-        }
-    }
-
-    /// Takes the device out, before it is closed: an iommufd that was handed over lives on.
-    pub(super) fn release(&self, device: BorrowedFd<'_>) {
-        let Self::Iommufd { space, table, .. } = self else { return };
-        let detached = uapi::detach(device);
-        let destroyed = match table {
-            Ok(table) => uapi::destroy(space.fd(), *table),
-            Err(_) => Ok(()),
-        };
-        if let Err(error) = detached.and(destroyed) {
-            tracing::debug!(error = %error_chain(&error), "a device was not taken out of its iommufd");
-        }
-    }
-}
-
 impl Iommu {
-    /// Takes the device out of an address space that was made for it.
+    /// Takes the device out of an address space that was made here.
     pub(super) fn release(&self, device: BorrowedFd<'_>) {
-        if let Self::Own(space) = self {
-            space.release(device);
+        if let Self::Own(member) = self {
+            member.leave(device);
         }
     }
 
     /// The IOMMU's log, or why there is none.
     pub(super) fn hardware_log(&self) -> Result<TableLog, String> {
         match self {
-            Self::Own(AddressSpace::Type1 { .. }) => {
-                Err("the device was opened by its group, which has no IOMMU log".into())
-            }
-            Self::Own(AddressSpace::Iommufd { space, table, users }) => {
-                let table = table.clone()?;
-                Ok(TableLog { iommufd: space.iommufd(), table, users: users.clone() })
-            }
+            Self::Own(member) => match &member.space {
+                AddressSpace::Type1(_) => {
+                    Err("the device was opened by its group, which has no IOMMU log".into())
+                }
+                AddressSpace::Iommufd { table, .. } => Ok(TableLog::of(table.clone()?)),
+            },
             Self::Vmm(None) => Err(UNTOLD.into()),
             Self::Vmm(Some(VmmIommu { kind, users })) => match kind {
                 VmmIommuKind::Type1(_) => Err("a container has none".into()),
@@ -102,7 +50,8 @@ impl Iommu {
                      kernel makes without dirty tracking; attach it to one made with IOMMU_HWPT_ALLOC_DIRTY_TRACKING"
                     .into()),
                 VmmIommuKind::PageTable { iommufd, table } => {
-                    Ok(TableLog { iommufd: iommufd.clone(), table: *table, users: users.clone() })
+                    let (iommufd, users) = (iommufd.clone(), users.clone());
+                    Ok(TableLog { iommufd, table: *table, users, _table: None })
                 }
             },
         }
@@ -111,9 +60,11 @@ impl Iommu {
     /// The container's log, or why there is none.
     pub(super) fn container_log(&self) -> Result<ContainerLog, String> {
         let (container, users) = match self {
-            Self::Own(AddressSpace::Type1 { container, users }) => (container, users),
+            Self::Own(SpaceMember { space: AddressSpace::Type1(container), .. }) => {
+                (&container.type1, &container.users)
+            }
             Self::Vmm(Some(VmmIommu { kind: VmmIommuKind::Type1(container), users })) => (container, users),
-            Self::Own(AddressSpace::Iommufd { .. }) | Self::Vmm(Some(_)) => {
+            Self::Own(_) | Self::Vmm(Some(_)) => {
                 return Err("an iommufd has none".into());
             }
             Self::Vmm(None) => return Err(UNTOLD.into()),
@@ -159,6 +110,15 @@ pub(super) struct TableLog {
     iommufd: Arc<OwnedFd>,
     table: u32,
     users: Arc<LogUsers>,
+    /// A table that was made here lasts as long.
+    _table: Option<Arc<PageTable>>,
+}
+
+impl TableLog {
+    fn of(table: Arc<PageTable>) -> Self {
+        let (iommufd, users) = (table.iommufd.clone(), table.users.clone());
+        Self { iommufd, table: table.id, users, _table: Some(table) }
+    }
 }
 
 impl LogPort for TableLog {

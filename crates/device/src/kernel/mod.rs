@@ -1,7 +1,8 @@
 //! The kernel back end: a device that a VFIO driver of the host serves.
 //!
 //! The device is opened by its own file and an iommufd where the kernel has both, by its group and a type1 container
-//! otherwise. A device that the VMM runs itself is taken in as it is (`adopt`). Each device that is opened here has an address space of its own, so two devices of one IOMMU group cannot be opened at once.
+//! otherwise. A device that the VMM runs itself is taken in as it is (`adopt`). Those
+//! that are opened here share an address space where they are given one (`space`), and else each has one of its own.
 //! Bus addresses are what the VMM maps; a vIOMMU is not supported.
 
 pub(crate) mod adopt;
@@ -19,6 +20,7 @@ pub(crate) mod path;
 mod port;
 mod ranges;
 mod regions;
+pub(crate) mod space;
 mod sysfs;
 pub(crate) mod tracker;
 pub(crate) mod vmm_iommu;

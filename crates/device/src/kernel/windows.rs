@@ -23,8 +23,10 @@ pub(super) struct DmaWindows {
 #[derive(Debug, Default)]
 struct State {
     windows: Vec<DmaWindow>,
-    /// Guest RAM that was mapped or unmapped since a log last started: no log is sure to hold its writes.
-    moved: Vec<(RamOffset, u64)>,
+    /// Guest RAM that was mapped or unmapped, and the change at which it last was: no log that started before is sure to hold
+    /// its writes. Several devices' logs may look at it.
+    moved: Vec<(u64, RamOffset, u64)>,
+    changes: u64,
 }
 
 impl DmaWindows {
@@ -51,11 +53,10 @@ impl DmaWindows {
         self.lock().windows.iter().any(|window| window.iova == iova)
     }
 
-    /// Guest RAM that the device may write now, for a log that is about to start.
-    pub(super) fn begin(&self) -> Vec<(Range<Iova>, RamOffset)> {
-        let mut state = self.lock();
-        state.moved.clear();
-        state.ram().collect()
+    /// Guest RAM that the device may write now, for a log that is about to start, and the number of the last change.
+    pub(super) fn begin(&self) -> (Vec<(Range<Iova>, RamOffset)>, u64) {
+        let state = self.lock();
+        (state.ram().collect(), state.changes)
     }
 
     /// Guest RAM that the device may write now.
@@ -68,9 +69,11 @@ impl DmaWindows {
         self.lock().windows.iter().any(|window| window.ram.is_some())
     }
 
-    /// Guest RAM that changed hands since [`begin`](Self::begin), with its length in bytes.
-    pub(super) fn moved(&self) -> Vec<(RamOffset, u64)> {
-        self.lock().moved.clone()
+    /// Guest RAM that changed hands since change `since`, with its length in bytes.
+    pub(super) fn moved(&self, since: u64) -> Vec<(RamOffset, u64)> {
+        let state = self.lock();
+        let later = state.moved.iter().filter(|(change, ..)| *change > since);
+        later.map(|(_, ram, bytes)| (*ram, *bytes)).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -85,10 +88,11 @@ impl State {
     }
 
     fn note(&mut self, window: DmaWindow) {
-        if let Some(ram) = window.ram.filter(|_| window.write)
-            && !self.moved.contains(&(ram, window.iova.len()))
-        {
-            self.moved.push((ram, window.iova.len()));
+        if let Some(ram) = window.ram.filter(|_| window.write) {
+            let bytes = window.iova.len();
+            self.moved.retain(|(_, at, len)| (*at, *len) != (ram, bytes));
+            self.changes += 1;
+            self.moved.push((self.changes, ram, bytes));
         }
     }
 }

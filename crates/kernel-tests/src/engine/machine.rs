@@ -7,7 +7,9 @@ use std::thread::JoinHandle;
 
 use vfio_migration::{LockError, Machine, MachineError, MigratableDevice, Paused, Section};
 use vfio_migration_compat::{MachineManifest, RamRegion};
-use vfio_migration_device::{Device, DmaAccess, IrqRouter, KernelDevice, KernelOptions, PciHardware};
+use vfio_migration_device::{
+    Device, DmaAccess, DmaSpace, IrqRouter, KernelDevice, KernelOptions, PciHardware,
+};
 use vfio_migration_memory::{DirtySource, GuestRam, RamSpec, WriteLog};
 use vfio_migration_types::{DeviceId, Gpa, Iova, RamOffset, Range, VmId};
 
@@ -34,9 +36,15 @@ pub(crate) fn ram() -> Outcome<Arc<GuestRam>> {
     Ok(Arc::new(GuestRam::new("toy", &[RamSpec { gpa: Gpa(0), len: LEN }])?))
 }
 
-/// Opens an instance as device number `n`, and lets it reach all of `ram`.
-pub(crate) fn card(n: usize, instance: &Instance, ram: &Arc<GuestRam>) -> Outcome<KernelDevice> {
-    let (id, options) = (DeviceId::new(format!("card{n}"))?, KernelOptions::default());
+/// Opens an instance as device number `n` of a guest whose devices share `space`, and lets it reach all of `ram`.
+pub(crate) fn card(
+    n: usize,
+    instance: &Instance,
+    ram: &Arc<GuestRam>,
+    space: &DmaSpace,
+) -> Outcome<KernelDevice> {
+    let id = DeviceId::new(format!("card{n}"))?;
+    let options = KernelOptions { space: Some(space.clone()), ..KernelOptions::default() };
     let device = KernelDevice::open(id, &instance.uuid().parse()?, Arc::clone(ram), &options)?;
     map(&device, ram)?;
     Ok(device)
@@ -58,8 +66,8 @@ impl Toy {
         instances: &[Instance],
         show: impl FnMut(KernelDevice) -> Arc<dyn Device>,
     ) -> Outcome<Arc<Self>> {
-        let ram = ram()?;
-        let open = |(n, instance)| card(n, instance, &ram);
+        let (ram, space) = (ram()?, DmaSpace::default());
+        let open = |(n, instance)| card(n, instance, &ram, &space);
         let cards = instances.iter().enumerate().map(open).collect::<Outcome<Vec<_>>>()?;
         Self::of(ram, cards, show)
     }

@@ -11,16 +11,18 @@ use kvm_bindings::{
     kvm_device_type_KVM_DEV_TYPE_VFIO,
 };
 
+use rustix::io::Errno;
+
 use super::lock::lock;
 use super::vm::KvmVm;
-use crate::error::VmmError;
+use crate::error::{VmmError, errno_within};
 
 impl KvmVm {
-    /// Tells KVM of a VFIO file, a group's or a device's own, before the guest uses the device. Returns whether this KVM
-    /// wants to know: one without the device for it does not.
+    /// Tells KVM of a VFIO file, a group's or a device's own, before the guest uses the device. Returns whether that was news
+    /// to it: a group that several devices have is told once, and a KVM without the device for it does not want to know.
     ///
     /// # Errors
-    /// It is no VFIO file, or known already.
+    /// It is no VFIO file.
     pub fn add_vfio_file(&self, file: BorrowedFd<'_>) -> Result<bool, VmmError> {
         let mut device = lock(&self.vfio);
         if device.is_none() {
@@ -34,8 +36,10 @@ impl KvmVm {
             }
         }
         drop(device);
-        self.vfio_file(KVM_DEV_VFIO_FILE_ADD, file, "add a VFIO file")?;
-        Ok(true)
+        match self.vfio_file(KVM_DEV_VFIO_FILE_ADD, file, "add a VFIO file") {
+            Err(error) if errno_within(&error) == Some(Errno::EXIST) => Ok(false),
+            added => added.map(|()| true),
+        }
     }
 
     /// Undoes [`add_vfio_file`](Self::add_vfio_file).

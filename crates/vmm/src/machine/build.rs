@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use vfio_migration_device::DmaSpace;
 use vfio_migration_memory::{GuestRam, OwnedRegion};
 use vfio_migration_types::{DeviceId, Gpa};
 
@@ -58,10 +59,10 @@ impl ReferenceMachine {
         let host = PciHost::new(irq, mapper, router, layout::bar_windows());
         let pci = Arc::new(PciBus::new(host.clone(), Gpa(layout::ECAM_BASE)));
         let platform = Arc::new(PlatformBus::new(pci.clone()));
-        let mut devices = Vec::new();
+        let (space, mut devices) = (DmaSpace::default(), Vec::new());
         for (devfn, device) in places.into_iter().zip(&config.devices) {
             let watched = opening(&device.id, answer_limit(device));
-            let opened = open(device, &ram)?;
+            let opened = open(device, &ram, &space)?;
             opened.reset()?;
             drop(watched);
             let OpenedDevice { device, hardware, link, vfio_file, .. } = opened;

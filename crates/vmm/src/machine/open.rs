@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use vfio_migration_device::{
-    CapabilitiesError, Device, KernelDevice, KernelOptions, PciHardware, VfioUserDevice, VfioUserOptions,
+    CapabilitiesError, Device, DmaSpace, KernelDevice, KernelOptions, PciHardware, VfioUserDevice,
+    VfioUserOptions,
 };
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE};
@@ -92,11 +93,15 @@ fn kernel_options(config: &DeviceConfig) -> KernelOptions {
     KernelOptions { pre_copy: config.pre_copy, vf_token, ..KernelOptions::default() }
 }
 
-/// Opens `config` for a guest with `ram`.
+/// Opens `config` for a guest with `ram`, which kernel devices reach by one address space.
 ///
 /// # Errors
 /// It is not there, or does not answer as its kind should.
-pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<OpenedDevice, VmmError> {
+pub(super) fn open(
+    config: &DeviceConfig,
+    ram: &Arc<GuestRam>,
+    space: &DmaSpace,
+) -> Result<OpenedDevice, VmmError> {
     match &config.path {
         DevicePath::VfioUser(socket) => {
             let options = served_options(config);
@@ -113,7 +118,7 @@ pub(super) fn open(config: &DeviceConfig, ram: &Arc<GuestRam>) -> Result<OpenedD
             })
         }
         DevicePath::Kernel(path) => {
-            let options = kernel_options(config);
+            let options = KernelOptions { space: Some(space.clone()), ..kernel_options(config) };
             let device = KernelDevice::open(config.id.clone(), path, ram.clone(), &options);
             let device = Arc::new(device.map_err(VmmError::device)?);
             let file = device.kvm_file().try_clone_to_owned();
