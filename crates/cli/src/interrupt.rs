@@ -9,11 +9,13 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::exit::{CliError, Exit};
-use crate::output::eprintln_line;
+use crate::output::{eprintln_line, print_json};
 use crate::signals;
 
 /// What a process ends by that was told to end with its stdin.
 const STDIN_ENDED: &str = "the end of its stdin";
+/// Longest wait for stdout to take the last document.
+const PRINTED_WITHIN: Duration = Duration::from_millis(500);
 /// Time after which a signal is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -28,6 +30,8 @@ struct Heard {
     at_first: Mutex<AtFirst>,
     /// What goes on without this process when a second signal ends it.
     left: Mutex<Option<&'static str>>,
+    /// What is printed is JSON.
+    json: bool,
 }
 
 /// What the first signal sets off.
@@ -49,9 +53,11 @@ impl fmt::Debug for Heard {
 impl UserInterrupt {
     /// Begins to listen for the signals that ask the process to end. The second one ends it at once, and says so; should even
     /// that not get through, the third ends it without a word.
-    pub(crate) fn listen() -> Result<Self, CliError> {
+    ///
+    /// `json`: what the process prints is JSON, also then.
+    pub(crate) fn listen(json: bool) -> Result<Self, CliError> {
         let cannot = |error: std::io::Error| CliError::caused("cannot listen for signals", &error);
-        let this = Self::default();
+        let this = Self(Arc::new(Heard { json, ..Heard::default() }));
         let second = Arc::new(AtomicBool::new(false));
         let heard: Vec<i32> = signals::heard().map(Signal::as_raw).collect();
         for signal in &heard {
@@ -165,7 +171,19 @@ impl Heard {
     fn end_at_once(&self, signal: i32) {
         let left = *self.left.lock().unwrap_or_else(PoisonError::into_inner);
         let left = left.map_or(String::new(), |what| format!("; {what}"));
-        eprintln_line(format_args!("vfio-migrate: ended at once by a second signal, {}{left}", name(signal)));
+        let text = format!("ended at once by a second signal, {}{left}", name(signal));
+        eprintln_line(format_args!("vfio-migrate: {text}"));
+        if self.json {
+            let report = CliError::failed(text).report();
+            let (printed, done) = channel();
+            // Stdout may take nothing, and whoever prints there may hold it: that keeps no process.
+            let printing = std::thread::Builder::new().spawn(move || {
+                let _ = printed.send(print_json(&report).is_ok());
+            });
+            if printing.is_ok() {
+                let _ = done.recv_timeout(PRINTED_WITHIN);
+            }
+        }
         std::process::exit(Exit::Failed as i32);
     }
 }

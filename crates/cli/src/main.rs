@@ -38,6 +38,7 @@ mod verdict;
 mod vm;
 mod words;
 
+use std::ffi::OsStr;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -56,7 +57,7 @@ fn main() -> ExitCode {
     };
     init_logging(cli.verbose);
     let json = cli.verb.json();
-    let exit = match settled.and_then(|()| run(cli.verb)) {
+    let exit = match settled.and_then(|()| run(cli.verb, json)) {
         Ok(exit) => exit,
         Err(failure) => {
             output::eprintln_line(format_args!("vfio-migrate: {failure}"));
@@ -81,7 +82,9 @@ fn misused(error: clap::Error) -> ExitCode {
     let text = error.render().to_string();
     output::eprint_lines(&text);
     // What verb it would have been is not known, but every verb's option for JSON has this name.
-    if std::env::args_os().skip(1).take_while(|word| word != "--").any(|word| word == "--json") {
+    // It takes no value, and who gives it one wants it all the same.
+    let asks = |word: &OsStr| word == "--json" || word.as_encoded_bytes().starts_with(b"--json=");
+    if std::env::args_os().skip(1).take_while(|word| word != "--").any(|word| asks(&word)) {
         let why = text.split("\n\n").next().unwrap_or_default();
         let why = why.trim_start_matches("error: ").split_whitespace().collect::<Vec<_>>().join(" ");
         let _ = output::print_json(&CliError::new(Exit::Usage, why).report());
@@ -89,24 +92,24 @@ fn misused(error: clap::Error) -> ExitCode {
     ExitCode::from(Exit::Usage as u8)
 }
 
-fn run(verb: CliVerb) -> Result<Exit, CliError> {
+fn run(verb: CliVerb, json: bool) -> Result<Exit, CliError> {
     match verb {
-        CliVerb::Demo(options) => demo::run(&options, &UserInterrupt::listen()?),
-        CliVerb::Device(options) => verbs::device::run(&options, &UserInterrupt::listen()?),
-        CliVerb::Vm(options) => vm::run(&options, &UserInterrupt::listen()?),
-        CliVerb::Migrate(options) => verbs::moves::migrate(&options, &UserInterrupt::listen()?),
-        CliVerb::Rehearse(options) => verbs::moves::rehearse(&options, &UserInterrupt::listen()?),
+        CliVerb::Demo(options) => demo::run(&options, &UserInterrupt::listen(json)?),
+        CliVerb::Device(options) => verbs::device::run(&options, &UserInterrupt::listen(json)?),
+        CliVerb::Vm(options) => vm::run(&options, &UserInterrupt::listen(json)?),
+        CliVerb::Migrate(options) => verbs::moves::migrate(&options, &UserInterrupt::listen(json)?),
+        CliVerb::Rehearse(options) => verbs::moves::rehearse(&options, &UserInterrupt::listen(json)?),
         CliVerb::Describe(options) => verbs::describe::run(&options),
         CliVerb::Check(options) => verbs::check::run(&options),
         CliVerb::Explain(options) => verbs::explain::run(&options),
         CliVerb::Save(options) => match (&options.control, &options.device) {
-            (Some(control), None) => verbs::moves::save(&options, control, &UserInterrupt::listen()?),
-            (None, Some(device)) => verbs::device_file::save(&options, device, &UserInterrupt::listen()?),
+            (Some(control), None) => verbs::moves::save(&options, control, &UserInterrupt::listen(json)?),
+            (None, Some(device)) => verbs::device_file::save(&options, device, &UserInterrupt::listen(json)?),
             _ => Err(CliError::new(Exit::Usage, "one of --control and --device says what is to be saved")),
         },
-        CliVerb::Restore(options) => verbs::device_file::restore(&options, &UserInterrupt::listen()?),
+        CliVerb::Restore(options) => verbs::device_file::restore(&options, &UserInterrupt::listen(json)?),
         CliVerb::Status(options) => match (&options.control, &options.state_dir) {
-            (Some(control), None) => verbs::moves::status(&options, control, &UserInterrupt::listen()?),
+            (Some(control), None) => verbs::moves::status(&options, control, &UserInterrupt::listen(json)?),
             (None, Some(dir)) => verbs::state_dir::status(dir, options.json),
             _ => Err(CliError::new(Exit::Usage, "one of --control and --state-dir says what is to be shown")),
         },

@@ -287,5 +287,8 @@ fn a_command_line_that_makes_no_sense_is_a_failure_in_json() {
     }
     // Behind `--` it is a word like any other.
     assert!(run(&["explain", "--nonsense", "--", "--json"]).stdout.is_empty());
+    let valued = run(&["migrate", "--json=x", "--control", "/nowhere", "unix:/nowhere"]);
+    let document: Value = serde_json::from_slice(&valued.stdout).expect("a document");
+    assert_eq!((valued.status.code(), &document["exit"]), (Some(2), &json!(2)), "{document}");
     documents.validate();
 }

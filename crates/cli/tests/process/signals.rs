@@ -354,7 +354,7 @@ fn a_second_signal_ends_a_follower_with_a_word() {
     // It takes the connection, and never says anything.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
-    let following = started(&["migrate", "--control", control(&vm), &uri]);
+    let following = started(&["migrate", "--json", "--control", control(&vm), &uri]);
     until("the session", || (vm.migration()["status"] == "active").then_some(()));
     // One that cannot answer the request for a cancel.
     kill(vm.process.pid(), 19);
@@ -365,4 +365,7 @@ fn a_second_signal_ends_a_follower_with_a_word() {
     kill(vm.process.pid(), 18);
     assert_eq!(output.status.code(), Some(1), "{told}");
     assert!(told.contains("ended at once by a second signal, SIGTERM; whether it is cancelled"), "{told}");
+    let document: Value = serde_json::from_slice(&output.stdout).expect("its document");
+    assert_eq!(document["exit"], 1, "{document}");
+    assert!(document["error"]["desc"].as_str().unwrap().starts_with("ended at once"), "{document}");
 }
