@@ -270,7 +270,7 @@ fn a_guest_whose_owner_is_not_known_is_told_in_one_text() {
     let side = Side::start(dir.path(), "source", NONE, PATIENT, &[]);
     let machine = side.started.vm.state.slot().machine().unwrap().clone();
     let lost = MigrateError::Unresolved { why: "its answer was lost".into() };
-    outgoing::finish(&side.started.vm, machine, Err(lost), "tcp:192.0.2.1:7000");
+    outgoing::finish(&side.started.vm, machine, Err(lost), "tcp:192.0.2.1:7000", "the migration");
     let report = side.report();
     let last = report.last.as_ref().unwrap();
     let told = last.error.clone().unwrap();
