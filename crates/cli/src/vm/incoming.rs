@@ -1,18 +1,21 @@
 //! An incoming migration: a `vm` that waits until a guest has arrived, however many sessions end otherwise before that.
 
-use std::sync::{Arc, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
     Arrived, CancelCause, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer,
-    Machine, NotBuilt, NotReady,
+    Machine, NotBuilt,
 };
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_destination;
-use super::running::{RunningVm, build, build_with_memory};
+use super::readiness::{
+    BUILT_WITHIN, REBUILDS, close_retired, give_up_machine, lock_building, rebuild, rebuild_aside, retire,
+};
+use super::running::{RunningVm, build};
 use super::slot::{Slot, Steering};
 use super::wait::WaitSettings;
 use super::{history, info};
@@ -28,11 +31,6 @@ const ANSWER_FOR: Duration = Duration::from_secs(60);
 /// Longest wait for the end of a wait that was cancelled, and how often it is looked for.
 const CANCELLED: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// Longest wait for a machine that somebody else builds, of a session and of the end of a wait.
-const BUILT_WITHIN: Duration = Duration::from_secs(1);
-/// Pause between two tries to build the machine of a `vm` that waits.
-const BUILD_EVERY: Duration = Duration::from_secs(1);
-
 /// Waits for a guest again, with a machine built anew. The guest that was here must have left.
 pub(super) fn again(vm: &Arc<RunningVm>, asked: &IncomingArguments) -> Result<(), Refused> {
     let address: Address = asked.uri.parse().map_err(|failure: CliError| Refused::generic(failure.text))?;
@@ -183,47 +181,6 @@ fn receive(
     }
 }
 
-/// What a `vm` says of itself that waits, and has no machine just now.
-const REBUILDS: &str = "its machine is being built anew";
-
-/// Builds the machine of a `vm` that waits anew, on a thread of its own: a device may keep whoever opens it waiting, and sources that come
-/// are answered all the same. What keeps it from being built is in the status, and it is tried again.
-fn rebuild_aside(vm: &Arc<RunningVm>, not_ready: NotReady) {
-    let of_thread = vm.clone();
-    let rebuilding = std::thread::Builder::new().name("rebuild".into()).spawn(move || {
-        let vm = of_thread;
-        let _building = vm.building.lock().unwrap_or_else(PoisonError::into_inner);
-        close_retired(&vm);
-        if matches!(vm.state.slot(), Slot::Awaited { machine: None, .. }) {
-            drop(rebuild(&vm, None));
-        }
-        drop(not_ready);
-    });
-    if let Err(error) = rebuilding {
-        tracing::warn!(%error, "no thread to build the machine anew; it is tried again");
-    }
-}
-
-/// Closes the devices of machines that were given up.
-fn close_retired(vm: &RunningVm) {
-    let retired = std::mem::take(&mut *vm.retired.lock().unwrap_or_else(PoisonError::into_inner));
-    // Not under the lock: a device may take its time.
-    drop(retired);
-}
-
-/// Waits until nobody builds the machine, for so long.
-fn lock_building(vm: &RunningVm, limit: Duration) -> Option<MutexGuard<'_, ()>> {
-    let begun = Instant::now();
-    loop {
-        match vm.building.try_lock() {
-            Ok(building) => return Some(building),
-            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) if begun.elapsed() >= limit => return None,
-            Err(TryLockError::WouldBlock) => std::thread::sleep(LOOK_EVERY),
-        }
-    }
-}
-
 /// Accepts the guest on offer; a VM that was given no identity takes the guest's, and one that was given no size of RAM takes
 /// that too.
 fn admit(
@@ -261,85 +218,6 @@ fn admit(
         vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new(SessionCode::StateDir, text))?;
     }
     inject_at_destination(vm.options.sabotage, machine).map_err(NotBuilt::Failed)
-}
-
-/// Takes the machine of a `vm` that waits away, if it is one of `these`. It is dropped before another is built.
-fn retire(vm: &RunningVm, these: impl FnOnce(&Arc<ReferenceMachine>) -> bool) {
-    if let Slot::Awaited { at, not_ready, .. } = vm.state.slot() {
-        // What kept it from being built the last time is what is known until it is tried again.
-        let not_ready = not_ready.or_else(|| Some(REBUILDS.into()));
-        let waits =
-            |slot: &Slot| matches!(slot, Slot::Awaited { machine: Some(machine), .. } if these(machine));
-        if let Ok(old) = vm.state.put_if(waits, Slot::Awaited { machine: None, at, not_ready }) {
-            vm.retired.lock().unwrap_or_else(PoisonError::into_inner).push(old);
-        }
-    }
-}
-
-/// Builds the machine of a `vm` that waits anew, of so much `memory` where its operator did not say how much. What keeps it
-/// from being built is in the status until it can be. Whoever calls it holds `building`.
-fn rebuild(vm: &RunningVm, memory: Option<u64>) -> Result<Arc<ReferenceMachine>, String> {
-    // The old one first: a device takes one client at a time.
-    retire(vm, |_| true);
-    close_retired(vm);
-    let built = build_with_memory(vm, memory).map_err(|failure| failure.text);
-    let Slot::Awaited { at, .. } = vm.state.slot() else {
-        return Err("it no longer waits for a guest".into());
-    };
-    let (machine, not_ready) = (built.as_ref().ok().cloned(), built.as_ref().err().cloned());
-    let waits = |slot: &Slot| matches!(slot, Slot::Awaited { .. });
-    drop(vm.state.put_if(waits, Slot::Awaited { machine, at, not_ready }));
-    built
-}
-
-/// Keeps the machine of a `vm` that waits ready: one whose device was lost, or that could not be built, is built again.
-#[derive(Debug, Default)]
-pub(super) struct ReadinessWatch {
-    tried: Option<Instant>,
-    not_ready: bool,
-}
-
-impl ReadinessWatch {
-    /// Looks once. Does nothing while a session has the machine.
-    pub(super) fn tend(&mut self, vm: &RunningVm) {
-        let Ok(_building) = vm.building.try_lock() else { return };
-        let broken = vm.state.read(|slot, steering, _| {
-            let session =
-                matches!(steering, Some(Steering::Incoming(control)) if control.progress().is_some());
-            match slot {
-                Slot::Awaited { machine, .. } if !session => {
-                    machine.as_ref().is_none_or(|machine| !machine.lost_devices().is_empty())
-                }
-                _ => false,
-            }
-        });
-        let due = self.tried.is_none_or(|tried| tried.elapsed() >= BUILD_EVERY);
-        if !broken || !due {
-            return;
-        }
-        self.tried = Some(Instant::now());
-        let _not_ready = match (vm.state.steering(), vm.state.slot()) {
-            (Some(Steering::Incoming(control)), Slot::Awaited { not_ready: Some(why), .. })
-                if why != REBUILDS =>
-            {
-                Some(control.not_ready(format!("{REBUILDS}, which failed before: {why}")))
-            }
-            (Some(Steering::Incoming(control)), _) => Some(control.not_ready(REBUILDS)),
-            _ => None,
-        };
-        match rebuild(vm, None) {
-            Ok(_) if std::mem::take(&mut self.not_ready) => {
-                eprintln_line("vfio-migrate: the VM is ready for a guest again");
-            }
-            Ok(_) => {}
-            Err(why) if !std::mem::replace(&mut self.not_ready, true) => {
-                eprintln_line(format_args!(
-                    "vfio-migrate: no guest can arrive now: {why}; it is tried again every second"
-                ));
-            }
-            Err(_) => {}
-        }
-    }
 }
 
 /// Ends the wait; `cancelled`: by what, if it was; `came`: its last session is what ended it.
@@ -389,13 +267,6 @@ fn finish(
             vm.end_session(ended, Some(slot));
         }
     }
-}
-
-/// Closes the devices of a wait that is over, also of a machine that is half built, if that is soon.
-fn give_up_machine(vm: &RunningVm, machine: Option<Arc<ReferenceMachine>>) {
-    drop(machine);
-    let _building = lock_building(vm, BUILT_WITHIN);
-    close_retired(vm);
 }
 
 /// Says on stderr that no guest is waited for any more, and none has come.

@@ -15,6 +15,7 @@ mod interrupts;
 mod outgoing;
 mod passed;
 mod presence;
+mod readiness;
 mod rollback;
 mod running;
 mod saving;
@@ -30,7 +31,7 @@ use vfio_migration::{Snapshot, Uri};
 use vfio_migration_types::Epoch;
 
 use self::handler::VmHandler;
-use self::incoming::ReadinessWatch;
+use self::readiness::ReadinessWatch;
 use self::rollback::RollbackWatch;
 use self::running::{LOOK_EVERY, LostDeviceWatch, RunningVm, build, owned_epoch};
 use self::slot::Slot;
