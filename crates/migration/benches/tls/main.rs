@@ -3,10 +3,16 @@
 //! The same guest moves over loopback in plain text, in plain text with its checksums, and over TLS, in turns; the bytes that were moved
 //! are then sealed and opened alone, by the same library and cipher. Printed are medians of each, with the least and the most, and what
 //! TLS adds beyond the sealing and opening.
+//!
+//! With `-- refused` alone, what a connection costs that is refused in its handshake: processor time of the destination, and of the stranger, who is
+//! a process of its own.
 
 #[path = "../../tests/migration/toy/mod.rs"]
 mod toy;
 
+mod strangers;
+
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -36,6 +42,18 @@ struct Cost {
 }
 
 fn main() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["stranger", kind, port, certificates, ..] => {
+            strangers::stranger(kind, port.parse().unwrap(), Path::new(certificates))
+        }
+        ["refused", ..] => strangers::report(),
+        _ => moves(),
+    }
+}
+
+fn moves() {
     let plan = Plan { pages: RAM / 4096, hot: 1, devices: Vec::new(), ..Plan::default() };
     let ways: [(&str, Options); 3] = [
         ("plain text, --ram-crc off", || {
