@@ -1,6 +1,6 @@
 //! Certificates for tests: a CA, and hosts that it vouches for, in directories as hosts have them.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::SystemTime;
@@ -15,14 +15,15 @@ use vfio_migration::{CA_FILE, TlsRole, issued_certificates};
 /// Where hosts of tests are reached.
 pub const HOST: &str = "127.0.0.1";
 
-/// The folder of a host at [`HOST`] that sends and receives, and trusts those who have the same. It stays for other programs of
-/// tests.
+/// The folder of a host at [`HOST`] that sends and receives, and trusts those who have the same. It stays for this user's other
+/// programs of tests. Not in the tree, which may be another user's: certificates in it are refused then.
 pub fn own_host() -> &'static Path {
     static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
-        let parent = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let folder = parent.join(format!("host-{HOST}"));
-        if !folder.exists() {
-            let made = TempDir::new_in(parent).unwrap();
+        let parent = std::env::temp_dir();
+        let made = TempDir::new_in(&parent).unwrap();
+        let user = made.path().metadata().unwrap().uid();
+        let folder = parent.join(format!("vfio-migrate-tests-{user}-host-{HOST}"));
+        if !folder.metadata().is_ok_and(|found| found.uid() == user) {
             Ca::new().equip(made.path(), &Host::named(HOST));
             // Unless another was there first.
             if std::fs::rename(made.path(), &folder).is_ok() {
