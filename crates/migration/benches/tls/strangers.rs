@@ -58,14 +58,15 @@ fn round(kind: &str, certificates: &Path) -> (Duration, Duration) {
         let program = std::env::current_exe().unwrap();
         let mut command = Command::new(program);
         command.args(["stranger", kind, &port.to_string()]).arg(certificates).stdout(Stdio::piped());
-        let child = command.spawn().unwrap();
-        let mut told = child.stdout.unwrap();
+        let mut child = command.spawn().unwrap();
+        let mut told = child.stdout.take().unwrap();
         // Ready, and begins when it is told: what its start takes is not counted.
         told.read_exact(&mut [0; 1]).unwrap();
         let before = cpu();
         let mut its = String::new();
         told.read_to_string(&mut its).unwrap();
         let ours = cpu() - before;
+        assert!(child.wait().unwrap().success());
         control.cancel();
         waiting.join().unwrap();
         (ours / MANY, Duration::from_nanos(its.trim().parse().unwrap()) / MANY)
