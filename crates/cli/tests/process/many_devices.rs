@@ -1,8 +1,8 @@
 //! Guests with many devices: as many as a machine takes, on the functions of all its slots.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use serde_json::json;
@@ -96,8 +96,37 @@ fn receiver_behind_proxies(
     (Setup { devices: 0, vm_arguments: &words, ..Setup::new(dir, "b") }.start(), servers)
 }
 
-/// How long a guest with so many devices stood, as it went to `there`.
-fn stood(dir: &Path, devices: usize, there: &Vm, arrives: &AtomicBool) -> Duration {
+/// Has each of so many wait until all of them do: those that go one after another never meet.
+#[derive(Clone)]
+struct Meeting(Arc<(Mutex<usize>, Condvar)>, usize);
+
+impl Meeting {
+    /// Less than what a device has for an answer.
+    const PATIENCE: Duration = Duration::from_secs(7);
+
+    fn of(many: usize) -> Self {
+        Self(Arc::default(), many)
+    }
+
+    fn wait(&self) {
+        let (met, changed) = &*self.0;
+        let mut met = met.lock().unwrap();
+        *met += 1;
+        changed.notify_all();
+        drop(changed.wait_timeout_while(met, Self::PATIENCE, |met| *met < self.1).unwrap());
+        // Who did not meet the others is not counted for those that come later.
+        if !self.was_full() {
+            *self.0.0.lock().unwrap() -= 1;
+        }
+    }
+
+    fn was_full(&self) -> bool {
+        *self.0.0.lock().unwrap() == self.1
+    }
+}
+
+/// A guest with so many devices goes to `there`.
+fn arrive(dir: &Path, devices: usize, there: &Vm, arrives: &AtomicBool) {
     let pace = &["--state-size", "64K", "--state-dirty-rate", "0", "--dma-interval", "8ms"];
     let vm = Setup { devices, device_arguments: pace, ..Setup::new(dir, "a") }.start();
     vm.warm();
@@ -106,52 +135,57 @@ fn stood(dir: &Path, devices: usize, there: &Vm, arrives: &AtomicBool) -> Durati
     let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
     arrives.store(false, Ordering::Release);
     assert_eq!(info["status"], "completed", "{info}");
-    Duration::from_millis(info["downtime-ms"].as_u64().unwrap())
 }
 
 /// Each device maps the BARs of all others as a guest arrives: all devices at once, and nothing else is asked so often.
 #[test]
 fn eight_devices_map_each_others_bars_side_by_side() {
     const DEVICES: usize = 8;
-    const EACH: Duration = Duration::from_millis(100);
     let dir = tempfile::tempdir().unwrap();
+    let meeting = Meeting::of(DEVICES);
     let arrives = Arc::new(AtomicBool::new(false));
     let counts: [[AtomicUsize; 2]; DEVICES] = Default::default();
     let counts = Arc::new(counts);
-    let (now, count) = (arrives.clone(), counts.clone());
+    let (now, count, met) = (arrives.clone(), counts.clone(), meeting.clone());
     let (there, _servers) = receiver_behind_proxies(dir.path(), DEVICES, move |n, command, _| {
         if !now.load(Ordering::Acquire) {
             return Act::Pass;
         }
         let is_map = command == proxy::DMA_MAP;
-        count[n][usize::from(!is_map)].fetch_add(1, Ordering::AcqRel);
-        if is_map { Act::Late(EACH) } else { Act::Pass }
+        let first = count[n][usize::from(!is_map)].fetch_add(1, Ordering::AcqRel) == 0;
+        if is_map && first {
+            met.wait();
+        }
+        Act::Pass
     });
-    let stood = stood(dir.path(), DEVICES, &there, &arrives);
+    arrive(dir.path(), DEVICES, &there, &arrives);
     let maps: Vec<usize> = counts.iter().map(|count| count[0].load(Ordering::Acquire)).collect();
     assert_eq!(maps, [DEVICES - 1; DEVICES], "one of each of the others");
     let rest: Vec<usize> = counts.iter().map(|count| count[1].load(Ordering::Acquire)).collect();
     assert!(rest.iter().all(|rest| *rest < 100), "{rest:?}");
-    // In a row they would take as long as all of them together.
-    assert!(stood < EACH * (DEVICES * (DEVICES - 1)) as u32 / 2, "{stood:?}");
+    assert!(meeting.was_full(), "each waited for the one before");
 }
 
 /// Each device is given its guest's interrupts by its own server: all at once.
 #[test]
 fn devices_are_given_their_interrupts_side_by_side() {
     const DEVICES: usize = 4;
-    const EACH: Duration = Duration::from_secs(2);
+    let meeting = Meeting::of(DEVICES);
     let dir = tempfile::tempdir().unwrap();
     let arrives = Arc::new(AtomicBool::new(false));
-    let (now, given): (_, [AtomicBool; DEVICES]) = (arrives.clone(), Default::default());
+    let (now, met, given): (_, _, [AtomicBool; DEVICES]) =
+        (arrives.clone(), meeting.clone(), Default::default());
     let (there, _servers) = receiver_behind_proxies(dir.path(), DEVICES, move |n, command, body| {
         let first = now.load(Ordering::Acquire)
             && connects_msix(command, body)
             && !given[n].swap(true, Ordering::AcqRel);
-        if first { Act::Late(EACH) } else { Act::Pass }
+        if first {
+            met.wait();
+        }
+        Act::Pass
     });
-    let stood = stood(dir.path(), DEVICES, &there, &arrives);
-    assert!(stood >= EACH && stood < EACH * (DEVICES - 1) as u32, "{stood:?}");
+    arrive(dir.path(), DEVICES, &there, &arrives);
+    assert!(meeting.was_full(), "each waited for the one before");
     there.assert_runs();
 }
 

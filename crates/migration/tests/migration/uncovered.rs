@@ -111,7 +111,8 @@ fn refusals(source: Result<Completed, MigrateError>) -> Vec<String> {
 #[test]
 fn each_region_is_refused_by_name_with_the_reason_and_the_guest_never_notices() {
     let plan = Plan::default();
-    let cases: [(fn(&GuestRam) -> Coverage, usize, &[&str]); 2] = [
+    type Case = (fn(&GuestRam) -> Coverage, usize, &'static [&'static str]);
+    let cases: [Case; 2] = [
         (|_| nothing(), 2, &["virtio workers", "0x0+0x400000", "processes that log nothing"]),
         (low, 1, &["virtio workers", "0x100000000+0x400000", "its slots are logged alone"]),
     ];
