@@ -14,8 +14,10 @@ use crate::expectation::Right;
 /// Sources that may wait at once, and of them those of one host.
 const MOST: usize = 32;
 const MOST_OF_HOST: usize = 8;
+/// Hosts that may wait with one source each.
+const MOST_HOSTS: usize = 128;
 /// Hosts of which it is known when they had their turn.
-const MOST_SERVED: usize = 64;
+const MOST_SERVED: usize = 2 * MOST_HOSTS;
 
 #[derive(Debug)]
 struct WaitingSource {
@@ -42,15 +44,27 @@ impl WaitingSources {
         self.waiting.iter().any(|waiting| waiting.wants == Right::Move)
     }
 
-    /// Lets a source wait. One for which there is no room is given back.
-    pub(crate) fn add(&mut self, accepted: Box<Accepted>, wants: Right) -> Result<(), Box<Accepted>> {
+    /// Lets a source wait. One for which there is no room is given back: this one, or that of a host that has more, for which this one waits.
+    pub(crate) fn add(&mut self, accepted: Box<Accepted>, wants: Right) -> Option<Box<Accepted>> {
+        self.forget_ended();
         let host = SourceHost::of(&accepted.link);
-        let of_host = self.waiting.iter().filter(|waiting| waiting.host == host).count();
-        if self.waiting.len() >= MOST || of_host >= MOST_OF_HOST {
-            return Err(accepted);
+        let of_host = |host: &SourceHost| self.waiting.iter().filter(|waiting| waiting.host == *host).count();
+        let own = of_host(&host);
+        if own >= MOST_OF_HOST {
+            return Some(accepted);
+        }
+        let mut instead = None;
+        if self.waiting.len() >= MOST {
+            // Of the host that has the most, the one that came last.
+            let ranked = self.waiting.iter().enumerate().map(|(at, waiting)| (of_host(&waiting.host), at));
+            match ranked.max() {
+                Some((most, at)) if most > own + 1 => instead = Some(self.waiting.remove(at).accepted),
+                _ if own == 0 && self.waiting.len() < MOST_HOSTS => {}
+                _ => return Some(accepted),
+            }
         }
         self.waiting.push(WaitingSource { host, wants, accepted });
-        Ok(())
+        instead
     }
 
     /// Forgets those that have hung up.

@@ -381,6 +381,8 @@ impl Listener {
         match uri {
             Uri::Tcp { host, port } => {
                 let listener = TcpListener::bind((host.as_str(), *port)).map_err(failed)?;
+                // As many as the system lets wait, as on unix sockets: none is kept there for long.
+                rustix::net::listen(&listener, -1).map_err(|errno| failed(errno.into()))?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 let port = listener.local_addr().map_err(failed)?.port();
                 let local = Uri::Tcp { host: host.clone(), port };
@@ -579,12 +581,11 @@ impl Listener {
         }
     }
 
-    /// Sleeps until a connection may be waiting, if one is to be `accepted`, or one of `others` can be read; for at most as
-    /// long as a cancel may wait.
-    pub(crate) fn wait<'a>(&'a self, accepted: bool, others: impl Iterator<Item = BorrowedFd<'a>>) {
+    /// Sleeps until a connection may be waiting, or one of `others` can be read; for at most as long as a cancel may wait.
+    pub(crate) fn wait<'a>(&'a self, others: impl Iterator<Item = BorrowedFd<'a>>) {
         let own = match &self.socket {
             // It would be readable all the time.
-            _ if !accepted || self.backoff.active() => None,
+            _ if self.backoff.active() => None,
             ListenerSocket::Tcp(listener) => Some(listener.as_fd()),
             ListenerSocket::Unix { listener, .. } => Some(listener.as_fd()),
             ListenerSocket::Connected(..) => None,

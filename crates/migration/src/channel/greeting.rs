@@ -13,16 +13,12 @@ use vfio_migration_wire::{Hello, Message, Reason};
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
-use crate::channel::source_host::SourceHost;
+use crate::channel::source_host::Origin;
 use crate::channel::transport::Transport;
 use crate::unix_peer::AllowedUnixPeers;
 
-/// Connections that may wait at once. For one more another is dropped, or it waits itself, in the backlog of the system.
+/// Connections that may wait at once. For one more, another is dropped.
 const MOST: usize = 64;
-/// Time for which none is dropped for another's sake, that has sent nothing yet: a source sends the first of its handshake, or HELLO, at
-/// once. And of one that has: the rest of a handshake crosses the network once or twice more.
-const SILENT_PATIENCE: Duration = Duration::from_millis(250);
-const SPOKEN_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest wait for a connection's first message.
 pub(crate) const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 
@@ -54,16 +50,6 @@ pub(crate) struct DroppedConnection {
     pub(crate) left: bool,
     /// Nothing was read of it: its process may not be at the other end of a unix socket.
     pub(crate) not_allowed: bool,
-}
-
-/// What became of a connection that was to be taken in.
-pub(crate) enum Added {
-    /// It waits for its first message to come.
-    Waits,
-    /// The same, and this one was dropped for it.
-    InsteadOf(DroppedConnection),
-    /// It may not be heard, and was dropped.
-    Refused(DroppedConnection),
 }
 
 /// A connection whose HELLO has been read.
@@ -104,8 +90,7 @@ pub(crate) struct PendingConnections {
 struct PendingConnection {
     link: Arc<Link>,
     reader: Reader,
-    /// The address at its other end, without a port: connections of one host are dropped for one another.
-    host: SourceHost,
+    origin: Origin,
     patience: Duration,
     since: Instant,
 }
@@ -116,54 +101,39 @@ impl PendingConnections {
         Self { waiting: Vec::new(), peers }
     }
 
-    /// Whether one more may be taken in: there is room, or one has had time enough to be dropped.
-    pub(crate) fn has_room(&self) -> bool {
-        self.waiting.len() < MOST || self.dropped_next().is_some()
-    }
-
-    /// The one that is dropped for the next: of those that have had their time one that has sent nothing, before one that has; of these
-    /// one of the host that has the most, and of its connections the oldest.
-    fn dropped_next(&self) -> Option<usize> {
-        let of_host = |host: &SourceHost| self.waiting.iter().filter(|other| other.host == *host).count();
-        let had_time = |pending: &PendingConnection| {
-            let patience = if pending.reader.has_heard() { SPOKEN_PATIENCE } else { SILENT_PATIENCE };
-            pending.since.elapsed() >= patience
-        };
-        let candidates = self.waiting.iter().enumerate().filter(|(_, pending)| had_time(pending));
-        let rank = |(at, pending): (usize, &PendingConnection)| {
-            ((!pending.reader.has_heard(), of_host(&pending.host), Reverse(at)), at)
-        };
-        candidates.map(rank).max().map(|(_, at)| at)
-    }
-
-    /// Takes in a connection, which has `patience` to send its first message whole. One of a process that may not be at the other end is
-    /// dropped instead, and takes nobody's place: it is told why, and nothing is read of it. To be asked before:
-    /// [`has_room`](Self::has_room).
-    pub(crate) fn add(&mut self, transport: Box<dyn Transport>, patience: Duration) -> Added {
+    /// Takes in a connection, which has `patience` to send its first message whole, and has to be [looked at](Self::poll) before one is
+    /// [dropped](Self::drop_one_too_many) for it. One of a process that may not be at the other end is given back as dropped: it is told
+    /// why, and nothing is read of it.
+    pub(crate) fn add(
+        &mut self,
+        transport: Box<dyn Transport>,
+        patience: Duration,
+    ) -> Option<DroppedConnection> {
         let stranger = transport.security().check_unix_peer(&self.peers).err();
         let link = Link::accepted(transport);
         if let Some(stranger) = stranger {
             // It is a process of this host, which may know whom it has to do with.
             let welcomed = link.welcome();
             tracing::debug!(welcomed = welcomed.is_ok(), "a peer is refused");
-            return Added::Refused(DroppedConnection {
-                not_allowed: true,
-                ..dropped(link, error_chain(&stranger))
-            });
+            return Some(DroppedConnection { not_allowed: true, ..dropped(link, error_chain(&stranger)) });
         }
-        let full = self.waiting.len() >= MOST;
-        let instead = self.dropped_next().filter(|_| full).map(|at| self.waiting.remove(at));
         let reader = Reader::new(&link, Side::Source);
-        let host = SourceHost::of(&link);
-        self.waiting.push(PendingConnection { link, reader, host, patience, since: Instant::now() });
-        match instead {
-            Some(PendingConnection { link, reader, .. }) => {
-                let said = if reader.has_heard() { "did not say what it wants" } else { "said nothing" };
-                let why = format!("it {said}, and {MOST} others came that wait to be heard");
-                Added::InsteadOf(dropped(link, why))
-            }
-            None => Added::Waits,
+        let origin = Origin::of(&link);
+        self.waiting.push(PendingConnection { link, reader, origin, patience, since: Instant::now() });
+        None
+    }
+
+    /// Drops one of those that say nothing, if more wait than may.
+    pub(crate) fn drop_one_too_many(&mut self) -> Option<DroppedConnection> {
+        if self.waiting.len() <= MOST {
+            return None;
         }
+        let all: Vec<_> =
+            self.waiting.iter().map(|pending| (&pending.origin, pending.reader.has_heard())).collect();
+        let PendingConnection { link, reader, .. } = self.waiting.remove(dropped_first(&all)?);
+        let said = if reader.has_heard() { "did not say what it wants" } else { "said nothing" };
+        let why = format!("it {said}, and {MOST} others came that wait to be heard");
+        Some(dropped(link, why))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -213,6 +183,19 @@ impl PendingConnection {
     }
 }
 
+/// Which of these, the oldest first, is dropped where they are too many: one of the network that has the most, and there of the address
+/// that has the most, so that nobody is dropped for the connections of one who has more. Of that address one that has sent nothing before one
+/// that has, and of these the oldest: each has the same time to say something, however many come.
+fn dropped_first(all: &[(&Origin, bool)]) -> Option<usize> {
+    let of_network =
+        |origin: &Origin| all.iter().filter(|(other, _)| other.network == origin.network).count();
+    let of_address = |origin: &Origin| all.iter().filter(|(other, _)| *other == origin).count();
+    let rank = |(at, (origin, heard)): (usize, &(&Origin, bool))| {
+        ((of_network(origin), of_address(origin), !heard, Reverse(at)), at)
+    };
+    all.iter().enumerate().map(rank).max().map(|(_, at)| at)
+}
+
 /// Ends a connection. A peer that speaks a little of our language is sent the reason; to anybody else the link sends nothing.
 fn dropped(link: Arc<Link>, why: String) -> DroppedConnection {
     let told: Result<(), ChannelError> =
@@ -220,4 +203,35 @@ fn dropped(link: Arc<Link>, why: String) -> DroppedConnection {
     tracing::debug!(told = told.is_ok(), "a connection is dropped");
     link.shutdown();
     DroppedConnection { link, why, left: false, not_allowed: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origin(address: &str) -> Origin {
+        Origin::of_ip(address.parse().unwrap())
+    }
+
+    #[test]
+    fn whoever_has_most_is_dropped_first() {
+        let drops = |all: &[(&str, bool)]| {
+            let all: Vec<_> = all.iter().map(|(address, heard)| (origin(address), *heard)).collect();
+            let all: Vec<_> = all.iter().map(|(origin, heard)| (origin, *heard)).collect();
+            dropped_first(&all)
+        };
+        assert_eq!(drops(&[]), None);
+        // One that is silent is not dropped for those of another who has more, and has begun.
+        assert_eq!(drops(&[("192.0.2.1", false), ("192.0.2.2", true), ("192.0.2.2", true)]), Some(1));
+        assert_eq!(drops(&[("192.0.2.2", true), ("192.0.2.2", false), ("192.0.2.2", false)]), Some(1));
+        // Addresses that one host has as many of as it likes.
+        let many = [("2001:db8::1", true), ("2001:db8::2", true), ("2001:db8:0:1::1", false)];
+        assert_eq!(drops(&many), Some(0));
+        // And in such a network it is the one address that has more.
+        let one = [("2001:db8::1", false), ("2001:db8::2", true), ("2001:db8::2", true)];
+        assert_eq!(drops(&one), Some(1));
+        // IPv4 at a socket for both is no network of IPv6.
+        let mapped = [("::ffff:192.0.2.1", false), ("192.0.2.2", true), ("::ffff:192.0.2.2", true)];
+        assert_eq!(drops(&mapped), Some(1));
+    }
 }

@@ -30,7 +30,7 @@ use vfio_migration_types::{Failure, Phase, RateLimit, Side, VmId, error_chain};
 use crate::admission::{Admission, Admitted, NoTurn};
 use crate::channel::connect::{self, CHOOSE, ConnectError, Listener};
 use crate::channel::greeting::{
-    Accepted, Added, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
+    Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
 };
 use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
@@ -355,11 +355,13 @@ impl Destination {
             if let Some(greeting) = self.pending.poll() {
                 return Ok(greeting);
             }
-            let has_room = self.pending.has_room();
-            if has_room && let Some(socket) = self.listener.try_accept(true) {
+            if let Some(dropped) = self.pending.drop_one_too_many() {
+                return Ok(Err(dropped));
+            }
+            if let Some(socket) = self.listener.try_accept(true) {
                 match self.pending.add(socket, self.options.peer_timeout.min(FIRST_MESSAGE)) {
-                    Added::Waits => continue,
-                    Added::InsteadOf(dropped) | Added::Refused(dropped) => return Ok(Err(dropped)),
+                    Some(refused) => return Ok(Err(refused)),
+                    None => continue,
                 }
             }
             if self.pending.is_empty() {
@@ -368,7 +370,7 @@ impl Destination {
             if let Some(limit) = limit.filter(|limit| begun.elapsed() >= *limit) {
                 return Err(ConnectError::NobodyCame(limit));
             }
-            self.listener.wait(has_room, self.pending.fds());
+            self.listener.wait(self.pending.fds());
         }
     }
 }

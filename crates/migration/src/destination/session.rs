@@ -17,7 +17,7 @@ use vfio_migration_wire::{
 use crate::admission::{Admission, Admitted, NoTurn};
 use crate::channel::binding::SessionKey;
 use crate::channel::connect::Listener;
-use crate::channel::greeting::{Accepted, Added, FIRST_MESSAGE, Greeting, PendingConnections, Question};
+use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections, Question};
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK};
 use crate::control::IncomingControl;
@@ -49,8 +49,8 @@ const POLL_PENDING: Duration = Duration::from_millis(10);
 /// Longest time between HELLO_REPLY and OFFER: a source has made its offer before it connects, and sends it at once. Whoever does not
 /// has a place that others want.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections of processes that may not be there which are refused at one look.
-const MOST_STRANGERS: usize = 16;
+/// Longest time that one look at connections takes, however many come: a guest may stand still meanwhile.
+const LOOK: Duration = Duration::from_millis(2);
 /// Jobs that may wait for the worker. More wait only when a source asks and asks and reads no answer.
 const MOST_JOBS: u64 = 4096;
 
@@ -399,22 +399,11 @@ impl Session<'_> {
         }
         self.polled = Instant::now();
         self.control.tell_overdue_refusals();
-        // Those that may not come are many at most, and none of them keeps the next one waiting.
-        for _ in 0..MOST_STRANGERS {
-            if !self.pending.has_room() {
-                break;
-            }
-            // A guest's downtime does not wait for the disk that certificates are on.
-            let Some(socket) = self.listener.try_accept(false) else { break };
-            match self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE)) {
-                Added::Waits => break,
-                Added::InsteadOf(oldest) => {
-                    self.admission.dropped(oldest);
-                    break;
-                }
-                Added::Refused(stranger) => self.admission.dropped(stranger),
-            }
-        }
+        while self.polled.elapsed() < LOOK && self.poll_connection() {}
+    }
+
+    /// Hears, drops or takes in one connection. `false`: nothing is left to do, or a question is to be answered first.
+    fn poll_connection(&mut self) -> bool {
         match self.pending.poll() {
             Some(Ok(Greeting::Query(question))) if refuse_stranger(&question, self.source, self.security) => {
                 self.admission.asked_for_another(&question.link);
@@ -425,11 +414,25 @@ impl Session<'_> {
                 let query = Message::Query { vm, attempt, epoch, proof };
                 let now = self.now();
                 self.engine.handle(DestinationEvent::Peer(query), now);
+                return false;
             }
             Some(Ok(Greeting::Session(session))) => self.another_source(session),
             Some(Err(dropped)) => self.admission.dropped(dropped),
-            None => {}
+            None => {
+                let dropped = match self.pending.drop_one_too_many() {
+                    Some(one) => Some(one),
+                    None => {
+                        // A guest's downtime does not wait for the disk that certificates are on.
+                        let Some(socket) = self.listener.try_accept(false) else { return false };
+                        self.pending.add(socket, self.peer_timeout.min(FIRST_MESSAGE))
+                    }
+                };
+                if let Some(dropped) = dropped {
+                    self.admission.dropped(dropped);
+                }
+            }
         }
+        true
     }
 
     /// A source comes while there is a session. It waits for its turn while that has brought nothing, is a rehearsal, or is being undone.
@@ -443,9 +446,9 @@ impl Session<'_> {
         };
         let refused = match waits {
             Some(wants) => self.waiting.add(session, wants),
-            None => Err(session),
+            None => Some(session),
         };
-        if let Err(session) = refused {
+        if let Some(session) = refused {
             self.turn_away(&session);
         }
         self.tend_waiting();

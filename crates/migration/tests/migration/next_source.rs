@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use vfio_migration::{
     Destination, DestinationOptions, Expectation, IncomingControl, IncomingError, Machine, MigrateError,
-    Source, Uri,
+    NotBuilt, Source, Uri,
 };
 use vfio_migration_types::{AttemptId, Epoch};
 use vfio_migration_wire::{FEATURE_ASK, FEATURE_REHEARSE, Hello, Message, Offer, PREAMBLE, VERSIONS, encode};
 
 use crate::strangers::Peer;
+use crate::tls::hosts::Waiting;
 use crate::toy::proxy::Cut;
-use crate::toy::secure::{tls_destination, tls_proxy, tls_source, tls_stream};
+use crate::toy::secure::{plain_destination, tls_destination, tls_proxy, tls_source, tls_stream};
 use crate::toy::{Plan, Toy, VM, prove_moved, wait_for};
 
 const READY: u16 = 0x001c;
@@ -96,6 +97,37 @@ fn a_question_keeps_no_migration_out() {
         });
         prove_moved(&source, &arrives);
     }
+}
+
+/// As many wait as may, of hosts that have as many as they may.
+#[test]
+fn a_host_of_which_none_waits_finds_a_place() {
+    let (mut destination, at) = listen(plain_destination());
+    let control = destination.control();
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || {
+            destination.accept(|_| -> Result<Arc<dyn Machine>, NotBuilt> { panic!("nothing was offered") })
+        });
+        let waiting = Waiting(control);
+        let source = |host: u8| {
+            let mut peer = Peer::in_plain_text_from([127, 0, 0, host], &at);
+            let (attempt, epoch) = (AttemptId([host; 16]), Epoch(0));
+            peer.say(&Message::Hello(Hello { versions: VERSIONS, features: 0, vm: VM, attempt, epoch }));
+            peer
+        };
+        let mut holder = source(1);
+        assert!(matches!(holder.hear(), Message::HelloReply(_)));
+        let mut others: Vec<_> = (2..6).flat_map(|host| [host; 8]).map(source).collect();
+        let mut fifth = source(6);
+        // The last of those who have most.
+        let text = others.pop().unwrap().hear_abort();
+        assert!(text.contains("another source is being received"), "{text}");
+        others.iter().chain([&holder]).for_each(Peer::hang_up);
+        assert!(matches!(fifth.hear(), Message::HelloReply(_)), "the fifth host was refused");
+        fifth.hang_up();
+        drop(waiting);
+        drop(arriving.join().unwrap());
+    });
 }
 
 /// What a squatter does with the place: it says no more than this, and stays.

@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddrV4, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 
 use crate::tls::hosts::Waiting;
@@ -87,6 +88,16 @@ impl Peer {
 
     pub(crate) fn in_plain_text(to: &Uri) -> Self {
         Self::over(Box::new(connect(to)))
+    }
+
+    pub(crate) fn in_plain_text_from(from: [u8; 4], to: &Uri) -> Self {
+        let stream = connect_from(from, to);
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Self::over(Box::new(stream))
+    }
+
+    pub(crate) fn hang_up(&self) {
+        self.stream.hang_up();
     }
 
     fn over(mut stream: Stream) -> Self {
@@ -275,7 +286,7 @@ fn connect_from(from: [u8; 4], to: &Uri) -> TcpStream {
 }
 
 /// What is in its handshake is not thrown out for those that come behind it: neither for those of its own host that say nothing, nor for
-/// those of another that begin as it does.
+/// those of another that begin as it does, however many and long.
 #[test]
 fn a_flood_throws_nobody_out_who_is_in_its_handshake() {
     for (from, speak) in [([127, 0, 0, 1], false), ([127, 0, 0, 2], false), ([127, 0, 0, 2], true)] {
@@ -327,6 +338,68 @@ fn a_flood_throws_nobody_out_who_is_in_its_handshake() {
             drop(arriving.join().unwrap());
         });
     }
+}
+
+/// Holds so many connections from one address, each of which has begun a handshake, and comes back when it is closed.
+fn come_back(count: usize, from: [u8; 4], to: &Uri, stopped: &AtomicBool, came: &AtomicUsize) {
+    let Uri::Tcp { port, .. } = to else { panic!("{to}") };
+    let open = || {
+        let socket =
+            socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+        bind(&socket, &SocketAddrV4::new(from.into(), 0)).unwrap();
+        let _ = rustix::net::connect(&socket, &SocketAddrV4::new([127, 0, 0, 1].into(), *port));
+        (TcpStream::from(socket), false)
+    };
+    let mut sockets: Vec<_> = (0..count).map(|_| open()).collect();
+    let slice = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    while !stopped.load(Ordering::Relaxed) {
+        let wanted = |spoken: bool| if spoken { PollFlags::IN } else { PollFlags::OUT };
+        let mut polled: Vec<_> =
+            sockets.iter().map(|(socket, spoken)| PollFd::new(socket, wanted(*spoken))).collect();
+        let _ = poll(&mut polled, Some(&slice));
+        let ready: Vec<_> = polled.iter().map(|polled| !polled.revents().is_empty()).collect();
+        for (connection, _) in sockets.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
+            let (socket, spoken) = connection;
+            let lives = match spoken {
+                false => socket.write(&[0x16, 3, 1, 2, 0, 1, 0]).is_ok(),
+                true => socket.read(&mut [0; 64]).is_ok_and(|bytes| bytes > 0),
+            };
+            came.fetch_add(usize::from(!*spoken), Ordering::Relaxed);
+            *spoken = true;
+            if !lives {
+                *connection = open();
+            }
+        }
+    }
+}
+
+/// They fill all places, and the backlog too, if one waits there for another's time to be over.
+#[test]
+fn many_connections_of_one_address_keep_no_other_out() {
+    let mut destination =
+        Destination::listen(&"tcp:127.0.0.1:0".parse().unwrap(), tls_destination()).unwrap();
+    let (to, control) = (destination.local().clone(), destination.control());
+    let (stopped, came) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || {
+            destination.accept(|_| -> Result<Arc<dyn Machine>, NotBuilt> { panic!("nothing was offered") })
+        });
+        let waiting = Waiting(control);
+        let stop = Stop(&stopped);
+        scope.spawn(|| come_back(250, [127, 0, 0, 2], &to, &stopped, &came));
+        wait_for("the flood", || came.load(Ordering::Relaxed) >= 250);
+        let begun = Instant::now();
+        // Each comes while nobody is received, or while the session of the one before it ends.
+        for round in 0..6 {
+            let mut peer = Peer::new(&to);
+            peer.say(&hello(0));
+            assert!(matches!(peer.hear(), Message::HelloReply(_)), "round {round}");
+            peer.hang_up();
+        }
+        assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
+        drop((stop, waiting));
+        drop(arriving.join().unwrap());
+    });
 }
 
 /// Ends a flood, however a test ends.
