@@ -589,6 +589,8 @@ pub enum ExpectedWord {
     Ready,
     /// RUNNING.
     Running,
+    /// What became of COMMIT, whose answer was lost.
+    Outcome,
 }
 
 /// A reason why P3 waits.

@@ -124,7 +124,8 @@ impl Control {
         self.send(SourceEvent::Cancel(CancelCause::Operator));
     }
 
-    /// The same, of a process that ends `by` something, such as `SIGTERM`, and its guest with it: both sides are told that.
+    /// The same, of a process that ends `by` something, such as `SIGTERM`, and its guest with it: both sides are told that. Once COMMIT
+    /// has been sent its answer is waited for half a second more, and the session ends as [`MigrateError::Unresolved`] without it.
     pub fn process_ends(&self, by: &str) {
         self.send(SourceEvent::Cancel(CancelCause::ProcessEnds(by.to_owned())));
     }

@@ -157,7 +157,8 @@ pub(super) fn finish(
             let slot = match &error {
                 MigrateError::Unresolved { why } => {
                     let journal = vm.options.state_dir.as_ref().map(|dir| journal_file(dir, machine.id()));
-                    let text = UndecidedGuest { why, peer: to, journal, is_here: true }.to_string();
+                    let text =
+                        UndecidedGuest { why, peer: to, journal, is_here: !vm.is_ending() }.to_string();
                     ended.error = Some(text.clone());
                     Some(Slot::Unresolved { machine, epoch, text })
                 }

@@ -1,6 +1,9 @@
 //! What `quit` ends, and what only `quit --force` does.
 
-use rustix::process::Signal;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::support::{PATIENCE, Process, Setup, Vm, command, control, fails, run, software, until};
@@ -209,4 +212,88 @@ fn a_session_that_the_end_does_not_wait_for_is_told_and_written_down() {
         Some(last)
     });
     assert_eq!(record["migration"]["status"], "cancelled", "{record}");
+}
+
+/// The second in which a process must end, and what a busy host adds to it: it would be asked for 240 s otherwise.
+const WITHIN: Duration = Duration::from_secs(30);
+
+/// Ends the process of `vm` by a signal, or else by `quit --force`.
+fn end(vm: &Vm, by: Option<Signal>) {
+    match by {
+        Some(by) => {
+            kill_process(Pid::from_raw(i32::try_from(vm.process.pid()).unwrap()).unwrap(), by).unwrap()
+        }
+        None => {
+            let quit = run(&["quit", "--force", "--control", control(vm)]);
+            assert!(quit.status.success(), "{quit:?}");
+        }
+    }
+}
+
+/// COMMIT was sent, and no answer comes: it is told what is waited for, and the end of the process does not wait for it. Nobody
+/// knows whose the guest is then, and whoever followed it, its event and its history say that, and what to do.
+#[test]
+fn a_process_that_ends_behind_its_commit_says_that_nobody_knows_whose_the_guest_is() {
+    // What the source ends by, and whether the destination has died before.
+    for (name, by, dies) in [
+        ("SIGTERM", Some(Signal::TERM), true),
+        ("`quit --force`", None, true),
+        ("SIGTERM", Some(Signal::TERM), false),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state").display().to_string();
+        let vm_arguments = &["--uuid", VM, "--state-dir", &state];
+        let mut source = Setup { vm_arguments, ..Setup::new(dir.path(), "a") }.start();
+        source.warm();
+        let device_arguments = &["--state-size", "4M", "--fault", "hang-arc:STOP:RUNNING_P2P:60s"];
+        let vm_arguments = &["--incoming", "tcp:127.0.0.1:0"];
+        let mut there = Setup { device_arguments, vm_arguments, ..Setup::new(dir.path(), "b") }.start();
+        let to = there.incoming();
+        let words = ["migrate", "--json", "--downtime-limit", "60s", "--control", control(&source), &to];
+        let following =
+            command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a process");
+        until("the commit", || (source.migration()["phase-name"] == "run").then_some(()));
+        if dies {
+            there.process.kill();
+            let waits =
+                until("what is waited for", || source.migration()["waits-for"].as_array()?.first().cloned());
+            let told = waits["text"].as_str().unwrap();
+            assert!(told.starts_with("the destination has not answered whose the guest is"), "{waits}");
+            assert!(told.contains("the connection is gone"), "{waits}");
+            assert!((100_000..=240_000).contains(&waits["limit-ms"].as_u64().unwrap()), "{waits}");
+            let status = run(&["status", "--control", control(&source)]);
+            let status = String::from_utf8_lossy(&status.stdout);
+            assert!(
+                status.contains("waits: the destination has not answered whose the guest is"),
+                "{status}"
+            );
+        }
+        let events = source.events();
+        let begun = Instant::now();
+        end(&source, by);
+        assert!(source.process.child.wait().unwrap().success());
+        assert!(begun.elapsed() < WITHIN, "{name}: {:?}", begun.elapsed());
+        let Output { status, stdout, stderr } = following.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&stderr);
+        let report: Value = serde_json::from_slice(&stdout).unwrap_or_else(|error| panic!("{error}: {told}"));
+        assert_eq!((status.code(), &report["exit"]), (Some(4), &json!(4)), "{report}: {told}");
+        let event = std::iter::from_fn(|| events.recv_timeout(PATIENCE).ok())
+            .find(|event| event["event"] == "MIGRATION" && event["data"]["status"] == "unresolved");
+        let history = json_of(&["history", "--state-dir", &state, "--json"]);
+        let record = &history["records"].as_array().unwrap().last().unwrap()["migration"];
+        for (who, migration) in
+            [("answer", &report["migration"]), ("event", &event.unwrap()["data"]), ("history", record)]
+        {
+            assert_eq!(migration["status"], "unresolved", "{name} {who}: {migration}");
+            let error = migration["error"].as_str().unwrap();
+            for part in
+                [format!("ended by {name}"), format!("Look at {to}"), format!("remove {state}/{VM}.json")]
+            {
+                assert!(error.contains(&part), "{name} {who}: {error}");
+            }
+            assert!(!error.contains("it is paused here"), "{name} {who}: {error}");
+        }
+        let left = run(&["status", "--state-dir", &state]);
+        assert_eq!(left.status.code(), Some(4), "{left:?}");
+    }
 }

@@ -11,6 +11,8 @@ use crate::ownership::SourceState;
 
 /// First pause between two questions; doubled each time, up to `peer_timeout`.
 const ASK_BACKOFF: Duration = Duration::from_millis(100);
+/// Time for which the answer is waited for by a process that ends: one that is on its way comes by then.
+const ENDS_WITHIN: Duration = Duration::from_millis(500);
 /// The multiple of `peer_timeout` for which a lost answer is asked for, before a person is.
 const ASK_FOR: u32 = 8;
 
@@ -25,6 +27,9 @@ impl SourceEngine {
         self.journal = SourceState::Committing;
         self.commit.committed_at = Some(now);
         self.enter(Phase::Run, now);
+        if let Some((_, until)) = &mut self.commit.ends {
+            *until = now.saturating_add(ENDS_WITHIN);
+        }
         match self.commit.early.take() {
             Some(EarlyAnswer::Declined(cause)) => self.on_declined(cause),
             Some(EarlyAnswer::Unclear) => self.ask(now),
@@ -62,13 +67,25 @@ impl SourceEngine {
         self.commit.early.get_or_insert(EarlyAnswer::Unclear);
     }
 
+    /// The process ends `by` this. It is too late to give the attempt up, and what became of it is not known before the destination
+    /// says so: that is not waited for long, and the journal asks for it when the VM is to be started again.
+    pub(super) fn process_ends(&mut self, by: &str, now: Time) {
+        self.commit.ends.get_or_insert_with(|| (by.to_owned(), now.saturating_add(ENDS_WITHIN)));
+    }
+
     /// Asks anew what became of COMMIT, unless it has been asked long enough.
     pub(super) fn ask(&mut self, now: Time) {
         if self.ask_bound().is_some_and(|bound| now >= bound) {
-            return self.unresolved(
-                "the destination's answer to COMMIT was lost, and asking again brought none: it may run the guest".to_owned(),
-            );
+            return self.unresolved(match &self.commit.ends {
+                Some((by, _)) => format!(
+                    "the process of the source was ended by {by} before the destination had answered COMMIT: it may run the guest"
+                ),
+                None => {
+                    "the destination's answer to COMMIT was lost, and asking again brought none: it may run the guest".to_owned()
+                }
+            });
         }
+        self.commit.asked_since.get_or_insert(now);
         self.commit.ask_at = None;
         self.commit.backoff = self
             .commit
@@ -88,7 +105,7 @@ impl SourceEngine {
     pub(super) fn ask_deadline(&self) -> Option<Time> {
         match self.state {
             State::AskingLater => [self.commit.ask_at, self.ask_bound()].into_iter().flatten().min(),
-            State::Asking => self.ask_bound(),
+            State::Asking | State::AwaitingRunning => self.ask_bound(),
             _ => None,
         }
     }
@@ -99,8 +116,15 @@ impl SourceEngine {
         }
     }
 
+    /// While the answer to COMMIT is asked for anew: for how long it has been, and for how long it is at most.
+    pub(super) fn asks(&self, now: Time) -> Option<(Duration, Duration)> {
+        let (since, until) = (self.commit.asked_since?, self.ask_bound()?);
+        Some((now.saturating_sub(since), until.saturating_sub(since)))
+    }
+
     fn ask_bound(&self) -> Option<Time> {
         let asked_for = self.config.peer_timeout.saturating_mul(ASK_FOR);
-        self.commit.committed_at.map(|at| at.saturating_add(asked_for))
+        let bound = self.commit.committed_at?.saturating_add(asked_for);
+        Some(self.commit.ends.as_ref().map_or(bound, |(_, until)| bound.min(*until)))
     }
 }

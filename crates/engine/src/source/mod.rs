@@ -98,7 +98,7 @@ impl SourceEngine {
             SourceEvent::Damaged(cause) => self.on_damaged(cause),
             SourceEvent::LinkLost(why) => self.on_link_lost(&why, now),
             SourceEvent::DeviceLost(cause) => self.on_device_lost(cause),
-            SourceEvent::Cancel(why) => self.on_cancel(&why),
+            SourceEvent::Cancel(why) => self.on_cancel(&why, now),
             SourceEvent::SetDowntimeLimit(limit) => self.on_limit(limit, now),
             SourceEvent::ContinueSwitchover => self.on_continue(now),
             SourceEvent::Tick => self.on_tick(now),
@@ -160,6 +160,9 @@ impl SourceEngine {
             State::Hello | State::Offered => ExpectedWord::Offer,
             State::AwaitingReady | State::DigestingRam => ExpectedWord::Ready,
             State::AwaitingRunning => ExpectedWord::Running,
+            State::Asking | State::AskingLater => {
+                return self.asks(now).map(|(waited, limit)| (ExpectedWord::Outcome, waited, limit));
+            }
             _ => return None,
         };
         let expected = self.timer?;
@@ -360,9 +363,14 @@ impl SourceEngine {
         }
     }
 
-    fn on_cancel(&mut self, why: &CancelCause) {
+    fn on_cancel(&mut self, why: &CancelCause, now: Time) {
         let cause = why.failure(Side::Source, self.phase);
         match self.state {
+            State::JournalCommitting | State::AwaitingRunning | State::Asking | State::AskingLater => {
+                if let CancelCause::ProcessEnds(by) = why {
+                    self.process_ends(by, now);
+                }
+            }
             State::Undoing => self.rehearsal.cancelled = Some(cause),
             State::AwaitingRehearsed => self.finish_cancelled(cause),
             _ => self.abort(cause, AbortNotice::SendCancelled),

@@ -154,6 +154,10 @@ pub(super) struct SourceCommit {
     /// The message that came while COMMITTING was on its way to the disk.
     pub(super) early: Option<EarlyAnswer>,
     pub(super) committed_at: Option<Time>,
+    /// Since when its answer is asked for anew.
+    pub(super) asked_since: Option<Time>,
+    /// The process of this side ends, by this, and waits for the answer until then.
+    pub(super) ends: Option<(String, Time)>,
     pub(super) ask_at: Option<Time>,
     pub(super) backoff: Duration,
 }

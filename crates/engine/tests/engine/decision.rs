@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use vfio_migration_engine::ownership::SourceState;
 use vfio_migration_engine::{
-    Barrier, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent, SourceOutcome,
-    SwitchoverWait,
+    Barrier, ExpectedWord, IterationReport, SourceAction, SourceConfig, SourceEngine, SourceEvent,
+    SourceOutcome, SwitchoverWait,
 };
 use vfio_migration_types::{AttemptId, CancelCause, Epoch, Failure, GuestOutcome, Phase, Side, VmId};
 use vfio_migration_wire::{
@@ -363,6 +363,61 @@ fn a_lost_answer_is_asked_for_with_pauses_until_a_person_is() {
     assert!((Duration::from_secs(30)..Duration::from_secs(60)).contains(&now), "{now:?}");
     assert!((8..30).contains(&asked.len()), "{asked:?}");
     assert!(asked[0] <= Duration::from_millis(100));
+}
+
+/// The process of the source ends: an answer that is on its way still comes, and one that does not come is not waited for.
+#[test]
+fn a_process_that_ends_does_not_wait_for_the_answer_to_its_commit() {
+    let ends = || SourceEvent::Cancel(CancelCause::ProcessEnds("SIGTERM".to_owned()));
+    let lost = || SourceEvent::LinkLost("cut".to_owned());
+    let cases: [(&str, Vec<SourceEvent>); 4] = [
+        ("awaiting", vec![ends()]),
+        ("asking", vec![lost(), ends()]),
+        ("asking later", vec![lost(), lost(), ends()]),
+        ("asking after it", vec![ends(), lost()]),
+    ];
+    for (what, events) in cases {
+        let mut source = committed();
+        for event in events {
+            tell(&mut source, event);
+        }
+        let (now, outcome) = loop {
+            let now = source.deadline().unwrap_or_else(|| panic!("{what}: it is over"));
+            source.handle(SourceEvent::Tick, now);
+            match source.poll_action() {
+                Some(SourceAction::Finish(outcome)) => break (now, outcome),
+                Some(SourceAction::AskAgain) | None => {}
+                other => panic!("{what}: {other:?}"),
+            }
+        };
+        let SourceOutcome::Unresolved(why) = outcome else { panic!("{what}: {outcome:?}") };
+        assert!(why.contains("ended by SIGTERM"), "{what}: {why}");
+        assert_eq!(now, NOW + Duration::from_millis(500), "{what}");
+    }
+    let mut source = committed();
+    tell(&mut source, ends());
+    assert_eq!(hear(&mut source, running(8)), [SourceAction::Journal(SourceState::Released)]);
+    // COMMIT is sent once it is journaled, and its answer has as long from then.
+    let mut source = deciding();
+    assert_eq!(tell(&mut source, ends()), []);
+    let later = NOW + Duration::from_secs(3);
+    source.handle(SourceEvent::Journaled(SourceState::Committing), later);
+    assert_eq!(source.poll_action(), Some(SourceAction::Send(COMMIT)));
+    assert_eq!(source.deadline(), Some(later + Duration::from_millis(500)));
+}
+
+/// Whoever looks is told what is waited for, since when, and how long at most.
+#[test]
+fn a_lost_answer_is_told_as_one_that_is_asked_for() {
+    let mut source = committed();
+    let after = |seconds| NOW + Duration::from_secs(seconds);
+    source.handle(SourceEvent::LinkLost("cut".to_owned()), after(2));
+    for event in [SourceEvent::LinkLost("refused".to_owned()), SourceEvent::Tick] {
+        let Some((word, waited, limit)) = source.expects_word(after(3)) else { panic!("nothing is told") };
+        assert_eq!((word, waited), (ExpectedWord::Outcome, Duration::from_secs(1)));
+        assert!(limit > Duration::from_secs(10), "{limit:?}");
+        source.handle(event, after(3));
+    }
 }
 
 /// Nothing that is late is waited for: the journal is written behind the end, and what comes after it is nobody's.

@@ -57,6 +57,8 @@ pub enum Request {
     Load,
     /// To the other side: that it runs the guest, which is its own.
     Start,
+    /// To the other side, which may run the guest, and to which the connection is gone: whose is it?
+    Owner,
     /// To the source of an attempt that is undone: does it ask what became of it?
     Question,
 }
@@ -82,6 +84,7 @@ impl fmt::Display for Request {
             Self::Offer => "what it was told of the guest",
             Self::Load => "the end of the guest's state, which it loads",
             Self::Start => "the word that the guest is its own",
+            Self::Owner => "whose the guest is (the connection is gone, and it is asked anew)",
             Self::Question => "whether it knows that the attempt is undone",
         })
     }
@@ -116,9 +119,10 @@ impl AwaitedAnswer {
             (Some(device), _) => device.to_string(),
             (None, Request::Journal) => "the state directory".into(),
             (None, Request::File) => "the disk".into(),
-            (None, Request::Connection | Request::Offer | Request::Load | Request::Start) => {
-                "the destination".into()
-            }
+            (
+                None,
+                Request::Connection | Request::Offer | Request::Load | Request::Start | Request::Owner,
+            ) => "the destination".into(),
             (None, Request::Question) => "the source".into(),
             (None, _) => "the VMM".into(),
         }
@@ -129,6 +133,7 @@ impl AwaitedAnswer {
         let request = match word {
             ExpectedWord::Ready => Request::Load,
             ExpectedWord::Running => Request::Start,
+            ExpectedWord::Outcome => Request::Owner,
             _ => Request::Offer,
         };
         let late = Self { device: None, request, waited, limit: Some(limit) };

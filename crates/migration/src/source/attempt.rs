@@ -29,6 +29,8 @@ pub(crate) struct SourceShared {
     pub(crate) pausing: Mutex<bool>,
     /// The session has ended, and its worker undoes what is left by itself.
     pub(crate) left_behind: AtomicBool,
+    /// The session has ended: nobody hears what its worker learns, which is not to wait for it.
+    pub(crate) ended: AtomicBool,
     /// What came of the way back.
     pub(crate) undone: Arc<Mutex<Undone>>,
     /// The cause of a record of the journal that is about to be written: why the attempt was given up.

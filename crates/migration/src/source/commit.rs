@@ -1,6 +1,7 @@
 //! P7: the journal before COMMIT is sent; and asking again, over a new connection each time, when its answer was lost.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::SourceEvent;
@@ -47,7 +48,7 @@ impl Worker {
 
     fn ask(&self) -> Result<Message, Result<WorkError, String>> {
         let limit = self.plan.options.connect_timeout.min(PATIENCE);
-        let replaced = || self.shared.interrupt.raised();
+        let replaced = || self.shared.interrupt.raised() || self.shared.ended.load(Ordering::Acquire);
         let (uri, options) = (&self.plan.uri, &self.plan.options);
         let connected =
             connect::connect(uri, options.security.as_ref(), &options.unix_peers, limit, replaced);
@@ -71,7 +72,9 @@ impl Worker {
             if left.is_zero() {
                 return Err(Err(format!("the destination did not answer within {PATIENCE:?}")));
             }
-            self.shared.interrupt.check().map_err(|error| Ok(error.into()))?;
+            if replaced() {
+                return Err(Ok(WorkError::Interrupted));
+            }
             reader.wait(left.min(SLICE));
         }
     }

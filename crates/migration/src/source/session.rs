@@ -203,7 +203,10 @@ impl Session<'_> {
         while let Some(action) = self.engine.poll_action() {
             tracing::debug!(?action, "action");
             match &action {
-                SourceAction::Finish(outcome) => return Some(outcome.clone()),
+                SourceAction::Finish(outcome) => {
+                    self.shared.ended.store(true, Ordering::Release);
+                    return Some(outcome.clone());
+                }
                 // The way back must not wait for what is being sent, the abort itself included.
                 SourceAction::RollBack => {
                     self.note_reason();
