@@ -8,7 +8,7 @@ use vfio_migration_types::error_chain_of;
 use crate::control::awaited::sentence;
 use crate::control::client::{ControlClient, ControlError};
 use crate::control::protocol::{
-    ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport,
+    ControlVerb, FollowedReport, MigrationInfo, MigrationStatus, StatusInfo, StatusReport, VmStatus,
 };
 use crate::control::security::SecurityInfo;
 use crate::exit::CliError;
@@ -43,12 +43,16 @@ pub(crate) fn follow(
     if on_interrupt == OnInterrupt::Cancel {
         interrupt.leaves("whether it is cancelled, and how it ends, `status` tells");
     }
-    let mut report = query(client, &mut progress, on_interrupt, &mut cancelled)?;
+    let asked = query(client, &mut progress, on_interrupt, &mut cancelled)?;
+    let mut report = asked.map_err(|error| no_answer(&error, cancelled))?;
     while let Some(migration) = report.migration.as_ref().filter(|migration| goes_on(migration.status)) {
         progress.update(migration);
         let news = match client.next_migration(PATIENCE) {
             Err(ControlError::Interrupted(_)) => None,
-            news => news.map_err(|error| lost(&error, cancelled))?,
+            Err(error) => {
+                return ended_with_vm(client, &report, None, &error).ok_or_else(|| lost(&error, cancelled));
+            }
+            Ok(news) => news,
         };
         if on_interrupt == OnInterrupt::Leave {
             interrupt.check()?;
@@ -60,7 +64,13 @@ pub(crate) fn follow(
             Some(migration) if goes_on(migration.status) => report.migration = Some(migration),
             // The event says how it ended, but not where the guest is now. Nor need this migration have ended: an event that
             // comes late can be of the one before.
-            Some(_) => report = query(client, &mut progress, on_interrupt, &mut cancelled)?,
+            Some(told) => match query(client, &mut progress, on_interrupt, &mut cancelled)? {
+                Ok(asked) => report = asked,
+                Err(error) => {
+                    return ended_with_vm(client, &report, Some(told), &error)
+                        .ok_or_else(|| no_answer(&error, cancelled));
+                }
+            },
             None => {}
         }
     }
@@ -73,17 +83,42 @@ fn query(
     progress: &mut ProgressDisplay,
     on_interrupt: OnInterrupt,
     cancelled: &mut bool,
-) -> Result<StatusReport, CliError> {
+) -> Result<Result<StatusReport, ControlError>, CliError> {
     let mut answer = client.query();
     if matches!(answer, Err(ControlError::Interrupted(_))) && on_interrupt == OnInterrupt::Cancel {
         *cancelled = true;
         cancel(client, progress)?;
         answer = client.query();
     }
-    answer.map_err(|error| match (&error, *cancelled) {
+    Ok(answer)
+}
+
+/// How what was followed has ended, where its `vm` ended with it, for this `error`, before it could be asked: by the event that told it,
+/// which is `told` or came since. Not by one of the session before it, which `report` has.
+fn ended_with_vm(
+    client: &mut ControlClient,
+    report: &StatusReport,
+    told: Option<MigrationInfo>,
+    error: &ControlError,
+) -> Option<StatusReport> {
+    if !matches!(error, ControlError::Closed | ControlError::Io(_)) {
+        return None;
+    }
+    let before = report.last.as_ref().and_then(|last| last.attempt.as_ref());
+    let of_this = |info: &MigrationInfo| {
+        !info.status.is_under_way() && info.attempt.is_some() && info.attempt.as_ref() != before
+    };
+    let last = told.into_iter().chain(client.told()).filter(of_this).last()?;
+    let vm = StatusInfo { status: VmStatus::Shutdown, ..report.vm.clone() };
+    Some(StatusReport { vm, migration: None, last: Some(last) })
+}
+
+/// The failure of a question.
+fn no_answer(error: &ControlError, cancelled: bool) -> CliError {
+    match (error, cancelled) {
         (ControlError::Refused(_), _) | (_, false) => error.failure("no answer"),
-        (_, true) => lost(&error, true),
-    })
+        (_, true) => lost(error, true),
+    }
 }
 
 /// The end of a `vm` that is followed, or its silence; and what is known of what it was told.

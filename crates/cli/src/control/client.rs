@@ -226,10 +226,20 @@ impl ControlClient {
         Ok(self.events.pop_front())
     }
 
+    /// What was told of migrations by events that nobody has taken.
+    pub(crate) fn told(&mut self) -> Vec<MigrationInfo> {
+        self.events.drain(..).filter_map(|event| event.migration()).collect()
+    }
+
     /// The reason why the other end is closed: said before it was, if it was.
     fn why_closed(&mut self) -> ControlError {
         loop {
             match self.line(self.timeout) {
+                Ok(Some(line)) if line.get("event").is_some() => {
+                    if let Err(error) = self.keep_event(line) {
+                        return error;
+                    }
+                }
                 Ok(Some(_)) => {}
                 Ok(None) => return ControlError::Closed,
                 Err(error) => return error,

@@ -1,5 +1,7 @@
 //! What `quit` ends, and what only `quit --force` does.
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -295,5 +297,66 @@ fn a_process_that_ends_behind_its_commit_says_that_nobody_knows_whose_the_guest_
         }
         let left = run(&["status", "--state-dir", &state]);
         assert_eq!(left.status.code(), Some(4), "{left:?}");
+    }
+}
+
+/// A `vm` whose process ends has said how its session ended, and need not be there to be asked.
+#[test]
+fn whoever_follows_a_session_knows_its_end_from_the_event_when_the_vm_ends_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = software(dir.path(), "a", &["--software"]).start();
+    vm.begin("tcp:127.0.0.1:1", Value::Null);
+    let ended = vm.ended();
+    let attempt = "00112233445566778899aabbccddeeff";
+    let document = |status: &str, error: Value| {
+        let mut document = ended.clone();
+        (document["status"], document["error"]) = (json!(status), error);
+        (document["attempt"], document["failure"]) = (json!(attempt), Value::Null);
+        document
+    };
+    let mut active = vm.query("query");
+    active["migration"] = document("active", Value::Null);
+    let event = |data: Value| json!({"event": "MIGRATION", "timestamp": {"seconds": 1, "microseconds": 0}, "data": data});
+    // The one before is told late, and is not taken for this one.
+    let told = [event(ended.clone()), event(document("cancelled", json!("the process ends by SIGTERM")))];
+    let save = dir.path().join("x").display().to_string();
+    for verb in ["migrate", "save"] {
+        // Told before it is asked, and while it is.
+        for asked in [2, 3] {
+            let path = dir.path().join(format!("{verb}{asked}"));
+            let listener = UnixListener::bind(&path).unwrap();
+            let (active, told) = (active.clone(), told.clone());
+            let serving = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                writeln!(stream, "{}", json!({"vfio-migrate": {"version": "1"}})).unwrap();
+                let mut requests = BufReader::new(stream.try_clone().unwrap()).lines();
+                for answer in [json!({}), active].iter().take(asked) {
+                    requests.next().unwrap().unwrap();
+                    writeln!(stream, "{}", json!({"return": answer})).unwrap();
+                }
+                let [before, end] = told;
+                if asked == 3 {
+                    writeln!(stream, "{before}").unwrap();
+                    requests.next().unwrap().unwrap();
+                }
+                writeln!(stream, "{end}").unwrap();
+            });
+            let words: &[&str] = match verb {
+                "migrate" => &["migrate", "tcp:127.0.0.1:1"],
+                _ => &["save", "-o", &save],
+            };
+            let output = run(&[words, &["--json", "--control", path.to_str().unwrap()]].concat());
+            let said = String::from_utf8_lossy(&output.stdout);
+            let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!(output.status.code(), Some(1), "{verb} {asked}: {said}");
+            let migration = &report["migration"];
+            assert_eq!(
+                (&migration["status"], &migration["attempt"], &migration["error"]),
+                (&json!("cancelled"), &json!(attempt), &json!("the process ends by SIGTERM")),
+                "{verb} {asked}: {said}"
+            );
+            assert_eq!(report["vm"]["status"], "shutdown", "{verb} {asked}: {said}");
+            serving.join().unwrap();
+        }
     }
 }
