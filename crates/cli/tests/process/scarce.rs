@@ -65,7 +65,7 @@ impl Starter {
         // The folder of the build may be closed to others.
         let copy = dir.join("vfio-migrate");
         std::fs::hard_link(&binary, &copy).or_else(|_| std::fs::copy(&binary, &copy).map(drop)).unwrap();
-        std::fs::set_permissions(dir, PermissionsExt::from_mode(0o777)).unwrap();
+        std::fs::set_permissions(dir, PermissionsExt::from_mode(0o1777)).unwrap();
         let user = 1_000_000 + 10 * std::process::id() + name;
         // A private key is its owner's.
         let own = dir.join("creds");
