@@ -205,7 +205,7 @@ pub trait SavingSession: fmt::Debug + Send {
     fn end(self: Box<Self>) -> Result<MigrationState, TransitionError>;
 }
 
-/// An open resuming session. Dropping one without [`finish`](Self::finish) resets the device.
+/// An open resuming session. Dropping one without [`finish`](Self::finish) resets the device, and waits for that.
 pub trait ResumingSession: fmt::Debug + Send {
     /// Writes all of `bytes`, in order, as they were read from the saving side.
     ///
@@ -215,6 +215,10 @@ pub trait ResumingSession: fmt::Debug + Send {
 
     /// RESUMING → STOP: the driver's last word on the state. The caller has made sure that the stream was complete;
     /// several drivers accept a truncated one.
+    ///
+    /// # Errors
+    /// The device is where the error says, and is not [reset](Device::reset) yet: that is the caller's to do, who knows of the failure
+    /// before it waits for another answer.
     fn finish(self: Box<Self>) -> Result<(), TransitionError>;
 
     /// Gives the session up: resets the device.

@@ -269,7 +269,8 @@ pub(crate) fn refusals_end_in_a_reset() -> Outcome {
     same("after the abort", device.state()?, MigrationState::Running)?;
     let truncated = device.begin_resuming()?.finish().err().ok_or("an empty state was taken")?;
     holds(truncated.now.is_some(), "it says where the device was")?;
-    same("after the failure", device.state()?, MigrationState::Running)?;
+    device.reset()?;
+    same("after the failure and a reset", device.state()?, MigrationState::Running)?;
     drop(device);
     {
         let opened = instance.open()?;

@@ -20,6 +20,7 @@ pub(crate) const DMA_MAP: u16 = 2;
 pub(crate) const GET_REGION_INFO: u16 = 5;
 pub(crate) const SET_IRQS: u16 = 8;
 pub(crate) const REGION_WRITE: u16 = 10;
+pub(crate) const DEVICE_RESET: u16 = 13;
 const DEVICE_FEATURE: u16 = 16;
 
 /// Features of a device, as they are asked for: their number, and whether they are read or set.
@@ -31,6 +32,11 @@ pub(crate) const LOGGING_REPORT: u32 = 8 | 1 << 16;
 pub(crate) fn feature(command: u16, body: &[u8]) -> Option<u32> {
     let flags = body.get(4..8).filter(|_| command == DEVICE_FEATURE)?;
     Some(u32::from_le_bytes(flags.try_into().unwrap()))
+}
+
+/// Whether a request takes the device to STOP.
+pub(crate) fn sets_stop(command: u16, body: &[u8]) -> bool {
+    feature(command, body) == Some(2 | 1 << 17) && body.get(8..12) == Some(&1_u32.to_le_bytes())
 }
 
 /// What becomes of a request.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::late::{behind_with, connects_msix};
-use crate::proxy::Act;
+use crate::proxy::{self, Act};
 use crate::support::{PATIENCE, Setup, Vm, until};
 
 /// How much later than it is told an end may be seen, on a host that does other things too.
@@ -108,4 +108,38 @@ fn a_receiver_that_builds_its_machine_anew_answers_whoever_comes() {
     // It is ready again, for all but that change of state.
     vm.call("rehearse", json!({"uri": there.incoming(), "downtime-limit": 60_000})).unwrap();
     assert_eq!(vm.ended()["status"], "rehearsed", "{}", vm.migration());
+}
+
+/// A device that refuses its state has answered: its reset, which takes longer, is told as such, and only by the receiver.
+#[test]
+fn what_a_device_of_the_destination_refuses_is_told_before_its_reset() {
+    const RESETS: Duration = Duration::from_secs(9);
+    let dir = tempfile::tempdir().unwrap();
+    let vm = source(dir.path());
+    let (refused, late) = (AtomicBool::new(false), AtomicBool::new(false));
+    let there = behind_with(dir.path(), "", &INCOMING, move |command, body| {
+        if proxy::sets_stop(command, body) {
+            refused.store(true, Ordering::Release);
+            return Act::Refuse(5);
+        }
+        let resets = command == proxy::DEVICE_RESET && refused.load(Ordering::Acquire);
+        if resets && !late.swap(true, Ordering::AcqRel) { Act::Late(RESETS) } else { Act::Pass }
+    });
+    vm.begin(&there.incoming(), json!({"downtime-limit": 60_000}));
+    let told = until("its reset to be waited for", || {
+        let told = there.migration()["waits-for"].as_array()?.first()?.clone();
+        // The source has not to wait with it.
+        let ended = vm.migration();
+        (told["device"] == "dev0" && ended["status"] == "failed").then_some((told, ended))
+    });
+    let (told, ended) = told;
+    assert!(told["text"].as_str().unwrap().starts_with("dev0 has not answered its reset for"), "{told}");
+    assert_eq!(told["limit-ms"], 30_000, "{told}");
+    let failure = &ended["failure"];
+    assert_eq!((&failure["errno"], &failure["device"]), (&json!(5), &json!("dev0")), "{ended}");
+    assert_eq!(failure["arc"], json!({"from": "RESUMING", "to": "STOP"}), "{ended}");
+    let paused = ended["downtime-ms"].as_u64().unwrap();
+    assert!(u128::from(paused) < RESETS.as_millis() / 2, "it was waited for, paused: {ended}");
+    let report = watch_end(&there);
+    assert_eq!(report["last"]["failure"]["errno"], 5, "{report}");
 }

@@ -1,4 +1,4 @@
-//! A resuming session: it is finished, or the device is reset.
+//! A resuming session: it is finished, or the device is reset, by whoever learns that it could not be finished.
 
 use std::sync::Arc;
 
@@ -66,14 +66,14 @@ impl ResumingSession for PortResuming {
     }
 
     fn finish(mut self: Box<Self>) -> Result<(), TransitionError> {
+        // Its caller learns of a failure at once, and resets the device then: a reset may take longer than the arc.
+        self.open = false;
         let now = self.machine.state_before(MigrationState::Stop)?;
         // A device that was reset is empty; it must not pass for one that has taken its state.
         if now != MigrationState::Resuming {
             return Err(self.machine.refused(now, MigrationState::Stop, SessionError::Lost(now)));
         }
-        self.machine.go(now, MigrationState::Stop)?;
-        self.open = false;
-        Ok(())
+        self.machine.go(now, MigrationState::Stop).map(drop)
     }
 
     fn abort(mut self: Box<Self>) -> Result<(), DeviceError> {

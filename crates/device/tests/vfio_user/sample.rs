@@ -267,7 +267,9 @@ fn foreign_state_is_refused_at_once_and_a_truncated_one_at_the_end() {
     let mut resuming = to.begin_resuming().unwrap();
     resuming.write(&bytes).unwrap();
     assert!(resuming.finish().is_err(), "the end is missing");
-    assert_eq!(to.state().unwrap(), MigrationState::Running, "dropping the session reset it");
+    assert_eq!(to.state().unwrap(), MigrationState::Resuming, "it is not reset before its caller knows");
+    to.reset().unwrap();
+    assert_eq!(to.state().unwrap(), MigrationState::Running);
 }
 
 #[test]
