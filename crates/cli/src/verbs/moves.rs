@@ -13,6 +13,7 @@ use crate::args::moves::{
     IncomingCommand, MigrateCommand, QuitCommand, RehearseCommand, SaveCommand, SetCommand, StatusCommand,
 };
 use crate::control::client::{ControlClient, ControlError};
+use crate::control::failure::FailureInfo;
 use crate::control::protocol::{
     ControlVerb, FollowedReport, IncomingArguments, MigrateArguments, MigrationStatus, ParameterArguments,
     QuitArguments, SaveArguments, StatusReport, VmStatus,
@@ -29,9 +30,13 @@ use crate::words::device_map;
 
 /// What `rehearse --json` prints.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) struct RehearseReport {
     #[serde(flatten)]
     pub(crate) found: RehearsalInfo,
+    /// What a device had not answered when the rehearsal ended: it is undone when the answer comes.
+    #[serde(default)]
+    pub(crate) left_undone: Vec<FailureInfo>,
 }
 
 /// What `migrate --json` and `save --control --json` print when what they asked for has ended, or goes on without them.
@@ -114,10 +119,13 @@ pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> 
     let report =
         follow(&mut client, MigrationStatus::is_under_way, json, interrupt, OnInterrupt::Cancel)?.latest();
     let migration = report.map(|report| report.migration);
-    for failure in migration.iter().flat_map(|migration| &migration.left_undone) {
+    let (found, error, left_undone) = match migration {
+        Some(migration) => (migration.rehearsal, migration.error, migration.left_undone),
+        None => (None, None, Vec::new()),
+    };
+    for failure in &left_undone {
         eprintln_line(format_args!("vfio-migrate: left undone: {}", failure.text));
     }
-    let (found, error) = migration.map_or((None, None), |migration| (migration.rehearsal, migration.error));
     let Some(found) = found else {
         // It says that it was the rehearsal, and whether it was cancelled.
         return Err(CliError::failed(
@@ -126,7 +134,7 @@ pub(crate) fn rehearse(command: &RehearseCommand, interrupt: &UserInterrupt) -> 
     };
     let verdict = found.verdict;
     if command.target.json {
-        print_json(&RehearseReport { found })?;
+        print_json(&RehearseReport { found, left_undone })?;
     } else {
         print(rehearsal_text(&found))?;
     }

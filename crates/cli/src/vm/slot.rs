@@ -11,7 +11,7 @@ use vfio_migration_vmm::machine::ReferenceMachine;
 use crate::address::Address;
 use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::failure::FailureInfo;
-use crate::control::protocol::MigrationInfo;
+use crate::control::protocol::{MigrationInfo, MigrationStatus};
 use crate::control::refused::Refused;
 use crate::exit::CliError;
 
@@ -188,6 +188,10 @@ impl VmState {
         let resumed = state.resumed;
         let ended = state.ended.as_mut()?;
         ended.left_undone = failures.iter().map(FailureInfo::from).collect();
+        // Nothing else is wrong with a rehearsal that came to its end.
+        if ended.status == MigrationStatus::Rehearsed && !ended.incompatible {
+            ended.error = failures.first().map(ToString::to_string);
+        }
         Some(RollbackEnd { failures, last: ended.clone(), resumed })
     }
 

@@ -74,7 +74,22 @@ fn a_rehearsal_whose_log_is_late_to_stop_has_its_findings() {
     });
     vm.warm();
     let there = receiver(dir.path());
-    vm.call("rehearse", json!({"uri": there.incoming(), "downtime-limit": 60_000})).unwrap();
+    let control = vm.control.to_str().unwrap();
+    let output = run(&[
+        "rehearse",
+        "--json",
+        "--control",
+        control,
+        "--downtime-limit",
+        "60s",
+        "--to",
+        &there.incoming(),
+    ]);
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&document["verdict"], &document["left-undone"][0]["device"]),
+        (&json!("live"), &json!("dev0"))
+    );
     let info = vm.ended();
     assert_eq!((&info["status"], &info["incompatible"]), (&json!("rehearsed"), &json!(false)), "{info}");
     assert_eq!(info["rehearsal"]["verdict"], "live", "{info}");
@@ -82,6 +97,9 @@ fn a_rehearsal_whose_log_is_late_to_stop_has_its_findings() {
     assert_eq!(vm.info()["pending-rollback"][0]["device"], "dev0");
     until("the other side's end", || (there.migration()["status"] == "rehearsed").then_some(()));
     until("the log to be stopped", || vm.info()["pending-rollback"].is_null().then_some(()));
+    // Nothing is said to be left then.
+    until("the end of that", || (vm.migration()["left-undone"] == json!([])).then_some(()));
+    assert_eq!(vm.migration()["error"], Value::Null, "{}", vm.migration());
 }
 
 /// A log that a session leaves behind is stopped when its server answers: until then, the session is being undone.

@@ -140,13 +140,18 @@ impl AwaitedAnswer {
         (waited >= LATE).then_some(late)
     }
 
-    /// The same as a failure to undo something by then.
-    pub(crate) fn left_undone(&self, side: Side, phase: Phase) -> Failure {
+    /// The same as a failure to undo something by then, of a guest that is here or has left.
+    pub(crate) fn left_undone(&self, side: Side, phase: Phase, has_left: bool) -> Failure {
         let arc = match self.request {
             Request::Transition { from, to } => Some((from, to)),
             _ => None,
         };
-        let remedy = "what is left is undone when the answer comes; the guest cannot be sent before that";
+        let remedy = match has_left {
+            true => "what is left is undone when the answer comes; the guest has left, and does not need it",
+            false => {
+                "what is left is undone when the answer comes, and until then no session takes the guest away"
+            }
+        };
         let failure = Failure {
             arc,
             errno: Some(Errno::TIMEDOUT.raw_os_error().unsigned_abs()),
@@ -350,7 +355,7 @@ mod tests {
             late[1].to_string().starts_with("the state directory has not answered a request"),
             "{late:?}"
         );
-        let failure = late[0].left_undone(Side::Source, Phase::Setup);
+        let failure = late[0].left_undone(Side::Source, Phase::Setup, false);
         assert_eq!((failure.device.as_deref(), failure.errno), (Some("net0"), Some(110)));
         assert_eq!(answers.longer_than(Duration::from_secs(60)), []);
         drop(first);

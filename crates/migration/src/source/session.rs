@@ -195,7 +195,7 @@ impl Session<'_> {
             false => None,
         };
         let phase = self.engine.phase();
-        self.engine.awaits(awaited.map(|answer| answer.left_undone(Side::Source, phase)));
+        self.engine.awaits(awaited.map(|answer| answer.left_undone(Side::Source, phase, false)));
     }
 
     /// Hands the engine's actions to the worker; gives the outcome when there is one.
@@ -269,7 +269,8 @@ impl Session<'_> {
             tracing::warn!(%answer, "the end of the session does not wait for it");
         }
         let phase = self.engine.phase();
-        let left_undone = unanswered.iter().map(|answer| answer.left_undone(Side::Source, phase)).collect();
+        let left_undone =
+            unanswered.iter().map(|answer| answer.left_undone(Side::Source, phase, cleans_up)).collect();
         self.shared.left_behind.store(true, Ordering::Release);
         self.plan.answers.wait_without_limit();
         let now = self.now();
