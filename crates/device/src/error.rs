@@ -84,6 +84,15 @@ impl DeviceError {
         }
     }
 
+    /// The errno of a vfio-user server's socket at which nobody listens, or that is not there: it may be in a moment.
+    pub fn nobody_listens(&self) -> Option<Errno> {
+        let errno = match self.source.downcast_ref() {
+            Some(ClientError::Io { source, .. }) => Errno::from_io_error(source),
+            _ => None,
+        };
+        errno.filter(|errno| [Errno::CONNREFUSED, Errno::NOENT].contains(errno))
+    }
+
     /// Whether a vfio-user server answered, be it that it refused what it was asked for.
     pub fn is_answer_of_server(&self) -> bool {
         matches!(self.source.downcast_ref(), Some(ClientError::Refused { .. }))

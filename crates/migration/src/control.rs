@@ -411,10 +411,10 @@ impl IncomingControl {
         self.shared.cancelled.get()
     }
 
-    /// Takes note that the VMM waits for a device that it opens, for at most `limit` (`None`: until it answers), as long as what is returned
-    /// is kept: a session that waits for the machine says so in [`Progress::awaited`].
-    pub fn opening(&self, device: &DeviceId, limit: Option<Duration>) -> AwaitedNote {
-        AwaitedNote { _wait: self.shared.answers.wait(Some(device), Request::Open, limit) }
+    /// Takes note that the VMM waits for a device that it opens, by a `request` of its own, for at most `limit` (`None`: until it answers), as
+    /// long as what is returned is kept: a session that waits for the machine says so in [`Progress::awaited`].
+    pub fn opening(&self, device: &DeviceId, request: Request, limit: Option<Duration>) -> AwaitedNote {
+        AwaitedNote { _wait: self.shared.answers.wait(Some(device), request, limit) }
     }
 
     /// What the session under way waits for, and the VMM also while there is none: what has not come at once.

@@ -4,10 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use vfio_migration_compat::{DeviceMap, MachineManifest, Reason};
-use vfio_migration_types::{AttemptId, Epoch, VmId};
+use vfio_migration_device::DeviceError;
+use vfio_migration_types::{AttemptId, Epoch, Failure, Phase, Side, VmId};
 
 use crate::machine::Machine;
 use crate::report::ArrivalReport;
+use crate::session::fail::InPhase;
 
 /// A guest that wants to come in.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +34,18 @@ pub enum NotBuilt {
     /// It could not be built now, in a sentence: the attempt fails, and another may not.
     #[error("{0}")]
     Failed(String),
+    /// The same, for what a device did.
+    #[error("{}", .0.text)]
+    OfDevice(Box<Failure>),
+}
+
+impl NotBuilt {
+    /// A machine that could not be built for `error` of a device, which the VMM tells as `text`.
+    pub fn of_device(error: &DeviceError, text: &str) -> Self {
+        let failure = error.in_phase(Side::Destination, Phase::Hello);
+        let told = Failure::new(Side::Destination, Phase::Hello, text);
+        Self::OfDevice(Box::new(Failure { text: told.text, ..failure }))
+    }
 }
 
 impl From<Reason> for NotBuilt {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use rustix::io::Errno;
+use vfio_migration_device::DeviceError;
 use vfio_migration_guest_image::GuestImageError;
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::DEVICES_MAX;
@@ -75,6 +76,18 @@ impl VmmError {
 
     pub(crate) fn device(error: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Device(Box::new(error))
+    }
+
+    /// What a device did, where it is that which failed.
+    pub fn of_device(&self) -> Option<&DeviceError> {
+        match self {
+            Self::Device(error) => error.downcast_ref(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn nobody_listens(&self) -> Option<Errno> {
+        self.of_device().and_then(DeviceError::nobody_listens)
     }
 
     pub(crate) fn section(section: &str, reason: impl Into<String>) -> Self {

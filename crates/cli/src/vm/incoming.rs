@@ -207,7 +207,7 @@ fn admit(
     let at_hand = vm.state.slot().machine().filter(|machine| fits(machine)).cloned();
     let machine = match at_hand {
         Some(machine) => machine,
-        None => rebuild(vm, memory).map_err(NotBuilt::Failed)?,
+        None => rebuild(vm, memory)?,
     };
     let machine = lent.get_or_init(|| machine).clone();
     let named = offer.vm.names_a_vm();

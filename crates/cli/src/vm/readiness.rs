@@ -3,10 +3,10 @@
 use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use vfio_migration::NotReady;
+use vfio_migration::{NotBuilt, NotReady};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
-use super::running::{RunningVm, build_with_memory};
+use super::running::{RunningVm, build_for_offer};
 use super::slot::{Slot, Steering};
 use crate::output::eprintln_line;
 
@@ -72,15 +72,15 @@ pub(super) fn retire(vm: &RunningVm, these: impl FnOnce(&Arc<ReferenceMachine>) 
 
 /// Builds the machine of a `vm` that waits anew, of so much `memory` where its operator did not say how much. What keeps it
 /// from being built is in the status until it can be. Whoever calls it holds `building`.
-pub(super) fn rebuild(vm: &RunningVm, memory: Option<u64>) -> Result<Arc<ReferenceMachine>, String> {
+pub(super) fn rebuild(vm: &RunningVm, memory: Option<u64>) -> Result<Arc<ReferenceMachine>, NotBuilt> {
     // The old one first: a device takes one client at a time.
     retire(vm, |_| true);
     close_retired(vm);
-    let built = build_with_memory(vm, memory).map_err(|failure| failure.text);
+    let built = build_for_offer(vm, memory);
     let Slot::Awaited { at, .. } = vm.state.slot() else {
-        return Err("it no longer waits for a guest".into());
+        return Err(NotBuilt::Failed("it no longer waits for a guest".into()));
     };
-    let (machine, not_ready) = (built.as_ref().ok().cloned(), built.as_ref().err().cloned());
+    let (machine, not_ready) = (built.as_ref().ok().cloned(), built.as_ref().err().map(NotBuilt::to_string));
     let waits = |slot: &Slot| matches!(slot, Slot::Awaited { .. });
     drop(vm.state.put_if(waits, Slot::Awaited { machine, at, not_ready }));
     built

@@ -5,14 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use serde_json::json;
-use vfio_migration::{AllowedUnixPeers, VmOwnership, ownership_at};
+use vfio_migration::{AllowedUnixPeers, NotBuilt, Request, VmOwnership, ownership_at};
 use vfio_migration_compat::{MaskPolicy, Policy};
 use vfio_migration_memory::MemoryError;
 use vfio_migration_types::{AttemptId, DeviceId, Epoch, VmId, error_chain};
 use vfio_migration_vmm::VmmError;
 use vfio_migration_vmm::machine::{
-    Accelerator, DeviceConfig, MachineConfig, ReferenceMachine, Workload, assign_places, kvm_answers,
+    Accelerator, DeviceConfig, MachineConfig, OpeningStep, ReferenceMachine, Workload, assign_places,
+    kvm_answers,
 };
 
 use super::creds;
@@ -211,6 +213,24 @@ pub(super) fn build_with_memory(
     vm: &RunningVm,
     memory: Option<u64>,
 ) -> Result<Arc<ReferenceMachine>, CliError> {
+    try_build(vm, memory).map_err(|error| cannot_build(&error))
+}
+
+/// The same for a guest on offer.
+pub(super) fn build_for_offer(
+    vm: &RunningVm,
+    memory: Option<u64>,
+) -> Result<Arc<ReferenceMachine>, NotBuilt> {
+    try_build(vm, memory).map_err(|error| {
+        let text = cannot_build(&error).text;
+        match error.of_device() {
+            Some(error) => NotBuilt::of_device(error, &text),
+            None => NotBuilt::Failed(text),
+        }
+    })
+}
+
+fn try_build(vm: &RunningVm, memory: Option<u64>) -> Result<Arc<ReferenceMachine>, VmmError> {
     let memory = memory.unwrap_or(vm.config.memory);
     let config = MachineConfig { memory, ..vm.config.clone() };
     // A session that waits for the machine says which device keeps it waiting.
@@ -218,8 +238,14 @@ pub(super) fn build_with_memory(
         Some(Steering::Incoming(control)) => Some(control),
         _ => None,
     };
-    let opening = |device: &DeviceId, limit| incoming.as_ref().map(|control| control.opening(device, limit));
-    ReferenceMachine::build_watched(config, opening).map_err(|error| cannot_build(&error))
+    ReferenceMachine::build_watched(config, |device, step, limit| {
+        let request = match step {
+            OpeningStep::Listen { errno } => Request::Listen { refused: errno == Errno::CONNREFUSED },
+            OpeningStep::Reset => Request::Reset,
+            _ => Request::Open,
+        };
+        incoming.as_ref().map(|control| control.opening(device, request, limit))
+    })
 }
 
 fn cannot_build(error: &VmmError) -> CliError {

@@ -211,7 +211,10 @@ impl<'a> Setup<'a> {
 
     /// Starts the device servers; and the words of the command that makes the VM.
     pub(crate) fn prepare(&self) -> (Vec<Process>, Vec<String>) {
-        let mut arguments: Vec<String> = ["vm", "--memory", self.memory, "--dirty-rate", "4M", "--control"]
+        // Without a size, that of the guest that comes.
+        let memory: &[&str] = if self.memory.is_empty() { &[] } else { &["--memory", self.memory] };
+        let mut arguments: Vec<String> = [&["vm"], memory, &["--dirty-rate", "4M", "--control"]]
+            .concat()
             .iter()
             .map(ToString::to_string)
             .collect();

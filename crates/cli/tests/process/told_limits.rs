@@ -1,14 +1,14 @@
 //! A destination whose attempt is undone: what is told of it is what is so, for as long as it takes, and whoever comes meanwhile is answered.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::late::{behind_with, connects_msix};
 use crate::proxy::{self, Act};
-use crate::support::{PATIENCE, Setup, Vm, until};
+use crate::support::{PATIENCE, Process, Setup, Vm, until};
 
 /// How much later than it is told an end may be seen, on a host that does other things too.
 const SLACK: u64 = 2000;
@@ -142,4 +142,69 @@ fn what_a_device_of_the_destination_refuses_is_told_before_its_reset() {
     assert!(u128::from(paused) < RESETS.as_millis() / 2, "it was waited for, paused: {ended}");
     let report = watch_end(&there);
     assert_eq!(report["last"]["failure"]["errno"], 5, "{report}");
+}
+
+/// A machine that is made for the guest that comes, of a device that is late as it is reset then: for no longer than is told, and named.
+#[test]
+fn a_device_that_is_late_as_its_machine_is_built_is_named_and_waited_for_as_long_as_is_told() {
+    const RESETS: Duration = Duration::from_secs(20);
+    let dir = tempfile::tempdir().unwrap();
+    let vm = source(dir.path());
+    let (server, path) = (dir.path().join("server"), dir.path().join("proxy"));
+    let device = Process::start(&["device", "--state-size", "4M", "--socket", server.to_str().unwrap()]);
+    until("the server", || server.exists().then_some(()));
+    let resets = AtomicU32::new(0);
+    proxy::start(&path, &server, move |command, _| {
+        // The first is of the machine that waits.
+        let is_late = command == proxy::DEVICE_RESET && resets.fetch_add(1, Ordering::AcqRel) == 1;
+        if is_late { Act::Late(RESETS) } else { Act::Pass }
+    });
+    let word = format!("vfio-user:{},id=dev0,timeout=4s", path.display());
+    let vm_arguments = &[&INCOMING[..], &["--device", &word]].concat();
+    let setup = Setup { devices: 0, memory: "", vm_arguments, ..Setup::new(dir.path(), "b") };
+    let mut there = setup.start();
+    there.devices.push(device);
+    let begun = Instant::now();
+    vm.begin(&there.incoming(), json!({"downtime-limit": 60_000}));
+    let told = until("its reset to be waited for", || {
+        let told = there.migration()["waits-for"].as_array()?.first()?.clone();
+        (told["device"] == "dev0").then_some(told)
+    });
+    assert!(told["text"].as_str().unwrap().starts_with("dev0 has not answered its reset for"), "{told}");
+    assert_eq!(told["limit-ms"], 4_000, "{told}");
+    let info = vm.ended();
+    assert!(begun.elapsed() < RESETS / 2, "longer than is told: {:?}: {info}", begun.elapsed());
+    let failure = &info["failure"];
+    assert_eq!((&failure["device"], &failure["errno"]), (&json!("dev0"), &json!(110)), "{info}");
+    assert!(failure["text"].as_str().unwrap().starts_with("cannot build the VM: device dev0"), "{info}");
+    assert_eq!(failure["remedy"], "wait until the device answers, then try again", "{info}");
+    until("its machine", || there.info()["not-ready"].is_null().then_some(()));
+}
+
+/// A server that is gone is not late.
+#[test]
+fn a_receiver_whose_server_is_gone_says_that_nobody_listens() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut there = Setup { vm_arguments: &INCOMING, ..Setup::new(dir.path(), "b") }.start();
+    let at = there.incoming();
+    there.devices[0].kill();
+    let socket = dir.path().join("b-dev0.sock");
+    for (told, removes) in [
+        ("nobody has listened at the socket of dev0 for", false),
+        ("the socket of dev0 has not been there for", true),
+    ] {
+        if removes {
+            std::fs::remove_file(&socket).unwrap();
+        }
+        until(told, || {
+            let why = there.info()["not-ready"].as_str()?.to_owned();
+            assert!(!why.contains("has not answered"), "it does not hang: {why}");
+            why.contains(told).then_some(())
+        });
+    }
+    there.devices[0] =
+        Process::start(&["device", "--socket", socket.to_str().unwrap(), "--state-size", "4M"]);
+    until("its machine", || there.info()["not-ready"].is_null().then_some(()));
+    let vm = source(dir.path());
+    assert_eq!(vm.migrate(&at, json!({"downtime-limit": 60_000}))["status"], "completed");
 }

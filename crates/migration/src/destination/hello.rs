@@ -74,6 +74,7 @@ impl Worker<'_, '_, '_> {
         let machine = match built {
             Ok(machine) => machine,
             Err(NotBuilt::Refused(reason)) => return Ok(refuse(*reason)),
+            Err(NotBuilt::OfDevice(failure)) => return Err((*failure).into()),
             Err(NotBuilt::Failed(text)) => return Err(Failure::new(Side::Destination, phase, text).into()),
         };
         self.ram_hold = Some(machine.ram().hold(format!("a session in which VM {vm} comes is under way")));

@@ -41,6 +41,11 @@ pub enum Request {
     PciState,
     /// To a device: take us for your client, as its VMM opens it.
     Open,
+    /// To a device: have somebody listen at your server's socket.
+    Listen {
+        /// The socket is there, and refuses; otherwise it is not there.
+        refused: bool,
+    },
     /// To the VMM: a machine for the guest that arrives.
     Machine,
     /// To the VMM: the machine's manifest, for which it may ask its devices.
@@ -76,6 +81,7 @@ impl fmt::Display for Request {
             Self::DirtyLog => "a request to its dirty log",
             Self::PciState => "a request to its PCI function",
             Self::Open => "a request to open it",
+            Self::Listen { .. } => "a request to connect",
             Self::Machine => "a request for a machine",
             Self::Manifest => "a request for the machine's manifest",
             Self::Journal => "a request for the journal",
@@ -166,7 +172,16 @@ impl AwaitedAnswer {
 
 impl fmt::Display for AwaitedAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} has not answered {} for {}", self.who(), self.request, Seconds(self.waited))
+        let (who, waited) = (self.who(), Seconds(self.waited));
+        match self.request {
+            Request::Listen { refused: true } => {
+                write!(f, "nobody has listened at the socket of {who} for {waited} (Connection refused)")
+            }
+            Request::Listen { refused: false } => {
+                write!(f, "the socket of {who} has not been there for {waited} (No such file or directory)")
+            }
+            request => write!(f, "{who} has not answered {request} for {waited}"),
+        }
     }
 }
 

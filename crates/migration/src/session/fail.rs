@@ -70,9 +70,13 @@ fn device_remedy(error: &(dyn Error + 'static), phase: Phase) -> &'static str {
 
 impl InPhase for DeviceError {
     fn in_phase(&self, side: Side, phase: Phase) -> Failure {
+        let remedy = match self.nobody_listens() {
+            Some(_) => "start the device's server",
+            None => device_remedy(self, phase),
+        };
         Failure {
             errno: number(self.errno),
-            remedy: device_remedy(self, phase).into(),
+            remedy: remedy.into(),
             ..Failure::new(side, phase, error_chain(self)).of_device(&self.device)
         }
     }

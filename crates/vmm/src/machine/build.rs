@@ -8,7 +8,8 @@ use vfio_migration_device::DmaSpace;
 use vfio_migration_memory::{GuestRam, OwnedRegion};
 use vfio_migration_types::{DeviceId, Gpa};
 
-use super::open::{OpenedDevice, answer_limit, open};
+use super::open::{OpenedDevice, open_and_reset};
+use super::opening::OpeningStep;
 use super::processor::{KvmProcessor, Processor, SoftwareProcessor};
 use super::reset_device::NotedDevice;
 use super::slots::assign_places;
@@ -34,17 +35,17 @@ impl ReferenceMachine {
     /// # Errors
     /// Something is lacking; the text says what.
     pub fn build(config: MachineConfig) -> Result<Arc<Self>, VmmError> {
-        Self::build_watched(config, |_, _| ())
+        Self::build_watched(config, |_, _, _| ())
     }
 
-    /// The same; `opening` hears of each device before it is opened, with the longest time that it may take for an answer (`None`: any), and what it
-    /// returns is dropped when the device is open, or could not be opened.
+    /// The same; `opening` hears of each step of opening a device, with the longest time that it may take (`None`: any), and what it
+    /// returns is dropped with the step's end.
     ///
     /// # Errors
     /// As [`build`](Self::build).
     pub fn build_watched<T>(
         config: MachineConfig,
-        opening: impl Fn(&DeviceId, Option<Duration>) -> T,
+        opening: impl Fn(&DeviceId, OpeningStep, Option<Duration>) -> T,
     ) -> Result<Arc<Self>, VmmError> {
         let places = assign_places(&config.devices)?;
         // A kernel device has all of RAM pinned: no page of it may be given back.
@@ -61,10 +62,8 @@ impl ReferenceMachine {
         let platform = Arc::new(PlatformBus::new(pci.clone()));
         let (space, mut devices) = (DmaSpace::default(), Vec::new());
         for (devfn, device) in places.into_iter().zip(&config.devices) {
-            let watched = opening(&device.id, answer_limit(device));
-            let opened = open(device, &ram, &space)?;
-            opened.reset()?;
-            drop(watched);
+            let opened =
+                open_and_reset(device, &ram, &space, |step, limit| opening(&device.id, step, limit))?;
             let OpenedDevice { device, hardware, link, vfio_file, .. } = opened;
             let vfio_file = match vfio_file {
                 Some(file) => processor.add_vfio_file(file.as_fd())?.then_some(file),

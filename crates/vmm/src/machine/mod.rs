@@ -7,6 +7,7 @@
 mod build;
 mod config;
 mod open;
+mod opening;
 mod processor;
 mod reset_device;
 mod sections;
@@ -25,6 +26,7 @@ use vfio_migration_types::{DeviceId, VmId};
 
 pub use config::{Accelerator, DeviceConfig, DeviceConfigError, DevicePath, MachineConfig, Workload};
 pub use open::open_alone;
+pub use opening::OpeningStep;
 pub use processor::kvm_answers;
 pub use slots::assign_places;
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use vfio_migration_device::{
@@ -12,8 +12,12 @@ use vfio_migration_device::{
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, PAGE_SIZE};
 
+use super::opening::OpeningStep;
 use super::{DeviceConfig, DevicePath};
 use crate::error::VmmError;
+
+/// Pause between two looks for a server that is not up yet.
+const LISTENS_EVERY: Duration = Duration::from_millis(10);
 
 /// A device, by its two faces.
 pub(super) struct OpenedDevice {
@@ -77,15 +81,61 @@ pub fn open_alone(config: &DeviceConfig) -> Result<Arc<dyn Device>, VmmError> {
     }
 }
 
-/// Longest time that a device takes for an answer as it is opened; `None`: as long as its driver takes.
-pub(super) fn answer_limit(config: &DeviceConfig) -> Option<Duration> {
-    matches!(config.path, DevicePath::VfioUser(_)).then(|| served_options(config).timeout)
+/// Longest time that `step` of a device takes; `None`: as long as its driver takes.
+pub(super) fn step_limit(config: &DeviceConfig, step: OpeningStep) -> Option<Duration> {
+    let options = matches!(config.path, DevicePath::VfioUser(_)).then(|| served_options(config))?;
+    Some(match step {
+        OpeningStep::Listen { .. } => options.connect_timeout,
+        OpeningStep::Open => options.open_timeout,
+        OpeningStep::Reset => options.transition_timeout,
+    })
 }
 
 fn served_options(config: &DeviceConfig) -> VfioUserOptions {
     let default = VfioUserOptions::default();
     let transition_timeout = config.timeout.unwrap_or(default.transition_timeout);
-    VfioUserOptions { pre_copy: config.pre_copy, transition_timeout, ..default }
+    // A device that somebody left half way is taken to RUNNING as it is opened, which has as long.
+    let open_timeout = default.open_timeout.max(transition_timeout);
+    VfioUserOptions { pre_copy: config.pre_copy, transition_timeout, open_timeout, ..default }
+}
+
+/// Opens `config` for a guest with `ram`, and resets it. `begins` hears of each step with the longest time that it may take, and what
+/// it returns is dropped with the step's end.
+///
+/// # Errors
+/// As [`open`], or it could not be reset.
+pub(super) fn open_and_reset<T>(
+    config: &DeviceConfig,
+    ram: &Arc<GuestRam>,
+    space: &DmaSpace,
+    begins: impl Fn(OpeningStep, Option<Duration>) -> T,
+) -> Result<OpenedDevice, VmmError> {
+    let step = |step| begins(step, step_limit(config, step));
+    let begun = Instant::now();
+    let mut listens: Option<(Errno, T)> = None;
+    let opened = loop {
+        let opening = step(OpeningStep::Open);
+        let opened = open(config, ram, space);
+        drop(opening);
+        let Some(errno) = opened.as_ref().err().and_then(VmmError::nobody_listens) else { break opened? };
+        let is_over = |limit| begun.elapsed() >= limit;
+        if step_limit(config, OpeningStep::Listen { errno }).is_none_or(is_over) {
+            break opened?;
+        }
+        if listens.as_ref().is_none_or(|(told, _)| *told != errno) {
+            listens = Some((errno, step(OpeningStep::Listen { errno })));
+        }
+        // There is no event to wait for: the socket may not exist yet.
+        std::thread::sleep(LISTENS_EVERY);
+    };
+    drop(listens);
+    let resetting = step(OpeningStep::Reset);
+    // A reset is some requests, which have as long together as is told.
+    let limit = step_limit(config, OpeningStep::Reset);
+    let limited = limit.and_then(|limit| opened.device.limit_question(limit));
+    opened.reset()?;
+    drop((limited, resetting));
+    Ok(opened)
 }
 
 fn kernel_options(config: &DeviceConfig) -> KernelOptions {
@@ -97,14 +147,11 @@ fn kernel_options(config: &DeviceConfig) -> KernelOptions {
 ///
 /// # Errors
 /// It is not there, or does not answer as its kind should.
-pub(super) fn open(
-    config: &DeviceConfig,
-    ram: &Arc<GuestRam>,
-    space: &DmaSpace,
-) -> Result<OpenedDevice, VmmError> {
+fn open(config: &DeviceConfig, ram: &Arc<GuestRam>, space: &DmaSpace) -> Result<OpenedDevice, VmmError> {
     match &config.path {
         DevicePath::VfioUser(socket) => {
-            let options = served_options(config);
+            // Its caller waits for the server, and tells.
+            let options = VfioUserOptions { connect_timeout: Duration::ZERO, ..served_options(config) };
             let device = VfioUserDevice::open(config.id.clone(), socket, ram.clone(), &options);
             let device = Arc::new(device.map_err(VmmError::device)?);
             let served = device.clone();
