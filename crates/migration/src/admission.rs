@@ -103,9 +103,7 @@ impl Admission {
             };
             return self.refuse(accepted, unexpected);
         }
-        let peer = accepted.link.security().peer;
-        let may_move = |latest: &Expectation| latest.rights(peer.as_ref(), self.proof).contains(&Right::Move);
-        accepted.turn_away(&no_turn.text(self.latest.as_ref().is_ok_and(may_move)));
+        accepted.turn_away(&no_turn.text(self.may_move(&accepted.link)));
         self.record(&accepted.link, Some(&accepted.hello), RefusalCause::NotNow(no_turn.text(true)));
     }
 
@@ -113,6 +111,13 @@ impl Admission {
     /// is one of those that are expected.
     pub(crate) fn wants(&self, accepted: &Accepted, counted: bool) -> Option<Right> {
         self.judge(accepted, counted).ok().map(|admitted| admitted.wants)
+    }
+
+    /// Whether the source of this connection may move a guest here, by what was expected when somebody came the last time.
+    pub(crate) fn may_move(&self, link: &Link) -> bool {
+        let peer = link.security().peer;
+        let may_move = |latest: &Expectation| latest.rights(peer.as_ref(), self.proof).contains(&Right::Move);
+        self.latest.as_ref().is_ok_and(may_move)
     }
 
     /// Whether who asks on `link` what became of a migration may come at all. If not, it is refused.

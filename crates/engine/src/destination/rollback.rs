@@ -119,7 +119,7 @@ impl DestinationEngine {
             self.finish_aborted();
         } else if self.gives_way(now) {
             let cause = if self.is_rehearsal() {
-                "a migration came, which a rehearsal does not keep out"
+                "another source came, which a rehearsal does not keep out"
             } else {
                 "another source waits, and this one brought nothing in time"
             };

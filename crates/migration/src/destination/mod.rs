@@ -11,6 +11,7 @@ mod attempt;
 mod commit;
 mod final_pass;
 mod hello;
+mod place;
 mod progress;
 mod reader;
 mod ready;
@@ -35,7 +36,7 @@ use crate::channel::greeting::{
 use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
-use crate::destination::session::{Ended, Place};
+use crate::destination::place::{Ended, Place};
 use crate::error::IncomingError;
 use crate::expectation::Expectations;
 use crate::incoming_machine::IncomingMachine;

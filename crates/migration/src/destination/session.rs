@@ -20,17 +20,18 @@ use crate::channel::connect::Listener;
 use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections, Question};
 use crate::channel::link::Link;
 use crate::channel::liveness::{self, GRACE, TICK};
+use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
 use crate::destination::attempt::DestinationShared;
 use crate::destination::commit::{KnownOutcome, SessionSource, refuse_stranger};
+use crate::destination::place::{Ended, Place};
 use crate::destination::progress::{bytes, into_result, statuses};
 use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
 use crate::error::IncomingError;
-use crate::expectation::{Right, Unexpected};
+use crate::expectation::Right;
 use crate::incoming_machine::IncomingMachine;
-use crate::offer::{Arrived, IncomingOffer, NotBuilt};
-use crate::options::DestinationOptions;
+use crate::offer::{IncomingOffer, NotBuilt};
 use crate::refused::who;
 use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
 use crate::session::awaited::{Request, Wait};
@@ -49,37 +50,12 @@ const POLL_PENDING: Duration = Duration::from_millis(10);
 /// Longest time between HELLO_REPLY and OFFER: a source has made its offer before it connects, and sends it at once. Whoever does not
 /// has a place that others want.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time after which a question makes way for one of another host, if that is not more than two thirds of that one's patience.
+const LONGEST_QUESTION: Duration = Duration::from_secs(20);
 /// Longest time that one look at connections takes, however many come: a guest may stand still meanwhile.
 const LOOK: Duration = Duration::from_millis(2);
 /// Jobs that may wait for the worker. More wait only when a source asks and asks and reads no answer.
 const MOST_JOBS: u64 = 4096;
-
-/// The place where the guest arrives, as far as a session needs it.
-pub(super) struct Place<'a> {
-    pub(super) listener: &'a mut Listener,
-    pub(super) pending: &'a mut PendingConnections,
-    pub(super) options: &'a DestinationOptions,
-    pub(super) control: &'a IncomingControl,
-    pub(super) admission: &'a Admission,
-    pub(super) waiting: &'a mut WaitingSources,
-}
-
-/// What a session came to.
-pub(super) struct Ended {
-    pub(super) arrived: Result<Arrived, IncomingError>,
-    /// What became of the attempt, for a source that asks later.
-    pub(super) known: Option<KnownOutcome>,
-    /// What the source brought was not expected: it was refused, and nothing was made for it.
-    pub(super) unexpected: Option<Unexpected>,
-    /// Its source offered nothing: why that was waited for no longer.
-    pub(super) offered_nothing: Option<String>,
-}
-
-impl From<IncomingError> for Ended {
-    fn from(error: IncomingError) -> Self {
-        Self { arrived: Err(error), known: None, unexpected: None, offered_nothing: None }
-    }
-}
 
 /// Runs one session to its end. What builds the machine is left where none was asked for.
 pub(super) fn run<F>(
@@ -442,6 +418,7 @@ impl Session<'_> {
         let waits = match self.admission.wants(&session, !brought_nothing) {
             Some(wants) if undone => Some(wants).filter(|_| self.engine.gives_way(now) || self.answered()),
             Some(Right::Move) if brought_nothing || self.engine.gives_way(now) => Some(Right::Move),
+            Some(Right::Ask) if self.hears_questions() && !self.is_own(&session.link) => Some(Right::Ask),
             _ => None,
         };
         let refused = match waits {
@@ -461,15 +438,32 @@ impl Session<'_> {
             return;
         }
         let (now, undone) = (self.now(), self.engine.is_undone());
-        if self.engine.gives_way(now) && (undone || self.waiting.has_migration()) {
+        let hears_questions = self.hears_questions();
+        let longest = LONGEST_QUESTION.min(self.peer_timeout * 2 / 3);
+        let outstayed = hears_questions && self.begun.elapsed() >= longest;
+        if self.engine.gives_way(now) && (undone || outstayed || self.waiting.has_migration()) {
             tracing::info!(holder = %self.peer, "a source comes, and what keeps no migration out ends");
             self.gave_way = !undone && !self.shared.rehearsal.load(Ordering::Acquire);
             self.engine.handle(DestinationEvent::Superseded, now);
-        } else if if undone { !self.answered() } else { !self.engine.has_brought_nothing() } {
+        } else if if undone {
+            !self.answered()
+        } else {
+            !hears_questions && !self.engine.has_brought_nothing()
+        } {
             for waiting in self.waiting.take() {
                 self.turn_away(&waiting);
             }
         }
+    }
+
+    /// Whether it makes way for a question: it is one, or a rehearsal that has brought nothing, or whose source may move nothing.
+    fn hears_questions(&self) -> bool {
+        let rehearsal = self.shared.rehearsal.load(Ordering::Acquire) && !self.engine.is_undone();
+        rehearsal && (self.engine.has_brought_nothing() || !self.admission.may_move(self.link))
+    }
+
+    fn is_own(&self, link: &Link) -> bool {
+        SourceHost::of(link) == SourceHost::of(self.link)
     }
 
     /// Whether nothing that is waited for is late, beside a question that may come.

@@ -90,13 +90,39 @@ fn a_question_keeps_no_migration_out() {
             wait_for("the question's session", || control.progress().is_some());
             Source::new(source.clone(), tls_source()).migrate_to(&at, |_| {}).unwrap();
             let text = asks.hear_abort();
-            assert!(text.contains("a migration came"), "{text}");
+            assert!(text.contains("another source came"), "{text}");
             let (before, last) = arriving.join().unwrap();
             last.unwrap();
             assert!(matches!(before.as_slice(), [IncomingError::Rehearsed(_)]), "{before:?}");
         });
         prove_moved(&source, &arrives);
     }
+}
+
+/// It has begun, and says nothing more than that it is there.
+#[test]
+fn a_question_keeps_no_other_host_from_asking() {
+    let mut options = plain_destination();
+    options.peer_timeout = Duration::from_secs(6);
+    let (destination, at) = listen(options);
+    let control = destination.control();
+    let (asked, again) = (Toy::new(&plan()), Toy::new(&plan()));
+    let machines = vec![asked.clone(), again];
+    std::thread::scope(|scope| {
+        let arriving = scope.spawn(move || receive(destination, machines));
+        let waiting = Waiting(control);
+        let mut holder = Peer::in_plain_text_from([127, 0, 0, 2], &at);
+        holder.begin(&asked, FEATURE_REHEARSE);
+        let mut other = Peer::in_plain_text_from([127, 0, 0, 3], &at);
+        let (features, attempt, epoch) = (FEATURE_ASK | FEATURE_REHEARSE, AttemptId([7; 16]), Epoch(0));
+        other.say(&Message::Hello(Hello { versions: VERSIONS, features, vm: VM, attempt, epoch }));
+        assert!(matches!(other.hear(), Message::HelloReply(_)), "another host's question was refused");
+        let text = holder.hear_abort();
+        assert!(text.contains("another source came"), "{text}");
+        drop(waiting);
+        let (before, _) = arriving.join().unwrap();
+        assert!(matches!(before.as_slice(), [IncomingError::Rehearsed(_)]), "{before:?}");
+    });
 }
 
 /// As many wait as may, of hosts that have as many as they may.
