@@ -21,7 +21,7 @@ use crate::units::milliseconds;
 use crate::verdict;
 
 /// Target of the lines that are said by default.
-const SESSION: &str = "session";
+pub(super) const SESSION: &str = "session";
 /// Longest wait for another process that writes its record.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest error that is kept where the line would be too long, in characters; and most reasons.

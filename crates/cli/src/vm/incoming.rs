@@ -12,6 +12,7 @@ use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::faults::inject_at_destination;
+use super::questions::is_question;
 use super::readiness::{
     BUILT_WITHIN, REBUILDS, close_retired, give_up_machine, lock_building, rebuild, rebuild_aside, retire,
 };
@@ -190,11 +191,13 @@ fn admit(
 ) -> Result<Arc<dyn Machine>, NotBuilt> {
     // Whoever looks after the machine may have begun to build it a moment ago.
     let _building = lock_building(vm, BUILT_WITHIN).ok_or_else(|| NotBuilt::Failed(REBUILDS.into()))?;
+    let mut asks = false;
     if let Some(Steering::Incoming(control)) = vm.state.steering()
         && let Some(progress) = control.progress()
     {
         vm.publisher.publish(&ControlEvent::of_migration(&info::incoming(&progress)));
-        if let Some(attempt) = &progress.attempt {
+        asks = progress.attempt.as_ref().is_some_and(is_question);
+        if let Some(attempt) = progress.attempt.as_ref().filter(|attempt| vm.questions.begins(attempt)) {
             history::session_began(attempt, "incoming");
             history::session_connected(attempt, "incoming");
         }
@@ -214,7 +217,8 @@ fn admit(
     if vm.options.uuid.is_none() && named {
         machine.adopt(offer.vm);
     }
-    if let Some(dir) = vm.options.state_dir.as_ref().filter(|_| named) {
+    // No guest comes with a question, and no file of a VM that somebody names stays behind.
+    if let Some(dir) = vm.options.state_dir.as_ref().filter(|_| named && !asks) {
         vm.presence.receive(dir, offer.vm).map_err(|text| Reason::new(SessionCode::StateDir, text))?;
     }
     inject_at_destination(vm.options.sabotage, machine).map_err(NotBuilt::Failed)

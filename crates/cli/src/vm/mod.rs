@@ -15,6 +15,7 @@ mod interrupts;
 mod outgoing;
 mod passed;
 mod presence;
+mod questions;
 mod readiness;
 mod rollback;
 mod running;

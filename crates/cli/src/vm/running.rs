@@ -21,6 +21,7 @@ use super::creds;
 use super::history;
 use super::passed::PassedSockets;
 use super::presence::{self, Presence};
+use super::questions::IncomingQuestions;
 use super::slot::{Slot, Steering, VmState};
 use super::wait::WaitSettings;
 use crate::args::serve::VmCommand;
@@ -58,6 +59,8 @@ pub(super) struct RunningVm {
     pub(super) starting: Mutex<()>,
     /// The attempt whose end was told and written down last.
     told: Mutex<Option<AttemptId>>,
+    /// Which questions and rehearsals of other hosts are said.
+    pub(super) questions: IncomingQuestions,
     ending: AtomicBool,
 }
 
@@ -117,6 +120,7 @@ impl RunningVm {
             retired: Mutex::default(),
             starting: Mutex::default(),
             told: Mutex::default(),
+            questions: IncomingQuestions::default(),
             ending: AtomicBool::new(false),
         })
     }
@@ -163,7 +167,11 @@ impl RunningVm {
         let Some(progress) = self.state.steering().and_then(|steering| steering.progress()) else { return };
         let attempt = progress.attempt.as_ref().map(|attempt| attempt.attempt);
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::replace(&mut *told, attempt) != attempt {
+        if std::mem::replace(&mut *told, attempt) == attempt {
+            return self.questions.forget();
+        }
+        let comes = info.direction.as_deref() == Some("incoming");
+        if !comes || progress.attempt.as_ref().is_none_or(|attempt| self.questions.ends(attempt)) {
             history::session_ended(self.options.state_dir.as_deref(), &progress, info);
         }
     }

@@ -1,6 +1,7 @@
 //! One question, one answer: what `check`, `rehearse` and `migrate` say of the same guest and the same receiver.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -179,4 +180,30 @@ fn whoever_tells_of_a_refusal_names_its_codes() {
     assert!(error.contains("[device-parameter]") && !error.contains('\n'), "{error}");
     let theirs = receiver.migration()["error"].as_str().unwrap().to_owned();
     assert!(theirs.contains("[device-parameter]"), "{theirs}");
+}
+
+#[test]
+fn many_questions_fill_neither_the_history_nor_the_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+    let source = vm(dir.path(), "a", &here, &[]);
+    source.warm();
+    let receiver = vm(dir.path(), "b", &there, &["--incoming", "tcp:127.0.0.1:0"]);
+    let (named, to) = (format!("vm:{}", text(&source.control)), receiver.incoming());
+    let begun = Instant::now();
+    for _ in 0..25 {
+        let (exit, said) = asked(&["check", "--tls-creds", creds(), "--timeout", "60s", &named, &to]);
+        assert_eq!(exit, Some(0), "{said}");
+    }
+    let files: Vec<_> = std::fs::read_dir(&there).unwrap().map(|file| file.unwrap().file_name()).collect();
+    assert!(files.iter().all(|name| name.to_string_lossy().starts_with("history.jsonl")), "{files:?}");
+    // What moves a guest is there, however many asked.
+    let moved = source.migrate(&to, json!({"downtime-limit": 10_000}));
+    assert_eq!(moved["status"], "completed", "{moved}");
+    let kinds: Vec<_> = records(&there, 21).iter().map(|record| record["kind"].clone()).collect();
+    let checks = kinds.iter().filter(|kind| **kind == "check").count();
+    // Of each minute that it took.
+    assert!(checks < 25 || begun.elapsed() > Duration::from_secs(60), "{kinds:?}");
+    assert!(checks >= 20, "{kinds:?}");
+    assert_eq!(kinds.last().unwrap(), "migration", "{kinds:?}");
 }
