@@ -11,7 +11,6 @@ mod attempt;
 mod commit;
 mod final_pass;
 mod hello;
-mod place;
 mod progress;
 mod reader;
 mod ready;
@@ -36,7 +35,8 @@ use crate::channel::greeting::{
 use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
-use crate::destination::place::{Ended, Place};
+use crate::destination::progress::Ended;
+use crate::destination::session::Place;
 use crate::error::IncomingError;
 use crate::expectation::Expectations;
 use crate::incoming_machine::IncomingMachine;

@@ -8,8 +8,10 @@ use vfio_migration_engine::{Attempt, DestinationOutcome};
 use vfio_migration_types::{Failure, Phase, Side};
 
 use crate::destination::attempt::DestinationShared;
+use crate::destination::commit::KnownOutcome;
 use crate::device_state::receive::DeviceReceiver;
 use crate::error::{IncomingError, OwnedNotStarted, RehearsedHere};
+use crate::expectation::Unexpected;
 use crate::machine::Machine;
 use crate::offer::Arrived;
 use crate::reasons;
@@ -34,6 +36,23 @@ pub(super) fn bytes(shared: &DestinationShared, devices: &[DeviceStatus]) -> Byt
         ram: shared.sink.get().map_or(0, |sink| sink.ram.bytes()),
         device_precopy: devices.iter().map(|device| device.precopy).sum(),
         device_stopcopy: devices.iter().map(|device| device.stopcopy).sum(),
+    }
+}
+
+/// What a session came to.
+pub(super) struct Ended {
+    pub(super) arrived: Result<Arrived, IncomingError>,
+    /// What became of the attempt, for a source that asks later.
+    pub(super) known: Option<KnownOutcome>,
+    /// What the source brought was not expected: it was refused, and nothing was made for it.
+    pub(super) unexpected: Option<Unexpected>,
+    /// Its source offered nothing: why that was waited for no longer.
+    pub(super) offered_nothing: Option<String>,
+}
+
+impl From<IncomingError> for Ended {
+    fn from(error: IncomingError) -> Self {
+        Self { arrived: Err(error), known: None, unexpected: None, offered_nothing: None }
     }
 }
 

@@ -24,14 +24,14 @@ use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
 use crate::destination::attempt::DestinationShared;
 use crate::destination::commit::{KnownOutcome, SessionSource, refuse_stranger};
-use crate::destination::place::{Ended, Place};
-use crate::destination::progress::{bytes, into_result, statuses};
+use crate::destination::progress::{Ended, bytes, into_result, statuses};
 use crate::destination::reader::read_loop;
 use crate::destination::worker::{Job, Worker};
 use crate::error::IncomingError;
 use crate::expectation::Right;
 use crate::incoming_machine::IncomingMachine;
 use crate::offer::{IncomingOffer, NotBuilt};
+use crate::options::DestinationOptions;
 use crate::refused::who;
 use crate::report::{AttemptInfo, AttemptKind, PhaseTime, Progress};
 use crate::session::awaited::{Request, Wait};
@@ -56,6 +56,16 @@ const LONGEST_QUESTION: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(2);
 /// Jobs that may wait for the worker. More wait only when a source asks and asks and reads no answer.
 const MOST_JOBS: u64 = 4096;
+
+/// The place where the guest arrives, as far as a session needs it.
+pub(super) struct Place<'a> {
+    pub(super) listener: &'a mut Listener,
+    pub(super) pending: &'a mut PendingConnections,
+    pub(super) options: &'a DestinationOptions,
+    pub(super) control: &'a IncomingControl,
+    pub(super) admission: &'a Admission,
+    pub(super) waiting: &'a mut WaitingSources,
+}
 
 /// Runs one session to its end. What builds the machine is left where none was asked for.
 pub(super) fn run<F>(
