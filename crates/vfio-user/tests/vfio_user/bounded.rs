@@ -149,6 +149,8 @@ fn every_call_is_bounded() {
         "dma_settled",
         "limit_all",
         "limit_question",
+        "timeout",
+        "transition_timeout",
     ];
     let sources = [
         include_str!("../../src/client/connection.rs"),
