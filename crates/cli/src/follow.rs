@@ -108,7 +108,7 @@ fn ended_with_vm(
     let of_this = |info: &MigrationInfo| {
         !info.status.is_under_way() && info.attempt.is_some() && info.attempt.as_ref() != before
     };
-    let last = told.into_iter().chain(client.told()).filter(of_this).last()?;
+    let last = told.into_iter().chain(client.told()).rfind(of_this)?;
     let vm = StatusInfo { status: VmStatus::Shutdown, ..report.vm.clone() };
     Some(StatusReport { vm, migration: None, last: Some(last) })
 }
