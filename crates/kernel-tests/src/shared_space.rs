@@ -20,15 +20,29 @@ fn ram() -> Outcome<Arc<GuestRam>> {
     Ok(Arc::new(GuestRam::new("ktest", &[RamSpec { gpa: Gpa(0), len: LEN }])?))
 }
 
+/// Functions that vfio-pci has, and has no more when this goes: other tests look at every device file that there is.
+struct Bound(Vec<PathBuf>);
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        for place in &self.0 {
+            if let Err(error) = pci::unbind(place) {
+                eprintln!("{} stays bound: {error}", place.display());
+            }
+        }
+    }
+}
+
 /// The functions of one slot: QEMU's `pci-testdev`, twice.
-fn functions() -> Outcome<Vec<PathBuf>> {
+fn functions() -> Outcome<Bound> {
     let mut found = pci::find_all("0x1b36", "0x0005");
     found.sort();
     let group = |place: &PathBuf| fs::read_link(place.join("iommu_group"));
     let groups = found.iter().map(group).collect::<Result<Vec<_>, _>>()?;
     holds(groups.len() == 2 && groups[0] == groups[1], &format!("two functions of one group: {groups:?}"))?;
-    found.iter().try_for_each(|place| pci::bind(place))?;
-    Ok(found)
+    let bound = Bound(found);
+    bound.0.iter().try_for_each(|place| pci::bind(place))?;
+    Ok(bound)
 }
 
 fn open(
@@ -56,7 +70,7 @@ fn locked() -> Outcome<u64> {
 /// Both open, RAM is mapped by each and locked once, and stays as long as either has it; each by itself, the second does not open.
 pub(crate) fn of_one_group() -> Outcome {
     let places = functions()?;
-    let [first, second] = places.as_slice() else { return Err("not two functions".into()) };
+    let [first, second] = places.0.as_slice() else { return Err("not two functions".into()) };
     let (memory, all) = (ram()?, Range::new(Iova(0), LEN)?);
     let map =
         |device: &KernelDevice| device.dma_map(all, DmaAccess::BOTH, memory.shared_file(RamOffset(0), LEN));
