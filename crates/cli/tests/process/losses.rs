@@ -54,9 +54,10 @@ const STANDS: [Stand; 8] = [
     stand("P9", "hang-arc:STOP_COPY:STOP:TIME", "", MOVED, MOVED),
 ];
 
-fn pair(dir: &std::path::Path, faults: [&str; 2]) -> (Vm, Vm) {
+/// Two sides, whose devices change so much of their state each second.
+fn pair(dir: &std::path::Path, faults: [&str; 2], dirty_rate: &str) -> (Vm, Vm) {
     let arguments = faults.map(|fault| {
-        let state = ["--state-size", "1M", "--state-dirty-rate", "0"];
+        let state = ["--state-size", "1M", "--state-dirty-rate", dirty_rate];
         if fault.is_empty() { state.to_vec() } else { [&state[..], &["--fault", fault]].concat() }
     });
     let [here, there] = &arguments;
@@ -98,8 +99,10 @@ fn killed_in(stand: &Stand, at_source: bool) {
     // What hangs is killed, or else answers before long.
     let time = |own: bool| if own { "20000" } else { "1500" };
     let faults = [here.replace("TIME", time(at_source)), there.replace("TIME", time(!at_source))];
-    let (mut source, mut destination) = pair(dir.path(), faults.each_ref().map(String::as_str));
-    let more: &[&str] = if *phase == "P3" { &["--pause-before-switchover"] } else { &[] };
+    // A destination finds its device gone by the next that it writes to it: in pre-copy there is to be something.
+    let (more, dirty_rate): (&[&str], _) =
+        if *phase == "P3" { (&["--pause-before-switchover"], "4M") } else { (&[], "0") };
+    let (mut source, mut destination) = pair(dir.path(), faults.each_ref().map(String::as_str), dirty_rate);
     let to = destination.incoming();
     let control = source.control.clone();
     let devices = if at_source { &mut source.devices } else { &mut destination.devices };
@@ -166,7 +169,7 @@ fn a_destination_s_device_server_is_killed_in_each_phase() {
 fn a_device_server_is_killed_before_anything_is_set_up() {
     for at_source in [true, false] {
         let dir = tempfile::tempdir().unwrap();
-        let (mut source, mut destination) = pair(dir.path(), ["", ""]);
+        let (mut source, mut destination) = pair(dir.path(), ["", ""], "0");
         let to = destination.incoming();
         let devices = if at_source { &mut source.devices } else { &mut destination.devices };
         let mut server = devices.remove(0);
@@ -250,7 +253,7 @@ impl Drop for Few {
 fn descriptors_that_cannot_be_had_are_told_as_that() {
     for at_source in [true, false] {
         let dir = tempfile::tempdir().unwrap();
-        let (source, destination) = pair(dir.path(), ["", ""]);
+        let (source, destination) = pair(dir.path(), ["", ""], "0");
         let mut short = 0;
         for more in 0.. {
             let to = destination.incoming();
