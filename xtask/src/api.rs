@@ -19,10 +19,11 @@ const fn listed(package: &'static str, folder: &'static str) -> Listed {
 }
 
 /// Every crate that has a listing: those that may be published and are libraries.
-const LISTED: [Listed; 13] = [
+const LISTED: [Listed; 14] = [
     listed("vfio-migration-types", "crates/types"),
     listed("vfio-migration-uapi", "crates/uapi"),
     Listed { package: "vfio-user-peer", folder: "crates/vfio-user", unstable: &["codec"] },
+    listed("vfio-migration-guest-driver", "crates/guest-driver"),
     listed("vfio-migration-guest-image", "crates/guest-image"),
     listed("vfio-migration-wire", "crates/wire"),
     listed("vfio-migration-compat", "crates/compat"),

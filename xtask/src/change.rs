@@ -157,7 +157,7 @@ mod tests {
         assert!(above("cli").is_subset(&set(&["kernel-tests"])), "only tests are built on the command");
         assert!(above("wire").is_superset(&set(&["engine", "migration", "cli"])));
         assert!(!above("wire").contains("types") && !above("wire").contains("wire"));
-        let alone = ["vfio-user", "guest-image"];
+        let alone = ["vfio-user", "guest-driver", "guest-image"];
         assert!(alone.iter().all(|name| !above("types").contains(*name)), "they stand alone");
         assert_eq!(
             above("types").len() + 2 + alone.len(),

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
+use vfio_migration_guest_driver::registers::{VECTORS, offset};
 use vfio_user_peer::MigrationState;
 
 use crate::dma::DmaTarget;
@@ -16,7 +17,7 @@ use crate::fault::Fault;
 use crate::migration::SampleMigration;
 use crate::options::Options;
 use crate::pci::{self, BAR2_SIZE, CONFIG_SIZE, SampleConfigSpace, region};
-use crate::regs::{Effect, Facts, Registers, VECTORS, offset};
+use crate::regs::{Effect, Facts, Registers};
 use crate::shared::{Mode, Shared, drain, lock, signal};
 
 /// A sample device: a PCI function with a DMA engine, a mailbox, and state worth migrating.

@@ -2,24 +2,25 @@
 
 use std::time::{Duration, Instant};
 
+use vfio_migration_guest_driver::registers::offset;
+
 use crate::error::{SimError, invalid};
 use crate::fault::Fault;
-use crate::regs::offset;
 use crate::shared::{Mode, Shared, lock, wait};
 
 /// Magic word of a block.
-pub const BLOCK_MAGIC: u64 = 0x4b43_4f4c_4253_4d56;
+const BLOCK_MAGIC: u64 = 0x4b43_4f4c_4253_4d56;
 /// Words before a block's payload.
-pub const BLOCK_HEAD: usize = 8;
+const BLOCK_HEAD: usize = 8;
 /// Shortest block, in bytes.
-pub const MIN_BLOCK: u32 = 128;
+const MIN_BLOCK: u32 = 128;
 /// Longest block, in bytes.
-pub const MAX_BLOCK: u32 = 65536;
+const MAX_BLOCK: u32 = 65536;
 /// Bytes of a descriptor.
-pub const DESCRIPTOR: u64 = DESCRIPTOR_BYTES as u64;
+const DESCRIPTOR: u64 = DESCRIPTOR_BYTES as u64;
 const DESCRIPTOR_BYTES: usize = 32;
 /// Descriptor flag: the destination is a peer's mailbox; flow 1.
-pub const P2P: u32 = 1 << 0;
+const P2P: u32 = 1 << 0;
 
 /// Interval at which the bulk state is changed while it changes fast.
 const TICK: Duration = Duration::from_millis(5);

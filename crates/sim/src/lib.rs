@@ -22,7 +22,7 @@ mod migrate;
 mod migration;
 mod options;
 pub mod pci;
-pub mod regs;
+mod regs;
 mod saving;
 mod serve;
 mod shared;
@@ -30,7 +30,6 @@ mod stream;
 
 pub use device::SampleDevice;
 pub use dma::{DmaTarget, MAX_LOG_PAGE, MAX_LOG_RANGES, MAX_MAPPINGS, MessageDma};
-pub use engine::{BLOCK_HEAD, BLOCK_MAGIC, DESCRIPTOR, MAX_BLOCK, MIN_BLOCK, P2P};
 pub use error::SimError;
 pub use fault::{FAULT_FORMS, Fault, FaultError, Which};
 pub use migrate::StateRead;

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::VECTORS;
 use vfio_migration_types::{Bitmap, Granule, PAGE_SIZE};
 use vfio_user_peer::{ArcError, MigrationFlags, MigrationState, StopHandle};
 
@@ -14,7 +15,7 @@ use crate::fault::{Fault, Which};
 use crate::migration::{SampleMigration, SampleResuming, SampleSession, no_session, strikes};
 use crate::options::Options;
 use crate::pci::BAR2_SIZE;
-use crate::regs::{Registers, VECTORS};
+use crate::regs::Registers;
 use crate::saving::{self, SamplePrecopy, SampleSaving};
 use crate::shared::{Mode, lock};
 use crate::stream::{Item, Parser, StreamHeader, model_hash};

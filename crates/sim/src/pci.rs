@@ -23,7 +23,7 @@ pub const BAR0_SIZE: u64 = 16 << 10;
 pub const BAR2_SIZE: u64 = 1 << 20;
 /// The MSI-X table's size as message control has it: entries less one.
 const TABLE_SIZE: u16 = 1;
-const _: () = assert!(TABLE_SIZE as usize + 1 == crate::regs::VECTORS);
+const _: () = assert!(TABLE_SIZE as usize + 1 == vfio_migration_guest_driver::registers::VECTORS);
 /// Offset of the MSI-X table in BAR0.
 pub const MSIX_TABLE: u32 = 0x2000;
 /// Offset of the pending bits in BAR0.

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::{VECTORS, offset};
 use vfio_migration_types::error_chain;
 use vfio_user_peer::{
     Backend, DeviceInfo, DmaChannel, DmaMapping, Extension, IoFd, IoFdKind, IovaRange, IrqAction, IrqInfo,
@@ -18,7 +19,6 @@ use crate::error::SimError;
 use crate::migrate::StateRead;
 use crate::options::Options;
 use crate::pci::{self, irq, region};
-use crate::regs::{VECTORS, offset};
 use crate::shared::lock;
 
 /// Serves a fresh device on `path`, to one client after the other, until `stop` is used. What a client did to the

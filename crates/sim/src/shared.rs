@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::VECTORS;
 use vfio_migration_memory::Mapping;
 use vfio_user_peer::{MigrationState, StopHandle};
 
@@ -16,7 +17,7 @@ use crate::error::{SimError, invalid};
 use crate::fault::Fault;
 use crate::options::Options;
 use crate::pci::{BAR2_SIZE, SampleConfigSpace};
-use crate::regs::{Registers, VECTORS};
+use crate::regs::Registers;
 
 /// Work that the DMA engine may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,10 @@
 //! What QEMU does with the sample device, from realize to quit.
 
-use vfio_migration_sim::driver::Flaw;
+use vfio_migration_guest_driver::Flaw;
+use vfio_migration_guest_driver::registers::{MAGIC, offset};
 use vfio_migration_sim::pci::{
     BAR0_SIZE, BAR2_SIZE, CLASS, DEVICE, MSIX_CAP, REVISION, SUBSYSTEM, VENDOR, VENDOR_CAP,
 };
-use vfio_migration_sim::regs::{MAGIC, offset};
 
 use crate::function::Function;
 use crate::machine::{Machine, Ram, Server, unpacked};

@@ -1,9 +1,12 @@
 //! The sample device as a guest's driver meets it: BARs to place, vectors to program, a ring to fill.
 
-use vfio_migration_sim::driver::{Flaw, check_block};
+use std::convert::Infallible;
+
+use vfio_migration_guest_driver::registers::VECTORS;
+use vfio_migration_guest_driver::{
+    Descriptor, DeviceRegisters, ExpectedBlock, Flaw, P2P, Ring, SharedMemory,
+};
 use vfio_migration_sim::pci::{BAR0_SIZE, BAR2_SIZE, MSIX_CAP, MSIX_TABLE};
-use vfio_migration_sim::regs::{ENABLE, VECTORS, offset};
-use vfio_migration_sim::{DESCRIPTOR, P2P};
 
 use crate::machine::{Machine, until};
 
@@ -17,9 +20,9 @@ const MESSAGES: u64 = 0x1020;
 const SOURCE: u64 = 0x2000;
 const TARGETS: u64 = 0x1_0000;
 /// Entries of the ring.
-const ENTRIES: u64 = 16;
+const ENTRIES: u32 = 16;
 /// Bytes of a block.
-const BLOCK: u64 = 1024;
+const BLOCK: u32 = 1024;
 /// What a vector's message is.
 const MESSAGE: u32 = 0x4d53_4900;
 
@@ -37,18 +40,15 @@ pub(crate) struct Function {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Block {
     pub(crate) at: u64,
-    number: u64,
-    cookie: u64,
-    flags: u32,
-    sum: u64,
+    expected: ExpectedBlock,
 }
 
 impl Block {
     /// Looks at it in guest RAM. The device counts damage in its own state; that has to be none.
     pub(crate) fn check(&self, machine: &mut Machine) -> Result<u64, Flaw> {
-        let mut bytes = vec![0; usize::try_from(BLOCK).unwrap()];
+        let mut bytes = vec![0; BLOCK as usize];
         machine.read(self.at, &mut bytes);
-        check_block(&bytes, self.number, self.cookie, self.flags, self.sum)
+        self.expected.check(&bytes)
     }
 }
 
@@ -95,11 +95,12 @@ impl Function {
     /// Programs the ring and enables the device.
     pub(crate) fn enable(&self, machine: &mut Machine) {
         machine.write(self.memory() + TAIL, &[0; 0x40]);
-        machine.write_u64(self.bar0() + offset::RING_BASE, self.memory());
-        machine.write_u64(self.bar0() + offset::TAIL_ADDR, self.memory() + TAIL);
-        machine.write_u64(self.bar0() + offset::DONE_ADDR, self.memory() + DONE);
-        machine.write_u32(self.bar0() + offset::RING_SIZE, u32::try_from(ENTRIES).unwrap());
-        machine.write_u32(self.bar0() + offset::CONTROL, ENABLE);
+        let Ok(()) = self.ring().start(&mut Bar0 { machine, at: self.bar0() });
+    }
+
+    fn ring(&self) -> Ring {
+        let memory = self.memory();
+        Ring { base: memory, entries: ENTRIES, tail: memory + TAIL, done: memory + DONE }
     }
 
     /// Has the device write `count` blocks, one after the other and through both flows by turns, waits for the interrupt of
@@ -118,31 +119,59 @@ impl Function {
         let flow = usize::try_from(vector).unwrap();
         self.posted += 1;
         self.blocks[flow] += 1;
-        let words: Vec<u64> = (0..BLOCK / 8).map(|n| (index << 32 | n).wrapping_mul(0x5851_f42d)).collect();
+        let words: Vec<u64> =
+            (0..u64::from(BLOCK / 8)).map(|n| (index << 32 | n).wrapping_mul(0x5851_f42d)).collect();
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        machine.write(self.memory() + SOURCE, &bytes);
-        let block = Block {
-            at: self.memory() + TARGETS + index % ENTRIES * 0x1000,
-            number: self.blocks[flow],
-            cookie: 0xc00c_1e00 + index,
-            flags: if flow == 0 { 0 } else { P2P },
-            sum: words.iter().fold(0, |sum, word| sum.wrapping_add(*word)),
-        };
-        let about = BLOCK | u64::from(block.flags) << 32;
-        let entry = self.memory() + index % ENTRIES * DESCRIPTOR;
-        for (at, word) in (entry..).step_by(8).zip([self.memory() + SOURCE, block.at, about, block.cookie]) {
-            machine.write_u64(at, word);
-        }
+        let (source, target) =
+            (self.memory() + SOURCE, self.memory() + TARGETS + index % u64::from(ENTRIES) * 0x1000);
+        machine.write(source, &bytes);
+        let (cookie, flags) = (0xc00c_1e00 + index, if flow == 0 { 0 } else { P2P });
+        let descriptor = Descriptor { source, target, len: BLOCK, flags, cookie };
+        let Ok(()) = self.ring().put(machine, index, &descriptor);
         let message = self.message_at(vector);
         machine.write_u32(message, 0);
-        machine.write_u64(self.memory() + TAIL, self.posted);
-        machine.write_u32(self.bar0() + offset::DOORBELL, 1);
+        let Ok(()) = self.ring().post(machine, self.posted);
+        let Ok(()) = Ring::ring(&mut Bar0 { machine, at: self.bar0() });
         until("an interrupt", || (machine.read_u32(message) != 0).then_some(()));
         assert_eq!(machine.read_u32(message), MESSAGE + u32::try_from(vector).unwrap());
-        assert_eq!(machine.read_u64(self.memory() + DONE + 8 * vector), self.blocks[flow], "blocks done");
-        let ack = if flow == 0 { offset::ACK0 } else { offset::ACK1 };
-        machine.write_u64(self.bar0() + ack, self.blocks[flow]);
-        block
+        assert_eq!(self.ring().done(machine, flow), Ok(self.blocks[flow]), "blocks done");
+        let Ok(()) = Ring::acknowledge(&mut Bar0 { machine, at: self.bar0() }, flow, self.blocks[flow]);
+        let source_sum = words.iter().fold(0u64, |sum, word| sum.wrapping_add(*word));
+        let expected = ExpectedBlock { number: self.blocks[flow], cookie, len: BLOCK, flags, source_sum };
+        Block { at: target, expected }
+    }
+}
+
+/// BAR0 of a function, where it lies for the guest.
+struct Bar0<'a> {
+    machine: &'a mut Machine,
+    at: u64,
+}
+
+impl DeviceRegisters for Bar0<'_> {
+    type Error = Infallible;
+
+    fn write32(&mut self, register: u64, value: u32) -> Result<(), Infallible> {
+        self.machine.write_u32(self.at + register, value);
+        Ok(())
+    }
+
+    fn write64(&mut self, register: u64, value: u64) -> Result<(), Infallible> {
+        self.machine.write_u64(self.at + register, value);
+        Ok(())
+    }
+}
+
+impl SharedMemory for Machine {
+    type Error = Infallible;
+
+    fn load(&mut self, address: u64) -> Result<u64, Infallible> {
+        Ok(self.read_u64(address))
+    }
+
+    fn store(&mut self, address: u64, value: u64) -> Result<(), Infallible> {
+        self.write_u64(address, value);
+        Ok(())
     }
 }
 

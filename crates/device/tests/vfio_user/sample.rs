@@ -8,7 +8,8 @@ use vfio_migration_device::{
     Chunk, Device, DmaAccess, PciHardware, Position, RegionIndex, Remedy, SavingSession, VfioUserDevice,
     VfioUserOptions,
 };
-use vfio_migration_sim::{Options, regs};
+use vfio_migration_guest_driver::registers::offset;
+use vfio_migration_sim::Options;
 use vfio_migration_types::{
     Bitmap, DeviceId, Gpa, Granule, Iova, MigrationState, PAGE_SIZE, RamOffset, Range, error_chain,
 };
@@ -99,7 +100,7 @@ fn state_moves_from_one_server_to_another() {
     to.set_state(MigrationState::RunningP2p).unwrap();
     to.set_state(MigrationState::Running).unwrap();
     one_block(&to, &ram, 0x9000);
-    assert_eq!(read(&to, regs::offset::BLOCKS0), 2, "it counts on where the other stopped");
+    assert_eq!(read(&to, offset::BLOCKS0), 2, "it counts on where the other stopped");
 }
 
 #[test]

@@ -4,10 +4,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vfio_migration_device::{Device, DmaAccess, PciHardware, RegionIndex, VfioUserDevice, VfioUserOptions};
-use vfio_migration_memory::{GuestRam, RamSpec};
-use vfio_migration_sim::{Options, StopHandle, regs};
-use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, Range};
+use vfio_migration_device::{
+    Device, DeviceError, DmaAccess, PciHardware, RegionIndex, VfioUserDevice, VfioUserOptions,
+};
+use vfio_migration_guest_driver::{Descriptor, DeviceRegisters, Ring, SharedMemory};
+use vfio_migration_memory::{GuestRam, MemoryError, RamSpec};
+use vfio_migration_sim::{Options, StopHandle};
+use vfio_migration_types::{Bitmap, DeviceId, Gpa, Granule, Iova, RamOffset, Range};
 
 /// A served device, and the end of its server with it.
 pub(super) struct Served {
@@ -67,11 +70,6 @@ pub(super) fn map(device: &VfioUserDevice, ram: &GuestRam) {
     }
 }
 
-/// Writes a u64 register.
-fn write(device: &VfioUserDevice, at: u64, value: u64) {
-    device.region_write(RegionIndex::BAR0, at, &value.to_le_bytes()).unwrap();
-}
-
 pub(super) fn read(device: &VfioUserDevice, at: u64) -> u64 {
     let mut bytes = [0; 8];
     device.region_read(RegionIndex::BAR0, at, &mut bytes).unwrap();
@@ -85,25 +83,59 @@ pub(super) fn one_block(device: &VfioUserDevice, ram: &GuestRam, dst: u64) {
 
 /// The same of a device that has all of RAM `shift` bytes further on than the guest.
 pub(super) fn one_block_at(device: &VfioUserDevice, ram: &GuestRam, dst: u64, shift: u64) {
-    let at = |gpa: u64| ram.offset_of(Gpa(gpa), 8).unwrap();
-    let posted = ram.read_u64(at(0x3000)).unwrap();
-    let entry = 0x2000 + posted % 4 * 32;
-    for (index, word) in [shift + 0x1000, shift + dst, 128, posted + 1].into_iter().enumerate() {
-        ram.write_u64(at(entry + index as u64 * 8), word).unwrap();
-    }
+    let memory = &mut Shifted { ram, shift };
+    let ring = Ring { base: shift + 0x2000, entries: 4, tail: shift + 0x3000, done: shift + 0x3008 };
+    let posted = memory.load(ring.tail).unwrap();
+    let descriptor =
+        Descriptor { source: shift + 0x1000, target: shift + dst, len: 128, flags: 0, cookie: posted + 1 };
+    ring.put(memory, posted, &descriptor).unwrap();
     if posted == 0 {
-        write(device, regs::offset::RING_BASE, shift + 0x2000);
-        device.region_write(RegionIndex::BAR0, regs::offset::RING_SIZE, &4u32.to_le_bytes()).unwrap();
-        write(device, regs::offset::TAIL_ADDR, shift + 0x3000);
-        write(device, regs::offset::DONE_ADDR, shift + 0x3008);
-        device.region_write(RegionIndex::BAR0, regs::offset::CONTROL, &1u32.to_le_bytes()).unwrap();
+        ring.start(&mut Bar0(device)).unwrap();
     }
-    ram.write_u64(at(0x3000), posted + 1).unwrap();
-    device.region_write(RegionIndex::BAR0, regs::offset::DOORBELL, &1u32.to_le_bytes()).unwrap();
+    ring.post(memory, posted + 1).unwrap();
+    Ring::ring(&mut Bar0(device)).unwrap();
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while ram.read_u64(at(0x3008)).unwrap() <= posted {
+    while ring.done(memory, 0).unwrap() <= posted {
         assert!(std::time::Instant::now() < deadline, "the device does nothing");
         std::thread::yield_now();
+    }
+}
+
+/// RAM that the device has `shift` bytes further on than the guest.
+struct Shifted<'a> {
+    ram: &'a GuestRam,
+    shift: u64,
+}
+
+impl Shifted<'_> {
+    fn at(&self, address: u64) -> RamOffset {
+        self.ram.offset_of(Gpa(address - self.shift), 8).unwrap()
+    }
+}
+
+impl SharedMemory for Shifted<'_> {
+    type Error = MemoryError;
+
+    fn load(&mut self, address: u64) -> Result<u64, MemoryError> {
+        self.ram.read_u64(self.at(address))
+    }
+
+    fn store(&mut self, address: u64, value: u64) -> Result<(), MemoryError> {
+        self.ram.write_u64(self.at(address), value)
+    }
+}
+
+struct Bar0<'a>(&'a VfioUserDevice);
+
+impl DeviceRegisters for Bar0<'_> {
+    type Error = DeviceError;
+
+    fn write32(&mut self, register: u64, value: u32) -> Result<(), DeviceError> {
+        self.0.region_write(RegionIndex::BAR0, register, &value.to_le_bytes())
+    }
+
+    fn write64(&mut self, register: u64, value: u64) -> Result<(), DeviceError> {
+        self.0.region_write(RegionIndex::BAR0, register, &value.to_le_bytes())
     }
 }
 

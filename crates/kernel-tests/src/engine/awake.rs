@@ -4,12 +4,12 @@ use std::fs::File;
 use std::time::Duration;
 
 use vfio_migration_device::{Device, PciHardware, RegionIndex};
+use vfio_migration_guest_driver::registers::offset;
 use vfio_migration_memory::{start_all, stop_all};
 use vfio_migration_types::{MigrationState, RamOffset};
 
 use super::pair::Pair;
 use crate::check::{Outcome, holds};
-use crate::migdev::driver::CONTROL;
 
 /// Each thing that is wrong is found, and nothing where all is right.
 pub(crate) fn checks() -> Outcome {
@@ -23,7 +23,7 @@ pub(crate) fn checks() -> Outcome {
     here.set_state(MigrationState::RunningP2p)?;
     found("a device that is somewhere else")?;
     here.set_state(MigrationState::Running)?;
-    there.region_write(RegionIndex::BAR0, CONTROL, &1u32.to_le_bytes())?;
+    there.region_write(RegionIndex::BAR0, offset::CONTROL, &1u32.to_le_bytes())?;
     found("a destination that was not reset")?;
     there.reset()?;
     let other = pair.destination.clone();

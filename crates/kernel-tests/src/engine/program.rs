@@ -1,15 +1,18 @@
 //! The toy's guest: it numbers the pages that it writes, has its devices write numbered blocks by DMA, and walks over all
 //! of it again and again. All that it knows lies in RAM and in one register, so that it goes on wherever both are whole.
 
+use std::error::Error;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vfio_migration_device::{KernelDevice, PciHardware, RegionIndex};
+use vfio_migration_guest_driver::registers::{ENABLE, offset};
+use vfio_migration_guest_driver::{Descriptor, DeviceRegisters, Ring, SharedMemory};
 use vfio_migration_memory::{GuestRam, WriteLog};
 use vfio_migration_types::RamOffset;
 
 use crate::check::{Outcome, holds, same};
-use crate::migdev::driver::{BLOCKS0, BLOCKS1, CONTROL, DOORBELL, Job, block, cookie};
+use crate::migdev::driver::{Job, block, cookie};
 
 /// Bytes of RAM, which begins at address 0.
 pub(crate) const LEN: u64 = 2 << 20;
@@ -23,7 +26,7 @@ const BLOCKS: u64 = 0x1_0000;
 /// Places for blocks, a page each, used in turn.
 const PLACES: u64 = 32;
 /// Entries of a ring, and how many of them are under way at most.
-const ENTRIES: u64 = 16;
+const ENTRIES: u32 = 16;
 const AHEAD: u64 = 8;
 const BLOCK_LEN: u32 = 256;
 /// Pages that the guest itself writes, in turn, and how many in one step.
@@ -195,18 +198,18 @@ impl Program {
 
     /// Looks at what a device has done, and gives it more to do.
     fn drive(&self, n: u64, card: &KernelDevice, loops: u64) -> Outcome {
-        if register(card, CONTROL)? & 1 == 0 {
+        if register(card, offset::CONTROL)? & ENABLE == 0 {
             let mut run = self.lock();
             run.restarts += 1;
             holds(run.restarts <= run.expected, &format!("device {n} was not reset behind its back"))?;
             drop(run);
             self.set_up(n, card)?;
         }
-        let area = n * AREA;
-        let mut posted = self.get(area + TAIL)?;
+        let (area, ring, memory) = (n * AREA, ring(n), &mut &*self);
+        let mut posted = self.get(ring.tail)?;
         // The device writes its count to memory before it shows the same in its registers.
-        let counted = register(card, BLOCKS0)? + register(card, BLOCKS1)?;
-        let done = self.get(area + DONE)? + self.get(area + DONE + 8)?;
+        let counted = register(card, offset::BLOCKS0)? + register(card, offset::BLOCKS1)?;
+        let done = ring.done(memory, 0)? + ring.done(memory, 1)?;
         holds(done <= posted, &format!("device {n} has done no more than it was told"))?;
         holds(done >= u64::from(counted), &format!("what device {n} counted arrived in memory"))?;
         for index in self.get(area + CHECKED)?..done {
@@ -224,16 +227,13 @@ impl Program {
             }
         }
         while posted < done + AHEAD {
-            let at = area + posted % ENTRIES * 32;
-            let job = job(area, posted);
-            let about = u64::from(job.len) | u64::from(job.flags) << 32;
-            for (word, value) in (0..).zip([area + SOURCE, job.at, about, cookie(posted)]) {
-                self.put(at + 8 * word, value)?;
-            }
+            let Job { at: target, len, flags } = job(area, posted);
+            let descriptor = Descriptor { source: area + SOURCE, target, len, flags, cookie: cookie(posted) };
+            ring.put(memory, posted, &descriptor)?;
             posted += 1;
-            self.put(area + TAIL, posted)?;
+            ring.post(memory, posted)?;
         }
-        Ok(card.region_write(RegionIndex::BAR0, DOORBELL, &1u32.to_le_bytes())?)
+        Ring::ring(&mut Card(card))
     }
 
     /// Fails unless the block that was posted as `index` is in its place.
@@ -253,11 +253,7 @@ impl Program {
         for at in [TAIL, DONE, DONE + 8, CHECKED] {
             self.put(area + at, 0)?;
         }
-        let entries = u64::from(u32::try_from(ENTRIES)?);
-        for (at, value) in [(0x10, area), (0x18, entries), (0x20, area + TAIL), (0x28, area + DONE)] {
-            card.region_write(RegionIndex::BAR0, at, &value.to_le_bytes())?;
-        }
-        Ok(card.region_write(RegionIndex::BAR0, CONTROL, &1u32.to_le_bytes())?)
+        ring(n).start(&mut Card(card))
     }
 
     fn get(&self, at: u64) -> Outcome<u64> {
@@ -280,10 +276,42 @@ impl Program {
     }
 }
 
+impl SharedMemory for &Program {
+    type Error = Box<dyn Error>;
+
+    fn load(&mut self, address: u64) -> Outcome<u64> {
+        self.get(address)
+    }
+
+    fn store(&mut self, address: u64, value: u64) -> Outcome {
+        self.put(address, value)
+    }
+}
+
+struct Card<'a>(&'a KernelDevice);
+
+impl DeviceRegisters for Card<'_> {
+    type Error = Box<dyn Error>;
+
+    fn write32(&mut self, register: u64, value: u32) -> Outcome {
+        Ok(self.0.region_write(RegionIndex::BAR0, register, &value.to_le_bytes())?)
+    }
+
+    fn write64(&mut self, register: u64, value: u64) -> Outcome {
+        Ok(self.0.region_write(RegionIndex::BAR0, register, &value.to_le_bytes())?)
+    }
+}
+
+/// The ring of device `n`.
+fn ring(n: u64) -> Ring {
+    let area = n * AREA;
+    Ring { base: area, entries: ENTRIES, tail: area + TAIL, done: area + DONE }
+}
+
 /// Nothing of a former guest is in the device: it is as a reset leaves it.
 pub(crate) fn is_empty(card: &KernelDevice) -> Outcome {
-    same("CONTROL after a reset", register(card, CONTROL)?, 0)?;
-    same("BLOCKS0 after a reset", register(card, BLOCKS0)?, 0)
+    same("CONTROL after a reset", register(card, offset::CONTROL)?, 0)?;
+    same("BLOCKS0 after a reset", register(card, offset::BLOCKS0)?, 0)
 }
 
 /// Every fourth block belongs to the flow that stands in the P2P states.

@@ -4,15 +4,14 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::offset;
 use vfio_migration_types::{Granule, MigrationState};
 use vfio_migration_uapi::{
     Type1, device_info, disable_irqs, irq_info, mask_irq, region_info, report_dma_logging, start_dma_logging,
     stop_dma_logging, trigger_irq,
 };
 
-use super::driver::{
-    ACK0, BLOCKS0, BLOCKS1, CONTROL, DONE, Handle, Job, LEN, MSIX, MigdevDriver, STATUS, all,
-};
+use super::driver::{DONE, Handle, Job, LEN, MSIX, MigdevDriver, all};
 use super::{go, set, small};
 use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
@@ -84,7 +83,7 @@ fn writes_and_logs(mut driver: MigdevDriver) -> Outcome {
     let differs = memory.iter().zip(&found).position(|(wanted, found)| wanted != found);
     same("first byte that differs", differs, None)?;
     // Stopped, so that the count of the last block is certainly logged.
-    driver.write32(CONTROL, 0)?;
+    driver.write32(offset::CONTROL, 0)?;
     match report(&driver, granule)? {
         Some(pages) => {
             same("dirty pages", pages, wanted)?;
@@ -112,7 +111,7 @@ pub(crate) fn exact_by_container() -> Outcome {
         wanted.extend(at / 4096..=(at + u64::from(len) - 1) / 4096);
     }
     driver.wait(0, 4)?;
-    driver.write32(CONTROL, 0)?;
+    driver.write32(offset::CONTROL, 0)?;
     same("dirty pages", container_report(&driver)?, wanted)?;
     same("dirty pages, asked again", container_report(&driver)?, BTreeSet::new())?;
     Ok(container(&driver)?.stop_dirty()?)
@@ -155,7 +154,7 @@ pub(crate) fn omitted() -> Outcome {
     driver.enable()?;
     driver.post(Job { at: 0x5_0000, len: 65536, flags: 0 })?;
     driver.wait(0, 1)?;
-    driver.write32(CONTROL, 0)?;
+    driver.write32(offset::CONTROL, 0)?;
     // BASE is a whole number of even pages, so a page's parity is that of its place.
     same("dirty pages", report(&driver, granule)?, Some((0x50..0x60).filter(|page| page % 2 == 1).collect()))
 }
@@ -172,24 +171,24 @@ pub(crate) fn interrupts() -> Outcome {
     driver.enable()?;
     driver.post(Job { at: 0x4_0000, len: 128, flags: 0 })?;
     // A write that switches the engine off returns between two descriptors; the first may not have begun.
-    while driver.read64(BLOCKS0)? < 1 {
+    while driver.read64(offset::BLOCKS0)? < 1 {
         std::thread::yield_now();
     }
     same("masked", pending(&driver), Err(Errno::AGAIN))?;
     mask_irq(driver.fd()?, MSIX, 0, false)?;
     same("not masked any more", pending(&driver), Ok(8))?;
     driver.post(Job { at: 0x4_0000, len: 128, flags: 0 })?;
-    while driver.read64(BLOCKS0)? < 2 {
+    while driver.read64(offset::BLOCKS0)? < 2 {
         std::thread::yield_now();
     }
     same("not acknowledged", pending(&driver), Err(Errno::AGAIN))?;
-    driver.write64(ACK0, 1)?;
+    driver.write64(offset::ACK0, 1)?;
     same("one of two acknowledged", pending(&driver), Ok(8))?;
-    driver.write64(ACK0, 2)?;
+    driver.write64(offset::ACK0, 2)?;
     same("both acknowledged", pending(&driver), Err(Errno::AGAIN))?;
     disable_irqs(driver.fd()?, MSIX)?;
     driver.post(Job { at: 0x4_0000, len: 128, flags: 0 })?;
-    while driver.read64(BLOCKS0)? < 3 {
+    while driver.read64(offset::BLOCKS0)? < 3 {
         std::thread::yield_now();
     }
     driver.connect()?;
@@ -204,14 +203,14 @@ pub(crate) fn stands_still() -> Outcome {
     go(driver.fd()?, MigrationState::Stop)?;
     let before = driver.memory()?;
     driver.post(Job { at: 0x4_0000, len: 128, flags: 0 })?;
-    same("blocks in STOP", driver.read64(BLOCKS0)?, 0)?;
+    same("blocks in STOP", driver.read64(offset::BLOCKS0)?, 0)?;
     same("a block's place in STOP", &driver.memory()?[0x4_0000..], &before[0x4_0000..])?;
     go(driver.fd()?, MigrationState::RunningP2p)?;
     driver.wait(0, 1)?;
     driver.post(Job { at: 0x4_0000, len: 128, flags: 1 })?;
     driver.post(Job { at: 0x4_1000, len: 128, flags: 0 })?;
     go(driver.fd()?, MigrationState::Stop)?;
-    let blocks = (driver.read64(BLOCKS0)?, driver.read64(BLOCKS1)?);
+    let blocks = (driver.read64(offset::BLOCKS0)?, driver.read64(offset::BLOCKS1)?);
     same("blocks: the peer's descriptor is at the head of the ring", blocks, (1, 0))?;
     go(driver.fd()?, MigrationState::Running)?;
     driver.wait(1, 1)?;
@@ -224,11 +223,11 @@ pub(crate) fn ring_error() -> Outcome {
     let mut driver = by_group(&instance)?;
     driver.enable()?;
     driver.post(Job { at: LEN, len: 128, flags: 0 })?;
-    while driver.read32(STATUS)? & 2 == 0 {
+    while driver.read32(offset::STATUS)? & 2 == 0 {
         std::thread::yield_now();
     }
-    same("blocks", driver.read64(BLOCKS0)?, 0)?;
-    driver.write32(CONTROL, 0)?;
+    same("blocks", driver.read64(offset::BLOCKS0)?, 0)?;
+    driver.write32(offset::CONTROL, 0)?;
     driver.enable()?;
     driver.post(Job { at: 0x4_0000, len: 128, flags: 0 })?;
     driver.wait(0, 1)

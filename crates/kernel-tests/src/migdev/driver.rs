@@ -1,11 +1,14 @@
 //! A driver of the device, in user space: what the reference guest does, by hand.
 
+use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::{pread, pwrite};
+use vfio_migration_guest_driver::registers::offset;
+use vfio_migration_guest_driver::{Descriptor, DeviceRegisters, ExpectedBlock, Ring, SharedMemory};
 use vfio_migration_memory::{GuestRam, RamSpec};
 use vfio_migration_types::{Gpa, Iova, RamOffset, Range};
 use vfio_migration_uapi::{Dma, region_info, set_irq_eventfds};
@@ -16,20 +19,10 @@ use crate::instance::{Opened, OpenedCdev};
 /// Bytes of memory, at IOVA [`BASE`].
 pub(crate) const LEN: u64 = 1 << 20;
 pub(crate) const BASE: u64 = 0x10_0000;
-/// Offsets in it: ring, count of posted descriptors, counts of completed blocks, sources.
-const RING: u64 = 0;
-const TAIL: u64 = 0x1000;
+/// Offsets in it: counts of completed blocks, sources.
 pub(crate) const DONE: u64 = 0x2000;
 const SOURCE: u64 = 0x1_0000;
-/// Entries of the ring.
-const ENTRIES: u64 = 16;
-/// Registers, as in `crates/sim/src/regs.rs`.
-pub(crate) const CONTROL: u64 = 0x08;
-pub(crate) const STATUS: u64 = 0x0c;
-pub(crate) const ACK0: u64 = 0x30;
-pub(crate) const BLOCKS0: u64 = 0x48;
-pub(crate) const BLOCKS1: u64 = 0x50;
-pub(crate) const DOORBELL: u64 = 0x1000;
+const RING: Ring = Ring { base: BASE, entries: 16, tail: BASE + 0x1000, done: BASE + DONE };
 /// VFIO's index of MSI-X.
 pub(crate) const MSIX: u32 = 2;
 /// A guard against a hang alone.
@@ -98,40 +91,43 @@ impl MigdevDriver {
 
     /// Points the device at the ring, and enables it.
     pub(crate) fn enable(&mut self) -> Outcome {
-        self.ram.write_u64(RamOffset(TAIL), 0)?;
         self.posted = 0;
-        self.write64(0x10, BASE + RING)?;
-        self.write32(0x18, u32::try_from(ENTRIES)?)?;
-        self.write64(0x20, BASE + TAIL)?;
-        self.write64(0x28, BASE + DONE)?;
-        self.write32(CONTROL, 1)
+        RING.post(&mut self.shared_memory(), 0)?;
+        RING.start(&mut &*self)
     }
 
     /// Posts a descriptor, and rings the doorbell.
     pub(crate) fn post(&mut self, job: Job) -> Outcome {
-        let at = RING + self.posted % ENTRIES * 32;
-        let about = u64::from(job.len) | u64::from(job.flags) << 32;
-        for (n, word) in (0..).zip([BASE + SOURCE, BASE + job.at, about, cookie(self.posted)]) {
-            self.ram.write_u64(RamOffset(at + 8 * n), word)?;
-        }
+        let Job { at, len, flags } = job;
+        let (source, target, cookie) = (BASE + SOURCE, BASE + at, cookie(self.posted));
+        let descriptor = Descriptor { source, target, len, flags, cookie };
+        RING.put(&mut self.shared_memory(), self.posted, &descriptor)?;
         self.posted += 1;
-        self.ram.write_u64(RamOffset(TAIL), self.posted)?;
-        self.write32(DOORBELL, 1)
+        RING.post(&mut self.shared_memory(), self.posted)?;
+        Ring::ring(&mut &*self)
+    }
+
+    fn shared_memory(&self) -> AtIova<'_> {
+        AtIova { ram: &self.ram, base: BASE }
     }
 
     /// Waits until `flow` has so many blocks done, acknowledging each interrupt.
     pub(crate) fn wait(&self, flow: usize, blocks: u64) -> Outcome {
         let began = Instant::now();
-        let done = RamOffset(DONE + 8 * flow as u64);
         loop {
             // Until the device has written it, the word is whatever was in memory.
-            let found = Some(self.ram.read_u64(done)?).filter(|found| *found <= self.posted).unwrap_or(0);
-            self.write64(ACK0 + 8 * flow as u64, found)?;
+            let done = RING.done(&mut self.shared_memory(), flow)?;
+            let found = Some(done).filter(|done| *done <= self.posted).unwrap_or(0);
+            Ring::acknowledge(&mut &*self, flow, found)?;
             if found >= blocks {
                 return same("blocks done", found, blocks);
             }
             if began.elapsed() > PATIENCE {
-                return Err(format!("{found} of {blocks} blocks; status {:#x}", self.read32(STATUS)?).into());
+                return Err(format!(
+                    "{found} of {blocks} blocks; status {:#x}",
+                    self.read32(offset::STATUS)?
+                )
+                .into());
             }
             self.interrupted(flow)?;
         }
@@ -190,6 +186,36 @@ impl MigdevDriver {
     }
 }
 
+impl DeviceRegisters for &MigdevDriver {
+    type Error = Box<dyn Error>;
+
+    fn write32(&mut self, register: u64, value: u32) -> Outcome {
+        self.write(0, register, &value.to_le_bytes())
+    }
+
+    fn write64(&mut self, register: u64, value: u64) -> Outcome {
+        self.write(0, register, &value.to_le_bytes())
+    }
+}
+
+/// RAM that the device sees from `base` on.
+struct AtIova<'a> {
+    ram: &'a GuestRam,
+    base: u64,
+}
+
+impl SharedMemory for AtIova<'_> {
+    type Error = Box<dyn Error>;
+
+    fn load(&mut self, address: u64) -> Outcome<u64> {
+        Ok(self.ram.read_u64(RamOffset(address - self.base))?)
+    }
+
+    fn store(&mut self, address: u64, value: u64) -> Outcome {
+        Ok(self.ram.write_u64(RamOffset(address - self.base), value)?)
+    }
+}
+
 /// DMA addresses of the memory.
 pub(crate) fn all() -> Outcome<Range<Iova>> {
     Ok(Range::new(Iova(BASE), LEN)?)
@@ -201,12 +227,10 @@ pub(crate) fn block(ram: &GuestRam, source: u64, job: Job, number: u64, posted: 
     for at in (0..u64::from(job.len)).step_by(8) {
         sum = sum.wrapping_add(ram.read_u64(RamOffset(source + at))?);
     }
-    let seed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let about = u64::from(job.len) | u64::from(job.flags) << 32;
-    let mut words = vec![0x4b43_4f4c_4253_4d56, number, cookie(posted), about, sum, 0, 0, 0];
-    words.extend((8..u64::from(job.len) / 8).map(|i| seed ^ (i << 32 | i)));
-    words[7] = words.iter().fold(0u64, |sum, word| sum.wrapping_add(*word));
-    Ok(words.iter().flat_map(|word| word.to_le_bytes()).collect())
+    let Job { len, flags, .. } = job;
+    let expected = ExpectedBlock { number, cookie: cookie(posted), len, flags, source_sum: sum };
+    let words = usize::try_from(len / 8)?;
+    Ok((0..words).flat_map(|i| expected.word(i).to_le_bytes()).collect())
 }
 
 /// The cookie of the descriptor that was posted as `posted`.

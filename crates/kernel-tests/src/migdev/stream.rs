@@ -3,11 +3,12 @@
 use std::os::fd::AsFd;
 
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::offset;
 use vfio_migration_types::MigrationState;
 use vfio_migration_uapi::{device_state, precopy_info, reset, set_device_state, stop_copy_size};
 
 use super::dma::by_group;
-use super::driver::{BLOCKS0, Job};
+use super::driver::Job;
 use super::{Ended, get, go, open_data, read_all, save, set, small, write_all};
 use crate::check::{Outcome, holds, same};
 use crate::instance::Instance;
@@ -72,7 +73,7 @@ pub(crate) fn contents_move() -> Outcome {
     let mut text = [0; 14];
     destination.read(2, 5000, &mut text)?;
     same("mailbox", &text, b"in the mailbox")?;
-    same("blocks", destination.read64(BLOCKS0)?, 1)?;
+    same("blocks", destination.read64(offset::BLOCKS0)?, 1)?;
     go(destination.fd()?, MigrationState::Running)?;
     same("damage", get(&to, "integrity")?, 0)
 }

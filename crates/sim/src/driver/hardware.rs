@@ -3,12 +3,13 @@
 use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use vfio_migration_guest_driver::registers::VECTORS;
 use vfio_user_peer::{Client, IoFdKind, Prot, region_index};
 
 use crate::device::SampleDevice;
 use crate::dma::DmaTarget;
 use crate::error::SimError;
-use crate::{pci, regs};
+use crate::pci;
 
 /// The error of a device that refused.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -22,7 +23,7 @@ pub trait Hardware {
     /// Maps a file, from its start, for DMA.
     fn map(&self, iova: u64, len: u64, fd: BorrowedFd<'_>) -> Result<(), BoxError>;
     /// Connects the MSI-X vectors.
-    fn connect_vectors(&self, fds: [BorrowedFd<'_>; regs::VECTORS]) -> Result<(), BoxError>;
+    fn connect_vectors(&self, fds: [BorrowedFd<'_>; VECTORS]) -> Result<(), BoxError>;
     /// The doorbell's eventfd, if it has one.
     fn doorbell(&self) -> Option<OwnedFd>;
 }
@@ -59,7 +60,7 @@ impl Hardware for SampleDevice {
         Ok(self.dma_map(iova, len, true, DmaTarget::File(fd, 0))?)
     }
 
-    fn connect_vectors(&self, fds: [BorrowedFd<'_>; regs::VECTORS]) -> Result<(), BoxError> {
+    fn connect_vectors(&self, fds: [BorrowedFd<'_>; VECTORS]) -> Result<(), BoxError> {
         for (vector, fd) in fds.into_iter().enumerate() {
             self.connect_vector(vector, Some(fd.try_clone_to_owned()?)).map_err(|error: SimError| error)?;
         }
@@ -84,7 +85,7 @@ impl Hardware for Client {
         Ok(self.dma_map(iova, len, Prot::READ_WRITE, Some((fd, 0)))?)
     }
 
-    fn connect_vectors(&self, fds: [BorrowedFd<'_>; regs::VECTORS]) -> Result<(), BoxError> {
+    fn connect_vectors(&self, fds: [BorrowedFd<'_>; VECTORS]) -> Result<(), BoxError> {
         Ok(self.irq_connect(pci::irq::MSIX, 0, &fds)?)
     }
 

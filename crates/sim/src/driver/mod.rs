@@ -4,7 +4,6 @@
 //! (old ones are looked at again, too), an interrupt that did not come within a second, damage that the device
 //! reports in its own state. It survives the device: [`TestDriver::connect`] on another one, and it goes on.
 
-mod block;
 mod hardware;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,14 +12,12 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::{VECTORS, offset};
+use vfio_migration_guest_driver::{Descriptor, DeviceRegisters, ExpectedBlock, P2P, Ring, SharedMemory};
 use vfio_migration_memory::{Mapping, MemoryError};
 
-use self::block::Expected;
-pub use self::block::{Flaw, check_block};
 pub use self::hardware::{BoxError, Hardware, P2pTarget};
-use crate::engine::{DESCRIPTOR, P2P};
 use crate::pci::BAR2_SIZE;
-use crate::regs::{self, VECTORS, offset};
 use crate::shared::{drain, signal};
 
 /// Blocks of one flow that have a place at a time.
@@ -31,7 +28,7 @@ pub const INTERRUPT_LIMIT: Duration = Duration::from_secs(1);
 
 const PAGE: u64 = 4096;
 const RING: u64 = 0;
-const RING_ENTRIES: u64 = 128;
+const RING_ENTRIES: u32 = 128;
 const TAIL: u64 = PAGE;
 const DONE: u64 = 2 * PAGE;
 const SOURCES: u64 = 3 * PAGE;
@@ -135,7 +132,7 @@ struct Flow {
     handled: u64,
     /// Since when there is something that no interrupt told of.
     waiting: Option<Instant>,
-    slots: [Option<Expected>; PLACES],
+    slots: [Option<ExpectedBlock>; PLACES],
 }
 
 impl TestDriver {
@@ -205,17 +202,7 @@ impl TestDriver {
 
     /// Programs the registers and enables the device, as a driver does once.
     pub fn start(&self, device: &dyn Hardware) -> Result<(), DriverError> {
-        let base = self.config.ram_base;
-        for (at, value) in [
-            (offset::RING_BASE, base + RING),
-            (offset::TAIL_ADDR, base + TAIL),
-            (offset::DONE_ADDR, base + DONE),
-        ] {
-            device.write(at, &value.to_le_bytes()).map_err(refused("a register"))?;
-        }
-        let entries = u32::try_from(RING_ENTRIES).unwrap_or(u32::MAX);
-        device.write(offset::RING_SIZE, &entries.to_le_bytes()).map_err(refused("a register"))?;
-        device.write(offset::CONTROL, &regs::ENABLE.to_le_bytes()).map_err(refused("a register"))
+        self.layout().start(&mut Registers(device))
     }
 
     /// Posts descriptors until enough are in flight, without ringing. Returns how many.
@@ -229,7 +216,7 @@ impl TestDriver {
                 self.post_one(flow)?;
             }
         }
-        self.memory.write_u64(TAIL, self.tail.to_le())?;
+        self.layout().post(&mut self.shared_memory(), self.tail)?;
         Ok(self.tail - before)
     }
 
@@ -240,7 +227,7 @@ impl TestDriver {
                 signal(doorbell);
                 Ok(())
             }
-            _ => device.write(offset::DOORBELL, &1u32.to_le_bytes()).map_err(refused("a doorbell")),
+            _ => Ring::ring(&mut Registers(device)),
         }
     }
 
@@ -333,7 +320,7 @@ impl TestDriver {
 
     /// The device's count of completed blocks of `flow`, in the driver's memory.
     pub fn done(&self, flow: usize) -> Result<u64, DriverError> {
-        Ok(u64::from_le(self.memory.read_u64(DONE + 8 * flow as u64)?))
+        self.layout().done(&mut self.shared_memory(), flow)
     }
 
     /// Blocks and interrupts that were seen so far, and what was wrong with them.
@@ -364,6 +351,15 @@ impl TestDriver {
         let _ = poll(&mut fds, time.as_ref());
     }
 
+    fn layout(&self) -> Ring {
+        let base = self.config.ram_base;
+        Ring { base: base + RING, entries: RING_ENTRIES, tail: base + TAIL, done: base + DONE }
+    }
+
+    fn shared_memory(&self) -> AtDmaAddress<'_> {
+        AtDmaAddress { memory: &self.memory, base: self.config.ram_base }
+    }
+
     fn post_one(&mut self, flow: usize) -> Result<(), DriverError> {
         let base = self.config.ram_base;
         let number = self.flows[flow].posted + 1;
@@ -384,12 +380,9 @@ impl TestDriver {
             _ => (base + SLOT_BASE + slot * PAGE, 0),
         };
         let cookie = number.rotate_left(32) ^ flow as u64 ^ 0xc00c_1e00;
-        let expected = Expected { number, cookie, len, flags, sum };
-        let words = [base + source, target, u64::from(len) | u64::from(flags) << 32, cookie];
-        let at = RING + self.tail % RING_ENTRIES * DESCRIPTOR;
-        for (n, word) in (0u64..).zip(words) {
-            self.memory.write_u64(at + n * 8, word.to_le())?;
-        }
+        let expected = ExpectedBlock { number, cookie, len, flags, source_sum: sum };
+        let descriptor = Descriptor { source: base + source, target, len, flags, cookie };
+        self.layout().put(&mut self.shared_memory(), self.tail, &descriptor)?;
         self.tail += 1;
         self.flows[flow].posted = number;
         *self.flows[flow].place(number) = Some(expected);
@@ -416,12 +409,11 @@ impl TestDriver {
         self.found.p2p_blocks += if flow == 1 { count } else { 0 };
         self.flows[flow].handled = done;
         self.flows[flow].waiting = None;
-        let ack = if flow == 0 { offset::ACK0 } else { offset::ACK1 };
-        device.write(ack, &done.to_le_bytes()).map_err(refused("an acknowledgement"))?;
+        Ring::acknowledge(&mut Registers(device), flow, done)?;
         Ok(count)
     }
 
-    fn check(&mut self, flow: usize, expected: &Expected) -> Result<(), DriverError> {
+    fn check(&mut self, flow: usize, expected: &ExpectedBlock) -> Result<(), DriverError> {
         let slot = (expected.number - 1) % SLOTS;
         let mut bytes = vec![0; expected.len as usize];
         match (flow, &self.peer) {
@@ -443,9 +435,53 @@ impl TestDriver {
     }
 }
 
+/// The driver's memory, from `base` on.
+struct AtDmaAddress<'a> {
+    memory: &'a Mapping,
+    base: u64,
+}
+
+impl SharedMemory for AtDmaAddress<'_> {
+    type Error = DriverError;
+
+    fn load(&mut self, address: u64) -> Result<u64, DriverError> {
+        Ok(u64::from_le(self.memory.read_u64(address.wrapping_sub(self.base))?))
+    }
+
+    fn store(&mut self, address: u64, value: u64) -> Result<(), DriverError> {
+        Ok(self.memory.write_u64(address.wrapping_sub(self.base), value.to_le())?)
+    }
+}
+
+/// A device's registers, whose refusals say what was refused.
+struct Registers<'a>(&'a dyn Hardware);
+
+impl Registers<'_> {
+    fn write(&self, register: u64, from: &[u8]) -> Result<(), DriverError> {
+        let doing = match register {
+            offset::DOORBELL => "a doorbell",
+            offset::ACK0 | offset::ACK1 => "an acknowledgement",
+            _ => "a register",
+        };
+        self.0.write(register, from).map_err(refused(doing))
+    }
+}
+
+impl DeviceRegisters for Registers<'_> {
+    type Error = DriverError;
+
+    fn write32(&mut self, register: u64, value: u32) -> Result<(), DriverError> {
+        self.write(register, &value.to_le_bytes())
+    }
+
+    fn write64(&mut self, register: u64, value: u64) -> Result<(), DriverError> {
+        self.write(register, &value.to_le_bytes())
+    }
+}
+
 impl Flow {
     /// The expectation of block `number`.
-    fn place(&mut self, number: u64) -> &mut Option<Expected> {
+    fn place(&mut self, number: u64) -> &mut Option<ExpectedBlock> {
         let slot = usize::try_from(number.wrapping_sub(1) % SLOTS).unwrap_or(0);
         &mut self.slots[slot]
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::support::{LIMIT, bit, busy, device, options, read_all, resume, until};
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::offset;
 use vfio_migration_sim::driver::{DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
-use vfio_migration_sim::regs::offset;
 use vfio_migration_sim::{Options, SampleDevice, StateRead};
 use vfio_user_peer::MigrationFlags;
 use vfio_user_peer::MigrationState::{

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::support::{self, LIMIT, busy, device, options, until};
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::{RING_ERROR, offset};
 use vfio_migration_memory::Mapping;
 use vfio_migration_sim::driver::{BlockFindings, DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
-use vfio_migration_sim::regs::{RING_ERROR, offset};
 use vfio_migration_sim::{DmaTarget, MessageDma, SampleDevice};
 use vfio_user_peer::MigrationState::{Running, RunningP2p, Stop, StopCopy};
 

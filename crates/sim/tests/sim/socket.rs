@@ -7,9 +7,9 @@ use std::thread::JoinHandle;
 
 use crate::support::{LIMIT, options};
 use rustix::io::Errno;
+use vfio_migration_guest_driver::registers::offset;
 use vfio_migration_memory::Mapping;
 use vfio_migration_sim::driver::{DriverConfig, Hardware, P2pTarget, RAM_SIZE, TestDriver};
-use vfio_migration_sim::regs::offset;
 use vfio_migration_sim::{Options, SampleBackend, SampleDevice, StopHandle, serve};
 use vfio_user_peer::MigrationState::{PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
 use vfio_user_peer::{

@@ -1,5 +1,9 @@
 //! The driver of the sample device, and the checker of what it does.
 
+use std::convert::Infallible;
+
+use vfio_migration_guest_driver::registers::{ENABLE, MAGIC, offset};
+use vfio_migration_guest_driver::{Descriptor, DeviceRegisters, ExpectedBlock, P2P, Ring, SharedMemory};
 use vfio_migration_types::DEVICES_MAX;
 
 use super::cpu::Cpu;
@@ -13,8 +17,6 @@ use crate::layout::LAPIC_BASE;
 
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
-const MAGIC: u32 = 0x4c50_4d53;
-const BLOCK_MAGIC: u64 = 0x4b43_4f4c_4253_4d56;
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Vector of the first device's first flow; two per device.
 const FIRST_VECTOR: u32 = 0x40;
@@ -23,20 +25,14 @@ const LOST_AFTER: u64 = 1_000_000_000;
 /// Blocks of the past that are compared again in a turn.
 const CHECKS_PER_TURN: u64 = 8;
 
-const REG_CONTROL: u64 = 0x08;
-const REG_STATUS: u64 = 0x0c;
-const REG_RING: u64 = 0x10;
-const REG_RING_SIZE: u64 = 0x18;
-const REG_TAIL: u64 = 0x20;
-const REG_DONE: u64 = 0x28;
-const REG_ACK: u64 = 0x30;
-const DOORBELL: u64 = 0x1000;
-
 /// Variable: the slot that is compared next.
 const SLOT: u64 = DATA + 0x800;
 /// Variables of the devices.
 const VARIABLES: u64 = DATA + 0x1000;
 const VARIABLES_LEN: u64 = 0x200;
+
+const RING_ENTRIES: u32 = 64;
+const _: () = assert!(RING_ENTRIES as u64 == RING_SIZE);
 
 /// A device, by its index: addresses and nothing else.
 #[derive(Clone, Copy, Debug)]
@@ -150,6 +146,16 @@ impl<'a> DrivenDevice<'a> {
         DEVICES + self.index * DEVICE_STRIDE
     }
 
+    fn ring(self) -> Ring {
+        let memory = self.memory();
+        Ring {
+            base: memory + DEVICE_RING,
+            entries: RING_ENTRIES,
+            tail: memory + DEVICE_TAIL,
+            done: memory + DEVICE_DONE,
+        }
+    }
+
     fn flows(self) -> [Flow<'a>; 2] {
         [Flow { device: self, flow: 0 }, Flow { device: self, flow: 1 }]
     }
@@ -208,18 +214,14 @@ impl<'a> DrivenDevice<'a> {
             return Err(ProgramFailure { code: 6, detail: magic.into() });
         }
         for source in 0..RING_SIZE {
-            for index in 1..orders.block_len / 8 {
+            for index in 1..u64::from(orders.block_len / 8) {
                 let at = self.memory() + DEVICE_SOURCES + source * 4096 + 8 * index;
                 cpu.store64(at, index.wrapping_mul(GOLDEN));
             }
         }
-        cpu.store64(bar0 + REG_RING, self.memory() + DEVICE_RING);
-        cpu.store32(bar0 + REG_RING_SIZE, u32::try_from(RING_SIZE).unwrap_or(0));
-        cpu.store64(bar0 + REG_TAIL, self.memory() + DEVICE_TAIL);
-        cpu.store64(bar0 + REG_DONE, self.memory() + DEVICE_DONE);
-        cpu.store32(bar0 + REG_CONTROL, 1);
-        let status = cpu.load32(bar0 + REG_STATUS);
-        if status & 1 == 0 {
+        let Ok(()) = self.ring().start(&mut Bar0 { cpu, at: bar0 });
+        let status = cpu.load32(bar0 + offset::STATUS);
+        if status & ENABLE == 0 {
             return Err(ProgramFailure { code: 8, detail: status.into() });
         }
         Ok(())
@@ -239,17 +241,20 @@ impl<'a> DrivenDevice<'a> {
             cpu.store64(flow.slot_entry(number % SLOTS), 0);
             let source = self.memory() + DEVICE_SOURCES + posted % RING_SIZE * 4096;
             cpu.store64(source, flow.cookie(number));
-            let descriptor = self.memory() + DEVICE_RING + posted % RING_SIZE * 32;
-            cpu.store64(descriptor, source);
-            cpu.store64(descriptor + 8, flow.target(orders, number % SLOTS));
-            cpu.store64(descriptor + 16, flow.len_and_flags(orders));
-            cpu.store64(descriptor + 24, flow.cookie(number));
+            let descriptor = Descriptor {
+                source,
+                target: flow.target(orders, number % SLOTS),
+                len: orders.block_len,
+                flags: flow.flags(),
+                cookie: flow.cookie(number),
+            };
+            let Ok(()) = self.ring().put(&mut &*cpu, posted, &descriptor);
             posted += 1;
         }
         if posted != before {
             cpu.store64(self.posted(), posted);
-            cpu.store64(self.memory() + DEVICE_TAIL, posted);
-            cpu.store32(self.bar0() + DOORBELL, 1);
+            let Ok(()) = self.ring().post(&mut &*cpu, posted);
+            let Ok(()) = Ring::ring(&mut Bar0 { cpu, at: self.bar0() });
         }
     }
 }
@@ -278,9 +283,14 @@ impl Flow<'_> {
         self.variable(3)
     }
 
-    /// Address of the device's count of completed blocks.
+    /// The device's count of completed blocks.
     fn done(self) -> u64 {
-        self.device.memory() + DEVICE_DONE + 8 * self.flow
+        let Ok(done) = self.device.ring().done(&mut &*self.device.cpu, self.index());
+        done
+    }
+
+    fn index(self) -> usize {
+        usize::from(self.flow != 0)
     }
 
     fn slot_entry(self, slot: u64) -> u64 {
@@ -297,8 +307,8 @@ impl Flow<'_> {
         base + slot * 4096
     }
 
-    fn len_and_flags(self, orders: &BootOrders) -> u64 {
-        orders.block_len | self.flow << 32
+    fn flags(self) -> u32 {
+        if self.flow == 0 { 0 } else { P2P }
     }
 
     fn cookie(self, number: u64) -> u64 {
@@ -308,7 +318,7 @@ impl Flow<'_> {
     /// Handles one interrupt of the flow.
     fn interrupt(self) {
         let cpu = self.device.cpu;
-        let done = cpu.load64(self.done());
+        let done = self.done();
         let counter = if done == cpu.load64(self.seen()) { word::SPURIOUS } else { word::INTERRUPTS };
         cpu.add(REPORT + 8 * counter, 1);
         self.acknowledge(done);
@@ -318,14 +328,14 @@ impl Flow<'_> {
         let cpu = self.device.cpu;
         cpu.store64(self.waiting(), 0);
         cpu.store64(self.seen(), done);
-        cpu.store64(self.device.bar0() + REG_ACK + 8 * self.flow, done);
+        let Ok(()) = Ring::acknowledge(&mut Bar0 { cpu, at: self.device.bar0() }, self.index(), done);
     }
 
     /// A flow whose count is ahead of what its handler saw, and stays so for a second of running, has lost its
     /// interrupt. It is counted and served by hand, so that the guest goes on.
     fn look_for_lost(self, run_clock: u64) {
         let cpu = self.device.cpu;
-        let done = cpu.load64(self.done());
+        let done = self.done();
         let waiting = cpu.load64(self.waiting());
         if done == cpu.load64(self.seen()) {
             if waiting != 0 {
@@ -368,11 +378,9 @@ impl Flow<'_> {
         let cpu = self.device.cpu;
         let mut bytes = vec![0; usize::try_from(orders.block_len.min(4096)).unwrap_or(4096)];
         cpu.load(self.target(orders, number % SLOTS), &mut bytes);
-        let words: Vec<u64> =
-            bytes.chunks_exact(8).map(|chunk| chunk.try_into().map_or(0, u64::from_le_bytes)).collect();
         cpu.add(REPORT + 8 * word::BLOCKS_CHECKED, 1);
-        let verdict = verdict(&words, number, self.cookie(number), self.len_and_flags(orders));
-        if verdict != Verdict::Right {
+        let verdict = self.expected(orders, number).check(&bytes);
+        if verdict != Ok(0) {
             tracing::warn!(
                 device = self.device.index,
                 flow = self.flow,
@@ -381,48 +389,52 @@ impl Flow<'_> {
                 "software guest: a block is lost"
             );
             cpu.add(REPORT + 8 * word::BLOCKS_LOST, 1);
-            if verdict == Verdict::Damaged {
+            // It is right, and says that the device's internal state is not.
+            if verdict.is_ok() {
                 cpu.add(REPORT + 8 * word::INTEGRITY, 1);
             }
             cpu.store64(self.slot_entry(number % SLOTS), 0);
         }
     }
+
+    fn expected(self, orders: &BootOrders, number: u64) -> ExpectedBlock {
+        let (len, flags, cookie) = (orders.block_len, self.flags(), self.cookie(number));
+        let words = u64::from(len / 8);
+        // The source: the cookie, then multiples of a constant.
+        let source_sum = cookie.wrapping_add(GOLDEN.wrapping_mul(words * words.saturating_sub(1) / 2));
+        ExpectedBlock { number, cookie, len, flags, source_sum }
+    }
 }
 
-/// Result of comparing a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Right,
-    /// This word of it is wrong.
-    Wrong(usize),
-    /// It is right, and says that the device's internal state is not.
-    Damaged,
+/// BAR0 of a device, where it lies for the guest.
+struct Bar0<'a> {
+    cpu: &'a Cpu,
+    at: u64,
 }
 
-fn verdict(words: &[u64], number: u64, cookie: u64, len_and_flags: u64) -> Verdict {
-    let count = words.len() as u64;
-    // The source: the cookie, then multiples of a constant.
-    let source_sum = cookie.wrapping_add(GOLDEN.wrapping_mul(count * count.saturating_sub(1) / 2));
-    let sum = words
-        .iter()
-        .enumerate()
-        .filter(|(index, _)| *index != 7)
-        .fold(0u64, |sum, (_, word)| sum.wrapping_add(*word));
-    let expected = |index: usize| match index {
-        0 => Some(BLOCK_MAGIC),
-        1 => Some(number),
-        2 => Some(cookie),
-        3 => Some(len_and_flags),
-        4 => Some(source_sum),
-        // Damage that was found, and initial data declared anew: the device's to say.
-        5 | 6 => None,
-        7 => Some(sum),
-        _ => Some(number.wrapping_mul(GOLDEN) ^ ((index as u64) << 32 | index as u64)),
-    };
-    let wrong = (0..words.len()).find(|index| expected(*index).is_some_and(|value| words[*index] != value));
-    match (wrong, words.get(5)) {
-        (Some(index), _) => Verdict::Wrong(index),
-        (None, Some(0)) => Verdict::Right,
-        _ => Verdict::Damaged,
+impl DeviceRegisters for Bar0<'_> {
+    type Error = Infallible;
+
+    fn write32(&mut self, register: u64, value: u32) -> Result<(), Infallible> {
+        self.cpu.store32(self.at + register, value);
+        Ok(())
+    }
+
+    fn write64(&mut self, register: u64, value: u64) -> Result<(), Infallible> {
+        self.cpu.store64(self.at + register, value);
+        Ok(())
+    }
+}
+
+impl SharedMemory for &Cpu {
+    type Error = Infallible;
+
+    fn load(&mut self, address: u64) -> Result<u64, Infallible> {
+        Ok(self.load64(address))
+    }
+
+    fn store(&mut self, address: u64, value: u64) -> Result<(), Infallible> {
+        self.store64(address, value);
+        Ok(())
     }
 }

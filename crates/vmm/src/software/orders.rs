@@ -8,7 +8,7 @@ pub(super) struct BootOrders {
     pub(super) pages_per_second: u64,
     pub(super) areas: Areas,
     pub(super) devices: u64,
-    pub(super) block_len: u64,
+    pub(super) block_len: u32,
     pub(super) in_flight: u64,
     pub(super) p2p: bool,
     pub(super) tick_us: u64,

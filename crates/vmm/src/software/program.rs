@@ -123,7 +123,7 @@ impl Program {
             pages_per_second: word(1),
             areas,
             devices: word(6),
-            block_len: word(7),
+            block_len: u32::try_from(word(7)).map_err(|_| ProgramFailure { code: 1, detail: word(7) })?,
             in_flight: word(8),
             p2p: word(9) != 0,
             tick_us: word(10),
