@@ -15,6 +15,7 @@ use crate::machine::Machine;
 use crate::reasons::sentences;
 use crate::session::threads::no_thread;
 use crate::tls::error::TlsError;
+use crate::unresolved::UnresolvedMigration;
 use crate::uri::Uri;
 
 /// The reason why a guest did not move.
@@ -29,11 +30,9 @@ pub enum MigrateError {
     Refused(Vec<Reason>),
     /// The attempt was undone, with its cause and what is left.
     Aborted(Box<Aborted>),
-    /// COMMIT was sent and its outcome is not known: the guest is paused here, and nothing runs by itself.
-    Unresolved {
-        /// The known facts, for the person who decides.
-        why: String,
-    },
+    /// COMMIT was sent and its outcome is not known: the guest is paused here, and nothing runs by itself. It says what is known, and
+    /// can ask again.
+    Unresolved(Box<UnresolvedMigration>),
 }
 
 impl fmt::Display for MigrateError {
@@ -51,8 +50,9 @@ impl MigrateError {
             Self::NotBegun(failure) => format!("{what} did not begin: {failure}"),
             Self::Refused(reasons) => format!("{what} was refused: {}", sentences(reasons)),
             Self::Aborted(aborted) => aborted.sentence_of(what),
-            Self::Unresolved { why } => format!(
-                "who owns the guest is not known: {why}; the guest is paused here, and ends here if the other side has it"
+            Self::Unresolved(unresolved) => format!(
+                "who owns the guest is not known: {}; the guest is paused here, and ends here if the other side has it",
+                unresolved.why
             ),
         }
     }

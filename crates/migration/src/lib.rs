@@ -164,6 +164,7 @@ mod thread_setup;
 mod tls;
 mod unix_listener;
 mod unix_peer;
+mod unresolved;
 mod uri;
 mod waiting_sources;
 
@@ -214,6 +215,7 @@ pub use tls::remedy::TlsRemedy;
 pub use tls::security::{ConnectionSecurity, SecurityKind, SocketKind};
 pub use unix_listener::{bind_unix, unix_address};
 pub use unix_peer::{AllowedUnixPeers, UnixPeer, UnixPeerError};
+pub use unresolved::{Resolution, UnresolvedMigration};
 pub use uri::{Uri, UriError};
 pub use vfio_migration_types::{CancelCause, Failure, GuestOutcome, PauseCause, Side};
 pub use {

@@ -24,6 +24,7 @@ use crate::session::awaited::Request;
 use crate::session::fail::InPhase;
 use crate::session::threads::{set_up, spawn, spawn_free};
 use crate::source::Source;
+use crate::unresolved::UnresolvedMigration;
 
 /// Longest pause of the guest while its last state is written: as long as the disk takes.
 const STANDSTILL: Duration = Duration::from_secs(3600);
@@ -187,8 +188,10 @@ pub fn save(
         }
         (Err(Unrecorded::File(error)), _) => Err(SaveError::File(error)),
         (_, Err(error)) => Err(SaveError::Session(error)),
-        (_, Ok(_)) => Err(SaveError::Session(MigrateError::Unresolved {
-            why: "the session ended otherwise than its recording: a defect of this program".into(),
-        })),
+        (_, Ok(Completed { vm, attempt, epoch, .. })) => {
+            let why = "the session ended otherwise than its recording: a defect of this program".into();
+            let unresolved = UnresolvedMigration::of_journal(vm, attempt, epoch, "the file".into(), why);
+            Err(SaveError::Session(MigrateError::Unresolved(Box::new(unresolved))))
+        }
     }
 }

@@ -17,6 +17,7 @@ use crate::rehearsal::Rehearsal;
 use crate::report::Completed;
 use crate::session::abort::AbortOnce;
 use crate::session::interrupt::Interrupt;
+use crate::unresolved::UnresolvedMigration;
 
 /// State that the threads of an attempt share.
 #[derive(Debug, Default)]
@@ -27,6 +28,8 @@ pub(crate) struct SourceShared {
     pub(crate) abort: AbortOnce,
     /// The guest is paused by this attempt, or is about to be. Locked by whoever decides that it may not be any more.
     pub(crate) pausing: Mutex<bool>,
+    /// The session has ended, and its worker is kept for whoever asks on what became of COMMIT.
+    pub(crate) unresolved: AtomicBool,
     /// The session has ended, and its worker undoes what is left by itself.
     pub(crate) left_behind: AtomicBool,
     /// The session has ended: nobody hears what its worker learns, which is not to wait for it.
@@ -100,9 +103,12 @@ impl SourceEnd {
     pub(crate) fn rehearsed(self) -> Result<Rehearsal, MigrateError> {
         match self {
             Self::Rehearsed(rehearsal) => Ok(rehearsal),
-            Self::Completed(_) => {
+            Self::Completed(completed) => {
                 let why = "the guest moved where a rehearsal was asked for: a defect of this program".into();
-                Err(MigrateError::Unresolved { why })
+                let peer = "the destination".to_owned();
+                let Completed { vm, attempt, epoch, .. } = completed;
+                let unresolved = UnresolvedMigration::of_journal(vm, attempt, epoch, peer, why);
+                Err(MigrateError::Unresolved(Box::new(unresolved)))
             }
         }
     }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use vfio_migration_engine::SourceEvent;
 use vfio_migration_engine::ownership::{SourceRecord, SourceState};
-use vfio_migration_types::{Failure, Side, error_chain};
+use vfio_migration_engine::{SourceAction, SourceEvent};
+use vfio_migration_types::{Failure, Phase, Side, error_chain};
 use vfio_migration_wire::Message;
 
 use crate::channel::binding::NO_PROOF;
@@ -14,18 +14,68 @@ use crate::channel::connect::{self, ConnectError};
 use crate::channel::error::ChannelError;
 use crate::channel::link::Link;
 use crate::channel::reader::Reader;
+use crate::control::Undone;
 use crate::session::abandon::{NoThread, Unanswered, answer_unless};
 use crate::session::awaited::Request;
 use crate::session::fail::{InPhase, STATE_DIR};
 use crate::session::lock::lock;
 use crate::session::threads::no_thread;
 use crate::session::work_error::WorkError;
+use crate::unresolved::{CommitAnswer, PendingCommit};
 use crate::uri::Uri;
 
 use crate::source::worker::Worker;
 
+impl PendingCommit for Worker {
+    fn ask(&mut self, at: Option<&Uri>, given_up: &dyn Fn() -> bool) -> Result<CommitAnswer, Failure> {
+        let failed = |why: String| Failure::new(Side::Source, Phase::Commit, why);
+        let uri = at.unwrap_or(&self.plan.uri);
+        if matches!(uri, Uri::Fd(_)) {
+            return Err(failed(FD_ENDED.into()).with_remedy("ask at an address"));
+        }
+        match self.ask_at(uri, given_up) {
+            Ok(Message::Declined(cause)) => Ok(CommitAnswer::Declined(cause)),
+            Ok(Message::Running(running)) if running.epoch == self.plan.epoch.next() => {
+                Ok(CommitAnswer::Running(running.guest))
+            }
+            Ok(Message::Abort(failure)) => Err(failure),
+            Ok(other) => Err(failed(format!("the destination's answer decides nothing: {other:?}"))),
+            Err(Ok(WorkError::Failed(failure))) => Err(failure),
+            Err(Ok(WorkError::Interrupted | WorkError::Link)) => Err(failed("asking was given up".into())),
+            Err(Err(why)) => Err(failed(why)),
+        }
+    }
+
+    fn has_moved(&mut self) -> Vec<Failure> {
+        let steps = [SourceAction::Journal(SourceState::Released), SourceAction::CleanUp];
+        let failed = |step| match self.guarded(step) {
+            Err(WorkError::Failed(failure)) => Some(failure),
+            _ => None,
+        };
+        steps.into_iter().filter_map(failed).collect()
+    }
+
+    fn go_back(&mut self, cause: &Failure) -> Result<(bool, Vec<Failure>), Failure> {
+        *lock(&self.shared.journal_reason) = Some(cause.to_string());
+        match self.guarded(SourceAction::Journal(SourceState::Owner)) {
+            Ok(_) => {}
+            Err(WorkError::Failed(failure)) => return Err(failure),
+            Err(WorkError::Interrupted | WorkError::Link) => {
+                let text = "the journal was not written";
+                return Err(Failure::new(Side::Source, Phase::Commit, text));
+            }
+        }
+        if let Ok(Some(event)) = self.guarded(SourceAction::RollBack) {
+            self.note_not_undone(&event);
+        }
+        let Undone { restored, failures } = lock(&self.shared.undone).clone();
+        Ok((restored, failures))
+    }
+}
+
 /// Longest wait for one answer: the engine asks again.
 const PATIENCE: Duration = Duration::from_secs(5);
+const FD_ENDED: &str = "a connection that was handed over cannot be made again";
 /// Time after which a waiter looks again whether it was replaced.
 const SLICE: Duration = Duration::from_millis(100);
 
@@ -34,11 +84,10 @@ impl Worker {
     pub(super) fn ask_again(&mut self) -> Option<SourceEvent> {
         self.shared.interrupt.clear();
         if matches!(self.plan.uri, Uri::Fd(_)) {
-            return Some(SourceEvent::LinkLost(
-                "a connection that was handed over cannot be made again".into(),
-            ));
+            return Some(SourceEvent::LinkLost(FD_ENDED.into()));
         }
-        match self.ask() {
+        let replaced = || self.shared.interrupt.raised() || self.shared.ended.load(Ordering::Acquire);
+        match self.ask_at(&self.plan.uri, replaced) {
             Ok(message) => Some(SourceEvent::Peer(message)),
             Err(Ok(WorkError::Interrupted)) => None,
             Err(Ok(_)) => Some(SourceEvent::LinkLost("asking what became of COMMIT failed".into())),
@@ -46,12 +95,11 @@ impl Worker {
         }
     }
 
-    fn ask(&self) -> Result<Message, Result<WorkError, String>> {
+    fn ask_at(&self, uri: &Uri, replaced: impl Fn() -> bool) -> Result<Message, Result<WorkError, String>> {
         let limit = self.plan.options.connect_timeout.min(PATIENCE);
-        let replaced = || self.shared.interrupt.raised() || self.shared.ended.load(Ordering::Acquire);
-        let (uri, options) = (&self.plan.uri, &self.plan.options);
+        let options = &self.plan.options;
         let connected =
-            connect::connect(uri, options.security.as_ref(), &options.unix_peers, limit, replaced);
+            connect::connect(uri, options.security.as_ref(), &options.unix_peers, limit, &replaced);
         let socket = connected.map_err(|error| match error {
             ConnectError::Cancelled => Ok(WorkError::Interrupted),
             error => Err(error_chain(&error)),

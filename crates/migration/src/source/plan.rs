@@ -28,6 +28,7 @@ use crate::session::awaited::{AwaitedAnswers, Request};
 use crate::session::fail::InPhase;
 use crate::session::host::nonce;
 use crate::session::threads::no_thread;
+use crate::unresolved::UnresolvedMigration;
 use crate::uri::Uri;
 
 /// A source whose own preconditions hold: nothing has been touched, nobody has been talked to.
@@ -212,12 +213,11 @@ fn owned_epoch(file: JournalFile, options: &SourceOptions) -> Result<Epoch, Migr
     let committing = |record: &&SourceRecord| record.state == SourceState::Committing;
     let unanswered = file.source.as_ref().filter(committing);
     if let Some(record) = unanswered.filter(|record| file.owned_epoch() <= Some(record.epoch)) {
-        return Err(MigrateError::Unresolved {
-            why: format!(
-                "the journal says that attempt {} to {} was committed to and never answered",
-                record.attempt, record.peer
-            ),
-        });
+        let SourceRecord { vm, attempt, epoch, peer, .. } = record.clone();
+        let why =
+            format!("the journal says that attempt {attempt} to {peer} was committed to and never answered");
+        let unresolved = UnresolvedMigration::of_journal(vm, attempt, epoch.next(), peer, why);
+        return Err(MigrateError::Unresolved(Box::new(unresolved)));
     }
     file.epochs().may_send(options.epoch).map_err(|over| {
         let text = format!("{over}: the VM was given away, and nothing says that it came back");

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::{self as engine, SourceOutcome, SourceSummary};
-use vfio_migration_types::{AttemptId, DeviceId, Phase, VmId};
+use vfio_migration_types::{DeviceId, Phase};
 
 use crate::channel::link::Link;
 use crate::error::{Aborted, MigrateError};
@@ -16,6 +16,7 @@ use crate::session::lock::lock;
 use crate::session::rate::RateMeter;
 use crate::source::attempt::{SourceCounters, SourceEnd};
 use crate::source::plan::PlannedMigration;
+use crate::unresolved::UnresolvedMigration;
 use crate::uri::Uri;
 
 /// Time after which the observer is called again while nothing but counts changes.
@@ -161,10 +162,14 @@ pub(crate) fn into_result(
     reporter: &ProgressReporter,
     counters: &SourceCounters,
     link: &Link,
-    uri: &Uri,
-    vm: VmId,
-    attempt: AttemptId,
+    plan: &PlannedMigration,
 ) -> Result<SourceEnd, MigrateError> {
+    let (vm, attempt) = (plan.machine.id(), plan.attempt);
+    let unresolved = |why| {
+        let (epoch, peer) = (plan.epoch.next(), plan.info.peer.clone());
+        let unresolved = UnresolvedMigration::of_journal(vm, attempt, epoch, peer, why);
+        Err(MigrateError::Unresolved(Box::new(unresolved)))
+    };
     match outcome {
         SourceOutcome::Completed(summary) => {
             let paused_ns = counters.paused_ns.load(Ordering::Acquire);
@@ -174,7 +179,7 @@ pub(crate) fn into_result(
                 vm,
                 attempt,
                 epoch: summary.running.epoch,
-                transport: match uri {
+                transport: match &plan.uri {
                     Uri::Tcp { .. } => "tcp",
                     Uri::Unix(_) => "unix",
                     Uri::Fd(_) => "fd",
@@ -226,10 +231,8 @@ pub(crate) fn into_result(
             left_undone: abort.left_undone,
         }))),
         SourceOutcome::Refused(reasons) => Err(MigrateError::Refused(crate::reasons::from_wire(reasons))),
-        SourceOutcome::Unresolved(why) => Err(MigrateError::Unresolved { why }),
-        other => Err(MigrateError::Unresolved {
-            why: format!("an outcome that this version does not know: {other:?}"),
-        }),
+        SourceOutcome::Unresolved(why) => unresolved(why),
+        other => unresolved(format!("an outcome that this version does not know: {other:?}")),
     }
 }
 

@@ -61,13 +61,21 @@ pub(super) fn run(
     plan.control.attach(sender);
     let worker = Worker::new(&plan, &link, &shared, &counters);
     let mut reporter = ProgressReporter::new(&plan);
+    let (keep, kept) = mpsc::channel();
     let ended = std::thread::scope(|scope| {
         let (jobs, submitted) = mpsc::channel();
         let reader = Reader::new(&link, Side::Destination);
         let (shared, link, reader_events) = (&shared, &link, events.clone());
         let reading = spawn(scope, "reader", move || read_loop(reader, link, &reader_events, shared));
         // Free, because a device that does not answer holds it up: a cancel leaves it behind.
-        let working = spawn_free("worker", move || worker.run(&submitted, &events));
+        let (of_worker, keep) = (Arc::clone(shared), keep);
+        let working = spawn_free("worker", move || {
+            let worker = worker.run(&submitted, &events);
+            if of_worker.unresolved.load(Ordering::Acquire) {
+                // It is asked for, by whoever has the other end.
+                drop(keep.send(worker));
+            }
+        });
         let (reading, working) = match (reading, working) {
             (Ok(reading), Ok(working)) => (reading, working),
             (Err(error), _) | (_, Err(error)) => {
@@ -105,7 +113,12 @@ pub(super) fn run(
     } else if let Err(panic) = working.join() {
         std::panic::resume_unwind(panic);
     }
-    into_result(outcome, &reporter, &counters, &link, &plan.uri, plan.machine.id(), plan.attempt)
+    into_result(outcome, &reporter, &counters, &link, &plan).map_err(|error| match (error, kept.try_recv()) {
+        (MigrateError::Unresolved(unresolved), Ok(worker)) => {
+            MigrateError::Unresolved(Box::new(unresolved.that_can_ask(Box::new(worker))))
+        }
+        (error, _) => error,
+    })
 }
 
 /// The link over `socket`, with our preamble sent: whoever handed the socket over may have left it full.
@@ -204,6 +217,8 @@ impl Session<'_> {
             tracing::debug!(?action, "action");
             match &action {
                 SourceAction::Finish(outcome) => {
+                    let unresolved = matches!(outcome, SourceOutcome::Unresolved(_));
+                    self.shared.unresolved.store(unresolved, Ordering::Release);
                     self.shared.ended.store(true, Ordering::Release);
                     return Some(outcome.clone());
                 }

@@ -87,8 +87,8 @@ impl Worker {
         }
     }
 
-    /// Works until the job queue is closed.
-    pub(super) fn run(mut self, jobs: &Receiver<SourceAction>, events: &Events<SourceEvent>) {
+    /// Works until the job queue is closed, and gives back what is left.
+    pub(super) fn run(mut self, jobs: &Receiver<SourceAction>, events: &Events<SourceEvent>) -> Self {
         for job in jobs {
             let answer = match self.guarded(job) {
                 Ok(answer) => answer,
@@ -110,10 +110,11 @@ impl Worker {
         if self.dirty.is_logging() && !self.paused.as_ref().is_some_and(Paused::stays_paused) {
             let _ = self.guarded(SourceAction::RollBack);
         }
+        self
     }
 
     /// Keeps what a rollback could not undo, for whoever asks when nobody listens to events any more.
-    fn note_not_undone(&self, event: &SourceEvent) {
+    pub(super) fn note_not_undone(&self, event: &SourceEvent) {
         let SourceEvent::RolledBack { reset, not_reset, restored, .. } = event else { return };
         let failure = |text: &str| Failure::new(Side::Source, Phase::Clean, text);
         let reset = reset.iter().map(|device| {
@@ -132,7 +133,7 @@ impl Worker {
 
     /// Does a job. The VMM's code and its devices' run in it: a panic of theirs is a failure like any other, or the session
     /// would wait for an answer for ever.
-    fn guarded(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
+    pub(super) fn guarded(&mut self, job: SourceAction) -> Result<Option<SourceEvent>, WorkError> {
         let (pausing, back) = (job == SourceAction::Pause, job == SourceAction::RollBack);
         catch_unwind(AssertUnwindSafe(|| self.job(job))).unwrap_or_else(|panic| {
             let failure = panicked(Side::Source, self.shared.phase(), panic.as_ref());

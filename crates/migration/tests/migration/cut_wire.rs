@@ -151,7 +151,10 @@ fn an_answer_that_never_comes_leaves_the_guest_standing() {
     assert!(matches!(here, Err(MigrateError::Unresolved { .. })), "{here:?}");
     source.prove_standing();
     machine.prove_running();
-    // And it cannot be migrated again by mistake.
+    // And it cannot be migrated again by mistake, neither by this process nor, once it has let go, by what the journal says.
+    let again = Source::new(source.clone(), ours.clone()).migrate_to(&at, |_| {});
+    assert!(matches!(again, Err(MigrateError::NotBegun(_))), "{again:?}");
+    drop(here);
     let again = Source::new(source.clone(), ours).migrate_to(&at, |_| {});
     assert!(matches!(again, Err(MigrateError::Unresolved { .. })), "{again:?}");
 }

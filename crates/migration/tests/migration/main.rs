@@ -21,4 +21,5 @@ mod tls;
 mod toy;
 mod unanswered;
 mod uncovered;
+mod unresolved;
 mod waits;
