@@ -72,7 +72,8 @@ pub(crate) enum CliVerb {
     Set(SetCommand),
     /// Pause the guest of a running `vm`.
     Stop(VmTarget),
-    /// Let the guest of a running `vm` run.
+    /// Let the guest of a running `vm` run: also one that a session left paused, which is started again, or whose owner is not known, which
+    /// the destination is asked for again.
     Cont(VmTarget),
     /// End a `vm`; with --force also one whose guest is there, and ends with it.
     Quit(QuitCommand),

@@ -205,7 +205,7 @@ fn for_people(dir: &Path, vm: &KnownVm) -> String {
     if vm.owner == Owner::Undecided {
         let why = "the answer to its commit was lost, or is on its way";
         let journal = Some(dir.join(format!("{}.json", vm.uuid)));
-        let guest = UndecidedGuest { why, peer, journal, is_here: vm.process };
+        let guest = UndecidedGuest { why, peer, journal, is_here: vm.process, can_ask: vm.process };
         out += &(printable(&format!("  {guest}")).into_owned() + "\n");
     }
     for (side, entry) in [("sent", &vm.source), ("taken in", &vm.destination)] {

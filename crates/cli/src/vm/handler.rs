@@ -9,10 +9,9 @@ use vfio_migration::{AttemptKind, Machine, Progress};
 use vfio_migration_compat::Document;
 use vfio_migration_types::{Phase, error_chain};
 
-use super::ending;
 use super::running::RunningVm;
 use super::slot::{Slot, Steering};
-use super::{held, incoming, info, outgoing, saving};
+use super::{ask_again, ending, held, incoming, info, outgoing, saving};
 use crate::address::SocketName;
 use crate::control::event::ControlEvent;
 use crate::control::guest::GuestInfo;
@@ -153,6 +152,7 @@ impl VmHandler {
         let (machine, was_held) = match self.vm.state.slot() {
             Slot::Here { machine, .. } => (machine, false),
             Slot::OwnedNotStarted { machine, .. } => (machine, true),
+            Slot::Unresolved { .. } => return ask_again::ask(&self.vm),
             slot => return Err(self.vm.state.refusal(&slot, "run")),
         };
         if let Some(why) = machine.failure() {

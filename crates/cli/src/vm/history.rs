@@ -119,7 +119,7 @@ pub(super) fn record(dir: Option<&Path>, attempt: &AttemptInfo, kind: SessionKin
     }
 }
 
-fn kind(kind: AttemptKind) -> SessionKind {
+pub(super) fn kind(kind: AttemptKind) -> SessionKind {
     match kind {
         AttemptKind::Rehearsal => SessionKind::Rehearsal,
         AttemptKind::Check => SessionKind::Check,

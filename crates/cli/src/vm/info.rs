@@ -253,6 +253,24 @@ fn ended(guest: &GuestOutcome) -> (MigrationStatus, ArrivedGuest) {
     }
 }
 
+/// `last`, of a source that has learned only now what became of its guest at the destination.
+pub(super) fn of_outcome(guest: &GuestOutcome, last: MigrationInfo) -> MigrationInfo {
+    let (status, arrived) = ended(guest);
+    MigrationInfo { status, guest: Some(arrived), error: not_running(guest), ..last }
+}
+
+fn not_running(guest: &GuestOutcome) -> Option<String> {
+    match guest {
+        GuestOutcome::Running | GuestOutcome::Paused => None,
+        GuestOutcome::NotStarted(failure) => Some(format!(
+            "the guest is the destination's, which could not start it and holds it paused: {failure}"
+        )),
+        GuestOutcome::Unknown => Some(
+            "the guest is the destination's, and whether it runs there is not known: ask its `vm`".into(),
+        ),
+    }
+}
+
 /// The migration of a source whose guest is the destination's.
 pub(super) fn completed(completed: &Completed) -> MigrationInfo {
     let Completed {
@@ -281,15 +299,7 @@ pub(super) fn completed(completed: &Completed) -> MigrationInfo {
         report: CheckReport { reasons, verdict: _, strict: _, map: _ },
     } = completed;
     let (status, arrived) = ended(guest);
-    let error = match guest {
-        GuestOutcome::Running | GuestOutcome::Paused => None,
-        GuestOutcome::NotStarted(failure) => Some(format!(
-            "the guest is the destination's, which could not start it and holds it paused: {failure}"
-        )),
-        GuestOutcome::Unknown => Some(
-            "the guest is the destination's, and whether it runs there is not known: ask its `vm`".into(),
-        ),
-    };
+    let error = not_running(guest);
     MigrationInfo {
         direction: Some("outgoing".into()),
         total_ms: milliseconds(*total),

@@ -1,5 +1,6 @@
 //! `vm`: the process that runs a guest, or waits for one, and serves its control socket.
 
+mod ask_again;
 mod creds;
 mod ending;
 mod expected;

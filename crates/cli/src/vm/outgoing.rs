@@ -155,12 +155,18 @@ pub(super) fn finish(
         Err(error) => {
             let mut ended = info::not_completed(vm, &error, what);
             let slot = match &error {
-                MigrateError::Unresolved { why } => {
+                MigrateError::Unresolved(unresolved) => {
                     let journal = vm.options.state_dir.as_ref().map(|dir| journal_file(dir, machine.id()));
-                    let text =
-                        UndecidedGuest { why, peer: to, journal, is_here: !vm.is_ending() }.to_string();
+                    let text = UndecidedGuest {
+                        why: &unresolved.why,
+                        peer: to,
+                        journal,
+                        is_here: !vm.is_ending(),
+                        can_ask: unresolved.is_pending() && !vm.is_ending(),
+                    }
+                    .to_string();
                     ended.error = Some(text.clone());
-                    Some(Slot::Unresolved { machine, epoch, text })
+                    Some(Slot::Unresolved { machine, epoch, text, unresolved: unresolved.clone() })
                 }
                 // A device is not what it was, or the storage may be in use elsewhere: `cont` tries again.
                 MigrateError::Aborted(aborted) if !aborted.restored => {

@@ -297,6 +297,7 @@ pub(super) fn owned_epoch(vm: &RunningVm) -> Result<Epoch, CliError> {
                 peer: &peer,
                 journal: Some(file),
                 is_here: false,
+                can_ask: false,
             }
             .to_string(),
         )),

@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vfio_migration::{AwaitedAnswer, Control, Failure, IncomingControl, PendingRollback, Progress};
+use vfio_migration::{
+    AwaitedAnswer, Control, Failure, IncomingControl, PendingRollback, Progress, UnresolvedMigration,
+};
 use vfio_migration_types::{Epoch, VmId};
 use vfio_migration_vmm::machine::ReferenceMachine;
 
@@ -38,7 +40,12 @@ pub(super) enum Slot {
     #[default]
     Empty,
     /// Nobody knows which side owns the guest: it is paused here. The text says what is known, and what can be done.
-    Unresolved { machine: Arc<ReferenceMachine>, epoch: Epoch, text: String },
+    Unresolved {
+        machine: Arc<ReferenceMachine>,
+        epoch: Epoch,
+        text: String,
+        unresolved: Box<UnresolvedMigration>,
+    },
     /// This side owns the guest, which a session left paused: it could not be started here, or not be let go on.
     OwnedNotStarted { machine: Arc<ReferenceMachine>, epoch: Epoch },
     /// No guest came the one time that it was waited for.

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vfio_migration::{MigrateError, VmOwnership};
-use vfio_migration_types::Epoch;
+use vfio_migration::{MigrateError, UnresolvedMigration, VmOwnership};
+use vfio_migration_types::{AttemptId, Epoch, Phase};
 
 use super::super::outgoing;
 use super::sides::{PATIENCE, PATIENT, Side, Told, migrate_between, pair, wait_for};
@@ -263,13 +263,75 @@ fn a_file_is_no_pause_and_a_later_guest_is_not_held() {
     wait_for("the guest to run there", || there.report().vm.status == VmStatus::Running);
 }
 
+/// A source that was told to wait no longer for the answer to its COMMIT, with this fault of the destination's device.
+fn unresolved(dir: &Path, fault: &str) -> (Side, Side) {
+    let (source, destination) = pair(dir, NONE, &[fault], PATIENT);
+    let to = destination.report().vm.incoming.unwrap();
+    source.client().call(ControlVerb::Migrate, json!({"uri": to, "downtime-limit": 8000})).unwrap();
+    let phase = || source.report().migration.and_then(|info| info.phase);
+    wait_for("COMMIT to be sent", || phase().is_some_and(|phase| phase == Phase::Run.code()));
+    source.started.vm.state.cancel_at_end("the test");
+    wait_for("the session's end", || source.report().vm.status == VmStatus::Unresolved);
+    (source, destination)
+}
+
+/// `cont` asks, and what it hears is what status, event and history say from then on.
+#[test]
+fn a_guest_whose_owner_is_not_known_is_asked_for_by_cont() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, destination) = unresolved(dir.path(), "hang-arc:STOP:RUNNING_P2P:1500");
+    let last = source.report().last.unwrap();
+    assert_eq!(last.status, MigrationStatus::Unresolved);
+    assert!(last.error.as_ref().unwrap().contains("`cont` asks again"), "{last:?}");
+    wait_for("the guest to run there", || destination.report().vm.status == VmStatus::Running);
+    let mut listener = source.client();
+    let refused = cont(&source).unwrap_err();
+    assert!(refused.contains("the guest has moved to tcp:") && refused.contains("completed"), "{refused}");
+    let report = source.report();
+    let last = report.last.as_ref().unwrap();
+    assert_eq!(report.vm.status, VmStatus::Postmigrate);
+    assert_eq!((last.status, last.guest), (MigrationStatus::Completed, Some(ArrivedGuest::Running)));
+    assert!(last.error.is_none() && last.failure.is_none(), "{last:?}");
+    assert!(matches!(source.owner(), VmOwnership::Elsewhere { .. }), "{:?}", source.owner());
+    let record = last_record(&source);
+    assert_eq!((record.kind, record.migration.status), (SessionKind::Migration, MigrationStatus::Completed));
+    let mut told = std::iter::from_fn(|| listener.next_event(PATIENCE).unwrap());
+    assert!(told.any(|event| event.event == "MIGRATION" && event.data["status"] == "completed"));
+    assert!(destination.progresses());
+}
+
+/// Nobody answers: it says so, nothing has changed, and it can be tried again.
+#[test]
+fn a_guest_whose_owner_does_not_answer_stays_unresolved() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, destination) = unresolved(dir.path(), "hang-arc:STOP:RUNNING_P2P:1500");
+    wait_for("the guest to run there", || destination.report().vm.status == VmStatus::Running);
+    drop(destination);
+    for _ in 0..2 {
+        let refused = cont(&source).unwrap_err();
+        assert!(refused.contains("asked again: ") && refused.contains("refused"), "{refused}");
+        assert_eq!(source.report().vm.status, VmStatus::Unresolved);
+        assert!(matches!(source.owner(), VmOwnership::Undecided { .. }));
+    }
+    let loops = source.loops();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(source.loops(), loops, "it runs");
+}
+
 /// Whoever asks gets one text, which says what can be done.
 #[test]
 fn a_guest_whose_owner_is_not_known_is_told_in_one_text() {
     let dir = tempfile::tempdir().unwrap();
     let side = Side::start(dir.path(), "source", NONE, PATIENT, &[]);
     let machine = side.started.vm.state.slot().machine().unwrap().clone();
-    let lost = MigrateError::Unresolved { why: "its answer was lost".into() };
+    let lost = UnresolvedMigration::of_journal(
+        machine.id(),
+        AttemptId([1; 16]),
+        Epoch(1),
+        "tcp:192.0.2.1:7000".into(),
+        "its answer was lost".into(),
+    );
+    let lost = MigrateError::Unresolved(Box::new(lost));
     outgoing::finish(&side.started.vm, machine, Err(lost), "tcp:192.0.2.1:7000", "the migration");
     let report = side.report();
     let last = report.last.as_ref().unwrap();
