@@ -494,6 +494,8 @@ pub enum DestinationEvent {
     /// The receiving of bulk failed: what the source sent cannot be read, or a device does not take it. No action has
     /// failed: the one under way still answers.
     Damaged(Failure),
+    /// A device is gone, as its VMM says: its server died, or its host took it. The action under way still answers, or comes to its limit.
+    DeviceLost(Failure),
     /// The connection ended or broke.
     LinkLost(String),
     /// This incoming migration is cancelled, by this.

@@ -262,6 +262,8 @@ struct Incoming {
     /// What the session under way waits for, and the VMM for it.
     answers: AwaitedAnswers,
     not_ready: Mutex<NotReadyReasons>,
+    /// Devices that were lost since the session under way looked, and how; `None` while none is.
+    lost: Mutex<Option<Vec<(DeviceId, String)>>>,
 }
 
 /// Why no guest can be taken in now: of each that says so.
@@ -328,6 +330,7 @@ impl IncomingControl {
             refusals: Mutex::default(),
             answers: AwaitedAnswers::default(),
             not_ready: Mutex::default(),
+            lost: Mutex::default(),
         };
         Self { shared: Arc::new(incoming) }
     }
@@ -347,6 +350,30 @@ impl IncomingControl {
     fn cancel_by(&self, why: CancelCause) {
         // What came first is what it is given up for.
         let _ = self.shared.cancelled.set(why);
+    }
+
+    /// Reports that a device of the machine that a guest is being received into is gone by itself (its server died, its host took it):
+    /// the attempt cannot go on, and is undone, at once and not with the next that is written to the device, which may be never. Behind
+    /// COMMIT nothing happens: the guest is ours, and what its device does when it is to start is told as that. Says whether there is a
+    /// session that hears it; while there is none, the VMM makes the next one its machine anew.
+    pub fn device_lost(&self, device: &DeviceId, why: &str) -> bool {
+        let mut lost = lock(&self.shared.lost);
+        let Some(lost) = lost.as_mut() else { return false };
+        // One alone ends the attempt, and a machine has no more devices.
+        if lost.len() < LOSSES_KEPT && !lost.iter().any(|(known, _)| known == device) {
+            lost.push((device.clone(), why.to_owned()));
+        }
+        true
+    }
+
+    /// The devices that were lost since this was last asked, each with its failure in this phase.
+    pub(crate) fn take_lost(&self, phase: Phase) -> Vec<Failure> {
+        let lost = lock(&self.shared.lost).as_mut().map(std::mem::take).unwrap_or_default();
+        let remedy = "see why the device is gone: its server's or driver's log";
+        let failure = |(device, why): (DeviceId, String)| {
+            Failure::new(Side::Destination, phase, why).of_device(&device).with_remedy(remedy)
+        };
+        lost.into_iter().map(failure).collect()
     }
 
     /// Progress of the session that is under way; `None` while none is.
@@ -444,10 +471,12 @@ impl IncomingControl {
     }
 
     pub(crate) fn begin_session(&self) {
+        *lock(&self.shared.lost) = Some(Vec::new());
         self.set_progress(Progress::default());
     }
 
     pub(crate) fn end_session(&self) {
+        *lock(&self.shared.lost) = None;
         self.shared.answers.give_up_late();
         let mut sessions = lock(&self.shared.sessions);
         sessions.last = sessions.present.take();
@@ -455,6 +484,7 @@ impl IncomingControl {
 
     /// The session was none: its source was refused before anything was made for it.
     pub(crate) fn discard_session(&self) {
+        *lock(&self.shared.lost) = None;
         lock(&self.shared.sessions).present = None;
     }
 

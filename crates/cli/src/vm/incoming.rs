@@ -1,6 +1,6 @@
 //! An incoming migration: a `vm` that waits until a guest has arrived, however many sessions end otherwise before that.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
@@ -213,6 +213,7 @@ fn admit(
         None => rebuild(vm, memory)?,
     };
     let machine = lent.get_or_init(|| machine).clone();
+    *vm.lent.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&machine);
     let named = offer.vm.names_a_vm();
     if vm.options.uuid.is_none() && named {
         machine.adopt(offer.vm);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -53,6 +53,8 @@ pub(super) struct RunningVm {
     pub(super) passed: PassedSockets,
     /// Held by whoever builds the machine of a `vm` that waits, or takes it for a session.
     pub(super) building: Mutex<()>,
+    /// The machine that the latest session was given, for a guest that comes.
+    pub(super) lent: Mutex<Weak<ReferenceMachine>>,
     /// Machines that were given up, whose devices are closed before the next is built.
     pub(super) retired: Mutex<Vec<Slot>>,
     /// Held by whoever starts a guest that a session left paused.
@@ -117,6 +119,7 @@ impl RunningVm {
             presence: Presence::default(),
             passed: PassedSockets::default(),
             building: Mutex::default(),
+            lent: Mutex::default(),
             retired: Mutex::default(),
             starting: Mutex::default(),
             told: Mutex::default(),
@@ -335,14 +338,23 @@ pub(super) struct LostDeviceWatch {
 }
 
 impl LostDeviceWatch {
-    /// Publishes each device that was lost since the last call, and ends a session that sends its guest: it cannot come to
-    /// its end, and need not find that out by the next read. The guest is left as it is.
+    /// Publishes each device that was lost since the last call, and ends a session that sends its guest, or receives one: it cannot come
+    /// to its end, and need not find that out by the next that it reads or writes, which may be never. A guest that is here is left as it
+    /// is.
     pub(super) fn report_new(&mut self, vm: &RunningVm) {
-        // A `vm` that waits builds its machine anew, and says so itself.
-        if matches!(vm.state.slot(), Slot::Awaited { .. }) {
+        let slot = vm.state.slot();
+        let lost = slot.machine().map(|machine| machine.lost_devices()).unwrap_or_default();
+        if matches!(slot, Slot::Awaited { .. }) {
+            // One that no session has is made anew, and the `vm` says so itself.
+            let lent = vm.lent.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+            let is_lent = slot.machine().zip(lent).is_some_and(|(machine, lent)| Arc::ptr_eq(machine, &lent));
+            let steering = vm.state.steering().filter(|_| is_lent);
+            let Some(Steering::Incoming(control)) = steering else { return };
+            for (device, why) in lost {
+                control.device_lost(&device, &format!("device {device} was lost: {why}"));
+            }
             return;
         }
-        let lost = vm.state.slot().machine().map(|machine| machine.lost_devices()).unwrap_or_default();
         for (device, why) in self.new_among(lost) {
             eprintln_line(format_args!(
                 "vfio-migrate: device {device} is lost: {why}; the guest cannot be moved any more"

@@ -99,16 +99,18 @@ fn killed_in(stand: &Stand, at_source: bool) {
     // What hangs is killed, or else answers before long.
     let time = |own: bool| if own { "20000" } else { "1500" };
     let faults = [here.replace("TIME", time(at_source)), there.replace("TIME", time(!at_source))];
-    // A destination finds its device gone by the next that it writes to it: in pre-copy there is to be something.
-    let (more, dirty_rate): (&[&str], _) =
-        if *phase == "P3" { (&["--pause-before-switchover"], "4M") } else { (&[], "0") };
-    let (mut source, mut destination) = pair(dir.path(), faults.each_ref().map(String::as_str), dirty_rate);
+    // In pre-copy there is nothing left to be written to a destination's device that waits for the switchover.
+    let more: &[&str] = if *phase == "P3" { &["--pause-before-switchover"] } else { &[] };
+    let (mut source, mut destination) = pair(dir.path(), faults.each_ref().map(String::as_str), "0");
     let to = destination.incoming();
     let control = source.control.clone();
     let devices = if at_source { &mut source.devices } else { &mut destination.devices };
     let mut server = devices.remove(0);
     let (code, report, said) = migrate_until(&source, &to, more, || {
         until("the phase", || (source.migration()["phase"] == *phase).then_some(()));
+        if *phase == "P3" {
+            until("the wait", || (source.migration()["status"] == "pre-switchover").then_some(()));
+        }
         server.kill();
     });
     let told = &report["migration"];

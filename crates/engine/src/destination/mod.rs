@@ -64,8 +64,8 @@ impl DestinationEngine {
             _ if matches!(self.state, State::Done | State::Owner) => self.after_the_end(&event),
             DestinationEvent::Peer(message) => self.on_peer(message, now),
             DestinationEvent::Failed(cause) => self.on_failed(cause, now),
-            // The reader's failure, not the action's, whose answer may still come.
-            DestinationEvent::Damaged(cause) => self.abort(cause, now),
+            // Not the failure of the action, whose answer may still come. Once the guest is ours it is its start that fails.
+            DestinationEvent::Damaged(cause) | DestinationEvent::DeviceLost(cause) => self.abort(cause, now),
             DestinationEvent::LinkLost(why) => self.on_link_lost(&why, now),
             DestinationEvent::Cancel(why) => self.on_cancel(&why, now),
             DestinationEvent::Superseded => self.on_superseded(now),

@@ -415,6 +415,27 @@ fn a_lost_device_ends_the_attempt() {
     assert_eq!(aborted(&world, &end).cause.text, "guest reset");
 }
 
+/// Whenever it is: before COMMIT the attempt ends at once, and the guest goes on at the source; from COMMIT on nothing changes.
+#[test]
+fn a_device_that_the_destination_loses_ends_the_attempt_before_commit_alone() {
+    let (_, whole) = World::play(Script::default());
+    let (mut undone, mut moved) = (0, 0);
+    for at in (0..).map(|step| step * 5 * MS).take_while(|at| *at < whole.at) {
+        let lost = DestinationEvent::DeviceLost(world::failed("its server died"));
+        let (world, end) = World::play(Script { destination_events: vec![(at, lost)], ..Script::default() });
+        if matches!(end.source, Some(SourceOutcome::Completed(_))) {
+            assert_eq!(world.other.guest, Guest::Runs, "{at:?}");
+            moved += 1;
+            continue;
+        }
+        assert_eq!(moved, 0, "{at:?}: the later, the less can be undone");
+        assert_eq!(aborted(&world, &end).cause.text, "its server died", "{at:?}");
+        assert!(end.at < at + SECOND, "{at:?}: {:?}", end.at);
+        undone += 1;
+    }
+    assert!(undone > 10 && moved > 0, "{undone} {moved}");
+}
+
 #[test]
 fn a_destination_given_up_by_its_operator() {
     let destination_events = vec![(100 * MS, DestinationEvent::Cancel(CancelCause::Operator))];

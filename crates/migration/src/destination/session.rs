@@ -517,6 +517,9 @@ impl Session<'_> {
             let now = self.now();
             self.engine.handle(DestinationEvent::Cancel(why.clone()), now);
         }
+        for failure in self.control.take_lost(self.engine.phase()) {
+            self.engine.handle(DestinationEvent::DeviceLost(failure), self.begun.elapsed());
+        }
         if self.giving_up.is_some() && self.link.blocked() > GRACE {
             self.link.give_up("the source did not take what was being sent when the migration was given up");
         }

@@ -2,8 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::toy::proxy::{self, Cut};
@@ -148,6 +148,44 @@ fn a_device_that_is_lost_while_ram_is_copied_ends_the_attempt() {
     let Err(IncomingError::Aborted(theirs)) = both.destination else { panic!("{:?}", both.destination) };
     assert_eq!(theirs, aborted.cause, "both sides return one error, of one side");
     source.prove_restored();
+}
+
+/// The same at the destination, where nothing is left to be written to the device: its source waits for its operator.
+#[test]
+fn a_device_of_the_destination_that_is_lost_while_nothing_is_written_ends_the_attempt() {
+    let plan = Plan { devices: vec![FakeDeviceKind::default()], ..Plan::default() };
+    let source = Toy::booted(&plan);
+    let mut options = options();
+    options.pause_before_switchover = true;
+    let id = source.devices()[0].device.id().clone();
+    let receiver = OnceLock::new();
+    let both = migrate_by(
+        &source,
+        &plan,
+        "tcp:127.0.0.1:0",
+        options,
+        incoming(),
+        |control, to| {
+            assert!(!control.device_lost(&id, "device toy0 was lost"), "no session hears it");
+            receiver.set(control.clone()).unwrap();
+            to.clone()
+        },
+        |control| {
+            let (id, receiver) = (id.clone(), receiver.get().unwrap().clone());
+            std::thread::spawn(move || {
+                wait_for("the wait for `continue`", || control.progress().waiting);
+                assert!(receiver.device_lost(&id, "device toy0 was lost"), "the session hears it");
+            });
+        },
+    );
+    let Err(MigrateError::Aborted(aborted)) = both.source else { panic!("{:?}", both.source) };
+    let cause = &aborted.cause;
+    assert_eq!((cause.side, cause.device.as_deref()), (Side::Destination, Some("toy0")), "{cause}");
+    assert!(cause.text == "device toy0 was lost" && cause.remedy.contains("driver's log"), "{cause}");
+    assert!(aborted.restored && aborted.reset.is_empty(), "{aborted:?}");
+    source.prove_restored();
+    let Err(IncomingError::Aborted(theirs)) = both.destination else { panic!("{:?}", both.destination) };
+    assert_eq!(theirs, *cause, "both sides return one error");
 }
 
 /// A guest that was never paused goes on beside a device that is gone; one that was paused is not resumed beside it.
