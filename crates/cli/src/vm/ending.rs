@@ -5,15 +5,20 @@ use super::running::RunningVm;
 use super::slot::Slot;
 use crate::control::awaited::{AwaitedInfo, sentence};
 use crate::control::refused::Refused;
+use crate::exit::Exit;
 use crate::output::eprintln_line;
 
 /// Ends what is under way `by` this: a session is cancelled and waited for, so that no guest is left without an owner. One that waits for
-/// a device is not: it is being undone, and the guest is this side's, or never came.
-pub(super) fn end(vm: &RunningVm, by: &str) {
+/// a device is not: it is being undone, and the guest is this side's, or never came. Returns what the process exits with.
+pub(super) fn end(vm: &RunningVm, by: &str) -> Exit {
     vm.begin_ending();
     end_sessions(vm, by);
     vm.passed.end();
-    drop(vm.state.put_if(|_| true, Slot::Ended));
+    match vm.state.put_if(|_| true, Slot::Ended) {
+        // Nobody knows whose the guest is that ends here.
+        Ok(Slot::Unresolved { .. }) => Exit::Unresolved,
+        Ok(_) | Err(_) => Exit::Done,
+    }
 }
 
 /// Ends what is under way `by` this, so that no guest can come any more, unless a guest is here that would end with the process.

@@ -61,10 +61,11 @@ pub(crate) fn run(options: &VmCommand, interrupt: &UserInterrupt) -> Result<Exit
     // Both ends of the channel are held as long as the process may end by it.
     let by = quitted.recv().unwrap_or(FAILED_START);
     drop(watching);
+    let exit = ending::end(vm, by);
+    // The last event: how a session ended comes before it, whatever the process ends by.
     vm.publisher.publish(&ControlEvent::new("SHUTDOWN", Value::Null));
-    ending::end(vm, by);
     eprintln_line(format_args!("vfio-migrate: the VM's process has ended by {by}"));
-    Ok(Exit::Done)
+    Ok(exit)
 }
 
 /// Looks after the devices of `vm`, on a thread of its own, until the sender is dropped: a device that is opened anew may
@@ -114,7 +115,9 @@ fn start(
     };
     interrupt
         .watch(move || prepared.start())
-        .inspect_err(|_| ending::end(&vm, interrupt.name().unwrap_or(FAILED_START)))
+        .inspect_err(|_| {
+            ending::end(&vm, interrupt.name().unwrap_or(FAILED_START));
+        })
         .and_then(|started| started)?;
     let server = match bound {
         Some(bound) => {

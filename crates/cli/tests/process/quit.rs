@@ -81,7 +81,7 @@ fn what_ends_with_its_process_says_by_what() {
             });
             let (mut ends, stays) =
                 if side == "source" { (source, destination) } else { (destination, source) };
-            let events = stays.events();
+            let (events, own) = (stays.events(), ends.events());
             match signal {
                 Some(signal) => {
                     let pid = i32::try_from(ends.process.pid()).unwrap();
@@ -94,7 +94,13 @@ fn what_ends_with_its_process_says_by_what() {
                     assert!(quit.status.success(), "{quit:?}");
                 }
             }
-            ends.process.child.wait().unwrap();
+            assert!(ends.process.child.wait().unwrap().success());
+            // How the session ended comes before the end of the process, and nothing behind that.
+            let own: Vec<Value> = std::iter::from_fn(|| own.recv_timeout(PATIENCE).ok()).collect();
+            let words: Vec<_> = own.iter().map(|event| (&event["event"], &event["data"]["status"])).collect();
+            let (last, before) = words.split_last().expect("events");
+            assert_eq!(last.0, "SHUTDOWN", "{name} {side}: {words:?}");
+            assert!(before.contains(&(&json!("MIGRATION"), &json!("cancelled"))), "{name} {side}: {words:?}");
             let says = format!("at the {side}: the process of the {side} ends by {name}");
             let assert_told = |who: &str, migration: &Value| {
                 let error =
@@ -273,7 +279,7 @@ fn a_process_that_ends_behind_its_commit_says_that_nobody_knows_whose_the_guest_
         let events = source.events();
         let begun = Instant::now();
         end(&source, by);
-        assert!(source.process.child.wait().unwrap().success());
+        assert_eq!(source.process.child.wait().unwrap().code(), Some(4), "{name}: as `status` says");
         assert!(begun.elapsed() < WITHIN, "{name}: {:?}", begun.elapsed());
         let Output { status, stdout, stderr } = following.wait_with_output().unwrap();
         let told = String::from_utf8_lossy(&stderr);
