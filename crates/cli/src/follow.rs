@@ -236,8 +236,9 @@ fn vm_text(vm: &StatusInfo) -> String {
 
 fn migration_text(name: &str, migration: &MigrationInfo) -> String {
     let moved = migration.transferred;
-    // Of one that completed the last phase says nothing.
-    let phase = migration.phase_name.as_ref().filter(|_| migration.status != MigrationStatus::Completed);
+    // Of one that completed the last phase says nothing, and where one fails its failure says it.
+    let silent = [MigrationStatus::Completed, MigrationStatus::Failing];
+    let phase = migration.phase_name.as_ref().filter(|_| !silent.contains(&migration.status));
     let mut text = format!(
         "{name}: {}{}{}, {} ms, iteration {}, {} RAM, {} device state live, {} stopped",
         migration.direction.as_ref().map_or(String::new(), |direction| format!("{direction}, ")),
@@ -254,6 +255,9 @@ fn migration_text(name: &str, migration: &MigrationInfo) -> String {
         text.push_str(&left.unwrap_or_default());
     }
     text.push('\n');
+    if let Some(why) = migration.error.as_ref().filter(|_| migration.status == MigrationStatus::Failing) {
+        text.push_str(&format!("why: {why}\n"));
+    }
     for awaited in migration.waits_for.iter().filter(|_| migration.status.is_under_way()) {
         text.push_str(&format!("waits: {awaited}\n"));
     }

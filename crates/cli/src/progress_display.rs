@@ -137,6 +137,13 @@ fn migration_line(info: &MigrationInfo, columns: Option<usize>) -> String {
     if info.status == MigrationStatus::Cancelling {
         parts.push(told("cancelling"));
     }
+    if let Some(failure) = info.failure.as_ref().filter(|_| info.status == MigrationStatus::Failing) {
+        parts.push(part(
+            0,
+            format!("failed, and being undone: {}", failure.text),
+            "failed, and being undone",
+        ));
+    }
     // Whoever waits too is told for what.
     parts.extend(info.waits_for.first().map(|awaited| told(&awaited.to_string())));
     parts.push(part(7, format!("{} moved", format_size(done)), format!("{} moved", short_size(done))));

@@ -219,6 +219,19 @@ pub enum IncomingError {
 }
 
 impl IncomingError {
+    /// The same in a sentence, of something else that a session is for than a migration: `"the restore"`.
+    pub fn sentence_of(&self, what: &str) -> String {
+        match self {
+            Self::Refused(reasons) => format!("{what} was refused: {}", sentences(reasons)),
+            Self::Aborted(cause) => format!("{what} was {} {cause}", how(cause)),
+            Self::LimitsUnmet(cause) => format!("{what} was aborted {cause}"),
+            Self::Cancelled(cause) => format!("{what} was cancelled {cause}"),
+            Self::GaveWay(cause) => format!("{what} made way for another {cause}"),
+            Self::NotBegun(cause) => format!("{what} did not begin: {cause}"),
+            Self::Rehearsed(_) | Self::OwnedNotStarted(_) => self.to_string(),
+        }
+    }
+
     /// Whether another attempt comes to the same as long as nothing is changed: refused by rules, or by limits that cannot be met. What the
     /// source's [`MigrateError::is_refusal`] says of the same attempt.
     pub fn is_refusal(&self) -> bool {

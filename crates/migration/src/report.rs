@@ -55,6 +55,9 @@ pub struct Progress {
     /// It was cancelled, and is being undone.
     #[serde(default)]
     pub cancelling: bool,
+    /// It was given up, for this, and is being undone; cancelled or not.
+    #[serde(default)]
+    pub failing: Option<Failure>,
     /// At the destination: the epoch under which the guest is this side's, once its journal says so.
     #[serde(default)]
     pub owned: Option<Epoch>,
@@ -127,6 +130,7 @@ impl Default for Progress {
             phases: Vec::new(),
             attempt: None,
             cancelling: false,
+            failing: None,
             owned: None,
             awaited: Vec::new(),
         }

@@ -250,6 +250,8 @@ pub(crate) enum MigrationStatus {
     PreSwitchover,
     /// Cancelled, and being undone: `waits-for` says what is waited for.
     Cancelling,
+    /// It has failed, or was refused, and is being undone: `failure` says why, `waits-for` what is waited for.
+    Failing,
     /// The guest has moved, and is at the destination what it was to be: running, or paused (`paused-by`).
     Completed,
     /// The guest is the destination's, which could not start it and holds it paused: `failure` says why.
@@ -272,6 +274,7 @@ impl fmt::Display for MigrationStatus {
             Self::Active => "under way",
             Self::PreSwitchover => "waits for `continue`",
             Self::Cancelling => "cancelling",
+            Self::Failing => "failed, and being undone",
             Self::Completed => "completed",
             Self::NotStarted => "moved, and not started",
             Self::Unknown => "moved, and not known whether it runs",
@@ -287,7 +290,7 @@ impl MigrationStatus {
     /// Whether it is under way.
     pub(crate) fn is_under_way(self) -> bool {
         match self {
-            Self::Active | Self::PreSwitchover | Self::Cancelling => true,
+            Self::Active | Self::PreSwitchover | Self::Cancelling | Self::Failing => true,
             Self::Completed
             | Self::NotStarted
             | Self::Unknown
@@ -452,7 +455,8 @@ impl MigrationInfo {
             MigrationStatus::Completed
             | MigrationStatus::Active
             | MigrationStatus::PreSwitchover
-            | MigrationStatus::Cancelling => Exit::Done,
+            | MigrationStatus::Cancelling
+            | MigrationStatus::Failing => Exit::Done,
             MigrationStatus::NotStarted | MigrationStatus::Unknown => Exit::NotStarted,
             MigrationStatus::Unresolved => Exit::Unresolved,
             MigrationStatus::Cancelled | MigrationStatus::Failed | MigrationStatus::Rehearsed

@@ -180,6 +180,7 @@ impl<'a> Stage<'a> {
             | MigrationStatus::Active
             | MigrationStatus::PreSwitchover
             | MigrationStatus::Cancelling
+            | MigrationStatus::Failing
             | MigrationStatus::Rehearsed => {}
         }
         // A VM that dies afterwards, or a digest that differs, is no success whatever the guest says.

@@ -4,8 +4,8 @@ use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vfio_migration::{
-    Arrived, CancelCause, Destination, DestinationOptions, IncomingControl, IncomingError, IncomingOffer,
-    Machine, NotBuilt,
+    Arrived, AttemptKind, CancelCause, Destination, DestinationOptions, IncomingControl, IncomingError,
+    IncomingOffer, Machine, NotBuilt,
 };
 use vfio_migration_compat::{Reason, SessionCode};
 use vfio_migration_types::error_chain;
@@ -167,7 +167,7 @@ fn receive(
         if only_one || once || control.cancelled().is_some() {
             return (Err(error), attempt() != before);
         }
-        let ended = info::not_arrived(vm, &error, false);
+        let ended = info::not_arrived(vm, &error, false, info::kind_of_session(control));
         let Some(lent) = lent.into_inner() else {
             vm.end_attempt(ended);
             continue;
@@ -255,7 +255,11 @@ fn finish(
                 tell_end_of_wait(vm, cancelled);
                 return vm.state.end_wait(Slot::Empty);
             }
-            let ended = info::not_arrived(vm, &error, cancelled.is_some());
+            let kind = match vm.state.last_steering() {
+                Some(Steering::Incoming(control)) => info::kind_of_session(&control),
+                Some(Steering::Outgoing(_)) | None => AttemptKind::Migration,
+            };
+            let ended = info::not_arrived(vm, &error, cancelled.is_some(), kind);
             let slot = match (&error, machine) {
                 (IncomingError::OwnedNotStarted(held), Some(machine)) => {
                     Slot::OwnedNotStarted { machine, epoch: held.epoch }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use vfio_migration::{
     Aborted, ArrivalReport, AttemptKind, Bytes, Completed, DeviceStatus, Failure, GuestOutcome,
-    IncomingError, MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal, RehearsedHere, SaveError,
-    Uri,
+    IncomingControl, IncomingError, MigrateError, OwnedNotStarted, PhaseTime, Progress, Rehearsal,
+    RehearsedHere, SaveError, Uri,
 };
 use vfio_migration_compat::Report as CheckReport;
 use vfio_migration_types::{CancelCause, Phase, Side, error_chain, printable};
@@ -84,6 +84,8 @@ fn status(vm: &RunningVm, slot: &Slot, steering: Option<&Steering>) -> StatusInf
         Slot::Awaited { at, not_ready, .. } if owned.is_none() => Some((at, not_ready)),
         _ => None,
     };
+    // What keeps the machine from it is then told by the session.
+    let under_way = matches!(steering, Some(Steering::Incoming(control)) if control.progress().is_some());
     // Its machine is built anew for a guest that wants another size.
     let arriving = matches!(
         steering,
@@ -102,12 +104,14 @@ fn status(vm: &RunningVm, slot: &Slot, steering: Option<&Steering>) -> StatusInf
         incoming: awaited.map(|(at, _)| at.to_string()),
         incoming_plaintext: insecure_plaintext
             && awaited.is_some_and(|(at, _)| matches!(at, Address::Uri(Uri::Tcp { .. }))),
-        not_ready: awaited.and_then(|(_, not_ready)| not_ready.clone()).map(|why| match steering {
-            // What keeps the machine from being built, if it is being built just now.
-            Some(Steering::Incoming(control)) => {
-                control.awaited().iter().fold(why, |why, answer| format!("{why}; {answer}"))
+        not_ready: awaited.filter(|_| !under_way).and_then(|(_, not_ready)| not_ready.clone()).map(|why| {
+            match steering {
+                // What keeps the machine from being built, if it is being built just now.
+                Some(Steering::Incoming(control)) => {
+                    control.awaited().iter().fold(why, |why, answer| format!("{why}; {answer}"))
+                }
+                _ => why,
             }
-            _ => why,
         }),
         failure: match slot {
             Slot::Here { machine, .. } => machine.failure(),
@@ -172,14 +176,16 @@ pub(super) fn incoming(progress: &Progress) -> MigrationInfo {
 }
 
 fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
-    let status = match (progress.cancelling, progress.waiting) {
-        (true, _) => MigrationStatus::Cancelling,
-        (false, true) => MigrationStatus::PreSwitchover,
-        (false, false) => MigrationStatus::Active,
+    let status = match progress {
+        Progress { cancelling: true, .. } => MigrationStatus::Cancelling,
+        Progress { failing: Some(_), .. } => MigrationStatus::Failing,
+        Progress { waiting: true, .. } => MigrationStatus::PreSwitchover,
+        _ => MigrationStatus::Active,
     };
     // While a file is written, the guest is paused for as long as the disk takes.
     let to_file = progress.attempt.as_ref().is_some_and(|attempt| attempt.kind == AttemptKind::Save);
     let limited = direction == "outgoing" && !to_file;
+    let failing = progress.failing.as_ref().filter(|_| status == MigrationStatus::Failing);
     MigrationInfo {
         direction: Some(direction.into()),
         phase: Some(progress.phase.code().into()),
@@ -201,6 +207,8 @@ fn under_way(progress: &Progress, direction: &str) -> MigrationInfo {
         remaining: (direction == "outgoing" && progress.ram_total > 0).then_some(progress.remaining),
         rate: progress.rate,
         waits_for: progress.awaited.iter().map(AwaitedInfo::from).collect(),
+        error: failing.map(ToString::to_string),
+        failure: failing.map(FailureInfo::from),
         ..MigrationInfo::new(status)
     }
 }
@@ -215,8 +223,9 @@ fn at_end(vm: &RunningVm, status: MigrationStatus) -> MigrationInfo {
         None => None,
     };
     let last = last.unwrap_or_else(|| MigrationInfo::new(status));
-    let waits_for = Vec::new();
-    MigrationInfo { status, remaining: None, rate: 0, expected_downtime_ms: None, waits_for, ..last }
+    // Of one that was being undone: what is told of its end is for whoever knows it.
+    let last = MigrationInfo { waits_for: Vec::new(), error: None, failure: None, ..last };
+    MigrationInfo { status, remaining: None, rate: 0, expected_downtime_ms: None, ..last }
 }
 
 /// A session that ends with the process, `by` this, before what does not answer is undone.
@@ -418,7 +427,12 @@ pub(super) fn arrived(vm: &RunningVm, report: &ArrivalReport) -> MigrationInfo {
 }
 
 /// The migration of a destination whose guest has not arrived, or could not be started.
-pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool) -> MigrationInfo {
+pub(super) fn not_arrived(
+    vm: &RunningVm,
+    error: &IncomingError,
+    cancelled: bool,
+    kind: AttemptKind,
+) -> MigrationInfo {
     let failed = if cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed };
     let mut left_undone = Vec::new();
     let (reasons, incompatible) = (error.reasons(), error.is_refusal());
@@ -454,12 +468,24 @@ pub(super) fn not_arrived(vm: &RunningVm, error: &IncomingError, cancelled: bool
     MigrationInfo {
         guest: (status == MigrationStatus::NotStarted).then_some(ArrivedGuest::NotStarted),
         incompatible,
-        error: (status != MigrationStatus::Rehearsed || incompatible || !left_undone.is_empty())
-            .then(|| error_chain(error)),
+        error: (status != MigrationStatus::Rehearsed || incompatible || !left_undone.is_empty()).then(|| {
+            match kind {
+                AttemptKind::Restore => error.sentence_of("the restore"),
+                AttemptKind::Rehearsal => error.sentence_of("the incoming rehearsal"),
+                AttemptKind::Check => error.sentence_of("the check"),
+                _ => error_chain(error),
+            }
+        }),
         reasons,
         left_undone,
         ..failed_in(failure, at_end(vm, status))
     }
+}
+
+/// What the session of a receiver is for that is under way, or was the last.
+pub(super) fn kind_of_session(control: &IncomingControl) -> AttemptKind {
+    let progress = control.progress().or(control.last_progress());
+    progress.and_then(|progress| progress.attempt).map_or(AttemptKind::Migration, |attempt| attempt.kind)
 }
 
 /// A rehearsal that came to its end.

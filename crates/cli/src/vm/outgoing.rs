@@ -119,8 +119,8 @@ pub(super) fn publish_changes(vm: &RunningVm) -> impl FnMut(&Progress) {
         if progress.iteration != last.0 {
             vm.publisher.publish(&ControlEvent::of_pass(&info));
         }
-        // While it is cancelled: each answer that it waits for is told once.
-        let waits = progress.cancelling.then(|| {
+        // While it is undone: each answer that it waits for is told once.
+        let waits = (progress.cancelling || progress.failing.is_some()).then(|| {
             let answers = progress.awaited.iter();
             answers.map(|answer| (answer.device.clone(), answer.request)).collect::<Vec<_>>()
         });

@@ -7,7 +7,6 @@ use vfio_migration::{
     AttemptInfo, AttemptKind, DestinationOptions, IncomingError, IncomingOffer, Machine, MigrateError,
     NotBuilt, SaveError, Saved, Snapshot, Source, save,
 };
-use vfio_migration_types::error_chain;
 use vfio_migration_vmm::machine::ReferenceMachine;
 
 use super::running::{RunningVm, build_with_memory};
@@ -118,7 +117,7 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
     });
     let ended = match &restored {
         Ok(arrived) => info::arrived(vm, &arrived.report),
-        Err(error) => info::not_arrived(vm, error, false),
+        Err(error) => info::not_arrived(vm, error, false, AttemptKind::Restore),
     };
     let ended = MigrationInfo { direction: Some("incoming".into()), ..ended };
     vm.state.end_attempt(ended.clone());
@@ -135,7 +134,10 @@ pub(super) fn restore(vm: &RunningVm, snapshot: Snapshot) -> Result<Slot, CliErr
                 IncomingError::Refused(_) => Exit::Incompatible,
                 _ => Exit::Failed,
             };
-            Err(CliError::new(exit, format!("the snapshot was not restored: {}", error_chain(&error))))
+            Err(CliError::new(
+                exit,
+                format!("the snapshot was not restored: {}", error.sentence_of("the restore")),
+            ))
         }
     }
 }

@@ -254,7 +254,21 @@ fn a_device_of_the_destination_that_is_late_with_interrupts_is_named_until_it_an
     assert_eq!((&info["status"], &failure["device"]), (&json!("failed"), &json!("dev0")), "{info}");
     assert_eq!(failure["remedy"], "wait until the device answers, then try again", "{info}");
     assert_eq!(failure["errno"], 110, "{info}");
-    // It is being undone there for as long as the device is late, and then has its machine to build anew.
+    // It is being undone there for as long as the device is late, as whoever asks is told, and then has its machine to build anew.
+    let there_now = there.query("query");
+    let undone = &there_now["migration"];
+    assert_eq!(
+        (&undone["status"], &undone["failure"]["device"]),
+        (&json!("failing"), &json!("dev0")),
+        "{there_now}"
+    );
+    assert!(undone["error"].as_str().unwrap().contains("dev0"), "{there_now}");
+    assert!(there_now["vm"]["not-ready"].is_null(), "a session has the machine: {there_now}");
+    let status = run(&["status", "--control", crate::support::control(&there)]);
+    let text = String::from_utf8_lossy(&status.stdout);
+    assert!(text.contains("failed, and being undone") && text.contains("why: "), "{text}");
+    assert!(text.contains("waits: dev0 has not answered") && !text.contains("under way"), "{text}");
+    assert_eq!(status.status.code(), Some(0), "{text}");
     let info = vm.migrate(&at, json!({"downtime-limit": 60_000}));
     let error = info["error"].as_str().unwrap();
     let says = ["still being undone; dev0 has not answered", "its machine is being built anew"];

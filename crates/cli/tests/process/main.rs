@@ -40,6 +40,7 @@ mod receivers;
 mod revoked;
 mod sabotage;
 mod scarce;
+mod session_kinds;
 mod signals;
 mod silent;
 mod snapshots;

@@ -363,8 +363,9 @@ impl Vm {
     pub(crate) fn ended(&self) -> Value {
         until("the migration to end", || {
             let info = self.migration();
-            let under_way =
-                ["active", "pre-switchover", "cancelling"].iter().any(|word| info["status"] == *word);
+            let under_way = ["active", "pre-switchover", "cancelling", "failing"]
+                .iter()
+                .any(|word| info["status"] == *word);
             (!under_way).then_some(info)
         })
     }

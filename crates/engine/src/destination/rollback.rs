@@ -78,6 +78,15 @@ impl DestinationEngine {
         matches!(self.state, State::JournalAborted | State::Releasing | State::Lingering | State::Done)
     }
 
+    /// Why the attempt is being undone, if it is, and no rehearsal came to its end.
+    pub fn failing(&self) -> Option<Failure> {
+        let undoing = matches!(self.state, State::JournalAborted | State::Releasing | State::Lingering);
+        (undoing && !self.rollback.rehearsed).then(|| match (&self.rollback.cause, &self.rollback.refused) {
+            (None, Some(_)) => self.error("it was refused"),
+            _ => self.cause(),
+        })
+    }
+
     /// Whether nothing of a guest has come yet, nor can have: another source may wait to see whether this one brings one.
     pub fn has_brought_nothing(&self) -> bool {
         match self.state {

@@ -618,6 +618,7 @@ impl Session<'_> {
             attempt: self.attempt_info(),
             owned: self.engine.owned(),
             cancelling,
+            failing: self.engine.failing(),
             awaited: self.shared.answers.to_tell(cancelling),
             ..Progress::default()
         });

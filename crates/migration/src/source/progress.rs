@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vfio_migration_engine::{self as engine, SourceOutcome, SourceSummary};
-use vfio_migration_types::{DeviceId, Phase};
+use vfio_migration_types::{DeviceId, Failure, Phase};
 
 use crate::channel::link::Link;
 use crate::error::{Aborted, MigrateError};
@@ -28,6 +28,8 @@ pub(crate) struct Waits<'a> {
     pub(crate) answers: &'a AwaitedAnswers,
     /// It was cancelled.
     pub(crate) cancelling: bool,
+    /// What it was given up for.
+    pub(crate) failing: Option<&'a Failure>,
     /// What the destination is to say, how long it has had for it, and how long it may have.
     pub(crate) peer: Option<(engine::ExpectedWord, Duration, Duration)>,
 }
@@ -117,6 +119,7 @@ impl ProgressReporter {
             phases: self.phases(entered, elapsed),
             attempt: Some(self.attempt.clone()),
             cancelling: waits.cancelling,
+            failing: waits.failing.cloned(),
             owned: None,
             awaited: waits.awaited(),
         })

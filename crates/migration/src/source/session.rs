@@ -345,7 +345,8 @@ impl Session<'_> {
         // Not where it came too late.
         let cancelling = self.cancelled.is_some() && self.engine.is_rolling_back();
         let peer = self.engine.expects_word(self.now());
-        let waits = Waits { answers: &self.plan.answers, cancelling, peer };
+        let failing = self.engine.abort_cause().filter(|_| self.engine.is_rolling_back());
+        let waits = Waits { answers: &self.plan.answers, cancelling, failing, peer };
         let wire_bytes = self.link.wire_bytes();
         if let Some(progress) =
             reporter.update(&progress, self.engine.phases(), self.counters, wire_bytes, waits, last)
