@@ -507,6 +507,7 @@ mod tests {
             control.continue_switchover();
             control.device_lost(&"net0".parse().unwrap(), "its server died");
         }
+        control.device_lost(&"net0".parse().unwrap(), "and its host took it");
         control.process_ends("SIGTERM");
         control.cancel();
         for number in 0..1000 {
@@ -519,6 +520,12 @@ mod tests {
         assert!(
             heard.contains(&SourceEvent::Cancel(CancelCause::ProcessEnds("SIGTERM".into()))),
             "{heard:?}"
+        );
+        let of_net0 = |event: &&SourceEvent| matches!(event, SourceEvent::DeviceLost(lost) if lost.device.as_deref() == Some("net0"));
+        let lost: Vec<_> = heard.iter().filter(of_net0).collect();
+        assert!(
+            matches!(lost[..], [SourceEvent::DeviceLost(lost)] if lost.text == "its server died"),
+            "the first is what it was lost by: {lost:?}"
         );
         let cancels = heard.iter().filter(|event| matches!(event, SourceEvent::Cancel(_))).count();
         let continues = heard.iter().filter(|event| **event == SourceEvent::ContinueSwitchover).count();

@@ -53,6 +53,23 @@ fn asking_touches_nothing_at_the_source() {
     assert!(!did(&world.other.actions, "BeginResuming"));
 }
 
+/// Whenever another source comes: a rehearsal makes way for it, and a migration only while it owes its beginning.
+#[test]
+fn a_rehearsal_makes_way_and_a_migration_that_has_begun_does_not() {
+    for at in [20 * MS, 60 * MS, 100 * MS] {
+        let destination_events = vec![(at, DestinationEvent::Superseded)];
+        let script =
+            Script { destination_events: destination_events.clone(), ..rehearsal(Rehearse::Precopy) };
+        let (world, end) = World::play(script);
+        no_trace(&world);
+        let Some(DestinationOutcome::Aborted(cause)) = &end.destination else { panic!("{at:?}: {end:?}") };
+        assert!(cause.text.contains("a rehearsal does not keep out"), "{at:?}: {cause}");
+        let (world, end) = World::play(Script { destination_events, ..Script::default() });
+        assert!(matches!(end.source, Some(SourceOutcome::Completed(_))), "{at:?}: {end:?}");
+        assert_eq!(world.other.guest, Guest::Runs, "{at:?}");
+    }
+}
+
 #[test]
 fn pre_copy_is_rehearsed_with_the_guest_running() {
     let (world, end) = World::play(rehearsal(Rehearse::Precopy));

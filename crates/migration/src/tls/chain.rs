@@ -194,6 +194,30 @@ mod tests {
         (made, Issuer::new(params, key))
     }
 
+    #[test]
+    fn a_ca_that_allows_so_many_below_it_is_held_to_that() {
+        let dir = tempfile::tempdir().unwrap();
+        // It allows one.
+        let (root, by_root) = ca("root", None);
+        std::fs::write(dir.path().join(CA_FILE), root.pem()).unwrap();
+        let authorities = Authorities::of(dir.path()).unwrap();
+        let (first, by_first) = ca("first", Some(&by_root));
+        let (second, by_second) = ca("second", Some(&by_first));
+        let (third, by_third) = ca("third", Some(&by_second));
+        let intermediates = [first.der().clone(), second.der().clone(), third.der().clone()];
+        let flaw = |by: &Issuer<'_, KeyPair>| {
+            let params = CertificateParams::new(["host".to_owned()]).unwrap();
+            let leaf = params.signed_by(&KeyPair::generate().unwrap(), by).unwrap();
+            let chain = Chain { leaf: leaf.der(), intermediates: &intermediates, authorities: &authorities };
+            chain.flaw_beyond(SystemTime::now()).map(|flaw| format!("{flaw:?}"))
+        };
+        assert_eq!((flaw(&by_root), flaw(&by_first)), (None, None));
+        for (by, found) in [(by_second, "there are 2"), (by_third, "there are 3")] {
+            let told = flaw(&by).unwrap();
+            assert!(told.contains("root") && told.contains("allows 1 CAs") && told.contains(found), "{told}");
+        }
+    }
+
     /// What a stranger sends is judged before anybody has looked at a signature.
     #[test]
     fn no_certificate_of_a_stranger_brings_the_judge_down() {

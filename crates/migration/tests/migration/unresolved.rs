@@ -116,6 +116,8 @@ fn a_guest_that_was_declined_goes_on_when_that_is_heard() {
         };
         assert!(not_undone.is_empty() && cause.side == Side::Destination, "{cause} {not_undone:?}");
         assert_eq!(cut.journal(), SourceState::Owner);
+        let file = read_journal(&cut.state.path().join("source"), VM).unwrap().unwrap();
+        assert_eq!(file.source_note.unwrap().reason, Some(cause.to_string()));
         cut.source.prove_restored();
     });
 }
