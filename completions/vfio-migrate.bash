@@ -1389,12 +1389,16 @@ _vfio__migrate() {
             return 0
             ;;
         vfio__migrate__subcmd__tls__subcmd__show)
-            opts="-v -h -V --json --verbose --help --version"
+            opts="-v -h -V --tls-pin --json --verbose --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --tls-pin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

@@ -311,6 +311,7 @@ complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fis
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from revoke" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from revoke" -s h -l help -d 'Print help'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from revoke" -s V -l version -d 'Print version'
+complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from show" -l tls-pin -d 'A key that peers are trusted by, as at `vm`: with one, no CA is needed. May be given more than once' -r
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from show" -l json -d 'Print it as JSON'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from show" -s v -l verbose -d 'Say more on stderr; twice for everything. RUST_LOG works too'
 complete -c vfio-migrate -n "__fish_vfio_migrate_using_subcommand tls; and __fish_seen_subcommand_from show" -s h -l help -d 'Print help'

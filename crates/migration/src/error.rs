@@ -356,6 +356,9 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
             source: TransportError::Tls(TlsError::Protocol(_) | TlsError::NotAsked),
             ..
         } => "check the address: something else than a destination listens there",
+        ConnectError::Insecure { source: TransportError::Tls(error), .. } if error.remedy().is_some() => {
+            "see to the files of this side: `vfio-migrate tls show DIR` says what is wrong with them, and what mends it"
+        }
         ConnectError::Insecure { .. } => {
             "compare the certificates of both hosts: `vfio-migrate tls show DIR` tells their names and their ends, `vfio-migrate tls pin DIR` their keys"
         }

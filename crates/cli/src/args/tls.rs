@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use vfio_migration::Pin;
 
 /// Options of `tls`.
 #[derive(Args, Clone, Debug)]
@@ -80,6 +81,9 @@ pub(crate) enum TlsVerb {
         /// The folder, as --tls-creds takes it.
         #[arg(value_name = "DIR")]
         dir: PathBuf,
+        /// A key that peers are trusted by, as at `vm`: with one, no CA is needed. May be given more than once.
+        #[arg(long = "tls-pin", value_name = "PIN")]
+        tls_pins: Vec<Pin>,
         /// Print it as JSON.
         #[arg(long)]
         json: bool,

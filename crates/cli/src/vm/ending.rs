@@ -13,6 +13,7 @@ use crate::output::eprintln_line;
 pub(super) fn end(vm: &RunningVm, by: &str) -> Exit {
     vm.begin_ending();
     end_sessions(vm, by);
+    vm.questions.say_rest();
     vm.passed.end();
     match vm.state.put_if(|_| true, Slot::Ended) {
         // Nobody knows whose the guest is that ends here.

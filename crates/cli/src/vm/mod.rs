@@ -81,6 +81,7 @@ fn watch(vm: &Arc<RunningVm>, access: ControlAccess) -> Result<Sender<()>, CliEr
             readiness.tend(&vm);
             rollback.tend(&vm);
             access.say_overdue_refusals();
+            vm.questions.say_overdue();
         }
     });
     thread.map_err(|error| CliError::caused("cannot make a thread that looks after devices", &error))?;

@@ -68,6 +68,99 @@ fn what_anybody_may_change_is_not_trusted() {
     fails(&host, 1, "ca-cert.pem may be changed by anybody");
 }
 
+/// What is wrong with a file of one's own is said of that, and not of another.
+#[test]
+fn a_file_of_certificates_says_what_is_wrong_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { ca, b, .. } = pki(dir.path());
+    let file = b.join("server-cert.pem");
+    let (own, authority) =
+        (std::fs::read_to_string(&file).unwrap(), std::fs::read_to_string(ca.join("ca-cert.pem")).unwrap());
+    let cut = &authority[..authority.len() / 2];
+    for (holds, says) in [
+        (
+            format!("{authority}{own}"),
+            "server-cert.pem has the certificate of a CA first: the host's own comes first",
+        ),
+        (
+            format!("{own}{cut}"),
+            "server-cert.pem is no whole PEM: what follows on 1 certificates in it is cut off",
+        ),
+        (cut.to_owned(), "server-cert.pem is no whole PEM: what follows on 0 certificates"),
+        (String::new(), "server-cert.pem holds no certificate in PEM"),
+    ] {
+        std::fs::write(&file, &holds).unwrap();
+        let (usable, text) = shown(&b);
+        assert!(!usable && text.contains(says), "{text}");
+        assert!(!text.contains("is not the key of"), "{text}");
+    }
+    std::fs::write(&file, format!("{own}{authority}")).unwrap();
+    assert!(shown(&b).0, "{}", shown(&b).1);
+}
+
+/// A source whose own files cannot be used is told to see to those, and not to compare them with the other host's.
+#[test]
+fn a_source_with_a_bad_file_is_told_which() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { a, b, .. } = pki(dir.path());
+    let there = receiver(dir.path(), &["--tls-creds", words(&b)]);
+    let vm = source(dir.path(), &["--tls-creds", words(&a)]);
+    std::fs::write(a.join("client-key.pem"), "").unwrap();
+    let info = vm.migrate(&there.incoming(), serde_json::Value::Null);
+    let remedy = info["failure"]["remedy"].as_str().unwrap();
+    assert!(remedy.contains("the files of this side") && !remedy.contains("compare"), "{info}");
+}
+
+/// A host is trusted by its pin alone.
+#[test]
+fn a_folder_without_a_ca_is_shown_as_usable_with_a_pin() {
+    let dir = tempfile::tempdir().unwrap();
+    let Pki { a, b, .. } = pki(dir.path());
+    std::fs::remove_file(b.join("ca-cert.pem")).unwrap();
+    assert!(!shown(&b).0);
+    let pins = done(&["tls", "pin", words(&a)]);
+    let pin = pins.split_whitespace().next().unwrap();
+    let output = run(&["tls", "show", words(&b), "--tls-pin", pin]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// A CA that may name hosts of one domain makes nothing for another, which no peer would take.
+#[test]
+fn a_ca_makes_nothing_that_it_may_not_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca");
+    std::fs::create_dir(&ca).unwrap();
+    mode(&ca, 0o700);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new([]).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
+    params.distinguished_name.push(rcgen::DnType::CommonName, "of one domain");
+    params.name_constraints = Some(rcgen::NameConstraints {
+        permitted_subtrees: vec![rcgen::GeneralSubtree::DnsName("one.example".into())],
+        excluded_subtrees: Vec::new(),
+    });
+    std::fs::write(ca.join("ca-cert.pem"), params.self_signed(&key).unwrap().pem()).unwrap();
+    std::fs::write(ca.join("ca-key.pem"), key.serialize_pem()).unwrap();
+    mode(&ca.join("ca-key.pem"), 0o600);
+    let host = |name: &str, to: &Path| run(&["tls", "host", name, "--ca", words(&ca), "--output", words(to)]);
+    let (good, bad) = (dir.path().join("good"), dir.path().join("bad"));
+    let made = host("a.one.example", &good);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert!(shown(&good).0);
+    let refused = host("a.two.example", &bad);
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{told}");
+    assert!(told.contains("no certificates are made for a.two.example"), "{told}");
+    assert!(told.contains("one.example") && told.contains(words(&bad)), "{told}");
+    let left: Vec<_> = std::fs::read_dir(&bad)
+        .map(|found| found.map(|file| file.unwrap().path()).collect())
+        .unwrap_or_default();
+    assert!(left.is_empty(), "{left:?}");
+    let issued = ca.join("issued").join("a.two.example");
+    assert!(!issued.exists());
+}
+
 /// Only root can give files away; without it the test says so.
 #[test]
 fn a_key_that_is_lent_to_a_group_of_others_is_refused() {
@@ -81,12 +174,17 @@ fn a_key_that_is_lent_to_a_group_of_others_is_refused() {
     mode(&key, 0o640);
     let loose = "server-key.pem may be read or changed by others than its owner (mode 0640)";
     for (owner, group, says) in
-        [(54001, 12345, loose), (54001, 0, "server-key.pem belongs to user 54001"), (0, 12345, loose)]
+        [(54001, 12345, loose), (54001, 0, "server-key.pem belongs to user 54001"), (0, 0, loose)]
     {
         chown(&key, Some(owner), Some(group)).unwrap();
         let (usable, text) = shown(&b);
         assert!(!usable && text.contains(says), "{owner}:{group}: {text}");
     }
+    // As a package lays it out for its service: root lends it to that one's group.
+    chown(&key, Some(0), Some(12345)).unwrap();
+    assert!(shown(&b).0, "{}", shown(&b).1);
+    mode(&key, 0o660);
+    assert!(!shown(&b).0);
     // Root's may be lent to a group of ours.
     let Some(place) = Place::of_others() else { return };
     let host = place.path().join("host");

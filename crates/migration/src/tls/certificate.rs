@@ -50,6 +50,10 @@ pub(crate) enum CertificateFlaw {
     PathLength { allowed: u32, found: usize },
     #[error("may not sign, as TLS 1.3 has to: its key usage has no digitalSignature")]
     NoSignatures,
+    #[error(
+        "is revoked, by this side's ca-crl.pem: its CA has to make it a new one, and it new ones for its hosts"
+    )]
+    Revoked,
     #[error("{0}")]
     Library(String),
 }

@@ -153,6 +153,12 @@ impl<'a> Chain<'a> {
         self.authorities.problem_of(self.issuers(&way), at)
     }
 
+    /// A certificate of these that is revoked is told as what it is: the host's own, or a CA's on its way.
+    pub(crate) fn revoked(&self, certificate: &CertificateDer<'_>) -> Option<OwnRefusal> {
+        let (_, ca) = X509Certificate::from_der(certificate).ok().filter(|_| certificate != self.leaf)?;
+        Some(by_way_of(&subject(&ca), &CertificateFlaw::Revoked))
+    }
+
     /// The names of all issuers on the way, in DER.
     fn issuers<'b>(&'b self, way: &'b [X509Certificate<'a>]) -> impl Iterator<Item = &'b [u8]> {
         let leaf =

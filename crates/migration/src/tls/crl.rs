@@ -103,14 +103,15 @@ pub(crate) struct Revocations {
 }
 
 impl Revocations {
-    /// Why a CA does not stand by one of these certificates at this time: it has taken it back, or nobody knows whether it has.
+    /// Why a CA does not stand by one of these certificates at this time, and by which: it has taken it back, or nobody knows whether it
+    /// has.
     pub(crate) fn refusal<'a>(
         &self,
         certificates: impl IntoIterator<Item = &'a CertificateDer<'a>>,
         at: SystemTime,
-    ) -> Option<CertificateError> {
+    ) -> Option<(&'a CertificateDer<'a>, CertificateError)> {
         let of = |certificate| self.lists.iter().find_map(move |list| list.refusal(certificate, at));
-        certificates.into_iter().find_map(of)
+        certificates.into_iter().find_map(|certificate| Some((certificate, of(certificate)?)))
     }
 }
 
@@ -198,7 +199,9 @@ fn understood(der: &[u8], authorities: &[CertificateDer<'_>]) -> Result<Revocati
     let named = authorities.iter().filter_map(|der| X509Certificate::from_der(der).ok().map(|(_, ca)| ca));
     let named: Vec<_> = named.filter(|ca| ca.subject().as_raw() == list.issuer().as_raw()).collect();
     if named.is_empty() {
-        return Err(format!("is a revocation list of {issuer}, which is no CA of {CA_FILE}"));
+        return Err(format!(
+            "is a revocation list of {issuer}, which is no CA of {CA_FILE}: only for those that are in there lists are kept"
+        ));
     }
     let by = |wanted| named.iter().find(|ca| signed(der, ca.public_key()) == wanted);
     let Some(ca) = by(Signed::Yes) else {

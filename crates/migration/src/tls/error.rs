@@ -129,7 +129,7 @@ impl TlsError {
 
     /// Whether the peer may be one that speaks in plain text, and says nothing before it has heard as much.
     pub(crate) fn hints_at_plain_text(&self) -> bool {
-        matches!(self, Self::NoHandshake | Self::Late(_))
+        matches!(self, Self::NoHandshake | Self::PlainText | Self::Late(_))
     }
 
     /// What is wrong with our own certificate, as peers would find it; the sentence goes on behind its file.

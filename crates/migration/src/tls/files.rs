@@ -42,7 +42,7 @@ pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCert
     let flawed = |flaw: CertificateFlaw| flawed(&path, &flaw);
     let leaf = chain.first().ok_or_else(|| no_certificate(&path))?;
     let parsed = readable(leaf, TlsError::of_own).map_err(flawed)?;
-    let validity = flaw_of_validity(&parsed, SystemTime::now());
+    let (validity, is_ca) = (flaw_of_validity(&parsed, SystemTime::now()), parsed.is_ca());
     let identity = PeerIdentity::of(leaf).map_err(|_| flawed(CertificateFlaw::Unreadable))?;
     let key_path = directory.join(role.key_file());
     let key = private_key(&key_path)?;
@@ -52,6 +52,12 @@ pub(crate) fn own_certificate(directory: &Path, role: TlsRole) -> Result<OwnCert
     let key = CertifiedKey::new(chain, signing);
     match key.keys_match() {
         Ok(()) | Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::Unknown)) => {}
+        Err(_) if is_ca => {
+            return Err(content(
+                &path,
+                "has the certificate of a CA first: the host's own comes first, and behind it the CAs between",
+            ));
+        }
         Err(_) => return Err(TlsError::KeyMismatch { key: key_path, certificate: path }),
     }
     if let Some(flaw) = validity {
@@ -67,11 +73,24 @@ pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, 
 
 fn at_most(most: usize, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let text = read(path)?;
-    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).take(most + 1).collect();
-    match all {
-        Ok(all) if all.len() > most => Err(content(path, &format!("holds more than {most} certificates"))),
-        Ok(all) if !all.is_empty() => Ok(all),
-        _ => Err(no_certificate(path)),
+    let mut all = Vec::new();
+    for found in CertificateDer::pem_slice_iter(&text).take(most + 1) {
+        let number = all.len() + 1;
+        let cut = |_| {
+            content(
+                path,
+                &format!(
+                    "is no whole PEM: what follows on {} certificates in it is cut off or damaged",
+                    number - 1
+                ),
+            )
+        };
+        all.push(found.map_err(cut)?);
+    }
+    match all.len() {
+        0 => Err(no_certificate(path)),
+        found if found > most => Err(content(path, &format!("holds more than {most} certificates"))),
+        _ => Ok(all),
     }
 }
 
@@ -139,10 +158,12 @@ fn contents(path: &Path, file: File) -> Result<Zeroizing<Vec<u8>>, TlsError> {
     Ok(bytes)
 }
 
-/// Whether others than those whom its owner meant may read or change a key: anybody but the owner; where the owner is another
-/// user than we are, who lends it to a group of ours, anybody beyond that.
+/// Whether others than those whom its owner meant may read or change a key: anybody but the owner; where another user than we are
+/// lends it to a group of ours, or root to that of a service (as libvirt's is for QEMU), anybody beyond that.
 fn is_loose(mode: u32, owner: u32, group: u32, us: &Us) -> bool {
-    let lent = owner != us.user && us.groups.contains(&group);
+    const ROOT: u32 = 0;
+    let to_us = owner != us.user && us.groups.contains(&group);
+    let lent = to_us || (owner == ROOT && us.user == ROOT && group != ROOT);
     let allowed = if lent { 0o740 } else { 0o700 };
     mode & 0o777 & !allowed != 0
 }
@@ -223,6 +244,19 @@ mod tests {
             (0o100602, root, own, true),
         ] {
             assert_eq!(is_loose(mode, owner, group, &us), loose, "{mode:o} of {owner}:{group}");
+        }
+        // As root, what a package has laid out for its service.
+        let us = Us { user: root, groups: vec![0] };
+        for (mode, owner, group, loose) in [
+            (0o100640, root, further, false),
+            (0o100440, root, further, false),
+            (0o100640, root, 0, true),
+            (0o100660, root, further, true),
+            (0o100644, root, further, true),
+            (0o100640, we, own, true),
+            (0o100640, we, 0, false),
+        ] {
+            assert_eq!(is_loose(mode, owner, group, &us), loose, "root: {mode:o} of {owner}:{group}");
         }
     }
 }

@@ -150,7 +150,10 @@ impl<V: ?Sized> AuthorityVerifier<V> {
         }
         // Last: whom nobody vouches for hears nothing of what was taken back. A list may expire while a destination waits.
         match self.revoked.refusal(std::iter::once(leaf).chain(intermediates), at) {
-            Some(refused) => Err(Error::InvalidCertificate(refused)),
+            Some((by, found @ CertificateError::Revoked)) => {
+                Err(chain.revoked(by).map_or(Error::InvalidCertificate(found), refused))
+            }
+            Some((_, found)) => Err(Error::InvalidCertificate(found)),
             None => Ok(judged),
         }
     }

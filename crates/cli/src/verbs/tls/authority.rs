@@ -140,6 +140,10 @@ impl NewFile {
         }
     }
 
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Writes it, and gives its name.
     pub(super) fn write(mut self, text: &str) -> Result<String, CliError> {
         let unwritten = |error: std::io::Error| CliError::caused("a file cannot be written", &error);

@@ -1,6 +1,9 @@
 //! Making a private CA, and certificates of hosts.
 
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,7 +11,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
     date_time_ymd,
 };
-use vfio_migration::{CA_FILE, CRL_FILE, TlsRole};
+use vfio_migration::{CA_FILE, CRL_FILE, TlsDirectory, TlsRole};
 use vfio_migration_types::{quote, rfc3339};
 use zeroize::Zeroizing;
 
@@ -93,6 +96,7 @@ pub(super) fn host(
         files.push((NewFile::create(dir, &key, force)?, Zeroizing::new(pair.serialize_pem())));
         files.push((NewFile::create(dir, &certificate, force)?, Zeroizing::new(made)));
     }
+    refuse_unusable(name, dir, &files)?;
     // First: what a CA does not know of it cannot take back.
     note_issued(ca, name, &issued)?;
     let written: Result<Vec<String>, CliError> =
@@ -102,6 +106,28 @@ pub(super) fn host(
         dir.display()
     );
     Ok((TlsMadeReport::new(name, dir, written?), text))
+}
+
+/// Refuses certificates that no peer would take, of a CA that may not name this host.
+fn refuse_unusable(name: &str, dir: &Path, files: &[(NewFile, Zeroizing<String>)]) -> Result<(), CliError> {
+    let failed = |error: std::io::Error| CliError::caused("the certificates cannot be tried", &error);
+    // Beside what they are to be: as safe from others as that.
+    let tried = tempfile::tempdir_in(dir).map_err(failed)?;
+    for (file, text) in files {
+        let mut to = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(tried.path().join(file.name()))
+            .map_err(failed)?;
+        to.write_all(text.as_bytes()).map_err(failed)?;
+    }
+    let examined = TlsDirectory::new(tried.path()).examine();
+    let refused = [examined.server, examined.client].into_iter().flatten().find_map(Result::err);
+    let Some(error) = refused else { return Ok(()) };
+    let (here, there) = (tried.path().display().to_string(), dir.display().to_string());
+    let why = error.to_string().replace(&here, &there);
+    Err(CliError::failed(format!("no certificates are made for {name}, which no peer would take: {why}")))
 }
 
 /// Makes what `hosts` of one machine need to trust each other for a while, each a folder of its name in `dir`. It is to be thrown away

@@ -24,8 +24,8 @@ pub(crate) fn run(command: &TlsCommand) -> Result<Exit, CliError> {
         TlsVerb::Revoke { host, certificates, ca, days, .. } => {
             answer(json, revoke::revoke(host.as_deref(), certificates, ca, *days)?)?;
         }
-        TlsVerb::Show { dir, .. } => {
-            let report = show::show(dir);
+        TlsVerb::Show { dir, tls_pins, .. } => {
+            let report = show::show(dir, tls_pins);
             let (usable, text) = (report.usable, show::show_text(&report));
             answer(json, (report, text))?;
             return Ok(if usable { Exit::Done } else { Exit::Failed });

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use vfio_migration::{
-    CA_FILE, CRL_FILE, PeerIdentity, TlsDirectory, TlsError, TlsRemedy, TlsRole, TlsWarning, own_identity,
+    CA_FILE, CRL_FILE, PeerIdentity, Pin, TlsDirectory, TlsError, TlsRemedy, TlsRole, TlsWarning,
+    own_identity,
 };
 use vfio_migration_types::printable;
 
@@ -23,8 +24,8 @@ fn purpose_text(purpose: TlsPurpose) -> &'static str {
 }
 
 /// What a folder has, and whether all of it can be used.
-pub(super) fn show(dir: &Path) -> TlsShowReport {
-    let examined = TlsDirectory::new(dir).examine();
+pub(super) fn show(dir: &Path, pins: &[Pin]) -> TlsShowReport {
+    let examined = TlsDirectory { pins: pins.iter().copied().collect(), ..TlsDirectory::new(dir) }.examine();
     let file = |file: &str, purpose, found: Result<Vec<CertificateInfo>, &TlsError>| {
         let (certificates, error) = match found {
             Ok(found) => (found, None),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use vfio_migration::{CRL_FILE, Destination, IncomingError, Machine, Source, Uri};
+use vfio_migration::{CRL_FILE, Destination, IncomingError, Machine, Source, TlsRole, Uri};
 use vfio_migration_types::error_chain;
 
 use super::hosts::*;
@@ -55,6 +55,28 @@ fn a_revoked_certificate_is_refused_on_either_side() {
     assert!(text.contains("the peer's certificate is revoked, by this side's ca-crl.pem"), "{text}");
     let (text, _) = refused(secure(gone.path()), secure(there.path()));
     assert!(text.contains("our certificate is revoked"), "{text}");
+}
+
+/// A CA on the way is what is revoked, and all its hosts with it: it is blamed, and not the host.
+#[test]
+fn a_revoked_ca_between_is_blamed_itself() {
+    let root = Ca::new();
+    let (here, there) = (root.host(&Host::named(HOST)), root.host(&Host::named(HOST)));
+    let between = root.below("a CA between", |_| {});
+    between.certify(there.path(), &Host::named(HOST));
+    between.add_to(there.path());
+    let alone = tempfile::tempdir().unwrap();
+    for role in [TlsRole::Server, TlsRole::Client] {
+        std::fs::write(alone.path().join(role.certificate_file()), "").unwrap();
+    }
+    between.add_to(alone.path());
+    lay(here.path(), &root.list(&[alone.path()], next_year()));
+    let says = "is issued by way of CN=a CA between, which is revoked, by this side's ca-crl.pem";
+    for text in
+        [refused_here(&secure(here.path()), there.path()), refused_there(there.path(), &secure(here.path()))]
+    {
+        assert!(text.contains(says), "{text}");
+    }
 }
 
 /// What a side is started with is looked at before anybody comes, and by name.
