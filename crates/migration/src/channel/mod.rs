@@ -7,6 +7,7 @@ pub(crate) mod error;
 pub(crate) mod greeting;
 pub(crate) mod limiter;
 pub(crate) mod link;
+pub(crate) mod listener;
 pub(crate) mod liveness;
 pub(crate) mod reader;
 pub(crate) mod source_host;

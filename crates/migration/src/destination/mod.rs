@@ -28,10 +28,11 @@ use std::time::{Duration, Instant};
 use vfio_migration_types::{Failure, Phase, RateLimit, Side, VmId, error_chain};
 
 use crate::admission::{Admission, Admitted, NoTurn};
-use crate::channel::connect::{self, CHOOSE, ConnectError, Listener};
+use crate::channel::connect::{self, CHOOSE, ConnectError};
 use crate::channel::greeting::{
     Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
 };
+use crate::channel::listener::Listener;
 use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;

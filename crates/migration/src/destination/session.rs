@@ -16,9 +16,9 @@ use vfio_migration_wire::{
 
 use crate::admission::{Admission, Admitted, NoTurn};
 use crate::channel::binding::SessionKey;
-use crate::channel::connect::Listener;
 use crate::channel::greeting::{Accepted, FIRST_MESSAGE, Greeting, PendingConnections, Question};
 use crate::channel::link::Link;
+use crate::channel::listener::Listener;
 use crate::channel::liveness::{self, GRACE, TICK};
 use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
