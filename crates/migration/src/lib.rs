@@ -131,8 +131,10 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod bridge;
 mod changeable;
 mod channel;
+mod connection_factory;
 mod control;
 mod destination;
 mod device_file;
@@ -168,8 +170,11 @@ mod unresolved;
 mod uri;
 mod waiting_sources;
 
+pub use bridge::{ByteStream, bridge};
 pub use changeable::{refuse_changeable, refuse_changeable_folder};
 pub use channel::connect::needs_security;
+pub use channel::handed::{IncomingConnections, NotHandedOver};
+pub use connection_factory::ConnectionFactory;
 pub use control::{Control, IncomingControl, NotReady, PendingRollback};
 pub use destination::Destination;
 pub use device_file::{

@@ -6,6 +6,7 @@ use std::time::Duration;
 use vfio_migration_compat::{DeviceMap, Policy};
 use vfio_migration_types::Epoch;
 
+use crate::connection_factory::ConnectionFactory;
 use crate::expectation::Expectations;
 use crate::reasons;
 use crate::thread_setup::ThreadSetup;
@@ -64,6 +65,9 @@ pub struct SourceOptions {
     pub device_map: DeviceMap,
     /// What every thread that the session makes does first.
     pub thread_setup: Option<ThreadSetup>,
+    /// How the destination is reached again from a session over a connection that was handed over. `None`: what became of a COMMIT whose
+    /// answer is lost is not asked then.
+    pub further_connections: Option<ConnectionFactory>,
     /// What the journal and whoever watches know the other end by. `None`: its address.
     pub peer_name: Option<String>,
     /// The machine goes into a file: what cannot move live may be saved.
@@ -95,6 +99,7 @@ impl Default for SourceOptions {
             policy: Policy::default(),
             device_map: DeviceMap::default(),
             thread_setup: None,
+            further_connections: None,
             peer_name: None,
             to_file: false,
             device_alone: false,

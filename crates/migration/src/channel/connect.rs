@@ -14,6 +14,7 @@ use rustls::pki_types::ServerName;
 
 use crate::channel::tls::Tls;
 use crate::channel::transport::{Socket, Transport, TransportError};
+use crate::connection_factory::ConnectionFactory;
 use crate::session::abandon::{Unanswered, answer_unless};
 use crate::tls::config::Security;
 use crate::tls::error::TlsError;
@@ -74,6 +75,10 @@ pub(crate) enum ConnectError {
         #[source]
         source: UnixPeerError,
     },
+    #[error("nobody is left who could hand a connection over")]
+    NoneHanded,
+    #[error("no further connection could be made")]
+    Factory(#[source] io::Error),
     #[error("cancelled")]
     Cancelled,
     #[error("there is no thread to connect on")]
@@ -132,6 +137,24 @@ pub(crate) fn connect(
             Uri::Unix(path) => connect_unix(&wanted, path, limit)?,
             Uri::Fd(number) => take_over(*number)?,
         };
+        secured(socket, &wanted, security.as_ref(), &peers, until.saturating_duration_since(Instant::now()))
+    })
+}
+
+/// The same, over a connection that the VMM makes.
+pub(crate) fn by_factory(
+    factory: &ConnectionFactory,
+    uri: &Uri,
+    security: Option<&Security>,
+    peers: &AllowedUnixPeers,
+    limit: Duration,
+    given_up: impl Fn() -> bool,
+) -> Result<Box<dyn Transport>, ConnectError> {
+    let (factory, wanted, security, peers) = (factory.clone(), uri.clone(), security.cloned(), peers.clone());
+    let until = Instant::now() + limit;
+    within(uri, limit, given_up, move || {
+        let socket = factory.make(limit).map_err(ConnectError::Factory)?;
+        check_stream(&socket, std::os::fd::AsRawFd::as_raw_fd(&socket))?;
         secured(socket, &wanted, security.as_ref(), &peers, until.saturating_duration_since(Instant::now()))
     })
 }

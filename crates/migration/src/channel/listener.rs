@@ -13,6 +13,7 @@ use rustix::net::{AddressFamily, sockopt};
 use vfio_migration_types::{RateLimit, Told};
 
 use crate::channel::connect::{ConnectError, as_it_is, check_chosen, check_stream, duplicate, leaves_host};
+use crate::channel::handed::{HandedConnections, IncomingConnections};
 use crate::channel::tls::Tls;
 use crate::channel::transport::Transport;
 use crate::tls::config::{Proof, Security};
@@ -50,6 +51,8 @@ enum ListenerSocket {
     },
     /// `None` once it has been used.
     Connected(Option<OwnedFd>, Uri),
+    /// Of any kind, as the VMM accepts them.
+    Handed(HandedConnections),
 }
 
 /// Shortest and longest time after which an accept that failed is tried again.
@@ -161,6 +164,19 @@ impl Listener {
         Self::of(ListenerSocket::Connected(Some(socket), uri.clone()), uri, security)
     }
 
+    /// Connections that the VMM accepts and hands over, and where it does. Its address says nothing to anybody.
+    pub(crate) fn handed(
+        security: Option<&Security>,
+    ) -> Result<(Self, Uri, IncomingConnections), ConnectError> {
+        let uri = Uri::Fd(-1);
+        let (connections, handle) = HandedConnections::new().map_err(|errno| ConnectError::System {
+            doing: "taking over connections as",
+            uri: uri.clone(),
+            source: errno.into(),
+        })?;
+        Ok((Self::of(ListenerSocket::Handed(connections), &uri, security)?, uri, handle))
+    }
+
     fn of(socket: ListenerSocket, uri: &Uri, security: Option<&Security>) -> Result<Self, ConnectError> {
         let local = match &socket {
             ListenerSocket::Unix { .. } => true,
@@ -168,6 +184,8 @@ impl Listener {
             ListenerSocket::Connected(socket, _) => {
                 socket.as_ref().is_some_and(|socket| !leaves_host(socket))
             }
+            // Of each that is none it has to be said, when it comes.
+            ListenerSocket::Handed(_) => security.is_none(),
         };
         let mut configs = None;
         if !local {
@@ -194,7 +212,7 @@ impl Listener {
         match &self.socket {
             ListenerSocket::Unix { .. } => unix,
             ListenerSocket::Connected(Some(socket), _) if !leaves_host(socket) => unix,
-            ListenerSocket::Tcp(_) | ListenerSocket::Connected(..) => {
+            ListenerSocket::Tcp(_) | ListenerSocket::Connected(..) | ListenerSocket::Handed(_) => {
                 (proof(Security::proof), "in plain text")
             }
         }
@@ -209,6 +227,7 @@ impl Listener {
     pub(crate) fn check(&self) -> Result<(), ConnectError> {
         match &self.socket {
             ListenerSocket::Connected(None, uri) => Err(ConnectError::Used(uri.clone())),
+            ListenerSocket::Handed(handed) if handed.have_ended() => Err(ConnectError::NoneHanded),
             _ => Ok(()),
         }
     }
@@ -224,6 +243,10 @@ impl Listener {
     /// The connection over `socket`, whose handshake, if it has one, is still to come.
     fn secure(&mut self, socket: OwnedFd, read_anew: bool) -> Option<Box<dyn Transport>> {
         let security = self.security.as_ref();
+        if security.is_none() && leaves_host(&socket) {
+            self.problem(ConnectError::NotChosen(self.uri.clone()).to_string());
+            return None;
+        }
         if !security.is_some_and(|security| security.is_tls() && leaves_host(&socket)) {
             return Some(as_it_is(socket, security));
         }
@@ -272,6 +295,7 @@ impl Listener {
                 Ok(OwnedFd::from(stream))
             }),
             ListenerSocket::Connected(socket, _) => return socket.take(),
+            ListenerSocket::Handed(handed) => return handed.next(),
         };
         match accepted {
             Ok(socket) => {
@@ -305,6 +329,7 @@ impl Listener {
             ListenerSocket::Tcp(listener) => Some(listener.as_fd()),
             ListenerSocket::Unix { listener, .. } => Some(listener.as_fd()),
             ListenerSocket::Connected(..) => None,
+            ListenerSocket::Handed(handed) => Some(handed.as_fd()),
         };
         let all = own.into_iter().chain(others);
         let mut polled: Vec<_> = all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();

@@ -5,6 +5,7 @@ pub(crate) mod connect;
 pub(crate) mod credit;
 pub(crate) mod error;
 pub(crate) mod greeting;
+pub(crate) mod handed;
 pub(crate) mod limiter;
 pub(crate) mod link;
 pub(crate) mod listener;

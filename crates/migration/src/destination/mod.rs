@@ -32,6 +32,7 @@ use crate::channel::connect::{self, CHOOSE, ConnectError};
 use crate::channel::greeting::{
     Accepted, DroppedConnection, FIRST_MESSAGE, Greeting, PendingConnections, Question,
 };
+use crate::channel::handed::IncomingConnections;
 use crate::channel::listener::Listener;
 use crate::channel::source_host::SourceHost;
 use crate::control::IncomingControl;
@@ -108,6 +109,18 @@ impl Destination {
         let local = Uri::Fd(number);
         let listener = Listener::connected(socket, &local, options.security.as_ref()).map_err(not_begun)?;
         Self::new(listener, local, options)
+    }
+
+    /// Receives over stream sockets that the VMM connects or accepts itself and hands over one after another, as long as anybody has what
+    /// is returned beside it: sources, and those that ask what became of their COMMIT. [`local`](Self::local) says nothing then. What is no
+    /// unix socket is refused unless [`DestinationOptions::security`] says how it is secured.
+    ///
+    /// # Errors
+    /// The host has no descriptor left, or what it is to be secured with cannot be used.
+    pub fn of_connections(options: DestinationOptions) -> Result<(Self, IncomingConnections), IncomingError> {
+        let (listener, local, connections) =
+            Listener::handed(options.security.as_ref()).map_err(not_begun)?;
+        Ok((Self::new(listener, local, options)?, connections))
     }
 
     fn new(listener: Listener, local: Uri, options: DestinationOptions) -> Result<Self, IncomingError> {

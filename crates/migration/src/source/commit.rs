@@ -30,7 +30,7 @@ impl PendingCommit for Worker {
     fn ask(&mut self, at: Option<&Uri>, given_up: &dyn Fn() -> bool) -> Result<CommitAnswer, Failure> {
         let failed = |why: String| Failure::new(Side::Source, Phase::Commit, why);
         let uri = at.unwrap_or(&self.plan.uri);
-        if matches!(uri, Uri::Fd(_)) {
+        if !self.can_reach(uri) {
             return Err(failed(FD_ENDED.into()).with_remedy("ask at an address"));
         }
         match self.ask_at(uri, given_up) {
@@ -83,7 +83,7 @@ impl Worker {
     /// Asks once. The answer is the destination's, or the loss of the connection.
     pub(super) fn ask_again(&mut self) -> Option<SourceEvent> {
         self.shared.interrupt.clear();
-        if matches!(self.plan.uri, Uri::Fd(_)) {
+        if !self.can_reach(&self.plan.uri) {
             return Some(SourceEvent::LinkLost(FD_ENDED.into()));
         }
         let replaced = || self.shared.interrupt.raised() || self.shared.ended.load(Ordering::Acquire);
@@ -95,11 +95,21 @@ impl Worker {
         }
     }
 
+    /// Whether a further connection to the destination can be made.
+    fn can_reach(&self, uri: &Uri) -> bool {
+        !matches!(uri, Uri::Fd(_)) || self.plan.options.further_connections.is_some()
+    }
+
     fn ask_at(&self, uri: &Uri, replaced: impl Fn() -> bool) -> Result<Message, Result<WorkError, String>> {
         let limit = self.plan.options.connect_timeout.min(PATIENCE);
         let options = &self.plan.options;
-        let connected =
-            connect::connect(uri, options.security.as_ref(), &options.unix_peers, limit, &replaced);
+        let (security, peers) = (options.security.as_ref(), &options.unix_peers);
+        let connected = match (&options.further_connections, uri) {
+            (Some(factory), Uri::Fd(_)) => {
+                connect::by_factory(factory, uri, security, peers, limit, &replaced)
+            }
+            _ => connect::connect(uri, security, peers, limit, &replaced),
+        };
         let socket = connected.map_err(|error| match error {
             ConnectError::Cancelled => Ok(WorkError::Interrupted),
             error => Err(error_chain(&error)),
