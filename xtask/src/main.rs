@@ -6,6 +6,7 @@ mod bounded;
 mod change;
 mod command;
 mod kernel_test;
+mod package;
 mod pictures;
 mod programs;
 mod qemu_peer;
@@ -37,7 +38,7 @@ cargo xtask pictures [NAME…]
                            that VFIO_MIGRATE names, or with a release build
 cargo xtask rules          check the house rules alone (length and names of files, floors, circles, unsafe, links)
 
-Rings: rules, lint, test, qemu-peer, python-peers, kernel, docs
+Rings: rules, lint, test, qemu-peer, python-peers, kernel, docs, package
 A ring that this machine cannot run is skipped with a loud line; with CI set that is a failure.";
 
 fn main() -> ExitCode {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::change::Change;
 use crate::run::{Outcome, cargo, finish};
-use crate::{api, kernel_test, programs, qemu_peer, rules, tools};
+use crate::{api, kernel_test, package, programs, qemu_peer, rules, tools};
 
 /// One ring.
 struct Ring {
@@ -29,7 +29,7 @@ struct Session<'a> {
 /// How many of the longest tests are named at the end.
 const LONGEST: usize = 10;
 
-const RINGS: [Ring; 7] = [
+const RINGS: [Ring; 8] = [
     Ring { name: "rules", what: "house rules", run: rules_ring, quick: true },
     Ring { name: "lint", what: "formatting and lints", run: lint, quick: true },
     Ring {
@@ -69,6 +69,12 @@ const RINGS: [Ring; 7] = [
         name: "docs",
         what: "documentation and its examples, and the listings of public interfaces",
         run: docs,
+        quick: false,
+    },
+    Ring {
+        name: "package",
+        what: "what would be published, compiled out of its packages, and the guide on top of it",
+        run: |session| package::check(session.top),
         quick: false,
     },
 ];

@@ -230,5 +230,5 @@ pub use {
 
 /// The code of the guide for VMMs compiles.
 #[cfg(doctest)]
-#[doc = include_str!("../../../docs/embedding.md")]
+#[doc = include_str!("../embedding.md")]
 struct EmbeddingGuide;

@@ -39,6 +39,11 @@ pub(crate) fn check(top: &Path) -> Result<(), String> {
     if breaches.is_empty() { Ok(()) } else { Err(format!("house rules:\n  {}", breaches.join("\n  "))) }
 }
 
+/// The names of the workspace's packages: those that may be published, and the others.
+pub(crate) fn publication(top: &Path) -> Result<(Vec<String>, Vec<String>), String> {
+    Ok(packages::publication(&Tree::read(top)?))
+}
+
 fn long_files(tree: &Tree, breaches: &mut Vec<String>) {
     for (path, text) in tree.below("").filter(|(path, _)| path.ends_with(".rs")) {
         let lines = text.lines().count();

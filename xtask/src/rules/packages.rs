@@ -21,11 +21,7 @@ const KEYS: [&str; 8] = [
 
 /// Checks every member of the workspace that does not forbid its publication.
 pub(crate) fn check(top: &Path, tree: &Tree, breaches: &mut Vec<String>) {
-    for member in tree.members() {
-        let manifest = tree.text(&format!("{member}/Cargo.toml")).unwrap_or_default();
-        if manifest.contains("publish = false") {
-            continue;
-        }
+    for (member, manifest) in manifests(tree).filter(|(_, manifest)| may_be_published(manifest)) {
         for key in missing_keys(manifest) {
             breaches.push(format!("{member}/Cargo.toml has no {key}"));
         }
@@ -33,6 +29,27 @@ pub(crate) fn check(top: &Path, tree: &Tree, breaches: &mut Vec<String>) {
             breaches.push(format!("{member} has no {file}"));
         }
     }
+}
+
+/// The names of the packages that may be published, and of the others.
+pub(crate) fn publication(tree: &Tree) -> (Vec<String>, Vec<String>) {
+    let (published, others): (Vec<_>, Vec<_>) =
+        manifests(tree).map(|(_, manifest)| manifest).partition(|manifest| may_be_published(manifest));
+    let names = |manifests: Vec<&str>| manifests.into_iter().filter_map(name).map(String::from).collect();
+    (names(published), names(others))
+}
+
+fn manifests(tree: &Tree) -> impl Iterator<Item = (&str, &str)> {
+    let manifest = |member| tree.text(&format!("{member}/Cargo.toml")).unwrap_or_default();
+    tree.members().into_iter().map(move |member| (member, manifest(member)))
+}
+
+fn may_be_published(manifest: &str) -> bool {
+    !manifest.contains("publish = false")
+}
+
+fn name(manifest: &str) -> Option<&str> {
+    manifest.lines().find_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'))
 }
 
 fn missing_keys(manifest: &str) -> Vec<&'static str> {
@@ -48,7 +65,17 @@ fn missing_keys(manifest: &str) -> Vec<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{KEYS, missing_keys};
+    use super::{KEYS, Tree, missing_keys, publication};
+
+    #[test]
+    fn a_package_is_published_unless_it_says_that_it_is_not() {
+        let tree = Tree::of(&[
+            ("Cargo.toml", "[workspace]\nmembers = [\"a\", \"b\"]\n"),
+            ("a/Cargo.toml", "[package]\nname = \"one\"\n"),
+            ("b/Cargo.toml", "[package]\nname = \"other\"\npublish = false\n"),
+        ]);
+        assert_eq!(publication(&tree), (vec!["one".into()], vec!["other".into()]));
+    }
 
     #[test]
     fn a_key_that_is_not_there_is_named() {
