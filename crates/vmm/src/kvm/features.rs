@@ -5,6 +5,7 @@
 //! more the new host could do.
 
 use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
@@ -62,6 +63,16 @@ enum Register {
 /// # Errors
 /// KVM does not tell.
 pub fn cpu_features(kvm: &Kvm) -> Result<Vec<String>, VmmError> {
+    // Whoever asks for a manifest does not wait for a machine to be made and closed each time: on a busy host the kernel takes seconds.
+    static KNOWN: OnceLock<Vec<String>> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(known.clone());
+    }
+    let found = found_features(kvm)?;
+    Ok(KNOWN.get_or_init(|| found).clone())
+}
+
+fn found_features(kvm: &Kvm) -> Result<Vec<String>, VmmError> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("tell its CPUID table"))?;
     let mut words = words(&without_nesting(supported.as_slice()));

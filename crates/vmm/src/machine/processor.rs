@@ -73,12 +73,15 @@ pub(super) trait Processor: fmt::Debug + Send + Sync {
 pub(super) struct KvmProcessor {
     vm: Arc<KvmVm>,
     dirty: Arc<KvmDirtyLog>,
+    /// Asked for as the machine is made: whoever asks for its manifest waits for nothing but its devices.
+    features: Vec<String>,
 }
 
 impl KvmProcessor {
     pub(super) fn new(vm: Arc<KvmVm>) -> Result<Self, VmmError> {
         let dirty = Arc::new(vm.dirty_log()?);
-        Ok(Self { vm, dirty })
+        let features = cpu_features(&KvmVm::open()?)?;
+        Ok(Self { vm, dirty, features })
     }
 }
 
@@ -120,7 +123,7 @@ impl Processor for KvmProcessor {
     }
 
     fn features(&self) -> Result<Vec<String>, VmmError> {
-        cpu_features(&KvmVm::open()?)
+        Ok(self.features.clone())
     }
 
     fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> {
