@@ -53,6 +53,16 @@ pub trait Machine: Send + Sync {
     /// that is a PCI function to the guest: a device that has another at the destination is refused.
     fn manifest(&self) -> Result<MachineManifest, MachineError>;
 
+    /// What the VMM at the destination wants to know before it makes a machine, and a manifest does not say: in a layout of the VMM's
+    /// own, at most 65535 bytes, taken once in the plan. It arrives as
+    /// [`IncomingOffer::configuration`](crate::IncomingOffer::configuration). Empty where there is none.
+    ///
+    /// # Errors
+    /// Nothing has begun; the guest goes on.
+    fn configuration(&self) -> Result<Vec<u8>, MachineError> {
+        Ok(Vec::new())
+    }
+
     /// The guest's RAM, all of it.
     fn ram(&self) -> Arc<GuestRam>;
 

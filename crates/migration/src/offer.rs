@@ -23,6 +23,16 @@ pub struct IncomingOffer {
     pub epoch: Epoch,
     /// The manifest of the source's machine.
     pub manifest: MachineManifest,
+    /// The [`configuration`](crate::Machine::configuration) of the source's VMM, byte for byte by its digest; foreign text until it is
+    /// judged. Empty where it has none.
+    pub configuration: Vec<u8>,
+    /// The BLAKE3 digest of it, by which two machines are told to be configured alike; `None` where it has none.
+    pub configuration_digest: Option<[u8; 32]>,
+}
+
+/// The digest of a configuration as an offer carries it.
+pub(crate) fn digest_of_configuration(configuration: &[u8]) -> [u8; 32] {
+    if configuration.is_empty() { [0; 32] } else { *blake3::hash(configuration).as_bytes() }
 }
 
 /// Why there is no machine for a guest on offer.

@@ -55,6 +55,7 @@ const REASON: usize = 8 * 2
     + 2 * limits::REASON_WORD;
 const REASONS: usize = 4 + limits::REASONS * REASON;
 const NAMES: usize = 4 + limits::DEVICES as usize * 2 * (2 + limits::DEVICE_NAME);
+const CONFIGURATION: usize = 32 + limits::CONFIGURATION;
 const TOTALS: usize = limits::DEVICES as usize * 40;
 
 kinds! {
@@ -67,7 +68,7 @@ kinds! {
     Running       0x0006 "RUNNING"        40, 40 + ERROR;
     Declined      0x0007 "DECLINED"       22, ERROR;
     // Control.
-    Offer         0x0010 "OFFER"          6, NAMES + limits::MANIFEST;
+    Offer         0x0010 "OFFER"          6, NAMES + CONFIGURATION + limits::MANIFEST;
     Accept        0x0011 "ACCEPT"         26, 20 + REASONS + limits::MANIFEST;
     Begin         0x0012 "BEGIN"          16, 16;
     Begun         0x0013 "BEGUN"          0, 0;

@@ -9,6 +9,8 @@ use vfio_migration_types::{DEVICES_MAX, PAGE_SIZE};
 pub const DEVICES: u16 = DEVICES_MAX;
 /// Bytes of the machine's manifest, at least 2 (`{}`).
 pub const MANIFEST: usize = 1 << 20;
+/// Bytes of a VMM's own configuration, [`Offer::configuration`](crate::Offer::configuration).
+pub const CONFIGURATION: usize = u16::MAX as usize;
 /// Pages in one [`Bulk::Pages`](crate::Bulk::Pages): a body of at most 1 MiB.
 pub const PAGES: u32 = 256;
 /// No page has this number or a greater one: `page × 4096` fits in 64 bits.

@@ -154,6 +154,11 @@ pub struct Offer {
     /// Devices that have another name at the destination: name at the source, name there. At most
     /// [`limits::DEVICES`](crate::limits::DEVICES).
     pub names: Vec<(String, String)>,
+    /// The VMM's own configuration, of which nobody else knows the layout: at most
+    /// [`limits::CONFIGURATION`](crate::limits::CONFIGURATION) bytes, none where it has none.
+    pub configuration: Vec<u8>,
+    /// The BLAKE3 digest of `configuration`; zero where there is none.
+    pub configuration_digest: [u8; 32],
     /// UTF-8 JSON of the machine's manifest, at most [`limits::MANIFEST`](crate::limits::MANIFEST) bytes.
     pub manifest: Vec<u8>,
 }

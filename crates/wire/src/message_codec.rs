@@ -34,7 +34,8 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) -> Result<Kind, WireE
             Kind::HelloReply
         }
         Message::Offer(offer) => {
-            encode_names(&offer.names, out)?;
+            encode_names(offer, out)?;
+            encode_configuration(offer, out)?;
             encode_manifest(Kind::Offer, &offer.manifest, out)?;
             Kind::Offer
         }
@@ -172,8 +173,10 @@ pub(crate) fn decode(kind: Kind, payload: &[u8], from_side: Side) -> Result<Mess
             Message::HelloReply(HelloReply { version, features: cursor.u64("features")? })
         }
         Kind::Offer => {
-            let names = decode_names(&mut cursor)?;
-            Message::Offer(Offer { names, manifest: decode_manifest(&mut cursor)? })
+            let (names, configuration) = decode_names(&mut cursor)?;
+            let (configuration, configuration_digest) = decode_configuration(&mut cursor, configuration)?;
+            let manifest = decode_manifest(&mut cursor)?;
+            Message::Offer(Offer { names, configuration, configuration_digest, manifest })
         }
         Kind::Accept => {
             let lease = Lease { id: cursor.array("lease.id")?, valid_ms: cursor.u32("lease.valid_ms")? };
@@ -310,15 +313,18 @@ fn check_version(version: u16) -> Result<(), WireError> {
 }
 
 /// Names are neither cut nor left out: a device under half a name is another.
-fn encode_names(names: &[(String, String)], out: &mut Vec<u8>) -> Result<(), WireError> {
+fn encode_names(offer: &Offer, out: &mut Vec<u8>) -> Result<(), WireError> {
+    let names = &offer.names;
     let refuse =
         |field, value: usize| WireError::Value { frame: Kind::Offer.name(), field, value: value as u64 };
     let count = u16::try_from(names.len())
         .ok()
         .filter(|count| *count <= limits::DEVICES)
         .ok_or(refuse("names", names.len()))?;
+    let configuration = u16::try_from(offer.configuration.len())
+        .map_err(|_| refuse("configuration", offer.configuration.len()))?;
     out.put_u16(count);
-    out.put_reserved::<2>();
+    out.put_u16(configuration);
     for name in names.iter().flat_map(|(source, destination)| [source, destination]) {
         if name.len() > limits::DEVICE_NAME {
             return Err(refuse("name", name.len()));
@@ -328,14 +334,36 @@ fn encode_names(names: &[(String, String)], out: &mut Vec<u8>) -> Result<(), Wir
     Ok(())
 }
 
-fn decode_names(cursor: &mut Cursor<'_>) -> Result<Vec<(String, String)>, WireError> {
+/// The names, and the length of the configuration behind them.
+fn decode_names(cursor: &mut Cursor<'_>) -> Result<(Vec<(String, String)>, u16), WireError> {
     let count = cursor.u16("names")?;
     if count > limits::DEVICES {
         return Err(cursor.value("names", count.into()));
     }
-    cursor.reserved::<2>()?;
+    let configuration = cursor.u16("configuration")?;
     let mut name = || Ok(cursor.text("name", limits::DEVICE_NAME)?.to_owned());
-    (0..count).map(|_| Ok((name()?, name()?))).collect()
+    let names = (0..count).map(|_| Ok((name()?, name()?))).collect::<Result<_, WireError>>()?;
+    Ok((names, configuration))
+}
+
+/// Nothing where there is none: an offer without one is what it was before there were any.
+fn encode_configuration(offer: &Offer, out: &mut Vec<u8>) -> Result<(), WireError> {
+    if !offer.configuration.is_empty() {
+        out.put(&offer.configuration_digest);
+        out.put(&offer.configuration);
+    } else if offer.configuration_digest != [0; 32] {
+        let frame = Kind::Offer.name();
+        return Err(WireError::Value { frame, field: "configuration_digest", value: 0 });
+    }
+    Ok(())
+}
+
+fn decode_configuration(cursor: &mut Cursor<'_>, length: u16) -> Result<(Vec<u8>, [u8; 32]), WireError> {
+    if length == 0 {
+        return Ok((Vec::new(), [0; 32]));
+    }
+    let digest = cursor.array("configuration_digest")?;
+    Ok((cursor.slice("configuration", length.into())?.to_vec(), digest))
 }
 
 /// The rest of the payload.

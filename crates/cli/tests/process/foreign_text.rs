@@ -104,7 +104,7 @@ fn a_strangers_offer_does_not_steer_the_terminal_of_who_looks_at_the_receiver() 
         attempt: AttemptId([8; 16]),
         epoch: Epoch(0),
     };
-    let offer = Offer { names: Vec::new(), manifest: manifest.to_string().into_bytes() };
+    let offer = Offer { manifest: manifest.to_string().into_bytes(), ..Offer::default() };
     let said_by_stranger = [
         &PREAMBLE[..],
         &encode(&Message::Hello(hello), 0).unwrap(),

@@ -49,7 +49,7 @@ fn squat(at: &str, config: &Arc<ClientConfig>, offer: Option<&[u8]>, over: &Atom
     let hello = Message::Hello(Hello { versions: VERSIONS, features: 0, vm, attempt, epoch: Epoch(0) });
     let mut words = [PREAMBLE.as_slice(), &encode(&hello, 0).unwrap()].concat();
     if let Some(manifest) = offer {
-        let offer = Message::Offer(Offer { names: vec![], manifest: manifest.to_vec() });
+        let offer = Message::Offer(Offer { manifest: manifest.to_vec(), ..Offer::default() });
         words.extend_from_slice(&encode(&offer, 1).unwrap());
     }
     while !over.load(Ordering::Relaxed) {

@@ -14,7 +14,7 @@ use vfio_migration_wire as wire;
 use crate::device_state::tracked::{all_answer, tracked};
 use crate::incoming_machine::{IncomingDevice, IncomingFunction};
 use crate::machine::MigratableDevice;
-use crate::offer::{IncomingOffer, NotBuilt};
+use crate::offer::{IncomingOffer, NotBuilt, digest_of_configuration};
 use crate::ownership::journal::{Journal, JournalError, JournalSide, read_journal};
 use crate::reasons::{self, left_behind, with_migration_known};
 use crate::session::awaited::Request;
@@ -51,6 +51,12 @@ impl Worker<'_, '_, '_> {
             let _ = self.shared.unexpected.set(unexpected);
             return Ok(refuse(told));
         }
+        let configuration = offer.configuration;
+        if digest_of_configuration(&configuration) != offer.configuration_digest {
+            let text = "the configuration that is offered is not the one that its digest is of";
+            return Err(Failure::new(Side::Destination, phase, text).into());
+        }
+        let configuration_digest = (!configuration.is_empty()).then_some(offer.configuration_digest);
         let map = match map(offer.names) {
             Ok(map) => map,
             Err(text) => return Ok(refuse(Reason::new(SessionCode::Manifest, text))),
@@ -67,7 +73,14 @@ impl Worker<'_, '_, '_> {
             .into());
         };
         let Attempt { vm, attempt, epoch } = attempt;
-        let offer = IncomingOffer { vm, attempt, epoch, manifest: offered.clone() };
+        let offer = IncomingOffer {
+            vm,
+            attempt,
+            epoch,
+            manifest: offered.clone(),
+            configuration,
+            configuration_digest,
+        };
         let wait = self.shared.answers.wait(None, Request::Machine, None);
         let built = build(&offer);
         drop(wait);

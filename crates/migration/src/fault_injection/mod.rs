@@ -125,6 +125,10 @@ impl Machine for FaultyMachine {
         self.machine.manifest()
     }
 
+    fn configuration(&self) -> Result<Vec<u8>, MachineError> {
+        self.machine.configuration()
+    }
+
     fn ram(&self) -> Arc<GuestRam> {
         self.machine.ram()
     }

@@ -11,6 +11,7 @@ use vfio_migration_wire::{Bulk, DeviceTotal, FinalEnd, Frame, Hello, Message};
 use super::SnapshotError;
 use super::file::{DIGEST_LEN, END, HEAD_LEN, MAGIC, TRAILER_LEN, VERSION};
 use super::file::{Frames, failed};
+use crate::offer::digest_of_configuration;
 
 /// Content of a sound file.
 #[derive(Clone, Debug)]
@@ -119,6 +120,9 @@ impl Content {
             Message::Hello(hello) if self.hello.is_none() => self.hello = Some(hello),
             Message::Offer(offer) if self.hello.is_some() && self.manifest.is_none() => {
                 let manifest = MachineManifest::from_json(&offer.manifest)?;
+                if digest_of_configuration(&offer.configuration) != offer.configuration_digest {
+                    return Err(wrong("its configuration is not the one that its digest is of"));
+                }
                 self.devices.resize_with(manifest.devices.len(), DeviceStream::default);
                 self.pages_in_all =
                     manifest.ram.iter().fold(0u64, |all, region| all.saturating_add(region.len)) / PAGE_SIZE;

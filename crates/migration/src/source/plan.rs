@@ -16,7 +16,7 @@ use crate::control::Control;
 use crate::device_state::tracked::{all_answer, tracked};
 use crate::error::{MigrateError, not_begun, refused_here};
 use crate::machine::{Machine, MigratableDevice};
-use crate::offer::names;
+use crate::offer::{digest_of_configuration, names};
 use crate::options::SourceOptions;
 use crate::ownership::journal::{Journal, JournalFile, JournalSide, read_journal};
 use crate::ram::uncovered::of_uncovered;
@@ -108,7 +108,7 @@ impl PlannedMigration {
         info.epoch = epoch;
         // Apart from the journal: a device that is still asked when this has ended must not hold the VM's journal.
         let (asked, of_thread, answers) = (options.clone(), Arc::clone(&machine), control.answers().clone());
-        let (manifest, own, devices) = unless_cancelled(&control, move || {
+        let (manifest, configuration, own, devices) = unless_cancelled(&control, move || {
             let devices = of_thread.devices().into_iter();
             let devices: Vec<_> = devices.map(|moved| tracked(moved, &answers)).collect();
             all_answer(&devices).map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
@@ -127,12 +127,22 @@ impl PlannedMigration {
             if rehearse != Some(Rehearse::Ask) && !permits(&own, asked.to_file) {
                 return Err(MigrateError::Refused(own.reasons));
             }
-            Ok((manifest, own, usable_devices(devices)?))
+            let configuration = of_thread
+                .configuration()
+                .map_err(|error| refused_here(error.in_phase(Side::Source, Phase::Plan)))?;
+            if configuration.len() > limits::CONFIGURATION {
+                let (has, most) = (configuration.len(), limits::CONFIGURATION);
+                let text = format!("the VMM's own configuration has {has} bytes, where {most} are the most");
+                return Err(not_begun(Phase::Plan, text));
+            }
+            Ok((manifest, configuration, own, usable_devices(devices)?))
         })?;
         let json = manifest.to_json().map_err(|error| {
             not_begun(Phase::Plan, format!("the manifest cannot be written: {}", error_chain(&error)))
         })?;
-        let offer = Offer { names: names(&options.device_map), manifest: json };
+        let configuration_digest = digest_of_configuration(&configuration);
+        let names = names(&options.device_map);
+        let offer = Offer { names, configuration, configuration_digest, manifest: json };
         let facts = devices.iter().map(|(moved, capabilities)| DeviceFacts {
             id: moved.device.id().clone(),
             flags: capabilities.flags,

@@ -1,6 +1,7 @@
 //! Migrations between two machines in one process, a file per subject.
 
 mod cancel;
+mod configuration;
 mod connections;
 mod constructed;
 mod cut_wire;

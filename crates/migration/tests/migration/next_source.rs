@@ -174,7 +174,7 @@ fn squat(at: &Uri, says: Says, manifest: &[u8], over: &AtomicBool) {
         attempt: AttemptId([5; 16]),
         epoch: Epoch(0),
     });
-    let offer = Message::Offer(Offer { names: vec![], manifest: manifest.to_vec() });
+    let offer = Message::Offer(Offer { manifest: manifest.to_vec(), ..Offer::default() });
     while !over.load(Ordering::Relaxed) {
         let Ok(socket) = TcpStream::connect((host.as_str(), *port)) else { continue };
         socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();

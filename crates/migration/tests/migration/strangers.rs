@@ -153,7 +153,7 @@ impl Peer {
         self.say(&hello(features));
         assert!(matches!(self.hear(), Message::HelloReply(_)));
         let manifest = machine.manifest().unwrap().to_json().unwrap();
-        self.say(&Message::Offer(Offer { names: vec![], manifest }));
+        self.say(&Message::Offer(Offer { manifest, ..Offer::default() }));
         let Message::Accept(accept) = self.hear() else { panic!("it did not accept") };
         self.say(&Message::Begin { lease: accept.lease.id });
         assert_eq!(self.hear(), Message::Begun);
@@ -190,6 +190,21 @@ fn aborted(there: Result<Arrived, IncomingError>) -> String {
         Err(IncomingError::Aborted(cause)) => cause.text.clone(),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_configuration_that_is_not_the_one_of_its_digest_makes_no_machine() {
+    let (there, _) = receive(|to, machine| {
+        let mut source = Peer::new(to);
+        source.say(&hello(0));
+        assert!(matches!(source.hear(), Message::HelloReply(_)));
+        let manifest = machine.manifest().unwrap().to_json().unwrap();
+        let (configuration, configuration_digest) = (b"own words".to_vec(), [1; 32]);
+        let offer = Offer { configuration, configuration_digest, manifest, ..Offer::default() };
+        source.say(&Message::Offer(offer));
+        assert!(source.hear_abort().contains("not the one that its digest is of"));
+    });
+    assert!(aborted(there).contains("not the one that its digest is of"));
 }
 
 #[test]

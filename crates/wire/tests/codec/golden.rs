@@ -77,6 +77,7 @@ fn the_documented_limits_are_the_codes() {
     for (what, value) in [
         ("devices", u64::from(limits::DEVICES)),
         ("manifest, bytes", limits::MANIFEST as u64),
+        ("configuration, bytes", limits::CONFIGURATION as u64),
         ("pages in one PAGES", limits::PAGES.into()),
         ("page numbers", limits::PAGE_NUMBERS),
         ("device data in one frame, bytes", limits::DEVICE_DATA as u64),

@@ -106,13 +106,22 @@ fn the_largest_of_everything_fits_and_one_more_does_not() {
         other => Some(other.unwrap().len() - HEADER_LEN),
     };
     let offer =
-        |len| length(encode(&Message::Offer(Offer { names: Vec::new(), manifest: vec![b'x'; len] }), 0));
+        |len| length(encode(&Message::Offer(Offer { manifest: vec![b'x'; len], ..Offer::default() }), 0));
     assert_eq!(offer(limits::MANIFEST), Some(limits::MANIFEST + 4));
     assert_eq!(offer(limits::MANIFEST + 1), None);
     assert_eq!(offer(1), None);
+    let configured = |len, digest| {
+        let (configuration, manifest) = (vec![7; len], b"{}".to_vec());
+        let offer = Offer { configuration, configuration_digest: [digest; 32], manifest, ..Offer::default() };
+        length(encode(&Message::Offer(offer), 0))
+    };
+    assert_eq!(configured(limits::CONFIGURATION, 1), Some(4 + 32 + limits::CONFIGURATION + 2));
+    assert_eq!(configured(limits::CONFIGURATION + 1, 1), None);
+    assert_eq!(configured(0, 0), Some(6));
+    assert_eq!(configured(0, 1), None, "a digest of nothing is told");
     let name = |len| {
         let names = vec![("n".repeat(len), "m".into())];
-        length(encode(&Message::Offer(Offer { names, manifest: b"{}".to_vec() }), 0))
+        length(encode(&Message::Offer(Offer { names, manifest: b"{}".to_vec(), ..Offer::default() }), 0))
     };
     assert_eq!(name(limits::DEVICE_NAME), Some(4 + 2 + limits::DEVICE_NAME + 2 + 1 + 2));
     assert_eq!(name(limits::DEVICE_NAME + 1), None, "half a name is another device's");

@@ -82,8 +82,17 @@ pub(crate) fn messages() -> Vec<(&'static str, Message)> {
         ("abort", Message::Abort(full.clone())),
         ("abort_least", Message::Abort(empty)),
         ("query", Message::Query { vm: VM, attempt: ATTEMPT, epoch: Epoch(42), proof: [0xa5; 32] }),
-        ("offer", Message::Offer(Offer { names, manifest: manifest() })),
-        ("offer_least", Message::Offer(Offer { names: Vec::new(), manifest: b"{}".to_vec() })),
+        ("offer", Message::Offer(Offer { names: names.clone(), manifest: manifest(), ..Offer::default() })),
+        ("offer_least", Message::Offer(Offer { manifest: b"{}".to_vec(), ..Offer::default() })),
+        (
+            "offer_with_configuration",
+            Message::Offer(Offer {
+                names,
+                configuration: b"own words".to_vec(),
+                configuration_digest: [0x5a; 32],
+                manifest: manifest(),
+            }),
+        ),
         (
             "accept",
             Message::Accept(Accept {

@@ -28,7 +28,10 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     let reply = (1..=u16::MAX, any::<u64>())
         .prop_map(|(version, features)| Message::HelloReply(HelloReply { version, features }));
     let name = || text(limits::DEVICE_NAME);
-    let offer = (vec((name(), name()), 0..=usize::from(limits::DEVICES)), vec(any::<u8>(), 2..5000));
+    let configuration =
+        prop_oneof![Just((Vec::new(), [0; 32])), (vec(any::<u8>(), 1..5000), any::<[u8; 32]>()),];
+    let names = vec((name(), name()), 0..=usize::from(limits::DEVICES));
+    let offer = (names, configuration, vec(any::<u8>(), 2..5000));
     let accept = (bytes16(), any::<u32>(), vec(reason(), 0..9), vec(any::<u8>(), 2..5000));
     let accept = accept.prop_map(|(id, valid_ms, reasons, manifest)| {
         Message::Accept(Accept { lease: Lease { id, valid_ms }, reasons, manifest })
@@ -49,7 +52,9 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         peer_error().prop_map(Message::Abort),
         peer_error().prop_map(Message::Declined),
         query,
-        offer.prop_map(|(names, manifest)| Message::Offer(Offer { names, manifest })),
+        offer.prop_map(|(names, (configuration, configuration_digest), manifest)| {
+            Message::Offer(Offer { names, configuration, configuration_digest, manifest })
+        }),
         accept,
         bytes16().prop_map(|lease| Message::Begin { lease }),
         select([Message::Begun, Message::LocksFree]),

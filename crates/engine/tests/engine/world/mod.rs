@@ -96,7 +96,7 @@ impl World {
             epoch: EPOCH,
             versions: script.source_versions,
             features: FEATURES,
-            offer: Offer { names: Vec::new(), manifest: b"{}".to_vec() },
+            offer: Offer { manifest: b"{}".to_vec(), ..Offer::default() },
             devices: script.devices.iter().map(script::Device::facts).collect(),
             downtime_limit: script.limit,
             commit_reserve: script.reserve,

@@ -118,6 +118,8 @@ pub struct Toy {
     clock: RamOffset,
     /// How often letting the guest go on still fails.
     pub resume_faults: AtomicU64,
+    /// What its VMM tells the other.
+    pub configuration: Mutex<Vec<u8>>,
     /// Digest of RAM when everything had been loaded.
     pub loaded_digest: Mutex<Option<[u8; 32]>>,
     /// The hot pages when the machine was read out, and nothing wrote them any more.
@@ -173,6 +175,7 @@ impl Toy {
             clock: RamOffset(plan.hot * PAGE_SIZE + 16),
             resume_faults: AtomicU64::new(0),
             loaded_digest: Mutex::new(None),
+            configuration: Mutex::default(),
             saved_hot: Mutex::new(vec![0; usize::try_from(plan.hot * PAGE_SIZE).unwrap()]),
         })
     }
@@ -330,6 +333,10 @@ impl Machine for Toy {
             devices,
             ..MachineManifest::default()
         })
+    }
+
+    fn configuration(&self) -> Result<Vec<u8>, MachineError> {
+        Ok(self.configuration.lock().unwrap().clone())
     }
 
     fn ram(&self) -> Arc<GuestRam> {
