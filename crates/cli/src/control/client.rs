@@ -62,6 +62,18 @@ pub(crate) enum ControlError {
 }
 
 impl ControlError {
+    /// The failure of a verb that asks for something to be done: what the `vm` refused, or whether it was taken is not known.
+    pub(crate) fn not_done(&self) -> CliError {
+        match self {
+            Self::Refused(_) | Self::Denied(..) => self.failure("refused"),
+            Self::Connect(..) => self.failure("no contact"),
+            Self::Interrupted(_) => self.failure("given up"),
+            Self::Io(_) | Self::Closed | Self::Timeout(..) | Self::Disconnected(_) | Self::Garbled(_) => {
+                self.failure("no answer: whether it was taken is not known")
+            }
+        }
+    }
+
     /// The failure of a verb that asked for something; a refusal keeps its class.
     pub(crate) fn failure(&self, doing: &str) -> CliError {
         let failure = CliError::caused(doing, self);

@@ -80,7 +80,7 @@ fn begin(client: &mut ControlClient, verb: ControlVerb, arguments: Value) -> Res
         Err(error @ ControlError::Interrupted(_)) => Err(CliError::failed(format!(
             "{error} before the `vm` answered: whether it has begun, and how it ends, `status` tells"
         ))),
-        Err(error) => Err(error.failure("refused")),
+        Err(error) => Err(error.not_done()),
     }
 }
 
@@ -246,7 +246,7 @@ fn ask(
         Ok(_) => {}
         // The process may be gone before its answer is read.
         Err(ControlError::Closed | ControlError::Disconnected(_)) if verb == ControlVerb::Quit => {}
-        Err(error) => return Err(error.failure("refused")),
+        Err(error) => return Err(error.not_done()),
     }
     if target.json {
         print_json(&ActionReply { ok: true })?;

@@ -155,3 +155,31 @@ fn an_operator_who_is_turned_out_is_told_why() {
     }
     drop(vm);
 }
+
+/// A `vm` that ends as it is asked has refused nothing: whether it was taken is what nobody knows.
+#[test]
+fn a_socket_that_closes_instead_of_answering_is_no_refusal() {
+    let dir = tempfile::tempdir().unwrap();
+    for verb in ["cancel", "continue", "stop", "cont", "quit"] {
+        let path = dir.path().join(verb);
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let serving = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            writeln!(stream, "{}", json!({"vfio-migrate": {"version": "1"}})).unwrap();
+            BufReader::new(stream.try_clone().unwrap()).read_line(&mut String::new()).unwrap();
+        });
+        let output = run(&[verb, "--control", path.to_str().unwrap()]);
+        let told = String::from_utf8_lossy(&output.stderr);
+        serving.join().unwrap();
+        // One that was asked to end has.
+        if verb == "quit" {
+            assert!(output.status.success(), "{told}");
+            continue;
+        }
+        assert_eq!(output.status.code(), Some(1), "{verb}: {told}");
+        assert!(
+            told.contains("whether it was taken is not known") && !told.contains("refused"),
+            "{verb}: {told}"
+        );
+    }
+}
