@@ -60,6 +60,10 @@ fn a_restore_that_is_refused_is_told_as_one() {
     vm.call("save", json!({"path": file, "stop": true})).unwrap();
     assert_eq!(vm.ended()["status"], "completed", "{}", vm.migration());
     drop(vm);
+    // Both have it of one moment.
+    let journal = std::fs::read_to_string(dir.path().join("state").join(format!("{VM}.json"))).unwrap();
+    let journal: Value = serde_json::from_str(&journal).unwrap();
+    assert_eq!(journal["source-note"]["began"], last_record(&state)["began"], "{journal}");
     let restored = ["--software", "--state-dir", &state, "--restore", file];
     let mut vm = software(dir.path(), "b", &restored).start();
     vm.call("quit", json!({"force": true})).unwrap();

@@ -34,6 +34,8 @@ pub(super) struct DestinationShared {
     pub(super) ram_total: AtomicU64,
     /// The other end, as the journal and the progress name it.
     pub(super) peer: String,
+    /// When it began, by the wall clock.
+    pub(super) began: String,
     pub(super) session_key: Option<SessionKey>,
     /// What is expected of what the source brings, and whether it may know that.
     pub(super) expectation: Expectation,

@@ -78,7 +78,12 @@ impl Worker<'_, '_, '_> {
         };
         let _wait = self.shared.answers.wait(None, Request::Journal, None);
         journal
-            .write_destination(record.clone(), self.shared.session_key.clone(), given_up)
+            .write_destination(
+                record.clone(),
+                self.shared.session_key.clone(),
+                Some(&self.shared.began),
+                given_up,
+            )
             .map_err(|error| error.in_phase(Side::Destination, phase))?;
         *lock(&self.shared.record) = Some(record);
         Ok(())
@@ -183,7 +188,9 @@ fn abort(state_dir: Option<&Path>, query: Attempt, cause: Failure) -> Result<Mes
             let Some(record) = record else { return Err("there is no record".into()) };
             let record = DestinationRecord { state: DestinationState::Aborted, ..record };
             let reason = "the source asked what became of it, and it had come to nothing".to_owned();
-            journal.write_destination(record, key, Some(reason)).map_err(|error| error_chain(&error))?;
+            journal
+                .write_destination(record, key, None, Some(reason))
+                .map_err(|error| error_chain(&error))?;
             Ok(Message::Declined(cause))
         }
         QueryAnswer::Unknown(cause) => Ok(Message::Abort(cause)),

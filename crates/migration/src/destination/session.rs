@@ -97,6 +97,7 @@ where
     let source = SessionSource::of(&link, session_key.as_ref());
     let shared = DestinationShared {
         peer,
+        began: rfc3339(SystemTime::now()),
         answers: control.answers().clone(),
         session_key,
         expectation: admitted.expectation.clone(),
@@ -181,7 +182,7 @@ where
             polled: begun,
             from_file: options.from_file.is_some(),
             peer: shared.peer.clone(),
-            began: rfc3339(SystemTime::now()),
+            began: shared.began.clone(),
             phases: Vec::new(),
             entered: Duration::ZERO,
             rate: RateMeter::default(),

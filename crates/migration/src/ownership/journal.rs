@@ -51,7 +51,7 @@ pub struct JournalFile {
 /// When and why a record was written. Times are RFC 3339, by the host's wall clock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JournalNote {
-    /// When the attempt's first record was written.
+    /// When the attempt began.
     pub began: String,
     /// When this record was written.
     pub written: String,
@@ -66,11 +66,13 @@ const LARGEST: u64 = 1 << 20;
 const LONGEST_REASON: usize = 1000;
 
 impl JournalNote {
-    /// A note of now. `before` is that of the attempt's last record, unless this is its first.
-    fn now(before: Option<&Self>, reason: Option<String>) -> Self {
+    /// A note of now. `before` is that of the attempt's last record, unless this is its first; `began`: when the attempt did, where the
+    /// session is this process's.
+    fn now(before: Option<&Self>, began: Option<&str>, reason: Option<String>) -> Self {
         let written = rfc3339(SystemTime::now());
+        let began = began.or(before.map(|before| before.began.as_str()));
         Self {
-            began: before.map_or_else(|| written.clone(), |before| before.began.clone()),
+            began: began.unwrap_or(&written).to_owned(),
             written,
             reason: reason.map(|reason| reason.chars().take(LONGEST_REASON).collect()),
         }
@@ -199,12 +201,13 @@ impl Journal {
     pub(crate) fn write_source(
         &self,
         record: SourceRecord,
+        began: Option<&str>,
         reason: Option<String>,
     ) -> Result<(), JournalError> {
         self.change(|file| {
             let same = file.source.as_ref().is_some_and(|before| before.attempt == record.attempt);
             let before = file.source_note.take().filter(|_| same);
-            file.source_note = Some(JournalNote::now(before.as_ref(), reason));
+            file.source_note = Some(JournalNote::now(before.as_ref(), began, reason));
             file.source = Some(record);
         })
     }
@@ -214,12 +217,13 @@ impl Journal {
         &self,
         record: DestinationRecord,
         key: Option<SessionKey>,
+        began: Option<&str>,
         reason: Option<String>,
     ) -> Result<(), JournalError> {
         self.change(|file| {
             let same = file.destination.as_ref().is_some_and(|before| before.attempt == record.attempt);
             let before = file.destination_note.take().filter(|_| same);
-            file.destination_note = Some(JournalNote::now(before.as_ref(), reason));
+            file.destination_note = Some(JournalNote::now(before.as_ref(), began, reason));
             file.destination = Some(record);
             file.destination_key = key;
         })
@@ -345,8 +349,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let source = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
         let destination = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
-        source.write_source(source_record(SourceState::Released, 3), None).unwrap();
-        destination.write_destination(destination_record(DestinationState::Owner, 4), None, None).unwrap();
+        source.write_source(source_record(SourceState::Released, 3), None, None).unwrap();
+        destination
+            .write_destination(destination_record(DestinationState::Owner, 4), None, None, None)
+            .unwrap();
         let file = read_journal(dir.path(), VM).unwrap().unwrap();
         assert_eq!(file.epochs().released, Some(Epoch(3)));
         assert_eq!(file.owned_epoch(), Some(Epoch(5)));
@@ -357,18 +363,21 @@ mod tests {
     fn a_record_says_when_its_attempt_began_and_why_it_ended() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
-        journal.write_source(source_record(SourceState::Sending, 3), None).unwrap();
+        journal.write_source(source_record(SourceState::Sending, 3), None, None).unwrap();
         let began = journal.read().unwrap().source_note.unwrap();
         assert_eq!((&began.began, &began.reason), (&began.written, &None));
-        journal.write_source(source_record(SourceState::Owner, 3), Some("x".repeat(5000))).unwrap();
+        journal.write_source(source_record(SourceState::Owner, 3), None, Some("x".repeat(5000))).unwrap();
         let ended = journal.read().unwrap().source_note.unwrap();
         assert_eq!(ended.began, began.began);
         assert!(ended.written >= ended.began);
         assert_eq!(ended.reason.unwrap().len(), LONGEST_REASON);
         let another = SourceRecord { attempt: AttemptId([1; 16]), ..source_record(SourceState::Sending, 3) };
-        journal.write_source(another, None).unwrap();
+        journal.write_source(another, Some("2026-01-02T03:04:05.000Z"), None).unwrap();
         let note = journal.read().unwrap().source_note.unwrap();
-        assert_eq!(note.began, note.written, "an attempt of its own");
+        assert_eq!(
+            note.began, "2026-01-02T03:04:05.000Z",
+            "an attempt of its own, which knows when it began"
+        );
     }
 
     #[test]
@@ -383,7 +392,9 @@ mod tests {
         std::fs::write(&path, old).unwrap();
         let journal = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
         assert_eq!(journal.read().unwrap().source.unwrap().attempt, AttemptId([9; 16]));
-        journal.write_destination(destination_record(DestinationState::Reserved, 4), None, None).unwrap();
+        journal
+            .write_destination(destination_record(DestinationState::Reserved, 4), None, None, None)
+            .unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains(r#""version": 3"#) && text.contains(&"09".repeat(16)), "{text}");
         let file = journal.read().unwrap();
@@ -397,14 +408,16 @@ mod tests {
         let journal = Journal::open(Some(dir.path()), VM, JournalSide::Destination).unwrap();
         let key: SessionKey = serde_json::from_value("5a".repeat(32).into()).unwrap();
         for state in [DestinationState::Reserved, DestinationState::Owner] {
-            journal.write_destination(destination_record(state, 4), Some(key.clone()), None).unwrap();
+            journal.write_destination(destination_record(state, 4), Some(key.clone()), None, None).unwrap();
             assert_eq!(journal.read().unwrap().destination_key, Some(key.clone()));
         }
         let path = dir.path().join(format!("{VM}.json"));
         assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(format!("{key:?}"), "SessionKey(..)");
         // The next attempt's record comes with its own key, or none.
-        journal.write_destination(destination_record(DestinationState::Reserved, 5), None, None).unwrap();
+        journal
+            .write_destination(destination_record(DestinationState::Reserved, 5), None, None, None)
+            .unwrap();
         assert_eq!(journal.read().unwrap().destination_key, None);
     }
 
@@ -425,7 +438,7 @@ mod tests {
         std::fs::write(&path, b"{\"version\": 1, \"vm\"").unwrap();
         let journal = Journal::open(Some(dir.path()), VM, JournalSide::Source).unwrap();
         assert!(matches!(journal.read(), Err(JournalError::Content { .. })));
-        assert!(journal.write_source(source_record(SourceState::Sending, 0), None).is_err());
+        assert!(journal.write_source(source_record(SourceState::Sending, 0), None, None).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"{\"version\": 1, \"vm\"");
     }
 }

@@ -156,7 +156,7 @@ impl Worker {
             }
         }
         let record = self.record(state);
-        let reason = lock(&self.shared.journal_reason).take();
+        let (began, reason) = (self.plan.info.began.clone(), lock(&self.shared.journal_reason).take());
         let failed = |failure: Failure| WorkError::Failed(failure);
         let phase = state.phase();
         // Only before the decision is there a cancel. An abandoned write keeps the VM's journal locked until it ends, and
@@ -165,7 +165,7 @@ impl Worker {
             return self
                 .plan
                 .journal
-                .write_source(record, reason)
+                .write_source(record, Some(&began), reason)
                 .map_err(|error| failed(error.in_phase(Side::Source, phase)));
         }
         let sending = state == SourceState::Sending;
@@ -175,13 +175,13 @@ impl Worker {
         }
         // A session without a state directory has nothing to wait for.
         if self.plan.journal.is_in_memory() {
-            let written = self.plan.journal.write_source(record, reason);
+            let written = self.plan.journal.write_source(record, Some(&began), reason);
             return written.map_err(|error| failed(error.in_phase(Side::Source, phase)));
         }
         let journal = Arc::clone(&self.plan.journal);
         let _wait = self.plan.answers.wait(None, Request::Journal, None);
         let given_up = || sending && self.shared.interrupt.raised();
-        match answer_unless(given_up, None, move || journal.write_source(record, reason)) {
+        match answer_unless(given_up, None, move || journal.write_source(record, Some(&began), reason)) {
             Ok(written) => written.map_err(|error| failed(error.in_phase(Side::Source, phase))),
             Err(Unanswered::NoThread(NoThread(error))) => {
                 Err(failed(no_thread(Side::Source, phase, "journal", &error)))
