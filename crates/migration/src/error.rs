@@ -13,6 +13,7 @@ use crate::channel::connect::{CHOOSE, ConnectError};
 use crate::channel::transport::TransportError;
 use crate::machine::Machine;
 use crate::reasons::sentences;
+use crate::regular_file::FileError;
 use crate::session::threads::no_thread;
 use crate::tls::error::TlsError;
 use crate::unresolved::UnresolvedMigration;
@@ -373,9 +374,31 @@ pub(crate) fn not_connected(error: ConnectError) -> MigrateError {
         ConnectError::TimedOut { .. }
             | ConnectError::Insecure { source: TransportError::Tls(TlsError::Late(_)), .. }
     );
-    let errno = late.then(|| Errno::TIMEDOUT.raw_os_error().unsigned_abs());
+    let errno = late.then(|| Errno::TIMEDOUT.raw_os_error().unsigned_abs()).or_else(|| errno_of(&error));
     let failure = Failure::new(Side::Source, phase, error_chain(&error)).with_remedy(remedy);
     MigrateError::NotBegun(Failure { errno, ..failure })
+}
+
+/// What the system said, where it is the cause: of a socket, or of a file of this side's that secures it.
+pub(crate) fn errno_of(error: &ConnectError) -> Option<u32> {
+    let raw = |error: &std::io::Error| error.raw_os_error().map(i32::unsigned_abs);
+    match error {
+        ConnectError::System { source, .. } | ConnectError::Factory(source) => raw(source),
+        ConnectError::Closed { source: errno, .. }
+        | ConnectError::Insecure { source: TransportError::System(errno), .. } => {
+            Some(errno.raw_os_error().unsigned_abs())
+        }
+        ConnectError::Insecure { source: TransportError::Tls(error), .. }
+        | ConnectError::Unprepared { source: error, .. } => match error {
+            TlsError::File { source, .. } => raw(source),
+            TlsError::Open(error) => match &**error {
+                FileError::System { source, .. } => raw(source),
+                _ => None,
+            },
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 /// A cancel before there was a session: nothing is to be undone.

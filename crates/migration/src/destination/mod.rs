@@ -39,7 +39,7 @@ use crate::control::IncomingControl;
 use crate::destination::commit::KnownOutcome;
 use crate::destination::progress::Ended;
 use crate::destination::session::Place;
-use crate::error::IncomingError;
+use crate::error::{IncomingError, errno_of};
 use crate::expectation::Expectations;
 use crate::incoming_machine::IncomingMachine;
 use crate::offer::{Arrived, IncomingOffer, NotBuilt};
@@ -423,7 +423,6 @@ fn not_begun(error: ConnectError) -> IncomingError {
         ConnectError::NotChosen(_) => CHOOSE,
         _ => "",
     };
-    IncomingError::NotBegun(
-        Failure::new(Side::Destination, Phase::Hello, error_chain(&error)).with_remedy(remedy),
-    )
+    let failure = Failure::new(Side::Destination, Phase::Hello, error_chain(&error)).with_remedy(remedy);
+    IncomingError::NotBegun(Failure { errno: errno_of(&error), ..failure })
 }
