@@ -18,10 +18,11 @@ const WAITS: [&str; 8] = [
 
 /// Each file of this crate that has such a call, and the row of the list that tells what it waits for. Empty: it waits for nothing
 /// but threads of its own, which end by an interrupt.
-const ROWS: [(&str, &str); 23] = [
+const ROWS: [(&str, &str); 24] = [
     ("channel/connect.rs", "the connection"),
     ("channel/credit.rs", "credit for a device"),
     ("channel/limiter.rs", "the bandwidth cap"),
+    ("channel/listener.rs", "somebody to come, or to say something"),
     ("channel/liveness.rs", "HELLO_REPLY, ACCEPT, BEGUN"),
     ("channel/transport.rs", "a connection that takes nothing more"),
     ("control.rs", "a vfio-user server, as a `vm` opens its device"),
