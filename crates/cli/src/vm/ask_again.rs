@@ -42,6 +42,8 @@ pub(super) fn ask(vm: &RunningVm) -> Result<(), Refused> {
             let to = unresolved.peer.clone();
             let text = format!("the guest has moved to {to}: {}", ended.status);
             vm.presence.end();
+            // Before the end is published: a client that reacts to it must find the devices free.
+            drop((slot, machine, unresolved));
             end(vm, ended, Slot::Left { left, to });
             Err(Refused::generic(text))
         }
